@@ -1,0 +1,101 @@
+// Uniform noise in the eps-ball on the CPU. Definition: fastadv/ops/random_start.py.
+#include "cpu/noise.h"
+
+namespace fastadv {
+namespace {
+
+// Exact sum of squares of the direction and largest 24-bit number of the radius stream.
+struct BallDraw {
+  int64_t squared = 0;
+  uint32_t largest = 0;
+};
+
+FASTADV_CLONES BallDraw measure(const uint32_t* direction, const uint32_t* radius, int64_t n) {
+  int64_t squared = 0;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t g = near_gaussian(direction[i]);
+    squared += g * g;
+    largest = std::max(largest, radius[i] >> 8);
+  }
+  return {squared, largest};
+}
+
+BallDraw measure_sample(int64_t size, Key key) {
+  uint32_t direction[kChunk], radius[kChunk];
+  BallDraw all;
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
+    key.stream = 0;
+    fill_words(direction, begin, key);
+    key.stream = kRadiusStream;
+    fill_words(radius, begin, key);
+    const BallDraw part = measure(direction, radius, std::min<int64_t>(kChunk, size - begin));
+    all.squared += part.squared;
+    all.largest = std::max(all.largest, part.largest);
+  }
+  return all;
+}
+
+template <class T>
+void l2_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key& key,
+                     const NoiseLimits& limits) {
+  using C = Compute<T>;
+  const int64_t size = layout.planes * layout.plane_size;
+  const BallDraw draw = measure_sample(size, key);
+  const double share = double(draw.largest + 1) * 0x1p-24;
+  const C scale = draw.squared ? C(share * limits.eps / std::sqrt(double(draw.squared))) : C(0);
+  const C low = C(limits.low), high = C(limits.high);
+  uint32_t words[kChunk];
+  for (int64_t begin = 0; begin < size; begin += kChunk) {
+    fill_words(words, begin, key);
+    for_runs(layout, begin, std::min(begin + kChunk, size),
+             [&](int64_t index, int64_t offset, int64_t count) {
+               for (int64_t i = 0; i < count; ++i) {
+                 const int64_t at = offset + i * layout.element_stride;
+                 const C noise = C(near_gaussian(words[index - begin + i])) * scale;
+                 C moved = load(x[at]) + noise;
+                 moved = moved < low ? low : moved;
+                 store(out[at], moved > high ? high : moved);
+               }
+             });
+  }
+}
+
+at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& eps_per_sample,
+                        c10::string_view norm, double low, double high, int64_t seed,
+                        const OptionalTensor& sample_ids) {
+  TORCH_CHECK_VALUE(x.dim() > 0, "x must have a batch axis, got a tensor without axes");
+  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2", "norm must be one of linf, l2, got ", norm);
+  const bool linf = norm == "linf";
+  const int64_t batch = x.size(0), size = sample_size(x);
+  const PerSample radius(eps, eps_per_sample, batch, "eps_per_sample");
+  const at::Tensor ids = checked_ids(sample_ids, batch);
+  at::Tensor out = at::empty_like(x);
+  auto layout = sample_layout(x);
+  if (layout && !same_layout(out, x)) layout.reset();
+  const at::Tensor from = layout ? x : x.contiguous();
+  const at::Tensor to = layout ? out : at::empty_like(from);
+  const SampleLayout walk = layout.value_or(SampleLayout{1, size, 0, 1});
+  if (size > 0) {
+    dispatch_float(x.scalar_type(), "x", [&](auto t) {
+      using T = decltype(t);
+      at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / size), [&](int64_t b, int64_t e) {
+        for (int64_t i = b; i < e; ++i) {
+          const Key key{uint64_t(seed), sample_id(ids_pointer(ids), i), 0};
+          const NoiseLimits limits{radius[i], low, high};
+          T* o = data<T>(to) + i * size;
+          const T* source = data<T>(from) + i * size;
+          linf ? linf_noise_sample(o, source, walk, key, limits)
+               : l2_noise_sample(o, source, walk, key, limits);
+        }
+      });
+    });
+  }
+  return layout ? out : out.copy_(to);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastadv, CPU, m) { m.impl("random_start", &random_start); }
+
+}  // namespace fastadv

@@ -1,0 +1,40 @@
+"""Fused operations of adversarial training, each usable alone in plain PyTorch code."""
+
+from __future__ import annotations
+
+from fastadv.ops.angular_distance import angular_distance, replay_mask
+from fastadv.ops.backend import backend
+from fastadv.ops.crop_flip import crop_flip
+from fastadv.ops.noisy_replay import noisy_replay
+from fastadv.ops.pgd_step import pgd_step, pgd_step_
+from fastadv.ops.random_start import random_start
+from fastadv.ops.registry import REGISTRY, claim_cuda_for_triton
+
+__all__ = [
+    "REGISTRY",
+    "angular_distance",
+    "backend",
+    "crop_flip",
+    "noisy_replay",
+    "pgd_step",
+    "pgd_step_",
+    "random_start",
+    "replay_mask",
+]
+
+
+def _load_native() -> None:
+    """Load the compiled kernels; the schemas above exist by now."""
+    try:
+        import fastadv._C  # noqa: F401
+    except ImportError as error:
+        import torch
+
+        raise ImportError(
+            "fastadv's compiled part could not be loaded. Build it against the torch in use "
+            f"({torch.__version__}) with `pip install --no-build-isolation .`. The loader said: {error}"
+        ) from error
+
+
+_load_native()
+claim_cuda_for_triton()

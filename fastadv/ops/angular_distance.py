@@ -1,0 +1,166 @@
+"""Angular distance of two batches of features, and ARREST's replay switch on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.ops import checks
+from fastadv.ops.registry import Op, define
+
+
+def _moments(u: Tensor, v: Tensor) -> Tensor:
+    dtype = checks.accumulate_dtype(u, v)
+    a, b = u.flatten(1).to(dtype), v.flatten(1).to(dtype)
+    return torch.stack(((a * b).sum(1), a.square().sum(1), b.square().sum(1)), dim=1)
+
+
+def _distance(moments: Tensor) -> Tensor:
+    dot, uu, vv = moments.unbind(1)
+    length = uu.sqrt() * vv.sqrt()
+    return torch.where(length > 0, 1 - dot.abs() / length, torch.ones_like(dot))
+
+
+def _reference(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    moments = _moments(u, v)
+    return _distance(moments), moments
+
+
+def _fake(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    torch._check(u.shape == v.shape, lambda: "v must have the shape of u")
+    dtype = checks.accumulate_dtype(u, v)
+    return u.new_empty(u.shape[:1], dtype=dtype), u.new_empty((u.shape[0], 3), dtype=dtype)
+
+
+def _backward_reference(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> Tensor:
+    dtype = checks.accumulate_dtype(u, v)
+    along_u, along_v = backward_coefficients(grad, moments)
+    shape = (-1, *[1] * (u.dim() - 1))
+    gradient = along_u.view(shape) * u.to(dtype) + along_v.view(shape) * v.to(dtype)
+    return torch.empty_like(u).copy_(gradient)
+
+
+def backward_coefficients(grad: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient in u is ``a * u + b * v``; these are a and b [B]: 0 where a length or the dot is 0."""
+    dot, uu, vv = moments.unbind(1)
+    length = uu.sqrt() * vv.sqrt()
+    usable = length > 0
+    along_v = torch.where(usable, -grad * torch.sign(dot) / length, torch.zeros_like(dot))
+    along_u = torch.where(usable, -along_v * dot / uu, torch.zeros_like(dot))
+    return along_u, along_v
+
+
+def _backward_fake(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> Tensor:
+    return torch.empty_like(u)
+
+
+def _mask_reference(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    distance = _distance(_moments(u, v))
+    return distance, distance > tau
+
+
+def _mask_fake(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    distance, _ = _fake(u, v)
+    return distance, u.new_empty(u.shape[:1], dtype=torch.bool)
+
+
+_op = define(
+    Op(
+        "angular_distance",
+        "(Tensor u, Tensor v) -> (Tensor, Tensor)",
+        reference=_reference,
+        fake=_fake,
+        triton="angular_distance:angular_distance",
+    )
+)
+_backward_op = define(
+    Op(
+        "angular_distance_backward",
+        "(Tensor grad, Tensor u, Tensor v, Tensor moments) -> Tensor",
+        reference=_backward_reference,
+        fake=_backward_fake,
+        triton="angular_distance:angular_distance_backward",
+        backward_of="angular_distance",
+    )
+)
+_mask_op = define(
+    Op(
+        "replay_mask",
+        "(Tensor u, Tensor v, float tau) -> (Tensor, Tensor)",
+        reference=_mask_reference,
+        fake=_mask_fake,
+        triton="angular_distance:replay_mask",
+    )
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(
+    ctx: Any, grad: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    if grad is None:
+        return None, None
+    u, v, moments = ctx.saved_tensors
+    backward = torch.ops.fastadv.angular_distance_backward
+    grad_u = backward(grad, u, v, moments) if ctx.needs_input_grad[0] else None
+    # The distance is symmetric: v's gradient is u's with the two exchanged.
+    grad_v = backward(grad, v, u, moments[:, [0, 2, 1]]) if ctx.needs_input_grad[1] else None
+    return grad_u, grad_v
+
+
+torch.library.register_autograd(_op.qualified_name, _backward, setup_context=_setup_context)
+
+
+def _check(u: Tensor, v: Tensor) -> None:
+    checks.check_float("u", u)
+    checks.check_float("v", v)
+    checks.check_same_shape("v", v, "u", u)
+
+
+def angular_distance(u: Tensor, v: Tensor) -> Tensor:
+    """``1 - |u.v| / (||u|| ||v||)`` per sample, over all axes but the first.
+
+    Source: ARREST, equation 3 and section 5.2. 0 for parallel, 1 for orthogonal features. Where a norm is
+    zero the distance is 1 and the gradient 0. Gradients flow to both arguments; detach a frozen teacher's.
+
+    Args:
+        u: features [B, ...], any dense layout, float32, float64, bfloat16 or float16.
+        v: features of the same shape; the dtype may differ.
+
+    Returns:
+        Distances [B] in 0..1, float32 (float64 if an argument is float64), accumulated in that dtype.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes or devices differ.
+    """
+    _check(u, v)
+    return torch.ops.fastadv.angular_distance(u, v)[0]
+
+
+def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Angular distance and ARREST's replay switch, ``distance > tau``, in one pass without gradient.
+
+    Source: ARREST, equation 5.
+
+    Args:
+        u: features of the trained model [B, ...].
+        v: features of the frozen standard model [B, ...].
+        tau: the largest drift at which a sample is still attacked; ``1 - cos(phi)`` for an angle phi.
+
+    Returns:
+        Distances [B] and the switch [B] bool, True where the sample is to be replayed.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes or devices differ.
+    """
+    _check(u, v)
+    return torch.ops.fastadv.replay_mask(u.detach(), v.detach(), float(tau))

@@ -1,0 +1,98 @@
+"""Checks of op arguments. Each message names the argument, what it was and what it must be."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype in which these tensors are computed: float64 if one of them is, else float32."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def check_float(name: str, value: Tensor) -> None:
+    """Require a floating-point tensor with a batch axis."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
+    if value.dim() < 1:
+        raise ValueError(f"{name} must have a batch axis, got a tensor without axes")
+
+
+def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors of one shape on one device."""
+    if value.shape != other.shape:
+        raise ValueError(
+            f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
+        )
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
+        )
+
+
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Require two finite numbers in order."""
+    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
+        raise TypeError(f"bounds must be a pair (low, high), got {bounds!r}")
+    low, high = float(bounds[0]), float(bounds[1])
+    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+        raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
+    return low, high
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Require one of several words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_finite_at_least_zero(name: str, value: float) -> None:
+    """Require a finite number that is not negative."""
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """Split a number or a tensor with one number per sample into the two schema arguments.
+
+    A Python number is checked; the values of a tensor are not, because reading them would make a GPU wait.
+
+    Returns:
+        ``(number, None)`` or ``(0.0, tensor [B] in the dtype of computation)``.
+    """
+    if not isinstance(value, Tensor):
+        check_finite_at_least_zero(name, float(value))
+        return float(value), None
+    batch = like.shape[0]
+    if value.numel() != 1 and value.shape != (batch,):
+        raise ValueError(
+            f"{name} must be a number or a tensor of shape ({batch},), got {tuple(value.shape)}"
+        )
+    if value.device != like.device:
+        raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
+    return 0.0, value.to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
+
+
+def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
+    """Require int64 identifiers, one per sample."""
+    if sample_ids is None:
+        return
+    if sample_ids.dtype != torch.int64 or sample_ids.shape != like.shape[:1]:
+        raise ValueError(
+            f"sample_ids must be int64 of shape ({like.shape[0]},), "
+            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
+        )
+    if sample_ids.device != like.device:
+        raise ValueError(f"sample_ids must be on the device {like.device}, got {sample_ids.device}")
+
+
+def broadcast_per_sample(number: float, values: Tensor | None, like: Tensor) -> Tensor | float:
+    """The two schema arguments of a per-sample number as one operand that broadcasts over ``like``."""
+    return number if values is None else values.view(-1, *[1] * (like.dim() - 1))

@@ -1,0 +1,127 @@
+"""The op registry: one record per op, from which dispatch, tests, benchmarks and docs are driven.
+
+An op has one schema and up to four implementations: ``native`` (C++ for CPU tensors, CUDA C++ for CUDA
+tensors), ``triton`` and ``reference`` (plain torch). Per dispatch key exactly one of them owns the op:
+
+* CPU: native;
+* CUDA: native if it was built, else triton;
+* every other device: reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAMESPACE = "fastadv"
+BACKENDS = ("native", "triton", "reference")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One registered op.
+
+    Attributes:
+        name: the op's name in ``torch.ops.fastadv``.
+        schema: its arguments and results in torch's schema language.
+        reference: the plain torch implementation.
+        fake: shapes, dtypes and strides of the results, for tracing.
+        triton: where the Triton implementation is, as ``"file:function"`` below ``fastadv.kernels``; None
+            where there is none.
+        backward_of: the op whose gradient this one computes, None for a forward op.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    fake: Callable[..., Any]
+    triton: str | None = None
+    backward_of: str | None = None
+
+    @property
+    def qualified_name(self) -> str:
+        """The name with its namespace, as ``torch.library`` takes it."""
+        return f"{NAMESPACE}::{self.name}"
+
+    @property
+    def overload(self) -> torch._ops.OpOverload:
+        """The callable in ``torch.ops``."""
+        return getattr(torch.ops.fastadv, self.name).default
+
+    def has_native(self, device_type: str) -> bool:
+        """Whether compiled code of this package is registered for a device type."""
+        if device_type == "cuda" and self.name in _TRITON_OWNED:
+            return False
+        return has_kernel(self.qualified_name, device_type)
+
+    def owner(self, device_type: str) -> str:
+        """Which backend runs the op on a device type when none is forced."""
+        if self.has_native(device_type):
+            return "native"
+        if device_type == "cuda" and self.triton is not None:
+            return "triton"
+        return "reference"
+
+    def triton_function(self) -> Callable[..., Any]:
+        """Import and return the Triton implementation.
+
+        Raises:
+            RuntimeError: the op has none, or triton cannot be imported.
+        """
+        if self.triton is None:
+            raise RuntimeError(f"op {self.name} has no triton implementation")
+        module, _, function = self.triton.partition(":")
+        try:
+            return getattr(importlib.import_module(f"fastadv.kernels.{module}"), function)
+        except ImportError as error:
+            raise RuntimeError(
+                f"op {self.name}: the triton backend needs the package triton, which cannot be imported: {error}"
+            ) from error
+
+
+REGISTRY: dict[str, Op] = {}
+_TRITON_OWNED: set[str] = set()
+
+
+def has_kernel(qualified_name: str, device_type: str) -> bool:
+    """Whether the dispatcher holds a kernel for exactly this op and device type."""
+    key = device_type.upper()
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(qualified_name, key))
+
+
+def define(op: Op) -> Op:
+    """Register an op's schema, fake and reference with torch, and list it.
+
+    Raises:
+        ValueError: an op of this name is already registered.
+    """
+    if op.name in REGISTRY:
+        raise ValueError(f"op name must be new, got {op.name!r} a second time")
+    torch.library.define(op.qualified_name, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(op.qualified_name, "default", op.reference)
+    torch.library.register_fake(op.qualified_name, op.fake)
+    REGISTRY[op.name] = op
+    return op
+
+
+def claim_cuda_for_triton() -> None:
+    """Make Triton the owner of the CUDA key for every op that has no compiled CUDA kernel.
+
+    The Triton module is imported on the op's first call on a CUDA tensor, not here.
+    """
+    for op in REGISTRY.values():
+        if op.triton is None or has_kernel(op.qualified_name, "cuda"):
+            continue
+        torch.library.impl(op.qualified_name, "cuda", _lazy_triton(op))
+        _TRITON_OWNED.add(op.name)
+
+
+def _lazy_triton(op: Op) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return op.triton_function()(*args, **kwargs)
+
+    return call
