@@ -37,7 +37,7 @@ def uniform_ball_noise(
 
 def _near_gaussian(words: Tensor) -> Tensor:
     """The sum of a word's four bytes minus its mean: an integer, so that its norm is exact everywhere."""
-    return sum((words >> shift & 0xFF) for shift in (0, 8, 16, 24)) - 510
+    return (words & 0xFF) + (words >> 8 & 0xFF) + (words >> 16 & 0xFF) + (words >> 24 & 0xFF) - 510
 
 
 def _radius_share(words: Tensor) -> Tensor:

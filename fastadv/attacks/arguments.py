@@ -1,0 +1,116 @@
+"""Checks of an attack's arguments, made before anything is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.ops import checks
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+ENGINES = ("auto", "eager", "compiled", "graph")
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def check_settings(
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    norm: str,
+    bounds: tuple[float, float],
+    restarts: int,
+    random_start: bool,
+    precision: str,
+    engine: str,
+) -> None:
+    """Check what does not depend on the batch.
+
+    Raises:
+        TypeError: steps or restarts is no integer.
+        ValueError: a value out of range or an unknown word, named in the message.
+    """
+    checks.check_finite_at_least_zero("eps", float(eps))
+    checks.check_finite_at_least_zero("alpha", float(alpha))
+    for name, count in (("steps", steps), ("restarts", restarts)):
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"{name} must be an integer, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be >= 1, got {count}")
+    if restarts > 1 and not random_start:
+        raise ValueError(
+            f"restarts must be 1 without random_start, which would repeat one run; got {restarts}"
+        )
+    checks.check_choice("norm", norm, ("linf", "l2"))
+    checks.check_bounds(bounds)
+    checks.check_choice("precision", precision, PRECISIONS)
+    checks.check_choice("engine", engine, ENGINES)
+
+
+def check_batch(x: Tensor, y: Tensor, model: object) -> None:
+    """Check shapes, dtypes and devices of a batch; nothing is read from the device.
+
+    Raises:
+        TypeError: ``x`` is no float tensor, ``y`` no int64 tensor, the model not callable.
+        ValueError: shapes or devices do not fit.
+    """
+    if not callable(model):
+        raise TypeError(f"model must be a module or a callable, got {type(model).__name__}")
+    checks.check_float("x", x)
+    if x.dim() < 2:
+        raise ValueError(f"x must have shape [B, ...] with at least two axes, got {tuple(x.shape)}")
+    if not isinstance(y, Tensor) or y.dtype != torch.int64:
+        kind = y.dtype if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"y must be an int64 tensor of class indices, got {kind}")
+    if y.shape != x.shape[:1]:
+        raise ValueError(f"y must have shape ({x.shape[0]},), got {tuple(y.shape)}")
+    if y.device != x.device:
+        raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
+    device = module_device(model)
+    if device is not None and device != x.device:
+        raise ValueError(f"model must be on the device of x, {x.device}, got {device}")
+
+
+def check_values(x: Tensor, y: Tensor, bounds: tuple[float, float], num_classes: int) -> None:
+    """Check the numbers of a batch; on a GPU this waits for the device once.
+
+    Raises:
+        ValueError: an image is not finite or outside the bounds, or a label out of range.
+    """
+    low, high = x.aminmax()
+    first, last = y.aminmax()
+    found = torch.stack((low.double(), high.double(), first.double(), last.double())).tolist()
+    if not (bounds[0] <= found[0] and found[1] <= bounds[1]):  # also where one of them is NaN
+        raise ValueError(
+            f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:g} to "
+            f"{found[1]:g}; normalisation belongs inside the model"
+        )
+    if not (found[2] >= 0 and found[3] < num_classes):
+        raise ValueError(
+            f"y must be in 0 .. {num_classes - 1}, the model's {num_classes} classes, got values "
+            f"from {found[2]:.0f} to {found[3]:.0f}"
+        )
+
+
+def check_logits(logits: object, batch: int) -> None:
+    """Check what the model returned.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: not of shape [B, classes].
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[0] != batch:
+        raise ValueError(
+            f"model must return logits of shape ({batch}, classes), got {tuple(logits.shape)}"
+        )
+
+
+def module_device(model: object) -> torch.device | None:
+    """The device of a module's first parameter or buffer; None for other callables."""
+    if not isinstance(model, nn.Module):
+        return None
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return None

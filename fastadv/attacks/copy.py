@@ -1,0 +1,267 @@
+"""The attack copy: a frozen, traced, BatchNorm-folded image of a live model in a narrow dtype.
+
+An attack runs a model 2K times at fixed weights, so what depends on the weights alone is done once: BatchNorm
+of eval mode becomes part of the convolution before it, weights are stored in the compute dtype and in
+channels-last order, and no parameter requires grad. `AttackCopy.refresh` brings live weights over without
+changing an address, so that captured graphs and compiled programs stay valid.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+
+class Untraceable(Exception):
+    """Why a model cannot be copied; the attack then runs the live model."""
+
+
+class CopiedConv2d(nn.Module):
+    """A convolution with the BatchNorm behind it folded in: ``conv(x, w * s) + (b - mean) * s + beta``."""
+
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.stride, self.padding = conv.stride, conv.padding
+        self.dilation, self.groups = conv.dilation, conv.groups
+        self.weight: Tensor
+        self.bias: Tensor | None
+        weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last)
+        self.register_buffer("weight", weight, persistent=False)
+        has_bias = conv.bias is not None or norm is not None
+        bias = torch.empty(conv.out_channels, dtype=dtype, device=conv.weight.device)
+        self.register_buffer("bias", bias if has_bias else None, persistent=False)
+
+    def refresh(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
+        """Copy the live weights."""
+        if norm is None:
+            self.weight.copy_(conv.weight)
+            if self.bias is not None and conv.bias is not None:
+                self.bias.copy_(conv.bias)
+            return
+        assert self.bias is not None
+        scale, shift = scale_and_shift(norm)
+        self.weight.copy_(conv.weight * scale[:, None, None, None])
+        self.bias.copy_(shift if conv.bias is None else shift + conv.bias * scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve in the copy's dtype."""
+        x = x.to(self.weight.dtype)
+        return F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+class CopiedScaleShift(nn.Module):
+    """BatchNorm of eval mode with no convolution before it, as in pre-activation nets: ``x * s + t``."""
+
+    def __init__(self, norm: nn.BatchNorm2d, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        device = norm.running_mean.device if norm.running_mean is not None else None
+        for name in ("scale", "shift"):
+            values = torch.empty(1, norm.num_features, 1, 1, dtype=dtype, device=device)
+            self.register_buffer(name, values, persistent=False)
+
+    def refresh(self, norm: nn.BatchNorm2d, _: None) -> None:
+        """Copy the live statistics and weights."""
+        scale, shift = scale_and_shift(norm)
+        self.scale.copy_(scale.view(1, -1, 1, 1))
+        self.shift.copy_(shift.view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
+
+
+class CopiedModule(nn.Module):
+    """Any other module with numbers of its own, in the copy's dtype."""
+
+    def __init__(self, live: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = copy.deepcopy(live).to(dtype).requires_grad_(False)
+        self._dtype = dtype
+
+    def refresh(self, live: nn.Module, _: None) -> None:
+        """Copy the live parameters and buffers."""
+        own = (*self.inner.parameters(), *self.inner.buffers())
+        theirs = (*live.parameters(), *live.buffers())
+        for mine, value in zip(own, theirs, strict=True):
+            mine.copy_(value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the inner module on arguments in its dtype."""
+        cast = [_cast(a, self._dtype) for a in args]
+        return self.inner(*cast, **{k: _cast(v, self._dtype) for k, v in kwargs.items()})
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """BatchNorm of eval mode as ``x * scale + shift``, both [C]."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value
+
+
+class AttackCopy(nn.Module):
+    """A model's attack copy. It knows the live model's parts by name and holds no reference to it.
+
+    Args:
+        model: the live model; it is traced in eval mode and keeps its own modes.
+        dtype: of weights and activations; logits come out in float32.
+
+    Raises:
+        Untraceable: with the reason, when the model cannot be copied.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+        graph = _trace(model)
+        parts = _copy_modules(graph, model, dtype)
+        constants = _copy_constants(graph, model)
+        graph.lint()
+        root: dict[str, Any] = {part.name: part.copy for part in parts}
+        root.update({name: value for name, (_, value) in constants.items()})
+        self.graph_module = fx.GraphModule(root, graph)
+        self._parts = [part for part in parts if isinstance(part.copy, _REFRESHED)]
+        self._constants = {name: path for name, (path, _) in constants.items()}
+        self.eval()
+        self.refresh(model)
+
+    @torch.no_grad()
+    def refresh(self, model: nn.Module) -> None:
+        """Copy the live model's weights and statistics into the copy's own memory."""
+        live = dict(model.named_modules())
+        for part in self._parts:
+            norm = live[part.norm] if part.norm is not None else None
+            part.copy.refresh(live[part.module], norm)  # type: ignore[operator]
+        for name, path in self._constants.items():
+            getattr(self.graph_module, name).copy_(operator.attrgetter(path)(model))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [B, C] in float32 of images [B, ...]."""
+        return self.graph_module(x).float()
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    for name, module in model.named_modules():
+        if _has_hooks(module):
+            raise Untraceable(f"module {name or type(model).__name__!r} has hooks")
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        graph = fx.Tracer().trace(model)
+    except Exception as error:  # tracing runs the model's own code, which may raise anything
+        reason = str(error).strip().splitlines()
+        raise Untraceable(f"it cannot be traced: {reason[0] if reason else error!r}") from error
+    finally:
+        for module, training in modes:
+            module.training = training
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise Untraceable(f"its forward takes {len(inputs)} arguments")
+    return graph
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, name, None) for name in names)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A copied module: its name in the copy, and the live module and folded BatchNorm by path."""
+
+    name: str
+    copy: nn.Module
+    module: str
+    norm: str | None
+
+
+_REFRESHED = (CopiedConv2d, CopiedScaleShift, CopiedModule)
+_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def _copy_modules(graph: fx.Graph, model: nn.Module, dtype: torch.dtype) -> list[_Part]:
+    """Copy the module of every call, so that one shared by two calls can be folded differently."""
+    live = dict(model.named_modules())
+    norms = _fold_norms(graph, live)
+    parts: list[_Part] = []
+    for node in list(graph.nodes):
+        if node.op != "call_module":
+            continue
+        path = str(node.target)
+        if isinstance(live[path], _NOTHING_IN_EVAL):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        norm = norms.get(node)
+        made = _copy_of(live[path], live[norm] if norm is not None else None, dtype)
+        node.target = f"part{len(parts)}"
+        parts.append(_Part(node.target, made, path, norm))
+    return parts
+
+
+def _copy_of(module: nn.Module, norm: nn.Module | None, dtype: torch.dtype) -> nn.Module:
+    if _is_plain_conv(module):
+        assert norm is None or _is_plain_norm(norm)
+        return CopiedConv2d(module, norm, dtype)
+    if _is_plain_norm(module):
+        return CopiedScaleShift(module, dtype)
+    if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+        return CopiedModule(module, dtype)
+    return copy.deepcopy(module)
+
+
+def _is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros"
+
+
+def _is_plain_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    return type(module) is nn.BatchNorm2d and module.running_mean is not None
+
+
+def _fold_norms(graph: fx.Graph, live: dict[str, nn.Module]) -> dict[fx.Node, str]:
+    """Take every BatchNorm that alone uses a convolution's result out of the graph: its path by node."""
+    folded: dict[fx.Node, str] = {}
+    for node in list(graph.nodes):
+        users = list(node.users)
+        if node.op != "call_module" or len(users) != 1 or users[0].op != "call_module":
+            continue
+        norm = str(users[0].target)
+        if _is_plain_conv(live[str(node.target)]) and _is_plain_norm(live[norm]):
+            users[0].replace_all_uses_with(node)
+            graph.erase_node(users[0])
+            folded[node] = norm
+    return folded
+
+
+def _copy_constants(graph: fx.Graph, model: nn.Module) -> dict[str, tuple[str, Tensor]]:
+    """Copy what the model's own code reads, parameters and buffers, each in its own dtype."""
+    names: dict[str, str] = {}
+    constants: dict[str, tuple[str, Tensor]] = {}
+    for node in graph.nodes:
+        if node.op != "get_attr":
+            continue
+        path = str(node.target)
+        if path not in names:
+            names[path] = f"constant{len(names)}"
+            value = operator.attrgetter(path)(model).detach().clone()
+            constants[names[path]] = (path, value)
+        node.target = names[path]
+    return constants

@@ -1,0 +1,109 @@
+"""What an attack maximises: per-sample objectives on logits, computed in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+OBJECTIVES = ("ce", "cw", "dlr", "kl")
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Objective:
+    """A loss to be raised (or, targeted, lowered) by moving the images.
+
+    Args:
+        loss: one of `OBJECTIVES` or a callable ``(logits, y) -> [B] or scalar``.
+        targeted: ``y`` holds the classes to be reached; the loss is lowered instead of raised.
+
+    Raises:
+        ValueError: unknown name, or a targeted ``"kl"``, which has no target.
+        TypeError: ``loss`` is neither a name nor callable.
+    """
+
+    def __init__(self, loss: str | LossFunction, targeted: bool = False) -> None:
+        self.name = loss if isinstance(loss, str) else getattr(loss, "__name__", "callable")
+        self.needs_clean_logits = loss == "kl"
+        self._sign = -1.0 if targeted else 1.0
+        if isinstance(loss, str):
+            if loss not in OBJECTIVES:
+                known = ", ".join(OBJECTIVES)
+                raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}")
+            if targeted and loss == "kl":
+                raise ValueError("loss 'kl' has no target; targeted must be False with it")
+        elif not callable(loss):
+            raise TypeError(f"loss must be a name or a callable, got {type(loss).__name__}")
+        self._loss = loss
+
+    def __call__(self, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
+        """The value to be raised.
+
+        Args:
+            logits: [B, C], any float dtype.
+            y: labels, or targets, [B] int64.
+            clean_logits: [B, C] of the unattacked images, for ``"kl"``.
+
+        Returns:
+            [B] float32, or a scalar where a callable returns one.
+
+        Raises:
+            ValueError: the callable's result is neither [B] nor a scalar.
+        """
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        if not isinstance(self._loss, str):
+            return self._sign * _checked_value(self._loss(logits, y), logits.shape[0])
+        if self._loss == "kl":
+            assert clean_logits is not None
+            return kl_objective(logits, clean_logits.to(logits.dtype))
+        return self._sign * _NAMED[self._loss](logits, y)
+
+
+def _checked_value(value: Tensor, batch: int) -> Tensor:
+    if value.dim() == 0 or value.shape == (batch,):
+        return value
+    raise ValueError(
+        f"loss must return a scalar or a tensor of shape ({batch},), got {tuple(value.shape)}"
+    )
+
+
+def ce_objective(logits: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of each sample, [B]."""
+    return F.cross_entropy(logits, y, reduction="none")
+
+
+def cw_objective(logits: Tensor, y: Tensor) -> Tensor:
+    """Margin ``max_{j != y} z_j - z_y``: positive where misclassified (Carlini and Wagner 2017, f6)."""
+    return _best_other(logits, y) - logits.gather(1, y[:, None])[:, 0]
+
+
+def dlr_objective(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio (Croce and Hein 2020, equation 6); needs at least three classes.
+
+    Raises:
+        ValueError: fewer than three classes.
+    """
+    if logits.shape[1] < 3:
+        raise ValueError(f"loss 'dlr' must have at least 3 classes, got {logits.shape[1]}")
+    top = logits.topk(3, dim=1).values
+    return cw_objective(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def kl_objective(logits: Tensor, clean_logits: Tensor) -> Tensor:
+    """KL(softmax(clean) || softmax(adversarial)) of each sample, [B] (TRADES, equation 5)."""
+    clean, log_adv = F.log_softmax(clean_logits, 1), F.log_softmax(logits, 1)
+    return (clean.exp() * (clean - log_adv)).sum(1)
+
+
+def _best_other(logits: Tensor, y: Tensor) -> Tensor:
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).amax(1)
+
+
+_NAMED: dict[str, LossFunction] = {
+    "ce": ce_objective,
+    "cw": cw_objective,
+    "dlr": dlr_objective,
+}

@@ -1,0 +1,28 @@
+"""Data sets, and the loader that serves them from the device."""
+
+from __future__ import annotations
+
+from fastadv.data.cifar import load_cifar10, load_cifar100
+from fastadv.data.datasets import dataset_names, load_dataset
+from fastadv.data.digits import load_digits
+from fastadv.data.errors import DataFormatError
+from fastadv.data.images import ImageData, Splits, from_dataset, from_tensors
+from fastadv.data.loader import Batch, Loader
+from fastadv.data.selection import split_validation, subset
+
+__all__ = [
+    "Batch",
+    "DataFormatError",
+    "ImageData",
+    "Loader",
+    "Splits",
+    "dataset_names",
+    "from_dataset",
+    "from_tensors",
+    "load_cifar10",
+    "load_cifar100",
+    "load_dataset",
+    "load_digits",
+    "split_validation",
+    "subset",
+]

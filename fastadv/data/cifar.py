@@ -1,0 +1,115 @@
+"""CIFAR-10 and CIFAR-100 from the official files, in the binary or the python layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastadv.data.cifar_binary import read_binary
+from fastadv.data.cifar_layout import (
+    CIFAR10,
+    CIFAR100,
+    SIDE,
+    CifarLayout,
+    Records,
+    SplitLayout,
+    concatenate,
+    require_file,
+)
+from fastadv.data.cifar_python import read_python
+from fastadv.data.content import check_content, check_file_md5
+from fastadv.data.images import ImageData, Splits
+
+
+def load_cifar10(root: str | Path, verify: bool = True) -> Splits:
+    """Read CIFAR-10; see `read_cifar`."""
+    return read_cifar(CIFAR10, root, verify)
+
+
+def load_cifar100(root: str | Path, verify: bool = True) -> Splits:
+    """Read CIFAR-100 with its 100 fine labels; see `read_cifar`."""
+    return read_cifar(CIFAR100, root, verify)
+
+
+def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Splits:
+    """Read both splits of a data set.
+
+    Args:
+        layout: which data set.
+        root: the unpacked folder (e.g. cifar-10-batches-bin) or its parent. If both layouts are
+            there, the binary one is read.
+        verify: check the content besides sizes and label ranges. CIFAR-10's records are compared
+            with the genuine ones in any order, CIFAR-100's python files with the official ones
+            byte by byte; of CIFAR-100's binary files only the structure of the labels is checked.
+            Turn it off for data that were changed on purpose.
+
+    Raises:
+        FileNotFoundError: if there is nothing at root, or a file is missing.
+        DataFormatError: if a file is not what it should be.
+    """
+    folder, is_binary = _find_folder(layout, Path(root).expanduser())
+    return Splits(
+        train=_read_split(layout, layout.train, "train", folder, is_binary, verify),
+        test=_read_split(layout, layout.test, "test", folder, is_binary, verify),
+    )
+
+
+def _find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
+    """The folder with the files, and whether they are in the binary layout."""
+    candidates = (
+        (root / layout.binary_folder, layout.train.binary_files + layout.test.binary_files, True),
+        (root, layout.train.binary_files + layout.test.binary_files, True),
+        (root / layout.python_folder, layout.train.python_files + layout.test.python_files, False),
+        (root, layout.train.python_files + layout.test.python_files, False),
+    )
+    for folder, names, is_binary in candidates:
+        # One file is enough: what else is missing is then reported by name.
+        if any((folder / name).is_file() for name in names):
+            return folder, is_binary
+    raise FileNotFoundError(
+        f"no {layout.name} at {root}{_state_of(layout, root)}; expected there a folder "
+        f"{layout.binary_folder} with {', '.join(candidates[0][1])} "
+        f"(each file of the training split: {layout.describe_binary(layout.train)}), or a folder "
+        f"{layout.python_folder} with {', '.join(candidates[2][1])}"
+    )
+
+
+def _state_of(layout: CifarLayout, root: Path) -> str:
+    """What is wrong with root, where that can be told."""
+    if not root.exists():
+        return " (there is no such folder)"
+    if not root.is_dir():
+        return " (it is a file, not a folder)"
+    stem = "-".join(layout.binary_folder.split("-")[:2])  # cifar-10 or cifar-100
+    archives = sorted(path.name for path in root.glob(f"{stem}-*.tar.gz"))
+    return f" (found {', '.join(archives)}: unpack it first)" if archives else ""
+
+
+def _read_split(
+    layout: CifarLayout,
+    split: SplitLayout,
+    split_name: str,
+    folder: Path,
+    is_binary: bool,
+    verify: bool,
+) -> ImageData:
+    parts: list[Records] = []
+    for name in split.binary_files if is_binary else split.python_files:
+        path = folder / name
+        require_file(path, (layout.describe_binary if is_binary else layout.describe_python)(split))
+        if is_binary:
+            parts.append(read_binary(path, layout, split))
+            continue
+        if verify and split.python_md5 is not None:
+            check_file_md5(path, split.python_md5)  # before anything in it is interpreted
+        parts.append(read_python(path, layout, split))
+    records = concatenate(parts)
+    if verify:
+        check_content(records, layout, split, split_name, folder)
+    return ImageData(
+        images=torch.from_numpy(records.pixels.reshape(-1, 3, SIDE, SIDE)),
+        labels=torch.from_numpy(records.labels).to(torch.int64),
+        num_classes=layout.num_classes,
+        name=f"{layout.name} {split_name}",
+    )

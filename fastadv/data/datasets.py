@@ -1,0 +1,41 @@
+"""Data sets by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastadv.data.cifar import load_cifar10, load_cifar100
+from fastadv.data.digits import load_digits
+from fastadv.data.images import Splits
+
+_FROM_FILES = {"cifar10": load_cifar10, "cifar100": load_cifar100}
+
+
+def dataset_names() -> list[str]:
+    """Return the names that `load_dataset` knows."""
+    return ["digits", *_FROM_FILES]
+
+
+def load_dataset(name: str, root: str | Path | None = None, verify: bool = True) -> Splits:
+    """Load a data set by name.
+
+    Args:
+        name: "digits" (embedded in scikit-learn), "cifar10" or "cifar100".
+        root: for CIFAR, the unpacked folder of the official files or its parent.
+        verify: for CIFAR, check that the content is the genuine one; see `read_cifar`.
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        ValueError: for an unknown name, or if root is missing.
+        FileNotFoundError: if a file is absent.
+        DataFormatError: if a file is damaged or is not the genuine one.
+    """
+    if name == "digits":
+        return load_digits()
+    if name not in _FROM_FILES:
+        raise ValueError(f"name must be one of {', '.join(dataset_names())}, got {name!r}")
+    if root is None:
+        raise ValueError(f"root must be the folder that holds the files of {name}, got None")
+    return _FROM_FILES[name](root, verify)

@@ -1,0 +1,42 @@
+"""The handwritten digits that scikit-learn carries: 1,797 real 8x8 scans, nothing to download."""
+
+from __future__ import annotations
+
+import torch
+
+from fastadv.data.images import ImageData, Splits
+from fastadv.data.selection import balanced_choice
+
+TEST_IMAGES = 500
+_SPLIT_SEED = 0  # part of the data set's definition: results are comparable only on one split
+_LEVELS = 16  # pixels are counts of set bits in 4x4 cells, 0..16
+
+
+def load_digits() -> Splits:
+    """Load the optical digits (Alpaydin and Kaynak, 1998) as [N, 1, 8, 8].
+
+    Pixels 0..16 become round(value * 255 / 16). The split is fixed: 500 test images, 50 of each
+    class, and 1,297 for training.
+
+    Raises:
+        ImportError: if scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits as load_bunch
+    except ImportError as error:
+        raise ImportError(
+            "data set 'digits' is read from scikit-learn, which cannot be imported "
+            f"({error}); install it with `pip install scikit-learn`"
+        ) from error
+    bunch = load_bunch()
+    counts = torch.from_numpy(bunch.images).to(torch.float64)  # [1797, 8, 8]
+    images = (counts * 255 / _LEVELS).round().to(torch.uint8)[:, None]
+    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    test = balanced_choice(labels, TEST_IMAGES, _SPLIT_SEED)
+    is_train = torch.ones(len(labels), dtype=torch.bool)
+    is_train[test] = False
+    everything = ImageData(images, labels, 10, "digits")
+    return Splits(
+        train=everything.select(is_train.nonzero().flatten(), "digits train"),
+        test=everything.select(test, "digits test"),
+    )

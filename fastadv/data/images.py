@@ -1,0 +1,180 @@
+"""Labelled images in memory: uint8, as the loader and the readers share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """Images with labels.
+
+    Attributes:
+        images: uint8 [N, C, H, W], 0..255.
+        labels: int64 [N], each in 0 .. num_classes - 1.
+        num_classes: number of classes.
+        name: what it is, for messages and logs, e.g. "cifar10 train".
+
+    Raises:
+        TypeError: if a dtype is another one.
+        ValueError: if shapes do not agree or a label is out of range.
+    """
+
+    images: Tensor
+    labels: Tensor
+    num_classes: int
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"images must be uint8, got {self.images.dtype}; see from_tensors")
+        if self.images.dim() != 4:
+            raise ValueError(f"images must be [N, C, H, W], got shape {tuple(self.images.shape)}")
+        if self.labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, got {self.labels.dtype}; see from_tensors")
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(
+                f"labels must be [N] with N = {len(self.images)} as in images, "
+                f"got shape {tuple(self.labels.shape)}"
+            )
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be >= 1, got {self.num_classes}")
+        _check_label_range(self.labels, self.num_classes)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def in_channels(self) -> int:
+        """Number of channels C."""
+        return self.images.shape[1]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def select(self, indices: Tensor, name: str | None = None) -> ImageData:
+        """Return the images at `indices` (int64 [M]) as data of their own."""
+        indices = indices.to(self.labels.device)
+        return replace(
+            self,
+            images=self.images[indices],
+            labels=self.labels[indices],
+            name=self.name if name is None else name,
+        )
+
+    def to(self, device: torch.device | str | None) -> ImageData:
+        """Return the same data on a device (None: where it is)."""
+        if device is None:
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """A data set's training and test images."""
+
+    train: ImageData
+    test: ImageData
+
+
+def from_tensors(
+    images: Tensor, labels: Tensor, num_classes: int | None = None, name: str = "tensors"
+) -> ImageData:
+    """Make data of a pair of tensors (or numpy arrays).
+
+    Args:
+        images: [N, C, H, W]; either uint8 in 0..255, or floating point in 0..1, which is rounded to
+            the nearest of the 256 levels.
+        labels: [N], any integer dtype.
+        num_classes: number of classes; by default the largest label + 1.
+        name: what to call it in messages.
+
+    Returns:
+        The data; uint8 images and int64 labels are not copied.
+
+    Raises:
+        TypeError: if images are neither uint8 nor floating point, or labels are not integers.
+        ValueError: if shapes do not agree, a pixel is not finite or outside 0..1, a label is out
+            of range, or there is nothing to infer num_classes from.
+    """
+    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    if labels.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if num_classes is None:
+        if labels.numel() == 0:
+            raise ValueError("num_classes must be given for empty labels, got None")
+        num_classes = int(labels.max()) + 1
+    return ImageData(_to_uint8(images), labels.to(torch.int64), num_classes, name)
+
+
+def from_dataset(
+    dataset: Dataset[Any], num_classes: int | None = None, name: str | None = None
+) -> ImageData:
+    """Read a whole map-style torch Dataset of (image, label) pairs into memory.
+
+    Args:
+        dataset: items (image, label); an image is a tensor [C, H, W] as `from_tensors` takes it,
+            or a PIL image or array [H, W] or [H, W, C] of uint8. All have one size.
+        num_classes: number of classes; by default the largest label + 1.
+        name: what to call it in messages; by default the dataset's class.
+
+    Raises:
+        ValueError: if the dataset is empty or its images differ in shape.
+        TypeError: for items of another kind.
+    """
+    length = len(cast(Sized, dataset))
+    if length == 0:
+        raise ValueError("dataset must have at least one item, got none")
+    items = [dataset[i] for i in range(length)]
+    images = [_item_image(image) for image, _ in items]
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(f"images of dataset must have one shape, got {sorted(shapes)[:3]}")
+    labels = torch.tensor([int(label) for _, label in items])
+    return from_tensors(torch.stack(images), labels, num_classes, name or type(dataset).__name__)
+
+
+def _item_image(image: object) -> Tensor:
+    """One image of a Dataset as [C, H, W]."""
+    if isinstance(image, Tensor):
+        return image
+    import numpy as np
+
+    pixels = torch.from_numpy(np.array(image))  # a copy: arrays of PIL images are read-only
+    if pixels.dtype != torch.uint8 or pixels.dim() not in (2, 3):
+        raise TypeError(
+            "an image of dataset must be a tensor [C, H, W] or a uint8 picture [H, W] or "
+            f"[H, W, C], got {type(image).__name__}"
+        )
+    return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
+    if images.numel() == 0:
+        return images.to(torch.uint8)
+    low, high = (float(value) for value in torch.aminmax(images))
+    if not (low >= 0 and high <= 1):  # also catches NaN
+        raise ValueError(f"floating-point images must be in 0..1, got {low} .. {high}")
+    return (images.to(torch.float32) * 255).round().to(torch.uint8)
+
+
+def _check_label_range(labels: Tensor, num_classes: int) -> None:
+    if labels.numel() == 0:
+        return
+    low, high = (int(value) for value in torch.aminmax(labels))
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must be in 0 .. {num_classes - 1}, got {low} .. {high}")

@@ -1,0 +1,71 @@
+"""Seeded, class-balanced choices of samples: subsets and hold-out splits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.data.images import ImageData
+from fastadv.seeding import derive_seed
+
+
+def subset(data: ImageData, n: int, seed: int = 0) -> ImageData:
+    """Choose n images, as evenly over the classes as the data allow.
+
+    The choice depends on the labels' order and the seed alone, and the subset of n contains that
+    of any smaller n.
+
+    Args:
+        data: what to choose from.
+        n: how many, 0 .. len(data).
+        seed: which choice.
+
+    Returns:
+        The chosen images in their original order.
+
+    Raises:
+        ValueError: if n is out of range.
+    """
+    chosen = balanced_choice(data.labels, n, seed)
+    return data.select(chosen, f"{data.name} (subset of {n}, seed {seed})")
+
+
+def split_validation(data: ImageData, n: int, seed: int = 0) -> tuple[ImageData, ImageData]:
+    """Hold out n images, as evenly over the classes as the data allow.
+
+    Args:
+        data: what to split, usually a training set.
+        n: how many to hold out, 0 .. len(data).
+        seed: which split.
+
+    Returns:
+        The remaining images and the held-out ones, both in their original order.
+
+    Raises:
+        ValueError: if n is out of range.
+    """
+    held_out = balanced_choice(data.labels, n, seed)
+    remaining = torch.ones(len(data), dtype=torch.bool)
+    remaining[held_out] = False
+    rest = data.select(remaining.nonzero().flatten(), f"{data.name} (without {n} held out)")
+    return rest, data.select(held_out, f"{data.name} ({n} held out)")
+
+
+def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
+    """Return n ascending indices into labels, int64 [n], evenly over the classes.
+
+    Every class is put in a seeded order, and the classes take turns until n are chosen. The order
+    comes from a hash of each index, so it is the same with every version of torch.
+    """
+    if not 0 <= n <= len(labels):
+        raise ValueError(f"n must be in 0 .. {len(labels)} (the size of the data), got {n}")
+    keys = [derive_seed(seed, "choice", index) for index in range(len(labels))]
+    order = sorted(range(len(labels)), key=keys.__getitem__)
+    turns: list[tuple[int, int, int]] = []  # (turn, class, index)
+    taken: dict[int, int] = {}
+    classes: list[int] = labels.tolist()
+    for index in order:
+        turn = taken.get(classes[index], 0)
+        taken[classes[index]] = turn + 1
+        turns.append((turn, classes[index], index))
+    return torch.tensor(sorted(index for _, _, index in sorted(turns)[:n]), dtype=torch.int64)

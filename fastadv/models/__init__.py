@@ -1,0 +1,34 @@
+"""Models for small images, all of them cut before their global pooling (`forward_features`)."""
+
+from __future__ import annotations
+
+from fastadv.models.preact_resnet import PreActResNet, preact_resnet18
+from fastadv.models.published import LoadReport, load_published_state_dict
+from fastadv.models.registry import create_model, model_names
+from fastadv.models.resnet import ResNet, resnet18
+from fastadv.models.small_cnn import SmallCNN, small_cnn
+from fastadv.models.split import FeatureSplit, Normalized, SplitModel, check_feature_split
+from fastadv.models.vgg import VGG, vgg16_bn
+from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
+
+__all__ = [
+    "VGG",
+    "FeatureSplit",
+    "LoadReport",
+    "Normalized",
+    "PreActResNet",
+    "ResNet",
+    "SmallCNN",
+    "SplitModel",
+    "WideResNet",
+    "check_feature_split",
+    "create_model",
+    "load_published_state_dict",
+    "model_names",
+    "preact_resnet18",
+    "resnet18",
+    "small_cnn",
+    "vgg16_bn",
+    "wrn_28_10",
+    "wrn_34_10",
+]

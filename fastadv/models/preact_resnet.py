@@ -1,0 +1,91 @@
+"""Pre-activation ResNet-18 for small images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.models.split import SplitModel, global_average
+
+
+class PreActBlock(nn.Module):
+    """BatchNorm and ReLU before each 3x3 convolution, [B, C, H, W] -> [B, C', H', W'].
+
+    A projecting shortcut starts from the activated input, as in He et al. (2016).
+    """
+
+    shortcut: nn.Sequential | None
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = None
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return residual(x) + shortcut, without an activation after the sum."""
+        activated = F.relu(self.bn1(x))
+        skip = x if self.shortcut is None else self.shortcut(activated)
+        out = self.conv2(F.relu(self.bn2(self.conv1(activated))))
+        return out + skip
+
+
+class PreActResNet(SplitModel):
+    """Pre-activation residual network (He et al., 2016, arXiv:1603.05027) in its CIFAR form.
+
+    State-dict names are those of the widely published CIFAR form (`conv1`,
+    `layer1.0.bn1`, `layer2.0.shortcut.0`, `linear`). Two variants circulate: with a last BatchNorm
+    and ReLU (`bn`), as in the paper and in the code of Rice et al. (2020) and AWP, and without.
+
+    Args:
+        blocks: number of blocks in each of the four stages.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+        final_norm: end in BatchNorm and ReLU, so that the feature map is activated.
+    """
+
+    bn: nn.BatchNorm2d | None
+
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        num_classes: int,
+        in_channels: int,
+        final_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = 512
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.layer1 = _stage(64, 64, blocks[0], stride=1)
+        self.layer2 = _stage(64, 128, blocks[1], stride=2)
+        self.layer3 = _stage(128, 256, blocks[2], stride=2)
+        self.layer4 = _stage(256, 512, blocks[3], stride=2)
+        self.bn = nn.BatchNorm2d(512) if final_norm else None
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the map before global pooling, [B, 512, H/8, W/8]."""
+        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return out if self.bn is None else F.relu(self.bn(out))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits [B, num_classes], or the pooled [B, 512] with `pre_logits`."""
+        pooled = global_average(features)
+        return pooled if pre_logits else self.linear(pooled)
+
+
+def _stage(in_planes: int, planes: int, count: int, stride: int) -> nn.Sequential:
+    first = PreActBlock(in_planes, planes, stride)
+    return nn.Sequential(first, *(PreActBlock(planes, planes, 1) for _ in range(count - 1)))
+
+
+def preact_resnet18(
+    num_classes: int = 10, in_channels: int = 3, final_norm: bool = True
+) -> PreActResNet:
+    """PreAct ResNet-18: 11,172,170 parameters for 10 classes (11,171,146 without `final_norm`)."""
+    return PreActResNet((2, 2, 2, 2), num_classes, in_channels, final_norm)

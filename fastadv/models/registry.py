@@ -1,0 +1,124 @@
+"""Models by name: our own, timm's, and factories of other packages."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from fastadv.models.preact_resnet import preact_resnet18
+from fastadv.models.resnet import resnet18
+from fastadv.models.small_cnn import small_cnn
+from fastadv.models.vgg import vgg16_bn
+from fastadv.models.wide_resnet import wrn_28_10, wrn_34_10
+
+ModelFactory = Callable[..., nn.Module]
+
+_FACTORIES: dict[str, ModelFactory] = {
+    "resnet18": resnet18,
+    "preact_resnet18": preact_resnet18,
+    "wrn_28_10": wrn_28_10,
+    "wrn_34_10": wrn_34_10,
+    "vgg16_bn": vgg16_bn,
+    "small_cnn": small_cnn,
+}
+
+
+def model_names() -> list[str]:
+    """Return the names of the models that fastadv has itself."""
+    return list(_FACTORIES)
+
+
+def create_model(
+    name: str, num_classes: int = 10, in_channels: int = 3, **options: Any
+) -> nn.Module:
+    """Build a model with fresh weights.
+
+    Args:
+        name: one of three forms:
+
+            - a name from `model_names()`; case does not matter, and "wrn-34-10" is "wrn_34_10";
+            - "timm:NAME" for any model of timm, which must be installed;
+            - "package.module:function" for a factory of your own, called with those of
+              `num_classes` and `in_channels` that it takes by name.
+        num_classes: number of logits, at least 1.
+        in_channels: channels of the images, at least 1.
+        **options: passed on to the factory, e.g. `final_norm=False` for "preact_resnet18".
+
+    Returns:
+        The model. Ours and most of timm's have the feature split; see `check_feature_split`.
+
+    Raises:
+        ValueError: for an unknown name or a number below 1.
+        ImportError: if timm or the factory's module cannot be imported.
+        TypeError: if a factory does not return a module.
+    """
+    for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
+        if value < 1:
+            raise ValueError(f"{argument} must be >= 1, got {value}")
+    source, colon, rest = name.partition(":")
+    if not colon:
+        factory = _own_factory(name)
+        return factory(num_classes=num_classes, in_channels=in_channels, **options)
+    if source == "timm":
+        return _create_timm(rest, num_classes, in_channels, options)
+    return _create_from_factory(source, rest, num_classes, in_channels, options)
+
+
+def _own_factory(name: str) -> ModelFactory:
+    key = name.lower().replace("-", "_")
+    if key in _FACTORIES:
+        return _FACTORIES[key]
+    close = difflib.get_close_matches(key, _FACTORIES, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ValueError(
+        f"name must be one of {', '.join(_FACTORIES)}, 'timm:NAME' or 'package.module:function', "
+        f"got {name!r}; {hint}".rstrip("; ")
+    )
+
+
+def _create_timm(
+    name: str, num_classes: int, in_channels: int, options: dict[str, Any]
+) -> nn.Module:
+    try:
+        timm: Any = importlib.import_module("timm")
+    except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
+        raise ImportError(
+            f"model 'timm:{name}' needs timm, which cannot be imported here ({error}). Install it "
+            "with `pip install timm`, together with a torchvision built for the installed torch"
+        ) from error
+    return timm.create_model(name, num_classes=num_classes, in_chans=in_channels, **options)
+
+
+def _create_from_factory(
+    module_name: str, attribute: str, num_classes: int, in_channels: int, options: dict[str, Any]
+) -> nn.Module:
+    label = f"{module_name}:{attribute}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"model {label!r}: no module named {error.name!r}; is its folder on PYTHONPATH?"
+        ) from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ImportError(f"model {label!r}: {module_name} has no function {attribute!r}")
+    offered = {"num_classes": num_classes, "in_channels": in_channels}
+    model = factory(**_accepted(factory, offered), **options)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model {label!r} must return a torch.nn.Module, got {type(model).__name__}"
+        )
+    return model
+
+
+def _accepted(factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
+    """Those of the offered arguments that the factory takes by name."""
+    parameters = inspect.signature(factory).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}

@@ -1,0 +1,76 @@
+"""ResNet-18 for small images."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.models.split import SplitModel, global_average
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with BatchNorm and a skip, [B, C, H, W] -> [B, C', H', W']."""
+
+    def __init__(self, in_planes: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != planes:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_planes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return relu(residual(x) + shortcut(x))."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(SplitModel):
+    """Residual network of He et al. (2015) in its CIFAR form: 3x3 stem, no first pooling.
+
+    The feature map of 32x32 images is [B, 512, 4, 4]; any size of at least 8x8 works.
+    The state dict has the names of the widely published CIFAR form (`conv1`, `bn1`,
+    `layer1.0.conv1`, `layer2.0.shortcut.0`, `linear`).
+
+    Args:
+        blocks: number of blocks in each of the four stages.
+        num_classes: number of logits.
+        in_channels: channels of the images.
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int):
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = 512
+        self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.layer1 = _stage(64, 64, blocks[0], stride=1)
+        self.layer2 = _stage(64, 128, blocks[1], stride=2)
+        self.layer3 = _stage(128, 256, blocks[2], stride=2)
+        self.layer4 = _stage(256, 512, blocks[3], stride=2)
+        self.linear = nn.Linear(512, num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the map before global pooling, [B, 512, H/8, W/8], after the last ReLU."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        return self.layer4(self.layer3(self.layer2(self.layer1(out))))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return logits [B, num_classes], or the pooled [B, 512] with `pre_logits`."""
+        pooled = global_average(features)
+        return pooled if pre_logits else self.linear(pooled)
+
+
+def _stage(in_planes: int, planes: int, count: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(in_planes, planes, stride)
+    return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(count - 1)))
+
+
+def resnet18(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+    """ResNet-18 in its CIFAR form: 11,173,962 parameters for 10 classes and 3 channels."""
+    return ResNet((2, 2, 2, 2), num_classes, in_channels)

@@ -1,0 +1,152 @@
+"""The feature split F(x) = g(h(x)) of every fastadv model, and normalisation that keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class FeatureSplit(Protocol):
+    """A model that can be cut in two just before its global pooling (timm's method names)."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return h(x), the map before global pooling: [B, 3, H, W] -> [B, C, H', W']."""
+        ...
+
+    def forward_head(self, features: Tensor) -> Tensor:
+        """Return the logits of features: [B, C, H', W'] -> [B, num_classes]."""
+        ...
+
+
+class SplitModel(nn.Module):
+    """Base of the models here: subclasses define the two halves, the whole is their composition.
+
+    Attributes:
+        num_features: length of the pooled vector that the classifier sees.
+        num_classes: number of logits.
+    """
+
+    num_features: int
+    num_classes: int
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the map before global pooling, [B, num_features, H', W']."""
+        raise NotImplementedError
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool and classify.
+
+        Args:
+            features: the result of `forward_features`, [B, num_features, H', W'].
+            pre_logits: stop after the pooling.
+
+        Returns:
+            Logits [B, num_classes], or the pooled vectors [B, num_features] with `pre_logits`.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits [B, num_classes] of images [B, C, H, W] in 0..1."""
+        return self.forward_head(self.forward_features(x))
+
+
+def global_average(features: Tensor) -> Tensor:
+    """Mean over height and width, [B, C, H, W] -> [B, C].
+
+    `mean` rather than adaptive pooling: its backward is deterministic on every device.
+    """
+    return features.mean(dim=(-2, -1))
+
+
+class Normalized(nn.Module):
+    """A model behind per-channel normalisation: model((x - mean) / std), so that x stays in 0..1.
+
+    Keeps the feature split of the model inside. `mean` and `std` are buffers [1, C, 1, 1], so they
+    travel in the state dict.
+
+    Args:
+        model: any module on normalised images.
+        mean: per-channel mean in units of the 0..1 image, or one number for all channels.
+        std: per-channel standard deviation, likewise; must be positive.
+
+    Raises:
+        ValueError: if mean and std differ in length, or std is not positive and finite.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mean: float | Sequence[float] | Tensor = 0.0,
+        std: float | Sequence[float] | Tensor = 1.0,
+    ) -> None:
+        super().__init__()
+        means, stds = _channel_buffer("mean", mean), _channel_buffer("std", std)
+        if means.shape != stds.shape:
+            raise ValueError(
+                f"mean and std must have the same number of channels, "
+                f"got {means.numel()} and {stds.numel()}"
+            )
+        if not bool((stds > 0).all()):
+            raise ValueError(f"std must be > 0 in every channel, got {stds.flatten().tolist()}")
+        self.model = model
+        self.register_buffer("mean", means)
+        self.register_buffer("std", stds)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return (x - mean) / std."""
+        return (x - self.mean) / self.std
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the inner model's map before global pooling for images in 0..1."""
+        return cast(Tensor, cast(Any, self.model).forward_features(self.normalize(x)))
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the inner model's logits, or its pooled vectors with `pre_logits`."""
+        head = cast(Any, self.model).forward_head
+        return cast(Tensor, head(features, pre_logits=True) if pre_logits else head(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the inner model's logits for images in 0..1."""
+        return cast(Tensor, self.model(self.normalize(x)))
+
+
+def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:
+    """A float32 copy of value as [1, C, 1, 1] (C = 1 broadcasts over any number of channels)."""
+    buffer = torch.as_tensor(value, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
+    if buffer.numel() == 0 or not bool(torch.isfinite(buffer).all()):
+        raise ValueError(f"{name} must be one finite number per channel, got {value!r}")
+    return buffer
+
+
+def check_feature_split(model: object) -> None:
+    """Check that a model has the two halves that feature-based methods need.
+
+    Args:
+        model: the model, possibly inside `Normalized`.
+
+    Raises:
+        TypeError: naming the methods that are missing.
+    """
+    if isinstance(model, Normalized):
+        check_feature_split(model.model)
+        return
+    halves = ("forward_features", "forward_head")
+    missing = [name for name in halves if not callable(getattr(model, name, None))]
+    if not missing:
+        return
+    hint = ""
+    if isinstance(getattr(model, "module", None), FeatureSplit):
+        hint = "; it wraps a model that has them, so pass `model.module`"
+    raise TypeError(
+        f"{type(model).__name__} has no {' and no '.join(missing)}. This method needs a model "
+        "that is cut before its global pooling: forward_features(x) -> [B, C, H, W] and "
+        f"forward_head(features) -> [B, num_classes], with "
+        f"forward(x) = forward_head(forward_features(x)){hint}"
+    )

@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
+
+
+@pytest.fixture(scope="session")
+def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the real CIFAR-10 in the official binary layout, where the data are at hand."""
+    if not _UNPACK.is_file():
+        pytest.skip("the CIFAR-10 sheets are not beside this repository")
+    if importlib.util.find_spec("PIL") is None:
+        pytest.skip("unpacking the CIFAR-10 sheets needs Pillow")
+    root = tmp_path_factory.mktemp("cifar10")
+    subprocess.run([sys.executable, str(_UNPACK), str(root)], check=True, capture_output=True)
+    yield root
+    shutil.rmtree(root)  # 180 MB that pytest would otherwise keep for three sessions
