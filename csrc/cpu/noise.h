@@ -66,22 +66,6 @@ FASTADV_INLINE int32_t near_gaussian(uint32_t word) {
   return int32_t((word & 0xff) + (word >> 8 & 0xff) + (word >> 16 & 0xff) + (word >> 24)) - 510;
 }
 
-// Where a sample's elements lie, in logical order: `planes` runs of `plane_size` elements. One run
-// for contiguous images, one per channel for channels-last ones.
-struct SampleLayout {
-  int64_t planes, plane_size, plane_stride, element_stride;
-};
-
-// The layout of t if its samples can be walked that way.
-inline std::optional<SampleLayout> sample_layout(const at::Tensor& t) {
-  const int64_t size = sample_size(t);
-  if (t.is_contiguous()) return SampleLayout{1, size, 0, 1};
-  if (t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast)) {
-    return SampleLayout{t.size(1), t.size(2) * t.size(3), 1, t.size(1)};
-  }
-  return std::nullopt;
-}
-
 // Calls f(logical index, offset in memory, element stride, count) for the runs that make up [begin,
 // end).
 template <class F>

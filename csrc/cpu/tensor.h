@@ -1,19 +1,17 @@
-// Host side of the CPU ops: layouts, dtype dispatch and argument checks on at::Tensor.
+// Host side of the CPU ops: dtype dispatch, argument checks and threads.
 #pragma once
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/empty_strided.h>
 #include <torch/library.h>
 
-#include <optional>
+#include <algorithm>
 
 #include "cpu/simd.h"
+#include "layout.h"
 
 namespace fastadv {
-
-using OptionalTensor = std::optional<at::Tensor>;
 
 // Calls f with a value of the storage type: f(float{}), f(BFloat16{}), ...
 template <class F>
@@ -36,32 +34,6 @@ void dispatch_float(at::ScalarType dtype, const char* argument, F&& f) {
 template <class T>
 T* data(const at::Tensor& t) {
   return static_cast<T*>(t.data_ptr());
-}
-
-// Elements of one sample.
-inline int64_t sample_size(const at::Tensor& t) { return t.size(0) ? t.numel() / t.size(0) : 0; }
-
-// True where memory is one dense run of samples, whatever the order of the inner axes.
-inline bool is_batch_major(const at::Tensor& t) {
-  return t.is_non_overlapping_and_dense() && (t.size(0) <= 1 || t.stride(0) == sample_size(t));
-}
-
-inline bool same_layout(const at::Tensor& a, const at::Tensor& b) {
-  for (int64_t i = 0; i < a.dim(); ++i) {
-    if (a.size(i) > 1 && a.stride(i) != b.stride(i)) return false;
-  }
-  return true;
-}
-
-inline at::Tensor batch_major(const at::Tensor& t) {
-  return is_batch_major(t) ? t : t.contiguous();
-}
-
-// t in the memory layout of a batch-major tensor of the same shape; t itself where it has it
-// already.
-inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& like) {
-  if (same_layout(t, like)) return t;
-  return at::empty_strided(t.sizes(), like.strides(), t.options()).copy_(t);
 }
 
 inline void check_shape(const at::Tensor& t, const char* name, const at::Tensor& like,

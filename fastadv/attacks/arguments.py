@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
+
 import torch
 from torch import Tensor, nn
 
@@ -27,14 +29,14 @@ def check_settings(
     """Check what does not depend on the batch.
 
     Raises:
-        TypeError: steps or restarts is no integer.
+        TypeError: a number is no number, or steps or restarts no integer.
         ValueError: a value out of range or an unknown word, named in the message.
     """
-    checks.check_finite_at_least_zero("eps", float(eps))
-    checks.check_finite_at_least_zero("alpha", float(alpha))
+    for name, number in (("eps", eps), ("alpha", alpha)):
+        check_number(name, number)
+        checks.check_finite_at_least_zero(name, float(number))
     for name, count in (("steps", steps), ("restarts", restarts)):
-        if not isinstance(count, int) or isinstance(count, bool):
-            raise TypeError(f"{name} must be an integer, got {count!r}")
+        check_integer(name, count)
         if count < 1:
             raise ValueError(f"{name} must be >= 1, got {count}")
     if restarts > 1 and not random_start:
@@ -42,16 +44,59 @@ def check_settings(
             f"restarts must be 1 without random_start, which would repeat one run; got {restarts}"
         )
     checks.check_choice("norm", norm, ("linf", "l2"))
+    if isinstance(bounds, (tuple, list)):
+        for number in bounds:
+            check_number("bounds", number)
     checks.check_bounds(bounds)
     checks.check_choice("precision", precision, PRECISIONS)
     checks.check_choice("engine", engine, ENGINES)
 
 
-def check_batch(x: Tensor, y: Tensor, model: object) -> None:
+def check_number(name: str, value: object) -> None:
+    """Require a Python or numpy number; a tensor or the text "8/255" is none.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        found = (
+            f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        )
+        raise TypeError(f"{name} must be a number, got {found}")
+
+
+def check_integer(name: str, value: object) -> None:
+    """Require a Python or numpy integer.
+
+    Raises:
+        TypeError: it is no integer.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+
+
+def check_seed(seed: object) -> int | None:
+    """Require None or an integer of 64 bits, and return it as Python's.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: it has more than 64 bits.
+    """
+    if seed is None:
+        return None
+    check_integer("seed", seed)
+    number = int(seed)  # type: ignore[call-overload]
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"seed must be in -2**63 .. 2**63 - 1, got {number}")
+    return number
+
+
+def check_batch(x: Tensor, y: Tensor, sample_ids: Tensor | None, model: object) -> None:
     """Check shapes, dtypes and devices of a batch; nothing is read from the device.
 
     Raises:
-        TypeError: ``x`` is no float tensor, ``y`` no int64 tensor, the model not callable.
+        TypeError: ``x`` is no float tensor, ``y`` no int64 tensor, ``sample_ids`` no tensor, the model not
+            callable.
         ValueError: shapes or devices do not fit.
     """
     if not callable(model):
@@ -66,6 +111,9 @@ def check_batch(x: Tensor, y: Tensor, model: object) -> None:
         raise ValueError(f"y must have shape ({x.shape[0]},), got {tuple(y.shape)}")
     if y.device != x.device:
         raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
+    if not isinstance(sample_ids, Tensor | None):
+        raise TypeError(f"sample_ids must be an int64 tensor, got {type(sample_ids).__name__}")
+    checks.check_sample_ids(sample_ids, x)
     device = module_device(model)
     if device is not None and device != x.device:
         raise ValueError(f"model must be on the device of x, {x.device}, got {device}")
@@ -82,8 +130,8 @@ def check_values(x: Tensor, y: Tensor, bounds: tuple[float, float], num_classes:
     found = torch.stack((low.double(), high.double(), first.double(), last.double())).tolist()
     if not (bounds[0] <= found[0] and found[1] <= bounds[1]):  # also where one of them is NaN
         raise ValueError(
-            f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:g} to "
-            f"{found[1]:g}; normalisation belongs inside the model"
+            f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
+            f"{found[1]:.9g}; normalisation belongs inside the model"
         )
     if not (found[2] >= 0 and found[3] < num_classes):
         raise ValueError(
@@ -101,9 +149,10 @@ def check_logits(logits: object, batch: int) -> None:
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[0] != batch:
+    if logits.dim() != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
         raise ValueError(
-            f"model must return logits of shape ({batch}, classes), got {tuple(logits.shape)}"
+            f"model must return logits of shape ({batch}, classes) with at least 2 classes, "
+            f"got {tuple(logits.shape)}"
         )
 
 

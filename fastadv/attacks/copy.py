@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastadv.attacks import convolution
+
 
 class Untraceable(Exception):
     """Why a model cannot be copied; the attack then runs the live model."""
@@ -27,6 +29,7 @@ class CopiedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, dtype: torch.dtype) -> None:
         super().__init__()
+        assert not isinstance(conv.padding, str)
         self.stride, self.padding = conv.stride, conv.padding
         self.dilation, self.groups = conv.dilation, conv.groups
         self.weight: Tensor
@@ -36,18 +39,27 @@ class CopiedConv2d(nn.Module):
         has_bias = conv.bias is not None or norm is not None
         bias = torch.empty(conv.out_channels, dtype=dtype, device=conv.weight.device)
         self.register_buffer("bias", bias if has_bias else None, persistent=False)
+        self.packed: PackedConv2d | None = None
+
+    def pack(self) -> None:
+        """Keep the weights in our own convolution's form instead, if it can do this one."""
+        if PackedConv2d.can_do(self):
+            self.packed = PackedConv2d(self)
+            self.weight = self.weight.new_empty(0)  # `forward` would read weights gone stale
 
     def refresh(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
         """Copy the live weights."""
-        if norm is None:
-            self.weight.copy_(conv.weight)
-            if self.bias is not None and conv.bias is not None:
-                self.bias.copy_(conv.bias)
-            return
-        assert self.bias is not None
-        scale, shift = scale_and_shift(norm)
-        self.weight.copy_(conv.weight * scale[:, None, None, None])
-        self.bias.copy_(shift if conv.bias is None else shift + conv.bias * scale)
+        scale, bias = None, conv.bias
+        if norm is not None:
+            scale, shift = scale_and_shift(norm)
+            bias = shift if bias is None else shift + bias * scale
+        if self.packed is not None:
+            self.packed.refresh(conv.weight, scale, bias)
+        else:
+            by_channel = None if scale is None else scale[:, None, None, None]
+            self.weight.copy_(conv.weight if by_channel is None else conv.weight * by_channel)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve in the copy's dtype."""
@@ -55,6 +67,55 @@ class CopiedConv2d(nn.Module):
         return F.conv2d(
             x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
         )
+
+    def input_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The gradient in ``x`` of a gradient at the result."""
+        return torch.ops.aten.convolution_backward(
+            gradient,
+            x.to(self.weight.dtype),
+            self.weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0, 0),
+            self.groups,
+            (True, False, False),
+        )[0]
+
+
+class PackedConv2d:
+    """A 3x3 convolution's filters as `fastadv.attacks.convolution` takes them, both directions."""
+
+    def __init__(self, conv: CopiedConv2d) -> None:
+        out_channels, in_channels = conv.weight.shape[:2]
+        self.out_channels = out_channels
+        self.forward = convolution.packed_filters(out_channels, in_channels)
+        self.backward = convolution.packed_filters(in_channels, out_channels)
+        self.bias = torch.empty(out_channels) if conv.bias is not None else None
+
+    @staticmethod
+    def can_do(conv: CopiedConv2d) -> bool:
+        """Whether our convolution computes this one on this processor."""
+        plain = (conv.stride, conv.padding, conv.dilation, conv.groups) == (
+            (1, 1),
+            (1, 1),
+            (1, 1),
+            1,
+        )
+        out_channels, in_channels, *size = conv.weight.shape
+        narrow = conv.weight.dtype == torch.bfloat16 and conv.weight.device.type == "cpu"
+        return (
+            plain and narrow and size == [3, 3] and convolution.supported(in_channels, out_channels)
+        )
+
+    def refresh(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        """Transform the live filters, folded in float32."""
+        torch.ops.fastadv.conv3x3_pack_(self.forward, weight, scale, False)
+        torch.ops.fastadv.conv3x3_pack_(self.backward, weight, scale, True)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
 
 
 class CopiedScaleShift(nn.Module):
@@ -64,20 +125,22 @@ class CopiedScaleShift(nn.Module):
         super().__init__()
         self.scale: Tensor
         self.shift: Tensor
-        device = norm.running_mean.device if norm.running_mean is not None else None
+        self._dtype = dtype
+        assert norm.running_mean is not None
         for name in ("scale", "shift"):
-            values = torch.empty(1, norm.num_features, 1, 1, dtype=dtype, device=device)
+            values = torch.empty_like(norm.running_mean, dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
 
     def refresh(self, norm: nn.BatchNorm2d, _: None) -> None:
         """Copy the live statistics and weights."""
         scale, shift = scale_and_shift(norm)
-        self.scale.copy_(scale.view(1, -1, 1, 1))
-        self.shift.copy_(shift.view(1, -1, 1, 1))
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift each channel."""
-        return torch.addcmul(self.shift, x.to(self.scale.dtype), self.scale)
+        scale, shift = (t.to(self._dtype).view(1, -1, 1, 1) for t in (self.scale, self.shift))
+        return torch.addcmul(shift, x.to(self._dtype), scale)
 
 
 class CopiedModule(nn.Module):
@@ -123,23 +186,28 @@ class AttackCopy(nn.Module):
     Args:
         model: the live model; it is traced in eval mode and keeps its own modes.
         dtype: of weights and activations; logits come out in float32.
+        pack: hold convolutions in the form of our own CPU kernel where it serves. Such a copy is run by
+            `fastadv.attacks.program.Program`, not called.
 
     Raises:
         Untraceable: with the reason, when the model cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype, pack: bool = False) -> None:
         super().__init__()
-        self.dtype = dtype
         graph = _trace(model)
         parts = _copy_modules(graph, model, dtype)
         constants = _copy_constants(graph, model)
+        _forbid_in_place(graph, parts)
         graph.lint()
         root: dict[str, Any] = {part.name: part.copy for part in parts}
         root.update({name: value for name, (_, value) in constants.items()})
         self.graph_module = fx.GraphModule(root, graph)
         self._parts = [part for part in parts if isinstance(part.copy, _REFRESHED)]
         self._constants = {name: path for name, (path, _) in constants.items()}
+        for part in parts:
+            if pack and isinstance(part.copy, CopiedConv2d):
+                part.copy.pack()
         self.eval()
         self.refresh(model)
 
@@ -175,6 +243,9 @@ def _trace(model: nn.Module) -> fx.Graph:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise Untraceable(f"its forward takes {len(inputs)} arguments")
+    result = next(node for node in graph.nodes if node.op == "output").args[0]
+    if not isinstance(result, fx.Node):
+        raise Untraceable(f"its forward returns a {type(result).__name__}, not one tensor")
     return graph
 
 
@@ -229,7 +300,11 @@ def _copy_of(module: nn.Module, norm: nn.Module | None, dtype: torch.dtype) -> n
 
 
 def _is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
-    return type(module) is nn.Conv2d and module.padding_mode == "zeros"
+    return (
+        type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
 
 
 def _is_plain_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
@@ -265,3 +340,39 @@ def _copy_constants(graph: fx.Graph, model: nn.Module) -> dict[str, tuple[str, T
             constants[names[path]] = (path, value)
         node.target = names[path]
     return constants
+
+
+def _forbid_in_place(graph: fx.Graph, parts: list[_Part]) -> None:
+    """Make in-place operations out-of-place: a copy's activations are read again by its backward pass.
+
+    Raises:
+        Untraceable: for an in-place method that has no plain counterpart here.
+    """
+    for part in parts:
+        for module in part.copy.modules():
+            if getattr(module, "inplace", False):
+                module.inplace = False  # type: ignore[assignment]
+    for node in graph.nodes:
+        if node.kwargs.get("inplace"):
+            node.kwargs = {**node.kwargs, "inplace": False}
+        if node.op == "call_function":
+            node.target = _OUT_OF_PLACE.get(node.target, node.target)
+        elif node.op == "call_method" and _is_in_place(str(node.target)):
+            plain = str(node.target)[:-1]
+            if not hasattr(Tensor, plain):
+                raise Untraceable(f"it calls the in-place method {node.target}")
+            node.target = plain
+
+
+def _is_in_place(method: str) -> bool:
+    return method.endswith("_") and not method.endswith("__")
+
+
+_OUT_OF_PLACE: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    torch.relu_: torch.relu,
+    F.relu_: F.relu,
+}

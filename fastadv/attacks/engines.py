@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastadv.attacks.arguments import COMPUTE_DTYPES, check_logits
 from fastadv.attacks.copy import AttackCopy, Untraceable
 from fastadv.attacks.frozen import frozen
+from fastadv.attacks.program import Program
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
@@ -47,9 +48,9 @@ class Engine(ABC):
             seed: of random numbers that modules draw in train mode.
         """
 
-    @abstractmethod
     def _forward(self, x: Tensor) -> Tensor:
         """Logits of a batch, differentiable in ``x``; called inside a session."""
+        raise NotImplementedError
 
     def images(self, x: Tensor) -> Tensor:
         """The images in the dtype and layout in which the attack moves them; ``x`` itself if they fit."""
@@ -109,7 +110,7 @@ class EagerEngine(Engine):
 
 
 class CopyEngine(Engine):
-    """Runs the attack copy, on a GPU compiled by ``torch.compile``."""
+    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
 
     name = "compiled"
 
@@ -133,6 +134,44 @@ class CopyEngine(Engine):
 
     def _forward(self, x: Tensor) -> Tensor:
         return self._run(x)
+
+
+class ProgramEngine(Engine):
+    """Runs the attack copy as a program of fused steps: bfloat16 on the CPU."""
+
+    name = "compiled"
+
+    def __init__(self, model: nn.Module, reason: str) -> None:
+        self._copy = AttackCopy(model, torch.bfloat16, pack=True)
+        self._program = Program(self._copy)
+        self.reason = reason
+
+    @contextmanager
+    def session(self, model: Model, seed: int) -> Iterator[None]:
+        """Bring the live weights over."""
+        assert isinstance(model, nn.Module)
+        self._copy.refresh(model)
+        yield
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last."""
+        return _channels_last(super().images(x))
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] without gradient."""
+        logits, _ = self._program.forward(x)
+        check_logits(logits, x.shape[0])
+        return logits.float()
+
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> Gradient:
+        """As in `Engine.gradient`; ``grad`` is bfloat16 and valid until the engine's next call."""
+        output, run = self._program.forward(x)
+        with torch.enable_grad():
+            logits = output.float().requires_grad_()
+            check_logits(logits, x.shape[0])
+            value = value_of(logits)
+            (at_logits,) = torch.autograd.grad(value.sum(), logits)
+        return Gradient(value.detach(), logits.detach(), self._program.backward(run, at_logits))
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -178,8 +217,10 @@ def make_engine(
         return EagerEngine(precision, "in fp32 the model's own operations run, bit for bit")
     if obstacle is None and isinstance(model, nn.Module):
         reason = "asked for" if engine != "auto" else "the model can be copied"
-        inductor = device.type == "cuda" and engine == "compiled"
         try:
+            if device.type == "cpu" and precision == "bf16":
+                return ProgramEngine(model, reason)
+            inductor = device.type == "cuda" and engine == "compiled"
             return CopyEngine(model, precision, reason, inductor)
         except Untraceable as error:
             obstacle = str(error)

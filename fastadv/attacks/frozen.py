@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 @contextmanager
-def frozen(model: object, *, train_mode: bool = False, seed: int = 0) -> Iterator[None]:
+def frozen(model: object, *, train_mode: bool = False, seed: int | None = None) -> Iterator[None]:
     """Freeze a module's parameters and set its mode; restore all of it on leaving, exceptions included.
 
     Inside, no parameter requires grad, so that an attack computes input gradients only. On leaving, every
-    module has its own mode back, every parameter its own ``requires_grad``. With ``train_mode`` the
-    buffers (BatchNorm's running statistics) and the random state that dropout used are put back too.
+    module has its own mode back, every parameter its own ``requires_grad``, and every buffer that a
+    forward pass can have changed (in train mode BatchNorm's statistics) its own value.
 
     Args:
-        model: an ``nn.Module``; any other callable is left alone.
+        model: an ``nn.Module``; of any other callable only the random numbers are governed.
         train_mode: run in train instead of eval mode.
-        seed: of the random numbers that modules draw in train mode.
+        seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
+            random state is put back. None leaves the random state alone.
     """
-    if not isinstance(model, nn.Module):
+    with ExitStack() as stack:
+        if isinstance(model, nn.Module):
+            stack.enter_context(_kept_modes(model))
+            stack.enter_context(_kept_buffers(model, train_mode))
+            model.train(train_mode)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+        if seed is not None:
+            stack.enter_context(_forked_random_state(model, seed))
         yield
-        return
+
+
+@contextmanager
+def _kept_modes(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.train(train_mode)
-        for parameter, _ in wanted:
-            parameter.requires_grad_(False)
-        if train_mode:
-            with _kept_buffers(model), _forked_random_state(model, seed):
-                yield
-        else:
-            yield
+        yield
     finally:
         for module, training in modes:
             module.training = training
@@ -44,19 +49,33 @@ def frozen(model: object, *, train_mode: bool = False, seed: int = 0) -> Iterato
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
-    saved: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in model.buffers()]
+def _kept_buffers(model: nn.Module, train_mode: bool) -> Iterator[None]:
+    """Keep the buffers' identities and values; in eval mode torch's own modules change none of theirs."""
+    saved = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        if train_mode or not type(module).__module__.startswith("torch.nn.modules.")
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in saved:
+            for module, name, buffer, value in saved:
                 buffer.copy_(value)
+                module._buffers[name] = buffer
 
 
 @contextmanager
-def _forked_random_state(model: nn.Module, seed: int) -> Iterator[None]:
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(d for d in devices if d is not None)):
-        torch.manual_seed(seed)
+def _forked_random_state(model: object, seed: int) -> Iterator[None]:
+    """Seed the generators of the CPU and of the model's GPUs, no others, and put them back on leaving."""
+    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
+    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+    if not isinstance(model, nn.Module) and torch.cuda.is_initialized():
+        devices.add(torch.cuda.current_device())
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
         yield

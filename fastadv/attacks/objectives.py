@@ -50,23 +50,29 @@ class Objective:
             [B] float32, or a scalar where a callable returns one.
 
         Raises:
-            ValueError: the callable's result is neither [B] nor a scalar.
+            TypeError: the callable's result is no tensor.
+            ValueError: the callable's result is neither [B] nor a scalar, or carries no gradient.
         """
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if not isinstance(self._loss, str):
-            return self._sign * _checked_value(self._loss(logits, y), logits.shape[0])
+            return self._sign * _checked_value(self._loss(logits, y), logits)
         if self._loss == "kl":
             assert clean_logits is not None
             return kl_objective(logits, clean_logits.to(logits.dtype))
         return self._sign * _NAMED[self._loss](logits, y)
 
 
-def _checked_value(value: Tensor, batch: int) -> Tensor:
-    if value.dim() == 0 or value.shape == (batch,):
-        return value
-    raise ValueError(
-        f"loss must return a scalar or a tensor of shape ({batch},), got {tuple(value.shape)}"
-    )
+def _checked_value(value: object, logits: Tensor) -> Tensor:
+    batch = logits.shape[0]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"loss must return a tensor, got {type(value).__name__}")
+    if value.dim() != 0 and value.shape != (batch,):
+        raise ValueError(
+            f"loss must return a scalar or a tensor of shape ({batch},), got {tuple(value.shape)}"
+        )
+    if torch.is_grad_enabled() and logits.requires_grad and not value.requires_grad:
+        raise ValueError("loss must return a value with a gradient in the logits, got one without")
+    return value
 
 
 def ce_objective(logits: Tensor, y: Tensor) -> Tensor:

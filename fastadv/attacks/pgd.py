@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import check_batch, check_settings, check_values
+from fastadv.attacks.arguments import check_batch, check_seed, check_settings, check_values
 from fastadv.attacks.engines import Engine, Model, make_engine, resolve_precision
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.rounding import round_towards
@@ -95,7 +96,7 @@ class PGD:
     ) -> None:
         self.settings = PGDSettings(eps, alpha, steps, random_start=random_start, **settings)
         self.model = model
-        self.seed = seed
+        self.seed = check_seed(seed)
         self.check_inputs = check_inputs
         self._engines = EngineCache()
 
@@ -122,18 +123,22 @@ class PGD:
             TypeError: as in `pgd_fused`.
             ValueError: as in `pgd_fused`.
         """
-        check_batch(x, y, self.model)
+        check_batch(x, y, sample_ids, self.model)
+        seed = check_seed(seed)
         if x.shape[0] == 0:
-            return x.clone()
+            return x.detach().clone()
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        engine = self._engines.engine(self.model, x, self.settings)
-        with engine.session(self.model, seed):
-            return _attack(engine, self.settings, x, y, seed, sample_ids, self.check_inputs)
+        with _own_context(x.device):
+            x, y = _usable(x), _usable(y)
+            engine = self._engines.engine(self.model, x, self.settings)
+            with engine.session(self.model, seed):
+                return _attack(engine, self.settings, x, y, seed, sample_ids, self.check_inputs)
 
     def engine_for(self, x: Tensor) -> Engine:
         """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
-        return self._engines.engine(self.model, x, self.settings)
+        with _own_context(x.device):
+            return self._engines.engine(self.model, x, self.settings)
 
 
 class EngineCache:
@@ -239,6 +244,18 @@ def pgd_fused(
     return attack(x, y, seed=seed, sample_ids=sample_ids)
 
 
+@contextmanager
+def _own_context(device: torch.device) -> Iterator[None]:
+    """Leave the caller's inference mode and autocast: the attack needs gradients and has its own precision."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor without its gradient; a copy if it is an inference tensor, which autograd refuses to save."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
 def _attack(
     engine: Engine,
     settings: PGDSettings,
@@ -258,15 +275,20 @@ def _attack(
         if unchecked:  # only now is the number of classes known
             check_values(x, y, settings.bounds, logits.shape[1])
             unchecked = False
-        return objective(logits, y, clean_logits)
+        value = objective(logits, y, clean_logits)
+        if settings.restarts > 1 and value.dim() == 0:
+            raise ValueError(
+                "loss must return one value per sample, [B], with restarts > 1; got a scalar"
+            )
+        return value
 
     best = _run(engine, settings, centre, value_of, seed, sample_ids)
     if settings.restarts > 1:
-        best_value = _final_value(engine, best, value_of)
+        best_value = value_of(engine.logits(best))
     for restart in range(1, settings.restarts):
         restart_seed = derive_seed(seed, "restart", restart)
         adv = _run(engine, settings, centre, value_of, restart_seed, sample_ids)
-        value = _final_value(engine, adv, value_of)
+        value = value_of(engine.logits(adv))
         better = value > best_value
         best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), adv, best)
         best_value = torch.where(better, value, best_value)
@@ -291,12 +313,3 @@ def _run(
         grad = engine.gradient(adv, value_of).grad
         pgd_step_(adv, grad, centre, eps, settings.alpha, norm, bounds)
     return adv
-
-
-def _final_value(engine: Engine, adv: Tensor, value_of: Callable[[Tensor], Tensor]) -> Tensor:
-    value = value_of(engine.logits(adv))
-    if value.dim() == 0:
-        raise ValueError(
-            "loss must return one value per sample, [B], with restarts > 1; got a scalar"
-        )
-    return value

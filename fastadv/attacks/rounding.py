@@ -23,15 +23,13 @@ def round_towards(adv: Tensor, x: Tensor) -> Tensor:
     if x.dtype == adv.dtype:
         return rounded
     centre, value = x.to(adv.dtype), rounded.to(adv.dtype)
-    outside = (value - centre).abs() > (adv - centre).abs()
+    outside = torch.where(adv >= centre, value > adv, value < adv)
     return torch.where(outside, _neighbour_towards(rounded, x), rounded)
 
 
 def _neighbour_towards(value: Tensor, target: Tensor) -> Tensor:
     """The next 16-bit float from ``value`` in the direction of ``target``."""
-    bits = (value + 0.0).view(
-        torch.int16
-    )  # + 0.0 turns -0.0 into 0.0, whose neighbours are then known
+    bits = value.view(torch.int16)
     grows_in_magnitude = (target > value) == (value > 0)
     stepped = torch.where(grows_in_magnitude, bits + 1, bits - 1)
     smallest = torch.where(target > 0, torch.ones_like(bits), torch.full_like(bits, -32767))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+# What every module has: modes, which the attack sets and restores, hooks and tensors, which are read below.
+_COMMON = frozenset(vars(nn.Module()))
 
 
 def structure_of(model: Any) -> tuple[Any, ...]:
@@ -16,8 +19,8 @@ def structure_of(model: Any) -> tuple[Any, ...]:
         model: a module; of another callable only the identity is known.
 
     Returns:
-        A tuple that is equal for two calls when no module was replaced, no plain attribute (a flag, a number)
-        changed, no hook added, and no parameter or buffer changed its shape, dtype or device.
+        A tuple that is equal for two calls when no module was replaced, no plain attribute (a flag, a number, a
+        function, a list of them) changed, no hook added, and no parameter or buffer changed its shape, dtype or device.
     """
     if not isinstance(model, nn.Module):
         return (id(model),)
@@ -30,13 +33,19 @@ def structure_of(model: Any) -> tuple[Any, ...]:
 def _plain_attributes(module: nn.Module) -> tuple[Any, ...]:
     hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
     hooks += len(module._backward_hooks) + len(module._backward_pre_hooks)
-    attributes = (
-        (name, value)
-        for name, value in vars(module).items()
-        # The attack restores the mode, and the copy is made in eval mode whatever it is now.
-        if name != "training" and isinstance(value, _PLAIN)
-    )
-    return (hooks, *attributes)
+    own = ((name, value) for name, value in vars(module).items() if name not in _COMMON)
+    return (hooks, *((name, _comparable(value)) for name, value in own))
+
+
+def _comparable(value: Any) -> Any:
+    """The value itself, a container's values, a function's identity; None for what cannot be compared."""
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(_comparable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((str(key), _comparable(item)) for key, item in value.items())
+    return id(value) if callable(value) and not isinstance(value, (Tensor, nn.Module)) else None
 
 
 def _tensors(module: nn.Module) -> tuple[Any, ...]:
