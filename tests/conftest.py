@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 _UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
@@ -25,3 +26,21 @@ def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     subprocess.run([sys.executable, str(_UNPACK), str(root)], check=True, capture_output=True)
     yield root
     shutil.rmtree(root)  # 180 MB that pytest would otherwise keep for three sessions
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Fill the memory that torch hands out with NaN, so that an element left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread, as networks this small run slower on more, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

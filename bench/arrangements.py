@@ -1,0 +1,269 @@
+"""The ways to run PGD and an ARREST step that `throughput.py` compares, each as its users would write it.
+
+A builder takes a `Task` and returns a function that does the whole job once. Builders of packages that are not
+installed raise ImportError.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fastadv
+from fastadv.trainers.arrest import Arrest, ArrestRecipe
+from fastadv.trainers.method import LossResult, Runtime, TrainBatch
+from fastadv.trainers.phases import PhaseTimer
+
+EPS, ALPHA = 8 / 255, 2 / 255
+LAMBDA, TAU = 50.0, 1.0  # at tau = 1 nothing is replayed: the step's full cost, (2K + 5) F
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One batch to attack or train on: a model in eval mode, images [B, 3, 32, 32] and labels."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    steps: int
+
+    def twin(self) -> nn.Module:
+        """The model again, for an arrangement that changes it."""
+        return copy.deepcopy(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+
+def plain_step(adv: Tensor, grad: Tensor, x: Tensor) -> Tensor:
+    """Step, projection and clip as papers' code has them."""
+    adv = adv + ALPHA * grad.sign()
+    return torch.min(torch.max(adv, x - EPS), x + EPS).clamp(0, 1)
+
+
+def start(x: Tensor) -> Tensor:
+    return (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+
+
+def attack_loop(forward: Callable[[Tensor], Tensor], x: Tensor, y: Tensor, steps: int) -> Tensor:
+    """PGD with `autograd.grad`, on whatever forward pass a user has made fast."""
+    adv = start(x)
+    for _ in range(steps):
+        leaf = adv.detach().requires_grad_()
+        loss = F.cross_entropy(forward(leaf), y)
+        adv = plain_step(leaf.detach(), torch.autograd.grad(loss, leaf)[0], x)
+    return adv
+
+
+def fp32_loop(task: Task) -> Run:
+    """B0, as papers write it: float32, NCHW, `loss.backward()` into all weights."""
+    model = task.twin()
+
+    def run() -> Tensor:
+        adv = start(task.x)
+        for _ in range(task.steps):
+            leaf = adv.detach().requires_grad_()
+            F.cross_entropy(model(leaf), task.y).backward()
+            assert leaf.grad is not None
+            adv = plain_step(leaf.detach(), leaf.grad, task.x)
+        model.zero_grad(set_to_none=True)
+        return adv
+
+    return run
+
+
+def torchattacks_pgd(task: Task) -> Run:
+    import torchattacks
+
+    attack = torchattacks.PGD(task.twin(), eps=EPS, alpha=ALPHA, steps=task.steps)
+    return lambda: attack(task.x, task.y)
+
+
+def foolbox_pgd(task: Task) -> Run:
+    import foolbox
+
+    wrapped = foolbox.PyTorchModel(task.twin(), bounds=(0, 1), device=task.device)
+    attack = foolbox.attacks.LinfPGD(abs_stepsize=ALPHA, steps=task.steps, random_start=True)
+    return lambda: attack(wrapped, task.x, task.y, epsilons=EPS)
+
+
+def autocast_loop(task: Task) -> Run:
+    """B2: bfloat16 autocast, channels-last, `autograd.grad`."""
+    model = task.twin().to(memory_format=torch.channels_last)
+    x = task.x.contiguous(memory_format=torch.channels_last)
+
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return model(images)
+
+    return lambda: attack_loop(forward, x, task.y, task.steps)
+
+
+def compiled_autocast_loop(task: Task, mode: str | None = None) -> Run:
+    """B3: B2 with frozen parameters under `torch.compile`."""
+    model = task.twin().requires_grad_(False).to(memory_format=torch.channels_last)
+    x = task.x.contiguous(memory_format=torch.channels_last)
+
+    @torch.compile(mode=mode)
+    def forward(images: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            return model(images)
+
+    return lambda: attack_loop(forward, x, task.y, task.steps)
+
+
+def folded(model: nn.Module) -> nn.Module:
+    """The model with BatchNorm folded by torch's own tool, frozen, bfloat16, channels-last."""
+    from torch.fx.experimental.optimization import fuse
+
+    narrow = fuse(copy.deepcopy(model).eval()).requires_grad_(False).bfloat16()
+    return narrow.to(memory_format=torch.channels_last)
+
+
+def compiled_folded_loop(task: Task, mode: str | None = None) -> Run:
+    """B4: BatchNorm folded by hand, bfloat16 weights, under `torch.compile`."""
+    model = torch.compile(folded(task.model), mode=mode)
+    x = task.x.contiguous(memory_format=torch.channels_last)
+    return lambda: attack_loop(lambda a: model(a.bfloat16()).float(), x, task.y, task.steps)
+
+
+def fastadv_pgd(task: Task) -> Run:
+    attack = fastadv.PGD(task.twin(), EPS, ALPHA, task.steps)
+    return lambda: attack(task.x, task.y)
+
+
+def fastadv_fp32(task: Task) -> Run:
+    attack = fastadv.PGD(task.twin(), EPS, ALPHA, task.steps, precision="fp32")
+    return lambda: attack(task.x, task.y)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    yield
+    model.train()
+
+
+def arrest_step(task: Task, attack: Callable[[nn.Module], Tensor], narrow: bool) -> Run:
+    """An ARREST step (AFT + RGKD + NR) in plain PyTorch around a given attack."""
+    model: Any = task.twin().train()
+    teacher: Any = task.twin().eval().requires_grad_(False)
+    x, y = task.x, task.y
+    if narrow:
+        model, teacher = (m.to(memory_format=torch.channels_last) for m in (model, teacher))
+        x = x.contiguous(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+
+    def run() -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=narrow):
+            with torch.no_grad(), evaluating(model):
+                wanted = teacher.forward_features(x)
+                drift = plain_distance(model.forward_features(x).float(), wanted.float())
+            with evaluating(model):
+                adv = attack(model)
+            noisy = (x + torch.empty_like(x).uniform_(-EPS, EPS)).clamp(0, 1)
+            images = torch.where((drift > TAU)[:, None, None, None], noisy, adv)
+            features = model.forward_features(images)
+            loss = F.cross_entropy(model.forward_head(features).float(), y)
+            loss = loss + LAMBDA * plain_distance(features.float(), wanted.float()).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def plain_distance(u: Tensor, v: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(u.flatten(1), v.flatten(1)).abs()
+
+
+def arrest_fp32(task: Task) -> Run:
+    """B0's training step: everything in float32, attack by `loss.backward()`."""
+
+    def attack(model: nn.Module) -> Tensor:
+        adv = start(task.x)
+        for _ in range(task.steps):
+            leaf = adv.detach().requires_grad_()
+            F.cross_entropy(model(leaf), task.y).backward()
+            assert leaf.grad is not None
+            adv = plain_step(leaf.detach(), leaf.grad, task.x)
+        return adv
+
+    return arrest_step(task, attack, narrow=False)
+
+
+def arrest_autocast(task: Task) -> Run:
+    """B2's training step."""
+    return arrest_step(
+        task, lambda model: attack_loop(model, task.x, task.y, task.steps), narrow=True
+    )
+
+
+def arrest_compiled(task: Task) -> Run:
+    """B3's training step: the attack on a compiled frozen copy, whose weights are copied every step."""
+    frozen = task.twin().requires_grad_(False).to(memory_format=torch.channels_last)
+    forward = torch.compile(frozen)
+    x = task.x.contiguous(memory_format=torch.channels_last)
+
+    def attack(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            frozen.load_state_dict(model.state_dict())
+        return attack_loop(forward, x, task.y, task.steps)
+
+    return arrest_step(task, attack, narrow=True)
+
+
+def arrest_fastadv(task: Task) -> Run:
+    """The trainer's own step, without its loop."""
+    from fastadv.attacks.engines import fast_bf16
+
+    model = task.twin().to(memory_format=torch.channels_last)
+    dtype = torch.bfloat16 if fast_bf16(task.device) else None
+    recipe = ArrestRecipe(steps=task.steps, phi=90.0)
+    runtime = Runtime(task.device, dtype, PhaseTimer(task.device))
+    method = Arrest(recipe, model, runtime, {"teacher": task.twin()})
+    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    x = task.x.contiguous(memory_format=torch.channels_last)
+    ids = torch.arange(len(x), device=task.device)
+
+    def update(result: LossResult) -> bool:
+        optimizer.zero_grad()
+        result.loss.backward()
+        optimizer.step()
+        return True
+
+    def run() -> None:
+        method.train_mode()
+        method.step(TrainBatch(x, task.y, ids, epoch=0, step=0, run_seed=0), update)
+
+    return run
+
+
+ATTACKS: dict[str, Callable[[Task], Run]] = {
+    "foolbox LinfPGD": foolbox_pgd,
+    "torchattacks PGD": torchattacks_pgd,
+    "B0 fp32, loss.backward()": fp32_loop,
+    "B2 bf16 autocast": autocast_loop,
+    "B3 torch.compile of B2, frozen": compiled_autocast_loop,
+    "B4 torch.compile, folded, bf16": compiled_folded_loop,
+    "fastadv fp32": fastadv_fp32,
+    "fastadv": fastadv_pgd,
+}
+STEPS: dict[str, Callable[[Task], Run]] = {
+    "B0 fp32, loss.backward()": arrest_fp32,
+    "B2 bf16 autocast": arrest_autocast,
+    "B3 torch.compile of the attack": arrest_compiled,
+    "fastadv": arrest_fastadv,
+}
+COMPILED = tuple(name for name in (*ATTACKS, *STEPS) if "torch.compile" in name)
+__all__ = ["ATTACKS", "COMPILED", "STEPS", "Run", "Task"]

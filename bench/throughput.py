@@ -1,0 +1,257 @@
+"""The headline benchmark: images per second of a PGD-10 attack and of an ARREST training step.
+
+    python bench/throughput.py                 ResNet-18, 3x32x32, batch 64; under 5 minutes on 2 cores
+    python bench/throughput.py --quick         under a minute: fewer rounds, nothing that compiles
+    python bench/throughput.py --model wrn_28_10 --batch 16 --only attack
+
+Every arrangement runs in this process, interleaved round by round (see `measure.py`). GFLOP/s count
+2 F per attack step and 3 F per training pass, F one forward pass: an arrangement that spends 3 F on a step
+gets no credit for the third. An ARREST step is counted as (2K + 3) F though its two feature passes cost 2 F more.
+Results go to bench/results: a JSON, and a picture beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from arrangements import ATTACKS, COMPILED, STEPS, Run, Task
+from measure import (
+    PeakMemory,
+    Seconds,
+    interleave,
+    machine,
+    machine_line,
+    synchronize,
+    text_table,
+    write_json,
+)
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastadv.models import create_model
+
+OURS = "fastadv"
+RESULTS = Path(__file__).parent / "results"
+
+
+def make_task(model_name: str, batch: int, steps: int, device: torch.device) -> Task:
+    """A random net with running statistics as a trained one has, and random images."""
+    torch.manual_seed(0)
+    model = create_model(model_name, 10, 3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    x, y = torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    return Task(model.eval().to(device), x.to(device), y.to(device), steps)
+
+
+def forward_flops(task: Task) -> int:
+    """F of the whole batch."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        task.model(task.x)
+    return counter.get_total_flops()
+
+
+def say(text: str) -> None:
+    """What is going on: one changing line on a terminal, a line each elsewhere."""
+    terminal = sys.stderr.isatty()
+    sys.stderr.write(f"\r\033[K{text}\r" if terminal else f"{text}\n")
+    sys.stderr.flush()
+
+
+def build_all(
+    builders: Mapping[str, Callable[[Task], Run]], task: Task, quick: bool
+) -> tuple[dict[str, Run], dict[str, Any], dict[str, str]]:
+    """Build and warm up: the runs, their facts (first call, peak memory), and why others are missing."""
+    runs: dict[str, Run] = {}
+    facts: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    for name, build in builders.items():
+        if quick and name in COMPILED:
+            missing[name] = "left out by --quick"
+            continue
+        say(f"preparing {name}")
+        peak = PeakMemory(task.device)
+        start = time.perf_counter()
+        try:
+            with peak:
+                runs[name] = build(task)
+                runs[name]()
+                synchronize(task.device)
+        except ImportError as error:
+            missing[name] = f"not installed ({error})"
+            continue
+        seconds = time.perf_counter() - start
+        if name in COMPILED:  # the compiler's own memory is not the arrangement's
+            peak = PeakMemory(task.device)
+            with peak:
+                runs[name]()
+                synchronize(task.device)
+        facts[name] = {"first_call_seconds": seconds, "peak_bytes": peak.bytes}
+    return runs, facts, missing
+
+
+def compare(
+    title: str, builders: Mapping[str, Callable[[Task], Run]], task: Task, flops: float, args: Any
+) -> dict[str, Any]:
+    """Run one comparison; returns its part of the JSON."""
+    runs, facts, missing = build_all(builders, task, args.quick)
+    times = interleave(runs, args.rounds, task.device, say)
+    images = len(task.x)
+    rows = {
+        name: {
+            **facts[name],
+            "seconds": seconds.to_dict(),
+            "images_per_second": images / seconds.median,
+            "gflops_per_second": flops / seconds.median / 1e9,
+            "speedup_of_fastadv": seconds.median / times[OURS].median,
+        }
+        for name, seconds in times.items()
+    }
+    return {"title": title, "flops": flops, "rows": rows, "missing": missing}
+
+
+def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
+    """Where an attack step's time goes: forward, input gradient, update; and the refresh per attack."""
+    from fastadv.attacks.engines import make_engine
+    from fastadv.ops import pgd_step_
+
+    engine = make_engine(task.model, task.device, "bf16", "compiled", False)
+    program = getattr(engine, "_program", None)
+    if program is None:
+        return {}
+    x = engine.images(task.x)
+    adv, gradient = x.clone(), torch.randn_like(x)
+    logits, _ = program.forward(x)
+    at_logits = torch.randn_like(logits)
+    passes: list[Any] = []
+
+    def forward() -> None:
+        passes[:] = [program.forward(x)[1]]
+
+    return interleave(
+        {
+            "refresh of the weights (once per attack)": lambda: engine._copy.refresh(task.model),
+            "forward": forward,
+            "input gradient": lambda: program.backward(passes[0], at_logits),
+            "update": lambda: pgd_step_(adv, gradient, x, 8 / 255, 2 / 255),
+        },
+        rounds,
+        task.device,
+    )
+
+
+def show(part: dict[str, Any]) -> str:
+    """One comparison as a table."""
+    header = [
+        "",
+        "images/s",
+        "seconds",
+        "(min to max)",
+        "GFLOP/s",
+        "peak MB",
+        "first call s",
+        "fastadv is",
+    ]
+    rows = []
+    for name, row in part["rows"].items():
+        s, peak = row["seconds"], row["peak_bytes"]
+        rows.append(
+            [
+                name,
+                f"{row['images_per_second']:.1f}",
+                f"{s['median']:.3f}",
+                f"{s['smallest']:.3f} to {s['largest']:.3f}",
+                f"{row['gflops_per_second']:.0f}",
+                "?" if peak is None else f"{peak / 1e6:.0f}",
+                f"{row['first_call_seconds']:.1f}",
+                "" if name == OURS else f"{row['speedup_of_fastadv']:.2f}x",
+            ]
+        )
+    lines = [part["title"], text_table(header, rows)]
+    return "\n".join([*lines, *(f"{name}: {why}" for name, why in part["missing"].items())])
+
+
+def draw(parts: list[dict[str, Any]], caption: str, path: Path) -> None:
+    """Bars of images per second, one panel per comparison."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 1.2 + 0.42 * sum(len(p["rows"]) + 2 for p in parts)))
+    FigureCanvasAgg(figure)
+    heights = [len(part["rows"]) for part in parts]
+    panels = figure.subplots(len(parts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, part in zip(panels, parts, strict=True):
+        names = list(part["rows"])[::-1]
+        values = [part["rows"][name]["images_per_second"] for name in names]
+        colours = ["#1f6f8b" if name.startswith(OURS) else "#b8c4c8" for name in names]
+        bars = panel.barh(names, values, color=colours)
+        panel.bar_label(bars, [f"{value:.1f}" for value in values], padding=4)
+        panel.set_title(part["title"], loc="left", fontsize=11)
+        panel.set_xlim(0, max(values) * 1.12)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel(f"images per second\n{caption}", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def parse_arguments() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="resnet18", help="a name fastadv.models knows")
+    parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--steps", type=int, default=10, help="attack steps, K")
+    parser.add_argument("--rounds", type=int, default=None, help="counted rounds (3; quick: 1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--only", choices=("attack", "training"), help="one of the two tables")
+    parser.add_argument("--quick", action="store_true", help="under a minute on 2 cores")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    args = parser.parse_args()
+    if args.quick:
+        args.steps = min(args.steps, 3)
+    args.rounds = args.rounds or (1 if args.quick else 3)
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    task = make_task(args.model, args.batch, args.steps, device)
+    flops, k = forward_flops(task), args.steps
+    shape = f"{args.model}, 3x32x32, batch {args.batch}"
+    facts = machine(device)
+    print(f"{machine_line(facts)}\n")
+    parts = []
+    if args.only != "training":
+        parts.append(compare(f"PGD-{k} attack, {shape}", ATTACKS, task, 2 * k * flops, args))
+        print(show(parts[-1]), end="\n\n", flush=True)
+    if args.only != "attack":
+        title = f"ARREST training step, K = {k}, {shape}"
+        parts.append(compare(title, STEPS, task, (2 * k + 3) * flops, args))
+        print(show(parts[-1]), end="\n\n", flush=True)
+    spent = {name: s.to_dict() for name, s in breakdown(task, 5).items()} if auto == "cpu" else {}
+    for name, seconds in spent.items():
+        print(f"{name:<42} {seconds['median'] * 1e3:8.2f} ms")
+    stem = f"throughput_{device.type}_{args.model}_b{args.batch}{'_quick' if args.quick else ''}"
+    content = {
+        "machine": facts,
+        "command": " ".join(sys.argv),
+        "rounds": args.rounds,
+        "comparisons": parts,
+        "breakdown": spent,
+    }
+    write_json(args.out / f"{stem}.json", content)
+    draw(parts, machine_line(facts), args.out / f"{stem}.png")
+    print(f"\nwritten: {args.out / stem}.json and .png")
+
+
+if __name__ == "__main__":
+    main()

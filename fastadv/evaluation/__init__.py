@@ -1,0 +1,40 @@
+"""Judging robust models: accuracy under attack, AutoAttack, trade-off metrics, checks and plots."""
+
+from __future__ import annotations
+
+from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
+from fastadv.evaluation.evaluate import evaluate
+from fastadv.evaluation.metrics import (
+    ARREST_CIFAR10_CURVE,
+    ARREST_CIFAR100_CURVE,
+    Cubic,
+    ardist,
+    cosine_similarity_to,
+    fit_cubic,
+    trade_off_sum,
+    wilson_interval,
+)
+from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
+from fastadv.evaluation.report import Report, Row, Stage
+from fastadv.evaluation.sanity import Finding, masking_checks
+
+__all__ = [
+    "ARREST_CIFAR10_CURVE",
+    "ARREST_CIFAR100_CURVE",
+    "AutoAttackResult",
+    "Cubic",
+    "Finding",
+    "Report",
+    "Row",
+    "Stage",
+    "TradeOffPoint",
+    "ardist",
+    "autoattack",
+    "cosine_similarity_to",
+    "evaluate",
+    "fit_cubic",
+    "masking_checks",
+    "plot_trade_off",
+    "trade_off_sum",
+    "wilson_interval",
+]

@@ -1,0 +1,186 @@
+"""State of an AutoAttack run on disk: one file per batch, so that an interrupted run can go on.
+
+A folder holds ``manifest.json``, which says what run it belongs to, and files ``apgd-ce-00003.pt``, one per
+attack and batch, each written atomically once its batch is finished. Which batches are still to do follows from
+the files alone: going through them in order rebuilds everything else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.evaluation.context import Model
+from fastadv.evaluation.samples import Samples
+from fastadv.files import write_atomically
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a state belongs to.
+
+    Attributes:
+        model: SHA-256 of the structure, parameters and buffers.
+        data: SHA-256 of images and labels.
+        settings: everything else that the result depends on.
+    """
+
+    model: str
+    data: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchRecord:
+    """What one attack did to one batch.
+
+    Attributes:
+        indices: [B] int64, the images attacked.
+        fooled: [M] int64, those of them that are now classified wrongly.
+        adversarial: [M, ...] float32, their adversarial images.
+        violations: counts of what was wrong with the returned images, fields of ``Violations``.
+        warnings: what the library logged.
+        seconds: wall-clock time.
+    """
+
+    indices: Tensor
+    fooled: Tensor
+    adversarial: Tensor
+    violations: dict[str, Any]
+    warnings: list[str]
+    seconds: float
+
+
+def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fingerprint:
+    """Identify a run.
+
+    Raises:
+        TypeError: when the model is not a module: the state of another callable could not be told apart.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
+    return Fingerprint(_hash_model(model), _hash_tensors(samples.images, samples.labels), settings)
+
+
+class AutoAttackState:
+    """The batches finished so far, in a folder that belongs to one run.
+
+    Args:
+        directory: the folder, made if missing.
+        identity: of the run.
+
+    Raises:
+        ValueError: when the folder belongs to another run or is no state.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: Fingerprint) -> None:
+        self.directory = Path(directory)
+        manifest = self.directory / _MANIFEST
+        if manifest.exists():
+            _check_same_run(manifest, identity)
+        elif self.directory.is_dir() and any(self.directory.glob("*.pt")):
+            raise ValueError(
+                f"{self.directory} holds .pt files but no {_MANIFEST}; choose another state_dir"
+            )
+        else:
+            write_atomically(
+                manifest, json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n"
+            )
+
+    def load(self, attack: str, batch: int, indices: Tensor) -> BatchRecord | None:
+        """The record of a batch, or None when it is not finished.
+
+        Raises:
+            ValueError: when the file is damaged or about other images; the message names it.
+        """
+        path = self._path(attack, batch)
+        if not path.exists():
+            return None
+        try:
+            record = BatchRecord(**torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read ({error!r}); delete it to redo the batch"
+            ) from error
+        if not torch.equal(record.indices, indices):
+            raise ValueError(
+                f"{path} is about other images than this run attacks; use a new state_dir"
+            )
+        return record
+
+    def save(self, attack: str, batch: int, record: BatchRecord) -> None:
+        """Keep the record of a finished batch."""
+        content = io.BytesIO()
+        torch.save({name: getattr(record, name) for name in record.__dataclass_fields__}, content)
+        write_atomically(self._path(attack, batch), content.getvalue())
+
+    def _path(self, attack: str, batch: int) -> Path:
+        return self.directory / f"{attack}-{batch:05d}.pt"
+
+
+def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+        kept = Fingerprint(found["model"], found["data"], found["settings"])
+        version = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} cannot be read ({error!r}); use a new state_dir") from error
+    if version != _FORMAT:
+        raise ValueError(
+            f"{manifest} has format {version}, this version reads {_FORMAT}; use a new state_dir"
+        )
+    wanted = json.loads(json.dumps(identity.settings))  # tuples are lists in JSON
+    differences = [
+        f"other {part}"
+        for part in ("model", "data")
+        if getattr(kept, part) != getattr(identity, part)
+    ]
+    differences += [
+        f"{name} was {kept.settings.get(name)!r} and is {wanted.get(name)!r}"
+        for name in sorted(kept.settings.keys() | wanted.keys())
+        if kept.settings.get(name) != wanted.get(name)
+    ]
+    if differences:
+        raise ValueError(
+            f"state_dir {manifest.parent} belongs to another run: {'; '.join(differences)}. "
+            "Use one folder per run."
+        )
+
+
+def _hash_model(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        kind = type(module)
+        digest.update(
+            f"{name}:{kind.__module__}.{kind.__qualname__}({module.extra_repr()})\n".encode()
+        )
+    # Buffers that are not in the state dict count too: they change the outputs all the same.
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name}\n".encode())
+        _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _hash_tensors(*tensors: Tensor) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        _update(digest, tensor)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    # As bytes, because numpy has no bfloat16.
+    flat = tensor.detach().cpu().contiguous().flatten()
+    digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")

@@ -1,0 +1,142 @@
+"""The state in which a model is judged: eval mode, frozen, float32 without TF32; put back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.attacks.frozen import frozen
+
+Model = nn.Module | Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def evaluation_mode(
+    model: Model, device: torch.device | str | None = None
+) -> Iterator[torch.device]:
+    """Hold a model in evaluation mode, in full float32, with frozen parameters.
+
+    Frozen parameters make attacks cheaper and keep those that call ``backward()`` from adding to ``.grad``.
+    On exit every module has its own training flag again, every parameter its ``requires_grad``, the model its
+    device and torch its precision settings.
+
+    Args:
+        model: a module; any other callable is taken as it is.
+        device: where to evaluate; by default where the model's parameters are, else the CPU.
+
+    Yields:
+        The device of the evaluation.
+
+    Raises:
+        TypeError: when parameters or buffers are floating point but not float32.
+    """
+    with ExitStack() as stack:
+        # First, so that a model moved inside a caller's inference mode gets ordinary parameters.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        home = _device_of(model)
+        target = torch.device(device) if device is not None else home
+        if isinstance(model, nn.Module):
+            check_float32(model)
+            stack.enter_context(frozen(model))
+            assert_eval(model)
+            if target != home:
+                stack.callback(model.to, home)
+                model.to(target)
+        stack.enter_context(full_float32())
+        stack.enter_context(torch.autocast(target.type, enabled=False))
+        yield target
+
+
+def check_float32(model: nn.Module) -> None:
+    """Require that every floating-point parameter and buffer is float32."""
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise TypeError(
+                f"model must be float32, {name} is {tensor.dtype}; convert it with model.float()"
+            )
+
+
+def assert_eval(model: Model) -> None:
+    """Require that no module is in training mode.
+
+    Raises:
+        RuntimeError: naming the first module that is.
+    """
+    if isinstance(model, nn.Module):
+        for name, module in model.named_modules():
+            if module.training:
+                raise RuntimeError(
+                    f"model must be in eval mode, {name or type(model).__name__} is in training mode"
+                )
+
+
+def _device_of(model: Model) -> torch.device:
+    if isinstance(model, nn.Module):
+        for tensor in chain(model.parameters(), model.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def private_generators(seed: int) -> Iterator[None]:
+    """Seed torch's default generators, and put all of them back on exit."""
+    # torch.manual_seed reaches the generators of every CUDA device, in use here or not.
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Switch off every reduced-precision form of float32 arithmetic, and restore the settings on exit.
+
+    torch keeps each setting twice, by its older names (``allow_tf32``) and its newer ones
+    (``fp32_precision``), and raises when the two disagree and the older name is read. So both are set, the older
+    first, because that changes the newer as well.
+    """
+    old_matmul = _read(torch.get_float32_matmul_precision)
+    old_cudnn = _read(lambda: torch.backends.cudnn.allow_tf32)
+    precisions = [(setting, setting.fp32_precision) for setting in _precision_settings()]
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        for setting, _ in precisions:
+            # "none" means "as its parent says", which resolves to full precision unless the parent says not.
+            if setting.fp32_precision not in ("ieee", "none"):
+                setting.fp32_precision = "ieee"
+        yield
+    finally:
+        if old_matmul is not None:
+            torch.set_float32_matmul_precision(old_matmul)
+        if old_cudnn is not None:
+            torch.backends.cudnn.allow_tf32 = old_cudnn
+        for setting, precision in precisions:
+            setting.fp32_precision = precision
+
+
+def _precision_settings() -> list[Any]:
+    """The settings that name an operation; their parents (``cuda.all``...) only give defaults."""
+    backends: Any = torch.backends  # its newer members are made at run time
+    return [
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.cudnn.rnn,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+        backends.mkldnn.rnn,
+    ]
+
+
+def _read(get: Callable[[], Any]) -> Any:
+    """A setting by its older name, or None where the newer names were used and it cannot be read."""
+    try:
+        return get()
+    except RuntimeError:
+        return None

@@ -1,0 +1,251 @@
+"""The trade-off plot: clean against robust accuracy, one labelled marker per method."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fastadv.evaluation.label_placement import Box, place_labels
+from fastadv.evaluation.metrics import Cubic
+from fastadv.evaluation.report import Report
+from fastadv.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0b5fa5", "#c44e00", "#2b7a3d", "#8a2f8c", "#a8182b", "#5b4a2f", "#00777a", "#555555")
+_MARKERS = ("o", "s", "^", "D", "v", "p", "<", "h")
+_GREY = "#858585"
+_LEADER_FROM = 18.0  # typographic points between marker and label from which a line joins them
+
+
+@dataclass(frozen=True)
+class TradeOffPoint:
+    """One method of the plot; everything in percent.
+
+    Attributes:
+        name: the label.
+        clean: clean accuracy.
+        robust: robust accuracy.
+        clean_interval: lower and upper end of its 95 % interval, None to draw no bar.
+        robust_interval: likewise.
+    """
+
+    name: str
+    clean: float
+    robust: float
+    clean_interval: tuple[float, float] | None = None
+    robust_interval: tuple[float, float] | None = None
+
+    @classmethod
+    def from_report(cls, name: str, report: Report, robust: str = "autoattack") -> TradeOffPoint:
+        """Take the figures from a report that has the rows ``"clean"`` and the one named by ``robust``."""
+        clean_row, robust_row = report["clean"], report[robust]
+        return cls(
+            name,
+            100 * clean_row.accuracy,
+            100 * robust_row.accuracy,
+            _percent(clean_row.interval),
+            _percent(robust_row.interval),
+        )
+
+
+def plot_trade_off(
+    points: Sequence[TradeOffPoint],
+    path: str | os.PathLike[str],
+    *,
+    curve: Cubic | None = None,
+    title: str | None = None,
+    robust_label: str = "Robust accuracy (%)",
+) -> Path:
+    """Draw clean against robust accuracy and save the picture as PNG.
+
+    Dotted lines join points of equal sum of the two.
+
+    Args:
+        points: at least one method; their labels are placed so that they do not overlap.
+        path: where the picture goes, ending in ``.png``; it is written atomically.
+        curve: a cubic to draw, such as the one ARDist measures from.
+        title: heading of the picture.
+        robust_label: name of the vertical axis.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ImportError: when matplotlib is not installed.
+        ValueError: for no points, or a path with another suffix.
+    """
+    if not points:
+        raise ValueError("points must hold at least one method, got none")
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"path must end in .png, got {os.fspath(path)!r}")
+    figure = draw_trade_off(points, curve=curve, title=title, robust_label=robust_label)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=160)
+    return write_atomically(path, image.getvalue())
+
+
+def draw_trade_off(
+    points: Sequence[TradeOffPoint],
+    *,
+    curve: Cubic | None = None,
+    title: str | None = None,
+    robust_label: str = "Robust accuracy (%)",
+) -> Figure:
+    """The figure that ``plot_trade_off`` saves, on a canvas of its own: pyplot and its backend are not touched."""
+    figure_class, canvas_class = _import_matplotlib()
+    figure = figure_class(figsize=(7.2, 5.4), layout="constrained")
+    canvas_class(figure)
+    axes = figure.add_subplot()
+    _set_limits(axes, points)
+    _draw_equal_sums(axes)
+    if curve is not None:
+        left, right = axes.get_xlim()
+        x = np.linspace(left, right, 200)
+        y = [curve(value) for value in x]
+        axes.plot(x, y, color=_GREY, linewidth=1.4, label="fitted cubic", zorder=2)
+        axes.legend(loc="lower left", frameon=False, fontsize=11)
+    for number, point in enumerate(points):
+        _draw_point(axes, point, number)
+    axes.set_xlabel("Clean accuracy (%)", fontsize=13)
+    axes.set_ylabel(robust_label, fontsize=13)
+    axes.tick_params(labelsize=11)
+    axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=14)
+    figure.draw_without_rendering()  # settles the layout, so that text can be measured
+    _write_labels(axes, points)
+    return figure
+
+
+def _import_matplotlib() -> tuple[Any, Any]:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install matplotlib") from error
+    return Figure, FigureCanvasAgg
+
+
+def _percent(interval: tuple[float, float]) -> tuple[float, float]:
+    return 100 * interval[0], 100 * interval[1]
+
+
+def _set_limits(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
+    """Show every bar, with room for labels around it, but not far beyond what an accuracy can be."""
+    clean = [v for p in points for v in (p.clean, *(p.clean_interval or ()))]
+    robust = [v for p in points for v in (p.robust, *(p.robust_interval or ()))]
+    for values, set_limits in ((clean, axes.set_xlim), (robust, axes.set_ylim)):
+        margin = max(0.18 * (max(values) - min(values)), 1.0)
+        set_limits(max(min(values) - margin, -2.0), min(max(values) + margin, 102.0))
+
+
+def _draw_equal_sums(axes: Axes) -> None:
+    """Lines of equal clean + robust at round sums, named where they leave the picture on the right."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    span = right + top - left - bottom
+    step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50) if span / s <= 9)
+    for total in np.arange(np.ceil((left + bottom) / step), (right + top) / step) * step:
+        axes.plot(
+            [left, right],
+            [total - left, total - right],
+            color=_GREY,
+            linewidth=0.8,
+            linestyle=(0, (1, 2.5)),
+            alpha=0.6,
+            zorder=1,
+        )
+        height = total - right
+        if bottom <= height <= top:
+            axes.annotate(
+                f"Sum {total:g}",
+                (right, height),
+                xytext=(4, 0),
+                textcoords="offset points",
+                fontsize=9.5,
+                color=_GREY,
+                va="center",
+                annotation_clip=False,
+            )
+
+
+def _draw_point(axes: Axes, point: TradeOffPoint, number: int) -> None:
+    axes.errorbar(
+        point.clean,
+        point.robust,
+        xerr=_bar(point.clean, point.clean_interval),
+        yerr=_bar(point.robust, point.robust_interval),
+        fmt=_MARKERS[number % len(_MARKERS)],
+        markersize=9,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        color=_colour(number),
+        ecolor=(_colour(number), 0.6),
+        elinewidth=1.1,
+        capsize=2.5,
+        zorder=3,
+    )
+
+
+def _bar(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+    return None if interval is None else [[value - interval[0]], [interval[1] - value]]
+
+
+def _write_labels(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
+    """Write the names of the methods where there is room, with a thin line to the marker if that is far."""
+    pixels = axes.figure.dpi / 72  # per typographic point
+    anchors = [tuple(axes.transData.transform((p.clean, p.robust))) for p in points]
+    texts = [
+        axes.annotate(
+            point.name,
+            (point.clean, point.robust),
+            xytext=(0, 0),
+            textcoords="offset points",
+            fontsize=11.5,
+            color=_colour(number),
+            ha="center",
+            va="center",
+            zorder=4,
+        )
+        for number, point in enumerate(points)
+    ]
+    extents = [text.get_window_extent() for text in texts]
+    sizes = [(extent.width, extent.height) for extent in extents]
+    obstacles = [box for point in points for box in _obstacles(axes, point, pixels)]
+    window = axes.get_window_extent()
+    frame = Box(window.x0, window.y0, window.x1, window.y1)
+    boxes = place_labels(anchors, sizes, obstacles, frame, pixels)
+    for number, (text, box, (x, y)) in enumerate(zip(texts, boxes, anchors, strict=True)):
+        # In points from the marker, so that the place holds at any resolution.
+        text.set_position(
+            (((box.left + box.right) / 2 - x) / pixels, ((box.bottom + box.top) / 2 - y) / pixels)
+        )
+        nearest = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
+        if np.hypot(nearest[0] - x, nearest[1] - y) > _LEADER_FROM * pixels:
+            ends = axes.transData.inverted().transform([(x, y), nearest])
+            axes.plot(ends[:, 0], ends[:, 1], color=_colour(number), linewidth=0.7, zorder=2)
+
+
+def _obstacles(axes: Axes, point: TradeOffPoint, pixels: float) -> list[Box]:
+    """Boxes of a marker and its bars, in pixels, with a little air."""
+    air = 2.5 * pixels
+    x, y = axes.transData.transform((point.clean, point.robust))
+    boxes = [Box(x - 2 * air, y - 2 * air, x + 2 * air, y + 2 * air)]
+    for interval, across in ((point.clean_interval, False), (point.robust_interval, True)):
+        if interval is not None:
+            ends = [(point.clean, v) if across else (v, point.robust) for v in interval]
+            (x0, y0), (x1, y1) = axes.transData.transform(ends)
+            boxes.append(Box(x0 - air, y0 - air, x1 + air, y1 + air))
+    return boxes
+
+
+def _colour(number: int) -> str:
+    return _COLOURS[number % len(_COLOURS)]

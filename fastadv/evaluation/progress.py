@@ -1,0 +1,39 @@
+"""What an evaluation says while it runs: bars on a terminal, one line per attack elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Progress:
+    """Progress on standard error, which keeps standard output free for the report."""
+
+    def __init__(self, enabled: bool = True) -> None:
+        self.enabled = enabled
+        self.on_terminal = enabled and sys.stderr.isatty()
+
+    def bar(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        """Go through items with a bar that disappears at the end."""
+        if not self.on_terminal:
+            yield from items
+            return
+        from tqdm import tqdm
+
+        yield from tqdm(
+            items, desc=label, total=total, leave=False, dynamic_ncols=True, unit="batch"
+        )
+
+    def line(self, text: str) -> None:
+        """Say one line that stays."""
+        if not self.enabled:
+            return
+        if self.on_terminal:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,306 @@
+"""The result of an evaluation: rows of figures, written and read as JSON, shown as CSV, text or markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from fastadv.evaluation.metrics import wilson_interval
+from fastadv.files import write_atomically
+
+Status = Literal["ok", "suspect", "invalid"]
+STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of an ensemble.
+
+    Attributes:
+        name: of the attack.
+        correct: images still classified correctly after it and all before it.
+    """
+
+    name: str
+    correct: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Accuracy under one attack.
+
+    Attributes:
+        name: of the attack.
+        n: images evaluated.
+        correct: images classified correctly under the attack.
+        eps: radius of the ball, 0 without an attack.
+        seed: what the random numbers followed from.
+        seconds: wall-clock time.
+        alpha: step size, where the attack has one.
+        steps: number of steps, where the attack has one.
+        status: ``"ok"``, ``"suspect"`` (may be too high) or ``"invalid"``.
+        notes: warnings and violations, one sentence each.
+        stages: for an ensemble, what was left after each of its attacks.
+    """
+
+    name: str
+    n: int
+    correct: int
+    eps: float
+    seed: int
+    seconds: float
+    alpha: float | None = None
+    steps: int | None = None
+    status: Status = "ok"
+    notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+        wilson_interval(self.correct, self.n)  # checks the counts
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images classified correctly."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy, fractions."""
+        return wilson_interval(self.correct, self.n)
+
+    def line(self) -> str:
+        """The row in one line of text."""
+        low, high = self.interval
+        text = (
+            f"{self.name}: {100 * self.accuracy:.2f} % ({self.correct}/{self.n}, "
+            f"95 % interval {100 * low:.2f} to {100 * high:.2f}), {self.seconds:.1f} s, {self.status}"
+        )
+        return text + "".join(f"\n  {note}" for note in self.notes)
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows of one evaluation and what they have in common.
+
+    Attributes:
+        rows: one per attack, in the order asked for.
+        model: class of the model.
+        data: name of the data.
+        norm: of the perturbations.
+        bounds: range of image values.
+        batch_size: images per pass; AutoAttack's figures depend on it.
+        device: where it ran.
+        versions: of the libraries that matter.
+    """
+
+    rows: tuple[Row, ...]
+    model: str = ""
+    data: str = ""
+    norm: str = "linf"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    batch_size: int = 0
+    device: str = "cpu"
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Row:
+        """The row of an attack.
+
+        Raises:
+            KeyError: naming the attacks there are.
+        """
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise KeyError(f"no row {name!r}, there are {', '.join(row.name for row in self.rows)}")
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a row of this name."""
+        return any(row.name == name for row in self.rows)
+
+    def __str__(self) -> str:
+        """The table as text."""
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types, with accuracies and intervals written out for other readers."""
+        content = asdict(self)
+        for entry, row in zip(content["rows"], self.rows, strict=True):
+            entry["accuracy"] = row.accuracy
+            entry["interval"] = row.interval
+        return {"format": _FORMAT, **json.loads(json.dumps(content))}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Report:
+        """Read back what ``to_dict`` gave.
+
+        Raises:
+            ValueError: for another format, or content that does not fit.
+        """
+        version = content.get("format") if isinstance(content, dict) else None
+        if version != _FORMAT:
+            raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
+        try:
+            values = {f.name: content[f.name] for f in fields(cls)}
+            values["rows"] = tuple(_row_from_dict(entry) for entry in content["rows"])
+            values["bounds"] = tuple(content["bounds"])
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"report is damaged: {error!r}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the report atomically, as its suffix says: ``.json``, ``.csv``, ``.md`` or ``.txt``.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        suffix = Path(path).suffix.lower()
+        if suffix not in _WRITERS:
+            raise ValueError(
+                f"path must end in one of {', '.join(_WRITERS)}, got {os.fspath(path)!r}"
+            )
+        return write_atomically(path, _WRITERS[suffix](self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read a report saved as JSON.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is not a report; the message names the file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per row; accuracies are fractions, notes are joined with semicolons."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(_CSV_COLUMNS)
+        for row in self.rows:
+            values = {**asdict(row), "accuracy": row.accuracy, "notes": "; ".join(row.notes)}
+            values["low"], values["high"] = row.interval
+            writer.writerow(["" if values[name] is None else values[name] for name in _CSV_COLUMNS])
+        return text.getvalue()
+
+    def table(self) -> str:
+        """An aligned plain-text table, with the notes below it."""
+        cells = [_HEADINGS, *(_cells(row) for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADINGS))]
+        lines = [_aligned(line, widths) for line in cells]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        notes = _notes(self.rows)
+        return "\n".join([self._caption(), "", *lines, *([""] if notes else []), *notes]) + "\n"
+
+    def markdown(self) -> str:
+        """A markdown table, with the notes below it."""
+        rule = ["---" if left else "---:" for left in _LEFT]
+        cells = [_HEADINGS, rule, *(_cells(row) for row in self.rows)]
+        lines = [
+            "| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in cells
+        ]
+        notes = [f"- {note}" for note in _notes(self.rows)]
+        return "\n".join([self._caption(), "", *lines, *([""] if notes else []), *notes]) + "\n"
+
+    def _caption(self) -> str:
+        parts = [part for part in (self.model, self.data) if part]
+        return ", ".join([*parts, f"{self.norm}, batches of {self.batch_size}, {self.device}"])
+
+
+_CSV_COLUMNS = (
+    *("name", "accuracy", "low", "high", "correct", "n", "eps", "alpha", "steps"),
+    *("seed", "seconds", "status", "notes"),
+)
+_HEADINGS = (
+    "attack",
+    "accuracy %",
+    "95 % interval",
+    "right",
+    "of",
+    "eps",
+    "seed",
+    "seconds",
+    "status",
+)
+_LEFT = (True, False, False, False, False, False, False, False, True)
+_WRITERS: dict[str, Callable[[Report], str]] = {
+    ".json": Report.to_json,
+    ".csv": Report.to_csv,
+    ".md": Report.markdown,
+    ".txt": Report.table,
+}
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the installed libraries on which figures depend."""
+    versions = {}
+    for name in ("fastadv", "torch", "pyautoattack"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _row_from_dict(entry: dict[str, Any]) -> Row:
+    values = {f.name: entry[f.name] for f in fields(Row)}
+    values["notes"] = tuple(entry["notes"])
+    values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])
+    return Row(**values)
+
+
+def format_eps(eps: float) -> str:
+    """Write eps as k/255 where it is one, else as a decimal number."""
+    k = round(eps * 255)
+    return f"{k}/255" if k > 0 and abs(eps * 255 - k) < 1e-6 and k < 255 else f"{eps:.4g}"
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    low, high = row.interval
+    return (
+        row.name,
+        f"{100 * row.accuracy:.2f}",
+        f"{100 * low:.2f} to {100 * high:.2f}",
+        str(row.correct),
+        str(row.n),
+        format_eps(row.eps) if row.eps else "-",
+        str(row.seed),
+        f"{row.seconds:.1f}",
+        row.status,
+    )
+
+
+def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
+    padded = (
+        cell.ljust(width) if left else cell.rjust(width)
+        for cell, width, left in zip(cells, widths, _LEFT, strict=True)
+    )
+    return "  ".join(padded).rstrip()
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """What goes below a table: what each of an ensemble's attacks left, then the warnings."""
+    notes = []
+    for row in rows:
+        if row.stages:
+            left = (
+                f"{100 * stage.correct / row.n:.2f} % after {stage.name}" for stage in row.stages
+            )
+            notes.append(f"{row.name}: {', '.join(left)}")
+        notes += [f"{row.name} is {row.status}: {note}" for note in row.notes]
+    return notes

@@ -1,0 +1,156 @@
+"""Running attacks over a data set: which images a model still gets right after them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.attacks import PGD
+from fastadv.evaluation.attack_list import Foreign, Gradient
+from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.samples import Samples
+from fastadv.evaluation.verify import Audit, logits_of, predict
+from fastadv.seeding import derive_seed
+
+# (x, y, indices of the images in the data) -> adversarial images
+Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack left of a model's accuracy.
+
+    Attributes:
+        robust: [N] bool on the CPU; false also where the clean image is classified wrongly.
+        problems: violations found, one sentence each.
+        seconds: wall-clock time.
+    """
+
+    robust: Tensor
+    problems: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model, already in evaluation mode, and the data and settings common to all attacks on it."""
+
+    model: Model
+    samples: Samples
+    norm: str
+    batch_size: int
+    device: torch.device
+    seed: int
+    progress: Progress = field(default_factory=lambda: Progress(False))
+
+    def check_labels(self) -> int:
+        """Require that the model knows all labels, and return its number of classes.
+
+        Raises:
+            ValueError: when a label is too large.
+        """
+        x, _ = self.samples.take(torch.tensor([0]), self.device)
+        classes = logits_of(self.model, x).shape[1]
+        largest = int(self.samples.labels.max())
+        if largest >= classes:
+            raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
+        return classes
+
+    def clean(self) -> Outcome:
+        """Which images are classified correctly without an attack."""
+        start = time.perf_counter()
+        correct = torch.zeros(len(self.samples), dtype=torch.bool)
+        for indices in self._bar("clean", torch.arange(len(self.samples))):
+            x, y = self.samples.take(indices, self.device)
+            correct[indices] = (predict(self.model, x) == y).cpu()
+        return Outcome(correct, (), time.perf_counter() - start)
+
+    def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
+        """Run FGSM or PGD on the images that are classified correctly.
+
+        Raises:
+            RuntimeError: when an adversarial image is not admissible, which is a fault of this package.
+        """
+        pgd = PGD(
+            self.model,
+            eps,
+            attack.alpha,
+            attack.steps,
+            attack.random_start,
+            norm=self.norm,
+            bounds=self.samples.bounds,
+            precision="fp32",
+            engine="eager",  # the model's own operations
+        )
+        seed = derive_seed(self.seed, f"evaluate/{attack.name}")
+
+        def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+            # Noise by image index: the result does not depend on how the images are batched.
+            return pgd(x, y, seed=seed, sample_ids=indices.to(x.device))
+
+        outcome = self._attack(attack.name, perturb, eps, correct)
+        if outcome.problems:
+            raise RuntimeError(
+                f"{attack.name} returned inadmissible images: {'; '.join(outcome.problems)}"
+            )
+        return outcome
+
+    def foreign(self, attack: Foreign, eps: float, correct: Tensor) -> Outcome:
+        """Run a callable of the user's on the images that are classified correctly.
+
+        torch's generators are seeded per batch and restored afterwards.
+
+        Raises:
+            RuntimeError: when the callable changed parameters or buffers of the model.
+        """
+        before = _versions(self.model)
+
+        def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+            with private_generators(
+                derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
+            ):
+                adv = attack.attack(self.model, x.clone(), y.clone())
+            if isinstance(self.model, nn.Module):
+                self.model.eval()
+            if _versions(self.model) != before:
+                raise RuntimeError(
+                    f"attack {attack.name!r} changed the model's parameters or buffers"
+                )
+            return adv
+
+        return self._attack(attack.name, perturb, eps, correct)
+
+    def _attack(self, name: str, perturb: Perturb, eps: float, correct: Tensor) -> Outcome:
+        start = time.perf_counter()
+        audit = Audit(eps, self.norm, self.samples.bounds)
+        robust = correct.clone()
+        for indices in self._bar(name, correct.nonzero().flatten()):
+            x, y = self.samples.take(indices, self.device)
+            adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+            robust[indices] = (predict(self.model, adv) == y).cpu()
+        return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
+
+    def _bar(self, label: str, indices: Tensor) -> Iterator[Tensor]:
+        batches = self.samples.batches(self.batch_size, indices)
+        return self.progress.bar(batches, label, len(batches))
+
+
+def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
+    """Adversarial images in float32 [B, ...], with the clean image where the audit rejects one."""
+    if isinstance(adv, Tensor) and adv.is_floating_point():
+        adv = adv.detach().to(x.device, torch.float32)
+    valid = audit.check(x, adv)
+    return torch.where(valid.view(-1, *[1] * (x.dim() - 1)), adv, x)
+
+
+def _versions(model: Model) -> tuple[int, ...]:
+    """How often each parameter and buffer was changed in place, as torch counts it."""
+    if not isinstance(model, nn.Module):
+        return ()
+    return tuple(tensor._version for tensor in chain(model.parameters(), model.buffers()))
