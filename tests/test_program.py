@@ -1,0 +1,169 @@
+"""Programs: the CPU engine's fused passes equal autograd on the same copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.attacks.copy import AttackCopy, CopiedConv2d
+from fastadv.attacks.program import ConvStep, Program, fused_steps
+from fastadv.models import create_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class Block(nn.Module):
+    """What programs must get right: a conv used twice, sizes read from activations, odd residuals."""
+
+    def __init__(self, variant: str) -> None:
+        super().__init__()
+        self.variant = variant
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(inplace=True)
+        )
+        self.a = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+        self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.norm = nn.BatchNorm2d(16)
+        self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
+        self.project = nn.Conv2d(16, 32, 1, stride=2)
+        self.last = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem((x - 0.5) / 0.25)
+        if self.variant == "residual":
+            out = self.b(F.relu(self.a(x)))
+            out += x
+            x = F.relu(out)
+        elif self.variant == "preact":
+            x = x + self.b(F.relu(self.norm(self.a(x) + x)))
+        elif self.variant == "shared":
+            x = F.relu(self.a(F.relu(self.a(x))))
+        elif self.variant == "same twice":
+            out = self.a(x)
+            x = torch.relu(out + out)
+        elif self.variant == "broadcast":
+            x = F.relu(self.a(x) + x.mean((2, 3), keepdim=True))
+        elif self.variant == "gate":
+            x = self.a(x) * torch.sigmoid(self.b(x))
+        x = F.relu(self.down(x) + self.project(x))
+        return self.last(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1))
+
+
+def settle(model: nn.Module, seed: int = 0) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
+            module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
+    return model.eval()
+
+
+def program_gradient(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    output, run = program.forward(x)
+    logits = output.float().requires_grad_()
+    (at_logits,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)
+    return logits.detach(), program.backward(run, at_logits).float().clone()
+
+
+def plain_gradient(
+    model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    leaf = x.clone().requires_grad_()
+    logits = model(leaf)
+    loss = F.cross_entropy(logits, y, reduction="sum")
+    return logits.detach(), torch.autograd.grad(loss, leaf)[0].float()
+
+
+def agree(model: nn.Module, x: Tensor, at_least: float = 0.95) -> None:
+    y = torch.arange(len(x)) % 5
+    program = Program(AttackCopy(model, torch.bfloat16, pack=True))
+    logits, gradient = program_gradient(program, x, y)
+    wanted_logits, wanted = plain_gradient(model, x, y)
+    assert gradient.shape == x.shape
+    assert torch.isfinite(gradient).all()
+    assert (logits - wanted_logits).norm() / wanted_logits.norm() < 0.05
+    cosine = F.cosine_similarity(gradient.flatten(1), wanted.flatten(1))
+    assert cosine.min() > at_least, cosine
+    ratio = gradient.flatten(1).norm(dim=1) / wanted.flatten(1).norm(dim=1)
+    assert (ratio - 1).abs().max() < 0.1, ratio
+
+
+VARIANTS = ("plain", "residual", "preact", "shared", "same twice", "broadcast", "gate")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_equals_autograd_on_the_live_model(variant: str) -> None:
+    torch.manual_seed(1)
+    agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "vgg16_bn", "small_cnn"])
+def test_gradient_of_library_models(name: str) -> None:
+    torch.manual_seed(1)
+    # Sixteen random layers without a shortcut leave any bfloat16 gradient, autograd's too, at .9.
+    at_least = 0.8 if name == "vgg16_bn" else 0.95
+    agree(settle(create_model(name, 10, 3)), torch.rand(2, 3, 32, 32), at_least)
+
+
+def test_resnet_is_fused_throughout() -> None:
+    """20 convolutions; ReLUs and residual additions all ride on them."""
+    copy = AttackCopy(settle(create_model("resnet18", 10, 3)), torch.bfloat16, pack=True)
+    steps = fused_steps(copy.graph_module)
+    convs = [step for step in steps if isinstance(step, ConvStep)]
+    assert len(convs) == 20
+    assert sum(step.rectifies for step in convs) == 17
+    assert sum(len(step.inputs) == 2 for step in convs) == 8
+    targets = {step.node.target for step in steps} - {step.node.target for step in convs}
+    assert targets.isdisjoint({F.relu, torch.relu})
+
+
+def test_memory_is_reused_and_results_repeat() -> None:
+    torch.manual_seed(1)
+    program = Program(AttackCopy(settle(Block("residual")), torch.bfloat16, pack=True))
+    x, y = torch.rand(4, 3, 10, 10), torch.arange(4)
+    first = program_gradient(program, x, y)
+    buffers = {b.data_ptr() for _, b in program._memory._taken}
+    for buffer in (b for _, b in program._memory._taken):
+        buffer.fill_(torch.nan)
+    second = program_gradient(program, x, y)
+    assert {b.data_ptr() for _, b in program._memory._taken} == buffers
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    smaller = program_gradient(program, x[:3], y[:3])
+    assert torch.equal(smaller[1], first[1][:3])
+    assert all(key[0] == 3 for key, _ in program._memory._taken)
+
+
+def test_weights_follow_the_live_model() -> None:
+    torch.manual_seed(1)
+    model = settle(Block("residual"))
+    copy = AttackCopy(model, torch.bfloat16, pack=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        model.norm.running_mean.add_(0.3)
+    copy.refresh(model)
+    x, y = torch.rand(4, 3, 10, 10), torch.arange(4)
+    _, gradient = program_gradient(Program(copy), x, y)
+    _, wanted = plain_gradient(model, x, y)
+    assert F.cosine_similarity(gradient.flatten(1), wanted.flatten(1)).min() > 0.95
+
+
+def test_packed_filters_replace_the_narrow_ones() -> None:
+    copy = AttackCopy(settle(Block("plain")), torch.bfloat16, pack=True)
+    convs = [part for part in copy.graph_module.children() if isinstance(part, CopiedConv2d)]
+    for conv in convs:
+        assert (conv.packed is None) == (conv.weight.numel() > 0)
+
+
+def test_detached_logits_are_an_error() -> None:
+    class Detached(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).detach()
+
+    program = Program(AttackCopy(settle(Detached("plain")), torch.bfloat16, pack=True))
+    with pytest.raises(ValueError, match="logits with a gradient in x"):
+        program_gradient(program, torch.rand(2, 3, 8, 8), torch.arange(2))
