@@ -18,7 +18,7 @@ def collect() -> dict[str, Any]:
         A dictionary that ``json.dumps`` takes: ``fastadv``, ``python``, ``platform``, ``packages``,
         ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops`` (backend by op and device type).
     """
-    from fastadv import __version__, _C
+    from fastadv import _C, __version__
     from fastadv.attacks import convolution
     from fastadv.attacks.engines import fast_bf16
     from fastadv.ops import REGISTRY
