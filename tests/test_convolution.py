@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks import convolution
+from fastadv.attacks.packed import GatherKernel, WinogradKernel, make_kernel
 
 OPS = torch.ops.fastadv
 # Of the result's norm. Winograd's transforms in bfloat16 cost half of this on random data, the direct sum .003.
@@ -36,7 +37,7 @@ def poisoned(*shape: int) -> Tensor:
 
 
 def pack(weight: Tensor, scale: Tensor | None, backward: bool) -> Tensor:
-    packed = convolution.packed_filters(*weight.shape[:2])
+    packed = torch.empty(weight.shape[:2].numel() * convolution.POINTS, dtype=torch.bfloat16)
     OPS.conv3x3_pack_(packed.fill_(torch.nan), weight, scale, backward)
     return packed
 
@@ -98,6 +99,71 @@ def test_every_tap_and_border(tap: int) -> None:
     assert (out.float() - wanted).abs().max() < 0.1
 
 
+# in, out, kernel, stride, padding, dilation, height, width
+GEOMETRIES = [
+    (16, 32, 3, 2, 1, 1, 8, 8),
+    (16, 32, 1, 2, 0, 1, 7, 9),
+    (32, 64, 1, 1, 0, 1, 5, 5),
+    (8, 80, 3, 2, 1, 1, 9, 5),
+    (16, 16, 5, 1, 2, 1, 6, 7),
+    (16, 24, 3, 1, 2, 2, 8, 6),
+    (10, 16, 4, 3, 1, 1, 11, 10),
+    (16, 16, 3, 3, 0, 1, 3, 7),
+]
+
+
+@needs_kernel
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
+    c, k, kernel, stride, padding, dilation, h, w = geometry
+    conv = nn.Conv2d(c, k, kernel, stride, padding, dilation)
+    scale = torch.rand(k) + 0.5
+    weight = (conv.weight * scale[:, None, None, None]).detach().double()
+    x = narrow((3, c, h, w), 0)
+    plain = F.conv2d(x.double(), weight, None, stride, padding, dilation)
+    add, mask = narrow(tuple(plain.shape), 1), narrow(tuple(plain.shape), 2)
+    bias = torch.randn(k)
+    forward, backward = make_kernel(conv, False), make_kernel(conv, True)
+    assert isinstance(forward, GatherKernel)
+    assert isinstance(backward, GatherKernel)
+    forward.refresh(conv.weight.detach(), scale)
+    backward.refresh(conv.weight.detach(), scale)
+
+    out = poisoned(*plain.shape)
+    forward.run(out, x, bias, add, None, True)
+    assert relative(out, F.relu(plain + bias[:, None, None] + add.double())) < 0.01
+    gradient, at_input = narrow(tuple(plain.shape), 3), poisoned(*x.shape)
+    backward.run(at_input, gradient, None, x, x, False)
+    wanted = torch.nn.grad.conv2d_input(
+        x.shape, weight, gradient.double(), stride, padding, dilation
+    )
+    assert relative(at_input, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
+    forward.run(out, x, None, None, mask, False)
+    assert (out[mask <= 0] == 0).all()
+
+
+@needs_kernel
+def test_three_channel_gradient_writes_three_channels() -> None:
+    conv = nn.Conv2d(3, 32, 3, padding=1)
+    kernel = make_kernel(conv, backward=True)
+    assert isinstance(kernel, WinogradKernel)
+    kernel.refresh(conv.weight.detach(), None)
+    gradient = narrow((2, 32, 6, 6), 0)
+    room = torch.full((2 * 6 * 6 * 3 + 64,), 7.0, dtype=torch.bfloat16)
+    out = room[: 2 * 6 * 6 * 3].view(2, 6, 6, 3).permute(0, 3, 1, 2)
+    kernel.run(out, gradient, None, None, None, False)
+    weight = conv.weight.detach().double()
+    wanted = torch.nn.grad.conv2d_input(out.shape, weight, gradient.double(), padding=1)
+    assert relative(out, wanted) < RELATIVE_ERROR
+    assert (room[2 * 6 * 6 * 3 :] == 7).all()
+
+
+def test_what_no_kernel_serves() -> None:
+    assert make_kernel(nn.Conv2d(32, 32, 3, padding=1, groups=2), False) is None
+    assert make_kernel(nn.Conv2d(3, 32, 3, padding=1), False) is None
+    assert make_kernel(nn.Conv2d(32, 32, 3, stride=(1, 2)), True) is None
+
+
 @needs_kernel
 def test_result_depends_neither_on_threads_nor_on_company() -> None:
     x, packed = narrow((40, 32, 12, 12), 0), pack(torch.randn(48, 32, 3, 3), None, False)
@@ -124,7 +190,7 @@ def test_bad_arguments_are_named() -> None:
         OPS.conv3x3_(out.contiguous().view(1, 16, 2, 8), x, packed, None, None, None, False)
     with pytest.raises(ValueError, match="x must be channels-last bfloat16"):
         OPS.conv3x3_(out, x.float(), packed, None, None, None, False)
-    with pytest.raises(ValueError, match="packed does not fit"):
+    with pytest.raises(ValueError, match="packed must be bfloat16 with"):
         OPS.conv3x3_(out, x, packed[:-1], None, None, None, False)
     with pytest.raises(ValueError, match="bias must be float32"):
         OPS.conv3x3_(out, x, packed, torch.zeros(15), None, None, False)

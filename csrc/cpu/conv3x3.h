@@ -9,21 +9,16 @@
 
 #include <cstdint>
 
+#include "cpu/conv_epilogue.h"
+
 namespace fastadv::conv3x3 {
 
 constexpr int kPoints = 36;  // products per tile: 6 x 6
 constexpr int kTile = 4;     // results of a tile in each direction
-constexpr int kWide = 64;    // output channels computed together: four vectors of 16 floats
-constexpr int kVector = 16;
 
-// What is done with a result before it is stored, in this order: + bias[c], + add, max(0, .), 0
-// where mask <= 0. Pointers may be null. `add` and `mask` are laid out as the result.
-struct Epilogue {
-  const float* bias;
-  const uint16_t* add;
-  const uint16_t* mask;
-  bool relu;
-};
+using conv::Epilogue;
+using conv::kVector;
+using conv::kWide;
 
 // Sizes of one convolution; images are dense channels-last bfloat16 [B, H, W, channels].
 struct Shape {
@@ -34,13 +29,11 @@ struct Shape {
   int64_t tiles() const { return batch * tiles_down() * tiles_across(); }
 };
 
-bool supported();
-
 // Memory that one task works in.
 int64_t scratch_bytes(const Shape& shape, int64_t tiles);
 
 // Transforms the filters of 16 output channels from `out` on and all input channels. weight(o, i)
-// points at 3x3 floats. The result is [36][blocks of 64 out][in / 2][64][2].
+// points at 3x3 floats. The result is [36][blocks of 64 out][in / 2][64][2], out padded to vectors.
 struct Filters {
   const float* weight;
   int64_t out_stride, in_stride;  // in floats

@@ -3,31 +3,21 @@
 #include "cpu/conv3x3.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
-
-#define FASTADV_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-#define FASTADV_AVX512_INLINE \
-  inline __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16"), always_inline))
+#include "cpu/conv_inner.h"
 
 namespace fastadv::conv3x3 {
+
+using conv::constant;
+using conv::load_bf16;
+using conv::store_bf16;
+
 namespace {
-
-FASTADV_AVX512_INLINE __m512 load_bf16(const uint16_t* p) {
-  return _mm512_castsi512_ps(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
-}
-
-FASTADV_AVX512_INLINE void store_bf16(uint16_t* p, __m512 v) {
-  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
-}
 
 // The transforms evaluate polynomials at 0, +-a, +-b and infinity. The usual +-1, +-2 make numbers
 // of very different sizes, and rounding them to bfloat16 twice the error: .025 of the result's norm
 // on normal data, against .011 with these.
 constexpr float kA = 0.625f, kA2 = kA * kA;
 constexpr float kB = 1.5f, kB2 = kB * kB;
-
-FASTADV_AVX512_INLINE __m512 constant(float value) { return _mm512_set1_ps(value); }
 
 // The transform of inputs along one axis.
 FASTADV_AVX512_INLINE void transform_input(__m512 (&r)[6], const __m512 (&d)[6]) {
@@ -96,90 +86,13 @@ FASTADV_AVX512 void gather_tile(uint16_t* v, int64_t stride, const uint16_t* x, 
   }
 }
 
-// m[rows][vectors * 16] = v[rows][channels] times a block of transformed filters [channels /
-// 2][vectors * 16][2].
-template <int rows, int vectors>
-FASTADV_AVX512 void multiply(float* m, const uint16_t* v, const uint16_t* filters,
-                             int64_t channels) {
-  __m512 sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_setzero_ps();
-  }
-  for (int64_t c = 0; c < channels; c += 2) {
-    __m512bh filter[vectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      filter[n] = (__m512bh)_mm512_loadu_si512(filters + (c * vectors + 2 * n) * kVector);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const __m512bh input = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(v + r * channels + c));
-#pragma GCC unroll 4
-      for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      _mm512_storeu_ps(m + (r * vectors + n) * kVector, sum[r][n]);
-    }
-  }
-}
-
-template <int vectors>
-void multiply_rows(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
-                   int64_t rows) {
-  while (rows > 0) {
-    // 6 x 4 sums fill the registers; a remainder is spread so that no group is tiny.
-    const int64_t groups = (rows + 5) / 6, now = (rows + groups - 1) / groups;
-    switch (now) {
-      case 6:
-        multiply<6, vectors>(m, v, filters, channels);
-        break;
-      case 5:
-        multiply<5, vectors>(m, v, filters, channels);
-        break;
-      case 4:
-        multiply<4, vectors>(m, v, filters, channels);
-        break;
-      case 3:
-        multiply<3, vectors>(m, v, filters, channels);
-        break;
-      case 2:
-        multiply<2, vectors>(m, v, filters, channels);
-        break;
-      default:
-        multiply<1, vectors>(m, v, filters, channels);
-        break;
-    }
-    m += now * vectors * kVector;
-    v += now * channels;
-    rows -= now;
-  }
-}
-
-FASTADV_AVX512_INLINE __m512 finish(__m512 value, const Epilogue& epilogue, int64_t at,
-                                    int64_t channel) {
-  if (epilogue.bias) value = _mm512_add_ps(value, _mm512_loadu_ps(epilogue.bias + channel));
-  if (epilogue.add) value = _mm512_add_ps(value, load_bf16(epilogue.add + at));
-  if (epilogue.relu) value = _mm512_max_ps(value, _mm512_setzero_ps());
-  if (epilogue.mask) {
-    const __mmask16 positive =
-        _mm512_cmp_ps_mask(load_bf16(epilogue.mask + at), _mm512_setzero_ps(), _CMP_GT_OQ);
-    value = _mm512_maskz_mov_ps(positive, value);
-  }
-  return value;
-}
-
 // Transforms one tile's 36 products back and stores its 4x4 results of `width` channels from
 // `channel` on.
 FASTADV_AVX512 void scatter_tile(uint16_t* out, const float* m, int64_t stride, int64_t width,
                                  const Shape& shape, const TilePlace& place, int64_t channel,
                                  const Epilogue& epilogue) {
   for (int64_t c = 0; c < width; c += kVector) {
+    const __mmask16 live = conv::lanes(shape.out_channels - channel - c);
     __m512 half[4][6];
     for (int j = 0; j < 6; ++j) {
       __m512 column[6], y[4];
@@ -194,33 +107,13 @@ FASTADV_AVX512 void scatter_tile(uint16_t* out, const float* m, int64_t stride, 
         const int64_t pixel =
             (place.image * shape.height + place.row + i) * shape.width + place.column + j;
         const int64_t at = pixel * shape.out_channels + channel + c;
-        store_bf16(out + at, finish(y[j], epilogue, at, channel + c));
+        conv::finish(out, y[j], epilogue, at, channel + c, live);
       }
     }
   }
 }
 
-void multiply_block(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
-                    int64_t rows, int64_t width) {
-  switch (width / kVector) {
-    case 4:
-      return multiply_rows<4>(m, v, filters, channels, rows);
-    case 3:
-      return multiply_rows<3>(m, v, filters, channels, rows);
-    case 2:
-      return multiply_rows<2>(m, v, filters, channels, rows);
-    default:
-      return multiply_rows<1>(m, v, filters, channels, rows);
-  }
-}
-
 }  // namespace
-
-bool supported() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-}
 
 int64_t scratch_bytes(const Shape& shape, int64_t tiles) {
   return kPoints * tiles * (shape.in_channels * 2 + kWide * 4);
@@ -228,18 +121,18 @@ int64_t scratch_bytes(const Shape& shape, int64_t tiles) {
 
 void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Shape& shape,
               const Epilogue& epilogue, int64_t first, int64_t count, void* scratch) {
-  const int64_t in = shape.in_channels;
+  const int64_t in = shape.in_channels, channels = conv::padded(shape.out_channels);
   float* m = static_cast<float*>(scratch);
   uint16_t* v = reinterpret_cast<uint16_t*>(m + kPoints * count * kWide);
   for (int64_t t = 0; t < count; ++t) {
     gather_tile(v + t * in, count * in, x, shape, place_of(shape, first + t));
   }
-  for (int64_t channel = 0; channel < shape.out_channels; channel += kWide) {
-    const int64_t width =
-        shape.out_channels - channel < kWide ? shape.out_channels - channel : kWide;
+  for (int64_t channel = 0; channel < channels; channel += kWide) {
+    const int64_t width = channels - channel < kWide ? channels - channel : kWide;
     for (int64_t point = 0; point < kPoints; ++point) {
-      const uint16_t* filters = packed + (point * shape.out_channels + channel) * in;
-      multiply_block(m + point * count * width, v + point * count * in, filters, in, count, width);
+      const uint16_t* filters = packed + (point * channels + channel) * in;
+      float* products = m + point * count * width;
+      conv::multiply_block(products, v + point * count * in, filters, in, count, width);
     }
     for (int64_t t = 0; t < count; ++t) {
       scatter_tile(out, m + t * width, count * width, width, shape, place_of(shape, first + t),
@@ -272,14 +165,16 @@ FASTADV_AVX512_INLINE void transform_sixteen(__m512 (&u)[6][6], const Filters& f
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i places = _mm512_mullo_epi32(lane, _mm512_set1_epi32(int32_t(f.out_stride)));
   const float* base = f.weight + out * f.out_stride + in * f.in_stride;
-  __m512 scale = _mm512_set1_ps(1);
+  const __mmask16 live = conv::lanes(f.out_channels - out);
+  __m512 scale = constant(1);
   if (f.scale) {
-    scale = f.scale_by_input ? _mm512_set1_ps(f.scale[in]) : _mm512_loadu_ps(f.scale + out);
+    scale = f.scale_by_input ? constant(f.scale[in]) : _mm512_maskz_loadu_ps(live, f.scale + out);
   }
   __m512 g[3][3];
   for (int k = 0; k < 9; ++k) {
     const int from = f.rotated ? 8 - k : k;
-    g[k / 3][k % 3] = _mm512_mul_ps(scale, _mm512_i32gather_ps(places, base + from, 4));
+    const __m512 taps = _mm512_mask_i32gather_ps(constant(0), live, places, base + from, 4);
+    g[k / 3][k % 3] = _mm512_mul_ps(scale, taps);
   }
   __m512 half[6][3];
   for (int j = 0; j < 3; ++j) {
@@ -293,8 +188,8 @@ FASTADV_AVX512_INLINE void transform_sixteen(__m512 (&u)[6][6], const Filters& f
 }  // namespace
 
 FASTADV_AVX512 void transform_filters(uint16_t* packed, const Filters& f, int64_t out) {
-  const int64_t block = out / kWide * kWide;
-  const int64_t width = f.out_channels - block < kWide ? f.out_channels - block : kWide;
+  const int64_t block = out / kWide * kWide, channels = conv::padded(f.out_channels);
+  const int64_t width = channels - block < kWide ? channels - block : kWide;
   for (int64_t in = 0; in < f.in_channels; in += 2) {
     __m512 even[6][6], odd[6][6];
     transform_sixteen(even, f, out, in);
@@ -305,8 +200,8 @@ FASTADV_AVX512 void transform_filters(uint16_t* packed, const Filters& f, int64_
           _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(even[point / 6][point % 6]));
       const __m512i high =
           _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(odd[point / 6][point % 6]));
-      uint16_t* to = packed + (point * f.out_channels + block) * f.in_channels + in * width +
-                     2 * (out - block);
+      uint16_t* to =
+          packed + (point * channels + block) * f.in_channels + in * width + 2 * (out - block);
       _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
     }
   }
@@ -318,7 +213,6 @@ FASTADV_AVX512 void transform_filters(uint16_t* packed, const Filters& f, int64_
 
 namespace fastadv::conv3x3 {
 
-bool supported() { return false; }
 int64_t scratch_bytes(const Shape&, int64_t) { return 0; }
 void transform_filters(uint16_t*, const Filters&, int64_t) {}
 void convolve(uint16_t*, const uint16_t*, const uint16_t*, const Shape&, const Epilogue&, int64_t,

@@ -3,11 +3,15 @@
 These are parts of the engine, not ops for users: they take packed filters and write into given memory. All
 images are dense channels-last bfloat16 [B, C, H, W]; every optional argument may be None.
 
-* ``conv3x3_supported(in_channels, out_channels)``: whether this processor and these channels are served.
+* ``conv3x3_supported(in_channels, out_channels)``: whether this processor and these channels are served:
+  AVX512-BF16, and input channels in multiples of 16.
 * ``conv3x3_pack_(packed, weight, scale, backward)``: transform filters [K, C, 3, 3], times ``scale`` [K], for
   the convolution or, ``backward``, for its gradient in the input.
 * ``conv3x3_(out, x, packed, bias, add, mask, relu)``: stride 1, padding 1, by Winograd's F(4x4, 3x3);
   ``out = where(mask > 0, relu(conv(x) + bias + add), 0)``.
+* ``conv_gather_(out, x, packed, tap_rows, tap_columns, steps, origin, bias, add, mask, relu)``: any kernel
+  and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
+  The same last pass as above.
 * ``channel_affine_(out, x, scale, shift, add, mask, relu)``: ``out = where(mask > 0, relu(x * scale + shift),
   0) + add`` with ``scale`` and ``shift`` [C].
 * ``merge_gradients_(out, x, add, mask)``: ``out = where(mask > 0, x + add, 0)``.
@@ -16,9 +20,10 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 POINTS = 36  # products per tile of F(4x4, 3x3)
+VECTOR = 16  # output channels are packed in multiples of this
+WIDE = 64  # and, for the gathering kernel, in blocks of this
 
 torch.library.define("fastadv::conv3x3_supported", "(int in_channels, int out_channels) -> bool")
 torch.library.define(
@@ -29,6 +34,11 @@ torch.library.define(
     "fastadv::conv3x3_",
     "(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, Tensor? add, Tensor? mask, bool relu)"
     " -> ()",
+)
+torch.library.define(
+    "fastadv::conv_gather_",
+    "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
+    "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
 )
 torch.library.define(
     "fastadv::channel_affine_",
@@ -43,8 +53,3 @@ torch.library.define(
 def supported(in_channels: int, out_channels: int) -> bool:
     """Whether this processor has our 3x3 convolution for these channels."""
     return torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
-
-
-def packed_filters(out_channels: int, in_channels: int) -> Tensor:
-    """Memory for the transformed filters of one convolution, or of its gradient."""
-    return torch.empty(POINTS * out_channels * in_channels, dtype=torch.bfloat16)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastadv.attacks import convolution
+from fastadv.attacks.packed import PackedConv2d
 
 
 class Untraceable(Exception):
@@ -41,10 +41,10 @@ class CopiedConv2d(nn.Module):
         self.register_buffer("bias", bias if has_bias else None, persistent=False)
         self.packed: PackedConv2d | None = None
 
-    def pack(self) -> None:
-        """Keep the weights in our own convolution's form instead, if it can do this one."""
-        if PackedConv2d.can_do(self):
-            self.packed = PackedConv2d(self)
+    def pack(self, conv: nn.Conv2d) -> None:
+        """Keep the weights in the forms of our own kernels, as far as they serve."""
+        self.packed = PackedConv2d(conv, self.bias is not None)
+        if self.packed.forward is not None and self.packed.backward is not None:
             self.weight = self.weight.new_empty(0)  # `forward` would read weights gone stale
 
     def refresh(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None) -> None:
@@ -55,7 +55,7 @@ class CopiedConv2d(nn.Module):
             bias = shift if bias is None else shift + bias * scale
         if self.packed is not None:
             self.packed.refresh(conv.weight, scale, bias)
-        else:
+        if self.weight.numel():
             by_channel = None if scale is None else scale[:, None, None, None]
             self.weight.copy_(conv.weight if by_channel is None else conv.weight * by_channel)
         if self.bias is not None and bias is not None:
@@ -83,39 +83,6 @@ class CopiedConv2d(nn.Module):
             self.groups,
             (True, False, False),
         )[0]
-
-
-class PackedConv2d:
-    """A 3x3 convolution's filters as `fastadv.attacks.convolution` takes them, both directions."""
-
-    def __init__(self, conv: CopiedConv2d) -> None:
-        out_channels, in_channels = conv.weight.shape[:2]
-        self.out_channels = out_channels
-        self.forward = convolution.packed_filters(out_channels, in_channels)
-        self.backward = convolution.packed_filters(in_channels, out_channels)
-        self.bias = torch.empty(out_channels) if conv.bias is not None else None
-
-    @staticmethod
-    def can_do(conv: CopiedConv2d) -> bool:
-        """Whether our convolution computes this one on this processor."""
-        plain = (conv.stride, conv.padding, conv.dilation, conv.groups) == (
-            (1, 1),
-            (1, 1),
-            (1, 1),
-            1,
-        )
-        out_channels, in_channels, *size = conv.weight.shape
-        narrow = conv.weight.dtype == torch.bfloat16 and conv.weight.device.type == "cpu"
-        return (
-            plain and narrow and size == [3, 3] and convolution.supported(in_channels, out_channels)
-        )
-
-    def refresh(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
-        """Transform the live filters, folded in float32."""
-        torch.ops.fastadv.conv3x3_pack_(self.forward, weight, scale, False)
-        torch.ops.fastadv.conv3x3_pack_(self.backward, weight, scale, True)
-        if self.bias is not None and bias is not None:
-            self.bias.copy_(bias)
 
 
 class CopiedScaleShift(nn.Module):
@@ -205,9 +172,12 @@ class AttackCopy(nn.Module):
         self.graph_module = fx.GraphModule(root, graph)
         self._parts = [part for part in parts if isinstance(part.copy, _REFRESHED)]
         self._constants = {name: path for name, (path, _) in constants.items()}
-        for part in parts:
-            if pack and isinstance(part.copy, CopiedConv2d):
-                part.copy.pack()
+        if pack:
+            live = dict(model.named_modules())
+            for part in parts:
+                module = live[part.module]
+                if isinstance(part.copy, CopiedConv2d) and isinstance(module, nn.Conv2d):
+                    part.copy.pack(module)
         self.eval()
         self.refresh(model)
 

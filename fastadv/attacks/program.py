@@ -161,16 +161,18 @@ class ConvStep(Step):
         self, node: fx.Node, conv: CopiedConv2d, x: fx.Node, residual: fx.Node | None, relu: bool
     ) -> None:
         super().__init__(node, [x] if residual is None else [x, residual], relu)
-        self._conv, self._x, self._residual = conv, x, residual
+        assert conv.packed is not None
+        self._conv, self._packed = conv, conv.packed
+        self._x, self._residual = x, residual
 
     def forward(self, run: Pass) -> None:
         """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
-        x, packed = _as_buffer(run.values[self._x]), self._conv.packed
+        x, packed = _as_buffer(run.values[self._x]), self._packed
         residual = None if self._residual is None else run.values[self._residual]
-        if packed is not None:
-            out = run.memory.take((x.shape[0], packed.out_channels, *x.shape[2:]))
+        if packed.forward is not None:
+            out = run.memory.take(packed.result_shape(x))
             residual = None if residual is None else _as_buffer(residual.expand(out.shape))
-            _OPS.conv3x3_(out, x, packed.forward, packed.bias, residual, None, self.rectifies)
+            packed.forward.run(out, x, packed.bias, residual, None, self.rectifies)
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
@@ -183,16 +185,15 @@ class ConvStep(Step):
         if self._residual is not None:
             shape = run.values[self._residual].shape  # smaller where the addition broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
-        x, packed = run.values[self._x], self._conv.packed
-        if packed is None:
+        x, kernel = run.values[self._x], self._packed.backward
+        if kernel is None:
             run.arrive_tensor(self._x, self._conv.input_gradient(gradient, x))
             return
-        filters = packed.backward
 
         def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
             add = None if add is None else _as_buffer(add)
             mask = None if mask is None else _as_buffer(mask)
-            _OPS.conv3x3_(out, gradient, filters, None, add, mask, False)
+            kernel.run(out, gradient, None, add, mask, False)
 
         run.arrive(self._x, x.shape, emit)
 
@@ -344,7 +345,7 @@ def fused_steps(module: fx.GraphModule) -> list[Step]:
     steps: list[Step] = []
     # Our own convolution adds a residual for nothing, so it takes an addition before any other may.
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
-    for node in sorted(convs, key=lambda n: parts[n].packed is None):
+    for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):
         steps.append(_conv_step(node, parts, covered))
     for node in nodes:
         part = parts.get(node)
@@ -367,6 +368,11 @@ def _conv_step(node: fx.Node, parts: dict[fx.Node, nn.Module], covered: set[fx.N
     relu = _only_user(end, lambda user: _is_relu(user, parts))
     covered.update({node, end, relu or end})
     return ConvStep(relu or end, conv, _input_of(node), residual, relu is not None)
+
+
+def _is_packed(part: nn.Module) -> bool:
+    packed = part.packed if isinstance(part, CopiedConv2d) else None
+    return packed is not None and packed.forward is not None
 
 
 def _input_of(node: fx.Node) -> fx.Node:

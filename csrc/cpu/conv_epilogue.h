@@ -1,0 +1,26 @@
+// What our convolutions do with a result before they store it.
+#pragma once
+
+#include <cstdint>
+
+namespace fastadv::conv {
+
+constexpr int kWide = 64;  // output channels computed together: four vectors of 16 floats
+constexpr int kVector = 16;
+
+// In this order: + bias[c], + add, max(0, .), 0 where mask <= 0. Pointers may be null. `add` and
+// `mask` are laid out as the result.
+struct Epilogue {
+  const float* bias;
+  const uint16_t* add;
+  const uint16_t* mask;
+  bool relu;
+};
+
+// Whether this processor has AVX512-BF16.
+bool supported();
+
+// Output channels as filters are packed: rounded up to whole vectors.
+constexpr int64_t padded(int64_t channels) { return (channels + kVector - 1) / kVector * kVector; }
+
+}  // namespace fastadv::conv

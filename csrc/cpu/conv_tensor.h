@@ -1,0 +1,71 @@
+// What the host sides of our convolutions share.
+#pragma once
+
+#include <memory>
+
+#include "cpu/conv_epilogue.h"
+#include "cpu/tensor.h"
+
+namespace fastadv::conv {
+
+// Scratch memory of a thread, kept between calls: fresh memory costs a page fault every 4 KiB.
+inline void* thread_scratch(int64_t bytes) {
+  thread_local std::unique_ptr<std::byte[]> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes + 64) {
+    memory.reset(new std::byte[bytes + 64]);
+    size = bytes + 64;
+  }
+  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
+}
+
+inline void check_dense(const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == sizes &&
+                        t.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    name, " must be channels-last bfloat16 of shape ", sizes, ", got ",
+                    t.scalar_type(), " of shape ", t.sizes());
+}
+
+inline void check_packed(const at::Tensor& packed, int64_t elements) {
+  TORCH_CHECK_VALUE(
+      packed.scalar_type() == at::kBFloat16 && packed.is_contiguous() && packed.numel() == elements,
+      "packed must be bfloat16 with ", elements, " elements for these channels, got ",
+      packed.numel());
+}
+
+inline const uint16_t* bits(const OptionalTensor& t) {
+  return t ? static_cast<const uint16_t*>(t->const_data_ptr()) : nullptr;
+}
+
+// The epilogue of a result, its tensors checked.
+inline Epilogue make_epilogue(const at::Tensor& out, const OptionalTensor& bias,
+                              const OptionalTensor& add, const OptionalTensor& mask, bool relu) {
+  if (add) check_dense(*add, "add", out.sizes());
+  if (mask) check_dense(*mask, "mask", out.sizes());
+  TORCH_CHECK_VALUE(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
+                              bias->numel() == out.size(1)),
+                    "bias must be float32 of shape [", out.size(1), "]");
+  return {bias ? bias->const_data_ptr<float>() : nullptr, bits(add), bits(mask), relu};
+}
+
+// Splits `total` units into tasks of about `wanted`, the same number for every thread. Results do
+// not depend on it.
+inline int64_t even_share(int64_t total, int64_t wanted) {
+  const int64_t threads = at::get_num_threads(), units = std::max<int64_t>(total, 1);
+  const int64_t tasks = (units + wanted - 1) / wanted;
+  const int64_t even_tasks = (tasks + threads - 1) / threads * threads;
+  return (units + even_tasks - 1) / even_tasks;
+}
+
+// Runs f(first, count, scratch) over [0, total) in shares of `share`, in parallel.
+template <class Bytes, class F>
+void parallel_shares(int64_t total, int64_t share, const Bytes& scratch_bytes, const F& f) {
+  at::parallel_for(0, (total + share - 1) / share, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task * share, count = std::min(share, total - first);
+      f(first, count, thread_scratch(scratch_bytes(count)));
+    }
+  });
+}
+
+}  // namespace fastadv::conv

@@ -1,0 +1,216 @@
+"""A copied convolution in the forms of our own CPU kernels, one for each direction.
+
+Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel the others; what neither serves
+(grouped convolutions, three input channels) stays with torch.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.attacks import convolution
+
+_OPS = torch.ops.fastadv
+
+
+class Kernel(ABC):
+    """One direction of one convolution, its filters packed."""
+
+    @abstractmethod
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """Pack the filters [K, C, h, w], times ``scale`` [K], in memory kept."""
+
+    @abstractmethod
+    def run(
+        self,
+        out: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        add: Tensor | None,
+        mask: Tensor | None,
+        relu: bool,
+    ) -> None:
+        """Write ``where(mask > 0, relu(convolution of x + bias + add), 0)`` into ``out``."""
+
+
+class WinogradKernel(Kernel):
+    """A 3x3 convolution of stride 1 and padding 1, or its gradient in the input."""
+
+    def __init__(self, out_channels: int, in_channels: int, backward: bool) -> None:
+        padded = -(-out_channels // convolution.VECTOR) * convolution.VECTOR
+        self._packed = torch.empty(convolution.POINTS * padded * in_channels, dtype=torch.bfloat16)
+        self._backward = backward
+
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """As in `Kernel.refresh`."""
+        _OPS.conv3x3_pack_(self._packed, weight, scale, self._backward)
+
+    def run(
+        self,
+        out: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        add: Tensor | None,
+        mask: Tensor | None,
+        relu: bool,
+    ) -> None:
+        """As in `Kernel.run`."""
+        _OPS.conv3x3_(out, x, self._packed, bias, add, mask, relu)
+
+
+@dataclass
+class Grid:
+    """The results that share their taps: where they lie and what they read."""
+
+    taps: list[tuple[int, int]]  # in the filter
+    rows: list[int]  # of the input, relative to the place's own
+    columns: list[int]
+    origin: tuple[int, int]
+    packed: Tensor
+
+
+class GatherKernel(Kernel):
+    """Any ungrouped convolution with one stride for both axes, or its gradient in the input."""
+
+    def __init__(self, conv: nn.Conv2d, backward: bool) -> None:
+        stride, _ = conv.stride
+        self._backward = backward
+        self._steps = (1, stride) if backward else (stride, 1)
+        origins = [(i, j) for i in range(stride) for j in range(stride)] if backward else [(0, 0)]
+        self._grids = [_grid(conv, origin, backward) for origin in origins]
+
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """As in `Kernel.refresh`."""
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+        if self._backward:
+            weight = weight.transpose(0, 1)
+        for grid in self._grids:
+            if grid.taps:
+                filters = torch.cat([weight[:, :, i, j] for i, j in grid.taps], dim=1)
+                grid.packed.copy_(_in_blocks(filters))
+
+    def run(
+        self,
+        out: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        add: Tensor | None,
+        mask: Tensor | None,
+        relu: bool,
+    ) -> None:
+        """As in `Kernel.run`."""
+        height, width = out.shape[2:]
+        for g in self._grids:
+            if g.origin[0] < height and g.origin[1] < width:
+                _OPS.conv_gather_(
+                    out,
+                    x,
+                    g.packed,
+                    g.rows,
+                    g.columns,
+                    self._steps,
+                    g.origin,
+                    bias,
+                    add,
+                    mask,
+                    relu,
+                )
+
+
+def _grid(conv: nn.Conv2d, origin: tuple[int, int], backward: bool) -> Grid:
+    """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
+    along = [
+        _taps_along(conv.kernel_size[a], conv.stride[a], _int_padding(conv)[a], conv.dilation[a],
+                    origin[a], backward)
+        for a in (0, 1)
+    ]  # fmt: skip
+    pairs = [(down, right) for down in along[0] for right in along[1]]
+    into, outof = conv.in_channels, conv.out_channels
+    rows, depth = (into, outof) if backward else (outof, into)
+    padded = -(-rows // convolution.VECTOR) * convolution.VECTOR
+    return Grid(
+        taps=[(down[0], right[0]) for down, right in pairs],
+        rows=[down[1] for down, _ in pairs],
+        columns=[right[1] for _, right in pairs],
+        origin=origin,
+        packed=torch.zeros(padded * depth * len(pairs), dtype=torch.bfloat16),
+    )
+
+
+def _taps_along(
+    size: int, stride: int, padding: int, dilation: int, origin: int, backward: bool
+) -> list[tuple[int, int]]:
+    """Along one axis, the taps and how far from the place each of them reads."""
+    if not backward:
+        return [(tap, tap * dilation - padding) for tap in range(size)]
+    reach = [(tap, origin + padding - tap * dilation) for tap in range(size)]
+    return [(tap, distance // stride) for tap, distance in reach if distance % stride == 0]
+
+
+def _int_padding(conv: nn.Conv2d) -> tuple[int, int]:
+    assert not isinstance(conv.padding, str)
+    return conv.padding[0], conv.padding[1]
+
+
+def _in_blocks(filters: Tensor) -> Tensor:
+    """Filters [out, depth] as the gathering kernel reads them: [blocks of 64 out][depth / 2][64][2]."""
+    rows, depth = filters.shape
+    filters = F.pad(filters, (0, 0, 0, -rows % convolution.VECTOR))
+    blocks = [
+        block.reshape(len(block), depth // 2, 2).transpose(0, 1).reshape(-1)
+        for block in filters.split(convolution.WIDE)
+    ]
+    return torch.cat(blocks)
+
+
+class PackedConv2d:
+    """Both directions of a convolution; a direction that no kernel serves is None."""
+
+    def __init__(self, conv: nn.Conv2d, has_bias: bool) -> None:
+        self._conv_size = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
+        self._out_channels = conv.out_channels
+        self.forward = make_kernel(conv, backward=False)
+        self.backward = make_kernel(conv, backward=True)
+        self.bias = torch.empty(conv.out_channels) if has_bias else None
+
+    def refresh(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
+        """Pack the live filters, folded in float32."""
+        for kernel in (self.forward, self.backward):
+            if kernel is not None:
+                kernel.refresh(weight, scale)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def result_shape(self, x: Tensor) -> tuple[int, ...]:
+        """The shape of the result for images ``x``."""
+        size, stride, padding, dilation = self._conv_size
+        spans = (
+            (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (size[a] - 1) - 1) // stride[a] + 1
+            for a in (0, 1)
+        )
+        return (x.shape[0], self._out_channels, *spans)
+
+
+def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
+    """The kernel for one direction of a convolution, if this processor has one that serves it."""
+    into, outof = conv.in_channels, conv.out_channels
+    source, result = (outof, into) if backward else (into, outof)
+    if conv.groups != 1 or conv.weight.device.type != "cpu":
+        return None
+    shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
+    if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
+        return WinogradKernel(result, source, backward)
+    if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
+        return GatherKernel(conv, backward)
+    return None
+
+
+def _worth_gathering(conv: nn.Conv2d, source: int, result: int) -> bool:
+    """Whether the gathering kernel can, and fewer than half of its lanes and copies are for nothing."""
+    return conv.stride[0] == conv.stride[1] and source % 2 == 0 and source >= 8 and result >= 8
