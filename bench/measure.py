@@ -67,13 +67,53 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_once(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+def time_once(run: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """Seconds of one call, the device's work included; of several in a row, for short ones, the mean."""
     synchronize(device)
     start = time.perf_counter()
-    run()
+    for _ in range(calls):
+        run()
     synchronize(device)
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
+
+
+def calls_for(run: Callable[[], object], device: torch.device, seconds: float) -> int:
+    """How many calls in a row last about `seconds`; at least one."""
+    run()
+    return max(1, round(seconds / time_once(run, device)))
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep freed memory for the next allocation; False where it is not glibc.
+
+    Otherwise large results are mapped afresh on every call, and the kernel's zeroing of pages, not the code
+    measured, decides.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return False
+    trim_threshold, mmap_max = -1, -4
+    return bool(mallopt(mmap_max, 0) and mallopt(trim_threshold, 2**31 - 1))
+
+
+def interleaved_times(
+    candidates: Mapping[str, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    calls: Mapping[str, int],
+) -> dict[str, list[float]]:
+    """Seconds per call of each candidate and round, `calls` in a row; each must have run before.
+
+    Every round starts with another candidate, so that none always follows the same one.
+    """
+    names = list(candidates)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            times[name].append(time_once(candidates[name], device, calls[name]))
+    return times
 
 
 def interleave(

@@ -4,44 +4,24 @@
 #include <cmath>
 #include <vector>
 
+#include "cpu/sum.h"
 #include "cpu/tensor.h"
 
 namespace fastadv {
 namespace {
 
-constexpr int kLanes =
-    32;  // partial sums, the same at every SIMD level, so that all give the same bits
 constexpr int64_t kPart =
     16384;  // elements summed by one task; fixed, so that threads do not change the sum
 
-template <class C>
-struct Moments {
-  C dot = 0, uu = 0, vv = 0;
-};
+using Moments = std::array<double, 3>;  // u.v, u.u, v.v
 
 template <class T>
-FASTADV_CLONES Moments<Compute<T>> moments_of(const T* u, const T* v, int64_t n) {
+FASTADV_CLONES Moments moments_of(const T* u, const T* v, int64_t n) {
   using C = Compute<T>;
-  C dot[kLanes] = {}, uu[kLanes] = {}, vv[kLanes] = {};
-  const auto add = [&](int64_t i, int l) {
+  return sums<C, 3>(n, [&](int64_t i) {
     const C a = load(u[i]), b = load(v[i]);
-    dot[l] += a * b;
-    uu[l] += a * a;
-    vv[l] += b * b;
-  };
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int l = 0; l < kLanes; ++l) add(i + l, l);
-  }
-  for (int64_t i = whole; i < n; ++i) add(i, int(i - whole));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) {
-      dot[l] += dot[l + half];
-      uu[l] += uu[l + half];
-      vv[l] += vv[l + half];
-    }
-  }
-  return {dot[0], uu[0], vv[0]};
+    return std::array<C, 3>{a * b, a * a, b * b};
+  });
 }
 
 // A pair of batch-major tensors of one dtype and layout.
@@ -66,7 +46,7 @@ void fill_moments(const Pair& pair, const at::Tensor& moments) {
   using C = Compute<T>;
   const int64_t batch = pair.u.size(0), size = sample_size(pair.u);
   const int64_t parts = (size + kPart - 1) / kPart;
-  std::vector<Moments<C>> partial(batch * parts);
+  std::vector<Moments> partial(batch * parts);
   const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, std::min(size, kPart)));
   at::parallel_for(0, batch * parts, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -77,16 +57,11 @@ void fill_moments(const Pair& pair, const at::Tensor& moments) {
   });
   C* out = data<C>(moments);
   for (int64_t i = 0; i < batch; ++i) {
-    Moments<double> sum;
+    Moments sum = {};
     for (int64_t p = 0; p < parts; ++p) {
-      const auto& part = partial[i * parts + p];
-      sum.dot += part.dot;
-      sum.uu += part.uu;
-      sum.vv += part.vv;
+      for (int k = 0; k < 3; ++k) sum[k] += partial[i * parts + p][k];
     }
-    out[3 * i] = C(sum.dot);
-    out[3 * i + 1] = C(sum.uu);
-    out[3 * i + 2] = C(sum.vv);
+    for (int k = 0; k < 3; ++k) out[3 * i + k] = C(sum[k]);
   }
 }
 
@@ -101,7 +76,8 @@ void fill_distance(const at::Tensor& moments, const at::Tensor& distance) {
   C* d = data<C>(distance);
   for (int64_t i = 0; i < distance.numel(); ++i) {
     const C length = length_of(m + 3 * i);
-    d[i] = length > 0 ? 1 - std::abs(m[3 * i]) / length : C(1);
+    const C distance = length == 0 ? C(1) : 1 - std::abs(m[3 * i]) / length;
+    d[i] = distance < 0 ? C(0) : distance;  // rounding can carry it below; a NaN stays
   }
 }
 
@@ -139,10 +115,9 @@ void fill_gradient(const at::Tensor& out, const Pair& pair, const at::Tensor& gr
   const C *g = data<C>(grad), *m = data<C>(moments);
   parallel_over_samples(pair.u.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
     const C dot = m[3 * sample], uu = m[3 * sample + 1], length = length_of(m + 3 * sample);
-    const bool usable = length > 0;
     const C sign = dot > 0 ? C(1) : dot < 0 ? C(-1) : C(0);
-    const C along_v = usable ? -g[sample] * sign / length : C(0);
-    const C along_u = usable ? -along_v * dot / uu : C(0);
+    const C along_v = length == 0 ? C(0) : -g[sample] * sign / length;
+    const C along_u = length == 0 ? C(0) : -along_v * dot / uu;
     const int64_t at = sample * size + begin;
     combine(data<T>(out) + at, data<T>(pair.u) + at, data<T>(pair.v) + at, along_u, along_v,
             end - begin);

@@ -55,9 +55,11 @@ FASTADV_CLONES void scale_mirrored(T* to, const uint8_t* from, int64_t count) {
 // One row of one channel whose source row is known.
 template <class T>
 void crop_row(T* to, const uint8_t* row, const Window& window, const Geometry& g, bool reflect) {
-  // Result columns [first, last) read inside the image, the rest from the border.
+  // Result columns [first, last) read inside the image, the rest from the border. A border wider
+  // than the image can leave none.
   const int64_t offset = window.mirrored ? -window.right : window.right;
-  const int64_t first = std::max<int64_t>(0, -offset), last = std::min(g.width, g.width - offset);
+  const int64_t first = std::clamp<int64_t>(-offset, 0, g.width);
+  const int64_t last = std::clamp<int64_t>(g.width - offset, first, g.width);
   const auto source = [&](int64_t j) {
     return (window.mirrored ? g.width - 1 - j : j) + window.right;
   };
@@ -68,6 +70,7 @@ void crop_row(T* to, const uint8_t* row, const Window& window, const Geometry& g
   };
   for (int64_t j = 0; j < first; ++j) border(j);
   for (int64_t j = last; j < g.width; ++j) border(j);
+  if (first == last) return;
   const uint8_t* start = row + source(first) * g.from_column;
   T* inner = to + first * g.to_column;
   const int64_t count = last - first;

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cmath>
 
+#include "cpu/sum.h"
 #include "cpu/tensor.h"
 
 namespace fastadv {
@@ -48,28 +49,19 @@ FASTADV_CLONES Counts count_gradient(const G* grad, int64_t n) {
   return {zeros, nans};
 }
 
-constexpr int kLanes =
-    32;  // partial sums, the same at every SIMD level, so that all give the same bits
-
-template <class C>
-FASTADV_INLINE C sum_lanes(C* lanes) {
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  }
-  return lanes[0];
-}
-
 template <class G>
 FASTADV_CLONES Compute<G> largest_magnitude(const G* grad, int64_t n) {
   using C = Compute<G>;
   C lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int width = n - i < kLanes ? int(n - i) : kLanes;
-    for (int l = 0; l < width; ++l) {
-      const C magnitude = std::abs(load(grad[i + l]));
-      lanes[l] = magnitude > lanes[l] ? magnitude : lanes[l];
-    }
+  const auto include = [&](int64_t i, int l) {
+    const C magnitude = std::abs(load(grad[i]));
+    lanes[l] = magnitude > lanes[l] ? magnitude : lanes[l];
+  };
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int l = 0; l < kLanes; ++l) include(i + l, l);
   }
+  for (int64_t i = whole; i < n; ++i) include(i, int(i - whole));
   C largest = 0;
   for (C lane : lanes) largest = lane > largest ? lane : largest;
   return largest;
@@ -77,17 +69,12 @@ FASTADV_CLONES Compute<G> largest_magnitude(const G* grad, int64_t n) {
 
 // Squared length of grad / scale: scaling first keeps squares of tiny gradients from vanishing.
 template <class G>
-FASTADV_CLONES Compute<G> squared_length(const G* grad, Compute<G> scale, int64_t n) {
+FASTADV_CLONES double squared_length(const G* grad, Compute<G> scale, int64_t n) {
   using C = Compute<G>;
-  C lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int width = n - i < kLanes ? int(n - i) : kLanes;
-    for (int l = 0; l < width; ++l) {
-      const C g = load(grad[i + l]) / scale;
-      lanes[l] += g * g;
-    }
-  }
-  return sum_lanes(lanes);
+  return sums<C, 1>(n, [&](int64_t i) {
+    const C g = load(grad[i]) / scale;
+    return std::array<C, 1>{g * g};
+  })[0];
 }
 
 // Where the step leads, relative to the centre: adv + factor * (grad / scale) - x.
@@ -98,17 +85,13 @@ FASTADV_INLINE Compute<T> stepped_delta(T adv, G grad, T x, Compute<G> scale, Co
 }
 
 template <class T, class G>
-FASTADV_CLONES Compute<T> squared_delta(const T* adv, const G* grad, const T* x, Compute<G> scale,
-                                        Compute<T> factor, int64_t n) {
-  Compute<T> lanes[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int width = n - i < kLanes ? int(n - i) : kLanes;
-    for (int l = 0; l < width; ++l) {
-      const auto delta = stepped_delta<T, G>(adv[i + l], grad[i + l], x[i + l], scale, factor);
-      lanes[l] += delta * delta;
-    }
-  }
-  return sum_lanes(lanes);
+FASTADV_CLONES double squared_delta(const T* adv, const G* grad, const T* x, Compute<G> scale,
+                                    Compute<T> factor, int64_t n) {
+  using C = Compute<T>;
+  return sums<C, 1>(n, [&](int64_t i) {
+    const C delta = stepped_delta<T, G>(adv[i], grad[i], x[i], scale, factor);
+    return std::array<C, 1>{delta * delta};
+  })[0];
 }
 
 template <class T, class G>
@@ -129,11 +112,11 @@ void step_l2(T* out, const T* adv, const G* grad, const T* x, Limits<Compute<T>>
              int64_t n) {
   using C = Compute<T>;
   const auto scale = largest_magnitude(grad, n);
-  const auto length = scale > 0 ? std::sqrt(squared_length(grad, scale, n)) : scale;
+  const double length = scale > 0 ? std::sqrt(squared_length(grad, scale, n)) : 0.0;
   const bool usable = std::isfinite(length) && length > 0;
   const C factor = usable ? C(limits.alpha / length) : C(0);
-  const C delta = std::sqrt(squared_delta(adv, grad, x, scale, factor, n));
-  const C shrink = delta > limits.eps ? limits.eps / delta : C(1);
+  const double delta = std::sqrt(squared_delta(adv, grad, x, scale, factor, n));
+  const C shrink = delta > limits.eps ? C(limits.eps / delta) : C(1);
   write_l2(out, adv, grad, x, scale, factor, shrink, limits, n);
 }
 

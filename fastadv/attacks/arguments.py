@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastadv.ops import checks
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-ENGINES = ("auto", "eager", "compiled", "graph")
+ENGINES = ("auto", "eager", "compiled")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,7 +128,8 @@ def check_values(x: Tensor, y: Tensor, bounds: tuple[float, float], num_classes:
     low, high = x.aminmax()
     first, last = y.aminmax()
     found = torch.stack((low.double(), high.double(), first.double(), last.double())).tolist()
-    if not (bounds[0] <= found[0] and found[1] <= bounds[1]):  # also where one of them is NaN
+    lowest, highest = torch.tensor(bounds, dtype=x.dtype).tolist()  # as the images can have them
+    if not (lowest <= found[0] and found[1] <= highest):  # also where one of them is NaN
         raise ValueError(
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
             f"{found[1]:.9g}; normalisation belongs inside the model"

@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastadv.attacks.packed import PackedConv2d
-
-
-class Untraceable(Exception):
-    """Why a model cannot be copied; the attack then runs the live model."""
+from fastadv.attacks.tracing import trace
 
 
 class CopiedConv2d(nn.Module):
@@ -162,16 +159,19 @@ class AttackCopy(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, pack: bool = False) -> None:
         super().__init__()
-        graph = _trace(model)
-        parts = _copy_modules(graph, model, dtype)
-        constants = _copy_constants(graph, model)
-        _forbid_in_place(graph, parts)
+        graph, traced = trace(model)
+        parts = _copy_modules(graph, traced, dtype)
+        constants = _copy_constants(graph, traced)
         graph.lint()
         root: dict[str, Any] = {part.name: part.copy for part in parts}
         root.update({name: value for name, (_, value) in constants.items()})
         self.graph_module = fx.GraphModule(root, graph)
+        self.graph_module.graph.eliminate_dead_code()
+        self.graph_module.recompile()
+        self._autocast = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self._parts = [part for part in parts if isinstance(part.copy, _REFRESHED)]
-        self._constants = {name: path for name, (path, _) in constants.items()}
+        # What the model does not have was made by its forward pass, from nothing that changes.
+        self._constants = {n: p for n, (p, _) in constants.items() if _has(model, p)}
         if pack:
             live = dict(model.named_modules())
             for part in parts:
@@ -193,35 +193,20 @@ class AttackCopy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits [B, C] in float32 of images [B, ...]."""
-        return self.graph_module(x).float()
+        with self.autocast(x.device):
+            return self.graph_module(x).float()
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context of a pass: it casts what the model's own code does with its own parameters."""
+        return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
-    for name, module in model.named_modules():
-        if _has_hooks(module):
-            raise Untraceable(f"module {name or type(model).__name__!r} has hooks")
-    modes = [(module, module.training) for module in model.modules()]
+def _has(model: nn.Module, path: str) -> bool:
     try:
-        model.eval()
-        graph = fx.Tracer().trace(model)
-    except Exception as error:  # tracing runs the model's own code, which may raise anything
-        reason = str(error).strip().splitlines()
-        raise Untraceable(f"it cannot be traced: {reason[0] if reason else error!r}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    if len(inputs) != 1:
-        raise Untraceable(f"its forward takes {len(inputs)} arguments")
-    result = next(node for node in graph.nodes if node.op == "output").args[0]
-    if not isinstance(result, fx.Node):
-        raise Untraceable(f"its forward returns a {type(result).__name__}, not one tensor")
-    return graph
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, name, None) for name in names)
+        operator.attrgetter(path)(model)
+    except AttributeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
@@ -248,7 +233,7 @@ def _copy_modules(graph: fx.Graph, model: nn.Module, dtype: torch.dtype) -> list
             continue
         path = str(node.target)
         if isinstance(live[path], _NOTHING_IN_EVAL):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(node.all_input_nodes[0])
             graph.erase_node(node)
             continue
         norm = norms.get(node)
@@ -310,39 +295,3 @@ def _copy_constants(graph: fx.Graph, model: nn.Module) -> dict[str, tuple[str, T
             constants[names[path]] = (path, value)
         node.target = names[path]
     return constants
-
-
-def _forbid_in_place(graph: fx.Graph, parts: list[_Part]) -> None:
-    """Make in-place operations out-of-place: a copy's activations are read again by its backward pass.
-
-    Raises:
-        Untraceable: for an in-place method that has no plain counterpart here.
-    """
-    for part in parts:
-        for module in part.copy.modules():
-            if getattr(module, "inplace", False):
-                module.inplace = False  # type: ignore[assignment]
-    for node in graph.nodes:
-        if node.kwargs.get("inplace"):
-            node.kwargs = {**node.kwargs, "inplace": False}
-        if node.op == "call_function":
-            node.target = _OUT_OF_PLACE.get(node.target, node.target)
-        elif node.op == "call_method" and _is_in_place(str(node.target)):
-            plain = str(node.target)[:-1]
-            if not hasattr(Tensor, plain):
-                raise Untraceable(f"it calls the in-place method {node.target}")
-            node.target = plain
-
-
-def _is_in_place(method: str) -> bool:
-    return method.endswith("_") and not method.endswith("__")
-
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    torch.relu_: torch.relu,
-    F.relu_: F.relu,
-}

@@ -6,6 +6,7 @@ holds the model still; inside it ``logits`` and ``gradient`` are called as often
 
 from __future__ import annotations
 
+import platform
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.arguments import COMPUTE_DTYPES, check_logits
-from fastadv.attacks.copy import AttackCopy, Untraceable
+from fastadv.attacks.copy import AttackCopy
 from fastadv.attacks.frozen import frozen
 from fastadv.attacks.program import Program
+from fastadv.attacks.tracing import Untraceable, stand_in
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
@@ -38,6 +40,7 @@ class Engine(ABC):
 
     name: str
     reason: str  # why this engine was chosen
+    _narrow_range = False  # computes in float16
 
     @abstractmethod
     def session(self, model: Model, seed: int) -> AbstractContextManager[None]:
@@ -64,14 +67,44 @@ class Engine(ABC):
         return logits
 
     def gradient(self, x: Tensor, value_of: ValueOfLogits) -> Gradient:
-        """Value, logits and the gradient of the summed value with respect to ``x``."""
+        """Value, logits and the gradient of the summed value with respect to ``x``.
+
+        In fp16 each sample's gradient comes out scaled by a positive number of its own; the steps of
+        attacks depend on its direction alone.
+        """
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = self._forward(leaf)
             check_logits(logits, x.shape[0])
-            value = value_of(logits)
-            (grad,) = torch.autograd.grad(value.sum(), leaf)
-        return Gradient(value.detach(), logits.detach(), grad)
+            _check_gradient(logits.requires_grad)
+            if self._narrow_range:
+                value, at_logits = _at_logits(logits, value_of)
+                # Confident samples have gradients that float16 would round to 0.
+                largest = at_logits.abs().amax(1, keepdim=True)
+                at_logits = torch.where(largest > 0, at_logits / largest, 0.0).to(logits.dtype)
+                found = torch.autograd.grad(logits, leaf, at_logits, allow_unused=True)
+            else:
+                value = value_of(logits)
+                found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        _check_gradient(found[0] is not None)
+        return Gradient(value.detach(), logits.detach(), found[0])
+
+
+def _at_logits(output: Tensor, value_of: ValueOfLogits) -> tuple[Tensor, Tensor]:
+    """The value, and the gradient of its sum at the logits [B, C] float32."""
+    with torch.enable_grad():
+        logits = output.detach().float().requires_grad_()
+        value = value_of(logits)
+        (at_logits,) = torch.autograd.grad(value.sum(), logits)
+    return value.detach(), at_logits
+
+
+def _check_gradient(found: bool) -> None:
+    if not found:
+        raise ValueError(
+            "model must return logits with a gradient in x, got logits without one; does its "
+            "forward detach them or run under torch.no_grad?"
+        )
 
 
 class EagerEngine(Engine):
@@ -81,6 +114,7 @@ class EagerEngine(Engine):
 
     def __init__(self, precision: str, reason: str, train_mode: bool = False) -> None:
         self._dtype, self.reason = COMPUTE_DTYPES[precision], reason
+        self._narrow_range = precision == "fp16"
         self._train_mode = train_mode
         self._model: Model | None = None
 
@@ -95,11 +129,6 @@ class EagerEngine(Engine):
                 yield
         finally:
             self._model = None
-
-    def images(self, x: Tensor) -> Tensor:
-        """As in `Engine.images`; channels-last for narrow convolutions."""
-        images = super().images(x)
-        return _channels_last(images) if self._dtype != torch.float32 else images
 
     def _forward(self, x: Tensor) -> Tensor:
         assert self._model is not None
@@ -116,6 +145,7 @@ class CopyEngine(Engine):
 
     def __init__(self, model: nn.Module, precision: str, reason: str, inductor: bool) -> None:
         self._copy = AttackCopy(model, COMPUTE_DTYPES[precision])
+        self._narrow_range = precision == "fp16"
         self._run: Callable[[Tensor], Tensor] = (
             torch.compile(self._copy) if inductor else self._copy
         )
@@ -166,12 +196,12 @@ class ProgramEngine(Engine):
     def gradient(self, x: Tensor, value_of: ValueOfLogits) -> Gradient:
         """As in `Engine.gradient`; ``grad`` is bfloat16 and valid until the engine's next call."""
         output, run = self._program.forward(x)
-        with torch.enable_grad():
-            logits = output.float().requires_grad_()
-            check_logits(logits, x.shape[0])
-            value = value_of(logits)
-            (at_logits,) = torch.autograd.grad(value.sum(), logits)
-        return Gradient(value.detach(), logits.detach(), self._program.backward(run, at_logits))
+        check_logits(output, x.shape[0])
+        value, at_logits = _at_logits(output, value_of)
+        grad = self._program.backward(run, at_logits)
+        _check_gradient(grad is not None)
+        assert grad is not None
+        return Gradient(value, output.float(), grad)
 
 
 def _channels_last(x: Tensor) -> Tensor:
@@ -182,9 +212,13 @@ def fast_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return False
+    if device.type != "cpu":
+        return False
+    if (
+        platform.machine() == "x86_64"
+    ):  # oneDNN takes bfloat16 on any AVX-512, but emulates it there
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def resolve_precision(precision: str, model: object, x: Tensor) -> str:
@@ -196,13 +230,15 @@ def resolve_precision(precision: str, model: object, x: Tensor) -> str:
 
 
 def make_engine(
-    model: Model, device: torch.device, precision: str, engine: str, train_mode: bool
+    model: Model, x: Tensor, precision: str, engine: str, train_mode: bool = False
 ) -> Engine:
     """Build the engine for a model.
 
+    A copy is used only after it has been compared with the live model on two of the images.
+
     Args:
         model: the live model, or any callable.
-        device: where model and images are.
+        x: images to attack [B, ...], B >= 1, where the model is.
         precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         engine: the engine asked for, or ``"auto"``.
         train_mode: attack in train mode.
@@ -213,23 +249,22 @@ def make_engine(
     if engine == "eager":
         return EagerEngine(precision, "asked for", train_mode)
     obstacle = _obstacle(model, train_mode)
-    if engine == "auto" and obstacle is None and precision == "fp32":
+    if engine == "auto" and obstacle is not None:
+        return EagerEngine(precision, obstacle, train_mode)
+    if engine == "auto" and precision == "fp32":
         return EagerEngine(precision, "in fp32 the model's own operations run, bit for bit")
     if obstacle is None and isinstance(model, nn.Module):
         reason = "asked for" if engine != "auto" else "the model can be copied"
         try:
-            if device.type == "cpu" and precision == "bf16":
-                return ProgramEngine(model, reason)
-            inductor = device.type == "cuda" and engine == "compiled"
-            return CopyEngine(model, precision, reason, inductor)
+            return _checked_copy(model, x[:2], precision, engine, reason)
         except Untraceable as error:
             obstacle = str(error)
     if engine != "auto":
         raise ValueError(
             f"engine must be 'eager' or 'auto' for this model, got {engine!r}: {obstacle}"
         )
-    warnings.warn(f"fastadv attacks this model with the eager engine: {obstacle}", stacklevel=4)
-    return EagerEngine(precision, f"{obstacle}", train_mode)
+    warnings.warn(f"fastadv attacks this model with the eager engine: {obstacle}", stacklevel=5)
+    return EagerEngine(precision, f"{obstacle}")
 
 
 def _obstacle(model: Model, train_mode: bool) -> str | None:
@@ -237,3 +272,64 @@ def _obstacle(model: Model, train_mode: bool) -> str | None:
     if train_mode:
         return "train mode needs the live model"
     return None if isinstance(model, nn.Module) else "it is a plain callable"
+
+
+def _checked_copy(model: nn.Module, x: Tensor, precision: str, engine: str, reason: str) -> Engine:
+    """An engine on a copy that gives the live model's logits and gradients.
+
+    Raises:
+        Untraceable: there is none.
+    """
+    wide = CopyEngine(model, "fp32", "", inductor=False)
+    try:
+        live = _probe(EagerEngine("fp32", ""), stand_in(model), x)
+    except Exception as error:
+        # The model itself fails. Its own message is to come from the real call.
+        return EagerEngine(precision, f"the model fails: {error}")
+    if not _agree(_probe(wide, model, x), live, 0.99):
+        raise Untraceable(
+            "its copy computes something else; it may write in place or depend on state"
+        )
+    if x.device.type == "cpu" and precision == "bf16":
+        try:
+            program = ProgramEngine(model, reason)
+            if _agree(_probe(program, model, x), live, 0.5):
+                return program
+        except Untraceable:
+            pass
+    inductor = x.device.type == "cuda" and engine == "compiled"
+    made = (
+        wide if precision == "fp32" and not inductor else CopyEngine(model, precision, "", inductor)
+    )
+    made.reason = reason
+    return made
+
+
+def _probe(engine: Engine, model: nn.Module, x: Tensor) -> Gradient:
+    """Logits and gradient of an arbitrary value.
+
+    Raises:
+        Untraceable: the copy fails on this model; an error of the live model itself is passed on.
+    """
+
+    def weighted_sum(logits: Tensor) -> Tensor:
+        return logits @ torch.linspace(-1, 1, logits.shape[1], device=x.device, dtype=logits.dtype)
+
+    images = engine.images(x)
+    try:
+        with engine.session(model, 0):
+            return engine.gradient(images, weighted_sum)
+    except Exception as error:  # a copy may fail in any way that the model's own code allows
+        if isinstance(engine, EagerEngine):
+            raise
+        raise Untraceable(f"its copy fails: {error}") from error
+
+
+def _agree(found: Gradient, wanted: Gradient, cosine: float) -> bool:
+    """Whether logits are close, and gradients point the same way; narrow ones may do so roughly."""
+    tolerance = 1e-3 if cosine > 0.9 else 0.2
+    logits, right = found.logits.double(), wanted.logits.double()
+    close = (logits - right).norm() <= tolerance * right.norm() + 1e-6
+    a, b = found.grad.double().flatten(), wanted.grad.double().flatten()
+    lengths = a.norm() * b.norm()
+    return bool(close and (lengths == 0 or a @ b >= cosine * lengths))

@@ -61,10 +61,10 @@ def _kept_buffers(model: nn.Module, train_mode: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, value in saved:
-                buffer.copy_(value)
-                module._buffers[name] = buffer
+        for module, name, buffer, value in saved:
+            # Past the version counter, so that a graph made before the attack can still be differentiated.
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer
 
 
 @contextmanager

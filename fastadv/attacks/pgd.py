@@ -158,7 +158,7 @@ class EngineCache:
         key = (x.device, precision, settings.engine, settings.train_mode)
         if key not in self._engines:
             self._engines[key] = make_engine(
-                model, x.device, precision, settings.engine, settings.train_mode
+                model, x, precision, settings.engine, settings.train_mode
             )
         return self._engines[key]
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedScaleShift
+from fastadv.attacks.tracing import Untraceable
 
 _RELUS = (F.relu, torch.relu)
 _ADDS = (operator.add, torch.add)
@@ -243,6 +244,8 @@ class PlainStep(Step):
             leaves[source] = value
         with torch.enable_grad():
             value = self._call(leaves)
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            raise Untraceable(f"its {self.node.name} gives several tensors")
         run.values[self.node] = value
         if isinstance(value, Tensor) and value.requires_grad:
             run.values[self.node] = value.detach()
@@ -290,6 +293,7 @@ class Program:
         module = copy.graph_module
         nodes = list(module.graph.nodes)
         self._module = module
+        self._copy_autocast = copy.autocast
         self._memory = Memory()
         self._steps = fused_steps(module)
         self._constants = {node: str(node.target) for node in nodes if node.op == "get_attr"}
@@ -307,17 +311,13 @@ class Program:
         run.values[self._input] = x
         for node, name in self._constants.items():
             run.values[node] = getattr(self._module, name)
-        with torch.no_grad():
+        with torch.no_grad(), self._copy_autocast(x.device):
             for step in self._steps:
                 step.forward(run)
         return run.values[self._output], run
 
-    def backward(self, run: Pass, logits_gradient: Tensor) -> Tensor:
-        """The gradient in the images, given the one in the logits.
-
-        Raises:
-            ValueError: none arrives, because the model detaches its logits from the images.
-        """
+    def backward(self, run: Pass, logits_gradient: Tensor) -> Tensor | None:
+        """The gradient in the images, given the one in the logits; None if the logits are detached."""
         with torch.no_grad():
             run.arrive_tensor(self._output, logits_gradient)
             for step in reversed(self._steps):
@@ -326,16 +326,11 @@ class Program:
                     continue
                 for source in reversed(step.inputs):
                     run.arrive_nothing(source)
-        if not run.has_gradient(self._input):
-            raise ValueError(
-                "model must return logits with a gradient in x, got logits without one"
-            )
-        return run.gradient(self._input)
+        return run.gradient(self._input) if run.has_gradient(self._input) else None
 
 
 def fused_steps(module: fx.GraphModule) -> list[Step]:
     """Cover a graph with steps, as few as the fused ones allow, in an order in which they can run."""
-    module.graph.eliminate_dead_code()
     nodes = [node for node in module.graph.nodes if node.op.startswith("call")]
     order = {node: place for place, node in enumerate(nodes)}
     parts = {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_SMALL = 4096  # elements
 # What every module has: modes, which the attack sets and restores, hooks and tensors, which are read below.
 _COMMON = frozenset(vars(nn.Module()))
 
@@ -19,8 +20,9 @@ def structure_of(model: Any) -> tuple[Any, ...]:
         model: a module; of another callable only the identity is known.
 
     Returns:
-        A tuple that is equal for two calls when no module was replaced, no plain attribute (a flag, a number, a
-        function, a list of them) changed, no hook added, and no parameter or buffer changed its shape, dtype or device.
+        A tuple that is equal for two calls when no module was replaced, no plain attribute (a flag, a number,
+        a function, a list of them) changed, no hook added, and no parameter or buffer changed its shape,
+        dtype or device.
     """
     if not isinstance(model, nn.Module):
         return (id(model),)
@@ -38,9 +40,15 @@ def _plain_attributes(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _comparable(value: Any) -> Any:
-    """The value itself, a container's values, a function's identity; None for what cannot be compared."""
+    """The value itself, a container's values, a function's identity; None for what cannot be compared.
+
+    A small tensor that is no buffer, such as the mean of the images, counts by identity and version:
+    tracing may have computed with it. Large ones are activations that a model keeps.
+    """
     if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, Tensor) and value.numel() <= _SMALL and not value.is_inference():
+        return (id(value), value._version)
     if isinstance(value, (list, tuple)):
         return tuple(_comparable(item) for item in value)
     if isinstance(value, dict):

@@ -13,14 +13,15 @@ from fastadv.ops.registry import Op, define
 
 def _moments(u: Tensor, v: Tensor) -> Tensor:
     dtype = checks.accumulate_dtype(u, v)
-    a, b = u.flatten(1).to(dtype), v.flatten(1).to(dtype)
+    a, b = checks.rows(u).to(dtype), checks.rows(v).to(dtype)
     return torch.stack(((a * b).sum(1), a.square().sum(1), b.square().sum(1)), dim=1)
 
 
 def _distance(moments: Tensor) -> Tensor:
     dot, uu, vv = moments.unbind(1)
     length = uu.sqrt() * vv.sqrt()
-    return torch.where(length > 0, 1 - dot.abs() / length, torch.ones_like(dot))
+    distance = torch.where(length == 0, torch.ones_like(dot), 1 - dot.abs() / length)
+    return distance.clamp(min=0)  # rounding can carry it below
 
 
 def _reference(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,9 +47,9 @@ def backward_coefficients(grad: Tensor, moments: Tensor) -> tuple[Tensor, Tensor
     """The gradient in u is ``a * u + b * v``; these are a and b [B]: 0 where a length or the dot is 0."""
     dot, uu, vv = moments.unbind(1)
     length = uu.sqrt() * vv.sqrt()
-    usable = length > 0
-    along_v = torch.where(usable, -grad * torch.sign(dot) / length, torch.zeros_like(dot))
-    along_u = torch.where(usable, -along_v * dot / uu, torch.zeros_like(dot))
+    zero, nothing = length == 0, torch.zeros_like(dot)
+    along_v = torch.where(zero, nothing, -grad * torch.sign(dot) / length)
+    along_u = torch.where(zero, nothing, -along_v * dot / uu)
     return along_u, along_v
 
 
@@ -128,7 +129,8 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """``1 - |u.v| / (||u|| ||v||)`` per sample, over all axes but the first.
 
     Source: ARREST, equation 3 and section 5.2. 0 for parallel, 1 for orthogonal features. Where a norm is
-    zero the distance is 1 and the gradient 0. Gradients flow to both arguments; detach a frozen teacher's.
+    zero the distance is 1 and the gradient 0; NaN features give NaN. Gradients flow to both arguments;
+    detach a frozen teacher's. There is no second derivative.
 
     Args:
         u: features [B, ...], any dense layout, float32, float64, bfloat16 or float16.
@@ -159,8 +161,9 @@ def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         Distances [B] and the switch [B] bool, True where the sample is to be replayed.
 
     Raises:
-        TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes or devices differ.
+        TypeError: ``u`` or ``v`` is not a floating-point tensor, or tau no number.
+        ValueError: shapes or devices differ, or tau is NaN.
     """
     _check(u, v)
-    return torch.ops.fastadv.replay_mask(u.detach(), v.detach(), float(tau))
+    tau = checks.threshold("tau", tau)
+    return torch.ops.fastadv.replay_mask(u.detach(), v.detach(), tau)

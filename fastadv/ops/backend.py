@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 from fastadv.ops.registry import BACKENDS, NAMESPACE, REGISTRY, Op
 
@@ -17,8 +17,8 @@ def backend(name: str) -> Iterator[None]:
     """Run every fastadv op in the block, backward passes included, on one backend.
 
     A backend that an op or a device does not have is an error at the op's call, never a fallback. The block
-    acts on the calling thread and on eager calls; a function compiled by ``torch.compile`` keeps the owners
-    that the dispatcher gives it and cannot be called inside.
+    acts on the calling thread and on eager calls; of nested blocks the innermost counts. A function compiled
+    by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside.
 
     Args:
         name: ``"native"`` (C++ on CPU tensors, CUDA C++ on CUDA tensors), ``"triton"`` or ``"reference"``.
@@ -29,8 +29,18 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
-    with _ForcedBackend(name):
-        yield
+    outer = [
+        mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, _ForcedBackend)
+    ]
+    active = [mode.active for mode in outer]
+    for mode in outer:
+        mode.active = False
+    try:
+        with _ForcedBackend(name):
+            yield
+    finally:
+        for mode, was_active in zip(outer, active, strict=True):
+            mode.active = was_active
 
 
 class _ForcedBackend(TorchDispatchMode):
@@ -38,6 +48,7 @@ class _ForcedBackend(TorchDispatchMode):
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.active = True  # False while a block inside this one decides
         self._name = name
 
     def __torch_dispatch__(
@@ -48,7 +59,7 @@ class _ForcedBackend(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func.namespace != NAMESPACE:
+        if not self.active or func.namespace != NAMESPACE:
             return func(*args, **kwargs)
         op = REGISTRY[func._schema.name.split("::")[1]]
         return _implementation(op, self._name, _device_type(args))(*args, **kwargs)

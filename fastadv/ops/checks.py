@@ -15,10 +15,15 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def check_float(name: str, value: Tensor) -> None:
-    """Require a floating-point tensor with a batch axis."""
+def check_tensor(name: str, value: Tensor) -> None:
+    """Require a tensor, so that lists and arrays get a message that names them."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_float(name: str, value: Tensor) -> None:
+    """Require a floating-point tensor with a batch axis."""
+    check_tensor(name, value)
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
     if value.dim() < 1:
@@ -31,6 +36,11 @@ def check_same_shape(name: str, value: Tensor, other_name: str, other: Tensor) -
         raise ValueError(
             f"{name} must have the shape of {other_name}, {tuple(other.shape)}, got {tuple(value.shape)}"
         )
+    check_same_device(name, value, other_name, other)
+
+
+def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require two tensors on one device."""
     if value.device != other.device:
         raise ValueError(
             f"{name} must be on the device of {other_name}, {other.device}, got {value.device}"
@@ -41,7 +51,7 @@ def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """Require two finite numbers in order."""
     if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
         raise TypeError(f"bounds must be a pair (low, high), got {bounds!r}")
-    low, high = float(bounds[0]), float(bounds[1])
+    low, high = number("bounds", bounds[0]), number("bounds", bounds[1])
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
     return low, high
@@ -53,10 +63,34 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def number(name: str, value: float) -> float:
+    """The value as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+
+
 def check_finite_at_least_zero(name: str, value: float) -> None:
     """Require a finite number that is not negative."""
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def threshold(name: str, value: float) -> float:
+    """The value as a float with which numbers can be compared."""
+    value = number(name, value)
+    if math.isnan(value):
+        raise ValueError(f"{name} must not be NaN")
+    return value
+
+
+def check_seed(seed: int) -> None:
+    """Require an integer that fits the schema's int64."""
+    if not isinstance(seed, int):
+        raise TypeError(f"seed must be a Python int or None, got {type(seed).__name__}")
+    if not torch.compiler.is_compiling() and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must be in -2**63 .. 2**63 - 1, got {seed}")
 
 
 def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -68,8 +102,9 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
         ``(number, None)`` or ``(0.0, tensor [B] in the dtype of computation)``.
     """
     if not isinstance(value, Tensor):
-        check_finite_at_least_zero(name, float(value))
-        return float(value), None
+        value = number(name, value)
+        check_finite_at_least_zero(name, value)
+        return value, None
     batch = like.shape[0]
     if value.numel() != 1 and value.shape != (batch,):
         raise ValueError(
@@ -77,13 +112,14 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
         )
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
-    return 0.0, value.to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
+    return 0.0, value.detach().to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
 
 
 def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
     """Require int64 identifiers, one per sample."""
     if sample_ids is None:
         return
+    check_tensor("sample_ids", sample_ids)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != like.shape[:1]:
         raise ValueError(
             f"sample_ids must be int64 of shape ({like.shape[0]},), "
@@ -91,6 +127,11 @@ def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
         )
     if sample_ids.device != like.device:
         raise ValueError(f"sample_ids must be on the device {like.device}, got {sample_ids.device}")
+
+
+def rows(t: Tensor) -> Tensor:
+    """The samples as rows [B, N], whatever axes they have; also for none, and for a batch of 0."""
+    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 
 def broadcast_per_sample(number: float, values: Tensor | None, like: Tensor) -> Tensor | float:

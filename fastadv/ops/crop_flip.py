@@ -126,25 +126,32 @@ def crop_flip(
         [B, C, H, W] in 0..1.
 
     Raises:
-        TypeError: ``images`` is not uint8, ``indices`` not int64, or ``dtype`` no float dtype.
-        ValueError: wrong number of axes, pad negative or, for reflect, not smaller than the image.
+        TypeError: ``images`` is not uint8, ``indices`` not int64, ``dtype`` no float dtype, or ``pad`` or
+            ``seed`` no integer.
+        ValueError: wrong number of axes, devices differ, pad negative or, for reflect, not smaller than the
+            image, ``seed`` of more than 64 bits.
         IndexError: an index out of range (on the CPU; a GPU is not made to wait for the check).
     """
     _check_images(images, indices, pad, mode, dtype)
     sample_ids = indices if sample_ids is None else sample_ids
+    checks.check_tensor("sample_ids", sample_ids)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != indices.shape:
         raise ValueError(
             f"sample_ids must be int64 of shape {tuple(indices.shape)}, "
             f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
         )
+    checks.check_same_device("sample_ids", sample_ids, "images", images)
     if seed is None:
         seed = draw_seed() if pad or flip else 0
+    checks.check_seed(seed)
     return torch.ops.fastadv.crop_flip(
         images, indices, pad, mode, flip, seed, sample_ids, dtype, channels_last
     )
 
 
 def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: torch.dtype) -> None:
+    checks.check_tensor("images", images)
+    checks.check_tensor("indices", indices)
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be uint8, got {images.dtype}")
     if images.dim() != 4:
@@ -153,9 +160,12 @@ def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: t
         raise TypeError(f"indices must be int64, got {indices.dtype}")
     if indices.dim() != 1:
         raise ValueError(f"indices must have one axis, got shape {tuple(indices.shape)}")
+    checks.check_same_device("indices", indices, "images", images)
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
     checks.check_choice("mode", mode, MODES)
+    if not isinstance(pad, int):
+        raise TypeError(f"pad must be a Python int, got {type(pad).__name__}")
     limit = min(images.shape[2:]) if mode == "reflect" else 1 << 30
     if not 0 <= pad < limit:
         raise ValueError(f"pad must be >= 0 and, for reflect, < {limit}, got {pad}")

@@ -88,8 +88,10 @@ def noisy_replay(
         The training images [B, ...] in ``x``'s dtype and layout, without gradient.
 
     Raises:
-        TypeError: a tensor is not floating point, or ``adv`` has another dtype than ``x``.
-        ValueError: shapes or devices differ, eps negative, bounds in the wrong order, wrong sample_ids.
+        TypeError: a tensor is not floating point, ``adv`` has another dtype than ``x``, tau or eps is no
+            number, or ``seed`` no integer.
+        ValueError: shapes or devices differ, tau is NaN, eps negative, bounds in the wrong order, ``seed``
+            of more than 64 bits, wrong sample_ids.
     """
     for name, value in (("x", x), ("adv", adv), ("distance", distance)):
         checks.check_float(name, value)
@@ -98,15 +100,18 @@ def noisy_replay(
         raise TypeError(f"adv must have the dtype of x, {x.dtype}, got {adv.dtype}")
     if distance.shape != x.shape[:1]:
         raise ValueError(f"distance must have shape ({x.shape[0]},), got {tuple(distance.shape)}")
+    checks.check_same_device("distance", distance, "x", x)
+    tau = checks.threshold("tau", tau)
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     checks.check_sample_ids(sample_ids, x)
     seed = draw_seed() if seed is None else seed
+    checks.check_seed(seed)
     return torch.ops.fastadv.noisy_replay(
         x.detach(),
         adv.detach(),
         distance.detach(),
-        float(tau),
+        tau,
         eps_number,
         eps_tensor,
         low,

@@ -27,6 +27,8 @@ def _reference(
     a, g, c = adv.to(dtype), grad.to(checks.accumulate_dtype(adv, grad)), x.to(dtype)
     radius = checks.broadcast_per_sample(eps, eps_per_sample, adv)
     step = checks.broadcast_per_sample(alpha, alpha_per_sample, adv)
+    if adv.numel() == 0:
+        return torch.empty_like(adv)
     if norm == "linf":
         moved = a + step * torch.sign(g).to(dtype)
         moved = torch.where(moved < c - radius, c - radius, moved)
@@ -42,7 +44,7 @@ def _reference(
 
 
 def _length(t: Tensor) -> Tensor:
-    return t.flatten(1).square().sum(1).sqrt().view(-1, *[1] * (t.dim() - 1))
+    return checks.rows(t).square().sum(1).sqrt().view(-1, *[1] * (t.dim() - 1))
 
 
 def _unit(grad: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def _unit(grad: Tensor) -> Tensor:
     The gradient is first divided by its largest magnitude: squares of float32 gradients below 1e-23 would
     vanish, and such gradients are common at confident samples.
     """
-    largest = grad.flatten(1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
+    largest = checks.rows(grad).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
     usable = (largest > 0) & torch.isfinite(largest)
     scaled = torch.where(usable, grad / largest, torch.zeros_like(grad))
     return torch.where(usable, scaled / _length(scaled), torch.zeros_like(grad))
@@ -168,7 +170,8 @@ def pgd_step(
         The next point [B, ...] in ``adv``'s dtype and layout. It carries no gradient.
 
     Raises:
-        TypeError: a tensor is not floating point, or ``x`` has another dtype than ``adv``.
+        TypeError: a tensor is not floating point, ``x`` has another dtype than ``adv``, or eps or alpha is no
+            number.
         ValueError: shapes or devices differ, eps or alpha is negative or not finite, unknown norm, bounds
             in the wrong order.
     """
@@ -190,7 +193,7 @@ def pgd_step_(
     """`pgd_step`, writing the next point into ``adv``.
 
     Args:
-        adv: as in `pgd_step`; overwritten. Must not be a leaf that requires grad, as for any in-place op.
+        adv: as in `pgd_step`; overwritten. Where gradients are recorded it must not require grad.
         grad: as in `pgd_step`.
         x: as in `pgd_step`.
         eps: as in `pgd_step`.
@@ -204,16 +207,32 @@ def pgd_step_(
         ``adv``.
 
     Raises:
-        TypeError: as in `pgd_step`.
-        ValueError: as in `pgd_step`, or ``counts`` is not an int64 tensor [2].
+        RuntimeError: ``adv`` requires grad, or its elements overlap in memory.
+        TypeError: as in `pgd_step`, or ``counts`` is no tensor.
+        ValueError: as in `pgd_step`, or ``counts`` is not a contiguous int64 tensor [2] on the device of ``adv``.
     """
     arguments = _checked(adv, grad, x, eps, alpha, norm, bounds)
-    if counts is not None and (counts.dtype != torch.int64 or counts.shape != (2,)):
-        raise ValueError(
-            f"counts must be int64 of shape (2,), got {counts.dtype} of shape {tuple(counts.shape)}"
+    if adv.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "adv must not require grad, because the step has no gradient: pass adv.detach() or call "
+            "within torch.no_grad()"
         )
+    if counts is not None:
+        _check_counts(counts, adv)
     torch.ops.fastadv.pgd_step_(adv, *arguments, counts)
+    # A graph that has saved what is overwritten here must not be run backward.
+    torch.autograd.graph.increment_version(adv if counts is None else (adv, counts))
     return adv
+
+
+def _check_counts(counts: Tensor, adv: Tensor) -> None:
+    checks.check_tensor("counts", counts)
+    if counts.dtype != torch.int64 or counts.shape != (2,) or not counts.is_contiguous():
+        raise ValueError(
+            "counts must be a contiguous int64 tensor of shape (2,), "
+            f"got {counts.dtype} of shape {tuple(counts.shape)}, strides {counts.stride()}"
+        )
+    checks.check_same_device("counts", counts, "adv", adv)
 
 
 def _checked(

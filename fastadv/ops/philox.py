@@ -35,13 +35,21 @@ def philox(seed: int, sample_ids: Tensor, blocks: int, stream: int = 0) -> Tenso
     c1 = torch.full_like(c0, stream)
     c2 = (sample_ids & _MASK)[:, None].expand(batch, blocks)
     c3 = (sample_ids >> 32 & _MASK)[:, None].expand(batch, blocks)
-    k0, k1 = seed & _MASK, seed >> 32 & _MASK
+    words = philox_block((c0, c1, c2, c3), (seed & _MASK, seed >> 32 & _MASK))
+    return torch.stack(words, dim=-1).reshape(batch, WORDS * blocks)
+
+
+def philox_block(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The random words of counters of four 32-bit words each, as int64 of any shape."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(ROUNDS):
         high0, low0 = _multiply(c0, MULTIPLIERS[0])
         high1, low1 = _multiply(c2, MULTIPLIERS[1])
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = k0 + KEY_STEPS[0] & _MASK, k1 + KEY_STEPS[1] & _MASK
-    return torch.stack((c0, c1, c2, c3), dim=-1).reshape(batch, WORDS * blocks)
+    return c0, c1, c2, c3
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,10 @@ def uniform_ball_noise(
 ) -> Tensor:
     """Uniform noise in the ball, in the dtype of computation and the shape of ``x``."""
     dtype = checks.accumulate_dtype(x)
+    if x.numel() == 0:
+        return torch.empty_like(x, dtype=dtype)
     words = random_words(seed, sample_ids, x)
-    radius = checks.broadcast_per_sample(eps, eps_per_sample, x.flatten(1))
+    radius = checks.broadcast_per_sample(eps, eps_per_sample, checks.rows(x))
     if norm == "linf":
         return (symmetric_uniform(words).to(dtype) * radius).view(x.shape)
     direction = _near_gaussian(words)
@@ -113,8 +115,9 @@ def random_start(
         The starting points [B, ...] in ``x``'s dtype and layout, without gradient.
 
     Raises:
-        TypeError: ``x`` is not floating point.
-        ValueError: eps negative or not finite, unknown norm, bounds in the wrong order, wrong sample_ids.
+        TypeError: ``x`` is not floating point, eps no number, or ``seed`` no integer.
+        ValueError: eps negative or not finite, unknown norm, bounds in the wrong order, ``seed`` of more
+            than 64 bits, wrong sample_ids.
     """
     checks.check_float("x", x)
     checks.check_choice("norm", norm, NORMS)
@@ -122,6 +125,7 @@ def random_start(
     eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     checks.check_sample_ids(sample_ids, x)
     seed = draw_seed() if seed is None else seed
+    checks.check_seed(seed)
     return torch.ops.fastadv.random_start(
         x.detach(), eps_number, eps_tensor, norm, low, high, seed, sample_ids
     )

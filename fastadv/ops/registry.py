@@ -54,6 +54,8 @@ class Op:
 
     def has_native(self, device_type: str) -> bool:
         """Whether compiled code of this package is registered for a device type."""
+        if device_type not in ("cpu", "cuda"):
+            return False
         if device_type == "cuda" and self.name in _TRITON_OWNED:
             return False
         return has_kernel(self.qualified_name, device_type)
@@ -104,8 +106,19 @@ def define(op: Op) -> Op:
     torch.library.define(op.qualified_name, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(op.qualified_name, "default", op.reference)
     torch.library.register_fake(op.qualified_name, op.fake)
+    if op.backward_of is not None:
+        torch.library.register_autograd(op.qualified_name, _no_second_derivative(op))
     REGISTRY[op.name] = op
     return op
+
+
+def _no_second_derivative(op: Op) -> Callable[..., Any]:
+    """Without this torch would only warn, and leave the gradient out."""
+
+    def backward(*_: Any) -> Any:
+        raise RuntimeError(f"{op.backward_of} has no second derivative")
+
+    return backward
 
 
 def claim_cuda_for_triton() -> None:

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Build, test, sanitize and measure fastadv on a machine with a CUDA GPU and without network, in at most nine minutes.
+#
+#   bench/gpu.sh OUTDIR                    every stage
+#   bench/gpu.sh OUTDIR build ops          these stages, with the nine minutes for them alone
+#
+# Stages: build, test, sanitize (compute-sanitizer's memcheck and racecheck), ops, throughput. A stage that fails or
+# runs out of time does not stop the next; the exit status is 0 where all passed. OUTDIR gets log.txt, summary.txt
+# and the benchmarks' results.
+#
+# It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark,
+# pybind11, scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
+set -uo pipefail
+
+readonly TOTAL=540 # seconds
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+readonly repo python=${PYTHON:-python3}
+export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
+
+# Shares of the time; what a stage leaves over goes to those after it.
+declare -A share=([build]=20 [test]=26 [memcheck]=12 [racecheck]=10 [ops]=18 [throughput]=14)
+
+usage() {
+  echo "usage: $0 OUTDIR [build] [test] [sanitize] [ops] [throughput]" >&2
+  exit 2
+}
+
+[ $# -ge 1 ] || usage
+mkdir -p "$1" || exit 2
+out=$(cd "$1" && pwd)
+readonly out
+shift
+[ $# -gt 0 ] || set -- build test sanitize ops throughput
+
+stages=()
+for stage in "$@"; do
+  case $stage in
+    build | test | ops | throughput) stages+=("$stage") ;;
+    sanitize) stages+=(memcheck racecheck) ;;
+    *) usage ;;
+  esac
+done
+
+readonly log=$out/log.txt summary=$out/summary.txt
+: >"$log"
+: >"$summary"
+
+# Tests and benchmarks run in a copy without the package's source, so that what they import is what was installed.
+work=$(mktemp -d)
+readonly work
+trap 'rm -rf "$work"' EXIT
+tar -C "$repo" --exclude=./fastadv --exclude=./build --exclude=./.git --exclude='./.venv*' -cf - . | tar -C "$work" -xf -
+
+has_module() { "$python" -c "import $1" 2>/dev/null; }
+
+# Sets `command` and `directory` for a stage with a limit of $2 seconds.
+prepare() {
+  directory=$work
+  case $1 in
+    build)
+      directory=$repo
+      local architecture
+      architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+      command=("$python" -m pip install --no-build-isolation --no-deps --force-reinstall
+        -C cmake.define.FASTADV_CUDA=ON -C "cmake.define.FASTADV_CUDA_ARCHITECTURES=$architecture" .)
+      ;;
+    test)
+      command=("$python" -m pytest tests --tb=short -rfE -p no:cacheprovider)
+      if has_module xdist; then command+=(-n 8); fi
+      if ! has_module jsonargparse; then
+        local file
+        while read -r file; do
+          note "left out, as jsonargparse is not installed: $file"
+          command+=("--ignore=$file")
+        done < <(cd "$work" && grep -l 'fastadv\.cli' tests/test_*.py)
+      fi
+      ;;
+    memcheck | racecheck)
+      command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9
+        "$python" bench/native_kernels.py)
+      ;;
+    ops | throughput)
+      command=("$python" "bench/$1.py" --device cuda --out "$out")
+      if [ "$2" -lt 200 ]; then command+=(--quick); fi
+      ;;
+  esac
+}
+
+note() {
+  echo "$*" | tee -a "$log"
+}
+
+# The line of a stage's output that says most.
+essence() {
+  case $1 in
+    test) grep -E '[0-9]+ (passed|failed|error)' ;;
+    memcheck | racecheck) grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' ;;
+    build) grep -E 'Successfully installed|[Ee]rror' ;;
+    *) grep -vE '^$' ;;
+  esac | tail -n 1 | cut -c1-120
+}
+
+run_stage() {
+  local stage=$1 limit=$2 started=$SECONDS status result output=$work/output.txt
+  local -a command
+  local directory
+  note "== $stage, at most $limit s"
+  prepare "$stage" "$limit"
+  note "$ ${command[*]}"
+  (cd "$directory" && timeout --kill-after=10 "$limit" "${command[@]}") >"$output" 2>&1
+  status=$?
+  tee -a "$log" <"$output"
+  case $status in
+    0) result=passed ;;
+    124 | 137) result="timed out" ;;
+    *) result="failed ($status)" ;;
+  esac
+  printf '%-11s %-12s %4d s  %s\n' "$stage" "$result" $((SECONDS - started)) "$(essence "$stage" <"$output")" \
+    >>"$summary"
+  return "$status"
+}
+
+"$python" - <<'PYTHON' 2>&1 | tee -a "$log" "$summary"
+import platform, torch, triton
+name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+print(f"{name}; python {platform.python_version()}, torch {torch.__version__}, triton {triton.__version__}")
+PYTHON
+
+passed=true
+SECONDS=0
+left=0
+for stage in "${stages[@]}"; do left=$((left + share[$stage])); done
+for stage in "${stages[@]}"; do
+  limit=$(((TOTAL - SECONDS) * share[$stage] / left))
+  left=$((left - share[$stage]))
+  run_stage "$stage" "$limit" || passed=false
+done
+
+echo
+cat "$summary"
+$passed

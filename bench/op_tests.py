@@ -1,0 +1,55 @@
+"""Which ops pass their tests: only those are measured."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection
+from pathlib import Path
+
+from op_rows import CASES
+
+FOR_ALL = "has_cases or uninitialised"  # the tests of test_ops.py that name no op
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def failures(ops: Collection[str]) -> dict[str, str]:
+    """Run the tests of ops in a process of their own; why each op that does not pass does not.
+
+    An op's tests are those in tests/test_ops.py that bear its name, and the file of its family. A test of
+    test_ops.py that names no op counts for all; an op without a passed test does not pass.
+    """
+    cases = [case for case in CASES.values() if case.op in ops]
+    files = {"test_ops.py", *(f"test_{case.family}.py" for case in cases)}
+    chosen = " or ".join(sorted({case.op for case in cases} | {case.family for case in cases}))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-k", f"{chosen} or {FOR_ALL}"]
+        command += [f"--junitxml={report}", *(f"tests/{name}" for name in sorted(files))]
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if not report.is_file():
+            return dict.fromkeys(ops, f"the tests did not run: {finished.stdout[-500:]}")
+        tests = list(ElementTree.parse(report).iter("testcase"))
+    return {op: why for op in ops if (why := _why_refused(op, tests))}
+
+
+def _why_refused(op: str, tests: list[ElementTree.Element]) -> str | None:
+    mine = [test for test in tests if _concerns(test, op)]
+    broken = [test.get("name") for test in mine if _broken(test)]
+    if broken:
+        return f"{len(broken)} of {len(mine)} tests fail, {broken[0]} among them"
+    return None if mine else "it has no test"
+
+
+def _concerns(test: ElementTree.Element, op: str) -> bool:
+    family = next(case.family for case in CASES.values() if case.op == op)
+    name, file = test.get("name", ""), test.get("classname", "").rpartition(".")[2]
+    if file == f"test_{family}":
+        return True
+    return file == "test_ops" and ("/" not in name or f"[{op}/" in name)
+
+
+def _broken(test: ElementTree.Element) -> bool:
+    return test.find("failure") is not None or test.find("error") is not None

@@ -1,0 +1,26 @@
+// Host side of the random start on CUDA devices.
+#include "cuda/noise_tensor.h"
+
+namespace fastadv::cuda {
+namespace {
+
+at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& eps_per_sample,
+                        c10::string_view norm, double low, double high, int64_t seed,
+                        const OptionalTensor& sample_ids) {
+  const c10::cuda::CUDAGuard guard(x.device());
+  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2", "norm must be one of linf, l2, got ", norm);
+  const NoiseTensors t(x, eps, eps_per_sample, low, high, seed, sample_ids);
+  if (norm == "linf") {
+    C10_CUDA_CHECK(launch_random_start_linf(t.noise, current_stream()));
+  } else {
+    const at::Tensor space = workspace(random_start_l2_workspace(t.noise), at::kLong, x);
+    C10_CUDA_CHECK(launch_random_start_l2(t.noise, space.data_ptr<int64_t>(), current_stream()));
+  }
+  return t.result();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastadv, CUDA, m) { m.impl("random_start", &random_start); }
+
+}  // namespace fastadv::cuda

@@ -1,0 +1,86 @@
+// Host side of the CUDA ops: argument checks, and at::Tensor as the launchers take it.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include <optional>
+
+#include "cuda/arguments.h"
+#include "layout.h"
+
+namespace fastadv::cuda {
+
+inline Dtype dtype_of(const at::Tensor& t, const char* argument) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat;
+    case at::kDouble:
+      return Dtype::kDouble;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kHalf;
+    default:
+      TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ",
+                       t.scalar_type());
+  }
+}
+
+inline void check_batched(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() > 0, name, " must have a batch axis, got a tensor without axes");
+}
+
+inline void check_device(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on the device ", like.device(),
+                    ", got ", t.device());
+}
+
+inline void check_shape(const at::Tensor& t, const char* name, const at::Tensor& like,
+                        const char* like_name) {
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ",
+                    like.sizes(), ", got ", t.sizes());
+  check_device(t, name, like);
+}
+
+inline void check_per_sample(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.sizes() == like.sizes().slice(0, 1), name, " must have shape [", like.size(0),
+                    "], got ", t.sizes());
+  check_device(t, name, like);
+}
+
+// One number per sample, read from a tensor [B] of any float dtype and stride.
+inline PerSample per_sample(const at::Tensor& values, const char* name, const at::Tensor& like) {
+  check_per_sample(values, name, like);
+  return {0, values.const_data_ptr(), dtype_of(values, name), values.stride(0)};
+}
+
+inline PerSample per_sample(double number, const OptionalTensor& values, const char* name,
+                            const at::Tensor& like) {
+  if (values) return per_sample(*values, name, like);
+  return {number, nullptr, Dtype::kDouble, 0};
+}
+
+// int64 sample ids, contiguous; undefined for the default.
+inline at::Tensor checked_ids(const OptionalTensor& ids, const at::Tensor& like) {
+  if (!ids) return {};
+  TORCH_CHECK_VALUE(ids->scalar_type() == at::kLong, "sample_ids must be int64, got ",
+                    ids->scalar_type());
+  check_per_sample(*ids, "sample_ids", like);
+  return ids->contiguous();
+}
+
+// A workspace of `count` elements, from torch's allocator so that a graph can capture it.
+inline at::Tensor workspace(int64_t count, at::ScalarType dtype, const at::Tensor& like) {
+  return at::empty({count}, like.options().dtype(dtype).memory_format(std::nullopt));
+}
+
+// The queue that torch uses at the moment on the current device.
+inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+}  // namespace fastadv::cuda

@@ -1,0 +1,69 @@
+"""What a run says before it starts: what will be done, what it costs, where it goes."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from fastadv.trainers.loop import Loop
+from fastadv.trainers.recipe import AdversarialRecipe
+
+
+def announcement(loop: Loop, model_name: str | None) -> str:
+    """Return a few lines on a run that is about to start.
+
+    Args:
+        loop: the run.
+        model_name: what the model is called, if it was made by name.
+    """
+    recipe, data = loop.recipe, loop.loader.data
+    runtime = loop.method.runtime
+    model = next(iter(loop.models.values()))
+    size = sum(p.numel() for p in model.parameters())
+    precision = "float32" if runtime.autocast_dtype is None else str(runtime.autocast_dtype)[6:]
+    done = loop.progress
+    begun = f", continued after epoch {done.epoch} step {done.epoch_step}" if done.step else ""
+    return "\n".join(
+        [
+            f"{loop.method.name} on {data.name} ({len(data):,} images) with "
+            f"{model_name or type(model).__name__} ({size:,} parameters), on {runtime.device} in "
+            f"{precision}{begun}",
+            f"  work: {recipe.epochs} epochs of {len(loop.loader):,} steps of "
+            f"{recipe.batch_size} images; per image {_passes(loop)}",
+            *_attack_line(loop),
+            f"  best checkpoint: by {_score(loop)} of {_watched(loop)}",
+            f"  results: {loop.run.path}",
+        ]
+    )
+
+
+def _attack_line(loop: Loop) -> list[str]:
+    recipe = loop.recipe
+    if not isinstance(recipe, AdversarialRecipe):
+        return []
+    return [
+        f"  attack: PGD-{recipe.steps} on {recipe.eps:.6g} = {recipe.eps * 255:.4g}/255, "
+        f"steps of {recipe.alpha * 255:.4g}/255"
+    ]
+
+
+def _passes(loop: Loop) -> str:
+    """The cost of each stretch of epochs, in forward passes."""
+    costs = [loop.method.passes(epoch) for epoch in range(loop.recipe.epochs)]
+    parts, first = [], 1
+    for cost, stretch in groupby(costs):
+        last = first + len(list(stretch)) - 1
+        parts.append(f"up to {cost:g} forward passes in epochs {first} to {last}")
+        first = last + 1
+    return parts[0].partition(" in epochs")[0] if len(parts) == 1 else ", ".join(parts)
+
+
+def _score(loop: Loop) -> str:
+    recipe = loop.recipe
+    if isinstance(recipe, AdversarialRecipe) and recipe.monitor_steps:
+        return f"accuracy under PGD-{recipe.monitor_steps}"
+    return "clean accuracy"
+
+
+def _watched(loop: Loop) -> str:
+    kind = "held-out training" if loop.recipe.holdout else "test"
+    return f"{loop.monitor.images:,} {kind} images"

@@ -1,0 +1,171 @@
+"""ARREST: adversarial fine-tuning that keeps the representations of a standard model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from fastadv import losses
+from fastadv.attacks.frozen import frozen
+from fastadv.models import check_feature_split
+from fastadv.ops import noisy_replay, replay_mask
+from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.method import (
+    Attacked,
+    LossResult,
+    TrainBatch,
+    accuracy,
+)
+from fastadv.trainers.number import Number
+from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field
+from fastadv.trainers.schedules import Piecewise, Schedule
+
+# Of .025: all of it in epochs 1 to 10, .02 from epoch 11, then halved every two epochs.
+_FINE_TUNING = Piecewise((0, 10, 12, 14, 16, 18), (1.0, 0.8, 0.4, 0.2, 0.1, 0.05))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrestRecipe(AdversarialRecipe):
+    """Numbers of the ARREST paper, section 5.1, with the three parts of its table 2.
+
+    Attributes:
+        finetune: start from the standard weights (AFT); otherwise from fresh ones.
+        distill: keep features close to the standard model's (RGKD).
+        replay: replace the attack by noise where features have drifted (NR).
+        lam: weight of the distillation, lambda.
+        phi: angle in degrees beyond which features count as drifted; tau = 1 - cos(phi). The
+            paper has 30, 37.5 and 45 for CIFAR-10, 30, 32.5 and 35 for CIFAR-100.
+        replay_epochs: epochs from the start in which there is replay.
+    """
+
+    epochs: int = 20
+    lr: Number = 0.025
+    schedule: Schedule = _FINE_TUNING
+    finetune: bool = True
+    distill: bool = True
+    replay: bool = True
+    lam: Number = 50.0
+    phi: Number = 30.0
+    replay_epochs: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "lam", at_least=0)
+        check_field(self, "replay_epochs", at_least=0)
+        if not 0 <= self.phi <= 90:
+            raise ValueError(f"phi must be between 0 and 90 degrees, got {self.phi}")
+
+    @property
+    def tau(self) -> float:
+        """The largest angular distance at which an image is still attacked."""
+        return 1 - math.cos(math.radians(self.phi))
+
+
+@dataclass(frozen=True)
+class Replayed(Attacked):
+    """Images after noisy replay.
+
+    Attributes:
+        teacher_features: the standard model's features of the clean images [B, C, H, W]; None
+            where no part of the method needs them.
+        replayed: part of the batch that was replayed, a scalar.
+    """
+
+    teacher_features: Tensor | None = None
+    replayed: Tensor | None = None
+
+
+class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
+    """ARREST: CE(f(x')) + lam * angular(h(x'), h_std(x)), with noisy replay.
+
+    Source: Suzuki et al., "ARREST", equations 3 to 5. In the first `replay_epochs` epochs an image
+    whose features are further than tau from the standard model's is not attacked but gets uniform
+    noise of the same size. All parts off is PGD-AT with this recipe.
+
+    What the paper leaves open: the teacher, the drift and the attack are computed in evaluation
+    mode; the attack starts from uniform noise; replayed noise is clipped to 0..1; inputs are not
+    normalised.
+
+    Cost per batch: 2KF for the attack of the images that are not replayed, 1F of the teacher for
+    both replay and distillation, 1F of the model for the drift while there is replay, 3F for
+    training. Running statistics move once.
+    """
+
+    name = "arrest"
+    recipe_class = ArrestRecipe
+
+    @classmethod
+    def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Return the standard model, unless all three parts are off."""
+        assert isinstance(recipe, ArrestRecipe)
+        return ("teacher",) if recipe.finetune or recipe.distill or recipe.replay else ()
+
+    def setup(self) -> None:
+        """Build the attack and check that the models can be cut before their pooling."""
+        super().setup()
+        if self.recipe.distill or self.recipe.replay:
+            check_feature_split(self.model)
+            check_feature_split(self.teachers["teacher"])
+
+    def initialise(self) -> None:
+        """Start from the standard weights (AFT)."""
+        if self.recipe.finetune:
+            self.model.load_state_dict(self.teachers["teacher"].state_dict())
+
+    def attack(self, batch: TrainBatch) -> Replayed:
+        """Return PGD's images, or noise where the features have drifted."""
+        replaying = self._replaying(batch.epoch)
+        if not (replaying or self.recipe.distill):
+            return Replayed(self.perturb(batch))
+        teacher_features = self._teacher_features(batch.x)
+        if not replaying:
+            return Replayed(self.perturb(batch), teacher_features)
+        with self.runtime.phases("replay"):
+            distance, drifted = replay_mask(
+                self._drifting_features(batch.x), teacher_features, self.recipe.tau
+            )
+        attacked = self.perturb(batch, (~drifted).nonzero().flatten())
+        images = noisy_replay(
+            batch.x,
+            attacked,
+            distance,
+            self.recipe.tau,
+            self.recipe.eps,
+            seed=batch.seed("replay"),
+            sample_ids=batch.ids,
+        )
+        return Replayed(images, teacher_features, drifted.float().mean())
+
+    def training_loss(self, batch: TrainBatch, adv: Replayed) -> LossResult:
+        """Return equation 4, or the cross-entropy alone without distillation."""
+        features, logits = self.features_and_logits(adv.x)
+        metrics = {"train_adv_accuracy": accuracy(logits, batch.y)}
+        if adv.replayed is not None:
+            metrics["replayed"] = adv.replayed
+        if not self.recipe.distill:
+            return LossResult(losses.cross_entropy(logits, batch.y), metrics)
+        assert adv.teacher_features is not None
+        terms = losses.arrest_terms(logits, batch.y, features, adv.teacher_features)
+        loss = (terms.cross_entropy + self.recipe.lam * terms.distance).mean()
+        metrics["distance"] = terms.distance.detach().mean()
+        return LossResult(loss, metrics)
+
+    def passes(self, epoch: int) -> float:
+        """Return PGD-AT's cost, plus 1F of the teacher and 1F of the model where they are needed."""
+        replaying = self._replaying(epoch)
+        return super().passes(epoch) + (replaying or self.recipe.distill) + replaying
+
+    def _replaying(self, epoch: int) -> bool:
+        return self.recipe.replay and epoch < self.recipe.replay_epochs
+
+    def _teacher_features(self, x: Tensor) -> Tensor:
+        with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
+            return cast(Any, self.teachers["teacher"]).forward_features(x)
+
+    def _drifting_features(self, x: Tensor) -> Tensor:
+        with frozen(self.model), torch.no_grad(), self.autocast():
+            return cast(Any, self.model).forward_features(x)

@@ -1,0 +1,312 @@
+"""Checkpoints that survive a kill at any moment and never pass for what they are not.
+
+A checkpoint is a directory `step_000123` with
+
+- `model.safetensors`: the trained model's state dict under its own names; a moving average of it
+  under "ema/", further trained models under "<name>/";
+- `train_state.pt`: optimisers and counters, loads with `weights_only=True`;
+- `meta.json`: format, recipe, versions, place in the run, and the SHA-256 of the other two.
+
+It is written under a name that begins with a dot, flushed to disk and renamed. Then the link
+`latest` is switched to it. So `latest` always names a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.files import point_link, sha256_of, sync_path
+
+FORMAT = 1
+MODEL_FILE = "model.safetensors"
+STATE_FILE = "train_state.pt"
+META_FILE = "meta.json"
+LATEST = "latest"
+BEST = "best"
+_NAME = re.compile(r"step_(\d{6,})")
+_TEMPORARY = ".writing-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is absent, damaged or not one; the message names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and whose hashes were right.
+
+    Attributes:
+        path: its directory.
+        meta: content of `meta.json`.
+        weights: content of `model.safetensors`, on the CPU.
+        train_state: content of `train_state.pt`, on the CPU; empty if it was not asked for.
+    """
+
+    path: Path
+    meta: dict[str, Any]
+    weights: dict[str, Tensor]
+    train_state: dict[str, Any]
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the directory name of a checkpoint after so many steps."""
+    return f"step_{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    weights: Mapping[str, Tensor],
+    train_state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint and switch `latest` to it.
+
+    Args:
+        folder: where the checkpoints of the run are.
+        step: steps done; a checkpoint of the same step is replaced.
+        weights: tensors by name.
+        train_state: tensors, numbers, text, and dicts and lists of them.
+        meta: what else to record, JSON types.
+
+    Returns:
+        The checkpoint's directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(folder)
+    name = checkpoint_name(step)
+    temporary = folder / f"{_TEMPORARY}{name}"
+    temporary.mkdir()
+    try:
+        _write_files(temporary, weights, train_state, {**meta, "step": step})
+        _put_in_place(temporary, folder / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    point_link(folder / LATEST, name)
+    return folder / name
+
+
+def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
+    """Read a checkpoint and check that it is whole.
+
+    Args:
+        path: its directory, or a link to it.
+        with_state: also read what only continuing the training needs.
+
+    Raises:
+        CheckpointError: if it is absent, damaged, of another format or no checkpoint. Nothing on
+            disk is changed. The message names the newest good checkpoint beside it, if any.
+    """
+    path = path.resolve()
+    try:
+        return _read(path, with_state)
+    except CheckpointError as error:
+        good = newest_good(path.parent, besides=path.name)
+        hint = f"; the newest good checkpoint there is {good}" if good else ""
+        raise CheckpointError(f"{error}{hint}") from error.__cause__
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Return the checkpoints of a folder, oldest first, without looking inside them."""
+    if not folder.is_dir():
+        return []
+    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
+    return sorted(found, key=_step_of)
+
+
+def newest_good(folder: Path, besides: str = "") -> Path | None:
+    """Return the newest whole checkpoint of a folder, or None.
+
+    Args:
+        folder: where checkpoints are.
+        besides: name of one not to consider.
+    """
+    for path in reversed(checkpoints_in(folder)):
+        if path.name != besides:
+            try:
+                _verify(path)
+            except CheckpointError:
+                continue
+            return path
+    return None
+
+
+def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
+    """Find a checkpoint's directory.
+
+    Args:
+        path: a run directory, its `checkpoints` folder or a checkpoint.
+        which: in a run: "latest", "best" or a name such as "step_000123".
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    start = Path(path)
+    if not start.exists():
+        raise CheckpointError(f"{start}: no such file or directory")
+    if (start / META_FILE).is_file() or _NAME.fullmatch(start.resolve().name):
+        return start.resolve()
+    folder = start / "checkpoints" if (start / "checkpoints").is_dir() else start
+    if (folder / which).exists():
+        return (folder / which).resolve()
+    found = checkpoints_in(folder)
+    if which == LATEST and found:  # the link was lost in a copy, or dangles
+        return found[-1]
+    there = f"there are {', '.join(p.name for p in found)}" if found else "there are none"
+    raise CheckpointError(f"{folder}: no checkpoint {which!r}; {there}")
+
+
+def prune(folder: Path, keep: int, step: int, best: str | None) -> None:
+    """Delete old checkpoints.
+
+    Args:
+        folder: where the checkpoints of the run are.
+        keep: how many of the newest to keep.
+        step: the run's step. Later checkpoints belong to a course that the run has left by
+            starting again from an earlier one, and go too.
+        best: name of a checkpoint to keep in any case.
+    """
+    current = [path for path in checkpoints_in(folder) if _step_of(path) <= step]
+    kept = {path.name for path in current[-keep:]} | {best}
+    for path in checkpoints_in(folder):
+        if path.name not in kept:
+            # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
+            doomed = folder / f"{_TEMPORARY}{path.name}.old"
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _write_files(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    train_state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+) -> None:
+    from safetensors.torch import save
+
+    # Copies: safetensors refuses channels-last tensors and tensors that share memory.
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
+    (folder / MODEL_FILE).write_bytes(save(plain, metadata={"format": "pt"}))
+    torch.save(dict(train_state), folder / STATE_FILE)
+    files = {}
+    for name in (MODEL_FILE, STATE_FILE):
+        sync_path(folder / name)
+        files[name] = {
+            "sha256": sha256_of(folder / name),
+            "bytes": (folder / name).stat().st_size,
+        }
+    content = {"format": FORMAT, **meta, "files": files}
+    (folder / META_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sync_path(folder / META_FILE)
+    sync_path(folder)
+
+
+def _put_in_place(temporary: Path, final: Path) -> None:
+    """Rename a finished checkpoint, out of the way of one of the same step."""
+    if final.exists():
+        aside = temporary.with_name(f"{_TEMPORARY}{final.name}.old")
+        os.replace(final, aside)
+        os.replace(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(temporary, final)
+    sync_path(final.parent)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process left behind."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _verify(path: Path) -> dict[str, Any]:
+    """Check everything but the content of the two files, and return the meta data."""
+    meta = _read_meta(path)
+    files = meta.get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{path / META_FILE}: has no list of files")
+    for name in (MODEL_FILE, STATE_FILE):
+        recorded = files.get(name)
+        if not isinstance(recorded, dict):
+            raise CheckpointError(f"{path / META_FILE}: does not list {name}")
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file")
+        if file.stat().st_size != recorded.get("bytes"):
+            raise CheckpointError(
+                f"{file}: has {file.stat().st_size} bytes instead of {recorded.get('bytes')}"
+            )
+        if sha256_of(file) != recorded.get("sha256"):
+            raise CheckpointError(f"{file}: its SHA-256 differs from the one in {META_FILE}")
+    return meta
+
+
+def _read_meta(path: Path) -> dict[str, Any]:
+    file = path / META_FILE
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint directory")
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, so {path.name} is not a fastadv checkpoint")
+    try:
+        meta = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    version = meta.get("format") if isinstance(meta, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{file}: format must be {FORMAT}, got {version!r}")
+    return meta
+
+
+def _read(path: Path, with_state: bool) -> Checkpoint:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    meta = _verify(path)
+    try:
+        weights = load_file(path / MODEL_FILE)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path / MODEL_FILE}: not a safetensors file ({error})") from error
+    state: dict[str, Any] = {}
+    if with_state:
+        try:
+            state = torch.load(path / STATE_FILE, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises many types for foreign files
+            raise CheckpointError(f"{path / STATE_FILE}: cannot be read ({error})") from error
+    return Checkpoint(path, meta, weights, state)
+
+
+def pack_weights(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Put several state dicts into one: the first under its own names, the others under "name/"."""
+    packed: dict[str, Tensor] = {}
+    for position, (name, state) in enumerate(states.items()):
+        prefix = "" if position == 0 else f"{name}/"
+        for key in state:
+            if "/" in key:
+                raise ValueError(f"names in a state dict must not have a slash, got {key!r}")
+        packed.update({f"{prefix}{key}": value for key, value in state.items()})
+    return packed
+
+
+def unpack_weights(weights: Mapping[str, Tensor], name: str | None = None) -> dict[str, Tensor]:
+    """Take one state dict out of packed ones: the first (None), or that under "name/"."""
+    if name is None:
+        return {key: value for key, value in weights.items() if "/" not in key}
+    prefix = f"{name}/"
+    return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}

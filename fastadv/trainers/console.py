@@ -1,0 +1,139 @@
+"""What a run says while it trains: a bar on a terminal, one line per interval elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+_FIRST_ESTIMATE_STEPS = 20
+_FIRST_ESTIMATE_SECONDS = 10.0
+
+
+class Console:
+    """Progress of a run on standard error.
+
+    Args:
+        enabled: False for silence.
+        total_steps: steps of the whole run.
+        done_steps: steps done before this process.
+        batch_size: images per step.
+        interval: seconds between two lines where there is no terminal.
+    """
+
+    def __init__(
+        self,
+        enabled: bool,
+        total_steps: int,
+        done_steps: int,
+        batch_size: int,
+        interval: float = 30.0,
+    ) -> None:
+        self.enabled = enabled
+        self._left = total_steps - done_steps
+        self._batch_size = batch_size
+        self._interval = interval
+        self._on_terminal = enabled and sys.stderr.isatty()
+        self._bar: Any = None
+        self._done = 0
+        self._seconds = 0.0  # of training steps alone
+        self._aside = 0.0  # of everything between them
+        self._since = self._said = time.perf_counter()
+        self._estimated = False
+        self._taken = (0, 0.0)
+        if self._on_terminal:
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_steps,
+                initial=done_steps,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self.enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def step_done(self) -> None:
+        """Count a step."""
+        now = time.perf_counter()
+        self._seconds += now - self._since
+        self._since = now
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        if not self._estimated and (
+            self._done >= _FIRST_ESTIMATE_STEPS or self._seconds > _FIRST_ESTIMATE_SECONDS
+        ):
+            self._estimated = True
+            self.say(
+                f"expected: about {duration(self.seconds_left())} for the remaining "
+                f"{self._left - self._done:,} steps, at {self.images_per_second():,.0f} images/s"
+            )
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Keep what happens in a with statement out of images per second."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since = time.perf_counter()
+            self._aside += self._since - began
+
+    def show(self, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+        """Show where the run is, if it is time to.
+
+        Args:
+            epoch: current epoch, counted from 1.
+            epochs: epochs of the run.
+            metrics: means over the last steps.
+        """
+        rate = self.images_per_second()
+        if self._bar is not None:
+            self._bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
+            self._bar.set_postfix_str(f"{rate:,.0f} images/s, {_in_words(metrics)}")
+        elif self.enabled and time.perf_counter() - self._said >= self._interval:
+            self._said = time.perf_counter()
+            left = duration(self.seconds_left())
+            self.say(
+                f"epoch {epoch}/{epochs}: {_in_words(metrics)}, {rate:,.0f} images/s, {left} left"
+            )
+
+    def images_per_second(self) -> float:
+        """Return the mean rate of this process's training steps."""
+        return self._done * self._batch_size / max(self._seconds, 1e-9)
+
+    def take_rate(self) -> float:
+        """Return the images per second since the last call."""
+        steps, seconds = self._taken
+        self._taken = (self._done, self._seconds)
+        return (self._done - steps) * self._batch_size / max(self._seconds - seconds, 1e-9)
+
+    def seconds_left(self) -> float:
+        """Estimate the rest of the run from what the steps so far took, with all between them."""
+        spent = self._seconds + self._aside
+        return (self._left - self._done) * spent / max(self._done, 1)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """Write a time span for people: "42 s", "3.5 min", "2.1 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def _in_words(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())

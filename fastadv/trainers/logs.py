@@ -1,0 +1,156 @@
+"""What a run leaves to be read: metrics.jsonl, summary.csv and, on request, TensorBoard events."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastadv.files import write_atomically
+
+
+class Meter:
+    """Means over images of scalars that stay on the device until they are read."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor | float] = {}
+        self._images: dict[str, int] = {}
+
+    def add(self, values: Mapping[str, Tensor], images: int) -> None:
+        """Take in means over a batch of so many images."""
+        for name, value in values.items():
+            # float64, so that a long epoch's sum does not lose its small terms
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * images
+            self._images[name] = self._images.get(name, 0) + images
+
+    def merge(self, other: Meter) -> None:
+        """Take in all that another meter has; waits for the device."""
+        for name, (total, images) in other.state().items():
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._images[name] = self._images.get(name, 0) + int(images)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each scalar; waits for the device."""
+        return {name: float(total) / self._images[name] for name, total in self._sums.items()}
+
+    def clear(self) -> None:
+        """Start again."""
+        self._sums.clear()
+        self._images.clear()
+
+    def state(self) -> dict[str, list[float]]:
+        """Return what `load` takes, as plain numbers."""
+        return {name: [float(total), self._images[name]] for name, total in self._sums.items()}
+
+    def load(self, state: Mapping[str, list[float]]) -> None:
+        """Go back to a saved state."""
+        self._sums = {name: total for name, (total, _) in state.items()}
+        self._images = {name: int(images) for name, (_, images) in state.items()}
+
+
+class MetricsLog:
+    """The records of a run.
+
+    `metrics.jsonl` has one object a line: {"kind": "step", ...} every few steps and
+    {"kind": "epoch", ...} after each epoch. `summary.csv` has a line per epoch.
+
+    Args:
+        folder: the run directory.
+        step: the step that the run continues from; later records are dropped.
+        tensorboard: also write TensorBoard events to `folder/tensorboard`.
+
+    Raises:
+        ImportError: if TensorBoard is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, tensorboard: bool = False) -> None:
+        self._file = folder / "metrics.jsonl"
+        self._summary = folder / "summary.csv"
+        records = [r for r in read_records(self._file) if r.get("step", 0) <= step]
+        self._epochs = [r for r in records if r.get("kind") == "epoch"]
+        write_atomically(self._file, "".join(_as_line(record) for record in records))
+        self._board: Any = None
+        if tensorboard:
+            writer = require_tensorboard()
+            self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def step(self, **values: Any) -> None:
+        """Record what was measured over the last few steps."""
+        self._append({"kind": "step", **values})
+
+    def epoch(self, **values: Any) -> None:
+        """Record an epoch, and write the summary anew."""
+        record = {"kind": "epoch", **values}
+        self._append(record)
+        self._epochs.append(record)
+        write_atomically(self._summary, _as_csv(self._epochs))
+
+    def close(self) -> None:
+        """Flush what is not on disk yet."""
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        with open(self._file, "a", encoding="utf-8") as file:
+            file.write(_as_line(record))
+        if self._board is not None:
+            for name, value in record.items():
+                if isinstance(value, int | float) and name != "step":
+                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics.jsonl; a last line that was cut off is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def _as_line(record: Mapping[str, Any]) -> str:
+    return json.dumps({name: _json_value(value) for name, value in record.items()}) + "\n"
+
+
+def _json_value(value: Any) -> Any:
+    """Keep the file strict JSON, which has no NaN."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _as_csv(records: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for record in records for name in record if name != "kind"))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    for record in records:
+        writer.writerow([_json_value(record.get(name, "")) for name in names])
+    return text.getvalue()
+
+
+def require_tensorboard() -> Any:
+    """Return TensorBoard's writer class.
+
+    Raises:
+        ImportError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard=True needs TensorBoard: pip install 'fastadv[tensorboard]'"
+        ) from error
+    return SummaryWriter

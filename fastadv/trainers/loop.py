@@ -1,0 +1,334 @@
+"""The training loop that all methods share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadv.data import Batch, Loader
+from fastadv.files import point_link
+from fastadv.seeding import derive_seed
+from fastadv.trainers.checkpoint import (
+    BEST,
+    Checkpoint,
+    checkpoint_name,
+    pack_weights,
+    prune,
+    save_checkpoint,
+    unpack_weights,
+)
+from fastadv.trainers.console import Console
+from fastadv.trainers.logs import Meter, MetricsLog
+from fastadv.trainers.method import LossResult, Method, TrainBatch
+from fastadv.trainers.monitor import Look, Monitor
+from fastadv.trainers.optim import (
+    BufferGuard,
+    WeightAverage,
+    build_sgd,
+    clip_gradients,
+    gradient_norm,
+    load_sgd_state,
+)
+from fastadv.trainers.run_directory import RunDirectory
+
+
+class NonFiniteLossError(ArithmeticError):
+    """Several steps in a row had a loss or a gradient that is not finite."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is kept and shown; none of it changes what is computed.
+
+    Attributes:
+        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
+        keep: how many of the newest checkpoints stay, besides the best one.
+        log_every: steps between two records in metrics.jsonl.
+        tensorboard: also write TensorBoard events.
+    """
+
+    checkpoint_every: int | None = None
+    keep: int = 2
+    log_every: int = 20
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep", "log_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+
+
+@dataclass
+class Progress:
+    """Where a run is, and what it counts.
+
+    Attributes:
+        epoch: epochs done.
+        epoch_step: steps done in the current epoch.
+        step: steps done in all.
+        bad_steps: steps that were not taken because something was not finite.
+        bad_in_a_row: the last so many of them.
+        best_step: step of the best checkpoint so far; None before the first look.
+        best_score: its accuracy.
+    """
+
+    epoch: int = 0
+    epoch_step: int = 0
+    step: int = 0
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    best_step: int | None = None
+    best_score: float = -1.0
+
+
+@dataclass
+class Loop:
+    """One run of one method.
+
+    Args:
+        method: the method, with its models on the device.
+        loader: the training images.
+        monitored: builds the monitor of the model that counts.
+        run: where the results go.
+        settings: how the run is kept and shown.
+        meta: what to record in each checkpoint.
+        average: moving average of the first trained model, if the recipe has one.
+        on_step: called after each step with the run's progress.
+        show: say what is going on, on standard error.
+    """
+
+    method: Method[Any, Any]
+    loader: Loader
+    monitor: Monitor
+    run: RunDirectory
+    settings: Settings
+    meta: dict[str, Any]
+    average: WeightAverage | None = None
+    on_step: Callable[[Progress], None] | None = None
+    show: bool = True
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        self.recipe = self.method.recipe
+        self.models = self.method.trainable()
+        self.optimizers = {name: build_sgd(m, self.recipe) for name, m in self.models.items()}
+        self._guard = BufferGuard(list(self.models.values()))
+        self._window, self._epoch = Meter(), Meter()
+        self._seconds: dict[str, float] = {}
+        self._batch: TrainBatch | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model that is monitored and returned: the average, if there is one."""
+        return self.average.model if self.average else next(iter(self.models.values()))
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of this run."""
+        state = checkpoint.train_state
+        for position, (name, model) in enumerate(self.models.items()):
+            model.load_state_dict(
+                unpack_weights(checkpoint.weights, None if position == 0 else name)
+            )
+            load_sgd_state(self.optimizers[name], state["optimizers"][name])
+        if self.average:
+            averaged = unpack_weights(checkpoint.weights, "ema")
+            self.average.model.load_state_dict(averaged or unpack_weights(checkpoint.weights))
+        self.progress = Progress(**state["progress"])
+        self._window.load(state["window"])
+        self._epoch.load(state["epoch"])
+        best = self.progress.best_step
+        if best is not None and not (self.run.checkpoints / checkpoint_name(best)).is_dir():
+            self.progress.best_step, self.progress.best_score = None, -1.0
+
+    def train(self) -> dict[str, Any]:
+        """Run to the last epoch, and return the last epoch's record."""
+        total = self.recipe.epochs * len(self.loader)
+        settings = self.settings
+        self.log = MetricsLog(self.run.path, self.progress.step, settings.tensorboard)
+        self.console = Console(self.show, total, self.progress.step, self.recipe.batch_size)
+        record: dict[str, Any] = {}
+        try:
+            self.method.train_mode()
+            while self.progress.epoch < self.recipe.epochs:
+                record = self._run_epoch()
+        finally:
+            self.console.close()
+            self.log.close()
+        return record
+
+    def _run_epoch(self) -> dict[str, Any]:
+        progress = self.progress
+        for batch in self.loader.epoch(progress.epoch, progress.epoch_step):
+            self._train_on(batch)
+            progress.epoch_step += 1
+            progress.step += 1
+            self.console.step_done()
+            if progress.step % self.settings.log_every == 0:
+                self._log_window()
+            if self.on_step is not None:
+                self.on_step(progress)
+            if self._checkpoint_due():
+                self._save()
+        return self._end_epoch()
+
+    def _train_on(self, batch: Batch) -> None:
+        """Take one step at its learning rate, with its own random numbers."""
+        epoch, step = self.progress.epoch, self.progress.epoch_step
+        rate = self.recipe.lr_at(epoch + step / len(self.loader))
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        torch.manual_seed(derive_seed(self.recipe.seed, "torch", epoch, step))  # for dropout
+        self._batch = TrainBatch(batch.x, batch.y, batch.ids, epoch, step, self.recipe.seed)
+        self._guard.save()
+        self.method.step(self._batch, self._update)
+
+    def _update(self, result: LossResult) -> bool:
+        """Move the weights along the gradient of a loss; not if something is not finite."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        norms = [gradient_norm(optimizer) for optimizer in self.optimizers.values()]
+        # The backward pass is under way when the device is waited for here.
+        if not bool(torch.isfinite(torch.stack([result.loss.detach(), *norms])).all()):
+            self._reject(result)
+            return False
+        for optimizer, norm in zip(self.optimizers.values(), norms, strict=True):
+            if self.recipe.clip_grad_norm is not None:
+                clip_gradients(optimizer, norm, self.recipe.clip_grad_norm)
+            optimizer.step()
+        if self.average:
+            self.average.update(next(iter(self.models.values())), self.progress.step + 1)
+        self._guard.save()
+        self.progress.bad_in_a_row = 0
+        assert self._batch is not None
+        scalars = {"loss": result.loss, **result.metrics, "grad_norm": norms[0]}
+        self._window.add(scalars, len(self._batch.y))
+        return True
+
+    def _reject(self, result: LossResult) -> None:
+        """Undo what the failed step left, count it, and stop after a few in a row."""
+        self._guard.restore()
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        progress, loss = self.progress, float(result.loss.detach())
+        progress.bad_steps += 1
+        progress.bad_in_a_row += 1
+        self.console.say(
+            f"step {progress.step + 1}: loss {loss:.4g} or its gradient is not "
+            f"finite, no step taken ({progress.bad_in_a_row} in a row)"
+        )
+        if progress.bad_in_a_row >= self.recipe.max_bad_steps:
+            file = self._save_batch(loss)
+            raise NonFiniteLossError(
+                f"{progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
+                f"finite; the last batch and the weights are in {file}"
+            )
+
+    def _save_batch(self, loss: float) -> Path:
+        assert self._batch is not None
+        file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
+        weights = {name: model.state_dict() for name, model in self.models.items()}
+        torch.save({**vars(self._batch), "loss": loss, "weights": weights}, file)
+        return file
+
+    def _log_window(self) -> None:
+        """Record the steps since the last record."""
+        means, seconds = self._window.means(), self.method.runtime.phases.take()
+        self._epoch.merge(self._window)
+        self._window.clear()
+        for name, value in seconds.items():
+            self._seconds[name] = self._seconds.get(name, 0.0) + value
+        self.log.step(
+            step=self.progress.step,
+            epoch=self.progress.epoch + 1,
+            **self._circumstances(),
+            **means,
+            images_per_second=self.console.take_rate(),
+            **{f"seconds_{name}": value for name, value in seconds.items()},
+        )
+        self.console.show(self.progress.epoch + 1, self.recipe.epochs, means)
+
+    def _circumstances(self) -> dict[str, Any]:
+        rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        return {"lr": rate, "bad_steps": self.progress.bad_steps}
+
+    def _end_epoch(self) -> dict[str, Any]:
+        """Look at the model, record the epoch, and save it."""
+        progress = self.progress
+        if progress.step % self.settings.log_every:
+            self._log_window()
+        record = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            **self._circumstances(),
+            **self._epoch.means(),
+            **{f"seconds_{name}": value for name, value in self._seconds.items()},
+        }
+        progress.epoch += 1
+        progress.epoch_step = 0
+        self._epoch.clear()
+        self._seconds.clear()
+        with self.console.aside():
+            look = self._look()
+            if look is not None:
+                record["clean_accuracy"] = look.clean
+                record |= {} if look.robust is None else {"robust_accuracy": look.robust}
+            self.log.epoch(**record)
+            self._save(look)
+        self.console.say(_epoch_line(record, self.recipe.epochs))
+        return record
+
+    def _look(self) -> Look | None:
+        done = self.progress.epoch
+        if done % self.recipe.monitor_every and done < self.recipe.epochs:
+            return None
+        return self.monitor.look()
+
+    def _checkpoint_due(self) -> bool:
+        every = self.settings.checkpoint_every
+        inside = self.progress.epoch_step < len(self.loader)  # the epoch's end saves anyway
+        return every is not None and inside and self.progress.step % every == 0
+
+    def _save(self, look: Look | None = None) -> None:
+        """Write a checkpoint; it becomes the best one if the look at it was the best so far."""
+        progress = self.progress
+        if look is not None and look.score > progress.best_score:
+            progress.best_step, progress.best_score = progress.step, look.score
+        states = {name: model.state_dict() for name, model in self.models.items()}
+        if self.average:
+            states["ema"] = self.average.model.state_dict()
+        train_state = {
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "progress": asdict(progress),
+            "window": self._window.state(),
+            "epoch": self._epoch.state(),
+        }
+        meta = {**self.meta, "epoch": progress.epoch, "epoch_step": progress.epoch_step}
+        if look is not None:
+            meta["look"] = asdict(look)
+        folder = self.run.checkpoints
+        save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
+        best = None if progress.best_step is None else checkpoint_name(progress.best_step)
+        if best is not None:
+            point_link(folder / BEST, best)
+        prune(folder, self.settings.keep, progress.step, best)
+
+
+def _epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One line on an epoch, for people."""
+    parts = [f"epoch {record['epoch']}/{epochs}", f"lr {record['lr']:.4g}"]
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    for name in ("replayed", "clean_accuracy", "robust_accuracy"):
+        if name in record:
+            parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']} steps not taken")
+    return ", ".join(parts)

@@ -1,0 +1,196 @@
+"""What a training method is: an attack, a loss, and the models they need."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.seeding import derive_seed
+from fastadv.trainers.phases import PhaseTimer
+from fastadv.trainers.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One batch and its place in the run.
+
+    Attributes:
+        x: images [B, C, H, W] in 0..1, float32.
+        y: labels [B], int64.
+        ids: the images' indices in the data set [B], int64.
+        epoch: counted from 0.
+        step: within the epoch, counted from 0.
+        run_seed: the recipe's seed.
+    """
+
+    x: Tensor
+    y: Tensor
+    ids: Tensor
+    epoch: int
+    step: int
+    run_seed: int
+
+    def seed(self, purpose: str) -> int:
+        """Return the seed of one purpose in this step; use it together with `ids`."""
+        return derive_seed(self.run_seed, purpose, self.epoch, self.step)
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """What the attack hands to the loss. Methods whose attack computes more subclass this.
+
+    Attributes:
+        x: the images to train on [B, C, H, W], without gradient.
+    """
+
+    x: Tensor
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """The loss of one batch.
+
+    Attributes:
+        loss: scalar to minimise, float32.
+        metrics: scalars to log, each a mean over the batch, without gradient.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how precisely a run computes.
+
+    Attributes:
+        device: of models and batches.
+        autocast_dtype: of the passes that run under `Method.autocast`; None is float32.
+        phases: collects seconds per phase.
+    """
+
+    device: torch.device
+    autocast_dtype: torch.dtype | None
+    phases: PhaseTimer
+
+
+Update = Callable[[LossResult], bool]
+RecipeT = TypeVar("RecipeT", bound=Recipe)
+AttackedT = TypeVar("AttackedT", bound=Attacked)
+
+
+class Method(abc.ABC, Generic[RecipeT, AttackedT]):
+    """Base of the training methods.
+
+    A method says how a batch is attacked and what its loss is. The loop does the rest: optimiser,
+    schedule, precision, averaging, checkpoints, logs. A subclass writes `attack` and
+    `training_loss`, and overrides the other hooks only where it differs. Its docstring states the
+    passes per batch in F (one forward pass of the model over the batch; input gradients cost 2F,
+    a training pass 3F) and how often BatchNorm's running statistics move.
+
+    Args:
+        recipe: an instance of `recipe_class`.
+        model: the model to train, already on the device.
+        runtime: device, precision and timer.
+        teachers: frozen models by the names that `teachers_needed` returned.
+
+    Attributes:
+        name: what the method is called on the command line.
+        recipe_class: its recipe.
+        bn_updates: updates of the running statistics per batch.
+    """
+
+    name: ClassVar[str]
+    recipe_class: ClassVar[type[Recipe]]
+    bn_updates: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        recipe: RecipeT,
+        model: nn.Module,
+        runtime: Runtime,
+        teachers: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.recipe = recipe
+        self.model = model
+        self.runtime = runtime
+        self.teachers = dict(teachers or {})
+        for teacher in self.teachers.values():
+            teacher.eval().requires_grad_(False)
+        self.setup()
+
+    @classmethod
+    def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Return the names of the frozen models that this recipe needs."""
+        return ()
+
+    def setup(self) -> None:
+        """Build what the method needs besides the model: attacks, further models, checks."""
+
+    def initialise(self) -> None:
+        """Set the starting weights; those of a run that is resumed replace them afterwards."""
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """Return the models that are trained, each by an optimiser of its own.
+
+        The first is the one that is monitored, averaged and evaluated. Parameters that do not
+        require gradients are left alone.
+        """
+        return {"model": self.model}
+
+    def train_mode(self) -> None:
+        """Put the models in the modes in which a step expects them."""
+        for module in self.trainable().values():
+            module.train()
+
+    @abc.abstractmethod
+    def attack(self, batch: TrainBatch) -> AttackedT:
+        """Return the images to train on, with what was computed on the way to them."""
+
+    @abc.abstractmethod
+    def training_loss(self, batch: TrainBatch, adv: AttackedT) -> LossResult:
+        """Return the loss with gradients to the trained models. Runs under `autocast`."""
+
+    def step(self, batch: TrainBatch, update: Update) -> None:
+        """Train on one batch.
+
+        Override it for another order of things, such as several updates per batch or a loss at
+        shifted weights.
+
+        Args:
+            batch: the batch.
+            update: takes a loss, computes its gradients and moves the weights; returns False if
+                it took no step because something was not finite.
+        """
+        with self.runtime.phases("attack"):
+            adv = self.attack(batch)
+        with self.runtime.phases("train"):
+            with self.autocast():
+                result = self.training_loss(batch, adv)
+            update(result)
+
+    @abc.abstractmethod
+    def passes(self, epoch: int) -> float:
+        """Return the cost per image in F, at most, in one epoch (counted from 0)."""
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which this run's passes compute."""
+        dtype = self.runtime.autocast_dtype
+        return torch.autocast(self.runtime.device.type, dtype=dtype, enabled=dtype is not None)
+
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the trained model once: the map before pooling [B, C, H, W] and logits [B, K]."""
+        model = cast(Any, self.model)
+        features = model.forward_features(x)
+        return features, model.forward_head(features)
+
+
+def accuracy(logits: Tensor, y: Tensor) -> Tensor:
+    """Return the part of the batch that is classified correctly, as a scalar tensor."""
+    return (logits.detach().argmax(1) == y).float().mean()

@@ -1,0 +1,43 @@
+"""The methods by name."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, TypeAlias
+
+from fastadv.trainers.arrest import Arrest
+from fastadv.trainers.method import Method
+from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.standard import Standard
+
+MethodClass: TypeAlias = type[Method[Any, Any]]
+
+_METHODS: tuple[MethodClass, ...] = (Standard, PGDAT, Arrest)
+
+
+def method_names() -> list[str]:
+    """Return the names that `find_method` knows."""
+    return [method.name for method in _METHODS]
+
+
+def find_method(method: str | MethodClass) -> MethodClass:
+    """Return a method's class.
+
+    Args:
+        method: its name ("pgd-at" is "pgd_at"), or the class itself.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else.
+    """
+    if isinstance(method, type) and issubclass(method, Method):
+        return method
+    if not isinstance(method, str):
+        raise TypeError(f"method must be a name or a subclass of Method, got {method!r}")
+    key = method.lower().replace("-", "_")
+    for known in _METHODS:
+        if known.name == key:
+            return known
+    close = difflib.get_close_matches(key, method_names(), n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"method must be one of {', '.join(method_names())}, got {method!r}{hint}")

@@ -1,0 +1,124 @@
+"""The optimiser of one model, its gradient clipping, and the moving average of weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.trainers.recipe import Recipe
+
+# Where torch has SGD as one kernel over all parameters.
+_FUSED_DEVICES = ("cpu", "cuda")
+
+
+def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
+    """Build SGD over the parameters of a model that require gradients.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError(f"{type(model).__name__} has no parameters that require gradients")
+    fusable = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
+        fused=fusable,
+    )
+
+
+def load_sgd_state(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
+    """Load a saved state; momentum gets the memory layout of its parameter.
+
+    The fused kernel walks both in memory order, so equal layouts are a matter of correctness.
+    """
+    optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            entry = optimizer.state[parameter]
+            momentum = entry.get("momentum_buffer")
+            if momentum is not None and momentum.stride() != parameter.stride():
+                entry["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Return the L2 norm of all gradients together, a scalar tensor."""
+    return nn.utils.get_total_norm(_gradients(optimizer))
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:
+    """Scale the gradients down to a largest norm, given their norm."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+
+
+def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [
+        p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+    ]
+
+
+class WeightAverage:
+    """Exponential moving average of a model's state; integers are copied.
+
+    The decay grows from 0.1 to its value over the first steps, as min(decay, (1 + t) / (10 + t)),
+    so that the random start is soon forgotten.
+
+    Args:
+        model: the model to follow.
+        decay: weight of the past at each step.
+
+    Attributes:
+        model: a copy of the model that holds the average, in evaluation mode.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Take in the model's weights after its step number `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages, values = [], []
+        live = model.state_dict()
+        for name, average in self.model.state_dict().items():
+            if average.is_floating_point():
+                averages.append(average)
+                values.append(live[name])
+            else:
+                average.copy_(live[name])
+        torch._foreach_lerp_(averages, values, 1 - decay)
+
+
+class BufferGuard:
+    """Keeps a copy of the buffers of some models, to go back to when a step fails.
+
+    A forward pass over something not finite leaves NaN in BatchNorm's running statistics.
+
+    Args:
+        models: whose buffers to keep.
+    """
+
+    def __init__(self, models: list[nn.Module]) -> None:
+        self._buffers = [buffer for model in models for buffer in model.buffers()]
+        self._copies = [buffer.clone() for buffer in self._buffers]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Copy the buffers as they are now."""
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the buffers back to what they were at the last `save`."""
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)

@@ -1,0 +1,147 @@
+"""Recipes: everything that decides what a training run computes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastadv.trainers.number import Number
+from fastadv.trainers.schedules import MultiStep, Schedule
+
+Precision = Literal["auto", "fp32", "bf16"]
+_TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Numbers that every method has. The defaults are those of standard training in the papers.
+
+    Attributes:
+        epochs: passes over the training images.
+        batch_size: images per step; the incomplete last batch of an epoch is dropped.
+        lr: learning rate that the schedule scales.
+        schedule: how the learning rate changes over the run.
+        momentum: of SGD.
+        nesterov: Nesterov's form of the momentum.
+        weight_decay: of SGD, on all parameters.
+        clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
+        ema_decay: decay per step of a moving average of the weights, which is then what is
+            monitored and evaluated; none by default.
+        pad: pixels of padding for the random crop; 0 turns the crop off.
+        pad_mode: what the padding holds.
+        flip: random horizontal flips.
+        precision: of the training passes. "auto" is bfloat16 autocast where the hardware has fast
+            bfloat16, else float32. Weights, losses and images are float32 in any case.
+        channels_last: memory layout of images and weights.
+        seed: of everything random in the run.
+        holdout: training images set aside to choose the best checkpoint by. With 0 it is chosen by
+            test images, as the papers do, so its test accuracy is then slightly optimistic.
+        monitor_images: how many of those images are looked at.
+        monitor_steps: PGD steps of that look (for methods with an eps).
+        monitor_every: epochs between two looks.
+        max_bad_steps: consecutive steps with a non-finite loss after which the run stops.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: Number = 0.1
+    schedule: Schedule = _TENTH_AFTER_75_AND_90
+    momentum: Number = 0.9
+    nesterov: bool = False
+    weight_decay: Number = 5e-4
+    clip_grad_norm: Number | None = None
+    ema_decay: Number | None = None
+    pad: int = 4
+    pad_mode: Literal["constant", "reflect"] = "constant"
+    flip: bool = True
+    precision: Precision = "auto"
+    channels_last: bool = True
+    seed: int = 0
+    holdout: int = 0
+    monitor_images: int = 1000
+    monitor_steps: int = 10
+    monitor_every: int = 1
+    max_bad_steps: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "monitor_images", "monitor_every", "max_bad_steps"):
+            check_field(self, name, at_least=1)
+        for name in ("pad", "holdout", "monitor_steps"):
+            check_field(self, name, at_least=0)
+        for name in ("lr", "momentum", "weight_decay"):
+            check_field(self, name, at_least=0)
+        if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
+            raise ValueError(f"clip_grad_norm must be > 0, got {self.clip_grad_norm}")
+        if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum > 0, got 0")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule must be a Schedule, got {type(self.schedule).__name__}")
+
+    def lr_at(self, epoch: float) -> float:
+        """Return the learning rate after so many epochs, counted from 0."""
+        return self.lr * self.schedule.factor(epoch, self.epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdversarialRecipe(Recipe):
+    """What methods with a PGD attack in training add.
+
+    Attributes:
+        eps: radius of the L-infinity ball, in units of the 0..1 image.
+        alpha: step size of the attack, likewise.
+        steps: steps of the attack, K.
+        random_start: start the attack from uniform noise in the ball.
+        attack_precision: of the attack's passes, as `precision`.
+        engine: how the attack is run; see `fastadv.pgd_fused`.
+    """
+
+    eps: Number = 8 / 255
+    alpha: Number = 2 / 255
+    steps: int = 10
+    random_start: bool = True
+    attack_precision: Precision = "auto"
+    engine: Literal["auto", "eager", "compiled"] = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("eps", "alpha"):
+            check_field(self, name, at_least=0)
+        check_field(self, "steps", at_least=1)
+
+
+def check_field(recipe: Recipe, name: str, at_least: float) -> None:
+    """Raise ValueError unless a recipe's number is finite and at least so large."""
+    value = getattr(recipe, name)
+    if not (math.isfinite(value) and value >= at_least):
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+
+
+def as_plain(value: Any) -> Any:
+    """Turn a recipe into what JSON holds: dicts, lists, numbers, text.
+
+    A dataclass inside, such as the schedule, becomes its class name and its fields.
+    """
+    if isinstance(value, Schedule):
+        fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else vars(value)
+        return {"class": type(value).__name__, **as_plain(fields)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): as_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_plain(item) for item in value]
+    return value
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Return one "name: old -> new" for each entry in which two plain recipes differ."""
+    missing = "(not there)"
+    return [
+        f"{name}: {old.get(name, missing)} -> {new.get(name, missing)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, missing) != new.get(name, missing)
+    ]

@@ -1,0 +1,146 @@
+"""Learning-rate schedules: pure functions of the place in the run, so that resuming needs no state."""
+
+from __future__ import annotations
+
+import abc
+import bisect
+import math
+from dataclasses import dataclass
+
+from fastadv.trainers.number import Number
+
+
+class Schedule(abc.ABC):
+    """A factor on the recipe's learning rate."""
+
+    @abc.abstractmethod
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor at one step.
+
+        Args:
+            epoch: epochs done so far, counted from 0; 2.5 is the middle of the third epoch.
+            epochs: epochs of the whole run.
+        """
+
+
+@dataclass(frozen=True)
+class Constant(Schedule):
+    """The recipe's learning rate throughout."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return 1."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Step(Schedule):
+    """Multiply by gamma every so many epochs.
+
+    Attributes:
+        every: epochs between two drops.
+        gamma: factor of each drop.
+    """
+
+    every: int = 30
+    gamma: Number = 0.1
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be >= 1 epoch, got {self.every}")
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return gamma to the number of whole periods done."""
+        return self.gamma ** (int(epoch) // self.every)
+
+
+@dataclass(frozen=True)
+class MultiStep(Schedule):
+    """Multiply by gamma after each milestone.
+
+    Attributes:
+        milestones: epochs after which the rate drops, ascending; 75 means from the 76th epoch on.
+        gamma: factor of each drop.
+    """
+
+    milestones: tuple[int, ...] = (75, 90)
+    gamma: Number = 0.1
+
+    def __post_init__(self) -> None:
+        _check_ascending("milestones", self.milestones)
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return gamma to the number of milestones passed."""
+        return self.gamma ** bisect.bisect_right(self.milestones, int(epoch))
+
+
+@dataclass(frozen=True)
+class Piecewise(Schedule):
+    """Any factors by epoch.
+
+    Attributes:
+        starts: first epoch of each piece, ascending from 0.
+        factors: factor on the recipe's learning rate in each piece.
+    """
+
+    starts: tuple[int, ...] = (0,)
+    factors: tuple[Number, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        _check_ascending("starts", self.starts)
+        if not self.starts or self.starts[0] != 0:
+            raise ValueError(f"starts must begin with epoch 0, got {self.starts}")
+        if len(self.factors) != len(self.starts):
+            raise ValueError(
+                f"factors must have one number for each of the {len(self.starts)} starts, "
+                f"got {len(self.factors)}"
+            )
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of the piece that the epoch is in."""
+        return self.factors[bisect.bisect_right(self.starts, int(epoch)) - 1]
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """Linear warm-up, then half a cosine down to a floor, step by step.
+
+    Attributes:
+        warmup: epochs of linear rise from 0.
+        floor: factor at the end.
+    """
+
+    warmup: Number = 0.0
+    floor: Number = 0.0
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of this very step."""
+        if epoch < self.warmup:
+            return epoch / self.warmup
+        rest = max(epochs - self.warmup, 1e-9)
+        done = min((epoch - self.warmup) / rest, 1.0)
+        return self.floor + (1 - self.floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+@dataclass(frozen=True)
+class Cyclic(Schedule):
+    """One triangle, step by step: from 0 up to the recipe's rate and down to 0.
+
+    Attributes:
+        peak: where the top is, as a part of the run, between 0 and 1.
+    """
+
+    peak: Number = 0.4
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise ValueError(f"peak must lie between 0 and 1, got {self.peak}")
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of this very step."""
+        done = epoch / epochs
+        return done / self.peak if done < self.peak else max(0.0, (1 - done) / (1 - self.peak))
+
+
+def _check_ascending(name: str, values: tuple[int, ...]) -> None:
+    if list(values) != sorted(set(values)) or any(value < 0 for value in values):
+        raise ValueError(f"{name} must be ascending epochs >= 0, got {values}")

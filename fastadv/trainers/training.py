@@ -1,0 +1,313 @@
+"""`train`: from a method, data and a model to a finished run."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastadv
+from fastadv.data import ImageData, Loader, Splits, load_dataset, split_validation, subset
+from fastadv.models import create_model
+from fastadv.seeding import derive_seed
+from fastadv.trainers.announcement import announcement
+from fastadv.trainers.checkpoint import (
+    LATEST,
+    Checkpoint,
+    checkpoint_name,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+)
+from fastadv.trainers.hardware import autocast_dtype, choose_device
+from fastadv.trainers.logs import require_tensorboard
+from fastadv.trainers.loop import Loop, Progress, Settings
+from fastadv.trainers.method import Method, Runtime
+from fastadv.trainers.methods import MethodClass, find_method
+from fastadv.trainers.monitor import Monitor
+from fastadv.trainers.optim import WeightAverage
+from fastadv.trainers.phases import PhaseTimer
+from fastadv.trainers.recipe import Recipe, as_plain
+from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
+from fastadv.trainers.weights import WeightSource, load_teacher
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        model: the trained model in evaluation mode; the average of its weights if there is one.
+        run_dir: where everything is.
+        checkpoint: the last checkpoint.
+        best_checkpoint: the one with the best monitored accuracy.
+        record: the last epoch's record, as in metrics.jsonl; empty if nothing was left to do.
+        progress: what was counted.
+    """
+
+    model: nn.Module
+    run_dir: Path
+    checkpoint: Path
+    best_checkpoint: Path | None
+    record: dict[str, Any]
+    progress: Progress
+
+
+def train(
+    method: str | MethodClass,
+    recipe: Recipe | None = None,
+    *,
+    data: Splits | str,
+    model: nn.Module | str,
+    run_dir: str | Path,
+    root: str | Path | None = None,
+    teacher: WeightSource | Mapping[str, WeightSource] | None = None,
+    resume: bool | str = False,
+    overwrite: bool = False,
+    allow_changes: bool = False,
+    device: torch.device | str | None = None,
+    settings: Settings | None = None,
+    progress: bool = True,
+    on_start: Callable[[Path], None] | None = None,
+    on_step: Callable[[Progress], None] | None = None,
+) -> TrainResult:
+    """Train a model, or go on with a run that was interrupted.
+
+    Args:
+        method: a name such as "arrest", or a subclass of `Method`.
+        recipe: the method's numbers; by default those of its paper.
+        data: training and test images, or a name for `load_dataset`.
+        model: a name for `create_model`, or a module, which is then trained in place.
+        run_dir: directory for everything the run leaves.
+        root: folder of the data set, for a name that needs one.
+        teacher: for methods with a frozen model (ARREST's standard model): a run or checkpoint
+            directory, a file with a state dict, or a module; with several, a mapping by name. A
+            resumed run has its own copy.
+        resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
+            the name of a checkpoint.
+        overwrite: delete a run that is in `run_dir` and start again.
+        allow_changes: resume although the recipe, the data or the model is another.
+        device: where to train; by default a GPU if there is one.
+        settings: how the run is kept and shown.
+        progress: False for silence.
+        on_start: called with `run_dir` when it is ready, before the first step.
+        on_step: called after each step.
+
+    Returns:
+        The trained model and where things are.
+
+    Raises:
+        ValueError: for arguments out of range, or a run that does not fit the arguments.
+        TypeError: for arguments of a wrong kind.
+        FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
+        OSError: if `run_dir` cannot be written.
+        ImportError: if TensorBoard is asked for and not installed.
+        CheckpointError: if a checkpoint or the teacher's cannot be read.
+        NonFiniteLossError: if several steps in a row had a loss that is not finite.
+    """
+    method_class = find_method(method)
+    recipe = _checked_recipe(method_class, recipe)
+    settings = settings or Settings()
+    if settings.tensorboard:
+        require_tensorboard()
+    run = RunDirectory(run_dir)
+    run.check_free(bool(resume), overwrite)
+    where = choose_device(device)
+    splits = load_dataset(data, root) if isinstance(data, str) else data
+    with _run_environment(where):
+        network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
+        frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
+        runtime = Runtime(where, autocast_dtype(recipe.precision, where), PhaseTimer(where))
+        trainer = method_class(
+            recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
+        )
+        name = model if isinstance(model, str) else None
+        description = Description(
+            method=method_class.name,
+            recipe=as_plain(recipe),
+            model=_describe_model(network, name, splits.train),
+            data=_describe_data(splits.train),
+            teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
+        )
+        source = {
+            "dataset": data if isinstance(data, str) else None,
+            "root": None if root is None else str(Path(root).resolve()),
+        }
+        trainer.initialise()
+        loop = _build_loop(trainer, splits, run, settings, description, on_step, progress)
+        start = _open_run(run, description, source, frozen, resume, overwrite, allow_changes)
+        if start is not None:
+            loop.restore(start)
+        if progress:
+            print(announcement(loop, name), file=sys.stderr, flush=True)
+        if on_start is not None:
+            on_start(run.path)
+        record = loop.train()
+    best = loop.progress.best_step
+    return TrainResult(
+        model=loop.evaluated.eval(),
+        run_dir=run.path,
+        checkpoint=find_checkpoint(run.path),
+        best_checkpoint=None if best is None else run.checkpoints / checkpoint_name(best),
+        record=record,
+        progress=loop.progress,
+    )
+
+
+def _checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:
+    if recipe is None:
+        return method.recipe_class()
+    if not isinstance(recipe, method.recipe_class):
+        raise TypeError(
+            f"recipe of {method.name} must be a {method.recipe_class.__name__}, "
+            f"got {type(recipe).__name__}"
+        )
+    return recipe
+
+
+@contextmanager
+def _run_environment(device: torch.device) -> Iterator[None]:
+    """Leave the caller's random numbers alone, and let cuDNN choose by measuring."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda), torch.backends.cudnn.flags(benchmark=True):
+        yield
+
+
+def _build_model(model: nn.Module | str, data: ImageData, recipe: Recipe) -> nn.Module:
+    if isinstance(model, nn.Module):
+        return model
+    torch.manual_seed(derive_seed(recipe.seed, "init"))
+    return create_model(model, data.num_classes, data.in_channels)
+
+
+def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    return model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def _build_teachers(
+    method: MethodClass,
+    recipe: Recipe,
+    given: WeightSource | Mapping[str, WeightSource] | None,
+    resumed: RunDirectory | None,
+    network: nn.Module,
+) -> dict[str, nn.Module]:
+    """Load the frozen models that the method needs, from where the caller says or from the run."""
+    needed = method.teachers_needed(recipe)
+    sources: dict[str, WeightSource] = {}
+    if isinstance(given, Mapping):
+        sources.update(given)
+    elif given is not None:
+        sources[needed[0] if needed else "teacher"] = given
+    unknown = sorted(sources.keys() - set(needed))
+    if unknown:
+        takes = f"only {', '.join(needed)}" if needed else "no frozen model"
+        raise ValueError(f"{method.name} with this recipe takes {takes}, got {', '.join(unknown)}")
+    for name in needed:
+        if name not in sources and resumed is not None and resumed.teacher_file(name).is_file():
+            sources[name] = resumed.teacher_file(name)
+        if name not in sources:
+            raise ValueError(
+                f"{method.name} needs a {name}: the run directory, checkpoint, state-dict file or "
+                "module of a model after standard training, got None"
+            )
+    return {name: load_teacher(sources[name], network) for name in needed}
+
+
+def _describe_model(model: nn.Module, name: str | None, data: ImageData) -> dict[str, Any]:
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "num_classes": data.num_classes,
+        "in_channels": data.in_channels,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def _describe_data(train: ImageData) -> dict[str, Any]:
+    return {
+        "name": train.name,
+        "images": len(train),
+        "size": list(train.images.shape[1:]),
+        "labels": digest_of({"labels": train.labels}),
+    }
+
+
+def _open_run(
+    run: RunDirectory,
+    description: Description,
+    source: Mapping[str, str | None],
+    teachers: Mapping[str, nn.Module],
+    resume: bool | str,
+    overwrite: bool,
+    allow_changes: bool,
+) -> Checkpoint | None:
+    """Take possession of the run directory, and return the checkpoint to continue from, if any."""
+    start: Checkpoint | None = None
+    if run.exists and overwrite:
+        run.clear()
+    elif run.exists:
+        if not allow_changes:
+            run.check_same(description)
+        if isinstance(resume, str) or checkpoints_in(run.checkpoints):
+            which = resume if isinstance(resume, str) else LATEST
+            start = load_checkpoint(find_checkpoint(run.path, which))
+    run.begin(description, {"source": dict(source), "versions": versions()})
+    for name, teacher in teachers.items():
+        run.save_teacher(name, teacher)
+    return start
+
+
+def _build_loop(
+    method: Method[Any, Any],
+    splits: Splits,
+    run: RunDirectory,
+    settings: Settings,
+    description: Description,
+    on_step: Callable[[Progress], None] | None,
+    show: bool,
+) -> Loop:
+    recipe, runtime = method.recipe, method.runtime
+    training, watched = splits.train, splits.test
+    if recipe.holdout:
+        training, watched = split_validation(training, recipe.holdout, recipe.seed)
+    watched = subset(watched, min(recipe.monitor_images, len(watched)), recipe.seed)
+    first = next(iter(method.trainable().values()))
+    average = None if recipe.ema_decay is None else WeightAverage(first, recipe.ema_decay)
+    return Loop(
+        method=method,
+        loader=Loader(
+            training,
+            recipe.batch_size,
+            seed=recipe.seed,
+            train=True,
+            pad=recipe.pad,
+            mode=recipe.pad_mode,
+            flip=recipe.flip,
+            device=runtime.device,
+            channels_last=recipe.channels_last,
+        ),
+        monitor=Monitor(average.model if average else first, watched, recipe, runtime),
+        run=run,
+        settings=settings,
+        meta={**asdict(description), "seed": recipe.seed, "versions": versions()},
+        average=average,
+        on_step=on_step,
+        show=show,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what computes a run."""
+    return {
+        "fastadv": fastadv.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

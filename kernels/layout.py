@@ -1,0 +1,73 @@
+"""Memory layouts of the tensors, and how the work on them is divided among programs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+_ONE_PROGRAM = 32768  # elements of a sample up to which one program reduces it
+_PART = 16384  # elements of a larger sample that one program reduces
+_MOST_PARTS = 64  # partial results that every program of the second stage adds up
+
+
+def sample_size(t: Tensor) -> int:
+    """Elements of one sample."""
+    return t.numel() // t.shape[0] if t.shape[0] else 0
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have the same strides, where those matter."""
+    return all(n <= 1 or p == q for n, p, q in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+def batch_major(t: Tensor) -> Tensor:
+    """``t`` if its memory is one dense run of samples, else a contiguous copy."""
+    if t.is_contiguous():
+        return t
+    inner = sorted(
+        (stride, n) for n, stride in zip(t.shape[1:], t.stride()[1:], strict=True) if n > 1
+    )
+    expected = 1
+    for stride, n in inner:
+        if stride != expected:
+            return t.contiguous()
+        expected *= n
+    return t if t.shape[0] <= 1 or t.stride(0) == expected else t.contiguous()
+
+
+def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
+    """``t`` in the memory layout of ``like``; ``t`` itself where it has it already."""
+    if same_layout(t, like):
+        return t
+    return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How many programs share a sample in a reduction, and how many elements each takes.
+
+    A function of the sample's size alone: the batch around a sample does not change its sums.
+    """
+
+    count: int
+    length: int
+
+    @classmethod
+    def of(cls, size: int) -> Parts:
+        """The parts of a sample of ``size`` elements; at least one, also for an empty sample."""
+        if size <= _ONE_PROGRAM:
+            return cls(1, size)
+        length = max(_PART, triton.cdiv(triton.cdiv(size, _MOST_PARTS), 16) * 16)
+        return cls(triton.cdiv(size, length), length)
+
+
+def reduction_loop(length: int) -> dict[str, int]:
+    """The loop with which one program reduces ``length`` elements, as kernels take it: 8 elements a thread.
+
+    The number of steps is known to the compiler, which can then have the loads of several steps in flight.
+    """
+    block = min(2048, max(256, triton.next_power_of_2(length)))
+    return {"BLOCK": block, "STEPS": triton.cdiv(length, block), "num_warps": block // 256}

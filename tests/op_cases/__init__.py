@@ -1,0 +1,13 @@
+"""Samples of every op, from which the op tests and the op benchmark are driven.
+
+A new op adds a file here with its `OpCase` records and a line to the list below; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from op_cases import angular_distance, crop_flip, noisy_replay, pgd_step, random_start
+from op_cases.case import OpCase
+
+_FILES = (angular_distance, crop_flip, noisy_replay, pgd_step, random_start)
+
+CASES: dict[str, OpCase] = {case.name: case for file in _FILES for case in file.CASES}

@@ -1,0 +1,157 @@
+"""The record of an op that the op tests and the op benchmark are driven by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.ops import REGISTRY
+from fastadv.ops.registry import Op
+from op_cases.draw import Spec
+
+Arguments = dict[str, Any]
+Shape = tuple[int, ...]
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+# Batch 0, single pixels, sizes that are no multiple of a SIMD width, features of 0, 1, 2 and 5 axes.
+SMALL_SHAPES: tuple[Shape, ...] = (
+    (3, 3, 7, 9),
+    (0, 3, 7, 9),
+    (1, 1, 1, 1),
+    (2, 33, 5, 4),
+    (1, 3, 32, 32),
+    (5, 130),
+    (6,),
+    (3, 0),
+    (2, 3, 4, 5, 2),
+)
+LARGE_SHAPE: Shape = (2, 3, 224, 224)  # several tasks, threads and partial sums per sample
+IMAGE_BENCH_SHAPES: tuple[Shape, ...] = ((128, 3, 32, 32), (512, 3, 32, 32), (32, 3, 224, 224))
+FEATURE_BENCH_SHAPES: tuple[Shape, ...] = ((128, 512, 4, 4), (128, 640, 8, 8))
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A call that must fail.
+
+    Attributes:
+        argument: the argument that the message must name.
+        error: the exception's type.
+        change: from the keywords of a good public call to those that are to be replaced.
+    """
+
+    argument: str
+    error: type[Exception]
+    change: Callable[[Arguments], Arguments]
+
+
+def itself(arguments: Arguments) -> Arguments:
+    """The public function takes the raw op's arguments."""
+    return arguments
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One way to call one op, with everything a test or a benchmark has to know about it.
+
+    "Results" are what the raw op returns, followed by the arguments that it writes to.
+
+    Attributes:
+        op: the op's name in the registry.
+        variant: which way of calling it, e.g. ``"l2"``; unique within the op.
+        arguments: the raw op's arguments by their names in the schema, for what a `Spec` asks.
+        formula: the op's definition in plain torch or numpy, written independently of the op's own reference.
+            It takes the arguments as keywords and returns all results. The tests call it with the float
+            tensors in float64 (the truth) and in the dtype of computation (torch's own error).
+        function: the public function; None for a backward op.
+        keywords: from the raw op's arguments to the public function's keywords.
+        differentiable: the arguments that the public function has a gradient for.
+        bit_equal: the dtypes in which every backend, layout and thread count gives the same bits; in the
+            others the results keep to the error budget of `op_cases.budget`.
+        scale: the magnitude of the largest number that a rounding error can come from, per result.
+        layout_of: per result, its memory format or the argument whose layout it has.
+        shared: tensor arguments without a batch axis.
+        per_sample: row i of every result depends on row i of the batched arguments alone.
+        dtypes: what `Spec.dtype` may be.
+        shapes: the small shapes to test.
+        large: the shape that needs several tasks and threads; None where there is none.
+        bench_shapes: the shapes to measure; none = not measured.
+        bench_layouts: the memory layouts to measure.
+        traffic: bytes that must be moved at least, from arguments and results; None counts every tensor
+            argument and every result once.
+        operations: arithmetic operations per element of the first tensor argument, about.
+        bad: calls of the public function that must fail.
+    """
+
+    op: str
+    variant: str
+    arguments: Callable[[Spec], Arguments]
+    formula: Callable[..., tuple[Tensor, ...]]
+    scale: Callable[..., tuple[float, ...]]
+    layout_of: tuple[str | torch.memory_format, ...]
+    function: Callable[..., Any] | None = None
+    keywords: Callable[[Arguments], Arguments] = itself
+    differentiable: tuple[str, ...] = ()
+    bit_equal: tuple[torch.dtype, ...] = ()
+    shared: frozenset[str] = frozenset()
+    per_sample: bool = True
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    shapes: tuple[Shape, ...] = SMALL_SHAPES
+    large: Shape | None = LARGE_SHAPE
+    bench_shapes: tuple[Shape, ...] = ()
+    bench_layouts: tuple[str, ...] = ("contiguous", "channels_last")
+    traffic: Callable[[Arguments, tuple[Tensor, ...]], int] | None = None
+    operations: float = 1.0
+    bad: tuple[Bad, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}/{self.variant}"
+
+    @property
+    def family(self) -> str:
+        """The file that defines the op; its own tests are in tests/test_<family>.py."""
+        return self.registered.reference.__module__.rpartition(".")[2]
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the op, in any variant, has a backward op."""
+        return any(op.backward_of == self.op for op in REGISTRY.values())
+
+    @property
+    def registered(self) -> Op:
+        return REGISTRY[self.op]
+
+    def call_public(self, arguments: Arguments) -> tuple[Any, ...]:
+        """The public function's results."""
+        assert self.function is not None
+        return as_tuple(self.function(**self.keywords(arguments)))
+
+    def bytes_moved(self, arguments: Arguments, results: tuple[Tensor, ...]) -> int:
+        """The floor of memory traffic: each input read once, each output written once."""
+        if self.traffic is not None:
+            return self.traffic(arguments, results)
+        read = (a for a in arguments.values() if isinstance(a, Tensor))
+        return sum(t.numel() * t.element_size() for t in (*read, *results))
+
+
+def as_tuple(results: Any) -> tuple[Any, ...]:
+    """What an op or function returned, as a tuple."""
+    if results is None:
+        return ()
+    return tuple(results) if isinstance(results, (tuple, list)) else (results,)
+
+
+def in_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """The arguments with every float tensor in one dtype."""
+
+    def converted(value: Any) -> Any:
+        is_float = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype) if is_float else value
+
+    return {name: converted(value) for name, value in arguments.items()}

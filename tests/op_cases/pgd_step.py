@@ -1,0 +1,218 @@
+"""Samples of pgd_step and pgd_step_."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastadv.ops import pgd_step, pgd_step_
+from op_cases.case import DTYPES, IMAGE_BENCH_SHAPES, Arguments, Bad, OpCase
+from op_cases.draw import Draw, Spec
+
+EPS, ALPHA = 8 / 255, 2 / 255
+
+
+def _arguments(
+    spec: Spec,
+    *,
+    norm: str,
+    varying: bool = False,
+    grad_dtype: torch.dtype | None = None,
+    counts: bool | None = None,
+) -> Arguments:
+    """Points inside, on and outside the ball, so that every branch of the projection is taken."""
+    draw = Draw(spec)
+    x, adv, grad = draw.images(), draw.images(), draw.normal(grad_dtype)
+    if norm == "linf":  # distances of up to 2 * EPS; for l2 whole images of noise are far outside
+        adv = draw.arranged((x + (adv - 0.5) * (4 * EPS)).clamp(0, 1))
+        grad = draw.arranged(torch.where(grad.abs() < 0.2, 0.0, grad), grad_dtype)
+    wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
+    eps, alpha = (EPS, ALPHA) if norm == "linf" else (0.5, 0.1)
+    arguments = {
+        "adv": adv,
+        "grad": grad,
+        "x": x,
+        "eps": 0.0 if varying else eps,
+        "alpha": 0.0 if varying else alpha,
+        "eps_per_sample": draw.per_sample(0, 2 * eps, wide) if varying else None,
+        "alpha_per_sample": draw.per_sample(0, 2 * alpha, wide) if varying else None,
+        "norm": norm,
+        "low": 0.0,
+        "high": 1.0,
+    }
+    if counts is not None:
+        start = torch.tensor([5, 7], device=spec.device)
+        arguments["counts"] = start if counts else None
+    return arguments
+
+
+def _formula(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float,
+    alpha: float,
+    eps_per_sample: Tensor | None,
+    alpha_per_sample: Tensor | None,
+    norm: str,
+    low: float,
+    high: float,
+) -> tuple[Tensor, ...]:
+    radius = _column(eps, eps_per_sample, adv)
+    step = _column(alpha, alpha_per_sample, adv)
+    if norm == "linf":
+        moved = adv + step * grad.sign()
+        moved = torch.minimum(torch.maximum(moved, x - radius), x + radius)
+    else:
+        length = _length(grad)
+        delta = adv + step * grad / torch.where(length > 0, length, 1.0) - x
+        length = _length(delta)
+        moved = x + delta * torch.where(length > radius, radius / length, 1.0)
+    return (moved.clamp(low, high),)
+
+
+def _column(number: float, values: Tensor | None, like: Tensor) -> Tensor:
+    """The number of each sample, [B, 1, ..., 1]."""
+    if values is None:
+        values = torch.full(like.shape[:1], number, dtype=like.dtype, device=like.device)
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def _length(t: Tensor) -> Tensor:
+    flat = t.reshape(t.shape[0], math.prod(t.shape[1:]))
+    return torch.linalg.vector_norm(flat, dim=1).view(-1, *[1] * (t.dim() - 1))
+
+
+def _counting_formula(counts: Tensor | None, **arguments: object) -> tuple[Tensor, ...]:
+    results = _formula(**arguments)
+    if counts is None:
+        return results
+    grad = arguments["grad"]
+    return (*results, counts + torch.stack(((grad == 0).sum(), grad.isnan().sum())))
+
+
+def _scale(adv: Tensor, **_: object) -> tuple[float, ...]:
+    """Images lie in 0..1, and so does every intermediate number but for the radius and the step."""
+    return (1.0, 0.0)
+
+
+def _keywords(arguments: Arguments) -> Arguments:
+    keywords = {name: arguments[name] for name in ("adv", "grad", "x", "norm")}
+    for name in ("eps", "alpha"):
+        varying = arguments[f"{name}_per_sample"]
+        keywords[name] = arguments[name] if varying is None else varying
+    if arguments.get("counts") is not None:
+        keywords["counts"] = arguments["counts"]
+    return {**keywords, "bounds": (arguments["low"], arguments["high"])}
+
+
+_BAD = (
+    Bad("adv", TypeError, lambda k: {"adv": [0.0]}),
+    Bad("adv", TypeError, lambda k: {"adv": k["adv"].to(torch.int64)}),
+    Bad("adv", ValueError, lambda k: dict.fromkeys(("adv", "grad", "x"), torch.zeros(()))),
+    Bad("grad", TypeError, lambda k: {"grad": k["grad"].bool()}),
+    Bad("grad", ValueError, lambda k: {"grad": k["grad"][:, :1]}),
+    Bad("grad", ValueError, lambda k: {"grad": k["grad"].to("meta")}),
+    Bad("x", ValueError, lambda k: {"x": k["x"][:1]}),
+    Bad("x", TypeError, lambda k: {"x": k["x"].double()}),
+    Bad("eps", TypeError, lambda k: {"eps": "8/255"}),
+    Bad("eps", ValueError, lambda k: {"eps": -0.1}),
+    Bad("eps", ValueError, lambda k: {"eps": math.inf}),
+    Bad("eps", ValueError, lambda k: {"eps": math.nan}),
+    Bad("eps", ValueError, lambda k: {"eps": torch.zeros(2)}),
+    Bad("eps", ValueError, lambda k: {"eps": torch.zeros(3, device="meta")}),
+    Bad("alpha", ValueError, lambda k: {"alpha": -1.0}),
+    Bad("alpha", ValueError, lambda k: {"alpha": torch.zeros(3, 1)}),
+    Bad("norm", ValueError, lambda k: {"norm": "l3"}),
+    Bad("bounds", ValueError, lambda k: {"bounds": (1.0, 0.0)}),
+    Bad("bounds", ValueError, lambda k: {"bounds": (0.0, math.nan)}),
+    Bad("bounds", TypeError, lambda k: {"bounds": 1.0}),
+    Bad("bounds", TypeError, lambda k: {"bounds": (None, 1.0)}),
+)
+_BAD_IN_PLACE = (
+    *_BAD,
+    Bad("adv", RuntimeError, lambda k: {"adv": k["adv"].clone().requires_grad_()}),
+    Bad("counts", TypeError, lambda k: {"counts": [0, 0]}),
+    Bad("counts", ValueError, lambda k: {"counts": torch.zeros(2)}),
+    Bad("counts", ValueError, lambda k: {"counts": torch.zeros(3, dtype=torch.int64)}),
+    Bad("counts", ValueError, lambda k: {"counts": torch.zeros(4, dtype=torch.int64)[::2]}),
+    Bad(
+        "counts", ValueError, lambda k: {"counts": torch.zeros(2, dtype=torch.int64, device="meta")}
+    ),
+)
+
+_common = partial(
+    OpCase,
+    op="pgd_step",
+    formula=_formula,
+    scale=_scale,
+    layout_of=("adv",),
+    function=pgd_step,
+    keywords=_keywords,
+)
+
+_LINF = _common(
+    variant="linf",
+    arguments=partial(_arguments, norm="linf"),
+    bit_equal=DTYPES,
+    operations=8,
+    bench_shapes=IMAGE_BENCH_SHAPES,
+    bad=_BAD,
+)
+_L2 = _common(
+    variant="l2",
+    arguments=partial(_arguments, norm="l2"),
+    operations=16,
+    bench_shapes=IMAGE_BENCH_SHAPES,
+)
+
+
+def _in_place(case: OpCase, **keywords: object) -> OpCase:
+    return dataclasses.replace(
+        case,
+        op="pgd_step_",
+        formula=_counting_formula,
+        layout_of=("adv", torch.contiguous_format),
+        function=pgd_step_,
+        shared=frozenset({"counts"}),
+        bad=(),
+        **keywords,
+    )
+
+
+CASES = (
+    _LINF,
+    _common(
+        variant="linf-per-sample",
+        arguments=partial(_arguments, norm="linf", varying=True),
+        bit_equal=DTYPES,
+    ),
+    _common(
+        variant="linf-bfloat16-grad",
+        arguments=partial(_arguments, norm="linf", grad_dtype=torch.bfloat16),
+        bit_equal=DTYPES,
+    ),
+    _L2,
+    _common(variant="l2-per-sample", arguments=partial(_arguments, norm="l2", varying=True)),
+    _common(
+        variant="l2-float64-grad",
+        arguments=partial(_arguments, norm="l2", grad_dtype=torch.float64),
+        large=None,
+    ),
+    dataclasses.replace(
+        _in_place(_LINF, arguments=partial(_arguments, norm="linf", counts=False)),
+        bad=_BAD_IN_PLACE,
+    ),
+    _in_place(
+        _LINF,
+        variant="linf-counts",
+        arguments=partial(_arguments, norm="linf", counts=True),
+        per_sample=False,
+        bench_shapes=(),
+    ),
+    _in_place(_L2, arguments=partial(_arguments, norm="l2", counts=False), bench_shapes=()),
+)

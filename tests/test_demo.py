@@ -1,0 +1,42 @@
+"""The demo, shortened: it ends with a table, a plot and checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from fastadv import demo
+from fastadv.commands import run_evaluation
+from fastadv.trainers import AdversarialRecipe, Recipe, load_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def test_recipes_change_only_what_small_images_need() -> None:
+    recipes = demo.demo_recipes()
+    assert list(recipes) == ["standard", "pgd_at", "arrest"]
+    for recipe in recipes.values():
+        assert not recipe.flip and recipe.pad == 1
+    attacked = [r for r in recipes.values() if isinstance(r, AdversarialRecipe)]
+    assert {(r.eps, r.alpha, r.steps) for r in attacked} == {(0.1, 0.025, 10)}
+
+
+def test_the_demo_runs_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short() -> dict[str, Recipe]:
+        return {name: replace(r, epochs=1, monitor_images=50) for name, r in full.items()}
+
+    full = demo.demo_recipes()
+    monkeypatch.setattr(demo, "demo_recipes", short)
+    monkeypatch.setattr(demo, "_IMAGES", 6)
+    quick = partial(run_evaluation, attacks=("clean", "pgd-2"))  # AutoAttack takes its time
+    monkeypatch.setattr(demo, "run_evaluation", quick)
+    for _ in range(2):
+        text = demo.run_demo(str(tmp_path), quiet=True)
+        for name in full:
+            assert f"\n{name} " in text
+            load_model(tmp_path / name)
+        assert (tmp_path / "trade_off.png").is_file()
+        assert "clean %  pgd-2 %" in text

@@ -1,0 +1,206 @@
+"""What can be known about the GPU kernels without a GPU: that they compile, and into what.
+
+Every Triton kernel is compiled for sm_90 as the ops launch it, every CUDA C++ file for sm_80 and sm_90; none may
+spill registers, and those that move images must do it 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import CASES
+from op_cases.draw import Spec
+
+from fastadv.ops import REGISTRY
+
+SOURCES = Path(__file__).resolve().parents[1] / "csrc"
+CUDA_FILES = sorted(path.name for path in (SOURCES / "cuda").glob("*.cu"))
+WIDE_LOAD = re.compile(r"ld\.global\.(v4\.[buf]32|v2\.[buf]64)")
+WIDE_STORE = re.compile(r"st\.global\.(v4\.[buf]32|v2\.[buf]64)")
+
+# Triton kernels that read images or features, and those that write them.
+TRITON_READERS = {
+    "_step_linf",
+    "_step_l2",
+    "_largest_parts",
+    "_sum_parts",
+    "_write_parts",
+    "_start",
+    "_replay",
+    "_distance",
+    "_moments_of_parts",
+    "_backward",
+}
+TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
+TRITON_WRITERS |= {"_crop_flip"}
+# Three interleaved channels in a tile of four: Triton goes element by element.
+TRITON_NARROW = {("_start", "channels_last"), ("_replay", "channels_last")}
+
+CUDA_READERS = ("step_linf", "step_l2", "largest_parts", "sum_parts", "write_parts")
+CUDA_READERS += ("start", "replay", "distances", "moments_of_parts", "backward")
+CUDA_WRITERS = ("step_linf", "step_l2", "write_parts", "start", "replay", "backward")
+CUDA_EXACT = ("step_linf", "start", "replay")  # the same bits as every other backend
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+not_interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton runs its interpreter"
+)
+
+
+class Launches:
+    """The launches of the Triton kernels, kept instead of carried out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        for op in REGISTRY.values():
+            if op.triton is not None:
+                module = importlib.import_module(f"fastadv.kernels.{op.triton.partition(':')[0]}")
+                monkeypatch.setattr(module, "launch", self._keep)
+
+    def _keep(
+        self, kernel: Any, programs: int, like: Any, *arguments: Any, **settings: Any
+    ) -> None:
+        assert programs > 0
+        self.found.append((kernel, arguments, settings))
+
+
+def _source(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """The kernel with the types, constants and alignments that Triton derives from the arguments."""
+    from triton._utils import canonicalize_dtype
+    from triton.compiler import ASTSource
+
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values |= {name: value for name, value in settings.items() if name in kernel.arg_names}
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            is_bool = value.dtype == torch.bool
+            signature[name] = "*" + ("i1" if is_bool else canonicalize_dtype(value.dtype))
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif parameter.do_not_specialize or value != 1:
+            signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
+            if not parameter.do_not_specialize and value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[name] = "constexpr", 1
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+def _compiled(source: Any, settings: dict[str, Any]) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": settings.get("num_warps", 4), "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _bytes_spilled(ptx: str, folder: Path) -> int:
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    command = [str(ptxas), "-v", "--gpu-name=sm_90a", str(path), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(map(int, re.findall(r"(\d+) bytes spill", done.stdout + done.stderr)))
+
+
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_triton_kernels_for_hopper(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launches = Launches(monkeypatch)
+    done: set[str] = set()
+    names: set[str] = set()
+    for case in CASES.values():
+        for shape, layout in (
+            ((8, 3, 32, 32), "contiguous"),
+            ((8, 3, 32, 32), "channels_last"),
+            (case.large, "contiguous"),
+        ):
+            if case.registered.triton is None or shape is None:
+                continue
+            launches.found.clear()
+            case.registered.triton_function()(**case.arguments(Spec(shape, dtype, layout)))
+            assert launches.found, f"{case.name} launched nothing"
+            for kernel, arguments, settings in launches.found:
+                names.add(kernel.__name__)
+                source = _source(kernel, arguments, settings)
+                label = f"{kernel.__name__} of {case.name} in {dtype}, {layout}"
+                if source.hash() not in done:
+                    done.add(source.hash())
+                    ptx = _compiled(source, settings).asm["ptx"]
+                    assert _bytes_spilled(ptx, tmp_path) == 0, f"{label} spills registers"
+                    _check_widths(ptx, kernel.__name__, layout, label)
+    missing = (TRITON_READERS | TRITON_WRITERS) - names
+    assert missing <= {"_largest_parts"}, "kernels were renamed: correct the lists above"
+
+
+def _check_widths(ptx: str, name: str, layout: str, label: str) -> None:
+    if (name, layout) in TRITON_NARROW:
+        return
+    assert name not in TRITON_READERS or WIDE_LOAD.search(ptx), f"{label}: no 16-byte load"
+    assert name not in TRITON_WRITERS or WIDE_STORE.search(ptx), f"{label}: no 16-byte store"
+
+
+def _nvcc(file: str, architecture: int, folder: Path) -> tuple[str, str]:
+    """PTX and resource report of one file, compiled as CMakeLists.txt has it compiled."""
+    target = folder / f"{file}.sm_{architecture}"
+    target.mkdir()
+    command = ["nvcc", "-cubin", "-O3", "-std=c++20", "-fmad=false", f"-arch=sm_{architecture}"]
+    command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(target), "-I", str(SOURCES)]
+    command += [str(SOURCES / "cuda" / file), "-o", str(target / "kernels.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return (target / f"{Path(file).stem}.ptx").read_text(), done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_files_for_ampere_and_hopper(tmp_path: Path) -> None:
+    jobs = [(file, architecture) for file in CUDA_FILES for architecture in (80, 90)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        outputs = list(pool.map(lambda job: _nvcc(*job, tmp_path), jobs))
+    seen: set[str] = set()
+    for (file, architecture), (ptx, report) in zip(jobs, outputs, strict=True):
+        label = f"{file}, sm_{architecture}"
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        assert spilled == 0, f"{label} spills registers:\n{report}"
+        for entry in re.split(r"\.entry ", ptx)[1:]:
+            seen.add(_check_cuda_kernel(entry, label))
+    assert seen >= set(CUDA_READERS), "kernels were renamed: correct the lists above"
+
+
+def _check_cuda_kernel(entry: str, label: str) -> str:
+    """Check one kernel's PTX, which begins with its mangled name; return its name."""
+    mangled = re.match(r"\w+", entry)
+    names = "|".join(CUDA_READERS)
+    template = re.search(rf"\d({names})I(\w+)", mangled[0]) if mangled else None
+    if template is None:
+        return "none of the listed"
+    name, arguments = template[1], template[2]
+    label = f"{label}: {name}<{arguments}>"
+    exact = name in CUDA_EXACT
+    assert not exact or "fma.rn.f32" not in entry, f"{label} contracts products and sums"
+    if "Li0E" not in arguments:  # the template for any layout goes element by element
+        assert WIDE_LOAD.search(entry), f"{label}: no 16-byte load"
+        assert name not in CUDA_WRITERS or WIDE_STORE.search(entry), f"{label}: no 16-byte store"
+    return name

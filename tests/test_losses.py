@@ -1,0 +1,108 @@
+"""Objectives against plain float64 formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadv import losses
+
+
+def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 5, (6,), generator=generator)
+    u, v = torch.randn(2, 6, 3, 2, 2, generator=generator, dtype=torch.float64)
+    return logits.to(dtype), y, u.to(dtype), v.to(dtype)
+
+
+def slow_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    rows = []
+    for row, label in zip(logits, y, strict=True):
+        rows.append(torch.log(torch.exp(row).sum()) - row[label])
+    return torch.stack(rows)
+
+
+def slow_distance(u: Tensor, v: Tensor) -> Tensor:
+    rows = []
+    for a, b in zip(u, v, strict=True):
+        rows.append(1 - (a * b).sum().abs() / ((a * a).sum().sqrt() * (b * b).sum().sqrt()))
+    return torch.stack(rows)
+
+
+def test_arrest_equals_the_formula_with_its_gradients() -> None:
+    logits, y, features, teacher = make_inputs()
+    ours = [logits.clone().requires_grad_(), features.clone().requires_grad_()]
+    slow = [logits.clone().requires_grad_(), features.clone().requires_grad_()]
+
+    loss = losses.arrest(ours[0], y, ours[1], teacher, 50.0)
+    expected = (slow_cross_entropy(slow[0], y) + 50.0 * slow_distance(slow[1], teacher)).mean()
+    loss.backward()
+    expected.backward()
+
+    assert torch.allclose(loss, expected, rtol=1e-12)
+    for a, b in zip(ours, slow, strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-13)
+
+
+def test_arrest_per_sample_values_have_the_mean_as_their_mean() -> None:
+    logits, y, features, teacher = make_inputs()
+    each = losses.arrest(logits, y, features, teacher, 7.0, reduction="none")
+    assert each.shape == (6,)
+    assert torch.allclose(
+        each, slow_cross_entropy(logits, y) + 7 * slow_distance(features, teacher)
+    )
+    assert torch.allclose(each.mean(), losses.arrest(logits, y, features, teacher, 7.0))
+
+
+def test_arrest_with_lam_zero_is_the_cross_entropy() -> None:
+    logits, y, features, teacher = make_inputs()
+    loss = losses.arrest(logits, y, features, teacher, 0.0)
+    assert torch.allclose(loss, losses.cross_entropy(logits, y))
+
+
+def test_arrest_sends_no_gradient_to_the_teacher() -> None:
+    logits, y, features, teacher = make_inputs()
+    teacher.requires_grad_()
+    losses.arrest(logits.requires_grad_(), y, features.requires_grad_(), teacher, 50.0).backward()
+    assert teacher.grad is None
+
+
+def test_arrest_passes_gradcheck() -> None:
+    logits, y, features, teacher = make_inputs()
+    assert torch.autograd.gradcheck(
+        lambda a, b: losses.arrest(a, y, b, teacher, 3.0),
+        (logits.requires_grad_(), features.requires_grad_()),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_inputs_give_a_float32_loss(dtype: torch.dtype) -> None:
+    logits, y, features, teacher = make_inputs(dtype)
+    loss = losses.arrest(logits, y, features, teacher, 50.0)
+    assert loss.dtype == torch.float32
+    wide = losses.arrest(logits.double(), y, features.double(), teacher.double(), 50.0)
+    assert torch.allclose(loss.double(), wide, rtol=1e-5)  # the inputs are rounded, not the loss
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"reduction": "sum"}, ValueError, "reduction must be"),
+        ({"adv_logits": torch.zeros(6, 5, dtype=torch.int64)}, TypeError, "floating point"),
+        ({"y": torch.zeros(5, dtype=torch.int64)}, ValueError, r"\[B, K\]"),
+        ({"teacher_features": torch.zeros(6, 4)}, ValueError, "shape"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict, error: type[Exception], words: str) -> None:
+    logits, y, features, teacher = make_inputs()
+    arguments = {
+        "adv_logits": logits,
+        "y": y,
+        "adv_features": features,
+        "teacher_features": teacher,
+        "lam": 1.0,
+    }
+    with pytest.raises(error, match=words):
+        losses.arrest(**(arguments | change))

@@ -1,0 +1,37 @@
+"""The Triton kernels against the reference on CPU tensors, under Triton's interpreter.
+
+The interpreter has to be chosen before triton is imported, hence the process of its own. It runs the op tests of
+test_ops.py that tell most about a kernel, and those of triton_large_samples.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+# Bits where they are promised, else the budget; half precision only where a kernel handles it in its own way.
+CHOSEN = (
+    "(same_bits and (float32 or bfloat16)) or gradcheck or parts_of or 64_bit or (within_budget and "
+    "(float64 or angular_distance or replay_mask or pgd_step/l2))"
+)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_kernels_under_the_interpreter() -> None:
+    files = ("test_ops.py", "triton_large_samples.py")
+    command = [sys.executable, "-m", "pytest", "-p", "triton_rounding", "-p", "no:cacheprovider"]
+    command += ["--no-header", "--tb=short", "-m", "not gpu"]
+    command += ["-k", f"triton and ({CHOSEN})", *(str(TESTS / file) for file in files)]
+    path = os.pathsep.join((str(TESTS), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    done = subprocess.run(
+        command, env=environment, cwd=TESTS.parent, capture_output=True, text=True, timeout=600
+    )
+    summary = f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
+    assert done.returncode == 0, f"{' '.join(command)}\n{summary}"

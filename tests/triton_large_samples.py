@@ -1,0 +1,39 @@
+"""Samples that several Triton programs share; run by test_triton.py under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import CASES
+from op_cases.budget import check_budget, check_same_bits
+from op_cases.case import OpCase
+from op_cases.draw import Spec
+from op_cases.running import run
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
+
+LARGE = (2, 40_001)  # three parts, the last of them short
+CHOSEN = ("pgd_step/l2", "random_start/l2", "angular_distance/same-dtype", "replay_mask/same-dtype")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", [pytest.param(CASES[name], id=name) for name in CHOSEN])
+def test_parts_of_a_sample_add_up(case: OpCase, dtype: torch.dtype) -> None:
+    spec = Spec(LARGE, dtype)
+    results = run(case, case.arguments(spec), "triton")
+    check_budget(case, case.arguments(spec), results, f"triton, {spec}")
+    if dtype in case.bit_equal:
+        for result, expected in zip(
+            results, run(case, case.arguments(spec), "reference"), strict=True
+        ):
+            check_same_bits(result, expected, f"{case.name}, {spec}")
+
+
+def test_64_bit_seeds_and_sample_ids() -> None:
+    case = CASES["random_start/linf"]
+    arguments = case.arguments(Spec((3, 3, 7, 9)))
+    for seed in (2**63 - 1, -(2**63), -1, 1 << 40):
+        ids = torch.tensor([-(2**63), 2**63 - 1, (1 << 40) + 5])
+        given = {**arguments, "seed": seed, "sample_ids": ids}
+        (expected,) = run(case, given, "reference")
+        check_same_bits(run(case, given, "triton")[0], expected, f"seed {seed}")
