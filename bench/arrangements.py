@@ -141,11 +141,6 @@ def fastadv_pgd(task: Task) -> Run:
     return lambda: attack(task.x, task.y)
 
 
-def fastadv_fp32(task: Task) -> Run:
-    attack = fastadv.PGD(task.twin(), EPS, ALPHA, task.steps, precision="fp32")
-    return lambda: attack(task.x, task.y)
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     model.eval()
@@ -256,7 +251,6 @@ ATTACKS: dict[str, Callable[[Task], Run]] = {
     "B2 bf16 autocast": autocast_loop,
     "B3 torch.compile of B2, frozen": compiled_autocast_loop,
     "B4 torch.compile, folded, bf16": compiled_folded_loop,
-    "fastadv fp32": fastadv_fp32,
     "fastadv": fastadv_pgd,
 }
 STEPS: dict[str, Callable[[Task], Run]] = {

@@ -121,11 +121,17 @@ def interleave(
     rounds: int,
     device: torch.device,
     progress: Callable[[str], None] = lambda _: None,
+    patience: float = float("inf"),
 ) -> dict[str, Seconds]:
-    """Time candidates in turn, `rounds` times; each must have run before."""
+    """Time candidates in turn, `rounds` times; each must have run before.
+
+    One whose first time is over `patience` seconds is timed twice at the most.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for number in range(rounds):
         for name, run in candidates.items():
+            if number >= 2 and times[name][0] > patience:
+                continue
             progress(f"round {number + 1} of {rounds}: {name}")
             times[name].append(time_once(run, device))
     return {name: Seconds.of(values) for name, values in times.items()}
