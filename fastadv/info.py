@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "triton", "numpy", "safetensors", "jsonargparse", "pyautoattack", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "safetensors",
+    "jsonargparse",
+    "pyautoattack",
+    "matplotlib",
+)
 
 
 def collect() -> dict[str, Any]:
@@ -37,7 +45,9 @@ def collect() -> dict[str, Any]:
             "winograd convolution": convolution.supported(64, 64),
         },
         "gpus": gpus,
-        "precision": {name: "bf16" if fast_bf16(torch.device(name)) else "fp32" for name in devices},
+        "precision": {
+            name: "bf16" if fast_bf16(torch.device(name)) else "fp32" for name in devices
+        },
         "ops": {
             op.name: {
                 "owner": {name: op.owner(name) for name in ("cpu", "cuda")},
@@ -97,7 +107,9 @@ def _op_table(ops: dict[str, Any]) -> list[str]:
             f"{name:<{width}}  {'yes':<9}  {cpp:<3}  {cuda:<8}  {triton:<6}  "
             f"{owner['cpu']:<12}  {owner['cuda']}"
         )
-    lines.append("CUDA C++ is '-' where this build has no CUDA part; Triton then owns the op on CUDA.")
+    lines.append(
+        "CUDA C++ is '-' where this build has no CUDA part; Triton then owns the op on CUDA."
+    )
     return lines
 
 
@@ -111,7 +123,9 @@ def _version(package: str) -> str | None:
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as lines:
-            names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+            names = [
+                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+            ]
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
