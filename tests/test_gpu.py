@@ -39,7 +39,6 @@ def _cases(cases: list[OpCase]) -> list[object]:
 
 ALL = list(CASES.values())
 PUBLIC = [case for case in ALL if case.function is not None]
-DIFFERENTIABLE = [case for case in ALL if case.differentiable]
 
 
 def _sample(

@@ -1,4 +1,5 @@
-// The two pointwise passes that the attack engine's programs need besides convolutions. Schemas: fastadv/attacks/convolution.py.
+// The two pointwise passes that the attack engine's programs need besides convolutions. Schemas:
+// fastadv/attacks/convolution.py.
 #include "cpu/tensor.h"
 
 namespace fastadv {
@@ -35,8 +36,8 @@ FASTADV_CLONES void merge_run(BFloat16* out, const BFloat16* x, const BFloat16* 
 void check_like(const at::Tensor& t, const char* name, const at::Tensor& like) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == like.sizes() &&
                         is_batch_major(t) && same_layout(t, like),
-                    name, " must be bfloat16 with the shape and layout of x, ", like.sizes(), ", got ",
-                    t.scalar_type(), " of shape ", t.sizes());
+                    name, " must be bfloat16 with the shape and layout of x, ", like.sizes(),
+                    ", got ", t.scalar_type(), " of shape ", t.sizes());
 }
 
 const BFloat16* pointer(const OptionalTensor& t) {
@@ -54,8 +55,9 @@ void channel_affine_(at::Tensor out, const at::Tensor& x, const at::Tensor& scal
   if (mask) check_like(*mask, "mask", x);
   const int64_t channels = x.size(1);
   for (const at::Tensor* t : {&scale, &shift}) {
-    TORCH_CHECK_VALUE(t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == channels,
-                      "scale and shift must be float32 of shape [", channels, "], got ", t->sizes());
+    TORCH_CHECK_VALUE(
+        t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == channels,
+        "scale and shift must be float32 of shape [", channels, "], got ", t->sizes());
   }
   const auto run = add ? (mask ? &affine_rows<true, true, false> : &affine_rows<true, false, false>)
                    : mask ? &affine_rows<false, true, false>
