@@ -114,7 +114,7 @@ def roofline(results: Results, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6))
+    figure = Figure(figsize=(11, 6))
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     groups = list(_groups(results))
@@ -133,7 +133,7 @@ def roofline(results: Results, path: Path) -> None:
         "operations per byte that must be moved (filled: this package, hollow: eager torch)\n"
         + machine_line(results["machine_info"]["fastadv"])
     )
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     axes.grid(alpha=0.3)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,12 +142,14 @@ def roofline(results: Results, path: Path) -> None:
 
 def _points(axes: Any, groups: list[dict[str, Entry]]) -> None:
     """One colour per sample, one point per row: the owner's, and the eager reference's."""
-    colours: dict[str, str] = {}
+    from matplotlib import colormaps
+
+    colours: dict[str, Any] = {}
     for group in groups:
         facts = group[COPY]["extra_info"]
         label = f"{facts['op']} {facts['variant']}"
         known = label in colours
-        colour = colours.setdefault(label, f"C{len(colours) % 10}")
+        colour = colours.setdefault(label, colormaps["tab20"](len(colours) % 20))
         for name, filled in ((facts["owner"], True), (EAGER, False)):
             if name not in group:
                 continue

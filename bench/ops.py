@@ -1,6 +1,6 @@
 """Benchmark of every op on every backend: time, bandwidth, memory, against eager and compiled torch.
 
-    python bench/ops.py                          all ops on the CPU; about ten minutes on 2 cores
+    python bench/ops.py                          all ops on the CPU; about a quarter of an hour on 2 cores
     python bench/ops.py --quick                  one shape of each, nothing that compiles
     python bench/ops.py --op pgd_step --device cuda --backend triton
     python bench/ops.py --compare bench/results/ops_cpu.json

@@ -127,7 +127,7 @@ def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     from fastadv.attacks.engines import make_engine
     from fastadv.ops import pgd_step_
 
-    engine = make_engine(task.model, task.device, "bf16", "compiled", False)
+    engine = make_engine(task.model, task.x, "bf16", "compiled")
     program = getattr(engine, "_program", None)
     if program is None:
         return {}

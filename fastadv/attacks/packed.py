@@ -206,9 +206,11 @@ def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
     shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
     if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
         return WinogradKernel(result, source, backward)
-    if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
-        return GatherKernel(conv, backward)
-    return None
+    if not convolution.supported(convolution.VECTOR, 1):
+        return None
+    if conv.stride[0] > 1 and max(conv.kernel_size) > 1 and backward:
+        return None  # torch's own is faster: 3.9 ms against 14 at 128 to 64 channels, 3.4 against 4.8 at 512
+    return GatherKernel(conv, backward) if _worth_gathering(conv, source, result) else None
 
 
 def _worth_gathering(conv: nn.Conv2d, source: int, result: int) -> bool:

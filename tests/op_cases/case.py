@@ -31,7 +31,7 @@ SMALL_SHAPES: tuple[Shape, ...] = (
     (2, 3, 4, 5, 2),
 )
 LARGE_SHAPE: Shape = (2, 3, 224, 224)  # several tasks, threads and partial sums per sample
-IMAGE_BENCH_SHAPES: tuple[Shape, ...] = ((128, 3, 32, 32), (512, 3, 32, 32), (32, 3, 224, 224))
+IMAGE_BENCH_SHAPES: tuple[Shape, ...] = ((128, 3, 32, 32), (32, 3, 224, 224))
 FEATURE_BENCH_SHAPES: tuple[Shape, ...] = ((128, 512, 4, 4), (128, 640, 8, 8))
 
 
