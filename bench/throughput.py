@@ -242,7 +242,8 @@ def main() -> None:
         title = f"ARREST training step, K = {k}, {shape}"
         parts.append(compare(title, STEPS, task, (2 * k + 3) * flops, args))
         print(show(parts[-1]), end="\n\n", flush=True)
-    spent = {name: s.to_dict() for name, s in breakdown(task, 5).items()} if auto == "cpu" else {}
+    on_cpu = device.type == "cpu"
+    spent = {name: s.to_dict() for name, s in breakdown(task, 5).items()} if on_cpu else {}
     for name, seconds in spent.items():
         print(f"{name:<42} {seconds['median'] * 1e3:8.2f} ms")
     stem = f"throughput_{device.type}_{args.model}_b{args.batch}{'_quick' if args.quick else ''}"

@@ -121,9 +121,8 @@ class EagerEngine(Engine):
     @contextmanager
     def session(self, model: Model, seed: int) -> Iterator[None]:
         """Freeze the live model; it is as before on leaving."""
-        self._model = (
-            model  # held for the session only, so that a cached engine keeps no model alive
-        )
+        # Held for the session only, so that a cached engine keeps no model alive.
+        self._model = model
         try:
             with frozen(model, train_mode=self._train_mode, seed=seed):
                 yield
@@ -138,10 +137,26 @@ class EagerEngine(Engine):
             return self._model(x)
 
 
-class CopyEngine(Engine):
-    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
+class _OnACopy(Engine):
+    """What the engines on an attack copy share."""
 
     name = "compiled"
+    _copy: AttackCopy
+
+    @contextmanager
+    def session(self, model: Model, seed: int) -> Iterator[None]:
+        """Bring the live weights over."""
+        assert isinstance(model, nn.Module)
+        self._copy.refresh(model)
+        yield
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last."""
+        return _channels_last(super().images(x))
+
+
+class CopyEngine(_OnACopy):
+    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
 
     def __init__(self, model: nn.Module, precision: str, reason: str, inductor: bool) -> None:
         self._copy = AttackCopy(model, COMPUTE_DTYPES[precision])
@@ -151,41 +166,17 @@ class CopyEngine(Engine):
         )
         self.reason = reason
 
-    @contextmanager
-    def session(self, model: Model, seed: int) -> Iterator[None]:
-        """Bring the live weights over."""
-        assert isinstance(model, nn.Module)
-        self._copy.refresh(model)
-        yield
-
-    def images(self, x: Tensor) -> Tensor:
-        """As in `Engine.images`, channels-last."""
-        return _channels_last(super().images(x))
-
     def _forward(self, x: Tensor) -> Tensor:
         return self._run(x)
 
 
-class ProgramEngine(Engine):
+class ProgramEngine(_OnACopy):
     """Runs the attack copy as a program of fused steps: bfloat16 on the CPU."""
-
-    name = "compiled"
 
     def __init__(self, model: nn.Module, reason: str) -> None:
         self._copy = AttackCopy(model, torch.bfloat16, pack=True)
         self._program = Program(self._copy)
         self.reason = reason
-
-    @contextmanager
-    def session(self, model: Model, seed: int) -> Iterator[None]:
-        """Bring the live weights over."""
-        assert isinstance(model, nn.Module)
-        self._copy.refresh(model)
-        yield
-
-    def images(self, x: Tensor) -> Tensor:
-        """As in `Engine.images`, channels-last."""
-        return _channels_last(super().images(x))
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
@@ -214,9 +205,8 @@ def fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type != "cpu":
         return False
-    if (
-        platform.machine() == "x86_64"
-    ):  # oneDNN takes bfloat16 on any AVX-512, but emulates it there
+    if platform.machine() == "x86_64":
+        # oneDNN takes bfloat16 on any AVX-512, but emulates it where the instructions are missing.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
