@@ -249,7 +249,7 @@ def test_results_without_a_gradient_require_none(case: OpCase) -> None:
 @pytest.mark.parametrize(("case", "device", "name"), _parameters(DIFFERENTIABLE))
 def test_gradcheck(case: OpCase, device: str, name: str) -> None:
     for layout in ("contiguous", "slice"):
-        spec = Spec((2, 3, 2, 3), torch.float64, layout, device=device)
+        spec = Spec(case.gradient_shape, torch.float64, layout, device=device)
         arguments = _requiring_grad(case, case.arguments(spec))
         leaves = [arguments[argument] for argument in case.differentiable]
 

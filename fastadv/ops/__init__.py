@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastadv.ops import softmax_losses as _softmax_losses  # noqa: F401  registers the losses of fastadv.losses
 from fastadv.ops.angular_distance import angular_distance, replay_mask
 from fastadv.ops.backend import backend
 from fastadv.ops.crop_flip import crop_flip

@@ -5,9 +5,16 @@ A new op adds a file here with its `OpCase` records and a line to the list below
 
 from __future__ import annotations
 
-from op_cases import angular_distance, crop_flip, noisy_replay, pgd_step, random_start
+from op_cases import (
+    angular_distance,
+    crop_flip,
+    noisy_replay,
+    pgd_step,
+    random_start,
+    softmax_losses,
+)
 from op_cases.case import OpCase
 
-_FILES = (angular_distance, crop_flip, noisy_replay, pgd_step, random_start)
+_FILES = (angular_distance, crop_flip, noisy_replay, pgd_step, random_start, softmax_losses)
 
 CASES: dict[str, OpCase] = {case.name: case for file in _FILES for case in file.CASES}

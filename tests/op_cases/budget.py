@@ -61,7 +61,7 @@ def _tensors(arguments: Arguments) -> list[Tensor]:
 
 def _terms(arguments: Arguments) -> int:
     """Elements of the largest sample."""
-    return max(t.numel() // max(t.shape[0], 1) for t in _tensors(arguments))
+    return max(t.numel() // max(t.shape[0], 1) if t.dim() else 1 for t in _tensors(arguments))
 
 
 def _compute_dtype(arguments: Arguments) -> torch.dtype:

@@ -80,6 +80,7 @@ class OpCase:
         dtypes: what `Spec.dtype` may be.
         shapes: the small shapes to test.
         large: the shape that needs several tasks and threads; None where there is none.
+        gradient_shape: the shape on which gradients are compared with differences.
         bench_shapes: the shapes to measure; none = not measured.
         bench_layouts: the memory layouts to measure.
         traffic: bytes that must be moved at least, from arguments and results; None counts every tensor
@@ -103,6 +104,7 @@ class OpCase:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     shapes: tuple[Shape, ...] = SMALL_SHAPES
     large: Shape | None = LARGE_SHAPE
+    gradient_shape: Shape = (2, 3, 2, 3)
     bench_shapes: tuple[Shape, ...] = ()
     bench_layouts: tuple[str, ...] = ("contiguous", "channels_last")
     traffic: Callable[[Arguments, tuple[Tensor, ...]], int] | None = None

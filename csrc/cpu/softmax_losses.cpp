@@ -1,0 +1,211 @@
+// Losses on logits on the CPU: value and gradients in one pass over the rows. Definitions:
+// fastadv/ops/softmax_losses.py.
+#include <ATen/ops/empty.h>
+
+#include <cstring>
+#include <vector>
+
+#include "cpu/softmax_kinds.h"
+#include "cpu/tensor.h"
+
+namespace fastadv {
+namespace {
+
+constexpr int64_t kRowGrain =
+    16384;  // logits a task works on: exponentials, not memory, take the time
+
+template <class Kind, class C>
+FASTADV_CLONES void compute_row(Row<C>& row) {
+  Kind::row(row);
+}
+
+template <class T>
+FASTADV_CLONES void load_row(Compute<T>* to, const T* from, int classes, int width) {
+  for (int i = 0; i < classes; ++i) to[i] = load(from[i]);
+  for (int i = classes; i < width; ++i) to[i] = kMinusInfinity<Compute<T>>;
+}
+
+template <class T, class C>
+FASTADV_CLONES void store_row(T* to, const C* from, C factor, int classes) {
+  for (int i = 0; i < classes; ++i) store(to[i], factor * from[i]);
+}
+
+// The tensors of a call; what is not there is undefined.
+struct Operands {
+  at::Tensor logits, other, y;          // [B, C], [B, C], [B], contiguous, logits of one dtype
+  at::Tensor losses;                    // [B, 1 or 2], in the dtype of computation
+  at::Tensor gradient, other_gradient;  // [B, C], in the dtype of computation
+  double weight, temperature, gradient_scale;
+};
+
+int label(const Operands& o, int64_t sample) {
+  if (!o.y.defined()) return 0;
+  const int64_t y = o.y.const_data_ptr<int64_t>()[sample];
+  TORCH_CHECK_INDEX(y >= 0 && y < o.logits.size(1), "y must lie in 0 .. ", o.logits.size(1) - 1,
+                    ", got ", y, " at sample ", sample);
+  return int(y);
+}
+
+template <class Kind, class T>
+void run_rows(const Operands& o, int64_t begin, int64_t end) {
+  using C = Compute<T>;
+  const int64_t per_sample = o.losses.size(1);
+  const int classes = int(o.logits.size(1));
+  const int width = (classes + kRowLanes - 1) / kRowLanes * kRowLanes;
+  std::vector<C> scratch(int64_t(kScratchRows) * width);
+  Row<C> row{scratch.data(), classes, width, 0, C(o.weight), C(o.temperature), 0, 0};
+  C* losses = data<C>(o.losses);
+  const C scale = C(o.gradient_scale);
+  for (int64_t i = begin; i < end; ++i) {
+    row.y = label(o, i);
+    load_row(row.logits(), data<T>(o.logits) + i * classes, classes, width);
+    if (o.other.defined()) load_row(row.other(), data<T>(o.other) + i * classes, classes, width);
+    compute_row<Kind, C>(row);
+    losses[i * per_sample] = row.loss;
+    if (per_sample == 2) losses[2 * i + 1] = row.other_loss;
+    if (o.gradient.defined()) {
+      store_row(data<C>(o.gradient) + i * classes, row.gradient(), scale, classes);
+    }
+    if (o.other_gradient.defined()) {
+      store_row(data<C>(o.other_gradient) + i * classes, row.other_gradient(), scale, classes);
+    }
+  }
+}
+
+template <class Kind>
+void run(const Operands& o) {
+  const int64_t grain = std::max<int64_t>(1, kRowGrain / std::max<int64_t>(1, o.logits.size(1)));
+  dispatch_float(o.logits.scalar_type(), "logits", [&](auto t) {
+    at::parallel_for(0, o.logits.size(0), grain, [&](int64_t begin, int64_t end) {
+      run_rows<Kind, decltype(t)>(o, begin, end);
+    });
+  });
+}
+
+// What a kind of loss needs, and the function that computes it.
+struct Kind {
+  c10::string_view name;
+  bool takes_other, takes_labels;
+  int64_t fewest_classes;
+  void (*run)(const Operands&);
+};
+
+constexpr Kind kKinds[] = {
+    {"cross_entropy", false, true, 1, run<CrossEntropy>},
+    {"boosted_cross_entropy", false, true, 2, run<BoostedCrossEntropy>},
+    {"cw", false, true, 2, run<Margin>},
+    {"dlr", false, true, 3, run<LogitsRatio>},
+    {"kl", true, false, 1, run<Divergence>},
+    {"trades", true, true, 1, run<Trades>},
+    {"mart", true, true, 2, run<Mart>},
+    {"alp", true, true, 1, run<LogitPairing>},
+    {"act", true, true, 1, run<Cooperative>},
+};
+
+const Kind& kind_of(c10::string_view name) {
+  for (const Kind& kind : kKinds) {
+    if (kind.name == name) return kind;
+  }
+  TORCH_CHECK_VALUE(false, "kind must be a loss on logits, got ", name);
+}
+
+void check(const Kind& kind, const at::Tensor& logits, const OptionalTensor& other,
+           const OptionalTensor& y) {
+  TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= kind.fewest_classes,
+                    "logits must have shape [B, C] with C >= ", kind.fewest_classes, ", got ",
+                    logits.sizes());
+  TORCH_CHECK_VALUE(other.has_value() == kind.takes_other, "other must be given for kl, trades, ",
+                    "mart, alp and act alone, and was ", other ? "" : "not ", "for ", kind.name);
+  if (other) check_shape(*other, "other", logits, "logits");
+  TORCH_CHECK_VALUE(y.has_value() == kind.takes_labels, "y must be given unless for kl");
+  TORCH_CHECK_VALUE(!y || (y->scalar_type() == at::kLong && y->dim() == 1 &&
+                           y->size(0) == logits.size(0) && y->device().is_cpu()),
+                    "y must be int64 of shape [", logits.size(0), "] on the CPU");
+}
+
+// The means of [B, k] over the batch, [k].
+template <class C>
+void fill_means(const at::Tensor& means, const at::Tensor& losses) {
+  const int64_t batch = losses.size(0), count = losses.size(1);
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0;
+    for (int64_t i = 0; i < batch; ++i) sum += data<C>(losses)[i * count + k];
+    data<C>(means)[k] = C(sum / double(batch));
+  }
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_losses(
+    const at::Tensor& logits, const OptionalTensor& other, const OptionalTensor& y,
+    c10::string_view kind_name, double weight, double temperature, bool mean, bool wanted,
+    bool other_wanted) {
+  const Kind& kind = kind_of(kind_name);
+  check(kind, logits, other, y);
+  const auto type =
+      other ? c10::promoteTypes(logits.scalar_type(), other->scalar_type()) : logits.scalar_type();
+  const auto options = logits.options()
+                           .dtype(type == at::kDouble ? at::kDouble : at::kFloat)
+                           .memory_format(std::nullopt);
+  const int64_t batch = logits.size(0), pair = kind.name == "act" ? 2 : 1;
+  const bool write = wanted, write_other = other_wanted && other;
+  Operands o{logits.to(type).contiguous(),
+             other ? other->to(type).contiguous() : at::Tensor(),
+             y ? y->contiguous() : at::Tensor(),
+             at::empty({batch, pair}, options),
+             write ? at::empty(logits.sizes(), options) : at::Tensor(),
+             write_other ? at::empty(logits.sizes(), options) : at::Tensor(),
+             weight,
+             temperature,
+             mean ? 1 / double(batch) : 1};
+  kind.run(o);
+  at::Tensor losses = o.losses;
+  if (mean) {
+    losses = pair == 2 ? at::empty({2}, options) : at::empty({}, options);
+    options.dtype() == at::kDouble ? fill_means<double>(losses, o.losses)
+                                   : fill_means<float>(losses, o.losses);
+  } else if (pair == 1) {
+    losses = losses.view({batch});
+  }
+  const auto or_empty = [&](const at::Tensor& t) {
+    return t.defined() ? t : at::empty({batch, 0}, options);
+  };
+  return {losses, or_empty(o.gradient), or_empty(o.other_gradient)};
+}
+
+at::Tensor softmax_losses_backward(const at::Tensor& grad, const at::Tensor& gradient,
+                                   at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(gradient.dim() == 2, "gradient must have shape [B, C], got ", gradient.sizes());
+  const int64_t batch = gradient.size(0), classes = gradient.size(1);
+  TORCH_CHECK_VALUE(grad.dim() == 0 || grad.sizes() == at::IntArrayRef{batch},
+                    "grad must be one number or have shape [", batch, "], got ", grad.sizes());
+  const at::Tensor from = gradient.contiguous(), slopes = grad.to(from.scalar_type()).contiguous();
+  at::Tensor out = at::empty(gradient.sizes(), from.options().dtype(dtype));
+  const int64_t stride = grad.dim(),
+                grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, classes));
+  const auto rows = [&](auto c, auto t) {
+    using C = decltype(c);
+    using T = decltype(t);
+    at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        store_row(data<T>(out) + i * classes, data<C>(from) + i * classes,
+                  data<C>(slopes)[i * stride], classes);
+      }
+    });
+  };
+  if (from.scalar_type() == at::kDouble) {
+    dispatch_float(dtype, "dtype", [&](auto t) { rows(double{}, t); });
+  } else {
+    TORCH_CHECK_TYPE(from.scalar_type() == at::kFloat, "gradient must be float32 or float64, got ",
+                     from.scalar_type());
+    dispatch_float(dtype, "dtype", [&](auto t) { rows(float{}, t); });
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
+  m.impl("softmax_losses", &softmax_losses);
+  m.impl("softmax_losses_backward", &softmax_losses_backward);
+}
+
+}  // namespace fastadv

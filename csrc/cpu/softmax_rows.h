@@ -1,0 +1,207 @@
+// One row of logits: what the losses on logits are made of. Definitions:
+// fastadv/ops/softmax_losses.py.
+//
+// A row lies in scratch of a whole number of blocks of kRowLanes elements, padded with -inf, so
+// that ten classes cost little more than one SIMD register. The arithmetic is written on vectors of
+// 32 bytes, which the compiler carries out in the registers of each SIMD level: its own
+// vectorisation gives up on these loops. All of it is inlined into functions marked FASTADV_CLONES.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "cpu/simd.h"
+
+namespace fastadv {
+
+constexpr int kRowLanes = 16;  // partial sums, the same at every SIMD level: all give the same bits
+
+template <class C>
+struct LanesOf;
+template <>
+struct LanesOf<float> {
+  using type = float __attribute__((vector_size(32)));
+};
+template <>
+struct LanesOf<double> {
+  using type = double __attribute__((vector_size(32)));
+};
+template <class C>
+using Lanes = typename LanesOf<C>::type;
+template <class C>
+constexpr int kVectorLanes = 32 / int(sizeof(C));
+
+// Shifted logits are cut below it, so that differences of finite logits stay finite.
+template <class C>
+constexpr C kLowest = sizeof(C) == 4 ? C(-1e30) : C(-1e300);
+template <class C>
+constexpr C kMinusInfinity = -std::numeric_limits<C>::infinity();
+
+template <class C>
+FASTADV_INLINE Lanes<C> lanes_at(const C* from) {
+  Lanes<C> to;
+  std::memcpy(&to, from, sizeof(to));
+  return to;
+}
+
+template <class C>
+FASTADV_INLINE void set_lanes(C* to, Lanes<C> from) {
+  std::memcpy(to, &from, sizeof(from));
+}
+
+// Lane l is lane l + by, counted around; by is half the lanes, a quarter, an eighth.
+FASTADV_INLINE Lanes<float> rotated(Lanes<float> v, int by) {
+  if (by == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  if (by == 2) return __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 0, 1);
+  return __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 0);
+}
+
+FASTADV_INLINE Lanes<double> rotated(Lanes<double> v, int by) {
+  if (by == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  return __builtin_shufflevector(v, v, 1, 2, 3, 0);
+}
+
+template <class C>
+FASTADV_INLINE Lanes<C> larger(Lanes<C> a, Lanes<C> b) {
+  return a > b ? a : b;
+}
+
+// e^x for x <= 0, within 2 units in the last place; 0 where that is not a normal number; NaN stays.
+FASTADV_INLINE Lanes<float> exp_of_negative(Lanes<float> x) {
+  using Bits = uint32_t __attribute__((vector_size(32)));
+  constexpr float kLog2E = 1.44269504f, kRound = 12582912.f;  // adding 1.5 * 2^23 rounds
+  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+  constexpr float kLowestNormal = -87.f;
+  const Lanes<float> bounded = x < kLowestNormal ? Lanes<float>{} + kLowestNormal : x;
+  const Lanes<float> rounded = bounded * kLog2E + kRound;
+  const Lanes<float> n = rounded - kRound;
+  const Lanes<float> r = (bounded - n * kLn2High) - n * kLn2Low;  // n * kLn2High is exact
+  Lanes<float> series = Lanes<float>{} + 1.f / 5040;
+  for (const float coefficient : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 1.f / 2}) {
+    series = series * r + coefficient;
+  }
+  const Lanes<float> e_to_r = series * r * r + r + 1.f;
+  const Lanes<float> two_to_n = (Lanes<float>)(((Bits)rounded << 23) + (127u << 23));
+  return x < kLowestNormal ? Lanes<float>{} : e_to_r * two_to_n;
+}
+
+FASTADV_INLINE Lanes<double> exp_of_negative(Lanes<double> x) {
+  for (int l = 0; l < kVectorLanes<double>; ++l) x[l] = std::exp(x[l]);
+  return x;
+}
+
+// Calls f(i) for the first element i of each vector.
+template <class C, class F>
+FASTADV_INLINE void for_row(int width, const F& f) {
+  for (int i = 0; i < width; i += kVectorLanes<C>) f(i);
+}
+
+// The vectors term(i) of a row, combined into one value.
+template <class C, class F, class G>
+FASTADV_INLINE C fold_row(int width, C start, const F& term, const G& combine) {
+  constexpr int kStep = kVectorLanes<C>, kVectors = kRowLanes / kStep;
+  Lanes<C> partial[kVectors];
+  for (int v = 0; v < kVectors; ++v) partial[v] = Lanes<C>{} + start;
+  for (int i = 0; i < width; i += kRowLanes) {
+    for (int v = 0; v < kVectors; ++v) partial[v] = combine(partial[v], term(i + v * kStep));
+  }
+  for (int v = 1; v < kVectors; ++v) partial[0] = combine(partial[0], partial[v]);
+  Lanes<C> all = partial[0];
+  for (int half = kStep / 2; half > 0; half /= 2) all = combine(all, rotated(all, half));
+  return all[0];
+}
+
+template <class C, class F>
+FASTADV_INLINE C sum_row(int width, const F& term) {
+  return fold_row(width, C(0), term,
+                  [](Lanes<C> a, Lanes<C> b) __attribute__((always_inline)) { return a + b; });
+}
+
+// The largest element; NaN are passed over.
+template <class C>
+FASTADV_INLINE C largest_of(const C* row, int width) {
+  const auto at = [&](int i) __attribute__((always_inline)) { return lanes_at(row + i); };
+  return fold_row(width, kMinusInfinity<C>, at,
+                  [](Lanes<C> a, Lanes<C> b)
+                      __attribute__((always_inline)) { return larger<C>(b, a); });
+}
+
+template <class C>
+FASTADV_INLINE bool has_nan(const C* row, int width) {
+  // NaN minus itself is NaN, and so is the sum with it; infinities must not count.
+  const C sum = sum_row<C>(width, [&](int i) __attribute__((always_inline)) {
+    const Lanes<C> v = lanes_at(row + i);
+    return v == v ? Lanes<C>{} : v;
+  });
+  return sum != sum;
+}
+
+// Keeps an element of a row at another value for as long as it lives.
+template <class C>
+class Replaced {
+ public:
+  FASTADV_INLINE Replaced(C* at, C value) : at_(at), before_(*at) { *at = value; }
+  FASTADV_INLINE ~Replaced() { *at_ = before_; }
+  Replaced(const Replaced&) = delete;
+
+ private:
+  C* at_;
+  C before_;
+};
+
+// The first class with the largest logit; the first of all where there is none but NaN.
+template <class C>
+FASTADV_INLINE int class_of_largest(const C* row, int width, int classes) {
+  const C largest = largest_of(row, width);
+  for (int i = 0; i < classes; ++i) {
+    if (row[i] == largest) return i;
+  }
+  return 0;
+}
+
+// Softmax of a row.
+template <class C>
+struct Softmax {
+  C* shifted;  // logits less the largest of them, over the temperature
+  C* p;        // probabilities
+  C largest, log_sum;
+
+  FASTADV_INLINE void compute(const C* logits, int width, C temperature) {
+    largest = largest_of(logits, width);
+    const C high = largest, inverse_temperature = 1 / temperature;
+    const Lanes<C> lowest = Lanes<C>{} + kLowest<C>;
+    for_row<C>(width, [&](int i) __attribute__((always_inline)) {
+      Lanes<C> v = (lanes_at(logits + i) - high) * inverse_temperature;
+      v = v < lowest ? lowest : v;
+      set_lanes(shifted + i, v);
+      set_lanes(p + i, exp_of_negative(v));
+    });
+    const C sum = sum_row<C>(width, [&](int i) __attribute__((always_inline)) { return share(i); });
+    log_sum = std::log(sum);
+    const C inverse_sum = 1 / sum;
+    for_row<C>(width, [&](int i) __attribute__((always_inline)) {
+      set_lanes(p + i, share(i) * inverse_sum);
+    });
+  }
+  // Probabilities from class i on, and their logarithms.
+  FASTADV_INLINE Lanes<C> share(int i) const { return lanes_at<C>(p + i); }
+  FASTADV_INLINE Lanes<C> log_share(int i) const { return lanes_at<C>(shifted + i) - log_sum; }
+  FASTADV_INLINE C log_p(int of_class) const { return shifted[of_class] - log_sum; }
+};
+
+// KL(p || q).
+template <class C>
+FASTADV_INLINE C divergence(const Softmax<C>& p, const Softmax<C>& q, int width) {
+  return sum_row<C>(width, [&](int i) __attribute__((always_inline)) {
+    return p.share(i) * (p.log_share(i) - q.log_share(i));
+  });
+}
+
+// The gradient of KL(p || q) = `value` in the logits of p; in those of q it is q - p.
+template <class C>
+FASTADV_INLINE Lanes<C> divergence_slope(const Softmax<C>& p, const Softmax<C>& q, C value, int i) {
+  return p.share(i) * (p.log_share(i) - q.log_share(i) - value);
+}
+
+}  // namespace fastadv

@@ -1,0 +1,44 @@
+"""Training objectives on logits and features.
+
+All are means over the batch unless ``reduction="none"``, which returns one value per sample. They are computed in
+at least float32, whatever the dtype of their inputs, and from log-probabilities: finite logits give finite losses
+and gradients (logits further apart than 1e30 count as 1e30 apart). There are no second derivatives.
+"""
+
+from __future__ import annotations
+
+from fastadv.losses.features import ArrestTerms, arrest, arrest_terms
+from fastadv.losses.logits import (
+    ActLosses,
+    act,
+    alp,
+    boosted_cross_entropy,
+    cross_entropy,
+    cw,
+    dlr,
+    hat,
+    kd,
+    kl,
+    lbgat,
+    mart,
+    trades,
+)
+
+__all__ = [
+    "ActLosses",
+    "ArrestTerms",
+    "act",
+    "alp",
+    "arrest",
+    "arrest_terms",
+    "boosted_cross_entropy",
+    "cross_entropy",
+    "cw",
+    "dlr",
+    "hat",
+    "kd",
+    "kl",
+    "lbgat",
+    "mart",
+    "trades",
+]

@@ -1,0 +1,70 @@
+"""Objectives on logits and features together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastadv.losses.common import Reduction, reduced
+from fastadv.ops.angular_distance import angular_distance
+from fastadv.ops.softmax_losses import Names, softmax_losses
+
+
+class ArrestTerms(NamedTuple):
+    """The two terms of ARREST's objective for each sample.
+
+    Attributes:
+        cross_entropy: [B].
+        distance: angular distance of the features [B], not yet weighted.
+    """
+
+    cross_entropy: Tensor
+    distance: Tensor
+
+
+def arrest_terms(
+    adv_logits: Tensor, y: Tensor, adv_features: Tensor, teacher_features: Tensor
+) -> ArrestTerms:
+    """Return the terms of `arrest` one by one, for logging; the arguments are the same."""
+    return ArrestTerms(
+        softmax_losses(
+            "cross_entropy", adv_logits, y=y, reduction="none", names=Names("adv_logits")
+        ),
+        angular_distance(adv_features, teacher_features.detach()),
+    )
+
+
+def arrest(
+    adv_logits: Tensor,
+    y: Tensor,
+    adv_features: Tensor,
+    teacher_features: Tensor,
+    lam: float,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """ARREST's objective: cross-entropy plus representation-guided knowledge distillation.
+
+    `CE(f(x'), y) + lam * (1 - |h(x').h_std(x)| / (|h(x')| |h_std(x)|))`.
+
+    Source: ARREST, equations 3 and 4.
+
+    Args:
+        adv_logits: f(x'), logits of the attacked (or replayed) images [B, K].
+        y: labels [B], int64.
+        adv_features: h(x'), the same images' features [B, ...].
+        teacher_features: h_std(x), the frozen standard model's features of the clean images
+            [B, ...]; no gradient flows to them.
+        lam: weight of the distillation; 50 in the paper.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        A scalar, or [B] with reduction "none".
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes do not agree or the reduction is unknown.
+    """
+    terms = arrest_terms(adv_logits, y, adv_features, teacher_features)
+    return reduced(terms.cross_entropy + lam * terms.distance, reduction)

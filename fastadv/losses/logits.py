@@ -1,0 +1,406 @@
+"""Objectives on logits: each one pass over them that yields the value and the gradients."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fastadv.losses.common import Reduction, at_least_float32, check_share, reduced
+from fastadv.ops import checks
+from fastadv.ops.softmax_losses import Names, softmax_losses
+
+
+def cross_entropy(
+    logits: Tensor, y: Tensor, *, label_smoothing: float = 0.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """Cross-entropy, `-log p_y`.
+
+    Args:
+        logits: [B, C], float32, float64, bfloat16 or float16.
+        y: labels [B], int64.
+        label_smoothing: share of the target spread evenly over all classes, in 0..1.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        A scalar, or [B] with reduction "none"; float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: the logits are not floating point or `y` is no tensor.
+        ValueError: shapes do not agree, `y` is not int64, or the reduction is unknown.
+        IndexError: on the CPU, a label is no class. On a GPU its sample's loss is NaN.
+    """
+    check_share("label_smoothing", label_smoothing)
+    return softmax_losses(
+        "cross_entropy",
+        logits,
+        y=y,
+        weight=label_smoothing,
+        reduction=reduction,
+        names=Names(weight="label_smoothing"),
+    )
+
+
+def boosted_cross_entropy(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """MART's boosted cross-entropy, `-log p_y - log(1 - max_{k != y} p_k)`.
+
+    Source: Wang et al. 2020 (MART), section 3. The small constants of the authors' code, which keep its logarithms
+    finite, are not needed in log space and are left out.
+
+    Args:
+        logits: [B, C], C >= 2.
+        y: labels [B], int64.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`, or fewer than two classes.
+    """
+    return softmax_losses("boosted_cross_entropy", logits, y=y, reduction=reduction)
+
+
+def cw(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """The margin `max_{k != y} z_k - z_y`: positive where misclassified.
+
+    Source: Carlini and Wagner 2017, section V-A, f6 without its lower bound. Of equal logits the first counts.
+
+    Args:
+        logits: z, [B, C], C >= 2.
+        y: labels [B], int64.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`, or fewer than two classes.
+    """
+    return softmax_losses("cw", logits, y=y, reduction=reduction)
+
+
+def dlr(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
+    """Difference of logits ratio, `(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`, z_(i) the i-th largest logit.
+
+    Source: Croce and Hein 2020, equation 6 (the span enlarged by 1e-12). Unchanged by a scaling of the logits.
+
+    Args:
+        logits: z, [B, C], C >= 3.
+        y: labels [B], int64.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`, or fewer than three classes.
+    """
+    return softmax_losses("dlr", logits, y=y, reduction=reduction)
+
+
+def kl(
+    p_logits: Tensor, q_logits: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """`T^2 KL(p || q)`, p and q the softmax of the logits over T, with gradients to both.
+
+    Source: Hinton et al. 2015, section 2, for the factor T^2, which keeps gradients alike over temperatures.
+    Detach what serves as the teacher.
+
+    Args:
+        p_logits: [B, C].
+        q_logits: [B, C]; the dtype may differ.
+        temperature: T, above 0.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError: logits are not floating point, or the temperature is no number.
+        ValueError: shapes or devices differ, or the temperature is not above 0.
+    """
+    return softmax_losses(
+        "kl",
+        p_logits,
+        q_logits,
+        temperature=temperature,
+        reduction=reduction,
+        names=Names("p_logits", "q_logits"),
+    )
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Distillation of logits, `T^2 KL(teacher || student)` at temperature T; no gradient to the teacher.
+
+    Source: Hinton et al. 2015, section 2. The cross-entropy with softened targets, which some code uses, differs
+    by the teacher's entropy and has the same gradient.
+
+    Args:
+        student_logits: [B, C].
+        teacher_logits: [B, C].
+        temperature: T, above 0.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError: as `kl`.
+    """
+    return softmax_losses(
+        "kl",
+        teacher_logits.detach(),
+        student_logits,
+        temperature=temperature,
+        reduction=reduction,
+        names=Names("teacher_logits", "student_logits"),
+    )
+
+
+_CLEAN_AND_ADV = {"logits": "clean_logits", "other": "adv_logits"}
+
+
+def trades(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    y: Tensor,
+    beta: float = 6.0,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`CE(f(x), y) + beta KL(f(x) || f(x'))`, with gradients through both sides of the divergence.
+
+    Source: Zhang et al. 2019 (TRADES), equation 5.
+
+    Args:
+        clean_logits: f(x), [B, C].
+        adv_logits: f(x'), [B, C].
+        y: labels [B], int64.
+        beta: weight of the divergence, 1 / lambda in the paper.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
+    """
+    return softmax_losses(
+        "trades",
+        clean_logits,
+        adv_logits,
+        y,
+        weight=beta,
+        reduction=reduction,
+        names=Names(**_CLEAN_AND_ADV, weight="beta"),
+    )
+
+
+def mart(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    y: Tensor,
+    beta: float = 5.0,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`BCE(f(x'), y) + beta KL(f(x) || f(x')) (1 - p_y(x))`, with gradients through every factor.
+
+    Source: Wang et al. 2020 (MART), section 3; BCE is `boosted_cross_entropy`.
+
+    Args:
+        clean_logits: f(x), [B, C], C >= 2.
+        adv_logits: f(x'), [B, C].
+        y: labels [B], int64.
+        beta: weight of the divergence; 5 or 6 in the authors' code.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
+    """
+    return softmax_losses(
+        "mart",
+        clean_logits,
+        adv_logits,
+        y,
+        weight=beta,
+        reduction=reduction,
+        names=Names(**_CLEAN_AND_ADV, weight="beta"),
+    )
+
+
+def alp(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    y: Tensor,
+    weight: float = 0.5,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Adversarial logit pairing, `(CE(f(x), y) + CE(f(x'), y)) / 2 + weight mean_k (f_k(x) - f_k(x'))^2`.
+
+    Source: Kannan et al. 2018, section 3. The cross-entropies are averaged over the 2B images, the squares over
+    all B * C logits.
+
+    Args:
+        clean_logits: f(x), [B, C].
+        adv_logits: f(x'), [B, C].
+        y: labels [B], int64.
+        weight: of the pairing.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; the weight is negative or not finite.
+    """
+    return softmax_losses(
+        "alp",
+        clean_logits,
+        adv_logits,
+        y,
+        weight=weight,
+        reduction=reduction,
+        names=Names(**_CLEAN_AND_ADV),
+    )
+
+
+class ActLosses(NamedTuple):
+    """The losses of ACT's two models, scalars or [B].
+
+    Attributes:
+        robust: L_G, of the model trained on adversarial images.
+        natural: L_F, of the model trained on clean images.
+    """
+
+    robust: Tensor
+    natural: Tensor
+
+
+def act(
+    robust_logits: Tensor,
+    natural_logits: Tensor,
+    y: Tensor,
+    alpha: float = 0.9,
+    temperature: float = 1.0,
+    *,
+    reduction: Reduction = "mean",
+) -> ActLosses:
+    """ACT's pair of losses, each with the other model as its fixed teacher.
+
+    `L_G = (1 - alpha) CE(G(x'), y) + alpha T^2 KL(F(x) || G(x'))` and
+    `L_F = (1 - alpha) CE(F(x), y) + alpha T^2 KL(G(x') || F(x))`, the divergences at temperature T. Each has a
+    gradient in its own model's logits alone, so that their sum may be differentiated in one backward pass.
+
+    Source: Arani et al. 2020 (ACT), algorithm 1; T is 1 in the paper, 4 in the authors' code.
+
+    Args:
+        robust_logits: G(x'), [B, C].
+        natural_logits: F(x), [B, C].
+        y: labels [B], int64.
+        alpha: weight of the divergence, in 0..1.
+        temperature: T, above 0.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        L_G and L_F.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; alpha or the temperature out of range.
+    """
+    check_share("alpha", alpha)
+    both = softmax_losses(
+        "act",
+        robust_logits,
+        natural_logits,
+        y,
+        weight=alpha,
+        temperature=temperature,
+        reduction=reduction,
+        names=Names("robust_logits", "natural_logits", "alpha"),
+    )
+    return ActLosses(*both.unbind(-1))
+
+
+def hat(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    helper_logits: Tensor,
+    y: Tensor,
+    helper_y: Tensor,
+    beta: float = 2.5,
+    gamma: float = 0.5,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`trades(f(x), f(x'), y, beta) + gamma CE(f(x_h), y_h)`.
+
+    Source: Rade and Moosavi-Dezfooli 2022 (HAT).
+
+    Args:
+        clean_logits: f(x), [B, C].
+        adv_logits: f(x'), [B, C].
+        helper_logits: f(x_h) of the helper examples `x_h = x + 2 (x' - x)`, [B, C].
+        y: labels [B], int64.
+        helper_y: y_h, what the standard model takes x' for, [B], int64.
+        beta: weight of the divergence.
+        gamma: weight of the helper examples.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; a weight is negative or not finite.
+    """
+    checks.check_finite_at_least_zero("gamma", checks.number("gamma", gamma))
+    base = trades(clean_logits, adv_logits, y, beta, reduction=reduction)
+    return base + gamma * cross_entropy(helper_logits, helper_y, reduction=reduction)
+
+
+def lbgat(
+    adv_logits: Tensor,
+    natural_logits: Tensor,
+    y: Tensor,
+    clean_logits: Tensor | None = None,
+    beta: float = 0.0,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """`mean_k (f_k(x') - T_k(x))^2 + CE(T(x), y) + beta KL(f(x) || f(x'))`, gradients to both models.
+
+    Source: Cui et al. 2021 (LBGAT). With a fixed T, whose logits are detached, it is BGAT up to a constant.
+
+    Args:
+        adv_logits: f(x'), [B, C].
+        natural_logits: T(x), [B, C].
+        y: labels [B], int64.
+        clean_logits: f(x), [B, C]; needed where beta is not 0.
+        beta: weight of the divergence.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        As `cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `cross_entropy`; beta is not 0 and there are no clean logits.
+    """
+    natural = cross_entropy(natural_logits, y, reduction=reduction)
+    apart = at_least_float32(adv_logits) - at_least_float32(natural_logits)
+    loss = natural + reduced(apart.square().mean(1), reduction)
+    if beta == 0:
+        return loss
+    if clean_logits is None:
+        raise ValueError("clean_logits must be given where beta is not 0, got None")
+    return loss + beta * kl(clean_logits, adv_logits, reduction=reduction)
