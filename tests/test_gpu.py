@@ -12,7 +12,7 @@ import pytest
 import torch
 from op_cases import CASES
 from op_cases.budget import check_same_bits
-from op_cases.case import Arguments, OpCase
+from op_cases.case import Arguments, OpCase, Shape
 from op_cases.draw import Spec
 from op_cases.running import backends_of, run, written_arguments
 from torch import Tensor
@@ -28,8 +28,10 @@ pytestmark = [
 ]
 
 COMPILED = ("native", "triton")
-ONLY_TRITON = {"crop_flip"}  # the reason is in kernels/crop_flip.py
+# The reasons are in kernels/crop_flip.py and kernels/softmax_losses.py.
+ONLY_TRITON = {"crop_flip", "softmax_losses", "softmax_losses_backward"}
 SHAPES = ((16, 3, 32, 32), (3, 3, 7, 9))
+LOGIT_SHAPES = ((16, 1024), (3, 10))
 LAYOUTS = ("contiguous", "channels_last", "mixed")
 
 
@@ -41,13 +43,19 @@ ALL = list(CASES.values())
 PUBLIC = [case for case in ALL if case.function is not None]
 
 
+def _shapes(case: OpCase) -> tuple[Shape, Shape]:
+    """An even shape and an odd one: of images or features, or of logits."""
+    return SHAPES if len(case.shapes[0]) == 4 else LOGIT_SHAPES
+
+
 def _sample(
     case: OpCase,
-    shape: tuple[int, ...] = SHAPES[0],
+    shape: Shape | None = None,
     layout: str = "contiguous",
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Arguments:
+    shape = _shapes(case)[0] if shape is None else shape
     return case.arguments(Spec(shape, dtype, layout, seed=seed, device="cuda"))
 
 
@@ -76,7 +84,7 @@ def test_who_owns_the_op(name: str) -> None:
 @pytest.mark.parametrize("case", _cases([case for case in ALL if torch.float32 in case.bit_equal]))
 def test_same_bits_as_the_cpu(case: OpCase, name: str) -> None:
     _require(case, name)
-    for shape in SHAPES:
+    for shape in _shapes(case):
         for layout in LAYOUTS:
             arguments = _sample(case, shape, layout)
             on_cpu = {n: a.cpu() if isinstance(a, Tensor) else a for n, a in arguments.items()}
@@ -142,7 +150,7 @@ def test_on_the_current_stream(case: OpCase, name: str) -> None:
 def test_opcheck(case: OpCase) -> None:
     names = [a.name for a in case.registered.overload._schema.arguments]
     for layout in ("contiguous", "channels_last"):
-        arguments = _sample(case, SHAPES[1], layout)
+        arguments = _sample(case, _shapes(case)[1], layout)
         torch.library.opcheck(case.registered.overload, tuple(arguments[name] for name in names))
 
 
