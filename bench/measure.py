@@ -99,20 +99,22 @@ def keep_freed_memory() -> bool:
 
 def interleaved_times(
     candidates: Mapping[str, Callable[[], object]],
-    rounds: int,
+    rounds: Mapping[str, int],
     device: torch.device,
     calls: Mapping[str, int],
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate and round, `calls` in a row; each must have run before.
 
-    Every round starts with another candidate, so that none always follows the same one.
+    Every round starts with another candidate, so that none always follows the same one. A candidate with fewer
+    rounds than the others takes part at even distances.
     """
-    names = list(candidates)
+    names, most = list(candidates), max(rounds.values(), default=0)
     times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
+    for number in range(most):
         first = number % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(time_once(candidates[name], device, calls[name]))
+            if (number + 1) * rounds[name] // most > number * rounds[name] // most:
+                times[name].append(time_once(candidates[name], device, calls[name]))
     return times
 
 

@@ -1,82 +1,144 @@
-"""What `ops.py` has measured, for reading: a table, a roofline plot, a comparison with an earlier run."""
+"""What `ops.py` has measured, for reading: tables, progress, a comparison with an earlier run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+import statistics
+from collections.abc import Mapping
 from typing import Any
 
+import op_targets
 from measure import machine_line, text_table
+from op_rows import BOTH, COMPILED, COPY, EAGER, USUAL, USUAL_COMPILED
 
 Results = dict[str, Any]  # pytest-benchmark's JSON
 Entry = dict[str, Any]  # one of its benchmarks
-COPY, EAGER, COMPILED = "copy", "reference", "compiled"
+Group = Mapping[str, Entry]  # those of a row by candidate
+
+RIVALS = (EAGER, COMPILED, USUAL, USUAL_COMPILED)
+HEADER = ["op", "shape", "dtype", "layout", "direction", "backend", "us", "+-%"]
+HEADER += [*RIVALS, COPY, "GB/s", "of copy", "MB", "eager MB"]
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f64"}
+
+
+def report(results: Results) -> str:
+    """The whole report for a terminal."""
+    parts = [*head(results), "", table(results), "", *_legend(), "", targets(results)]
+    return "\n".join(parts)
+
+
+def markdown(results: Results) -> str:
+    """The two tables for a document."""
+    groups = groups_of(results)
+    figures = _markdown_table(HEADER, _lines(groups))
+    asked = _markdown_table(op_targets.HEADER, op_targets.lines(groups))
+    return "\n\n".join(["  \n".join(head(results)), asked, figures, " ".join(_legend())])
+
+
+def head(results: Results) -> list[str]:
+    """Machine, bandwidth, and what is missing from the tables and why."""
+    facts = results["machine_info"]
+    bandwidth = facts["copy_bytes_per_second"] / 1e9
+    lines = [
+        machine_line(facts["fastadv"]),
+        f"copy bandwidth, 256 MB: {bandwidth:.1f} GB/s, read and written counted",
+    ]
+    lines += [f"refused: {name}: {why}" for name, why in results.get("refused", {}).items()]
+    for row, reasons in results.get("missing", {}).items():
+        lines += [f"missing: {row}: {n}: {why.splitlines()[0]}" for n, why in reasons.items()]
+    return lines
 
 
 def table(results: Results) -> str:
-    """One line per row and candidate."""
-    header = [
-        "op",
-        "shape",
-        "dtype",
-        "layout",
-        "backend",
-        "us",
-        "+-%",
-        "GB/s",
-        "of copy",
-        "extra MB",
-    ]
-    header += ["vs eager", "vs compiled"]
-    lines = []
-    for group in _groups(results):
-        for name, entry in group.items():
-            if name != COPY:
-                lines.append(_line(name, entry, group))
-    facts = results["machine_info"]
-    head = [
-        machine_line(facts["fastadv"]),
-        f"copy bandwidth, 256 MB: {facts['copy_bytes_per_second'] / 1e9:.1f} GB/s, read and written counted",
-    ]
-    refused = [f"refused: {op}: {why}" for op, why in results.get("refused", {}).items()]
-    return "\n".join([*head, *refused, "", text_table(header, lines)])
+    """One line per row and backend."""
+    return text_table(HEADER, _lines(groups_of(results)))
 
 
-def _line(name: str, entry: Entry, group: dict[str, Entry]) -> list[str]:
-    facts, seconds = entry["extra_info"], _median(entry)
-    peak = facts["peak"]
+def targets(results: Results) -> str:
+    """The speeds asked for, and whether they are reached."""
+    return text_table(op_targets.HEADER, op_targets.lines(groups_of(results)))
+
+
+def _legend() -> list[str]:
     return [
-        f"{facts['op']} {facts['variant']}",
-        "x".join(map(str, facts["shape"])),
-        facts["dtype"],
-        facts["layout"],
-        f"{name} *" if name == facts["owner"] else name,
-        f"{seconds * 1e6:.1f}",
-        f"{50 * entry['stats']['iqr'] / seconds:.0f}",
-        f"{facts['bytes'] / seconds / 1e9:.1f}",
-        f"{_median(group[COPY]) / seconds:.0%}",
-        "?" if peak is None else f"{peak / 1e6:.1f}",
-        _ratio(EAGER, name, group),
-        _ratio(COMPILED, name, group),
+        "us: median time of a call; +-%: half the distance of its quartiles; *: the backend that runs unforced.",
+        "reference, compiled: the op's reference; usual: what is commonly written; copy: as many bytes; each",
+        "with its time in us and how many times the op's that is.",
+        "GB/s: bytes that must be moved at least, over the time. MB: memory needed at the peak, results included;",
+        "eager MB: that of the reference, in direction both that of the usual code.",
     ]
 
 
-def _ratio(rival: str, name: str, group: dict[str, Entry]) -> str:
-    if name == rival or rival not in group:
-        return ""
-    return f"{_median(group[rival]) / _median(group[name]):.2f}x"
-
-
-def _groups(results: Results) -> Iterator[dict[str, Entry]]:
+def groups_of(results: Results) -> dict[str, Group]:
     """The candidates of each row by name."""
     groups: dict[str, dict[str, Entry]] = {}
     for entry in results["benchmarks"]:
         groups.setdefault(entry["group"], {})[entry["extra_info"]["candidate"]] = entry
-    yield from groups.values()
+    return dict(groups)
 
 
-def _median(entry: Entry) -> float:
+def _lines(groups: Mapping[str, Group]) -> list[list[str]]:
+    """Those of this package's backends; the others are in their columns."""
+    return [
+        _line(name, entry, group)
+        for group in groups.values()
+        for name, entry in group.items()
+        if name == entry["extra_info"]["owner"] or name not in (*RIVALS, COPY)
+    ]
+
+
+def _line(name: str, entry: Entry, group: Group) -> list[str]:
+    facts, seconds = entry["extra_info"], median(entry)
+    return [
+        f"{facts['op']} {facts['variant']}",
+        "x".join(map(str, facts["shape"])),
+        _SHORT[facts["dtype"]],
+        facts["layout"],
+        facts["direction"],
+        f"{name} *" if name == facts["owner"] else name,
+        _microseconds(entry),
+        f"{50 * entry['stats']['iqr'] / seconds:.0f}",
+        *(_beside(group.get(rival), entry) for rival in (*RIVALS, COPY)),
+        f"{facts['bytes'] / seconds / 1e9:.1f}",
+        f"{median(group[COPY]) / seconds:.2f}" if COPY in group else "",
+        _megabytes(entry),
+        _megabytes(group.get(USUAL if facts["direction"] == BOTH else EAGER)),
+    ]
+
+
+def _microseconds(entry: Entry) -> str:
+    return f"{median(entry) * 1e6:.1f}"
+
+
+def _beside(rival: Entry | None, entry: Entry) -> str:
+    """A rival's time and how many times this one's that is."""
+    if rival is None or rival is entry:
+        return ""
+    return f"{_microseconds(rival)} ({median(rival) / median(entry):.2f}x)"
+
+
+def _megabytes(entry: Entry | None) -> str:
+    peak = entry["extra_info"]["peak"] if entry else None
+    return "" if peak is None else f"{peak / 1e6:.1f}"
+
+
+def median(entry: Entry) -> float:
+    """Seconds of a call."""
     return entry["stats"]["median"]
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def progress(row: str, facts: Mapping[str, Any], owner: str) -> str:
+    """A row in short, as soon as it is measured."""
+    times = {name: statistics.median(f["times"]) for name, f in facts.items()}
+    own = times.pop(owner, None)
+    if own is None:
+        return row
+    ratios = (f"{name} takes {seconds / own:.2f}x" for name, seconds in times.items())
+    return f"{row}: {', '.join((f'{own * 1e6:.1f} us', *ratios))}"
 
 
 def comparison(earlier: Results, later: Results) -> str:
@@ -86,16 +148,16 @@ def comparison(earlier: Results, later: Results) -> str:
     for entry in later["benchmarks"]:
         old = before.get(entry["name"])
         if old is not None and entry["extra_info"]["candidate"] != COPY:
-            times = [f"{_median(e) * 1e6:.1f}" for e in (old, entry)]
-            ratio = f"{_median(old) / _median(entry):.2f}x"
+            times = [_microseconds(e) for e in (old, entry)]
+            ratio = f"{median(old) / median(entry):.2f}x"
             lines.append([entry["name"].partition("[")[2][:-1], *times, ratio, _change(old, entry)])
-    head = f"compared with the run of {earlier['machine_info']['fastadv']['date']}"
+    head_line = f"compared with the run of {earlier['machine_info']['fastadv']['date']}"
     differing = _differing(earlier["machine_info"]["fastadv"], later["machine_info"]["fastadv"])
     if differing:
-        head += f"; ANOTHER SETUP, so that times do not compare: {', '.join(differing)}"
+        head_line += f"; ANOTHER SETUP, so that times do not compare: {', '.join(differing)}"
     if not lines:
-        return f"{head}\nnothing was measured in both"
-    return f"{head}\n{text_table(['row', 'us then', 'us now', 'speedup', ''], lines)}"
+        return f"{head_line}\nnothing was measured in both"
+    return f"{head_line}\n{text_table(['row', 'us then', 'us now', 'speedup', ''], lines)}"
 
 
 def _change(old: Entry, new: Entry) -> str:
@@ -107,63 +169,3 @@ def _change(old: Entry, new: Entry) -> str:
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The facts about machine and versions in which two runs differ."""
     return [key for key in ("device", "gpu", "cpu", "packages") if old.get(key) != new.get(key)]
-
-
-def roofline(results: Results, path: Path) -> None:
-    """Operations per second over operations per byte, below the roof that copying sets."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 6))
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    groups = list(_groups(results))
-    intensities = [_intensity(entry) for group in groups for entry in group.values()]
-    ends = [min(intensities) / 2, max(intensities) * 2]
-    roofs = {
-        "copy of 256 MB": results["machine_info"]["copy_bytes_per_second"],
-        "fastest copy of a row's size": max(_bandwidth(group[COPY]) for group in groups),
-    }
-    for (label, bandwidth), style in zip(roofs.items(), ("-", ":"), strict=True):
-        rates = [bandwidth * x / 1e9 for x in ends]
-        axes.plot(ends, rates, style, color="black", label=f"{label}: {bandwidth / 1e9:.0f} GB/s")
-    _points(axes, groups)
-    axes.set(xscale="log", yscale="log", ylabel="operations per second, in 1e9")
-    axes.set_xlabel(
-        "operations per byte that must be moved (filled: this package, hollow: eager torch)\n"
-        + machine_line(results["machine_info"]["fastadv"])
-    )
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-
-
-def _points(axes: Any, groups: list[dict[str, Entry]]) -> None:
-    """One colour per sample, one point per row: the owner's, and the eager reference's."""
-    from matplotlib import colormaps
-
-    colours: dict[str, Any] = {}
-    for group in groups:
-        facts = group[COPY]["extra_info"]
-        label = f"{facts['op']} {facts['variant']}"
-        known = label in colours
-        colour = colours.setdefault(label, colormaps["tab20"](len(colours) % 20))
-        for name, filled in ((facts["owner"], True), (EAGER, False)):
-            if name not in group:
-                continue
-            rate = facts["operations"] / _median(group[name]) / 1e9
-            face = colour if filled else "none"
-            shown = label if filled and not known else None
-            axes.scatter(
-                _intensity(group[name]), rate, edgecolors=colour, facecolors=face, label=shown
-            )
-
-
-def _intensity(entry: Entry) -> float:
-    return entry["extra_info"]["operations"] / entry["extra_info"]["bytes"]
-
-
-def _bandwidth(entry: Entry) -> float:
-    return entry["extra_info"]["bytes"] / _median(entry)

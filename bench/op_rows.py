@@ -1,12 +1,17 @@
-"""What the op benchmark measures: rows (an op's sample in a shape, dtype and layout) and candidates for each."""
+"""Which rows the op benchmark has, and what is timed in each.
+
+A row is a sample of an op (`tests/op_cases`) in a shape, dtype, layout and direction. Compilers take longer than
+everything else here, so only what teaches most is compiled: float32 in the first layout, of every shape where the
+row is what users see (a public function with its backward pass, or an op without gradient), of the first shape
+where it is the raw half of such a pair. The other layouts and bfloat16 are measured in the first shape alone.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,17 +19,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from op_cases import CASES
-from op_cases.case import Arguments, OpCase
+from op_cases.case import OpCase
 from op_cases.draw import Spec
-from op_cases.running import run as results_of
 
 from fastadv.ops import REGISTRY
 from fastadv.ops.registry import BACKENDS, Op
 
+EAGER = "reference"  # the op's reference in plain torch
 COMPILED = "compiled"  # the reference under torch.compile
+USUAL = "usual"  # the case's rival: the code that is commonly written
+USUAL_COMPILED = "usual compiled"  # the rival under torch.compile
 COPY = "copy"  # moves as many bytes as the op has to
-EAGER = "reference"
-Run = Callable[[], object]
+BOTH = "both"  # the direction of a public function's forward and backward pass in a row
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Options:
         quick: one shape, dtype and layout per sample, few rounds, nothing that compiles.
         ops: names of the ops; all others are left out.
         backends: which to measure beside the eager reference; empty = all there are.
+        part: only rows whose name contains it.
     """
 
     device: str = "cpu"
     quick: bool = False
     ops: tuple[str, ...] = tuple(REGISTRY)
     backends: tuple[str, ...] = ()
+    part: str = ""
 
     def backends_of(self, op: Op) -> list[str]:
         """The backends to measure for an op, the eager reference always among them."""
@@ -58,85 +66,76 @@ class Options:
             return op.has_native(self.device)
         return name == EAGER or (self.device == "cuda" and op.triton is not None)
 
-    def candidates_of(self, op: Op) -> list[str]:
-        """The names of all that is timed in turn for an op."""
-        return [*self.backends_of(op), *([] if self.quick else [COMPILED]), COPY]
-
 
 OPTIONS = pytest.StashKey[Options]()  # where pytest's configuration holds them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample of one op."""
+    """One sample of one op.
+
+    Attributes:
+        case: the sample.
+        spec: shape, dtype and layout of its tensors.
+        direction: "forward" or "backward", which time the raw op, or "both", which times the public function.
+        compiled: whether torch.compile is among the candidates.
+    """
 
     case: OpCase
     spec: Spec
+    direction: str = "forward"
+    compiled: bool = False
 
     @property
     def name(self) -> str:
+        """What identifies the row, and what `Options.part` is looked for in."""
         shape = "x".join(map(str, self.spec.shape))
         dtype = str(self.spec.dtype).removeprefix("torch.")
-        return f"{self.case.name}-{shape}-{dtype}-{self.spec.layout}"
+        return f"{self.case.name}-{self.direction}-{shape}-{dtype}-{self.spec.layout}"
+
+    def candidates(self, options: Options) -> list[str]:
+        """The names of all that is timed in turn.
+
+        In both directions it is the public function, which the dispatcher gives to the op's owner.
+        """
+        op, found = self.case.registered, []
+        if self.direction == BOTH:
+            found.append(op.owner(options.device))
+        else:
+            found += options.backends_of(op)
+            found += [COMPILED] if self.compiled and self.case.bench_compiled else []
+        if self.has_usual:
+            found += [USUAL, USUAL_COMPILED] if self.compiled else [USUAL]
+        return [*found, COPY]
 
     @property
-    def direction(self) -> str:
-        return "backward" if self.case.registered.backward_of else "forward"
+    def has_usual(self) -> bool:
+        """Whether the code that is commonly written is a candidate."""
+        raw = self.direction == "forward" and not self.case.differentiable
+        return self.direction == BOTH or (raw and self.case.rival is not None)
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Every shape in float32 contiguous; unless quick, also in the other layouts and in bfloat16."""
+    """The rows of all ops, op by op."""
     for case in CASES.values():
-        if case.op not in options.ops:
+        if case.op in options.ops:
+            yield from (row for row in _rows_of(case, options) if options.part in row.name)
+
+
+def _rows_of(case: OpCase, options: Options) -> Iterator[Row]:
+    raw = "backward" if case.registered.backward_of else "forward"
+    paired = bool(case.differentiable or case.registered.backward_of)
+    first, *other_layouts = case.bench_layouts
+    for turn, shape in enumerate(case.bench_shapes[:1] if options.quick else case.bench_shapes):
+        full = turn == 0 and not options.quick
+        plain = Spec(shape, torch.float32, first, device=options.device)
+        yield Row(case, plain, raw, compiled=full or not (paired or options.quick))
+        if case.differentiable:
+            yield Row(case, plain, BOTH, compiled=not options.quick)
+        if not full:
             continue
-        for shape in case.bench_shapes[:1] if options.quick else case.bench_shapes:
-            kinds = [(torch.float32, case.bench_layouts[0])]
-            if not options.quick:
-                kinds += [(torch.float32, layout) for layout in case.bench_layouts[1:]]
-                kinds += [(torch.bfloat16, case.bench_layouts[0])]
-            for dtype, layout in kinds:
-                yield Row(case, Spec(shape, dtype, layout, device=options.device))
-
-
-class Workload:
-    """A row's arguments, allocated once, and what a call of its op costs at least."""
-
-    def __init__(self, row: Row) -> None:
-        self.row = row
-        self._arguments: Arguments = row.case.arguments(row.spec)
-        results = results_of(row.case, self._arguments)
-        self.bytes = row.case.bytes_moved(self._arguments, results)
-        self.operations = row.case.operations * _elements(self._arguments, results)
-
-    def candidate(self, name: str) -> Run:
-        """The call to time.
-
-        The owner of the device goes through the dispatcher, as in use; the other backends are called
-        directly, because forcing one in a `backend` block costs time of its own.
-        """
-        op, values = self.row.case.registered, tuple(self._arguments.values())
-        device = self.row.spec.device
-        if name == COPY:
-            return _copy(self.bytes, device)
-        if name == COMPILED:
-            torch._dynamo.reset()
-            function: Callable[..., Any] = torch.compile(op.reference, dynamic=False)
-        elif name == op.owner(device):
-            function = op.overload
-        else:
-            function = op.reference if name == EAGER else op.triton_function()
-        return lambda: function(*values)
-
-
-def _elements(arguments: Arguments, results: tuple[torch.Tensor, ...]) -> int:
-    """Elements of the largest result, or of the largest argument where results are one number per sample."""
-    float_arguments = (
-        a for a in arguments.values() if isinstance(a, torch.Tensor) and a.is_floating_point()
-    )
-    return max(t.numel() for t in (*float_arguments, *results))
-
-
-def _copy(size: int, device: str) -> Run:
-    source = torch.zeros(size // 2, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    return lambda: target.copy_(source)
+        if torch.bfloat16 in case.dtypes:
+            half = Spec(shape, torch.bfloat16, first, device=options.device)
+            yield Row(case, half, BOTH if case.differentiable else raw)
+        for layout in other_layouts:
+            yield Row(case, Spec(shape, torch.float32, layout, device=options.device), raw)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fastadv.ops.registry import SOURCES
+
 _PACKAGES = (
     "torch",
     "triton",
@@ -24,7 +26,8 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dictionary that ``json.dumps`` takes: ``fastadv``, ``python``, ``platform``, ``packages``,
-        ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops`` (backend by op and device type).
+        ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for each op its ``owner`` by device type, and
+        ``missing``, why it lacks an implementation, for those it lacks here.
     """
     from fastadv import _C, __version__
     from fastadv.attacks import convolution
@@ -51,8 +54,7 @@ def collect() -> dict[str, Any]:
         "ops": {
             op.name: {
                 "owner": {name: op.owner(name) for name in ("cpu", "cuda")},
-                "native": [name for name in ("cpu", "cuda") if op.has_native(name)],
-                "triton": op.triton is not None,
+                "missing": op.missing(),
             }
             for op in REGISTRY.values()
         },
@@ -96,21 +98,29 @@ def _owners(ops: dict[str, Any]) -> str:
 
 
 def _op_table(ops: dict[str, Any]) -> list[str]:
-    """One line per op: its backends and who owns it where."""
-    width = max(map(len, ops))
-    lines = [f"{'op':<{width}}  reference  C++  CUDA C++  Triton  owner on CPU  owner on CUDA"]
+    """One line per op: its backends and who owns it where; below, why one is not there."""
+    reasons: list[str] = []
+    rows = []
     for name, entry in ops.items():
-        cells = ("cpu" in entry["native"], "cuda" in entry["native"], entry["triton"])
-        cpp, cuda, triton = ("yes" if cell else "-" for cell in cells)
+        cells = [_cell(entry["missing"].get(source), reasons) for source in SOURCES]
         owner = entry["owner"]
-        lines.append(
-            f"{name:<{width}}  {'yes':<9}  {cpp:<3}  {cuda:<8}  {triton:<6}  "
-            f"{owner['cpu']:<12}  {owner['cuda']}"
-        )
-    lines.append(
-        "CUDA C++ is '-' where this build has no CUDA part; Triton then owns the op on CUDA."
-    )
-    return lines
+        rows.append([name, "yes", *cells, owner["cpu"], owner["cuda"]])
+    header = ["op", "reference", *SOURCES, "owner on CPU", "owner on CUDA"]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
+    ]
+    return [*lines, *(f"[{number}] {why}" for number, why in enumerate(reasons, 1))]
+
+
+def _cell(why_missing: str | None, reasons: list[str]) -> str:
+    """What a backend's cell says: yes, or the number of the reason why it is not there."""
+    if why_missing is None:
+        return "yes"
+    if why_missing not in reasons:
+        reasons.append(why_missing)
+    return f"- [{reasons.index(why_missing) + 1}]"
 
 
 def _version(package: str) -> str | None:

@@ -28,8 +28,6 @@ pytestmark = [
 ]
 
 COMPILED = ("native", "triton")
-# The reasons are in kernels/crop_flip.py and kernels/softmax_losses.py.
-ONLY_TRITON = {"crop_flip", "softmax_losses", "softmax_losses_backward"}
 SHAPES = ((16, 3, 32, 32), (3, 3, 7, 9))
 LOGIT_SHAPES = ((16, 1024), (3, 10))
 LAYOUTS = ("contiguous", "channels_last", "mixed")
@@ -76,7 +74,8 @@ def test_who_owns_the_op(name: str) -> None:
     from fastadv import _C
 
     op = REGISTRY[name]
-    expected = "native" if _C.build_info()["cuda"] and name not in ONLY_TRITON else "triton"
+    in_cuda = "CUDA C++" not in op.without
+    expected = "native" if _C.build_info()["cuda"] and in_cuda else "triton"
     assert op.owner("cuda") == (expected if op.triton or expected == "native" else "reference")
 
 

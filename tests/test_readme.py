@@ -30,7 +30,7 @@ def test_there_is_code_to_run() -> None:
 
 def test_named_files_exist() -> None:
     # `NAME` stands for a file to come, `demo_run` for what a command writes.
-    names = re.findall(r"`((?:bench|csrc|fastadv|kernels|tests)/[\w./]+)`", README)
+    names = re.findall(r"`((?:bench|csrc|docs|fastadv|kernels|tests)/[\w./]+)`", README)
     missing = [name for name in names if "NAME" not in name and not (ROOT / name).exists()]
     assert names
     assert not missing

@@ -88,6 +88,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="crop_flip:crop_flip",
+        without={"CUDA C++": "Triton suffices, see kernels/crop_flip.py"},
     )
 )
 

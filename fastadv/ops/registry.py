@@ -10,15 +10,16 @@ tensors), ``triton`` and ``reference`` (plain torch). Per dispatch key exactly o
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 NAMESPACE = "fastadv"
 BACKENDS = ("native", "triton", "reference")
+SOURCES = ("C++", "CUDA C++", "Triton")  # what an op may be implemented in beside plain torch
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Op:
         triton: where the Triton implementation is, as ``"file:function"`` below ``fastadv.kernels``; None
             where there is none.
         backward_of: the op whose gradient this one computes, None for a forward op.
+        without: for each implementation of `SOURCES` that the source does not have, why. Where it names none
+            the source has it, though a build or a machine may not.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Op:
     fake: Callable[..., Any]
     triton: str | None = None
     backward_of: str | None = None
+    without: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def qualified_name(self) -> str:
@@ -67,6 +71,17 @@ class Op:
         if device_type == "cuda" and self.triton is not None:
             return "triton"
         return "reference"
+
+    def missing(self) -> dict[str, str]:
+        """For each of `SOURCES` that cannot run the op in this installation, why."""
+        found = dict(self.without)
+        if "C++" not in found and not self.has_native("cpu"):
+            found["C++"] = "in the source (csrc/cpu), but not in this build"
+        if "CUDA C++" not in found and not self.has_native("cuda"):
+            found["CUDA C++"] = "in the source (csrc/cuda), but not in this build"
+        if "Triton" not in found and importlib.util.find_spec("triton") is None:
+            found["Triton"] = "in the source (kernels), but the package triton is not installed"
+        return found
 
     def triton_function(self) -> Callable[..., Any]:
         """Import and return the Triton implementation.

@@ -260,6 +260,8 @@ def _backward_fake(grad: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
+_TRITON_SUFFICES = "called once or twice a step, or from a graph; see kernels/softmax_losses.py"
+
 # The gradient is registered in csrc/softmax_losses_autograd.cpp: at ten classes these losses take a few
 # microseconds, and autograd by way of Python would take a hundred.
 define(
@@ -270,6 +272,7 @@ define(
         reference=_reference,
         fake=_fake,
         triton="softmax_losses:softmax_losses",
+        without={"CUDA C++": _TRITON_SUFFICES},
     )
 )
 define(
@@ -279,6 +282,7 @@ define(
         reference=_backward_reference,
         fake=_backward_fake,
         triton="softmax_losses:softmax_losses_backward",
+        without={"CUDA C++": _TRITON_SUFFICES},
         backward_of="softmax_losses",
     )
 )

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastadv.ops import angular_distance, replay_mask
 from op_cases.case import FEATURE_BENCH_SHAPES, SMALL_SHAPES, Arguments, Bad, OpCase
@@ -48,6 +49,10 @@ def _formula(u: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     lengths = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     cosine = moments[:, 0] / torch.where(lengths > 0, lengths, 1.0)
     return 1 - cosine.abs(), moments
+
+
+def _usual(u: Tensor, v: Tensor) -> Tensor:
+    return 1 - F.cosine_similarity(u.flatten(1), v.flatten(1)).abs()
 
 
 def _scale(u: Tensor, v: Tensor) -> tuple[float, ...]:
@@ -112,6 +117,7 @@ CASES = (
         function=angular_distance,
         differentiable=("u", "v"),
         shapes=_SHAPES,
+        rival=_usual,
         bench_shapes=FEATURE_BENCH_SHAPES,
         operations=6,
         bad=_BAD,

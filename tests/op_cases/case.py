@@ -81,8 +81,13 @@ class OpCase:
         shapes: the small shapes to test.
         large: the shape that needs several tasks and threads; None where there is none.
         gradient_shape: the shape on which gradients are compared with differences.
-        bench_shapes: the shapes to measure; none = not measured.
+        rival: what a skilled user would write instead of the public function, in plain torch; the benchmark
+            times it. It returns what the public function returns, the rest is ignored; None takes `formula`.
+        rival_keywords: from the raw op's arguments to the rival's keywords; what it prepares is not timed.
+        bench_shapes: the shapes to measure; none = not measured. The first one is measured in every layout.
         bench_layouts: the memory layouts to measure.
+        bench_compiled: whether the reference is measured under torch.compile as well; not where that takes
+            minutes, as it does for random numbers in plain torch.
         traffic: bytes that must be moved at least, from arguments and results; None counts every tensor
             argument and every result once.
         operations: arithmetic operations per element of the first tensor argument, about.
@@ -105,8 +110,11 @@ class OpCase:
     shapes: tuple[Shape, ...] = SMALL_SHAPES
     large: Shape | None = LARGE_SHAPE
     gradient_shape: Shape = (2, 3, 2, 3)
+    rival: Callable[..., Any] | None = None
+    rival_keywords: Callable[[Arguments], Arguments] = itself
     bench_shapes: tuple[Shape, ...] = ()
     bench_layouts: tuple[str, ...] = ("contiguous", "channels_last")
+    bench_compiled: bool = True
     traffic: Callable[[Arguments, tuple[Tensor, ...]], int] | None = None
     operations: float = 1.0
     bad: tuple[Bad, ...] = ()

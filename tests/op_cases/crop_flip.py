@@ -22,7 +22,12 @@ _SHAPES: tuple[Shape, ...] = (
     (4, 3, 32, 32),
     (0, 3, 7, 9),
 )
-_BENCH_SHAPES: tuple[Shape, ...] = ((10000, 3, 32, 32), (256, 3, 224, 224))
+# Likewise, with the size of the batch; the second is a whole data set in one call.
+_BENCH_BATCHES: dict[Shape, int] = {
+    (10000, 3, 32, 32): 128,
+    (50000, 3, 32, 32): 50000,
+    (256, 3, 224, 224): 128,
+}
 
 
 def _arguments(
@@ -36,7 +41,7 @@ def _arguments(
     """Each image of the batch drawn from the data set with repetition, under an id of its own."""
     draw = Draw(spec)
     count = spec.shape[0]
-    batch = 0 if count == 0 else 5 if spec.shape not in _BENCH_SHAPES else 128
+    batch = 0 if count == 0 else _BENCH_BATCHES.get(spec.shape, 5)
     if mode == "reflect":  # the largest border that an image of this size can have
         pad = min(pad, min(spec.shape[2:]) - 1)
     return {
@@ -73,6 +78,33 @@ def _formula(
         window = padded[:, down : down + height, right : right + width]
         out[i] = window.flip(-1) if flip and drawn[i, 2] & 1 else window
     return (out.to(images.device),)
+
+
+def _usual(
+    images: Tensor,
+    indices: Tensor,
+    pad: int,
+    dtype: torch.dtype,
+    shifts: Tensor,
+    flipped: Tensor,
+) -> Tensor:
+    """Pad the batch, take every image's window from a view of all windows, mirror where drawn."""
+    height, width = images.shape[2:]
+    padded = F.pad(images[indices].to(dtype) / 255, (pad,) * 4)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # [B, C, 2 pad + 1, 2 pad + 1, H, W]
+    rows = torch.arange(len(indices), device=images.device)
+    cropped = windows[rows, :, shifts[:, 0], shifts[:, 1]]
+    return torch.where(flipped[:, None, None, None], cropped.flip(-1), cropped)
+
+
+def _usual_keywords(arguments: Arguments) -> Arguments:
+    """With the draws made beforehand, which favours the rival."""
+    ids, pad = arguments["sample_ids"], arguments["pad"]
+    drawn = torch.from_numpy(words(arguments["seed"], ids.tolist(), 4).astype("int64")).to(
+        ids.device
+    )
+    keywords = {name: arguments[name] for name in ("images", "indices", "pad", "dtype")}
+    return {**keywords, "shifts": drawn[:, :2] % (2 * pad + 1), "flipped": drawn[:, 2] % 2 == 1}
 
 
 def _scale(**_: object) -> tuple[float, ...]:
@@ -121,6 +153,7 @@ _common = partial(
     shapes=_SHAPES,
     large=(6, 3, 96, 96),
     bench_layouts=("contiguous",),
+    bench_compiled=False,
     traffic=_traffic,
 )
 
@@ -128,14 +161,16 @@ CASES = (
     _common(
         variant="constant",
         arguments=partial(_arguments, pad=4),
-        bench_shapes=_BENCH_SHAPES,
+        rival=_usual,
+        rival_keywords=_usual_keywords,
+        bench_shapes=tuple(_BENCH_BATCHES),
         bad=_BAD,
     ),
     _common(
         variant="channels-last",
         arguments=partial(_arguments, pad=4, channels_last=True),
         layout_of=(torch.channels_last,),
-        bench_shapes=_BENCH_SHAPES,
+        bench_shapes=((10000, 3, 32, 32),),
     ),
     _common(variant="reflect", arguments=partial(_arguments, pad=4, mode="reflect")),
     _common(variant="wide-border", arguments=partial(_arguments, pad=11, flip=True)),

@@ -75,6 +75,21 @@ def _formula(
     return (moved.clamp(low, high),)
 
 
+def _usual(
+    adv: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    eps: float,
+    alpha: float,
+    low: float,
+    high: float,
+    **_: object,
+) -> Tensor:
+    """The linf step as papers' code has it."""
+    moved = adv + alpha * grad.sign()
+    return torch.clamp(x + torch.clamp(moved - x, -eps, eps), low, high)
+
+
 def _column(number: float, values: Tensor | None, like: Tensor) -> Tensor:
     """The number of each sample, [B, 1, ..., 1]."""
     if values is None:
@@ -160,6 +175,7 @@ _LINF = _common(
     arguments=partial(_arguments, norm="linf"),
     bit_equal=DTYPES,
     operations=8,
+    rival=_usual,
     bench_shapes=IMAGE_BENCH_SHAPES,
     bad=_BAD,
 )
@@ -205,6 +221,7 @@ CASES = (
     ),
     dataclasses.replace(
         _in_place(_LINF, arguments=partial(_arguments, norm="linf", counts=False)),
+        bench_shapes=(*IMAGE_BENCH_SHAPES, (128, 3, 224, 224)),
         bad=_BAD_IN_PLACE,
     ),
     _in_place(

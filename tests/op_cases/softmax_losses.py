@@ -122,6 +122,22 @@ def _formula(
     return found.mean(0) if mean else found, *gradients
 
 
+def _rival(
+    logits: Tensor,
+    other: Tensor | None,
+    y: Tensor | None,
+    kind: str,
+    weight: float,
+    temperature: float,
+    mean: bool,
+    **_: object,
+) -> Tensor:
+    """The loss as it is usually written, from logarithms of probabilities."""
+    second = logits if other is None else other
+    (values,) = _values(kind, logits, second, y, weight, temperature)
+    return values.mean() if mean else values
+
+
 def _scale(
     logits: Tensor,
     other: Tensor | None,
@@ -207,6 +223,7 @@ def _case(
         variant=variant or kind,
         arguments=partial(_arguments, kind=kind, **settings),
         function=function,
+        rival=None if function is None else _rival,
         keywords=partial(_public, names=names),
         differentiable=tuple(raw for raw in ("logits", "other") if raw in names),
         bench_shapes=LOGIT_BENCH_SHAPES if variant is None else (),

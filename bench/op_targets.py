@@ -1,0 +1,67 @@
+"""The speeds that ops were asked to reach on the CPU, and whether a run has reached them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from op_rows import COMPILED, COPY, EAGER, USUAL
+
+Group = Mapping[str, dict[str, Any]]  # the benchmarks of a row by candidate
+
+
+@dataclass(frozen=True)
+class Target:
+    """The owner of an op against another candidate of a row.
+
+    Attributes:
+        row: the row's name.
+        against: the candidate; a copy gives a share of its bandwidth, all others a speedup.
+        least: what is asked for.
+    """
+
+    row: str
+    against: str
+    least: float
+
+
+_STEP = "pgd_step_/linf-forward-128x3x224x224-float32-contiguous"
+_CROP = "crop_flip/constant-forward-50000x3x32x32-float32-contiguous"
+TARGETS = (
+    Target(_STEP, COPY, 0.85),
+    Target(_STEP, COMPILED, 1.5),
+    Target(_STEP, EAGER, 15.0),
+    Target(_STEP, USUAL, 15.0),  # `where`, in the reference, is slow on CPUs: the stricter reading
+    Target(_CROP, USUAL, 5.0),
+)
+HEADER = ["target", "asked for", "measured", ""]
+_NAMES = {
+    COPY: "of the bandwidth of a copy",
+    COMPILED: "over torch.compile",
+    EAGER: "over the eager reference",
+    USUAL: "over the usual tensor code",
+}
+
+
+def lines(groups: Mapping[str, Group]) -> list[list[str]]:
+    """A line per target: what it is, what is asked for, what was measured, whether it is met."""
+    found = []
+    for target in TARGETS:
+        unit = "" if target.against == COPY else "x"
+        what = f"{target.row}, {_NAMES[target.against]}"
+        asked = f">= {target.least:g}{unit}"
+        reached = _reached(target, groups.get(target.row, {}))
+        if reached is None:
+            found.append([what, asked, "-", "not measured"])
+        else:
+            met = "met" if reached >= target.least else "NOT MET"
+            found.append([what, asked, f"{reached:.2f}{unit}", met])
+    return found
+
+
+def _reached(target: Target, group: Group) -> float | None:
+    owner = next(iter(group.values()))["extra_info"]["owner"] if group else None
+    if owner not in group or target.against not in group:
+        return None
+    return group[target.against]["stats"]["median"] / group[owner]["stats"]["median"]

@@ -1,0 +1,78 @@
+"""docs/ops.md: its Python runs, its pairs of code before and after agree, and no public op is left out."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastadv import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT = (ROOT / "docs" / "ops.md").read_text()
+# The word before the block, if it is one of a pair, and the code.
+BLOCKS = re.findall(
+    r"(?:^(Before|After):\n\n)?^```python\n(.*?)```", DOCUMENT, re.DOTALL | re.MULTILINE
+)
+PUBLIC = sorted(set(ops.__all__) - {"REGISTRY", "backend"})
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _assigned(code: str, names: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of the tensors to which a block gives a name."""
+    stored = {
+        node.id
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
+    return {name: names[name].clone() for name in stored if isinstance(names[name], torch.Tensor)}
+
+
+def test_the_blocks_run_in_turn_and_pairs_agree() -> None:
+    """A tensor that both blocks of a pair assign must have the same values in the two."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {}
+    before: dict[str, torch.Tensor] = {}
+    compared = set()
+    for number, (word, code) in enumerate(BLOCKS):
+        exec(compile(code, f"docs/ops.md, python block {number}", "exec"), names)
+        assigned = _assigned(code, names)
+        if word == "Before":
+            before = assigned
+        elif word == "After":
+            for name in before.keys() & assigned.keys():
+                torch.testing.assert_close(assigned[name], before[name], rtol=1e-4, atol=1e-5)
+                compared.add(name)
+    assert {"stepped", "point", "masked", "distance", "replayed", "training_images"} <= compared
+
+
+def test_there_is_a_pair_for_every_entry() -> None:
+    words = [word for word, _ in BLOCKS if word]
+    assert words == ["Before", "After"] * (len(words) // 2)
+    assert len(words) // 2 >= len(re.findall(r"^### ", DOCUMENT, re.MULTILINE)) > 0
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_op_has_a_line_and_an_entry(name: str) -> None:
+    table = [line for line in DOCUMENT.splitlines() if line.startswith("| `")]
+    headings = re.findall(r"^### .*", DOCUMENT, re.MULTILINE)
+    assert any(f"`{name}`" in line.split("|")[1] for line in table)
+    assert any(re.search(rf"\b{name}\b", heading) for heading in headings)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_signature_in_a_heading_is_the_function_s(name: str) -> None:
+    found = re.search(rf"^### `{name}\((.*)\)`$", DOCUMENT, re.MULTILINE)
+    if found is None:
+        pytest.skip("its entry is headed by a name alone")
+    told = [
+        part.partition("=")[0].strip() for part in re.sub(r"\([^)]*\)", "", found[1]).split(",")
+    ]
+    expected = list(inspect.signature(getattr(ops, name)).parameters)
+    assert [part for part in told if part != "*"] == expected
