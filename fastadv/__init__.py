@@ -7,19 +7,35 @@ Fused kernels (`fastadv.ops`), an attack engine (`fastadv.attacks`), training ob
 from __future__ import annotations
 
 from fastadv import losses, ops
-from fastadv.attacks import FGSM, PGD, pgd_fused
+from fastadv.attacks import (
+    APGD,
+    CW,
+    CWL2,
+    FGSM,
+    FGSMRS,
+    MIM,
+    PGD,
+    minimum_perturbation,
+    pgd_fused,
+)
 from fastadv.evaluation import evaluate
 from fastadv.ops import backend
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "APGD",
+    "CW",
+    "CWL2",
     "FGSM",
+    "FGSMRS",
+    "MIM",
     "PGD",
     "__version__",
     "backend",
     "evaluate",
     "losses",
+    "minimum_perturbation",
     "ops",
     "pgd_fused",
 ]

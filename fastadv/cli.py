@@ -215,7 +215,8 @@ def _eval(words: list[str]) -> int:
         "--attacks",
         nargs="+",
         default=list(DEFAULT_ATTACKS),
-        help="clean, fgsm, pgd-K for any K, autoattack.",
+        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
+        "apgd-dlr, apgd-t, autoattack.",
     )
     parser.add_argument("--quiet", action="store_true", help="Show no progress.")
     parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "quiet"})

@@ -100,6 +100,7 @@ def run_evaluation(
     alpha: Number | None = None,
     batch_size: int = 256,
     max_examples: int | None = None,
+    worst_case: bool = False,
     device: str | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -113,9 +114,10 @@ def run_evaluation(
         data: data set; by default the one of the run, whose test images are used.
         root: folder of the data set's files; by default that of the run.
         eps: radius of the L-infinity ball; by default that of the run's training, else 8/255.
-        alpha: step size of PGD; by default eps / 4.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; AutoAttack's figures depend on it slightly.
         max_examples: use only the first so many test images.
+        worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
         quiet: show no progress.
@@ -135,7 +137,8 @@ def run_evaluation(
     eps = recorded.recipe.get("eps", _DEFAULT_EPS) if eps is None else eps
     # An interrupted AutoAttack goes on from here when the same command is given again.
     count = "all" if max_examples is None else max_examples
-    state = directory.path / "autoattack" / f"{path.name}-{eps:.6g}-{count}-{batch_size}-{seed}"
+    name = f"{path.name}-{eps:.6g}-{count}-{batch_size}-{seed}" + "-left" * worst_case
+    state = directory.path / "autoattack" / name
     report = evaluate(
         model,
         splits.test,
@@ -144,6 +147,7 @@ def run_evaluation(
         alpha=alpha,
         batch_size=batch_size,
         max_examples=max_examples,
+        worst_case=worst_case,
         device=where,
         seed=seed,
         progress=not quiet,

@@ -52,6 +52,7 @@ SETTINGS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
         ["restarts must be 1", "random_start", "2"],
     ),
     ({"norm": "l1"}, ValueError, ["norm must be one of linf, l2", "'l1'"]),
+    ({"keep": "first"}, ValueError, ["keep must be one of last, best", "'first'"]),
     ({"norm": None}, ValueError, ["norm must be one of linf, l2", "None"]),
     ({"bounds": (1, 0)}, ValueError, ["bounds must be", "low <= high", "(1.0, 0.0)"]),
     ({"bounds": (0, INF)}, ValueError, ["bounds must be finite", "inf"]),
@@ -123,7 +124,12 @@ PER_CALL: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     (
         {"loss": lambda z, y: z.sum(), "restarts": 2},
         ValueError,
-        ["loss must return one value per sample"],
+        ["loss must return one value per sample", "restarts > 1"],
+    ),
+    (
+        {"loss": lambda z, y: z.sum(), "keep": "best"},
+        ValueError,
+        ["loss must return one value per sample", "keep='best'"],
     ),
 ]
 
@@ -169,7 +175,13 @@ def test_arguments_that_no_random_start_needs_are_checked_all_the_same(
         fastadv.pgd_fused(linear_model(), *batch(), random_start=False, **case)
 
 
-@pytest.mark.parametrize("attack", [fastadv.PGD, fastadv.FGSM])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        *(fastadv.PGD, fastadv.FGSM, fastadv.FGSMRS, fastadv.MIM, fastadv.CW, fastadv.APGD),
+        fastadv.CWL2,
+    ],
+)
 def test_an_unknown_setting_is_named(attack: Callable[..., object]) -> None:
     with pytest.raises(TypeError, match="'momentum'"):
         attack(linear_model(), momentum=0.9)

@@ -22,7 +22,13 @@ WAYS: dict[str, dict[str, Any]] = {
     "compiled bf16": {"engine": "compiled", "precision": "bf16"},
     "train mode": {"engine": "eager", "precision": "fp32", "train_mode": True},
 }
-LOSSES = {"ce": {}, "kl": {"loss": "kl"}, "restarts": {"restarts": 2}, "l2": {"norm": "l2"}}
+LOSSES = {
+    "ce": {},
+    "kl": {"loss": "kl"},
+    "restarts": {"restarts": 2},
+    "best": {"keep": "best"},
+    "l2": {"norm": "l2"},
+}
 
 
 class WithDropout(nn.Module):

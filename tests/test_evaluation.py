@@ -277,10 +277,13 @@ def test_logits_that_are_not_finite_are_an_error():
         evaluate(model, (x, y), "clean", **QUIET)
 
 
-@pytest.mark.parametrize("name", ["pgd", "pgd-0", "pgd-01", "pgd--1", "aa-rand", "PGD-20", ""])
+@pytest.mark.parametrize(
+    "name",
+    ["pgd", "pgd-0", "pgd-01", "pgd--1", "pgd-5-0", "mim-5-2", "apgd-kl", "aa-rand", "PGD-20", ""],
+)
 def test_unknown_names_list_the_known(name):
     model, x, y = linear_problem(classes=4, n=4)
-    with pytest.raises(ValueError, match=r"clean, fgsm, pgd-K .*autoattack"):
+    with pytest.raises(ValueError, match=r"clean, fgsm, fgsm-rs, pgd-K .*autoattack"):
         evaluate(model, (x, y), ["clean", name], **QUIET)
 
 

@@ -336,8 +336,7 @@ def test_comparison_with_an_earlier_run(results: Any) -> None:
 
     later = copy.deepcopy(results)
     for entry in later["benchmarks"]:
-        for key in ("median", "q1", "q3"):
-            entry["stats"][key] = results["benchmarks"][0]["stats"]["max"] * 20
+        entry["stats"] |= dict.fromkeys(("median", "q1", "q3"), 20 * entry["stats"]["max"])
     text = op_report.comparison(results, later)
     assert "slower" in text and "faster" not in text and "ANOTHER SETUP" not in text
     assert "faster" in op_report.comparison(later, results)

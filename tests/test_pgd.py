@@ -374,3 +374,16 @@ def test_the_folded_copy_in_fp32_is_as_strong_as_the_plain_loop(norm: str) -> No
     assert robust_accuracy(model, folded, y) == pytest.approx(
         robust_accuracy(model, live, y), abs=0.01
     )
+
+
+def test_a_given_start_takes_the_place_of_the_random_one() -> None:
+    model, x, y = randomise(resnet18()), images(4), torch.arange(4)
+    attack = fastadv.PGD(model, 0.1, 0.03, 3, engine="eager", precision="fp32")
+    start = random_start(x, 0.1, seed=7)
+    assert torch.equal(attack(x, y, start=start), attack(x, y, seed=7))
+    assert torch.equal(
+        attack(x, y, start=x),
+        fastadv.PGD(model, 0.1, 0.03, 3, False, engine="eager", precision="fp32")(x, y),
+    )
+    with pytest.raises(ValueError, match="start"):
+        attack(x, y, start=x[:2])

@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
-from fastadv.attacks.fgsm import FGSM
+from fastadv.attacks.apgd import APGD, APGDSettings
+from fastadv.attacks.attack import Attack, AttackSettings
+from fastadv.attacks.cw import CW, CWL2, CWL2Settings
+from fastadv.attacks.fgsm import FGSM, FGSMRS
+from fastadv.attacks.mim import MIM
+from fastadv.attacks.minimum_perturbation import minimum_perturbation
 from fastadv.attacks.pgd import PGD, PGDSettings, pgd_fused
+from fastadv.attacks.report import AttackReport
 
-__all__ = ["FGSM", "PGD", "PGDSettings", "pgd_fused"]
+__all__ = [
+    "APGD",
+    "CW",
+    "CWL2",
+    "FGSM",
+    "FGSMRS",
+    "MIM",
+    "PGD",
+    "APGDSettings",
+    "Attack",
+    "AttackReport",
+    "AttackSettings",
+    "CWL2Settings",
+    "PGDSettings",
+    "minimum_perturbation",
+    "pgd_fused",
+]

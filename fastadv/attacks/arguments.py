@@ -14,35 +14,13 @@ ENGINES = ("auto", "eager", "compiled")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check_settings(
-    *,
-    eps: float,
-    alpha: float,
-    steps: int,
-    norm: str,
-    bounds: tuple[float, float],
-    restarts: int,
-    random_start: bool,
-    precision: str,
-    engine: str,
-) -> None:
-    """Check what does not depend on the batch.
+def check_common(*, norm: str, bounds: tuple[float, float], precision: str, engine: str) -> None:
+    """Check what every attack is told.
 
     Raises:
-        TypeError: a number is no number, or steps or restarts no integer.
+        TypeError: a bound is no number.
         ValueError: a value out of range or an unknown word, named in the message.
     """
-    for name, number in (("eps", eps), ("alpha", alpha)):
-        check_number(name, number)
-        checks.check_finite_at_least_zero(name, float(number))
-    for name, count in (("steps", steps), ("restarts", restarts)):
-        check_integer(name, count)
-        if count < 1:
-            raise ValueError(f"{name} must be >= 1, got {count}")
-    if restarts > 1 and not random_start:
-        raise ValueError(
-            f"restarts must be 1 without random_start, which would repeat one run; got {restarts}"
-        )
     checks.check_choice("norm", norm, ("linf", "l2"))
     if isinstance(bounds, (tuple, list)):
         for number in bounds:
@@ -50,6 +28,29 @@ def check_settings(
     checks.check_bounds(bounds)
     checks.check_choice("precision", precision, PRECISIONS)
     checks.check_choice("engine", engine, ENGINES)
+
+
+def check_limit(name: str, value: object) -> None:
+    """Require a finite number that is not negative, such as a radius or a step size.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative or not finite.
+    """
+    check_number(name, value)
+    checks.check_finite_at_least_zero(name, float(value))  # type: ignore[arg-type]
+
+
+def check_count(name: str, value: object) -> None:
+    """Require an integer of at least 1.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below 1.
+    """
+    check_integer(name, value)
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def check_number(name: str, value: object) -> None:

@@ -53,7 +53,7 @@ class Objective:
             TypeError: the callable's result is no tensor.
             ValueError: the callable's result is neither [B] nor a scalar, or carries no gradient.
         """
-        logits = logits if logits.dtype == torch.float64 else logits.float()
+        logits = _wide(logits)
         if not isinstance(self._loss, str):
             return self._sign * _checked_value(self._loss(logits, y), logits)
         if self._loss == "kl":
@@ -95,6 +95,58 @@ def dlr_objective(logits: Tensor, y: Tensor) -> Tensor:
         raise ValueError(f"loss 'dlr' must have at least 3 classes, got {logits.shape[1]}")
     top = logits.topk(3, dim=1).values
     return cw_objective(logits, y) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def dlr_targeted_objective(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """Targeted difference of logits ratio (Croce and Hein 2020, equation 7); needs at least four classes.
+
+    ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` with z_1 >= z_2 >= ... the sorted logits: to be raised, it leads
+    from class y to class t.
+
+    Args:
+        logits: [B, C].
+        y: the labels [B] int64.
+        target: the wrong classes aimed at, [B] int64.
+
+    Returns:
+        [B].
+
+    Raises:
+        ValueError: fewer than four classes.
+    """
+    if logits.shape[1] < 4:
+        raise ValueError(f"loss 'dlr-t' must have at least 4 classes, got {logits.shape[1]}")
+    top = logits.topk(4, dim=1).values
+    own, aim = (logits.gather(1, classes[:, None])[:, 0] for classes in (y, target))
+    return (aim - own) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+
+
+def targeted_value(loss: str, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """The value that leads from the labels to one wrong class each, to be raised.
+
+    Args:
+        loss: ``"ce-t"``: minus the cross-entropy of the target; ``"dlr-t"``: `dlr_targeted_objective`.
+        logits: [B, C], any float dtype.
+        y: the labels [B] int64.
+        target: the wrong classes aimed at, [B] int64.
+
+    Returns:
+        [B] float32, or float64 for float64 logits.
+    """
+    logits = _wide(logits)
+    if loss == "ce-t":
+        return -ce_objective(logits, target)
+    return dlr_targeted_objective(logits, y, target)
+
+
+def likeliest_wrong_classes(logits: Tensor, y: Tensor, count: int) -> Tensor:
+    """The wrong classes of highest logits, [B, min(count, C - 1)] int64, likeliest first."""
+    own = F.one_hot(y, logits.shape[1]).bool()
+    return logits.masked_fill(own, -torch.inf).topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def kl_objective(logits: Tensor, clean_logits: Tensor) -> Tensor:

@@ -1,41 +1,37 @@
-"""Projected gradient descent (Madry et al. 2018): the loop, as a function and as an object."""
+"""Projected gradient descent (Madry et al. 2018): the loop, as an object and as a function."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import check_batch, check_seed, check_settings, check_values
-from fastadv.attacks.engines import Engine, Model, make_engine, resolve_precision
+from fastadv.attacks.arguments import check_count, check_limit
+from fastadv.attacks.attack import Attack, AttackSettings, EngineCache
+from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.best import Best
+from fastadv.attacks.engines import Model
 from fastadv.attacks.objectives import LossFunction, Objective
-from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.structure import structure_of
-from fastadv.ops import pgd_step_, random_start
-from fastadv.seeding import derive_seed, draw_seed
+from fastadv.ops import checks
+from fastadv.seeding import derive_seed
+
+KEEP = ("last", "best")
+Direction = Callable[[Tensor], Tensor]  # input gradient [B, ...] -> where to step, [B, ...]
 
 
 @dataclass(frozen=True)
-class PGDSettings:
+class PGDSettings(AttackSettings):
     """What a PGD attack does, checked on creation. Fields as in `pgd_fused`."""
 
-    eps: float = 8 / 255
     alpha: float = 2 / 255
     steps: int = 10
-    norm: str = "linf"
-    bounds: tuple[float, float] = (0.0, 1.0)
     random_start: bool = True
     restarts: int = 1
-    targeted: bool = False
+    keep: str = "last"
     loss: str | LossFunction = "ce"
-    precision: str = "auto"
-    engine: str = "auto"
-    train_mode: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -44,27 +40,27 @@ class PGDSettings:
             TypeError: steps or restarts is no integer, loss neither a name nor callable.
             ValueError: a value out of range or an unknown word.
         """
-        check_settings(
-            eps=self.eps,
-            alpha=self.alpha,
-            steps=self.steps,
-            norm=self.norm,
-            bounds=self.bounds,
-            restarts=self.restarts,
-            random_start=self.random_start,
-            precision=self.precision,
-            engine=self.engine,
-        )
+        super().__post_init__()
+        check_limit("alpha", self.alpha)
+        check_count("steps", self.steps)
+        check_count("restarts", self.restarts)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(
+                "restarts must be 1 without random_start, which would repeat one run; "
+                f"got {self.restarts}"
+            )
+        checks.check_choice("keep", self.keep, KEEP)
         objective = Objective(self.loss, self.targeted)
         if objective.needs_clean_logits and not self.random_start:
             raise ValueError("random_start must be True with loss 'kl', whose gradient is 0 at x")
 
 
-class PGD:
+class PGD(Attack):
     """A PGD attack on one model, to be called many times: ``adv = PGD(model)(x, y)``.
 
     It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure.
+    weights over at every call. Between calls the model may be trained, moved or changed in structure. ``last``
+    tells what the last call saw.
 
     Args:
         model: as in `pgd_fused`.
@@ -82,6 +78,8 @@ class PGD:
         ValueError: as in `pgd_fused`.
     """
 
+    settings: PGDSettings
+
     def __init__(
         self,
         model: Model,
@@ -94,73 +92,71 @@ class PGD:
         check_inputs: bool = True,
         **settings: Any,
     ) -> None:
-        self.settings = PGDSettings(eps, alpha, steps, random_start=random_start, **settings)
-        self.model = model
-        self.seed = check_seed(seed)
-        self.check_inputs = check_inputs
-        self._engines = EngineCache()
+        chosen = PGDSettings(eps, alpha, steps, random_start, **settings)
+        super().__init__(model, chosen, seed, check_inputs)
 
-    def __call__(
-        self,
-        x: Tensor,
-        y: Tensor,
-        *,
-        seed: int | None = None,
-        sample_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Attack a batch.
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        settings = self.settings
+        value_of = self._value_of(batch)
+        keep_best = settings.keep == "best"
+        if settings.restarts == 1 and not keep_best:
+            return self._run(batch, value_of, seed, None)
+        best = Best(prefer_success=keep_best)
+        for restart in range(settings.restarts):
+            run_seed = derive_seed(seed, "restart", restart) if restart else seed
+            adv = self._run(batch, value_of, run_seed, best if keep_best else None)
+            logits = batch.logits(adv)
+            best.offer(adv, value_of(logits), batch.succeeded(logits))
+        return best.images
 
-        Args:
-            x: images [B, ...] within the bounds.
-            y: labels, or targets, [B] int64.
-            seed: of the random start, for this call.
-            sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+    def _value_of(self, batch: Batch) -> ValueOf:
+        """The loss as a function of the logits, to be raised."""
+        settings = self.settings
+        objective = Objective(settings.loss, settings.targeted)
+        clean_logits = batch.logits(batch.x) if objective.needs_clean_logits else None
+        ranked_for = "restarts > 1" if settings.restarts > 1 else "keep='best'"
+        ranked = settings.restarts > 1 or settings.keep == "best"
 
-        Returns:
-            Adversarial images [B, ...] in ``x``'s dtype and layout.
+        def value_of(logits: Tensor) -> Tensor:
+            value = objective(logits, batch.y, clean_logits)
+            if ranked and value.dim() == 0:
+                raise ValueError(
+                    f"loss must return one value per sample, [B], with {ranked_for}; got a scalar"
+                )
+            return value
+
+        return value_of
+
+    def _run(self, batch: Batch, value_of: ValueOf, seed: int, best: Best | None) -> Tensor:
+        """One run of K steps from one start; every point but the last is offered to ``best``."""
+        adv = batch.start(seed, self.settings.random_start)
+        alpha, direction = self._alpha(batch), self._direction(batch)
+        for _ in range(self.settings.steps):
+            found = batch.gradient(adv, value_of)
+            if best is not None:
+                best.offer(adv, found.value, batch.succeeded(found.logits))
+            if direction is None:
+                batch.step_(adv, found.grad, alpha)
+            else:
+                batch.step_along_(adv, direction(found.grad), alpha)
+        return adv
+
+    def _direction(self, batch: Batch) -> Direction | None:
+        """What turns the gradients of one run into directions; None where they are the directions."""
+        return None
+
+    def _alpha(self, batch: Batch) -> float | Tensor:
+        """The step size, in proportion where a call has its own radius.
 
         Raises:
-            TypeError: as in `pgd_fused`.
-            ValueError: as in `pgd_fused`.
+            ValueError: the attack was made with a radius of 0, so that there is no proportion.
         """
-        check_batch(x, y, sample_ids, self.model)
-        seed = check_seed(seed)
-        if x.shape[0] == 0:
-            return x.detach().clone()
-        if seed is None:
-            seed = draw_seed() if self.seed is None else self.seed
-        with _own_context(x.device):
-            x, y = _usable(x), _usable(y)
-            engine = self._engines.engine(self.model, x, self.settings)
-            with engine.session(self.model, seed):
-                return _attack(engine, self.settings, x, y, seed, sample_ids, self.check_inputs)
-
-    def engine_for(self, x: Tensor) -> Engine:
-        """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
-        with _own_context(x.device):
-            return self._engines.engine(self.model, x, self.settings)
-
-
-class EngineCache:
-    """Engines of one model, kept until its structure changes."""
-
-    def __init__(self) -> None:
-        self._structure: object = None
-        self._engines: dict[tuple[Any, ...], Engine] = {}
-
-    def engine(self, model: Model, x: Tensor, settings: PGDSettings) -> Engine:
-        """The engine for images like ``x``; built when there is none or the model has changed."""
-        structure = structure_of(model)
-        if structure != self._structure:
-            self._engines.clear()
-            self._structure = structure
-        precision = resolve_precision(settings.precision, model, x)
-        key = (x.device, precision, settings.engine, settings.train_mode)
-        if key not in self._engines:
-            self._engines[key] = make_engine(
-                model, x, precision, settings.engine, settings.train_mode
-            )
-        return self._engines[key]
+        settings = self.settings
+        if not isinstance(batch.eps, Tensor) and batch.eps == settings.eps:
+            return settings.alpha
+        if settings.eps == 0:
+            raise ValueError("eps must not be given to a call of an attack made with eps 0")
+        return settings.alpha * (batch.eps / settings.eps)
 
 
 _CACHES: weakref.WeakKeyDictionary[nn.Module, EngineCache] = weakref.WeakKeyDictionary()
@@ -183,6 +179,7 @@ def pgd_fused(
     precision: str = "auto",
     engine: str = "auto",
     train_mode: bool = False,
+    keep: str = "last",
     seed: int | None = None,
     sample_ids: Tensor | None = None,
 ) -> Tensor:
@@ -202,7 +199,8 @@ def pgd_fused(
         norm: ``"linf"`` or ``"l2"``.
         bounds: lowest and highest allowed value of an image.
         random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from ``x``.
-        restarts: runs from different random starts; per sample the one with the highest loss is returned.
+        restarts: runs from different random starts; per sample the one of highest loss (as ``keep`` has it) is
+            returned.
         targeted: lower the loss of the classes ``y`` instead of raising it.
         loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
             ``random_start``, since its gradient is zero at ``x``) or a callable ``(logits, y) -> [B] or scalar``.
@@ -211,7 +209,11 @@ def pgd_fused(
         engine: ``"eager"`` runs the live model; ``"compiled"`` a folded copy (with ``torch.compile`` on a GPU);
             ``"auto"`` a folded copy in narrow precision and the live model in fp32, whose result then equals
             a plain loop's bit for bit.
-        train_mode: attack the model in train mode, for recipes that do so; its buffers are restored.
+        train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
+            result then depends on the others in the batch.
+        keep: which point of a run is returned: the ``"last"``, or, sample by sample, the ``"best"`` of all its
+            points, start and end included: the one of highest loss among those that reached the aim (to be
+            misclassified, or as the target), else among all. It costs one forward pass more per restart.
         seed: of the random start; None draws one from torch's default generator.
         sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
 
@@ -238,78 +240,8 @@ def pgd_fused(
         precision=precision,
         engine=engine,
         train_mode=train_mode,
+        keep=keep,
     )
     if isinstance(model, nn.Module):
         attack._engines = _CACHES.setdefault(model, attack._engines)
     return attack(x, y, seed=seed, sample_ids=sample_ids)
-
-
-@contextmanager
-def _own_context(device: torch.device) -> Iterator[None]:
-    """Leave the caller's inference mode and autocast: the attack needs gradients and has its own precision."""
-    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
-        yield
-
-
-def _usable(tensor: Tensor) -> Tensor:
-    """The tensor without its gradient; a copy if it is an inference tensor, which autograd refuses to save."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
-
-
-def _attack(
-    engine: Engine,
-    settings: PGDSettings,
-    x: Tensor,
-    y: Tensor,
-    seed: int,
-    sample_ids: Tensor | None,
-    check_inputs: bool,
-) -> Tensor:
-    centre = engine.images(x)
-    objective = Objective(settings.loss, settings.targeted)
-    clean_logits = engine.logits(centre) if objective.needs_clean_logits else None
-    unchecked = check_inputs
-
-    def value_of(logits: Tensor) -> Tensor:
-        nonlocal unchecked
-        if unchecked:  # only now is the number of classes known
-            check_values(x, y, settings.bounds, logits.shape[1])
-            unchecked = False
-        value = objective(logits, y, clean_logits)
-        if settings.restarts > 1 and value.dim() == 0:
-            raise ValueError(
-                "loss must return one value per sample, [B], with restarts > 1; got a scalar"
-            )
-        return value
-
-    best = _run(engine, settings, centre, value_of, seed, sample_ids)
-    if settings.restarts > 1:
-        best_value = value_of(engine.logits(best))
-    for restart in range(1, settings.restarts):
-        restart_seed = derive_seed(seed, "restart", restart)
-        adv = _run(engine, settings, centre, value_of, restart_seed, sample_ids)
-        value = value_of(engine.logits(adv))
-        better = value > best_value
-        best = torch.where(better.view(-1, *[1] * (x.dim() - 1)), adv, best)
-        best_value = torch.where(better, value, best_value)
-    return round_towards(best, x)
-
-
-def _run(
-    engine: Engine,
-    settings: PGDSettings,
-    centre: Tensor,
-    value_of: Callable[[Tensor], Tensor],
-    seed: int,
-    sample_ids: Tensor | None,
-) -> Tensor:
-    """One run of K steps from one start."""
-    eps, norm, bounds = settings.eps, settings.norm, settings.bounds
-    if settings.random_start:
-        adv = random_start(centre, eps, norm, bounds, seed, sample_ids=sample_ids)
-    else:
-        adv = centre.clone()
-    for _ in range(settings.steps):
-        grad = engine.gradient(adv, value_of).grad
-        pgd_step_(adv, grad, centre, eps, settings.alpha, norm, bounds)
-    return adv

@@ -8,14 +8,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
 
-_PGD_NAME = re.compile(r"pgd-([1-9][0-9]*)")
+_STEPS = "([1-9][0-9]*)"
+_PGD_NAME = re.compile(f"(pgd|cw|mim)-{_STEPS}(?:-{_STEPS})?")
+_APGD_NAME = re.compile(f"apgd-(ce|dlr|t)(?:-{_STEPS})?")
+_APGD_STEPS = 100
+_FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
 _KNOWN = (
-    "clean, fgsm, pgd-K for any K >= 1 (pgd-20, say), autoattack, "
+    "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, mim-K, cw-K, cw-K-R, "
+    "apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), autoattack, "
     "or a pair (name, callable(model, x, y) -> adversarial images)"
 )
 
@@ -29,19 +35,25 @@ class Clean:
 
 @dataclass(frozen=True)
 class Gradient:
-    """FGSM or PGD of this package.
+    """A first-order attack of this package.
 
     Attributes:
         name: as asked for.
         steps: number of gradient steps.
-        alpha: step size, in the norm.
+        alpha: step size, in the norm; None where the attack chooses its own.
         random_start: whether to start from a random point of the ball.
+        restarts: runs from different starts; an image counts as broken when one of them breaks it.
+        kind: ``"pgd"``, ``"mim"`` or ``"apgd"``.
+        loss: what is raised, as the attack takes it.
     """
 
     name: str
     steps: int
-    alpha: float
+    alpha: float | None
     random_start: bool
+    restarts: int = 1
+    kind: str = "pgd"
+    loss: str = "ce"
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,7 @@ def parse_attacks(
     Args:
         attacks: names, or pairs of a name and a callable; one alone is taken as a list of one.
         eps: radius of the ball.
-        alpha: step size of PGD; by default eps / 4 (2/255 at 8/255).
+        alpha: step size of PGD, MIM and C&W; by default eps / 4 (2/255 at 8/255).
 
     Raises:
         TypeError: for something that is neither a name nor a pair.
@@ -91,6 +103,20 @@ def parse_attacks(
     return parsed
 
 
+def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
+    """Require that the loss of every attack is defined for this number of classes.
+
+    Raises:
+        ValueError: naming the first whose loss is not.
+    """
+    for attack in attacks:
+        fewest = _FEWEST_CLASSES.get(attack.loss, 2) if isinstance(attack, Gradient) else 2
+        if classes < fewest:
+            raise ValueError(
+                f"{attack.name} needs at least {fewest} classes, the model has {classes}"
+            )
+
+
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
     if isinstance(choice, str):
         return _parse_name(choice, eps, step)
@@ -101,10 +127,18 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
         and callable(choice[1])
     ):
         name, attack = choice
-        if name in ("clean", "fgsm", "autoattack") or _PGD_NAME.fullmatch(name):
+        if _is_built_in(name):
             raise ValueError(f"attacks: {name!r} is the name of a built-in attack, choose another")
         return Foreign(name, attack)
     raise TypeError(f"attacks must hold names or pairs (name, callable), got {choice!r}")
+
+
+def _is_built_in(name: str) -> bool:
+    try:
+        _parse_name(name, 0.0, 0.0)
+    except ValueError:
+        return False
+    return True
 
 
 def _parse_name(name: str, eps: float, step: float) -> Attack:
@@ -114,7 +148,18 @@ def _parse_name(name: str, eps: float, step: float) -> Attack:
         return Ensemble()
     if name == "fgsm":
         return Gradient(name, steps=1, alpha=eps, random_start=False)
+    if name == "fgsm-rs":
+        return Gradient(name, steps=1, alpha=FGSM_RS_STEP * eps, random_start=True)
     match = _PGD_NAME.fullmatch(name)
+    if match and not (match[1] == "mim" and match[3]):
+        kind, steps, restarts = match[1], int(match[2]), int(match[3] or 1)
+        if kind == "mim":
+            return Gradient(name, steps, step, random_start=False, kind="mim")
+        loss = "cw" if kind == "cw" else "ce"
+        return Gradient(name, steps, step, random_start=True, restarts=restarts, loss=loss)
+    match = _APGD_NAME.fullmatch(name)
     if match:
-        return Gradient(name, steps=int(match.group(1)), alpha=step, random_start=True)
+        loss = "dlr-t" if match[1] == "t" else match[1]
+        steps = int(match[2] or _APGD_STEPS)
+        return Gradient(name, steps, None, random_start=True, kind="apgd", loss=loss)
     raise ValueError(f"unknown attack {name!r}; known are: {_KNOWN}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fastadv.evaluation.attack_list import (
     Ensemble,
     Foreign,
     Gradient,
+    check_fewest_classes,
     parse_attacks,
 )
 from fastadv.evaluation.autoattack import autoattack
@@ -42,6 +44,7 @@ def evaluate(
     device: torch.device | str | None = None,
     seed: int = 0,
     max_examples: int | None = None,
+    worst_case: bool = False,
     progress: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -55,17 +58,28 @@ def evaluate(
     Args:
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
         data: an ``ImageData``, or a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]).
-        attacks: names or pairs, one row of the report each: ``"clean"``; ``"fgsm"``, one step of size eps without
-            a random start; ``"pgd-K"``, K steps of size alpha from a random start; ``"autoattack"``, the
-            standard version of the reference implementation; ``(name, callable(model, x, y) -> adv)``.
+        attacks: names or pairs, one row of the report each:
+
+            * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a
+              random start (Wong et al. 2020);
+            * ``"pgd-K"``, K steps of size alpha from a random start; ``"pgd-K-R"``, R of these, an image
+              counting as wrong if one of them succeeds; ``"cw-K"``, ``"cw-K-R"``, the same on the margin of
+              Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
+            * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
+              of 100 steps, or ``"apgd-ce-K"`` and so on of K;
+            * ``"autoattack"``, the standard version of the reference implementation;
+            * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
-        alpha: step size of PGD; by default eps / 4.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
-        batch_size: images per pass. FGSM and PGD do not depend on it beyond rounding; AutoAttack does.
+        batch_size: images per pass. This package's attacks do not depend on it beyond rounding; AutoAttack does.
         device: where to run; by default where the model is. The model is moved there and back.
         seed: seed of everything random. Runs with one seed on one machine agree.
         max_examples: use only the first so many images.
+        worst_case: attack only the images that the attacks before in the list have left, so that each row counts
+            the images that withstand it and all before it, and the last row is the worst case over all. An image
+            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
             continues after an interruption.
@@ -79,7 +93,8 @@ def evaluate(
         ValueError: for an unknown attack name or an argument out of range.
         TypeError: for data or a model of the wrong kind.
         ImportError: when AutoAttack is asked for and not installed.
-        RuntimeError: when FGSM or PGD returned an inadmissible image, or the model's logits are not finite.
+        RuntimeError: when one of this package's attacks returned an inadmissible image, or the model's logits
+            are not finite.
     """
     check_finite_at_least_zero("eps", eps)
     if alpha is not None:
@@ -96,11 +111,16 @@ def evaluate(
         classes = runner.check_labels()
         if asks_autoattack:
             check_classes(STANDARD, classes)
+        check_fewest_classes(chosen, classes)
         clean = runner.clean()
+        left: Tensor | None = None
         rows = []
         for attack in chosen:
-            rows.append(_row(runner, attack, eps, clean, state_dir))
-            say.line(rows[-1].line())
+            row, robust = _row(runner, attack, eps, clean, left, state_dir)
+            if worst_case and not isinstance(attack, Clean):
+                left = robust
+            rows.append(row)
+            say.line(row.line())
     return Report(
         rows=tuple(rows),
         model=type(model).__name__,
@@ -110,6 +130,7 @@ def evaluate(
         batch_size=batch_size,
         device=str(where),
         versions=library_versions(),
+        worst_case=worst_case,
     )
 
 
@@ -118,18 +139,21 @@ def _row(
     attack: Attack,
     eps: float,
     clean: Outcome,
+    left: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
-) -> Row:
-    """Run one attack and put its figures into a row."""
+) -> tuple[Row, Tensor]:
+    """Run one attack on the images that are left, [N] bool, or all: its row, and those left after it."""
     if isinstance(attack, Ensemble):
-        return _autoattack_row(runner, attack, eps, state_dir)
+        return _autoattack_row(runner, attack, eps, left, state_dir)
+    left = clean.robust if left is None else left
     if isinstance(attack, Clean):
-        return _plain_row(runner, attack, clean, eps=0.0)
+        return _plain_row(runner, attack, clean, eps=0.0), clean.robust
     if isinstance(attack, Gradient):
-        outcome = runner.gradient(attack, eps, clean.robust)
-        return _plain_row(runner, attack, outcome, eps, attack.alpha, attack.steps)
+        outcome = runner.gradient(attack, eps, left)
+        return _plain_row(runner, attack, outcome, eps, attack.alpha, attack.steps), outcome.robust
     assert isinstance(attack, Foreign)
-    return _plain_row(runner, attack, runner.foreign(attack, eps, clean.robust), eps)
+    outcome = runner.foreign(attack, eps, left)
+    return _plain_row(runner, attack, outcome, eps), outcome.robust
 
 
 def _plain_row(
@@ -155,31 +179,40 @@ def _plain_row(
 
 
 def _autoattack_row(
-    runner: Runner, attack: Ensemble, eps: float, state_dir: str | os.PathLike[str] | None
-) -> Row:
+    runner: Runner,
+    attack: Ensemble,
+    eps: float,
+    left: Tensor | None,
+    state_dir: str | os.PathLike[str] | None,
+) -> tuple[Row, Tensor]:
+    samples = runner.samples
+    robust = torch.zeros(len(samples), dtype=torch.bool)
+    indices = (torch.ones_like(robust) if left is None else left).nonzero().flatten()
+    row = Row(attack.name, len(samples), 0, eps, runner.seed, 0.0)
+    if len(indices) == 0:
+        return row, robust
     result = autoattack(
         runner.model,
-        runner.samples,
+        samples.part(indices),
         eps=eps,
         norm=runner.norm,
-        bounds=runner.samples.bounds,
+        bounds=samples.bounds,
         batch_size=runner.batch_size,
         device=runner.device,
         seed=runner.seed,
         state_dir=state_dir,
         progress=runner.progress.enabled,
     )
-    return Row(
-        name=attack.name,
-        n=len(runner.samples),
-        correct=_count(result.robust),
-        eps=eps,
-        seed=runner.seed,
+    robust[indices] = result.robust
+    row = replace(
+        row,
+        correct=_count(robust),
         seconds=result.seconds,
         status=result.status,
         notes=result.notes,
         stages=result.stages,
     )
+    return row, robust
 
 
 def _count(flags: Tensor) -> int:

@@ -101,6 +101,7 @@ class Report:
         batch_size: images per pass; AutoAttack's figures depend on it.
         device: where it ran.
         versions: of the libraries that matter.
+        worst_case: whether each row counts the images that withstand its attack and all before it.
     """
 
     rows: tuple[Row, ...]
@@ -111,6 +112,7 @@ class Report:
     batch_size: int = 0
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=dict)
+    worst_case: bool = False
 
     def __getitem__(self, name: str) -> Row:
         """The row of an attack.
@@ -150,7 +152,8 @@ class Report:
         if version != _FORMAT:
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
-            values = {f.name: content[f.name] for f in fields(cls)}
+            # Reports of before there was a choice counted every attack by itself.
+            values = {f.name: {"worst_case": False, **content}[f.name] for f in fields(cls)}
             values["rows"] = tuple(_row_from_dict(entry) for entry in content["rows"])
             values["bounds"] = tuple(content["bounds"])
             return cls(**values)
@@ -219,7 +222,8 @@ class Report:
 
     def _caption(self) -> str:
         parts = [part for part in (self.model, self.data) if part]
-        return ", ".join([*parts, f"{self.norm}, batches of {self.batch_size}, {self.device}"])
+        parts.append(f"{self.norm}, batches of {self.batch_size}, {self.device}")
+        return ", ".join(parts) + ("; each row after all rows before it" if self.worst_case else "")
 
 
 _CSV_COLUMNS = (

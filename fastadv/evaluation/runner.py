@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks import PGD
+from fastadv.attacks import APGD, MIM, PGD
+from fastadv.attacks.attack import Attack as Method
 from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
@@ -72,34 +74,52 @@ class Runner:
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
-        """Run FGSM or PGD on the images that are classified correctly.
+        """Run a first-order attack of this package on the images that are classified correctly.
+
+        A restart attacks only the images that those before it have left.
 
         Raises:
             RuntimeError: when an adversarial image is not admissible, which is a fault of this package.
         """
-        pgd = PGD(
-            self.model,
-            eps,
-            attack.alpha,
-            attack.steps,
-            attack.random_start,
-            norm=self.norm,
-            bounds=self.samples.bounds,
-            precision="fp32",
-            engine="eager",  # the model's own operations
-        )
+        method = self._make(attack, eps)
         seed = derive_seed(self.seed, f"evaluate/{attack.name}")
+        outcome = Outcome(correct, (), 0.0)
+        for restart in range(attack.restarts):
+            outcome = self._run(attack.name, method, seed, restart, eps, outcome)
+        return outcome
+
+    def _run(
+        self, name: str, method: Method, seed: int, restart: int, eps: float, so_far: Outcome
+    ) -> Outcome:
+        """One run from one start, on what is left."""
+        run_seed = derive_seed(seed, "restart", restart) if restart else seed
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             # Noise by image index: the result does not depend on how the images are batched.
-            return pgd(x, y, seed=seed, sample_ids=indices.to(x.device))
+            return method(x, y, seed=run_seed, sample_ids=indices.to(x.device))
 
-        outcome = self._attack(attack.name, perturb, eps, correct)
+        outcome = self._attack(name, perturb, eps, so_far.robust)
         if outcome.problems:
             raise RuntimeError(
-                f"{attack.name} returned inadmissible images: {'; '.join(outcome.problems)}"
+                f"{name} returned inadmissible images: {'; '.join(outcome.problems)}"
             )
-        return outcome
+        return replace(outcome, seconds=so_far.seconds + outcome.seconds)
+
+    def _make(self, attack: Gradient, eps: float) -> Method:
+        """The attack, on the model's own operations and in float32."""
+        common: dict[str, Any] = dict(
+            norm=self.norm,
+            bounds=self.samples.bounds,
+            loss=attack.loss,
+            precision="fp32",
+            engine="eager",
+        )
+        if attack.kind == "apgd":
+            return APGD(self.model, eps, attack.steps, **common)
+        assert attack.alpha is not None
+        if attack.kind == "mim":
+            return MIM(self.model, eps, attack.alpha, attack.steps, **common)
+        return PGD(self.model, eps, attack.alpha, attack.steps, attack.random_start, **common)
 
     def foreign(self, attack: Foreign, eps: float, correct: Tensor) -> Outcome:
         """Run a callable of the user's on the images that are classified correctly.

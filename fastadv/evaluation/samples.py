@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,13 @@ class Samples:
         """Split the indices of some images, by default of all, into batches. Indices are int64 on the CPU."""
         indices = torch.arange(len(self)) if indices is None else indices
         return indices.split(batch_size) if len(indices) else ()
+
+    def part(self, indices: Tensor) -> Samples:
+        """Some of the images; all of them are these samples themselves."""
+        if len(indices) == len(self):
+            return self
+        images = self.images[indices.to(self.images.device)]
+        return replace(self, images=images, labels=self.labels[indices.to(self.labels.device)])
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, ...] float32 and labels [B] int64 of these indices, on a device."""

@@ -1,0 +1,244 @@
+"""Auto-PGD (Croce and Hein 2020): PGD that chooses its own step size, sample by sample.
+
+Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, algorithm 1 and section 3; the targeted losses are of section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import check_count
+from fastadv.attacks.attack import Attack, AttackSettings
+from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.best import Best, where_images
+from fastadv.attacks.engines import Model
+from fastadv.attacks.objectives import (
+    Objective,
+    likeliest_wrong_classes,
+    targeted_value,
+)
+from fastadv.ops import checks
+from fastadv.seeding import derive_seed
+
+LOSSES = ("ce", "dlr", "cw", "ce-t", "dlr-t")
+_MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
+
+
+@dataclass(frozen=True)
+class APGDSettings(AttackSettings):
+    """What an APGD attack does, checked on creation. Fields as in `APGD`."""
+
+    steps: int = 100
+    restarts: int = 1
+    loss: str = "ce"
+    target_classes: int = 9
+    rho: float = 0.75
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a count is no integer.
+            ValueError: a value out of range or an unknown word.
+        """
+        super().__post_init__()
+        for name in ("steps", "restarts", "target_classes"):
+            check_count(name, getattr(self, name))
+        checks.check_choice("loss", self.loss, LOSSES)
+        if self.targeted and self.aims_at_wrong_classes:
+            raise ValueError(
+                f"loss {self.loss!r} chooses its own targets; targeted must be False with it"
+            )
+        if not 0 <= checks.number("rho", self.rho) <= 1:
+            raise ValueError(f"rho must be in 0 .. 1, got {self.rho}")
+
+    @property
+    def aims_at_wrong_classes(self) -> bool:
+        """Whether there is one run per wrong class."""
+        return self.loss in ("ce-t", "dlr-t")
+
+
+class APGD(Attack):
+    """Auto-PGD: steps of momentum whose size is halved, per sample, where they no longer help.
+
+    It starts from a random point of the ball with steps of 2 eps. At checkpoints, ever closer to one another,
+    a sample's step is halved and the search goes back to its best point if the loss has risen in fewer than
+    ``rho`` of the steps since the last checkpoint, or if neither step size nor best loss have changed since
+    then. All of that stays on the device. Per sample the best point is returned: the one of highest loss
+    among those that reached the aim, else among all.
+
+    Runs after the first attack only the samples that those before have left (all of them in train mode, where
+    samples depend on one another).
+
+    Args:
+        model: as in `fastadv.pgd_fused`.
+        eps: radius of the ball, in the units of the images.
+        steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes.
+        restarts: runs from different random starts, per target class where there are some.
+        loss: ``"ce"``, ``"dlr"`` (at least 3 classes) or ``"cw"`` of the labels, or, one run for each of the
+            likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
+        target_classes: how many wrong classes ``"ce-t"`` and ``"dlr-t"`` try.
+        rho: see above.
+        seed: as in `fastadv.PGD`.
+        check_inputs: as in `fastadv.PGD`.
+        settings: norm, bounds, targeted (not with "-t" losses), precision, engine, train_mode as in
+            `fastadv.pgd_fused`.
+
+    Raises:
+        TypeError: as in `fastadv.pgd_fused`.
+        ValueError: as in `fastadv.pgd_fused`.
+    """
+
+    settings: APGDSettings
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        steps: int = 100,
+        restarts: int = 1,
+        *,
+        loss: str = "ce",
+        target_classes: int = 9,
+        rho: float = 0.75,
+        seed: int | None = None,
+        check_inputs: bool = True,
+        **settings: Any,
+    ) -> None:
+        chosen = APGDSettings(eps, steps, restarts, loss, target_classes, rho, **settings)
+        super().__init__(model, chosen, seed, check_inputs)
+
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        best = Best()
+        for number, target in enumerate(self._targets(batch)):
+            run_seed = derive_seed(seed, "restart", number) if number else seed
+            if number == 0 or self.settings.train_mode:
+                best.merge(self._run(batch, target, run_seed))
+                continue
+            rows = (~best.succeeded).nonzero().flatten()
+            if rows.numel() == 0:
+                break
+            aim = None if target is None else target[rows]
+            best.merge(self._run(batch.rows(rows), aim, run_seed), rows)
+        return best.images
+
+    def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
+        """For each run the wrong classes [B] it aims at, or None."""
+        settings = self.settings
+        if not settings.aims_at_wrong_classes:
+            yield from [None] * settings.restarts
+            return
+        classes = likeliest_wrong_classes(batch.logits(batch.x), batch.y, settings.target_classes)
+        for target in classes.unbind(1):
+            yield from [target] * settings.restarts
+
+    def _value_of(self, batch: Batch, target: Tensor | None) -> ValueOf:
+        settings = self.settings
+        if target is not None:
+            return lambda logits: targeted_value(settings.loss, logits, batch.y, target)
+        objective = Objective(settings.loss, settings.targeted)
+        return lambda logits: objective(logits, batch.y)
+
+    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
+        """Algorithm 1 from one start."""
+        settings, value_of = self.settings, self._value_of(batch, target)
+        points, best = checkpoints(settings.steps), Best()
+        adv = batch.start(seed)
+        found = batch.gradient(adv, value_of)
+        best.offer(adv, found.value, batch.succeeded(found.logits))
+        schedule = Schedule(adv, found.value, found.grad, batch.eps, settings.rho)
+        before = adv
+        for step in range(1, settings.steps + 1):
+            moved = _moved(batch, schedule, adv, before, 1.0 if step == 1 else _MOMENTUM)
+            adv, before = moved, adv
+            if step == settings.steps:
+                logits = batch.logits(adv)
+                best.offer(adv, value_of(logits), batch.succeeded(logits))
+                break
+            found = batch.gradient(adv, value_of)
+            best.offer(adv, found.value, batch.succeeded(found.logits))
+            schedule.note(adv, found.value, found.grad)
+            if step in points:
+                adv = schedule.check(adv, step - points[step])
+        return best
+
+
+class Schedule:
+    """Step sizes, and the best points to go back to, of all samples; nothing here waits for the device.
+
+    Attributes:
+        alpha: step sizes [B].
+        grad: the gradient at the point from which the search goes on, [B, ...].
+    """
+
+    def __init__(
+        self, adv: Tensor, value: Tensor, grad: Tensor, eps: float | Tensor, rho: float
+    ) -> None:
+        self.alpha = torch.zeros_like(value, dtype=adv.dtype) + 2 * eps
+        self.grad = grad.clone()  # an engine's gradient is valid until its next call only
+        self._rho = rho
+        self._value = self._best_value = self._best_value_then = value
+        self._best, self._best_grad = adv, self.grad
+        self._rises = torch.zeros_like(value, dtype=torch.int64)
+        self._halved = torch.ones_like(
+            value, dtype=torch.bool
+        )  # so that the first check cannot ask
+
+    def note(self, adv: Tensor, value: Tensor, grad: Tensor) -> None:
+        """Take in the next point [B, ...] with its value [B] and gradient [B, ...], to be stepped along next."""
+        self._rises += value > self._value
+        self.grad, self._value = grad, value
+        better = value > self._best_value
+        self._best = where_images(better, adv, self._best)
+        self._best_grad = where_images(better, self.grad, self._best_grad)
+        self._best_value = torch.where(better, value, self._best_value)
+
+    def check(self, adv: Tensor, steps: int) -> Tensor:
+        """Halve step sizes at a checkpoint.
+
+        Args:
+            adv: the current points [B, ...].
+            steps: how many there were since the last checkpoint.
+
+        Returns:
+            The points from which to go on: the best known where a step size was halved.
+        """
+        too_few = self._rises < self._rho * steps
+        stuck = ~self._halved & (self._best_value <= self._best_value_then)
+        self._halved = too_few | stuck
+        self.alpha = torch.where(self._halved, self.alpha / 2, self.alpha)
+        self.grad = where_images(self._halved, self._best_grad, self.grad)
+        # A point gone back to is compared with by the next step, as it would be had it been reached by one.
+        self._value = torch.where(self._halved, self._best_value, self._value)
+        self._best_value_then = self._best_value
+        self._rises = torch.zeros_like(self._rises)
+        return where_images(self._halved, self._best, adv)
+
+
+def checkpoints(steps: int) -> dict[int, int]:
+    """The steps after which step sizes are checked, each with the one before it (Croce and Hein, section 3.2).
+
+    The first comes after 22 % of the steps, and each interval is shorter than the last by 3 %, down to 6 %.
+    """
+    interval, least, shorter = (max(int(part * steps), 1) for part in (0.22, 0.06, 0.03))
+    points, last = {}, 0
+    while last + interval <= steps:
+        points[last + interval] = last
+        last += interval
+        interval = max(interval - shorter, least)
+    return points
+
+
+def _moved(batch: Batch, schedule: Schedule, adv: Tensor, before: Tensor, share: float) -> Tensor:
+    """The next point: a share of a gradient step, the rest along the last movement (algorithm 1, line 7)."""
+    stepped = batch.step_(adv.clone(), schedule.grad, schedule.alpha)
+    if share == 1:
+        return stepped
+    moved = adv + share * (stepped - adv) + (1 - share) * (adv - before)
+    return batch.project_(moved)

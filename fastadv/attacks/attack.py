@@ -1,0 +1,219 @@
+"""What every attack is: a model, settings, an engine that is built once, and a call on a batch."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import (
+    check_batch,
+    check_common,
+    check_limit,
+    check_number,
+    check_seed,
+    check_values,
+)
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.engines import Engine, Model, make_engine, resolve_precision
+from fastadv.attacks.report import AttackReport, outside_share
+from fastadv.attacks.rounding import round_towards
+from fastadv.attacks.structure import structure_of
+from fastadv.ops import checks
+from fastadv.seeding import draw_seed
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """What all attacks have in common, checked on creation. Fields as in `fastadv.pgd_fused`."""
+
+    eps: float = 8 / 255
+    _: KW_ONLY
+    norm: str = "linf"
+    bounds: tuple[float, float] = (0.0, 1.0)
+    targeted: bool = False
+    precision: str = "auto"
+    engine: str = "auto"
+    train_mode: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a number is none.
+            ValueError: a value out of range or an unknown word.
+        """
+        self._check_eps()
+        check_common(
+            norm=self.norm, bounds=self.bounds, precision=self.precision, engine=self.engine
+        )
+
+    def _check_eps(self) -> None:
+        check_limit("eps", self.eps)
+
+
+class EngineCache:
+    """Engines of one model, kept until its structure changes."""
+
+    def __init__(self) -> None:
+        self._structure: object = None
+        self._engines: dict[tuple[Any, ...], Engine] = {}
+
+    def engine(self, model: Model, x: Tensor, precision: str, settings: AttackSettings) -> Engine:
+        """The engine for images like ``x``; built when there is none or the model has changed."""
+        structure = structure_of(model)
+        if structure != self._structure:
+            self._engines.clear()
+            self._structure = structure
+        key = (x.device, precision, settings.engine, settings.train_mode)
+        if key not in self._engines:
+            self._engines[key] = make_engine(
+                model, x, precision, settings.engine, settings.train_mode
+            )
+        return self._engines[key]
+
+
+class Attack(ABC):
+    """An attack on one model, to be called many times: ``adv = attack(x, y)``.
+
+    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
+    weights over at every call. Between calls the model may be trained, moved or changed in structure. During
+    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens.
+
+    Args:
+        model: a module, or any callable, from images [B, ...] to logits [B, C].
+        settings: what the attack does.
+        seed: of every call that names none; None draws one per call from torch's default generator.
+        check_inputs: check the values of images and labels at every call, which on a GPU waits for the device.
+    """
+
+    def __init__(
+        self, model: Model, settings: AttackSettings, seed: int | None, check_inputs: bool
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.seed = check_seed(seed)
+        self.check_inputs = check_inputs
+        self._engines = EngineCache()
+        self._last: AttackReport | None = None
+
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int | None = None,
+        sample_ids: Tensor | None = None,
+        eps: float | Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            x: images [B, ...] within the bounds.
+            y: labels, or targets, [B] int64.
+            seed: of the random numbers, for this call.
+            sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
+                and images give equal results whatever else is in the batch, up to the rounding of the network.
+            eps: radius for this call, a number or one per image [B], whose values are not checked. Step sizes
+                change in proportion.
+            start: images within the bounds to begin from, [B, ...], in place of the attack's own start; the first
+                step brings them into the ball.
+
+        Returns:
+            Adversarial images [B, ...] in ``x``'s dtype and layout.
+
+        Raises:
+            TypeError: as in `fastadv.pgd_fused`.
+            ValueError: as in `fastadv.pgd_fused`.
+        """
+        check_batch(x, y, sample_ids, self.model)
+        seed = check_seed(seed)
+        radius = self._radius(x, eps)
+        if start is not None:
+            checks.check_float("start", start)
+            checks.check_same_shape("start", start, "x", x)
+        settings, self._last = self.settings, None
+        if x.shape[0] == 0:
+            nothing = torch.zeros(2, dtype=torch.int64)
+            self._last = AttackReport(
+                "none", "the batch is empty", "none", 0, nothing, (), nothing[0]
+            )
+            return x.detach().clone()
+        if seed is None:
+            seed = draw_seed() if self.seed is None else self.seed
+        with _own_context(x.device):
+            x, y = _usable(x), _usable(y)
+            precision = resolve_precision(settings.precision, self.model, x)
+            engine = self._engines.engine(self.model, x, precision, settings)
+            with engine.session(self.model, seed):
+                batch = Batch(
+                    engine,
+                    engine.images(x),
+                    y,
+                    radius,
+                    settings.norm,
+                    settings.bounds,
+                    settings.targeted,
+                    sample_ids,
+                    partial(check_values, x, y, settings.bounds) if self.check_inputs else None,
+                    None if start is None else engine.images(_usable(start)),
+                )
+                adv = round_towards(self._perturb(batch, seed), x)
+            self._last = AttackReport(
+                engine.name,
+                engine.reason,
+                precision,
+                batch.tally.elements,
+                batch.tally.counts,
+                tuple(batch.tally.losses),
+                outside_share(adv, x, radius, settings.norm, settings.bounds),
+            )
+        return adv
+
+    @abstractmethod
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        """Move the images of a batch: [B, ...] within ball and bounds, not an alias of ``batch.x``."""
+
+    @property
+    def last(self) -> AttackReport:
+        """What the last call saw: gradients, losses, engine, and a check of its result.
+
+        Raises:
+            RuntimeError: there was no call, or the last one failed.
+        """
+        if self._last is None:
+            raise RuntimeError("last must be read after a call of the attack that succeeded")
+        return self._last
+
+    def engine_for(self, x: Tensor) -> Engine:
+        """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
+        with _own_context(x.device):
+            precision = resolve_precision(self.settings.precision, self.model, x)
+            return self._engines.engine(self.model, x, precision, self.settings)
+
+    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
+        if eps is None:
+            return self.settings.eps
+        if not isinstance(eps, Tensor):
+            check_number("eps", eps)
+        number, values = checks.per_sample("eps", eps, x)
+        return number if values is None else values
+
+
+@contextmanager
+def _own_context(device: torch.device) -> Iterator[None]:
+    """Leave the caller's inference mode and autocast: the attack needs gradients and has its own precision."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor without its gradient; a copy if it is an inference tensor, which autograd refuses to save."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()

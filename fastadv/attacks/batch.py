@@ -1,0 +1,131 @@
+"""One batch under attack: what every attack asks of the engine, counted for the report."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.engines import Engine, Gradient
+from fastadv.ops import pgd_step_, random_start
+
+ValueOf = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
+
+
+@dataclass
+class Tally:
+    """What is counted during one call of an attack; counting never waits for the device.
+
+    Attributes:
+        counts: int64 [2], zero and NaN elements of the gradients.
+        elements: of the gradients.
+        losses: mean value at each gradient.
+    """
+
+    counts: Tensor
+    elements: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Batch:
+    """Images under attack, within the session of an engine.
+
+    Attributes:
+        engine: computes logits and gradients.
+        x: the clean images [B, ...] in the dtype and layout in which the attack moves them.
+        y: labels, or targets, [B].
+        eps: radius, a number or [B].
+        norm: of the ball.
+        bounds: lowest and highest allowed value.
+        targeted: whether ``y`` is to be reached rather than left.
+        sample_ids: int64 [B], or None for 0 .. B-1.
+        check: to be called once with the number of classes, which the first logits tell; None after it.
+        given_start: where every run is to begin, [B, ...]; None leaves it to the attack.
+    """
+
+    engine: Engine
+    x: Tensor
+    y: Tensor
+    eps: float | Tensor
+    norm: str
+    bounds: tuple[float, float]
+    targeted: bool
+    sample_ids: Tensor | None
+    check: Callable[[int], None] | None
+    given_start: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.tally = Tally(torch.zeros(2, dtype=torch.int64, device=self.x.device))
+
+    def logits(self, adv: Tensor) -> Tensor:
+        """Logits [B, C] without gradient."""
+        logits = self.engine.logits(adv)
+        self._check(logits)
+        return logits
+
+    def gradient(self, adv: Tensor, value_of: ValueOf) -> Gradient:
+        """Value, logits and input gradient at ``adv``; the gradient is valid until the next call."""
+
+        def value_of_checked(logits: Tensor) -> Tensor:
+            self._check(logits)
+            return value_of(logits)
+
+        found = self.engine.gradient(adv, value_of_checked)
+        self.tally.elements += adv.numel()
+        self.tally.losses.append(found.value.mean())
+        return found
+
+    def start(self, seed: int, random: bool = True) -> Tensor:
+        """The given start; else a random point of the ball around each image, or the image: [B, ...]."""
+        if self.given_start is not None:
+            return self.given_start.clone()
+        if not random:
+            return self.x.clone()
+        return random_start(
+            self.x, self.eps, self.norm, self.bounds, seed, sample_ids=self.sample_ids
+        )
+
+    def step_(self, adv: Tensor, grad: Tensor, alpha: float | Tensor) -> Tensor:
+        """Step along a gradient that the engine gave, in place, and count its zeros."""
+        return pgd_step_(
+            adv, grad, self.x, self.eps, alpha, self.norm, self.bounds, counts=self.tally.counts
+        )
+
+    def step_along_(self, adv: Tensor, direction: Tensor, alpha: float | Tensor) -> Tensor:
+        """Step along a direction that is no gradient of the engine's, in place."""
+        return pgd_step_(adv, direction, self.x, self.eps, alpha, self.norm, self.bounds)
+
+    def project_(self, adv: Tensor) -> Tensor:
+        """Move points into ball and bounds, in place."""
+        return pgd_step_(adv, self.x, self.x, self.eps, 0.0, self.norm, self.bounds)
+
+    def count(self, grad: Tensor) -> None:
+        """Count the zeros of a gradient that no `step_` sees."""
+        self.tally.counts += torch.stack(((grad == 0).sum(), grad.isnan().sum()))
+
+    def succeeded(self, logits: Tensor) -> Tensor:
+        """Which samples are where the attack wants them, [B] bool; NaN logits are no success."""
+        reached = logits.argmax(1) == self.y
+        return (reached if self.targeted else ~reached) & ~logits.isnan().any(1)
+
+    def rows(self, rows: Tensor) -> Batch:
+        """Some of the samples, by int64 indices; they keep their random numbers, and are counted here."""
+        ids = self.sample_ids
+        if ids is None:
+            ids = torch.arange(self.x.shape[0], device=self.x.device)
+        some = copy.copy(self)  # shares the tally
+        some.x, some.y, some.sample_ids = self.x[rows], self.y[rows], ids[rows]
+        if self.given_start is not None:
+            some.given_start = self.given_start[rows]
+        if isinstance(self.eps, Tensor):
+            some.eps = self.eps[rows]
+        return some
+
+    def _check(self, logits: Tensor) -> None:
+        check, self.check = self.check, None
+        if check is not None:
+            check(logits.shape[1])

@@ -1,0 +1,68 @@
+"""The worst case seen so far, sample by sample and without waiting for the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Best:
+    """For every sample the image of highest value among those offered.
+
+    Args:
+        prefer_success: rank an image that reached its aim above any that did not, whatever their values.
+
+    Attributes:
+        images: [B, ...] float; valid after the first offer, as are the others.
+        value: [B].
+        succeeded: [B] bool.
+    """
+
+    images: Tensor
+    value: Tensor
+    succeeded: Tensor
+
+    def __init__(self, prefer_success: bool = True) -> None:
+        self._prefer_success = prefer_success
+        self._empty = True
+
+    def offer(self, adv: Tensor, value: Tensor, succeeded: Tensor) -> None:
+        """Keep the images that are better than what is known.
+
+        Args:
+            adv: candidates [B, ...]; copied, so that they may be written to afterwards.
+            value: [B], to be high.
+            succeeded: [B] bool.
+        """
+        if self._empty:
+            self.images, self.value, self.succeeded = adv.clone(), value, succeeded
+            self._empty = False
+            return
+        better = (value > self.value) | self.value.isnan()
+        if self._prefer_success:
+            better = torch.where(succeeded == self.succeeded, better, succeeded)
+        self.images = where_images(better, adv, self.images)
+        self.value = torch.where(better, value, self.value)
+        self.succeeded = torch.where(better, succeeded, self.succeeded)
+
+    def merge(self, other: Best, rows: Tensor | None = None) -> None:
+        """Offer what another search has found.
+
+        Args:
+            other: its images, values and successes, for all samples or some.
+            rows: int64 indices of these samples; None for all.
+        """
+        if rows is None:
+            self.offer(other.images, other.value, other.succeeded)
+            return
+        some = Best(self._prefer_success)
+        some.offer(self.images[rows], self.value[rows], self.succeeded[rows])
+        some.offer(other.images, other.value, other.succeeded)
+        self.images = self.images.index_copy(0, rows, some.images)
+        self.value = self.value.index_copy(0, rows, some.value)
+        self.succeeded = self.succeeded.index_copy(0, rows, some.succeeded)
+
+
+def where_images(flags: Tensor, images: Tensor, others: Tensor) -> Tensor:
+    """Image by image the one or the other: [B, ...] by flags [B] bool."""
+    return torch.where(flags.view(-1, *[1] * (images.dim() - 1)), images, others)

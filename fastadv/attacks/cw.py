@@ -1,0 +1,205 @@
+"""The attacks of Carlini and Wagner (2017): their margin in an eps-ball, and their smallest l2 perturbation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import check_count, check_limit, check_number
+from fastadv.attacks.attack import Attack, AttackSettings
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.best import where_images
+from fastadv.attacks.engines import Model
+from fastadv.attacks.objectives import Objective
+from fastadv.attacks.pgd import PGD
+
+_INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
+_BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+class CW(PGD):
+    """PGD on the margin of Carlini and Wagner: ``max_{j != y} z_j - z_y`` is raised within the eps-ball.
+
+    This is what robustness papers list as C&W in linf. `CWL2` is the attack of the paper of that name.
+
+    Args:
+        model: as in `fastadv.pgd_fused`.
+        eps: as in `fastadv.pgd_fused`.
+        alpha: as in `fastadv.pgd_fused`.
+        steps: as in `fastadv.pgd_fused`.
+        random_start: as in `fastadv.pgd_fused`.
+        seed: as in `fastadv.PGD`.
+        check_inputs: as in `fastadv.PGD`.
+        settings: norm, bounds, targeted, restarts, keep, precision, engine, train_mode as in `fastadv.pgd_fused`.
+
+    Raises:
+        TypeError: as in `fastadv.pgd_fused`.
+        ValueError: as in `fastadv.pgd_fused`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        random_start: bool = True,
+        *,
+        seed: int | None = None,
+        check_inputs: bool = True,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            eps,
+            alpha,
+            steps,
+            random_start,
+            seed=seed,
+            check_inputs=check_inputs,
+            loss="cw",
+            **settings,
+        )
+
+
+@dataclass(frozen=True)
+class CWL2Settings(AttackSettings):
+    """What `CWL2` does, checked on creation. Fields as there."""
+
+    eps: float = field(default=math.inf, init=False)
+    norm: str = field(default="l2", init=False)
+    c: float = 1e-3
+    kappa: float = 0.0
+    steps: int = 1000
+    lr: float = 0.01
+    search_steps: int = 9
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a number is none, or a count no integer.
+            ValueError: a value out of range or an unknown word.
+        """
+        super().__post_init__()
+        check_limit("kappa", self.kappa)
+        for name in ("c", "lr"):
+            check_number(name, getattr(self, name))
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
+        check_count("steps", self.steps)
+        check_count("search_steps", self.search_steps)
+        if self.bounds[0] == self.bounds[1]:
+            raise ValueError(f"bounds must have low < high, got {self.bounds}")
+        if self.precision == "fp16":  # whose engine scales each sample's gradient
+            raise ValueError("precision must be 'auto', 'fp32' or 'bf16', got 'fp16'")
+
+    def _check_eps(self) -> None:
+        """There is no ball."""
+
+
+class CWL2(Attack):
+    """The smallest l2 perturbation that Carlini and Wagner's method finds; there is no ball.
+
+    ``||x' - x||_2^2 + c max(z_y - max_{j != y} z_j, -kappa)`` is minimised by Adam over w with
+    ``x' = (tanh(w) + 1) / 2``, scaled to the bounds; per sample c is searched for by bisection, and multiplied
+    by 10 until there is a success. The perturbation is measured in units of the width of the bounds. Source:
+    Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, sections V and VI-A.
+
+    Unlike its authors' code it does not stop early, which would make a sample depend on the others of its
+    batch. It draws no random numbers. Its result lies on the boundary that the attack saw, so leave it at full
+    precision unless you do not mind that a float32 model gets part of it right.
+
+    Args:
+        model: as in `fastadv.pgd_fused`.
+        c: where the search for c starts, > 0.
+        kappa: margin that the logits must reach, >= 0.
+        steps: of Adam, for each c.
+        lr: learning rate of Adam, > 0.
+        search_steps: how many values of c are tried.
+        precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
+        seed: as in `fastadv.PGD`; for models that draw random numbers.
+        check_inputs: as in `fastadv.PGD`.
+        settings: bounds, targeted, engine, train_mode as in `fastadv.pgd_fused`.
+
+    Raises:
+        TypeError: as in `fastadv.pgd_fused`.
+        ValueError: as in `fastadv.pgd_fused`.
+    """
+
+    settings: CWL2Settings
+
+    def __init__(
+        self,
+        model: Model,
+        c: float = 1e-3,
+        kappa: float = 0.0,
+        steps: int = 1000,
+        lr: float = 0.01,
+        search_steps: int = 9,
+        *,
+        precision: str = "fp32",
+        seed: int | None = None,
+        check_inputs: bool = True,
+        **settings: Any,
+    ) -> None:
+        chosen = CWL2Settings(c, kappa, steps, lr, search_steps, precision=precision, **settings)
+        super().__init__(model, chosen, seed, check_inputs)
+
+    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float:
+        if eps is not None:
+            raise TypeError("eps must not be given to CWL2, which has no ball")
+        return math.inf
+
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        if batch.given_start is not None:
+            raise ValueError("start must be None for CWL2, which begins at the images")
+        ones = torch.ones(batch.x.shape[0], dtype=batch.x.dtype, device=batch.x.device)
+        low, high, c = 0 * ones, torch.inf * ones, self.settings.c * ones
+        best, best_distance = batch.x.clone(), torch.inf * ones
+        for _ in range(self.settings.search_steps):
+            adv, distance = self._minimise(batch, c)
+            found = distance.isfinite()
+            best = where_images(distance < best_distance, adv, best)
+            best_distance = torch.minimum(distance, best_distance)
+            high = torch.where(found, torch.minimum(high, c), high)
+            low = torch.where(found, low, torch.maximum(low, c))
+            c = torch.where(high.isfinite(), (low + high) / 2, c * 10)
+        return best
+
+    def _minimise(self, batch: Batch, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Adam for one c per sample: the nearest images that succeeded, and their squared distances, else inf."""
+        settings, x = self.settings, batch.x
+        low, high = settings.bounds
+        half, shape = (high - low) / 2, (-1, *[1] * (x.dim() - 1))
+        margin = Objective("cw", settings.targeted)
+
+        def value_of(logits: Tensor) -> Tensor:
+            return margin(logits, batch.y).clamp(max=settings.kappa)
+
+        w = torch.atanh(((x - low) / half - 1).clamp(-1, 1) * _INSIDE)
+        first, second = torch.zeros_like(w), torch.zeros_like(w)
+        nearest, nearest_distance = x, torch.full_like(c, torch.inf)
+        for step in range(1, settings.steps + 1):
+            tanh = w.tanh()
+            adv = (low + half * (tanh + 1)).clamp(low, high)
+            delta = (adv - x) / (2 * half)
+            distance = delta.flatten(1).square().sum(1)
+            found = batch.gradient(adv, value_of)
+            batch.count(found.grad)
+            succeeded = batch.succeeded(found.logits) & (found.value >= settings.kappa)
+            nearer = succeeded & (distance < nearest_distance)
+            nearest = where_images(nearer, adv, nearest)
+            nearest_distance = torch.where(nearer, distance, nearest_distance)
+            # d/dw of the objective, through x' = low + half (tanh(w) + 1)
+            grad = (delta / half - c.view(shape) * found.grad) * half * (1 - tanh.square())
+            first = torch.lerp(grad, first, _BETAS[0])
+            second = torch.lerp(grad.square(), second, _BETAS[1])
+            scale = math.sqrt(1 - _BETAS[1] ** step)
+            rate = settings.lr * scale / (1 - _BETAS[0] ** step)
+            w = w - rate * first / (second.sqrt() + scale * _ADAM_EPS)
+        return nearest, nearest_distance

@@ -1,0 +1,90 @@
+"""The smallest radius at which an attack succeeds, image by image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import check_batch, check_count, check_limit
+from fastadv.attacks.attack import Attack
+from fastadv.attacks.frozen import frozen
+from fastadv.seeding import draw_seed
+
+
+def minimum_perturbation(
+    attack: Attack,
+    x: Tensor,
+    y: Tensor,
+    *,
+    max_eps: float,
+    iterations: int = 12,
+    seed: int | None = None,
+    sample_ids: Tensor | None = None,
+) -> Tensor:
+    """Bisect for the smallest eps at which an attack succeeds, each image for itself.
+
+    A success is one of the live model in eval mode and in the precision of its weights, whatever the attack
+    computed in. Bisection takes success to be monotone in eps; where it is not, one of the radii is found at
+    which it begins. Images that need no attack have 0. Only images that ``max_eps`` breaks are attacked again.
+
+    Args:
+        attack: any attack on an eps-ball, such as ``fastadv.PGD(model, eps, alpha, steps)``; its own eps
+            matters only as that to which its step size belongs, which changes in proportion.
+        x: images [B, ...] within the bounds of the attack.
+        y: labels, or targets, [B] int64.
+        max_eps: largest radius tried, in the units of ``x``, > 0.
+        iterations: bisections; the result is at most ``max_eps / 2**iterations`` too large.
+        seed: of every call of the attack; None takes the attack's own, or draws one.
+        sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+
+    Returns:
+        [B] float32 (float64 for float64 images): radii at which the attack succeeded, inf where it did not at
+        ``max_eps``.
+
+    Raises:
+        TypeError: ``attack`` is none of this package's, or has no eps.
+        ValueError: ``max_eps`` is not positive or ``iterations`` below 1, or as the attack says.
+    """
+    if not isinstance(attack, Attack):
+        raise TypeError(f"attack must be an attack of fastadv, got {type(attack).__name__}")
+    check_limit("max_eps", max_eps)
+    check_count("iterations", iterations)
+    if not max_eps > 0:
+        raise ValueError(f"max_eps must be > 0, got {max_eps}")
+    check_batch(x, y, sample_ids, attack.model)
+    if seed is None:
+        seed = draw_seed() if attack.seed is None else attack.seed
+    if sample_ids is None:
+        sample_ids = torch.arange(x.shape[0], device=x.device)
+    ids = sample_ids
+
+    def broken(rows: Tensor, eps: Tensor) -> Tensor:
+        adv = attack(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=eps)
+        return _succeeds(attack, adv, y[rows])
+
+    wide = torch.promote_types(x.dtype, torch.float32)
+    result = torch.full((x.shape[0],), torch.inf, dtype=wide, device=x.device)
+    if x.shape[0] == 0:
+        return result
+    everything = torch.arange(x.shape[0], device=x.device)
+    at_most = torch.full_like(result, max_eps)
+    result[broken(everything, at_most)] = max_eps
+    result[_succeeds(attack, x, y)] = 0.0
+    rows = ((result > 0) & result.isfinite()).nonzero().flatten()
+    if rows.numel() == 0:
+        return result
+    low, high = torch.zeros_like(result[rows]), result[rows]
+    for _ in range(iterations):
+        middle = (low + high) / 2
+        found = broken(rows, middle)
+        low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+    return result.index_copy(0, rows, high)
+
+
+@torch.no_grad()
+def _succeeds(attack: Attack, images: Tensor, y: Tensor) -> Tensor:
+    """Whether the live model does what the attack wants, [B] bool."""
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    with frozen(attack.model), torch.autocast(images.device.type, enabled=False):
+        reached = attack.model(images).argmax(1) == y
+    return reached if attack.settings.targeted else ~reached

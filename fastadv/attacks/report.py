@@ -1,0 +1,102 @@
+"""What an attack saw on its way: signs of masked gradients, and a check of its result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_L2_SLACK = 1e-6  # of eps: the rounding of a norm over some thousand float32 elements
+
+
+@dataclass(frozen=True, eq=False)
+class AttackReport:
+    """Counters of one call of an attack.
+
+    They are kept on the device and become numbers when one of the properties is read, which on a GPU waits for
+    the attack to end. Counting does not wait.
+
+    Attributes:
+        engine: name of the engine that ran.
+        reason: why this one.
+        precision: of the network's passes: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        elements: how many elements of input gradients the attack used, over all steps and restarts.
+        counts: int64 [2] on the device, the zero and the NaN elements among them.
+        losses: one scalar per gradient, on the device.
+        outside: share of the result outside ball or bounds, a scalar on the device.
+    """
+
+    engine: str
+    reason: str
+    precision: str
+    elements: int
+    counts: Tensor
+    losses: tuple[Tensor, ...]
+    outside: Tensor
+
+    @property
+    def zero_gradient_share(self) -> float:
+        """Share of exactly zero elements in the input gradients: a large one is a sign of gradient masking."""
+        return int(self.counts[0]) / max(self.elements, 1)
+
+    @property
+    def nan_gradients(self) -> int:
+        """Number of NaN elements in the input gradients."""
+        return int(self.counts[1])
+
+    @property
+    def outside_share(self) -> float:
+        """Share of the result's elements outside ball or bounds, or NaN; anything but 0 is a fault.
+
+        In l2 all elements of an image whose perturbation is longer than eps, by more than rounding, count.
+        """
+        return float(self.outside)
+
+    @property
+    def loss_per_step(self) -> tuple[float, ...]:
+        """Mean over the images of the value that the attack raises, at each point whose gradient it took.
+
+        Targeted attacks raise minus the loss of their targets. Restarts follow one another.
+        """
+        return tuple(torch.stack(self.losses).tolist()) if self.losses else ()
+
+    def __str__(self) -> str:
+        """The report in one line of text."""
+        losses = self.loss_per_step
+        course = f", loss {losses[0]:.4g} to {losses[-1]:.4g}" if losses else ""
+        return (
+            f"{self.engine} engine ({self.reason}), {self.precision}{course}, "
+            f"zero gradients {100 * self.zero_gradient_share:.2f} %, "
+            f"NaN gradients {self.nan_gradients}, outside {100 * self.outside_share:.2f} %"
+        )
+
+
+def outside_share(
+    adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds: tuple[float, float]
+) -> Tensor:
+    """Share of elements outside the eps-ball around ``x`` or the bounds; NaN is outside.
+
+    Args:
+        adv: what an attack returns [B, ...].
+        x: the clean images [B, ...], in the dtype of ``adv``.
+        eps: radius, a number or [B].
+        norm: ``"linf"``: element by element and exactly, in the arithmetic of the attack; ``"l2"``: image by
+            image, with a slack of 1e-6 of eps.
+        bounds: lowest and highest allowed value.
+
+    Returns:
+        A scalar on the device of ``adv``.
+    """
+    wide = torch.promote_types(adv.dtype, torch.float32)
+    low, high = torch.tensor(bounds, dtype=adv.dtype).tolist()  # as the images can have them
+    a, c = adv.to(wide), x.to(wide)
+    inside = (a >= low) & (a <= high)
+    per_image = (-1, *[1] * (x.dim() - 1))
+    if norm == "linf":
+        radius = eps.view(per_image) if isinstance(eps, Tensor) else eps
+        inside &= (a >= c - radius) & (a <= c + radius)
+    else:
+        length = torch.linalg.vector_norm((a - c).flatten(1), dim=1, dtype=torch.float64)
+        inside &= (length <= eps * (1 + _L2_SLACK)).view(per_image)
+    return (~inside).float().mean()

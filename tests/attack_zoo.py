@@ -1,0 +1,68 @@
+"""Every attack of the package on digits, made in one way, for the tests that hold for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+import fastadv
+from fastadv.attacks import Attack
+
+Make = Callable[..., Attack]  # (model, norm="linf", **options)
+RADIUS = {"linf": 0.08, "l2": 0.6}  # on digits
+WAYS: dict[str, dict[str, Any]] = {
+    "eager fp32": {"engine": "eager", "precision": "fp32"},
+    "compiled fp32": {"engine": "compiled", "precision": "fp32"},
+    "compiled bf16": {"engine": "compiled", "precision": "bf16"},
+}
+
+
+def iterated(kind: Callable[..., Attack], **fixed: Any) -> Make:
+    """An attack with a step size and a number of steps."""
+
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        eps = RADIUS[norm]
+        return kind(model, eps, **{"alpha": eps / 4, "steps": 5, "norm": norm, **fixed, **options})
+
+    return make
+
+
+def automatic(**fixed: Any) -> Make:
+    """Auto-PGD, which chooses its step size."""
+
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        return fastadv.APGD(model, RADIUS[norm], **{"steps": 10, "norm": norm, **fixed, **options})
+
+    return make
+
+
+def single(kind: Callable[..., Attack]) -> Make:
+    """An attack of one step."""
+    return lambda model, norm="linf", **options: kind(model, RADIUS[norm], norm=norm, **options)
+
+
+BALL_ATTACKS: dict[str, Make] = {
+    "pgd": iterated(fastadv.PGD),
+    "pgd best": iterated(fastadv.PGD, keep="best"),
+    "pgd restarts": iterated(fastadv.PGD, restarts=2),
+    "pgd best restarts": iterated(fastadv.PGD, restarts=2, keep="best"),
+    "fgsm": single(fastadv.FGSM),
+    "fgsm-rs": single(fastadv.FGSMRS),
+    "mim": iterated(fastadv.MIM),
+    "cw": iterated(fastadv.CW),
+    "apgd-ce": automatic(),
+    "apgd-dlr": automatic(loss="dlr"),
+    "apgd-cw restarts": automatic(loss="cw", restarts=2),
+    "apgd-ce-t": automatic(loss="ce-t", target_classes=2),
+    "apgd-dlr-t": automatic(loss="dlr-t", target_classes=2),
+}
+
+
+def _cw_l2(model: nn.Module, norm: str = "l2", **options: Any) -> Attack:
+    return fastadv.CWL2(model, **{"steps": 10, "search_steps": 3, "c": 1.0, "lr": 0.1, **options})
+
+
+ATTACKS: dict[str, Make] = {**BALL_ATTACKS, "cw-l2": _cw_l2}
+TARGETED = ["pgd", "pgd best", "fgsm", "fgsm-rs", "mim", "cw", "apgd-ce", "apgd-dlr", "cw-l2"]

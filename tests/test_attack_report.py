@@ -1,0 +1,144 @@
+"""What an attack says of its last call: gradients, losses, engine, and whether its result is admissible."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_helpers import digits_test, trained_small_cnn
+from attack_zoo import ATTACKS, WAYS
+from torch import Tensor, nn
+
+import fastadv
+from fastadv.attacks.report import outside_share
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class HalfMasked(nn.Module):
+    """Depends on the upper half of an image alone, so that half of every gradient is exactly zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, :, :4].flatten(1))
+
+
+# The gradient of DLR is zero where the label has the third largest logit, that of a reached margin always.
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("apgd-dlr", "cw-l2")])
+def test_zero_gradients_are_counted(name: str) -> None:
+    x, y = digits_test(16)
+    attack = ATTACKS[name](HalfMasked(), seed=0, precision="fp32")
+    attack(x, y)
+    assert attack.last.zero_gradient_share == pytest.approx(0.5, abs=1e-6)
+    assert attack.last.nan_gradients == 0
+
+
+def test_gradients_of_reached_margins_count_as_zeros() -> None:
+    x, y = digits_test(16)
+    attack = ATTACKS["cw-l2"](HalfMasked(), precision="fp32")
+    attack(x, y)
+    assert 0.5 < attack.last.zero_gradient_share < 1
+
+
+@pytest.mark.parametrize("name", ["pgd", "mim", "apgd-ce"])
+def test_nan_gradients_are_counted(name: str) -> None:
+    def model(x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        # The square root of 0 has an infinite gradient, and 0 times that is NaN.
+        return flat[:, :10] + (0 * flat[:, :1]).sqrt()
+
+    x, y = 0.5 + 0 * digits_test(4)[0], digits_test(4)[1]
+    attack = ATTACKS[name](model, seed=0)  # type: ignore[arg-type]
+    adv = attack(x, y)
+    gradients = len(attack.last.loss_per_step)
+    assert attack.last.nan_gradients == 4 * gradients > 0
+    assert adv.isfinite().all() and attack.last.outside_share == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_losses_are_those_of_the_points_on_the_way(way: str) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(32)
+    losses = []
+    for steps in range(1, 5):
+        attack = fastadv.PGD(model, 0.08, 0.02, steps, seed=3, **WAYS[way])
+        adv = attack(x, y)
+        losses.append(F.cross_entropy(model(adv), y).item())
+    seen = attack.last.loss_per_step
+    assert len(seen) == 4 and seen[0] < losses[0]
+    tolerance = 1e-5 if "fp32" in way else 0.05
+    assert seen[1:] == pytest.approx(losses[:3], rel=tolerance)
+
+
+def test_restarts_follow_one_another_and_targeted_losses_are_negative() -> None:
+    x, y = digits_test(8)
+    attack = fastadv.PGD(trained_small_cnn(), 0.08, steps=3, restarts=2, targeted=True, seed=0)
+    attack(x, (y + 1) % 10)
+    losses = attack.last.loss_per_step
+    assert len(losses) == 6 and all(loss < 0 for loss in losses)
+    assert losses[2] > losses[0] and losses[5] > losses[3] and losses[3] < losses[2]
+
+
+def test_it_says_which_engine_ran_and_why() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(4)
+    attack = fastadv.PGD(model, steps=1, precision="fp32")
+    with pytest.raises(RuntimeError, match="last must be read after a call"):
+        _ = attack.last
+    attack(x, y)
+    report = attack.last
+    assert (report.engine, report.precision) == ("eager", "fp32")
+    assert "the model's own operations" in report.reason
+    assert "eager engine" in str(report) and "outside 0.00 %" in str(report)
+    narrow = fastadv.PGD(model, steps=1, precision="bf16", engine="compiled")
+    narrow(x, y)
+    assert (narrow.last.engine, narrow.last.precision) == ("compiled", "bf16")
+    assert narrow.last.reason == "asked for"
+    assert (report.engine, report.elements) == (
+        "eager",
+        4 * 64,
+    )  # a report does not change any more
+
+
+def outside_image(norm: str) -> Tensor:
+    """The four images of `test_what_is_outside_is_found`, moved."""
+    x = torch.full((4, 1, 8, 8), 0.5)
+    adv = x + (0.1 if norm == "linf" else 0.1 / 8)
+    adv[1, 0, 0, 0] = 0.65
+    adv[2, 0, 0, :2] = torch.tensor([torch.nan, 1.1])
+    return adv
+
+
+def test_what_is_outside_is_found() -> None:
+    x = torch.full((4, 1, 8, 8), 0.5)
+    inside = x + 0.1
+    assert float(outside_share(inside, x, 0.1, "linf", (0, 1))) == 0
+    assert float(outside_share(inside.nextafter(x + 1), x, 0.1, "linf", (0, 1))) == 1
+    assert float(outside_share(inside, x, 0.1, "linf", (0, 0.55))) == 1
+    assert float(outside_share(outside_image("linf"), x, 0.1, "linf", (0, 1))) == 3 / 256
+    per_image = torch.tensor([0.1, 0.2, 0.05, 0.1])
+    assert float(outside_share(outside_image("linf"), x, per_image, "linf", (0, 1))) == 64 / 256
+    assert float(outside_share(x + 0.1 / 8, x, 0.1, "l2", (0, 1))) == 0
+    assert float(outside_share(x + 0.1 / 8, x, 0.09999, "l2", (0, 1))) == 1
+    assert float(outside_share(outside_image("l2"), x, 0.1, "l2", (0, 1))) == 128 / 256
+
+
+def test_counting_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor becomes a number between the check of the inputs and the reading of the report."""
+    attacks = [
+        ATTACKS[name](trained_small_cnn(), seed=0, precision="fp32", check_inputs=False)
+        for name in ("pgd best restarts", "mim", "apgd-ce", "apgd-dlr", "cw-l2")
+    ]
+    x, y = digits_test(8)
+    for attack in attacks:
+        attack.engine_for(x)  # making an engine may read
+
+    def refuse(self: Tensor, *args: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    for method in ("item", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(Tensor, method, refuse)
+    for attack in attacks:
+        attack(x, y)

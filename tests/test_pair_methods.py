@@ -1,0 +1,244 @@
+"""Methods on pairs of images: one step against plain float64 formulas, their passes, attacks and starts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_methods import Counting, take_step
+from torch import Tensor, nn
+from training_helpers import make_batch, make_method, make_model, small_data, small_recipe
+
+from fastadv.trainers import Attacked, find_method, train
+from fastadv.trainers.act import Act, Concurrent
+from fastadv.trainers.hat import Helped
+from fastadv.trainers.vfd import Guided
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DOUBLE = torch.float64
+TEACHER_OF = {"hat", "vfd"}
+PAIRS: list[tuple[str, dict[str, Any]]] = [
+    ("trades", {}),
+    ("trades", {"beta": 1.0}),
+    ("mart", {}),
+    ("alp", {}),
+    ("hat", {}),
+    ("vfd", {"base": "trades"}),
+    ("vfd", {"base": "alp", "beta": 0.5, "lam": 0.04}),
+    ("vfd", {"base": "mart", "lam": 0.01}),
+    ("vfd", {"base": "hat"}),
+    ("act", {}),
+    ("act", {"weight": 0.5, "temperature": 4.0}),
+    ("lbgat", {}),
+    ("lbgat", {"beta": 6.0}),
+    ("lbgat", {"fixed": True}),
+]
+pairs = pytest.mark.parametrize(("name", "numbers"), PAIRS)
+
+
+def p_of(z: Tensor) -> Tensor:
+    return z.exp() / z.exp().sum(1, keepdim=True)
+
+
+def ce(z: Tensor, y: Tensor) -> Tensor:
+    return -torch.stack([row[label] for row, label in zip(p_of(z).log(), y, strict=True)])
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p_of(p) * (p_of(p) / p_of(q)).log()).sum(1)
+
+
+def bce(z: Tensor, y: Tensor) -> Tensor:
+    wrong = [
+        torch.cat((p[:label], p[label + 1 :])).max() for p, label in zip(p_of(z), y, strict=True)
+    ]
+    return ce(z, y) - (1 - torch.stack(wrong)).log()
+
+
+def slow_trades(clean: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    return (ce(clean, y) + beta * kl(clean, adv)).mean()
+
+
+def slow_mart(clean: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    doubt = torch.stack([1 - p[label] for p, label in zip(p_of(clean), y, strict=True)])
+    return (bce(adv, y) + beta * kl(clean, adv) * doubt).mean()
+
+
+def slow_alp(clean: Tensor, adv: Tensor, y: Tensor, weight: float) -> Tensor:
+    hard = torch.cat((ce(clean, y), ce(adv, y))).mean()
+    return hard + weight * (clean - adv).square().mean()
+
+
+SLOW = {"trades": slow_trades, "mart": slow_mart, "alp": slow_alp, "hat": slow_trades}
+
+
+def length(t: Tensor) -> Tensor:
+    return t.flatten(1).square().sum(1).sqrt()
+
+
+def slow_loss(
+    method: Any, model: Any, natural: Any, teacher: Any, x: Tensor, adv: Tensor, y: Tensor
+) -> Tensor:
+    """The paper's formula with the models in training mode, the teacher in evaluation mode."""
+    recipe, name = method.recipe, method.name
+    if name == "act":
+        clean, robust, a, t = natural(x), model(adv), recipe.weight, recipe.temperature
+        soft = (
+            t * t * kl(clean.detach() / t, robust / t),
+            t * t * kl(robust.detach() / t, clean / t),
+        )
+        hard = ce(robust, y), ce(clean, y)
+        return sum(((1 - a) * h + a * s).mean() for h, s in zip(hard, soft, strict=True))
+    if name == "lbgat":
+        guide = teacher(x).detach() if recipe.fixed else natural(x)
+        clean = model(x) if recipe.beta else None
+        robust = model(adv)
+        loss = (robust - guide).square().mean() + (0 if recipe.fixed else ce(guide, y).mean())
+        return loss if clean is None else loss + recipe.beta * kl(clean, robust).mean()
+    base = recipe.base if name == "vfd" else name
+    weight = recipe.weight if name == "alp" else recipe.beta
+    if name == "alp":
+        clean_logits, adv_logits = model(torch.cat((x, adv))).chunk(2)
+        return slow_alp(clean_logits, adv_logits, y, weight)
+    clean, attacked = model.forward_features(x), model.forward_features(adv)
+    loss = SLOW[base](model.forward_head(clean), model.forward_head(attacked), y, weight)
+    if base == "hat":
+        labels = teacher(adv).argmax(1)
+        loss = loss + recipe.gamma * ce(model(x + 2 * (adv - x)), labels).mean()
+    if name == "vfd":
+        vanilla = teacher.forward_features(x)
+        apart = length(attacked - vanilla) + length(clean - vanilla)
+        loss = loss + recipe.lam * apart.mean()
+    return loss
+
+
+def images_of(method: Any, x: Tensor, adv: Tensor) -> Attacked:
+    """What the method's attack would hand over, had it found these images."""
+    helped = getattr(method.recipe, "base", method.name) == "hat"
+    teacher = method.teachers.get("teacher")
+    with torch.no_grad():
+        helper = (x + 2 * (adv - x), teacher(adv).argmax(1)) if helped else (None, None)
+        if method.name == "hat":
+            return Helped(adv, *helper)
+        if method.name == "vfd":
+            return Guided(adv, teacher.forward_features(x), *helper)
+    return Concurrent(adv, method.natural(x)) if method.name == "act" else Attacked(adv)
+
+
+def build(name: str, model: nn.Module, teacher: nn.Module, **numbers: Any) -> Any:
+    needed = name in TEACHER_OF or numbers.get("fixed", False)
+    method = make_method(name, model, teacher if needed else None, **numbers)
+    method.initialise()
+    method.train_mode()
+    return method
+
+
+@pairs
+def test_loss_and_gradients_equal_the_paper(name: str, numbers: dict[str, Any]) -> None:
+    model, teacher = make_model(0, DOUBLE), make_model(1, DOUBLE).eval()
+    method = build(name, model, teacher, **numbers)
+    slow_models = {k: copy.deepcopy(m) for k, m in method.trainable().items()}
+    batch = make_batch(dtype=DOUBLE)
+    adv = (batch.x + 0.05 * torch.sign(torch.sin(50 * batch.x))).clamp(0, 1)
+
+    loss = method.training_loss(batch, images_of(method, batch.x, adv)).loss
+    natural = slow_models.get("natural")
+    expected = slow_loss(method, slow_models["model"], natural, teacher, batch.x, adv, batch.y)
+    loss.backward()
+    expected.backward()
+
+    assert torch.allclose(loss, expected, rtol=1e-11)
+    for key, ours in method.trainable().items():
+        for a, b in zip(ours.parameters(), slow_models[key].parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+        for a, b in zip(ours.buffers(), slow_models[key].buffers(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)
+
+
+@pairs
+def test_attack_keeps_to_ball_and_box(name: str, numbers: dict[str, Any]) -> None:
+    method = build(name, make_model(0), make_model(1), **numbers)
+    batch = make_batch()
+    adv = method.attack(batch)
+    assert float((adv.x - batch.x).abs().max()) <= method.recipe.eps + 1e-6
+    assert float(adv.x.min()) >= 0 and float(adv.x.max()) <= 1
+    assert torch.equal(adv.x, method.attack(batch).x)
+
+
+def test_the_attack_starts_from_a_little_gaussian_noise() -> None:
+    method = build("trades", make_model(0), make_model(1))
+    batch = make_batch(64)
+    noise = (method.start_of(batch) - batch.x)[(batch.x > 0.01) & (batch.x < 0.99)]
+    assert float(noise.std()) == pytest.approx(1e-3, rel=0.05)
+    assert float((noise / noise.std()).pow(4).mean()) == pytest.approx(3, abs=0.3)
+    assert build("mart", make_model(0), make_model(1), random_start=False).start_of(batch) is None
+
+
+def test_acts_attack_raises_the_robust_models_loss() -> None:
+    method = build("act", make_model(0), make_model(1), steps=10)
+    assert isinstance(method, Act)
+    batch = make_batch(32)
+
+    def objective(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            method._natural_logits = natural
+            return method._attack_objective(copy.deepcopy(method.model).eval()(x), batch.y)
+
+    with torch.no_grad():
+        natural = copy.deepcopy(method.natural)(batch.x)
+    before = objective(batch.x)
+    after = objective(method.attack(batch).x)
+    assert (after > before).float().mean() > 0.95
+
+
+def test_the_two_models_of_act_start_apart() -> None:
+    method = build("act", make_model(0), make_model(1))
+    first, second = (next(m.parameters()) for m in method.trainable().values())
+    assert not torch.equal(first, second)
+
+
+@pairs
+def test_running_statistics_move_as_often_as_stated(name: str, numbers: dict[str, Any]) -> None:
+    method = build(name, make_model(0), make_model(1), **numbers)
+    tracked = [
+        [b for n, b in m.named_buffers() if n.endswith("num_batches_tracked")]
+        for m in method.trainable().values()
+    ]
+    before = [[int(b) for b in buffers] for buffers in tracked]
+    for step in range(2):
+        take_step(method, make_batch(step=step))
+    stated = [method.bn_updates, 1]  # of the model, of the one that learns beside it
+    for buffers, counts, updates in zip(tracked, before, stated, strict=False):
+        moved = [int(b) - count for b, count in zip(buffers, counts, strict=True)]
+        assert moved == [2 * updates] * len(moved)
+
+
+@pairs
+def test_no_pass_is_made_twice(name: str, numbers: dict[str, Any]) -> None:
+    """Forward passes of all models, K input gradients of F and 2F for each image that is trained on."""
+    model, teacher = Counting(make_model(0)), Counting(make_model(1))
+    method = build(name, model, teacher, engine="eager", **numbers)
+    take_step(method, make_batch(8))
+    learning = [m for m in method.trainable().values() if m is not model]
+    forward = sum(m.images for m in (model, teacher, *learning)) / 8
+    trained = {"alp": 2, "act": 2}.get(name, method.bn_updates + len(learning))
+    assert forward + method.recipe.steps + 2 * trained == method.passes(0)
+
+
+@pytest.mark.parametrize("name", ["trades", "mart", "alp", "hat", "vfd", "act", "lbgat", "fast"])
+def test_training_runs_and_resumes(name: str, tmp_path: Any) -> None:
+    recipe = small_recipe(name, epochs=2)
+    options: dict[str, Any] = {"data": small_data(), "progress": False, "run_dir": tmp_path / "run"}
+    if name in TEACHER_OF:
+        options["teacher"] = make_model(1)
+    result = train(name, recipe, model=make_model(0), **options)
+    assert result.progress.epoch == 2 and result.progress.bad_steps == 0
+    again = train(name, recipe, model=make_model(0), resume=True, **options)
+    assert again.progress.step == result.progress.step
+
+
+def test_unknown_base_is_refused() -> None:
+    with pytest.raises(ValueError, match="base must be one of alp, trades, mart, hat"):
+        find_method("vfd").recipe_class(base="awp")
