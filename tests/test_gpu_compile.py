@@ -43,15 +43,23 @@ TRITON_READERS = {
     "_backward",
     "_rows",
     "_scale_rows",
+    "_norms",
+    "_squares_of_parts",
+    "_gradients",
+    "_maps",
+    "_map_gradient",
 }
 TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
-TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows"}
+TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows", "_gradients", "_map_gradient"}
 # Three interleaved channels in a tile of four: Triton goes element by element.
 TRITON_NARROW = {("_start", "channels_last"), ("_replay", "channels_last")}
+TRITON_NARROW |= {("_maps", "channels_last"), ("_map_gradient", "channels_last")}
 
 CUDA_READERS = ("step_linf", "step_l2", "largest_parts", "sum_parts", "write_parts")
-CUDA_READERS += ("start", "replay", "distances", "moments_of_parts", "backward")
+CUDA_READERS += ("start", "replay", "sums_of_samples", "sums_of_parts", "backward")
+CUDA_READERS += ("difference_gradients",)
 CUDA_WRITERS = ("step_linf", "step_l2", "write_parts", "start", "replay", "backward")
+CUDA_WRITERS += ("difference_gradients",)
 CUDA_EXACT = ("step_linf", "start", "replay")  # the same bits as every other backend
 
 needs_triton = pytest.mark.skipif(

@@ -77,6 +77,28 @@ def test_arrest_passes_gradcheck() -> None:
     )
 
 
+def test_vfd_equals_the_formula_with_its_gradients() -> None:
+    _, _, adv, clean = make_inputs()
+    vanilla = make_inputs()[2].flip(0)
+    ours = [t.clone().requires_grad_() for t in (adv, clean, vanilla)]
+    slow = [t.clone().requires_grad_() for t in (adv, clean)]
+
+    loss = losses.vfd(*ours)
+    rows = [
+        (a - v).square().sum().sqrt() + (c - v).square().sum().sqrt()
+        for a, c, v in zip(*slow, vanilla, strict=True)
+    ]
+    expected = torch.stack(rows)
+    loss.backward()
+    expected.mean().backward()
+
+    assert torch.allclose(loss, expected.mean(), rtol=1e-12)
+    assert torch.allclose(losses.vfd(*ours, reduction="none"), expected, rtol=1e-12)
+    for a, b in zip(ours, slow, strict=False):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-10, atol=1e-13)
+    assert ours[2].grad is None
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_inputs_give_a_float32_loss(dtype: torch.dtype) -> None:
     logits, y, features, teacher = make_inputs(dtype)

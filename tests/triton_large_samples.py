@@ -19,6 +19,8 @@ CHOSEN = (
     ("random_start/l2", torch.float32),
     ("angular_distance/same-dtype", torch.float32),
     ("replay_mask/same-dtype", torch.float64),
+    ("euclidean_distance/norm", torch.float32),
+    ("vanilla_feature_distillation/same-dtype", torch.float64),
 )
 
 
@@ -34,6 +36,13 @@ def test_parts_of_a_sample_add_up(case: OpCase, dtype: torch.dtype) -> None:
             results, run(case, case.arguments(spec), "reference"), strict=True
         ):
             check_same_bits(result, expected, f"{case.name}, {spec}")
+
+
+def test_attention_maps_of_several_blocks() -> None:
+    case = CASES["attention_map_distance/more-channels"]
+    spec = Spec((2, 3, 1500))
+    results = run(case, case.arguments(spec), "triton")
+    check_budget(case, case.arguments(spec), results, f"triton, {spec}")
 
 
 def test_64_bit_seeds_and_sample_ids() -> None:

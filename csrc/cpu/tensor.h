@@ -63,12 +63,12 @@ class PerSample {
   at::Tensor values_;
 };
 
-// Runs f(sample, begin, end) over the samples' elements in parallel; begin and end count within the
-// sample.
+// Runs f(sample, begin, end) over the samples' elements in parallel, at least `grain` of them per
+// task; begin and end count within the sample.
 template <class F>
-void parallel_over_samples(int64_t batch, int64_t size, const F& f) {
+void parallel_over_samples(int64_t batch, int64_t size, const F& f, int64_t grain = kGrain) {
   if (batch == 0 || size == 0) return;
-  at::parallel_for(0, batch * size, kGrain, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, batch * size, grain, [&](int64_t begin, int64_t end) {
     for (int64_t sample = begin / size; sample * size < end; ++sample) {
       const int64_t start = sample * size;
       f(sample, std::max(begin, start) - start, std::min(end, start + size) - start);

@@ -8,11 +8,6 @@
 namespace fastadv::cuda {
 namespace {
 
-at::ScalarType compute_dtype(const at::Tensor& u, const at::Tensor& v) {
-  const bool wide = u.scalar_type() == at::kDouble || v.scalar_type() == at::kDouble;
-  return wide ? at::kDouble : at::kFloat;
-}
-
 void check_pair(const at::Tensor& u, const at::Tensor& v) {
   check_batched(u, "u");
   check_shape(v, "v", u, "u");
@@ -44,7 +39,7 @@ void distance_into(const at::Tensor& distance, const at::Tensor& moments, const 
 std::tuple<at::Tensor, at::Tensor> angular_distance(const at::Tensor& u, const at::Tensor& v) {
   const c10::cuda::CUDAGuard guard(u.device());
   check_pair(u, v);
-  const at::Tensor distance = workspace(u.size(0), compute_dtype(u, v), u);
+  const at::Tensor distance = workspace(u.size(0), compute_dtype({u, v}), u);
   const at::Tensor moments = at::empty({u.size(0), 3}, distance.options());
   distance_into(distance, moments, {}, u, v, 0);
   return {distance, moments};
@@ -54,7 +49,7 @@ std::tuple<at::Tensor, at::Tensor> replay_mask(const at::Tensor& u, const at::Te
                                                double tau) {
   const c10::cuda::CUDAGuard guard(u.device());
   check_pair(u, v);
-  const at::Tensor distance = workspace(u.size(0), compute_dtype(u, v), u);
+  const at::Tensor distance = workspace(u.size(0), compute_dtype({u, v}), u);
   const at::Tensor far = workspace(u.size(0), at::kBool, u);
   distance_into(distance, {}, far, u, v, tau);
   return {distance, far};
@@ -68,7 +63,7 @@ at::Tensor angular_distance_backward(const at::Tensor& grad, const at::Tensor& u
                     u.size(0), ", 3], got ", moments.sizes());
   check_device(moments, "moments", u);
   const at::Tensor a = batch_major(u), b = in_layout_of(v, a);
-  const at::Tensor sums = moments.to(compute_dtype(u, v)).contiguous();
+  const at::Tensor sums = moments.to(compute_dtype({u, v})).contiguous();
   at::Tensor out = at::empty_like(u);
   const bool direct = same_layout(out, a);
   const at::Tensor to = direct ? out : at::empty_like(a);

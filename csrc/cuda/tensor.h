@@ -9,6 +9,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <initializer_list>
 #include <optional>
 
 #include "cuda/arguments.h"
@@ -30,6 +31,14 @@ inline Dtype dtype_of(const at::Tensor& t, const char* argument) {
       TORCH_CHECK_TYPE(false, argument, " must be float32, float64, bfloat16 or float16, got ",
                        t.scalar_type());
   }
+}
+
+// The dtype in which tensors are computed: float64 if one of them is, else float32.
+inline at::ScalarType compute_dtype(std::initializer_list<at::Tensor> tensors) {
+  for (const at::Tensor& t : tensors) {
+    if (t.scalar_type() == at::kDouble) return at::kDouble;
+  }
+  return at::kFloat;
 }
 
 inline void check_batched(const at::Tensor& t, const char* name) {

@@ -7,7 +7,7 @@ and gradients (logits further apart than 1e30 count as 1e30 apart). There are no
 
 from __future__ import annotations
 
-from fastadv.losses.features import ArrestTerms, arrest, arrest_terms
+from fastadv.losses.features import ArrestTerms, arrest, arrest_terms, vfd
 from fastadv.losses.logits import (
     ActLosses,
     act,
@@ -41,4 +41,5 @@ __all__ = [
     "lbgat",
     "mart",
     "trades",
+    "vfd",
 ]

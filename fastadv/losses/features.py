@@ -9,6 +9,7 @@ from torch import Tensor
 from fastadv.losses.common import Reduction, reduced
 from fastadv.ops.angular_distance import angular_distance
 from fastadv.ops.softmax_losses import Names, softmax_losses
+from fastadv.ops.vanilla_feature_distillation import vanilla_feature_distillation
 
 
 class ArrestTerms(NamedTuple):
@@ -68,3 +69,36 @@ def arrest(
     """
     terms = arrest_terms(adv_logits, y, adv_features, teacher_features)
     return reduced(terms.cross_entropy + lam * terms.distance, reduction)
+
+
+def vfd(
+    adv_features: Tensor,
+    clean_features: Tensor,
+    vanilla_features: Tensor,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Vanilla feature distillation: both kinds of images keep the features of a vanilla model.
+
+    `|h(x') - h_vanilla(x)|_2 + |h(x) - h_vanilla(x)|_2`, norms per sample over all features.
+
+    Source: VFD-Adv, equation 5; the paper adds it to its base method's loss with a weight lambda of 0 to .04, h
+    being the output of the last block.
+
+    Args:
+        adv_features: h(x'), the trained model's features of the attacked images [B, ...].
+        clean_features: h(x), the trained model's features of the clean images [B, ...].
+        vanilla_features: h_vanilla(x), the frozen vanilla model's features of the clean images [B, ...]; no
+            gradient flows to them.
+        reduction: "mean" over the batch or "none".
+
+    Returns:
+        A scalar, or [B] with reduction "none".
+
+    Raises:
+        TypeError: if a tensor is not floating point.
+        ValueError: if shapes or devices do not agree or the reduction is unknown.
+    """
+    return vanilla_feature_distillation(
+        adv_features, clean_features, vanilla_features, reduction=reduction
+    )

@@ -63,6 +63,12 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_bool(name: str, value: bool) -> None:
+    """Require True or False: of a tensor or a number it would be a guess what is meant."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def number(name: str, value: float) -> float:
     """The value as a float."""
     try:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from fastadv.trainers.act import Act, ActRecipe
+from fastadv.trainers.alp import Alp, AlpRecipe
 from fastadv.trainers.arrest import Arrest, ArrestRecipe
 from fastadv.trainers.checkpoint import CheckpointError
+from fastadv.trainers.fast import Fast, FastRecipe
+from fastadv.trainers.hat import Hat, HatRecipe
+from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
 from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings
+from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.pgd_at import PGDAT
@@ -14,17 +20,24 @@ from fastadv.trainers.schedules import (
     Cosine,
     Cyclic,
     MultiStep,
+    OneCycle,
     Piecewise,
     Schedule,
     Step,
 )
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.trades import Trades, TradesRecipe
 from fastadv.trainers.training import TrainResult, train
+from fastadv.trainers.vfd import Vfd, VfdRecipe
 from fastadv.trainers.weights import load_model, load_teacher
 
 __all__ = [
     "PGDAT",
+    "Act",
+    "ActRecipe",
     "AdversarialRecipe",
+    "Alp",
+    "AlpRecipe",
     "Arrest",
     "ArrestRecipe",
     "Attacked",
@@ -32,10 +45,19 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cyclic",
+    "Fast",
+    "FastRecipe",
+    "Hat",
+    "HatRecipe",
+    "Lbgat",
+    "LbgatRecipe",
     "LossResult",
+    "Mart",
+    "MartRecipe",
     "Method",
     "MultiStep",
     "NonFiniteLossError",
+    "OneCycle",
     "Piecewise",
     "Progress",
     "Recipe",
@@ -44,8 +66,12 @@ __all__ = [
     "Settings",
     "Standard",
     "Step",
+    "Trades",
+    "TradesRecipe",
     "TrainBatch",
     "TrainResult",
+    "Vfd",
+    "VfdRecipe",
     "find_method",
     "load_model",
     "load_teacher",

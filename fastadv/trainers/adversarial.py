@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastadv.attacks import PGD
+from fastadv.attacks.objectives import LossFunction
 from fastadv.trainers.method import AttackedT, Method, TrainBatch
 from fastadv.trainers.recipe import AdversarialRecipe
 
@@ -21,7 +22,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         attack_loss: what PGD maximises; a name or a callable as `fastadv.pgd_fused` takes it.
     """
 
-    attack_loss: ClassVar[str] = "ce"
+    attack_loss: str | LossFunction = "ce"
 
     def setup(self) -> None:
         """Build the attack; it follows the weights of the model as they are trained."""
@@ -38,6 +39,10 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             check_inputs=False,  # images and labels of an ImageData are in range
         )
 
+    def start_of(self, batch: TrainBatch) -> Tensor | None:
+        """Return where the attack starts; None leaves it to PGD: uniform noise, or the image itself."""
+        return None
+
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
         """Attack a batch, or some of it.
 
@@ -51,7 +56,8 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         """
         seed = batch.seed("attack")
         if rows is None:
-            return self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids)
+            start = self.start_of(batch)
+            return self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids, start=start)
         if rows.numel() == 0:
             return batch.x
         some = self.pgd(batch.x[rows], batch.y[rows], seed=seed, sample_ids=batch.ids[rows])

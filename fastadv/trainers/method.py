@@ -108,7 +108,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     name: ClassVar[str]
     recipe_class: ClassVar[type[Recipe]]
-    bn_updates: ClassVar[int] = 1
+    bn_updates: int = 1
 
     def __init__(
         self,

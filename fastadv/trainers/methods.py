@@ -5,14 +5,34 @@ from __future__ import annotations
 import difflib
 from typing import Any, TypeAlias
 
+from fastadv.trainers.act import Act
+from fastadv.trainers.alp import Alp
 from fastadv.trainers.arrest import Arrest
+from fastadv.trainers.fast import Fast
+from fastadv.trainers.hat import Hat
+from fastadv.trainers.lbgat import Lbgat
+from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.trades import Trades
+from fastadv.trainers.vfd import Vfd
 
 MethodClass: TypeAlias = type[Method[Any, Any]]
 
-_METHODS: tuple[MethodClass, ...] = (Standard, PGDAT, Arrest)
+_METHODS: tuple[MethodClass, ...] = (
+    Standard,
+    PGDAT,
+    Arrest,
+    Trades,
+    Mart,
+    Alp,
+    Hat,
+    Vfd,
+    Act,
+    Lbgat,
+    Fast,
+)
 
 
 def method_names() -> list[str]:

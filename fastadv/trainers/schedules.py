@@ -141,6 +141,35 @@ class Cyclic(Schedule):
         return done / self.peak if done < self.peak else max(0.0, (1 - done) / (1 - self.peak))
 
 
+@dataclass(frozen=True)
+class OneCycle(Schedule):
+    """Half a cosine up to the recipe's rate and half a cosine down, step by step.
+
+    Source: Smith and Topin 2018, in the form that torch's scheduler of that name has; the momentum stays as it is.
+
+    Attributes:
+        peak: where the top is, as a part of the run, between 0 and 1.
+        start: factor at the beginning.
+        floor: factor at the end.
+    """
+
+    peak: Number = 0.3
+    start: Number = 1 / 25
+    floor: Number = 1 / 250_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.peak < 1:
+            raise ValueError(f"peak must lie between 0 and 1, got {self.peak}")
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of this very step."""
+        done = min(epoch / epochs, 1.0)
+        rising = done < self.peak
+        low = self.start if rising else self.floor
+        way = done / self.peak if rising else (1 - done) / (1 - self.peak)
+        return low + (1 - low) * (1 - math.cos(math.pi * way)) / 2
+
+
 def _check_ascending(name: str, values: tuple[int, ...]) -> None:
     if list(values) != sorted(set(values)) or any(value < 0 for value in values):
         raise ValueError(f"{name} must be ascending epochs >= 0, got {values}")

@@ -7,14 +7,27 @@ from __future__ import annotations
 
 from op_cases import (
     angular_distance,
+    attention_map_distance,
     crop_flip,
+    euclidean_distance,
     noisy_replay,
     pgd_step,
     random_start,
     softmax_losses,
+    vanilla_feature_distillation,
 )
 from op_cases.case import OpCase
 
-_FILES = (angular_distance, crop_flip, noisy_replay, pgd_step, random_start, softmax_losses)
+_FILES = (
+    angular_distance,
+    attention_map_distance,
+    crop_flip,
+    euclidean_distance,
+    noisy_replay,
+    pgd_step,
+    random_start,
+    softmax_losses,
+    vanilla_feature_distillation,
+)
 
 CASES: dict[str, OpCase] = {case.name: case for file in _FILES for case in file.CASES}

@@ -1,0 +1,120 @@
+"""ACT: adversarial concurrent training of a robust and a natural model."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastadv import losses
+from fastadv.seeding import derive_seed
+from fastadv.trainers.method import Attacked, LossResult, TrainBatch
+from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics, reset_parameters
+from fastadv.trainers.recipe import check_field
+from fastadv.trainers.schedules import MultiStep, Schedule
+
+_FIFTH_AFTER_60_120_AND_150 = MultiStep((60, 120, 150), 0.2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActRecipe(PairRecipe):
+    """Numbers of the paper for CIFAR; for ImageNet weight is .5.
+
+    Attributes:
+        weight: alpha in the paper, of each model's divergence from the other.
+        temperature: of the divergences in training; 4 in the authors' code.
+        attack_divergence: what the attack adds to (1 - weight) CE of an image: weight KL, or, with "sum", weight B
+            KL as in the authors' code, where the attack depends on the batch size B.
+    """
+
+    epochs: int = 200
+    schedule: Schedule = _FIFTH_AFTER_60_120_AND_150
+    pad_mode: Literal["constant", "reflect"] = "reflect"
+    weight: Number = 0.9
+    temperature: Number = 1.0
+    attack_divergence: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight must lie in 0..1, got {self.weight}")
+        check_field(self, "temperature", at_least=1e-3)
+
+
+@dataclass(frozen=True)
+class Concurrent(Attacked):
+    """Adversarial images, with what the natural model's training pass gave.
+
+    Attributes:
+        natural_logits: F(x) [B, C], with gradient.
+    """
+
+    natural_logits: Tensor
+
+
+class Act(PairMethod[ActRecipe]):
+    """ACT: L_G = (1 - a) CE(G(x')) + a KL(F(x) || G(x')) and L_F = (1 - a) CE(F(x)) + a KL(G(x') || F(x)).
+
+    Source: Arani et al. 2020, algorithm 1. The robust model G sees adversarial images, which maximise L_G, the
+    natural model F clean ones; each divergence teaches the first model by the second as it is. Both have
+    optimisers of their own and are updated together; G is what is evaluated. During the attack G is in evaluation
+    mode, F in training mode: its logits are those of its one training pass, as in the authors' code.
+
+    Cost per batch: 2KF for the attack, 6F for training. Running statistics of each model move once.
+    """
+
+    name = "act"
+    recipe_class = ActRecipe
+    bn_updates = 1
+
+    def setup(self) -> None:
+        """Build the natural model and the attack."""
+        self.natural = copy.deepcopy(self.model)
+        self._natural_logits: Tensor | None = None
+        self.attack_loss = self._attack_objective
+        super().setup()
+
+    def initialise(self) -> None:
+        """Draw weights of its own for the natural model."""
+        torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
+        reset_parameters(self.natural)
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """Return the robust model, then the natural one."""
+        return {"model": self.model, "natural": self.natural}
+
+    def _attack_objective(self, logits: Tensor, y: Tensor) -> Tensor:
+        """L_G of each image, the divergence weighted as the recipe has it, [B]."""
+        assert self._natural_logits is not None
+        weight, natural = self.recipe.weight, self._natural_logits
+        factor = len(y) if self.recipe.attack_divergence == "sum" else 1
+        divergence = losses.kl(natural, logits, reduction="none")
+        hard = losses.cross_entropy(logits, y, reduction="none")
+        return (1 - weight) * hard + weight * factor * divergence
+
+    def attack(self, batch: TrainBatch) -> Concurrent:
+        """Return PGD's images against L_G."""
+        with self.runtime.phases("train"), self.autocast():
+            natural_logits = self.natural(batch.x)
+        self._natural_logits = natural_logits.detach()
+        try:
+            return Concurrent(self.perturb(batch), natural_logits)
+        finally:
+            self._natural_logits = None
+
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return L_G + L_F, of which each has a gradient in its own model alone."""
+        recipe = self.recipe
+        pair = losses.act(adv_logits, clean_logits, y, recipe.weight, recipe.temperature)
+        return pair.robust + pair.natural
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        """Return the objective of the robust model's pass over x' and the natural model's over x."""
+        assert isinstance(adv, Concurrent)
+        robust_logits = self.model(adv.x)
+        loss = self.objective(adv.natural_logits, robust_logits, batch.y)
+        return LossResult(loss, pair_metrics(adv.natural_logits, robust_logits, batch.y))

@@ -1,0 +1,52 @@
+"""Adversarial logit pairing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastadv import losses
+from fastadv.trainers.method import Attacked, LossResult, TrainBatch
+from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
+from fastadv.trainers.recipe import check_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlpRecipe(PairRecipe):
+    """Schedule of standard training; the weight that is used in practice.
+
+    Attributes:
+        weight: of the logit pairing.
+    """
+
+    weight: Number = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "weight", at_least=0)
+
+
+class Alp(PairMethod[AlpRecipe]):
+    """ALP: cross-entropy of clean and adversarial images, and the mean squared difference of their logits.
+
+    Source: Kannan et al. 2018, section 3. Both kinds of images pass the network together.
+
+    Cost per batch: 2KF for the attack, 6F for training. Running statistics move once, by all 2B images.
+    """
+
+    name = "alp"
+    recipe_class = AlpRecipe
+    bn_updates = 1
+
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return ALP's loss."""
+        return losses.alp(clean_logits, adv_logits, y, self.recipe.weight)
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        """Return the objective of one joint pass."""
+        clean_logits, adv_logits = self.model(torch.cat((batch.x, adv.x))).chunk(2)
+        loss = self.objective(clean_logits, adv_logits, batch.y)
+        return LossResult(loss, pair_metrics(clean_logits, adv_logits, batch.y))

@@ -1,0 +1,100 @@
+"""HAT: helper-based adversarial training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastadv import losses
+from fastadv.trainers.method import Attacked, LossResult, TrainBatch
+from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
+from fastadv.trainers.recipe import Recipe, check_field
+from fastadv.trainers.schedules import OneCycle, Schedule
+
+_ONE_CYCLE = OneCycle()
+
+
+@dataclass(frozen=True, kw_only=True)
+class HatRecipe(PairRecipe):
+    """Numbers of the authors' code.
+
+    Attributes:
+        beta: weight of the divergence.
+        gamma: weight of the helper examples.
+        reach: how far beyond x' a helper example lies, in units of x' - x; 2 is twice as far from x.
+    """
+
+    epochs: int = 50
+    lr: Number = 0.21
+    nesterov: bool = True
+    schedule: Schedule = _ONE_CYCLE
+    eps: Number = 8 / 255
+    alpha: Number = 2 / 255
+    beta: Number = 2.5
+    gamma: Number = 0.5
+    reach: Number = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta", "gamma", "reach"):
+            check_field(self, name, at_least=0)
+
+
+@dataclass(frozen=True)
+class Helped(Attacked):
+    """Adversarial images with their helper examples.
+
+    Attributes:
+        helper: x + reach (x' - x), not clipped, [B, C, H, W].
+        helper_y: what the standard model takes x' for, [B] int64.
+    """
+
+    helper: Tensor
+    helper_y: Tensor
+
+
+class Hat(PairMethod[HatRecipe]):
+    """HAT: TRADES' loss and gamma CE(f(x_h), y_h) on helper examples beyond the adversarial ones.
+
+    Source: Rade and Moosavi-Dezfooli 2022; recipe as in the authors' code (imrahulr/hat).
+
+    Cost per batch: 2KF and 1F for the attack, 1F of the standard model, 9F for training. Running statistics move
+    three times: by the clean, the adversarial and the helper images.
+    """
+
+    name = "hat"
+    recipe_class = HatRecipe
+    attack_loss = "kl"
+    bn_updates = 3
+    images_trained = 3
+
+    @classmethod
+    def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Return the standard model, which labels the helper examples."""
+        return ("teacher",)
+
+    def attack(self, batch: TrainBatch) -> Helped:
+        """Return PGD's images and the helper examples behind them."""
+        x = self.perturb(batch)
+        with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
+            helper_y = self.teachers["teacher"](x).argmax(1)
+        return Helped(x, torch.lerp(batch.x, x, self.recipe.reach), helper_y)
+
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return TRADES' loss."""
+        return losses.trades(clean_logits, adv_logits, y, self.recipe.beta)
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        """Return TRADES' loss and that of the helper examples."""
+        assert isinstance(adv, Helped)
+        clean_logits, adv_logits = self.model(batch.x), self.model(adv.x)
+        helper = losses.cross_entropy(self.model(adv.helper), adv.helper_y)
+        loss = self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper
+        return LossResult(loss, pair_metrics(clean_logits, adv_logits, batch.y))
+
+    def passes(self, epoch: int) -> float:
+        """Return TRADES' cost, 3F for the helper examples and 1F of the standard model."""
+        return super().passes(epoch) + 1

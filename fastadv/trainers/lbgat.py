@@ -1,0 +1,103 @@
+"""LBGAT: a robust model guided by the logits of a natural one, which learns beside it or is fixed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv import losses
+from fastadv.losses.common import at_least_float32
+from fastadv.seeding import derive_seed
+from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
+from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod, PairRecipe, reset_parameters
+from fastadv.trainers.recipe import Recipe, check_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class LbgatRecipe(PairRecipe):
+    """Numbers of the authors' code, whose attack and schedule are those of TRADES.
+
+    Attributes:
+        beta: weight of the divergence between clean and adversarial logits; 0 or 6 in the paper.
+        fixed: guide by a frozen standard model (BGAT) instead of one that learns beside.
+    """
+
+    epochs: int = 100
+    weight_decay: Number = 2e-4
+    beta: Number = 0.0
+    fixed: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "beta", at_least=0)
+
+
+class Lbgat(PairMethod[LbgatRecipe]):
+    """LBGAT: mean squared difference of f(x') and T(x), CE(T(x)), and beta KL(f(x) || f(x')).
+
+    Source: Cui et al. 2021; recipe as in the authors' code (dvlab-research/LBGAT). The natural model T learns from
+    both terms, with an optimiser of its own whose numbers are the same; with `fixed` it is a teacher, and the
+    first and last terms remain. The attack raises TRADES' divergence, also where beta is 0.
+
+    Cost per batch: 2KF and 1F for the attack, 3F for f(x'), 3F for T (1F where it is fixed), 3F for f(x) where
+    beta is not 0. Running statistics move once, or twice where beta is not 0; T's once.
+    """
+
+    name = "lbgat"
+    recipe_class = LbgatRecipe
+    attack_loss = "kl"
+
+    @classmethod
+    def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
+        """Return the standard model where it is fixed."""
+        assert isinstance(recipe, LbgatRecipe)
+        return ("teacher",) if recipe.fixed else ()
+
+    def setup(self) -> None:
+        """Build the natural model and the attack."""
+        self.natural = self.teachers["teacher"] if self.recipe.fixed else copy.deepcopy(self.model)
+        self.bn_updates = 2 if self.recipe.beta else 1
+        super().setup()
+
+    def initialise(self) -> None:
+        """Draw weights of its own for a natural model that learns."""
+        if not self.recipe.fixed:
+            torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
+            reset_parameters(self.natural)
+
+    def trainable(self) -> dict[str, nn.Module]:
+        """Return the robust model, then the natural one where it learns."""
+        if self.recipe.fixed:
+            return {"model": self.model}
+        return {"model": self.model, "natural": self.natural}
+
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return the guidance of f(x') by T(x), whose logits stand in the place of the clean ones."""
+        if self.recipe.fixed:
+            return F.mse_loss(at_least_float32(adv_logits), at_least_float32(clean_logits))
+        return losses.lbgat(adv_logits, clean_logits, y)
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        """Return the guidance and the divergence."""
+        with torch.set_grad_enabled(not self.recipe.fixed):
+            natural_logits = self.natural(batch.x)
+        clean_logits = self.model(batch.x) if self.recipe.beta else None
+        adv_logits = self.model(adv.x)
+        loss = self.objective(natural_logits, adv_logits, batch.y)
+        if clean_logits is not None:
+            loss = loss + self.recipe.beta * losses.kl(clean_logits, adv_logits)
+        metrics = {
+            "train_adv_accuracy": accuracy(adv_logits, batch.y),
+            "train_natural_accuracy": accuracy(natural_logits, batch.y),
+        }
+        return LossResult(loss, metrics)
+
+    def passes(self, epoch: int) -> float:
+        """Return the attack's cost and that of the passes the recipe asks for."""
+        natural = 1 if self.recipe.fixed else 3
+        return 2 * self.recipe.steps + 1 + 3 + natural + (3 if self.recipe.beta else 0)

@@ -1,0 +1,98 @@
+"""Base of the methods that train on an image and its adversarial version together."""
+
+from __future__ import annotations
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from fastadv.ops import random_start
+from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
+from fastadv.trainers.number import Number
+from fastadv.trainers.recipe import AdversarialRecipe, check_field
+from fastadv.trainers.schedules import MultiStep, Schedule
+
+_TENTH_AFTER_75_90_AND_100 = MultiStep((75, 90, 100), 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairRecipe(AdversarialRecipe):
+    """Numbers that TRADES and its descendants share, those of their authors' code.
+
+    Attributes:
+        start_std: standard deviation of the Gaussian noise from which the attack starts, in units of the 0..1
+            image; with `random_start` off it starts from the image.
+    """
+
+    eps: Number = 0.031
+    alpha: Number = 0.007
+    schedule: Schedule = _TENTH_AFTER_75_90_AND_100
+    start_std: Number = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "start_std", at_least=0)
+
+
+PairT = TypeVar("PairT", bound=PairRecipe)
+
+
+class PairMethod(AdversarialMethod[PairT, Attacked]):
+    """A method whose loss compares the logits of clean and of adversarial images.
+
+    The attack starts from Gaussian noise. It is drawn as a uniform point of the l2 ball of radius
+    `start_std * sqrt(n)`, which in the n dimensions of an image is nearly a Gaussian, and clipped to 0..1, where
+    the authors' code clips after the first step.
+
+    Cost per batch: 2KF for the attack, 1F more where it compares with the clean logits, 6F for training. Running
+    statistics move twice, first by the clean images.
+    """
+
+    bn_updates = 2
+    images_trained: int = 2  # in units of the batch
+
+    def start_of(self, batch: TrainBatch) -> Tensor | None:
+        """Return the images with a little Gaussian noise."""
+        if not self.recipe.random_start:
+            return None
+        radius = self.recipe.start_std * math.sqrt(batch.x[0].numel())
+        seed = batch.seed("attack")
+        return random_start(batch.x, radius, "l2", seed=seed, sample_ids=batch.ids)
+
+    def attack(self, batch: TrainBatch) -> Attacked:
+        """Return PGD's images."""
+        return Attacked(self.perturb(batch))
+
+    @abc.abstractmethod
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return the loss of a batch, a scalar."""
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        """Return the method's objective of both logits."""
+        clean_logits, adv_logits = self.model(batch.x), self.model(adv.x)
+        loss = self.objective(clean_logits, adv_logits, batch.y)
+        return LossResult(loss, pair_metrics(clean_logits, adv_logits, batch.y))
+
+    def passes(self, epoch: int) -> float:
+        """Return the attack's cost and 3F for each image that is trained on."""
+        compares = self.attack_loss == "kl"
+        return 2 * self.recipe.steps + compares + 3 * self.images_trained
+
+
+def reset_parameters(model: nn.Module) -> None:
+    """Draw the weights of every layer anew, as its class does on creation."""
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+
+
+def pair_metrics(clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """Return both accuracies on the batch."""
+    return {
+        "train_accuracy": accuracy(clean_logits, y),
+        "train_adv_accuracy": accuracy(adv_logits, y),
+    }
