@@ -35,6 +35,7 @@ from fastadv.trainers import (
     LossResult,
     MultiStep,
     NonFiniteLossError,
+    OneCycle,
     Piecewise,
     Recipe,
     Settings,
@@ -105,6 +106,7 @@ def test_recipes_have_the_numbers_of_the_papers() -> None:
         (Cosine(warmup=2), (0, 1, 2, 6, 10), (0, 0.5, 1, 0.5, 0)),
         (Cosine(floor=0.1), (10,), (0.1,)),
         (Cyclic(0.4), (0, 2, 4, 7, 10), (0, 0.5, 1, 0.5, 0)),
+        (OneCycle(0.4, start=0.2, floor=0.0), (0, 2, 4, 7, 10), (0.2, 0.6, 1, 0.5, 0)),
     ],
 )
 def test_schedules(schedule: Any, epochs: tuple[float, ...], factors: tuple[float, ...]) -> None:
