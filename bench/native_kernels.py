@@ -19,7 +19,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from op_cases import CASES
-from op_cases.case import Arguments, OpCase
+from op_cases.case import Arguments, OpCase, mapped
 from op_cases.draw import LAYOUTS, OVERLAPPING, Spec
 from op_cases.running import run, written_arguments
 
@@ -48,7 +48,7 @@ def on_device(arguments: Arguments) -> Arguments:
         storage = t.untyped_storage().cuda()
         return t.new_empty(0, device="cuda").set_(storage, t.storage_offset(), t.size(), t.stride())
 
-    return {n: moved(a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    return mapped(arguments, moved)
 
 
 def main() -> int:

@@ -43,7 +43,12 @@ class RawWork:
         self._arguments: Arguments = row.case.arguments(row.spec)
         results = results_of(row.case, self._arguments)
         self.bytes = row.case.bytes_moved(self._arguments, results)
-        self.operations: float | None = row.case.operations * _elements(self._arguments, results)
+        count = row.case.operations
+        self.operations: float | None = (
+            count(self._arguments)
+            if callable(count)
+            else count * _elements(self._arguments, results)
+        )
         if row.has_usual and row.case.rival is not None:
             found = as_tuple(_rival(row.case, self._arguments)())
             _check_agreement(row, results, found, "result", odd=0.0)

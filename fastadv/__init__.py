@@ -2,24 +2,33 @@
 
 Fused kernels (`fastadv.ops`), an attack engine (`fastadv.attacks`), training objectives
 (`fastadv.losses`), thin trainers (`fastadv.trainers`) and evaluation (`fastadv.evaluate`).
+
+The ops come with the package; everything else is imported on first use, so that code which calls the ops alone
+loads nothing else.
 """
 
 from __future__ import annotations
 
-from fastadv import losses, ops
-from fastadv.attacks import (
-    APGD,
-    CW,
-    CWL2,
-    FGSM,
-    FGSMRS,
-    MIM,
-    PGD,
-    minimum_perturbation,
-    pgd_fused,
-)
-from fastadv.evaluation import evaluate
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastadv import ops
 from fastadv.ops import backend
+
+if TYPE_CHECKING:
+    from fastadv import losses
+    from fastadv.attacks import (
+        APGD,
+        CW,
+        CWL2,
+        FGSM,
+        FGSMRS,
+        MIM,
+        PGD,
+        pgd_fused,
+    )
+    from fastadv.attacks.minimum_perturbation import minimum_perturbation
+    from fastadv.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
 
@@ -39,3 +48,31 @@ __all__ = [
     "ops",
     "pgd_fused",
 ]
+
+_SUBPACKAGES = ("attacks", "data", "evaluation", "losses", "models", "trainers")
+_ATTACKS = (
+    "APGD",
+    "CW",
+    "CWL2",
+    "FGSM",
+    "FGSMRS",
+    "MIM",
+    "PGD",
+    "minimum_perturbation",
+    "pgd_fused",
+)
+_HOMES = {**dict.fromkeys(_ATTACKS, "attacks"), "evaluate": "evaluation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"fastadv.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"fastadv.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'fastadv' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_SUBPACKAGES})

@@ -12,7 +12,7 @@ import pytest
 import torch
 from op_cases import CASES
 from op_cases.budget import check_same_bits
-from op_cases.case import Arguments, OpCase, Shape
+from op_cases.case import Arguments, OpCase, Shape, mapped, requiring_grad, tensors_of
 from op_cases.draw import Spec
 from op_cases.running import backends_of, run, written_arguments
 from torch import Tensor
@@ -86,7 +86,7 @@ def test_same_bits_as_the_cpu(case: OpCase, name: str) -> None:
     for shape in _shapes(case):
         for layout in LAYOUTS:
             arguments = _sample(case, shape, layout)
-            on_cpu = {n: a.cpu() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+            on_cpu = mapped(arguments, Tensor.cpu)
             results = run(case, arguments, name)
             for result, expected in zip(results, run(case, on_cpu, "native"), strict=True):
                 check_same_bits(result.cpu(), expected, f"{case.name}, {name}, {shape} {layout}")
@@ -115,9 +115,8 @@ def test_graph_capture(case: OpCase, name: str) -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             results = run(case, static, name)
-        for argument, value in other.items():
-            if isinstance(value, Tensor):
-                static[argument].copy_(value)
+        for to, value in zip(tensors_of(static), tensors_of(other), strict=True):
+            to.copy_(value)
         expected = run(case, static, name)
         for _ in range(2):
             graph.replay()
@@ -132,14 +131,13 @@ def test_on_the_current_stream(case: OpCase, name: str) -> None:
     _require(case, name)
     arguments = _sample(case)
     expected = run(case, arguments, name)
-    tensors = {n: a for n, a in arguments.items() if isinstance(a, Tensor)}
-    late = {n: torch.zeros_like(a) for n, a in tensors.items()}
+    late = mapped(arguments, torch.zeros_like)
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda._sleep(20_000_000)  # about 10 ms
-        for n, a in tensors.items():
-            late[n].copy_(a)
-        results = run(case, {**arguments, **late}, name)
+        for to, value in zip(tensors_of(late), tensors_of(arguments), strict=True):
+            to.copy_(value)
+        results = run(case, late, name)
     torch.cuda.synchronize()
     for result, wanted in zip(results, expected, strict=True):
         check_same_bits(result, wanted, f"{case.name}, {name}")
@@ -153,26 +151,20 @@ def test_opcheck(case: OpCase) -> None:
         torch.library.opcheck(case.registered.overload, tuple(arguments[name] for name in names))
 
 
-def _leaves(case: OpCase, arguments: Arguments) -> Arguments:
-    copies = {n: a.clone() if isinstance(a, Tensor) else a for n, a in arguments.items()}
-    for name in case.differentiable:
-        copies[name].requires_grad_()
-    return copies
-
-
 def _check_compiled(case: OpCase, compiler: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(case.call_public, fullgraph=True, backend=compiler)
     arguments = _sample(case)
-    eager, traced = _leaves(case, arguments), _leaves(case, arguments)
+    eager, traced = requiring_grad(case, arguments), requiring_grad(case, arguments)
     expected, results = case.call_public(eager), compiled(traced)
     for result, wanted in zip(results, expected, strict=True):
         check_same_bits(result, wanted, case.name)
     if case.differentiable:
         expected[0].sum().backward()
         results[0].sum().backward()
-    for argument in case.differentiable:
-        check_same_bits(traced[argument].grad, eager[argument].grad, case.name)
+    leaves = (tensors_of(given, case.differentiable) for given in (traced, eager))
+    for leaf, wanted in zip(*leaves, strict=True):
+        check_same_bits(leaf.grad, wanted.grad, case.name)
     for argument in written_arguments(case.registered):
         if eager[argument] is not None:
             check_same_bits(traced[argument], eager[argument], case.name)

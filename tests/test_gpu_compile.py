@@ -26,7 +26,10 @@ from fastadv.ops import REGISTRY
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
 CUDA_FILES = sorted(path.name for path in (SOURCES / "cuda").glob("*.cu"))
-WIDE_LOAD = re.compile(r"ld\.global\.(v4\.[buf]32|v2\.[buf]64)")
+# Straight into registers, or by way of shared memory.
+WIDE_LOAD = re.compile(
+    r"ld\.global\.(v4\.[buf]32|v2\.[buf]64)|cp\.async\.cg\.shared\.global .*, 0x10,"
+)
 WIDE_STORE = re.compile(r"st\.global\.(v4\.[buf]32|v2\.[buf]64)")
 
 # Triton kernels that read images or features, and those that write them.
@@ -49,6 +52,7 @@ TRITON_READERS = {
     "_maps",
     "_map_gradient",
 }
+TRITON_READERS |= {"_merge", "_features_backward", "_weight_backward"}
 TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
 TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows", "_gradients", "_map_gradient"}
 # Three interleaved channels in a tile of four: Triton goes element by element.
@@ -89,20 +93,21 @@ class Launches:
 
 def _source(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
     """The kernel with the types, constants and alignments that Triton derives from the arguments."""
-    from triton._utils import canonicalize_dtype
     from triton.compiler import ASTSource
 
     values = dict(zip(kernel.arg_names, arguments, strict=False))
     values |= {name: value for name, value in settings.items() if name in kernel.arg_names}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
-    aligned: dict[tuple[int], list[list[Any]]] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, values[parameter.name]
         if isinstance(value, torch.Tensor):
-            is_bool = value.dtype == torch.bool
-            signature[name] = "*" + ("i1" if is_bool else canonicalize_dtype(value.dtype))
+            signature[name] = _pointer(value)
             aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple) and not parameter.is_constexpr:
+            signature[name] = tuple(_pointer(t) for t in value)
+            aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
         elif parameter.is_constexpr or value is None:
             signature[name], constants[name] = "constexpr", value
         elif parameter.do_not_specialize or value != 1:
@@ -112,6 +117,12 @@ def _source(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -
         else:
             signature[name], constants[name] = "constexpr", 1
     return ASTSource(kernel, signature, constants, aligned)
+
+
+def _pointer(t: torch.Tensor) -> str:
+    from triton._utils import canonicalize_dtype
+
+    return "*" + ("i1" if t.dtype == torch.bool else canonicalize_dtype(t.dtype))
 
 
 def _compiled(source: Any, settings: dict[str, Any]) -> Any:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from op_cases import CASES
 from op_cases.budget import check_budget, check_same_bits
-from op_cases.case import Arguments, OpCase, as_tuple
+from op_cases.case import (
+    Arguments,
+    OpCase,
+    as_tuple,
+    mapped,
+    replaced,
+    requiring_grad,
+    tensors_of,
+)
 from op_cases.draw import ALL_LAYOUTS, OVERLAPPING, Spec
 from op_cases.running import backends_of, interpreted, places, run, written_arguments
 from torch import Tensor
@@ -125,11 +133,7 @@ def test_same_bits_as_the_reference_in_every_layout(
 
 
 def _to_cpu_contiguous(arguments: Arguments) -> Arguments:
-    return _mapped(arguments, lambda t: t.cpu().contiguous())
-
-
-def _mapped(arguments: Arguments, change: Callable[[Tensor], Tensor]) -> Arguments:
-    return {n: change(a) if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    return mapped(arguments, lambda t: t.cpu().contiguous())
 
 
 @pytest.mark.parametrize(
@@ -156,28 +160,28 @@ def test_threads_and_repetition_do_not_change_a_bit(case: OpCase, device: str, n
 def test_the_place_in_the_batch_does_not_matter(case: OpCase, device: str, name: str) -> None:
     """Samples that move, or that are computed without the others, keep their results."""
     arguments = _with_ids(case, case.arguments(_biggest(case, device, name)))
-    batch = next(iter(_batched(case, arguments).values())).shape[0]
+    batch = tensors_of(arguments, _batched(case, arguments))[0].shape[0]
     results = run(case, arguments, name)
     for chosen in (list(reversed(range(batch))), [batch - 1], [0] * batch):
-        picked = {n: a[chosen] for n, a in _batched(case, arguments).items()}
-        moved = run(case, {**arguments, **picked}, name)
+        picked = mapped(arguments, lambda t, rows=chosen: t[rows], _batched(case, arguments))
+        moved = run(case, picked, name)
         for index, (result, expected) in enumerate(zip(moved, results, strict=True)):
             if torch.float32 in case.bit_equal or name == "native":
                 where = f"{case.name} result {index}, {name}, samples {chosen}"
                 check_same_bits(result, expected[chosen], where)
-        check_budget(case, {**arguments, **picked}, moved, f"{name}, samples {chosen}")
+        check_budget(case, picked, moved, f"{name}, samples {chosen}")
 
 
-def _batched(case: OpCase, arguments: Arguments) -> dict[str, Tensor]:
-    """The tensor arguments that have a row per sample."""
-    return {n: a for n, a in arguments.items() if isinstance(a, Tensor) and n not in case.shared}
+def _batched(case: OpCase, arguments: Arguments) -> list[str]:
+    """The arguments that have a row per sample."""
+    return [n for n in arguments if n not in case.shared and tensors_of(arguments, [n])]
 
 
 def _with_ids(case: OpCase, arguments: Arguments) -> Arguments:
     """Where the samples' numbers follow their place in the batch, give them by name instead."""
     if "sample_ids" not in arguments or arguments["sample_ids"] is not None:
         return arguments
-    first = next(iter(_batched(case, arguments).values()))
+    first = tensors_of(arguments, _batched(case, arguments))[0]
     return {**arguments, "sample_ids": torch.arange(len(first), device=first.device)}
 
 
@@ -198,16 +202,8 @@ def test_opcheck(case: OpCase) -> None:
         arguments = case.arguments(spec)
         torch.library.opcheck(case.registered.overload, tuple(arguments[name] for name in names))
     if case.differentiable:
-        arguments = _requiring_grad(case, _first(case))
+        arguments = requiring_grad(case, _first(case))
         torch.library.opcheck(case.registered.overload, tuple(arguments[name] for name in names))
-
-
-def _requiring_grad(case: OpCase, arguments: Arguments) -> Arguments:
-    """A copy whose differentiable arguments are leaves that require grad."""
-    copies = _mapped(arguments, lambda t: t.detach().clone())
-    for name in case.differentiable:
-        copies[name].requires_grad_()
-    return copies
 
 
 @pytest.mark.parametrize(("case", "device", "name"), _parameters(PUBLIC))
@@ -215,7 +211,7 @@ def test_the_public_function_is_the_op(case: OpCase, device: str, name: str) -> 
     arguments = _first(case, device)
     expected = run(case, arguments, name)
     with backend(name):
-        results = case.call_public(_mapped(arguments, torch.clone))
+        results = case.call_public(mapped(arguments, torch.clone))
     assert results
     for result, wanted in zip(results, expected, strict=False):
         check_same_bits(result, wanted, case.name)
@@ -225,11 +221,11 @@ def test_the_public_function_is_the_op(case: OpCase, device: str, name: str) -> 
 def test_autocast_and_grad_mode_change_nothing(case: OpCase, device: str, name: str) -> None:
     arguments = _first(case, device)
     with backend(name):
-        expected = case.call_public(_mapped(arguments, torch.clone))
+        expected = case.call_public(mapped(arguments, torch.clone))
         with torch.autocast(device, torch.bfloat16):
-            cast = case.call_public(_mapped(arguments, torch.clone))
+            cast = case.call_public(mapped(arguments, torch.clone))
         with torch.no_grad():
-            without = case.call_public(_requiring_grad(case, arguments))
+            without = case.call_public(requiring_grad(case, arguments))
     for wanted, *rivals in zip(expected, cast, without, strict=True):
         for rival in rivals:
             check_same_bits(rival, wanted, case.name)
@@ -240,7 +236,7 @@ def test_autocast_and_grad_mode_change_nothing(case: OpCase, device: str, name: 
     "case", _named([c for c in PUBLIC if not (c.has_gradient or written_arguments(c.registered))])
 )
 def test_results_without_a_gradient_require_none(case: OpCase) -> None:
-    arguments = _mapped(
+    arguments = mapped(
         _first(case), lambda t: t.clone().requires_grad_() if t.is_floating_point() else t
     )
     assert not any(result.requires_grad for result in case.call_public(arguments))
@@ -250,39 +246,42 @@ def test_results_without_a_gradient_require_none(case: OpCase) -> None:
 def test_gradcheck(case: OpCase, device: str, name: str) -> None:
     for layout in ("contiguous", "slice"):
         spec = Spec(case.gradient_shape, torch.float64, layout, device=device)
-        arguments = _requiring_grad(case, case.arguments(spec))
-        leaves = [arguments[argument] for argument in case.differentiable]
+        arguments = requiring_grad(case, case.arguments(spec))
 
         def call(*values: Tensor, arguments: Arguments = arguments) -> Tensor:
-            given = dict(zip(case.differentiable, values, strict=True))
-            return case.call_public({**arguments, **given})[0]
+            return case.call_public(replaced(arguments, case.differentiable, values))[0]
 
         with backend(name):
-            assert torch.autograd.gradcheck(call, leaves)
+            assert torch.autograd.gradcheck(call, tensors_of(arguments, case.differentiable))
 
 
 @pytest.mark.parametrize(("case", "device", "name"), _parameters(DIFFERENTIABLE))
 def test_only_the_gradients_asked_for_are_computed(case: OpCase, device: str, name: str) -> None:
     for wanted in case.differentiable:
-        arguments = _requiring_grad(case, _first(case, device))
-        for other in set(case.differentiable) - {wanted}:
-            arguments[other].requires_grad_(False)
+        arguments = requiring_grad(case, _first(case, device))
+        others = tensors_of(arguments, [n for n in case.differentiable if n != wanted])
+        for leaf in others:
+            leaf.requires_grad_(False)
         with backend(name):
             case.call_public(arguments)[0].sum().backward()
-        gradients = {n for n in case.differentiable if arguments[n].grad is not None}
-        assert gradients == {wanted}
-        assert arguments[wanted].grad.stride() == arguments[wanted].stride()
-        assert not arguments[wanted].grad.isnan().any()
+        assert all(leaf.grad is None for leaf in others)
+        for leaf in tensors_of(arguments, [wanted]):
+            assert leaf.grad.stride() == leaf.stride()
+            assert not leaf.grad.isnan().any()
 
 
 @pytest.mark.parametrize("case", _named(DIFFERENTIABLE))
 def test_a_second_derivative_is_refused(case: OpCase) -> None:
-    arguments = _requiring_grad(case, _first(case))
-    leaf = arguments[case.differentiable[0]]
+    arguments = requiring_grad(case, _first(case))
+    leaf = tensors_of(arguments, case.differentiable)[0]
     loss = case.call_public(arguments)[0].sum()
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match=f"{case.op} has no second derivative"):
         gradient.sum().backward()
+
+
+def _pairs(a: Arguments, b: Arguments, names: tuple[str, ...]) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(tensors_of(a, names), tensors_of(b, names), strict=True)
 
 
 def _check_compiled(case: OpCase, compiler: str) -> None:
@@ -290,7 +289,7 @@ def _check_compiled(case: OpCase, compiler: str) -> None:
     compiled = torch.compile(case.call_public, fullgraph=True, backend=compiler)
     for layout in ("contiguous", "channels_last"):
         arguments = _first(case, layout=layout)
-        eager, traced = (_requiring_grad(case, arguments) for _ in range(2))
+        eager, traced = (requiring_grad(case, arguments) for _ in range(2))
         expected, results = case.call_public(eager), compiled(traced)
         for result, wanted in zip(results, expected, strict=True):
             check_same_bits(result, wanted, case.name)
@@ -298,8 +297,8 @@ def _check_compiled(case: OpCase, compiler: str) -> None:
         if case.differentiable:
             expected[0].sum().backward()
             results[0].sum().backward()
-        for argument in case.differentiable:
-            check_same_bits(traced[argument].grad, eager[argument].grad, case.name)
+        for rival, wanted in _pairs(traced, eager, case.differentiable):
+            check_same_bits(rival.grad, wanted.grad, case.name)
         for argument in _written(case):
             if eager[argument] is not None:
                 check_same_bits(traced[argument], eager[argument], case.name)

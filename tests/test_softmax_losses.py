@@ -264,7 +264,13 @@ def test_gradients_without_autograd() -> None:
     assert op(a, None, y, "cross_entropy", 0.0, 1.0, True, False, False)[1].shape == (6, 0)
 
 
-def test_a_functorch_transform_is_refused_clearly() -> None:
-    a, y = _logits("cpu", 6, 10), _labels("cpu", 6, 10)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda z: losses.cross_entropy(z, y))(a)
+def test_gradients_per_sample_by_torch_func() -> None:
+    a, b, y = _logits("cpu", 6, 10), _logits("cpu", 6, 10, seed=1), _labels("cpu", 6, 10)
+
+    def loss(clean: Tensor, adv: Tensor, label: Tensor) -> Tensor:
+        return losses.trades(clean[None], adv[None], label[None], 6.0)
+
+    found = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))(a, b, y)
+    leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
+    values = losses.trades(*leaves, y, 6.0, reduction="none")
+    torch.testing.assert_close(found, torch.autograd.grad(values.sum(), leaves))

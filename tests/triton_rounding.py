@@ -1,6 +1,7 @@
-"""A pytest plugin that makes Triton's interpreter round to bfloat16 as a GPU does.
+"""A pytest plugin that makes Triton's interpreter compute with bfloat16 as a GPU does.
 
-Triton 3.6's interpreter cuts the lower bits off where the hardware rounds to the nearest number.
+Triton 3.6's interpreter cuts the lower bits off where the hardware rounds to the nearest number, and multiplies
+matrices of bfloat16 as if their bits were integers.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 _cast = InterpreterBuilder.cast_impl
+_dot = InterpreterBuilder.create_dot
 
 
 def _rounding_cast(builder: InterpreterBuilder, source: Any, dtype: Any) -> Any:
@@ -21,4 +23,11 @@ def _rounding_cast(builder: InterpreterBuilder, source: Any, dtype: Any) -> Any:
     return _cast(builder, source, dtype)
 
 
+def _widening_dot(builder: InterpreterBuilder, a: Any, b: Any, *others: Any) -> Any:
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (_cast(builder, t, tl.float32) for t in (a, b))
+    return _dot(builder, a, b, *others)
+
+
 InterpreterBuilder.cast_impl = _rounding_cast
+InterpreterBuilder.create_dot = _widening_dot

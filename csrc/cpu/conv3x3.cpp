@@ -78,6 +78,10 @@ TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("conv3x3_pack_", &conv3x3_pack_);
   m.impl("conv3x3_", &conv3x3_);
 }
-TORCH_LIBRARY_IMPL(fastadv, CatchAll, m) { m.impl("conv3x3_supported", &conv3x3_supported); }
+// Not CatchAll: torch.compile looks up everything registered so, and the schema of this one exists
+// only where the attack engine has been imported.
+TORCH_LIBRARY_IMPL(fastadv, CompositeExplicitAutograd, m) {
+  m.impl("conv3x3_supported", &conv3x3_supported);
+}
 
 }  // namespace fastadv

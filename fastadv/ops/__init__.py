@@ -8,6 +8,7 @@ from fastadv.ops.attention_map_distance import attention_map_distance
 from fastadv.ops.backend import backend
 from fastadv.ops.crop_flip import crop_flip
 from fastadv.ops.euclidean_distance import euclidean_distance
+from fastadv.ops.linear_merger import linear_merger
 from fastadv.ops.noisy_replay import noisy_replay
 from fastadv.ops.pgd_step import pgd_step, pgd_step_
 from fastadv.ops.random_start import random_start
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "crop_flip",
     "euclidean_distance",
+    "linear_merger",
     "noisy_replay",
     "pgd_step",
     "pgd_step_",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.registry import Op, define
+from fastadv.ops.registry import Op, define, register_gradient
 
 
 def _moments(u: Tensor, v: Tensor) -> Tensor:
@@ -74,6 +74,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="angular_distance:angular_distance",
+        batched=("u", "v"),
     )
 )
 _backward_op = define(
@@ -84,6 +85,7 @@ _backward_op = define(
         fake=_backward_fake,
         triton="angular_distance:angular_distance_backward",
         backward_of="angular_distance",
+        batched=("grad", "u", "v", "moments"),
     )
 )
 _mask_op = define(
@@ -93,6 +95,7 @@ _mask_op = define(
         reference=_mask_reference,
         fake=_mask_fake,
         triton="angular_distance:replay_mask",
+        batched=("u", "v"),
     )
 )
 
@@ -116,7 +119,7 @@ def _backward(
     return grad_u, grad_v
 
 
-torch.library.register_autograd(_op.qualified_name, _backward, setup_context=_setup_context)
+register_gradient(_op, _backward, _setup_context)
 
 
 def _check(u: Tensor, v: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastadv.ops import checks
-from fastadv.ops.registry import Op, define
+from fastadv.ops.registry import Op, define, register_gradient
 
 
 def _maps(features: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,6 +82,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="attention_map_distance:attention_map_distance",
+        batched=("u", "v"),
         without={"CUDA C++": "Triton suffices, see kernels/attention_map_distance.py"},
     )
 )
@@ -93,6 +94,7 @@ _backward_op = define(
         reference=_backward_reference,
         fake=_backward_fake,
         triton="attention_map_distance:attention_map_distance_backward",
+        batched=("grad", "u", "u_map", "v_map", "norms", "distance"),
         without={"CUDA C++": "Triton suffices, see kernels/attention_map_distance.py"},
         backward_of="attention_map_distance",
     )
@@ -118,7 +120,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, Te
     return grad_u, grad_v
 
 
-torch.library.register_autograd(_op.qualified_name, _backward, setup_context=_setup_context)
+register_gradient(_op, _backward, _setup_context)
 
 
 def attention_map_distance(u: Tensor, v: Tensor) -> Tensor:

@@ -135,6 +135,13 @@ def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"sample_ids must be on the device {like.device}, got {sample_ids.device}")
 
 
+def is_readable(t: Tensor) -> bool:
+    """Whether a check may read values: they are at hand without waiting, and of one call only."""
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not torch._C._are_functorch_transforms_active()  # values of a vmapped tensor are many
+
+
 def rows(t: Tensor) -> Tensor:
     """The samples as rows [B, N], whatever axes they have; also for none, and for a batch of 0."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))

@@ -89,6 +89,7 @@ _op = define(
         fake=_fake,
         triton="crop_flip:crop_flip",
         without={"CUDA C++": "Triton suffices, see kernels/crop_flip.py"},
+        batched=("indices", "sample_ids"),
     )
 )
 
@@ -170,8 +171,7 @@ def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: t
     limit = min(images.shape[2:]) if mode == "reflect" else 1 << 30
     if not 0 <= pad < limit:
         raise ValueError(f"pad must be >= 0 and, for reflect, < {limit}, got {pad}")
-    on_cpu = images.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and indices.numel() and not _in_range(indices, images.shape[0]):
+    if checks.is_readable(indices) and indices.numel() and not _in_range(indices, images.shape[0]):
         raise IndexError(
             f"indices must be in 0 .. {images.shape[0] - 1}, got {int(indices.min())} .. {int(indices.max())}"
         )

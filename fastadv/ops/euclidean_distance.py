@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.registry import Op, define
+from fastadv.ops.registry import Op, define, register_gradient
 
 
 def _reference(u: Tensor, v: Tensor, squared: bool) -> Tensor:
@@ -62,6 +62,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="difference_norms:euclidean_distance",
+        batched=("u", "v"),
     )
 )
 # Both gradients from one pass over u and v, as one is the other's negative. One that is not wanted is empty.
@@ -73,6 +74,7 @@ _backward_op = define(
         reference=_backward_reference,
         fake=_backward_fake,
         triton="difference_norms:euclidean_distance_backward",
+        batched=("grad", "u", "v", "distance"),
         backward_of="euclidean_distance",
     )
 )
@@ -93,7 +95,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | No
     return grad_u if want_u else None, grad_v if want_v else None, None
 
 
-torch.library.register_autograd(_op.qualified_name, _backward, setup_context=_setup_context)
+register_gradient(_op, _backward, _setup_context)
 
 
 def euclidean_distance(u: Tensor, v: Tensor, squared: bool = False) -> Tensor:

@@ -54,6 +54,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="noisy_replay:noisy_replay",
+        batched=("x", "adv", "distance", "eps_per_sample", "sample_ids"),
     )
 )
 

@@ -124,6 +124,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="pgd_step:pgd_step",
+        batched=("adv", "grad", "x", "eps_per_sample", "alpha_per_sample"),
     )
 )
 _op_ = define(

@@ -84,6 +84,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="random_start:random_start",
+        batched=("x", "eps_per_sample", "sample_ids"),
     )
 )
 

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastadv.ops import transforms
+
 NAMESPACE = "fastadv"
 BACKENDS = ("native", "triton", "reference")
 SOURCES = ("C++", "CUDA C++", "Triton")  # what an op may be implemented in beside plain torch
@@ -36,6 +38,9 @@ class Op:
         backward_of: the op whose gradient this one computes, None for a forward op.
         without: for each implementation of `SOURCES` that the source does not have, why. Where it names none
             the source has it, though a build or a machine may not.
+        batched: the tensor arguments (or lists of tensors) that have a row per sample, where each row of
+            every result depends on that row of these alone: ``torch.func.vmap`` merges its axis with theirs
+            and calls the op once. None where a result combines rows: it is then called slice by slice.
     """
 
     name: str
@@ -45,6 +50,7 @@ class Op:
     triton: str | None = None
     backward_of: str | None = None
     without: Mapping[str, str] = field(default_factory=dict, hash=False)
+    batched: tuple[str, ...] | None = None
 
     @property
     def qualified_name(self) -> str:
@@ -102,6 +108,7 @@ class Op:
 
 REGISTRY: dict[str, Op] = {}
 _TRITON_OWNED: set[str] = set()
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def has_kernel(qualified_name: str, device_type: str) -> bool:
@@ -121,10 +128,25 @@ def define(op: Op) -> Op:
     torch.library.define(op.qualified_name, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(op.qualified_name, "default", op.reference)
     torch.library.register_fake(op.qualified_name, op.fake)
+    transforms.install(op, _LIBRARY)
     if op.backward_of is not None:
-        torch.library.register_autograd(op.qualified_name, _no_second_derivative(op))
+        register_gradient(op, _no_second_derivative(op))
     REGISTRY[op.name] = op
     return op
+
+
+def register_gradient(
+    op: Op, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """Register an op's gradient formula, for plain autograd and for ``torch.func``.
+
+    Args:
+        op: a defined op.
+        backward: as ``torch.library.register_autograd`` takes it.
+        setup_context: likewise.
+    """
+    torch.library.register_autograd(op.qualified_name, backward, setup_context=setup_context)
+    transforms.GRADIENTS[op.name] = transforms.Gradient(backward, setup_context)
 
 
 def _no_second_derivative(op: Op) -> Callable[..., Any]:

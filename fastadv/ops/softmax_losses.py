@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastadv.ops import checks
+from fastadv.ops import checks, transforms
 from fastadv.ops.registry import Op, define
 
 # Shifted logits are kept above this, so that differences of finite logits stay finite: [dtype of computation].
@@ -287,6 +287,38 @@ define(
     )
 )
 
+
+# Under torch.func, which has no use for gradients registered in C++.
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, other, _, kind, *_ = inputs
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.dtypes = logits.dtype, (logits if other is None else other).dtype
+    ctx.pair = kind == "act"
+
+
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    found: list[Tensor | None] = [None] * 9
+    for i, (gradient, dtype) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, strict=True)):
+        if grad is None or not ctx.needs_input_grad[i]:
+            continue
+        if gradient.shape[1] == 0:
+            raise RuntimeError("softmax_losses must be called with wanted=True under torch.func")
+        slope = grad[..., i] if ctx.pair else grad
+        found[i] = torch.ops.fastadv.softmax_losses_backward(slope, gradient, dtype)
+    return tuple(found)
+
+
+transforms.GRADIENTS["softmax_losses"] = transforms.Gradient(_backward, _setup_context)
+
+
+def _in_transform() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 _WITH_OTHER = ("kl", "trades", "mart", "alp", "act")
 _FEWEST_CLASSES = {"boosted_cross_entropy": 2, "cw": 2, "dlr": 3, "mart": 2}
 REDUCTIONS = ("mean", "none")
@@ -360,9 +392,10 @@ def softmax_losses(
     temperature = checks.number("temperature", temperature)
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    mean = reduction == "mean"
+    # Plain autograd asks for the gradients that it needs by itself.
+    wanted = _in_transform()
     return torch.ops.fastadv.softmax_losses(
-        logits, other, y, kind, weight, temperature, mean, False, False
+        logits, other, y, kind, weight, temperature, reduction == "mean", wanted, wanted
     )[0]
 
 

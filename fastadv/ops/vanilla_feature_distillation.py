@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.registry import Op, define
+from fastadv.ops.registry import Op, define, register_gradient
 
 REDUCTIONS = ("mean", "none")
 
@@ -76,6 +76,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="difference_norms:vanilla_feature_distillation",
+        batched=("f_adv", "f_clean", "f_vanilla"),
     )
 )
 # Both gradients from one pass over the features. One that is not wanted is empty, and its features are not read.
@@ -87,6 +88,7 @@ _backward_op = define(
         reference=_backward_reference,
         fake=_backward_fake,
         triton="difference_norms:vanilla_feature_distillation_backward",
+        batched=("grad", "f_adv", "f_clean", "f_vanilla", "norms"),
         backward_of="vanilla_feature_distillation",
     )
 )
@@ -111,7 +113,7 @@ def _backward(
     return grad_adv if want_adv else None, grad_clean if want_clean else None, None
 
 
-torch.library.register_autograd(_op.qualified_name, _backward, setup_context=_setup_context)
+register_gradient(_op, _backward, _setup_context)
 
 
 def vanilla_feature_distillation(

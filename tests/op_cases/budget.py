@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from op_cases.case import Arguments, OpCase, in_dtype
+from op_cases.case import Arguments, OpCase, in_dtype, mapped, tensors_of
 
 FACTOR = 2.0
 
@@ -24,7 +24,7 @@ def check_budget(
 ) -> None:
     """Assert that every result is within its budget; what is not a float must be equal."""
     # On the CPU, where torch has a deterministic kernel for everything.
-    arguments = {n: a.cpu() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+    arguments = mapped(arguments, Tensor.cpu)
     results = tuple(result.cpu() for result in results)
     wide = in_dtype(arguments, torch.float64)
     truth = case.formula(**wide)
@@ -55,17 +55,13 @@ def _allowed(dtype: torch.dtype, exact: Tensor, rival: Tensor, scale: float, ter
     return FACTOR * (own_error + roundings * torch.finfo(dtype).eps * scale)
 
 
-def _tensors(arguments: Arguments) -> list[Tensor]:
-    return [a for a in arguments.values() if isinstance(a, Tensor)]
-
-
 def _terms(arguments: Arguments) -> int:
     """Elements of the largest sample."""
-    return max(t.numel() // max(t.shape[0], 1) if t.dim() else 1 for t in _tensors(arguments))
+    return max(t.numel() // max(t.shape[0], 1) if t.dim() else 1 for t in tensors_of(arguments))
 
 
 def _compute_dtype(arguments: Arguments) -> torch.dtype:
-    wide = any(t.dtype == torch.float64 for t in _tensors(arguments))
+    wide = any(t.dtype == torch.float64 for t in tensors_of(arguments))
     return torch.float64 if wide else torch.float32
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,7 @@ class OpCase:
             others the results keep to the error budget of `op_cases.budget`.
         scale: the magnitude of the largest number that a rounding error can come from, per result.
         layout_of: per result, its memory format or the argument whose layout it has.
-        shared: tensor arguments without a batch axis.
+        shared: arguments without a batch axis.
         per_sample: row i of every result depends on row i of the batched arguments alone.
         dtypes: what `Spec.dtype` may be.
         shapes: the small shapes to test.
@@ -90,7 +90,8 @@ class OpCase:
             minutes, as it does for random numbers in plain torch.
         traffic: bytes that must be moved at least, from arguments and results; None counts every tensor
             argument and every result once.
-        operations: arithmetic operations per element of the first tensor argument, about.
+        operations: arithmetic operations, about: per element of the largest tensor, or in all from the
+            arguments.
         bad: calls of the public function that must fail.
     """
 
@@ -116,7 +117,7 @@ class OpCase:
     bench_layouts: tuple[str, ...] = ("contiguous", "channels_last")
     bench_compiled: bool = True
     traffic: Callable[[Arguments, tuple[Tensor, ...]], int] | None = None
-    operations: float = 1.0
+    operations: float | Callable[[Arguments], float] = 1.0
     bad: tuple[Bad, ...] = ()
 
     @property
@@ -146,8 +147,7 @@ class OpCase:
         """The floor of memory traffic: each input read once, each output written once."""
         if self.traffic is not None:
             return self.traffic(arguments, results)
-        read = (a for a in arguments.values() if isinstance(a, Tensor))
-        return sum(t.numel() * t.element_size() for t in (*read, *results))
+        return sum(t.numel() * t.element_size() for t in (*tensors_of(arguments), *results))
 
 
 def as_tuple(results: Any) -> tuple[Any, ...]:
@@ -157,11 +157,44 @@ def as_tuple(results: Any) -> tuple[Any, ...]:
     return tuple(results) if isinstance(results, (tuple, list)) else (results,)
 
 
+def tensors_of(arguments: Arguments, names: Iterable[str] | None = None) -> list[Tensor]:
+    """The tensors among the arguments (those of the names given, if any), those in lists one by one."""
+    chosen = arguments if names is None else names
+    return [t for name in chosen for t in _listed(arguments[name]) if isinstance(t, Tensor)]
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def mapped(
+    arguments: Arguments, change: Callable[[Tensor], Tensor], names: Iterable[str] | None = None
+) -> Arguments:
+    """The arguments with every tensor (of the names given, if any) changed, also those in lists."""
+    chosen = arguments.keys() if names is None else set(names)
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(entry) for entry in value]
+        return change(value) if isinstance(value, Tensor) else value
+
+    return {n: changed(value) if n in chosen else value for n, value in arguments.items()}
+
+
+def replaced(arguments: Arguments, names: Iterable[str], tensors: Iterable[Tensor]) -> Arguments:
+    """The arguments with the tensors of some names replaced in the order of `tensors_of`."""
+    rest = iter(tensors)
+    return arguments | {n: mapped({n: arguments[n]}, lambda _: next(rest))[n] for n in names}
+
+
+def requiring_grad(case: OpCase, arguments: Arguments) -> Arguments:
+    """A copy whose differentiable arguments are leaves that require grad."""
+    copies = mapped(arguments, lambda t: t.detach().clone())
+    for leaf in tensors_of(copies, case.differentiable):
+        leaf.requires_grad_()
+    return copies
+
+
 def in_dtype(arguments: Arguments, dtype: torch.dtype) -> Arguments:
     """The arguments with every float tensor in one dtype."""
-
-    def converted(value: Any) -> Any:
-        is_float = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(dtype) if is_float else value
-
-    return {name: converted(value) for name, value in arguments.items()}
+    return mapped(arguments, lambda t: t.to(dtype) if t.is_floating_point() else t)

@@ -92,9 +92,12 @@ class Draw:
         self._generator = torch.Generator().manual_seed(spec.seed)
         self._arranged = 0
 
-    def normal(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[B, ...] from the standard normal distribution."""
-        return self.arranged(torch.randn(self.spec.shape, generator=self._generator), dtype)
+    def normal(
+        self, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None
+    ) -> Tensor:
+        """[B, ...], or another shape, from the standard normal distribution."""
+        shape = self.spec.shape if shape is None else shape
+        return self.arranged(torch.randn(shape, generator=self._generator), dtype)
 
     def images(self, dtype: torch.dtype | None = None) -> Tensor:
         """[B, ...] in 0..1, some elements exactly 0 or 1."""
