@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from op_rows import COMPILED, COPY, EAGER, USUAL
+from op_rows import COMPILED, COPY, EAGER, USUAL, USUAL_COMPILED
 
 Group = Mapping[str, dict[str, Any]]  # the benchmarks of a row by candidate
 
@@ -28,12 +28,34 @@ class Target:
 
 _STEP = "pgd_step_/linf-forward-128x3x224x224-float32-contiguous"
 _CROP = "crop_flip/constant-forward-50000x3x32x32-float32-contiguous"
+_DISTANCES = (
+    "angular_distance/same-dtype",
+    "euclidean_distance/norm",
+    "vanilla_feature_distillation/same-dtype",
+    "attention_map_distance/same-channels",
+)
+_LOSSES = ("cross_entropy", "kl", "trades", "mart", "alp", "boosted_cross_entropy", "cw", "dlr")
+
+
+def _both(case: str, shape: str, compiled: float, eager: float) -> tuple[Target, Target]:
+    """Forward and backward pass against the usual code, compiled and eager."""
+    row = f"{case}-both-{shape}-float32-contiguous"
+    return Target(row, USUAL_COMPILED, compiled), Target(row, USUAL, eager)
+
+
 TARGETS = (
     Target(_STEP, COPY, 0.85),
     Target(_STEP, COMPILED, 1.5),
     Target(_STEP, EAGER, 15.0),
     Target(_STEP, USUAL, 15.0),  # `where`, in the reference, is slow on CPUs: the stricter reading
     Target(_CROP, USUAL, 5.0),
+    *(t for case in _DISTANCES for t in _both(case, "128x640x8x8", 1.3, 3.0)),
+    *(
+        t
+        for kind in _LOSSES
+        for shape in ("128x10", "128x100", "512x1000")
+        for t in _both(f"softmax_losses/{kind}", shape, 1.5, 3.0)
+    ),
 )
 HEADER = ["target", "asked for", "measured", ""]
 _NAMES = {
@@ -41,6 +63,7 @@ _NAMES = {
     COMPILED: "over torch.compile",
     EAGER: "over the eager reference",
     USUAL: "over the usual tensor code",
+    USUAL_COMPILED: "over the usual code compiled",
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -111,5 +110,5 @@ def estimate(rows: Iterable[Row], options: Options) -> float:
 
 def _estimate(row: Row, options: Options) -> float:
     compilations = sum(name in (COMPILED, USUAL_COMPILED) for name in row.candidates(options))
-    elements = math.prod(row.spec.shape)
+    elements = row.case.bench_elements(row.spec.shape)
     return ROW_SECONDS + _ROW_START + _ELEMENT * elements + _COMPILATION * compilations

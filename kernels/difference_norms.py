@@ -95,7 +95,7 @@ def _squares_of_parts(
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _norms_of_parts(
+def _norms_from_parts(
     result,
     norms,
     partial,
@@ -187,7 +187,7 @@ def _forward(u: Tensor, w: Tensor | None, v: Tensor, squared: bool) -> tuple[Ten
     programs = batch * parts.count
     launch(_squares_of_parts, programs, u, partial, a, b, center, *divided, **loop, COMPUTE=compute)
     launch(
-        _norms_of_parts,
+        _norms_from_parts,
         batch,
         u,
         result,

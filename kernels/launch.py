@@ -75,3 +75,16 @@ def divide(a, b):
 def square_root(a):
     """IEEE square root in both dtypes of computation; Triton's is approximate in float32."""
     return tl.sqrt(a) if a.dtype.scalar == tl.float64 else tl.sqrt_rn(a)
+
+
+@triton.jit
+def rounded_to_float_precision(a):
+    """A positive double rounded to 24 significant bits; why, says fastadv/ops/pgd_step_reference.py."""
+    bits = a.to(tl.int64, bitcast=True) + (1 << 28)
+    return ((bits >> 29) << 29).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def elements_to_read(size, active, sample):
+    """``size``, or 0 where the sample is not active: what its memory holds does not matter then."""
+    return size if active is None else tl.where(tl.load(active + sample), size, 0)

@@ -44,10 +44,24 @@ def near_gaussian(word):
 
 
 @triton.jit
-def noise(word, scale, L2: tl.constexpr, COMPUTE: tl.constexpr):
+def near_laplace(word):
+    """Of random sign, the magnitude nearly exponential."""
+    bits = (word >> 8 | 1).to(tl.float32).to(tl.int32, bitcast=True)
+    exponent = (bits >> 23) - 127
+    fraction = (bits >> 7) & 0xFFFF
+    slope = 28916 - ((fraction * (16125 - ((fraction * 5566) >> 16))) >> 16)
+    bend = (((fraction * (0x10000 - fraction)) >> 15) * slope) >> 17
+    magnitude = ((24 - exponent) << 16) - fraction - bend
+    return tl.where((word & 1) == 1, -magnitude, magnitude)
+
+
+@triton.jit
+def noise(word, scale, NORM: tl.constexpr, COMPUTE: tl.constexpr):
     """Words to noise: uniform in [-scale, scale), or a direction times scale."""
-    if L2:
+    if NORM == "l2":
         unit = near_gaussian(word).to(COMPUTE)
+    elif NORM == "l1":
+        unit = near_laplace(word).to(COMPUTE)
     else:
         unit = ((word >> 8).to(tl.int32) - (1 << 23)).to(tl.float32).to(COMPUTE)
         unit *= 1.1920928955078125e-07  # 2**-23; the product is exact
@@ -62,7 +76,7 @@ def tile_of_noise(
     scale,
     size,
     channels,
-    L2: tl.constexpr,
+    NORM: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -92,7 +106,7 @@ def tile_of_noise(
         w0, w1, w2, w3 = philox(seed, sample, block, 0)
         word = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [PIXELS / 4, CHANNELS, 2, 2]
         word = tl.reshape(tl.permute(word, (0, 2, 3, 1)), (PIXELS, CHANNELS))
-    return noise(word, scale, L2, COMPUTE), at, inside
+    return noise(word, scale, NORM, COMPUTE), at, inside
 
 
 @dataclass(frozen=True)

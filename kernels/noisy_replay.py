@@ -38,7 +38,7 @@ def _replay(
     sample = row if ids is None else tl.load(ids + row)
     scale = per_sample(eps, eps_values, row, COMPUTE)
     added, at, inside = tile_of_noise(
-        seed, sample, tile, scale, size, channels, False, PIXELS, CHANNELS, COMPUTE
+        seed, sample, tile, scale, size, channels, "linf", PIXELS, CHANNELS, COMPUTE
     )
     at += row.to(tl.int64) * size
     far = tl.load(distance + row * distance_stride).to(tl.float64) > number(tau, tl.float64)

@@ -1,33 +1,18 @@
-"""One step of projected gradient ascent in Triton. Formula and budget: fastadv/ops/pgd_step.py.
-
-In l2 the step and the projection follow from three sums per sample, g.g, g.d and d.d with d = adv - x, because
-||d + f g||^2 = d.d + 2 f g.d + f^2 g.g. They are added up in float64, in which neither squares of tiny float32
-gradients vanish nor the sum cancels, so that one pass over the operands is enough before the one that writes.
-Only a float64 gradient is scaled by its largest magnitude first.
-"""
+"""One step of projected gradient ascent in Triton: linf, and the ops. Formula: fastadv/ops/pgd_step.py."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import clip, compute_dtype, double_bits, launch, number, per_sample
-from .layout import Parts, batch_major, in_layout_of, reduction_loop, same_layout, sample_size
+from . import pgd_step_l1, pgd_step_l2
+from .launch import clip, compute_dtype, elements_to_read, launch, number, per_sample
+from .layout import batch_major, in_layout_of, same_layout, sample_size
+from .pgd_step_shared import Step, count_gradient
 
 _BLOCK = 1024
-
-
-@triton.jit
-def _count(grad, inside, counts, counts_stride):
-    """Add the numbers of zero and NaN elements to two counters."""
-    zeros = tl.sum(((grad == 0) & inside).to(tl.int64), 0)
-    nans = tl.sum(((grad != grad) & inside).to(tl.int64), 0)
-    tl.atomic_add(counts, zeros, sem="relaxed")
-    tl.atomic_add(counts + counts_stride, nans, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["eps", "alpha", "low", "high", "parts"])
@@ -42,6 +27,7 @@ def _step_linf(
     alpha_values,
     low: tl.int64,
     high: tl.int64,
+    active,
     counts,
     counts_stride,
     size,
@@ -54,308 +40,23 @@ def _step_linf(
     lane = tl.arange(0, BLOCK)
     inside = lane < size - first
     at = sample.to(tl.int64) * size + first + lane
-    g = tl.load(grad + at, inside, other=0.0)
+    live = lane < elements_to_read(size, active, sample) - first
+    g = tl.load(grad + at, live, other=0.0)
     if counts is not None:
-        _count(g, inside, counts, counts_stride)
+        count_gradient(g, live, counts, counts_stride)
     radius = per_sample(eps, eps_values, sample, COMPUTE)
     step = per_sample(alpha, alpha_values, sample, COMPUTE)
-    centre = tl.load(x + at, inside, other=0.0).to(COMPUTE)
-    moved = tl.load(adv + at, inside, other=0.0).to(COMPUTE)
-    moved += tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
+    centre = tl.load(x + at, live, other=0.0).to(COMPUTE)
+    old = tl.load(adv + at, inside, other=0.0)
+    moved = old.to(COMPUTE) + tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
     moved = clip(moved, centre - radius, centre + radius)
     moved = clip(moved, number(low, COMPUTE), number(high, COMPUTE))
-    tl.store(out + at, moved.to(out.dtype.element_ty), inside)
+    tl.store(out + at, tl.where(live, moved.to(old.dtype), old), inside)
 
 
-@triton.jit
-def _largest(grad, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """The largest magnitude among ``length`` elements."""
-    lane = tl.arange(0, BLOCK)
-    largest = tl.zeros([BLOCK], tl.float64)
-    for i in range(STEPS):
-        first = i * BLOCK
-        g = tl.abs(tl.load(grad + at + first + lane, lane < length - first, other=0.0))
-        largest = tl.where(g > largest, g, largest)
-    return tl.max(largest, 0)
-
-
-@triton.jit
-def _scaled(grad, scale, SCALED: tl.constexpr):
-    """The gradient in float64, over its scale where it has one."""
-    g = grad.to(tl.float64)
-    if SCALED:
-        g = tl.where(scale > 0, g / scale, g)
-    return g
-
-
-@triton.jit
-def _sums(
-    adv,
-    grad,
-    x,
-    at,
-    length,
-    scale,
-    counts,
-    counts_stride,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """g.g, g.d and d.d of ``length`` elements."""
-    lane = tl.arange(0, BLOCK)
-    gg = tl.zeros([BLOCK], tl.float64)
-    gd = tl.zeros([BLOCK], tl.float64)
-    dd = tl.zeros([BLOCK], tl.float64)
-    for i in range(STEPS):
-        first = i * BLOCK
-        inside = lane < length - first
-        here = at + first + lane
-        raw = tl.load(grad + here, inside, other=0.0)
-        if counts is not None:
-            _count(raw, inside, counts, counts_stride)
-        g = _scaled(raw, scale, SCALED)
-        d = tl.load(adv + here, inside, other=0.0).to(tl.float64)
-        d -= tl.load(x + here, inside, other=0.0).to(tl.float64)
-        gg += g * g
-        gd += g * d
-        dd += d * d
-    return tl.sum(gg, 0), tl.sum(gd, 0), tl.sum(dd, 0)
-
-
-@triton.jit
-def _step_and_shrink(gg, gd, dd, alpha, eps):
-    """The factor of the (scaled) gradient and the factor that brings the moved point into the ball."""
-    usable = (gg > 0) & (gg < float("inf"))
-    factor = tl.where(usable, alpha / tl.sqrt(gg), 0.0)
-    squared = tl.where(usable, dd + 2 * factor * gd + factor * factor * gg, dd)
-    length = tl.sqrt(tl.where(squared < 0, 0.0, squared))
-    return factor, tl.where(length > eps, eps / length, 1.0)
-
-
-@triton.jit
-def _write(
-    out,
-    adv,
-    grad,
-    x,
-    at,
-    length,
-    scale,
-    factor,
-    shrink,
-    low,
-    high,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """The second pass over ``length`` elements."""
-    lane = tl.arange(0, BLOCK)
-    for i in range(STEPS):
-        first = i * BLOCK
-        inside = lane < length - first
-        here = at + first + lane
-        g = _scaled(tl.load(grad + here, inside, other=0.0), scale, SCALED)
-        step = tl.where(factor == 0, 0.0, g * factor).to(COMPUTE)
-        centre = tl.load(x + here, inside, other=0.0).to(COMPUTE)
-        delta = tl.load(adv + here, inside, other=0.0).to(COMPUTE) + step - centre
-        moved = clip(centre + delta * shrink, low, high)
-        tl.store(out + here, moved.to(out.dtype.element_ty), inside)
-
-
-@triton.jit(do_not_specialize=["eps", "alpha", "low", "high"])
-def _step_l2(
-    out,
-    adv,
-    grad,
-    x,
-    eps: tl.int64,
-    alpha: tl.int64,
-    eps_values,
-    alpha_values,
-    low: tl.int64,
-    high: tl.int64,
-    counts,
-    counts_stride,
-    size,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """One program per sample; its second pass reads what the first left in the caches."""
-    sample = tl.program_id(0).to(tl.int64)
-    at = sample * size
-    scale = 0.0
-    if SCALED:
-        scale = _largest(grad, at, size, BLOCK, STEPS)
-    gg, gd, dd = _sums(adv, grad, x, at, size, scale, counts, counts_stride, BLOCK, STEPS, SCALED)
-    radius = per_sample(eps, eps_values, sample, COMPUTE).to(tl.float64)
-    step = per_sample(alpha, alpha_values, sample, COMPUTE).to(tl.float64)
-    factor, shrink = _step_and_shrink(gg, gd, dd, step, radius)
-    lowest, highest = number(low, COMPUTE), number(high, COMPUTE)
-    shrink = shrink.to(COMPUTE)
-    # In place, this overwrites what the sums were taken of: every thread has met in them by now.
-    _write(
-        out,
-        adv,
-        grad,
-        x,
-        at,
-        size,
-        scale,
-        factor,
-        shrink,
-        lowest,
-        highest,
-        BLOCK,
-        STEPS,
-        COMPUTE,
-        SCALED,
-    )
-
-
-@triton.jit
-def _part(size, parts, length):
-    """Sample, start and number of elements of this program in a two-stage reduction."""
-    sample = tl.program_id(0).to(tl.int64) // parts
-    first = (tl.program_id(0) % parts).to(tl.int64) * length
-    return sample, sample * size + first, tl.minimum(length, size - first)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _largest_parts(partial, grad, size, parts, length, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    _, at, count = _part(size, parts, length)
-    tl.store(partial + tl.program_id(0), _largest(grad, at, count, BLOCK, STEPS))
-
-
-@triton.jit
-def _largest_of_sample(partial, sample, parts, PARTS: tl.constexpr):
-    lane = tl.arange(0, PARTS)
-    return tl.max(tl.load(partial + sample * parts + lane, lane < parts, other=0.0), 0)
-
-
-@triton.jit(do_not_specialize=["parts"])
-def _sum_parts(
-    partial,
-    largest,
-    adv,
-    grad,
-    x,
-    counts,
-    counts_stride,
-    size,
-    parts,
-    length,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """First stage for large samples: the sums of each part, [3, B, parts]."""
-    sample, at, count = _part(size, parts, length)
-    scale = 0.0
-    if SCALED:
-        scale = _largest_of_sample(largest, sample, parts, PARTS)
-    gg, gd, dd = _sums(adv, grad, x, at, count, scale, counts, counts_stride, BLOCK, STEPS, SCALED)
-    programs = tl.num_programs(0)
-    to = partial + tl.program_id(0)
-    tl.store(to, gg)
-    tl.store(to + programs, gd)
-    tl.store(to + 2 * programs, dd)
-
-
-@triton.jit(do_not_specialize=["eps", "alpha", "low", "high", "parts"])
-def _write_parts(
-    out,
-    partial,
-    largest,
-    adv,
-    grad,
-    x,
-    eps: tl.int64,
-    alpha: tl.int64,
-    eps_values,
-    alpha_values,
-    low: tl.int64,
-    high: tl.int64,
-    size,
-    parts,
-    length,
-    BLOCK: tl.constexpr,
-    STEPS: tl.constexpr,
-    PARTS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    SCALED: tl.constexpr,
-):
-    """Second stage for large samples."""
-    sample, at, count = _part(size, parts, length)
-    scale = 0.0
-    if SCALED:
-        scale = _largest_of_sample(largest, sample, parts, PARTS)
-    programs = tl.num_programs(0)
-    lane = tl.arange(0, PARTS)
-    of_sample = partial + sample * parts + lane
-    gg = tl.sum(tl.load(of_sample, lane < parts, other=0.0), 0)
-    gd = tl.sum(tl.load(of_sample + programs, lane < parts, other=0.0), 0)
-    dd = tl.sum(tl.load(of_sample + 2 * programs, lane < parts, other=0.0), 0)
-    radius = per_sample(eps, eps_values, sample, COMPUTE).to(tl.float64)
-    step = per_sample(alpha, alpha_values, sample, COMPUTE).to(tl.float64)
-    factor, shrink = _step_and_shrink(gg, gd, dd, step, radius)
-    lowest, highest = number(low, COMPUTE), number(high, COMPUTE)
-    shrink = shrink.to(COMPUTE)
-    _write(
-        out,
-        adv,
-        grad,
-        x,
-        at,
-        count,
-        scale,
-        factor,
-        shrink,
-        lowest,
-        highest,
-        BLOCK,
-        STEPS,
-        COMPUTE,
-        SCALED,
-    )
-
-
-@dataclass(frozen=True)
-class _Step:
-    """The arguments of a step that are not images."""
-
-    eps: float
-    alpha: float
-    eps_values: Tensor | None
-    alpha_values: Tensor | None
-    low: float
-    high: float
-    counts: Tensor | None = None
-
-    def arguments(self) -> tuple[int, int, Tensor | None, Tensor | None, int, int]:
-        """What every kernel takes, in its order."""
-        return (
-            double_bits(self.eps),
-            double_bits(self.alpha),
-            self.eps_values,
-            self.alpha_values,
-            double_bits(self.low),
-            double_bits(self.high),
-        )
-
-    def counters(self) -> tuple[Tensor | None, int]:
-        """The counters and the distance between them."""
-        return self.counts, 1 if self.counts is None else self.counts.stride(0)
-
-
-def _linf_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: _Step) -> None:
+def _linf_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> None:
     batch, size = adv.shape[0], sample_size(adv)
-    if step.eps_values is None and step.alpha_values is None:
+    if step.same_for_all:
         batch, size = min(batch, 1), batch * size
     parts = triton.cdiv(size, _BLOCK)
     launch(
@@ -367,6 +68,7 @@ def _linf_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: _Step) -
         grad,
         x,
         *step.arguments(),
+        step.active,
         *step.counters(),
         size,
         parts,
@@ -375,57 +77,15 @@ def _linf_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: _Step) -
     )
 
 
-def _l2_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: _Step) -> None:
-    batch, size = adv.shape[0], sample_size(adv)
-    if batch == 0 or size == 0:
-        return
-    parts = Parts.of(size)
-    scaled = grad.dtype == torch.float64
-    loop = reduction_loop(parts.length)
-    settings = {**loop, "SCALED": scaled}
-    compute = compute_dtype(adv)
-    if parts.count == 1:
-        launch(
-            _step_l2,
-            batch,
-            adv,
-            out,
-            adv,
-            grad,
-            x,
-            *step.arguments(),
-            *step.counters(),
-            size,
-            COMPUTE=compute,
-            **settings,
-        )
-        return
-    programs = batch * parts.count
-    divided = (size, parts.count, parts.length)
-    partial = torch.empty(3 * programs, dtype=torch.float64, device=adv.device)
-    largest = None
-    if scaled:
-        largest = torch.empty(programs, dtype=torch.float64, device=adv.device)
-        launch(_largest_parts, programs, adv, largest, grad, *divided, **loop)
-    settings["PARTS"] = triton.next_power_of_2(parts.count)
-    operands = (partial, largest, adv, grad, x)
-    launch(_sum_parts, programs, adv, *operands, *step.counters(), *divided, **settings)
-    launch(
-        _write_parts,
-        programs,
-        adv,
-        out,
-        *operands,
-        *step.arguments(),
-        *divided,
-        COMPUTE=compute,
-        **settings,
-    )
+_INTO = {"linf": _linf_into, "l2": pgd_step_l2.step_into, "l1": pgd_step_l1.step_into}
 
 
-def _step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, norm: str, step: _Step) -> None:
-    into = _linf_into if norm == "linf" else _l2_into
-    into(out, adv, in_layout_of(grad, adv), in_layout_of(x, adv), step)
+def _step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, norm: str, step: Step) -> None:
+    _INTO[norm](out, adv, in_layout_of(grad, adv), in_layout_of(x, adv), step)
+
+
+def _contiguous(active: Tensor | None) -> Tensor | None:
+    return None if active is None else active.contiguous()
 
 
 def pgd_step(
@@ -439,12 +99,15 @@ def pgd_step(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
 ) -> Tensor:
     """The op ``fastadv::pgd_step``."""
     source = batch_major(adv)
     out = torch.empty_like(adv)
     to = out if same_layout(out, source) else torch.empty_like(source)
-    step = _Step(eps, alpha, eps_per_sample, alpha_per_sample, low, high)
+    numbers = (eps, alpha, eps_per_sample, alpha_per_sample, low, high, sparsity)
+    step = Step(*numbers, _contiguous(active))
     _step_into(to, source, grad, x, norm, step)
     return out if to is out else out.copy_(to)
 
@@ -460,11 +123,14 @@ def pgd_step_(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
     counts: Tensor | None,
 ) -> None:
     """The op ``fastadv::pgd_step_``."""
     at_hand = batch_major(adv)
-    step = _Step(eps, alpha, eps_per_sample, alpha_per_sample, low, high, counts)
+    numbers = (eps, alpha, eps_per_sample, alpha_per_sample, low, high, sparsity)
+    step = Step(*numbers, _contiguous(active), counts)
     _step_into(at_hand, at_hand, grad, x, norm, step)
     if at_hand is not adv:
         adv.copy_(at_hand)

@@ -1,7 +1,8 @@
 """A random point of the eps-ball in Triton. Definition: fastadv/ops/random_start.py.
 
-In l2 a first kernel takes the exact integer sum of squares of each sample's direction and the largest number of
-its radius stream; the numbers are drawn again where they are used, which is cheaper than keeping them in memory.
+In l2 and l1 a first kernel takes the exact integer sum of squares or magnitudes of each sample's direction and
+the largest number of its radius stream; the numbers are drawn again where they are used, which is cheaper than
+keeping them in memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .launch import clip, compute_dtype, double_bits, launch, number, per_sample, seed_bits
 from .layout import Parts, sample_size
-from .noise import Tiles, near_gaussian, philox, tile_of_noise
+from .noise import Tiles, near_gaussian, near_laplace, philox, tile_of_noise
 
 _RADIUS_STREAM = 1
 
@@ -29,14 +30,15 @@ def _measure(
     BLOCKS: tl.constexpr,
     STEPS: tl.constexpr,
     STREAM: tl.constexpr,
+    NORM: tl.constexpr,
 ):
-    """Sum of squares and largest radius number of a part of a sample, [2, B, parts] int64."""
+    """Sum of squares or magnitudes and largest radius number of a part of a sample, [2, B, parts] int64."""
     row = tl.program_id(0) // parts
     sample = row if ids is None else tl.load(ids + row)
     begin = (tl.program_id(0) % parts).to(tl.int64) * length
     end = tl.minimum(begin + length, size)
     lane = tl.arange(0, BLOCKS)
-    squared = tl.zeros([BLOCKS], tl.int64)
+    total = tl.zeros([BLOCKS], tl.int64)
     largest = tl.zeros([BLOCKS], tl.uint32)
     for i in range(STEPS):
         first = begin + i * 4 * BLOCKS
@@ -45,24 +47,30 @@ def _measure(
         direction = philox(seed, sample, block, 0)
         radius = philox(seed, sample, block, STREAM)
         for word in tl.static_range(4):
-            g = tl.where(word < left, near_gaussian(direction[word]), 0)
-            squared += g * g
+            if NORM == "l2":
+                g = near_gaussian(direction[word])
+                term = g * g
+            else:
+                term = tl.abs(near_laplace(direction[word]))
+            total += tl.where(word < left, term, 0)
             r = tl.where(word < left, radius[word] >> 8, 0)
             largest = tl.where(r > largest, r, largest)
     to = partial + tl.program_id(0)
-    tl.store(to, tl.sum(squared, 0))
+    tl.store(to, tl.sum(total, 0))
     tl.store(to + tl.num_programs(0), tl.max(largest.to(tl.int64), 0))
 
 
 @triton.jit
-def _ball_scale(partial, row, rows, parts, radius, PARTS: tl.constexpr):
+def _ball_scale(partial, row, rows, parts, radius, NORM: tl.constexpr, PARTS: tl.constexpr):
     """Length of the noise over length of the direction, in float64."""
     lane = tl.arange(0, PARTS)
     of_row = partial + row.to(tl.int64) * parts + lane
-    squared = tl.sum(tl.load(of_row, lane < parts, other=0), 0)
+    length = tl.sum(tl.load(of_row, lane < parts, other=0), 0).to(tl.float64)
+    if NORM == "l2":
+        length = tl.sqrt(length)
     largest = tl.max(tl.load(of_row + rows * parts, lane < parts, other=0), 0)
     share = (largest + 1).to(tl.float64) * 5.9604644775390625e-08  # 2**-24
-    return tl.where(squared > 0, share * radius / tl.sqrt(squared.to(tl.float64)), 0.0)
+    return tl.where(length > 0, share * radius / length, 0.0)
 
 
 @triton.jit(do_not_specialize=["eps", "low", "high", "seed", "tiles", "rows", "parts"])
@@ -82,7 +90,7 @@ def _start(
     rows,
     parts,
     PARTS: tl.constexpr,
-    L2: tl.constexpr,
+    NORM: tl.constexpr,
     PIXELS: tl.constexpr,
     CHANNELS: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -90,13 +98,13 @@ def _start(
     row = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     sample = row if ids is None else tl.load(ids + row)
-    if L2:
-        radius = per_sample(eps, eps_values, row, tl.float64)
-        scale = _ball_scale(partial, row, rows, parts, radius, PARTS).to(COMPUTE)
-    else:
+    if NORM == "linf":
         scale = per_sample(eps, eps_values, row, COMPUTE)
+    else:
+        radius = per_sample(eps, eps_values, row, tl.float64)
+        scale = _ball_scale(partial, row, rows, parts, radius, NORM, PARTS).to(COMPUTE)
     added, at, inside = tile_of_noise(
-        seed, sample, tile, scale, size, channels, L2, PIXELS, CHANNELS, COMPUTE
+        seed, sample, tile, scale, size, channels, NORM, PIXELS, CHANNELS, COMPUTE
     )
     at += row.to(tl.int64) * size
     moved = tl.load(x + at, inside, other=0.0).to(COMPUTE) + added
@@ -128,7 +136,7 @@ def random_start(
     ids = None if sample_ids is None else sample_ids.contiguous()
     key = seed_bits(seed)
     partial, parts = None, Parts.of(size)
-    if norm == "l2":
+    if norm != "linf":
         blocks = min(256, max(16, triton.next_power_of_2(triton.cdiv(size, 4))))
         partial = torch.empty((2, rows, parts.count), dtype=torch.int64, device=x.device)
         launch(
@@ -144,6 +152,7 @@ def random_start(
             BLOCKS=blocks,
             STEPS=triton.cdiv(parts.length, 4 * blocks),
             STREAM=_RADIUS_STREAM,
+            NORM=norm,
         )
     launch(
         _start,
@@ -164,7 +173,7 @@ def random_start(
         rows,
         parts.count,
         PARTS=triton.next_power_of_2(parts.count),
-        L2=norm == "l2",
+        NORM=norm,
         COMPUTE=compute_dtype(x),
         **tiles.settings,
     )

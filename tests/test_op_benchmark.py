@@ -270,6 +270,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_run_reports_every_candidate(results: Any, tmp_path: Path) -> None:
     import op_plot
     import op_report
+    from op_targets import TARGETS
 
     names = [entry["extra_info"]["candidate"] for entry in results["benchmarks"]]
     assert names == ["native", "reference", "copy", "native", "usual", "copy"]
@@ -279,7 +280,7 @@ def test_a_run_reports_every_candidate(results: Any, tmp_path: Path) -> None:
         assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) >= 3
     text = op_report.report(results)
     assert text.count("native *") == 2 and "10.0 GB/s" in text
-    assert text.count("not measured") == 5  # the targets, none of which is in this run
+    assert text.count("not measured") == len(TARGETS)  # none of them is in this run
     odd = {**results, "refused": {"x": "why"}, "missing": {"row": {"copy": "no\nmore"}}}
     text = op_report.report(odd)
     assert "refused: x: why\n" in text and "missing: row: copy: no\n" in text
@@ -322,11 +323,12 @@ def _groups(results: Any) -> list[tuple[str, Any]]:
 
 def test_markdown_has_tables_of_equal_width(results: Any) -> None:
     import op_report
+    from op_targets import TARGETS
 
     lines = [x for x in op_report.markdown(results).splitlines() if x.startswith("|")]
     widths = {line.count("|") for line in lines}
     assert len(widths) == 2  # of the targets, and of the figures
-    assert len(lines) == 2 + 5 + 2 + 2  # each with a header and a rule; five targets, two rows
+    assert len(lines) == 2 + len(TARGETS) + 2 + 2  # each with a header and a rule; two rows
 
 
 def test_comparison_with_an_earlier_run(results: Any) -> None:

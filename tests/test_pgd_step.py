@@ -13,7 +13,8 @@ from fastadv.ops import backend, pgd_step, pgd_step_
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 everywhere = pytest.mark.parametrize(("device", "name"), places("pgd_step"))
-norms = pytest.mark.parametrize("norm", ["linf", "l2"])
+norms = pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+by_length = pytest.mark.parametrize("norm", ["l2", "l1"])  # a whole sample's step has a length
 EPS, ALPHA = 8 / 255, 2 / 255
 
 
@@ -27,8 +28,9 @@ def _gradient(device: str, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn((4, 3, 9, 11), generator=generator).to(device, dtype)
 
 
-def _lengths(t: Tensor) -> Tensor:
-    return t.double().flatten(1).norm(dim=1)
+def _lengths(t: Tensor, norm: str) -> Tensor:
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    return torch.linalg.vector_norm(t.double().flatten(1), order, dim=1).cpu()
 
 
 @everywhere
@@ -41,33 +43,36 @@ def test_zero_and_nan_gradients_do_not_move_in_linf(device: str, name: str) -> N
 
 
 @everywhere
+@by_length
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("value", [0.0, torch.nan, torch.inf, -torch.inf])
-def test_a_sample_without_a_usable_gradient_stays_in_l2(
-    device: str, name: str, value: float
+def test_a_sample_without_a_usable_gradient_stays(
+    device: str, name: str, norm: str, dtype: torch.dtype, value: float
 ) -> None:
-    x, grad = _images(device), _gradient(device)
+    x, grad = _images(device), _gradient(device).to(dtype)
     grad[1] = 0.0
     grad[1, 0, 0, 0] = value
     with backend(name):
-        moved = pgd_step(x, grad, x, 1.0, 0.25, norm="l2", bounds=(-9, 9))
+        moved = pgd_step(x, grad, x, 1.0, 0.25, norm=norm, bounds=(-9, 9))
     assert torch.equal(moved[1], x[1])
-    torch.testing.assert_close(
-        _lengths(moved - x)[[0, 2, 3]].cpu(), torch.full((3,), 0.25).double()
-    )
+    lengths = _lengths(moved - x, norm)[[0, 2, 3]]
+    torch.testing.assert_close(lengths, torch.full((3,), 0.25).double(), rtol=1e-5, atol=0)
 
 
 @everywhere
+@by_length
 @pytest.mark.parametrize("size", [1e-30, 1e-38, 1e30, 1e38])
-def test_the_size_of_the_gradient_does_not_matter_in_l2(
-    device: str, name: str, size: float
+def test_the_size_of_the_gradient_does_not_matter(
+    device: str, name: str, norm: str, size: float
 ) -> None:
     """Squares of such gradients leave the range of float32."""
     x, grad = _images(device), _gradient(device).clamp(-2, 2)
     with backend(name):
-        usual = pgd_step(x, grad, x, 1.0, 0.25, norm="l2", bounds=(-9, 9))
-        scaled = pgd_step(x, grad * size, x, 1.0, 0.25, norm="l2", bounds=(-9, 9))
+        usual = pgd_step(x, grad, x, 1.0, 0.25, norm=norm, bounds=(-9, 9))
+        scaled = pgd_step(x, grad * size, x, 1.0, 0.25, norm=norm, bounds=(-9, 9))
     torch.testing.assert_close(scaled, usual, rtol=0, atol=1e-6)
-    torch.testing.assert_close(_lengths(scaled - x).cpu(), torch.full((4,), 0.25).double())
+    lengths = _lengths(scaled - x, norm)
+    torch.testing.assert_close(lengths, torch.full((4,), 0.25).double(), rtol=1e-5, atol=0)
 
 
 @everywhere
@@ -84,7 +89,7 @@ def test_eps_zero_returns_to_the_centre(device: str, name: str, norm: str) -> No
 def test_alpha_zero_only_projects(device: str, name: str, norm: str) -> None:
     x, adv = _images(device), _images(device, seed=1)
     with backend(name):
-        moved = pgd_step(adv, _gradient(device), x, 9.0, 0.0, norm=norm)
+        moved = pgd_step(adv, _gradient(device), x, 1e3, 0.0, norm=norm)
     torch.testing.assert_close(moved, adv, rtol=0, atol=2e-7)
 
 
@@ -95,13 +100,15 @@ def test_many_steps_stay_in_the_ball_and_the_bounds(
     device: str, name: str, norm: str, bounds: tuple[float, float]
 ) -> None:
     x = _images(device).clamp(*bounds)
-    adv, eps = _images(device, seed=1).clamp(*bounds), EPS if norm == "linf" else 0.5
+    adv = _images(device, seed=1).clamp(*bounds)
+    eps = {"linf": EPS, "l2": 0.5, "l1": 4.0}[norm]
+    rounding = 3e-8 * (x[0].numel() if norm == "l1" else 1)  # half a unit in the last place below 1
     with backend(name):
         for i in range(5):
             adv = pgd_step(adv, _gradient(device).roll(i), x, eps, eps / 2, norm, bounds)
             assert bounds[0] <= adv.min() and adv.max() <= bounds[1]
-            distance = (adv.double() - x).abs().max() if norm == "linf" else _lengths(adv - x).max()
-            assert distance <= eps * (1 + 1e-6) + 6e-8  # half a unit in the last place at 1
+            distance = _lengths(adv.double() - x, norm).max()
+            assert distance <= eps * (1 + 1e-6) + 2 * rounding  # twice, as bounds go up to 2
 
 
 @everywhere
@@ -112,6 +119,120 @@ def test_linf_keeps_to_the_rounded_ball_exactly(device: str, name: str) -> None:
     eps = torch.tensor(EPS, device=device)
     assert torch.equal(torch.maximum(torch.minimum(adv, x + eps), x - eps), adv)
     assert torch.equal(adv > x, _gradient(device) > 0)
+
+
+@everywhere
+@norms
+def test_inactive_samples_stay_whatever_their_memory_holds(
+    device: str, name: str, norm: str
+) -> None:
+    x, adv, grad = _images(device), _images(device, seed=1), _gradient(device)
+    for t in (x, adv, grad):
+        t[2] = torch.nan
+    x[0], grad[0, 0] = torch.inf, 0.0
+    adv[0] = 7.0  # neither projected nor clipped
+    grad[1, 0, 0, :3] = 0.0
+    active = torch.tensor([False, True, False, True], device=device)
+    counts = torch.zeros(2, dtype=torch.int64, device=device)
+    arguments = (grad, x, EPS, ALPHA, norm)
+    with backend(name):
+        moved = pgd_step(adv, *arguments, active=active)
+        alone = pgd_step(adv[1::2], *(t[1::2] for t in arguments[:2]), *arguments[2:])
+        in_place = pgd_step_(adv.clone(), *arguments, active=active, counts=counts)
+    assert torch.equal(moved[[1, 3]], alone)
+    assert (moved[0] == 7.0).all() and moved[2].isnan().all()
+    assert torch.equal(in_place[:2], moved[:2]) and torch.equal(in_place[3], moved[3])
+    assert counts.tolist() == [3, 0]
+
+
+@everywhere
+@norms
+def test_all_active_and_none_active(device: str, name: str, norm: str) -> None:
+    x, adv, grad = _images(device), _images(device, seed=1), _gradient(device)
+    everyone = torch.ones(4, dtype=torch.bool, device=device)
+    with backend(name):
+        usual = pgd_step(adv, grad, x, EPS, ALPHA, norm)
+        assert torch.equal(pgd_step(adv, grad, x, EPS, ALPHA, norm, active=everyone), usual)
+        assert torch.equal(pgd_step(adv, grad, x, EPS, ALPHA, norm, active=~everyone), adv)
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_an_l1_step_moves_the_largest_elements_by_equal_parts(
+    device: str, name: str, dtype: torch.dtype
+) -> None:
+    x = torch.full((1, 10), 0.5, device=device)
+    grad = torch.tensor([[1.0, -4.0, 2.0, 0.5, 3.0, -0.0, 2.5, -1.5, 0.25, -2.0]], dtype=dtype)
+    moves = {
+        0.9: [1],  # the largest
+        0.8: [1, 4],
+        0.6: [1, 2, 4, 6, 9],  # two tie for the fourth place: both move
+        0.0: [0, 1, 2, 3, 4, 6, 7, 8, 9],  # but for the one without a gradient
+    }
+    for sparsity, places_ in moves.items():
+        with backend(name):
+            moved = pgd_step(x, grad.to(device), x, 1.0, 0.25, "l1", sparsity=sparsity)
+        expected = torch.full((1, 10), 0.5)
+        expected[0, places_] += 0.25 / len(places_) * grad[0, places_].sign().float()
+        torch.testing.assert_close(moved.cpu(), expected, rtol=0, atol=1e-7)
+
+
+@everywhere
+def test_an_l1_step_moves_only_what_has_a_gradient(device: str, name: str) -> None:
+    x, grad = _images(device), torch.zeros(4, 3, 9, 11, device=device)
+    grad[:, 1, 2, 3], grad[:, 2, 8, 10] = 5e-39, -5.0  # 2 of 297, where 15 could move
+    with backend(name):
+        moved = pgd_step(x, grad, x, 1.0, 0.5, "l1", bounds=(-9, 9))
+    change = (moved - x)[grad != 0].view(4, 2)
+    torch.testing.assert_close(change.cpu(), torch.tensor([[0.25, -0.25]] * 4), rtol=1e-6, atol=0)
+    assert torch.equal(moved[grad == 0], x[grad == 0])
+
+
+@everywhere
+def test_the_order_of_elements_does_not_matter_in_l1(device: str, name: str) -> None:
+    """Sums are exact, so that not even a rounding depends on it."""
+    generator = torch.Generator().manual_seed(5)
+    x, noise, grad = (torch.randn(2, 3000, generator=generator) for _ in range(3))
+    adv = x + noise.pow(3)  # over ten orders of magnitude
+    order = torch.randperm(3000, generator=generator)
+    with backend(name):
+        moved, shuffled = (
+            pgd_step(*(t.to(device) for t in operands), 5.0, 2.0, "l1", bounds=(-99, 99)).cpu()
+            for operands in ((adv, grad, x), (adv[:, order], grad[:, order], x[:, order]))
+        )
+    assert torch.equal(moved[:, order], shuffled)
+    assert not torch.equal(moved, adv)
+
+
+@everywhere
+@pytest.mark.parametrize("sizes", ["equal", "alike", "halving"])
+def test_the_l1_projection_reaches_the_sphere_closely(device: str, name: str, sizes: str) -> None:
+    """Also where the threshold takes nearly everything off every element."""
+    places_ = torch.arange(4096)
+    delta = {
+        "equal": torch.ones(4096),
+        "alike": 1 + 1e-6 * places_,
+        "halving": 2.0 ** -(places_ % 60),
+    }[sizes]
+    delta = (delta * (1 - 2 * (places_ % 2)))[None].to(device)
+    zeros = torch.zeros_like(delta)
+    for eps in (1e-3, 0.5, 20.0):
+        with backend(name):
+            projected = pgd_step(delta, zeros, zeros, eps, 0.0, "l1", bounds=(-9, 9))
+        assert abs(float(_lengths(projected, "l1")) - eps) <= 1e-5 * eps
+        assert (projected * delta >= 0).all()
+
+
+@everywhere
+@by_length
+def test_pixels_that_are_not_finite_are_not_projected(device: str, name: str, norm: str) -> None:
+    x, adv, grad = _images(device), _images(device, seed=1), _gradient(device)
+    adv[1, 0, 0, 0] = torch.nan
+    with backend(name):
+        moved = pgd_step(adv, grad, x, 0.1, 0.5, norm=norm)
+        others = pgd_step(adv[2:], grad[2:], x[2:], 0.1, 0.5, norm=norm)
+    assert moved.isnan().nonzero().tolist() == [[1, 0, 0, 0]]
+    assert torch.equal(moved[2:], others)
 
 
 @everywhere
@@ -128,8 +249,7 @@ def test_numbers_per_sample_are_those_of_separate_calls(device: str, name: str, 
             assert torch.equal(together[one], alone)
         single = pgd_step(adv, grad, x, eps[2], alpha[2:3], norm)
         number = pgd_step(adv, grad, x, float(eps[2]), float(alpha[2]), norm)
-    # Torch divides a number by a tensor as a product with the reciprocal, so the reference may differ.
-    torch.testing.assert_close(single, number, rtol=0, atol=0 if name == "native" else 1e-7)
+    assert torch.equal(single, number)
 
 
 @everywhere

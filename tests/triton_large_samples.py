@@ -16,7 +16,10 @@ LARGE = (2, 40_001)  # three parts, the last of them short
 CHOSEN = (
     ("pgd_step/l2", torch.float32),
     ("pgd_step/l2", torch.float64),
+    ("pgd_step/l1", torch.float32),
+    ("momentum_update_/same-dtype", torch.float32),
     ("random_start/l2", torch.float32),
+    ("random_start/l1", torch.float32),
     ("angular_distance/same-dtype", torch.float32),
     ("replay_mask/same-dtype", torch.float64),
     ("euclidean_distance/norm", torch.float32),

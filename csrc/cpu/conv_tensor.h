@@ -1,23 +1,11 @@
 // What the host sides of our convolutions share.
 #pragma once
 
-#include <memory>
-
 #include "cpu/conv_epilogue.h"
+#include "cpu/scratch.h"
 #include "cpu/tensor.h"
 
 namespace fastadv::conv {
-
-// Scratch memory of a thread, kept between calls: fresh memory costs a page fault every 4 KiB.
-inline void* thread_scratch(int64_t bytes) {
-  thread_local std::unique_ptr<std::byte[]> memory;
-  thread_local int64_t size = 0;
-  if (size < bytes + 64) {
-    memory.reset(new std::byte[bytes + 64]);
-    size = bytes + 64;
-  }
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
-}
 
 inline void check_dense(const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == sizes &&

@@ -66,6 +66,16 @@ FASTADV_INLINE int32_t near_gaussian(uint32_t word) {
   return int32_t((word & 0xff) + (word >> 8 & 0xff) + (word >> 16 & 0xff) + (word >> 24)) - 510;
 }
 
+// Of random sign, the magnitude nearly exponential.
+FASTADV_INLINE int32_t near_laplace(uint32_t word) {
+  const int32_t bits = std::bit_cast<int32_t>(float(int32_t(word >> 8 | 1)));
+  const int32_t exponent = (bits >> 23) - 127, fraction = bits >> 7 & 0xffff;
+  const int32_t slope = 28916 - ((fraction * (16125 - (fraction * 5566 >> 16))) >> 16);
+  const int32_t bend = ((fraction * (0x10000 - fraction)) >> 15) * slope >> 17;
+  const int32_t magnitude = ((24 - exponent) << 16) - fraction - bend;
+  return word & 1 ? -magnitude : magnitude;
+}
+
 // Calls f(logical index, offset in memory, element stride, count) for the runs that make up [begin,
 // end).
 template <class F>

@@ -4,23 +4,37 @@
 namespace fastadv {
 namespace {
 
-// Exact sum of squares of the direction and largest 24-bit number of the radius stream.
+// The balls whose noise is a random direction of random length: how words become directions, and
+// what of the direction is added up to its length. All of it exact integers.
+struct L2 {
+  static FASTADV_INLINE int32_t element(uint32_t word) { return near_gaussian(word); }
+  static FASTADV_INLINE int32_t term(int32_t element) { return element * element; }
+  static double length(int64_t sum) { return std::sqrt(double(sum)); }
+};
+struct L1 {
+  static FASTADV_INLINE int32_t element(uint32_t word) { return near_laplace(word); }
+  static FASTADV_INLINE int32_t term(int32_t element) { return std::abs(element); }
+  static double length(int64_t sum) { return double(sum); }
+};
+
+// Sum of the direction's terms and largest 24-bit number of the radius stream.
 struct BallDraw {
-  int64_t squared = 0;
+  int64_t sum = 0;
   uint32_t largest = 0;
 };
 
+template <class Ball>
 FASTADV_CLONES BallDraw measure(const uint32_t* direction, const uint32_t* radius, int64_t n) {
-  int64_t squared = 0;
+  int64_t sum = 0;
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
-    const int32_t g = near_gaussian(direction[i]);
-    squared += g * g;
+    sum += Ball::term(Ball::element(direction[i]));
     largest = std::max(largest, radius[i] >> 8);
   }
-  return {squared, largest};
+  return {sum, largest};
 }
 
+template <class Ball>
 BallDraw measure_sample(int64_t size, Key key) {
   uint32_t direction[kChunk], radius[kChunk];
   BallDraw all;
@@ -29,34 +43,40 @@ BallDraw measure_sample(int64_t size, Key key) {
     fill_words(direction, begin, key);
     key.stream = kRadiusStream;
     fill_words(radius, begin, key);
-    const BallDraw part = measure(direction, radius, std::min<int64_t>(kChunk, size - begin));
-    all.squared += part.squared;
+    const BallDraw part = measure<Ball>(direction, radius, std::min<int64_t>(kChunk, size - begin));
+    all.sum += part.sum;
     all.largest = std::max(all.largest, part.largest);
   }
   return all;
 }
 
-template <class T>
-void l2_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key& key,
-                     const NoiseLimits& limits) {
+template <class Ball, class T>
+FASTADV_CLONES void add_direction(T* out, const T* x, const uint32_t* words, int64_t count,
+                                  int64_t stride, Compute<T> scale, NoiseLimits limits) {
+  using C = Compute<T>;
+  const C low = C(limits.low), high = C(limits.high);
+  for (int64_t i = 0; i < count; ++i) {
+    C moved = load(x[i * stride]) + C(Ball::element(words[i])) * scale;
+    moved = moved < low ? low : moved;
+    store(out[i * stride], moved > high ? high : moved);
+  }
+}
+
+template <class Ball, class T>
+void ball_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key& key,
+                       const NoiseLimits& limits) {
   using C = Compute<T>;
   const int64_t size = layout.planes * layout.plane_size;
-  const BallDraw draw = measure_sample(size, key);
+  const BallDraw draw = measure_sample<Ball>(size, key);
   const double share = double(draw.largest + 1) * 0x1p-24;
-  const C scale = draw.squared ? C(share * limits.eps / std::sqrt(double(draw.squared))) : C(0);
-  const C low = C(limits.low), high = C(limits.high);
+  const C scale = draw.sum ? C(share * limits.eps / Ball::length(draw.sum)) : C(0);
   uint32_t words[kChunk];
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     fill_words(words, begin, key);
     for_runs(layout, begin, std::min(begin + kChunk, size),
              [&](int64_t index, int64_t offset, int64_t count) {
-               for (int64_t i = 0; i < count; ++i) {
-                 const int64_t at = offset + i * layout.element_stride;
-                 const C noise = C(near_gaussian(words[index - begin + i])) * scale;
-                 C moved = load(x[at]) + noise;
-                 moved = moved < low ? low : moved;
-                 store(out[at], moved > high ? high : moved);
-               }
+               add_direction<Ball>(out + offset, x + offset, words + (index - begin), count,
+                                   layout.element_stride, scale, limits);
              });
   }
 }
@@ -65,8 +85,8 @@ at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& e
                         c10::string_view norm, double low, double high, int64_t seed,
                         const OptionalTensor& sample_ids) {
   TORCH_CHECK_VALUE(x.dim() > 0, "x must have a batch axis, got a tensor without axes");
-  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2", "norm must be one of linf, l2, got ", norm);
-  const bool linf = norm == "linf";
+  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2" || norm == "l1",
+                    "norm must be one of linf, l2, l1, got ", norm);
   const int64_t batch = x.size(0), size = sample_size(x);
   const PerSample radius(eps, eps_per_sample, batch, "eps_per_sample");
   const at::Tensor ids = checked_ids(sample_ids, batch);
@@ -79,14 +99,14 @@ at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& e
   if (size > 0) {
     dispatch_float(x.scalar_type(), "x", [&](auto t) {
       using T = decltype(t);
+      const auto draw = norm == "linf" ? linf_noise_sample<T>
+                        : norm == "l2" ? ball_noise_sample<L2, T>
+                                       : ball_noise_sample<L1, T>;
       at::parallel_for(0, batch, std::max<int64_t>(1, kGrain / size), [&](int64_t b, int64_t e) {
         for (int64_t i = b; i < e; ++i) {
           const Key key{uint64_t(seed), sample_id(ids_pointer(ids), i), 0};
           const NoiseLimits limits{radius[i], low, high};
-          T* o = data<T>(to) + i * size;
-          const T* source = data<T>(from) + i * size;
-          linf ? linf_noise_sample(o, source, walk, key, limits)
-               : l2_noise_sample(o, source, walk, key, limits);
+          draw(data<T>(to) + i * size, data<T>(from) + i * size, walk, key, limits);
         }
       });
     });

@@ -48,6 +48,14 @@ FASTADV_INLINE void store(Half& to, float v) {
   to.bits = c10::detail::fp16_ieee_from_fp32_value(v);
 }
 
+// A positive double rounded to 24 significant bits: what a float would hold if it had the range.
+// The reason is in fastadv/ops/pgd_step_reference.py.
+inline double rounded_to_float_precision(double v) {
+  constexpr int kDropped = 29;
+  const uint64_t bits = std::bit_cast<uint64_t>(v) + (uint64_t(1) << (kDropped - 1));
+  return std::bit_cast<double>(bits >> kDropped << kDropped);
+}
+
 // Elements a task works on: large enough to hide the cost of a task, small enough to stay in the L1
 // cache.
 constexpr int64_t kGrain = 32768;

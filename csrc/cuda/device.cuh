@@ -120,6 +120,17 @@ __device__ inline double number_of(const PerSample& n, int64_t sample) {
   }
 }
 
+// A positive double rounded to 24 significant bits; why, says fastadv/ops/pgd_step_reference.py.
+__device__ inline double rounded_to_float_precision(double v) {
+  constexpr int kDropped = 29;
+  return __longlong_as_double((__double_as_longlong(v) + (1LL << (kDropped - 1))) >>
+                              kDropped << kDropped);
+}
+
+__device__ inline bool is_active(const bool* active, int64_t sample) {
+  return !active || active[sample];
+}
+
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMostThreads = 512;
 

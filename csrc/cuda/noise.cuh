@@ -47,13 +47,26 @@ __device__ inline int32_t near_gaussian(uint32_t word) {
   return int32_t((word & 0xff) + (word >> 8 & 0xff) + (word >> 16 & 0xff) + (word >> 24)) - 510;
 }
 
+// Of random sign, the magnitude nearly exponential.
+__device__ inline int32_t near_laplace(uint32_t word) {
+  const int32_t bits = __float_as_int(float(int32_t(word >> 8 | 1)));
+  const int32_t exponent = (bits >> 23) - 127, fraction = bits >> 7 & 0xffff;
+  const int32_t slope = 28916 - ((fraction * (16125 - (fraction * 5566 >> 16))) >> 16);
+  const int32_t bend = ((fraction * (0x10000 - fraction)) >> 15) * slope >> 17;
+  const int32_t magnitude = ((24 - exponent) << 16) - fraction - bend;
+  return word & 1 ? -magnitude : magnitude;
+}
+
 // x + noise, clipped: what is done to one element with its word.
-template <class C, bool kL2>
+template <class C, Ball kBall>
 struct AddNoise {
   C scale, low, high;
 
   __device__ C operator()(C x, uint32_t word) const {
-    const C unit = kL2 ? C(near_gaussian(word)) : C(symmetric_uniform(word));
+    C unit;
+    if constexpr (kBall == Ball::kLinf) unit = C(symmetric_uniform(word));
+    if constexpr (kBall == Ball::kL2) unit = C(near_gaussian(word));
+    if constexpr (kBall == Ball::kL1) unit = C(near_laplace(word));
     return clip(x + unit * scale, low, high);
   }
 };

@@ -22,11 +22,13 @@ struct Noise {
   double low, high;
 };
 
-// Elements of the workspace that an l2 start needs.
-int64_t random_start_l2_workspace(const Noise& noise);
+enum class Ball { kLinf, kL2, kL1 };
 
-cudaError_t launch_random_start_linf(const Noise& noise, cudaStream_t stream);
-cudaError_t launch_random_start_l2(const Noise& noise, int64_t* workspace, cudaStream_t stream);
+// Elements of the workspace that a start needs.
+int64_t random_start_workspace(const Noise& noise, Ball ball);
+
+cudaError_t launch_random_start(const Noise& noise, Ball ball, int64_t* workspace,
+                                cudaStream_t stream);
 
 struct Replay {
   Noise noise;

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kNoiseThreads) replay(Replay r, unsigned block
   const int64_t start = place.row * n.size;
   T* out = static_cast<T*>(n.out) + start;
   if (number_of(r.distance, place.row) > r.tau) {
-    const AddNoise<C, false> noise{C(number_of(n.eps, place.row)), C(n.low), C(n.high)};
+    const AddNoise<C, Ball::kLinf> noise{C(number_of(n.eps, place.row)), C(n.low), C(n.high)};
     Share<T, kPlanes>::apply(out, static_cast<const T*>(n.x) + start, place.index, n, place.key,
                              noise);
   } else {

@@ -14,8 +14,10 @@ struct PgdStep {
   int64_t batch, size;
   PerSample eps, alpha;
   double low, high;
-  int64_t* counts;    // [2]: zero and NaN gradient elements are added; or null
-  double* workspace;  // of pgd_step_l2_workspace() elements
+  double sparsity;
+  const bool* active;  // [B], or null for all
+  int64_t* counts;     // [2]: zero and NaN gradient elements are added; or null
+  double* workspace;   // of pgd_step_l2_workspace() elements
 };
 
 // Elements of the workspace that the l2 step needs.
@@ -23,5 +25,6 @@ int64_t pgd_step_l2_workspace(const PgdStep& step);
 
 cudaError_t launch_pgd_step_linf(const PgdStep& step, cudaStream_t stream);
 cudaError_t launch_pgd_step_l2(const PgdStep& step, cudaStream_t stream);
+cudaError_t launch_pgd_step_l1(const PgdStep& step, cudaStream_t stream);
 
 }  // namespace fastadv::cuda

@@ -84,6 +84,15 @@ inline at::Tensor checked_ids(const OptionalTensor& ids, const at::Tensor& like)
   return ids->contiguous();
 }
 
+// bool per sample, contiguous; undefined for all.
+inline at::Tensor checked_active(const OptionalTensor& active, const at::Tensor& like) {
+  if (!active) return {};
+  TORCH_CHECK_TYPE(active->scalar_type() == at::kBool, "active must be a bool tensor, got ",
+                   active->scalar_type());
+  check_per_sample(*active, "active", like);
+  return active->contiguous();
+}
+
 // A workspace of `count` elements, from torch's allocator so that a graph can capture it.
 inline at::Tensor workspace(int64_t count, at::ScalarType dtype, const at::Tensor& like) {
   return at::empty({count}, like.options().dtype(dtype).memory_format(std::nullopt));

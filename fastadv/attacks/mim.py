@@ -11,6 +11,7 @@ from fastadv.attacks.arguments import check_limit
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.engines import Model
 from fastadv.attacks.pgd import PGD, Direction
+from fastadv.ops import momentum_update_
 
 
 class MIM(PGD):
@@ -60,25 +61,3 @@ class MIM(PGD):
             return momentum_update_(momentum, grad, self.decay)
 
         return direction
-
-
-def momentum_update_(momentum: Tensor, grad: Tensor, decay: float) -> Tensor:
-    """``momentum <- decay * momentum + grad / ||grad||_1``, per sample and in place.
-
-    A sample whose gradient is zero or not finite keeps ``decay * momentum``. The gradient is first divided by
-    its largest magnitude, as a sum of tiny float32 numbers would vanish.
-
-    Args:
-        momentum: [B, ...] float32 or float64; overwritten.
-        grad: [B, ...], any float dtype.
-        decay: of the momentum.
-
-    Returns:
-        ``momentum``.
-    """
-    grad = grad.to(momentum.dtype)
-    largest = grad.flatten(1).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
-    usable = (largest > 0) & largest.isfinite()
-    scaled = torch.where(usable, grad / largest, 0.0)
-    length = scaled.flatten(1).abs().sum(1).view_as(largest)
-    return momentum.mul_(decay).add_(torch.where(usable, scaled / length, 0.0))

@@ -9,6 +9,7 @@ from fastadv.ops.backend import backend
 from fastadv.ops.crop_flip import crop_flip
 from fastadv.ops.euclidean_distance import euclidean_distance
 from fastadv.ops.linear_merger import linear_merger
+from fastadv.ops.momentum_update import momentum_update_
 from fastadv.ops.noisy_replay import noisy_replay
 from fastadv.ops.pgd_step import pgd_step, pgd_step_
 from fastadv.ops.random_start import random_start
@@ -23,6 +24,7 @@ __all__ = [
     "crop_flip",
     "euclidean_distance",
     "linear_merger",
+    "momentum_update_",
     "noisy_replay",
     "pgd_step",
     "pgd_step_",

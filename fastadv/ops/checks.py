@@ -142,6 +142,33 @@ def is_readable(t: Tensor) -> bool:
     return not torch._C._are_functorch_transforms_active()  # values of a vmapped tensor are many
 
 
+def check_written(name: str, value: Tensor) -> None:
+    """Require that a tensor may be overwritten where gradients are recorded."""
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} must not require grad, because what is written to it has no gradient: pass "
+            f"{name}.detach() or call within torch.no_grad()"
+        )
+
+
+def check_active(active: Tensor | None, like: Tensor) -> None:
+    """Require a bool per sample."""
+    if active is None:
+        return
+    check_tensor("active", active)
+    if active.dtype != torch.bool:
+        raise TypeError(f"active must be a bool tensor, got {active.dtype}")
+    if active.shape != like.shape[:1]:
+        raise ValueError(f"active must have shape ({like.shape[0]},), got {tuple(active.shape)}")
+    if active.device != like.device:
+        raise ValueError(f"active must be on the device {like.device}, got {active.device}")
+
+
+def over_samples(values: Tensor, like: Tensor) -> Tensor:
+    """Values [B] in a shape in which they broadcast over ``like`` [B, ...]."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
 def rows(t: Tensor) -> Tensor:
     """The samples as rows [B, N], whatever axes they have; also for none, and for a batch of 0."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
@@ -149,4 +176,4 @@ def rows(t: Tensor) -> Tensor:
 
 def broadcast_per_sample(number: float, values: Tensor | None, like: Tensor) -> Tensor | float:
     """The two schema arguments of a per-sample number as one operand that broadcasts over ``like``."""
-    return number if values is None else values.view(-1, *[1] * (like.dim() - 1))
+    return number if values is None else over_samples(values, like)

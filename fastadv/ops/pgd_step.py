@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastadv.ops import checks
+from fastadv.ops.pgd_step_reference import take_step
 from fastadv.ops.registry import Op, define
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
 
 
 def _reference(
@@ -22,41 +25,19 @@ def _reference(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
 ) -> Tensor:
-    dtype = checks.accumulate_dtype(adv)
-    a, g, c = adv.to(dtype), grad.to(checks.accumulate_dtype(adv, grad)), x.to(dtype)
-    radius = checks.broadcast_per_sample(eps, eps_per_sample, adv)
-    step = checks.broadcast_per_sample(alpha, alpha_per_sample, adv)
-    if adv.numel() == 0:
-        return torch.empty_like(adv)
-    if norm == "linf":
-        moved = a + step * torch.sign(g).to(dtype)
-        moved = torch.where(moved < c - radius, c - radius, moved)
-        moved = torch.where(moved > c + radius, c + radius, moved)
-    else:
-        delta = a + step * _unit(g).to(dtype) - c
-        length = _length(delta)
-        shrink = torch.where(length > radius, radius / length, torch.ones_like(length))
-        moved = c + delta * shrink
-    clipped = torch.where(moved < low, low, moved)
     # Written into `adv`'s own strides: a pointwise result would follow the operands' mixed layouts.
-    return torch.empty_like(adv).copy_(torch.where(clipped > high, high, clipped))
-
-
-def _length(t: Tensor) -> Tensor:
-    return checks.rows(t).square().sum(1).sqrt().view(-1, *[1] * (t.dim() - 1))
-
-
-def _unit(grad: Tensor) -> Tensor:
-    """The gradient over its length per sample; 0 where that is 0 or not finite.
-
-    The gradient is first divided by its largest magnitude: squares of float32 gradients below 1e-23 would
-    vanish, and such gradients are common at confident samples.
-    """
-    largest = checks.rows(grad).abs().amax(1).view(-1, *[1] * (grad.dim() - 1))
-    usable = (largest > 0) & torch.isfinite(largest)
-    scaled = torch.where(usable, grad / largest, torch.zeros_like(grad))
-    return torch.where(usable, scaled / _length(scaled), torch.zeros_like(grad))
+    out = torch.empty_like(adv)
+    if adv.numel() == 0:
+        return out
+    radius = eps if eps_per_sample is None else eps_per_sample
+    step = alpha if alpha_per_sample is None else alpha_per_sample
+    out.copy_(take_step(adv, grad, x, radius, step, norm, (low, high), sparsity))
+    if active is not None:
+        out.copy_(torch.where(checks.over_samples(active, adv), out, adv))
+    return out
 
 
 def _fake(
@@ -70,6 +51,8 @@ def _fake(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
 ) -> Tensor:
     torch._check(adv.shape == grad.shape, lambda: "grad must have the shape of adv")
     torch._check(adv.shape == x.shape, lambda: "x must have the shape of adv")
@@ -87,14 +70,15 @@ def _reference_(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
     counts: Tensor | None,
 ) -> None:
     if counts is not None:
-        counts += torch.stack(((grad == 0).sum(), torch.isnan(grad).sum()))
-    stepped = _reference(
-        adv, grad, x, eps, alpha, eps_per_sample, alpha_per_sample, norm, low, high
-    )
-    adv.copy_(stepped)
+        seen = grad if active is None else grad[active]
+        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
+    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
+    adv.copy_(_reference(adv, grad, x, *numbers, norm, low, high, sparsity, active))
 
 
 def _fake_(
@@ -108,14 +92,17 @@ def _fake_(
     norm: str,
     low: float,
     high: float,
+    sparsity: float,
+    active: Tensor | None,
     counts: Tensor | None,
 ) -> None:
-    _fake(adv, grad, x, eps, alpha, eps_per_sample, alpha_per_sample, norm, low, high)
+    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
+    _fake(adv, grad, x, *numbers, norm, low, high, sparsity, active)
 
 
 _ARGUMENTS = (
     "Tensor grad, Tensor x, float eps, float alpha, Tensor? eps_per_sample, "
-    "Tensor? alpha_per_sample, str norm, float low, float high"
+    "Tensor? alpha_per_sample, str norm, float low, float high, float sparsity, Tensor? active"
 )
 _op = define(
     Op(
@@ -124,7 +111,7 @@ _op = define(
         reference=_reference,
         fake=_fake,
         triton="pgd_step:pgd_step",
-        batched=("adv", "grad", "x", "eps_per_sample", "alpha_per_sample"),
+        batched=("adv", "grad", "x", "eps_per_sample", "alpha_per_sample", "active"),
     )
 )
 _op_ = define(
@@ -146,37 +133,54 @@ def pgd_step(
     alpha: float | Tensor,
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
+    *,
+    sparsity: float = 0.95,
+    active: Tensor | None = None,
 ) -> Tensor:
     """One step of projected gradient ascent (Madry et al. 2018, section 2.1).
 
     * ``"linf"``: ``clip(clamp(adv + alpha * sign(grad), x - eps, x + eps), bounds)``.
     * ``"l2"``: ``clip(x + P(adv + alpha * grad / ||grad|| - x), bounds)``, P the projection on the ball
       of radius eps, norms per sample.
+    * ``"l1"``: the same with the sparse step of SLIDE (Tramer and Boneh 2019), ``alpha * s / m``: s is
+      ``sign(grad)`` where ``|grad|`` is at least its k-th largest value in the sample and not 0, m the number of
+      these elements, ``k = max(1, ceil((1 - sparsity) * n))`` for n elements. Ties all move, so that the choice
+      depends on no order; m is k where there are none. P takes theta off each magnitude, down to 0, so that the
+      sum is eps (Duchi et al. 2008).
 
-    A zero or NaN gradient element moves nothing in linf (``sign(0) = sign(NaN) = 0``), a sample whose
-    gradient is zero or not finite is not moved in l2. Computed in float32 (float64 for float64 images).
-    In float32 linf is bit-equal on every backend; in half precision the result is rounded to the nearest
-    number of the dtype and can leave the ball by half a unit in the last place.
+    A zero or NaN gradient element moves nothing in linf (``sign(0) = sign(NaN) = 0``); a sample whose gradient is
+    zero or has an element that is not finite is not moved in l2 and l1, only projected and clipped.
+
+    Computed in float32 (float64 for float64 images), sums in float64. For images in float32 and half precision
+    linf and l1 are bit-equal on every backend, layout and thread count. So is l2 but for about one sample in
+    ten million, where the last bits of its sums, which depend on their order, decide how a float32 number that
+    all its elements share is rounded. In float32, ``||result - x||`` exceeds eps by at most 1e-5 of it, plus the
+    rounding of each element of the result (half a unit in the last place, 3e-8 just below 1). In half precision
+    the result is rounded to the nearest number of the dtype and can leave the ball by as much more.
 
     Args:
         adv: the current point [B, ...], any dense layout.
         grad: gradient of the loss to be raised, [B, ...]; its dtype may differ from ``adv``'s.
         x: centre of the ball [B, ...], in ``adv``'s dtype.
         eps: radius, in the units of ``x``; a number or a tensor [B].
-        alpha: step size, in the units of ``x``; a number or a tensor [B].
-        norm: ``"linf"`` or ``"l2"``.
-        bounds: lowest and highest allowed value.
+        alpha: step size, in the units of ``x``; a number or a tensor [B]. In l1 it is the length of the whole
+            step, not of its elements.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        bounds: lowest and highest allowed value; ``x`` should lie within, else clipping can leave the ball.
+        sparsity: the share of elements that an l1 step leaves alone, 0 <= sparsity < 1; other norms ignore it.
+        active: bool [B]; where False the sample is returned as it is in ``adv``, and its elements of ``grad``
+            and ``x`` do not matter. None is all True.
 
     Returns:
         The next point [B, ...] in ``adv``'s dtype and layout. It carries no gradient.
 
     Raises:
-        TypeError: a tensor is not floating point, ``x`` has another dtype than ``adv``, or eps or alpha is no
-            number.
+        TypeError: a tensor is not floating point, ``x`` has another dtype than ``adv``, eps, alpha or sparsity is
+            no number, or ``active`` is no bool tensor.
         ValueError: shapes or devices differ, eps or alpha is negative or not finite, unknown norm, bounds
-            in the wrong order.
+            in the wrong order, sparsity out of range.
     """
-    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds)
+    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
     return torch.ops.fastadv.pgd_step(adv.detach(), *arguments)
 
 
@@ -189,6 +193,8 @@ def pgd_step_(
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
     *,
+    sparsity: float = 0.95,
+    active: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
     """`pgd_step`, writing the next point into ``adv``.
@@ -201,8 +207,10 @@ def pgd_step_(
         alpha: as in `pgd_step`.
         norm: as in `pgd_step`.
         bounds: as in `pgd_step`.
-        counts: int64 tensor [2] to which the numbers of zero and of NaN gradient elements are added. A
-            large share of zeros is a sign of gradient masking.
+        sparsity: as in `pgd_step`.
+        active: as in `pgd_step`; where False the sample stays as it is.
+        counts: int64 tensor [2] to which the numbers of zero and of NaN gradient elements of the active samples
+            are added. A large share of zeros is a sign of gradient masking.
 
     Returns:
         ``adv``.
@@ -212,12 +220,8 @@ def pgd_step_(
         TypeError: as in `pgd_step`, or ``counts`` is no tensor.
         ValueError: as in `pgd_step`, or ``counts`` is not a contiguous int64 tensor [2] on the device of ``adv``.
     """
-    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds)
-    if adv.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(
-            "adv must not require grad, because the step has no gradient: pass adv.detach() or call "
-            "within torch.no_grad()"
-        )
+    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
+    checks.check_written("adv", adv)
     if counts is not None:
         _check_counts(counts, adv)
     torch.ops.fastadv.pgd_step_(adv, *arguments, counts)
@@ -244,7 +248,10 @@ def _checked(
     alpha: float | Tensor,
     norm: str,
     bounds: tuple[float, float],
-) -> tuple[Tensor, Tensor, float, float, Tensor | None, Tensor | None, str, float, float]:
+    sparsity: float,
+    active: Tensor | None,
+) -> tuple[Any, ...]:
+    """The arguments of the raw op from ``grad`` on."""
     for name, value in (("adv", adv), ("grad", grad), ("x", x)):
         checks.check_float(name, value)
     checks.check_same_shape("grad", grad, "adv", adv)
@@ -255,6 +262,10 @@ def _checked(
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, adv)
     alpha_number, alpha_tensor = checks.per_sample("alpha", alpha, adv)
+    sparsity = checks.number("sparsity", sparsity)
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
+    checks.check_active(active, adv)
     return (
         grad.detach(),
         x.detach(),
@@ -265,4 +276,6 @@ def _checked(
         norm,
         low,
         high,
+        sparsity,
+        active,
     )

@@ -119,6 +119,7 @@ CASES = (
         layout_of=(torch.contiguous_format,) * 4,
         function=attention_map_distance,
         shapes=_SHAPES,
+        differentiable=("u", "v"),
         bench_shapes=FEATURE_BENCH_SHAPES,
         operations=4,
     ),

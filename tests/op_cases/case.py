@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -88,6 +89,7 @@ class OpCase:
         bench_layouts: the memory layouts to measure.
         bench_compiled: whether the reference is measured under torch.compile as well; not where that takes
             minutes, as it does for random numbers in plain torch.
+        bench_elements: elements that a call handles at a shape, about, from which its time is estimated.
         traffic: bytes that must be moved at least, from arguments and results; None counts every tensor
             argument and every result once.
         operations: arithmetic operations, about: per element of the largest tensor, or in all from the
@@ -116,6 +118,7 @@ class OpCase:
     bench_shapes: tuple[Shape, ...] = ()
     bench_layouts: tuple[str, ...] = ("contiguous", "channels_last")
     bench_compiled: bool = True
+    bench_elements: Callable[[Shape], int] = math.prod
     traffic: Callable[[Arguments, tuple[Tensor, ...]], int] | None = None
     operations: float | Callable[[Arguments], float] = 1.0
     bad: tuple[Bad, ...] = ()

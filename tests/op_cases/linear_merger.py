@@ -24,6 +24,12 @@ _LARGE: Shape = (130, 300, 640, 512)  # several tiles in every direction
 _BENCH_SHAPES: tuple[Shape, ...] = tuple((128, classes, *[640] * 6) for classes in (10, 100, 1000))
 
 
+def _elements(shape: Shape) -> int:
+    """Of the features and of the weight."""
+    batch, classes, *widths = shape
+    return (batch + classes) * sum(widths)
+
+
 def _arguments(spec: Spec, *, bias: bool = True) -> Arguments:
     draw = Draw(spec)
     batch, classes, *widths = spec.shape
@@ -154,6 +160,7 @@ CASES = (
         arguments=_arguments,
         differentiable=("features", "weight", "bias"),
         bench_shapes=_BENCH_SHAPES,
+        bench_elements=_elements,
         bad=_BAD,
     ),
     _forward(
@@ -161,7 +168,12 @@ CASES = (
         arguments=partial(_arguments, bias=False),
         differentiable=("features", "weight"),
     ),
-    _features(variant="all", arguments=_features_arguments, bench_shapes=_BENCH_SHAPES),
+    _features(
+        variant="all",
+        arguments=_features_arguments,
+        bench_shapes=_BENCH_SHAPES,
+        bench_elements=_elements,
+    ),
     _features(variant="every-second", arguments=partial(_features_arguments, every=2)),
     _common(
         op="linear_merger_backward_weight",
@@ -170,5 +182,6 @@ CASES = (
         formula=_weight_formula,
         scale=_weight_scale,
         bench_shapes=_BENCH_SHAPES,
+        bench_elements=_elements,
     ),
 )

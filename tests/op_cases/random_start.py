@@ -18,7 +18,7 @@ HIGHEST_ID = 2**40  # both words of a sample id at work
 
 def _arguments(spec: Spec, *, norm: str, varying: bool = False) -> Arguments:
     draw = Draw(spec)
-    eps = 8 / 255 if norm == "linf" else 2.0
+    eps = {"linf": 8 / 255, "l2": 2.0, "l1": 12.0}[norm]
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
     return {
         "x": draw.images(),
@@ -111,6 +111,14 @@ CASES = (
         operations=2 * _PER_WORD + 20,
         bench_shapes=IMAGE_BENCH_SHAPES[:1],
     ),
+    _common(
+        variant="l1",
+        bit_equal=DTYPES,
+        arguments=partial(_arguments, norm="l1"),
+        operations=2 * _PER_WORD + 36,
+        bench_shapes=IMAGE_BENCH_SHAPES,
+    ),
+    _common(variant="l1-per-sample", arguments=partial(_arguments, norm="l1", varying=True)),
     _common(
         variant="l2-per-sample",
         arguments=partial(_arguments, norm="l2", varying=True),

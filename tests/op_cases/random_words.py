@@ -45,17 +45,38 @@ def ball_noise(x: Tensor, eps: Tensor, norm: str, seed: int, ids: list[int]) -> 
     if norm == "linf":
         unit = (drawn >> np.uint64(8)).astype(np.float64) * 2.0**-23 - 1
     else:
-        unit = _unit_ball(drawn, words(seed, ids, size, stream=1))
+        unit = _unit_ball(drawn, words(seed, ids, size, stream=1), norm)
     noise = torch.from_numpy(unit).to(x.device, x.dtype)
     return (noise * eps[:, None].to(x.dtype)).view(x.shape)
 
 
-def _unit_ball(drawn: np.ndarray, radius_words: np.ndarray) -> np.ndarray:
-    """Direction: sums of a word's four bytes, centred. Radius: the largest of n uniforms in (0, 1]."""
+def _unit_ball(drawn: np.ndarray, radius_words: np.ndarray, norm: str) -> np.ndarray:
+    """A direction of length 1 times a radius, the largest of n uniforms in (0, 1]."""
     if drawn.size == 0:
         return np.zeros(drawn.shape)
-    shifts = np.arange(0, 32, 8, dtype=np.uint64)
-    direction = (drawn[..., None] >> shifts & np.uint64(0xFF)).sum(-1).astype(np.float64) - 510
-    length = np.sqrt(np.square(direction).sum(1, keepdims=True))
+    if norm == "l2":
+        direction = _byte_sums(drawn)
+        length = np.sqrt(np.square(direction).sum(1, keepdims=True))
+    else:
+        direction = _signed_logarithms(drawn)
+        length = np.abs(direction).sum(1, keepdims=True)
     radius = ((radius_words >> np.uint64(8)).max(1, keepdims=True).astype(np.float64) + 1) / 2**24
     return direction * np.divide(radius, length, out=np.zeros_like(length), where=length > 0)
+
+
+def _byte_sums(drawn: np.ndarray) -> np.ndarray:
+    """Sums of a word's four bytes, centred."""
+    shifts = np.arange(0, 32, 8, dtype=np.uint64)
+    return (drawn[..., None] >> shifts & np.uint64(0xFF)).sum(-1).astype(np.float64) - 510
+
+
+def _signed_logarithms(drawn: np.ndarray) -> np.ndarray:
+    """Minus log2 of the upper 24 bits, by the cubic of the definition; the sign is the lowest bit."""
+    upper = (drawn >> np.uint64(8)).astype(np.int64) | 1
+    mantissa, exponent = np.frexp(upper.astype(np.float64))
+    fraction = ((2 * mantissa - 1) * 2**16).astype(np.int64)
+    inner = 16125 - fraction * 5566 // 2**16
+    slope = 28916 - fraction * inner // 2**16
+    logarithm = fraction + fraction * (2**16 - fraction) // 2**15 * slope // 2**17
+    magnitude = (25 - exponent) * 2.0**16 - logarithm
+    return np.where(drawn & np.uint64(1) == 1, -magnitude, magnitude)

@@ -1,0 +1,55 @@
+"""What the norms of the PGD step share in Triton: their arguments, and what happens to single elements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import double_bits
+
+
+@triton.jit
+def count_gradient(grad, inside, counts, counts_stride):
+    """Add the numbers of zero and NaN elements to two counters."""
+    zeros = tl.sum(((grad == 0) & inside).to(tl.int64), 0)
+    nans = tl.sum(((grad != grad) & inside).to(tl.int64), 0)
+    tl.atomic_add(counts, zeros, sem="relaxed")
+    tl.atomic_add(counts + counts_stride, nans, sem="relaxed")
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arguments of a step that are not images."""
+
+    eps: float
+    alpha: float
+    eps_values: Tensor | None
+    alpha_values: Tensor | None
+    low: float
+    high: float
+    sparsity: float
+    active: Tensor | None
+    counts: Tensor | None = None
+
+    def arguments(self) -> tuple[int, int, Tensor | None, Tensor | None, int, int]:
+        """What every kernel takes, in its order."""
+        return (
+            double_bits(self.eps),
+            double_bits(self.alpha),
+            self.eps_values,
+            self.alpha_values,
+            double_bits(self.low),
+            double_bits(self.high),
+        )
+
+    def counters(self) -> tuple[Tensor | None, int]:
+        """The counters and the distance between them."""
+        return self.counts, 1 if self.counts is None else self.counts.stride(0)
+
+    @property
+    def same_for_all(self) -> bool:
+        """Whether no sample differs from the others in its limits or in being stepped."""
+        return self.eps_values is None and self.alpha_values is None and self.active is None
