@@ -55,8 +55,8 @@ def cosine(a: Tensor, b: Tensor) -> float:
 def assert_copy_equals(model: nn.Module, x: Tensor) -> None:
     """In fp32 to 1e-5 of the largest logit, and 1e-4 of the largest component of the gradient.
 
-    Where two inputs of a max pooling are equal but for rounding, the gradient goes another way; there it is compared
-    as a whole.
+    Where two inputs of a max pooling are equal but for rounding, the gradient goes another way; there it is
+    compared as a whole.
     """
     copied = AttackCopy(model.train(), torch.float32)
     model.eval()
