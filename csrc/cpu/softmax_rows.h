@@ -50,16 +50,26 @@ FASTADV_INLINE void set_lanes(C* to, Lanes<C> from) {
   std::memcpy(to, &from, sizeof(from));
 }
 
+// Lane l of the result is lane kFrom[l].
+template <int... kFrom, class V>
+FASTADV_INLINE V permuted(V v) {
+#if defined(__clang__)
+  return __builtin_shufflevector(v, v, kFrom...);
+#else
+  using Order = decltype(v > v);  // GCC has the other builtin from version 12 on only
+  return __builtin_shuffle(v, Order{kFrom...});
+#endif
+}
+
 // Lane l is lane l + by, counted around; by is half the lanes, a quarter, an eighth.
 FASTADV_INLINE Lanes<float> rotated(Lanes<float> v, int by) {
-  if (by == 4) return __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  if (by == 2) return __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 0, 1);
-  return __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 0);
+  if (by == 4) return permuted<4, 5, 6, 7, 0, 1, 2, 3>(v);
+  if (by == 2) return permuted<2, 3, 4, 5, 6, 7, 0, 1>(v);
+  return permuted<1, 2, 3, 4, 5, 6, 7, 0>(v);
 }
 
 FASTADV_INLINE Lanes<double> rotated(Lanes<double> v, int by) {
-  if (by == 2) return __builtin_shufflevector(v, v, 2, 3, 0, 1);
-  return __builtin_shufflevector(v, v, 1, 2, 3, 0);
+  return by == 2 ? permuted<2, 3, 0, 1>(v) : permuted<1, 2, 3, 0>(v);
 }
 
 template <class C>
