@@ -164,9 +164,6 @@ def kd(
     )
 
 
-_CLEAN_AND_ADV = {"logits": "clean_logits", "other": "adv_logits"}
-
-
 def trades(
     clean_logits: Tensor,
     adv_logits: Tensor,
@@ -192,14 +189,9 @@ def trades(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
     """
+    names = Names("clean_logits", "adv_logits", "beta")
     return softmax_losses(
-        "trades",
-        clean_logits,
-        adv_logits,
-        y,
-        weight=beta,
-        reduction=reduction,
-        names=Names(**_CLEAN_AND_ADV, weight="beta"),
+        "trades", clean_logits, adv_logits, y, weight=beta, reduction=reduction, names=names
     )
 
 
@@ -228,14 +220,9 @@ def mart(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
     """
+    names = Names("clean_logits", "adv_logits", "beta")
     return softmax_losses(
-        "mart",
-        clean_logits,
-        adv_logits,
-        y,
-        weight=beta,
-        reduction=reduction,
-        names=Names(**_CLEAN_AND_ADV, weight="beta"),
+        "mart", clean_logits, adv_logits, y, weight=beta, reduction=reduction, names=names
     )
 
 
@@ -265,14 +252,9 @@ def alp(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; the weight is negative or not finite.
     """
+    names = Names("clean_logits", "adv_logits", "weight")
     return softmax_losses(
-        "alp",
-        clean_logits,
-        adv_logits,
-        y,
-        weight=weight,
-        reduction=reduction,
-        names=Names(**_CLEAN_AND_ADV),
+        "alp", clean_logits, adv_logits, y, weight=weight, reduction=reduction, names=names
     )
 
 
