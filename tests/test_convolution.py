@@ -109,6 +109,9 @@ GEOMETRIES = [
     (16, 24, 3, 1, 2, 2, 8, 6),
     (10, 16, 4, 3, 1, 1, 11, 10),
     (16, 16, 3, 3, 0, 1, 3, 7),
+    (12, 40, 7, 2, 3, 1, 12, 11),
+    (64, 128, 3, 2, 1, 1, 8, 8),
+    (16, 16, 4, 4, 0, 1, 8, 8),
 ]
 
 
@@ -160,7 +163,7 @@ def test_what_no_kernel_serves() -> None:
     assert make_kernel(nn.Conv2d(32, 32, 3, padding=1, groups=2), False) is None
     assert make_kernel(nn.Conv2d(3, 32, 3, padding=1), False) is None
     assert make_kernel(nn.Conv2d(32, 32, 3, stride=(1, 2)), False) is None
-    assert make_kernel(nn.Conv2d(32, 32, 3, stride=2), True) is None
+    assert make_kernel(nn.Conv2d(3, 32, 5), True) is None
 
 
 @needs_kernel
@@ -225,3 +228,21 @@ def test_merge_gradients(shape: tuple[int, ...]) -> None:
     assert torch.equal(out, x)
     with pytest.raises(ValueError, match="mask must be bfloat16 with the shape and layout of x"):
         OPS.merge_gradients_(out, x, None, mask[:, :1])
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (2, 16, 5, 7), (3, 33, 4, 4)])
+def test_pixel_means_and_their_gradient(shape: tuple[int, ...]) -> None:
+    x, add, mask = narrow(shape, 0), narrow(shape, 1), narrow(shape, 2)
+    means, out = torch.full(shape[:2], torch.nan), poisoned(*shape)
+    OPS.pixel_means_(means, x)
+    torch.testing.assert_close(means.double(), x.double().mean((2, 3)), rtol=1e-5, atol=1e-6)
+    gradient = torch.randn(shape[:2])
+    part = (gradient / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+    OPS.spread_pixel_means_(out, gradient, None, None)
+    assert torch.equal(out, part.bfloat16())
+    OPS.spread_pixel_means_(out, gradient, add, mask)
+    assert torch.equal(out, torch.where(mask > 0, part + add.float(), 0.0).bfloat16())
+    with pytest.raises(ValueError, match="gradient must be contiguous float32 of shape"):
+        OPS.spread_pixel_means_(out, gradient.double(), None, None)
+    with pytest.raises(ValueError, match="out must be contiguous float32 of shape"):
+        OPS.pixel_means_(means[:, :-1], x)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d
-from fastadv.attacks.program import ConvStep, Program, fused_steps
+from fastadv.attacks.program import Program, fused_steps
+from fastadv.attacks.steps import ConvStep, LinearStep, PlainStep, PoolStep
 from fastadv.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,10 +112,53 @@ def test_gradient_of_library_models(name: str) -> None:
     agree(settle(create_model(name, 10, 3)), torch.rand(2, 3, 32, 32), at_least)
 
 
+HEADS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x.mean((2, 3)),
+    "torch.mean": lambda x: torch.mean(x, dim=[-1, -2]),
+    "mean, keepdim": lambda x: x.mean((-2, -1), keepdim=True).flatten(1),
+    "adaptive": lambda x: F.adaptive_avg_pool2d(x, (1, 1)).flatten(1),
+    "average of the whole": lambda x: F.avg_pool2d(x, 6).view(x.size(0), -1),
+    "average of tiles": lambda x: F.avg_pool2d(x, 3)[:, :, 0, 1],
+    "another axis": lambda x: x.mean((1, 2)).repeat(1, 4)[:, :16],
+    "pooled twice": lambda x: x.mean((2, 3)) * F.adaptive_avg_pool2d(x, 1).flatten(1),
+    "images": lambda x: (x * torch.sigmoid(x).mean((2, 3), keepdim=True))[:, :, 2, 3],
+}
+
+
+class Head(nn.Module):
+    """A convolution, a way to pool, a classifier."""
+
+    def __init__(self, pool: Callable[[Tensor], Tensor], width: int = 16) -> None:
+        super().__init__()
+        self.pool, self.conv = pool, nn.Conv2d(3, 16, 3, padding=1)
+        self.hidden, self.last = nn.Linear(16, width, bias=False), nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.pool(F.relu(self.conv(x)))))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_gradient_through_every_way_to_pool(name: str) -> None:
+    torch.manual_seed(1)
+    agree(Head(HEADS[name]).eval(), torch.rand(4, 3, 6, 6), 0.99)
+
+
+def test_pooling_and_small_classifiers_are_steps() -> None:
+    for name, plain in [("mean", 0), ("torch.mean", 0), ("adaptive", 1), ("mean, keepdim", 1)]:
+        copy = AttackCopy(Head(HEADS[name]).eval(), torch.bfloat16, pack=True)
+        kinds = [type(step) for step in fused_steps(copy)]
+        assert kinds.count(PoolStep) == 1 and kinds.count(LinearStep) == 2
+        assert kinds.count(PlainStep) == plain, name  # the flattening
+    wide = AttackCopy(Head(HEADS["mean"], 8192).eval(), torch.bfloat16, pack=True)
+    assert [type(step) for step in fused_steps(wide)].count(LinearStep) == 1
+    assert wide.graph_module.part1.weight.dtype == torch.bfloat16
+    agree(Head(HEADS["mean"], 8192).eval(), torch.rand(4, 3, 6, 6), 0.99)
+
+
 def test_resnet_is_fused_throughout() -> None:
     """20 convolutions; ReLUs and residual additions all ride on them."""
     copy = AttackCopy(settle(create_model("resnet18", 10, 3)), torch.bfloat16, pack=True)
-    steps = fused_steps(copy.graph_module)
+    steps = fused_steps(copy)
     convs = [step for step in steps if isinstance(step, ConvStep)]
     assert len(convs) == 20
     assert sum(step.rectifies for step in convs) == 17

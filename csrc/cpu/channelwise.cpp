@@ -1,5 +1,5 @@
-// The two pointwise passes that the attack engine's programs need besides convolutions. Schemas:
-// fastadv/attacks/convolution.py.
+// What the attack engine's programs need besides convolutions: passes over images channel by
+// channel. Schemas: fastadv/attacks/convolution.py.
 #include "cpu/tensor.h"
 
 namespace fastadv {
@@ -30,6 +30,30 @@ FASTADV_CLONES void merge_run(BFloat16* out, const BFloat16* x, const BFloat16* 
     if (has_add) v += load(add[i]);
     if (has_mask) v = load(mask[i]) > 0 ? v : 0;
     store(out[i], v);
+  }
+}
+
+// The means over the pixels of one image, [C].
+FASTADV_CLONES void mean_rows(float* means, const BFloat16* x, int64_t pixels, int64_t channels) {
+  for (int64_t c = 0; c < channels; ++c) means[c] = 0;
+  for (int64_t row = 0; row < pixels; ++row) {
+    for (int64_t c = 0; c < channels; ++c) means[c] += load(x[row * channels + c]);
+  }
+  for (int64_t c = 0; c < channels; ++c) means[c] /= float(pixels);
+}
+
+// Gives every pixel of one image its part of the gradient in the means.
+template <bool has_add, bool has_mask>
+FASTADV_CLONES void spread_rows(BFloat16* out, const float* gradient, const BFloat16* add,
+                                const BFloat16* mask, int64_t pixels, int64_t channels) {
+  for (int64_t row = 0; row < pixels; ++row) {
+    const int64_t at = row * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      float v = gradient[c] / float(pixels);
+      if (has_add) v += load(add[at + c]);
+      if (has_mask) v = load(mask[at + c]) > 0 ? v : 0;
+      store(out[at + c], v);
+    }
   }
 }
 
@@ -92,11 +116,63 @@ void merge_gradients_(at::Tensor out, const at::Tensor& x, const OptionalTensor&
   });
 }
 
+void check_means(const at::Tensor& t, const char* name, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() &&
+                        t.sizes() == at::IntArrayRef({x.size(0), x.size(1)}),
+                    name, " must be contiguous float32 of shape [", x.size(0), ", ", x.size(1),
+                    "], got ", t.scalar_type(), " of shape ", t.sizes());
+}
+
+// Calls f(image, first element) for all images, in parallel.
+template <class F>
+void for_images(const at::Tensor& x, const F& f) {
+  const int64_t size = x.size(0) ? x.numel() / x.size(0) : 0;
+  const int64_t grain = std::max<int64_t>(1, kGrain / std::max<int64_t>(1, size));
+  at::parallel_for(0, x.size(0), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) f(image, image * size);
+  });
+}
+
+void pixel_means_(at::Tensor out, const at::Tensor& x) {
+  TORCH_CHECK_VALUE(x.dim() == 4 && x.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "x must be channels-last [B, C, H, W], got ", x.sizes());
+  check_like(x, "x", x);
+  check_means(out, "out", x);
+  const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3);
+  float* means = out.data_ptr<float>();
+  const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
+  for_images(x, [&](int64_t image, int64_t at) {
+    mean_rows(means + image * channels, from + at, pixels, channels);
+  });
+}
+
+void spread_pixel_means_(at::Tensor out, const at::Tensor& gradient, const OptionalTensor& add,
+                         const OptionalTensor& mask) {
+  TORCH_CHECK_VALUE(out.dim() == 4 && out.is_contiguous(at::MemoryFormat::ChannelsLast),
+                    "out must be channels-last [B, C, H, W], got ", out.sizes());
+  check_like(out, "out", out);
+  check_means(gradient, "gradient", out);
+  if (add) check_like(*add, "add", out);
+  if (mask) check_like(*mask, "mask", out);
+  const auto run = add ? (mask ? &spread_rows<true, true> : &spread_rows<true, false>)
+                       : (mask ? &spread_rows<false, true> : &spread_rows<false, false>);
+  const int64_t channels = out.size(1), pixels = out.size(2) * out.size(3);
+  auto* to = static_cast<BFloat16*>(out.data_ptr());
+  const float* from = gradient.const_data_ptr<float>();
+  const BFloat16 *a = pointer(add), *m = pointer(mask);
+  for_images(out, [&](int64_t image, int64_t at) {
+    run(to + at, from + image * channels, a ? a + at : nullptr, m ? m + at : nullptr, pixels,
+        channels);
+  });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("channel_affine_", &channel_affine_);
   m.impl("merge_gradients_", &merge_gradients_);
+  m.impl("pixel_means_", &pixel_means_);
+  m.impl("spread_pixel_means_", &spread_pixel_means_);
 }
 
 }  // namespace fastadv

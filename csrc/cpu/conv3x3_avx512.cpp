@@ -45,6 +45,84 @@ FASTADV_AVX512_INLINE void transform_output(__m512 (&y)[4], const __m512 (&m)[6]
                          _mm512_fmadd_ps(constant(kB2 * kB), difference_b, m[5]));
 }
 
+// m[rows][vectors * 16] = v[rows][channels] times a block of transformed filters [channels /
+// 2][vectors * 16][2].
+template <int rows, int vectors>
+FASTADV_AVX512 void multiply(float* m, const uint16_t* v, const uint16_t* filters,
+                             int64_t channels) {
+  __m512 sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_setzero_ps();
+  }
+  for (int64_t c = 0; c < channels; c += 2) {
+    __m512bh filter[vectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      filter[n] = (__m512bh)_mm512_loadu_si512(filters + (c * vectors + 2 * n) * conv::kVector);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const __m512bh input = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(v + r * channels + c));
+#pragma GCC unroll 4
+      for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      _mm512_storeu_ps(m + (r * vectors + n) * conv::kVector, sum[r][n]);
+    }
+  }
+}
+
+template <int vectors>
+void multiply_rows(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
+                   int64_t rows) {
+  while (rows > 0) {
+    const int64_t now = conv::next_rows(rows);
+    switch (now) {
+      case 6:
+        multiply<6, vectors>(m, v, filters, channels);
+        break;
+      case 5:
+        multiply<5, vectors>(m, v, filters, channels);
+        break;
+      case 4:
+        multiply<4, vectors>(m, v, filters, channels);
+        break;
+      case 3:
+        multiply<3, vectors>(m, v, filters, channels);
+        break;
+      case 2:
+        multiply<2, vectors>(m, v, filters, channels);
+        break;
+      default:
+        multiply<1, vectors>(m, v, filters, channels);
+        break;
+    }
+    m += now * vectors * conv::kVector;
+    v += now * channels;
+    rows -= now;
+  }
+}
+
+void multiply_block(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
+                    int64_t rows, int64_t width) {
+  switch (width / conv::kVector) {
+    case 4:
+      return multiply_rows<4>(m, v, filters, channels, rows);
+    case 3:
+      return multiply_rows<3>(m, v, filters, channels, rows);
+    case 2:
+      return multiply_rows<2>(m, v, filters, channels, rows);
+    default:
+      return multiply_rows<1>(m, v, filters, channels, rows);
+  }
+}
+
 struct TilePlace {
   int64_t image, row, column;  // of the tile's first result
 };
@@ -132,7 +210,7 @@ void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Sh
     for (int64_t point = 0; point < kPoints; ++point) {
       const uint16_t* filters = packed + (point * channels + channel) * in;
       float* products = m + point * count * width;
-      conv::multiply_block(products, v + point * count * in, filters, in, count, width);
+      multiply_block(products, v + point * count * in, filters, in, count, width);
     }
     for (int64_t t = 0; t < count; ++t) {
       scatter_tile(out, m + t * width, count * width, width, shape, place_of(shape, first + t),

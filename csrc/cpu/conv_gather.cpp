@@ -8,7 +8,7 @@ namespace {
 
 using conv_gather::Shape;
 
-// A task's gathered rows take about half of a core's second-level cache.
+// The inputs of a task's places take at most about half of a core's second-level cache.
 int64_t places_per_task(const Shape& shape) {
   const int64_t bytes = std::max<int64_t>(shape.depth(), 1) * int64_t(sizeof(uint16_t));
   return conv::even_share(shape.places(), std::clamp<int64_t>((400 << 10) / bytes, 24, 192));

@@ -1,9 +1,10 @@
 // Convolutions of any stride and kernel in bfloat16 for processors with AVX512-BF16: the inner
 // loops, without torch.
 //
-// Results are computed on a grid. Each gathers the inputs under its taps into one row, and a matrix
-// product with the filters follows. The gradient in the input of a convolution with stride s is s *
-// s such grids: input positions whose remainders modulo s agree see the same taps.
+// Results are computed on a grid. Each is a product of the inputs under its taps, read
+// where they lie, with the filters.
+// The gradient in the input of a convolution with stride s is s * s such grids: input positions
+// whose remainders modulo s agree see the same taps.
 #pragma once
 
 #include <cstdint>

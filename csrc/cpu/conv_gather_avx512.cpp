@@ -3,6 +3,7 @@
 #include "cpu/conv_gather.h"
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <algorithm>
 #include <cstring>
 
 #include "cpu/conv_inner.h"
@@ -20,65 +21,142 @@ bool supported() {
 namespace fastadv::conv_gather {
 namespace {
 
-struct Place {
-  int64_t image, row, column;  // on the grid
+// Where a place's results lie in the output and where its inputs begin, tap by tap.
+struct Places {
+  int64_t* results;          // [places]
+  const uint16_t** sources;  // [places][taps]
 };
 
-Place place_of(const Shape& shape, int64_t index) {
-  const int64_t width = shape.grid_width(), size = shape.grid_height() * width;
-  const int64_t within = index % size;
-  return {index / size, within / width, within % width};
+// The input under tap t of the place (i, j) of an image, or null outside the image.
+FASTADV_AVX512_INLINE const uint16_t* input_at(const uint16_t* image, const Shape& shape, int64_t i,
+                                               int64_t j, int64_t t) {
+  const int64_t row = i * shape.in_step + shape.tap_rows[t];
+  const int64_t column = j * shape.in_step + shape.tap_columns[t];
+  const bool inside = row >= 0 && row < shape.in_height && column >= 0 && column < shape.in_width;
+  return inside ? image + (row * shape.in_width + column) * shape.in_channels : nullptr;
 }
 
-// The inputs under all taps of one place, side by side.
-void gather_row(uint16_t* row, const uint16_t* x, const Shape& shape, const Place& place) {
-  const int64_t channels = shape.in_channels, bytes = channels * int64_t(sizeof(uint16_t));
-  for (int64_t t = 0; t < shape.taps; ++t, row += channels) {
-    const int64_t i = place.row * shape.in_step + shape.tap_rows[t];
-    const int64_t j = place.column * shape.in_step + shape.tap_columns[t];
-    if (i < 0 || i >= shape.in_height || j < 0 || j >= shape.in_width) {
-      std::memset(row, 0, bytes);
-    } else {
-      const int64_t pixel = (place.image * shape.in_height + i) * shape.in_width + j;
-      std::memcpy(row, x + pixel * channels, bytes);
+// Finds the places [first, first + count). Taps outside the image read `zeros`.
+FASTADV_AVX512 void find_places(const Places& places, const uint16_t* zeros, const uint16_t* x,
+                                const Shape& shape, int64_t first, int64_t count) {
+  const int64_t width = shape.grid_width(), height = shape.grid_height();
+  int64_t image = first / (width * height), i = first / width % height, j = first % width;
+  for (int64_t p = 0; p < count; ++p) {
+    const uint16_t* from = x + image * shape.in_height * shape.in_width * shape.in_channels;
+    for (int64_t t = 0; t < shape.taps; ++t) {
+      const uint16_t* input = input_at(from, shape, i, j, t);
+      places.sources[p * shape.taps + t] = input ? input : zeros;
+    }
+    const int64_t row = i * shape.out_step + shape.out_row;
+    const int64_t column = j * shape.out_step + shape.out_column;
+    places.results[p] =
+        ((image * shape.out_height + row) * shape.out_width + column) * shape.out_channels;
+    if (++j == width) {
+      j = 0;
+      i = i + 1 == height ? 0 : i + 1;
+      image += i == 0;
     }
   }
 }
 
-// Finishes `width` channels of one place.
-FASTADV_AVX512 void store_place(uint16_t* out, const float* sums, int64_t width, const Shape& shape,
-                                const Place& place, int64_t channel,
-                                const conv::Epilogue& epilogue) {
-  const int64_t i = place.row * shape.out_step + shape.out_row;
-  const int64_t j = place.column * shape.out_step + shape.out_column;
-  const int64_t pixel = (place.image * shape.out_height + i) * shape.out_width + j;
-  for (int64_t c = channel; c < channel + width; c += conv::kVector) {
-    conv::finish(out, _mm512_loadu_ps(sums + c - channel), epilogue, pixel * shape.out_channels + c,
-                 c, conv::lanes(shape.out_channels - c));
+// `rows` places from `place` on times vectors * 16 filters from `channel` on.
+template <int rows, int vectors>
+FASTADV_AVX512 void multiply(uint16_t* out, const Places& places, int64_t place,
+                             const uint16_t* filters, int64_t channel, const Shape& shape,
+                             const conv::Epilogue& epilogue) {
+  __m512 sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_setzero_ps();
+  }
+  for (int64_t t = 0; t < shape.taps; ++t) {
+    const uint16_t* from[rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) from[r] = places.sources[(place + r) * shape.taps + t];
+    for (int64_t c = 0; c < shape.in_channels; c += 2) {
+      __m512bh filter[vectors];
+#pragma GCC unroll 4
+      for (int n = 0; n < vectors; ++n) {
+        filter[n] = (__m512bh)_mm512_loadu_si512(filters + 2 * n * conv::kVector);
+      }
+      filters += 2 * vectors * conv::kVector;
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        int32_t pair;
+        std::memcpy(&pair, from[r] + c, sizeof(pair));
+        const __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+        for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+    const int64_t at = places.results[place + r];
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      const int64_t c = channel + n * conv::kVector;
+      conv::finish(out, sum[r][n], epilogue, at + c, c, conv::lanes(shape.out_channels - c));
+    }
+  }
+}
+
+// `count` of at most `rows` places.
+template <int rows, int vectors>
+void multiply_up_to(int64_t count, uint16_t* out, const Places& places, int64_t place,
+                    const uint16_t* filters, int64_t channel, const Shape& shape,
+                    const conv::Epilogue& epilogue) {
+  if (rows == 1 || count == rows) {
+    multiply<rows, vectors>(out, places, place, filters, channel, shape, epilogue);
+  } else if constexpr (rows > 1) {
+    multiply_up_to<rows - 1, vectors>(count, out, places, place, filters, channel, shape, epilogue);
+  }
+}
+
+template <int vectors>
+void multiply_places(uint16_t* out, const Places& places, int64_t count, const uint16_t* filters,
+                     int64_t channel, const Shape& shape, const conv::Epilogue& epilogue) {
+  for (int64_t place = 0; place < count;) {
+    const int64_t now = conv::next_rows(count - place);
+    multiply_up_to<6, vectors>(now, out, places, place, filters, channel, shape, epilogue);
+    place += now;
   }
 }
 
 }  // namespace
 
 int64_t scratch_bytes(const Shape& shape, int64_t places) {
-  return places *
-         (shape.depth() * int64_t(sizeof(uint16_t)) + conv::kWide * int64_t(sizeof(float)));
+  return places * int64_t(sizeof(int64_t) + shape.taps * sizeof(uint16_t*)) +
+         shape.in_channels * int64_t(sizeof(uint16_t));
 }
 
 void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Shape& shape,
               const conv::Epilogue& epilogue, int64_t first, int64_t count, void* scratch) {
-  const int64_t depth = shape.depth(), channels = conv::padded(shape.out_channels);
-  float* sums = static_cast<float*>(scratch);
-  uint16_t* rows = reinterpret_cast<uint16_t*>(sums + count * conv::kWide);
-  for (int64_t p = 0; p < count; ++p) {
-    gather_row(rows + p * depth, x, shape, place_of(shape, first + p));
-  }
+  auto* results = static_cast<int64_t*>(scratch);
+  const Places places{results, reinterpret_cast<const uint16_t**>(results + count)};
+  auto* zeros = reinterpret_cast<uint16_t*>(places.sources + count * shape.taps);
+  std::memset(zeros, 0, shape.in_channels * sizeof(uint16_t));
+  find_places(places, zeros, x, shape, first, count);
+  const int64_t channels = conv::padded(shape.out_channels);
   for (int64_t channel = 0; channel < channels; channel += conv::kWide) {
-    const int64_t width = channels - channel < conv::kWide ? channels - channel : conv::kWide;
-    conv::multiply_block(sums, rows, packed + channel * depth, depth, count, width);
-    for (int64_t p = 0; p < count; ++p) {
-      store_place(out, sums + p * width, width, shape, place_of(shape, first + p), channel,
-                  epilogue);
+    const uint16_t* filters = packed + channel * shape.depth();
+    const auto multiply_block = [&](auto multiply) {
+      multiply(out, places, count, filters, channel, shape, epilogue);
+    };
+    switch (std::min<int64_t>(channels - channel, conv::kWide) / conv::kVector) {
+      case 4:
+        multiply_block(multiply_places<4>);
+        break;
+      case 3:
+        multiply_block(multiply_places<3>);
+        break;
+      case 2:
+        multiply_block(multiply_places<2>);
+        break;
+      default:
+        multiply_block(multiply_places<1>);
+        break;
     }
   }
 }

@@ -1,6 +1,5 @@
-// What our convolutions share: bfloat16 vectors, a register-blocked matrix product, and the last
-// pass over a result. Only for files compiled without torch's headers; AVX512-BF16 must be there
-// when this code runs.
+// What our convolutions share: bfloat16 vectors and the last pass over a result. Only for files
+// compiled without torch's headers; AVX512-BF16 must be there when this code runs.
 #pragma once
 
 #include <immintrin.h>
@@ -35,83 +34,11 @@ FASTADV_AVX512_INLINE void store_bf16(uint16_t* p, __m512 v) {
 
 FASTADV_AVX512_INLINE __m512 constant(float value) { return _mm512_set1_ps(value); }
 
-// m[rows][vectors * 16] = v[rows][channels] times a block of transformed filters [channels /
-// 2][vectors * 16][2].
-template <int rows, int vectors>
-FASTADV_AVX512 void multiply(float* m, const uint16_t* v, const uint16_t* filters,
-                             int64_t channels) {
-  __m512 sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_setzero_ps();
-  }
-  for (int64_t c = 0; c < channels; c += 2) {
-    __m512bh filter[vectors];
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      filter[n] = (__m512bh)_mm512_loadu_si512(filters + (c * vectors + 2 * n) * kVector);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const __m512bh input = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(v + r * channels + c));
-#pragma GCC unroll 4
-      for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r) {
-#pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) {
-      _mm512_storeu_ps(m + (r * vectors + n) * kVector, sum[r][n]);
-    }
-  }
-}
-
-template <int vectors>
-void multiply_rows(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
-                   int64_t rows) {
-  while (rows > 0) {
-    // 6 x 4 sums fill the registers; a remainder is spread so that no group is tiny.
-    const int64_t groups = (rows + 5) / 6, now = (rows + groups - 1) / groups;
-    switch (now) {
-      case 6:
-        multiply<6, vectors>(m, v, filters, channels);
-        break;
-      case 5:
-        multiply<5, vectors>(m, v, filters, channels);
-        break;
-      case 4:
-        multiply<4, vectors>(m, v, filters, channels);
-        break;
-      case 3:
-        multiply<3, vectors>(m, v, filters, channels);
-        break;
-      case 2:
-        multiply<2, vectors>(m, v, filters, channels);
-        break;
-      default:
-        multiply<1, vectors>(m, v, filters, channels);
-        break;
-    }
-    m += now * vectors * kVector;
-    v += now * channels;
-    rows -= now;
-  }
-}
-
-void multiply_block(float* m, const uint16_t* v, const uint16_t* filters, int64_t channels,
-                    int64_t rows, int64_t width) {
-  switch (width / kVector) {
-    case 4:
-      return multiply_rows<4>(m, v, filters, channels, rows);
-    case 3:
-      return multiply_rows<3>(m, v, filters, channels, rows);
-    case 2:
-      return multiply_rows<2>(m, v, filters, channels, rows);
-    default:
-      return multiply_rows<1>(m, v, filters, channels, rows);
-  }
+// How many of the remaining rows to multiply together: 6 x 4 sums fill the registers; a remainder
+// is spread so that no group is tiny.
+inline int64_t next_rows(int64_t remaining) {
+  const int64_t groups = (remaining + 5) / 6;
+  return (remaining + groups - 1) / groups;
 }
 
 // Finishes 16 results, of which the lanes in `live` exist, and stores them. `at` counts from the
@@ -128,7 +55,12 @@ FASTADV_AVX512_INLINE void finish(uint16_t* out, __m512 value, const Epilogue& e
     const __mmask16 positive = _mm512_cmp_ps_mask(sign, _mm512_setzero_ps(), _CMP_GT_OQ);
     value = _mm512_maskz_mov_ps(positive, value);
   }
-  _mm256_mask_storeu_epi16(out + at, live, (__m256i)_mm512_cvtneps_pbh(value));
+  // A masked store takes several times as long on some processors.
+  if (live == 0xffff) {
+    store_bf16(out + at, value);
+  } else {
+    _mm256_mask_storeu_epi16(out + at, live, (__m256i)_mm512_cvtneps_pbh(value));
+  }
 }
 
 }  // namespace

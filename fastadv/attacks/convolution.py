@@ -15,6 +15,9 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
 * ``channel_affine_(out, x, scale, shift, add, mask, relu)``: ``out = where(mask > 0, relu(x * scale + shift),
   0) + add`` with ``scale`` and ``shift`` [C].
 * ``merge_gradients_(out, x, add, mask)``: ``out = where(mask > 0, x + add, 0)``.
+* ``pixel_means_(out, x)``: the means over height and width, ``out`` [B, C] float32.
+* ``spread_pixel_means_(out, gradient, add, mask)``: their gradient, ``gradient`` [B, C] float32 at the means;
+  ``out = where(mask > 0, gradient / (H * W) + add, 0)``.
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ torch.library.define(
 )
 torch.library.define(
     "fastadv::merge_gradients_", "(Tensor(a!) out, Tensor x, Tensor? add, Tensor? mask) -> ()"
+)
+torch.library.define("fastadv::pixel_means_", "(Tensor(a!) out, Tensor x) -> ()")
+torch.library.define(
+    "fastadv::spread_pixel_means_",
+    "(Tensor(a!) out, Tensor gradient, Tensor? add, Tensor? mask) -> ()",
 )
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from fastadv.attacks.packed import PackedConv2d
 from fastadv.attacks.tracing import trace
 
+_FEW_WEIGHTS = 2**16  # of a linear layer
+
 
 class CopiedConv2d(nn.Module):
     """A convolution with the BatchNorm behind it folded in: ``conv(x, w * s) + (b - mean) * s + beta``."""
@@ -107,6 +109,35 @@ class CopiedScaleShift(nn.Module):
         return torch.addcmul(shift, x.to(self._dtype), scale)
 
 
+class CopiedLinear(nn.Module):
+    """A linear layer."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.small = False
+        for name, value in (("weight", linear.weight), ("bias", linear.bias)):
+            values = None if value is None else torch.empty_like(value, dtype=dtype)
+            self.register_buffer(name, values, persistent=False)
+
+    def pack(self) -> None:
+        """Keep few weights in float32: narrow ones save less time than it takes to convert to and fro."""
+        self.small = self.weight.numel() <= _FEW_WEIGHTS
+        if self.small:
+            self.float()
+
+    def refresh(self, linear: nn.Linear, _: None) -> None:
+        """Copy the live weights."""
+        self.weight.copy_(linear.weight)
+        if self.bias is not None:
+            self.bias.copy_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply in the dtype of the weights."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
 class CopiedModule(nn.Module):
     """Any other module with numbers of its own, in the copy's dtype."""
 
@@ -178,6 +209,8 @@ class AttackCopy(nn.Module):
                 module = live[part.module]
                 if isinstance(part.copy, CopiedConv2d) and isinstance(module, nn.Conv2d):
                     part.copy.pack(module)
+                elif isinstance(part.copy, CopiedLinear):
+                    part.copy.pack()
         self.eval()
         self.refresh(model)
 
@@ -219,7 +252,7 @@ class _Part:
     norm: str | None
 
 
-_REFRESHED = (CopiedConv2d, CopiedScaleShift, CopiedModule)
+_REFRESHED = (CopiedConv2d, CopiedScaleShift, CopiedLinear, CopiedModule)
 _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
@@ -249,6 +282,8 @@ def _copy_of(module: nn.Module, norm: nn.Module | None, dtype: torch.dtype) -> n
         return CopiedConv2d(module, norm, dtype)
     if _is_plain_norm(module):
         return CopiedScaleShift(module, dtype)
+    if type(module) is nn.Linear:
+        return CopiedLinear(module, dtype)
     if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
         return CopiedModule(module, dtype)
     return copy.deepcopy(module)

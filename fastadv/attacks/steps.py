@@ -1,0 +1,321 @@
+"""The steps of a program (see `fastadv.attacks.program`), and what they share during a pass."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.attacks.tracing import Untraceable
+
+_OPS = torch.ops.fastadv
+
+
+class Memory:
+    """Channels-last bfloat16 buffers, handed out during a pass and all taken back at its end."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        self._taken: list[tuple[tuple[int, ...], Tensor]] = []
+
+    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """A buffer with arbitrary contents."""
+        key = tuple(shape)
+        free = self._free[key]
+        buffer = free.pop() if free else _new_buffer(key)
+        self._taken.append((key, buffer))
+        return buffer
+
+    def reset(self, batch: int) -> None:
+        """Take every buffer back; drop those of other batch sizes."""
+        for key, buffer in self._taken:
+            self._free[key].append(buffer)
+        self._taken.clear()
+        for key in [key for key in self._free if key[0] != batch]:
+            del self._free[key]
+
+
+def _new_buffer(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+
+
+Emit = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out, add, mask): writes a gradient
+
+
+class Pass:
+    """One forward and backward pass: activations and gradients by node.
+
+    Gradients arrive at a node one user at a time, in reverse order. The last to arrive writes their sum, and
+    where the node is the result of a fused ReLU also masks it; users' backward steps therefore always find
+    the gradient before the ReLU.
+    """
+
+    def __init__(self, memory: Memory, masked: set[fx.Node], uses: dict[fx.Node, int]) -> None:
+        self.memory = memory
+        self.values: dict[fx.Node, Any] = {}
+        self.tapes: dict[fx.Node, tuple[Tensor, dict[fx.Node, Tensor]]] = {}
+        self._gradients: dict[fx.Node, Tensor] = {}
+        self._masked = masked
+        self._remaining = dict(uses)
+
+    def gradient(self, node: fx.Node) -> Tensor:
+        """The whole gradient at a node."""
+        return self._gradients[node]
+
+    def has_gradient(self, node: fx.Node) -> bool:
+        """Whether any contribution has arrived at a node."""
+        return node in self._gradients
+
+    def arrive_nothing(self, node: fx.Node) -> None:
+        """Note that a user of a node, such as one that reads its size, passes no gradient on."""
+        mask = self._mask(node)
+        if mask is not None and node in self._gradients:
+            self._gradients[node] = _merged(self.memory, self._gradients[node], None, mask)
+
+    def arrive(self, node: fx.Node, shape: torch.Size, emit: Emit) -> None:
+        """Add a contribution that a fused step can write together with the sum and the mask."""
+        out = self.memory.take(shape)
+        emit(out, self._gradients.get(node), self._mask(node))
+        self._gradients[node] = out
+
+    def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
+        """Add a contribution that exists already; it is not written to."""
+        mask, before = self._mask(node), self._gradients.get(node)
+        self._gradients[node] = _merged(self.memory, gradient, before, mask)
+
+    def _mask(self, node: fx.Node) -> Tensor | None:
+        """The activation whose sign masks the gradient, once its last contribution is here."""
+        self._remaining[node] -= 1
+        last = self._remaining[node] == 0
+        return self.values[node] if last and node in self._masked else None
+
+
+def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | None) -> Tensor:
+    """The sum of two gradients, masked; ``new`` itself where there is nothing to do."""
+    if before is None and mask is None:
+        return new
+    operands = [t for t in (new, before, mask) if t is not None]
+    if all(_is_buffer(t) for t in operands):
+        out = memory.take(new.shape)
+        _OPS.merge_gradients_(out, new, before, mask)
+        return out
+    total = new if before is None else new + before
+    return total if mask is None else total * (mask > 0)
+
+
+def _is_buffer(t: Tensor) -> bool:
+    return (
+        t.dtype == torch.bfloat16
+        and t.dim() == 4
+        and t.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _as_buffer(t: Tensor) -> Tensor:
+    return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+
+class Step(ABC):
+    """One step of a program: what computes ``node`` from ``inputs`` (repeated where used twice).
+
+    Attributes:
+        rectifies: the step ends in a ReLU, so that its gradient is masked where its result is 0.
+    """
+
+    def __init__(self, node: fx.Node, inputs: list[fx.Node], rectifies: bool = False) -> None:
+        self.node, self.inputs, self.rectifies = node, inputs, rectifies
+
+    @abstractmethod
+    def forward(self, run: Pass) -> None:
+        """Compute the node's value."""
+
+    @abstractmethod
+    def backward(self, run: Pass) -> None:
+        """Pass the node's gradient on to its inputs, in reverse order of `inputs`."""
+
+
+class ConvStep(Step):
+    """``relu(conv(x) + residual)``, the ReLU and the residual optional."""
+
+    def __init__(
+        self, node: fx.Node, conv: CopiedConv2d, x: fx.Node, residual: fx.Node | None, relu: bool
+    ) -> None:
+        super().__init__(node, [x] if residual is None else [x, residual], relu)
+        assert conv.packed is not None
+        self._conv, self._packed = conv, conv.packed
+        self._x, self._residual = x, residual
+
+    def forward(self, run: Pass) -> None:
+        """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
+        x, packed = _as_buffer(run.values[self._x]), self._packed
+        residual = None if self._residual is None else run.values[self._residual]
+        if packed.forward is not None:
+            out = run.memory.take(packed.result_shape(x))
+            residual = None if residual is None else _as_buffer(residual.expand(out.shape))
+            packed.forward.run(out, x, packed.bias, residual, None, self.rectifies)
+        else:
+            out = self._conv(x)
+            out = out if residual is None else out.add_(residual)
+            out = _as_buffer(out.relu_() if self.rectifies else out)
+        run.values[self.node] = out
+
+    def backward(self, run: Pass) -> None:
+        """The gradient's convolution into the input; the gradient itself into the residual."""
+        gradient = _as_buffer(run.gradient(self.node))
+        if self._residual is not None:
+            shape = run.values[self._residual].shape  # smaller where the addition broadcast it
+            run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
+        x, kernel = run.values[self._x], self._packed.backward
+        if kernel is None:
+            run.arrive_tensor(self._x, self._conv.input_gradient(gradient, x))
+            return
+
+        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
+            add = None if add is None else _as_buffer(add)
+            mask = None if mask is None else _as_buffer(mask)
+            kernel.run(out, gradient, None, add, mask, False)
+
+        run.arrive(self._x, x.shape, emit)
+
+
+class ScaleShiftStep(Step):
+    """``relu(x * scale + shift)`` per channel, the ReLU optional."""
+
+    def __init__(self, node: fx.Node, part: CopiedScaleShift, x: fx.Node, relu: bool) -> None:
+        super().__init__(node, [x], relu)
+        self._part, self._x = part, x
+        self._no_shift = torch.zeros_like(part.shift)
+
+    def forward(self, run: Pass) -> None:
+        """One pass."""
+        x, part = _as_buffer(run.values[self._x]), self._part
+        out = run.memory.take(x.shape)
+        _OPS.channel_affine_(out, x, part.scale, part.shift, None, None, self.rectifies)
+        run.values[self.node] = out
+
+    def backward(self, run: Pass) -> None:
+        """Scale, and add what came from other users; a mask needs a pass of its own."""
+        gradient, scale = _as_buffer(run.gradient(self.node)), self._part.scale
+
+        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
+            add = None if add is None else _as_buffer(add)
+            _OPS.channel_affine_(out, gradient, scale, self._no_shift, add, None, False)
+            if mask is not None:
+                _OPS.merge_gradients_(out, out, None, _as_buffer(mask))
+
+        run.arrive(self._x, gradient.shape, emit)
+
+
+class PlainStep(Step):
+    """Any other node, as it stands, differentiated by autograd."""
+
+    def __init__(self, node: fx.Node, copy: AttackCopy) -> None:
+        super().__init__(node, list(node.all_input_nodes))
+        self._module, self._autocast = copy.graph_module, copy.autocast
+
+    def forward(self, run: Pass) -> None:
+        """Run the node on leaves of its own, so that its graph ends at its inputs."""
+        leaves: dict[fx.Node, Any] = {}
+        for source in self.inputs:
+            value = run.values[source]
+            if isinstance(value, Tensor) and value.is_floating_point():
+                value = value.detach().requires_grad_()
+            leaves[source] = value
+        with torch.enable_grad(), self._autocast(torch.device("cpu")):
+            value = self._call(leaves)
+        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
+            raise Untraceable(f"its {self.node.name} gives several tensors")
+        run.values[self.node] = value
+        if isinstance(value, Tensor) and value.requires_grad:
+            run.values[self.node] = value.detach()
+            inputs = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+            run.tapes[self.node] = (value, inputs)
+
+    def _call(self, leaves: dict[fx.Node, Any]) -> Any:
+        node = self.node
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: leaves[n])
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return self._module.get_submodule(str(node.target))(*args, **kwargs)
+
+    def backward(self, run: Pass) -> None:
+        """Autograd through the one node; inputs that carry no gradient get none."""
+        if self.node not in run.tapes:
+            for source in reversed(self.inputs):
+                run.arrive_nothing(source)
+            return
+        value, inputs = run.tapes[self.node]
+        leaves = list(inputs.values())
+        gradient = run.gradient(self.node).to(value.dtype)
+        parts = torch.autograd.grad(value, leaves, gradient, allow_unused=True)
+        found = dict(zip(inputs, parts, strict=True))
+        for source in reversed(self.inputs):
+            part = found.get(source)
+            if part is None:
+                run.arrive_nothing(source)
+            else:
+                run.arrive_tensor(source, part)
+
+
+class PoolStep(PlainStep):
+    """The mean over height and width of a bfloat16 map, in float32; other inputs are left to autograd.
+
+    Args:
+        whole: whether the node pools images of this shape as a whole.
+        flat: the result is [B, C], not [B, C, 1, 1].
+    """
+
+    def __init__(
+        self, node: fx.Node, copy: AttackCopy, whole: Callable[[torch.Size], bool], flat: bool
+    ) -> None:
+        super().__init__(node, copy)
+        (self._x,), self._whole, self._flat = self.inputs, whole, flat
+
+    def forward(self, run: Pass) -> None:
+        """Sum the pixels."""
+        x = run.values[self._x]
+        if not (_is_buffer(x) and self._whole(x.shape)):
+            super().forward(run)
+            return
+        means = torch.empty(x.shape[:2])
+        _OPS.pixel_means_(means, x)
+        run.values[self.node] = means if self._flat else means[:, :, None, None]
+
+    def backward(self, run: Pass) -> None:
+        """Spread the gradient over the pixels."""
+        if self.node in run.tapes:
+            super().backward(run)
+            return
+        shape = run.values[self._x].shape
+        means = run.gradient(self.node).reshape(shape[:2]).float().contiguous()
+
+        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
+            add = None if add is None else _as_buffer(add)
+            mask = None if mask is None else _as_buffer(mask)
+            _OPS.spread_pixel_means_(out, means, add, mask)
+
+        run.arrive(self._x, shape, emit)
+
+
+class LinearStep(Step):
+    """A linear layer too small for bfloat16 to pay, such as most classifiers, in float32."""
+
+    def __init__(self, node: fx.Node, part: CopiedLinear, x: fx.Node) -> None:
+        super().__init__(node, [x])
+        self._part, self._x = part, x
+
+    def forward(self, run: Pass) -> None:
+        """One matrix product."""
+        run.values[self.node] = self._part(run.values[self._x])
+
+    def backward(self, run: Pass) -> None:
+        """Another."""
+        weight = self._part.weight
+        run.arrive_tensor(self._x, run.gradient(self.node).to(weight.dtype) @ weight)
