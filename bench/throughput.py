@@ -3,6 +3,7 @@
     python bench/throughput.py                 ResNet-18, 3x32x32, batch 64; under 5 minutes on 2 cores
     python bench/throughput.py --quick         under a minute: fewer rounds, nothing that compiles
     python bench/throughput.py --model wrn_28_10 --batch 16 --only attack
+    python bench/throughput.py --model small_cnn --image 1x8x8 --batch 128 --only attack
 
 Every arrangement runs in this process, interleaved round by round (see `measure.py`). GFLOP/s count
 2 F per attack step and 3 F per training pass, F one forward pass: an arrangement that spends 3 F on a step
@@ -42,15 +43,21 @@ OURS = "fastadv"
 RESULTS = Path(__file__).parent / "results"
 
 
-def make_task(model_name: str, batch: int, steps: int, device: torch.device) -> Task:
-    """A random net with running statistics as a trained one has, and random images."""
+def make_task(
+    model_name: str,
+    batch: int,
+    steps: int,
+    device: torch.device,
+    image: tuple[int, int, int] = (3, 32, 32),
+) -> Task:
+    """A random net with running statistics as a trained one has, and random images [C, H, W]."""
     torch.manual_seed(0)
-    model = create_model(model_name, 10, 3)
+    model = create_model(model_name, 10, image[0])
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    x, y = torch.rand(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+    x, y = torch.rand(batch, *image), torch.randint(0, 10, (batch,))
     return Task(model.eval().to(device), x.to(device), y.to(device), steps)
 
 
@@ -218,10 +225,16 @@ def draw(parts: list[dict[str, Any]], caption: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def _shape(text: str) -> tuple[int, int, int]:
+    channels, height, width = (int(part) for part in text.split("x"))
+    return channels, height, width
+
+
 def parse_arguments() -> Any:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="resnet18", help="a name fastadv.models knows")
     parser.add_argument("--batch", type=int, default=64, help="images per batch")
+    parser.add_argument("--image", type=_shape, default=(3, 32, 32), help="CxHxW, 3x32x32")
     parser.add_argument("--steps", type=int, default=10, help="attack steps, K")
     rounds = "counted rounds (3; quick: 1); what takes over 5 s is counted twice at the most"
     parser.add_argument("--rounds", type=int, default=None, help=rounds)
@@ -240,9 +253,10 @@ def main() -> None:
     args = parse_arguments()
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
-    task = make_task(args.model, args.batch, args.steps, device)
+    task = make_task(args.model, args.batch, args.steps, device, args.image)
     flops, k = forward_flops(task), args.steps
-    shape = f"{args.model}, 3x32x32, batch {args.batch}"
+    image = "x".join(str(n) for n in args.image)
+    shape = f"{args.model}, {image}, batch {args.batch}"
     facts = machine(device)
     print(f"{machine_line(facts)}\n")
     parts = []
@@ -260,7 +274,8 @@ def main() -> None:
     spent = {name: s.to_dict() for name, s in breakdown(task, 5).items()} if on_cpu else {}
     for name, seconds in spent.items():
         print(f"{name:<42} {seconds['median'] * 1e3:8.2f} ms")
-    stem = f"throughput_{device.type}_{args.model}_b{args.batch}{'_quick' if args.quick else ''}"
+    kind = args.model if args.image == (3, 32, 32) else f"{args.model}_{image}"
+    stem = f"throughput_{device.type}_{kind}_b{args.batch}{'_quick' if args.quick else ''}"
     content = {
         "machine": facts,
         "command": " ".join(sys.argv),

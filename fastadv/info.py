@@ -131,11 +131,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
+    """The processor's name, with the family and model that tell apart what is sold under one name."""
+    fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as lines:
-            names = [
-                line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-            ]
+            for line in lines:
+                key, _, value = line.partition(":")
+                fields.setdefault(key.strip(), value.strip())
     except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+        pass
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
