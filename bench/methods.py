@@ -1,13 +1,14 @@
 """All training methods on a small network and few images: accuracy, robustness and speed, over several seeds.
 
-    python bench/methods.py                    digits, 3 seeds, every method; about half an hour on 2 cores
+    python bench/methods.py                    digits, 3 seeds, every method; under 20 minutes on 2 cores
     python bench/methods.py --quick            1 seed, every method for one epoch, no AutoAttack: does it run
     python bench/methods.py --only ARREST AFS  methods whose label contains one of these, and what they build on
     python bench/methods.py --data cifar10 --root DATA --seeds 1   on 5,000 images of CIFAR-10
 
 Digits are the 8x8 scans that scikit-learn contains. Each network is trained by its method's own recipe with the
-changes in `method_list.py`, none of them tuned, and attacked on the same test images. So the table says that the
-methods run, what they cost, and what they come to on these images; not which is better on others.
+changes in `method_list.py`, none of them tuned, and attacked on the same test images: --images by PGD-20, the
+first --autoattack-images by AutoAttack, which takes most time. So the table says that the methods run, what they
+cost, and what they come to on these images; not which is better on others.
 
 Runs are kept under --runs: a benchmark that was interrupted goes on from there. Results go to bench/results: a
 JSON and the table. Each run has one thread, and --jobs of them run side by side: images/s are those of one thread.
@@ -28,8 +29,9 @@ from typing import Any
 import torch
 from measure import machine, machine_line, text_table, write_json
 from method_list import ENTRIES, GROUNDS, Entry, Ground
+from torch import nn
 
-from fastadv.data import load_dataset
+from fastadv.data import Splits, load_dataset
 from fastadv.evaluation import Report, cosine_similarity_to, evaluate, trade_off_sum
 from fastadv.files import write_atomically
 from fastadv.trainers import load_model, train
@@ -65,7 +67,8 @@ class Job:
     ground: Ground
     root: Path | None
     runs: Path
-    images: int
+    images: int  # that PGD-20 attacks
+    autoattack_images: int
     quick: bool
 
 
@@ -92,20 +95,15 @@ def run_one(entry: Entry, seed: int, job: Job) -> dict[str, Any]:
         progress=False,
     ).model
     trained = time.perf_counter()
-    file = folder / "eval.json"
-    report = Report.load(file) if file.is_file() else None
-    if report is None or report.rows[0].n != job.images:
-        brief = quick or entry.label.startswith(".")
-        attacks = ATTACKS[:-1] if brief else ATTACKS
-        report = evaluate(
-            model,
-            data.test,
-            attacks,
-            eps=job.ground.eps,
-            max_examples=job.images,
-            progress=False,
-        )
-        report.save(file)
+    brief = quick or entry.label.startswith(".")
+    parts = {("clean", "pgd-20"): job.images}
+    if not brief:
+        parts[("autoattack",)] = job.autoattack_images
+    rows = [
+        row
+        for attacks, count in parts.items()
+        for row in _judged(model, data, attacks, count, job.ground.eps, folder).rows
+    ]
     standard = load_model(run_dir(runs, _BY_LABEL["standard"], seed))
     alike = None
     if entry.model == "small_cnn":
@@ -113,12 +111,27 @@ def run_one(entry: Entry, seed: int, job: Job) -> dict[str, Any]:
     return {
         "label": entry.label,
         "seed": seed,
-        **{row.name: 100 * row.accuracy for row in report.rows},
-        "statuses": {row.name: row.status for row in report.rows},
+        **{row.name: 100 * row.accuracy for row in rows},
+        "statuses": {row.name: row.status for row in rows},
+        "images": {row.name: row.n for row in rows},
         "images_per_second": _training_rate(folder, recipe.batch_size),
         "cosine_to_standard": alike,
         "seconds": {"train": trained - began, "judge": time.perf_counter() - trained},
     }
+
+
+def _judged(
+    model: nn.Module, data: Splits, attacks: tuple[str, ...], count: int, eps: float, folder: Path
+) -> Report:
+    """A report on the first `count` test images, from the run's folder if it is there."""
+    file = folder / f"eval_{attacks[-1]}.json"
+    if file.is_file():
+        kept = Report.load(file)
+        if kept.rows[0].n == count:
+            return kept
+    report = evaluate(model, data.test, attacks, eps=eps, max_examples=count, progress=False)
+    report.save(file)
+    return report
 
 
 def _training_rate(folder: Path, batch_size: int) -> float:
@@ -187,7 +200,8 @@ def main() -> None:
     parser.add_argument("--data", choices=GROUNDS, default="digits")
     parser.add_argument("--root", type=Path, help="folder of the data set's files")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=100, help="test images that are attacked")
+    parser.add_argument("--images", type=int, default=500, help="test images for PGD-20, at most")
+    parser.add_argument("--autoattack-images", type=int, default=50, help="the first so many")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--runs", type=Path, default=Path("methods_runs"))
     parser.add_argument(
@@ -200,13 +214,18 @@ def main() -> None:
     began = time.perf_counter()
     seeds = range(1 if options.quick else options.seeds)
     runs = options.runs / (f"{ground.data}_quick" if options.quick else ground.data)
-    job = Job(ground, options.root, runs, options.images, options.quick)
+    found = len(load_dataset(ground.data, options.root).test)
+    images = min(options.images, found)
+    job = Job(
+        ground, options.root, runs, images, min(options.autoattack_images, found), options.quick
+    )
     results = run_all(entries, seeds, job, options.jobs)
     rows = rows_of(results)
     facts = machine(torch.device("cpu"))
     note = (
         f"{ground.data}, small CNN, eps {ground.eps:.3g}, {len(seeds)} seeds (mean ± standard deviation), "
-        f"{options.images} test images; {machine_line(facts)}; {time.perf_counter() - began:.0f} s in all."
+        f"{images} test images, AutoAttack {job.autoattack_images} of them, sum of clean and AutoAttack; "
+        f"{machine_line(facts)}, a run on each; {time.perf_counter() - began:.0f} s in all."
     )
     print()
     print(note)
