@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.attacks import convolution
-from fastadv.attacks.packed import GatherKernel, WinogradKernel, make_kernel
+from fastadv.attacks.packed import GatherKernel, Kernel, OneDNNKernel, WinogradKernel, make_kernel
 
 OPS = torch.ops.fastadv
 # Of the result's norm. Winograd's transforms in bfloat16 cost half of this on random data, the direct sum .003.
@@ -34,6 +36,21 @@ def narrow(shape: tuple[int, ...], seed: int) -> Tensor:
 def poisoned(*shape: int) -> Tensor:
     empty = torch.full(shape, torch.nan, dtype=torch.bfloat16)
     return empty.contiguous(memory_format=torch.channels_last)
+
+
+class Given:
+    """Memory that hands out one given tensor."""
+
+    def __init__(self, out: Tensor) -> None:
+        self.out = out
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        assert tuple(shape) == tuple(self.out.shape)
+        return self.out
+
+
+def run(kernel: Kernel, out: Tensor, *args: Tensor | bool | None) -> Tensor:
+    return kernel.run(Given(out), out.shape, *args)
 
 
 def pack(weight: Tensor, scale: Tensor | None, backward: bool) -> Tensor:
@@ -131,39 +148,107 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
     backward.refresh(conv.weight.detach(), scale)
 
     out = poisoned(*plain.shape)
-    forward.run(out, x, bias, add, None, True)
+    run(forward, out, x, bias, add, None, True)
     assert relative(out, F.relu(plain + bias[:, None, None] + add.double())) < 0.01
     gradient, at_input = narrow(tuple(plain.shape), 3), poisoned(*x.shape)
-    backward.run(at_input, gradient, None, x, x, False)
+    run(backward, at_input, gradient, None, x, x, False)
     wanted = torch.nn.grad.conv2d_input(
         x.shape, weight, gradient.double(), stride, padding, dilation
     )
     assert relative(at_input, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
-    forward.run(out, x, None, None, mask, False)
+    run(forward, out, x, None, None, mask, False)
     assert (out[mask <= 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "geometry", [*GEOMETRIES, (3, 24, 3, 1, 1, 1, 9, 7), (16, 8, 3, 1, 0, 1, 6, 6)]
+)
+def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch) -> None:
+    """What processors with AMX run; elsewhere it is slower and right all the same."""
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    c, k, kernel, stride, padding, dilation, h, w = geometry
+    conv = nn.Conv2d(c, k, kernel, stride, padding, dilation)
+    scale, bias = torch.rand(k) + 0.5, torch.randn(k)
+    weight = (conv.weight * scale[:, None, None, None]).detach().double()
+    x = narrow((3, c, h, w), 0)
+    plain = F.conv2d(x.double(), weight, None, stride, padding, dilation)
+    out, add = poisoned(*plain.shape), narrow(tuple(plain.shape), 1)
+    forward, backward = make_kernel(conv, backward=False), make_kernel(conv, backward=True)
+    assert isinstance(forward, OneDNNKernel)
+    forward.refresh(conv.weight.detach(), scale)
+    assert relative(run(forward, out, x), plain) < 0.01
+    finished = F.relu(plain + bias[:, None, None] + add.double())
+    assert relative(run(forward, out, x, bias, add, None, True), finished) < 0.01
+    found = run(forward, out, x, bias, None, None, True)
+    assert relative(found, F.relu(plain + bias[:, None, None])) < 0.01
+    assert found.is_contiguous(memory_format=torch.channels_last)
+
+    assert (backward is None) == (stride > 1)
+    if backward is None:
+        return
+    backward.refresh(conv.weight.detach(), scale)
+    gradient, room = narrow(tuple(plain.shape), 3), poisoned(*x.shape)
+    wanted = torch.nn.grad.conv2d_input(
+        x.shape, weight, gradient.double(), stride, padding, dilation
+    )
+    assert relative(run(backward, room, gradient), wanted) < 0.01
+    masked = run(backward, room, gradient, None, x, x, False)
+    assert relative(masked, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
+    assert (masked[x <= 0] == 0).all()
+
+
+def test_padding_wider_than_the_filter_has_no_rotated_gradient(monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    assert make_kernel(nn.Conv2d(16, 16, 3, padding=3), True) is None
 
 
 @needs_kernel
 def test_three_channel_gradient_writes_three_channels() -> None:
     conv = nn.Conv2d(3, 32, 3, padding=1)
-    kernel = make_kernel(conv, backward=True)
-    assert isinstance(kernel, WinogradKernel)
+    kernel = WinogradKernel(3, 32, backward=True)
     kernel.refresh(conv.weight.detach(), None)
     gradient = narrow((2, 32, 6, 6), 0)
     room = torch.full((2 * 6 * 6 * 3 + 64,), 7.0, dtype=torch.bfloat16)
     out = room[: 2 * 6 * 6 * 3].view(2, 6, 6, 3).permute(0, 3, 1, 2)
-    kernel.run(out, gradient, None, None, None, False)
+    run(kernel, out, gradient)
     weight = conv.weight.detach().double()
     wanted = torch.nn.grad.conv2d_input(out.shape, weight, gradient.double(), padding=1)
     assert relative(out, wanted) < RELATIVE_ERROR
     assert (room[2 * 6 * 6 * 3 :] == 7).all()
 
 
-def test_what_no_kernel_serves() -> None:
-    assert make_kernel(nn.Conv2d(32, 32, 3, padding=1, groups=2), False) is None
-    assert make_kernel(nn.Conv2d(3, 32, 3, padding=1), False) is None
-    assert make_kernel(nn.Conv2d(32, 32, 3, stride=(1, 2)), False) is None
-    assert make_kernel(nn.Conv2d(3, 32, 5), True) is None
+@needs_kernel
+def test_each_convolution_has_its_kernel(monkeypatch) -> None:
+    def kinds(*args: int, **options: Any) -> list[type]:
+        conv = nn.Conv2d(*args, **options)
+        return [type(make_kernel(conv, backward)) for backward in (False, True)]
+
+    plain = {
+        "winograd": (32, 32, 3, {"padding": 1}),
+        "strided": (32, 32, 3, {"stride": 2}),
+        "first": (3, 32, 3, {"padding": 1}),
+        "grouped": (32, 32, 3, {"groups": 2}),
+        "two strides": (32, 32, 3, {"stride": (1, 2)}),
+    }
+    found = {}
+    for amx in (False, True):
+        monkeypatch.setattr(convolution, "has_amx", lambda amx=amx: amx)
+        found[amx] = {name: kinds(*args, **options) for name, (*args, options) in plain.items()}
+    nothing = type(None)
+    assert found[False] == {
+        "winograd": [WinogradKernel, WinogradKernel],
+        "strided": [GatherKernel, GatherKernel],
+        "first": [OneDNNKernel, WinogradKernel],
+        "grouped": [OneDNNKernel, nothing],
+        "two strides": [OneDNNKernel, nothing],
+    }
+    assert found[True] == {
+        "winograd": [OneDNNKernel, OneDNNKernel],
+        "strided": [OneDNNKernel, nothing],
+        "first": [OneDNNKernel, OneDNNKernel],
+        "grouped": [OneDNNKernel, nothing],
+        "two strides": [OneDNNKernel, nothing],
+    }
 
 
 @needs_kernel

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastadv.attacks import convolution
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d
 from fastadv.attacks.program import Program, fused_steps
 from fastadv.attacks.steps import ConvStep, LinearStep, PlainStep, PoolStep
@@ -100,6 +101,13 @@ VARIANTS = ("plain", "residual", "preact", "shared", "same twice", "broadcast", 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_equals_autograd_on_the_live_model(variant: str) -> None:
+    torch.manual_seed(1)
+    agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradient_with_the_kernels_for_amx(variant: str, monkeypatch) -> None:
+    monkeypatch.setattr(convolution, "has_amx", lambda: True)
     torch.manual_seed(1)
     agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
 

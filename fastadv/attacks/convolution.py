@@ -61,3 +61,11 @@ torch.library.define(
 def supported(in_channels: int, out_channels: int) -> bool:
     """Whether this processor has our 3x3 convolution for these channels."""
     return torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
+
+
+def has_amx() -> bool:
+    """Whether the processor multiplies matrices of bfloat16 by AMX, many times as fast as by AVX512-BF16.
+
+    Our convolutions have no code for it; oneDNN's have.
+    """
+    return torch.cpu._is_amx_tile_supported()

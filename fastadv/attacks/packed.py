@@ -1,7 +1,7 @@
-"""A copied convolution in the forms of our own CPU kernels, one for each direction.
+"""A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
-Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel the others; what neither serves
-(grouped convolutions, three input channels) stays with torch.
+Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, oneDNN's
+what is left and, on processors with AMX, everything. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.attacks import convolution
+from fastadv.attacks.memory import Memory
 
 _OPS = torch.ops.fastadv
 
@@ -28,14 +29,25 @@ class Kernel(ABC):
     @abstractmethod
     def run(
         self,
-        out: Tensor,
+        memory: Memory,
+        shape: tuple[int, ...],
         x: Tensor,
-        bias: Tensor | None,
-        add: Tensor | None,
-        mask: Tensor | None,
-        relu: bool,
-    ) -> None:
-        """Write ``where(mask > 0, relu(convolution of x + bias + add), 0)`` into ``out``."""
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """``where(mask > 0, relu(convolution of x + bias + add), 0)`` of this shape.
+
+        Args:
+            memory: where the result may be put.
+            shape: of the result [B, K, H, W], and of ``add`` and ``mask``.
+            x: channels-last bfloat16 [B, C, H, W].
+            bias: float32 [K].
+            add: channels-last bfloat16.
+            mask: likewise.
+            relu: whether negative values become 0.
+        """
 
 
 class WinogradKernel(Kernel):
@@ -52,15 +64,18 @@ class WinogradKernel(Kernel):
 
     def run(
         self,
-        out: Tensor,
+        memory: Memory,
+        shape: tuple[int, ...],
         x: Tensor,
-        bias: Tensor | None,
-        add: Tensor | None,
-        mask: Tensor | None,
-        relu: bool,
-    ) -> None:
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
         """As in `Kernel.run`."""
+        out = memory.take(shape)
         _OPS.conv3x3_(out, x, self._packed, bias, add, mask, relu)
+        return out
 
 
 @dataclass
@@ -97,14 +112,16 @@ class GatherKernel(Kernel):
 
     def run(
         self,
-        out: Tensor,
+        memory: Memory,
+        shape: tuple[int, ...],
         x: Tensor,
-        bias: Tensor | None,
-        add: Tensor | None,
-        mask: Tensor | None,
-        relu: bool,
-    ) -> None:
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
         """As in `Kernel.run`."""
+        out = memory.take(shape)
         height, width = out.shape[2:]
         for g in self._grids:
             if g.origin[0] < height and g.origin[1] < width:
@@ -121,6 +138,7 @@ class GatherKernel(Kernel):
                     mask,
                     relu,
                 )
+        return out
 
 
 def _grid(conv: nn.Conv2d, origin: tuple[int, int], backward: bool) -> Grid:
@@ -169,6 +187,54 @@ def _in_blocks(filters: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
+class OneDNNKernel(Kernel):
+    """oneDNN's convolution, or, at stride 1, its gradient as the convolution with rotated filters."""
+
+    def __init__(self, conv: nn.Conv2d, backward: bool) -> None:
+        padding = list(_int_padding(conv))
+        if backward:
+            reach = zip(conv.dilation, conv.kernel_size, padding, strict=True)
+            padding = [d * (k - 1) - p for d, k, p in reach]
+        self._backward = backward
+        self._geometry = (padding, conv.stride, conv.dilation, conv.groups)
+        self._filters = torch.empty(0)
+
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """As in `Kernel.refresh`, but in new memory, which is oneDNN's own."""
+        if scale is not None:
+            weight = weight * scale[:, None, None, None]
+        if self._backward:
+            weight = weight.flip(2, 3).transpose(0, 1)
+        narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
+        self._filters = torch.ops.mkldnn._reorder_convolution_weight(narrow, *self._geometry)
+
+    def run(
+        self,
+        memory: Memory,
+        shape: tuple[int, ...],
+        x: Tensor,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+        mask: Tensor | None = None,
+        relu: bool = False,
+    ) -> Tensor:
+        """As in `Kernel.run`; a mask takes a pass of its own."""
+        bias = None if bias is None else bias.to(x.dtype)
+        filters, name = (self._filters, bias, *self._geometry), "relu" if relu else None
+        if add is None:
+            out = torch.ops.mkldnn._convolution_pointwise(x, *filters, name or "none", [], "")
+        else:
+            out = torch.ops.mkldnn._convolution_pointwise.binary(
+                x, add, *filters, "add", 1.0, name, [], None
+            )
+        out = out.contiguous(memory_format=torch.channels_last)
+        if mask is None:
+            return out
+        masked = memory.take(shape)
+        _OPS.merge_gradients_(masked, out, None, mask)
+        return masked
+
+
 class PackedConv2d:
     """Both directions of a convolution; a direction that no kernel serves is None."""
 
@@ -198,17 +264,27 @@ class PackedConv2d:
 
 
 def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
-    """The kernel for one direction of a convolution, if this processor has one that serves it."""
+    """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
-    if conv.groups != 1 or conv.weight.device.type != "cpu":
+    if conv.weight.device.type != "cpu":
         return None
-    shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
-    if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
-        return WinogradKernel(result, source, backward)
-    if not convolution.supported(convolution.VECTOR, 1):
+    if conv.groups == 1 and not convolution.has_amx():
+        shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
+        if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
+            return WinogradKernel(result, source, backward)
+        if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
+            return GatherKernel(conv, backward)
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or (backward and not _rotatable(conv)):
         return None
-    return GatherKernel(conv, backward) if _worth_gathering(conv, source, result) else None
+    return OneDNNKernel(conv, backward)
+
+
+def _rotatable(conv: nn.Conv2d) -> bool:
+    """Whether the gradient in the input is an ungrouped convolution too."""
+    reach = zip(conv.dilation, conv.kernel_size, _int_padding(conv), strict=True)
+    plain = conv.groups == 1 and conv.stride == (1, 1)
+    return plain and all(d * (k - 1) >= p for d, k, p in reach)
 
 
 def _worth_gathering(conv: nn.Conv2d, source: int, result: int) -> bool:

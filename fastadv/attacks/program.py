@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.attacks.memory import Memory
 from fastadv.attacks.steps import (
     ConvStep,
     LinearStep,
-    Memory,
     Pass,
     PlainStep,
     PoolStep,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -11,40 +10,13 @@ import torch
 from torch import Tensor, fx
 
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.attacks.memory import Memory
 from fastadv.attacks.tracing import Untraceable
 
 _OPS = torch.ops.fastadv
 
 
-class Memory:
-    """Channels-last bfloat16 buffers, handed out during a pass and all taken back at its end."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
-        self._taken: list[tuple[tuple[int, ...], Tensor]] = []
-
-    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
-        """A buffer with arbitrary contents."""
-        key = tuple(shape)
-        free = self._free[key]
-        buffer = free.pop() if free else _new_buffer(key)
-        self._taken.append((key, buffer))
-        return buffer
-
-    def reset(self, batch: int) -> None:
-        """Take every buffer back; drop those of other batch sizes."""
-        for key, buffer in self._taken:
-            self._free[key].append(buffer)
-        self._taken.clear()
-        for key in [key for key in self._free if key[0] != batch]:
-            del self._free[key]
-
-
-def _new_buffer(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
-
-
-Emit = Callable[[Tensor, Tensor | None, Tensor | None], None]  # (out, add, mask): writes a gradient
+Emit = Callable[[Tensor | None, Tensor | None], Tensor]  # (add, mask): a gradient
 
 
 class Pass:
@@ -77,11 +49,13 @@ class Pass:
         if mask is not None and node in self._gradients:
             self._gradients[node] = _merged(self.memory, self._gradients[node], None, mask)
 
-    def arrive(self, node: fx.Node, shape: torch.Size, emit: Emit) -> None:
-        """Add a contribution that a fused step can write together with the sum and the mask."""
-        out = self.memory.take(shape)
-        emit(out, self._gradients.get(node), self._mask(node))
-        self._gradients[node] = out
+    def arrive(self, node: fx.Node, emit: Emit) -> None:
+        """Add a contribution that a fused step can compute together with the sum and the mask."""
+        before, mask = self._gradients.get(node), self._mask(node)
+        self._gradients[node] = emit(
+            None if before is None else _as_buffer(before),
+            None if mask is None else _as_buffer(mask),
+        )
 
     def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
         """Add a contribution that exists already; it is not written to."""
@@ -155,9 +129,11 @@ class ConvStep(Step):
         x, packed = _as_buffer(run.values[self._x]), self._packed
         residual = None if self._residual is None else run.values[self._residual]
         if packed.forward is not None:
-            out = run.memory.take(packed.result_shape(x))
-            residual = None if residual is None else _as_buffer(residual.expand(out.shape))
-            packed.forward.run(out, x, packed.bias, residual, None, self.rectifies)
+            shape = packed.result_shape(x)
+            residual = None if residual is None else _as_buffer(residual.expand(shape))
+            out = packed.forward.run(
+                run.memory, shape, x, packed.bias, residual, relu=self.rectifies
+            )
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
@@ -175,12 +151,10 @@ class ConvStep(Step):
             run.arrive_tensor(self._x, self._conv.input_gradient(gradient, x))
             return
 
-        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
-            add = None if add is None else _as_buffer(add)
-            mask = None if mask is None else _as_buffer(mask)
-            kernel.run(out, gradient, None, add, mask, False)
+        def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
+            return kernel.run(run.memory, x.shape, gradient, add=add, mask=mask)
 
-        run.arrive(self._x, x.shape, emit)
+        run.arrive(self._x, emit)
 
 
 class ScaleShiftStep(Step):
@@ -202,13 +176,14 @@ class ScaleShiftStep(Step):
         """Scale, and add what came from other users; a mask needs a pass of its own."""
         gradient, scale = _as_buffer(run.gradient(self.node)), self._part.scale
 
-        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
-            add = None if add is None else _as_buffer(add)
+        def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
+            out = run.memory.take(gradient.shape)
             _OPS.channel_affine_(out, gradient, scale, self._no_shift, add, None, False)
             if mask is not None:
-                _OPS.merge_gradients_(out, out, None, _as_buffer(mask))
+                _OPS.merge_gradients_(out, out, None, mask)
+            return out
 
-        run.arrive(self._x, gradient.shape, emit)
+        run.arrive(self._x, emit)
 
 
 class PlainStep(Step):
@@ -296,12 +271,12 @@ class PoolStep(PlainStep):
         shape = run.values[self._x].shape
         means = run.gradient(self.node).reshape(shape[:2]).float().contiguous()
 
-        def emit(out: Tensor, add: Tensor | None, mask: Tensor | None) -> None:
-            add = None if add is None else _as_buffer(add)
-            mask = None if mask is None else _as_buffer(mask)
+        def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
+            out = run.memory.take(shape)
             _OPS.spread_pixel_means_(out, means, add, mask)
+            return out
 
-        run.arrive(self._x, shape, emit)
+        run.arrive(self._x, emit)
 
 
 class LinearStep(Step):

@@ -1,0 +1,36 @@
+"""Memory that programs keep between passes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+
+
+class Memory:
+    """Channels-last bfloat16 buffers, handed out during a pass and all taken back at its end."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
+        self._taken: list[tuple[tuple[int, ...], Tensor]] = []
+
+    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """A buffer with arbitrary contents."""
+        key = tuple(shape)
+        free = self._free[key]
+        buffer = free.pop() if free else _new_buffer(key)
+        self._taken.append((key, buffer))
+        return buffer
+
+    def reset(self, batch: int) -> None:
+        """Take every buffer back; drop those of other batch sizes."""
+        for key, buffer in self._taken:
+            self._free[key].append(buffer)
+        self._taken.clear()
+        for key in [key for key in self._free if key[0] != batch]:
+            del self._free[key]
+
+
+def _new_buffer(shape: tuple[int, ...]) -> Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
