@@ -168,6 +168,29 @@ class PlainStatistics(nn.Module):
         return self.net((x - self.mean) / torch.tensor(self.std)[:, None, None])
 
 
+class NormAct(nn.BatchNorm2d):
+    """timm's BatchNorm: checks its input, calls the function itself, and ends in dropout and an activation."""
+
+    def __init__(self, channels: int, eps: float | None = None) -> None:
+        super().__init__(channels)
+        self.other_eps = eps
+        self.drop, self.act = nn.Identity(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        eps = self.eps if self.other_eps is None else self.other_eps
+        out = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, 0.1, eps
+        )
+        return self.act(self.drop(out))
+
+
+def norms_with_activations() -> nn.Module:
+    """The second one's eps is not that of the module."""
+    first = (conv(3, 8, bias=False), nn.Dropout(0.5), NormAct(8))
+    return Pooled(*first, conv(8, 8), NormAct(8, eps=0.5), NormAct(8))
+
+
 class AttentionBlock(nn.Module):
     """A small vision transformer: patches, class token, positions, attention, an MLP."""
 
@@ -307,4 +330,5 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "nn.MultiheadAttention": lambda: AttentionBlock("module"),
     "scaled_dot_product_attention": lambda: AttentionBlock("functional"),
     "reparametrised weights": reparametrised,
+    "norms with activations": norms_with_activations,
 }

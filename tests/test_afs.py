@@ -19,6 +19,7 @@ from fastadv.evaluation import delta_z
 from fastadv.models import Stack, create_model, importance_ratios
 from fastadv.trainers import Attacked, Runtime, load_model, train
 from fastadv.trainers.afs import Afs
+from fastadv.trainers.checkpoint import load_checkpoint
 from fastadv.trainers.phases import PhaseTimer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -199,6 +200,29 @@ def test_training_moves_the_merger_alone_and_resumes(tmp_path: Path) -> None:
     resumed = run("parts", resume=True)  # the extractors are in the run
     assert states_equal(whole.model.state_dict(), resumed.model.state_dict())
     assert states_equal(load_model(tmp_path / "whole").state_dict(), whole.model.state_dict())
+
+
+def test_an_average_of_a_stack_stores_the_merger_alone(tmp_path: Path) -> None:
+    def run(**options: Any) -> Any:
+        return train(
+            "afs",
+            small_recipe("afs", ema_decay=0.8, **options.pop("changes", {})),
+            data=small_data(),
+            model="stack:2*small_cnn",
+            run_dir=tmp_path,
+            progress=False,
+            **options,
+        )
+
+    first = run(teacher=[make_model(i) for i in range(2)], changes={"epochs": 1})
+    weights = load_checkpoint(first.checkpoint).weights
+    averaged = {name for name in weights if "/" in name}
+    assert averaged == {"ema/merger.weight", "ema/merger.bias"}
+    assert not torch.equal(weights["ema/merger.weight"], weights["merger.weight"])
+    assert states_equal(load_model(tmp_path).state_dict(), first.model.state_dict())
+    result = run(resume=True, allow_changes=True)
+    assert not torch.equal(result.model.merger.weight, first.model.merger.weight)
+    assert states_equal(load_model(tmp_path).state_dict(), result.model.state_dict())
 
 
 def test_from_the_command_line_a_list_of_runs_makes_the_stack(tmp_path: Path) -> None:

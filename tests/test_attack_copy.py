@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import digits_test, images, randomise, trained_small_cnn
-from foreign_models import COPIED, Pooled, conv
+from foreign_models import COPIED, NormAct, Pooled, conv
 from stubborn_models import COPIED_OR_EAGER, BranchesOnBuffer, BranchesOnData
 from torch import Tensor, nn
 
@@ -156,6 +156,12 @@ def test_folded_norms_and_dropout_leave_the_graph() -> None:
     copied = AttackCopy(made(lambda: Pooled(*body)), torch.float32)
     calls = [node for node in copied.graph_module.graph.nodes if node.op == "call_module"]
     assert len(calls) == 4  # convolution, ReLU, pooling, classifier
+
+
+def test_a_norm_that_ends_in_its_activation_is_folded() -> None:
+    copied = AttackCopy(made(lambda: Pooled(conv(3, 8), NormAct(8))), torch.float32)
+    targets = [node.target for node in copied.graph_module.graph.nodes if node.op != "call_module"]
+    assert targets == ["x", torch.flatten, "output"]
 
 
 @pytest.mark.parametrize("model", [BranchesOnData, BranchesOnBuffer])

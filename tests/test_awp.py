@@ -32,6 +32,7 @@ from fastadv.trainers import (
     AdversarialRecipe,
     Attacked,
     LossResult,
+    NonFiniteLossError,
     Runtime,
     TrainBatch,
     find_method,
@@ -290,6 +291,23 @@ def test_a_run_with_awp_keeps_its_weights_where_no_step_is_taken(tmp_path: Path)
     assert result.progress.bad_steps == 2 and len(states) == 4
     same = [states_equal(a, b) for a, b in zip([first, *states], states, strict=False)]
     assert same == [False, True, False, True]
+
+
+def test_the_weights_saved_with_a_failed_batch_are_not_perturbed(tmp_path: Path) -> None:
+    model, states = make_model(0), []
+    with pytest.raises(NonFiniteLossError, match="the last batch and the weights before its step"):
+        train(
+            FailingAt,
+            small_recipe("pgd_at", awp_gamma=0.1, epochs=1, max_bad_steps=1),
+            data=small_data(),
+            model=model,
+            run_dir=tmp_path,
+            progress=False,
+            device="cpu",
+            on_step=lambda _: states.append(copied_state(model)),
+        )
+    (file,) = tmp_path.glob("nonfinite_step_*.pt")
+    assert states_equal(torch.load(file, weights_only=True)["weights"]["model"], states[-1])
 
 
 def test_averages_and_checkpoints_hold_weights_that_are_not_perturbed(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from fastadv.trainers.checkpoint import (
     pack_weights,
     prune,
     save_checkpoint,
+    unpack_average,
     unpack_weights,
 )
 
@@ -208,6 +209,14 @@ def test_packing_keeps_state_dicts_apart() -> None:
     assert set(packed) == {"w", "ema/w"}
     assert unpack_weights(packed)["w"].item() == 1
     assert unpack_weights(packed, "ema")["w"].item() == 0
+    assert unpack_average(packed)["w"].item() == 0
+    partly = pack_weights(
+        {"model": states["model"] | {"frozen": torch.ones(1)}, "swa": states["ema"]}
+    )
+    assert {name: value.item() for name, value in unpack_average(partly).items()} == {
+        "w": 0,
+        "frozen": 1,
+    }
     with pytest.raises(ValueError, match="slash"):
         pack_weights({"model": {"a/b": torch.ones(1)}})
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from training_helpers import CPU, make_batch, make_method, make_model, small_data, small_recipe
 
 from fastadv.models import WideResNet
-from fastadv.trainers import Attacked, Runtime, find_method, train
+from fastadv.trainers import Attacked, Recipe, Runtime, find_method, train
 from fastadv.trainers.act import Act, Concurrent
 from fastadv.trainers.distributed import Ranks
 from fastadv.trainers.hat import Helped
@@ -259,6 +259,25 @@ def test_training_runs_and_resumes(name: str, tmp_path: Any) -> None:
 def test_unknown_base_is_refused() -> None:
     with pytest.raises(ValueError, match="base must be one of alp, trades, mart, hat"):
         find_method("vfd").recipe_class(base="awp")
+
+
+class ActWithTeacher(Act):
+    """ACT that has a frozen model for a purpose of its own."""
+
+    @classmethod
+    def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
+        return ("teacher",)
+
+
+def test_a_natural_model_learns_also_beside_a_teacher() -> None:
+    runtime, teacher = Runtime(CPU, None, PhaseTimer(CPU)), make_model(1)
+    method = ActWithTeacher(small_recipe("act"), make_model(0), runtime, {"teacher": teacher})
+    assert method.natural_learns and method.natural is not teacher
+    assert list(method.trainable()) == ["model", "natural"]
+    for fixed in (False, True):
+        lbgat: Any = make_method("lbgat", make_model(0), teacher if fixed else None, fixed=fixed)
+        assert list(lbgat.trainable()) == (["model"] if fixed else ["model", "natural"])
+        assert (lbgat.natural is teacher) == fixed
 
 
 def test_the_natural_model_begins_like_a_new_one_of_its_class() -> None:

@@ -215,6 +215,26 @@ def test_weight_average_equals_its_formula() -> None:
         assert torch.allclose(value.double(), expected[name], rtol=1e-4), name
 
 
+@pytest.mark.parametrize("frozen", ["weights", "weights and statistics"])
+def test_an_average_is_of_what_training_moves(frozen: str) -> None:
+    model: Any = make_model(0)
+    for part in (model.conv1, model.bn1):
+        part.requires_grad_(False)
+    model.bn1.train(frozen == "weights")
+    average = WeightAverage(model, 0.5)
+    moving = set(model.state_dict()) - {"conv1.weight", "bn1.weight", "bn1.bias"}
+    if frozen != "weights":
+        moving -= {"bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked"}
+    assert average.state().keys() == moving
+    before = copied_state(average.model)
+    with torch.no_grad():
+        for name in moving:
+            model.state_dict()[name].add_(1)
+    average.update(model, 100)
+    after = average.model.state_dict()
+    assert {name for name in after if not torch.equal(after[name], before[name])} == moving
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_leaves_what_it_should(method: str, tmp_path: Path) -> None:
     result = run(method, tmp_path / "run")

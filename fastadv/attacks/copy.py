@@ -253,7 +253,6 @@ class _Part:
 
 
 _REFRESHED = (CopiedConv2d, CopiedScaleShift, CopiedLinear, CopiedModule)
-_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 
 
 def _copy_modules(graph: fx.Graph, model: nn.Module, dtype: torch.dtype) -> list[_Part]:
@@ -265,10 +264,6 @@ def _copy_modules(graph: fx.Graph, model: nn.Module, dtype: torch.dtype) -> list
         if node.op != "call_module":
             continue
         path = str(node.target)
-        if isinstance(live[path], _NOTHING_IN_EVAL):
-            node.replace_all_uses_with(node.all_input_nodes[0])
-            graph.erase_node(node)
-            continue
         norm = norms.get(node)
         made = _copy_of(live[path], live[norm] if norm is not None else None, dtype)
         node.target = f"part{len(parts)}"
@@ -298,8 +293,9 @@ def _is_plain_conv(module: nn.Module) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_plain_norm(module: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
-    plain = type(module) is nn.BatchNorm2d or isinstance(module, nn.SyncBatchNorm)
-    return plain and module.running_mean is not None
+    """Whether a module is BatchNorm; a call of a subclass is in the graph only if it does nothing else."""
+    norm = isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))
+    return norm and module.running_mean is not None
 
 
 def _fold_norms(graph: fx.Graph, live: dict[str, nn.Module]) -> dict[fx.Node, str]:

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.arguments import check_integer
-from fastadv.attacks.batch import Batch, ValueOf
-from fastadv.attacks.best import Best
+from fastadv.attacks.batch import Batch
 from fastadv.attacks.engines import Model
-from fastadv.attacks.pgd import PGD
+from fastadv.attacks.pgd import PGD, StepSize
 
 
 class FriendlyPGD(PGD):
@@ -71,24 +70,13 @@ class FriendlyPGD(PGD):
     def _graph_key(self) -> tuple[Hashable, ...]:
         return (*super()._graph_key(), self.tau)
 
-    def _run(
-        self,
-        batch: Batch,
-        value_of: ValueOf,
-        adv: Tensor,
-        alpha: float | Tensor,
-        best: Best | None,
-    ) -> Tensor:
-        """One run from ``adv``, in place. An image whose steps are used up goes on with steps of size 0."""
+    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)
         left = torch.full_like(batch.y, self.tau)
-        for _ in range(self.settings.steps):
-            found = batch.gradient(adv, value_of)
-            reached = batch.succeeded(found.logits)
-            if best is not None:
-                best.offer(adv, found.value, reached)
-            left -= reached.long()
+
+        def size(logits: Tensor) -> Tensor:
+            left.sub_(batch.succeeded(logits).long())
             # Of size 0, not none at all, so that a start outside the ball is brought into it.
-            sizes = torch.where(left < 0, 0.0, sizes)
-            batch.step_(adv, found.grad, sizes, self.settings.sparsity)
-        return adv
+            return torch.where(left < 0, 0.0, sizes)
+
+        return size

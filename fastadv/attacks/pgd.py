@@ -22,6 +22,7 @@ from fastadv.seeding import derive_seed
 
 KEEP = ("last", "best")
 Direction = Callable[[Tensor], Tensor]  # input gradient [B, ...] -> where to step, [B, ...]
+StepSize = Callable[[Tensor], float | Tensor]  # logits [B, C] -> how far, a number or [B]
 
 
 @dataclass(frozen=True)
@@ -195,20 +196,26 @@ class PGD(Attack):
         best: Best | None,
     ) -> Tensor:
         """One run of K steps from ``adv``, in place; every point but the last is offered to ``best``."""
-        direction, sparsity = self._direction(batch), self.settings.sparsity
+        direction, size_at = self._direction(batch), self._size_at(batch, alpha)
+        sparsity = self.settings.sparsity
         for _ in range(self.settings.steps):
             found = batch.gradient(adv, value_of)
             if best is not None:
                 best.offer(adv, found.value, batch.succeeded(found.logits))
+            size = size_at(found.logits)
             if direction is None:
-                batch.step_(adv, found.grad, alpha, sparsity)
+                batch.step_(adv, found.grad, size, sparsity)
             else:
-                batch.step_along_(adv, direction(found.grad), alpha, sparsity)
+                batch.step_along_(adv, direction(found.grad), size, sparsity)
         return adv
 
     def _direction(self, batch: Batch) -> Direction | None:
         """What turns the gradients of one run into directions; None where they are the directions."""
         return None
+
+    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+        """What gives the size of each step of one run, from the logits at the point it starts from."""
+        return lambda logits: alpha
 
     def _alpha(self, batch: Batch) -> float | Tensor:
         """The step size, in proportion where a call has its own radius.

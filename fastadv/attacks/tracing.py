@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ class Untraceable(Exception):
 
 
 def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
-    """The graph of a model's logits in eval mode, free of in-place operations.
+    """The graph of a model's logits in eval mode, free of in-place operations and assertions.
 
     Args:
         model: the live model. It is not run: a stand-in is, which shares its tensors and nothing else.
@@ -56,7 +57,11 @@ def trace(model: nn.Module) -> tuple[fx.Graph, nn.Module]:
     for name, value in vars(root).items():
         if isinstance(value, Tensor):  # constants that the model's code makes from nothing traced
             setattr(traced, name, value)
-    _make_out_of_place(graph, dict(traced.named_modules()))
+    modules = dict(traced.named_modules())
+    _drop_assertions(graph, modules)
+    _drop_what_does_nothing(graph, modules)
+    _call_norms_as_modules(graph, modules)
+    _make_out_of_place(graph, modules)
     return graph, traced
 
 
@@ -156,6 +161,60 @@ def _no_own_gradients() -> Iterator[None]:
         function.apply = original
 
 
+def _drop_assertions(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Take assertions out, which hold or the live model would not have run, and what nobody reads any more."""
+    for node in reversed(list(graph.nodes)):
+        called = node.op in ("call_function", "call_method")
+        unread = called and not node.users and not _writes_in_place(node, modules)
+        if unread or node.target is torch._assert:
+            graph.erase_node(node)
+
+
+_NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
+
+
+def _drop_what_does_nothing(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Take out modules that return their argument, so that a write into their result is one into it."""
+    for node in list(graph.nodes):
+        if node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING_IN_EVAL):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph.erase_node(node)
+
+
+def _call_norms_as_modules(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Where a subclass of BatchNorm2d calls the function on its own tensors, call the module instead.
+
+    timm's BatchNorm, which ends in an activation, does so. A copy folds modules.
+    """
+    for node in list(graph.nodes):
+        owner = _owner_of_norm(node, modules) if node.target is F.batch_norm else None
+        if owner is not None:
+            images, *tensors = node.all_input_nodes
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_module(owner, (images,)))
+            graph.erase_node(node)
+            for tensor in tensors:
+                if not tensor.users:
+                    graph.erase_node(tensor)
+
+
+def _owner_of_norm(node: fx.Node, modules: dict[str, nn.Module]) -> str | None:
+    """The path of the module that would compute the same in eval mode as this call of `F.batch_norm`."""
+    call = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
+    call.apply_defaults()
+    path = str(getattr(call.arguments["running_mean"], "target", "")).removesuffix(".running_mean")
+    owner = modules.get(path)
+    if not isinstance(owner, nn.BatchNorm2d) or call.arguments["training"]:
+        return None
+    names = ("running_mean", "running_var", "weight", "bias")
+    own = all(
+        getattr(call.arguments[name], "target", None)
+        == (None if getattr(owner, name) is None else f"{path}.{name}")
+        for name in names
+    )
+    return path if own and call.arguments["eps"] == owner.eps else None
+
+
 def _make_out_of_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Replace in-place operations: a copy's activations are read again by its backward pass.
 
@@ -185,7 +244,7 @@ def _writes_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
         return bool(getattr(modules[str(node.target)], "inplace", False))
     if node.op not in ("call_function", "call_method"):
         return False
-    marked = bool(node.kwargs.get("inplace")) or node.target in _OPERATORS
+    marked = bool(node.kwargs.get("inplace")) or node.target in (*_OPERATORS, operator.setitem)
     return marked or _ends_in_place(_name(node.target))
 
 
@@ -229,6 +288,6 @@ _VIEWS = frozenset(
 def _may_share_memory(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a result may be a window on another tensor, which a write would change too."""
     if node.op == "call_module":
-        return isinstance(modules[str(node.target)], (nn.Flatten, nn.Unflatten, nn.Identity))
+        return isinstance(modules[str(node.target)], (nn.Flatten, nn.Unflatten))
     views = _name(node.target) in _VIEWS or node.target is getattr
     return node.op in ("placeholder", "get_attr") or views

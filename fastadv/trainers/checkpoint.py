@@ -2,8 +2,8 @@
 
 A checkpoint is a directory `step_000123` with
 
-- `model.safetensors`: the trained model's state dict under its own names; an average of it
-  under "ema/" or "swa/", further trained models under "<name>/";
+- `model.safetensors`: the trained model's state dict under its own names; the average of what
+  training moves in it under "ema/" or "swa/", further trained models under "<name>/";
 - `train_state.pt`: optimisers and counters, loads with `weights_only=True`;
 - `meta.json`: format, recipe, versions, place in the run, and the SHA-256 of the other two.
 
@@ -305,11 +305,9 @@ def pack_weights(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def unpack_average(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the average of the first state dict out of packed ones, or itself if it has none."""
-    for name in ("ema", "swa"):
-        if state := unpack_weights(weights, name):
-            return state
-    return unpack_weights(weights)
+    """Take the first state dict out of packed ones, with its average in place of what was averaged."""
+    averages = (unpack_weights(weights, name) for name in ("ema", "swa"))
+    return unpack_weights(weights) | next(filter(None, averages), {})
 
 
 def unpack_weights(weights: Mapping[str, Tensor], name: str | None = None) -> dict[str, Tensor]:

@@ -60,6 +60,11 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         assert isinstance(recipe, LbgatRecipe)
         return ("teacher",) if recipe.fixed else ()
 
+    @property
+    def natural_learns(self) -> bool:
+        """Whether the natural model is trained."""
+        return not self.recipe.fixed
+
     def setup(self) -> None:
         """Build the natural model and the attack, and count the passes over clean images."""
         self.bn_updates = self.images_trained = 2 if self.recipe.beta else 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from fastadv.trainers.checkpoint import (
     pack_weights,
     prune,
     save_checkpoint,
+    unpack_average,
     unpack_weights,
 )
 from fastadv.trainers.console import Console
@@ -131,7 +131,7 @@ class Loop:
         self._window, self._epoch = Meter(), Meter()
         self._seconds: dict[str, float] = {}
         self._batch: TrainBatch | None = None
-        self._moved = False
+        self._moved, self._bad_loss = False, 0.0
 
     @property
     def evaluated(self) -> nn.Module:
@@ -153,8 +153,7 @@ class Loop:
             )
             load_sgd_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
-            averaged = unpack_weights(checkpoint.weights, self.average.name)
-            self.average.model.load_state_dict(averaged or unpack_weights(checkpoint.weights))
+            self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
         self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
         self.progress = Progress(**state["progress"])
@@ -213,7 +212,10 @@ class Loop:
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
-        # Not within the step, in which AWP holds the weights elsewhere and Free moves them several times.
+        # What follows is not within the step, in which AWP holds the weights elsewhere and Free moves them several
+        # times.
+        if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
+            self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
             self.average.update(next(iter(self.models.values())), self.progress.step + 1)
 
@@ -240,25 +242,20 @@ class Loop:
         return True
 
     def _reject(self, loss: float) -> None:
-        """Undo what the failed step left, count it, and stop after a few in a row."""
+        """Undo what the failed step left, and count it."""
         self._guard.restore()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        progress = self.progress
+        progress, self._bad_loss = self.progress, loss
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         self.console.say(
             f"step {progress.step + 1}: loss {loss:.4g} or its gradient is not "
             f"finite, no step taken ({progress.bad_in_a_row} in a row)"
         )
-        if progress.bad_in_a_row >= self.recipe.max_bad_steps:
-            file = self._save_batch(loss)
-            raise NonFiniteLossError(
-                f"{progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
-                f"finite; the last batch and the weights it met are in {file}"
-            )
 
-    def _save_batch(self, loss: float) -> Path:
+    def _give_up(self) -> None:
+        """Save the batch of a step that was not taken, with the weights before that step, and stop."""
         assert self._batch is not None
         batch = {
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
@@ -267,9 +264,12 @@ class Loop:
         file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         weights = {name: model.state_dict() for name, model in self.models.items()}
         if self.ranks.first:
-            torch.save({**batch, "loss": loss, "weights": weights}, file)
+            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, file)
         self.ranks.wait()  # the first rank to fail ends the others
-        return file
+        raise NonFiniteLossError(
+            f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
+            f"finite; the last batch and the weights before its step are in {file}"
+        )
 
     def _log_window(self) -> None:
         """Record the steps since the last record."""
@@ -368,7 +368,7 @@ class Loop:
             return
         states = {name: model.state_dict() for name, model in self.models.items()}
         if isinstance(self.average, WeightAverage) or (self.average and progress.averaged):
-            states[self.average.name] = self.average.model.state_dict()
+            states[self.average.name] = self.average.state()
         train_state = {
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
             "method": carried,

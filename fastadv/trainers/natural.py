@@ -15,14 +15,17 @@ class NaturalMethod(PairMethod[PairT]):
     """A pair method with a model of clean images, which learns beside the robust one unless it is a teacher.
 
     Attributes:
-        natural: the frozen teacher where there is one, else a model of the robust one's architecture, with weights
-            and an optimiser of its own.
-        natural_learns: whether it is trained.
+        natural: where it learns, a model of the robust one's architecture, with weights and an optimiser of its
+            own; else the frozen model "teacher".
     """
+
+    @property
+    def natural_learns(self) -> bool:
+        """Whether the natural model is trained."""
+        return True
 
     def setup(self) -> None:
         """Build the natural model and the attack."""
-        self.natural_learns = "teacher" not in self.teachers
         self.natural = (
             copy.deepcopy(self.model) if self.natural_learns else self.teachers["teacher"]
         )

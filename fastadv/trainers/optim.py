@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -67,52 +67,86 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     ]
 
 
-class WeightAverage:
+class Average:
+    """An average of what training moves in a model: weights that require gradients, and buffers that change.
+
+    Args:
+        model: the model to follow, its modules in the modes in which it is trained: buffers of those in evaluation
+            mode do not change.
+        every_buffer: take these as well.
+
+    Attributes:
+        model: a copy of the model that holds the average, in evaluation mode.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, model: nn.Module, every_buffer: bool) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        parameters = model.named_parameters(remove_duplicate=False)
+        self._moving = {name for name, parameter in parameters if parameter.requires_grad}
+        for path, module in model.named_modules(remove_duplicate=False):
+            if module.training or every_buffer:
+                self._moving |= {name for name, _ in module.named_buffers(path, recurse=False)}
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what is averaged, by its names in the state dict."""
+        return {k: v for k, v in self.model.state_dict().items() if k in self._moving}
+
+    @torch.no_grad()
+    def _move_towards(self, model: nn.Module, weight: float) -> None:
+        """Make each value (1 - weight) of itself plus weight of the model's; copy integers."""
+        averages, values = [], []
+        live = model.state_dict()
+        for name, value in self.state().items():
+            if value.is_floating_point():
+                averages.append(value)
+                values.append(live[name])
+            else:
+                value.copy_(live[name])
+        torch._foreach_lerp_(averages, values, weight)
+
+
+class WeightAverage(Average):
     """Exponential moving average of a model's state; integers are copied.
 
     The decay grows from 0.1 to its value over the first steps, as min(decay, (1 + t) / (10 + t)),
     so that the random start is soon forgotten.
 
     Args:
-        model: the model to follow.
+        model: the model to follow, as in `Average`.
         decay: weight of the past at each step.
-
-    Attributes:
-        model: a copy of the model that holds the average, in evaluation mode.
     """
 
     name = "ema"
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, every_buffer=False)
         self.decay = decay
-        self.model = _averaged_copy(model)
 
     def update(self, model: nn.Module, step: int) -> None:
         """Take in the model's weights after its step number `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        _move_towards(self.model, model, 1 - decay)
+        self._move_towards(model, 1 - decay)
 
 
-class EpochAverage:
+class EpochAverage(Average):
     """Plain average of a model's weights at the ends of epochs (SWA).
 
     Source: Izmailov et al. 2018, algorithm 1.
 
     Args:
         model: the model to follow.
-
-    Attributes:
-        model: a copy of the model that holds the average, in evaluation mode.
     """
 
     name = "swa"
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = _averaged_copy(model)
+        super().__init__(model, every_buffer=True)  # `estimate_statistics` takes all of them anew
 
     def update(self, model: nn.Module, count: int) -> None:
         """Take in the model as number `count`; number 1 replaces what was there."""
-        _move_towards(self.model, model, 1 / count)
+        self._move_towards(model, 1 / count)
 
     def estimate_statistics(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Take BatchNorm's running statistics anew, as plain means over batches (x, ...).
@@ -128,24 +162,6 @@ def build_average(model: nn.Module, recipe: Recipe) -> WeightAverage | EpochAver
     if recipe.swa_start is not None:
         return EpochAverage(model)
     return None if recipe.ema_decay is None else WeightAverage(model, recipe.ema_decay)
-
-
-def _averaged_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _move_towards(average: nn.Module, model: nn.Module, weight: float) -> None:
-    """Make each value (1 - weight) of itself plus weight of the model's; copy integers."""
-    averages, values = [], []
-    live = model.state_dict()
-    for name, value in average.state_dict().items():
-        if value.is_floating_point():
-            averages.append(value)
-            values.append(live[name])
-        else:
-            value.copy_(live[name])
-    torch._foreach_lerp_(averages, values, weight)
 
 
 class BufferGuard:

@@ -347,6 +347,7 @@ def _build_loop(
     loader, watched = _build_loader(splits, extra, recipe, runtime.device, ranks)
     watched = subset(watched, min(recipe.monitor_images, len(watched)), recipe.seed)
     first = next(iter(method.trainable().values()))
+    method.train_mode()
     average = build_average(first, recipe)
     return Loop(
         method=method,
