@@ -2,8 +2,10 @@
 //
 // The other ops register theirs in Python. Here the work of a call is a few microseconds at ten
 // classes, of which autograd by way of Python would make a hundred.
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/library.h>
 
 #include <optional>
@@ -33,7 +35,9 @@ struct Settings {
   OptionalTensor y;
   std::string kind;
   double weight, temperature;
-  bool mean, wanted, other_wanted;
+  bool mean;
+  bool wanted, other_wanted;                  // gradients to hand out
+  bool differentiated, other_differentiated;  // gradients for the backward pass
 };
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> call(const at::Tensor& logits,
@@ -41,14 +45,28 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> call(const at::Tensor& logits,
                                                     const Settings& s) {
   static const auto forward = op<Forward>("fastadv::softmax_losses");
   const at::AutoDispatchBelowADInplaceOrView guard;
-  return forward.call(logits, other, s.y, s.kind, s.weight, s.temperature, s.mean, s.wanted,
-                      s.other_wanted);
+  return forward.call(logits, other, s.y, s.kind, s.weight, s.temperature, s.mean,
+                      s.wanted || s.differentiated, s.other_wanted || s.other_differentiated);
 }
 
-at::Tensor scaled(const at::Tensor& grad, const at::Tensor& gradient, at::ScalarType dtype) {
+constexpr int64_t kLarge = 1 << 17;  // elements of a gradient that no cache near the core holds
+
+// grad * gradient. A large gradient that is expendable is overwritten: that moves half as much.
+at::Tensor scaled(const at::Tensor& grad, const at::Tensor& gradient, at::ScalarType dtype,
+                  bool expendable) {
   static const auto backward = op<Backward>("fastadv::softmax_losses_backward");
   const at::AutoDispatchBelowADInplaceOrView guard;
+  const bool plain = !at::isTensorSubclassLike(grad) && !at::isTensorSubclassLike(gradient);
+  if (expendable && plain && gradient.scalar_type() == dtype && gradient.numel() >= kLarge) {
+    return gradient.mul_(grad.dim() == 0 ? grad : grad.unsqueeze(1));
+  }
   return backward.call(grad, gradient, dtype);
+}
+
+// Stands for a gradient that is not handed out.
+at::Tensor nothing_like(const at::Tensor& gradient) {
+  if (gradient.sym_size(1) == 0) return gradient;
+  return at::empty_symint({gradient.sym_size(0), 0}, gradient.options());
 }
 
 // Ties a gradient to the logits where it is to be differentiated again: silently it would count as
@@ -70,11 +88,12 @@ class Losses : public torch::autograd::Function<Losses> {
                                const OptionalTensor& other, const Settings& settings) {
     auto [losses, gradient, other_gradient] = call(logits, other, settings);
     ctx->save_for_backward({gradient, other_gradient, logits, other.value_or(logits)});
-    ctx->mark_non_differentiable({gradient, other_gradient});
     ctx->set_materialize_grads(false);
-    ctx->saved_data["dtype"] = int64_t(logits.scalar_type());
-    ctx->saved_data["other_dtype"] = int64_t((other ? *other : logits).scalar_type());
+    ctx->saved_data["handed_out"] = settings.wanted || settings.other_wanted;
     ctx->saved_data["pair"] = settings.kind == "act";
+    if (!settings.wanted) gradient = nothing_like(gradient);
+    if (!settings.other_wanted) other_gradient = nothing_like(other_gradient);
+    ctx->mark_non_differentiable({gradient, other_gradient});
     return {losses, gradient, other_gradient};
   }
 
@@ -83,11 +102,13 @@ class Losses : public torch::autograd::Function<Losses> {
     if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     const bool pair = ctx->saved_data["pair"].toBool();
-    const char* const dtypes[] = {"dtype", "other_dtype"};
+    // The graph is freed after this pass, and no one else has seen the gradients.
+    const bool expendable = !torch::autograd::get_current_graph_task_keep_graph() &&
+                            !ctx->saved_data["handed_out"].toBool();
     for (int i = 0; i < 2; ++i) {
       if (saved[i].sym_size(1) == 0) continue;  // was not asked for
-      const auto dtype = at::ScalarType(ctx->saved_data[dtypes[i]].toInt());
-      results[i] = scaled(pair ? grads[0].select(-1, i) : grads[0], saved[i], dtype);
+      results[i] = scaled(pair ? grads[0].select(-1, i) : grads[0], saved[i],
+                          saved[2 + i].scalar_type(), expendable);
       if (at::GradMode::is_enabled()) {
         results[i] = Refusal::apply(results[i], saved[2], saved[3], grads[0]);
       }
@@ -102,13 +123,19 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_losses(const at::Tensor& 
                                                               c10::string_view kind, double weight,
                                                               double temperature, bool mean,
                                                               bool wanted, bool other_wanted) {
-  Settings settings{y, std::string(kind), weight, temperature, mean, wanted, other_wanted};
   const bool recording = at::GradMode::is_enabled();
-  const bool differentiated = recording && logits.requires_grad();
-  const bool other_differentiated = recording && other && other->requires_grad();
-  if (!differentiated && !other_differentiated) return call(logits, other, settings);
-  settings.wanted |= differentiated;
-  settings.other_wanted |= other_differentiated;
+  const Settings settings{y,
+                          std::string(kind),
+                          weight,
+                          temperature,
+                          mean,
+                          wanted,
+                          other_wanted,
+                          recording && logits.requires_grad(),
+                          recording && other && other->requires_grad()};
+  if (!settings.differentiated && !settings.other_differentiated) {
+    return call(logits, other, settings);
+  }
   const variable_list results = Losses::apply(logits, other, settings);
   return {results[0], results[1], results[2]};
 }

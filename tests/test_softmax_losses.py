@@ -264,6 +264,28 @@ def test_gradients_without_autograd() -> None:
     assert op(a, None, y, "cross_entropy", 0.0, 1.0, True, False, False)[1].shape == (6, 0)
 
 
+def test_a_saved_gradient_is_overwritten_only_where_nobody_sees_it_again() -> None:
+    """Large gradients alone: for small ones the memory that is spared is not worth the calls."""
+    a, y, slopes = _logits("cpu", 256, 600), _labels("cpu", 256, 600), torch.rand(256)
+    leaf, saved = a.requires_grad_(), set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = losses.cross_entropy(leaf, y, reduction="none")
+    (first,) = torch.autograd.grad(loss, leaf, slopes, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, leaf, slopes)
+    assert first.data_ptr() not in saved and second.data_ptr() in saved
+    assert torch.equal(first, second)
+
+    op = torch.ops.fastadv.softmax_losses
+    loss, gradient, _ = op(leaf, None, y, "cross_entropy", 0.0, 1.0, False, True, False)
+    (third,) = torch.autograd.grad(loss, leaf, slopes)
+    assert torch.equal(third, first) and torch.equal(third, slopes[:, None] * gradient)
+
+
 def test_gradients_per_sample_by_torch_func() -> None:
     a, b, y = _logits("cpu", 6, 10), _logits("cpu", 6, 10, seed=1), _labels("cpu", 6, 10)
 

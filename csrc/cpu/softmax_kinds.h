@@ -2,6 +2,8 @@
 // fastadv/ops/softmax_losses.py and fastadv/losses.py.
 #pragma once
 
+#include <algorithm>
+
 #include "cpu/softmax_rows.h"
 
 namespace fastadv {
@@ -23,7 +25,7 @@ struct Row {
   FASTADV_INLINE C* other_gradient() const { return at(3); }
   // The softmax of a row of logits, in the scratch of number 0 .. 3.
   FASTADV_INLINE Softmax<C> softmax(int number, const C* of, C at_temperature = 1) const {
-    Softmax<C> result{at(4 + 2 * number), at(5 + 2 * number), 0, 0};
+    Softmax<C> result{at(4 + 2 * number), at(5 + 2 * number), 0, 0, 0};
     result.compute(of, width, at_temperature);
     return result;
   }
@@ -59,19 +61,25 @@ FASTADV_INLINE C boosted(const Row<C>& r, C* logits, const Softmax<C>& q, int sp
   int best;
   {
     const Replaced<C> hidden(logits + r.y, kMinusInfinity<C>);
-    best = class_of_largest(logits, r.width, r.classes);
+    best = peak_of(logits, r.width).at;
   }
   if (best == r.y) best = r.y ? 0 : 1;  // all others are NaN or minus infinity
-  const Replaced<C> hidden(logits + best, kMinusInfinity<C>);
-  const Softmax<C> rest = r.softmax(spare, logits);
-  C lower = rest.largest - q.largest;
-  lower = lower < kLowest<C> ? kLowest<C> : lower;
-  const C log_rest = lower + rest.log_sum - q.log_sum;  // log(1 - q_best)
-  const C q_best = q.p[best];
+  const C q_best = q.p(best);
+  const Replaced<C> without(q.powers + best, C(0));
+  const C sum = sum_row<C>(
+      r.width, [&](int i) __attribute__((always_inline)) { return lanes_at(q.powers + i); });
+  Softmax<C> rest = q;  // the softmax without class `best`
+  rest.set_sum(sum);
+  C log_rest = rest.log_sum - q.log_sum;  // log(1 - q_best)
+  if (sum < C(1e-12)) {                   // next to `best`, powers of the rest may have vanished
+    const Replaced<C> hidden(logits + best, kMinusInfinity<C>);
+    rest = r.softmax(spare, logits);
+    log_rest = std::max(rest.largest - q.largest, kLowest<C>) + rest.log_sum - q.log_sum;
+  }
   fill_row(g, r.width, [&](int i) __attribute__((always_inline)) {
     return q.share(i) - q_best * rest.share(i);
   });
-  g[best] += q_best;
+  g[best] = 2 * q_best;  // q.share is without it here
   g[r.y] -= 1;
   return -q.log_p(r.y) - log_rest;
 }
@@ -84,48 +92,46 @@ struct BoostedCrossEntropy {
   }
 };
 
-// Clears loss and gradient; to NaN, and true, where a logit is NaN, which comparisons pass over.
+// Sets loss and gradient to 0, or to NaN.
 template <class C>
-FASTADV_INLINE bool poisoned(Row<C>& r) {
-  const bool poison = has_nan(r.logits(), r.width);
-  r.loss = poison ? std::numeric_limits<C>::quiet_NaN() : C(0);
+FASTADV_INLINE void clear(Row<C>& r, bool to_nan) {
+  r.loss = to_nan ? std::numeric_limits<C>::quiet_NaN() : C(0);
   fill_row(r.gradient(), r.width,
            [&](int) __attribute__((always_inline)) { return Lanes<C>{} + r.loss; });
-  return poison;
 }
 
 struct Margin {  // Carlini and Wagner's
   template <class C>
   static FASTADV_INLINE void row(Row<C>& r) {
-    if (poisoned(r)) return;
-    C* z = r.logits();
+    C *z = r.logits(), *g = r.gradient();
     const C own = z[r.y];
     const Replaced<C> hidden(z + r.y, kMinusInfinity<C>);
-    const int best = class_of_largest(z, r.width, r.classes);
-    r.loss = z[best] - own;
-    r.gradient()[best] += 1;
-    r.gradient()[r.y] -= 1;
+    const Peak<C> best = peak_of(z, r.width);
+    clear(r, best.nan || own != own);
+    r.loss += best.value - own;
+    g[best.at] += 1;
+    g[r.y] -= 1;
   }
 };
 
 struct LogitsRatio {  // DLR
   template <class C>
   static FASTADV_INLINE void row(Row<C>& r) {
-    if (poisoned(r)) return;
     C *z = r.logits(), *g = r.gradient();
-    const int first = class_of_largest(z, r.width, r.classes);
-    const C largest = z[first], own = z[r.y];
-    const Replaced<C> without_first(z + first, kMinusInfinity<C>);
-    const int second = class_of_largest(z, r.width, r.classes);
-    const C margin = (first == r.y ? z[second] : largest) - own;
-    const Replaced<C> without_second(z + second, kMinusInfinity<C>);
-    const int third = class_of_largest(z, r.width, r.classes);
-    const C inverse_span = 1 / (largest - z[third] + C(1e-12));
-    r.loss = margin * inverse_span;
-    g[first == r.y ? second : first] += inverse_span;
+    const C own = z[r.y];
+    const Peak<C> first = peak_of(z, r.width);
+    const Replaced<C> without_first(z + first.at, kMinusInfinity<C>);
+    const Peak<C> second = peak_of(z, r.width);
+    const Replaced<C> without_second(z + second.at, kMinusInfinity<C>);
+    const Peak<C> third = peak_of(z, r.width);
+    const Peak<C> best = first.at == r.y ? second : first;
+    const C inverse_span = 1 / (first.value - third.value + C(1e-12));
+    clear(r, first.nan);
+    r.loss += (best.value - own) * inverse_span;
+    g[best.at] += inverse_span;
     g[r.y] -= inverse_span;
-    g[first] -= r.loss * inverse_span;
-    g[third] += r.loss * inverse_span;
+    g[first.at] -= r.loss * inverse_span;
+    g[third.at] += r.loss * inverse_span;
   }
 };
 
@@ -164,11 +170,11 @@ struct Mart {
   template <class C>
   static FASTADV_INLINE void row(Row<C>& r) {
     const Softmax<C> p = r.softmax(0, r.logits()), q = r.softmax(1, r.other());
-    const C value = divergence(p, q, r.width), weight = r.weight, p_y = p.p[r.y];
+    const C value = divergence(p, q, r.width), weight = r.weight, p_y = p.p(r.y);
     C *g = r.gradient(), *h = r.other_gradient();
     C doubt;  // 1 - p_y as a sum, which does not cancel
     {
-      const Replaced<C> hidden(p.p + r.y, C(0));
+      const Replaced<C> hidden(p.powers + r.y, C(0));
       doubt = sum_row<C>(r.width, [&](int i) __attribute__((always_inline)) { return p.share(i); });
     }
     const C of_doubt = value * p_y;

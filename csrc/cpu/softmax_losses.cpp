@@ -14,20 +14,46 @@ namespace {
 constexpr int64_t kRowGrain =
     16384;  // logits a task works on: exponentials, not memory, take the time
 
-template <class Kind, class C>
-FASTADV_CLONES void compute_row(Row<C>& row) {
-  Kind::row(row);
-}
-
 template <class T>
-FASTADV_CLONES void load_row(Compute<T>* to, const T* from, int classes, int width) {
+FASTADV_INLINE void load_row(Compute<T>* to, const T* from, int classes, int width) {
   for (int i = 0; i < classes; ++i) to[i] = load(from[i]);
   for (int i = classes; i < width; ++i) to[i] = kMinusInfinity<Compute<T>>;
 }
 
 template <class T, class C>
-FASTADV_CLONES void store_row(T* to, const C* from, C factor, int classes) {
+FASTADV_INLINE void store_row(T* to, const C* from, C factor, int classes) {
   for (int i = 0; i < classes; ++i) store(to[i], factor * from[i]);
+}
+
+template <class T, class C>
+FASTADV_CLONES void scale_row(T* to, const C* from, C factor, int classes) {
+  store_row(to, from, factor, classes);
+}
+
+// Rows in memory, one after the other; what is not there is null.
+template <class T>
+struct Rows {
+  const T *logits, *other;
+  Compute<T>*gradient, *other_gradient;
+
+  void advance(int classes) {
+    logits += classes;
+    if (other) other += classes;
+    if (gradient) gradient += classes;
+    if (other_gradient) other_gradient += classes;
+  }
+};
+
+template <class Kind, class T, class C>
+FASTADV_CLONES void compute_row(Row<C>& row, const Rows<T>& at, C gradient_scale) {
+  const int classes = row.classes;
+  load_row(row.logits(), at.logits, classes, row.width);
+  if (at.other) load_row(row.other(), at.other, classes, row.width);
+  Kind::row(row);
+  if (at.gradient) store_row(at.gradient, row.gradient(), gradient_scale, classes);
+  if (at.other_gradient) {
+    store_row(at.other_gradient, row.other_gradient(), gradient_scale, classes);
+  }
 }
 
 // The tensors of a call; what is not there is undefined.
@@ -38,12 +64,17 @@ struct Operands {
   double weight, temperature, gradient_scale;
 };
 
-int label(const Operands& o, int64_t sample) {
-  if (!o.y.defined()) return 0;
-  const int64_t y = o.y.const_data_ptr<int64_t>()[sample];
-  TORCH_CHECK_INDEX(y >= 0 && y < o.logits.size(1), "y must lie in 0 .. ", o.logits.size(1) - 1,
-                    ", got ", y, " at sample ", sample);
-  return int(y);
+// The label of a sample; 0 where there are none.
+int label(const int64_t* y, int64_t sample, int classes) {
+  if (!y) return 0;
+  TORCH_CHECK_INDEX(y[sample] >= 0 && y[sample] < classes, "y must lie in 0 .. ", classes - 1,
+                    ", got ", y[sample], " at sample ", sample);
+  return int(y[sample]);
+}
+
+template <class T>
+T* row_of(const at::Tensor& t, int64_t i) {
+  return t.defined() ? data<T>(t) + i * t.size(1) : nullptr;
 }
 
 template <class Kind, class T>
@@ -54,21 +85,15 @@ void run_rows(const Operands& o, int64_t begin, int64_t end) {
   const int width = (classes + kRowLanes - 1) / kRowLanes * kRowLanes;
   std::vector<C> scratch(int64_t(kScratchRows) * width);
   Row<C> row{scratch.data(), classes, width, 0, C(o.weight), C(o.temperature), 0, 0};
+  Rows<T> at{row_of<T>(o.logits, begin), row_of<T>(o.other, begin), row_of<C>(o.gradient, begin),
+             row_of<C>(o.other_gradient, begin)};
+  const int64_t* y = o.y.defined() ? o.y.const_data_ptr<int64_t>() : nullptr;
   C* losses = data<C>(o.losses);
-  const C scale = C(o.gradient_scale);
-  for (int64_t i = begin; i < end; ++i) {
-    row.y = label(o, i);
-    load_row(row.logits(), data<T>(o.logits) + i * classes, classes, width);
-    if (o.other.defined()) load_row(row.other(), data<T>(o.other) + i * classes, classes, width);
-    compute_row<Kind, C>(row);
+  for (int64_t i = begin; i < end; ++i, at.advance(classes)) {
+    row.y = label(y, i, classes);
+    compute_row<Kind>(row, at, C(o.gradient_scale));
     losses[i * per_sample] = row.loss;
     if (per_sample == 2) losses[2 * i + 1] = row.other_loss;
-    if (o.gradient.defined()) {
-      store_row(data<C>(o.gradient) + i * classes, row.gradient(), scale, classes);
-    }
-    if (o.other_gradient.defined()) {
-      store_row(data<C>(o.other_gradient) + i * classes, row.other_gradient(), scale, classes);
-    }
   }
 }
 
@@ -184,10 +209,11 @@ at::Tensor softmax_losses_backward(const at::Tensor& grad, const at::Tensor& gra
   const auto rows = [&](auto c, auto t) {
     using C = decltype(c);
     using T = decltype(t);
+    const C *in = data<C>(from), *slope = data<C>(slopes);
+    T* to = data<T>(out);
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        store_row(data<T>(out) + i * classes, data<C>(from) + i * classes,
-                  data<C>(slopes)[i * stride], classes);
+        scale_row(to + i * classes, in + i * classes, slope[i * stride], int(classes));
       }
     });
   };
