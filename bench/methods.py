@@ -224,7 +224,7 @@ def main() -> None:
     facts = machine(torch.device("cpu"))
     note = (
         f"{ground.data}, small CNN, eps {ground.eps:.3g}, {len(seeds)} seeds (mean ± standard deviation), "
-        f"{images} test images, AutoAttack {job.autoattack_images} of them, sum of clean and AutoAttack; "
+        f"{images} test images, AutoAttack the first {job.autoattack_images} of them; "
         f"{machine_line(facts)}, a run on each; {time.perf_counter() - began:.0f} s in all."
     )
     print()
