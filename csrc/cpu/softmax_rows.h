@@ -16,7 +16,7 @@
 
 namespace fastadv {
 
-constexpr int kRowLanes = 16;  // partial sums, the same at every SIMD level: all give the same bits
+constexpr int kRowLanes = 16;  // partial sums, the same at every SIMD level
 
 template <class C>
 struct LanesOf;
