@@ -277,7 +277,7 @@ def test_a_run_reports_every_candidate(results: Any, tmp_path: Path) -> None:
     assert len({entry["group"] for entry in results["benchmarks"]}) == 2
     for entry in results["benchmarks"]:
         assert 1e-7 < entry["stats"]["min"] <= entry["stats"]["median"] < 10
-        assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) >= 3
+        assert entry["stats"]["rounds"] >= 3 and "data" not in entry["stats"]
     text = op_report.report(results)
     assert text.count("native *") == 2 and "10.0 GB/s" in text
     assert text.count("not measured") == len(TARGETS)  # none of them is in this run
