@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.attacks import convolution
+from fastadv.attacks import convolution, packed
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d
 from fastadv.attacks.program import Program, fused_steps
 from fastadv.attacks.steps import ConvStep, LinearStep, PlainStep, PoolStep
@@ -112,6 +112,13 @@ def test_gradient_with_the_kernels_for_amx(variant: str, monkeypatch) -> None:
     agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
 
 
+@pytest.mark.parametrize("variant", ["plain", "residual", "broadcast"])
+def test_gradient_where_no_kernel_serves(variant: str, monkeypatch) -> None:
+    monkeypatch.setattr(packed, "make_kernel", lambda conv, backward: None)
+    torch.manual_seed(1)
+    agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18", "vgg16_bn", "small_cnn"])
 def test_gradient_of_library_models(name: str) -> None:
     torch.manual_seed(1)
@@ -210,9 +217,9 @@ def test_packed_filters_replace_the_narrow_ones() -> None:
     copy = AttackCopy(settle(Block("plain")), torch.bfloat16, pack=True)
     convs = [part for part in copy.graph_module.children() if isinstance(part, CopiedConv2d)]
     for conv in convs:
-        packed = conv.packed
-        assert packed is not None
-        torchs = packed.forward is None or packed.backward is None
+        kernels = conv.packed
+        assert kernels is not None
+        torchs = kernels.forward is None or kernels.backward is None
         assert torchs == (conv.weight.numel() > 0)
 
 
