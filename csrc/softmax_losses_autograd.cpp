@@ -102,7 +102,8 @@ class Losses : public torch::autograd::Function<Losses> {
     if (!grads[0].defined()) return results;
     const variable_list saved = ctx->get_saved_variables();
     const bool pair = ctx->saved_data["pair"].toBool();
-    // The graph is freed after this pass, and no one else has seen the gradients.
+    // The graph is freed after this pass, and no one else has seen the gradients but for hooks on
+    // saved tensors, which must copy what they keep.
     const bool expendable = !torch::autograd::get_current_graph_task_keep_graph() &&
                             !ctx->saved_data["handed_out"].toBool();
     for (int i = 0; i < 2; ++i) {

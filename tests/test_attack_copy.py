@@ -215,3 +215,18 @@ def test_a_model_compiled_by_torch_is_attacked() -> None:
     expected = fastadv.pgd_fused(model, x, y, steps=2, seed=0, precision="bf16")
     model.compile(backend="eager")
     assert torch.equal(fastadv.pgd_fused(model, x, y, steps=2, seed=0, precision="bf16"), expected)
+
+
+def test_identities_of_numbers_and_pairs_stay() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.same, self.conv = nn.Identity(), nn.Conv2d(1, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            left, right = self.same((x, 2 * x))
+            return self.conv(left + right * self.same(1.0)).mean((2, 3))
+
+    model, x = Odd(), torch.rand(2, 1, 8, 8)
+    attack = fastadv.PGD(model, 0.1, 0.05, 2, precision="bf16")
+    assert torch.isfinite(attack(x, torch.tensor([0, 1]))).all()

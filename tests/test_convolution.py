@@ -20,7 +20,7 @@ needs_kernel = pytest.mark.skipif(
     not convolution.supported(16, 16), reason="this processor has no AVX512-BF16"
 )
 needs_narrow_convolutions = pytest.mark.skipif(
-    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+    not convolution.onednn_available(), reason="oneDNN has no bfloat16 here"
 )
 SHAPES = [
     (1, 16, 16, 1, 1),
@@ -163,9 +163,12 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
     assert (out[mask <= 0] == 0).all()
 
 
+NO_PATCHES = [g for g in GEOMETRIES if g[2] != g[3] or g[2] == 1]  # kernel and stride differ
+
+
 @needs_narrow_convolutions
 @pytest.mark.parametrize(
-    "geometry", [*GEOMETRIES, (3, 24, 3, 1, 1, 1, 9, 7), (16, 8, 3, 1, 0, 1, 6, 6)]
+    "geometry", [*NO_PATCHES, (3, 24, 3, 1, 1, 1, 9, 7), (16, 8, 3, 1, 0, 1, 6, 6)]
 )
 def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch) -> None:
     """What processors with AMX run; elsewhere it is slower and right all the same."""
@@ -233,6 +236,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "first": (3, 32, 3, {"padding": 1}),
         "grouped": (32, 32, 3, {"groups": 2}),
         "two strides": (32, 32, 3, {"stride": (1, 2)}),
+        "patches": (32, 32, 4, {"stride": 4}),
     }
     found = {}
     for amx in (False, True):
@@ -245,6 +249,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "first": [OneDNNKernel, WinogradKernel],
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
+        "patches": [GatherKernel, GatherKernel],
     }
     assert found[True] == {
         "winograd": [OneDNNKernel, OneDNNKernel],
@@ -252,6 +257,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "first": [OneDNNKernel, OneDNNKernel],
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
+        "patches": [GatherKernel, GatherKernel],
     }
 
 

@@ -29,6 +29,7 @@ class Block(nn.Module):
         )
         self.a = nn.Conv2d(16, 16, 3, padding=1, bias=False)
         self.b = nn.Conv2d(16, 16, 3, padding=1)
+        self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
         self.norm = nn.BatchNorm2d(16)
         self.down = nn.Conv2d(16, 32, 3, stride=2, padding=1)
         self.project = nn.Conv2d(16, 32, 1, stride=2)
@@ -51,6 +52,8 @@ class Block(nn.Module):
             x = F.relu(self.a(x) + x.mean((2, 3), keepdim=True))
         elif self.variant == "gate":
             x = self.a(x) * torch.sigmoid(self.b(x))
+        elif self.variant == "grouped":
+            x = F.relu(self.grouped(x) + x)
         x = F.relu(self.down(x) + self.project(x))
         return self.last(F.adaptive_avg_pool2d(x, 1).view(x.size(0), -1))
 
@@ -96,7 +99,7 @@ def agree(model: nn.Module, x: Tensor, at_least: float = 0.95) -> None:
     assert (ratio - 1).abs().max() < 0.1, ratio
 
 
-VARIANTS = ("plain", "residual", "preact", "shared", "same twice", "broadcast", "gate")
+VARIANTS = ("plain", "residual", "preact", "shared", "same twice", "broadcast", "gate", "grouped")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -130,6 +133,7 @@ def test_gradient_of_library_models(name: str) -> None:
 HEADS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: x.mean((2, 3)),
     "torch.mean": lambda x: torch.mean(x, dim=[-1, -2]),
+    "keepdims": lambda x: x.mean((2, 3), keepdims=True).flatten(1),
     "mean, keepdim": lambda x: x.mean((-2, -1), keepdim=True).flatten(1),
     "adaptive": lambda x: F.adaptive_avg_pool2d(x, (1, 1)).flatten(1),
     "average of the whole": lambda x: F.avg_pool2d(x, 6).view(x.size(0), -1),

@@ -63,6 +63,12 @@ def supported(in_channels: int, out_channels: int) -> bool:
     return torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
 
 
+def onednn_available() -> bool:
+    """Whether oneDNN is there and computes in bfloat16 on this processor."""
+    available = torch.backends.mkldnn.is_available()
+    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def has_amx() -> bool:
     """Whether the processor multiplies matrices of bfloat16 by AMX, many times as fast as by AVX512-BF16.
 

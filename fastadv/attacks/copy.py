@@ -105,7 +105,8 @@ class CopiedScaleShift(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Scale and shift each channel."""
-        scale, shift = (t.to(self._dtype).view(1, -1, 1, 1) for t in (self.scale, self.shift))
+        channels = (1, -1, *[1] * (x.dim() - 2))
+        scale, shift = (t.to(self._dtype).view(channels) for t in (self.scale, self.shift))
         return torch.addcmul(shift, x.to(self._dtype), scale)
 
 

@@ -196,6 +196,7 @@ class OneDNNKernel(Kernel):
             reach = zip(conv.dilation, conv.kernel_size, padding, strict=True)
             padding = [d * (k - 1) - p for d, k, p in reach]
         self._backward = backward
+        self._groups = conv.groups
         self._geometry = (padding, conv.stride, conv.dilation, conv.groups)
         self._filters = torch.empty(0)
 
@@ -224,9 +225,11 @@ class OneDNNKernel(Kernel):
         if add is None:
             out = torch.ops.mkldnn._convolution_pointwise(x, *filters, name or "none", [], "")
         else:
+            fused = name if self._groups == 1 else None  # it refuses both after grouped ones
             out = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, add, *filters, "add", 1.0, name, [], None
+                x, add, *filters, "add", 1.0, fused, [], None
             )
+            out = out if fused == name else out.relu_()
         out = out.contiguous(memory_format=torch.channels_last)
         if mask is None:
             return out
@@ -269,13 +272,15 @@ def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
     source, result = (outof, into) if backward else (into, outof)
     if conv.weight.device.type != "cpu":
         return None
-    if conv.groups == 1 and not convolution.has_amx():
+    # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
+    patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
+    if conv.groups == 1 and (patches or not convolution.has_amx()):
         shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
         if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
             return WinogradKernel(result, source, backward)
         if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
             return GatherKernel(conv, backward)
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported() or (backward and not _rotatable(conv)):
+    if not convolution.onednn_available() or (backward and not _rotatable(conv)):
         return None
     return OneDNNKernel(conv, backward)
 

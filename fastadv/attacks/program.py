@@ -174,7 +174,7 @@ def _pooling(
     if node.target is F.avg_pool2d and len(node.args) + len(node.kwargs) == 2:
         kernel = _pair(_argument(node, 1, "kernel_size"))
         return lambda shape: tuple(shape[2:]) == kernel, False
-    if node.target in ("mean", torch.mean) and "dtype" not in node.kwargs:
+    if node.target in ("mean", torch.mean) and node.kwargs.keys() <= {"input", "dim", "keepdim"}:
         axes, keepdim = _argument(node, 1, "dim"), _argument(node, 2, "keepdim")
         if isinstance(axes, (tuple, list)) and sorted(axes) in ([2, 3], [-2, -1]):
             return lambda shape: True, not keepdim

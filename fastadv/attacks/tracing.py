@@ -176,8 +176,11 @@ _NOTHING_IN_EVAL = (nn.Identity, nn.Dropout, nn.Dropout2d)
 def _drop_what_does_nothing(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Take out modules that return their argument, so that a write into their result is one into it."""
     for node in list(graph.nodes):
-        if node.op == "call_module" and isinstance(modules[str(node.target)], _NOTHING_IN_EVAL):
-            node.replace_all_uses_with(node.all_input_nodes[0])
+        if node.op != "call_module" or node.kwargs or len(node.args) != 1:
+            continue
+        source = node.args[0]
+        if isinstance(modules[str(node.target)], _NOTHING_IN_EVAL) and isinstance(source, fx.Node):
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
 
 

@@ -84,10 +84,12 @@ class Average:
     def __init__(self, model: nn.Module, every_buffer: bool) -> None:
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         parameters = model.named_parameters(remove_duplicate=False)
-        self._moving = {name for name, parameter in parameters if parameter.requires_grad}
+        still = {name for name, parameter in parameters if not parameter.requires_grad}
         for path, module in model.named_modules(remove_duplicate=False):
-            if module.training or every_buffer:
-                self._moving |= {name for name, _ in module.named_buffers(path, recurse=False)}
+            if not (module.training or every_buffer):
+                still |= {name for name, _ in module.named_buffers(path, recurse=False)}
+        # A name that the model's own hooks have changed is not known to stand still.
+        self._moving = set(model.state_dict()) - still
 
     def state(self) -> dict[str, Tensor]:
         """Return what is averaged, by its names in the state dict."""
