@@ -110,9 +110,11 @@ class PublicWork:
         found = as_tuple(_rival(row.case, self._arguments)())
         _check_agreement(row, results, found, "result", odd=0.0)
         _check_agreement(row, gradients, self._pulled_back(found), "gradient", odd=ODD_SHARE)
+        self._incoming = [g if g is None or g.dim() else torch.ones_like(g) for g in self._incoming]
+        self._incoming_of.clear()
 
     def candidate(self, name: str) -> Run:
-        """The two passes to time."""
+        """The two passes to time; that of a scalar begins with 1, as `loss.backward()` does."""
         if name == COPY:
             return _copy(self.bytes, self._device)
         if name in (USUAL, USUAL_COMPILED):

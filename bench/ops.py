@@ -19,7 +19,8 @@ as the spread. On CUDA the device is synchronised before and after.
   torch.compile, the code that is commonly written instead where the case names it ("usual"), and a copy of as many
   bytes as the op must move at least (each input read once, each output written once).
 * Direction "both" times a public function and the backward pass to all its differentiable arguments from a given
-  gradient, against the commonly written code, eager ("usual") and with both passes compiled ("usual compiled").
+  gradient (a scalar's is 1, as in `loss.backward()`), against the commonly written code, eager ("usual") and with
+  both passes compiled ("usual compiled").
 
 Before it is timed, commonly written code must agree with the op, or the row is refused.
 

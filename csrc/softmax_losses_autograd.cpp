@@ -51,14 +51,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> call(const at::Tensor& logits,
 
 constexpr int64_t kLarge = 1 << 17;  // elements of a gradient that no cache near the core holds
 
-// grad * gradient. A large gradient that is expendable is overwritten: that moves half as much.
+// Whether grad is the number 1, as from `loss.backward()`. Asking a GPU would wait for it.
+bool is_one(const at::Tensor& grad) {
+  return grad.dim() == 0 && grad.is_cpu() && grad.scalar_type() == at::kFloat &&
+         *grad.const_data_ptr<float>() == 1;
+}
+
+// grad * gradient. An expendable gradient may itself become the result: unchanged, or, a large one,
+// overwritten, which moves half as much.
 at::Tensor scaled(const at::Tensor& grad, const at::Tensor& gradient, at::ScalarType dtype,
                   bool expendable) {
   static const auto backward = op<Backward>("fastadv::softmax_losses_backward");
   const at::AutoDispatchBelowADInplaceOrView guard;
   const bool plain = !at::isTensorSubclassLike(grad) && !at::isTensorSubclassLike(gradient);
-  if (expendable && plain && gradient.scalar_type() == dtype && gradient.numel() >= kLarge) {
-    return gradient.mul_(grad.dim() == 0 ? grad : grad.unsqueeze(1));
+  if (expendable && plain && gradient.scalar_type() == dtype) {
+    if (is_one(grad)) return gradient;
+    if (gradient.numel() >= kLarge) {
+      return gradient.mul_(grad.dim() == 0 ? grad : grad.unsqueeze(1));
+    }
   }
   return backward.call(grad, gradient, dtype);
 }

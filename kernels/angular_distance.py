@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import compute_dtype, divide, double_bits, launch, number, square_root
-from .layout import Parts, batch_major, in_layout_of, reduction_loop, same_layout, sample_size
+from .layout import Gradient, Parts, batch_major, in_layout_of, reduction_loop, sample_size
 
 _BLOCK = 1024
 _TORCH_DTYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
@@ -117,7 +117,8 @@ def _distance_of_parts(
 
 @triton.jit(do_not_specialize=["parts"])
 def _backward(
-    out,
+    out_u,
+    out_v,
     grad,
     grad_stride,
     u,
@@ -128,6 +129,7 @@ def _backward(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
+    """The gradients that have a place to go."""
     sample = tl.program_id(0).to(tl.int64) // parts
     first = (tl.program_id(0) % parts).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -138,11 +140,16 @@ def _backward(
     slope = tl.load(grad + sample * grad_stride).to(COMPUTE)
     dot = tl.load(moments + 3 * sample).to(COMPUTE)
     uu = tl.load(moments + 3 * sample + 1).to(COMPUTE)
-    length = square_root(uu) * square_root(tl.load(moments + 3 * sample + 2).to(COMPUTE))
+    vv = tl.load(moments + 3 * sample + 2).to(COMPUTE)
+    length = square_root(uu) * square_root(vv)
     signed = tl.where(dot > 0, -slope, tl.where(dot < 0, slope, 0.0))
-    along_v = tl.where(length == 0, 0.0, divide(signed, length))
-    along_u = tl.where(length == 0, 0.0, divide(-along_v * dot, uu))
-    tl.store(out + at, (along_u * a + along_v * b).to(out.dtype.element_ty), inside)
+    across = tl.where(length == 0, 0.0, divide(signed, length))
+    if out_u is not None:
+        along = tl.where(length == 0, 0.0, divide(-across * dot, uu))
+        tl.store(out_u + at, (along * a + across * b).to(out_u.dtype.element_ty), inside)
+    if out_v is not None:
+        along = tl.where(length == 0, 0.0, divide(-across * dot, vv))
+        tl.store(out_v + at, (along * b + across * a).to(out_v.dtype.element_ty), inside)
 
 
 def _results(
@@ -194,18 +201,20 @@ def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     return distance, far
 
 
-def angular_distance_backward(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> Tensor:
+def angular_distance_backward(
+    grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
+) -> tuple[Tensor, Tensor]:
     """The op ``fastadv::angular_distance_backward``."""
     a = batch_major(u)
-    out = torch.empty_like(u)
-    to = out if same_layout(out, a) else torch.empty_like(a)
+    of_u, of_v = Gradient(u, a, want_u), Gradient(v, a, want_v)
     size = sample_size(u)
     parts = triton.cdiv(size, _BLOCK)
     launch(
         _backward,
-        u.shape[0] * parts,
+        u.shape[0] * parts if want_u or want_v else 0,
         u,
-        to,
+        of_u.written,
+        of_v.written,
         grad,
         grad.stride(0),
         a,
@@ -216,4 +225,4 @@ def angular_distance_backward(grad: Tensor, u: Tensor, v: Tensor, moments: Tenso
         BLOCK=_BLOCK,
         COMPUTE=compute_dtype(u, v),
     )
-    return out if to is out else out.copy_(to)
+    return of_u.finished(), of_v.finished()

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import compute_dtype, divide, launch
-from .layout import Parts, batch_major, in_layout_of, reduction_loop, same_layout, sample_size
+from .layout import Gradient, Parts, batch_major, in_layout_of, reduction_loop, sample_size
 
 _BLOCK = 1024
 _TORCH_DTYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
@@ -201,19 +201,6 @@ def _forward(u: Tensor, w: Tensor | None, v: Tensor, squared: bool) -> tuple[Ten
     return result, norms
 
 
-class _Gradient:
-    """A gradient in its argument's layout, and the tensor in the kernel's layout that is written to."""
-
-    def __init__(self, argument: Tensor, like: Tensor) -> None:
-        self._result = torch.empty_like(argument)
-        direct = same_layout(self._result, like)
-        self.written = self._result if direct else torch.empty_like(like, dtype=self._result.dtype)
-
-    def finished(self) -> Tensor:
-        """The result, once the kernel has run."""
-        return self._result if self.written is self._result else self._result.copy_(self.written)
-
-
 def _backward(
     grad: Tensor,
     features: tuple[Tensor, Tensor | None, Tensor],
@@ -226,7 +213,7 @@ def _backward(
     a = batch_major(u)
     aligned = [None if t is None else in_layout_of(t, a) for t in features]
     gradients = [
-        _Gradient(t, a) if t is not None and want else None
+        None if t is None else Gradient(t, a, want)
         for t, want in zip(features, wanted, strict=True)
     ]
     size = sample_size(u)
@@ -247,11 +234,7 @@ def _backward(
         BLOCK=_BLOCK,
         COMPUTE=compute_dtype(*(t for t in features if t is not None)),
     )
-    return tuple(
-        t.new_empty(0) if g is None else g.finished()
-        for t, g in zip(features, gradients, strict=True)
-        if t is not None
-    )
+    return tuple(g.finished() for g in gradients if g is not None)
 
 
 def euclidean_distance(u: Tensor, v: Tensor, squared: bool) -> Tensor:

@@ -45,6 +45,26 @@ def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
+class Gradient:
+    """A gradient in its argument's layout; empty where it is not wanted.
+
+    Attributes:
+        written: the tensor in the kernel's layout that is written to; None where it is not wanted.
+    """
+
+    def __init__(self, argument: Tensor, like: Tensor, wanted: bool) -> None:
+        self._result = torch.empty_like(argument) if wanted else argument.new_empty(0)
+        self.written = self._result if wanted else None
+        if wanted and not same_layout(self._result, like):
+            self.written = torch.empty_like(like, dtype=argument.dtype)
+
+    def finished(self) -> Tensor:
+        """The result, once the kernel has run."""
+        if self.written is None or self.written is self._result:
+            return self._result
+        return self._result.copy_(self.written)
+
+
 @dataclass(frozen=True)
 class Parts:
     """How many programs share a sample in a reduction, and how many elements each takes.

@@ -57,7 +57,7 @@ def test_backward_is_forced_too(calls: list[str]) -> None:
     u, v = torch.randn(2, 3, 5).requires_grad_()
     with fastadv.backend("reference"):
         angular_distance(u, v).sum().backward()
-    assert calls == ["angular_distance"] + 2 * ["angular_distance_backward"]
+    assert calls == ["angular_distance", "angular_distance_backward"]
 
 
 def test_the_innermost_choice_counts(calls: list[str]) -> None:

@@ -66,44 +66,86 @@ std::tuple<at::Tensor, at::Tensor> replay_mask(const at::Tensor& u, const at::Te
   return {distance, distance.gt(tau)};
 }
 
+// The gradient in u is along_u * u + across * v, that in v along_v * v + across * u.
+template <class C>
+struct Slopes {
+  C along_u, along_v, across;
+
+  Slopes(C grad, const C* moments) {
+    const C dot = moments[0], length = length_of(moments);
+    const C sign = dot > 0 ? C(1) : dot < 0 ? C(-1) : C(0);
+    across = length == 0 ? C(0) : -grad * sign / length;
+    along_u = length == 0 ? C(0) : -across * dot / moments[1];
+    along_v = length == 0 ? C(0) : -across * dot / moments[2];
+  }
+};
+
 template <class T>
-FASTADV_CLONES void combine(T* out, const T* u, const T* v, Compute<T> along_u, Compute<T> along_v,
-                            int64_t n) {
-  for (int64_t i = 0; i < n; ++i) store(out[i], along_u * load(u[i]) + along_v * load(v[i]));
+FASTADV_CLONES void combine(T* out, const T* own, const T* other, Compute<T> along,
+                            Compute<T> across, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) store(out[i], along * load(own[i]) + across * load(other[i]));
 }
 
 template <class T>
-void fill_gradient(const at::Tensor& out, const at::Tensor& u, const at::Tensor& v,
-                   const at::Tensor& grad, const at::Tensor& moments) {
+FASTADV_CLONES void combine_both(T* out_u, T* out_v, const T* u, const T* v,
+                                 const Slopes<Compute<T>>& slopes, int64_t n) {
+  const Slopes<Compute<T>> s = slopes;
+  for (int64_t i = 0; i < n; ++i) {
+    const Compute<T> a = load(u[i]), b = load(v[i]);
+    store(out_u[i], s.along_u * a + s.across * b);
+    store(out_v[i], s.along_v * b + s.across * a);
+  }
+}
+
+// Fills the gradients in u and v that are defined.
+template <class T>
+void fill_gradients(const at::Tensor& of_u, const at::Tensor& of_v, const at::Tensor& u,
+                    const at::Tensor& v, const at::Tensor& grad, const at::Tensor& moments) {
   using C = Compute<T>;
   const int64_t size = sample_size(u);
-  const bool streamed = int64_t(out.nbytes()) >= kStreamedBytes;
-  const C *g = data<C>(grad), *m = data<C>(moments);
+  const bool both = of_u.defined() && of_v.defined();
+  const bool streamed = int64_t((both ? 2 : 1) * u.nbytes()) >= kStreamedBytes;
   parallel_over_samples(u.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
-    const C dot = m[3 * sample], uu = m[3 * sample + 1], length = length_of(m + 3 * sample);
-    const C sign = dot > 0 ? C(1) : dot < 0 ? C(-1) : C(0);
-    const C along_v = length == 0 ? C(0) : -g[sample] * sign / length;
-    const C along_u = length == 0 ? C(0) : -along_v * dot / uu;
-    const int64_t at = sample * size + begin;
+    const Slopes<C> s(data<C>(grad)[sample], data<C>(moments) + 3 * sample);
+    const int64_t at = sample * size + begin, count = end - begin;
     const T *a = data<T>(u) + at, *b = data<T>(v) + at;
-    write_blocks<1>(std::array{data<T>(out) + at}, end - begin, streamed,
+    if (both) {
+      write_blocks<2>(std::array{data<T>(of_u) + at, data<T>(of_v) + at}, count, streamed,
+                      [&](const auto& to, int64_t first, int64_t n) {
+                        combine_both(to[0], to[1], a + first, b + first, s, n);
+                      });
+      return;
+    }
+    const bool first_alone = of_u.defined();
+    T* out = data<T>(first_alone ? of_u : of_v) + at;
+    if (!first_alone) std::swap(a, b);
+    const C along = first_alone ? s.along_u : s.along_v;
+    write_blocks<1>(std::array{out}, count, streamed,
                     [&](const auto& to, int64_t first, int64_t n) {
-                      combine(to[0], a + first, b + first, along_u, along_v, n);
+                      combine(to[0], a + first, b + first, along, s.across, n);
                     });
   });
 }
 
-at::Tensor angular_distance_backward(const at::Tensor& grad, const at::Tensor& u,
-                                     const at::Tensor& v, const at::Tensor& moments) {
+std::tuple<at::Tensor, at::Tensor> angular_distance_backward(const at::Tensor& grad,
+                                                             const at::Tensor& u,
+                                                             const at::Tensor& v,
+                                                             const at::Tensor& moments, bool want_u,
+                                                             bool want_v) {
   const auto pair = aligned({{"u", u}, {"v", v}});
   const auto dtype = compute_dtype(pair[0]);
   const at::Tensor slopes = per_sample_values(grad, "grad", {u.size(0)}, dtype);
   const at::Tensor sums = per_sample_values(moments, "moments", {u.size(0), 3}, dtype);
-  const Gradient gradient = gradient_for(u, pair[0]);
-  dispatch_float(pair[0].scalar_type(), "u", [&](auto t) {
-    fill_gradient<decltype(t)>(gradient.computed, pair[0], pair[1], slopes, sums);
-  });
-  return gradient.finished();
+  const Gradient of_u = want_u ? gradient_for(u, pair[0]) : no_gradient(u);
+  const Gradient of_v = want_v ? gradient_for(v, pair[0]) : no_gradient(v);
+  if (want_u || want_v) {
+    dispatch_float(pair[0].scalar_type(), "u", [&](auto t) {
+      fill_gradients<decltype(t)>(want_u ? of_u.computed : at::Tensor(),
+                                  want_v ? of_v.computed : at::Tensor(), pair[0], pair[1], slopes,
+                                  sums);
+    });
+  }
+  return {of_u.finished(), of_v.finished()};
 }
 
 }  // namespace

@@ -17,9 +17,25 @@
 #define FASTADV_HAS_CLONES 0
 #define FASTADV_CLONES
 #endif
+
+// A function marked FASTADV_AVX512_ONLY may be called where `has_avx512` alone. So may what is
+// inlined into it, which is how vectors of 64 bytes become registers.
+#if FASTADV_HAS_CLONES
+#define FASTADV_AVX512_ONLY __attribute__((target("arch=x86-64-v4")))
+#else
+#define FASTADV_AVX512_ONLY
+#endif
 #define FASTADV_INLINE inline __attribute__((always_inline))
 
 namespace fastadv {
+
+inline bool has_avx512() {
+#if FASTADV_HAS_CLONES
+  return __builtin_cpu_supports("x86-64-v4");
+#else
+  return false;
+#endif
+}
 
 struct BFloat16 {
   uint16_t bits;

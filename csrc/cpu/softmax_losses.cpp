@@ -11,49 +11,53 @@
 namespace fastadv {
 namespace {
 
-constexpr int64_t kRowGrain =
-    16384;  // logits a task works on: exponentials, not memory, take the time
+constexpr int64_t kRowGrain = 16384;  // logits a task works on: it is exponentials that take time
 
-template <class T>
-FASTADV_INLINE void load_row(Compute<T>* to, const T* from, int classes, int width) {
-  for (int i = 0; i < classes; ++i) to[i] = load(from[i]);
-  for (int i = classes; i < width; ++i) to[i] = kMinusInfinity<Compute<T>>;
-}
-
-template <class T, class C>
-FASTADV_INLINE void store_row(T* to, const C* from, C factor, int classes) {
-  for (int i = 0; i < classes; ++i) store(to[i], factor * from[i]);
+// Reads a row into `to`.
+template <class V, class T, class C = Element<V>>
+FASTADV_INLINE Logits<C> load_row(C* to, const T* from, int classes, int width) {
+  constexpr int kStep = kLanesOf<V>;
+  V most = V{} + kMinusInfinity<C>;
+  int done = 0;
+  if constexpr (std::is_same_v<T, C>) {
+    for (; done + kStep <= classes; done += kStep) {
+      const V v = lanes_at<V>(from + done);
+      set_lanes<V>(to + done, v);
+      most = larger(v, most);
+    }
+  }
+  for (int i = done; i < classes; ++i) to[i] = load(from[i]);
+  for (int i = classes; i < width; ++i) to[i] = kMinusInfinity<C>;
+  for (; done < width; done += kStep) most = larger(lanes_at<V>(to + done), most);
+  return {to,
+          fold_lanes(most, [](V a, V b) __attribute__((always_inline)) { return larger(a, b); })};
 }
 
 template <class T, class C>
 FASTADV_CLONES void scale_row(T* to, const C* from, C factor, int classes) {
-  store_row(to, from, factor, classes);
+  for (int i = 0; i < classes; ++i) store(to[i], factor * from[i]);
 }
 
-// Rows in memory, one after the other; what is not there is null.
-template <class T>
-struct Rows {
-  const T *logits, *other;
-  Compute<T>*gradient, *other_gradient;
-
-  void advance(int classes) {
-    logits += classes;
-    if (other) other += classes;
-    if (gradient) gradient += classes;
-    if (other_gradient) other_gradient += classes;
-  }
-};
-
-template <class Kind, class T, class C>
-FASTADV_CLONES void compute_row(Row<C>& row, const Rows<T>& at, C gradient_scale) {
-  const int classes = row.classes;
-  load_row(row.logits(), at.logits, classes, row.width);
-  if (at.other) load_row(row.other(), at.other, classes, row.width);
+// `other` is null for the losses of one row of logits.
+template <class Kind, class T, class V>
+FASTADV_INLINE void compute_row(Row<V>& row, const T* logits, const T* other) {
+  row.logits = load_row<V>(row.logits.at, logits, row.classes, row.width);
+  if (other) row.other = load_row<V>(row.other.at, other, row.classes, row.width);
   Kind::row(row);
-  if (at.gradient) store_row(at.gradient, row.gradient(), gradient_scale, classes);
-  if (at.other_gradient) {
-    store_row(at.other_gradient, row.other_gradient(), gradient_scale, classes);
-  }
+}
+
+template <class C>
+using Narrow = Vector<C, 32>;
+using Wide = Vector<float, 64>;
+
+template <class Kind, class T>
+FASTADV_CLONES void compute(Row<Narrow<Compute<T>>>& row, const T* logits, const T* other) {
+  compute_row<Kind>(row, logits, other);
+}
+
+template <class Kind, class T>
+FASTADV_AVX512_ONLY void compute(Row<Wide>& row, const T* logits, const T* other) {
+  compute_row<Kind>(row, logits, other);
 }
 
 // The tensors of a call; what is not there is undefined.
@@ -72,28 +76,46 @@ int label(const int64_t* y, int64_t sample, int classes) {
   return int(y[sample]);
 }
 
+// Row i of a tensor, null for an undefined one; and the row after it.
 template <class T>
 T* row_of(const at::Tensor& t, int64_t i) {
   return t.defined() ? data<T>(t) + i * t.size(1) : nullptr;
 }
 
-template <class Kind, class T>
+template <class T>
+T* next_row(T* row, int classes) {
+  return row ? row + classes : row;
+}
+
+template <class Kind, class T, class V>
 void run_rows(const Operands& o, int64_t begin, int64_t end) {
   using C = Compute<T>;
   const int64_t per_sample = o.losses.size(1);
   const int classes = int(o.logits.size(1));
   const int width = (classes + kRowLanes - 1) / kRowLanes * kRowLanes;
-  std::vector<C> scratch(int64_t(kScratchRows) * width);
-  Row<C> row{scratch.data(), classes, width, 0, C(o.weight), C(o.temperature), 0, 0};
-  Rows<T> at{row_of<T>(o.logits, begin), row_of<T>(o.other, begin), row_of<C>(o.gradient, begin),
-             row_of<C>(o.other_gradient, begin)};
+  std::vector<C> scratch(int64_t(2 + kScratchRows) * width);
+  Row<V> row{.logits = {scratch.data()},
+             .other = {scratch.data() + width},
+             .scratch = scratch.data() + 2 * width,
+             .classes = classes,
+             .width = width,
+             .weight = C(o.weight),
+             .temperature = C(o.temperature),
+             .gradient = row_of<C>(o.gradient, begin),
+             .other_gradient = row_of<C>(o.other_gradient, begin),
+             .gradient_scale = C(o.gradient_scale)};
+  const T *logits = row_of<T>(o.logits, begin), *other = row_of<T>(o.other, begin);
   const int64_t* y = o.y.defined() ? o.y.const_data_ptr<int64_t>() : nullptr;
   C* losses = data<C>(o.losses);
-  for (int64_t i = begin; i < end; ++i, at.advance(classes)) {
+  for (int64_t i = begin; i < end; ++i) {
     row.y = label(y, i, classes);
-    compute_row<Kind>(row, at, C(o.gradient_scale));
+    compute<Kind>(row, logits, other);
     losses[i * per_sample] = row.loss;
     if (per_sample == 2) losses[2 * i + 1] = row.other_loss;
+    logits = next_row(logits, classes);
+    other = next_row(other, classes);
+    row.gradient = next_row(row.gradient, classes);
+    row.other_gradient = next_row(row.other_gradient, classes);
   }
 }
 
@@ -101,9 +123,13 @@ template <class Kind>
 void run(const Operands& o) {
   const int64_t grain = std::max<int64_t>(1, kRowGrain / std::max<int64_t>(1, o.logits.size(1)));
   dispatch_float(o.logits.scalar_type(), "logits", [&](auto t) {
-    at::parallel_for(0, o.logits.size(0), grain, [&](int64_t begin, int64_t end) {
-      run_rows<Kind, decltype(t)>(o, begin, end);
-    });
+    using T = decltype(t);
+    auto* rows = run_rows<Kind, T, Narrow<Compute<T>>>;
+    if constexpr (!std::is_same_v<T, double>) {
+      if (has_avx512()) rows = run_rows<Kind, T, Wide>;
+    }
+    at::parallel_for(0, o.logits.size(0), grain,
+                     [&](int64_t begin, int64_t end) { rows(o, begin, end); });
   });
 }
 

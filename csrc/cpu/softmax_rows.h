@@ -2,15 +2,18 @@
 // fastadv/ops/softmax_losses.py.
 //
 // A row lies in scratch of a whole number of blocks of kRowLanes elements, padded with -inf, so
-// that ten classes cost little more than one SIMD register. The arithmetic is written on vectors of
-// 32 bytes, which the compiler carries out in the registers of each SIMD level: its own
-// vectorisation gives up on these loops. All of it is inlined into functions marked FASTADV_CLONES.
+// that ten classes cost little more than one SIMD register. The arithmetic is written on vectors V,
+// because the compiler's own vectorisation gives up on these loops: of 32 bytes, which it carries
+// out in the registers of each SIMD level, or of 64 for AVX-512 alone, as it takes them apart badly
+// elsewhere. All of it is inlined into functions marked FASTADV_CLONES or FASTADV_AVX512_ONLY.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
+#include <utility>
 
 #include "cpu/simd.h"
 
@@ -18,20 +21,17 @@ namespace fastadv {
 
 constexpr int kRowLanes = 16;  // partial sums, the same at every SIMD level
 
-template <class C>
-struct LanesOf;
-template <>
-struct LanesOf<float> {
-  using type = float __attribute__((vector_size(32)));
+template <class C, int kBytes>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kBytes)));
 };
-template <>
-struct LanesOf<double> {
-  using type = double __attribute__((vector_size(32)));
-};
-template <class C>
-using Lanes = typename LanesOf<C>::type;
-template <class C>
-constexpr int kVectorLanes = 32 / int(sizeof(C));
+template <class C, int kBytes>
+using Vector = typename VectorOf<C, kBytes>::type;
+
+template <class V>
+using Element = std::remove_cvref_t<decltype(V{}[0])>;
+template <class V>
+constexpr int kLanesOf = int(sizeof(V) / sizeof(Element<V>));
 
 // Shifted logits are cut below it, so that differences of finite logits stay finite.
 template <class C>
@@ -39,15 +39,15 @@ constexpr C kLowest = sizeof(C) == 4 ? C(-1e30) : C(-1e300);
 template <class C>
 constexpr C kMinusInfinity = -std::numeric_limits<C>::infinity();
 
-template <class C>
-FASTADV_INLINE Lanes<C> lanes_at(const C* from) {
-  Lanes<C> to;
+template <class V>
+FASTADV_INLINE V lanes_at(const Element<V>* from) {
+  V to;
   std::memcpy(&to, from, sizeof(to));
   return to;
 }
 
-template <class C>
-FASTADV_INLINE void set_lanes(C* to, Lanes<C> from) {
+template <class V>
+FASTADV_INLINE void set_lanes(Element<V>* to, V from) {
   std::memcpy(to, &from, sizeof(from));
 }
 
@@ -62,81 +62,75 @@ FASTADV_INLINE V permuted(V v) {
 #endif
 }
 
-template <class V>
-constexpr int kLanesOf = int(sizeof(V) / sizeof(V{}[0]));
-
-// Lane l is lane l + by, counted around; by is half the lanes, a quarter, an eighth.
-template <class V>
-FASTADV_INLINE V rotated(V v, int by) {
-  if constexpr (kLanesOf<V> == 8) {
-    if (by == 4) return permuted<4, 5, 6, 7, 0, 1, 2, 3>(v);
-    if (by == 2) return permuted<2, 3, 4, 5, 6, 7, 0, 1>(v);
-    return permuted<1, 2, 3, 4, 5, 6, 7, 0>(v);
-  } else {
-    return by == 2 ? permuted<2, 3, 0, 1>(v) : permuted<1, 2, 3, 0>(v);
-  }
+// Lane l is lane l + kBy, counted around.
+template <int kBy, class V>
+FASTADV_INLINE V rotated(V v) {
+  return [&]<int... kLane>(std::integer_sequence<int, kLane...>) __attribute__((always_inline)) {
+    return permuted<(kLane + kBy) % kLanesOf<V>...>(v);
+  }(std::make_integer_sequence<int, kLanesOf<V>>{});
 }
 
 // A constant in all lanes that the compiler does not see through: GCC finds a maximum, one
 // instruction, in `larger` only where both sides are variables.
-template <class C>
-FASTADV_INLINE Lanes<C> hidden_constant(C value) {
+template <class V>
+FASTADV_INLINE V hidden_constant(Element<V> value) {
 #ifdef __SSE2__
   asm("" : "+x"(value));
 #endif
-  return Lanes<C>{} + value;
+  return V{} + value;
 }
 
 // The larger one; b where either is NaN.
-template <class C>
-FASTADV_INLINE Lanes<C> larger(Lanes<C> a, Lanes<C> b) {
+template <class V>
+FASTADV_INLINE V larger(V a, V b) {
   return a > b ? a : b;
 }
 
 // e^x for x <= 0, within 2 units in the last place of a normal number; 0 below -87.7. NaN stays.
-FASTADV_INLINE Lanes<float> exp_of_negative(Lanes<float> x) {
-  using Bits = uint32_t __attribute__((vector_size(32)));
-  constexpr float kVanishing = -88.f, kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-  // Adding 1.5 * 2^23 rounds to an integer n, which is then in the lowest bits. With 127 more these
-  // are the exponent of 2^n; all are 0 for n = -127.
-  constexpr float kRound = 12582912.f + 127;
-  const Lanes<float> bounded = larger<float>(hidden_constant(kVanishing), x);
-  const Lanes<float> rounded = bounded * kLog2E + kRound;
-  const Lanes<float> n = rounded - kRound;
-  const Lanes<float> r = (bounded - n * kLn2High) - n * kLn2Low;  // n * kLn2High is exact
-  // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, fitted to a relative error of e^r of 3e-9
-  const Lanes<float> square = r * r;
-  const Lanes<float> low = r * .166665211f + .49999994f;
-  const Lanes<float> high = square * .00138145394f + (r * .00836874545f + .0416683890f);
-  const Lanes<float> e_to_r = (high * square + low) * square + r + 1.f;
-  return e_to_r * (Lanes<float>)((Bits)rounded << 23);
-}
-
-FASTADV_INLINE Lanes<double> exp_of_negative(Lanes<double> x) {
-  for (int l = 0; l < kVectorLanes<double>; ++l) x[l] = std::exp(x[l]);
-  return x;
+template <class V>
+FASTADV_INLINE V exp_of_negative(V x) {
+  if constexpr (std::is_same_v<Element<V>, double>) {
+    for (int l = 0; l < kLanesOf<V>; ++l) x[l] = std::exp(x[l]);
+    return x;
+  } else {
+    using Bits = Vector<uint32_t, sizeof(V)>;
+    constexpr float kVanishing = -88.f, kLog2E = 1.44269504f;
+    constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+    // Adding 1.5 * 2^23 rounds to an integer n, which is then in the lowest bits. With 127 more
+    // these are the exponent of 2^n; all are 0 for n = -127.
+    constexpr float kRound = 12582912.f + 127;
+    const V bounded = larger(hidden_constant<V>(kVanishing), x);
+    const V rounded = bounded * kLog2E + kRound;
+    const V n = rounded - kRound;
+    const V r = (bounded - n * kLn2High) - n * kLn2Low;  // n * kLn2High is exact
+    // (e^r - 1 - r) / r^2 for |r| <= ln(2) / 2, fitted to a relative error of e^r of 3e-9
+    const V high = (r * .00138145394f + .00836874545f) * r + .0416683890f;
+    const V bent = (high * r + .166665211f) * r + .49999994f;
+    const V e_to_r = (bent * r + 1.f) * r + 1.f;
+    return e_to_r * (V)((Bits)rounded << 23);
+  }
 }
 
 // Calls f(i) for the first element i of each vector.
-template <class C, class F>
+template <class V, class F>
 FASTADV_INLINE void for_row(int width, const F& f) {
-  for (int i = 0; i < width; i += kVectorLanes<C>) f(i);
+  for (int i = 0; i < width; i += kLanesOf<V>) f(i);
 }
 
 // The lanes of a vector combined into one value.
-template <class V, class G>
-FASTADV_INLINE auto fold_lanes(V all, const G& combine) {
-  for (int half = kLanesOf<V> / 2; half > 0; half /= 2) all = combine(all, rotated(all, half));
+template <class V, class G, int kHalf = kLanesOf<V> / 2>
+FASTADV_INLINE Element<V> fold_lanes(V all, const G& combine) {
+  all = combine(all, rotated<kHalf>(all));
+  if constexpr (kHalf > 1) return fold_lanes<V, G, kHalf / 2>(all, combine);
   return all[0];
 }
 
 // The vectors term(i) of a row, combined into one value.
-template <class C, class F, class G>
-FASTADV_INLINE C fold_row(int width, C start, const F& term, const G& combine) {
-  constexpr int kStep = kVectorLanes<C>, kVectors = kRowLanes / kStep;
-  Lanes<C> partial[kVectors];
-  for (int v = 0; v < kVectors; ++v) partial[v] = Lanes<C>{} + start;
+template <class V, class F, class G>
+FASTADV_INLINE Element<V> fold_row(int width, Element<V> start, const F& term, const G& combine) {
+  constexpr int kStep = kLanesOf<V>, kVectors = kRowLanes / kStep;
+  V partial[kVectors];
+  for (int v = 0; v < kVectors; ++v) partial[v] = V{} + start;
   for (int i = 0; i < width; i += kRowLanes) {
     for (int v = 0; v < kVectors; ++v) partial[v] = combine(partial[v], term(i + v * kStep));
   }
@@ -144,19 +138,17 @@ FASTADV_INLINE C fold_row(int width, C start, const F& term, const G& combine) {
   return fold_lanes(partial[0], combine);
 }
 
-template <class C, class F>
-FASTADV_INLINE C sum_row(int width, const F& term) {
-  return fold_row(width, C(0), term,
-                  [](Lanes<C> a, Lanes<C> b) __attribute__((always_inline)) { return a + b; });
+template <class V, class F>
+FASTADV_INLINE Element<V> sum_row(int width, const F& term) {
+  return fold_row<V>(width, 0, term, [](V a, V b) __attribute__((always_inline)) { return a + b; });
 }
 
 // The largest element; NaN are passed over.
-template <class C>
-FASTADV_INLINE C largest_of(const C* row, int width) {
-  const auto at = [&](int i) __attribute__((always_inline)) { return lanes_at(row + i); };
-  return fold_row(width, kMinusInfinity<C>, at,
-                  [](Lanes<C> a, Lanes<C> b)
-                      __attribute__((always_inline)) { return larger<C>(b, a); });
+template <class V>
+FASTADV_INLINE Element<V> largest_of(const Element<V>* row, int width) {
+  const auto at = [&](int i) __attribute__((always_inline)) { return lanes_at<V>(row + i); };
+  return fold_row<V>(width, kMinusInfinity<Element<V>>, at,
+                     [](V a, V b) __attribute__((always_inline)) { return larger(b, a); });
 }
 
 // Keeps an element of a row at another value for as long as it lives.
@@ -180,44 +172,54 @@ struct Peak {
   bool nan;  // whether one of the logits is NaN, which comparisons pass over
 };
 
-template <class C>
-FASTADV_INLINE Peak<C> peak_of(const C* row, int width) {
-  using Index = decltype(Lanes<C>{} > Lanes<C>{});
-  Lanes<C> value = Lanes<C>{} + kMinusInfinity<C>;
+template <class V>
+FASTADV_INLINE Peak<Element<V>> peak_of(const Element<V>* row, int width) {
+  using Index = decltype(V{} > V{});
+  V value = V{} + kMinusInfinity<Element<V>>;
   Index here{}, nan{};
-  for (int l = 0; l < kVectorLanes<C>; ++l) here[l] = l;
+  for (int l = 0; l < kLanesOf<V>; ++l) here[l] = l;
   Index at = here;
-  for_row<C>(width, [&](int i) __attribute__((always_inline)) {
-    const Lanes<C> v = lanes_at(row + i);
+  for_row<V>(width, [&](int i) __attribute__((always_inline)) {
+    const V v = lanes_at<V>(row + i);
     at = v > value ? here : at;
-    value = larger<C>(v, value);
+    value = larger(v, value);
     nan |= v != v;
-    here += kVectorLanes<C>;
+    here += kLanesOf<V>;
   });
-  const C largest = fold_lanes(
-      value, [](auto a, auto b) __attribute__((always_inline)) { return larger<C>(a, b); });
+  const Element<V> largest =
+      fold_lanes(value, [](V a, V b) __attribute__((always_inline)) { return larger(a, b); });
   const Index candidates = value == largest ? at : here;
   // A NaN is marked by -1, which is less than any class.
   const int first =
-      int(fold_lanes(candidates | nan,
-                     [](auto a, auto b) __attribute__((always_inline)) { return a < b ? a : b; }));
+      int(fold_lanes(candidates | nan, [](Index a, Index b) __attribute__((always_inline)) {
+        return a < b ? a : b;
+      }));
   return {std::max(first, 0), largest, first < 0};
 }
 
-// Softmax of a row.
+// A row of logits and the largest of them; NaN are passed over.
 template <class C>
+struct Logits {
+  C* at;
+  C largest = 0;
+};
+
+// Softmax of a row.
+template <class V>
 struct Softmax {
+  using C = Element<V>;
+
   C* shifted;  // logits less the largest of them, over the temperature
   C* powers;   // e to the power of them
   C largest, inverse_sum, log_sum;
 
-  FASTADV_INLINE void compute(const C* logits, int width, C temperature) {
-    largest = largest_of(logits, width);
+  FASTADV_INLINE void compute(const Logits<C>& logits, int width, C temperature) {
+    largest = logits.largest;
     const C high = largest, inverse_temperature = 1 / temperature;
-    const Lanes<C> lowest = hidden_constant(kLowest<C>);
-    set_sum(sum_row<C>(width, [&](int i) __attribute__((always_inline)) {
-      const Lanes<C> v = larger<C>(lowest, (lanes_at(logits + i) - high) * inverse_temperature);
-      const Lanes<C> power = exp_of_negative(v);
+    const V lowest = hidden_constant<V>(kLowest<C>);
+    set_sum(sum_row<V>(width, [&](int i) __attribute__((always_inline)) {
+      const V v = larger(lowest, V((lanes_at<V>(logits.at + i) - high) * inverse_temperature));
+      const V power = exp_of_negative(v);
       set_lanes(shifted + i, v);
       set_lanes(powers + i, power);
       return power;
@@ -228,24 +230,31 @@ struct Softmax {
     inverse_sum = 1 / sum;
   }
   // Probabilities from class i on, and their logarithms.
-  FASTADV_INLINE Lanes<C> share(int i) const { return lanes_at<C>(powers + i) * inverse_sum; }
-  FASTADV_INLINE Lanes<C> log_share(int i) const { return lanes_at<C>(shifted + i) - log_sum; }
+  FASTADV_INLINE V share(int i) const { return lanes_at<V>(powers + i) * inverse_sum; }
+  FASTADV_INLINE V log_share(int i) const { return lanes_at<V>(shifted + i) - log_sum; }
   FASTADV_INLINE C p(int of_class) const { return powers[of_class] * inverse_sum; }
   FASTADV_INLINE C log_p(int of_class) const { return shifted[of_class] - log_sum; }
 };
 
+// log p - log q - less, from class i on.
+template <class V>
+FASTADV_INLINE V log_ratio(const Softmax<V>& p, const Softmax<V>& q, Element<V> less, int i) {
+  return lanes_at<V>(p.shifted + i) - lanes_at<V>(q.shifted + i) - (p.log_sum - q.log_sum + less);
+}
+
 // KL(p || q).
-template <class C>
-FASTADV_INLINE C divergence(const Softmax<C>& p, const Softmax<C>& q, int width) {
-  return sum_row<C>(width, [&](int i) __attribute__((always_inline)) {
-    return p.share(i) * (p.log_share(i) - q.log_share(i));
+template <class V>
+FASTADV_INLINE Element<V> divergence(const Softmax<V>& p, const Softmax<V>& q, int width) {
+  return sum_row<V>(width, [&](int i) __attribute__((always_inline)) {
+    return p.share(i) * log_ratio(p, q, Element<V>(0), i);
   });
 }
 
 // The gradient of KL(p || q) = `value` in the logits of p; in those of q it is q - p.
-template <class C>
-FASTADV_INLINE Lanes<C> divergence_slope(const Softmax<C>& p, const Softmax<C>& q, C value, int i) {
-  return p.share(i) * (p.log_share(i) - q.log_share(i) - value);
+template <class V>
+FASTADV_INLINE V divergence_slope(const Softmax<V>& p, const Softmax<V>& q, Element<V> value,
+                                  int i) {
+  return p.share(i) * log_ratio(p, q, value, i);
 }
 
 }  // namespace fastadv

@@ -33,7 +33,8 @@ inline void stream_block(void* to, const void* from, int64_t bytes) {
 template <size_t N, class T, class F>
 void write_blocks(const std::array<T*, N>& out, int64_t n, bool streamed, const F& fill) {
 #ifdef __SSE2__
-  constexpr int64_t kBlock = 512;  // elements: both the buffers and what fill reads stay in L1
+  // A few lines at a time: in longer runs the memory waits for the stores, then for the loads.
+  constexpr int64_t kBlock = 256 / sizeof(T);
   const int64_t off = int64_t(reinterpret_cast<uintptr_t>(out[0]) % kStreamWidth);
   const int64_t head = std::min<int64_t>(n, (kStreamWidth - off) % kStreamWidth / sizeof(T));
   const int64_t blocks = streamed ? (n - head) / kBlock : 0;

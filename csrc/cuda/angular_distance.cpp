@@ -55,8 +55,11 @@ std::tuple<at::Tensor, at::Tensor> replay_mask(const at::Tensor& u, const at::Te
   return {distance, far};
 }
 
-at::Tensor angular_distance_backward(const at::Tensor& grad, const at::Tensor& u,
-                                     const at::Tensor& v, const at::Tensor& moments) {
+std::tuple<at::Tensor, at::Tensor> angular_distance_backward(const at::Tensor& grad,
+                                                             const at::Tensor& u,
+                                                             const at::Tensor& v,
+                                                             const at::Tensor& moments, bool want_u,
+                                                             bool want_v) {
   const c10::cuda::CUDAGuard guard(u.device());
   check_pair(u, v);
   TORCH_CHECK_VALUE(moments.sizes() == at::IntArrayRef({u.size(0), 3}), "moments must have shape [",
@@ -64,15 +67,22 @@ at::Tensor angular_distance_backward(const at::Tensor& grad, const at::Tensor& u
   check_device(moments, "moments", u);
   const at::Tensor a = batch_major(u), b = in_layout_of(v, a);
   const at::Tensor sums = moments.to(compute_dtype({u, v})).contiguous();
-  at::Tensor out = at::empty_like(u);
-  const bool direct = same_layout(out, a);
-  const at::Tensor to = direct ? out : at::empty_like(a);
-  const AngularDistanceBackward arguments{
-      to.data_ptr(),        a.const_data_ptr(), b.const_data_ptr(), dtype_of(u, "u"),
-      dtype_of(v, "v"),     u.size(0),          sample_size(u),     per_sample(grad, "grad", u),
-      sums.const_data_ptr()};
-  C10_CUDA_CHECK(launch_angular_distance_backward(arguments, current_stream()));
-  return direct ? out : out.copy_(to);
+  const Gradient of_u = want_u ? Gradient(u, a) : Gradient();
+  const Gradient of_v = want_v ? Gradient(v, a) : Gradient();
+  if (want_u || want_v) {
+    const AngularDistanceBackward arguments{of_u.address(),
+                                            of_v.address(),
+                                            a.const_data_ptr(),
+                                            b.const_data_ptr(),
+                                            dtype_of(u, "u"),
+                                            dtype_of(v, "v"),
+                                            u.size(0),
+                                            sample_size(u),
+                                            per_sample(grad, "grad", u),
+                                            sums.const_data_ptr()};
+    C10_CUDA_CHECK(launch_angular_distance_backward(arguments, current_stream()));
+  }
+  return {of_u.finished(u), of_v.finished(v)};
 }
 
 }  // namespace

@@ -50,23 +50,24 @@ struct Results {
   }
 };
 
-// The gradient in u is along_u * u + along_v * v.
+// The gradient in u is along_u * u + across * v, that in v along_v * v + across * u.
 template <class C>
 struct Slopes {
-  C along_u, along_v;
+  C along_u, along_v, across;
 
   __device__ Slopes(C grad, const C* moments) {
-    const C dot = moments[0], uu = moments[1], length = sqrt(uu) * sqrt(moments[2]);
+    const C dot = moments[0], uu = moments[1], vv = moments[2], length = sqrt(uu) * sqrt(vv);
     const C signed_grad = dot > 0 ? -grad : dot < 0 ? grad : C(0);
-    along_v = length == 0 ? C(0) : signed_grad / length;
-    along_u = length == 0 ? C(0) : -along_v * dot / uu;
+    across = length == 0 ? C(0) : signed_grad / length;
+    along_u = length == 0 ? C(0) : -across * dot / uu;
+    along_v = length == 0 ? C(0) : -across * dot / vv;
   }
 };
 
 template <class U, class V>
 __global__ void __launch_bounds__(kElementwiseThreads)
-    backward(U* out, const U* u, const V* v, int64_t size, bool vectors, unsigned blocks_per_sample,
-             PerSample grad, const Compute<U, V>* moments) {
+    backward(U* out_u, V* out_v, const U* u, const V* v, int64_t size, bool vectors,
+             unsigned blocks_per_sample, PerSample grad, const Compute<U, V>* moments) {
   using C = Compute<U, V>;
   constexpr int kWidth = kVector<U, V>;
   const Run run(kWidth, size, blocks_per_sample);
@@ -74,13 +75,16 @@ __global__ void __launch_bounds__(kElementwiseThreads)
   for_elements<kWidth>(run.length, vectors, [&](int64_t i, auto count) {
     const auto a = load_vector<count.value>(u + run.start + i);
     const auto b = load_vector<count.value>(v + run.start + i);
-    Vector<U, count.value> to;
+    Vector<U, count.value> to_u;
+    Vector<V, count.value> to_v;
 #pragma unroll
     for (int k = 0; k < count.value; ++k) {
       const C x = load(a.at[k]), y = load(b.at[k]);
-      to.at[k] = rounded<U>(slopes.along_u * x + slopes.along_v * y);
+      to_u.at[k] = rounded<U>(slopes.along_u * x + slopes.across * y);
+      to_v.at[k] = rounded<V>(slopes.along_v * y + slopes.across * x);
     }
-    store_vector(out + run.start + i, to);
+    if (out_u) store_vector(out_u + run.start + i, to_u);
+    if (out_v) store_vector(out_v + run.start + i, to_v);
   });
 }
 
@@ -110,10 +114,10 @@ cudaError_t launch_angular_distance_backward(const AngularDistanceBackward& a,
     using U = std::remove_const_t<std::remove_pointer_t<decltype(u)>>;
     using V = std::remove_const_t<std::remove_pointer_t<decltype(v)>>;
     constexpr int kWidth = kVector<U, V>;
-    const bool vectors = aligned(a.size, kWidth, u, v, a.out);
+    const bool vectors = aligned(a.size, kWidth, u, v, a.out_u, a.out_v);
     const unsigned runs = runs_per_sample(kWidth, a.size);
     backward<<<unsigned(a.batch) * runs, kElementwiseThreads, 0, stream>>>(
-        static_cast<U*>(a.out), u, v, a.size, vectors, runs, a.grad,
+        static_cast<U*>(a.out_u), static_cast<V*>(a.out_v), u, v, a.size, vectors, runs, a.grad,
         static_cast<const Compute<U, V>*>(a.moments));
     return cudaGetLastError();
   });

@@ -23,7 +23,8 @@ int64_t angular_distance_workspace(const AngularDistance& a);
 cudaError_t launch_angular_distance(const AngularDistance& a, cudaStream_t stream);
 
 struct AngularDistanceBackward {
-  void* out;  // in u's dtype
+  void* out_u;  // in u's dtype, or null
+  void* out_v;  // in v's dtype, or null
   const void* u;
   const void* v;
   Dtype u_dtype, v_dtype;

@@ -32,26 +32,6 @@ void norms_into(const at::Tensor& result, const at::Tensor& norms, const at::Ten
   C10_CUDA_CHECK(launch_difference_norms(arguments, current_stream()));
 }
 
-// A gradient in its argument's layout, and the tensor in the kernel's layout that is written to.
-struct Gradient {
-  at::Tensor result, written;
-
-  Gradient() = default;
-  Gradient(const at::Tensor& argument, const at::Tensor& like) : result(at::empty_like(argument)) {
-    written = same_layout(result, like)
-                  ? result
-                  : at::empty_like(like, result.options().memory_format(std::nullopt));
-  }
-
-  void* address() const { return written.defined() ? written.data_ptr() : nullptr; }
-
-  // The result, or an empty tensor in its place.
-  at::Tensor finished(const at::Tensor& argument) const {
-    if (!result.defined()) return workspace(0, argument.scalar_type(), argument);
-    return result.is_same(written) ? result : result.copy_(written);
-  }
-};
-
 // u and w, where it is defined, share a dtype; norms hold w's beside u's.
 void gradients_into(const Gradient& of_u, const Gradient& of_w, const Gradient& of_v,
                     const at::Tensor& grad, const at::Tensor& u, const at::Tensor& w,

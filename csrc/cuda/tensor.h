@@ -98,6 +98,26 @@ inline at::Tensor workspace(int64_t count, at::ScalarType dtype, const at::Tenso
   return at::empty({count}, like.options().dtype(dtype).memory_format(std::nullopt));
 }
 
+// A gradient in its argument's layout, and the tensor in the kernel's layout that is written to.
+struct Gradient {
+  at::Tensor result, written;
+
+  Gradient() = default;
+  Gradient(const at::Tensor& argument, const at::Tensor& like) : result(at::empty_like(argument)) {
+    written = same_layout(result, like)
+                  ? result
+                  : at::empty_like(like, result.options().memory_format(std::nullopt));
+  }
+
+  void* address() const { return written.defined() ? written.data_ptr() : nullptr; }
+
+  // The result, or an empty tensor in its place.
+  at::Tensor finished(const at::Tensor& argument) const {
+    if (!result.defined()) return workspace(0, argument.scalar_type(), argument);
+    return result.is_same(written) ? result : result.copy_(written);
+  }
+};
+
 // The queue that torch uses at the moment on the current device.
 inline cudaStream_t current_stream() { return c10::cuda::getCurrentCUDAStream(); }
 

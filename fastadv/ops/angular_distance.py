@@ -35,26 +35,33 @@ def _fake(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return u.new_empty(u.shape[:1], dtype=dtype), u.new_empty((u.shape[0], 3), dtype=dtype)
 
 
-def _backward_reference(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> Tensor:
-    dtype = checks.accumulate_dtype(u, v)
-    along_u, along_v = backward_coefficients(grad, moments)
-    shape = (-1, *[1] * (u.dim() - 1))
-    gradient = along_u.view(shape) * u.to(dtype) + along_v.view(shape) * v.to(dtype)
-    return torch.empty_like(u).copy_(gradient)
-
-
-def backward_coefficients(grad: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient in u is ``a * u + b * v``; these are a and b [B]: 0 where a length or the dot is 0."""
-    dot, uu, vv = moments.unbind(1)
+def _backward_reference(
+    grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
+) -> tuple[Tensor, Tensor]:
+    shape, dtype = (-1, *[1] * (u.dim() - 1)), checks.accumulate_dtype(u, v)
+    dot, uu, vv = (moment.view(shape) for moment in moments.unbind(1))
     length = uu.sqrt() * vv.sqrt()
     zero, nothing = length == 0, torch.zeros_like(dot)
-    along_v = torch.where(zero, nothing, -grad * torch.sign(dot) / length)
-    along_u = torch.where(zero, nothing, -along_v * dot / uu)
-    return along_u, along_v
+    # The gradient in u is across * v + along_u * u; the distance is symmetric.
+    across = torch.where(zero, nothing, -grad.view(shape) * torch.sign(dot) / length)
+
+    def gradient(of: Tensor, square: Tensor, other: Tensor) -> Tensor:
+        along = torch.where(zero, nothing, -across * dot / square)
+        return torch.empty_like(of).copy_(along * of.to(dtype) + across * other.to(dtype))
+
+    return (
+        gradient(u, uu, v) if want_u else u.new_empty(0),
+        gradient(v, vv, u) if want_v else v.new_empty(0),
+    )
 
 
-def _backward_fake(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> Tensor:
-    return torch.empty_like(u)
+def _backward_fake(
+    grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(u) if want_u else u.new_empty(0),
+        torch.empty_like(v) if want_v else v.new_empty(0),
+    )
 
 
 def _mask_reference(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
@@ -77,10 +84,11 @@ _op = define(
         batched=("u", "v"),
     )
 )
+# Both gradients from one pass over u and v. One that is not wanted is empty.
 _backward_op = define(
     Op(
         "angular_distance_backward",
-        "(Tensor grad, Tensor u, Tensor v, Tensor moments) -> Tensor",
+        "(Tensor grad, Tensor u, Tensor v, Tensor moments, bool want_u, bool want_v) -> (Tensor, Tensor)",
         reference=_backward_reference,
         fake=_backward_fake,
         triton="angular_distance:angular_distance_backward",
@@ -111,12 +119,10 @@ def _backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     if grad is None:
         return None, None
-    u, v, moments = ctx.saved_tensors
+    want_u, want_v = ctx.needs_input_grad
     backward = torch.ops.fastadv.angular_distance_backward
-    grad_u = backward(grad, u, v, moments) if ctx.needs_input_grad[0] else None
-    # The distance is symmetric: v's gradient is u's with the two exchanged.
-    grad_v = backward(grad, v, u, moments[:, [0, 2, 1]]) if ctx.needs_input_grad[1] else None
-    return grad_u, grad_v
+    grad_u, grad_v = backward(grad, *ctx.saved_tensors, want_u, want_v)
+    return grad_u if want_u else None, grad_v if want_v else None
 
 
 register_gradient(_op, _backward, _setup_context)

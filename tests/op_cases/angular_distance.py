@@ -32,11 +32,19 @@ def _masked(spec: Spec) -> Arguments:
     return {**_pair(spec), "tau": TAU}
 
 
-def _backward_arguments(spec: Spec) -> Arguments:
-    pair = _pair(spec)
+def _backward_arguments(
+    spec: Spec, want_u: bool = True, want_v: bool = True, v_dtype: torch.dtype | None = None
+) -> Arguments:
+    pair = _pair(spec, v_dtype)
     dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
     _, moments = _formula(**{name: t.to(dtype) for name, t in pair.items()})
-    return {"grad": Draw(spec).per_sample(-1, 1, dtype), **pair, "moments": moments}
+    return {
+        "grad": Draw(spec).per_sample(-1, 1, dtype),
+        **pair,
+        "moments": moments,
+        "want_u": want_u,
+        "want_v": want_v,
+    }
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -69,11 +77,15 @@ def _mask_scale(u: Tensor, v: Tensor, tau: float) -> tuple[float, ...]:
     return 1.0, 0.0
 
 
-def _backward_formula(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
-    u = u.detach().requires_grad_()
-    distance, _ = _formula(u, v.detach())
-    gradient = torch.autograd.grad(distance, u, grad)[0]
-    return (gradient.masked_fill(_broken(u, v), 0.0),)
+def _backward_formula(
+    grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
+) -> tuple[Tensor, ...]:
+    u, v = u.detach().requires_grad_(), v.detach().requires_grad_()
+    gradients = torch.autograd.grad(_formula(u, v)[0], (u, v), grad)
+    return tuple(
+        gradient.masked_fill(_broken(u, v), 0.0) if wanted else gradient.new_empty(0)
+        for gradient, wanted in zip(gradients, (want_u, want_v), strict=True)
+    )
 
 
 def _broken(u: Tensor, v: Tensor) -> Tensor:
@@ -82,11 +94,14 @@ def _broken(u: Tensor, v: Tensor) -> Tensor:
     return zero.view(-1, *[1] * (u.dim() - 1))
 
 
-def _backward_scale(grad: Tensor, u: Tensor, v: Tensor, moments: Tensor) -> tuple[float, ...]:
-    """Of the two terms whose difference the gradient is: |grad| / |u| times a unit vector's element."""
-    length = _flat(u).square().sum(1).sqrt()
-    largest = grad.abs() / torch.where(length > 0, length, torch.inf)
-    return (float(largest.max()),)
+def _backward_scale(
+    grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
+) -> tuple[float, ...]:
+    """Of the two terms whose difference a gradient is: |grad| / |u| times a unit vector's element."""
+    lengths = [_flat(t).square().sum(1).sqrt() for t in (u, v)]
+    return tuple(
+        float((grad.abs() / torch.where(length > 0, length, torch.inf)).max()) for length in lengths
+    )
 
 
 _BAD = (
@@ -134,14 +149,35 @@ CASES = (
     ),
     OpCase(
         op="angular_distance_backward",
-        variant="same-dtype",
+        variant="both",
         arguments=_backward_arguments,
         formula=_backward_formula,
         scale=_backward_scale,
-        layout_of=("u",),
+        layout_of=("u", "v"),
         shapes=_SHAPES,
         bench_shapes=FEATURE_BENCH_SHAPES,
+        operations=6,
+    ),
+    OpCase(
+        op="angular_distance_backward",
+        variant="u",
+        arguments=partial(_backward_arguments, want_v=False),
+        formula=_backward_formula,
+        scale=_backward_scale,
+        layout_of=("u", torch.contiguous_format),
+        per_sample=False,  # the empty result has no row per sample
+        bench_shapes=FEATURE_BENCH_SHAPES,
         operations=3,
+    ),
+    OpCase(
+        op="angular_distance_backward",
+        variant="bfloat16-v",
+        arguments=partial(_backward_arguments, want_u=False, v_dtype=torch.bfloat16),
+        formula=_backward_formula,
+        scale=_backward_scale,
+        layout_of=(torch.contiguous_format, "v"),
+        per_sample=False,
+        large=None,
     ),
     OpCase(
         op="replay_mask",
