@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, divide, double_bits, launch, number, square_root
+from .launch import compute_dtype, divide, double_bits, launch, number, rounded, square_root
 from .layout import Gradient, Parts, batch_major, in_layout_of, reduction_loop, sample_size
 
 _BLOCK = 1024
@@ -146,10 +146,10 @@ def _backward(
     across = tl.where(length == 0, 0.0, divide(signed, length))
     if out_u is not None:
         along = tl.where(length == 0, 0.0, divide(-across * dot, uu))
-        tl.store(out_u + at, (along * a + across * b).to(out_u.dtype.element_ty), inside)
+        tl.store(out_u + at, rounded(along * a + across * b, out_u.dtype.element_ty), inside)
     if out_v is not None:
         along = tl.where(length == 0, 0.0, divide(-across * dot, vv))
-        tl.store(out_v + at, (along * b + across * a).to(out_v.dtype.element_ty), inside)
+        tl.store(out_v + at, rounded(along * b + across * a, out_v.dtype.element_ty), inside)
 
 
 def _results(

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, divide, launch
+from .launch import compute_dtype, divide, launch, rounded
 from .layout import same_layout
 
 _TILE = 2048  # elements that a program handles at a time
@@ -133,7 +133,7 @@ def _map_gradient(
     at = sample * channels * positions + p[:, None] * position_stride + c[None, :] * channel_stride
     inside = (p < positions)[:, None] & (c < channels)[None, :]
     x = tl.load(u + at, inside, other=0.0).to(COMPUTE)
-    tl.store(out + at, (slope[:, None] * x).to(out.dtype.element_ty), inside)
+    tl.store(out + at, rounded(slope[:, None] * x, out.dtype.element_ty), inside)
 
 
 def _planes(t: Tensor) -> tuple[Tensor, dict[str, int]]:

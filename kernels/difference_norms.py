@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, divide, launch
+from .launch import compute_dtype, divide, launch, rounded
 from .layout import Gradient, Parts, batch_major, in_layout_of, reduction_loop, sample_size
 
 _BLOCK = 1024
@@ -157,13 +157,13 @@ def _gradients(
     d = tl.load(u + at, inside, other=0.0).to(COMPUTE) - center
     gradient = _slope(slope, norm, SQUARED, COMPUTE) * d
     if out_u is not None:
-        tl.store(out_u + at, gradient.to(out_u.dtype.element_ty), inside)
+        tl.store(out_u + at, rounded(gradient, out_u.dtype.element_ty), inside)
     if out_v is not None:
-        tl.store(out_v + at, (-gradient).to(out_v.dtype.element_ty), inside)
+        tl.store(out_v + at, rounded(-gradient, out_v.dtype.element_ty), inside)
     if w is not None:
         e = tl.load(w + at, inside, other=0.0).to(COMPUTE) - center
         of_w = _slope(slope, norm + 1, SQUARED, COMPUTE) * e
-        tl.store(out_w + at, of_w.to(out_w.dtype.element_ty), inside)
+        tl.store(out_w + at, rounded(of_w, out_w.dtype.element_ty), inside)
 
 
 def _forward(u: Tensor, w: Tensor | None, v: Tensor, squared: bool) -> tuple[Tensor, Tensor | None]:

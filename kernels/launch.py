@@ -66,6 +66,15 @@ def clip(value, low, high):
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """``value`` in the dtype of a result.
+
+    Half precision by way of float32, as torch does it: Triton's interpreter errs from float64 to bfloat16.
+    """
+    return value.to(tl.float32).to(dtype) if dtype.primitive_bitwidth < 32 else value.to(dtype)
+
+
+@triton.jit
 def divide(a, b):
     """IEEE division in both dtypes of computation; Triton's ``/`` is approximate in float32."""
     return a / b if a.dtype.scalar == tl.float64 else tl.div_rn(a, b)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import compute_dtype, divide, double_bits, launch, number
+from .launch import compute_dtype, divide, double_bits, launch, number, rounded
 
 _MOST_CLASSES = 65536  # a program holds whole rows
 _TILE = 512  # elements of a program of several rows
@@ -206,7 +206,7 @@ def _scale_rows(out, grad, grad_stride, gradient, size, classes, BLOCK: tl.const
     inside = at < size
     slope = tl.load(grad + at // classes * grad_stride, inside, other=0.0)
     product = slope.to(gradient.dtype.element_ty) * tl.load(gradient + at, inside, other=0.0)
-    tl.store(out + at, product.to(out.dtype.element_ty), inside)
+    tl.store(out + at, rounded(product, out.dtype.element_ty), inside)
 
 
 def _tile(classes: int) -> dict[str, int]:

@@ -286,6 +286,20 @@ def test_a_saved_gradient_is_overwritten_only_where_nobody_sees_it_again() -> No
     assert torch.equal(third, first) and torch.equal(third, slopes[:, None] * gradient)
 
 
+def test_a_saved_gradient_is_handed_out_only_at_the_end() -> None:
+    """`loss.backward()` begins with 1: the gradient needs no scaling, but the graph may need it again."""
+    leaf, y = _logits("cpu", 6, 10).requires_grad_(), _labels("cpu", 6, 10)
+    (expected,) = torch.autograd.grad(F.cross_entropy(leaf, y), leaf)
+    loss = losses.cross_entropy(leaf, y)
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    torch.testing.assert_close(first, expected)
+    first.zero_()
+    (doubled,) = torch.autograd.grad(loss, leaf, torch.tensor(2.0), retain_graph=True)
+    torch.testing.assert_close(doubled, 2 * expected)
+    (last,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(last, expected)
+
+
 def test_gradients_per_sample_by_torch_func() -> None:
     a, b, y = _logits("cpu", 6, 10), _logits("cpu", 6, 10, seed=1), _labels("cpu", 6, 10)
 

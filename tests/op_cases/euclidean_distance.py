@@ -26,9 +26,13 @@ def _pair(spec: Spec, squared: bool = False, v_dtype: torch.dtype | None = None)
 
 
 def _backward_arguments(
-    spec: Spec, squared: bool = False, want_u: bool = True, want_v: bool = True
+    spec: Spec,
+    squared: bool = False,
+    want_u: bool = True,
+    want_v: bool = True,
+    v_dtype: torch.dtype | None = None,
 ) -> Arguments:
-    pair = _pair(spec)
+    pair = _pair(spec, v_dtype=v_dtype)
     dtype = torch.float64 if spec.dtype == torch.float64 else torch.float32
     (distance,) = _formula(pair["u"].to(dtype), pair["v"].to(dtype), squared)
     return {
@@ -152,8 +156,8 @@ CASES = (
     ),
     OpCase(
         op="euclidean_distance_backward",
-        variant="squared-v",
-        arguments=partial(_backward_arguments, squared=True, want_u=False),
+        variant="squared-bfloat16-v",
+        arguments=partial(_backward_arguments, squared=True, want_u=False, v_dtype=torch.bfloat16),
         formula=_backward_formula,
         scale=_backward_scale,
         layout_of=(torch.contiguous_format, "v"),
