@@ -4,9 +4,10 @@
 #   bench/gpu.sh OUTDIR                    every stage
 #   bench/gpu.sh OUTDIR build ops          these stages, with the nine minutes for them alone
 #
-# Stages: build, test, sanitize (compute-sanitizer's memcheck and racecheck), ops, throughput. A stage that fails or
-# runs out of time does not stop the next; the exit status is 0 where all passed. OUTDIR gets log.txt, summary.txt
-# and the benchmarks' results.
+# Stages: build, test (the tests that need a GPU), sanitize (compute-sanitizer's memcheck and racecheck), ops,
+# throughput, rest (the other tests). A stage that fails or runs out of time does not stop the next; what was
+# interrupted tells what it has found so far. The exit status is 0 where all passed. OUTDIR gets log.txt,
+# summary.txt and the benchmarks' results.
 #
 # It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark,
 # pybind11, scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
@@ -18,10 +19,10 @@ readonly repo python=${PYTHON:-python3}
 export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 
 # Shares of the time; what a stage leaves over goes to those after it.
-declare -A share=([build]=20 [test]=26 [memcheck]=12 [racecheck]=10 [ops]=18 [throughput]=14)
+declare -A share=([build]=24 [test]=26 [memcheck]=10 [racecheck]=8 [ops]=16 [throughput]=12 [rest]=4)
 
 usage() {
-  echo "usage: $0 OUTDIR [build] [test] [sanitize] [ops] [throughput]" >&2
+  echo "usage: $0 OUTDIR [build] [test] [sanitize] [ops] [throughput] [rest]" >&2
   exit 2
 }
 
@@ -30,12 +31,12 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 readonly out
 shift
-[ $# -gt 0 ] || set -- build test sanitize ops throughput
+[ $# -gt 0 ] || set -- build test sanitize ops throughput rest
 
 stages=()
 for stage in "$@"; do
   case $stage in
-    build | test | ops | throughput) stages+=("$stage") ;;
+    build | test | ops | throughput | rest) stages+=("$stage") ;;
     sanitize) stages+=(memcheck racecheck) ;;
     *) usage ;;
   esac
@@ -61,12 +62,15 @@ prepare() {
       directory=$repo
       local architecture
       architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-      command=("$python" -m pip install --no-build-isolation --no-deps --force-reinstall
+      command=("$python" -m pip install --no-index --no-build-isolation --no-deps --force-reinstall
         -C cmake.define.FASTADV_CUDA=ON -C "cmake.define.FASTADV_CUDA_ARCHITECTURES=$architecture" .)
       ;;
-    test)
-      command=("$python" -m pytest tests --tb=short -rfE -p no:cacheprovider)
-      if has_module xdist; then command+=(-n 8); fi
+    test | rest)
+      local marked=gpu
+      if [ "$1" = rest ]; then marked='not gpu'; fi
+      # One thread each: processes that share the cores would wait for one another.
+      command=(env OMP_NUM_THREADS=1 "$python" -m pytest tests -m "$marked" --tb=short -rfE -p no:cacheprovider)
+      if has_module xdist; then command+=(-n 12); fi
       if ! has_module jsonargparse; then
         local file
         while read -r file; do
@@ -93,7 +97,7 @@ note() {
 # The line of a stage's output that says most.
 essence() {
   case $1 in
-    test) grep -E '[0-9]+ (passed|failed|error)' ;;
+    test | rest) grep -E '[0-9]+ (passed|failed|error)' ;;
     memcheck | racecheck) grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' ;;
     build) grep -E 'Successfully installed|[Ee]rror' ;;
     *) grep -vE '^$' ;;
@@ -107,7 +111,8 @@ run_stage() {
   note "== $stage, at most $limit s"
   prepare "$stage" "$limit"
   note "$ ${command[*]}"
-  (cd "$directory" && timeout --kill-after=10 "$limit" "${command[@]}") >"$output" 2>&1
+  # In the foreground the interrupt reaches the command once, not its workers too, and it can end in order.
+  (cd "$directory" && timeout --foreground --signal=INT --kill-after=20 "$limit" "${command[@]}") >"$output" 2>&1
   status=$?
   tee -a "$log" <"$output"
   case $status in

@@ -22,16 +22,24 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "float64": "f6
 
 def report(results: Results) -> str:
     """The whole report for a terminal."""
-    parts = [*head(results), "", table(results), "", *_legend(), "", targets(results)]
+    parts = [*head(results), "", table(results), "", *_legend()]
+    if _on_cpu(results):
+        parts += ["", targets(results)]
     return "\n".join(parts)
 
 
 def markdown(results: Results) -> str:
-    """The two tables for a document."""
+    """The tables for a document."""
     groups = groups_of(results)
-    figures = _markdown_table(HEADER, _lines(groups))
-    asked = _markdown_table(op_targets.HEADER, op_targets.lines(groups))
-    return "\n\n".join(["  \n".join(head(results)), asked, figures, " ".join(_legend())])
+    parts = ["  \n".join(head(results))]
+    if _on_cpu(results):
+        parts.append(_markdown_table(op_targets.HEADER, op_targets.lines(groups)))
+    return "\n\n".join([*parts, _markdown_table(HEADER, _lines(groups)), " ".join(_legend())])
+
+
+def _on_cpu(results: Results) -> bool:
+    """Whether the speeds that were asked for concern this run."""
+    return results["machine_info"]["fastadv"]["device"] == "cpu"
 
 
 def head(results: Results) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +19,8 @@ LEFT_OUT = "opcheck or compiles_to_one_graph or inductor_runs_it or bad_argument
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def failures(ops: Collection[str]) -> dict[str, str]:
-    """Run the tests of ops in a process of their own; why each op that does not pass does not.
+def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
+    """Run the tests of ops on a device in a process of their own; why each op that does not pass does not.
 
     An op's tests are those in tests/test_ops.py that bear its name and look at its results, and the file of its
     family. A test of test_ops.py that names no op counts for all; an op without a passed test does not pass.
@@ -30,13 +32,24 @@ def failures(ops: Collection[str]) -> dict[str, str]:
     chosen = f"(({named}) and not ({LEFT_OUT})) or {families} or {FOR_ALL}"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-k", chosen]
+        parallel = _in_parallel()
+        command = [sys.executable, "-m", "pytest", "-k", chosen, *parallel]
+        command += ["-m", "gpu" if device == "cuda" else "not gpu"]
         command += [f"--junitxml={report}", *(f"tests/{name}" for name in sorted(files))]
-        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
+        finished = subprocess.run(
+            command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True
+        )
         if not report.is_file():
             return dict.fromkeys(ops, f"the tests did not run: {finished.stdout[-500:]}")
         tests = list(ElementTree.parse(report).iter("testcase"))
     return {op: why for op in ops if (why := _why_refused(op, tests))}
+
+
+def _in_parallel() -> list[str]:
+    """Pytest's options for as many processes as there are cores, where its plugin for that is installed."""
+    processes = min(os.cpu_count() or 1, 12)
+    return ["-n", str(processes)] if importlib.util.find_spec("xdist") and processes > 2 else []
 
 
 def _why_refused(op: str, tests: list[ElementTree.Element]) -> str | None:

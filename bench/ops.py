@@ -243,7 +243,7 @@ def _without_failing(options: Options) -> tuple[Options, dict[str, str]]:
     if not ops:
         raise SystemExit(f"--rows: no row's name contains {options.part!r}")
     print(f"testing {len(ops)} ops", flush=True)
-    refused = failures(ops)
+    refused = failures(ops, options.device)
     for op, why in refused.items():
         print(f"refused: {op}: {why}", flush=True)
     passed = tuple(op for op in ops if op not in refused)

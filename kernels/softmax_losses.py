@@ -99,7 +99,7 @@ def _one(z, own, inside, column, weight, classes, KIND: tl.constexpr):
     log_p, p, high, log_total = _softmax(z, inside, 1.0)
     if KIND == "boosted_cross_entropy":
         return _boosted(z, log_p, p, high, log_total, own, inside, column)
-    share = divide(weight, classes.to(z.dtype))
+    share = divide(weight, tl.cast(classes, z.dtype))
     loss = -(1 - weight) * _at(log_p, own) - share * tl.sum(tl.where(inside, log_p, 0.0), 1)
     return loss, p - share - tl.where(own, 1 - weight, 0.0)
 
@@ -119,7 +119,7 @@ def _pair(a, b, own, inside, column, weight, temperature, classes, KIND: tl.cons
         return loss, loss, temperature * slope, temperature * (q - p)
     if KIND == "alp":
         apart = tl.where(inside, a - b, 0.0)
-        count = classes.to(a.dtype)
+        count = tl.cast(classes, a.dtype)
         pull = divide(2 * weight, count) * apart
         loss = (ce_p + ce_q) * 0.5 + weight * divide(
             tl.sum(apart * apart, 1), tl.zeros_like(ce_p) + count

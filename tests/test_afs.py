@@ -181,6 +181,7 @@ def test_training_moves_the_merger_alone_and_resumes(tmp_path: Path) -> None:
             model="stack:2*small_cnn",
             run_dir=tmp_path / name,
             progress=False,
+            device="cpu",
             **options,
         )
 
@@ -211,6 +212,7 @@ def test_an_average_of_a_stack_stores_the_merger_alone(tmp_path: Path) -> None:
             model="stack:2*small_cnn",
             run_dir=tmp_path,
             progress=False,
+            device="cpu",
             **options,
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from stubborn_models import COPIED_OR_EAGER, BranchesOnBuffer, BranchesOnData
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.attacks import engines
 from fastadv.attacks.copy import AttackCopy
 from fastadv.models import Normalized, small_cnn
 from fastadv.models.preact_resnet import preact_resnet18
@@ -208,6 +210,21 @@ def test_what_the_caller_asked_for_is_no_reason_to_warn(case: str) -> None:
             fastadv.pgd_fused(lambda t: net(t), x, y, steps=1)
         else:
             fastadv.pgd_fused(net, x, y, steps=1, precision="bf16", train_mode=True)
+
+
+def test_a_copy_is_compared_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By TensorFloat-32 the gradients of a deep net are off by more than the comparison allows."""
+    probe, seen = engines._probe, []
+
+    def watched(*arguments: Any) -> engines.Gradient:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return probe(*arguments)
+
+    monkeypatch.setattr(engines, "_probe", watched)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    x, _ = digits_test(2)
+    fastadv.PGD(trained_small_cnn(), engine="compiled", precision="fp32").engine_for(x)
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
 
 
 def test_a_model_compiled_by_torch_is_attacked() -> None:

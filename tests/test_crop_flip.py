@@ -20,6 +20,11 @@ def _pixels(device: str, *shape: int) -> Tensor:
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
 
 
+def _scaled(images: Tensor) -> Tensor:
+    """The images in 0..1, on the CPU: CUDA divides by a number by multiplying with its reciprocal."""
+    return images.cpu().float() / 255
+
+
 @everywhere
 def test_every_pixel_value_is_scaled_exactly(device: str, name: str) -> None:
     images = torch.arange(256, dtype=torch.uint8, device=device).view(1, 1, 16, 16)
@@ -37,7 +42,7 @@ def test_without_pad_and_flip_it_gathers(device: str, name: str) -> None:
     indices = torch.tensor([8, 0, 3, 3, 8], device=device)
     with backend(name):
         out = crop_flip(images, indices, 0, flip=False)
-    assert torch.equal(out, images[indices].float() / 255)
+    assert torch.equal(out.cpu(), _scaled(images[indices]))
 
 
 @everywhere
@@ -94,8 +99,8 @@ def test_flip_alone_mirrors_about_half(device: str, name: str) -> None:
     images = _pixels(device, 200, 1, 3, 5)
     indices = torch.arange(200, device=device)
     with backend(name):
-        out = crop_flip(images, indices, 0, seed=3)
-    plain = images.float() / 255
+        out = crop_flip(images, indices, 0, seed=3).cpu()
+    plain = _scaled(images)
     same = (out == plain).flatten(1).all(1)
     mirrored = (out == plain.flip(-1)).flatten(1).all(1)
     assert (same | mirrored).all()
@@ -108,8 +113,8 @@ def test_the_largest_reflected_border(device: str, name: str) -> None:
     indices = torch.zeros(64, dtype=torch.int64, device=device)
     ids = torch.arange(64, device=device)
     with backend(name):
-        out = crop_flip(images, indices, 3, "reflect", seed=0, sample_ids=ids)
-    padded = torch.nn.functional.pad(images.float() / 255, (3, 3, 3, 3), mode="reflect")
+        out = crop_flip(images, indices, 3, "reflect", seed=0, sample_ids=ids).cpu()
+    padded = torch.nn.functional.pad(_scaled(images), (3, 3, 3, 3), mode="reflect")
     windows = padded.unfold(2, 4, 1).unfold(3, 4, 1).reshape(-1, 16)
     known = torch.cat((windows, windows.view(-1, 4, 4).flip(-1).reshape(-1, 16)))
     for image in out.reshape(-1, 16):

@@ -250,3 +250,16 @@ def test_a_compiled_copy_is_recorded_where_a_graph_is_asked_for(precision: str) 
     expected = robust_accuracy(model, plain(x, y), y)
     assert robust_accuracy(model, adv, y) == pytest.approx(expected, abs=0.03)
     assert attack.last.outside_share == 0
+
+
+def test_an_evaluation_counts_as_on_the_cpu() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(200)
+    attacks = ("clean", "fgsm", "pgd-10", "mim-5", "cw-5", "apgd-ce-10")
+    reports = [
+        fastadv.evaluate(model, (x, y), attacks, eps=0.1, device=device, progress=False)
+        for device in ("cuda", "cpu")
+    ]
+    for name in attacks:
+        on_gpu, on_cpu = (report[name] for report in reports)
+        assert on_gpu.status == "ok"
+        assert on_gpu.accuracy == pytest.approx(on_cpu.accuracy, abs=0.015), name

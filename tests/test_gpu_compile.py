@@ -198,6 +198,18 @@ def test_triton_kernels_for_hopper(
     assert missing <= absent, "kernels were renamed: correct the lists above"
 
 
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize("kind", ["cross_entropy", "alp"])
+def test_logits_of_one_class(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a kernel an integer that is 1 is a constant, which lacks the methods of other integers."""
+    launches = Launches(monkeypatch)
+    case = CASES[f"softmax_losses/{kind}"]
+    case.registered.triton_function()(**case.arguments(Spec((8, 1))))
+    for kernel, arguments, settings in launches.found:
+        _compiled(_source(kernel, arguments, settings), settings)
+
+
 def _check_widths(ptx: str, name: str, layout: str, label: str) -> None:
     if (name, layout) in TRITON_NARROW:
         return

@@ -71,6 +71,18 @@ def test_ops_whose_tests_fail_are_refused(
         assert why in found[op]
 
 
+def test_tests_on_another_device_say_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from op_tests import failures
+
+    on_gpu = PASSES.replace("test_a", "test_b").replace("pass", "assert op != 'pgd_step/linf'")
+    files = {**EMPTY_FAMILIES, "test_ops": f"{PASSES}@pytest.mark.gpu\n{on_gpu}"}
+    _suite(tmp_path, monkeypatch, **files)
+    ops = ["pgd_step", "crop_flip"]
+    assert (set(failures(ops)), set(failures(ops, "cuda"))) == (set(), {"pgd_step"})
+
+
 def test_every_op_is_measured_in_both_directions() -> None:
     from op_cases import CASES
     from op_rows import Options, rows

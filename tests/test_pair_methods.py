@@ -247,7 +247,8 @@ def test_no_pass_is_made_twice(name: str, numbers: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["trades", "mart", "alp", "hat", "vfd", "act", "lbgat", "fast"])
 def test_training_runs_and_resumes(name: str, tmp_path: Any) -> None:
     recipe = small_recipe(name, epochs=2)
-    options: dict[str, Any] = {"data": small_data(), "progress": False, "run_dir": tmp_path / "run"}
+    options: dict[str, Any] = {"data": small_data(), "progress": False, "device": "cpu"}
+    options["run_dir"] = tmp_path / "run"
     if name in TEACHER_OF:
         options["teacher"] = make_model(1)
     result = train(name, recipe, model=make_model(0), **options)

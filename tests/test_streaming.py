@@ -97,6 +97,7 @@ def test_a_run_on_streamed_images_resumes_bit_for_bit(method: str, tmp_path: Pat
             model=make_model(0),
             run_dir=tmp_path / name,
             progress=False,
+            device="cpu",
             **options,
         )
 

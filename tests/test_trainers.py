@@ -281,6 +281,19 @@ def test_the_callers_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_cudnn_measures_during_training_and_else_is_as_the_caller_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cudnn, seen = torch.backends.cudnn, set()
+    monkeypatch.setattr(cudnn, "deterministic", True)
+
+    def look(_: Any) -> None:
+        seen.add((cudnn.enabled, cudnn.benchmark, cudnn.deterministic))
+
+    run("standard", tmp_path, on_step=look)
+    assert seen == {(True, True, True)} and not cudnn.benchmark
+
+
 def test_training_learns(tmp_path: Path) -> None:
     changes = {"epochs": 12, "lr": 0.2, "schedule": Cosine()}
     result = run("pgd_at", tmp_path, changes=changes)

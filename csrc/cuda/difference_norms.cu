@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kElementwiseThreads)
 }  // namespace
 
 int64_t difference_norms_workspace(const DifferenceNorms& a) {
-  return sums_workspace(a.w ? 2 : 1, a.batch, a.size);
+  return sums_workspace(a.norms ? 2 : 1, a.batch, a.size);
 }
 
 cudaError_t launch_difference_norms(const DifferenceNorms& a, cudaStream_t stream) {
@@ -145,7 +145,7 @@ cudaError_t launch_difference_norms(const DifferenceNorms& a, cudaStream_t strea
     const U* w = static_cast<const U*>(a.w);
     C* result = static_cast<C*>(a.result);
     const bool vectors = aligned(a.size, kVector<U, V>, u, w, v);
-    if (!w) {
+    if (!a.norms) {
       return launch_sums(OneDifference<U, V>{u, v}, OneNorm<C>{result, a.squared}, a.batch, a.size,
                          vectors, a.workspace, stream);
     }

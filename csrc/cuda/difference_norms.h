@@ -5,17 +5,18 @@
 
 namespace fastadv::cuda {
 
-// |u - v| of each sample, and |w - v| where there is a w, all of one layout.
+// |u - v| of each sample, and with `norms` |w - v|, all of one layout. Addresses of tensors without
+// elements are null, so that w does not tell.
 struct DifferenceNorms {
   const void* u;
   const void* w;  // in u's dtype, or null; with it, v is double where u is
   const void* v;
   Dtype u_dtype, v_dtype;
   int64_t batch, size;
-  bool squared;  // without w: the square of the norm
+  bool squared;  // of one: the square of the norm
   // In the dtype of computation, double if u or v is double, else float:
   void* result;       // [B]: the norm, or the sum of both
-  void* norms;        // [B, 2]: both, or null without w
+  void* norms;        // [B, 2]: both, or null for one
   double* workspace;  // of difference_norms_workspace() elements
 };
 

@@ -22,6 +22,7 @@ from fastadv.attacks.frozen import frozen
 from fastadv.attacks.graph import CudaRecorder, GraphCache
 from fastadv.attacks.program import Program
 from fastadv.attacks.tracing import Untraceable, stand_in
+from fastadv.float32 import full_float32
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
@@ -275,15 +276,17 @@ def _checked_copy(model: nn.Module, x: Tensor, precision: str, engine: str, reas
         Untraceable: there is none.
     """
     wide = CopyEngine(model, "fp32", "", inductor=False)
-    try:
-        live = _probe(EagerEngine("fp32", ""), stand_in(model), x)
-    except Exception as error:
-        # The model itself fails. Its own message is to come from the real call.
-        return EagerEngine(precision, f"the model fails: {error}")
-    if not _agree(_probe(wide, model, x), live, 0.99):
-        raise Untraceable(
-            "its copy computes something else; it may write in place or depend on state"
-        )
+    # By TF32, the default on GPUs, the gradients of a deep net would be off by more than is allowed here.
+    with full_float32():
+        try:
+            live = _probe(EagerEngine("fp32", ""), stand_in(model), x)
+        except Exception as error:
+            # The model itself fails. Its own message is to come from the real call.
+            return EagerEngine(precision, f"the model fails: {error}")
+        if not _agree(_probe(wide, model, x), live, 0.99):
+            raise Untraceable(
+                "its copy computes something else; it may write in place or depend on state"
+            )
     if x.device.type == "cpu" and precision == "bf16":
         try:
             program = ProgramEngine(model, reason)

@@ -217,8 +217,14 @@ def _checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:
 def _run_environment(device: torch.device) -> Iterator[None]:
     """Leave the caller's random numbers alone, and let cuDNN choose by measuring."""
     cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), torch.backends.cudnn.flags(benchmark=True):
-        yield
+    cudnn = torch.backends.cudnn
+    benchmark = cudnn.benchmark
+    with torch.random.fork_rng(devices=cuda):
+        cudnn.benchmark = True  # not by `cudnn.flags`, which by default switches cuDNN off
+        try:
+            yield
+        finally:
+            cudnn.benchmark = benchmark
 
 
 def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Module:
