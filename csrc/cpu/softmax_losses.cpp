@@ -11,7 +11,7 @@
 namespace fastadv {
 namespace {
 
-constexpr int64_t kRowGrain = 16384;  // logits a task works on: it is exponentials that take time
+constexpr int64_t kRowGrain = 8192;  // logits a task works on: it is exponentials that take time
 
 // Reads a row into `to`.
 template <class V, class T, class C = Element<V>>
