@@ -8,6 +8,7 @@ import pytest
 import torch
 from op_cases.running import places
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastadv.ops import angular_distance, backend, replay_mask
 
@@ -118,6 +119,21 @@ def test_the_incoming_gradient_weighs_each_sample(device: str, name: str) -> Non
 
 
 @everywhere
+@pytest.mark.parametrize("magnitude", [1e-15, 1e15])
+def test_magnitudes_within_the_range(device: str, name: str, magnitude: float) -> None:
+    """The product of the squared lengths would leave it."""
+    u, v = _features(device, 3, 9), _features(device, 3, 9, seed=1)
+    far = (u * magnitude).requires_grad_()
+    near = u.clone().requires_grad_()
+    with backend(name):
+        distance, plain = angular_distance(far, v * magnitude), angular_distance(near, v)
+        distance.sum().backward()
+        plain.sum().backward()
+    torch.testing.assert_close(distance, plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(far.grad * magnitude, near.grad, rtol=1e-4, atol=1e-6)
+
+
+@everywhere
 def test_a_nan_feature_shows(device: str, name: str) -> None:
     u, v = _features(device, 3, 9), _features(device, 3, 9, seed=1)
     u[1, 4] = torch.nan
@@ -151,3 +167,19 @@ def test_the_switch_carries_no_gradient() -> None:
     distance, replayed = replay_mask(u, v, 0.4)
     assert not distance.requires_grad
     assert not replayed.requires_grad
+
+
+@pytest.mark.parametrize("leaves", ["u", "v", "uv"])
+def test_gradients_too_large_for_the_caches(leaves: str) -> None:
+    """From 16 MB on the CPU kernel writes past the caches, in blocks that samples do not align with."""
+    shape = (3, 1_500_001)
+    features = {name: _features("cpu", *shape, seed=seed) for seed, name in enumerate("uv")}
+    wide = {name: t.double() for name, t in features.items()}
+    for name in leaves:
+        features[name].requires_grad_()
+        wide[name].requires_grad_()
+    angular_distance(**features).sum().backward()
+    (1 - F.cosine_similarity(wide["u"], wide["v"]).abs()).sum().backward()
+    for name in leaves:
+        found, expected = features[name].grad.double(), wide[name].grad
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)

@@ -35,6 +35,7 @@ from fastadv.trainers import (
     NonFiniteLossError,
     Runtime,
     TrainBatch,
+    TrainResult,
     find_method,
     method_names,
     train,
@@ -275,12 +276,13 @@ class FailingAt(PGDAT[AdversarialRecipe]):
         return LossResult(result.loss * float("nan")) if self.calls % 4 == 0 else result
 
 
-def test_a_run_with_awp_keeps_its_weights_where_no_step_is_taken(tmp_path: Path) -> None:
-    model, states = make_model(0), []
-    first = copied_state(model)
-    result = train(
+def failing_run(
+    model: nn.Module, tmp_path: Path, states: list[dict[str, Tensor]], **changes: Any
+) -> TrainResult:
+    """A run of `FailingAt` for one epoch; ``states`` gets the weights after each step."""
+    return train(
         FailingAt,
-        small_recipe("pgd_at", awp_gamma=0.1, epochs=1),
+        small_recipe("pgd_at", awp_gamma=0.1, epochs=1, **changes),
         data=small_data(),
         model=model,
         run_dir=tmp_path,
@@ -288,24 +290,21 @@ def test_a_run_with_awp_keeps_its_weights_where_no_step_is_taken(tmp_path: Path)
         device="cpu",
         on_step=lambda _: states.append(copied_state(model)),
     )
+
+
+def test_a_run_with_awp_keeps_its_weights_where_no_step_is_taken(tmp_path: Path) -> None:
+    model, states = make_model(0), []
+    first = copied_state(model)
+    result = failing_run(model, tmp_path, states)
     assert result.progress.bad_steps == 2 and len(states) == 4
     same = [states_equal(a, b) for a, b in zip([first, *states], states, strict=False)]
     assert same == [False, True, False, True]
 
 
 def test_the_weights_saved_with_a_failed_batch_are_not_perturbed(tmp_path: Path) -> None:
-    model, states = make_model(0), []
+    states: list[dict[str, Tensor]] = []
     with pytest.raises(NonFiniteLossError, match="the last batch and the weights before its step"):
-        train(
-            FailingAt,
-            small_recipe("pgd_at", awp_gamma=0.1, epochs=1, max_bad_steps=1),
-            data=small_data(),
-            model=model,
-            run_dir=tmp_path,
-            progress=False,
-            device="cpu",
-            on_step=lambda _: states.append(copied_state(model)),
-        )
+        failing_run(make_model(0), tmp_path, states, max_bad_steps=1)
     (file,) = tmp_path.glob("nonfinite_step_*.pt")
     assert states_equal(torch.load(file, weights_only=True)["weights"]["model"], states[-1])
 

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.attacks import convolution
-from fastadv.attacks.packed import GatherKernel, Kernel, OneDNNKernel, WinogradKernel, make_kernel
+from fastadv.attacks.packed import (
+    Epilogue,
+    GatherKernel,
+    Kernel,
+    OneDNNKernel,
+    WinogradKernel,
+    make_kernel,
+)
 
 OPS = torch.ops.fastadv
 # Of the result's norm. Winograd's transforms in bfloat16 cost half of this on random data, the direct sum .003.
@@ -52,8 +59,8 @@ class Given:
         return self.out
 
 
-def run(kernel: Kernel, out: Tensor, *args: Tensor | bool | None) -> Tensor:
-    return kernel.run(Given(out), out.shape, *args)
+def run(kernel: Kernel, out: Tensor, x: Tensor, *epilogue: Tensor | bool | None) -> Tensor:
+    return kernel.run(Given(out), out.shape, x, Epilogue(*epilogue))
 
 
 def pack(weight: Tensor, scale: Tensor | None, backward: bool) -> Tensor:

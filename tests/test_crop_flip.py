@@ -121,6 +121,17 @@ def test_the_largest_reflected_border(device: str, name: str) -> None:
         assert (known == image).all(1).any()
 
 
+def test_the_op_itself_refuses_indices_beyond_the_data_set() -> None:
+    """Where a call is compiled, the function's own check is left out."""
+    images = _pixels("cpu", 9, 3, 8, 8)
+    for bad in (9, -1):
+        indices = torch.tensor([0, bad])
+        with pytest.raises(IndexError, match=rf"indices must be in 0 .. 8, got {bad}"):
+            torch.ops.fastadv.crop_flip(
+                images, indices, 0, "constant", False, 0, indices, torch.float32, False
+            )
+
+
 def test_no_seed_follows_torchs_generator() -> None:
     images, indices = _pixels("cpu", 9, 3, 8, 8), torch.arange(9)
     torch.manual_seed(0)

@@ -71,6 +71,16 @@ def test_a_nan_feature_shows_in_its_sample_alone(device: str, name: str) -> None
 
 
 @everywhere
+def test_nan_of_any_bits_is_nan_in_half_precision(device: str, name: str) -> None:
+    """Rounded like a number, one with its lowest bits set would become a zero."""
+    u = _features(device, 1, 9).bfloat16().requires_grad_()
+    grad = torch.tensor([0x7FFFFFFF], dtype=torch.int32, device=device).view(torch.float32)
+    with backend(name):
+        euclidean_distance(u, torch.zeros_like(u)).backward(grad)
+    assert u.grad.isnan().all()
+
+
+@everywhere
 @pytest.mark.parametrize("magnitude", [1e-18, 1e-15, 1e15, 1e18])
 def test_magnitudes_within_the_range(device: str, name: str, magnitude: float) -> None:
     u, v = _features(device, 2, 33), _features(device, 2, 33, seed=1)

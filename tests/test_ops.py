@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from op_cases.case import (
     requiring_grad,
     tensors_of,
 )
-from op_cases.draw import ALL_LAYOUTS, OVERLAPPING, Spec
+from op_cases.draw import ALL_LAYOUTS, OVERLAPPING, Spec, arrange
 from op_cases.running import backends_of, interpreted, places, run, written_arguments
 from torch import Tensor
 
@@ -139,12 +140,15 @@ def _to_cpu_contiguous(arguments: Arguments) -> Arguments:
 @pytest.mark.parametrize(
     ("case", "device", "name"), [p for p in _parameters(ALL) if p.values[2] != "reference"]
 )
-def test_threads_and_repetition_do_not_change_a_bit(case: OpCase, device: str, name: str) -> None:
-    arguments = case.arguments(_biggest(case, device, name))
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_threads_and_repetition_do_not_change_a_bit(
+    case: OpCase, device: str, name: str, layout: str
+) -> None:
+    arguments = case.arguments(replace(_biggest(case, device, name), layout=layout))
     threads = torch.get_num_threads()
     outcomes = []
     try:
-        for count in (1, 2, 3, 3):
+        for count in (1, 2, 5, 5):
             torch.set_num_threads(count)
             outcomes.append(run(case, arguments, name))
     finally:
@@ -214,6 +218,19 @@ def test_the_public_function_is_the_op(case: OpCase, device: str, name: str) -> 
         results = case.call_public(mapped(arguments, torch.clone))
     assert results
     for result, wanted in zip(results, expected, strict=False):
+        check_same_bits(result, wanted, case.name)
+
+
+@pytest.mark.parametrize(("case", "device", "name"), _parameters(PUBLIC))
+def test_vectors_may_be_strided(case: OpCase, device: str, name: str) -> None:
+    """Radii, labels, ids and other arguments of one axis, such as columns of a table."""
+    arguments = _first(case, device)
+    read = set(arguments) - set(_written(case))
+    apart = mapped(arguments, lambda t: arrange(t, "slice") if t.dim() == 1 else t, read)
+    with backend(name):
+        expected = case.call_public(mapped(arguments, torch.clone))
+        results = case.call_public(apart)
+    for result, wanted in zip(results, expected, strict=True):
         check_same_bits(result, wanted, case.name)
 
 

@@ -49,14 +49,20 @@ def test_zero_and_nan_gradients_do_not_move_in_linf(device: str, name: str) -> N
 def test_a_sample_without_a_usable_gradient_stays(
     device: str, name: str, norm: str, dtype: torch.dtype, value: float
 ) -> None:
+    """In the ball, that is: outside, it is projected all the same."""
     x, grad = _images(device), _gradient(device).to(dtype)
-    grad[1] = 0.0
+    grad[1] *= value != 0
     grad[1, 0, 0, 0] = value
+    far = _images(device, seed=1)
     with backend(name):
         moved = pgd_step(x, grad, x, 1.0, 0.25, norm=norm, bounds=(-9, 9))
+        projected = pgd_step(far, grad, x, 1.0, 0.25, norm=norm)
+        only_projected = pgd_step(far, grad, x, 1.0, 0.0, norm=norm)
     assert torch.equal(moved[1], x[1])
     lengths = _lengths(moved - x, norm)[[0, 2, 3]]
     torch.testing.assert_close(lengths, torch.full((3,), 0.25).double(), rtol=1e-5, atol=0)
+    assert torch.equal(projected[1], only_projected[1])
+    assert float(_lengths(projected - x, norm)[1]) == pytest.approx(1.0, rel=1e-4)
 
 
 @everywhere
@@ -76,12 +82,37 @@ def test_the_size_of_the_gradient_does_not_matter(
 
 
 @everywhere
+@by_length
+@pytest.mark.parametrize("size", [1e-200, 1e200])
+def test_nor_does_that_of_a_float64_gradient(
+    device: str, name: str, norm: str, size: float
+) -> None:
+    """Squares of such gradients leave the range of float64."""
+    x, grad = _images(device), _gradient(device).double()
+    with backend(name):
+        usual = pgd_step(x, grad, x, 1.0, 0.25, norm=norm)
+        scaled = pgd_step(x, grad * size, x, 1.0, 0.25, norm=norm)
+    torch.testing.assert_close(scaled, usual, rtol=0, atol=1e-6)
+
+
+@everywhere
 @norms
 def test_eps_zero_returns_to_the_centre(device: str, name: str, norm: str) -> None:
     x, adv = _images(device), _images(device, seed=1)
     with backend(name):
         moved = pgd_step(adv, _gradient(device), x, 0.0, 0.1, norm=norm)
-    assert torch.equal(moved, x)
+        unmoved = pgd_step(x, torch.zeros_like(x), x, 0.0, 0.1, norm=norm)
+    assert torch.equal(moved, x) and torch.equal(unmoved, x)
+
+
+@everywhere
+@by_length
+def test_eps_zero_leaves_nothing_where_sums_are_rounded(device: str, name: str, norm: str) -> None:
+    delta = torch.arange(1, 65, dtype=torch.float64, device=device)[:, None] / 65
+    delta = delta.repeat(1, 1000)
+    zeros = torch.zeros_like(delta)
+    with backend(name):
+        assert not pgd_step(delta, zeros, zeros, 0.0, 0.1, norm=norm).any()
 
 
 @everywhere
@@ -109,6 +140,17 @@ def test_many_steps_stay_in_the_ball_and_the_bounds(
             assert bounds[0] <= adv.min() and adv.max() <= bounds[1]
             distance = _lengths(adv.double() - x, norm).max()
             assert distance <= eps * (1 + 1e-6) + 2 * rounding  # twice, as bounds go up to 2
+
+
+@everywhere
+@norms
+def test_bounds_count_more_than_the_ball(device: str, name: str, norm: str) -> None:
+    """Around a centre beyond the bounds, the ball may have no point within them."""
+    x = torch.tensor([1.5, -0.5, 0.5], device=device)[:, None].expand(3, 5)
+    with backend(name):
+        moved = pgd_step(x, torch.ones_like(x), x, 0.25, 0.125, norm, (0.0, 1.0))
+    assert (moved[0] == 1.0).all() and (moved[1] == 0.0).all()
+    assert 0.5 < float(moved[2].max()) <= 0.625
 
 
 @everywhere
@@ -205,6 +247,16 @@ def test_the_order_of_elements_does_not_matter_in_l1(device: str, name: str) -> 
 
 
 @everywhere
+def test_what_is_too_small_for_an_exact_sum_does_not_count_in_l1(device: str, name: str) -> None:
+    """Multiples of 2**-40 of the largest element are what 3000 of them add up to exactly."""
+    delta = torch.full((1, 3000), 2.0**-45, device=device)
+    delta[0, 7] = 1.0
+    zeros = torch.zeros_like(delta)
+    with backend(name):
+        assert torch.equal(pgd_step(delta, zeros, zeros, 1.0, 0.0, "l1"), delta)
+
+
+@everywhere
 @pytest.mark.parametrize("sizes", ["equal", "alike", "halving"])
 def test_the_l1_projection_reaches_the_sphere_closely(device: str, name: str, sizes: str) -> None:
     """Also where the threshold takes nearly everything off every element."""
@@ -247,6 +299,10 @@ def test_numbers_per_sample_are_those_of_separate_calls(device: str, name: str, 
             one = slice(i, i + 1)
             alone = pgd_step(adv[one], grad[one], x[one], float(eps[i]), float(alpha[i]), norm)
             assert torch.equal(together[one], alone)
+            one_eps = pgd_step(adv[one], grad[one], x[one], float(eps[i]), ALPHA, norm)
+            assert torch.equal(pgd_step(adv, grad, x, eps, ALPHA, norm)[one], one_eps)
+            one_alpha = pgd_step(adv[one], grad[one], x[one], EPS, float(alpha[i]), norm)
+            assert torch.equal(pgd_step(adv, grad, x, EPS, alpha, norm)[one], one_alpha)
         single = pgd_step(adv, grad, x, eps[2], alpha[2:3], norm)
         number = pgd_step(adv, grad, x, float(eps[2]), float(alpha[2]), norm)
     assert torch.equal(single, number)

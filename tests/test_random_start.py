@@ -140,12 +140,23 @@ def test_eps_zero_is_the_image_itself(device: str, name: str, norm: str) -> None
 
 
 @everywhere
-def test_a_nan_pixel_stays_a_nan(device: str, name: str) -> None:
+@norms
+def test_a_nan_pixel_stays_a_nan(device: str, name: str, norm: str) -> None:
     x = torch.rand(2, 10, device=device)
     x[1, 3] = torch.nan
     with backend(name):
-        start = random_start(x, 0.1, seed=0)
+        start = random_start(x, 0.1, norm, seed=0)
     assert start.isnan().nonzero().tolist() == [[1, 3]]
+
+
+@everywhere
+def test_a_direction_of_length_zero_is_no_noise(device: str, name: str) -> None:
+    """The byte sums of one word in 370 are 0, which with one pixel is all there is of a direction."""
+    x = torch.full((1024, 1), 0.5, device=device)
+    with backend(name):
+        start = random_start(x, 0.25, "l2", seed=0)
+    assert start.isfinite().all()
+    assert 1 <= int((start == x).sum()) <= 20
 
 
 def test_no_seed_follows_torchs_generator() -> None:

@@ -110,9 +110,12 @@ def test_torch_agrees(device: str, name: str) -> None:
 
 @everywhere
 @kinds
-def test_a_nan_logit_shows_in_its_own_sample(device: str, name: str, kind: str) -> None:
+@pytest.mark.parametrize("places_after_the_label", [0, 1])
+def test_a_nan_logit_shows_in_its_own_sample(
+    device: str, name: str, kind: str, places_after_the_label: int
+) -> None:
     a, b, y = _logits(device, 4, 7), _logits(device, 4, 7, seed=1), _labels(device, 4, 7)
-    a[1, 3] = torch.nan
+    a[1, (y[1] + places_after_the_label) % 7] = torch.nan
     with backend(name):
         values, gradients = _values_and_gradients(kind, a, b, y)
     assert values.isnan().view(4, -1).any(1).tolist() == [False, True, False, False]
@@ -157,6 +160,18 @@ def test_the_mean_is_the_mean(device: str, name: str, kind: str) -> None:
         mean = softmax_losses(kind, *arguments[0], arguments[1], weight=0.7)
     assert each.shape == ((40, 2) if kind == "act" else (40,))
     torch.testing.assert_close(mean, each.mean(0))
+
+
+@everywhere
+def test_mart_tells_how_little_a_sure_model_doubts(device: str, name: str) -> None:
+    """1 - p_y, here 3e-8, is nothing in float32 where it is the difference of the two."""
+    a = torch.tensor([[18.0, 0, 0]], device=device)
+    b, y = torch.tensor([[0, 5.0, 0]], device=device), torch.zeros(1, dtype=torch.int64)
+    with backend(name):
+        doubted = losses.mart(a, b, y.to(device), 1e9) - losses.mart(a, b, y.to(device), 0.0)
+    p, q = torch.softmax(a.double().cpu(), 1), torch.softmax(b.double().cpu(), 1)
+    expected = 1e9 * (p * (p.log() - q.log())).sum() * p[0, 1:].sum()
+    torch.testing.assert_close(doubted.double().cpu(), expected, rtol=1e-4, atol=0)
 
 
 @everywhere

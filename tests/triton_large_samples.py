@@ -48,6 +48,15 @@ def test_attention_maps_of_several_blocks() -> None:
     check_budget(case, case.arguments(spec), results, f"triton, {spec}")
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 20, 20), (1, 70, 2, 6)], ids=str)
+def test_noise_on_channels_last_images_of_several_blocks(shape: tuple[int, ...]) -> None:
+    """Of pixels, or of channels."""
+    case = CASES["random_start/linf"]
+    arguments = case.arguments(Spec(shape, layout="channels_last"))
+    (expected,) = run(case, arguments, "reference")
+    check_same_bits(run(case, arguments, "triton")[0], expected, str(shape))
+
+
 def test_64_bit_seeds_and_sample_ids() -> None:
     case = CASES["random_start/linf"]
     arguments = case.arguments(Spec((3, 3, 7, 9)))

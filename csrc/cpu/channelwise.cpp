@@ -1,5 +1,6 @@
 // What the attack engine's programs need besides convolutions: passes over images channel by
 // channel. Schemas: fastadv/attacks/convolution.py.
+#include "cpu/scratch.h"
 #include "cpu/tensor.h"
 
 namespace fastadv {
@@ -42,14 +43,14 @@ FASTADV_CLONES void mean_rows(float* means, const BFloat16* x, int64_t pixels, i
   for (int64_t c = 0; c < channels; ++c) means[c] /= float(pixels);
 }
 
-// Gives every pixel of one image its part of the gradient in the means.
+// Gives every pixel of one image its part of the gradient in the means, `share` [C].
 template <bool has_add, bool has_mask>
-FASTADV_CLONES void spread_rows(BFloat16* out, const float* gradient, const BFloat16* add,
+FASTADV_CLONES void spread_rows(BFloat16* out, const float* share, const BFloat16* add,
                                 const BFloat16* mask, int64_t pixels, int64_t channels) {
   for (int64_t row = 0; row < pixels; ++row) {
     const int64_t at = row * channels;
     for (int64_t c = 0; c < channels; ++c) {
-      float v = gradient[c] / float(pixels);
+      float v = share[c];
       if (has_add) v += load(add[at + c]);
       if (has_mask) v = load(mask[at + c]) > 0 ? v : 0;
       store(out[at + c], v);
@@ -161,8 +162,9 @@ void spread_pixel_means_(at::Tensor out, const at::Tensor& gradient, const Optio
   const float* from = gradient.const_data_ptr<float>();
   const BFloat16 *a = pointer(add), *m = pointer(mask);
   for_images(out, [&](int64_t image, int64_t at) {
-    run(to + at, from + image * channels, a ? a + at : nullptr, m ? m + at : nullptr, pixels,
-        channels);
+    auto* share = static_cast<float*>(thread_scratch(channels * int64_t(sizeof(float))));
+    for (int64_t c = 0; c < channels; ++c) share[c] = from[image * channels + c] / float(pixels);
+    run(to + at, share, a ? a + at : nullptr, m ? m + at : nullptr, pixels, channels);
   });
 }
 

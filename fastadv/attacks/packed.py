@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,24 @@ from fastadv.attacks.memory import Memory
 _OPS = torch.ops.fastadv
 
 
+class Epilogue(NamedTuple):
+    """What a kernel does with a convolution y: ``where(mask > 0, relu(y + bias + add), 0)``.
+
+    What is None is left out.
+
+    Attributes:
+        bias: float32 [K].
+        add: channels-last bfloat16 [B, K, H, W].
+        mask: likewise.
+        relu: whether negative values become 0.
+    """
+
+    bias: Tensor | None = None
+    add: Tensor | None = None
+    mask: Tensor | None = None
+    relu: bool = False
+
+
 class Kernel(ABC):
     """One direction of one convolution, its filters packed."""
 
@@ -27,26 +46,14 @@ class Kernel(ABC):
         """Pack the filters [K, C, h, w], times ``scale`` [K], in memory kept."""
 
     @abstractmethod
-    def run(
-        self,
-        memory: Memory,
-        shape: tuple[int, ...],
-        x: Tensor,
-        bias: Tensor | None = None,
-        add: Tensor | None = None,
-        mask: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
-        """``where(mask > 0, relu(convolution of x + bias + add), 0)`` of this shape.
+    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
+        """The convolution of ``x``, and then the epilogue.
 
         Args:
             memory: where the result may be put.
-            shape: of the result [B, K, H, W], and of ``add`` and ``mask``.
+            shape: of the result [B, K, H, W].
             x: channels-last bfloat16 [B, C, H, W].
-            bias: float32 [K].
-            add: channels-last bfloat16.
-            mask: likewise.
-            relu: whether negative values become 0.
+            epilogue: what is done with it before it is stored.
         """
 
 
@@ -62,19 +69,10 @@ class WinogradKernel(Kernel):
         """As in `Kernel.refresh`."""
         _OPS.conv3x3_pack_(self._packed, weight, scale, self._backward)
 
-    def run(
-        self,
-        memory: Memory,
-        shape: tuple[int, ...],
-        x: Tensor,
-        bias: Tensor | None = None,
-        add: Tensor | None = None,
-        mask: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
+    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
         out = memory.take(shape)
-        _OPS.conv3x3_(out, x, self._packed, bias, add, mask, relu)
+        _OPS.conv3x3_(out, x, self._packed, *epilogue)
         return out
 
 
@@ -110,34 +108,14 @@ class GatherKernel(Kernel):
                 filters = torch.cat([weight[:, :, i, j] for i, j in grid.taps], dim=1)
                 grid.packed.copy_(_in_blocks(filters))
 
-    def run(
-        self,
-        memory: Memory,
-        shape: tuple[int, ...],
-        x: Tensor,
-        bias: Tensor | None = None,
-        add: Tensor | None = None,
-        mask: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
+    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
         out = memory.take(shape)
         height, width = out.shape[2:]
         for g in self._grids:
             if g.origin[0] < height and g.origin[1] < width:
-                _OPS.conv_gather_(
-                    out,
-                    x,
-                    g.packed,
-                    g.rows,
-                    g.columns,
-                    self._steps,
-                    g.origin,
-                    bias,
-                    add,
-                    mask,
-                    relu,
-                )
+                where = (g.rows, g.columns, self._steps, g.origin)
+                _OPS.conv_gather_(out, x, g.packed, *where, *epilogue)
         return out
 
 
@@ -209,32 +187,23 @@ class OneDNNKernel(Kernel):
         narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
         self._filters = torch.ops.mkldnn._reorder_convolution_weight(narrow, *self._geometry)
 
-    def run(
-        self,
-        memory: Memory,
-        shape: tuple[int, ...],
-        x: Tensor,
-        bias: Tensor | None = None,
-        add: Tensor | None = None,
-        mask: Tensor | None = None,
-        relu: bool = False,
-    ) -> Tensor:
+    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`; a mask takes a pass of its own."""
-        bias = None if bias is None else bias.to(x.dtype)
-        filters, name = (self._filters, bias, *self._geometry), "relu" if relu else None
-        if add is None:
+        bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
+        filters, name = (self._filters, bias, *self._geometry), "relu" if epilogue.relu else None
+        if epilogue.add is None:
             out = torch.ops.mkldnn._convolution_pointwise(x, *filters, name or "none", [], "")
         else:
             fused = name if self._groups == 1 else None  # it refuses both after grouped ones
             out = torch.ops.mkldnn._convolution_pointwise.binary(
-                x, add, *filters, "add", 1.0, fused, [], None
+                x, epilogue.add, *filters, "add", 1.0, fused, [], None
             )
             out = out if fused == name else out.relu_()
         out = out.contiguous(memory_format=torch.channels_last)
-        if mask is None:
+        if epilogue.mask is None:
             return out
         masked = memory.take(shape)
-        _OPS.merge_gradients_(masked, out, None, mask)
+        _OPS.merge_gradients_(masked, out, None, epilogue.mask)
         return masked
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
 from fastadv.attacks.memory import Memory
+from fastadv.attacks.packed import Epilogue
 from fastadv.attacks.tracing import Untraceable
 
 _OPS = torch.ops.fastadv
@@ -131,9 +132,8 @@ class ConvStep(Step):
         if packed.forward is not None:
             shape = packed.result_shape(x)
             residual = None if residual is None else _as_buffer(residual.expand(shape))
-            out = packed.forward.run(
-                run.memory, shape, x, packed.bias, residual, relu=self.rectifies
-            )
+            epilogue = Epilogue(packed.bias, residual, relu=self.rectifies)
+            out = packed.forward.run(run.memory, shape, x, epilogue)
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
@@ -152,7 +152,7 @@ class ConvStep(Step):
             return
 
         def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
-            return kernel.run(run.memory, x.shape, gradient, add=add, mask=mask)
+            return kernel.run(run.memory, x.shape, gradient, Epilogue(add=add, mask=mask))
 
         run.arrive(self._x, emit)
 
