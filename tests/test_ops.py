@@ -59,11 +59,11 @@ def _layouts(case: OpCase) -> tuple[str, ...]:
 
 
 def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator[Spec]:
-    """Every shape in every layout in float32; in the other dtypes the layouts take turns."""
-    layouts = _layouts(case)
+    """Every shape in every layout in float32; in each other dtype the layouts take turns, another first."""
+    layouts, shift = _layouts(case), case.dtypes.index(dtype)
     everything = dtype == torch.float32 and not (name == "triton" and interpreted(device))
     for turn, shape in enumerate(case.shapes):
-        for layout in layouts if everything else (layouts[turn % len(layouts)],):
+        for layout in layouts if everything else (layouts[(turn + shift) % len(layouts)],):
             yield Spec(shape, dtype, layout, seed=turn, device=device)
     if _biggest(case, device, name).shape == case.large:
         for layout in ("contiguous", "channels_last") if everything else ("contiguous",):

@@ -150,6 +150,8 @@ def _scale(
     """Differences of logits are what is rounded first; the loss weighs them."""
     pair = [logits] if other is None else [logits, other]
     spread = max(float((z.amax(1) - z.amin(1)).max()) for z in pair)
+    if kind == "alp" and other is not None:
+        spread = max(spread, float((logits - other).abs().max()))
     size = (1 + spread) * (1 + weight) * temperature**2
     if kind == "alp":
         size *= 1 + spread
