@@ -95,7 +95,8 @@ struct Boosted {
     C log_rest = rest.log_sum - q.log_sum;  // log(1 - q_best)
     if (sum < C(1e-12)) {                   // next to `best`, powers of the rest may have vanished
       const Replaced<C> hidden(logits.at + best, kMinusInfinity<C>);
-      rest = r.softmax(spare, {logits.at, largest_of<V>(logits.at, r.width)});
+      const C largest = largest_of<V>(logits.at, r.width);
+      rest = r.softmax(spare, {logits.at, largest, logits.upcoming});
       log_rest = std::max(rest.largest - q.largest, kLowest<C>) + rest.log_sum - q.log_sum;
     }
     loss = -q.log_p(r.y) - log_rest;

@@ -13,9 +13,9 @@ namespace {
 
 constexpr int64_t kRowGrain = 8192;  // logits a task works on: it is exponentials that take time
 
-// Reads a row into `to`.
+// Reads a row into `to`, whose gradient is to go to `gradient`, which may be null.
 template <class V, class T, class C = Element<V>>
-FASTADV_INLINE Logits<C> load_row(C* to, const T* from, int classes, int width) {
+FASTADV_INLINE Logits<C> load_row(C* to, const T* from, const C* gradient, int classes, int width) {
   constexpr int kStep = kLanesOf<V>;
   V most = V{} + kMinusInfinity<C>;
   int done = 0;
@@ -29,8 +29,11 @@ FASTADV_INLINE Logits<C> load_row(C* to, const T* from, int classes, int width) 
   for (int i = done; i < classes; ++i) to[i] = load(from[i]);
   for (int i = classes; i < width; ++i) to[i] = kMinusInfinity<C>;
   for (; done < width; done += kStep) most = larger(lanes_at<V>(to + done), most);
+  const auto larger_one = [](V a, V b) __attribute__((always_inline)) { return larger(a, b); };
   return {to,
-          fold_lanes(most, [](V a, V b) __attribute__((always_inline)) { return larger(a, b); })};
+          fold_lanes(most, larger_one),
+          {reinterpret_cast<uintptr_t>(from + classes),
+           reinterpret_cast<uintptr_t>(gradient ? gradient : to), sizeof(T), sizeof(C)}};
 }
 
 template <class T, class C>
@@ -41,8 +44,9 @@ FASTADV_CLONES void scale_row(T* to, const C* from, C factor, int classes) {
 // `other` is null for the losses of one row of logits.
 template <class Kind, class T, class V>
 FASTADV_INLINE void compute_row(Row<V>& row, const T* logits, const T* other) {
-  row.logits = load_row<V>(row.logits.at, logits, row.classes, row.width);
-  if (other) row.other = load_row<V>(row.other.at, other, row.classes, row.width);
+  row.logits = load_row<V>(row.logits.at, logits, row.gradient, row.classes, row.width);
+  if (!other) return Kind::row(row);
+  row.other = load_row<V>(row.other.at, other, row.other_gradient, row.classes, row.width);
   Kind::row(row);
 }
 

@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -197,11 +198,24 @@ FASTADV_INLINE Peak<Element<V>> peak_of(const Element<V>* row, int width) {
   return {std::max(first, 0), largest, first < 0};
 }
 
+// Memory that is needed next: a row of logits, and where a gradient goes. Rows lie in pages of
+// their own, which no processor fetches by itself ahead of the first access.
+struct Upcoming {
+  uintptr_t logits = 0, gradient = 0;
+  int logit_bytes = 0, gradient_bytes = 0;  // of an element
+
+  FASTADV_INLINE void fetch(int i) const {
+    __builtin_prefetch(reinterpret_cast<const void*>(logits + i * logit_bytes));
+    __builtin_prefetch(reinterpret_cast<const void*>(gradient + i * gradient_bytes), 1);
+  }
+};
+
 // A row of logits and the largest of them; NaN are passed over.
 template <class C>
 struct Logits {
   C* at;
   C largest = 0;
+  Upcoming upcoming = {};  // fetched while exponentials are computed
 };
 
 // Softmax of a row.
@@ -218,6 +232,7 @@ struct Softmax {
     const C high = largest, inverse_temperature = 1 / temperature;
     const V lowest = hidden_constant<V>(kLowest<C>);
     set_sum(sum_row<V>(width, [&](int i) __attribute__((always_inline)) {
+      logits.upcoming.fetch(i);
       const V v = larger(lowest, V((lanes_at<V>(logits.at + i) - high) * inverse_temperature));
       const V power = exp_of_negative(v);
       set_lanes(shifted + i, v);
