@@ -51,10 +51,11 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> call(const at::Tensor& logits,
 
 constexpr int64_t kLarge = 1 << 17;  // elements of a gradient that no cache near the core holds
 
-// Whether grad is the number 1, as from `loss.backward()`. Asking a GPU would wait for it.
+// Whether grad is the number 1, as from `loss.backward()`. Asking a GPU would wait for it; zero
+// tensors have no memory.
 bool is_one(const at::Tensor& grad) {
   return grad.dim() == 0 && grad.is_cpu() && grad.scalar_type() == at::kFloat &&
-         *grad.const_data_ptr<float>() == 1;
+         !grad._is_zerotensor() && *grad.const_data_ptr<float>() == 1;
 }
 
 // grad * gradient. An expendable gradient may itself become the result: unchanged, or, a large one,
