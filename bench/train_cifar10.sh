@@ -6,7 +6,8 @@
 #   bench/train_cifar10.sh DATA RUNS 540         stop after so many seconds; the same command goes on from there
 #
 # DATA holds the official files; RUNS gets a folder for each run, log.txt, and at the end report.md and trade_off.png.
-# PYTHON chooses the interpreter, EVAL_IMAGES the number of test images that are attacked.
+# PYTHON chooses the interpreter, in which fastadv, jsonargparse, docstring-parser and pyautoattack are installed;
+# EVAL_IMAGES the number of test images that are attacked.
 set -uo pipefail
 
 [ $# -ge 2 ] || {
