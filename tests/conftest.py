@@ -28,6 +28,14 @@ def cifar10_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.rmtree(root)  # 180 MB that pytest would otherwise keep for three sessions
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fresh_compiler_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What torch.compile keeps on disk outlives a change of an op's signature, which it does not see."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        yield
+
+
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """Fill the memory that torch hands out with NaN, so that an element left unwritten shows."""
