@@ -9,7 +9,7 @@ namespace {
 const char* simd_level() {
 #if FASTADV_HAS_CLONES
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "x86-64-v4 (AVX-512)";
+  if (fastadv::has_avx512()) return "x86-64-v4 (AVX-512)";
   if (__builtin_cpu_supports("x86-64-v3")) return "x86-64-v3 (AVX2)";
   return "x86-64 (SSE2)";
 #elif defined(__aarch64__)

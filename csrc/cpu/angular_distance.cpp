@@ -87,9 +87,8 @@ FASTADV_CLONES void combine(T* out, const T* own, const T* other, Compute<T> alo
 }
 
 template <class T>
-FASTADV_CLONES void combine_both(T* out_u, T* out_v, const T* u, const T* v,
-                                 const Slopes<Compute<T>>& slopes, int64_t n) {
-  const Slopes<Compute<T>> s = slopes;
+FASTADV_CLONES void combine_both(T* out_u, T* out_v, const T* u, const T* v, Slopes<Compute<T>> s,
+                                 int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Compute<T> a = load(u[i]), b = load(v[i]);
     store(out_u[i], s.along_u * a + s.across * b);
@@ -97,32 +96,34 @@ FASTADV_CLONES void combine_both(T* out_u, T* out_v, const T* u, const T* v,
   }
 }
 
-// Fills the gradients in u and v that are defined.
-template <class T>
-void fill_gradients(const at::Tensor& of_u, const at::Tensor& of_v, const at::Tensor& u,
-                    const at::Tensor& v, const at::Tensor& grad, const at::Tensor& moments) {
-  using C = Compute<T>;
+// Both gradients in one pass; slopes(sample) are the Slopes of a sample.
+template <class T, class F>
+void fill_both(const at::Tensor& of_u, const at::Tensor& of_v, const at::Tensor& u,
+               const at::Tensor& v, const F& slopes) {
   const int64_t size = sample_size(u);
-  const bool both = of_u.defined() && of_v.defined();
-  const bool streamed = int64_t((both ? 2 : 1) * u.nbytes()) >= kStreamedBytes;
+  const bool streamed = int64_t(2 * of_u.nbytes()) >= kStreamedBytes;
   parallel_over_samples(u.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
-    const Slopes<C> s(data<C>(grad)[sample], data<C>(moments) + 3 * sample);
-    const int64_t at = sample * size + begin, count = end - begin;
+    const int64_t at = sample * size + begin;
     const T *a = data<T>(u) + at, *b = data<T>(v) + at;
-    if (both) {
-      write_blocks<2>(std::array{data<T>(of_u) + at, data<T>(of_v) + at}, count, streamed,
-                      [&](const auto& to, int64_t first, int64_t n) {
-                        combine_both(to[0], to[1], a + first, b + first, s, n);
-                      });
-      return;
-    }
-    const bool first_alone = of_u.defined();
-    T* out = data<T>(first_alone ? of_u : of_v) + at;
-    if (!first_alone) std::swap(a, b);
-    const C along = first_alone ? s.along_u : s.along_v;
-    write_blocks<1>(std::array{out}, count, streamed,
-                    [&](const auto& to, int64_t first, int64_t n) {
-                      combine(to[0], a + first, b + first, along, s.across, n);
+    write_blocks<2>(std::array{data<T>(of_u) + at, data<T>(of_v) + at}, end - begin, streamed,
+                    [&, s = slopes(sample)](const auto& to, int64_t first, int64_t n) {
+                      combine_both(to[0], to[1], a + first, b + first, s, n);
+                    });
+  });
+}
+
+// The gradient in one of the two, `own`, whose factor is `along`.
+template <class T, class F, class C>
+void fill_one(const at::Tensor& out, const at::Tensor& own, const at::Tensor& other,
+              const F& slopes, C Slopes<C>::* along) {
+  const int64_t size = sample_size(own);
+  const bool streamed = int64_t(out.nbytes()) >= kStreamedBytes;
+  parallel_over_samples(own.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
+    const int64_t at = sample * size + begin;
+    const T *a = data<T>(own) + at, *b = data<T>(other) + at;
+    write_blocks<1>(std::array{data<T>(out) + at}, end - begin, streamed,
+                    [&, s = slopes(sample)](const auto& to, int64_t first, int64_t n) {
+                      combine(to[0], a + first, b + first, s.*along, s.across, n);
                     });
   });
 }
@@ -134,17 +135,24 @@ std::tuple<at::Tensor, at::Tensor> angular_distance_backward(const at::Tensor& g
                                                              bool want_v) {
   const auto pair = aligned({{"u", u}, {"v", v}});
   const auto dtype = compute_dtype(pair[0]);
-  const at::Tensor slopes = per_sample_values(grad, "grad", {u.size(0)}, dtype);
+  const at::Tensor grads = per_sample_values(grad, "grad", {u.size(0)}, dtype);
   const at::Tensor sums = per_sample_values(moments, "moments", {u.size(0), 3}, dtype);
   const Gradient of_u = want_u ? gradient_for(u, pair[0]) : no_gradient(u);
   const Gradient of_v = want_v ? gradient_for(v, pair[0]) : no_gradient(v);
-  if (want_u || want_v) {
-    dispatch_float(pair[0].scalar_type(), "u", [&](auto t) {
-      fill_gradients<decltype(t)>(want_u ? of_u.computed : at::Tensor(),
-                                  want_v ? of_v.computed : at::Tensor(), pair[0], pair[1], slopes,
-                                  sums);
-    });
-  }
+  dispatch_float(pair[0].scalar_type(), "u", [&](auto t) {
+    using T = decltype(t);
+    using C = Compute<T>;
+    const auto slopes = [&](int64_t sample) {
+      return Slopes<C>(data<C>(grads)[sample], data<C>(sums) + 3 * sample);
+    };
+    if (want_u && want_v) {
+      fill_both<T>(of_u.computed, of_v.computed, pair[0], pair[1], slopes);
+    } else if (want_u) {
+      fill_one<T>(of_u.computed, pair[0], pair[1], slopes, &Slopes<C>::along_u);
+    } else if (want_v) {
+      fill_one<T>(of_v.computed, pair[1], pair[0], slopes, &Slopes<C>::along_v);
+    }
+  });
   return {of_u.finished(), of_v.finished()};
 }
 
