@@ -241,7 +241,7 @@ def arrest_compiled(task: Task) -> Run:
 
 def arrest_method(task: Task, recipe: ArrestRecipe) -> Arrest:
     """The trainer's method on a task, whose model is both student and teacher."""
-    from fastadv.attacks.engines import fast_bf16
+    from fastadv.engine.precision import fast_bf16
 
     model = task.twin().to(memory_format=torch.channels_last)
     dtype = torch.bfloat16 if fast_bf16(task.device) else None

@@ -142,7 +142,7 @@ def compare(
 
 def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and the refresh per attack."""
-    from fastadv.attacks.engines import make_engine
+    from fastadv.engine.engines import make_engine
     from fastadv.ops import pgd_step_
 
     engine = make_engine(task.model, task.x, "bf16", "compiled")

@@ -30,8 +30,8 @@ def collect() -> dict[str, Any]:
         ``missing``, why it lacks an implementation, for those it lacks here.
     """
     from fastadv import _C, __version__
-    from fastadv.attacks import convolution
-    from fastadv.attacks.engines import fast_bf16
+    from fastadv.engine import cpu_convolution as convolution
+    from fastadv.engine.precision import fast_bf16
     from fastadv.ops import REGISTRY
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

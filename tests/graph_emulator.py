@@ -69,7 +69,7 @@ class Devices(TorchDispatchMode):
 
 
 class EmulatedRecorder:
-    """Takes the place of `fastadv.attacks.graph.CudaRecorder`.
+    """Takes the place of `fastadv.engine.cuda_graph.CudaRecorder`.
 
     Attributes:
         count: how many recordings were made.

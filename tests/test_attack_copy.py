@@ -15,8 +15,8 @@ from stubborn_models import COPIED_OR_EAGER, BranchesOnBuffer, BranchesOnData
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.attacks import engines
-from fastadv.attacks.copy import AttackCopy
+from fastadv.engine import engines
+from fastadv.engine.copy import AttackCopy
 from fastadv.models import Normalized, small_cnn
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18

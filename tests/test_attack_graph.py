@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.attacks import Attack, graph
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.copy import AttackCopy
-from fastadv.attacks.engines import CopyEngine, Engine
-from fastadv.attacks.graph import GraphCache, padded_size
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cuda_graph import GraphCache, padded_size
+from fastadv.engine.engines import CopyEngine, Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECORDED = [name for name in BALL_ATTACKS if not name.startswith("apgd")]
@@ -28,7 +28,7 @@ RECORDED = [name for name in BALL_ATTACKS if not name.startswith("apgd")]
 def make_engine(
     recorder: Any, model: nn.Module, x: Tensor, precision: str, engine: str, train_mode: bool
 ) -> Engine:
-    """What `fastadv.attacks.engines.make_engine` makes on a GPU, without its compiler."""
+    """What `fastadv.engine.engines.make_engine` makes on a GPU, without its compiler."""
     made = CopyEngine(model, precision, "the reason", inductor=False)
     if engine != "compiled":
         made.graphs = GraphCache(recorder, classes=10, required=engine == "graph")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.attacks import convolution
-from fastadv.attacks.packed import (
+from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.packed_convolution import (
     Epilogue,
     GatherKernel,
     Kernel,

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.attacks import PGD
-from fastadv.attacks.copy import AttackCopy
+from fastadv.engine.copy import AttackCopy
 from fastadv.losses import cross_entropy
 from fastadv.models.small_cnn import SmallCNN, small_cnn
 from fastadv.trainers import (

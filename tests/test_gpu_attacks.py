@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.attacks import Attack
-from fastadv.attacks.graph import CudaRecorder, padded_size
+from fastadv.engine.cuda_graph import CudaRecorder, padded_size
 from fastadv.models.resnet import resnet18
 
 pytestmark = [

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.attacks import convolution, packed
-from fastadv.attacks.copy import AttackCopy, CopiedConv2d
-from fastadv.attacks.program import Program, fused_steps
-from fastadv.attacks.steps import ConvStep, LinearStep, PlainStep, PoolStep
+from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine import packed_convolution as packed
+from fastadv.engine.copy import AttackCopy, CopiedConv2d
+from fastadv.engine.cpu_program import Program, fused_steps
+from fastadv.engine.cpu_steps import ConvStep, LinearStep, PlainStep, PoolStep
 from fastadv.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

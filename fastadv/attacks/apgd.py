@@ -17,12 +17,12 @@ from fastadv.attacks.arguments import check_count
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best, where_images
-from fastadv.attacks.engines import Model
 from fastadv.attacks.objectives import (
     Objective,
     likeliest_wrong_classes,
     targeted_value,
 )
+from fastadv.engine.engines import Model
 from fastadv.ops import checks
 from fastadv.seeding import derive_seed
 

@@ -7,12 +7,11 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.precision import PRECISIONS
 from fastadv.ops import checks
 from fastadv.ops.pgd_step import NORMS
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 ENGINES = ("auto", "eager", "compiled", "graph")
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check_common(*, norm: str, bounds: tuple[float, float], precision: str, engine: str) -> None:
@@ -140,22 +139,6 @@ def check_values(x: Tensor, y: Tensor, bounds: tuple[float, float], num_classes:
         raise ValueError(
             f"y must be in 0 .. {num_classes - 1}, the model's {num_classes} classes, got values "
             f"from {found[2]:.0f} to {found[3]:.0f}"
-        )
-
-
-def check_logits(logits: object, batch: int) -> None:
-    """Check what the model returned.
-
-    Raises:
-        TypeError: no tensor.
-        ValueError: not of shape [B, classes].
-    """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
-    if logits.dim() != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
-        raise ValueError(
-            f"model must return logits of shape ({batch}, classes) with at least 2 classes, "
-            f"got {tuple(logits.shape)}"
         )
 
 

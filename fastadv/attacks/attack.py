@@ -21,10 +21,11 @@ from fastadv.attacks.arguments import (
     check_values,
 )
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.engines import Engine, Model, make_engine, resolve_precision
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.structure import structure_of
+from fastadv.engine.engines import Engine, Model, make_engine
+from fastadv.engine.model_fingerprint import structure_of
+from fastadv.engine.precision import resolve_precision
 from fastadv.ops import checks
 from fastadv.seeding import draw_seed
 

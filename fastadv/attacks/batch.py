@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks.engines import Engine, Gradient
+from fastadv.engine.engines import Engine, Gradient
 from fastadv.ops import pgd_step_, random_start
 from fastadv.ops.checks import over_samples
 

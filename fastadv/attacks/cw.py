@@ -13,9 +13,9 @@ from fastadv.attacks.arguments import check_count, check_limit, check_number
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import where_images
-from fastadv.attacks.engines import Model
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.pgd import PGD
+from fastadv.engine.engines import Model
 
 _INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
 _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from fastadv.attacks.arguments import check_limit
-from fastadv.attacks.engines import Model
 from fastadv.attacks.pgd import PGD
+from fastadv.engine.engines import Model
 
 FGSM_RS_STEP = 1.25  # of eps
 

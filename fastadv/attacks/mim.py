@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import check_limit
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.engines import Model
 from fastadv.attacks.pgd import PGD, Direction
+from fastadv.engine.engines import Model
 from fastadv.ops import momentum_update_
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import check_batch, check_count, check_limit
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.frozen import frozen
+from fastadv.engine.frozen import frozen
 from fastadv.seeding import draw_seed
 
 

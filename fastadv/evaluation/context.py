@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.frozen import frozen
+from fastadv.engine.frozen import frozen
 from fastadv.float32 import full_float32
 
 Model = nn.Module | Callable[[Tensor], Tensor]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks import PGD
-from fastadv.attacks.frozen import frozen
 from fastadv.data import Batches
+from fastadv.engine.frozen import frozen
 from fastadv.trainers.console import duration
 from fastadv.trainers.loop import Loop
 from fastadv.trainers.recipe import AdversarialRecipe

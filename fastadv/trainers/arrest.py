@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv import losses
-from fastadv.attacks.frozen import frozen
+from fastadv.engine.frozen import frozen
 from fastadv.models import check_feature_split
 from fastadv.ops import checks, noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod

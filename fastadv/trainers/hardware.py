@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastadv.attacks.engines import fast_bf16
+from fastadv.engine.precision import fast_bf16
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks import PGD
-from fastadv.attacks.frozen import frozen
 from fastadv.data import ImageData, Loader
+from fastadv.engine.frozen import frozen
 from fastadv.models import check_feature_split
 from fastadv.ops import angular_distance
 from fastadv.seeding import derive_seed

@@ -1,4 +1,4 @@
-"""The steps of a program (see `fastadv.attacks.program`), and what they share during a pass."""
+"""The steps of a program (see `fastadv.engine.cpu_program`), and what they share during a pass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
-from fastadv.attacks.memory import Memory
-from fastadv.attacks.packed import Epilogue
-from fastadv.attacks.tracing import Untraceable
+from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.packed_convolution import Epilogue
+from fastadv.engine.tracing import Untraceable
 
 _OPS = torch.ops.fastadv
 

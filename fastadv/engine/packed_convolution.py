@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.attacks import convolution
-from fastadv.attacks.memory import Memory
+from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.buffer_pool import Memory
 
 _OPS = torch.ops.fastadv
 

@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastadv.attacks.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
-from fastadv.attacks.memory import Memory
-from fastadv.attacks.steps import (
+from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.cpu_steps import (
     ConvStep,
     LinearStep,
     Pass,

@@ -6,7 +6,6 @@ holds the model still; inside it ``logits`` and ``gradient`` are called as often
 
 from __future__ import annotations
 
-import platform
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -16,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import COMPUTE_DTYPES, check_logits
-from fastadv.attacks.copy import AttackCopy
-from fastadv.attacks.frozen import frozen
-from fastadv.attacks.graph import CudaRecorder, GraphCache
-from fastadv.attacks.program import Program
-from fastadv.attacks.tracing import Untraceable, stand_in
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_program import Program
+from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
+from fastadv.engine.frozen import frozen
+from fastadv.engine.precision import COMPUTE_DTYPES
+from fastadv.engine.tracing import Untraceable, stand_in
 from fastadv.float32 import full_float32
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -91,6 +90,22 @@ class Engine(ABC):
                 found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
         _check_gradient(found[0] is not None)
         return Gradient(value.detach(), logits.detach(), found[0])
+
+
+def check_logits(logits: object, batch: int) -> None:
+    """Check what the model returned.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: not of shape [B, classes].
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
+    if logits.dim() != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+        raise ValueError(
+            f"model must return logits of shape ({batch}, classes) with at least 2 classes, "
+            f"got {tuple(logits.shape)}"
+        )
 
 
 def _at_logits(output: Tensor, value_of: ValueOfLogits) -> tuple[Tensor, Tensor]:
@@ -200,26 +215,6 @@ class ProgramEngine(_OnACopy):
 
 def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu":
-        return False
-    if platform.machine() == "x86_64":
-        # oneDNN takes bfloat16 on any AVX-512, but emulates it where the instructions are missing.
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def resolve_precision(precision: str, model: object, x: Tensor) -> str:
-    """The precision that ``"auto"`` stands for: bf16 for modules where the hardware has it."""
-    if precision != "auto":
-        return precision
-    narrow = isinstance(model, nn.Module) and x.dtype != torch.float64 and fast_bf16(x.device)
-    return "bf16" if narrow else "fp32"
 
 
 def make_engine(

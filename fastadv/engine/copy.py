@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from fastadv.attacks.packed import PackedConv2d
-from fastadv.attacks.tracing import trace
+from fastadv.engine.packed_convolution import PackedConv2d
+from fastadv.engine.tracing import trace
 
 _FEW_WEIGHTS = 2**16  # of a linear layer
 
@@ -183,7 +183,7 @@ class AttackCopy(nn.Module):
         model: the live model; it is traced in eval mode and keeps its own modes.
         dtype: of weights and activations; logits come out in float32.
         pack: hold convolutions in the form of our own CPU kernel where it serves. Such a copy is run by
-            `fastadv.attacks.program.Program`, not called.
+            `fastadv.engine.cpu_program.Program`, not called.
 
     Raises:
         Untraceable: with the reason, when the model cannot be copied.
