@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
+from fastadv.fields import check_fields
+from fastadv.ops.values import check_radius
 from fastadv.trainers.number import Number
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -101,6 +103,7 @@ class Recipe:
     presets: ClassVar[Presets] = {"paper": {}}
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("epochs", "batch_size", "monitor_images", "monitor_every", "max_bad_steps"):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
@@ -131,8 +134,6 @@ class Recipe:
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(self.schedule).__name__}")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -189,6 +190,7 @@ class AdversarialRecipe(Recipe):
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
+        check_radius("eps", self.eps, "linf", (0.0, 1.0))
 
 
 def check_field(recipe: Recipe, name: str, at_least: float) -> None:
