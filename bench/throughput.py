@@ -142,6 +142,9 @@ def compare(
 
 def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and the refresh per attack."""
+    import fastadv
+    from fastadv.engine.engines import unwrapped
+    from fastadv.engine.recording import record
     from fastadv.ops import pgd_step_
 
     attack = fastadv.PGD(task.model, precision="bf16", engine="compiled")

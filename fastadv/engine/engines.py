@@ -288,8 +288,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         hooks = model._forward_hooks or model._forward_pre_hooks
         if isinstance(model, torch._dynamo.OptimizedModule):
-            model = cast(nn.Module, model._orig_mod)
+            model = model._orig_mod
         elif type(model) in _WRAPPERS and not hooks:
-            model = model.module
+            model = cast(nn.Module, model.module)
         else:
             return model
