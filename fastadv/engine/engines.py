@@ -206,7 +206,8 @@ class _OnACopy(Engine):
     def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
         self.precision, self.reason = precision, reason
         self._careful = tape.own_functions
-        self._example = recording.images[:2].detach().clone()
+        images = recording.images.detach()
+        self._example = (images[:2] if tape.only_batch is None else images).clone()
 
     def refresh(self, recording: Recording) -> None:
         """Bring over the weights that the live model has used."""

@@ -41,7 +41,7 @@ _PROBES = 2  # images that prove a copy at every use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
 # The largest distance of an image's centred logits from the live ones, and the smallest cosine of its gradient.
-LOGITS = {"fp32": 1e-3, "bf16": 0.2, "fp16": 0.1}
+LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
 COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
 
 
@@ -152,22 +152,29 @@ class EngineCache:
     def _proven(self, model: nn.Module, x: Tensor, kept: list[_Copy]) -> Ready | None:
         """The kept copy whose operations and logits are the model's; None where there is none."""
         batch = x.shape[0]
-        known = any(batch in copy.sizes for copy in kept)
+        known = [copy for copy in kept if batch in copy.sizes]
+        # Few images tell enough once a whole batch of this size has been seen.
+        few = known and all(copy.tape.only_batch is None for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
-        images = _finite(x[: _PROBES if known and kept[0].tape.only_batch is None else batch])
-        recording = record(model, images, careful=careful)
-        for copy in kept:
-            if copy.evidence and copy.tape.describes(recording):
-                copy.engine.refresh(recording)
-                if _same_logits(copy.engine, recording):
-                    copy.sizes.add(batch)
-                    kept.remove(copy)
-                    kept.insert(0, copy)  # the next use tries it first
-                    return Ready(copy.engine, recording)
+        for size in dict.fromkeys((_PROBES if few else batch, batch)):
+            recording = record(model, _finite(x[:size]), careful=careful)
+            copy = _described(recording, known if size < batch else kept)
+            if copy is not None:
                 kept.remove(copy)
-                return None
+                copy.engine.refresh(recording)
+                if not _same_logits(copy.engine, recording):
+                    return None
+                copy.sizes.add(batch)
+                kept.insert(0, copy)  # the next use tries it first
+                return Ready(copy.engine, recording)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
+
+
+def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:
+    """The copy that is made of the operations recorded."""
+    fitting = (copy for copy in copies if copy.evidence and copy.tape.describes(recording))
+    return next(fitting, None)
 
 
 def _kind(x: Tensor, wish: Wish) -> Hashable:
