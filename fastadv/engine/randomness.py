@@ -52,7 +52,7 @@ def _is_seeded(name: str) -> bool:
     """Whether torch marks an operator of this name as drawing from a generator."""
     known = _seeded.get(name)
     if known is None:
-        packet = getattr(torch.ops.aten, name, None)
+        packet: Any = getattr(torch.ops.aten, name, None)
         is_operator = isinstance(packet, torch._ops.OpOverloadPacket)
         overloads = [getattr(packet, o) for o in packet.overloads()] if is_operator else []
         known = any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
