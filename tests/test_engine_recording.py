@@ -190,6 +190,26 @@ def test_what_bfloat16_has_not_is_copied_in_float32() -> None:
     assert worst_cosine(gradient(attack, model, x, Y), live_gradient(model, x, Y)) > 0.95
 
 
+def alternates(m: Any, x: Tensor) -> Tensor:
+    m.calls += 1
+    return m.net(x if m.calls % 2 else x.flip(3))
+
+
+def test_a_model_that_acts_on_the_number_of_its_calls_runs_live() -> None:
+    with pytest.warns(UserWarning, match="change from call to call"):
+        fastadv.PGD(Written(alternates, calls=0), steps=1)(images(4), Y[:4])
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_lazy_modules_must_have_their_weights(precision: str) -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    attack = fastadv.PGD(model, steps=1, precision=precision)
+    with pytest.raises(ValueError, match=r"'0.weight' without a shape; call the model once"):
+        attack(images(4), Y[:4])
+    model(images(1))
+    attack(images(4), Y[:4])
+
+
 class PythonsRandom:
     def __init__(self) -> None:
         self.rng = random.Random(0)
@@ -201,6 +221,7 @@ FLIPS: dict[str, tuple[Callable[[Any], float], dict[str, Any]]] = {
     "an own random.Random": (lambda m: m.holder.rng.random(), {"holder": PythonsRandom()}),
     "an own numpy generator": (lambda m: m.rng.random(), {"rng": np.random.default_rng(0)}),
     "an own RandomState": (lambda m: m.rng.rand(), {"rng": np.random.RandomState(0)}),
+    "the system's": (lambda m: random.SystemRandom().random(), {}),
     "torch": (lambda m: float(torch.rand(())), {}),
     "an own torch generator": (
         lambda m: float(torch.rand((), generator=m.rng)),

@@ -25,7 +25,7 @@ from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
 from fastadv.engine.engines import Engine, Model, unwrapped
 from fastadv.engine.frozen import lock_of
-from fastadv.engine.selection import EngineCache, Ready, Wish
+from fastadv.engine.selection import EngineCache, Wish
 from fastadv.ops import checks
 from fastadv.seeding import draw_seed
 
@@ -141,8 +141,8 @@ class Attack(ABC):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
                 check_images(x, settings.bounds)
-            engine, recording = self._ready(x)
-            with engine.session(self.model, seed, recording):
+            engine = self._ready(x)
+            with engine.session(self.model, seed, current=True):
                 batch = Batch(
                     engine,
                     engine.images(x),
@@ -167,7 +167,7 @@ class Attack(ABC):
             )
         return adv
 
-    def _ready(self, x: Tensor) -> Ready:
+    def _ready(self, x: Tensor) -> Engine:
         settings = self.settings
         wish = Wish(settings.precision, settings.engine, settings.train_mode)
         return self._engines.ready(self.model, x, wish)
@@ -199,7 +199,7 @@ class Attack(ABC):
     def engine_for(self, x: Tensor) -> Engine:
         """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
         with self._alone(), _own_context(x.device):
-            return self._ready(x).engine
+            return self._ready(x)
 
     def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
         if eps is None:

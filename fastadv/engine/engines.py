@@ -48,14 +48,14 @@ class Engine(ABC):
 
     @abstractmethod
     def session(
-        self, model: Model, seed: int, recording: Recording | None = None
+        self, model: Model, seed: int, current: bool = False
     ) -> AbstractContextManager[None]:
         """A context in which the model's weights are current and it is held still.
 
         Args:
             model: the live model the engine was made for.
             seed: of random numbers that the model draws.
-            recording: of the model as it is now, where there is one.
+            current: the engine has the model's weights already, as `fastadv.engine.selection` hands it out.
         """
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -152,9 +152,7 @@ class EagerEngine(Engine):
         self._weights = torch.float32
 
     @contextmanager
-    def session(
-        self, model: Model, seed: int, recording: Recording | None = None
-    ) -> Iterator[None]:
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Freeze the live model; it is as before on leaving."""
         # Held for the session only, so that a cached engine keeps no model alive.
         self._model, self._weights = model, _weights_dtype(model)
@@ -214,11 +212,9 @@ class _OnACopy(Engine):
         self._copy.refresh(recording)
 
     @contextmanager
-    def session(
-        self, model: Model, seed: int, recording: Recording | None = None
-    ) -> Iterator[None]:
-        """Bring the live weights over, unless ``recording`` says that this was done."""
-        if recording is None:
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Bring the live weights over, unless they are here."""
+        if not current:
             assert isinstance(model, nn.Module)
             self.refresh(record(unwrapped(model), self._example, careful=self._careful))
         yield
@@ -241,11 +237,17 @@ class CopyEngine(_OnACopy):
         self._copy = AttackCopy(tape, recording, dtype)
         self._narrow_range = precision == "fp16"
         self._run: Callable[[Tensor], Tensor] = (
-            torch.compile(self._copy) if inductor else self._copy
+            torch.compile(self._copy, fullgraph=True) if inductor else self._copy
         )
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+        try:
+            return self._run(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                "engine must be 'auto' or 'eager' for this model, got 'compiled': torch.compile "
+                f"fails: {error}"
+            ) from error
 
 
 class ProgramEngine(_OnACopy):
@@ -286,11 +288,11 @@ _WRAPPERS = (
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside wrappers that only hand images on to it, and inside `torch.compile`'s."""
-    while True:
-        hooks = model._forward_hooks or model._forward_pre_hooks
+    while not (model._forward_hooks or model._forward_pre_hooks):
         if isinstance(model, torch._dynamo.OptimizedModule):
             model = model._orig_mod
-        elif type(model) in _WRAPPERS and not hooks:
+        elif type(model) in _WRAPPERS:
             model = cast(nn.Module, model.module)
         else:
-            return model
+            break
+    return model

@@ -30,7 +30,17 @@ def frozen(
         freeze_parameters: whether parameters stop to require grad.
         seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
             random state is put back. None leaves the random state alone.
+
+    Raises:
+        ValueError: the model has lazy modules, whose weights have no shape yet.
     """
+    if isinstance(model, nn.Module):
+        for name, parameter in model.named_parameters():
+            if nn.parameter.is_lazy(parameter):
+                raise ValueError(
+                    f"model must have all its weights, got {name!r} without a shape; call the model "
+                    "once on a batch of images first"
+                )
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             stack.enter_context(_kept_modes(model, freeze_parameters))

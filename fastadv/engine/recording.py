@@ -68,6 +68,7 @@ class Recording:
         images: the images, a leaf that requires grad.
         logits: the model's result, with its autograd graph.
         output: the place of the result.
+        gradients: whether the autograd graph was kept.
         autocast: whether the forward pass enters autocast.
         own_functions: whether it calls an autograd function of its own.
     """
@@ -79,6 +80,7 @@ class Recording:
     images: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     logits: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
     output: int = -1
+    gradients: bool = True
     autocast: bool = False
     own_functions: bool = False
 
@@ -88,7 +90,7 @@ class Recording:
         return [p for p in range(1, len(self.values)) if p not in computed]
 
 
-def record(model: nn.Module, images: Tensor, *, careful: bool) -> Recording:
+def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
     """Run a model on images in eval mode and record what it does.
 
     Modes, buffers and attributes of the modules are as before on return.
@@ -98,18 +100,33 @@ def record(model: nn.Module, images: Tensor, *, careful: bool) -> Recording:
         images: [B, ...]; not written to.
         careful: also look for random numbers that torch does not draw, and into autograd functions. This is done
             when an engine is built, and where a model is known to have such functions.
+        gradients: keep the autograd graph. Without it a large batch takes little memory.
 
     Raises:
         Unrecordable: with the reason why no copy of this model can be made.
         Exception: whatever the model itself raises.
     """
+    with held(model):
+        return recorded(model, images, careful=careful, gradients=gradients)
+
+
+@contextmanager
+def held(model: nn.Module) -> Iterator[None]:
+    """Within, a model is in eval mode and may be recorded; on leaving, it is as it was.
+
+    Raises:
+        Unrecordable: the model has backward hooks.
+    """
     _refuse_backward_hooks(model)
-    with (
-        frozen(model, freeze_parameters=False),
-        _kept_attributes(model),
-        _uncompiled(model),
-        torch.enable_grad(),
-    ):
+    with frozen(model, freeze_parameters=False), _kept_attributes(model), _uncompiled(model):
+        yield
+
+
+def recorded(
+    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True
+) -> Recording:
+    """As `record`, for a model that is `held`."""
+    with torch.set_grad_enabled(gradients):
         if not careful:
             return _Recorder(images).run(model)
         found: list[Recording] = []
@@ -136,6 +153,10 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise Unrecordable(f"module {name or type(module).__name__!r} has backward hooks")
+        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
+            raise Unrecordable(
+                f"the weights of {name or type(module).__name__!r} have no shape yet"
+            )
 
 
 @contextmanager
@@ -207,6 +228,7 @@ class _Recorder(TorchFunctionMode):
     def run(self, model: nn.Module) -> Recording:
         """Record the model on a copy of the images that is no leaf, so that it may write to it."""
         recording = self._recording
+        recording.gradients = torch.is_grad_enabled()
         batch = recording.images.clone()
         self._add(batch, depends=True)
         with self:
@@ -374,6 +396,8 @@ class _Recorder(TorchFunctionMode):
                 self._inside -= 1
                 if arg is not None and not self._refusal:
                     self._record_own_function(cls, args, arg)
+            elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
+                self._refusal = "its forward draws random numbers (the system's)"
 
         sys.setprofile(watch)
         try:
@@ -383,7 +407,8 @@ class _Recorder(TorchFunctionMode):
 
     def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
         self._recording.own_functions = True
-        with torch._C.DisableTorchFunction(), torch.enable_grad(), suppress(Unrecordable):
+        kept = torch.set_grad_enabled(self._recording.gradients)
+        with torch._C.DisableTorchFunction(), kept, suppress(Unrecordable):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 

@@ -30,9 +30,9 @@ from fastadv.engine.engines import (
     as_model_takes,
     unwrapped,
 )
-from fastadv.engine.errors import Unrecordable
+from fastadv.engine.errors import DependsOnBatch, Unrecordable
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recording import Recording, record
+from fastadv.engine.recording import Recording, held, record, recorded
 from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
 
@@ -51,13 +51,6 @@ class Wish(NamedTuple):
     precision: str
     engine: str
     train_mode: bool
-
-
-class Ready(NamedTuple):
-    """An engine that is right for the model as it is now, and the recording that says so."""
-
-    engine: Engine
-    recording: Recording | None
 
 
 @dataclass
@@ -82,7 +75,7 @@ class EngineCache:
         """Copies and pickles are empty: engines are built where they are used."""
         return EngineCache, ()
 
-    def ready(self, model: Model, x: Tensor, wish: Wish) -> Ready:
+    def ready(self, model: Model, x: Tensor, wish: Wish) -> Engine:
         """The engine for images like ``x``, proven and with the model's current weights.
 
         Args:
@@ -107,7 +100,7 @@ class EngineCache:
             raise ValueError(
                 f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
             )
-        return Ready(self._live(model, x, wish, precision, f"{obstacle}"), None)
+        return self._live(model, x, wish, precision, f"{obstacle}")
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
@@ -128,7 +121,7 @@ class EngineCache:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
         return EagerEngine(precision, reason, wish.train_mode, draws)
 
-    def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Ready:
+    def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Engine:
         """A copy that is the model, kept or new.
 
         Raises:
@@ -142,14 +135,14 @@ class EngineCache:
             found = self._proven(model, x, kept)
             if found is not None:
                 return found
-        made, recording = _build(model, x, precision, wish)
+        made = _build(model, x, precision, wish)
         if made.engine.precision != precision and wish.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
-        return Ready(made.engine, recording)
+        return made.engine
 
-    def _proven(self, model: nn.Module, x: Tensor, kept: list[_Copy]) -> Ready | None:
+    def _proven(self, model: nn.Module, x: Tensor, kept: list[_Copy]) -> Engine | None:
         """The kept copy whose operations and logits are the model's; None where there is none."""
         batch = x.shape[0]
         known = [copy for copy in kept if batch in copy.sizes]
@@ -157,7 +150,8 @@ class EngineCache:
         few = known and all(copy.tape.only_batch is None for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
         for size in dict.fromkeys((_PROBES if few else batch, batch)):
-            recording = record(model, _finite(x[:size]), careful=careful)
+            # Whole batches are large: their graph is not kept.
+            recording = record(model, _finite(x[:size]), careful=careful, gradients=size <= _PROBES)
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 kept.remove(copy)
@@ -166,7 +160,7 @@ class EngineCache:
                     return None
                 copy.sizes.add(batch)
                 kept.insert(0, copy)  # the next use tries it first
-                return Ready(copy.engine, recording)
+                return copy.engine
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
 
@@ -204,7 +198,7 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
     return None
 
 
-def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> tuple[_Copy, Recording]:
+def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> _Copy:
     """A copy in the narrowest precision whose gradients are the model's.
 
     Raises:
@@ -224,34 +218,45 @@ def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> tuple[_Co
         if fault is None:
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            evidence = bool(torch.isfinite(live.grad).all() and live.grad.abs().sum() > 0)
-            return _Copy(tape, engine, evidence, {x.shape[0]}), recording
+            return _Copy(tape, engine, _tells(live), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
 
 
 def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
-    """The model's operations, and a recording to compare gradients with."""
-    batch = x.shape[0]
+    """The model's operations, and a recording to compare gradients with.
+
+    Raises:
+        Unrecordable: no copy can be made.
+    """
     try:
-        first, second = (record(model, _some(x, size), careful=True) for size in _SIZES)
+        # Held once for both, so that a model which counts its calls, and acts on it, shows that.
+        with held(model):
+            first, second = (recorded(model, _some(x, size), careful=True) for size in _SIZES)
         tape = tape_of(first, second)
-        whole = second if batch in _SIZES else record(model, _finite(x), careful=tape.own_functions)
+        whole = record(model, _finite(x), careful=tape.own_functions, gradients=False)
         if tape.describes(whole):
             return tape, second
-    except Unrecordable as error:
-        if "batch size" not in str(error) and "number of images" not in str(error):
-            raise
+    except DependsOnBatch:
+        pass
+    except Unrecordable:
+        raise
     except (
         Exception
     ):  # the model may take batches of one size alone; if not, its own error comes now
         pass
-    whole = record(model, _finite(x), careful=True)
-    again = record(model, _finite(x), careful=True)
-    tape = tape_for_one_size(whole)
-    if not tape.describes(again):
+    with held(model):
+        first, second = (recorded(model, _finite(x), careful=True) for _ in _SIZES)
+    tape = tape_for_one_size(first)
+    if not tape.describes(second):
         raise Unrecordable("its operations change from call to call")
-    return tape, whole
+    return tape, second
+
+
+def _tells(live: Gradient) -> bool:
+    """Whether the gradients of the live model can tell a right copy from a wrong one."""
+    sizes = live.grad.flatten(1).abs().sum(1)
+    return bool((sizes.isfinite() & (sizes > 0)).any())
 
 
 def _some(x: Tensor, size: int) -> Tensor:

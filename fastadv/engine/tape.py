@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastadv.engine.errors import Unrecordable
+from fastadv.engine.errors import DependsOnBatch, Unrecordable
 from fastadv.engine.recording import Op, Recording, Ref, refs
+
+_VARIES = "its operations depend on the number of images, or change from call to call"
 
 
 class BatchNumber(NamedTuple):
@@ -50,7 +52,7 @@ class Tape:
 
     def describes(self, recording: Recording) -> bool:
         """Whether the network of a recording is this one."""
-        batch = recording.images.shape[0]
+        batch, gradients = recording.images.shape[0], recording.gradients
         if self.only_batch not in (None, batch) or len(self.ops) != len(recording.ops):
             return False
         if self.output != recording.output or self.autocast != recording.autocast:
@@ -58,7 +60,9 @@ class Tape:
         if self.external != _external(recording):
             return False
         return all(
-            _same_call(mine, theirs, batch)
+            _same_head(mine, theirs, gradients)
+            and _same(mine.args, theirs.args, batch)
+            and _same(mine.kwargs, theirs.kwargs, batch)
             for mine, theirs in zip(self.ops, recording.ops, strict=True)
         )
 
@@ -71,11 +75,11 @@ def tape_of(first: Recording, second: Recording) -> Tape:
     """
     sizes = (first.images.shape[0], second.images.shape[0])
     if len(first.ops) != len(second.ops) or first.output != second.output:
-        raise Unrecordable("its operations depend on the number of images or on chance")
+        raise DependsOnBatch(_VARIES)
     merged = []
     for a, b in zip(first.ops, second.ops, strict=True):
-        if not _same_head(a, b):
-            raise Unrecordable("its operations depend on the number of images or on chance")
+        if not _same_head(a, b, True):
+            raise DependsOnBatch(_VARIES)
         args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), sizes)
         merged.append(
             Op(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
@@ -83,7 +87,7 @@ def tape_of(first: Recording, second: Recording) -> Tape:
     for place in first.external():
         one, other = first.values[place], second.values[place]
         if one is not other and not _equal(one, other):
-            raise Unrecordable("its forward uses tensors that change from call to call")
+            raise DependsOnBatch(_VARIES)
     return _tape(first, tuple(merged), None)
 
 
@@ -140,21 +144,14 @@ def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
     return tuple(dynamic)
 
 
-def _same_head(a: Op, b: Op) -> bool:
+def _same_head(a: Op, b: Op, gradients: bool) -> bool:
+    """Whether two ops call one function; ``gradients``: both with, or both without gradients."""
     return (
         (a.function is b.function or a.function == b.function)
         and a.place == b.place
-        and a.with_gradient == b.with_gradient
+        and (not gradients or a.with_gradient == b.with_gradient)
         and a.writes == b.writes
         and a.result_dim == b.result_dim
-    )
-
-
-def _same_call(mine: Op, theirs: Op, batch: int) -> bool:
-    return (
-        _same_head(mine, theirs)
-        and _same(mine.args, theirs.args, batch)
-        and _same(mine.kwargs, theirs.kwargs, batch)
     )
 
 
@@ -197,10 +194,10 @@ def _merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
             )
         return BatchNumber(slope, a - slope * sizes[0])
     if type(a) is not type(b):
-        raise Unrecordable("its operations depend on the number of images or on chance")
+        raise DependsOnBatch(_VARIES)
     if isinstance(a, Ref):
         if a != b:
-            raise Unrecordable("its operations depend on the number of images or on chance")
+            raise DependsOnBatch(_VARIES)
         return a
     if isinstance(a, (tuple, list)) and len(a) == len(b):
         items = [_merged(x, y, sizes) for x, y in zip(a, b, strict=True)]
@@ -212,7 +209,7 @@ def _merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
         return slice(*(_merged(getattr(a, p), getattr(b, p), sizes) for p in parts))
     if _same_number(a, b):
         return a
-    raise Unrecordable(f"an argument of its forward depends on the batch size or on chance ({a!r})")
+    raise DependsOnBatch(_VARIES)
 
 
 def _has_batch_number(value: Any) -> bool:
