@@ -39,7 +39,7 @@ def test_presets_change_fields_of_their_recipe(name: str) -> None:
 def test_acts_official_preset_has_the_numbers_of_its_authors_code() -> None:
     recipe = ActRecipe.preset("official")
     assert (recipe.temperature, recipe.attack_divergence) == (4.0, "sum")
-    assert recipe.schedule == MultiStep((60, 120, 160), 0.2)
+    assert recipe.schedule == MultiStep((59, 119, 159), 0.2)
     same = {"temperature": 1.0, "attack_divergence": "mean", "schedule": ActRecipe().schedule}
     assert dataclasses.replace(recipe, **same) == ActRecipe()
 
@@ -75,7 +75,7 @@ def test_options_win_over_configs_and_configs_over_presets(
     config.write_text("temperature: 3\nweight: 0.5\n")
     official = printed(capsys, "--preset", "official")
     assert (official["temperature"], official["attack_divergence"]) == (4.0, "sum")
-    assert official["schedule"]["init_args"]["milestones"] == [60, 120, 160]
+    assert official["schedule"]["init_args"]["milestones"] == [59, 119, 159]
 
     for words in (["--preset", "official"], ["--preset=official"]):
         mixed = printed(capsys, "--config", str(config), *words, "--weight", "0.7")
@@ -84,7 +84,7 @@ def test_options_win_over_configs_and_configs_over_presets(
         # The place of the preset in the command line does not matter.
         assert printed(capsys, "--temperature", "2", *words)["temperature"] == 2.0
     part = printed(capsys, "--preset", "official", "--schedule.gamma", "0.5")
-    assert part["schedule"]["init_args"] == {"milestones": [60, 120, 160], "gamma": 0.5}
+    assert part["schedule"]["init_args"] == {"milestones": [59, 119, 159], "gamma": 0.5}
 
 
 def test_a_config_may_name_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_a_run_records_the_numbers_and_not_the_preset(tmp_path: Path) -> None:
     recipe = json.loads((run / "run.json").read_text())["recipe"]
     assert (recipe["temperature"], recipe["weight"]) == (4.0, 0.7)
     assert recipe["attack_divergence"] == "sum"
-    assert recipe["schedule"]["milestones"] == [60, 120, 160]
+    assert recipe["schedule"]["milestones"] == [59, 119, 159]
     assert "preset" not in recipe
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["temperature"] == 4.0 and "preset" not in config
@@ -133,5 +133,5 @@ def test_a_recipe_of_ones_own_has_its_parents_presets() -> None:
         extra: int = 1
 
     assert Mine.preset("official", extra=2) == Mine(
-        extra=2, temperature=4.0, attack_divergence="sum", schedule=MultiStep((60, 120, 160), 0.2)
+        extra=2, temperature=4.0, attack_divergence="sum", schedule=MultiStep((59, 119, 159), 0.2)
     )

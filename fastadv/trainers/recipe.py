@@ -31,7 +31,7 @@ class Recipe:
         lr: learning rate that the schedule scales.
         schedule: how the learning rate changes over the run.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
-        momentum: of SGD.
+        momentum: of SGD; a schedule that cycles the momentum has its own numbers for it.
         nesterov: Nesterov's form of the momentum.
         weight_decay: of SGD, on all parameters.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
@@ -133,6 +133,12 @@ class Recipe:
             raise ValueError("nesterov needs momentum > 0, got 0")
         if not isinstance(self.schedule, Schedule):
             raise TypeError(f"schedule must be a Schedule, got {type(self.schedule).__name__}")
+        cycled = self.schedule.momentum(0.0, self.epochs) is not None
+        if cycled and self.momentum != type(self).momentum:
+            raise ValueError(
+                f"momentum must be left at {type(self).momentum} with a {type(self.schedule).__name__} schedule "
+                f"that cycles it, got {self.momentum}; set the schedule's base_momentum and max_momentum"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -157,6 +163,11 @@ class Recipe:
         """Return the learning rate after so many epochs, counted from 0."""
         rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
         return self.lr * rise * self.schedule.factor(epoch, self.epochs)
+
+    def momentum_at(self, epoch: float) -> float:
+        """Return the momentum after so many epochs, counted from 0."""
+        cycled = self.schedule.momentum(epoch, self.epochs)
+        return self.momentum if cycled is None else cycled
 
 
 @dataclass(frozen=True, kw_only=True)
