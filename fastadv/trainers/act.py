@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastadv import losses
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
-from fastadv.trainers.natural import NaturalMethod
+from fastadv.trainers.natural import NaturalMethod, NaturalRecipe
 from fastadv.trainers.number import Number
-from fastadv.trainers.pair import PairRecipe, pair_metrics
+from fastadv.trainers.pair import pair_metrics
 from fastadv.trainers.recipe import Presets, check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -21,12 +21,12 @@ _FIFTH_AT_60_120_AND_160 = MultiStep((59, 119, 159), 0.2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ActRecipe(PairRecipe):
+class ActRecipe(NaturalRecipe):
     """Numbers of the paper for CIFAR; for ImageNet weight is .5.
 
     The preset "official", the authors' code (NeurAI-Lab/ACT), differs in the temperature, 4, in the attack, whose
-    divergence is a sum, and in the drops of the learning rate, which come with the 60th, 120th and 160th epoch. Those
-    of the paper are taken to come after the 60th, 120th and 150th.
+    divergence is a sum, and in the drops of the learning rate. They come with the 60th, 120th and 160th epoch;
+    those of the paper are taken to come after the 60th, 120th and 150th.
 
     Attributes:
         weight: alpha in the paper, of each model's divergence from the other.

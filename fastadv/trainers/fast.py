@@ -19,8 +19,8 @@ class FastRecipe(AdversarialRecipe):
 
     The top of the triangle is in the middle of the run and the momentum falls from .9 to .8 towards it, as in the
     authors' code (locuslab/fast_adversarial). The step is to be set together with another eps. Both presets have
-    these numbers. What "official" does not reproduce of that code: there the model is attacked in training mode, so
-    that running statistics move twice per batch.
+    these numbers. What "official" does not reproduce of that code: there the model is attacked in training mode,
+    so that running statistics move twice per batch.
     """
 
     epochs: int = 15

@@ -72,7 +72,7 @@ class MultiStep(Schedule):
         gamma: factor of each drop.
     """
 
-    milestones: tuple[Number, ...] = (75, 90)
+    milestones: tuple[int | Number, ...] = (75, 90)
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
