@@ -68,7 +68,7 @@ def write_through(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Let errors of the operating system name the file that was to be written, and say what to do."""
     try:
         yield
