@@ -72,6 +72,7 @@ def examine(
     buffers = [buffer.clone() for buffer in model.buffers()]
     modes = [module.training for module in model.modules()]
     row |= attacked(model, x, y, logits, gradient)
+    tell("the plain loop in bfloat16")
     row["bf16_cosine"] = autocast_cosine(model, x, y, gradient)
     same = all(map(torch.equal, buffers, model.buffers()))
     if not same or modes != [module.training for module in model.modules()]:
@@ -185,13 +186,14 @@ def draw_constants(model: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, size: int, device: torch.device) -> None:
-    """Set BatchNorm's statistics to those of random images, all batches weighted alike; leave eval mode."""
+    """Set BatchNorm's statistics to those of random images, all batches weighted alike; eval mode is left on."""
     model.eval()
-    momenta = {m: m.momentum for m in model.modules() if _keeps_statistics(m)}
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    momenta = [norm.momentum for norm in norms]
     sparse = [m for m in model.modules() if all(hasattr(m, name) for name in _MEAN_SPARSE)]
-    if not momenta and not sparse:
+    if not norms and not sparse:
         return
-    for norm in momenta:
+    for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.train()
@@ -201,13 +203,9 @@ def calibrate(model: nn.Module, size: int, device: torch.device) -> None:
         for _ in range(_CALIBRATION_BATCHES):
             model(random_images(_CALIBRATION_IMAGES, size, device))
         _set(parts, flag_update_statistics=0, threshold=0.2)
-        for norm, momentum in momenta.items():
+        for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
             norm.eval()
-
-
-def _keeps_statistics(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
 def _set(modules: list[nn.Module], **buffers: float) -> None:

@@ -11,8 +11,8 @@ an attack, whose direction is held against the gradient of a plain float32 loop,
     WRONG     anything else that fastadv made of a network that the plain loop runs
     not run   the network itself could not be built or run here, or was stopped at a limit
 
-"bf16" is the cosine of the plain loop under autocast to bfloat16: networks with random weights can be so rough that
-bfloat16 itself loses the gradient, whoever computes it.
+"bf16" is the cosine of the plain loop under autocast to bfloat16: networks with random weights can be so rough
+that bfloat16 itself loses the gradient, whoever computes it.
 
 Each architecture has a process of its own, with a limit of time and one of memory. Its row is in
 architectures_DEVICE.json in --out at once; what is there is not run again unless --again is given, or its kind
@@ -30,6 +30,7 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -57,6 +58,7 @@ HEADER = [
     "seconds",
 ]
 Tell = Callable[[str], None]
+_START_SECONDS = 120.0  # for a process to import its packages
 
 
 class Stopped(Exception):
@@ -72,7 +74,7 @@ def apart(work: Callable[[Tell], Any], seconds: float, memory: int) -> Any:
 
     Args:
         work: called with a function to be told what comes next; it must be picklable.
-        seconds: the longest it may take.
+        seconds: the longest it may take once it has begun.
         memory: the most resident bytes it may have.
 
     Raises:
@@ -83,7 +85,8 @@ def apart(work: Callable[[Tell], Any], seconds: float, memory: int) -> Any:
     process = context.Process(target=_work_and_send, args=(work, theirs))
     process.start()
     theirs.close()
-    stage, end = "starting", time.monotonic() + seconds
+    stage, limit = "starting", _START_SECONDS
+    end = time.monotonic() + limit
     try:
         while True:
             if ours.poll(0.2):
@@ -92,12 +95,15 @@ def apart(work: Callable[[Tell], Any], seconds: float, memory: int) -> Any:
                 except EOFError:
                     process.join()
                     why = f"the process died with code {process.exitcode}"
-                    raise Stopped(why, stage, own_doing=True) from None
+                    killed = process.exitcode == -signal.SIGKILL  # by a system out of memory
+                    raise Stopped(why, stage, own_doing=not killed) from None
                 if kind == "result":
                     return content
+                if stage == "starting":
+                    limit, end = seconds, time.monotonic() + seconds
                 stage = content
             elif time.monotonic() > end:
-                raise Stopped(f"it took over {seconds:g} s", stage, own_doing=False)
+                raise Stopped(f"it took over {limit:g} s", stage, own_doing=False)
             elif _resident_bytes(process.pid) > memory:
                 raise Stopped(f"it needs over {memory / 2**30:g} GiB", stage, own_doing=False)
     finally:
