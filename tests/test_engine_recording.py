@@ -389,3 +389,22 @@ def test_a_recording_holds_what_the_model_did() -> None:
     assert tape.describes(record(model, images(7), careful=False))
     parameters = {id(p) for p in model.parameters()}
     assert parameters <= {id(t) for t in recording.values}
+
+
+@pytest.mark.parametrize("engine", ["auto", "compiled"])
+def test_images_in_a_dtype_that_the_model_does_not_take_are_named(engine: str) -> None:
+    model, x = small_cnn(4, 3), images(4)
+    words = r"x must have a dtype that the model takes.*float32, got torch.float64"
+    with pytest.raises(TypeError, match=words):
+        fastadv.PGD(model, steps=1, engine=engine)(x.double(), Y[:4])
+    casts = Written(lambda m, x: m.net(x.float()))
+    adv = fastadv.PGD(casts, steps=1, engine=engine)(x.double(), Y[:4])
+    assert adv.dtype == torch.float64 and (adv != x).any()
+
+
+def test_an_exported_program_is_attacked_in_its_one_mode() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())), images(4)
+    program = torch.export.export(model, (x,)).module()
+    attack = fastadv.PGD(program, precision="bf16")
+    assert worst_cosine(gradient(attack, program, x, Y[:4]), live_gradient(model, x, Y[:4])) > 0.95

@@ -166,9 +166,29 @@ class EagerEngine(Engine):
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
         if self._dtype == torch.float32:
-            return self._model(_in_dtype_of(self._weights, x).clone())
+            with naming_dtypes(self._model, x):
+                return self._model(_in_dtype_of(self._weights, x).clone())
         with torch.autocast(x.device.type, self._dtype):
             return self._model(x.clone())
+
+
+@contextmanager
+def naming_dtypes(model: Model, x: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take the images' dtype say so.
+
+    Raises:
+        TypeError: the model fails, and its weights have another dtype than ``x``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weights = _weights_dtype(model)
+        if not isinstance(model, nn.Module) or x.dtype in (weights, *_SIXTEEN_BITS):
+            raise
+        raise TypeError(
+            f"x must have a dtype that the model takes, whose weights are {weights}, got {x.dtype}: "
+            f"{error}"
+        ) from error
 
 
 def as_model_takes(model: Model, x: Tensor) -> Tensor:
