@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.arguments import EngineName, Precision
-from fastadv.attacks.attack import Attack, AttackSettings, EngineCache
+from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
+from fastadv.engine.selection import EngineCache
 from fastadv.ops.values import integer, limit
 from fastadv.seeding import derive_seed
 

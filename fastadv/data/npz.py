@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zipfile
 
 import numpy as np
 import torch
@@ -28,12 +27,17 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
+            # numpy stops at the end of an array, before the checksum, where a damaged header shortens it.
+            damaged = archive.zip.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
             images, labels = archive["image"], archive["label"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise nearly anything
         raise DataFormatError(
-            f"{path}: not a .npz archive with the arrays image and label ({error})"
+            f"{path}: not a .npz archive with the arrays image and label, or damaged "
+            f"({type(error).__name__}: {error}); download or write it again"
         ) from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataFormatError(
@@ -45,6 +49,8 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
         )
     try:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        if labels.dtype.kind in "iu":  # of any size and byte order
+            labels = labels.astype(np.int64)
         return from_tensors(pixels, torch.from_numpy(labels), num_classes, os.path.basename(path))
     except (TypeError, ValueError) as error:
         raise DataFormatError(f"{path}: {error}") from error

@@ -30,7 +30,9 @@ from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
     LATEST,
+    STATE_FILE,
     Checkpoint,
+    CheckpointError,
     checkpoint_name,
     checkpoints_in,
     find_checkpoint,
@@ -38,6 +40,7 @@ from fastadv.trainers.checkpoint import (
 )
 from fastadv.trainers.distributed import (
     Ranks,
+    is_first,
     joined_ranks,
     launch,
     own_device,
@@ -137,6 +140,7 @@ def train(
         ValueError: for arguments out of range, or a run that does not fit the arguments.
         TypeError: for arguments of a wrong kind.
         FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
+        RunInUseError: if another process trains in `run_dir`; the message says which.
         OSError: if `run_dir` cannot be written.
         ImportError: if TensorBoard is asked for and not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
@@ -151,14 +155,18 @@ def train(
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
     run.check_free(bool(resume), overwrite)
+    if is_first():
+        run.lock.check()
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    with joined_ranks(where) as ranks, _run_environment(where):
+    with run.lock, joined_ranks(where) as ranks, _run_environment(where):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
         frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
-        runtime = Runtime(where, autocast_dtype(recipe.precision, where), PhaseTimer(where), ranks)
+        dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
+        builder = _model_builder(splits.train, recipe, where, ranks)
+        runtime = Runtime(where, dtype, timer, ranks, builder)
         trainer = method_class(
             recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
         )
@@ -181,8 +189,10 @@ def train(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
         start = _open_run(run, description, source, frozen, resume, overwrite, allow_changes, ranks)
+        if ranks.first:
+            loop.meta["run"] = run.identity()
         if start is not None:
-            loop.restore(start)
+            _restore(loop, start)
         if progress and ranks.first:
             print(announcement(loop, name), file=sys.stderr, flush=True)
         if on_start is not None and ranks.first:
@@ -232,6 +242,19 @@ def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Mod
         return model
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     return create_model(model, data.num_classes, data.in_channels)
+
+
+def _model_builder(
+    data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
+) -> Callable[[str], nn.Module]:
+    """Return a function that makes further models by name, which are trained like the run's own."""
+
+    def build(name: str) -> nn.Module:
+        model = create_model(name, data.num_classes, data.in_channels)
+        model = _on_device(model, recipe, device)
+        return with_synced_norms(model, ranks) if recipe.sync_bn else model
+
+    return build
 
 
 def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
@@ -317,6 +340,9 @@ def _open_run(
     ranks: Ranks,
 ) -> Checkpoint | None:
     """Take possession of the run directory, and return the checkpoint to continue from, if any."""
+    if ranks.first:
+        run.take()
+        run.check_free(bool(resume), overwrite)  # once more, now that nobody else can write there
     start: Checkpoint | None = None
     clear = run.exists and overwrite
     if run.exists and not clear:
@@ -334,6 +360,21 @@ def _open_run(
     for name, teacher in teachers.items():
         run.save_teacher(name, teacher)
     return start
+
+
+def _restore(loop: Loop, start: Checkpoint) -> None:
+    """Go back to a checkpoint, whose state may be that of another version."""
+    try:
+        loop.restore(start)
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        writer = start.meta.get("versions", {}).get("fastadv", "of an unknown version")
+        raise CheckpointError(
+            f"{start.path / STATE_FILE}: its state, written by fastadv {writer}, is not one that fastadv "
+            f"{fastadv.__version__} can go on with ({type(error).__name__}: {error}). Go on with the version that "
+            "wrote it, or begin a new run"
+        ) from error
 
 
 def _build_loop(
