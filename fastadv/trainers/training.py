@@ -26,6 +26,7 @@ from fastadv.data import (
     subset,
 )
 from fastadv.models import create_model
+from fastadv.ops.values import check_bool
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
@@ -38,6 +39,7 @@ from fastadv.trainers.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
+from fastadv.trainers.classes import check_classes
 from fastadv.trainers.distributed import (
     Ranks,
     is_first,
@@ -137,7 +139,8 @@ def train(
         The trained model and where things are.
 
     Raises:
-        ValueError: for arguments out of range, or a run that does not fit the arguments.
+        ValueError: for arguments out of range, a model with fewer classes than the data, or a run that
+            does not fit the arguments.
         TypeError: for arguments of a wrong kind.
         FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
         RunInUseError: if another process trains in `run_dir`; the message says which.
@@ -146,6 +149,10 @@ def train(
         CheckpointError: if a checkpoint or the teacher's cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
     """
+    resume = resume if isinstance(resume, str) else check_bool("resume", resume)
+    overwrite = check_bool("overwrite", overwrite)
+    allow_changes = check_bool("allow_changes", allow_changes)
+    progress = check_bool("progress", progress)
     method_class = find_method(method)
     recipe = _checked_recipe(method_class, recipe)
     settings = settings or Settings()
@@ -165,6 +172,7 @@ def train(
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
         dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
+        check_classes(network, splits, where, dtype)
         builder = _model_builder(splits.train, recipe, where, ranks)
         runtime = Runtime(where, dtype, timer, ranks, builder)
         trainer = method_class(
