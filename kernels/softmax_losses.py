@@ -15,6 +15,11 @@ from .launch import compute_dtype, divide, double_bits, launch, number, rounded
 
 _MOST_CLASSES = 65536  # a program holds whole rows
 _TILE = 512  # elements of a program of several rows
+# By whether there is a second kind of logits; the kernels take the last word of each for granted.
+KINDS = {
+    False: ("cw", "dlr", "boosted_cross_entropy", "cross_entropy"),
+    True: ("kl", "alp", "act", "trades", "mart"),
+}
 _TORCH_DTYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
 
 
@@ -229,6 +234,12 @@ def softmax_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op ``fastadv::softmax_losses``."""
     batch, classes = logits.shape
+    known = KINDS[other is not None]
+    if kind not in known:
+        which = "two kinds" if other is not None else "one kind"
+        raise ValueError(
+            f"kind must be one of {', '.join(known)} with {which} of logits, got {kind!r}"
+        )
     if classes > _MOST_CLASSES:
         raise ValueError(f"logits must have at most {_MOST_CLASSES} classes, got {classes}")
     compute = compute_dtype(logits, logits if other is None else other)

@@ -209,6 +209,15 @@ def _known(kind: str) -> Kind:
     return KINDS[kind]
 
 
+def _fitting(kind: str, other: Tensor | None, y: Tensor | None) -> Kind:
+    """The kind, whose arguments these must be: all that it takes and no others."""
+    known = _known(kind)
+    for name, value, taken in (("other", other, known.takes_other), ("y", y, known.takes_labels)):
+        if (value is not None) != taken:
+            raise ValueError(f"{name} must {'be given' if taken else 'be None'} for {kind}")
+    return known
+
+
 def _reference(
     logits: Tensor,
     other: Tensor | None,
@@ -220,7 +229,7 @@ def _reference(
     wanted: bool,
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    formula, dtype = _known(kind).formula, _compute_dtype(logits, other)
+    formula, dtype = _fitting(kind, other, y).formula, _compute_dtype(logits, other)
     batch = logits.shape[0]
     a = logits.to(dtype)
     b = a if other is None else other.to(dtype)
@@ -262,7 +271,7 @@ def _fake(
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(logits.dim() == 2, lambda: "logits must have shape [B, C]")
-    _known(kind)
+    _fitting(kind, other, y)
     dtype = _compute_dtype(logits, other)
     pair = (2,) if kind == "act" else ()
     batch, classes = logits.shape
