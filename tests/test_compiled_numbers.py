@@ -35,7 +35,9 @@ OPS: dict[str, Call] = {
     "random_start": lambda v: ops.random_start(X, v, seed=0),
     "noisy_replay tau": lambda v: ops.noisy_replay(X, ADV, DISTANCE, v, 0.1, seed=0),
     "noisy_replay eps": lambda v: ops.noisy_replay(X, ADV, DISTANCE, 0.5, v, seed=0),
-    "replay_mask": lambda v: torch.stack([t.double() for t in ops.replay_mask(FEATURES, TEACHER, v)]),
+    "replay_mask": lambda v: torch.stack(
+        [t.double() for t in ops.replay_mask(FEATURES, TEACHER, v)]
+    ),
     "momentum_update_": lambda v: ops.momentum_update_(GRAD.clone(), ADV, v),
 }
 Loss = Callable[[Tensor, Tensor, float], Tensor]
@@ -118,7 +120,9 @@ def test_inductor_goes_on_too() -> None:
     compiled = torch.compile(training_loss, fullgraph=True)
     for number in NUMBERS:
         wanted = training_loss(A, B, number, number / 10)
-        torch.testing.assert_close(compiled(A, B, number, number / 10), wanted, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            compiled(A, B, number, number / 10), wanted, rtol=1e-6, atol=1e-6
+        )
     assert graphs() <= 2
 
 
@@ -145,7 +149,9 @@ def test_a_constant_stays_one() -> None:
         seen.extend(str(node.target) for node in graph.graph.nodes if "fastadv" in str(node.target))
         return graph
 
-    compiled = torch.compile(lambda x: ops.random_start(x, 0.1, seed=0), backend=count, fullgraph=True)
+    compiled = torch.compile(
+        lambda x: ops.random_start(x, 0.1, seed=0), backend=count, fullgraph=True
+    )
     compiled(X)
     assert seen == ["fastadv.random_start"]
 

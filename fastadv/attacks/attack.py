@@ -21,7 +21,7 @@ from fastadv.attacks.arguments import (
     check_seed,
 )
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.options import Checked, Configured, Setting
+from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
 from fastadv.engine.engines import Engine, Model, unwrapped
@@ -108,6 +108,7 @@ class Attack(Configured):
         self._engines = EngineCache()
         self._last: AttackReport | None = None
 
+    @names_checked
     def __call__(
         self,
         x: Tensor,

@@ -52,6 +52,8 @@ class FGSM(PGD):
         ValueError: as in `fastadv.pgd_fused`.
     """
 
+    settings: FGSMSettings
+
     def __init__(
         self,
         model: Model,

@@ -172,14 +172,14 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
 def names_checked(function: Function) -> Function:
     """Let a function answer a keyword that it does not have with the one that was probably meant."""
     known = list(inspect.signature(function).parameters)
+    what = "a call of an attack" if function.__name__ == "__call__" else function.__name__
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in known:
-                raise TypeError(
-                    f"{function.__name__} has no argument {name!r}{closest(name, known, SYNONYMS)}"
-                )
+                hint = closest(name, known, SYNONYMS)
+                raise TypeError(f"{what} has no argument {name!r}{hint}")
         return function(*args, **kwargs)
 
     return cast(Function, checked)
