@@ -151,11 +151,12 @@ def from_tensors(
             f"labels must be class indices [N], got shape {tuple(labels.shape)}; of one-hot labels pass "
             "labels.argmax(1)"
         )
+    labels = labels.to(torch.int64)
     if num_classes is None:
         if labels.numel() == 0:
             raise ValueError("num_classes must be given for empty labels, got None")
         num_classes = int(labels.max()) + 1
-    return ImageData(_to_uint8(images), labels.to(torch.int64), num_classes, name)
+    return ImageData(_to_uint8(images), labels, num_classes, name)
 
 
 def from_dataset(

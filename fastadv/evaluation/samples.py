@@ -77,9 +77,9 @@ def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None 
         max_examples = integer("max_examples", max_examples, at_least=1)
         images, labels = images[:max_examples], labels[:max_examples]
     _check_images(images, bounds)
-    _check_labels(labels, images)
+    labels = _checked_labels(labels, images)
     classes = getattr(data, "num_classes", None)
-    return Samples(images.detach(), labels.detach().to(torch.int64), bounds, name, classes)
+    return Samples(images.detach(), labels, bounds, name, classes)
 
 
 def check_eps(eps: float, norm: str, samples: Samples) -> float:
@@ -129,12 +129,15 @@ def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
         raise ValueError(f"images must lie within bounds {bounds}, got values from {low} to {high}")
 
 
-def _check_labels(labels: Tensor, images: Tensor) -> None:
+def _checked_labels(labels: Tensor, images: Tensor) -> Tensor:
+    """The labels in int64."""
     if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels must be [N] with N = {images.shape[0]} images, got shape {tuple(labels.shape)}"
         )
+    labels = labels.detach().to(torch.int64)
     if int(labels.min()) < 0:
         raise ValueError(f"labels must be >= 0, got {int(labels.min())}")
+    return labels
