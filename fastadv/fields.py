@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import sys
 import types
 from collections.abc import Callable, Hashable, Iterable
@@ -29,7 +28,7 @@ def check_fields(instance: Any) -> None:
 
     Raises:
         TypeError: a field is of another type.
-        ValueError: it is not one of the words it can be, or NaN.
+        ValueError: it is not one of the words it can be.
     """
     for name, hint in hints_of(cast(Hashable, type(instance))).items():
         value = getattr(instance, name)
@@ -57,7 +56,7 @@ def conforming(name: str, value: Any, hint: Any) -> Any:
 
     Raises:
         TypeError: it is of another type.
-        ValueError: it is not one of the words it can be, or NaN.
+        ValueError: it is not one of the words it can be.
     """
     if hint is Any:
         return value
@@ -72,7 +71,7 @@ def conforming(name: str, value: Any, hint: Any) -> Any:
     if hint in _SIMPLE:
         return _SIMPLE[hint](name, value)
     if isinstance(hint, type) and issubclass(hint, float):  # a number that may be written otherwise
-        return _finite_or_infinite(name, value)
+        return number(name, value)
     is_right = callable(value) if _is_callable(hint) else isinstance(value, origin or hint)
     if not is_right:
         raise TypeError(f"{name} must be {_words(hint)}, got {shown(value)}")
@@ -110,17 +109,10 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _finite_or_infinite(name: str, value: Any) -> float:
-    found = number(name, value)
-    if math.isnan(found):
-        raise ValueError(f"{name} must be finite, got nan")
-    return found
-
-
 _SIMPLE: dict[Any, Callable[[str, Any], Any]] = {
     bool: check_bool,
     int: integer,
-    float: _finite_or_infinite,
+    float: number,
     str: _text,
 }
 

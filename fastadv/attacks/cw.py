@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from fastadv.engine.engines import Model
 from fastadv.ops.values import integer, limit
 
 _INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
+_OTHER_ATTACK = "the attack with c, kappa, steps and lr, which other libraries call CW, is CWL2"
 _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 
 
@@ -29,12 +31,27 @@ class CWSettings(PGDSettings):
 
     loss: str | LossFunction = field(default="cw", init=False)
 
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value out of range or an unknown word. A step size of 0 may be another library's kappa.
+        """
+        if not isinstance(self.random_start, bool | np.bool_):
+            raise TypeError(
+                f"random_start must be True or False, got {self.random_start!r}; {_OTHER_ATTACK}"
+            )
+        super().__post_init__()
+        if self.alpha == 0 < self.eps:
+            raise ValueError(f"alpha must be > 0, got 0; {_OTHER_ATTACK}")
+
 
 class CW(PGD):
     """PGD on the margin of Carlini and Wagner: ``max_{j != y} z_j - z_y`` is raised within the eps-ball.
 
     This is what robustness papers list as C&W in linf. `CWL2` is the attack of the paper of that name. Other
-    libraries call that one CW, with other arguments, so that those of this class are given by name.
+    libraries call that one CW: ``CW(model, c, kappa, steps, lr)``, which is refused here.
 
     Args:
         model: as in `fastadv.pgd_fused`.
@@ -60,16 +77,15 @@ class CW(PGD):
     """
 
     settings: CWSettings
-    _positional_hint = "; the attack with c, kappa, steps and lr is CWL2"
 
     def __init__(
         self,
         model: Model,
-        *,
         eps: float = 8 / 255,
         alpha: float = 2 / 255,
         steps: int = 10,
         random_start: bool = True,
+        *,
         norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
         restarts: int = 1,

@@ -163,10 +163,9 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
     ordered = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     if positional > len(ordered):
         others = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
-        hint = inspect.cleandoc(getattr(kind, "_positional_hint", ""))
         raise TypeError(
             f"{kind.__name__} takes {len(ordered)} without a name ({', '.join(ordered)}), got {positional}; "
-            f"the others are given by name: {others}{hint}"
+            f"the others are given by name: {others}"
         )
 
 

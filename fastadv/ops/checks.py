@@ -100,10 +100,10 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
         TypeError: it is no tensor, or its dtype is no integer.
         ValueError: its shape is not ``(batch,)``.
     """
-    check_tensor(name, value)
-    if value.dtype not in INTEGER_DTYPES:
+    if not isinstance(value, Tensor) or value.dtype not in INTEGER_DTYPES:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
-            f"{name} must be a tensor of class indices, int64 or another integer dtype, got {value.dtype}"
+            f"{name} must be an int64 tensor of class indices, or one of another integer dtype, got {found}"
         )
     if value.shape != (batch,):
         hint = f"; of one-hot labels pass {name}.argmax(1)" if value.dim() == 2 else ""

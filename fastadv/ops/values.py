@@ -17,7 +17,7 @@ from torch import Tensor
 
 NORMS = ("linf", "l2", "l1")
 _ORDERS = {math.inf: "linf", 2: "l2", 1: "l1"}
-_NORM_WORDS = {"inf": "linf", "infinity": "linf", "2": "l2", "1": "l1"}
+_NORM_WORDS = {"inf": "linf", "2": "l2", "1": "l1"}
 
 
 def shown(value: object) -> str:
