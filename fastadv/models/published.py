@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
 
 # Where training scripts put the weights in what they save, most specific first.
@@ -66,7 +67,7 @@ class LoadReport:
 
 
 def load_published_state_dict(
-    model: nn.Module, state: Mapping[str, Any], strict: bool = True
+    model: nn.Module, state: Mapping[str, Any], strict: bool = True, *, form: str | None = None
 ) -> LoadReport:
     """Load weights in any of the usual published wrappings into a model.
 
@@ -80,6 +81,9 @@ def load_published_state_dict(
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
         state: what `torch.load(path, map_location="cpu", weights_only=True)` returned.
         strict: refuse, and change nothing, unless everything fits. Otherwise load what fits.
+        form: name of the network that the file is of, where several take it: "preact_resnet18" or
+            "preact_resnet18_raw_shortcut", "resnet18" or "resnet18_layer2_stride1"; see `forms_of`. The model must
+            be of that form.
 
     Returns:
         What was loaded and what did not fit.
@@ -87,7 +91,8 @@ def load_published_state_dict(
     Raises:
         TypeError: if `state` holds no tensors by name.
         ValueError: if no name fits; with `strict`, if anything does not fit, or if the file
-            normalises its inputs while the model is not `Normalized`.
+            normalises its inputs while the model is not `Normalized`; if several networks take the file and
+            `form` does not name one.
     """
     tensors = _find_tensors(state)
     network = model.model if isinstance(model, Normalized) else model
@@ -101,6 +106,7 @@ def load_published_state_dict(
         )
     if strict:
         _require_fit(model, network, report)
+    check_form_named(network, form)
     if isinstance(model, Normalized):
         _set_normalization(model, report)
     network.load_state_dict(fitting, strict=False)

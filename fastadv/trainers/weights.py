@@ -10,7 +10,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from fastadv.models import create_model, load_published_state_dict
+from fastadv.models import (
+    create_model,
+    form_of,
+    forms_of,
+    in_form,
+    load_published_state_dict,
+    usual_form,
+)
 from fastadv.trainers.checkpoint import (
     LATEST,
     CheckpointError,
@@ -49,6 +56,8 @@ def load_model(
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
     if model is None:
         model = build_model(read.meta.get("model", {}), read.path)
+    else:
+        _check_form(model, read.meta.get("model", {}), read.path)
     state = (unpack_average if averaged else unpack_weights)(read.weights)
     try:
         model.load_state_dict(state)
@@ -74,7 +83,9 @@ def build_model(description: dict[str, Any], path: Path) -> nn.Module:
     return create_model(name, description["num_classes"], description["in_channels"])
 
 
-def load_teacher(source: WeightSource, like: nn.Module) -> nn.Module:
+def load_teacher(
+    source: WeightSource, like: nn.Module, architecture: str | None = None
+) -> nn.Module:
     """Make a frozen model of given weights.
 
     Args:
@@ -82,6 +93,8 @@ def load_teacher(source: WeightSource, like: nn.Module) -> nn.Module:
             `.safetensors`, `.pt` or `.pth` file, or a module, which is copied.
         like: the model to be trained; the teacher is of the same kind unless the source is a run
             that says otherwise.
+        architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
+            state dict that several networks take, which compute different functions.
 
     Returns:
         A module of its own, in evaluation mode, without gradients.
@@ -89,22 +102,62 @@ def load_teacher(source: WeightSource, like: nn.Module) -> nn.Module:
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged.
-        ValueError: if the weights do not fit the model.
+        ValueError: if the weights do not fit the model, or it is not said of which network they are.
     """
     if isinstance(source, nn.Module):
+        if architecture is not None:
+            raise ValueError(f"teacher_model must be None for a module, got {architecture!r}")
         teacher = copy.deepcopy(source)
     elif Path(source).suffix in _FILE_SUFFIXES:
-        teacher = copy.deepcopy(like)
         try:
-            load_published_state_dict(teacher, _read_state_dict(Path(source)))
+            teacher = _load_file(Path(source), like, named=architecture is not None)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
     else:
         path = find_checkpoint(source)
         recorded = load_checkpoint(path, with_state=False).meta.get("model", {})
+        _check_architecture(recorded, architecture, path)
         same = recorded.get("name") is None
         teacher = load_model(path, copy.deepcopy(like) if same else None)
     return teacher.eval().requires_grad_(False)
+
+
+def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
+    """Load a state dict into a model of the kind of another one, or of the form that the file itself says."""
+    state, recorded = _read_state_dict(path), _recorded_form(path)
+    other = recorded is not None and recorded != form_of(like)
+    teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
+    known = named or recorded is not None
+    load_published_state_dict(teacher, state, form=form_of(teacher) if known else None)
+    return teacher
+
+
+def _recorded_form(path: Path) -> str | None:
+    """The form that a run's copy of a frozen model records; see `fastadv.models.forms_of`."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("form")
+
+
+def _check_architecture(recorded: dict[str, Any], given: str | None, path: Path) -> None:
+    name = recorded.get("name")
+    if given is not None and given.lower().replace("-", "_") != str(name).lower().replace("-", "_"):
+        raise ValueError(
+            f"{path}: teacher_model must be what the run says, {name!r}, got {given!r}"
+        )
+
+
+def _check_form(model: nn.Module, recorded: dict[str, Any], path: Path) -> None:
+    """Refuse a model that would compute something else of a run's weights."""
+    form = recorded.get("form")
+    if not (usual_form(model) if form is None else form_of(model) == form):
+        raise ValueError(
+            f"{path}: model must be {form or next(iter(forms_of(model)))!r}, got {form_of(model)!r}, "
+            "which computes another function of the same weights"
+        )
 
 
 def _read_state_dict(path: Path) -> dict[str, Tensor]:
