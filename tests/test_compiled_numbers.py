@@ -47,6 +47,7 @@ LOSSES: dict[str, Loss] = {
     "kd": lambda a, b, v: losses.kd(a, b, v),
     "trades": lambda a, b, v: losses.trades(a, b, Y, v),
     "mart": lambda a, b, v: losses.mart(a, b, Y, v),
+    "mart of the code": lambda a, b, v: losses.mart(a, b, Y, v, code_constants=True),
     "alp": lambda a, b, v: losses.alp(a, b, Y, v, reduction="none").square().sum(),
     "act alpha": lambda a, b, v: sum(losses.act(a, b, Y, v), torch.zeros(())),
     "act temperature": lambda a, b, v: losses.act(a, b, Y, 0.5, v).robust,
