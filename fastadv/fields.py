@@ -9,11 +9,13 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable, Hashable, Iterable
-from functools import cache
+from collections.abc import Callable, Hashable
+from functools import cache, partial
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from fastadv.ops.values import check_bool, check_choice, integer, number, shown
+
+Check = Callable[[str, Any], Any]  # (name, value) -> the value as the type hint has it
 
 
 def check_fields(instance: Any) -> None:
@@ -30,14 +32,18 @@ def check_fields(instance: Any) -> None:
         TypeError: a field is of another type.
         ValueError: it is not one of the words it can be.
     """
-    for name, hint in hints_of(cast(Hashable, type(instance))).items():
+    for name, check in _checks_of(cast(Hashable, type(instance))).items():
         value = getattr(instance, name)
-        checked = conforming(name, value, hint)
+        checked = check(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
 
 
 @cache
+def _checks_of(kind: Any) -> dict[str, Check]:
+    return {name: _check_of(hint) for name, hint in hints_of(kind).items()}
+
+
 def hints_of(kind: Any) -> dict[str, Any]:
     """The type hint of each field of a dataclass; a hint that only type checkers can read is left out."""
     found: dict[str, Any] = {}
@@ -51,56 +57,54 @@ def hints_of(kind: Any) -> dict[str, Any]:
     return found
 
 
-def conforming(name: str, value: Any, hint: Any) -> Any:
-    """The value as its type hint has it.
-
-    Raises:
-        TypeError: it is of another type.
-        ValueError: it is not one of the words it can be.
-    """
-    if hint is Any:
-        return value
+def _check_of(hint: Any) -> Check:
+    """What checks a value against a type hint."""
     origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return lambda name, value: value
     if origin is Literal:
-        check_choice(name, value, parts)
-        return value
+        return partial(_word, parts)
     if origin in (Union, types.UnionType):
-        return _one_of(name, value, parts)
+        rest = [part for part in parts if part is not type(None)]
+        return partial(_one_of, [_check_of(p) for p in rest], len(rest) < len(parts), _words(hint))
     if origin is tuple:
-        return _sequence(name, value, hint)
+        count = None if parts[-1] is ... else len(parts)
+        return partial(
+            _sequence, [_check_of(p) for p in parts if p is not ...], count, _words(hint)
+        )
     if hint in _SIMPLE:
-        return _SIMPLE[hint](name, value)
+        return _SIMPLE[hint]
     if isinstance(hint, type) and issubclass(hint, float):  # a number that may be written otherwise
-        return number(name, value)
-    is_right = callable(value) if _is_callable(hint) else isinstance(value, origin or hint)
-    if not is_right:
-        raise TypeError(f"{name} must be {_words(hint)}, got {shown(value)}")
+        return number
+    return partial(_other, None if _is_callable(hint) else origin or hint, _words(hint))
+
+
+def _word(words: tuple[str, ...], name: str, value: Any) -> Any:
+    check_choice(name, value, words)
     return value
 
 
-def _one_of(name: str, value: Any, hints: Iterable[Any]) -> Any:
-    """The value as one of several hints has it; where only one is left beside None, in its words."""
-    if value is None and type(None) in hints:
+def _one_of(checks: list[Check], or_none: bool, words: str, name: str, value: Any) -> Any:
+    """The value as the first check has it that takes it; a single one answers for itself."""
+    if value is None and or_none:
         return None
-    rest = [hint for hint in hints if hint is not type(None)]
-    if len(rest) == 1:
-        return conforming(name, value, rest[0])
-    for hint in rest:
+    if len(checks) == 1:
+        return checks[0](name, value)
+    for check in checks:
         try:
-            return conforming(name, value, hint)
+            return check(name, value)
         except (TypeError, ValueError):
             continue
-    raise TypeError(f"{name} must be {' or '.join(map(_words, hints))}, got {shown(value)}")
+    raise TypeError(f"{name} must be {words}, got {shown(value)}")
 
 
-def _sequence(name: str, value: Any, hint: Any) -> tuple[Any, ...]:
-    parts = get_args(hint)
-    if not isinstance(value, tuple | list) or (parts[-1] is not ... and len(value) != len(parts)):
-        raise TypeError(f"{name} must be {_words(hint)}, got {shown(value)}")
-    kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-    found = tuple(conforming(name, item, kind) for item, kind in zip(value, kinds, strict=True))
+def _sequence(checks: list[Check], count: int | None, words: str, name: str, value: Any) -> Any:
+    if not isinstance(value, tuple | list) or (count is not None and len(value) != count):
+        raise TypeError(f"{name} must be {words}, got {shown(value)}")
+    each = checks * len(value) if count is None else checks
+    found = tuple(check(name, item) for check, item in zip(each, value, strict=True))
     same = isinstance(value, tuple) and all(a is b for a, b in zip(found, value, strict=True))
-    return value if same else found  # type: ignore[return-value]
+    return value if same else found
 
 
 def _text(name: str, value: Any) -> str:
@@ -109,16 +113,18 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-_SIMPLE: dict[Any, Callable[[str, Any], Any]] = {
-    bool: check_bool,
-    int: integer,
-    float: number,
-    str: _text,
-}
+def _other(kind: Any, words: str, name: str, value: Any) -> Any:
+    """An instance of a class, or, without one, anything that can be called."""
+    if not (callable(value) if kind is None else isinstance(value, kind)):
+        raise TypeError(f"{name} must be {words}, got {shown(value)}")
+    return value
+
+
+_SIMPLE: dict[Any, Check] = {bool: check_bool, int: integer, float: number, str: _text}
 
 
 def _is_callable(hint: Any) -> bool:
-    return hint is Callable or get_origin(hint) is Callable or hint is types.FunctionType
+    return hint is Callable or get_origin(hint) is Callable
 
 
 def _words(hint: Any) -> str:
@@ -126,10 +132,11 @@ def _words(hint: Any) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(parts)}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, parts))
     if origin is tuple:
-        if parts[-1] is ...:
-            return f"a sequence, each of it {_words(parts[0])}"
-        return f"a sequence of {len(parts)}, each of it {_words(parts[0])}"
+        length = "a sequence" if parts[-1] is ... else f"a sequence of {len(parts)}"
+        return f"{length}, each of it {_words(parts[0])}"
     if _is_callable(hint):
         return "a callable"
     known = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}

@@ -317,7 +317,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         small_recipe("afs", weight=2.0)
     with pytest.raises(ValueError, match="swa_start must be None with afs"):
         small_recipe("afs", swa_start=1)
-    with pytest.raises(ValueError, match="mix must be 'loss' or 'batch', got 'both'"):
+    with pytest.raises(ValueError, match="mix must be one of loss, batch, got 'both'"):
         small_recipe("afs", mix="both")
     with pytest.raises(ValueError, match="extractors must hold at least one"):
         Stack([], 10)

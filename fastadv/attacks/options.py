@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
@@ -140,7 +140,8 @@ class Configured(metaclass=AttackType):
         return f"{type(self).__name__}({', '.join((name, *shown))})"
 
 
-def signature_of(kind: type) -> inspect.Signature:
+@cache
+def signature_of(kind: Hashable) -> inspect.Signature:
     """A class's constructor as it is called."""
     signature = inspect.signature(kind.__init__)  # type: ignore[misc]
     return signature.replace(parameters=list(signature.parameters.values())[1:])
@@ -152,21 +153,25 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
     Raises:
         TypeError: naming the first one, and what was probably meant.
     """
-    parameters = signature_of(kind).parameters.values()
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-        known = [p.name for p in parameters]
-        for name in named:
-            if name not in known:
-                raise TypeError(_unknown(kind, "argument", name, known))
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return
-    ordered = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    if positional > len(ordered):
-        others = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    parameters, ordered, takes_any = _parameters_of(kind)
+    for name in named:
+        if name not in parameters and not takes_any:
+            raise TypeError(_unknown(kind, "argument", name, parameters))
+    if positional > len(ordered) and not takes_any:
+        others = ", ".join(name for name in parameters if name not in ordered)
         raise TypeError(
             f"{kind.__name__} takes {len(ordered)} without a name ({', '.join(ordered)}), got {positional}; "
             f"the others are given by name: {others}"
         )
+
+
+@cache
+def _parameters_of(kind: Hashable) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
+    """A constructor's arguments, those that need no name, and whether it takes any others."""
+    found = signature_of(kind).parameters.values()
+    ordered = tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)
+    takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found)
+    return tuple(p.name for p in found), ordered, takes_any
 
 
 def names_checked(function: Function) -> Function:
@@ -186,7 +191,7 @@ def names_checked(function: Function) -> Function:
 
 
 @cache
-def _settings_of(kind: type) -> tuple[str, ...]:
+def _settings_of(kind: Hashable) -> tuple[str, ...]:
     """The arguments of an attack but for the model."""
     return tuple(name for name in signature_of(kind).parameters if name != "model")
 

@@ -91,6 +91,7 @@ def masking_checks(
         runner = Runner(
             model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
         )
+        runner.check_labels()
         correct = runner.clean().robust
 
         def accuracy(radius: float, count: int) -> float:

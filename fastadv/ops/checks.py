@@ -104,11 +104,20 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
         found = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(
             f"{name} must be an int64 tensor of class indices, or one of another integer dtype, got {found}"
+            + one_hot_hint(name, value)
         )
     if value.shape != (batch,):
-        hint = f"; of one-hot labels pass {name}.argmax(1)" if value.dim() == 2 else ""
-        raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}{hint}")
-    return value.to(torch.int64)
+        shape = tuple(value.shape)
+        raise ValueError(
+            f"{name} must have shape ({batch},), got {shape}{one_hot_hint(name, value)}"
+        )
+    return value if value.dtype == torch.int64 else value.to(torch.int64)
+
+
+def one_hot_hint(name: str, value: object) -> str:
+    """What to do with one-hot labels, for the end of a message; "" of others."""
+    is_table = isinstance(value, Tensor) and value.dim() == 2
+    return f"; of one-hot labels pass {name}.argmax(1)" if is_table else ""
 
 
 def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:

@@ -33,6 +33,8 @@ def number(name: str, value: object) -> float:
     Raises:
         TypeError: it is no number.
     """
+    if type(value) is float:
+        return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
     return float(value)
@@ -45,7 +47,7 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
         TypeError: it is no integer.
         ValueError: it is below ``at_least``.
     """
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")

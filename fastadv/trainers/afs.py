@@ -56,8 +56,6 @@ class AfsRecipe(AdversarialRecipe):
             raise ValueError(
                 f"swa_start must be None with afs, whose extractors keep their statistics, got {self.swa_start}"
             )
-        if self.mix not in ("loss", "batch"):
-            raise ValueError(f"mix must be 'loss' or 'batch', got {self.mix!r}")
 
 
 class Afs(AdversarialMethod[AfsRecipe, Attacked]):

@@ -13,7 +13,7 @@ from fastadv import losses
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
-from fastadv.ops import checks, noisy_replay, replay_mask
+from fastadv.ops import noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
@@ -24,7 +24,6 @@ from fastadv.trainers.schedules import Piecewise, Schedule
 _FINE_TUNING = Piecewise((0, 10, 12, 14, 16, 18), (1.0, 0.8, 0.4, 0.2, 0.1, 0.05))
 
 _DISTANCES_OF_LOGITS = ("logits_mse", "logits_kl")
-_DISTANCES = ("angular", "mse", "attention", *_DISTANCES_OF_LOGITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,6 @@ class ArrestRecipe(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_choice("distance", self.distance, _DISTANCES)
-        checks.check_choice("replay_with", self.replay_with, ("noise", "clean"))
         check_field(self, "temperature", at_least=1e-3)
         check_field(self, "lam", at_least=0)
         check_field(self, "replay_epochs", at_least=0)

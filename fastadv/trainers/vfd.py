@@ -100,8 +100,6 @@ class VfdRecipe(PairRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.base not in _BASES:
-            raise ValueError(f"base must be one of {', '.join(_BASES)}, got {self.base!r}")
         if self.weight is not None and self.base not in _INNER_WEIGHTS:
             raise ValueError(
                 f"weight must be None with base {self.base!r}, whose adversarial loss is one term, "
