@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
@@ -151,7 +152,8 @@ def _train(words: list[str]) -> int:
         print(_methods_overview())
         return 0 if words else _FAILED
     method = find_method(words[0])
-    parser = training_parser(method, _preset_in(words[1:]))
+    deciding = ("preset", *method.recipe_class.deciding)
+    parser = training_parser(method, _settings_in(words[1:], deciding))
     options = parser.parse_args(words[1:])
     config = _config_text(parser, options)
     chosen = parser.instantiate(options)
@@ -169,9 +171,21 @@ def _train(words: list[str]) -> int:
     return 0
 
 
-def training_parser(method: MethodClass, preset: str = "paper") -> ArgumentParser:
-    """Build the parser of `fastadv train METHOD`, whose defaults are the numbers of a preset."""
-    recipe = method.recipe_class.preset(preset)
+def training_parser(
+    method: MethodClass, settings: Mapping[str, Any] = MappingProxyType({})
+) -> ArgumentParser:
+    """Build the parser of `fastadv train METHOD`.
+
+    Args:
+        method: the method.
+        settings: what the user says of the preset and of the recipe's deciding fields, from which the defaults of
+            the other options follow.
+    """
+    given = {name: value for name, value in settings.items() if name != "preset"}
+    preset = str(settings.get("preset", "paper"))
+    recipe_class = method.recipe_class
+    recipe_class.preset(preset)  # complains of an unknown one
+    start = recipe_class.start(preset, given)
     parser = Parser(prog=f"fastadv train {method.name}", description=inspect.getdoc(method))
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start", "teacher"}
@@ -185,39 +199,47 @@ def training_parser(method: MethodClass, preset: str = "paper") -> ArgumentParse
     flags = parser.add_argument_group("Switches")
     for name, text in _attribute_docs(Flags).items():
         flags.add_argument(f"--{name}", action="store_true", help=text)
-    presets = method.recipe_class.presets
     parser.add_argument(
         "--preset",
         default=preset,
-        help=f"Numbers that options and configs then change: {' or '.join(presets)}.",
+        help=f"Numbers that options and configs then change: {' or '.join(recipe_class.presets)}.",
     )
-    parser.add_class_arguments(method.recipe_class)
-    parser.set_defaults({name: getattr(recipe, name) for name in presets[preset]})
+    parser.add_class_arguments(recipe_class)
+    parser.set_defaults(start)
     parser.add_class_arguments(Settings)
     return parser
 
 
-def _preset_in(words: Sequence[str]) -> str:
-    """The preset that options and configs ask for: the last word counts, as with any option."""
-    preset = "paper"
+def _settings_in(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """What options and configs say of some options: the last word counts, as with any option."""
+    found: dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
+        option, equals, value = word.partition("=")
         value = value if equals else following
-        if name == "--preset":
-            preset = value
-        elif name == "--config":
-            preset = _preset_of_config(value, preset)
-    return preset
+        if option == "--config":
+            content = _content_of(value)
+            found |= {name: content[name] for name in names if name in content}
+        elif option.removeprefix("--") in names:
+            found[option.removeprefix("--")] = _yaml_of(value)
+    return found
 
 
-def _preset_of_config(config: str, default: str) -> str:
-    """The entry of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
+def _content_of(config: str) -> dict[str, Any]:
+    """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
     try:
         path = Path(config)
-        content = yaml.safe_load(path.read_text(encoding="utf-8") if path.is_file() else config)
-    except (OSError, ValueError, yaml.YAMLError):
-        return default
-    return str(content.get("preset", default)) if isinstance(content, dict) else default
+        content = _yaml_of(path.read_text(encoding="utf-8") if path.is_file() else config)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _yaml_of(text: str) -> Any:
+    """What YAML makes of a text; the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _methods_overview() -> str:

@@ -120,25 +120,34 @@ def check_batch(x: Tensor, y: Tensor, sample_ids: Tensor | None, model: object) 
         raise ValueError(f"model must be on the device of x, {x.device}, got {device}")
 
 
-def check_values(x: Tensor, y: Tensor, bounds: tuple[float, float], num_classes: int) -> None:
-    """Check the numbers of a batch; on a GPU this waits for the device once.
+def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
+    """Check the values of the images; on a GPU this waits for the device once.
 
     Raises:
-        ValueError: an image is not finite or outside the bounds, or a label out of range.
+        ValueError: an image is not finite or outside the bounds.
     """
     low, high = x.aminmax()
-    first, last = y.aminmax()
-    found = torch.stack((low.double(), high.double(), first.double(), last.double())).tolist()
-    lowest, highest = torch.tensor(bounds, dtype=x.dtype).tolist()  # as the images can have them
+    found = torch.stack((low.double(), high.double())).tolist()
+    limits = torch.tensor(bounds, dtype=x.dtype, device="cpu")  # as the images can have them
+    lowest, highest = limits.tolist()
     if not (lowest <= found[0] and found[1] <= highest):  # also where one of them is NaN
         raise ValueError(
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
             f"{found[1]:.9g}; normalisation belongs inside the model"
         )
-    if not (found[2] >= 0 and found[3] < num_classes):
+
+
+def check_labels(y: Tensor, num_classes: int) -> None:
+    """Check the values of the labels; on a GPU this waits for the device once.
+
+    Raises:
+        ValueError: a label is out of range.
+    """
+    first, last = torch.stack(y.aminmax()).tolist()
+    if not (first >= 0 and last < num_classes):
         raise ValueError(
             f"y must be in 0 .. {num_classes - 1}, the model's {num_classes} classes, got values "
-            f"from {found[2]:.0f} to {found[3]:.0f}"
+            f"from {first} to {last}"
         )
 
 

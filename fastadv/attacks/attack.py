@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks.arguments import (
     check_batch,
     check_common,
+    check_images,
+    check_labels,
     check_limit,
     check_number,
     check_seed,
-    check_values,
 )
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.engines import Engine, Model, make_engine
-from fastadv.engine.model_fingerprint import structure_of
-from fastadv.engine.precision import resolve_precision
+from fastadv.engine.engines import Engine, Model, unwrapped
+from fastadv.engine.frozen import lock_of
+from fastadv.engine.selection import EngineCache, Wish
 from fastadv.ops import checks
 from fastadv.seeding import draw_seed
 
@@ -57,27 +57,6 @@ class AttackSettings:
 
     def _check_eps(self) -> None:
         check_limit("eps", self.eps)
-
-
-class EngineCache:
-    """Engines of one model, kept until its structure changes."""
-
-    def __init__(self) -> None:
-        self._structure: object = None
-        self._engines: dict[tuple[Any, ...], Engine] = {}
-
-    def engine(self, model: Model, x: Tensor, precision: str, settings: AttackSettings) -> Engine:
-        """The engine for images like ``x``; built when there is none or the model has changed."""
-        structure = structure_of(model)
-        if structure != self._structure:
-            self._engines.clear()
-            self._structure = structure
-        key = (x.device, precision, settings.engine, settings.train_mode)
-        if key not in self._engines:
-            self._engines[key] = make_engine(
-                model, x, precision, settings.engine, settings.train_mode
-            )
-        return self._engines[key]
 
 
 class Attack(ABC):
@@ -151,18 +130,19 @@ class Attack(ABC):
             checks.check_same_shape("start", start, "x", x)
         settings, self._last = self.settings, None
         if x.shape[0] == 0:
-            nothing = torch.zeros(2, dtype=torch.int64)
+            nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
                 "none", "the batch is empty", "none", 0, nothing, (), nothing[0]
             )
             return x.detach().clone()
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        with _own_context(x.device):
+        with self._alone(), _own_context(x.device):
             x, y = _usable(x), _usable(y)
-            precision = resolve_precision(settings.precision, self.model, x)
-            engine = self._engines.engine(self.model, x, precision, settings)
-            with engine.session(self.model, seed):
+            if self.check_inputs:
+                check_images(x, settings.bounds)
+            engine = self._ready(x)
+            with engine.session(self.model, seed, current=True):
                 batch = Batch(
                     engine,
                     engine.images(x),
@@ -172,20 +152,30 @@ class Attack(ABC):
                     settings.bounds,
                     settings.targeted,
                     sample_ids,
-                    partial(check_values, x, y, settings.bounds) if self.check_inputs else None,
+                    partial(check_labels, y) if self.check_inputs else None,
                     None if start is None else engine.images(_usable(start)),
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
                 batch.tally.engine,
                 batch.tally.reason,
-                precision,
+                engine.precision,
                 batch.tally.elements,
                 batch.tally.counts,
                 tuple(batch.tally.losses),
                 outside_share(adv, x, radius, settings.norm, settings.bounds),
             )
         return adv
+
+    def _ready(self, x: Tensor) -> Engine:
+        settings = self.settings
+        wish = Wish(settings.precision, settings.engine, settings.train_mode)
+        return self._engines.ready(self.model, x, wish)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """The model's lock: other threads that attack it wait."""
+        model = self.model
+        return lock_of(unwrapped(model) if isinstance(model, nn.Module) else model)
 
     @abstractmethod
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
@@ -208,9 +198,8 @@ class Attack(ABC):
 
     def engine_for(self, x: Tensor) -> Engine:
         """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
-        with _own_context(x.device):
-            precision = resolve_precision(self.settings.precision, self.model, x)
-            return self._engines.engine(self.model, x, precision, self.settings)
+        with self._alone(), _own_context(x.device):
+            return self._ready(x)
 
     def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
         if eps is None:

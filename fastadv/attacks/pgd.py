@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.arguments import check_count, check_limit, check_number
-from fastadv.attacks.attack import Attack, AttackSettings, EngineCache
+from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
+from fastadv.engine.selection import EngineCache
 from fastadv.ops import checks
 from fastadv.seeding import derive_seed
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastadv.losses.common import Reduction, at_least_float32, check_share, reduced
 from fastadv.ops import checks
-from fastadv.ops.softmax_losses import Names, softmax_losses
+from fastadv.ops.softmax_losses import LOWEST, Names, softmax_losses
 
 
 def cross_entropy(
@@ -201,17 +202,22 @@ def mart(
     y: Tensor,
     beta: float = 5.0,
     *,
+    code_constants: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """`BCE(f(x'), y) + beta KL(f(x) || f(x')) (1 - p_y(x))`, with gradients through every factor.
 
-    Source: Wang et al. 2020 (MART), section 3; BCE is `boosted_cross_entropy`.
+    Source: Wang et al. 2020 (MART), section 3; BCE is `boosted_cross_entropy`. The authors' code (YisenWang/MART)
+    adds small constants, which bound the gradient of images that are misclassified with confidence: with p and q
+    the probabilities of x and x', and j the likeliest wrong class of q, it computes
+    `CE(f(x'), y) - log(1.0001 - q_j + 1e-12) + beta (1.0000001 - p_y) sum_k p_k (log p_k - log(q_k + 1e-12))`.
 
     Args:
         clean_logits: f(x), [B, C], C >= 2.
         adv_logits: f(x'), [B, C].
         y: labels [B], int64.
         beta: weight of the divergence; 5 or 6 in the authors' code.
+        code_constants: add the constants of the authors' code.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -220,10 +226,45 @@ def mart(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
     """
+    checks.check_bool("code_constants", code_constants)
+    if code_constants:
+        return _mart_of_the_code(clean_logits, adv_logits, y, beta, reduction)
     names = Names("clean_logits", "adv_logits", "beta")
     return softmax_losses(
         "mart", clean_logits, adv_logits, y, weight=beta, reduction=reduction, names=names
     )
+
+
+def _mart_of_the_code(
+    clean_logits: Tensor, adv_logits: Tensor, y: Tensor, beta: float, reduction: Reduction
+) -> Tensor:
+    beta = checks.number("beta", beta)
+    checks.check_finite_at_least_zero("beta", beta)
+    hard = softmax_losses(
+        "cross_entropy", adv_logits, y=y, reduction="none", names=Names("adv_logits")
+    )
+    checks.check_float("clean_logits", clean_logits)
+    checks.check_same_shape("clean_logits", clean_logits, "adv_logits", adv_logits)
+    checks.check_same_device("clean_logits", clean_logits, "adv_logits", adv_logits)
+    if clean_logits.shape[1] < 2:
+        shape = tuple(clean_logits.shape)
+        raise ValueError(f"clean_logits must have shape [B, C] with C >= 2, got {shape}")
+    log_p, log_q = _log_probabilities(clean_logits), _log_probabilities(adv_logits)
+    p, q = log_p.exp(), log_q.exp()
+    labelled = y[:, None] == torch.arange(p.shape[1], device=y.device)
+    likeliest = q.masked_fill(labelled, -1).argmax(1, keepdim=True)
+    # 1 - q_j and 1 - p_y as sums of the others, which do not cancel.
+    others = q.scatter(1, likeliest, 0).sum(1)
+    doubt = p.masked_fill(labelled, 0).sum(1)
+    divergence = (p * (log_p - (q + 1e-12).log())).sum(1)
+    boost = -(others + 1e-4 + 1e-12).log()
+    return reduced(hard + boost + beta * (doubt + 1e-7) * divergence, reduction)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Logarithms of the softmax in the dtype of computation, of which none is infinite."""
+    log_p = at_least_float32(logits).log_softmax(1)
+    return log_p.clamp(min=LOWEST[log_p.dtype])
 
 
 def alp(

@@ -29,8 +29,8 @@ class AfsRecipe(AdversarialRecipe):
     Attributes:
         weight: alpha in the paper, of the clean images' cross-entropy; 1 - weight is the attacked images'.
         mix: what the weights apply to: with "loss" both terms are taken of every image; with "batch", as in the
-            authors' code, that part of each batch stays clean and only the rest is attacked, which is the same in
-            expectation and costs less.
+            authors' code, that part of each batch stays clean, rounded down, and only the rest is attacked, which
+            is the same in expectation and costs less.
     """
 
     epochs: int = 5
@@ -118,7 +118,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         if self.recipe.mix == "loss":
             return Attacked(self.perturb(batch))
         size = len(batch.y)
-        clean = round(self.recipe.weight * size)
+        clean = int(self.recipe.weight * size)  # truncated, as in the authors' code
         return Attacked(self.perturb(batch, torch.arange(clean, size, device=batch.y.device)))
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:

@@ -199,12 +199,13 @@ class Loop:
         return self._end_epoch()
 
     def _train_on(self, batch: Batch) -> None:
-        """Take one step at its learning rate, with its own random numbers."""
+        """Take one step at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
-        rate = self.recipe.lr_at(epoch + step / len(self.loader))
+        place = epoch + step / len(self.loader)
+        numbers = {"lr": self.recipe.lr_at(place), "momentum": self.recipe.momentum_at(place)}
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group.update(numbers)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)

@@ -164,7 +164,9 @@ def train(
         frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
-        runtime = Runtime(where, autocast_dtype(recipe.precision, where), PhaseTimer(where), ranks)
+        dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
+        builder = _model_builder(splits.train, recipe, where, ranks)
+        runtime = Runtime(where, dtype, timer, ranks, builder)
         trainer = method_class(
             recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
         )
@@ -240,6 +242,19 @@ def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Mod
         return model
     torch.manual_seed(derive_seed(recipe.seed, "init"))
     return create_model(model, data.num_classes, data.in_channels)
+
+
+def _model_builder(
+    data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
+) -> Callable[[str], nn.Module]:
+    """Return a function that makes further models by name, which are trained like the run's own."""
+
+    def build(name: str) -> nn.Module:
+        model = create_model(name, data.num_classes, data.in_channels)
+        model = _on_device(model, recipe, device)
+        return with_synced_norms(model, ranks) if recipe.sync_bn else model
+
+    return build
 
 
 def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
