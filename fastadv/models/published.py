@@ -210,7 +210,9 @@ def _described(state: object) -> str:
     if not isinstance(state, Mapping):
         return f"{type(state).__name__}; it is what torch.load(path, weights_only=True) returns"
     objects = [f"{k!r} is {_described(v)}" for k, v in state.items() if isinstance(v, Foreign)]
-    return f"a mapping with {list(state)[:5]}" + "".join(f", of which {text}" for text in objects[:1])
+    return f"a mapping with {list(state)[:5]}" + "".join(
+        f", of which {text}" for text in objects[:1]
+    )
 
 
 def _sort_entries(
