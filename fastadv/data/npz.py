@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from fastadv.data.errors import DataFormatError
-from fastadv.data.images import ImageData, from_tensors
+from fastadv.data.images import ImageData, from_tensors, has_channels_at
 
 
 def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> ImageData:
@@ -42,6 +42,10 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataFormatError(
             f"{path}: image must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+        )
+    if has_channels_at(0, images.shape[1:]):
+        raise DataFormatError(
+            f"{path}: image must be [N, H, W, C], got {list(images.shape)}, which looks like [N, C, H, W]"
         )
     try:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()

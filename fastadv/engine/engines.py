@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,6 +79,16 @@ class Engine(ABC):
         In fp16 each sample's gradient comes out scaled by a positive number of its own; the steps of
         attacks depend on its direction alone.
         """
+        try:
+            return self._differentiated(x, value_of, torch.autograd.grad)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        return self._differentiated(x, value_of, _by_backward)
+
+    def _differentiated(
+        self, x: Tensor, value_of: ValueOfLogits, differentiate: Callable[..., Any]
+    ) -> Gradient:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = self._forward(leaf)
@@ -89,12 +99,23 @@ class Engine(ABC):
                 # Confident samples have gradients that float16 would round to 0.
                 largest = at_logits.abs().amax(1, keepdim=True)
                 at_logits = torch.where(largest > 0, at_logits / largest, 0.0).to(logits.dtype)
-                found = torch.autograd.grad(logits, leaf, at_logits, allow_unused=True)
+                found = differentiate(logits, leaf, at_logits, allow_unused=True)
             else:
                 value = value_of(logits)
-                found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                found = differentiate(value.sum(), leaf, allow_unused=True)
         _check_gradient(found[0] is not None)
         return Gradient(value.detach(), logits.detach(), found[0])
+
+
+def _by_backward(
+    output: Tensor, leaf: Tensor, at: Tensor | None = None, allow_unused: bool = True
+) -> tuple[Tensor | None]:
+    """As `torch.autograd.grad`, for models with reentrant checkpointing, which refuses that function.
+
+    The model is frozen, so that no gradient is left in its parameters.
+    """
+    output.backward(at)
+    return (leaf.grad,)
 
 
 def check_logits(logits: object, batch: int) -> None:
@@ -166,9 +187,29 @@ class EagerEngine(Engine):
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
         if self._dtype == torch.float32:
-            return self._model(_in_dtype_of(self._weights, x).clone())
+            with naming_dtypes(self._model, x):
+                return self._model(_in_dtype_of(self._weights, x).clone())
         with torch.autocast(x.device.type, self._dtype):
             return self._model(x.clone())
+
+
+@contextmanager
+def naming_dtypes(model: Model, x: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take the images' dtype say so.
+
+    Raises:
+        TypeError: the model fails, and its weights have another dtype than ``x``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weights = _weights_dtype(model)
+        if not isinstance(model, nn.Module) or x.dtype in (weights, *_SIXTEEN_BITS):
+            raise
+        raise TypeError(
+            f"x must have a dtype that the model takes, whose weights are {weights}, got {x.dtype}: "
+            f"{error}"
+        ) from error
 
 
 def as_model_takes(model: Model, x: Tensor) -> Tensor:

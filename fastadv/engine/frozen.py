@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
@@ -45,7 +45,8 @@ def frozen(
         if isinstance(model, nn.Module):
             stack.enter_context(_kept_modes(model, freeze_parameters))
             stack.enter_context(_kept_buffers(model))
-            model.train(train_mode)
+            with suppress(NotImplementedError):  # exported programs have one mode alone
+                model.train(train_mode)
             if freeze_parameters:
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)

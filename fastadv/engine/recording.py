@@ -10,6 +10,7 @@ the recording as they are. So a copy is refreshed from what the live model has j
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import types
@@ -244,8 +245,8 @@ class _Recorder(TorchFunctionMode):
         return recording
 
     def _refuse(self, reason: str) -> Unrecordable:
-        self._refusal = reason
-        return Unrecordable(reason)
+        self._refusal = self._refusal or reason  # the first one tells most
+        return Unrecordable(self._refusal)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -364,6 +365,8 @@ class _Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice(*(self._referred(part) for part in parts))
+        if isinstance(value, _CODE):
+            raise self._refuse("its forward hands code of its own to a function of torch")
         return value
 
     def _place(self, tensor: Tensor) -> int:
@@ -412,6 +415,7 @@ class _Recorder(TorchFunctionMode):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 
+_CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 

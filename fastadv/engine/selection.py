@@ -28,6 +28,7 @@ from fastadv.engine.engines import (
     ProgramEngine,
     _OnACopy,
     as_model_takes,
+    naming_dtypes,
     unwrapped,
 )
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
@@ -90,7 +91,7 @@ class EngineCache:
         obstacle = _obstacle(model, x, wish)
         if obstacle is None and isinstance(model, nn.Module):
             try:
-                with full_float32():
+                with full_float32(), naming_dtypes(model, x):
                     return self._copy(unwrapped(model), as_model_takes(model, x), precision, wish)
             except Unrecordable as error:
                 obstacle = str(error)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadv.losses.common import Reduction, at_least_float32, check_share, reduced
+from fastadv.losses.common import Reduction, at_least_float32, reduced
 from fastadv.ops import checks
 from fastadv.ops.softmax_losses import LOWEST, Names, softmax_losses
+from fastadv.ops.traced import changes
 
 
 def cross_entropy(
@@ -19,7 +20,7 @@ def cross_entropy(
 
     Args:
         logits: [B, C], float32, float64, bfloat16 or float16.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         label_smoothing: share of the target spread evenly over all classes, in 0..1.
         reduction: "mean" over the batch or "none".
 
@@ -27,11 +28,11 @@ def cross_entropy(
         A scalar, or [B] with reduction "none"; float32, or float64 for float64 logits.
 
     Raises:
-        TypeError: the logits are not floating point or `y` is no tensor.
-        ValueError: shapes do not agree, `y` is not int64, or the reduction is unknown.
+        TypeError: the logits are not floating point, or `y` is no tensor of integers.
+        ValueError: shapes do not agree, or the reduction is unknown.
         IndexError: on the CPU, a label is no class. On a GPU its sample's loss is NaN.
     """
-    check_share("label_smoothing", label_smoothing)
+    checks.share("label_smoothing", label_smoothing)
     return softmax_losses(
         "cross_entropy",
         logits,
@@ -50,7 +51,7 @@ def boosted_cross_entropy(logits: Tensor, y: Tensor, *, reduction: Reduction = "
 
     Args:
         logits: [B, C], C >= 2.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -69,7 +70,7 @@ def cw(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 
     Args:
         logits: z, [B, C], C >= 2.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -88,7 +89,7 @@ def dlr(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 
     Args:
         logits: z, [B, C], C >= 3.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -180,7 +181,7 @@ def trades(
     Args:
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         beta: weight of the divergence, 1 / lambda in the paper.
         reduction: "mean" over the batch or "none".
 
@@ -215,7 +216,7 @@ def mart(
     Args:
         clean_logits: f(x), [B, C], C >= 2.
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         beta: weight of the divergence; 5 or 6 in the authors' code.
         code_constants: add the constants of the authors' code.
         reduction: "mean" over the batch or "none".
@@ -283,7 +284,7 @@ def alp(
     Args:
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         weight: of the pairing.
         reduction: "mean" over the batch or "none".
 
@@ -331,7 +332,7 @@ def act(
     Args:
         robust_logits: G(x'), [B, C].
         natural_logits: F(x), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         alpha: weight of the divergence, in 0..1.
         temperature: T, above 0.
         reduction: "mean" over the batch or "none".
@@ -342,7 +343,7 @@ def act(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; alpha or the temperature out of range.
     """
-    check_share("alpha", alpha)
+    checks.share("alpha", alpha)
     both = softmax_losses(
         "act",
         robust_logits,
@@ -375,7 +376,7 @@ def hat(
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
         helper_logits: f(x_h) of the helper examples `x_h = x + 2 (x' - x)`, [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         helper_y: y_h, what the standard model takes x' for, [B], int64.
         beta: weight of the divergence.
         gamma: weight of the helper examples.
@@ -387,7 +388,7 @@ def hat(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; a weight is negative or not finite.
     """
-    checks.check_finite_at_least_zero("gamma", checks.number("gamma", gamma))
+    gamma = checks.limit("gamma", gamma)
     base = trades(clean_logits, adv_logits, y, beta, reduction=reduction)
     return base + gamma * cross_entropy(helper_logits, helper_y, reduction=reduction)
 
@@ -408,7 +409,7 @@ def lbgat(
     Args:
         adv_logits: f(x'), [B, C].
         natural_logits: T(x), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         clean_logits: f(x), [B, C]; needed where beta is not 0.
         beta: weight of the divergence.
         reduction: "mean" over the batch or "none".
@@ -417,12 +418,15 @@ def lbgat(
         As `cross_entropy`.
 
     Raises:
-        TypeError, ValueError, IndexError: as `cross_entropy`; beta is not 0 and there are no clean logits.
+        TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite, or it is not 0 and
+            there are no clean logits.
     """
+    beta = checks.limit("beta", beta)
     natural = cross_entropy(natural_logits, y, reduction=reduction)
     apart = at_least_float32(adv_logits) - at_least_float32(natural_logits)
     loss = natural + reduced(apart.square().mean(1), reduction)
-    if beta == 0:
+    # A number that torch.compile sees change is not looked at, so that there is one graph for all its values.
+    if not changes(beta) and beta == 0:
         return loss
     if clean_logits is None:
         raise ValueError("clean_logits must be given where beta is not 0, got None")

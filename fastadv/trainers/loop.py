@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastadv.data import Batch, Batches
+from fastadv.fields import check_fields
 from fastadv.files import point_link
 from fastadv.seeding import derive_seed
 from fastadv.trainers.checkpoint import (
@@ -60,6 +61,7 @@ class Settings:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:

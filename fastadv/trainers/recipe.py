@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from fastadv.fields import check_fields
+from fastadv.ops.values import check_radius
 from fastadv.trainers.number import Number
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -105,6 +107,7 @@ class Recipe:
     deciding: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("epochs", "batch_size", "monitor_images", "monitor_every", "max_bad_steps"):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
@@ -135,8 +138,6 @@ class Recipe:
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(self.schedule).__name__}")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
         if cycled and self.momentum != type(self).momentum:
             raise ValueError(
@@ -214,6 +215,7 @@ class AdversarialRecipe(Recipe):
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
+        check_radius("eps", self.eps, "linf", (0.0, 1.0))
 
 
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:

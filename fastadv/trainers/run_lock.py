@@ -157,7 +157,8 @@ class RunLock:
 
     def _in_use(self, holder: dict[str, Any]) -> RunInUseError:
         return RunInUseError(
-            f"run_dir {self._folder} is in use by {_described(holder)}; wait for it, or choose another directory"
+            f"run_dir {self._folder} is in use by {_described(holder)}; wait for its end, or choose "
+            "another directory"
         )
 
 

@@ -7,11 +7,20 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from fastadv.fields import check_fields
+from fastadv.ops.values import check_finite_at_least_zero
 from fastadv.trainers.number import Number
 
 
 class Schedule(abc.ABC):
-    """A factor on the recipe's learning rate."""
+    """A factor on the recipe's learning rate; of a dataclass the fields are checked, its numbers being >= 0."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, value in vars(self).items():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, float):
+                    check_finite_at_least_zero(name, part)
 
     @abc.abstractmethod
     def factor(self, epoch: float, epochs: int) -> float:
@@ -54,6 +63,7 @@ class Step(Schedule):
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.every < 1:
             raise ValueError(f"every must be >= 1 epoch, got {self.every}")
 
@@ -76,6 +86,7 @@ class MultiStep(Schedule):
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_ascending("milestones", self.milestones)
 
     def factor(self, epoch: float, epochs: int) -> float:
@@ -96,6 +107,7 @@ class Piecewise(Schedule):
     factors: tuple[Number, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_ascending("starts", self.starts)
         if not self.starts or self.starts[0] != 0:
             raise ValueError(f"starts must begin with epoch 0, got {self.starts}")
@@ -143,6 +155,7 @@ class Cyclic(Schedule):
     max_momentum: Number | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_peak(self.peak)
         _check_momenta(self.base_momentum, self.max_momentum)
 
@@ -177,6 +190,7 @@ class OneCycle(Schedule):
     max_momentum: Number | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_peak(self.peak)
         _check_momenta(self.base_momentum, self.max_momentum)
 
