@@ -40,6 +40,7 @@ _TRAINING_OPTIONS = (
     "model",
     "extra",
     "teacher",
+    "teacher_model",
     "device",
     "from_checkpoint",
 )
@@ -188,13 +189,20 @@ def training_parser(
     start = recipe_class.start(preset, given)
     parser = Parser(prog=f"fastadv train {method.name}", description=inspect.getdoc(method))
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
-    skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start", "teacher"}
+    skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
+    skipped |= {"teacher", "teacher_model"}
     parser.add_function_arguments(run_training, skip=skipped)
     parser.add_argument(
         "--teacher",
         nargs="+",
         help="Trained models for methods that need them, in their order: runs, checkpoints, or state "
         "dicts in .safetensors or .pt files.",
+    )
+    parser.add_argument(
+        "--teacher_model",
+        nargs="+",
+        help="Networks of these models, names as for --model, in their order or one for all. Needed for a state "
+        "dict that several networks take, such as resnet18 and resnet18_layer2_stride1.",
     )
     flags = parser.add_argument_group("Switches")
     for name, text in _attribute_docs(Flags).items():

@@ -52,6 +52,7 @@ def run_training(
     model: str | None = None,
     extra: str | None = None,
     teacher: Sequence[str] | None = None,
+    teacher_model: Sequence[str] | None = None,
     device: str | None = None,
     from_checkpoint: str | None = None,
 ) -> TrainResult:
@@ -71,6 +72,7 @@ def run_training(
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
             (uint8, N x H x W x C) and label; see extra_fraction.
         teacher: trained models for methods that need them.
+        teacher_model: networks of these, by name.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
     """
@@ -81,10 +83,11 @@ def run_training(
         recipe,
         data=data,
         root=root,
-        model=model or _default_model(method, data, teacher or ()),
+        model=model or _default_model(method, data, teacher or (), teacher_model or ()),
         run_dir=run,
         extra=None if extra is None else load_npz(extra),
         teacher=teacher,
+        teacher_model=_one_for_all(teacher_model),
         resume=from_checkpoint or flags.resume,
         overwrite=flags.overwrite,
         allow_changes=flags.allow_changes,
@@ -95,7 +98,13 @@ def run_training(
     )
 
 
-def _default_model(method: str, data: str, teachers: Sequence[str]) -> str:
+def _one_for_all(names: Sequence[str] | None) -> Sequence[str] | str | None:
+    return names[0] if names is not None and len(names) == 1 else names
+
+
+def _default_model(method: str, data: str, teachers: Sequence[str], named: Sequence[str]) -> str:
+    if method == Afs.name and named:
+        return "stack:" + "+".join(list(named) * (len(teachers) if len(named) == 1 else 1))
     if method == Afs.name and teachers:
         return "stack:" + "+".join(_model_name(path) for path in teachers)
     network = "small_cnn" if data == "digits" else "resnet18"

@@ -14,7 +14,6 @@ from fastadv.trainers import (
     Cyclic,
     FastRecipe,
     HatRecipe,
-    Method,
     MultiStep,
     OneCycle,
     Recipe,
@@ -169,7 +168,6 @@ def test_each_step_is_taken_at_its_momentum(tmp_path: Path) -> None:
 
     model = make_model(0)
     slow = make_model(0).train()
-    assert issubclass(Recording, Method)
     options: dict[str, Any] = {"run_dir": tmp_path / "run", "progress": False, "device": "cpu"}
     train(Recording, recipe, data=small_data(), model=model, **options)
     velocity = [torch.zeros_like(p) for p in slow.parameters()]

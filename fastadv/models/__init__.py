@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastadv.models.forms import copy_weights, form_of, forms_of, in_form, usual_form
 from fastadv.models.preact_resnet import PreActResNet, preact_resnet18
 from fastadv.models.published import LoadReport, load_published_state_dict
 from fastadv.models.registry import create_model, model_names, names_code
@@ -26,8 +27,12 @@ __all__ = [
     "StateFileError",
     "WideResNet",
     "check_feature_split",
+    "copy_weights",
     "create_model",
+    "form_of",
+    "forms_of",
     "importance_ratios",
+    "in_form",
     "load_published_state_dict",
     "model_names",
     "names_code",
@@ -35,6 +40,7 @@ __all__ = [
     "read_state_file",
     "resnet18",
     "small_cnn",
+    "usual_form",
     "vgg16_bn",
     "wrn_28_10",
     "wrn_34_10",

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
 from fastadv.models.state_files import Foreign, read_state_file
 
@@ -73,7 +74,11 @@ class LoadReport:
 
 
 def load_published_state_dict(
-    model: nn.Module, state: Mapping[str, Any] | str | os.PathLike[str], strict: bool = True
+    model: nn.Module,
+    state: Mapping[str, Any] | str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    form: str | None = None,
 ) -> LoadReport:
     """Load weights in any of the usual published wrappings into a model.
 
@@ -89,6 +94,9 @@ def load_published_state_dict(
         state: a file, whatever its suffix, of which nothing is run; or what
             `torch.load(path, map_location="cpu", weights_only=True)` returned.
         strict: refuse, and change nothing, unless everything fits. Otherwise load what fits.
+        form: name of the network that the file is of, where several take it: "preact_resnet18" or
+            "preact_resnet18_raw_shortcut", "resnet18" or "resnet18_layer2_stride1"; see `forms_of`. The model must
+            be of that form.
 
     Returns:
         What was loaded and what did not fit.
@@ -98,7 +106,8 @@ def load_published_state_dict(
         StateFileError: if the file is damaged or of another kind; a ValueError.
         TypeError: if `state` holds no tensors by name.
         ValueError: if no name fits; if there are several sets of weights that differ; with `strict`, if anything
-            does not fit, or if the file normalises its inputs while the model is not `Normalized`.
+            does not fit, or if the file normalises its inputs while the model is not `Normalized`; if several
+            networks take the file and `form` does not name one.
     """
     if isinstance(state, str | os.PathLike):
         state = read_state_file(state)
@@ -114,6 +123,7 @@ def load_published_state_dict(
         )
     if strict:
         _require_fit(model, network, report)
+    check_form_named(network, form)
     if isinstance(model, Normalized):
         _set_normalization(model, report)
     network.load_state_dict(fitting, strict=False)

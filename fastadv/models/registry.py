@@ -9,6 +9,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 _FACTORIES: dict[str, ModelFactory] = {
     "resnet18": resnet18,
+    "resnet18_layer2_stride1": partial(resnet18, layer2_stride=1),
     "preact_resnet18": preact_resnet18,
+    "preact_resnet18_raw_shortcut": partial(preact_resnet18, raw_shortcut=True),
+    "preact_resnet18_no_last_norm": partial(preact_resnet18, final_norm=False),
+    "preact_resnet18_raw_shortcut_no_last_norm": partial(
+        preact_resnet18, raw_shortcut=True, final_norm=False
+    ),
     "wrn_28_10": wrn_28_10,
     "wrn_34_10": wrn_34_10,
     "vgg16_bn": vgg16_bn,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastadv.models import Stack
+from fastadv.models import Stack, copy_weights
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
@@ -100,7 +100,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     def initialise(self) -> None:
         """Give the extractors their weights."""
         for extractor, source in zip(self.stack.extractors, self.teachers.values(), strict=True):
-            extractor.load_state_dict(source.state_dict())
+            copy_weights(extractor, source)
             source.cpu()  # out of the way
 
     def compile(self) -> None:

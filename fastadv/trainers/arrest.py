@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadv import losses
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
-from fastadv.models import check_feature_split
+from fastadv.models import check_feature_split, copy_weights
 from fastadv.ops import checks, noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
@@ -129,7 +129,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     def initialise(self) -> None:
         """Start from the standard weights (AFT)."""
         if self.recipe.finetune:
-            self.model.load_state_dict(self.teachers["teacher"].state_dict())
+            copy_weights(self.model, self.teachers["teacher"])
 
     def attack(self, batch: TrainBatch) -> Replayed:
         """Return PGD's images, or noise where the features have drifted."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.files import naming, remove_leftovers, write_atomically
+from fastadv.models import form_of
 from fastadv.trainers.checkpoint import (
     CHECKPOINTS,
     RUN_FILE,
@@ -200,7 +201,9 @@ class RunDirectory:
         state = {
             key: value.cpu().contiguous().clone() for key, value in teacher.state_dict().items()
         }
-        write_atomically(self.teacher_file(name), save(state, metadata={"format": "pt"}))
+        form = form_of(teacher)
+        metadata = {"format": "pt"} | ({} if form is None else {"form": form})
+        write_atomically(self.teacher_file(name), save(state, metadata=metadata))
 
     def clear(self) -> None:
         """Delete what a run leaves; anything else in the directory stays."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from fastadv.data import (
     split_validation,
     subset,
 )
-from fastadv.models import create_model
+from fastadv.models import create_model, form_of, usual_form
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
@@ -57,10 +57,17 @@ from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe, as_plain
 from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
-from fastadv.trainers.weights import WeightSource, load_teacher
+from fastadv.trainers.teachers import (
+    Architectures,
+    Likes,
+    Teachers,
+    by_name,
+    named_model,
+    teachers_like,
+)
+from fastadv.trainers.weights import load_teacher
 
 Images: TypeAlias = ImageData | StreamedData
-Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ def train(
     root: str | Path | None = None,
     extra: ImageData | None = None,
     teacher: Teachers = None,
+    teacher_model: Architectures = None,
     resume: bool | str = False,
     overwrite: bool = False,
     allow_changes: bool = False,
@@ -123,6 +131,9 @@ def train(
         teacher: for methods with a frozen model (ARREST's standard model): a run or checkpoint
             directory, a file with a state dict, or a module; with several (AFS's extractors), a mapping
             by name or a list in their order. A resumed run has its own copy.
+        teacher_model: networks of the teachers, names for `create_model`: one for all of them, a mapping by name
+            or a list in their order. By default teachers are of the model's own kind, or what their runs say. A
+            file with a state dict that several networks take must have one.
         resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
             the name of a checkpoint.
         overwrite: delete a run that is in `run_dir` and start again.
@@ -161,7 +172,8 @@ def train(
     splits = load_dataset(data, root) if isinstance(data, str) else data
     with run.lock, joined_ranks(where) as ranks, _run_environment(where):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
-        frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
+        likes = teachers_like(method_class, recipe, teacher_model, network, splits.train)
+        frozen = _build_teachers(method_class, likes, teacher, run if resume else None)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
         dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
@@ -250,8 +262,7 @@ def _model_builder(
     """Return a function that makes further models by name, which are trained like the run's own."""
 
     def build(name: str) -> nn.Module:
-        model = create_model(name, data.num_classes, data.in_channels)
-        model = _on_device(model, recipe, device)
+        model = _on_device(named_model("natural", name, data), recipe, device)
         return with_synced_norms(model, ranks) if recipe.sync_bn else model
 
     return build
@@ -263,15 +274,10 @@ def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
 
 
 def _build_teachers(
-    method: MethodClass,
-    recipe: Recipe,
-    given: Teachers,
-    resumed: RunDirectory | None,
-    network: nn.Module,
+    method: MethodClass, needed: Likes, given: Teachers, resumed: RunDirectory | None
 ) -> dict[str, nn.Module]:
     """Load the frozen models that the method needs, from where the caller says or from the run."""
-    needed = method.teachers_for(recipe, network)
-    sources = _by_name(given, list(needed))
+    sources = by_name(given, list(needed))
     unknown = sorted(sources.keys() - needed.keys())
     if unknown:
         takes = f"only {', '.join(needed)}" if needed else "no frozen model"
@@ -285,7 +291,7 @@ def _build_teachers(
                 "module of a trained model, got None"
             )
     try:
-        return {name: load_teacher(sources[name], like) for name, like in needed.items()}
+        return {name: load_teacher(sources[name], *like) for name, like in needed.items()}
     except ValueError as error:
         if given is not None or resumed is None:
             raise
@@ -294,27 +300,15 @@ def _build_teachers(
         ) from error
 
 
-def _by_name(given: Teachers, names: list[str]) -> dict[str, WeightSource]:
-    """What the caller gave, by name: a list goes with the names in their order, one alone with the first."""
-    if given is None:
-        return {}
-    if isinstance(given, Mapping):
-        return dict(given)
-    several = list(given) if isinstance(given, list | tuple) else [cast(WeightSource, given)]
-    more = (
-        [f"teacher_{i}" for i in range(len(names) + 1, len(several) + 1)] if names else ["teacher"]
-    )
-    return dict(zip(names + more, several, strict=False))
-
-
 def _describe_model(model: nn.Module, name: str | None, data: Images) -> dict[str, Any]:
-    return {
+    description = {
         "name": name,
         "class": type(model).__name__,
         "num_classes": data.num_classes,
         "in_channels": data.in_channels,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    return description if usual_form(model) else {**description, "form": form_of(model)}
 
 
 def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, Any]:

@@ -13,9 +13,13 @@ from fastadv.models import (
     Normalized,
     StateFileError,
     create_model,
+    form_of,
+    forms_of,
+    in_form,
     load_published_state_dict,
     names_code,
     read_state_file,
+    usual_form,
 )
 from fastadv.trainers.checkpoint import (
     LATEST,
@@ -56,8 +60,10 @@ def load_model(
             it does not fit.
     """
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
+    recorded = _recorded_model(read)
     if not isinstance(model, nn.Module):
-        model = build_model(_recorded_model(read), read.path, model)
+        model = build_model(recorded, read.path, model)
+    _check_form(model, recorded, read.path)
     state = (unpack_average if averaged else unpack_weights)(read.weights)
     try:
         model.load_state_dict(state)
@@ -127,7 +133,8 @@ def load_teacher(
         like: the model to be trained; the teacher is of the same kind unless the source is a run
             that says otherwise. It is `Normalized` as well where a file holds mean and std.
         architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
-            run that names a function of your own.
+            run that names a function of your own, and for a state dict that several networks take, which compute
+            different functions.
 
     Returns:
         A module of its own, in evaluation mode, without gradients.
@@ -135,13 +142,15 @@ def load_teacher(
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if it is damaged.
-        ValueError: if the weights do not fit the model.
+        ValueError: if the weights do not fit the model, or it is not said of which network they are.
     """
     if isinstance(source, nn.Module):
+        if architecture is not None:
+            raise ValueError(f"teacher_model must be None for a module, got {architecture!r}")
         teacher = copy.deepcopy(source)
     elif Path(source).is_file() or not Path(source).exists():
         try:
-            teacher = _load_file(Path(source), like)
+            teacher = _load_file(Path(source), like, named=architecture is not None)
         except StateFileError as error:
             raise CheckpointError(str(error)) from error
         except (TypeError, ValueError) as error:
@@ -151,27 +160,60 @@ def load_teacher(
     return teacher.eval().requires_grad_(False)
 
 
-def _load_file(path: Path, like: nn.Module) -> nn.Module:
-    """Load a state dict into a model like another one, which normalises its inputs if the file says how."""
+def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
+    """Load a state dict into a model of the kind of another one, or of the form that the file itself says.
+
+    It normalises its inputs if the file says how.
+    """
     if not path.exists():
         raise FileNotFoundError(
             f"{path}: no such file or directory; it must be a run, a checkpoint or a file with a state dict"
         )
-    state = read_state_file(path)
+    state, recorded = read_state_file(path), _recorded_form(path)
     if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
         state = unpack_average(state)  # of a run's checkpoint
-    teacher = copy.deepcopy(like)
+    other = recorded is not None and recorded != form_of(like)
+    teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
+    form = form_of(teacher) if named or recorded is not None else None
     if isinstance(teacher, Normalized):
-        load_published_state_dict(teacher, state)
+        load_published_state_dict(teacher, state, form=form)
         return teacher
     normalized = Normalized(teacher)
-    report = load_published_state_dict(normalized, state)
+    report = load_published_state_dict(normalized, state, form=form)
     return normalized if report.normalizes else teacher
+
+
+def _recorded_form(path: Path) -> str | None:
+    """The form that a run's copy of a frozen model records; see `fastadv.models.forms_of`."""
+    if path.suffix != ".safetensors":
+        return None
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return (file.metadata() or {}).get("form")
+
+
+def _check_architecture(name: str | None, given: str | None, path: Path) -> None:
+    if given is not None and given.lower().replace("-", "_") != str(name).lower().replace("-", "_"):
+        raise ValueError(
+            f"{path}: teacher_model must be what the run says, {name!r}, got {given!r}"
+        )
+
+
+def _check_form(model: nn.Module, recorded: dict[str, Any], path: Path) -> None:
+    """Refuse a model that would compute something else of a run's weights."""
+    form = recorded.get("form")
+    if not (usual_form(model) if form is None else form_of(model) == form):
+        raise ValueError(
+            f"{path}: model must be {form or next(iter(forms_of(model)))!r}, got {form_of(model)!r}, "
+            "which computes another function of the same weights"
+        )
 
 
 def _load_run(path: Path, like: nn.Module, architecture: str | None) -> nn.Module:
     """Load the model of a run, built as the run says unless that would run code of its choosing."""
     name = _recorded_model(load_checkpoint(path, with_state=False)).get("name")
+    _check_architecture(name, architecture, path)
     named = name is not None and name == architecture
     if name is not None and not named:
         check_no_code(name, path, "teacher_model")
