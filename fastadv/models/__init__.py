@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from fastadv.models.forms import copy_weights, form_of, forms_of, in_form, usual_form
+from fastadv.models.forms import (
+    check_form_named,
+    copy_weights,
+    form_of,
+    forms_of,
+    in_form,
+    usual_form,
+)
 from fastadv.models.preact_resnet import PreActResNet, preact_resnet18
 from fastadv.models.published import LoadReport, load_published_state_dict
 from fastadv.models.registry import create_model, model_names, names_code
@@ -27,6 +34,7 @@ __all__ = [
     "StateFileError",
     "WideResNet",
     "check_feature_split",
+    "check_form_named",
     "copy_weights",
     "create_model",
     "form_of",

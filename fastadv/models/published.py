@@ -107,7 +107,7 @@ def load_published_state_dict(
         TypeError: if `state` holds no tensors by name.
         ValueError: if no name fits; if there are several sets of weights that differ; with `strict`, if anything
             does not fit, or if the file normalises its inputs while the model is not `Normalized`; if several
-            networks take the file and `form` does not name one.
+            networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
     """
     if isinstance(state, str | os.PathLike):
         state = read_state_file(state)
@@ -123,7 +123,7 @@ def load_published_state_dict(
         )
     if strict:
         _require_fit(model, network, report)
-    check_form_named(network, form)
+    check_form_named(network, form, built_by_caller=True)
     if isinstance(model, Normalized):
         _set_normalization(model, report)
     network.load_state_dict(fitting, strict=False)

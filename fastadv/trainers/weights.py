@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastadv.models import (
     Normalized,
     StateFileError,
+    check_form_named,
     create_model,
     form_of,
     forms_of,
@@ -174,12 +175,10 @@ def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
         state = unpack_average(state)  # of a run's checkpoint
     other = recorded is not None and recorded != form_of(like)
     teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
-    form = form_of(teacher) if named or recorded is not None else None
-    if isinstance(teacher, Normalized):
-        load_published_state_dict(teacher, state, form=form)
-        return teacher
-    normalized = Normalized(teacher)
-    report = load_published_state_dict(normalized, state, form=form)
+    normalized = teacher if isinstance(teacher, Normalized) else Normalized(teacher)
+    report = load_published_state_dict(normalized, state, form=form_of(teacher))
+    if not named and recorded is None:
+        check_form_named(teacher, None)
     return normalized if report.normalizes else teacher
 
 
