@@ -15,6 +15,7 @@ from fastadv.trainers.checkpoint import LATEST, find_checkpoint, load_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.weights import check_no_code
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -117,6 +118,7 @@ def _model_name(source: str) -> str:
     name = read.meta.get("model", {}).get("name")
     if name is None:
         raise ValueError(f"model must be given: {source} was trained with a model without a name")
+    check_no_code(name, source)
     return str(name)
 
 

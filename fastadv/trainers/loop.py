@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from fastadv.data import Batch, Batches
 from fastadv.fields import check_fields
-from fastadv.files import point_link
+from fastadv.files import point_link, write_atomically
 from fastadv.seeding import derive_seed
 from fastadv.trainers.checkpoint import (
     BEST,
@@ -267,7 +268,9 @@ class Loop:
         file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         weights = {name: model.state_dict() for name, model in self.models.items()}
         if self.ranks.first:
-            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, file)
+            content = io.BytesIO()
+            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, content)
+            write_atomically(file, content.getvalue())
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
             f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
