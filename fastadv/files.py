@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import tempfile
 from pathlib import Path
+
+_RANDOM_CHARACTERS = 8  # at the end of the names that tempfile makes
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
@@ -34,6 +37,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
         Path(temporary).unlink(missing_ok=True)
         raise
     return target
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote a file, which nobody may be writing now."""
+    for leftover in path.parent.glob(
+        f".{glob.escape(path.name)}.{'[a-z0-9_]' * _RANDOM_CHARACTERS}"
+    ):
+        leftover.unlink(missing_ok=True)
 
 
 def point_link(link: Path, target: str) -> None:

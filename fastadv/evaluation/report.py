@@ -18,6 +18,7 @@ from fastadv.files import write_atomically
 Status = Literal["ok", "suspect", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
 _FORMAT = 1
+_RESULTS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,16 @@ class Report:
             ValueError: for another format, or content that does not fit.
         """
         version = content.get("format") if isinstance(content, dict) else None
+        if version == _RESULTS_FORMAT:
+            raise ValueError(
+                "it holds the results of several evaluations; read it with fastadv.evaluation.load_results"
+            )
         if version != _FORMAT:
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
             # Reports of before there was a choice counted every attack by itself.
             values = {f.name: {"worst_case": False, **content}[f.name] for f in fields(cls)}
-            values["rows"] = tuple(_row_from_dict(entry) for entry in content["rows"])
+            values["rows"] = tuple(row_from_dict(entry) for entry in content["rows"])
             values["bounds"] = tuple(content["bounds"])
             return cls(**values)
         except (KeyError, TypeError) as error:
@@ -261,7 +266,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _row_from_dict(entry: dict[str, Any]) -> Row:
+def row_from_dict(entry: dict[str, Any]) -> Row:
+    """Read a row back from an entry of ``Report.to_dict``.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: when a number is out of range.
+    """
     values = {f.name: entry[f.name] for f in fields(Row)}
     values["notes"] = tuple(entry["notes"])
     values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])

@@ -13,7 +13,8 @@ from fastadv.trainers.free import Free, FreeRecipe
 from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
-from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings
+from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
+from fastadv.trainers.lost_ranks import LostRanksError
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
@@ -64,6 +65,7 @@ __all__ = [
     "Lbgat",
     "LbgatRecipe",
     "LossResult",
+    "LostRanksError",
     "Mart",
     "MartRecipe",
     "Method",
@@ -82,6 +84,7 @@ __all__ = [
     "TradesRecipe",
     "TrainBatch",
     "TrainResult",
+    "TrainingInterrupted",
     "Vfd",
     "VfdRecipe",
     "find_method",

@@ -26,6 +26,7 @@ from fastadv.data import (
     subset,
 )
 from fastadv.models import create_model
+from fastadv.ops.checks import check_bool
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
@@ -141,7 +142,18 @@ def train(
         ImportError: if TensorBoard is asked for and not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
+        TrainingInterrupted: after SIGTERM or Ctrl-C. The step that was under way is finished and a checkpoint
+            written; it names the checkpoint, and `resume=True` goes on from there. A second signal ends the run at
+            once. It is a `KeyboardInterrupt`; a script that does not catch it exits with status 143 or 130.
+            Handlers of your own for these signals stay in force, and then decide.
+        LostRanksError: if another process that torchrun started hangs (see `Settings.timeout`) or has ended.
     """
+    for flag, value in (
+        ("overwrite", overwrite),
+        ("allow_changes", allow_changes),
+        ("progress", progress),
+    ):
+        check_bool(flag, value)
     method_class = find_method(method)
     recipe = _checked_recipe(method_class, recipe)
     settings = settings or Settings()
@@ -153,7 +165,7 @@ def train(
     run.check_free(bool(resume), overwrite)
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    with joined_ranks(where) as ranks, _run_environment(where):
+    with joined_ranks(where, settings.timeout) as ranks, _run_environment(where):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
         frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
         if recipe.sync_bn:
