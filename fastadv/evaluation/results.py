@@ -114,7 +114,8 @@ _PARTS = ("subject", "row")  # fields of a result that are spelled out in its en
 
 def results_of(report: Report, subject: Subject) -> list[Result]:
     """Take the results out of the report of one evaluation."""
-    results, before = [], []
+    results: list[Result] = []
+    before: list[str] = []
     for row in report.rows:
         results.append(
             Result(

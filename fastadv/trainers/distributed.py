@@ -177,7 +177,7 @@ def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ran
                     device_id=device if on_cuda else None,
                 )
             yield Ranks(rank, count, device)
-            # Not after an exception: this may wait for ranks that know of none, and torchrun for this process to end.
+            # Not after an exception: this may wait for ranks that know of none, and torchrun for this one to end.
             dist.destroy_process_group()
 
 
