@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,7 +35,6 @@ from fastadv.suggestions import suggestion
 from fastadv.trainers import (
     Afs,
     Settings,
-    TrainingInterrupted,
     find_method,
     method_names,
     schedules,
@@ -42,6 +42,7 @@ from fastadv.trainers import (
 from fastadv.trainers.distributed import is_first
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.unused import check_all_used
 
 # What a person can put right. Anything else is a fault of ours and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
@@ -84,7 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(words)
         finally:
-            sys.stdout.flush()
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as `head`, has seen enough. Python would complain once more when it ends.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
@@ -172,26 +174,28 @@ def _train(words: list[str]) -> int:
     if words[-1:] == ["--schedule.help"]:
         print(_schedules_overview())
         return 0
-    words = [*_saved(method, words), *words]
+    saved = _saved(method, words)
+    words = [*saved, *words]
     parser = training_parser(method, _given(words, "preset") or "paper")
     options = parser.parse_args(words)
     config = _config_text(parser, options)
     chosen = parser.instantiate(options)
+    recipe = method.recipe_class(**_fields_of(method.recipe_class, chosen))
+    if not saved:
+        check_all_used(method, recipe, chosen.preset)
     try:
         result = run_training(
             method.name,
-            method.recipe_class(**_fields_of(method.recipe_class, chosen)),
+            recipe,
             Settings(**_fields_of(Settings, chosen)),
             Flags(**_fields_of(Flags, chosen)),
             on_start=lambda path: _write_config(path, config),
             **{name: getattr(chosen, name) for name in _TRAINING_OPTIONS},
         )
-    except TrainingInterrupted as stop:
+    except Interrupted as stop:
         if is_first():
-            print(f"fastadv: {stop}", file=sys.stderr)
-            print(
-                f"go on: fastadv train {method.name} --run {chosen.run} --resume", file=sys.stderr
-            )
+            go_on = f"fastadv train {method.name} --run {shlex.quote(chosen.run)} --resume"
+            print(f"fastadv: {stop}\ngo on: {go_on}", file=sys.stderr)
         return stop.code
     if is_first():
         print(f"trained: {result.checkpoint}")

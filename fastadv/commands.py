@@ -210,7 +210,11 @@ def run_evaluation(
     # An interrupted AutoAttack goes on from here when the same command is given again.
     name = f"{path.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
     name += f"-{batch_size}-{seed}" + "-left" * worst_case
-    with autoattack_state(directory.path / "autoattack" / name, AUTOATTACK in attacks) as state:
+    folders = [
+        file.parent / "autoattack" / name for file in (directory.path / EVAL_FILE, keeper.file)
+    ]
+    begun = next((folder for folder in folders if folder.exists()), folders[-1])
+    with autoattack_state(begun, AUTOATTACK in attacks) as state:
         report = evaluate(
             judged,
             images,

@@ -16,6 +16,7 @@ _DEFAULTS = {
     signal.SIGINT: (signal.default_int_handler, signal.SIG_DFL),
     signal.SIGTERM: (signal.SIG_DFL,),
 }
+_ours: list[Any] = []  # handlers that are set by with statements here, which may be nested
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
@@ -85,17 +86,20 @@ def stopped_by_signals(message: str) -> Iterator[None]:
 
 @contextmanager
 def _handled_by(handler: Any) -> Iterator[None]:
-    """Set a handler in place of the default ones, and put these back."""
+    """Set a handler in place of the default ones or an outer one of ours, and put these back."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         for number, defaults in _DEFAULTS.items():
-            if signal.getsignal(number) in defaults:
+            if signal.getsignal(number) in (*defaults, *_ours):
                 before[number] = signal.signal(number, handler)
+        _ours.append(handler)
     try:
         yield
     finally:
-        for number, default in before.items():
-            signal.signal(number, default)
+        for number, former in before.items():
+            signal.signal(number, former)
+        if handler in _ours:
+            _ours.remove(handler)
 
 
 def signal_name(signum: int) -> str:

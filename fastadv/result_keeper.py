@@ -32,6 +32,9 @@ class ResultKeeper:
         file: where the results go.
         subject: what is judged.
 
+    Attributes:
+        file: the same.
+
     Raises:
         ValueError: for a name that does not end in .json, or a file that is there and holds no results.
     """
@@ -39,7 +42,7 @@ class ResultKeeper:
     def __init__(self, file: Path, subject: Subject) -> None:
         if file.suffix != ".json":
             raise ValueError(f"out must be a file that ends in .json, got {str(file)!r}")
-        self._file = file
+        self.file = file
         self._subject = subject
         self._failure = check_destination(file)
 
@@ -51,7 +54,7 @@ class ResultKeeper:
     def add(self, report: Report) -> None:
         """Add what a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
         try:
-            add_results(self._file, results_of(report, self._subject))
+            add_results(self.file, results_of(report, self._subject))
             self._failure = None
         except (OSError, ValueError) as error:
             self._failure = (getattr(error, "strerror", None) or str(error)).replace("\n", " ")
@@ -70,7 +73,7 @@ class ResultKeeper:
 
     def _complaint(self) -> str:
         return (
-            f"results cannot be written to {self._file}: {self._failure}; "
+            f"results cannot be written to {self.file}: {self._failure}; "
             "--out FILE.json keeps them elsewhere"
         )
 

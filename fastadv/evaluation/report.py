@@ -151,9 +151,8 @@ class Report:
         """
         version = content.get("format") if isinstance(content, dict) else None
         if version == _RESULTS_FORMAT:
-            raise ValueError(
-                "it holds the results of several evaluations; read it with fastadv.evaluation.load_results"
-            )
+            content = _as_one_report(content)
+            version = _FORMAT
         if version != _FORMAT:
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
@@ -253,6 +252,23 @@ _WRITERS: dict[str, Callable[[Report], str]] = {
     ".md": Report.markdown,
     ".txt": Report.table,
 }
+
+
+def _as_one_report(content: dict[str, Any]) -> dict[str, Any]:
+    """Take collected results for one report, where they can be one: each attack once, all else in common."""
+    names = [f.name for f in fields(Report) if f.name not in ("rows", "model", "worst_case")]
+    entries = [
+        {**entry, "model": entry["network"], "worst_case": bool(entry["after"])}
+        for entry in content["rows"]
+    ]
+    attacks = [entry["name"] for entry in entries]
+    common = [{name: entry[name] for name in names} for entry in entries]
+    if not entries or len(set(attacks)) < len(attacks) or any(one != common[0] for one in common):
+        raise ValueError(
+            "it holds the results of several evaluations; read it with fastadv.evaluation.load_results"
+        )
+    worst_case = any(entry["worst_case"] for entry in entries)
+    return {"rows": entries, "model": entries[0]["model"], "worst_case": worst_case, **common[0]}
 
 
 def library_versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastadv.interruption import Interrupted
 from fastadv.trainers.act import Act, ActRecipe
 from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
@@ -60,6 +61,7 @@ __all__ = [
     "FreeRecipe",
     "Hat",
     "HatRecipe",
+    "Interrupted",
     "KdAt",
     "KdAtRecipe",
     "Lbgat",

@@ -176,6 +176,7 @@ class RunDirectory:
         """Delete what a run leaves; anything else in the directory stays."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         names = ["metrics.jsonl", "summary.csv", "eval.json"]
         names += [f"{name}.safetensors" for name in self.read().teachers]
         for name in names:

@@ -25,6 +25,8 @@ from fastadv.data import (
     split_validation,
     subset,
 )
+from fastadv.files import remove_leftovers
+from fastadv.interruption import stopped_by_signals
 from fastadv.models import create_model
 from fastadv.ops.checks import check_bool
 from fastadv.seeding import derive_seed
@@ -59,6 +61,14 @@ from fastadv.trainers.weights import WeightSource, load_teacher
 
 Images: TypeAlias = ImageData | StreamedData
 Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
+
+
+_WRITTEN_WHOLE = (
+    "run.json",
+    "config.yaml",
+    "metrics.jsonl",
+    "summary.csv",
+)  # by way of another name
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,8 @@ def train(
         ImportError: if TensorBoard is asked for and not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
-        TrainingInterrupted: after SIGTERM or Ctrl-C. The step that was under way is finished and a checkpoint
+        Interrupted: after SIGTERM or Ctrl-C.
+        TrainingInterrupted: likewise, while steps are taken. The step under way is finished and a checkpoint
             written; it names the checkpoint, and `resume=True` goes on from there. A second signal ends the run at
             once. It is a `KeyboardInterrupt`; a script that does not catch it exits with status 143 or 130.
             Handlers of your own for these signals stay in force, and then decide.
@@ -165,7 +176,12 @@ def train(
     run.check_free(bool(resume), overwrite)
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    with joined_ranks(where, settings.timeout) as ranks, _run_environment(where):
+    aside = "stopped between steps; resuming goes on from the last checkpoint, or begins anew"
+    with (
+        stopped_by_signals(aside),
+        joined_ranks(where, settings.timeout) as ranks,
+        _run_environment(where),
+    ):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
         frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
         if recipe.sync_bn:
@@ -342,6 +358,8 @@ def _open_run(
         return start
     if clear:
         run.clear()
+    for file in _WRITTEN_WHOLE:
+        remove_leftovers(run.path / file)
     run.begin(description, {"source": dict(source), "versions": versions(), "launch": launch()})
     for name, teacher in teachers.items():
         run.save_teacher(name, teacher)
