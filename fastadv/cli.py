@@ -31,7 +31,7 @@ from fastadv.interruption import Interrupted, stopped_by_signals
 from fastadv.parsing import FAILED, FALSE, Parser, schedule_names
 from fastadv.result_keeper import UnsavedResultsError
 from fastadv.saved_options import CONFIG_FILE, as_config, missing_model, saved_options
-from fastadv.suggestions import suggestion
+from fastadv.suggestions import check_known, suggestion
 from fastadv.trainers import (
     Afs,
     Settings,
@@ -160,6 +160,7 @@ def _overview() -> str:
             "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
             "Any command takes --debug, which shows the traceback of an error.",
             "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
+            "A flag stands alone or with its value: --flip, --flip false.",
         ]
     )
 
@@ -205,6 +206,8 @@ def _train(words: list[str]) -> int:
 
 def training_parser(method: MethodClass, preset: str = "paper") -> Parser:
     """Build the parser of `fastadv train METHOD`, whose defaults are the numbers of a preset."""
+    if preset != "official":  # of which the recipe itself says why it is not there
+        check_known("preset", preset, method.recipe_class.presets)
     recipe = method.recipe_class.preset(preset)
     parser = Parser(
         prog=f"fastadv train {method.name}",

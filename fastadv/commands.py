@@ -28,7 +28,13 @@ from fastadv.ops.checks import check_bool
 from fastadv.result_keeper import ResultKeeper, autoattack_state
 from fastadv.suggestions import check_known
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
-from fastadv.trainers.checkpoint import LATEST, find_checkpoint, load_checkpoint
+from fastadv.trainers.checkpoint import (
+    BEST,
+    LATEST,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+)
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
@@ -102,6 +108,8 @@ def run_training(
         )
     if from_checkpoint is not None and not RunDirectory(run).exists:
         raise ValueError(f"from_checkpoint {from_checkpoint!r}: there is no run in {run}")
+    if from_checkpoint is not None:
+        _check_checkpoint(RunDirectory(run), from_checkpoint)
     return train(
         method,
         recipe,
@@ -119,6 +127,13 @@ def run_training(
         progress=not flags.quiet,
         on_start=on_start,
     )
+
+
+def _check_checkpoint(directory: RunDirectory, name: str) -> None:
+    """Check the name of a checkpoint, where there are any; `latest` and `best` need not be there."""
+    there = [path.name for path in checkpoints_in(directory.checkpoints)]
+    if there:
+        check_known("checkpoint", name, [LATEST, BEST, *there])
 
 
 def _default_model(method: str, data: str, teachers: Sequence[str]) -> str:
@@ -189,6 +204,7 @@ def run_evaluation(
     radius = _radius(eps, norm)
     _check_attacks(attacks, radius, alpha)
     directory = RunDirectory(run)
+    _check_checkpoint(directory, checkpoint)
     path = find_checkpoint(directory.path, checkpoint)
     recorded = directory.read()
     images = _test_images(directory, data, root)

@@ -161,14 +161,18 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
 
 
 def _is_built_in(name: str) -> bool:
-    try:
-        _parse_name(name, 0.0, 0.0)
-    except ValueError:
-        return False
-    return True
+    return _find(name, 0.0, 0.0) is not None
 
 
 def _parse_name(name: str, eps: float, step: float) -> Attack:
+    found = _find(name, eps, step)
+    if found is None:
+        raise ValueError(f"unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}")
+    return found
+
+
+def _find(name: str, eps: float, step: float) -> Attack | None:
+    """The attack of a name, None for an unknown one."""
     if name == CLEAN:
         return Clean()
     if name == AUTOATTACK:
@@ -189,7 +193,7 @@ def _parse_name(name: str, eps: float, step: float) -> Attack:
         loss = "dlr-t" if match[1] == "t" else match[1]
         steps = int(match[2] or _APGD_STEPS)
         return Gradient(name, steps, None, random_start=True, kind="apgd", loss=loss)
-    raise ValueError(f"unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}")
+    return None
 
 
 def _suggestion(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastadv.trainers.methods import MethodClass
-from fastadv.trainers.recipe import AdversarialRecipe, Recipe
+from fastadv.trainers.recipe import Recipe
 
 
 def check_all_used(method: MethodClass, recipe: Recipe, preset: str = "paper") -> None:
@@ -33,11 +33,6 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         return getattr(recipe, name, None)
 
     conditions = [
-        (
-            not isinstance(recipe, AdversarialRecipe),
-            f"with {method}, which attacks nothing",
-            ["monitor_steps"],
-        ),
         (not value("pad"), "with pad 0", ["pad_mode"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
         (method == "free", "with free, which goes on from the last perturbation", ["random_start"]),
