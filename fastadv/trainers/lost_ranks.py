@@ -52,12 +52,10 @@ def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) 
             raise LostRanksError(
                 f"rank {rank} lost the connection to other ranks, all of which noticed: {error}"
             ) from error
-        several = len(lost) > 1
+        which = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
         raise LostRanksError(
-            f"rank{'s' * several} {', '.join(map(str, lost))} of 0 to {count - 1} "
-            f"{'have' if several else 'has'} not answered rank {rank}, which waits for {timeout:g} s (timeout): "
-            f"{'they hang or have' if several else 'it hangs or has'} ended. Resuming goes on from the last "
-            f"checkpoint ({error})"
+            f"rank {rank} got no answer from {which} of 0 to {count - 1}, for which it waits {timeout:g} s "
+            f"(timeout): such a rank hangs or has ended. Resuming goes on from the last checkpoint ({error})"
         ) from error
 
 
