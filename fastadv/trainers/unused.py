@@ -35,7 +35,6 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
     conditions = [
         (not value("pad"), "with pad 0", ["pad_mode"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
-        (method == "free", "with free, which goes on from the last perturbation", ["random_start"]),
     ]
     if method == "arrest":
         conditions += [
