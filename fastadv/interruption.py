@@ -52,6 +52,7 @@ class StopRequest:
         self._notice = notice
         self._repeats_within = repeats_within
         self._since = 0.0
+        self._process = os.getpid()
         self._handlers = ExitStack()
         self.signal: int | None = None
 
@@ -63,6 +64,9 @@ class StopRequest:
         self._handlers.close()
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            _in_child(signum)
+            return
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._since = signum, now
@@ -100,6 +104,13 @@ def _handled_by(handler: Any) -> Iterator[None]:
             signal.signal(number, former)
         if handler in _ours:
             _ours.remove(handler)
+
+
+def _in_child(signum: int) -> None:
+    """What a forked process does that has the handler from its parent: Ctrl-C is for the parent to decide on."""
+    if signum != signal.SIGINT:
+        signal.signal(signum, signal.SIG_DFL)
+        signal.raise_signal(signum)
 
 
 def signal_name(signum: int) -> str:

@@ -174,6 +174,8 @@ def train(
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
     run.check_free(bool(resume), overwrite)
+    if isinstance(resume, str) and not run.exists:
+        raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
     aside = "stopped between steps; resuming goes on from the last checkpoint, or begins anew"
