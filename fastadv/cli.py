@@ -18,19 +18,23 @@ from jsonargparse import Namespace
 import fastadv
 from fastadv.commands import (
     DEFAULT_ATTACKS,
-    EVAL_FILE,
     Flags,
     run_evaluation,
     run_report,
     run_training,
 )
 from fastadv.data.datasets import dataset_names
-from fastadv.evaluation.attack_list import AUTOATTACK
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted, stopped_by_signals
 from fastadv.parsing import FAILED, FALSE, Parser, schedule_names
 from fastadv.result_keeper import UnsavedResultsError
-from fastadv.saved_options import CONFIG_FILE, as_config, missing_model, saved_options
+from fastadv.saved_options import (
+    CONFIG_FILE,
+    as_config,
+    missing_model,
+    saved_options,
+    saved_teachers,
+)
 from fastadv.suggestions import check_known, suggestion
 from fastadv.trainers import (
     Afs,
@@ -39,7 +43,7 @@ from fastadv.trainers import (
     method_names,
     schedules,
 )
-from fastadv.trainers.distributed import is_first
+from fastadv.trainers.distributed import is_first, launch
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
@@ -115,10 +119,10 @@ def _run(words: list[str]) -> int:
     except BrokenPipeError:
         raise
     except _USER_ERRORS as error:
-        if debug:
-            raise
         if isinstance(error, UnsavedResultsError):
             print(error.table, end="", flush=True)
+        if debug:
+            raise
         hint = " (--debug shows where)" if isinstance(error, TypeError | RuntimeError) else ""
         return _complain((" ".join(str(error).split()) or type(error).__name__) + hint)
 
@@ -179,7 +183,7 @@ def _train(words: list[str]) -> int:
     words = [*saved, *words]
     parser = training_parser(method, _given(words, "preset") or "paper")
     options = parser.parse_args(words)
-    config = _config_text(parser, options)
+    config = _config_text(parser, options, saved_teachers(options.run) if saved else None)
     chosen = parser.instantiate(options)
     recipe = method.recipe_class(**_fields_of(method.recipe_class, chosen))
     if not saved:
@@ -195,13 +199,19 @@ def _train(words: list[str]) -> int:
         )
     except Interrupted as stop:
         if is_first():
-            go_on = f"fastadv train {method.name} --run {shlex.quote(chosen.run)} --resume"
-            print(f"fastadv: {stop}\ngo on: {go_on}", file=sys.stderr)
+            print(f"fastadv: {stop}\ngo on: {_go_on(method, chosen.run)}", file=sys.stderr)
         return stop.code
     if is_first():
         print(f"trained: {result.checkpoint}")
         print(f"next: fastadv eval {result.run_dir}")
     return 0
+
+
+def _go_on(method: MethodClass, run: str) -> str:
+    """The command that goes on with a run."""
+    alone = launch() is None
+    program, option = ("fastadv", "run") if alone else ("torchrun ... -m fastadv", "run-dir")
+    return f"{program} train {method.name} --{option} {shlex.quote(run)} --resume"
 
 
 def training_parser(method: MethodClass, preset: str = "paper") -> Parser:
@@ -336,9 +346,10 @@ def _attribute_docs(kind: type[Any]) -> dict[str, str]:
     return {f.name: docs.get(f.name, "") for f in fields(kind)}
 
 
-def _config_text(parser: Parser, options: Namespace) -> str:
+def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None) -> str:
     """All options as a config, without what is to be asked for each time anew and the preset, now resolved."""
     kept = options.clone()
+    kept.teacher = kept.teacher or teachers
     for name in ("root", "extra"):  # for a config that is used elsewhere
         if kept[name] is not None:
             kept[name] = str(Path(kept[name]).resolve())
@@ -369,10 +380,7 @@ def _eval(words: list[str]) -> int:
     parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "quiet"})
     options = vars(parser.parse_args(words))
     options.pop("config")
-    message = f"; the results so far are in {options['out'] or Path(options['run']) / EVAL_FILE}"
-    if AUTOATTACK in options["attacks"]:
-        message += ", and the same command goes on where AutoAttack was"
-    with stopped_by_signals(f"stopped{message}"):
+    with stopped_by_signals("stopped before the first attack"):
         text = run_evaluation(**options)
     print(text, end="")
     return 0

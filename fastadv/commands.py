@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -23,9 +24,11 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
 from fastadv.evaluation.comparison import Comparison, Judged, Line, distinct_names, radius_text
 from fastadv.evaluation.report import format_eps
 from fastadv.files import write_atomically
+from fastadv.interruption import stopped_by_signals
 from fastadv.models import create_model
 from fastadv.ops.checks import check_bool
 from fastadv.result_keeper import ResultKeeper, autoattack_state
+from fastadv.saved_options import names_code
 from fastadv.suggestions import check_known
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
 from fastadv.trainers.checkpoint import (
@@ -150,6 +153,8 @@ def _model_name(source: str) -> str:
     name = read.meta.get("model", {}).get("name")
     if name is None:
         raise ValueError(f"model must be given: {source} was trained with a model without a name")
+    if names_code(str(name)):
+        raise ValueError(f"model must be given: {source} says {name!r}, whose code you must name")
     return str(name)
 
 
@@ -230,7 +235,7 @@ def run_evaluation(
         file.parent / "autoattack" / name for file in (directory.path / EVAL_FILE, keeper.file)
     ]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
-    with autoattack_state(begun, AUTOATTACK in attacks) as state:
+    with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
         report = evaluate(
             judged,
             images,
@@ -250,6 +255,12 @@ def run_evaluation(
         text = report.table() + _about_radius(eps, radius, norm, report, recorded)
         keeper.close(text)
     return text
+
+
+def _stoppable(state: Path | None) -> AbstractContextManager[None]:
+    """Let SIGTERM and Ctrl-C end an evaluation, and say how to go on."""
+    later = "; the same command goes on where AutoAttack was" if state is not None else ""
+    return stopped_by_signals(f"stopped{later}")
 
 
 def _radius(eps: float | None, norm: str) -> float:

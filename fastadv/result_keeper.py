@@ -28,6 +28,8 @@ class UnsavedResultsError(OSError):
 class ResultKeeper:
     """Adds an evaluation's results to a file while it runs.
 
+    Where a with statement on it ends early, it says where the results so far are, or prints them.
+
     Args:
         file: where the results go.
         subject: what is judged.
@@ -45,6 +47,19 @@ class ResultKeeper:
         self.file = file
         self._subject = subject
         self._failure = check_destination(file)
+        self._so_far: Report | None = None
+
+    def __enter__(self) -> ResultKeeper:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, UnsavedResultsError) or self._so_far is None:
+            return
+        if self._failure is None:
+            print(f"the results so far are in {self.file}", file=sys.stderr)
+        else:
+            print(self._so_far.table(), end="", flush=True)
+            print(f"note: {self._complaint()}", file=sys.stderr)
 
     def warn(self) -> None:
         """Say on standard error, before hours are spent, that nothing can be written."""
@@ -53,6 +68,7 @@ class ResultKeeper:
 
     def add(self, report: Report) -> None:
         """Add what a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
+        self._so_far = report
         try:
             add_results(self.file, results_of(report, self._subject))
             self._failure = None

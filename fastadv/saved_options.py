@@ -51,7 +51,7 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
         if name in known and _is_known(value)
     }
     options = {**_settings(run.path / CONFIG_FILE), **recipe, "data": dataset}
-    if root is not None:
+    if root is not None and dataset != "digits":
         options["root"] = root
     name = recorded.model.get("name")
     if name is not None and not names_code(name):
@@ -99,8 +99,19 @@ def _is_known(value: Any) -> bool:
     return not isinstance(value, dict) or value.get("class") in schedule_names()
 
 
+def saved_teachers(run_dir: str | Path) -> list[str] | None:
+    """Return where the frozen models of a run came from, to be recorded further; the run has its own copies."""
+    given = _read_config(Path(run_dir) / CONFIG_FILE).get("teacher")
+    return given if isinstance(given, list) and all(isinstance(one, str) for one in given) else None
+
+
 def _settings(file: Path) -> dict[str, Any]:
     """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
+    names = {*(f.name for f in fields(Settings)), "device", "extra"}
+    return {name: value for name, value in _read_config(file).items() if name in names}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError:
@@ -109,5 +120,4 @@ def _settings(file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: not a config; delete it, and give its options again ({error})"
         ) from error
-    names = {*(f.name for f in fields(Settings)), "device", "extra"}
-    return {k: v for k, v in content.items() if k in names} if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}

@@ -302,13 +302,22 @@ def test_going_on_takes_the_saved_options(
     assert "did you mean 'latest'" in fails([*go_on, "--from_checkpoint", "lastest"], capfd)
 
 
-def test_a_run_goes_on_without_its_config_and_without_its_teacher(tmp_path: Path) -> None:
+def test_a_run_goes_on_without_its_config_and_without_its_teacher(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     for method, more in (("standard", []), ("arrest", ["--teacher", str(tmp_path / "standard")])):
         words = ["--data", "digits", "--run", str(tmp_path / method), *QUICK, *more]
         assert main(["train", method, *words]) == 0
-    (tmp_path / "arrest" / "config.yaml").unlink()
+    capfd.readouterr()
+    config = tmp_path / "arrest" / "config.yaml"
     (tmp_path / "standard").rename(tmp_path / "gone")
-    assert main(["train", "arrest", "--run", str(tmp_path / "arrest"), "--resume", "--quiet"]) == 0
+    go_on = ["train", "arrest", "--run", str(tmp_path / "arrest"), "--resume", "--quiet"]
+    assert main(go_on) == 0
+    assert yaml.safe_load(config.read_text())["teacher"] == [str(tmp_path / "standard")]
+    config.unlink()
+    assert main(go_on) == 0
+    config.write_text("keep: [")
+    assert "config.yaml: not a config" in fails(go_on, capfd)
 
 
 def test_going_on_imports_nothing_that_the_run_names(

@@ -166,6 +166,20 @@ def test_what_is_done_is_kept_when_a_later_attack_fails(
     assert names(run) == ["clean", "pgd-2"]
 
 
+def test_what_is_done_is_printed_when_a_later_attack_fails_and_nothing_can_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    module = sys.modules["fastadv.evaluation.evaluate"]
+    monkeypatch.setattr(module, "autoattack", fail)
+    (run / "eval.json").mkdir()
+    assert judge(run, "--attacks", "clean", "pgd-2", "autoattack") == 2
+    out, err = capfd.readouterr()
+    assert "pgd-2" in out and "out of memory" in err and "--out FILE.json" in err
+
+
 def test_evaluate_tells_of_each_attack_as_it_ends() -> None:
     seen: list[list[str]] = []
     images = load_dataset("digits").test
