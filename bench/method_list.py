@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastadv.trainers import AdversarialRecipe, MultiStep, Recipe, find_method
@@ -75,17 +75,18 @@ class Entry:
 
     def recipe(self, ground: Ground, seed: int) -> Recipe:
         """The method's recipe on a ground."""
-        recipe = find_method(self.method).recipe_class()
+        kind = find_method(self.method).recipe_class
+        own = self.changes(ground) if callable(self.changes) else self.changes
         changes = ground.changes | {"seed": seed, "monitor_every": 1000}
-        if isinstance(recipe, AdversarialRecipe):
+        if issubclass(kind, AdversarialRecipe):
             eps = self.radius * ground.eps
             changes |= {"eps": eps, "alpha": self.step * eps}
         if self.method not in _OWN_LENGTH:
             changes |= {"epochs": ground.epochs, "pad_mode": "constant"}
-        if self.method not in _OWN_LENGTH | _ONE_CYCLE:
+        if not {self.method, own.get("base")} & (_OWN_LENGTH | _ONE_CYCLE):
             changes |= {"schedule": drops(ground.epochs, 0.75, 0.9)}
-        own = self.changes(ground) if callable(self.changes) else self.changes
-        return replace(recipe, **(changes | ground.shorter.get(self.method, {}) | own))
+        # Not by `replace`, so that VFD-Adv and BGAT begin with the numbers of their bases.
+        return kind(**(changes | ground.shorter.get(self.method, {}) | own))
 
 
 _OWN_LENGTH = {"arrest", "afs", "free"}  # these fine-tune, or count epochs in another way

@@ -142,10 +142,13 @@ def compare(
 
 def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and the refresh per attack."""
-    from fastadv.engine.engines import make_engine
+    import fastadv
+    from fastadv.engine.engines import unwrapped
+    from fastadv.engine.recording import record
     from fastadv.ops import pgd_step_
 
-    engine = make_engine(task.model, task.x, "bf16", "compiled")
+    attack = fastadv.PGD(task.model, precision="bf16", engine="compiled")
+    engine: Any = attack.engine_for(task.x)
     program = getattr(engine, "_program", None)
     if program is None:
         return {}
@@ -154,13 +157,17 @@ def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     logits, _ = program.forward(x)
     at_logits = torch.randn_like(logits)
     passes: list[Any] = []
+    model, probe = unwrapped(task.model), task.x[:2]
 
     def forward() -> None:
         passes[:] = [program.forward(x)[1]]
 
     return interleave(
         {
-            "refresh of the weights (once per attack)": lambda: engine._copy.refresh(task.model),
+            "recording the live model (once per attack)": lambda: record(
+                model, probe, careful=False
+            ),
+            "proof and refresh of the weights (once per attack)": lambda: attack.engine_for(task.x),
             "forward": forward,
             "input gradient": lambda: program.backward(passes[0], at_logits),
             "update": lambda: pgd_step_(adv, gradient, x, 8 / 255, 2 / 255),

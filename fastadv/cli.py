@@ -7,9 +7,10 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -57,6 +58,7 @@ _TRAINING_OPTIONS = (
     "model",
     "extra",
     "teacher",
+    "teacher_model",
     "device",
     "from_checkpoint",
 )
@@ -181,7 +183,7 @@ def _train(words: list[str]) -> int:
         return 0
     saved = _saved(method, words)
     words = [*saved, *words]
-    parser = training_parser(method, _given(words, "preset") or "paper")
+    parser = training_parser(method, _settings_in(words, ("preset", *method.recipe_class.deciding)))
     options = parser.parse_args(words)
     config = _config_text(parser, options, saved_teachers(options.run) if saved else None)
     chosen = parser.instantiate(options)
@@ -214,18 +216,31 @@ def _go_on(method: MethodClass, run: str) -> str:
     return f"{program} train {method.name} --{option} {shlex.quote(run)} --resume"
 
 
-def training_parser(method: MethodClass, preset: str = "paper") -> Parser:
-    """Build the parser of `fastadv train METHOD`, whose defaults are the numbers of a preset."""
+def training_parser(
+    method: MethodClass, settings: Mapping[str, Any] = MappingProxyType({})
+) -> Parser:
+    """Build the parser of `fastadv train METHOD`.
+
+    Args:
+        method: the method.
+        settings: what the user says of the preset and of the recipe's deciding fields, from which the defaults of
+            the other options follow.
+    """
+    given = {name: value for name, value in settings.items() if name != "preset"}
+    preset = str(settings.get("preset", "paper"))
+    recipe_class = method.recipe_class
     if preset != "official":  # of which the recipe itself says why it is not there
-        check_known("preset", preset, method.recipe_class.presets)
-    recipe = method.recipe_class.preset(preset)
+        check_known("preset", preset, recipe_class.presets)
+    recipe_class.preset(preset)  # complains of an unknown one
+    start = recipe_class.start(preset, given)
     parser = Parser(
         prog=f"fastadv train {method.name}",
         description=inspect.getdoc(method),
         needs=_needs(method),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
-    skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start", "teacher"}
+    skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
+    skipped |= {"teacher", "teacher_model"}
     parser.add_function_arguments(run_training, skip=skipped)
     parser.add_argument(
         "--teacher",
@@ -233,17 +248,22 @@ def training_parser(method: MethodClass, preset: str = "paper") -> Parser:
         help="Trained models for methods that need them, in their order: runs, checkpoints, or state "
         "dicts in .safetensors or .pt files.",
     )
+    parser.add_argument(
+        "--teacher_model",
+        nargs="+",
+        help="Networks of these models, names as for --model, in their order or one for all. Needed for a state "
+        "dict that several networks take, such as resnet18 and resnet18_layer2_stride1.",
+    )
     flags = parser.add_argument_group("Switches")
     for name, text in _attribute_docs(Flags).items():
         parser.add_flag(name, text, flags)
-    presets = method.recipe_class.presets
     parser.add_argument(
         "--preset",
         default=preset,
-        help=f"Numbers that options and configs then change: {' or '.join(presets)}.",
+        help=f"Numbers that options and configs then change: {' or '.join(recipe_class.presets)}.",
     )
-    parser.add_class_arguments(method.recipe_class)
-    parser.set_defaults({name: getattr(recipe, name) for name in presets[preset]})
+    parser.add_class_arguments(recipe_class)
+    parser.set_defaults(start)
     parser.add_class_arguments(Settings)
     return parser
 
@@ -263,42 +283,50 @@ def _needs(method: MethodClass) -> dict[str, str]:
 
 def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
     """The options of the run that the command line asks to go on with; the command line's own come after them."""
-    run = _given(words, "run")
-    if run is None or not RunDirectory(run).exists or {"-h", "--help"} & set(words):
+    given = _settings_in(words, ("run", "resume", "from_checkpoint", "model"))
+    run = given.get("run")
+    if run is None or not RunDirectory(str(run)).exists or {"-h", "--help"} & set(words):
         return []
-    resumes = (_given(words, "resume") or "false").lower() not in FALSE
-    if not resumes and _given(words, "from_checkpoint") is None:
+    resumes = str(given.get("resume", False)).lower() not in FALSE
+    if not resumes and given.get("from_checkpoint") is None:
         return []
-    options = saved_options(run, method)
-    if "model" not in options and _given(words, "model") is None:
-        raise ValueError(missing_model(run))
+    options = saved_options(str(run), method)
+    if "model" not in options and given.get("model") is None:
+        raise ValueError(missing_model(str(run)))
     return ["--config", as_config(options)]
 
 
-def _given(words: Sequence[str], wanted: str) -> str | None:
-    """The value of an option that words and configs give: the last one counts. One without a value is "true"."""
-    found: str | None = None
+def _settings_in(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """What options and configs say of some options: the last word counts. An option without a value is true."""
+    found: dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""], strict=False):
-        name, equals, value = word.partition("=")
+        option, equals, value = word.partition("=")
         if not equals:
             value = "true" if following.startswith("--") or not following else following
-        if name == f"--{wanted}":
-            found = value
-        elif name == "--config":
-            found = _in_config(value, wanted, found)
+        if option == "--config":
+            content = _content_of(value)
+            found |= {name: content[name] for name in names if name in content}
+        elif option.startswith("--") and option[2:] in names:
+            found[option[2:]] = _yaml_of(value)
     return found
 
 
-def _in_config(config: str, wanted: str, default: str | None) -> str | None:
-    """The entry of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
+def _content_of(config: str) -> dict[str, Any]:
+    """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
     try:
         is_text = config.lstrip().startswith("{")
-        text = config if is_text else Path(config).read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        return default
-    found = content.get(wanted) if isinstance(content, dict) else None
-    return default if found is None else str(found)
+        content = _yaml_of(config if is_text else Path(config).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _yaml_of(text: str) -> Any:
+    """What YAML makes of a text; the text itself where it is none."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _methods_overview() -> str:

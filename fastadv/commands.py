@@ -8,8 +8,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from torch import nn
-
 from fastadv.data import ImageData, load_dataset, load_npz
 from fastadv.data.datasets import dataset_names
 from fastadv.evaluation import (
@@ -25,10 +23,8 @@ from fastadv.evaluation.comparison import Comparison, Judged, Line, distinct_nam
 from fastadv.evaluation.report import format_eps
 from fastadv.files import write_atomically
 from fastadv.interruption import stopped_by_signals
-from fastadv.models import create_model
-from fastadv.ops.checks import check_bool
+from fastadv.ops.values import check_bool
 from fastadv.result_keeper import ResultKeeper, autoattack_state
-from fastadv.saved_options import names_code
 from fastadv.suggestions import check_known
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
 from fastadv.trainers.checkpoint import (
@@ -41,6 +37,7 @@ from fastadv.trainers.checkpoint import (
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
+from fastadv.trainers.weights import check_no_code
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -81,6 +78,7 @@ def run_training(
     model: str | None = None,
     extra: str | None = None,
     teacher: Sequence[str] | None = None,
+    teacher_model: Sequence[str] | None = None,
     device: str | None = None,
     from_checkpoint: str | None = None,
 ) -> TrainResult:
@@ -100,6 +98,7 @@ def run_training(
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
             (uint8, N x H x W x C) and label; see extra_fraction.
         teacher: trained models for methods that need them.
+        teacher_model: networks of these, by name.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
     """
@@ -118,10 +117,11 @@ def run_training(
         recipe,
         data=data,
         root=root,
-        model=model or _default_model(method, data, teacher or ()),
+        model=model or _default_model(method, data, teacher or (), teacher_model or ()),
         run_dir=run,
         extra=None if extra is None else load_npz(extra),
         teacher=teacher,
+        teacher_model=_one_for_all(teacher_model),
         resume=flags.resume if from_checkpoint is None else from_checkpoint,
         overwrite=flags.overwrite,
         allow_changes=flags.allow_changes,
@@ -139,7 +139,13 @@ def _check_checkpoint(directory: RunDirectory, name: str) -> None:
         check_known("checkpoint", name, [LATEST, BEST, *there])
 
 
-def _default_model(method: str, data: str, teachers: Sequence[str]) -> str:
+def _one_for_all(names: Sequence[str] | None) -> Sequence[str] | str | None:
+    return names[0] if names is not None and len(names) == 1 else names
+
+
+def _default_model(method: str, data: str, teachers: Sequence[str], named: Sequence[str]) -> str:
+    if method == Afs.name and named:
+        return "stack:" + "+".join(list(named) * (len(teachers) if len(named) == 1 else 1))
     if method == Afs.name and teachers:
         return "stack:" + "+".join(_model_name(path) for path in teachers)
     network = "small_cnn" if data == "digits" else "resnet18"
@@ -153,8 +159,7 @@ def _model_name(source: str) -> str:
     name = read.meta.get("model", {}).get("name")
     if name is None:
         raise ValueError(f"model must be given: {source} was trained with a model without a name")
-    if names_code(str(name)):
-        raise ValueError(f"model must be given: {source} says {name!r}, whose code you must name")
+    check_no_code(name, source)
     return str(name)
 
 
@@ -213,7 +218,7 @@ def run_evaluation(
     path = find_checkpoint(directory.path, checkpoint)
     recorded = directory.read()
     images = _test_images(directory, data, root)
-    judged = load_model(path, _own_model(model, recorded)).to(where)
+    judged = load_model(path, model).to(where)
     subject = Subject(
         run=directory.path.resolve().name,
         method=recorded.method,
@@ -298,14 +303,6 @@ def check_data(data: str, root: str | None) -> None:
     check_known("data", data, dataset_names())
     if root is not None and data == "digits":
         raise ValueError(f"root must be left out with digits, which need no files, got {root!r}")
-
-
-def _own_model(name: str | None, recorded: Description) -> nn.Module | None:
-    """Build the network that the user names; a run's own record must not say which code is run."""
-    if name is None:
-        return None
-    description = recorded.model
-    return create_model(name, description["num_classes"], description["in_channels"])
 
 
 def _about_radius(

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-import glob
+import errno
 import hashlib
 import os
-import tempfile
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-_RANDOM_CHARACTERS = 8  # at the end of the names that tempfile makes
+# What is being written stands under a name that begins so, until it is whole.
+TEMPORARY = ".writing-"
+_LONGEST_NAME = 100
+_DAY = 24 * 60 * 60
+_FREE_SPACE = "free some space there and try again (a run goes on with resume); what was written before is whole"
+_ADVICE = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: "the file system or a limit of the process (ulimit -f) allows no file so large",
+    errno.EROFS: "choose a folder that can be written",
+    errno.EACCES: "choose a folder that can be written",
+    errno.EPERM: "choose a folder that can be written",
+}
+_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path:
@@ -20,45 +38,122 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
 
     Returns:
         The path written.
+
+    Raises:
+        OSError: if it cannot be written; the message names the file, the reason and what to do.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    data = content.encode() if isinstance(content, str) else content
-    handle, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes private files; the final one gets the usual permissions.
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = temporary_beside(target)
+        try:
+            data = content.encode() if isinstance(content, str) else content
+            write_through(temporary, data, target)
+            os.replace(temporary, target)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
     return target
 
 
-def remove_leftovers(path: Path) -> None:
-    """Remove what processes left that were killed while they wrote a file, which nobody may be writing now."""
-    for leftover in path.parent.glob(
-        f".{glob.escape(path.name)}.{'[a-z0-9_]' * _RANDOM_CHARACTERS}"
-    ):
-        leftover.unlink(missing_ok=True)
+def write_through(path: Path, content: bytes, final: Path) -> None:
+    """Write a new file and flush it to disk.
+
+    Args:
+        path: the file.
+        content: its bytes.
+        final: where it will be, for the message.
+
+    Raises:
+        OSError: if it cannot be written, or is there; the message says so of where it will be.
+    """
+    with naming(final), open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def naming(path: object) -> Iterator[None]:
+    """Let errors of the operating system name the file that was to be written, and say what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # it says all this already
+            raise
+        advice = _ADVICE.get(error.errno or 0)
+        hint = f"; {advice}" if advice else ""
+        explained = type(error)(f"{path} cannot be written: {error.strerror}{hint}")
+        explained.errno = error.errno
+        raise explained from error
 
 
 def point_link(link: Path, target: str) -> None:
     """Make a symbolic link point to a name in its own folder, in one step.
 
+    A folder in its place, such as tools leave that copy what links point to, is removed. Where the file system has
+    no links, a file with the name is written.
+
     Args:
         link: the link, which may exist.
         target: relative name that it points to.
     """
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)
-    sync_path(link.parent)
+    with naming(link):
+        temporary = temporary_beside(link)
+        try:
+            temporary.symlink_to(target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            write_through(temporary, target.encode(), link)
+        if link.is_dir() and not link.is_symlink():
+            aside = temporary_beside(link)
+            os.replace(link, aside)
+            os.replace(temporary, link)
+            remove(aside)
+        else:
+            os.replace(temporary, link)
+        sync_path(link.parent)
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a new name beside a path, which says what is to stand there and which process writes it."""
+    owner = f"{socket.gethostname()}@{os.getpid()}"
+    return path.with_name(f"{TEMPORARY}{path.name[:_LONGEST_NAME]}@{owner}@{secrets.token_hex(4)}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes have left half written in a folder.
+
+    What processes of other machines write is taken for left when it is a day old.
+    """
+    for path in folder.glob(f"{TEMPORARY}*"):
+        *_, host, pid, _ = ("", "", *path.name.split("@"))
+        if host == socket.gethostname() and pid.isdecimal():
+            left = not is_running(int(pid))
+        else:
+            left = time.time() - _modified(path) > _DAY
+        if left:
+            remove(path)
+
+
+def is_running(pid: int) -> bool:
+    """Return whether this machine has a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder with all that is in it, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_path(path: Path) -> None:
@@ -79,8 +174,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
+def _modified(path: Path) -> float:
+    """When a file was changed last; now, if it is gone."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return time.time()

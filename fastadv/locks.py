@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -9,6 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fastadv.files import naming
+
+# What file systems say that have no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _PAUSE = 0.02  # seconds between two tries
 
 
@@ -29,7 +34,8 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     """
     target = Path(path)
     lock = target.with_name(f".{target.name}.lock")
-    descriptor = _acquire(lock, time.monotonic() + wait)
+    with naming(target):
+        descriptor = _acquire(lock, time.monotonic() + wait)
     try:
         yield
     finally:
@@ -51,7 +57,9 @@ def _acquire(lock: Path, deadline: float) -> int:
                 os.close(descriptor)
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
             time.sleep(_PAUSE)
-        except BaseException:
+        except OSError as error:
+            if error.errno in NO_LOCKS:  # then there is no better way than to go on without one
+                return descriptor
             os.close(descriptor)
             raise
         os.close(descriptor)

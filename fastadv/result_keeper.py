@@ -73,7 +73,7 @@ class ResultKeeper:
             add_results(self.file, results_of(report, self._subject))
             self._failure = None
         except (OSError, ValueError) as error:
-            self._failure = (getattr(error, "strerror", None) or str(error)).replace("\n", " ")
+            self._failure = str(error)
 
     def close(self, table: str) -> None:
         """End the evaluation.
@@ -88,10 +88,7 @@ class ResultKeeper:
             raise UnsavedResultsError(self._complaint(), table)
 
     def _complaint(self) -> str:
-        return (
-            f"results cannot be written to {self.file}: {self._failure}; "
-            "--out FILE.json keeps them elsewhere"
-        )
+        return f"{self._failure}; --out FILE.json keeps the results elsewhere"
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from fastadv.models.registry import names_code
 from fastadv.parsing import schedule_names
 from fastadv.trainers import CheckpointError, Settings
 from fastadv.trainers.methods import MethodClass
@@ -72,13 +73,6 @@ def missing_model(run_dir: str) -> str:
             f"when you name it: --model {name}"
         )
     return ""
-
-
-def names_code(model: str) -> bool:
-    """Whether a model's name stands for a function of the user's, whose module is imported."""
-    parts = model.removeprefix("stack:").split("+") if model.startswith("stack:") else [model]
-    names = (part.rpartition("*")[2] for part in parts)
-    return any(":" in name and not name.startswith("timm:") for name in names)
 
 
 def as_config(options: dict[str, Any]) -> str:

@@ -29,4 +29,4 @@ def draw_seed() -> int:
     """Draw a seed from torch's default generator, so that ``torch.manual_seed`` governs it."""
     if torch.compiler.is_compiling():
         raise ValueError("seed must be an integer inside torch.compile, got None")
-    return int(torch.randint(0, 2**_SEED_BITS - 1, (), dtype=torch.int64))
+    return int(torch.randint(0, 2**_SEED_BITS - 1, (), dtype=torch.int64, device="cpu"))

@@ -14,6 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.data import load_dataset
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.engines import CopyEngine
+from fastadv.engine.recording import record
+from fastadv.engine.selection import tape_now
 from fastadv.models import small_cnn
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -180,3 +184,22 @@ def assert_same_state(after: dict[str, Any], before: dict[str, Any]) -> None:
     """Compare two records part by part, so that a failure says what changed."""
     for part, value in before.items():
         assert after[part] == value, f"the attack changed: {part}"
+
+
+def copy_of(
+    model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float32, pack: bool = False
+) -> AttackCopy:
+    """The attack copy of a model that takes images like ``x``."""
+    tape, recording = tape_now(model, x)
+    return AttackCopy(tape, recording, dtype, pack)
+
+
+def refresh(copied: AttackCopy, model: nn.Module, x: Tensor) -> None:
+    """Bring the live model's weights over."""
+    copied.refresh(record(model, x, careful=False))
+
+
+def copy_engine(model: nn.Module, x: Tensor, precision: str) -> CopyEngine:
+    """An engine on a copy under autograd."""
+    tape, recording = tape_now(model, x)
+    return CopyEngine(tape, recording, precision, "the reason", inductor=False)

@@ -24,7 +24,9 @@ def iterated(kind: Callable[..., Attack], **fixed: Any) -> Make:
 
     def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
         eps = RADIUS[norm]
-        return kind(model, eps, **{"alpha": eps / 4, "steps": 5, "norm": norm, **fixed, **options})
+        return kind(
+            model, **{"eps": eps, "alpha": eps / 4, "steps": 5, "norm": norm, **fixed, **options}
+        )
 
     return make
 

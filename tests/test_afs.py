@@ -131,6 +131,15 @@ def test_the_attack_is_on_the_whole_stack_and_passes_are_as_stated(mix: str) -> 
     assert torch.equal(out.x[moved], expected[moved])
 
 
+@pytest.mark.parametrize(("weight", "clean"), [(0.5, 4), (0.7, 5), (0.35, 2), (0.99, 7), (1.0, 8)])
+def test_the_clean_part_of_a_batch_is_rounded_down(weight: float, clean: int) -> None:
+    method = make_afs(make_stack(), mix="batch", weight=weight)
+    method.train_mode()
+    batch = make_batch(8)
+    moved = (method.attack(batch).x != batch.x).flatten(1).any(1)
+    assert moved.tolist() == [False] * clean + [True] * (8 - clean)
+
+
 def test_awp_perturbs_the_merger() -> None:
     stack = make_stack(dtype=DOUBLE)
     method = make_afs(stack, awp_gamma=0.3)

@@ -9,14 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attack_helpers import digits_test, images, randomise, trained_small_cnn
+from attack_helpers import copy_of, digits_test, images, randomise, refresh, trained_small_cnn
 from foreign_models import COPIED, NormAct, Pooled, conv
-from stubborn_models import COPIED_OR_EAGER, BranchesOnBuffer, BranchesOnData
+from stubborn_models import COPIED_OR_EAGER, BranchesOnData
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine import engines
-from fastadv.engine.copy import AttackCopy
+from fastadv.engine import selection
+from fastadv.engine.engines import Gradient
+from fastadv.engine.layers import CopiedConv2d, CopiedLinear
 from fastadv.models import Normalized, small_cnn
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18
@@ -60,7 +61,7 @@ def assert_copy_equals(model: nn.Module, x: Tensor) -> None:
     Where two inputs of a max pooling are equal but for rounding, the gradient goes another way; there it is
     compared as a whole.
     """
-    copied = AttackCopy(model.train(), torch.float32)
+    copied = copy_of(model.train(), x)
     model.eval()
     with torch.no_grad():
         logits, expected = copied(x), model(x)
@@ -139,13 +140,13 @@ def test_bf16_gradients_of_a_trained_net_point_the_same_way() -> None:
 
 def test_the_copy_follows_the_live_model_without_moving() -> None:
     model, x = made(OURS["preact_resnet18"][0]), images(2, size=16)
-    copied = AttackCopy(model, torch.float32)
+    copied = copy_of(model, x)
     addresses = [t.data_ptr() for t in (*copied.parameters(), *copied.buffers())]
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.is_floating_point():
                 tensor.mul_(1.1).add_(0.01)
-        copied.refresh(model)
+        refresh(copied, model, x)
         expected = model(x)
         torch.testing.assert_close(
             copied(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max())
@@ -153,23 +154,41 @@ def test_the_copy_follows_the_live_model_without_moving() -> None:
     assert [t.data_ptr() for t in (*copied.parameters(), *copied.buffers())] == addresses
 
 
+def called(copied: nn.Module) -> list[Any]:
+    """What the nodes of a copy's graph call, layers by their class."""
+    graph = copied.graph_module
+    nodes = [node for node in graph.graph.nodes if node.op.startswith("call")]
+    return [
+        type(graph.get_submodule(n.target)) if n.op == "call_module" else n.target for n in nodes
+    ]
+
+
 def test_folded_norms_and_dropout_leave_the_graph() -> None:
     body = (conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5), nn.Identity())
-    copied = AttackCopy(made(lambda: Pooled(*body)), torch.float32)
-    calls = [node for node in copied.graph_module.graph.nodes if node.op == "call_module"]
-    assert len(calls) == 4  # convolution, ReLU, pooling, classifier
+    copied = copy_of(made(lambda: Pooled(*body)), images(4))
+    assert called(copied) == [
+        CopiedConv2d,
+        F.relu,
+        F.adaptive_avg_pool2d,
+        torch.flatten,
+        CopiedLinear,
+    ]
 
 
 def test_a_norm_that_ends_in_its_activation_is_folded() -> None:
-    copied = AttackCopy(made(lambda: Pooled(conv(3, 8), NormAct(8))), torch.float32)
-    targets = [node.target for node in copied.graph_module.graph.nodes if node.op != "call_module"]
-    assert targets == ["x", torch.flatten, "output"]
+    copied = copy_of(made(lambda: Pooled(conv(3, 8), NormAct(8))), images(4))
+    assert called(copied) == [
+        CopiedConv2d,
+        F.relu,
+        F.adaptive_avg_pool2d,
+        torch.flatten,
+        CopiedLinear,
+    ]
 
 
-@pytest.mark.parametrize("model", [BranchesOnData, BranchesOnBuffer])
-def test_a_model_that_branches_on_values_runs_eagerly_and_says_so(model: type[nn.Module]) -> None:
-    with pytest.warns(UserWarning, match="attacks this model with the eager engine: it cannot be"):
-        fastadv.pgd_fused(made(model), images(2), torch.arange(2), steps=1, precision="bf16")
+def test_a_model_that_branches_on_images_runs_eagerly_and_says_so() -> None:
+    with pytest.warns(UserWarning, match="eager engine: its forward looks at values that depend"):
+        fastadv.pgd_fused(made(BranchesOnData), images(2), torch.arange(2), precision="bf16")
 
 
 class ReturnsTuple(nn.Module):
@@ -214,17 +233,17 @@ def test_what_the_caller_asked_for_is_no_reason_to_warn(case: str) -> None:
 
 def test_a_copy_is_compared_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """By TensorFloat-32 the gradients of a deep net are off by more than the comparison allows."""
-    probe, seen = engines._probe, []
+    probe, seen = selection._probe, []
 
-    def watched(*arguments: Any) -> engines.Gradient:
+    def watched(*arguments: Any) -> Gradient:
         seen.append(torch.backends.cudnn.allow_tf32)
         return probe(*arguments)
 
-    monkeypatch.setattr(engines, "_probe", watched)
+    monkeypatch.setattr(selection, "_probe", watched)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     x, _ = digits_test(2)
     fastadv.PGD(trained_small_cnn(), engine="compiled", precision="fp32").engine_for(x)
-    assert seen == [False, False] and torch.backends.cudnn.allow_tf32
+    assert seen == [False] and torch.backends.cudnn.allow_tf32
 
 
 def test_a_model_compiled_by_torch_is_attacked() -> None:

@@ -9,37 +9,35 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from attack_helpers import digits_test, trained_small_cnn
+from attack_helpers import copy_engine, digits_test, trained_small_cnn
 from attack_zoo import BALL_ATTACKS
 from graph_emulator import Devices, EmulatedRecorder, Operations
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.attacks import Attack, graph
+from fastadv.attacks import Attack
 from fastadv.attacks.batch import Batch
+from fastadv.engine import cuda_graph as graph
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cuda_graph import GraphCache, padded_size
-from fastadv.engine.engines import CopyEngine, Engine
+from fastadv.engine.engines import CopyEngine
+from fastadv.engine.selection import Wish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 RECORDED = [name for name in BALL_ATTACKS if not name.startswith("apgd")]
 
 
-def make_engine(
-    recorder: Any, model: nn.Module, x: Tensor, precision: str, engine: str, train_mode: bool
-) -> Engine:
-    """What `fastadv.engine.engines.make_engine` makes on a GPU, without its compiler."""
-    made = CopyEngine(model, precision, "the reason", inductor=False)
-    if engine != "compiled":
-        made.graphs = GraphCache(recorder, classes=10, required=engine == "graph")
-    return made
-
-
 def install(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
-    def make(*arguments: Any) -> Engine:
-        return make_engine(recorder, *arguments)
+    """Make the engines that a GPU would have, without its compiler."""
 
-    monkeypatch.setattr("fastadv.attacks.attack.make_engine", make)
+    def candidates(tape: Any, recording: Any, precision: str, wish: Wish) -> Any:
+        made = CopyEngine(tape, recording, precision, "the reason", inductor=False)
+        if wish.engine != "compiled":
+            made.graphs = GraphCache(recorder, classes=10, required=wish.engine == "graph")
+        yield lambda: made
+
+    monkeypatch.setattr("fastadv.engine.selection.candidates", candidates)
+    monkeypatch.setattr("fastadv.engine.selection._obstacle", lambda model, x, wish: None)
 
 
 @pytest.fixture
@@ -351,8 +349,8 @@ def test_a_recorded_attack_copies_nothing_from_the_host(
     """On a device without values, where a number made on the host would show as a tensor of the CPU."""
     monkeypatch.setattr(AttackCopy, "autocast", lambda self, device: nullcontext())
     model = trained_small_cnn().to("meta")
-    engine = CopyEngine(model, precision, "", inductor=False)
     x, y, eps = (t.to("meta") for t in (*digits_test(8), torch.ones(8)))
+    engine = copy_engine(model, x, precision)
     for kind in (fastadv.PGD, fastadv.MIM):
         for norm in ("linf", "l2", "l1"):
             attack = kind(model, steps=2, norm=norm, **{"random_start": True, **options})

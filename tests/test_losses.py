@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastadv import losses
+from fastadv.losses import mart
 
 
 def make_inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -149,7 +151,7 @@ def test_half_precision_inputs_give_a_float32_loss(dtype: torch.dtype) -> None:
     [
         ({"reduction": "sum"}, ValueError, "reduction must be"),
         ({"adv_logits": torch.zeros(6, 5, dtype=torch.int64)}, TypeError, "adv_logits must be"),
-        ({"y": torch.zeros(5, dtype=torch.int64)}, ValueError, "y must be int64 of shape"),
+        ({"y": torch.zeros(5, dtype=torch.int64)}, ValueError, r"y must have shape \(6,\)"),
         ({"teacher_features": torch.zeros(6, 4)}, ValueError, "shape"),
     ],
 )
@@ -164,3 +166,90 @@ def test_wrong_arguments_are_named(change: dict, error: type[Exception], words: 
     }
     with pytest.raises(error, match=words):
         losses.arrest(**(arguments | change))
+
+
+def plain_mart_of_the_code(clean: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
+    """The authors' loss of each image, from probabilities, in float64."""
+    p, q = (z.exp() / z.exp().sum(1, keepdim=True) for z in (clean, adv))
+    rows = torch.arange(len(y))
+    others = q.clone()
+    others[rows, y] = -1
+    hard = -q[rows, y].log() - (1.0001 - others.amax(1) + 1e-12).log()
+    apart = torch.where(p > 0, p * (p.log() - (q + 1e-12).log()), 0).sum(1)
+    return hard + beta * apart * (1.0000001 - p[rows, y])
+
+
+@pytest.mark.parametrize("spread", [1.0, 6.0, 20.0])
+def test_mart_with_the_codes_constants_equals_the_formula(spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    clean, adv = (
+        (spread * torch.randn(64, 10, generator=generator, dtype=torch.float64)).requires_grad_()
+        for _ in range(2)
+    )
+    y = torch.randint(0, 10, (64,), generator=generator)
+    ours = mart(clean, adv, y, 4.0, code_constants=True, reduction="none")
+    expected = plain_mart_of_the_code(clean, adv, y, 4.0)
+    assert torch.allclose(ours, expected, rtol=1e-11)
+    assert torch.equal(mart(clean, adv, y, 4.0, code_constants=True), ours.mean())
+    slopes = [torch.autograd.grad(v.sum(), (clean, adv)) for v in (ours, expected)]
+    for a, b in zip(*slopes, strict=True):
+        assert torch.allclose(a, b, rtol=1e-9, atol=1e-10)
+    narrow = mart(clean.float(), adv.float(), y, 4.0, code_constants=True, reduction="none")
+    assert narrow.dtype == torch.float32
+    assert torch.allclose(narrow.double(), expected, rtol=1e-5)
+
+
+def test_the_codes_constants_bound_what_confident_errors_do() -> None:
+    y = torch.tensor([0])
+    clean = torch.tensor([[200.0, 0.0, 0.0]])
+    values, slopes = [], []
+    for margin in (30.0, 1e4, 3e38):
+        adv = torch.tensor([[-margin, margin, 0.0]], requires_grad=True)
+        loss = mart(clean, adv, y, code_constants=True, reduction="none")
+        (slope,) = torch.autograd.grad(loss.sum(), adv)
+        assert torch.isfinite(loss).all() and torch.isfinite(slope).all()
+        loss = loss.detach().double()
+        hard = F.cross_entropy(adv.detach(), y).clamp(max=1e30)  # as far apart as logits count
+        values.append(float((loss - hard.double()).abs() / loss))
+        slopes.append(float(slope.norm()))
+    assert max(values[1:]) < 1e-2  # nothing is added that grows
+    assert slopes == pytest.approx([2**0.5] * 3, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_marts_constants_do_not_vanish_in_half_precision(dtype: torch.dtype) -> None:
+    adv = torch.tensor([[-20.0, 20.0, 0.0]], dtype=dtype)
+    clean, y = torch.tensor([[0.0, 4.0, 0.0]], dtype=dtype), torch.tensor([0])
+    ours = mart(clean, adv, y, code_constants=True)
+    expected = plain_mart_of_the_code(clean.double(), adv.double(), y, 5.0)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"code_constants": 1}, TypeError, "code_constants must be True or False, got 1"),
+        ({"beta": -1.0}, ValueError, "beta must"),
+        ({"clean_logits": torch.zeros(4, 2)}, ValueError, "clean_logits"),
+        ({"clean_logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "clean_logits"),
+        ({"adv_logits": torch.zeros(4, 3, 1)}, ValueError, "adv_logits must have shape"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, "y must be int64"),
+        ({"y": torch.tensor([0, 1, 2, 3])}, IndexError, "3"),
+        (
+            {"clean_logits": torch.zeros(4, 1), "adv_logits": torch.zeros(4, 1)},
+            ValueError,
+            "with C >= 2",
+        ),
+    ],
+)
+def test_wrong_arguments_of_mart_with_constants_are_named(
+    change: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    arguments = {
+        "clean_logits": torch.zeros(4, 3),
+        "adv_logits": torch.zeros(4, 3),
+        "y": torch.zeros(4, dtype=torch.int64),
+        "code_constants": True,
+    }
+    with pytest.raises(error, match=words):
+        mart(**(arguments | change))

@@ -64,3 +64,17 @@ def test_the_table_has_means_and_deviations() -> None:
         "cosine": "0.900 ± 0.000",
         "images/s": "100",
     }
+
+
+@pytest.mark.parametrize(
+    ("alone", "distilled"),
+    [*((base, f"VFD-{base}") for base in ("TRADES", "MART", "ALP", "HAT")), ("TRADES", "BGAT")],
+)
+def test_a_base_and_what_builds_on_it_are_trained_alike(alone: str, distilled: str) -> None:
+    entries = {entry.label: entry for entry in method_list.ENTRIES}
+    for ground in method_list.GROUNDS.values():
+        recipes = [vars(entries[label].recipe(ground, 0)) for label in (alone, distilled)]
+        shared = recipes[0].keys() & recipes[1].keys() - {"beta", "weight"}
+        assert {name: recipes[0][name] for name in shared} == {
+            name: recipes[1][name] for name in shared
+        }

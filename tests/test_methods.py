@@ -68,8 +68,10 @@ def slow_loss(
     if method != "arrest" or not parts.get("distill", True):
         return loss
     kind = parts.get("distance", "angular")
-    if kind == "logits":
+    if kind == "logits_kl":
         distance = slow_logit_distance(logits, teacher_logits, parts.get("temperature", 4.0))
+    elif kind == "logits_mse":
+        distance = slow_mse(logits, teacher_logits)
     else:
         distance = SLOW_DISTANCES[kind](features, teacher_features)
     return loss + parts.get("lam", 50.0) * distance.mean()
@@ -84,8 +86,9 @@ def slow_loss(
         ("arrest", {"lam": 3.0}),
         ("arrest", {"distance": "mse"}),
         ("arrest", {"distance": "attention", "lam": 3.0}),
-        ("arrest", {"distance": "logits", "lam": 3.0}),
-        ("arrest", {"distance": "logits", "temperature": 1.0}),
+        ("arrest", {"distance": "logits_kl", "lam": 3.0}),
+        ("arrest", {"distance": "logits_kl", "temperature": 1.0}),
+        ("arrest", {"distance": "logits_mse", "lam": 3.0}),
         ("arrest", {"distill": False}),
         ("arrest", {"replay": False}),
         ("arrest", {"finetune": False, "distill": False, "replay": False}),
@@ -178,13 +181,14 @@ def test_replay_with_clean_images_changes_the_drifted_ones_alone() -> None:
     assert torch.equal(clean.replayed, noisy.replayed)
 
 
+@pytest.mark.parametrize("kind", ["logits_kl", "logits_mse"])
 @pytest.mark.parametrize("replay", [True, False])
-def test_the_teachers_logits_are_there_where_they_are_distilled(replay: bool) -> None:
+def test_the_teachers_logits_are_there_where_they_are_distilled(replay: bool, kind: str) -> None:
     batch = make_batch(8, DOUBLE)
-    method = make_arrest(batch, phi=30.0, distance="logits", replay=replay)
+    method = make_arrest(batch, phi=30.0, distance=kind, replay=replay)
     teacher = method.teachers["teacher"]
     assert torch.equal(method.attack(batch).teacher_logits, teacher(batch.x))
-    for changes in ({"distance": "mse"}, {"distance": "logits", "distill": False}):
+    for changes in ({"distance": "mse"}, {"distance": kind, "distill": False}):
         other = make_arrest(batch, phi=30.0, replay=replay, **changes)
         assert other.attack(batch).teacher_logits is None
 
@@ -272,8 +276,8 @@ def take_step(method: Any, batch: TrainBatch) -> None:
         ("arrest", 1, {}, 3 + 1, 1),
         ("arrest", 1, {"distill": False}, 3 + 1, 0),
         ("arrest", 0, {"replay": False}, 3 + 1, 1),
-        ("arrest", 0, {"phi": 90.0, "distance": "logits"}, 1 + 3 + 1, 1),
-        ("arrest", 1, {"distance": "logits"}, 3 + 1, 1),
+        ("arrest", 0, {"phi": 90.0, "distance": "logits_kl"}, 1 + 3 + 1, 1),
+        ("arrest", 1, {"distance": "logits_mse"}, 3 + 1, 1),
         ("arrest", 0, {"phi": 0.0, "finetune": False, "replay_with": "clean"}, 1 + 1, 1),
     ],
 )

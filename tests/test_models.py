@@ -352,7 +352,7 @@ def published_resnet18() -> Path:
 def test_published_resnet18_classifies_cifar10(cifar10_root):
     state = torch.load(published_resnet18(), map_location="cpu", weights_only=True)
     model = resnet18().eval()
-    load_published_state_dict(model, state)
+    load_published_state_dict(model, state, form="resnet18")
     test = load_cifar10(cifar10_root).test
     with torch.no_grad():
         logits = model(test.images[:250].float() / 255)

@@ -26,11 +26,15 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("trades", {}),
     ("trades", {"beta": 1.0}),
     ("mart", {}),
+    ("mart", {"code_constants": True}),
     ("alp", {}),
     ("hat", {}),
     ("vfd", {"base": "trades"}),
-    ("vfd", {"base": "alp", "beta": 0.5, "lam": 0.04}),
+    ("vfd", {"base": "alp"}),
+    ("vfd", {"base": "alp", "beta": 0.5, "weight": 0.9, "lam": 0.04}),
     ("vfd", {"base": "mart", "lam": 0.01}),
+    ("vfd", {"base": "mart", "beta": 2.0, "weight": 3.0, "code_constants": True}),
+    ("vfd", {"base": "mart", "beta": 0.0}),
     ("vfd", {"base": "hat"}),
     ("act", {}),
     ("act", {"weight": 0.5, "temperature": 4.0}),
@@ -64,9 +68,20 @@ def slow_trades(clean: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
     return (ce(clean, y) + beta * kl(clean, adv)).mean()
 
 
-def slow_mart(clean: Tensor, adv: Tensor, y: Tensor, beta: float) -> Tensor:
+def mart_per_image(clean: Tensor, adv: Tensor, y: Tensor, beta: float, code: bool) -> Tensor:
     doubt = torch.stack([1 - p[label] for p, label in zip(p_of(clean), y, strict=True)])
-    return (bce(adv, y) + beta * kl(clean, adv) * doubt).mean()
+    if not code:
+        return bce(adv, y) + beta * kl(clean, adv) * doubt
+    p, q = p_of(clean), p_of(adv)
+    wrong = torch.stack(
+        [torch.cat((r[:label], r[label + 1 :])).max() for r, label in zip(q, y, strict=True)]
+    )
+    apart = (p * p.log() - p * (q + 1e-12).log()).sum(1)
+    return ce(adv, y) - (1.0001 - wrong + 1e-12).log() + beta * apart * (doubt + 1e-7)
+
+
+def slow_mart(clean: Tensor, adv: Tensor, y: Tensor, beta: float, code: bool = False) -> Tensor:
+    return mart_per_image(clean, adv, y, beta, code).mean()
 
 
 def slow_alp(clean: Tensor, adv: Tensor, y: Tensor, weight: float) -> Tensor:
@@ -75,6 +90,22 @@ def slow_alp(clean: Tensor, adv: Tensor, y: Tensor, weight: float) -> Tensor:
 
 
 SLOW = {"trades": slow_trades, "mart": slow_mart, "alp": slow_alp, "hat": slow_trades}
+# Of VFD-Adv's equation 6: beta of L_adv, and the weight of its second term, where nothing else is said.
+VFD_BETA = {"trades": 6.0, "mart": 1.0, "alp": 1.0, "hat": 2.5}
+VFD_WEIGHT = {"mart": 5.0, "alp": 0.5}
+
+
+def slow_vfd(recipe: Any, clean: Tensor, adv: Tensor, y: Tensor) -> Tensor:
+    """L_clean + beta L_adv."""
+    beta = VFD_BETA[recipe.base] if recipe.beta is None else recipe.beta
+    weight = VFD_WEIGHT.get(recipe.base, 0.0) if recipe.weight is None else recipe.weight
+    if recipe.base == "alp":
+        adversarial = ce(adv, y) + weight * (clean - adv).square().mean(1)
+    elif recipe.base == "mart":
+        adversarial = mart_per_image(clean, adv, y, weight, recipe.code_constants)
+    else:
+        adversarial = kl(clean, adv)
+    return ce(clean, y).mean() + beta * adversarial.mean()
 
 
 def length(t: Tensor) -> Tensor:
@@ -96,18 +127,20 @@ def slow_loss(
         return sum(((1 - a) * h + a * s).mean() for h, s in zip(hard, soft, strict=True))
     if name == "lbgat":
         guide = teacher(x).detach() if recipe.fixed else natural(x)
-        clean = model(x) if recipe.beta else None
-        robust = model(adv)
+        robust, clean = model(adv), model(x)  # in this order through BatchNorm
         loss = (robust - guide).square().mean() + (0 if recipe.fixed else ce(guide, y).mean())
-        return loss if clean is None else loss + recipe.beta * kl(clean, robust).mean()
+        return loss + recipe.beta * kl(clean, robust).mean() if recipe.beta else loss
     base = recipe.base if name == "vfd" else name
-    weight = recipe.weight if name == "alp" else getattr(recipe, "base_weight", None)
-    weight = recipe.beta if weight is None else weight
     if name == "alp":
         clean_logits, adv_logits = model(torch.cat((x, adv))).chunk(2)
-        return slow_alp(clean_logits, adv_logits, y, weight)
+        return slow_alp(clean_logits, adv_logits, y, recipe.weight)
     clean, attacked = model.forward_features(x), model.forward_features(adv)
-    loss = SLOW[base](model.forward_head(clean), model.forward_head(attacked), y, weight)
+    logits = model.forward_head(clean), model.forward_head(attacked)
+    if name == "vfd":
+        loss = slow_vfd(recipe, *logits, y)
+    else:
+        code = {"code": True} if getattr(recipe, "code_constants", False) else {}
+        loss = SLOW[name](*logits, y, recipe.beta, **code)
     if base == "hat":
         labels = teacher(adv).argmax(1)
         loss = loss + recipe.gamma * ce(model(x + 2 * (adv - x)), labels).mean()
@@ -240,7 +273,7 @@ def test_no_pass_is_made_twice(name: str, numbers: dict[str, Any]) -> None:
     take_step(method, make_batch(8))
     learning = [m for m in method.trainable().values() if m is not model]
     forward = sum(m.images for m in (model, teacher, *learning)) / 8
-    trained = {"alp": 2, "act": 2}.get(name, method.bn_updates + len(learning))
+    trained = {"alp": 2, "act": 2}.get(name, method.images_trained + len(learning))
     assert forward + method.recipe.steps + 2 * trained == method.passes(0)
 
 

@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from attack_helpers import copy_of, refresh
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine import packed_convolution as packed
-from fastadv.engine.copy import AttackCopy, CopiedConv2d
 from fastadv.engine.cpu_program import Program, fused_steps
 from fastadv.engine.cpu_steps import ConvStep, LinearStep, PlainStep, PoolStep
+from fastadv.engine.layers import CopiedConv2d
 from fastadv.models import create_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -88,7 +89,7 @@ def plain_gradient(
 
 def agree(model: nn.Module, x: Tensor, at_least: float = 0.95) -> None:
     y = torch.arange(len(x)) % 5
-    program = Program(AttackCopy(model, torch.bfloat16, pack=True))
+    program = Program(copy_of(model, x, torch.bfloat16, pack=True))
     logits, gradient = program_gradient(program, x, y)
     wanted_logits, wanted = plain_gradient(model, x, y)
     assert gradient.shape == x.shape
@@ -118,7 +119,7 @@ def test_gradient_with_the_kernels_for_amx(variant: str, monkeypatch) -> None:
 
 @pytest.mark.parametrize("variant", ["plain", "residual", "broadcast"])
 def test_gradient_where_no_kernel_serves(variant: str, monkeypatch) -> None:
-    monkeypatch.setattr(packed, "make_kernel", lambda conv, backward: None)
+    monkeypatch.setattr(packed, "make_kernel", lambda conv, backward, device: None)
     torch.manual_seed(1)
     agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
 
@@ -165,11 +166,13 @@ def test_gradient_through_every_way_to_pool(name: str) -> None:
 
 def test_pooling_and_small_classifiers_are_steps() -> None:
     for name, plain in [("mean", 0), ("torch.mean", 0), ("adaptive", 1), ("mean, keepdim", 1)]:
-        copy = AttackCopy(Head(HEADS[name]).eval(), torch.bfloat16, pack=True)
+        copy = copy_of(Head(HEADS[name]).eval(), torch.rand(4, 3, 8, 8), torch.bfloat16, pack=True)
         kinds = [type(step) for step in fused_steps(copy)]
         assert kinds.count(PoolStep) == 1 and kinds.count(LinearStep) == 2
         assert kinds.count(PlainStep) == plain, name  # the flattening
-    wide = AttackCopy(Head(HEADS["mean"], 8192).eval(), torch.bfloat16, pack=True)
+    wide = copy_of(
+        Head(HEADS["mean"], 8192).eval(), torch.rand(4, 3, 8, 8), torch.bfloat16, pack=True
+    )
     assert [type(step) for step in fused_steps(wide)].count(LinearStep) == 1
     assert wide.graph_module.part1.weight.dtype == torch.bfloat16
     agree(Head(HEADS["mean"], 8192).eval(), torch.rand(4, 3, 6, 6), 0.99)
@@ -177,7 +180,9 @@ def test_pooling_and_small_classifiers_are_steps() -> None:
 
 def test_resnet_is_fused_throughout() -> None:
     """20 convolutions; ReLUs and residual additions all ride on them."""
-    copy = AttackCopy(settle(create_model("resnet18", 10, 3)), torch.bfloat16, pack=True)
+    copy = copy_of(
+        settle(create_model("resnet18", 10, 3)), torch.rand(4, 3, 16, 16), torch.bfloat16, pack=True
+    )
     steps = fused_steps(copy)
     convs = [step for step in steps if isinstance(step, ConvStep)]
     assert len(convs) == 20
@@ -189,7 +194,9 @@ def test_resnet_is_fused_throughout() -> None:
 
 def test_memory_is_reused_and_results_repeat() -> None:
     torch.manual_seed(1)
-    program = Program(AttackCopy(settle(Block("residual")), torch.bfloat16, pack=True))
+    program = Program(
+        copy_of(settle(Block("residual")), torch.rand(4, 3, 10, 10), torch.bfloat16, pack=True)
+    )
     x, y = torch.rand(4, 3, 10, 10), torch.arange(4)
     first = program_gradient(program, x, y)
     buffers = {b.data_ptr() for _, b in program._memory._taken}
@@ -206,20 +213,20 @@ def test_memory_is_reused_and_results_repeat() -> None:
 def test_weights_follow_the_live_model() -> None:
     torch.manual_seed(1)
     model = settle(Block("residual"))
-    copy = AttackCopy(model, torch.bfloat16, pack=True)
+    x, y = torch.rand(4, 3, 10, 10), torch.arange(4)
+    copy = copy_of(model, x, torch.bfloat16, pack=True)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
         model.norm.running_mean.add_(0.3)
-    copy.refresh(model)
-    x, y = torch.rand(4, 3, 10, 10), torch.arange(4)
+    refresh(copy, model, x)
     _, gradient = program_gradient(Program(copy), x, y)
     _, wanted = plain_gradient(model, x, y)
     assert F.cosine_similarity(gradient.flatten(1), wanted.flatten(1)).min() > 0.95
 
 
 def test_packed_filters_replace_the_narrow_ones() -> None:
-    copy = AttackCopy(settle(Block("plain")), torch.bfloat16, pack=True)
+    copy = copy_of(settle(Block("plain")), torch.rand(4, 3, 10, 10), torch.bfloat16, pack=True)
     convs = [part for part in copy.graph_module.children() if isinstance(part, CopiedConv2d)]
     for conv in convs:
         kernels = conv.packed
@@ -233,6 +240,8 @@ def test_detached_logits_have_no_gradient() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).detach()
 
-    program = Program(AttackCopy(settle(Detached("plain")), torch.bfloat16, pack=True))
+    program = Program(
+        copy_of(settle(Detached("plain")), torch.rand(4, 3, 10, 10), torch.bfloat16, pack=True)
+    )
     output, run = program.forward(torch.rand(2, 3, 8, 8))
     assert program.backward(run, torch.ones_like(output).float()) is None

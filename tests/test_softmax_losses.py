@@ -11,12 +11,12 @@ from op_cases.running import places
 from torch import Tensor
 
 from fastadv import backend, losses
-from fastadv.ops.softmax_losses import FORMULAS, softmax_losses
+from fastadv.ops.softmax_losses import KINDS, softmax_losses
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 everywhere = pytest.mark.parametrize(("device", "name"), places("softmax_losses"))
 PAIRS = ("kl", "trades", "mart", "alp", "act")
-kinds = pytest.mark.parametrize("kind", list(FORMULAS))
+kinds = pytest.mark.parametrize("kind", list(KINDS))
 
 
 def _logits(device: str, *shape: int, seed: int = 0) -> Tensor:

@@ -131,6 +131,7 @@ def test_a_warm_up_goes_on_top_of_the_schedule() -> None:
         (lambda: AdversarialRecipe(eps=-0.1), "eps must be >= 0, got -0.1"),
         (lambda: ArrestRecipe(phi=91), "phi must be between 0 and 90"),
         (lambda: ArrestRecipe(distance="cosine"), "distance must be one of angular, mse, att"),
+        (lambda: ArrestRecipe(distance="logits"), "attention, logits_mse, logits_kl, got 'logits'"),
         (lambda: ArrestRecipe(replay_with="x"), "replay_with must be one of noise, clean, got 'x'"),
         (lambda: ArrestRecipe(temperature=0), "temperature must be >= 0.001, got 0"),
         (lambda: MultiStep((90, 75)), "milestones must be ascending"),

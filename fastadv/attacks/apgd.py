@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_count
+from fastadv.attacks.arguments import Precision
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best, where_images
@@ -22,12 +22,13 @@ from fastadv.attacks.objectives import (
     likeliest_wrong_classes,
     targeted_value,
 )
+from fastadv.attacks.options import Setting
 from fastadv.engine.engines import Model
-from fastadv.ops import checks
+from fastadv.ops.values import integer
 from fastadv.seeding import derive_seed
 
 NORMS = ("linf", "l2")
-LOSSES = ("ce", "dlr", "cw", "ce-t", "dlr-t")
+Loss = Literal["ce", "dlr", "cw", "ce-t", "dlr-t"]
 _MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
 
 
@@ -37,7 +38,7 @@ class APGDSettings(AttackSettings):
 
     steps: int = 100
     restarts: int = 1
-    loss: str = "ce"
+    loss: Loss = "ce"
     target_classes: int = 9
     rho: float = 0.75
 
@@ -45,7 +46,7 @@ class APGDSettings(AttackSettings):
         """Check every field.
 
         Raises:
-            TypeError: a count is no integer.
+            TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
         super().__post_init__()
@@ -55,13 +56,12 @@ class APGDSettings(AttackSettings):
                 f"other balls; got {self.norm!r}"
             )
         for name in ("steps", "restarts", "target_classes"):
-            check_count(name, getattr(self, name))
-        checks.check_choice("loss", self.loss, LOSSES)
+            integer(name, getattr(self, name), at_least=1)
         if self.targeted and self.aims_at_wrong_classes:
             raise ValueError(
                 f"loss {self.loss!r} chooses its own targets; targeted must be False with it"
             )
-        if not 0 <= checks.number("rho", self.rho) <= 1:
+        if not 0 <= self.rho <= 1:
             raise ValueError(f"rho must be in 0 .. 1, got {self.rho}")
 
     @property
@@ -91,10 +91,14 @@ class APGD(Attack):
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
         target_classes: how many wrong classes ``"ce-t"`` and ``"dlr-t"`` try.
         rho: see above.
+        norm: as in `fastadv.pgd_fused`, but for ``"l1"``.
+        bounds: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`; not with "-t" losses.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
+        train_mode: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
-        settings: norm (not ``"l1"``), bounds, targeted (not with "-t" losses), precision, engine (not
-            ``"graph"``), train_mode as in `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
@@ -102,6 +106,11 @@ class APGD(Attack):
     """
 
     settings: APGDSettings
+    steps = Setting[int]()
+    restarts = Setting[int]()
+    loss = Setting[Loss]()
+    target_classes = Setting[int]()
+    rho = Setting[float]()
 
     def __init__(
         self,
@@ -110,14 +119,32 @@ class APGD(Attack):
         steps: int = 100,
         restarts: int = 1,
         *,
-        loss: str = "ce",
+        loss: Loss = "ce",
         target_classes: int = 9,
         rho: float = 0.75,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        targeted: bool = False,
+        precision: Precision = "auto",
+        engine: Literal["auto", "eager", "compiled"] = "auto",
+        train_mode: bool = False,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        chosen = APGDSettings(eps, steps, restarts, loss, target_classes, rho, **settings)
+        chosen = APGDSettings(
+            eps,
+            steps,
+            restarts,
+            loss,
+            target_classes,
+            rho,
+            norm=norm,
+            bounds=bounds,
+            targeted=targeted,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+        )
         super().__init__(model, chosen, seed, check_inputs)
 
     def _perturb(self, batch: Batch, seed: int) -> Tensor:

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks.arguments import (
+    EngineName,
+    Precision,
     check_batch,
-    check_common,
-    check_limit,
-    check_number,
+    check_images,
+    check_labels,
     check_seed,
-    check_values,
 )
 from fastadv.attacks.batch import Batch
+from fastadv.attacks.options import Checked, Configured, Setting
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.engines import Engine, Model, make_engine
-from fastadv.engine.model_fingerprint import structure_of
-from fastadv.engine.precision import resolve_precision
+from fastadv.engine.engines import Engine, Model, unwrapped
+from fastadv.engine.frozen import lock_of
+from fastadv.engine.selection import EngineCache, Wish
+from fastadv.fields import check_fields
 from fastadv.ops import checks
+from fastadv.ops.values import check_bool, check_radius, limit
 from fastadv.seeding import draw_seed
 
 
@@ -39,48 +42,29 @@ class AttackSettings:
     norm: str = "linf"
     bounds: tuple[float, float] = (0.0, 1.0)
     targeted: bool = False
-    precision: str = "auto"
-    engine: str = "auto"
+    precision: Precision = "auto"
+    engine: EngineName = "auto"
     train_mode: bool = False
 
     def __post_init__(self) -> None:
         """Check every field.
 
         Raises:
-            TypeError: a number is none.
+            TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
+        object.__setattr__(self, "norm", checks.norm_name(self.norm))
+        object.__setattr__(self, "bounds", checks.check_bounds(self.bounds))
+        check_fields(self)
         self._check_eps()
-        check_common(
-            norm=self.norm, bounds=self.bounds, precision=self.precision, engine=self.engine
-        )
 
     def _check_eps(self) -> None:
-        check_limit("eps", self.eps)
+        limit("eps", self.eps)
+        if self.norm == "linf":  # in others it takes the size of an image to tell
+            check_radius("eps", self.eps, self.norm, self.bounds)
 
 
-class EngineCache:
-    """Engines of one model, kept until its structure changes."""
-
-    def __init__(self) -> None:
-        self._structure: object = None
-        self._engines: dict[tuple[Any, ...], Engine] = {}
-
-    def engine(self, model: Model, x: Tensor, precision: str, settings: AttackSettings) -> Engine:
-        """The engine for images like ``x``; built when there is none or the model has changed."""
-        structure = structure_of(model)
-        if structure != self._structure:
-            self._engines.clear()
-            self._structure = structure
-        key = (x.device, precision, settings.engine, settings.train_mode)
-        if key not in self._engines:
-            self._engines[key] = make_engine(
-                model, x, precision, settings.engine, settings.train_mode
-            )
-        return self._engines[key]
-
-
-class Attack(ABC):
+class Attack(Configured):
     """An attack on one model, to be called many times: ``adv = attack(x, y)``.
 
     It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
@@ -93,23 +77,34 @@ class Attack(ABC):
         seed: of every call that names none; None draws one per call from torch's default generator.
         check_inputs: check the values of images and labels at every call, which on a GPU waits for the device.
 
+    Attributes:
+        model: what is attacked.
+        settings: all together. Each is also an attribute of its own, such as ``eps``, and may be set, which
+            takes effect at the next call.
+
     Raises:
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
     """
+
+    model: Model
+    settings: AttackSettings
+    eps = Setting[float]()
+    norm = Setting[str]()
+    bounds = Setting[tuple[float, float]]()
+    targeted = Setting[bool]()
+    precision = Setting[Precision]()
+    engine = Setting[EngineName]()
+    train_mode = Setting[bool]()
+    seed = Checked(check_seed)
+    check_inputs = Checked(partial(check_bool, "check_inputs"))
 
     def __init__(
         self, model: Model, settings: AttackSettings, seed: int | None, check_inputs: bool
     ) -> None:
         self.model = model
         self.settings = settings
-        self.seed = check_seed(seed)
+        self.seed = seed
         self.check_inputs = check_inputs
-        obstacle = self._graph_obstacle()
-        if settings.engine == "graph" and obstacle is not None:
-            raise ValueError(
-                "engine must be 'auto', 'eager' or 'compiled' for this attack, got 'graph': "
-                f"{obstacle}"
-            )
         self._engines = EngineCache()
         self._last: AttackReport | None = None
 
@@ -127,7 +122,7 @@ class Attack(ABC):
 
         Args:
             x: images [B, ...] within the bounds.
-            y: labels, or targets, [B] int64.
+            y: labels, or targets, [B], int64 or another integer dtype.
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
@@ -143,7 +138,7 @@ class Attack(ABC):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        check_batch(x, y, sample_ids, self.model)
+        y = check_batch(x, y, sample_ids, self.model)
         seed = check_seed(seed)
         radius = self._radius(x, eps)
         if start is not None:
@@ -151,18 +146,19 @@ class Attack(ABC):
             checks.check_same_shape("start", start, "x", x)
         settings, self._last = self.settings, None
         if x.shape[0] == 0:
-            nothing = torch.zeros(2, dtype=torch.int64)
+            nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
                 "none", "the batch is empty", "none", 0, nothing, (), nothing[0]
             )
             return x.detach().clone()
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        with _own_context(x.device):
+        with self._alone(), _own_context(x.device):
             x, y = _usable(x), _usable(y)
-            precision = resolve_precision(settings.precision, self.model, x)
-            engine = self._engines.engine(self.model, x, precision, settings)
-            with engine.session(self.model, seed):
+            if self.check_inputs:
+                check_images(x, settings.bounds)
+            engine = self._ready(x)
+            with engine.session(self.model, seed, current=True):
                 batch = Batch(
                     engine,
                     engine.images(x),
@@ -172,20 +168,51 @@ class Attack(ABC):
                     settings.bounds,
                     settings.targeted,
                     sample_ids,
-                    partial(check_values, x, y, settings.bounds) if self.check_inputs else None,
+                    partial(check_labels, y) if self.check_inputs else None,
                     None if start is None else engine.images(_usable(start)),
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
                 batch.tally.engine,
                 batch.tally.reason,
-                precision,
+                engine.precision,
                 batch.tally.elements,
                 batch.tally.counts,
                 tuple(batch.tally.losses),
                 outside_share(adv, x, radius, settings.norm, settings.bounds),
             )
         return adv
+
+    def _ready(self, x: Tensor) -> Engine:
+        settings = self.settings
+        wish = Wish(settings.precision, settings.engine, settings.train_mode)
+        return self._engines.ready(self.model, x, wish)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """The model's lock: other threads that attack it wait."""
+        model = self.model
+        return lock_of(unwrapped(model) if isinstance(model, nn.Module) else model)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = vars(self).get(name)
+        super().__setattr__(name, value)
+        if name == "settings":
+            try:
+                self._check_settings(before)
+            except (TypeError, ValueError):
+                vars(self)[name] = before
+                raise
+
+    def _check_settings(self, before: AttackSettings | None) -> None:
+        kind = AttackSettings if before is None else type(before)
+        if not isinstance(self.settings, kind):
+            raise TypeError(f"settings must be {kind.__name__}, got {type(self.settings).__name__}")
+        obstacle = self._graph_obstacle() if self.settings.engine == "graph" else None
+        if obstacle is not None:
+            raise ValueError(
+                "engine must be 'auto', 'eager' or 'compiled' for this attack, got 'graph': "
+                f"{obstacle}"
+            )
 
     @abstractmethod
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
@@ -208,17 +235,17 @@ class Attack(ABC):
 
     def engine_for(self, x: Tensor) -> Engine:
         """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
-        with _own_context(x.device):
-            precision = resolve_precision(self.settings.precision, self.model, x)
-            return self._engines.engine(self.model, x, precision, self.settings)
+        with self._alone(), _own_context(x.device):
+            return self._ready(x)
 
     def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
-        if eps is None:
-            return self.settings.eps
-        if not isinstance(eps, Tensor):
-            check_number("eps", eps)
+        settings = self.settings
+        eps = settings.eps if eps is None else eps
         number, values = checks.per_sample("eps", eps, x)
-        return number if values is None else values
+        if values is None:
+            check_radius("eps", number, settings.norm, settings.bounds, x.shape[1:].numel())
+            return number
+        return values
 
 
 @contextmanager

@@ -4,27 +4,54 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_count, check_limit, check_number
+from fastadv.attacks.arguments import EngineName, Precision
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import where_images
-from fastadv.attacks.objectives import Objective
-from fastadv.attacks.pgd import PGD
+from fastadv.attacks.objectives import LossFunction, Objective
+from fastadv.attacks.options import Setting
+from fastadv.attacks.pgd import PGD, Keep, PGDSettings
 from fastadv.engine.engines import Model
+from fastadv.ops.values import integer, limit
 
 _INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
+_OTHER_ATTACK = "the attack with c, kappa, steps and lr, which other libraries call CW, is CWL2"
 _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass(frozen=True)
+class CWSettings(PGDSettings):
+    """What `CW` does, checked on creation. Fields as there."""
+
+    loss: str | LossFunction = field(default="cw", init=False)
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value out of range or an unknown word. A step size of 0 may be another library's kappa.
+        """
+        if not isinstance(self.random_start, bool | np.bool_):
+            raise TypeError(
+                f"random_start must be True or False, got {self.random_start!r}; {_OTHER_ATTACK}"
+            )
+        super().__post_init__()
+        if self.alpha == 0 < self.eps:
+            raise ValueError(f"alpha must be > 0, got 0; {_OTHER_ATTACK}")
 
 
 class CW(PGD):
     """PGD on the margin of Carlini and Wagner: ``max_{j != y} z_j - z_y`` is raised within the eps-ball.
 
-    This is what robustness papers list as C&W in linf. `CWL2` is the attack of the paper of that name.
+    This is what robustness papers list as C&W in linf. `CWL2` is the attack of the paper of that name. Other
+    libraries call that one CW: ``CW(model, c, kappa, steps, lr)``, which is refused here.
 
     Args:
         model: as in `fastadv.pgd_fused`.
@@ -32,15 +59,24 @@ class CW(PGD):
         alpha: as in `fastadv.pgd_fused`.
         steps: as in `fastadv.pgd_fused`.
         random_start: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        restarts: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`.
+        train_mode: as in `fastadv.pgd_fused`.
+        keep: as in `fastadv.pgd_fused`.
+        sparsity: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
-        settings: norm, sparsity, bounds, targeted, restarts, keep, precision, engine, train_mode as in
-            `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
         ValueError: as in `fastadv.pgd_fused`.
     """
+
+    settings: CWSettings
 
     def __init__(
         self,
@@ -50,21 +86,34 @@ class CW(PGD):
         steps: int = 10,
         random_start: bool = True,
         *,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        restarts: int = 1,
+        targeted: bool = False,
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        keep: Keep = "last",
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        super().__init__(
-            model,
+        chosen = CWSettings(
             eps,
             alpha,
             steps,
             random_start,
-            seed=seed,
-            check_inputs=check_inputs,
-            loss="cw",
-            **settings,
+            norm=norm,
+            bounds=bounds,
+            restarts=restarts,
+            targeted=targeted,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            keep=keep,
+            sparsity=sparsity,
         )
+        Attack.__init__(self, model, chosen, seed, check_inputs)
 
 
 @dataclass(frozen=True)
@@ -83,17 +132,16 @@ class CWL2Settings(AttackSettings):
         """Check every field.
 
         Raises:
-            TypeError: a number is none, or a count no integer.
+            TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
         super().__post_init__()
-        check_limit("kappa", self.kappa)
+        limit("kappa", self.kappa)
         for name in ("c", "lr"):
-            check_number(name, getattr(self, name))
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"{name} must be finite and > 0, got {getattr(self, name)}")
-        check_count("steps", self.steps)
-        check_count("search_steps", self.search_steps)
+        integer("steps", self.steps, at_least=1)
+        integer("search_steps", self.search_steps, at_least=1)
         if self.bounds[0] == self.bounds[1]:
             raise ValueError(f"bounds must have low < high, got {self.bounds}")
         if self.precision == "fp16":  # whose engine scales each sample's gradient
@@ -122,10 +170,13 @@ class CWL2(Attack):
         steps: of Adam, for each c.
         lr: learning rate of Adam, > 0.
         search_steps: how many values of c are tried.
+        bounds: as in `fastadv.pgd_fused`; the lower one must be below the other.
+        targeted: as in `fastadv.pgd_fused`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
+        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
+        train_mode: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`; for models that draw random numbers.
         check_inputs: as in `fastadv.PGD`.
-        settings: bounds, targeted, engine, train_mode as in `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
@@ -133,6 +184,11 @@ class CWL2(Attack):
     """
 
     settings: CWL2Settings
+    c = Setting[float]()
+    kappa = Setting[float]()
+    steps = Setting[int]()
+    lr = Setting[float]()
+    search_steps = Setting[int]()
 
     def __init__(
         self,
@@ -143,12 +199,26 @@ class CWL2(Attack):
         lr: float = 0.01,
         search_steps: int = 9,
         *,
-        precision: str = "fp32",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        targeted: bool = False,
+        precision: Literal["auto", "fp32", "bf16"] = "fp32",
+        engine: Literal["auto", "eager", "compiled"] = "auto",
+        train_mode: bool = False,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        chosen = CWL2Settings(c, kappa, steps, lr, search_steps, precision=precision, **settings)
+        chosen = CWL2Settings(
+            c,
+            kappa,
+            steps,
+            lr,
+            search_steps,
+            bounds=bounds,
+            targeted=targeted,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+        )
         super().__init__(model, chosen, seed, check_inputs)
 
     def _radius(self, x: Tensor, eps: float | Tensor | None) -> float:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
 
-from fastadv.attacks.arguments import check_limit
-from fastadv.attacks.pgd import PGD
+from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.attack import Attack
+from fastadv.attacks.objectives import LossFunction
+from fastadv.attacks.options import Setting
+from fastadv.attacks.pgd import PGD, Keep, PGDSettings
 from fastadv.engine.engines import Model
 
 FGSM_RS_STEP = 1.25  # of eps
+
+
+@dataclass(frozen=True)
+class FGSMSettings(PGDSettings):
+    """What `FGSM` does, checked on creation. Fields as there; the others are fixed."""
+
+    alpha: float = field(default=0.0, init=False)
+    steps: int = field(default=1, init=False)
+    random_start: bool = field(default=False, init=False)
+    restarts: int = field(default=1, init=False)
+    keep: Keep = field(default="last", init=False)
+
+    def __post_init__(self) -> None:
+        """Check every field, and step as far as the ball reaches."""
+        super().__post_init__()
+        object.__setattr__(self, "alpha", self.eps)
 
 
 class FGSM(PGD):
@@ -17,9 +36,16 @@ class FGSM(PGD):
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball and size of the step, in the units of the images.
-        seed: as in `fastadv.PGD`; used only where a setting draws random numbers.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`.
+        loss: as in `fastadv.pgd_fused`, but for ``"kl"``, which needs a random start.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`.
+        train_mode: as in `fastadv.pgd_fused`.
+        sparsity: as in `fastadv.pgd_fused`.
+        seed: as in `fastadv.PGD`; for models that draw random numbers.
         check_inputs: as in `fastadv.PGD`.
-        settings: loss, norm, sparsity, bounds, targeted, precision, engine, train_mode as in `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
@@ -31,20 +57,43 @@ class FGSM(PGD):
         model: Model,
         eps: float = 8 / 255,
         *,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        targeted: bool = False,
+        loss: str | LossFunction = "ce",
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        super().__init__(
-            model,
+        chosen = FGSMSettings(
             eps,
-            alpha=eps,
-            steps=1,
-            random_start=False,
-            seed=seed,
-            check_inputs=check_inputs,
-            **settings,
+            norm=norm,
+            bounds=bounds,
+            targeted=targeted,
+            loss=loss,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            sparsity=sparsity,
         )
+        Attack.__init__(self, model, chosen, seed, check_inputs)
+
+
+@dataclass(frozen=True)
+class FGSMRSSettings(PGDSettings):
+    """What `FGSMRS` does, checked on creation. Fields as there; the others are fixed."""
+
+    alpha: float | None = None  # type: ignore[assignment]  # else a number, as everywhere
+    steps: int = field(default=1, init=False)
+    random_start: bool = field(default=True, init=False)
+
+    @property
+    def step_size(self) -> float:
+        """Alpha, or the paper's 1.25 eps."""
+        return FGSM_RS_STEP * self.eps if self.alpha is None else self.alpha
 
 
 class FGSMRS(PGD):
@@ -56,15 +105,26 @@ class FGSMRS(PGD):
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball, in the units of the images.
         alpha: size of the step; None for the paper's 1.25 * eps.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        restarts: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`.
+        loss: as in `fastadv.pgd_fused`.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`.
+        train_mode: as in `fastadv.pgd_fused`.
+        keep: as in `fastadv.pgd_fused`.
+        sparsity: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
-        settings: loss, norm, sparsity, bounds, targeted, restarts, keep, precision, engine, train_mode as in
-            `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
         ValueError: as in `fastadv.pgd_fused`.
     """
+
+    settings: FGSMRSSettings
+    alpha = Setting[float | None]()  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -72,18 +132,31 @@ class FGSMRS(PGD):
         eps: float = 8 / 255,
         alpha: float | None = None,
         *,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        restarts: int = 1,
+        targeted: bool = False,
+        loss: str | LossFunction = "ce",
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        keep: Keep = "last",
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        check_limit("eps", eps)
-        super().__init__(
-            model,
+        chosen = FGSMRSSettings(
             eps,
-            alpha=FGSM_RS_STEP * eps if alpha is None else alpha,
-            steps=1,
-            random_start=True,
-            seed=seed,
-            check_inputs=check_inputs,
-            **settings,
+            alpha,
+            norm=norm,
+            bounds=bounds,
+            restarts=restarts,
+            targeted=targeted,
+            loss=loss,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            keep=keep,
+            sparsity=sparsity,
         )
+        Attack.__init__(self, model, chosen, seed, check_inputs)

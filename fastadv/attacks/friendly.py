@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_integer
+from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.pgd import PGD, StepSize
+from fastadv.attacks.objectives import LossFunction
+from fastadv.attacks.options import Setting
+from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
 from fastadv.engine.engines import Model
+from fastadv.ops.values import integer
+
+
+@dataclass(frozen=True)
+class FriendlyPGDSettings(PGDSettings):
+    """What `FriendlyPGD` does, checked on creation. Fields as there."""
+
+    tau: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        integer("tau", self.tau, at_least=0)
 
 
 class FriendlyPGD(PGD):
@@ -28,16 +43,27 @@ class FriendlyPGD(PGD):
         alpha: size of a step.
         steps: largest number of steps, at least 1.
         random_start: as in `fastadv.pgd_fused`.
-        tau: steps at misclassified points, at least 0; may be changed between calls as an attribute.
+        tau: steps at misclassified points, at least 0.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        restarts: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`; an image then stops once it is at its target.
+        loss: as in `fastadv.pgd_fused`.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`.
+        train_mode: as in `fastadv.pgd_fused`.
+        keep: as in `fastadv.pgd_fused`.
+        sparsity: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
-        settings: loss, norm, sparsity, bounds, targeted, restarts, keep, precision, engine, train_mode as in
-            `fastadv.pgd_fused`; with ``targeted`` an image stops once it is at its target.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
         ValueError: as in `fastadv.pgd_fused`, or tau is negative.
     """
+
+    settings: FriendlyPGDSettings
+    tau = Setting[int]()
 
     def __init__(
         self,
@@ -48,27 +74,37 @@ class FriendlyPGD(PGD):
         random_start: bool = True,
         *,
         tau: int = 0,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        restarts: int = 1,
+        targeted: bool = False,
+        loss: str | LossFunction = "ce",
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        keep: Keep = "last",
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        check_integer("tau", tau)
-        if tau < 0:
-            raise ValueError(f"tau must be >= 0, got {tau}")
-        self.tau = tau
-        super().__init__(
-            model,
+        chosen = FriendlyPGDSettings(
             eps,
             alpha,
             steps,
             random_start,
-            seed=seed,
-            check_inputs=check_inputs,
-            **settings,
+            tau=tau,
+            norm=norm,
+            bounds=bounds,
+            restarts=restarts,
+            targeted=targeted,
+            loss=loss,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            keep=keep,
+            sparsity=sparsity,
         )
-
-    def _graph_key(self) -> tuple[Hashable, ...]:
-        return (*super()._graph_key(), self.tau)
+        Attack.__init__(self, model, chosen, seed, check_inputs)
 
     def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)

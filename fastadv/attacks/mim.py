@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_limit
+from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.pgd import PGD, Direction
+from fastadv.attacks.objectives import LossFunction
+from fastadv.attacks.options import Setting
+from fastadv.attacks.pgd import PGD, Direction, Keep, PGDSettings
 from fastadv.engine.engines import Model
 from fastadv.ops import momentum_update_
+from fastadv.ops.values import limit
+
+
+@dataclass(frozen=True)
+class MIMSettings(PGDSettings):
+    """What `MIM` does, checked on creation. Fields as there."""
+
+    random_start: bool = False
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        super().__post_init__()
+        limit("decay", self.decay)
 
 
 class MIM(PGD):
@@ -27,15 +43,27 @@ class MIM(PGD):
         alpha: size of a step; the paper has eps / steps.
         steps: number of steps, at least 1.
         decay: how much of the momentum is left after a step, >= 0; the paper's mu.
+        random_start: as in `fastadv.pgd_fused`, but by default false.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        restarts: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`.
+        loss: as in `fastadv.pgd_fused`.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`.
+        train_mode: as in `fastadv.pgd_fused`.
+        keep: as in `fastadv.pgd_fused`.
+        sparsity: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`; used only with ``random_start=True``.
         check_inputs: as in `fastadv.PGD`.
-        settings: loss, norm, sparsity, bounds, targeted, random_start (default false), restarts, keep, precision,
-            engine, train_mode as in `fastadv.pgd_fused`.
 
     Raises:
         TypeError: as in `fastadv.pgd_fused`.
         ValueError: as in `fastadv.pgd_fused`.
     """
+
+    settings: MIMSettings
+    decay = Setting[float]()
 
     def __init__(
         self,
@@ -45,17 +73,38 @@ class MIM(PGD):
         steps: int = 10,
         decay: float = 1.0,
         *,
+        random_start: bool = False,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        restarts: int = 1,
+        targeted: bool = False,
+        loss: str | LossFunction = "ce",
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        keep: Keep = "last",
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        check_limit("decay", decay)
-        self.decay = float(decay)
-        settings.setdefault("random_start", False)
-        super().__init__(model, eps, alpha, steps, seed=seed, check_inputs=check_inputs, **settings)
-
-    def _graph_key(self) -> tuple[Hashable, ...]:
-        return (*super()._graph_key(), self.decay)
+        chosen = MIMSettings(
+            eps,
+            alpha,
+            steps,
+            random_start,
+            decay=decay,
+            norm=norm,
+            bounds=bounds,
+            restarts=restarts,
+            targeted=targeted,
+            loss=loss,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            keep=keep,
+            sparsity=sparsity,
+        )
+        Attack.__init__(self, model, chosen, seed, check_inputs)
 
     def _direction(self, batch: Batch) -> Direction:
         momentum = torch.zeros_like(batch.x)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_batch, check_count, check_limit
+from fastadv.attacks.arguments import check_batch
 from fastadv.attacks.attack import Attack
+from fastadv.attacks.options import names_checked
 from fastadv.engine.frozen import frozen
+from fastadv.ops.values import check_radius, integer, limit
 from fastadv.seeding import draw_seed
 
 
+@names_checked
 def minimum_perturbation(
     attack: Attack,
     x: Tensor,
@@ -31,7 +36,7 @@ def minimum_perturbation(
         attack: any attack on an eps-ball, such as ``fastadv.PGD(model, eps, alpha, steps)``; its own eps
             matters only as that to which its step size belongs, which changes in proportion.
         x: images [B, ...] within the bounds of the attack.
-        y: labels, or targets, [B] int64.
+        y: labels, or targets, [B], int64 or another integer dtype.
         max_eps: largest radius tried, in the units of ``x``, > 0.
         iterations: bisections; the result is at most ``max_eps / 2**iterations`` too large.
         seed: of every call of the attack; None takes the attack's own, or draws one.
@@ -47,11 +52,13 @@ def minimum_perturbation(
     """
     if not isinstance(attack, Attack):
         raise TypeError(f"attack must be an attack of fastadv, got {type(attack).__name__}")
-    check_limit("max_eps", max_eps)
-    check_count("iterations", iterations)
+    max_eps = limit("max_eps", max_eps)
+    iterations = integer("iterations", iterations, at_least=1)
     if not max_eps > 0:
         raise ValueError(f"max_eps must be > 0, got {max_eps}")
-    check_batch(x, y, sample_ids, attack.model)
+    y = check_batch(x, y, sample_ids, attack.model)
+    if attack.eps < math.inf:  # else it has no ball, and will say so
+        check_radius("max_eps", max_eps, attack.norm, attack.bounds, x.shape[1:].numel())
     if seed is None:
         seed = draw_seed() if attack.seed is None else attack.seed
     if sample_ids is None:

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import check_count, check_limit, check_number
-from fastadv.attacks.attack import Attack, AttackSettings, EngineCache
+from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import LossFunction, Objective
+from fastadv.attacks.options import Setting, names_checked
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
-from fastadv.ops import checks
+from fastadv.engine.selection import EngineCache
+from fastadv.ops.values import integer, limit
 from fastadv.seeding import derive_seed
 
-KEEP = ("last", "best")
+Keep = Literal["last", "best"]
 Direction = Callable[[Tensor], Tensor]  # input gradient [B, ...] -> where to step, [B, ...]
 StepSize = Callable[[Tensor], float | Tensor]  # logits [B, C] -> how far, a number or [B]
 
@@ -33,7 +35,7 @@ class PGDSettings(AttackSettings):
     steps: int = 10
     random_start: bool = True
     restarts: int = 1
-    keep: str = "last"
+    keep: Keep = "last"
     loss: str | LossFunction = "ce"
     sparsity: float = 0.95
 
@@ -41,25 +43,34 @@ class PGDSettings(AttackSettings):
         """Check every field.
 
         Raises:
-            TypeError: steps or restarts is no integer, loss neither a name nor callable.
+            TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
         super().__post_init__()
-        check_limit("alpha", self.alpha)
-        check_count("steps", self.steps)
-        check_count("restarts", self.restarts)
+        limit("alpha", self.step_size)
+        width = self.bounds[1] - self.bounds[0]
+        if self.norm == "linf" and self.step_size >= 2 * width > 0:
+            raise ValueError(
+                f"alpha must be below {2 * width:g}, twice the width of the bounds, got "
+                f"{self.step_size:g}; it is in the units of the images: 2/255 of 0..1, say"
+            )
+        integer("steps", self.steps, at_least=1)
+        integer("restarts", self.restarts, at_least=1)
         if self.restarts > 1 and not self.random_start:
             raise ValueError(
                 "restarts must be 1 without random_start, which would repeat one run; "
                 f"got {self.restarts}"
             )
-        checks.check_choice("keep", self.keep, KEEP)
-        check_number("sparsity", self.sparsity)
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
         objective = Objective(self.loss, self.targeted)
         if objective.needs_clean_logits and not self.random_start:
             raise ValueError("random_start must be True with loss 'kl', whose gradient is 0 at x")
+
+    @property
+    def step_size(self) -> float:
+        """How far a step goes."""
+        return self.alpha
 
 
 class PGD(Attack):
@@ -75,10 +86,21 @@ class PGD(Attack):
         alpha: as in `pgd_fused`.
         steps: as in `pgd_fused`.
         random_start: as in `pgd_fused`.
+        norm: as in `pgd_fused`.
+        bounds: as in `pgd_fused`.
+        restarts: as in `pgd_fused`.
+        targeted: as in `pgd_fused`.
+        loss: as in `pgd_fused`.
+        precision: as in `pgd_fused`.
+        engine: as in `pgd_fused`.
+        train_mode: as in `pgd_fused`.
+        keep: as in `pgd_fused`.
+        sparsity: as in `pgd_fused`.
         seed: of every call that names none; None draws one per call from torch's default generator.
         check_inputs: check the values of images and labels at every call. On a GPU this waits for the device
             once per call; turn it off where the data are known to be good.
-        settings: the other arguments of `pgd_fused`, by name.
+
+    Every argument is also an attribute, which may be set: ``attack.eps = 4 / 255`` holds from the next call on.
 
     Raises:
         TypeError: as in `pgd_fused`.
@@ -86,6 +108,13 @@ class PGD(Attack):
     """
 
     settings: PGDSettings
+    alpha = Setting[float]()
+    steps = Setting[int]()
+    random_start = Setting[bool]()
+    restarts = Setting[int]()
+    keep = Setting[Keep]()
+    loss = Setting[str | LossFunction]()
+    sparsity = Setting[float]()
 
     def __init__(
         self,
@@ -95,12 +124,36 @@ class PGD(Attack):
         steps: int = 10,
         random_start: bool = True,
         *,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        restarts: int = 1,
+        targeted: bool = False,
+        loss: str | LossFunction = "ce",
+        precision: Precision = "auto",
+        engine: EngineName = "auto",
+        train_mode: bool = False,
+        keep: Keep = "last",
+        sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
-        **settings: Any,
     ) -> None:
-        chosen = PGDSettings(eps, alpha, steps, random_start, **settings)
-        super().__init__(model, chosen, seed, check_inputs)
+        chosen = PGDSettings(
+            eps,
+            alpha,
+            steps,
+            random_start,
+            norm=norm,
+            bounds=bounds,
+            restarts=restarts,
+            targeted=targeted,
+            loss=loss,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+            keep=keep,
+            sparsity=sparsity,
+        )
+        Attack.__init__(self, model, chosen, seed, check_inputs)
 
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
@@ -147,8 +200,9 @@ class PGD(Attack):
 
     def _graph_key(self) -> tuple[Hashable, ...]:
         """All that a recorded search depends on: the settings but for radius and step size, its inputs."""
-        low, high = self.settings.bounds
-        return (type(self), replace(self.settings, eps=1.0, alpha=1.0, bounds=(low, high)))
+        names = [field.name for field in fields(self.settings)]
+        kept = [name for name in names if name not in ("eps", "alpha")]
+        return (type(self), *(getattr(self.settings, name) for name in kept))
 
     def _starts(self, batch: Batch, seed: int) -> Iterator[Tensor]:
         """Where the runs begin, [B, ...] each."""
@@ -225,10 +279,10 @@ class PGD(Attack):
         """
         settings = self.settings
         if not isinstance(batch.eps, Tensor) and batch.eps == settings.eps:
-            return settings.alpha
+            return settings.step_size
         if settings.eps == 0:
             raise ValueError("eps must not be given to a call of an attack made with eps 0")
-        return settings.alpha * (batch.eps / settings.eps)
+        return settings.step_size * (batch.eps / settings.eps)
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
@@ -239,6 +293,7 @@ def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
 _CACHES: weakref.WeakKeyDictionary[nn.Module, EngineCache] = weakref.WeakKeyDictionary()
 
 
+@names_checked
 def pgd_fused(
     model: Model,
     x: Tensor,
@@ -253,10 +308,10 @@ def pgd_fused(
     restarts: int = 1,
     targeted: bool = False,
     loss: str | LossFunction = "ce",
-    precision: str = "auto",
-    engine: str = "auto",
+    precision: Precision = "auto",
+    engine: EngineName = "auto",
     train_mode: bool = False,
-    keep: str = "last",
+    keep: Keep = "last",
     sparsity: float = 0.95,
     seed: int | None = None,
     sample_ids: Tensor | None = None,
@@ -270,11 +325,12 @@ def pgd_fused(
         model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
             images belongs inside it.
         x: images [B, ...] within ``bounds``, floating point.
-        y: labels [B] int64; with ``targeted``, the classes to be reached.
-        eps: radius of the ball, in the units of ``x``.
+        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to be reached.
+        eps: radius of the ball, in the units of ``x``; at most the distance between two images within the bounds.
         alpha: step size, in the units of ``x``; in l2 and l1 the length of the whole step.
         steps: number of steps, at least 1.
-        norm: ``"linf"``, ``"l2"``, or ``"l1"`` (sparse steps: Tramer and Boneh 2019; `fastadv.ops.pgd_step`).
+        norm: ``"linf"``, ``"l2"``, or ``"l1"`` (sparse steps: Tramer and Boneh 2019; `fastadv.ops.pgd_step`), also
+            as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: lowest and highest allowed value of an image.
         random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from ``x``.
         restarts: runs from different random starts; per sample the one of highest loss (as ``keep`` has it) is

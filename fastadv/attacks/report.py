@@ -90,7 +90,9 @@ def outside_share(
         A scalar on the device of ``adv``.
     """
     wide = torch.promote_types(adv.dtype, torch.float32)
-    low, high = torch.tensor(bounds, dtype=adv.dtype).tolist()  # as the images can have them
+    low, high = torch.tensor(
+        bounds, dtype=adv.dtype, device="cpu"
+    ).tolist()  # as the images can have them
     a, c = adv.to(wide), x.to(wide)
     inside = (a >= low) & (a <= high)
     per_image = (-1, *[1] * (x.dim() - 1))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastadv.ops.values import check_bool, integer
 from fastadv.seeding import derive_seed
 
 
@@ -50,6 +51,7 @@ class Batches(ABC):
         extra_per_batch: extra samples in a global batch.
 
     Raises:
+        TypeError: if a number is no integer, or a flag neither True nor False.
         ValueError: if there is no sample, a number is out of range, or no full batch fits.
     """
 
@@ -68,16 +70,16 @@ class Batches(ABC):
         rank: int,
         world_size: int,
     ) -> None:
-        self.drop_last = train if drop_last is None else drop_last
-        _check_sizes(name, count, batch_size, self.drop_last)
-        _check_ranks(batch_size, rank, world_size, train)
         self.name = name
         self.first_extra = count
-        self.batch_size = batch_size
-        self.seed = seed
-        self.train = train
-        self.rank = rank
-        self.world_size = world_size
+        self.batch_size = integer("batch_size", batch_size, at_least=1)
+        self.seed = integer("seed", seed)
+        self.train = check_bool("train", train)
+        self.drop_last = self.train if drop_last is None else check_bool("drop_last", drop_last)
+        self.rank = integer("rank", rank)
+        self.world_size = integer("world_size", world_size, at_least=1)
+        _check_sizes(name, count, self.batch_size, self.drop_last)
+        _check_ranks(self.batch_size, self.rank, self.world_size, self.train)
 
     def __len__(self) -> int:
         """Steps in an epoch, over all ranks."""
@@ -92,10 +94,10 @@ class Batches(ABC):
             start_step: skip so many batches; the rest are what they would have been anyway.
 
         Raises:
+            TypeError: if one of them is no integer.
             ValueError: if epoch is negative, or start_step is not in 0 .. len(self).
         """
-        if epoch < 0:
-            raise ValueError(f"epoch must be >= 0, got {epoch}")
+        epoch, start_step = integer("epoch", epoch, at_least=0), integer("start_step", start_step)
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step must be in 0 .. {len(self)}, got {start_step}")
         return self._load(self._ids(epoch, start_step), epoch)
@@ -144,8 +146,6 @@ class Batches(ABC):
 def _check_sizes(name: str, count: int, batch_size: int, drop_last: bool) -> None:
     if count == 0:
         raise ValueError(f"data must have at least one image, got none in {name!r}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be >= 1, got {batch_size}")
     if drop_last and batch_size > count:
         raise ValueError(
             f"batch_size must be <= {count} (the images in {name!r}) when incomplete "
@@ -154,8 +154,6 @@ def _check_sizes(name: str, count: int, batch_size: int, drop_last: bool) -> Non
 
 
 def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
-    if world_size < 1:
-        raise ValueError(f"world_size must be >= 1, got {world_size}")
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must be in 0 .. {world_size - 1}, got {rank}")
     if train and batch_size % world_size:

@@ -20,6 +20,7 @@ from fastadv.data.cifar_layout import (
 from fastadv.data.cifar_python import read_python
 from fastadv.data.content import check_content, check_file_md5
 from fastadv.data.images import ImageData, Splits
+from fastadv.ops.values import check_bool
 
 
 def load_cifar10(root: str | Path, verify: bool = True) -> Splits:
@@ -48,6 +49,7 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
         FileNotFoundError: if there is nothing at root, or a file is missing.
         DataFormatError: if a file is not what it should be.
     """
+    verify = check_bool("verify", verify)
     folder, is_binary = _find_folder(layout, Path(root).expanduser())
     return Splits(
         train=_read_split(layout, layout.train, "train", folder, is_binary, verify),

@@ -1,8 +1,7 @@
-"""Reading one file of CIFAR's python layout, a pickle, without letting it run anything."""
+"""Reading one file of CIFAR's python layout, a pickle of arrays."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastadv.data.array_pickle import PickleContentError, read_arrays
 from fastadv.data.cifar_layout import PIXEL_BYTES, CifarLayout, Records, SplitLayout
 from fastadv.data.errors import DataFormatError
 
@@ -36,47 +36,13 @@ def read_python(path: Path, layout: CifarLayout, split: SplitLayout) -> Records:
     return Records(labels, coarse, pixels)
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickles plain values and numpy arrays; any other name in the file is refused, not run."""
-
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        allowed = _allowed_globals()
-        if (module_name, global_name) not in allowed:
-            raise pickle.UnpicklingError(
-                f"it refers to {module_name}.{global_name}, which such a file has no need of"
-            )
-        return allowed[module_name, global_name]
-
-
-def _allowed_globals() -> dict[tuple[str, str], Any]:
-    """What an array's pickle refers to, under the names of old and new numpy."""
-    empty = np.empty(0, np.uint8)
-    rebuild, from_buffer = empty.__reduce__()[0], empty.__reduce_ex__(5)[0]
-    allowed: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _encode_latin1,  # how Python 3 writes bytes for Python 2
-    }
-    for package in ("numpy.core", "numpy._core"):
-        allowed[f"{package}.multiarray", "_reconstruct"] = rebuild
-        allowed[f"{package}.numeric", "_frombuffer"] = from_buffer
-    return allowed
-
-
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it encodes text as {encoding!r}, only latin1 is in use")
-    return text.encode("latin1")
-
-
 def _unpickle(path: Path, expected: str) -> Any:
-    with path.open("rb") as file:
-        try:
-            return _ArrayUnpickler(file, encoding="bytes").load()
-        except Exception as error:  # a damaged pickle can raise nearly anything
-            raise DataFormatError(
-                f"{path} cannot be read as a pickle of arrays ({error}); expected {expected}"
-            ) from error
+    try:
+        return read_arrays(path.read_bytes())
+    except PickleContentError as error:
+        raise DataFormatError(
+            f"{path} cannot be read as a pickle of arrays ({error}); expected {expected}"
+        ) from error
 
 
 def _field(content: Mapping[Any, Any], key: str, path: Path, expected: str) -> Any:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
+import math
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastadv.ops.checks import INTEGER_DTYPES
+from fastadv.ops.values import integer
+
 if TYPE_CHECKING:
     from fastadv.data.streaming import StreamedData
 
-_INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_CHANNELS = (1, 3, 4)  # of pictures
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +33,8 @@ class ImageData:
         name: what it is, for messages and logs, e.g. "cifar10 train".
 
     Raises:
-        TypeError: if a dtype is another one.
-        ValueError: if shapes do not agree or a label is out of range.
+        TypeError: if a dtype is another one, or num_classes no integer.
+        ValueError: if shapes do not agree, images look like [N, H, W, C], or a label is out of range.
     """
 
     images: Tensor
@@ -48,8 +54,9 @@ class ImageData:
                 f"labels must be [N] with N = {len(self.images)} as in images, "
                 f"got shape {tuple(self.labels.shape)}"
             )
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be >= 1, got {self.num_classes}")
+        check_channels_first("images", tuple(self.images.shape[1:]))
+        classes = integer("num_classes", self.num_classes, at_least=1)
+        object.__setattr__(self, "num_classes", classes)
         _check_label_range(self.labels, self.num_classes)
 
     def __len__(self) -> int:
@@ -133,12 +140,17 @@ def from_tensors(
 
     Raises:
         TypeError: if images are neither uint8 nor floating point, or labels are not integers.
-        ValueError: if shapes do not agree, a pixel is not finite or outside 0..1, a label is out
-            of range, or there is nothing to infer num_classes from.
+        ValueError: if shapes do not agree, images look like [N, H, W, C], a pixel is not finite or
+            outside 0..1, a label is out of range, or there is nothing to infer num_classes from.
     """
     images, labels = torch.as_tensor(images), torch.as_tensor(labels)
-    if labels.dtype not in _INTEGER_DTYPES:
+    if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
+    if labels.dim() != 1:
+        raise ValueError(
+            f"labels must be class indices [N], got shape {tuple(labels.shape)}; of one-hot labels pass "
+            "labels.argmax(1)"
+        )
     if num_classes is None:
         if labels.numel() == 0:
             raise ValueError("num_classes must be given for empty labels, got None")
@@ -158,32 +170,79 @@ def from_dataset(
         name: what to call it in messages; by default the dataset's class.
 
     Raises:
-        ValueError: if the dataset is empty or its images differ in shape.
+        ValueError: if the dataset is empty, its images differ in shape, or a label is no class index.
         TypeError: for items of another kind.
     """
     length = len(cast(Sized, dataset))
     if length == 0:
         raise ValueError("dataset must have at least one item, got none")
     items = [dataset[i] for i in range(length)]
+    classes = [item_label(label, i) for i, (_, label) in enumerate(items)]
     images = [item_image(image) for image, _ in items]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"images of dataset must have one shape, got {sorted(shapes)[:3]}")
-    labels = torch.tensor([int(label) for _, label in items])
+    labels = torch.tensor(classes)
     return from_tensors(torch.stack(images), labels, num_classes, name or type(dataset).__name__)
+
+
+def item_label(label: object, index: int) -> int:
+    """Return the label of a Dataset's item; nothing that would have to be rounded or chosen from is one.
+
+    Raises:
+        TypeError: if it holds no integer.
+        ValueError: if it holds several.
+    """
+    kind, found = f"the label of item {index} of dataset", label
+    if isinstance(label, Tensor | np.ndarray):
+        if math.prod(label.shape) != 1:
+            raise ValueError(
+                f"{kind} must be one class index, got shape {tuple(label.shape)}; of a one-hot label return "
+                "label.argmax()"
+            )
+        found = label.item()
+    if not isinstance(found, Integral) or isinstance(found, bool):
+        raise TypeError(f"{kind} must be an integer, the index of a class, got {label!r}")
+    return int(found)
+
+
+def check_channels_first(name: str, shape: Sequence[int]) -> None:
+    """Refuse images [H, W, C], whose rows would be taken for channels.
+
+    Args:
+        name: what messages call the images.
+        shape: of one image, [C, H, W] where it is right.
+
+    Raises:
+        ValueError: if the last axis alone is as long as pictures have channels.
+    """
+    if has_channels_at(2, shape):
+        raise ValueError(
+            f"{name} must have axes C, H, W, got {tuple(shape)}, which looks like H, W, C; bring the channels to "
+            "the front, with permute(0, 3, 1, 2) of a batch"
+        )
+
+
+def has_channels_at(axis: int, shape: Sequence[int]) -> bool:
+    """Whether this axis of an image, and no other, is as long as pictures have channels."""
+    others = [length for i, length in enumerate(shape) if i != axis]
+    return len(shape) == 3 and shape[axis] in _CHANNELS and min(others) > max(_CHANNELS)
 
 
 def item_image(image: object) -> Tensor:
     """Return one image of a Dataset as [C, H, W]; see `from_dataset`."""
     if isinstance(image, Tensor):
         return image
-    import numpy as np
-
     pixels = torch.from_numpy(np.array(image))  # a copy: arrays of PIL images are read-only
     if pixels.dtype != torch.uint8 or pixels.dim() not in (2, 3):
         raise TypeError(
             "an image of dataset must be a tensor [C, H, W] or a uint8 picture [H, W] or "
             f"[H, W, C], got {type(image).__name__}"
+        )
+    if has_channels_at(0, pixels.shape):
+        raise ValueError(
+            f"a picture of dataset must have axes H, W, C, got an array {tuple(pixels.shape)}, which looks like "
+            "C, H, W; return it as a tensor"
         )
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadv.data.batches import Batch, Batches
 from fastadv.data.images import ImageData
 from fastadv.ops import crop_flip
+from fastadv.ops.values import check_bool, integer, number
 from fastadv.seeding import derive_seed
 
 
@@ -44,6 +45,7 @@ class Loader(Batches):
         data: the images and then the extra ones, on the device.
 
     Raises:
+        TypeError: if a number is none, or a flag neither True nor False.
         ValueError: if the data are empty, a number is out of range, or no full batch fits.
     """
 
@@ -75,6 +77,11 @@ class Loader(Batches):
             rank=rank,
             world_size=world_size,
         )
+        pad, extra_fraction = (
+            integer("pad", pad, at_least=0),
+            number("extra_fraction", extra_fraction),
+        )
+        flip = check_bool("flip", flip)
         _check_padding(data, pad, mode)
         self.extra_per_batch = round(batch_size * extra_fraction)
         if extra is not None or extra_fraction:
@@ -86,7 +93,7 @@ class Loader(Batches):
         self.pad = pad if train else 0
         self.mode = mode
         self.flip = flip and train
-        self.channels_last = channels_last
+        self.channels_last = check_bool("channels_last", channels_last)
 
     def _order(self, epoch: int) -> Tensor:
         """Indices of the samples in the order of the epoch, on the device."""
@@ -129,8 +136,6 @@ class Loader(Batches):
 
 
 def _check_padding(data: ImageData, pad: int, mode: str) -> None:
-    if pad < 0:
-        raise ValueError(f"pad must be >= 0, got {pad}")
     if mode not in ("constant", "reflect"):
         raise ValueError(f"mode must be 'constant' or 'reflect', got {mode!r}")
     if mode == "reflect" and pad >= min(data.image_size):

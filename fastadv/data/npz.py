@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import zipfile
 
 import numpy as np
 import torch
 
 from fastadv.data.errors import DataFormatError
-from fastadv.data.images import ImageData, from_tensors
+from fastadv.data.images import ImageData, from_tensors, has_channels_at
 
 
 def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> ImageData:
@@ -28,19 +27,30 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
+            # numpy stops at the end of an array, before the checksum, where a damaged header shortens it.
+            damaged = archive.zip.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
             images, labels = archive["image"], archive["label"]
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged archive can raise nearly anything
         raise DataFormatError(
-            f"{path}: not a .npz archive with the arrays image and label ({error})"
+            f"{path}: not a .npz archive with the arrays image and label, or damaged "
+            f"({type(error).__name__}: {error}); download or write it again"
         ) from error
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataFormatError(
             f"{path}: image must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
         )
+    if has_channels_at(0, images.shape[1:]):
+        raise DataFormatError(
+            f"{path}: image must be [N, H, W, C], got {list(images.shape)}, which looks like [N, C, H, W]"
+        )
     try:
         pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        if labels.dtype.kind in "iu":  # of any size and byte order
+            labels = labels.astype(np.int64)
         return from_tensors(pixels, torch.from_numpy(labels), num_classes, os.path.basename(path))
     except (TypeError, ValueError) as error:
         raise DataFormatError(f"{path}: {error}") from error

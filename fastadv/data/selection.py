@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadv.data.images import ImageData
+from fastadv.ops.values import integer
 from fastadv.seeding import derive_seed
 
 
@@ -57,6 +58,7 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
     Every class is put in a seeded order, and the classes take turns until n are chosen. The order
     comes from a hash of each index, so it is the same with every version of torch.
     """
+    n, seed = integer("n", n), integer("seed", seed)
     if not 0 <= n <= len(labels):
         raise ValueError(f"n must be in 0 .. {len(labels)} (the size of the data), got {n}")
     keys = [derive_seed(seed, "choice", index) for index in range(len(labels))]

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fastadv.data.batches import Batch, Batches
-from fastadv.data.images import item_image
+from fastadv.data.images import check_channels_first, item_image, item_label
+from fastadv.ops.values import check_bool, integer
 from fastadv.seeding import derive_seed
 
 _NUMPY_SEEDS = 2**32
@@ -49,11 +50,13 @@ class StreamedData:
         if len(self) == 0:
             raise ValueError("dataset must have at least one item, got none")
         for name, least in (("num_classes", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
+            object.__setattr__(self, name, integer(name, getattr(self, name), at_least=least))
         with _seeded(0):
-            image, _ = self.dataset[0]
-        object.__setattr__(self, "image_shape", tuple(item_image(image).shape))
+            image, label = self.dataset[0]
+        shape = tuple(item_image(image).shape)
+        check_channels_first("images of dataset", shape)
+        item_label(label, 0)
+        object.__setattr__(self, "image_shape", shape)
 
     def __len__(self) -> int:
         return len(cast(Sized, self.dataset))
@@ -103,7 +106,8 @@ class StreamLoader(Batches):
         )
         self.data = data
         self._device = torch.device(device or "cpu")
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        last = check_bool("channels_last", channels_last)
+        self._layout = torch.channels_last if last else torch.contiguous_format
 
     def _load(self, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
         """Read ahead in other processes; on a GPU, copy while it computes."""
@@ -136,7 +140,7 @@ class _SeededItems(Dataset[Any]):
         data = self._data
         with _seeded(derive_seed(self._seed, "item", index)):
             image, label = data.dataset[index]
-        image, label = item_image(image), int(label)
+        image, label = item_image(image), item_label(label, index)
         if tuple(image.shape) != data.image_shape:
             raise ValueError(
                 f"images of dataset must have one shape, got {tuple(image.shape)} at index {index} "

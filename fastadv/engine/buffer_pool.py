@@ -33,4 +33,4 @@ class Memory:
 
 
 def _new_buffer(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last, device="cpu")

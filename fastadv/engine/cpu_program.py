@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_steps import (
     ConvStep,
+    ItemStep,
     LinearStep,
     Pass,
     PlainStep,
@@ -35,6 +36,8 @@ from fastadv.engine.cpu_steps import (
     ScaleShiftStep,
     Step,
 )
+from fastadv.engine.layers import CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.recording import item
 
 _RELUS = (F.relu, torch.relu)
 _ADDS = (operator.add, torch.add)
@@ -111,6 +114,11 @@ def fused_steps(copy: AttackCopy) -> list[Step]:
         elif isinstance(part, CopiedLinear) and part.small:
             covered.add(node)
             steps.append(LinearStep(node, part, _input_of(node)))
+        elif node.target is item:
+            covered.add(node)
+            source, number = node.args
+            assert isinstance(source, fx.Node) and isinstance(number, int)
+            steps.append(ItemStep(node, source, number))
         elif (pooling := _pooling(node, parts)) is not None:
             covered.add(node)
             steps.append(PoolStep(node, copy, *pooling))

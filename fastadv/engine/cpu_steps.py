@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.copy import AttackCopy, CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.layers import CopiedConv2d, CopiedLinear, CopiedScaleShift
 from fastadv.engine.packed_convolution import Epilogue
-from fastadv.engine.tracing import Untraceable
 
 _OPS = torch.ops.fastadv
 
@@ -31,8 +31,9 @@ class Pass:
     def __init__(self, memory: Memory, masked: set[fx.Node], uses: dict[fx.Node, int]) -> None:
         self.memory = memory
         self.values: dict[fx.Node, Any] = {}
-        self.tapes: dict[fx.Node, tuple[Tensor, dict[fx.Node, Tensor]]] = {}
+        self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
         self._gradients: dict[fx.Node, Tensor] = {}
+        self._items: dict[fx.Node, dict[int, Tensor]] = {}
         self._masked = masked
         self._remaining = dict(uses)
 
@@ -42,7 +43,17 @@ class Pass:
 
     def has_gradient(self, node: fx.Node) -> bool:
         """Whether any contribution has arrived at a node."""
-        return node in self._gradients
+        return node in self._gradients or node in self._items
+
+    def gradients_of_items(self, node: fx.Node) -> dict[int, Tensor]:
+        """The gradient of each result of a node with several, by number; a single result is number 0."""
+        return self._items.get(node) or {0: self._gradients[node]}
+
+    def arrive_item(self, node: fx.Node, number: int, gradient: Tensor) -> None:
+        """Add a contribution to one of several results of a node."""
+        self._remaining[node] -= 1
+        items = self._items.setdefault(node, {})
+        items[number] = items[number] + gradient if number in items else gradient
 
     def arrive_nothing(self, node: fx.Node) -> None:
         """Note that a user of a node, such as one that reads its size, passes no gradient on."""
@@ -203,13 +214,15 @@ class PlainStep(Step):
             leaves[source] = value
         with torch.enable_grad(), self._autocast(torch.device("cpu")):
             value = self._call(leaves)
-        if isinstance(value, (tuple, list)) and any(isinstance(v, Tensor) for v in value):
-            raise Untraceable(f"its {self.node.name} gives several tensors")
-        run.values[self.node] = value
-        if isinstance(value, Tensor) and value.requires_grad:
-            run.values[self.node] = value.detach()
-            inputs = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
-            run.tapes[self.node] = (value, inputs)
+        several = isinstance(value, (tuple, list))
+        results = tuple(value) if several else (value,)
+        if not any(isinstance(v, Tensor) and v.requires_grad for v in results):
+            run.values[self.node] = value
+            return
+        plain = tuple(v.detach() if isinstance(v, Tensor) else v for v in results)
+        run.values[self.node] = plain if several else plain[0]
+        inputs = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+        run.tapes[self.node] = (results, inputs)
 
     def _call(self, leaves: dict[fx.Node, Any]) -> Any:
         node = self.node
@@ -226,10 +239,14 @@ class PlainStep(Step):
             for source in reversed(self.inputs):
                 run.arrive_nothing(source)
             return
-        value, inputs = run.tapes[self.node]
+        results, inputs = run.tapes[self.node]
         leaves = list(inputs.values())
-        gradient = run.gradient(self.node).to(value.dtype)
-        parts = torch.autograd.grad(value, leaves, gradient, allow_unused=True)
+        arrived = run.gradients_of_items(self.node)
+        values = [results[number] for number in arrived if results[number].requires_grad]
+        gradients = [g.to(results[n].dtype) for n, g in arrived.items() if results[n].requires_grad]
+        parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
+        if values:
+            parts = torch.autograd.grad(values, leaves, gradients, allow_unused=True)
         found = dict(zip(inputs, parts, strict=True))
         for source in reversed(self.inputs):
             part = found.get(source)
@@ -237,6 +254,22 @@ class PlainStep(Step):
                 run.arrive_nothing(source)
             else:
                 run.arrive_tensor(source, part)
+
+
+class ItemStep(Step):
+    """One of several results of another step."""
+
+    def __init__(self, node: fx.Node, source: fx.Node, number: int) -> None:
+        super().__init__(node, [source])
+        self._source, self._number = source, number
+
+    def forward(self, run: Pass) -> None:
+        """Take the result out."""
+        run.values[self.node] = run.values[self._source][self._number]
+
+    def backward(self, run: Pass) -> None:
+        """Hand its gradient back."""
+        run.arrive_item(self._source, self._number, run.gradient(self.node))
 
 
 class PoolStep(PlainStep):
@@ -259,7 +292,7 @@ class PoolStep(PlainStep):
         if not (_is_buffer(x) and self._whole(x.shape)):
             super().forward(run)
             return
-        means = torch.empty(x.shape[:2])
+        means = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
         _OPS.pixel_means_(means, x)
         run.values[self.node] = means if self._flat else means[:, :, None, None]
 

@@ -1,27 +1,28 @@
 """How an attack computes logits and input gradients: the live model, or a compiled copy of it.
 
 An engine is prepared once for a model and used for many batches. ``session()`` brings the weights up to date and
-holds the model still; inside it ``logits`` and ``gradient`` are called as often as the attack needs.
+holds the model still; inside it ``logits`` and ``gradient`` are called as often as the attack needs. Which engine
+serves, and whether it still computes what the model does, is decided in `fastadv.engine.selection`.
 """
 
 from __future__ import annotations
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
-from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
+from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
 from fastadv.engine.precision import COMPUTE_DTYPES
-from fastadv.engine.tracing import Untraceable, stand_in
-from fastadv.float32 import full_float32
+from fastadv.engine.recording import Recording, record
+from fastadv.engine.tape import Tape
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
@@ -40,17 +41,21 @@ class Engine(ABC):
     """Computes logits and input gradients of one model."""
 
     name: str
+    precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
     _narrow_range = False  # computes in float16
 
     @abstractmethod
-    def session(self, model: Model, seed: int) -> AbstractContextManager[None]:
+    def session(
+        self, model: Model, seed: int, current: bool = False
+    ) -> AbstractContextManager[None]:
         """A context in which the model's weights are current and it is held still.
 
         Args:
             model: the live model the engine was made for.
-            seed: of random numbers that modules draw in train mode.
+            seed: of random numbers that the model draws.
+            current: the engine has the model's weights already, as `fastadv.engine.selection` hands it out.
         """
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -74,6 +79,16 @@ class Engine(ABC):
         In fp16 each sample's gradient comes out scaled by a positive number of its own; the steps of
         attacks depend on its direction alone.
         """
+        try:
+            return self._differentiated(x, value_of, torch.autograd.grad)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+        return self._differentiated(x, value_of, _by_backward)
+
+    def _differentiated(
+        self, x: Tensor, value_of: ValueOfLogits, differentiate: Callable[..., Any]
+    ) -> Gradient:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = self._forward(leaf)
@@ -84,12 +99,23 @@ class Engine(ABC):
                 # Confident samples have gradients that float16 would round to 0.
                 largest = at_logits.abs().amax(1, keepdim=True)
                 at_logits = torch.where(largest > 0, at_logits / largest, 0.0).to(logits.dtype)
-                found = torch.autograd.grad(logits, leaf, at_logits, allow_unused=True)
+                found = differentiate(logits, leaf, at_logits, allow_unused=True)
             else:
                 value = value_of(logits)
-                found = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+                found = differentiate(value.sum(), leaf, allow_unused=True)
         _check_gradient(found[0] is not None)
         return Gradient(value.detach(), logits.detach(), found[0])
+
+
+def _by_backward(
+    output: Tensor, leaf: Tensor, at: Tensor | None = None, allow_unused: bool = True
+) -> tuple[Tensor | None]:
+    """As `torch.autograd.grad`, for models with reentrant checkpointing, which refuses that function.
+
+    The model is frozen, so that no gradient is left in its parameters.
+    """
+    output.backward(at)
+    return (leaf.grad,)
 
 
 def check_logits(logits: object, batch: int) -> None:
@@ -126,33 +152,87 @@ def _check_gradient(found: bool) -> None:
 
 
 class EagerEngine(Engine):
-    """Runs the live model as it stands, frozen; in a narrow precision through autocast."""
+    """Runs the live model as it stands, frozen; in a narrow precision through autocast.
+
+    Args:
+        precision: of the passes.
+        reason: why no copy runs.
+        train_mode: run in train mode.
+        draws: whether the model may draw random numbers, which then follow the session's seed.
+    """
 
     name = "eager"
 
-    def __init__(self, precision: str, reason: str, train_mode: bool = False) -> None:
-        self._dtype, self.reason = COMPUTE_DTYPES[precision], reason
+    def __init__(
+        self, precision: str, reason: str, train_mode: bool = False, draws: bool = True
+    ) -> None:
+        self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
-        self._train_mode = train_mode
+        self._train_mode, self._draws = train_mode, draws
         self._model: Model | None = None
+        self._weights = torch.float32
 
     @contextmanager
-    def session(self, model: Model, seed: int) -> Iterator[None]:
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Freeze the live model; it is as before on leaving."""
         # Held for the session only, so that a cached engine keeps no model alive.
-        self._model = model
+        self._model, self._weights = model, _weights_dtype(model)
         try:
-            with frozen(model, train_mode=self._train_mode, seed=seed):
+            with frozen(model, train_mode=self._train_mode, seed=seed if self._draws else None):
                 yield
         finally:
             self._model = None
 
     def _forward(self, x: Tensor) -> Tensor:
+        """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
         if self._dtype == torch.float32:
-            return self._model(x)
+            with naming_dtypes(self._model, x):
+                return self._model(_in_dtype_of(self._weights, x).clone())
         with torch.autocast(x.device.type, self._dtype):
-            return self._model(x)
+            return self._model(x.clone())
+
+
+@contextmanager
+def naming_dtypes(model: Model, x: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take the images' dtype say so.
+
+    Raises:
+        TypeError: the model fails, and its weights have another dtype than ``x``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weights = _weights_dtype(model)
+        if not isinstance(model, nn.Module) or x.dtype in (weights, *_SIXTEEN_BITS):
+            raise
+        raise TypeError(
+            f"x must have a dtype that the model takes, whose weights are {weights}, got {x.dtype}: "
+            f"{error}"
+        ) from error
+
+
+def as_model_takes(model: Model, x: Tensor) -> Tensor:
+    """Images in 16 bits where the model's weights are, else in float32 or float64."""
+    return _in_dtype_of(_weights_dtype(model), x)
+
+
+def _in_dtype_of(weights: torch.dtype, x: Tensor) -> Tensor:
+    if weights in _SIXTEEN_BITS:
+        return x.to(weights)
+    return x.float() if x.dtype in _SIXTEEN_BITS else x
+
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def _weights_dtype(model: Model) -> torch.dtype:
+    """The dtype of a module's weights; float32 of other callables."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32
 
 
 class _OnACopy(Engine):
@@ -160,12 +240,24 @@ class _OnACopy(Engine):
 
     name = "compiled"
     _copy: AttackCopy
+    _example: Tensor
+
+    def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
+        self.precision, self.reason = precision, reason
+        self._careful = tape.own_functions
+        images = recording.images.detach()
+        self._example = (images[:2] if tape.only_batch is None else images).clone()
+
+    def refresh(self, recording: Recording) -> None:
+        """Bring over the weights that the live model has used."""
+        self._copy.refresh(recording)
 
     @contextmanager
-    def session(self, model: Model, seed: int) -> Iterator[None]:
-        """Bring the live weights over."""
-        assert isinstance(model, nn.Module)
-        self._copy.refresh(model)
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Bring the live weights over, unless they are here."""
+        if not current:
+            assert isinstance(model, nn.Module)
+            self.refresh(record(unwrapped(model), self._example, careful=self._careful))
         yield
 
     def images(self, x: Tensor) -> Tensor:
@@ -176,25 +268,36 @@ class _OnACopy(Engine):
 class CopyEngine(_OnACopy):
     """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
 
-    def __init__(self, model: nn.Module, precision: str, reason: str, inductor: bool) -> None:
-        self._copy = AttackCopy(model, COMPUTE_DTYPES[precision])
+    def __init__(
+        self, tape: Tape, recording: Recording, precision: str, reason: str, inductor: bool
+    ) -> None:
+        super().__init__(tape, recording, precision, reason)
+        dtype = COMPUTE_DTYPES[precision]
+        if recording.images.dtype == torch.float64:
+            dtype = torch.float64
+        self._copy = AttackCopy(tape, recording, dtype)
         self._narrow_range = precision == "fp16"
         self._run: Callable[[Tensor], Tensor] = (
-            torch.compile(self._copy) if inductor else self._copy
+            torch.compile(self._copy, fullgraph=True) if inductor else self._copy
         )
-        self.reason = reason
 
     def _forward(self, x: Tensor) -> Tensor:
-        return self._run(x)
+        try:
+            return self._run(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                "engine must be 'auto' or 'eager' for this model, got 'compiled': torch.compile "
+                f"fails: {error}"
+            ) from error
 
 
 class ProgramEngine(_OnACopy):
     """Runs the attack copy as a program of fused steps: bfloat16 on the CPU."""
 
-    def __init__(self, model: nn.Module, reason: str) -> None:
-        self._copy = AttackCopy(model, torch.bfloat16, pack=True)
+    def __init__(self, tape: Tape, recording: Recording, reason: str) -> None:
+        super().__init__(tape, recording, "bf16", reason)
+        self._copy = AttackCopy(tape, recording, torch.bfloat16, pack=True)
         self._program = Program(self._copy)
-        self.reason = reason
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
@@ -217,117 +320,20 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def make_engine(
-    model: Model, x: Tensor, precision: str, engine: str, train_mode: bool = False
-) -> Engine:
-    """Build the engine for a model.
-
-    A copy is used only after it has been compared with the live model on two of the images.
-
-    Args:
-        model: the live model, or any callable.
-        x: images to attack [B, ...], B >= 1, where the model is.
-        precision: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        engine: the engine asked for, or ``"auto"``.
-        train_mode: attack in train mode.
-
-    Raises:
-        ValueError: the engine asked for cannot run this model; the message says why.
-    """
-    if engine == "eager":
-        return EagerEngine(precision, "asked for", train_mode)
-    obstacle = _obstacle(model, x, engine, train_mode)
-    if engine == "auto" and obstacle is not None:
-        return EagerEngine(precision, obstacle, train_mode)
-    if engine == "auto" and precision == "fp32":
-        return EagerEngine(precision, "in fp32 the model's own operations run, bit for bit")
-    if obstacle is None and isinstance(model, nn.Module):
-        reason = "asked for" if engine != "auto" else "the model can be copied"
-        try:
-            return _checked_copy(model, x[:2], precision, engine, reason)
-        except Untraceable as error:
-            obstacle = str(error)
-    if engine != "auto":
-        raise ValueError(
-            f"engine must be 'eager' or 'auto' for this model, got {engine!r}: {obstacle}"
-        )
-    warnings.warn(f"fastadv attacks this model with the eager engine: {obstacle}", stacklevel=5)
-    return EagerEngine(precision, f"{obstacle}")
+_WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
 
 
-def _obstacle(model: Model, x: Tensor, engine: str, train_mode: bool) -> str | None:
-    """Why no copy of the model can be attacked; None when tracing will tell."""
-    if engine == "graph" and x.device.type != "cuda":
-        return f"a CUDA graph needs images on a CUDA device, got {x.device}"
-    if train_mode:
-        return "train mode needs the live model"
-    return None if isinstance(model, nn.Module) else "it is a plain callable"
-
-
-def _checked_copy(model: nn.Module, x: Tensor, precision: str, engine: str, reason: str) -> Engine:
-    """An engine on a copy that gives the live model's logits and gradients.
-
-    Raises:
-        Untraceable: there is none.
-    """
-    wide = CopyEngine(model, "fp32", "", inductor=False)
-    # By TF32, the default on GPUs, the gradients of a deep net would be off by more than is allowed here.
-    with full_float32():
-        try:
-            live = _probe(EagerEngine("fp32", ""), stand_in(model), x)
-        except Exception as error:
-            # The model itself fails. Its own message is to come from the real call.
-            return EagerEngine(precision, f"the model fails: {error}")
-        if not _agree(_probe(wide, model, x), live, 0.99):
-            raise Untraceable(
-                "its copy computes something else; it may write in place or depend on state"
-            )
-    if x.device.type == "cpu" and precision == "bf16":
-        try:
-            program = ProgramEngine(model, reason)
-            if _agree(_probe(program, model, x), live, 0.5):
-                return program
-        except Untraceable:
-            pass
-    on_gpu = x.device.type == "cuda"
-    inductor = on_gpu and engine in ("compiled", "graph")
-    made = (
-        wide if precision == "fp32" and not inductor else CopyEngine(model, precision, "", inductor)
-    )
-    made.reason = reason
-    if engine == "graph":
-        made.name = engine
-    if on_gpu and engine != "compiled":
-        recorder, classes = CudaRecorder(x.device), live.logits.shape[1]
-        made.graphs = GraphCache(recorder, classes, required=engine == "graph")
-    return made
-
-
-def _probe(engine: Engine, model: nn.Module, x: Tensor) -> Gradient:
-    """Logits and gradient of an arbitrary value.
-
-    Raises:
-        Untraceable: the copy fails on this model; an error of the live model itself is passed on.
-    """
-
-    def weighted_sum(logits: Tensor) -> Tensor:
-        return logits @ torch.linspace(-1, 1, logits.shape[1], device=x.device, dtype=logits.dtype)
-
-    images = engine.images(x)
-    try:
-        with engine.session(model, 0):
-            return engine.gradient(images, weighted_sum)
-    except Exception as error:  # a copy may fail in any way that the model's own code allows
-        if isinstance(engine, EagerEngine):
-            raise
-        raise Untraceable(f"its copy fails: {error}") from error
-
-
-def _agree(found: Gradient, wanted: Gradient, cosine: float) -> bool:
-    """Whether logits are close, and gradients point the same way; narrow ones may do so roughly."""
-    tolerance = 1e-3 if cosine > 0.9 else 0.2
-    logits, right = found.logits.double(), wanted.logits.double()
-    close = (logits - right).norm() <= tolerance * right.norm() + 1e-6
-    a, b = found.grad.double().flatten(), wanted.grad.double().flatten()
-    lengths = a.norm() * b.norm()
-    return bool(close and (lengths == 0 or a @ b >= cosine * lengths))
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside wrappers that only hand images on to it, and inside `torch.compile`'s."""
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if isinstance(model, torch._dynamo.OptimizedModule):
+            model = model._orig_mod
+        elif type(model) in _WRAPPERS:
+            model = cast(nn.Module, model.module)
+        else:
+            break
+    return model

@@ -2,43 +2,75 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
 
 
 @contextmanager
-def frozen(model: object, *, train_mode: bool = False, seed: int | None = None) -> Iterator[None]:
+def frozen(
+    model: object,
+    *,
+    train_mode: bool = False,
+    freeze_parameters: bool = True,
+    seed: int | None = None,
+) -> Iterator[None]:
     """Freeze a module's parameters and set its mode; restore all of it on leaving, exceptions included.
 
     Inside, no parameter requires grad, so that an attack computes input gradients only. On leaving, every
-    module has its own mode back, every parameter its own ``requires_grad``, and every buffer that a
-    forward pass can have changed (in train mode BatchNorm's statistics) its own value.
+    module has its own mode back, every parameter its own ``requires_grad``, and every buffer its own value.
 
     Args:
         model: an ``nn.Module``; of any other callable only the random numbers are governed.
         train_mode: run in train instead of eval mode.
+        freeze_parameters: whether parameters stop to require grad.
         seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
             random state is put back. None leaves the random state alone.
+
+    Raises:
+        ValueError: the model has lazy modules, whose weights have no shape yet.
     """
+    if isinstance(model, nn.Module):
+        for name, parameter in model.named_parameters():
+            if nn.parameter.is_lazy(parameter):
+                raise ValueError(
+                    f"model must have all its weights, got {name!r} without a shape; call the model "
+                    "once on a batch of images first"
+                )
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
-            stack.enter_context(_kept_modes(model))
-            stack.enter_context(_kept_buffers(model, train_mode))
-            model.train(train_mode)
-            for parameter in model.parameters():
-                parameter.requires_grad_(False)
+            stack.enter_context(_kept_modes(model, freeze_parameters))
+            stack.enter_context(_kept_buffers(model))
+            with suppress(NotImplementedError):  # exported programs have one mode alone
+                model.train(train_mode)
+            if freeze_parameters:
+                for parameter in model.parameters():
+                    parameter.requires_grad_(False)
         if seed is not None:
             stack.enter_context(_forked_random_state(model, seed))
         yield
 
 
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_of_locks = threading.Lock()
+
+
+def lock_of(model: object) -> threading.RLock:
+    """The lock under which one thread at a time attacks a module; another callable has none of its own."""
+    if not isinstance(model, nn.Module):
+        return threading.RLock()
+    with _locks_of_locks:
+        return _locks.setdefault(model, threading.RLock())
+
+
 @contextmanager
-def _kept_modes(model: nn.Module) -> Iterator[None]:
+def _kept_modes(model: nn.Module, parameters: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = [(p, p.requires_grad) for p in model.parameters()] if parameters else []
     try:
         yield
     finally:
@@ -49,12 +81,11 @@ def _kept_modes(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module, train_mode: bool) -> Iterator[None]:
-    """Keep the buffers' identities and values; in eval mode torch's own modules change none of theirs."""
+def _kept_buffers(model: nn.Module) -> Iterator[None]:
+    """Keep the buffers' identities and values, also where a module updates them in eval mode."""
     saved = [
         (module, name, buffer, buffer.clone())
         for module in model.modules()
-        if train_mode or not type(module).__module__.startswith("torch.nn.modules.")
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]

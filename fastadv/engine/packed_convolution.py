@@ -12,12 +12,25 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
 
 _OPS = torch.ops.fastadv
+_CPU = torch.device("cpu")
+
+
+class ConvShape(NamedTuple):
+    """All of a two-dimensional convolution but its weights, as `torch.nn.Conv2d` names it."""
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
 
 
 class Epilogue(NamedTuple):
@@ -62,7 +75,9 @@ class WinogradKernel(Kernel):
 
     def __init__(self, out_channels: int, in_channels: int, backward: bool) -> None:
         padded = -(-out_channels // convolution.VECTOR) * convolution.VECTOR
-        self._packed = torch.empty(convolution.POINTS * padded * in_channels, dtype=torch.bfloat16)
+        self._packed = torch.empty(
+            convolution.POINTS * padded * in_channels, dtype=torch.bfloat16, device="cpu"
+        )
         self._backward = backward
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
@@ -90,7 +105,7 @@ class Grid:
 class GatherKernel(Kernel):
     """Any ungrouped convolution with one stride for both axes, or its gradient in the input."""
 
-    def __init__(self, conv: nn.Conv2d, backward: bool) -> None:
+    def __init__(self, conv: ConvShape, backward: bool) -> None:
         stride, _ = conv.stride
         self._backward = backward
         self._steps = (1, stride) if backward else (stride, 1)
@@ -119,10 +134,10 @@ class GatherKernel(Kernel):
         return out
 
 
-def _grid(conv: nn.Conv2d, origin: tuple[int, int], backward: bool) -> Grid:
+def _grid(conv: ConvShape, origin: tuple[int, int], backward: bool) -> Grid:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
-        _taps_along(conv.kernel_size[a], conv.stride[a], _int_padding(conv)[a], conv.dilation[a],
+        _taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
                     origin[a], backward)
         for a in (0, 1)
     ]  # fmt: skip
@@ -135,7 +150,7 @@ def _grid(conv: nn.Conv2d, origin: tuple[int, int], backward: bool) -> Grid:
         rows=[down[1] for down, _ in pairs],
         columns=[right[1] for _, right in pairs],
         origin=origin,
-        packed=torch.zeros(padded * depth * len(pairs), dtype=torch.bfloat16),
+        packed=torch.zeros(padded * depth * len(pairs), dtype=torch.bfloat16, device="cpu"),
     )
 
 
@@ -147,11 +162,6 @@ def _taps_along(
         return [(tap, tap * dilation - padding) for tap in range(size)]
     reach = [(tap, origin + padding - tap * dilation) for tap in range(size)]
     return [(tap, distance // stride) for tap, distance in reach if distance % stride == 0]
-
-
-def _int_padding(conv: nn.Conv2d) -> tuple[int, int]:
-    assert not isinstance(conv.padding, str)
-    return conv.padding[0], conv.padding[1]
 
 
 def _in_blocks(filters: Tensor) -> Tensor:
@@ -168,15 +178,15 @@ def _in_blocks(filters: Tensor) -> Tensor:
 class OneDNNKernel(Kernel):
     """oneDNN's convolution, or, at stride 1, its gradient as the convolution with rotated filters."""
 
-    def __init__(self, conv: nn.Conv2d, backward: bool) -> None:
-        padding = list(_int_padding(conv))
+    def __init__(self, conv: ConvShape, backward: bool) -> None:
+        padding = list(conv.padding)
         if backward:
             reach = zip(conv.dilation, conv.kernel_size, padding, strict=True)
             padding = [d * (k - 1) - p for d, k, p in reach]
         self._backward = backward
         self._groups = conv.groups
         self._geometry = (padding, conv.stride, conv.dilation, conv.groups)
-        self._filters = torch.empty(0)
+        self._filters = torch.empty(0, device="cpu")
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`, but in new memory, which is oneDNN's own."""
@@ -210,12 +220,14 @@ class OneDNNKernel(Kernel):
 class PackedConv2d:
     """Both directions of a convolution; a direction that no kernel serves is None."""
 
-    def __init__(self, conv: nn.Conv2d, has_bias: bool) -> None:
-        self._conv_size = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
+    def __init__(self, conv: ConvShape, has_bias: bool, device: torch.device = _CPU) -> None:
+        self._conv_size = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         self._out_channels = conv.out_channels
-        self.forward = make_kernel(conv, backward=False)
-        self.backward = make_kernel(conv, backward=True)
-        self.bias = torch.empty(conv.out_channels) if has_bias else None
+        self.forward = make_kernel(conv, backward=False, device=device)
+        self.backward = make_kernel(conv, backward=True, device=device)
+        self.bias: Tensor | None = None
+        if has_bias:
+            self.bias = torch.empty(conv.out_channels, dtype=torch.float32, device=device)
 
     def refresh(self, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> None:
         """Pack the live filters, folded in float32."""
@@ -235,16 +247,16 @@ class PackedConv2d:
         return (x.shape[0], self._out_channels, *spans)
 
 
-def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
+def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) -> Kernel | None:
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
-    if conv.weight.device.type != "cpu":
+    if device.type != "cpu":
         return None
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
     patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
     if conv.groups == 1 and (patches or not convolution.has_amx()):
-        shape = (conv.kernel_size, conv.stride, _int_padding(conv), conv.dilation)
+        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
             return WinogradKernel(result, source, backward)
         if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
@@ -254,13 +266,13 @@ def make_kernel(conv: nn.Conv2d, backward: bool) -> Kernel | None:
     return OneDNNKernel(conv, backward)
 
 
-def _rotatable(conv: nn.Conv2d) -> bool:
+def _rotatable(conv: ConvShape) -> bool:
     """Whether the gradient in the input is an ungrouped convolution too."""
-    reach = zip(conv.dilation, conv.kernel_size, _int_padding(conv), strict=True)
+    reach = zip(conv.dilation, conv.kernel_size, conv.padding, strict=True)
     plain = conv.groups == 1 and conv.stride == (1, 1)
     return plain and all(d * (k - 1) >= p for d, k, p in reach)
 
 
-def _worth_gathering(conv: nn.Conv2d, source: int, result: int) -> bool:
+def _worth_gathering(conv: ConvShape, source: int, result: int) -> bool:
     """Whether the gathering kernel can, and fewer than half of its lanes are for nothing."""
     return conv.stride[0] == conv.stride[1] and source % 2 == 0 and source >= 8 and result >= 8

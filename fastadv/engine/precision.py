@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 
 import torch
-from torch import Tensor, nn
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,11 +20,3 @@ def fast_bf16(device: torch.device) -> bool:
         # oneDNN takes bfloat16 on any AVX-512, but emulates it where the instructions are missing.
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def resolve_precision(precision: str, model: object, x: Tensor) -> str:
-    """The precision that ``"auto"`` stands for: bf16 for modules where the hardware has it."""
-    if precision != "auto":
-        return precision
-    narrow = isinstance(model, nn.Module) and x.dtype != torch.float64 and fast_bf16(x.device)
-    return "bf16" if narrow else "fp32"

@@ -27,9 +27,9 @@ from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Stage, Status, library_versions
 from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.samples import as_samples, check_batch_size
-from fastadv.evaluation.verify import NORM_ORDERS, Audit, Violations, predict
-from fastadv.ops.checks import check_choice, check_finite_at_least_zero
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.verify import Audit, Violations, predict
+from fastadv.ops.values import check_choice, integer, norm_name
 
 _MAX_SEED = 2**63
 
@@ -103,12 +103,12 @@ def autoattack(
             ``state_dir`` of another run.
         TypeError: for a ``state_dir`` with a model that is no module.
     """
-    check_finite_at_least_zero("eps", eps)
-    check_choice("norm", norm, tuple(NORM_ORDERS))
+    norm, seed = norm_name(norm), integer("seed", seed)
     attacks = _check_version(version)
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     samples = as_samples(data, bounds, max_examples)
+    eps = check_eps(eps, norm, samples)
     if samples.images.dim() != 4:
         raise ValueError(f"AutoAttack needs images [N, C, H, W], got {tuple(samples.images.shape)}")
     with evaluation_mode(model, device) as where:

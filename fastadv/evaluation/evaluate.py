@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
     Attack,
     AttackChoice,
@@ -27,11 +28,11 @@ from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, Row, library_versions
 from fastadv.evaluation.runner import Outcome, Runner
-from fastadv.evaluation.samples import as_samples, check_batch_size
-from fastadv.evaluation.verify import NORM_ORDERS
-from fastadv.ops.checks import check_bool, check_choice, check_finite_at_least_zero
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.ops.values import check_bool, integer, limit, norm_name
 
 
+@names_checked
 def evaluate(
     model: Model,
     data: Any,
@@ -73,7 +74,7 @@ def evaluate(
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; AutoAttack does.
         device: where to run; by default where the model is. The model is moved there and back.
@@ -93,25 +94,27 @@ def evaluate(
         then count as failed attempts.
 
     Raises:
-        ValueError: for an unknown attack name or an argument out of range.
-        TypeError: for data or a model of the wrong kind.
+        ValueError: for an unknown attack name or an argument out of range, or a model with fewer classes than the
+            data.
+        TypeError: for an argument of the wrong kind.
         ImportError: when AutoAttack is asked for and not installed.
         RuntimeError: when one of this package's attacks returned an inadmissible image, or the model's logits
             are not finite.
     """
-    check_finite_at_least_zero("eps", eps)
-    if alpha is not None:
-        check_finite_at_least_zero("alpha", alpha)
-    check_choice("norm", norm, tuple(NORM_ORDERS))
-    check_bool("worst_case", worst_case)
-    check_bool("progress", progress)
-    chosen = parse_attacks(attacks, eps, alpha)
+    worst_case, norm, seed = (
+        check_bool("worst_case", worst_case),
+        norm_name(norm),
+        integer("seed", seed),
+    )
+    alpha = None if alpha is None else limit("alpha", alpha)
+    say = Progress(progress)
+    chosen = parse_attacks(attacks, limit("eps", eps), alpha)
     check_norm(chosen, norm)
     asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
-    say = Progress(progress)
+    eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
         runner = Runner(model, samples, norm, check_batch_size(batch_size), where, seed, say)
         classes = runner.check_labels()

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from fastadv.ops.values import check_bool
+
 T = TypeVar("T")
 
 
@@ -13,8 +15,8 @@ class Progress:
     """Progress on standard error, which keeps standard output free for the report."""
 
     def __init__(self, enabled: bool = True) -> None:
-        self.enabled = enabled
-        self.on_terminal = enabled and sys.stderr.isatty()
+        self.enabled = check_bool("progress", enabled)
+        self.on_terminal = self.enabled and sys.stderr.isatty()
 
     def bar(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
         """Go through items with a bar that disappears at the end."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Report, Row, row_from_dict
-from fastadv.files import remove_leftovers, write_atomically
+from fastadv.files import naming, remove_leftovers, write_atomically
 from fastadv.locks import locked
 
 _FORMAT = 2  # `Report` knows it, too
@@ -177,9 +177,10 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         OSError: when the file cannot be written.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        remove_leftovers(target)
+        remove_leftovers(target.parent)
         there = load_results(target) if target.exists() else []
         merged = {result.key: result for result in there}
         merged.update({result.key: result for result in results})
@@ -204,4 +205,4 @@ def check_destination(path: str | os.PathLike[str]) -> str | None:
         with locked(folder / target.name):
             return None
     except OSError as error:
-        return error.strerror or str(error)
+        return f"{path} cannot be written: {error.strerror}" if error.strerror else str(error)

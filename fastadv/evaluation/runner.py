@@ -55,13 +55,18 @@ class Runner:
         """Require that the model knows all labels, and return its number of classes.
 
         Raises:
-            ValueError: when a label is too large.
+            ValueError: when a label is too large, or the data set has more classes.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
         classes = logits_of(self.model, x).shape[1]
         largest = int(self.samples.labels.max())
         if largest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
+        known = self.samples.num_classes
+        if known is not None and known > classes:
+            raise ValueError(
+                f"model must have the {known} classes of {self.samples.name!r}, got {classes} logits"
+            )
         return classes
 
     def clean(self) -> Outcome:

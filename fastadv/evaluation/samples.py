@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.ops.checks import check_bounds
+from fastadv.ops.checks import INTEGER_DTYPES
+from fastadv.ops.values import check_bounds, check_radius, integer, limit
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Samples:
         labels: [N] int64.
         bounds: smallest and largest value of an image given to the model.
         name: what the data is called in reports.
+        num_classes: of the data set, where it says so.
     """
 
     images: Tensor
     labels: Tensor
     bounds: tuple[float, float]
     name: str
+    num_classes: int | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -71,19 +74,29 @@ def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None 
     bounds = check_bounds(bounds)
     images, labels, name = _unpack(data)
     if max_examples is not None:
-        if max_examples < 1:
-            raise ValueError(f"max_examples must be at least 1, got {max_examples}")
+        max_examples = integer("max_examples", max_examples, at_least=1)
         images, labels = images[:max_examples], labels[:max_examples]
     _check_images(images, bounds)
     _check_labels(labels, images)
-    return Samples(images.detach(), labels.detach().to(torch.int64), bounds, name)
+    classes = getattr(data, "num_classes", None)
+    return Samples(images.detach(), labels.detach().to(torch.int64), bounds, name, classes)
+
+
+def check_eps(eps: float, norm: str, samples: Samples) -> float:
+    """Require a radius in the units of the images, and return it as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, not finite, or larger than any distance between two images.
+    """
+    eps = limit("eps", eps)
+    check_radius("eps", eps, norm, samples.bounds, samples.images[0].numel())
+    return eps
 
 
 def check_batch_size(batch_size: int) -> int:
     """Require at least one image per batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    return batch_size
+    return integer("batch_size", batch_size, at_least=1)
 
 
 def _unpack(data: Any) -> tuple[Tensor, Tensor, str]:
@@ -117,7 +130,7 @@ def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
 
 
 def _check_labels(labels: Tensor, images: Tensor) -> None:
-    if labels.is_floating_point() or labels.dtype in (torch.bool, torch.complex64):
+    if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.shape != images.shape[:1]:
         raise ValueError(

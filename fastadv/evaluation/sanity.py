@@ -17,8 +17,8 @@ from fastadv.evaluation.attack_list import Gradient
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import as_samples, check_batch_size
-from fastadv.ops.checks import check_choice
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.ops.values import check_choice, integer, limit, norm_name, number
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,10 @@ def masking_checks(
         ValueError: for an argument out of range.
     """
     _check_arguments(eps, eps_factors, steps, slack)
+    norm, seed = norm_name(norm), integer("seed", seed)
     check_choice("norm", norm, ("linf", "l2"))
     samples = as_samples(data, bounds, max_examples)
+    eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
         runner = Runner(
             model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
@@ -111,9 +113,9 @@ def masking_checks(
 def _check_arguments(
     eps: float, eps_factors: Sequence[float], steps: Sequence[int], slack: float
 ) -> None:
-    if not eps > 0:
+    if not limit("eps", eps) > 0:
         raise ValueError(f"eps must be > 0, got {eps}")
-    if not 0 <= slack < 1:
+    if not 0 <= number("slack", slack) < 1:
         raise ValueError(f"slack must be in [0, 1), got {slack}")
     for name, values in (("eps_factors", eps_factors), ("steps", steps)):
         if not values or values[0] <= 0 or any(b <= a for a, b in pairwise(values)):

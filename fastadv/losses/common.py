@@ -1,4 +1,4 @@
-"""What the objectives share: reductions and ranges."""
+"""What the objectives share: reductions and dtypes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,3 @@ def reduced(values: Tensor, reduction: Reduction) -> Tensor:
 def at_least_float32(values: Tensor) -> Tensor:
     """The values in the dtype of computation."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def check_share(name: str, value: float) -> None:
-    """Require a number in 0..1."""
-    if not 0 <= checks.number(name, value) <= 1:
-        raise ValueError(f"{name} must lie in 0..1, got {value}")

@@ -77,9 +77,10 @@ def arrest(
         A scalar, or [B] with reduction "none".
 
     Raises:
-        TypeError: if a tensor is not floating point.
-        ValueError: if shapes do not agree or the reduction is unknown.
+        TypeError: if a tensor is not floating point, `y` holds no integers, or lam is no number.
+        ValueError: if shapes do not agree, lam is negative or not finite, or the reduction is unknown.
     """
+    lam = checks.limit("lam", lam)
     names = Names("adv_logits")
     hard = softmax_losses("cross_entropy", adv_logits, y=y, reduction="none", names=names)
     return reduced(hard + lam * feature_distance(adv_features, teacher_features), reduction)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from fastadv.losses.common import Reduction, at_least_float32, check_share, reduced
+from fastadv.losses.common import Reduction, at_least_float32, reduced
 from fastadv.ops import checks
-from fastadv.ops.softmax_losses import Names, softmax_losses
+from fastadv.ops.softmax_losses import LOWEST, Names, softmax_losses
+from fastadv.ops.traced import changes
 
 
 def cross_entropy(
@@ -18,7 +20,7 @@ def cross_entropy(
 
     Args:
         logits: [B, C], float32, float64, bfloat16 or float16.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         label_smoothing: share of the target spread evenly over all classes, in 0..1.
         reduction: "mean" over the batch or "none".
 
@@ -26,11 +28,11 @@ def cross_entropy(
         A scalar, or [B] with reduction "none"; float32, or float64 for float64 logits.
 
     Raises:
-        TypeError: the logits are not floating point or `y` is no tensor.
-        ValueError: shapes do not agree, `y` is not int64, or the reduction is unknown.
+        TypeError: the logits are not floating point, or `y` is no tensor of integers.
+        ValueError: shapes do not agree, or the reduction is unknown.
         IndexError: on the CPU, a label is no class. On a GPU its sample's loss is NaN.
     """
-    check_share("label_smoothing", label_smoothing)
+    checks.share("label_smoothing", label_smoothing)
     return softmax_losses(
         "cross_entropy",
         logits,
@@ -49,7 +51,7 @@ def boosted_cross_entropy(logits: Tensor, y: Tensor, *, reduction: Reduction = "
 
     Args:
         logits: [B, C], C >= 2.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -68,7 +70,7 @@ def cw(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 
     Args:
         logits: z, [B, C], C >= 2.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -87,7 +89,7 @@ def dlr(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 
     Args:
         logits: z, [B, C], C >= 3.
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -179,7 +181,7 @@ def trades(
     Args:
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         beta: weight of the divergence, 1 / lambda in the paper.
         reduction: "mean" over the batch or "none".
 
@@ -201,17 +203,22 @@ def mart(
     y: Tensor,
     beta: float = 5.0,
     *,
+    code_constants: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
     """`BCE(f(x'), y) + beta KL(f(x) || f(x')) (1 - p_y(x))`, with gradients through every factor.
 
-    Source: Wang et al. 2020 (MART), section 3; BCE is `boosted_cross_entropy`.
+    Source: Wang et al. 2020 (MART), section 3; BCE is `boosted_cross_entropy`. The authors' code (YisenWang/MART)
+    adds small constants, which bound the gradient of images that are misclassified with confidence: with p and q
+    the probabilities of x and x', and j the likeliest wrong class of q, it computes
+    `CE(f(x'), y) - log(1.0001 - q_j + 1e-12) + beta (1.0000001 - p_y) sum_k p_k (log p_k - log(q_k + 1e-12))`.
 
     Args:
         clean_logits: f(x), [B, C], C >= 2.
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         beta: weight of the divergence; 5 or 6 in the authors' code.
+        code_constants: add the constants of the authors' code.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -220,10 +227,45 @@ def mart(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite.
     """
+    checks.check_bool("code_constants", code_constants)
+    if code_constants:
+        return _mart_of_the_code(clean_logits, adv_logits, y, beta, reduction)
     names = Names("clean_logits", "adv_logits", "beta")
     return softmax_losses(
         "mart", clean_logits, adv_logits, y, weight=beta, reduction=reduction, names=names
     )
+
+
+def _mart_of_the_code(
+    clean_logits: Tensor, adv_logits: Tensor, y: Tensor, beta: float, reduction: Reduction
+) -> Tensor:
+    beta = checks.number("beta", beta)
+    checks.check_finite_at_least_zero("beta", beta)
+    hard = softmax_losses(
+        "cross_entropy", adv_logits, y=y, reduction="none", names=Names("adv_logits")
+    )
+    checks.check_float("clean_logits", clean_logits)
+    checks.check_same_shape("clean_logits", clean_logits, "adv_logits", adv_logits)
+    checks.check_same_device("clean_logits", clean_logits, "adv_logits", adv_logits)
+    if clean_logits.shape[1] < 2:
+        shape = tuple(clean_logits.shape)
+        raise ValueError(f"clean_logits must have shape [B, C] with C >= 2, got {shape}")
+    log_p, log_q = _log_probabilities(clean_logits), _log_probabilities(adv_logits)
+    p, q = log_p.exp(), log_q.exp()
+    labelled = y[:, None] == torch.arange(p.shape[1], device=y.device)
+    likeliest = q.masked_fill(labelled, -1).argmax(1, keepdim=True)
+    # 1 - q_j and 1 - p_y as sums of the others, which do not cancel.
+    others = q.scatter(1, likeliest, 0).sum(1)
+    doubt = p.masked_fill(labelled, 0).sum(1)
+    divergence = (p * (log_p - (q + 1e-12).log())).sum(1)
+    boost = -(others + 1e-4 + 1e-12).log()
+    return reduced(hard + boost + beta * (doubt + 1e-7) * divergence, reduction)
+
+
+def _log_probabilities(logits: Tensor) -> Tensor:
+    """Logarithms of the softmax in the dtype of computation, of which none is infinite."""
+    log_p = at_least_float32(logits).log_softmax(1)
+    return log_p.clamp(min=LOWEST[log_p.dtype])
 
 
 def alp(
@@ -242,7 +284,7 @@ def alp(
     Args:
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         weight: of the pairing.
         reduction: "mean" over the batch or "none".
 
@@ -290,7 +332,7 @@ def act(
     Args:
         robust_logits: G(x'), [B, C].
         natural_logits: F(x), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         alpha: weight of the divergence, in 0..1.
         temperature: T, above 0.
         reduction: "mean" over the batch or "none".
@@ -301,7 +343,7 @@ def act(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; alpha or the temperature out of range.
     """
-    check_share("alpha", alpha)
+    checks.share("alpha", alpha)
     both = softmax_losses(
         "act",
         robust_logits,
@@ -334,7 +376,7 @@ def hat(
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
         helper_logits: f(x_h) of the helper examples `x_h = x + 2 (x' - x)`, [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         helper_y: y_h, what the standard model takes x' for, [B], int64.
         beta: weight of the divergence.
         gamma: weight of the helper examples.
@@ -346,7 +388,7 @@ def hat(
     Raises:
         TypeError, ValueError, IndexError: as `cross_entropy`; a weight is negative or not finite.
     """
-    checks.check_finite_at_least_zero("gamma", checks.number("gamma", gamma))
+    gamma = checks.limit("gamma", gamma)
     base = trades(clean_logits, adv_logits, y, beta, reduction=reduction)
     return base + gamma * cross_entropy(helper_logits, helper_y, reduction=reduction)
 
@@ -367,7 +409,7 @@ def lbgat(
     Args:
         adv_logits: f(x'), [B, C].
         natural_logits: T(x), [B, C].
-        y: labels [B], int64.
+        y: labels [B], int64 or another integer dtype.
         clean_logits: f(x), [B, C]; needed where beta is not 0.
         beta: weight of the divergence.
         reduction: "mean" over the batch or "none".
@@ -376,12 +418,15 @@ def lbgat(
         As `cross_entropy`.
 
     Raises:
-        TypeError, ValueError, IndexError: as `cross_entropy`; beta is not 0 and there are no clean logits.
+        TypeError, ValueError, IndexError: as `cross_entropy`; beta is negative or not finite, or it is not 0 and
+            there are no clean logits.
     """
+    beta = checks.limit("beta", beta)
     natural = cross_entropy(natural_logits, y, reduction=reduction)
     apart = at_least_float32(adv_logits) - at_least_float32(natural_logits)
     loss = natural + reduced(apart.square().mean(1), reduction)
-    if beta == 0:
+    # A number that torch.compile sees change is not looked at, so that there is one graph for all its values.
+    if not changes(beta) and beta == 0:
         return loss
     if clean_logits is None:
         raise ValueError("clean_logits must be given where beta is not 0, got None")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from fastadv.models.forms import copy_weights, form_of, forms_of, in_form, usual_form
 from fastadv.models.preact_resnet import PreActResNet, preact_resnet18
 from fastadv.models.published import LoadReport, load_published_state_dict
-from fastadv.models.registry import create_model, model_names
+from fastadv.models.registry import create_model, model_names, names_code
 from fastadv.models.resnet import ResNet, resnet18
 from fastadv.models.small_cnn import SmallCNN, small_cnn
 from fastadv.models.split import FeatureSplit, Normalized, SplitModel, check_feature_split
 from fastadv.models.stack import Stack, importance_ratios
+from fastadv.models.state_files import StateFileError, read_state_file
 from fastadv.models.vgg import VGG, vgg16_bn
 from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
 
@@ -22,15 +24,23 @@ __all__ = [
     "SmallCNN",
     "SplitModel",
     "Stack",
+    "StateFileError",
     "WideResNet",
     "check_feature_split",
+    "copy_weights",
     "create_model",
+    "form_of",
+    "forms_of",
     "importance_ratios",
+    "in_form",
     "load_published_state_dict",
     "model_names",
+    "names_code",
     "preact_resnet18",
+    "read_state_file",
     "resnet18",
     "small_cnn",
+    "usual_form",
     "vgg16_bn",
     "wrn_28_10",
     "wrn_34_10",

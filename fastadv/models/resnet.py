@@ -37,23 +37,49 @@ class ResNet(SplitModel):
     The state dict has the names of the widely published CIFAR form (`conv1`, `bn1`,
     `layer1.0.conv1`, `layer2.0.shortcut.0`, `linear`).
 
+    The stages have strides 1, 2, 2, 2. The natural model of LBGAT's code (Cui et al. 2021) has stride 1 in the
+    second stage as well, with a state dict that is alike; its feature map of 32x32 images is [B, 512, 8, 8].
+
     Args:
         blocks: number of blocks in each of the four stages.
         num_classes: number of logits.
         in_channels: channels of the images.
+        layer2_stride: stride of the second stage, 2 or 1.
     """
 
-    def __init__(self, blocks: tuple[int, int, int, int], num_classes: int, in_channels: int):
+    def __init__(
+        self,
+        blocks: tuple[int, int, int, int],
+        num_classes: int,
+        in_channels: int,
+        layer2_stride: int = 2,
+    ) -> None:
         super().__init__()
+        if layer2_stride not in (1, 2):
+            raise ValueError(f"layer2_stride must be 1 or 2, got {layer2_stride}")
         self.num_classes = num_classes
         self.num_features = 512
+        self.layer2_stride = layer2_stride
         self.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.layer1 = _stage(64, 64, blocks[0], stride=1)
-        self.layer2 = _stage(64, 128, blocks[1], stride=2)
+        self.layer2 = _stage(64, 128, blocks[1], layer2_stride)
         self.layer3 = _stage(128, 256, blocks[2], stride=2)
         self.layer4 = _stage(256, 512, blocks[3], stride=2)
         self.linear = nn.Linear(512, num_classes)
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """The networks that take the same state dict, by name; see `fastadv.models.forms_of`."""
+        return {
+            "resnet18": "its stages have strides 1, 2, 2, 2",
+            "resnet18_layer2_stride1": "its stages have strides 1, 1, 2, 2",
+        }
+
+    @property
+    def form(self) -> str:
+        """Which of `forms` this is."""
+        return list(self.forms)[self.layer2_stride == 1]
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, 512, H/8, W/8], after the last ReLU."""
@@ -71,6 +97,6 @@ def _stage(in_planes: int, planes: int, count: int, stride: int) -> nn.Sequentia
     return nn.Sequential(first, *(BasicBlock(planes, planes, 1) for _ in range(count - 1)))
 
 
-def resnet18(num_classes: int = 10, in_channels: int = 3) -> ResNet:
+def resnet18(num_classes: int = 10, in_channels: int = 3, layer2_stride: int = 2) -> ResNet:
     """ResNet-18 in its CIFAR form: 11,173,962 parameters for 10 classes and 3 channels."""
-    return ResNet((2, 2, 2, 2), num_classes, in_channels)
+    return ResNet((2, 2, 2, 2), num_classes, in_channels, layer2_stride)

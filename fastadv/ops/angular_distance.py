@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastadv.ops import checks
 from fastadv.ops.registry import Op, define, register_gradient
+from fastadv.ops.traced import call
 
 
 def _moments(u: Tensor, v: Tensor) -> Tensor:
@@ -175,4 +176,5 @@ def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     """
     _check(u, v)
     tau = checks.threshold("tau", tau)
-    return torch.ops.fastadv.replay_mask(u.detach(), v.detach(), tau)
+    distance, switch = call("replay_mask", u.detach(), v.detach(), tau)
+    return distance, switch

@@ -1,4 +1,7 @@
-"""Checks of op arguments. Each message names the argument, what it was and what it must be."""
+"""Checks of op arguments. Each message names the argument, what it was and what it must be.
+
+Those of plain values come from `fastadv.ops.values`.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,22 @@ import math
 import torch
 from torch import Tensor
 
+from fastadv.ops.values import check_bool as check_bool
+from fastadv.ops.values import check_bounds as check_bounds
+from fastadv.ops.values import check_choice as check_choice
+from fastadv.ops.values import check_finite_at_least_zero as check_finite_at_least_zero
+from fastadv.ops.values import integer as integer
+from fastadv.ops.values import limit as limit
+from fastadv.ops.values import norm_name as norm_name
+from fastadv.ops.values import number as number
+from fastadv.ops.values import share as share
+from fastadv.ops.values import threshold as threshold
+
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
@@ -47,56 +65,12 @@ def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) 
         )
 
 
-def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Require two finite numbers in order."""
-    if not (isinstance(bounds, (tuple, list)) and len(bounds) == 2):
-        raise TypeError(f"bounds must be a pair (low, high), got {bounds!r}")
-    low, high = number("bounds", bounds[0]), number("bounds", bounds[1])
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
-    return low, high
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Require one of several words."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_bool(name: str, value: bool) -> None:
-    """Require True or False: of a tensor or a number it would be a guess what is meant."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def number(name: str, value: float) -> float:
-    """The value as a float."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-
-
-def check_finite_at_least_zero(name: str, value: float) -> None:
-    """Require a finite number that is not negative."""
-    if not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{name} must be finite and >= 0, got {value}")
-
-
-def threshold(name: str, value: float) -> float:
-    """The value as a float with which numbers can be compared."""
-    value = number(name, value)
-    if math.isnan(value):
-        raise ValueError(f"{name} must not be NaN")
-    return value
-
-
-def check_seed(seed: int) -> None:
-    """Require an integer that fits the schema's int64."""
-    if not isinstance(seed, int):
-        raise TypeError(f"seed must be a Python int or None, got {type(seed).__name__}")
+def check_seed(seed: int) -> int:
+    """Require an integer that fits the schema's int64, and return it as Python's."""
+    seed = integer("seed", seed)
     if not torch.compiler.is_compiling() and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must be in -2**63 .. 2**63 - 1, got {seed}")
+    return seed
 
 
 def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
@@ -108,9 +82,7 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
         ``(number, None)`` or ``(0.0, tensor [B] in the dtype of computation)``.
     """
     if not isinstance(value, Tensor):
-        value = number(name, value)
-        check_finite_at_least_zero(name, value)
-        return value, None
+        return limit(name, value), None
     batch = like.shape[0]
     if value.numel() != 1 and value.shape != (batch,):
         raise ValueError(
@@ -119,6 +91,24 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
     return 0.0, value.detach().to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
+
+
+def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
+    """Require one class index per sample, and return them in int64, whatever integers they were.
+
+    Raises:
+        TypeError: it is no tensor, or its dtype is no integer.
+        ValueError: its shape is not ``(batch,)``.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in INTEGER_DTYPES:
+        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(
+            f"{name} must be an int64 tensor of class indices, or one of another integer dtype, got {found}"
+        )
+    if value.shape != (batch,):
+        hint = f"; of one-hot labels pass {name}.argmax(1)" if value.dim() == 2 else ""
+        raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}{hint}")
+    return value.to(torch.int64)
 
 
 def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:

@@ -128,13 +128,15 @@ def crop_flip(
         [B, C, H, W] in 0..1.
 
     Raises:
-        TypeError: ``images`` is not uint8, ``indices`` not int64, ``dtype`` no float dtype, or ``pad`` or
-            ``seed`` no integer.
+        TypeError: ``images`` is not uint8, ``indices`` not int64, ``dtype`` no float dtype, ``pad`` or ``seed`` no
+            integer, or ``flip`` or ``channels_last`` no bool.
         ValueError: wrong number of axes, devices differ, pad negative or, for reflect, not smaller than the
             image, ``seed`` of more than 64 bits.
         IndexError: an index out of range (on the CPU; a GPU is not made to wait for the check).
     """
-    _check_images(images, indices, pad, mode, dtype)
+    pad = _checked_pad(images, indices, pad, mode, dtype)
+    flip = checks.check_bool("flip", flip)
+    channels_last = checks.check_bool("channels_last", channels_last)
     sample_ids = indices if sample_ids is None else sample_ids
     checks.check_tensor("sample_ids", sample_ids)
     if sample_ids.dtype != torch.int64 or sample_ids.shape != indices.shape:
@@ -145,13 +147,13 @@ def crop_flip(
     checks.check_same_device("sample_ids", sample_ids, "images", images)
     if seed is None:
         seed = draw_seed() if pad or flip else 0
-    checks.check_seed(seed)
+    seed = checks.check_seed(seed)
     return torch.ops.fastadv.crop_flip(
         images, indices, pad, mode, flip, seed, sample_ids, dtype, channels_last
     )
 
 
-def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: torch.dtype) -> None:
+def _checked_pad(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: torch.dtype) -> int:
     checks.check_tensor("images", images)
     checks.check_tensor("indices", indices)
     if images.dtype != torch.uint8:
@@ -166,8 +168,7 @@ def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: t
     if dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
     checks.check_choice("mode", mode, MODES)
-    if not isinstance(pad, int):
-        raise TypeError(f"pad must be a Python int, got {type(pad).__name__}")
+    pad = checks.integer("pad", pad)
     limit = min(images.shape[2:]) if mode == "reflect" else 1 << 30
     if not 0 <= pad < limit:
         raise ValueError(f"pad must be >= 0 and, for reflect, < {limit}, got {pad}")
@@ -175,6 +176,7 @@ def _check_images(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: t
         raise IndexError(
             f"indices must be in 0 .. {images.shape[0] - 1}, got {int(indices.min())} .. {int(indices.max())}"
         )
+    return pad
 
 
 def _in_range(indices: Tensor, size: int) -> bool:

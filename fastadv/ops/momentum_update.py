@@ -8,6 +8,7 @@ from torch import Tensor
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_reference import rounded_to_float_precision
 from fastadv.ops.registry import Op, define
+from fastadv.ops.traced import call
 
 DTYPES = (torch.float32, torch.float64)  # of the momentum, which half precision would wear away
 
@@ -79,11 +80,10 @@ def momentum_update_(
         raise TypeError(f"momentum must be float32 or float64, got {momentum.dtype}")
     checks.check_float("grad", grad)
     checks.check_same_shape("grad", grad, "momentum", momentum)
-    decay = checks.number("decay", decay)
-    checks.check_finite_at_least_zero("decay", decay)
+    decay = checks.limit("decay", decay)
     checks.check_active(active, momentum)
     checks.check_written("momentum", momentum)
-    torch.ops.fastadv.momentum_update_(momentum, grad.detach(), decay, active)
+    call("momentum_update_", momentum, grad.detach(), decay, active)
     # A graph that has saved what is overwritten here must not be run backward.
     torch.autograd.graph.increment_version(momentum)
     return momentum

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastadv.ops import checks
 from fastadv.ops.random_start import _reference as random_start_reference
 from fastadv.ops.registry import Op, define
+from fastadv.ops.traced import call
 from fastadv.seeding import draw_seed
 
 
@@ -106,9 +107,9 @@ def noisy_replay(
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     checks.check_sample_ids(sample_ids, x)
-    seed = draw_seed() if seed is None else seed
-    checks.check_seed(seed)
-    return torch.ops.fastadv.noisy_replay(
+    seed = checks.check_seed(draw_seed() if seed is None else seed)
+    return call(
+        "noisy_replay",
         x.detach(),
         adv.detach(),
         distance.detach(),

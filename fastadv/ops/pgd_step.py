@@ -10,8 +10,7 @@ from torch import Tensor
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_reference import take_step
 from fastadv.ops.registry import Op, define
-
-NORMS = ("linf", "l2", "l1")
+from fastadv.ops.traced import call
 
 
 def _reference(
@@ -165,7 +164,7 @@ def pgd_step(
         eps: radius, in the units of ``x``; a number or a tensor [B].
         alpha: step size, in the units of ``x``; a number or a tensor [B]. In l1 it is the length of the whole
             step, not of its elements.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as "Linf", "L2", np.inf, 2 and the like.
         bounds: lowest and highest allowed value; ``x`` should lie within, else clipping can leave the ball.
         sparsity: the share of elements that an l1 step leaves alone, 0 <= sparsity < 1; other norms ignore it.
         active: bool [B]; where False the sample is returned as it is in ``adv``, and its elements of ``grad``
@@ -181,7 +180,7 @@ def pgd_step(
             in the wrong order, sparsity out of range.
     """
     arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
-    return torch.ops.fastadv.pgd_step(adv.detach(), *arguments)
+    return call("pgd_step", adv.detach(), *arguments)
 
 
 def pgd_step_(
@@ -224,7 +223,7 @@ def pgd_step_(
     checks.check_written("adv", adv)
     if counts is not None:
         _check_counts(counts, adv)
-    torch.ops.fastadv.pgd_step_(adv, *arguments, counts)
+    call("pgd_step_", adv, *arguments, counts)
     # A graph that has saved what is overwritten here must not be run backward.
     torch.autograd.graph.increment_version(adv if counts is None else (adv, counts))
     return adv
@@ -258,7 +257,7 @@ def _checked(
     checks.check_same_shape("x", x, "adv", adv)
     if x.dtype != adv.dtype:
         raise TypeError(f"x must have the dtype of adv, {adv.dtype}, got {x.dtype}")
-    checks.check_choice("norm", norm, NORMS)
+    norm = checks.norm_name(norm)
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, adv)
     alpha_number, alpha_tensor = checks.per_sample("alpha", alpha, adv)

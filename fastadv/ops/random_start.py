@@ -8,9 +8,9 @@ from torch import Tensor
 from fastadv.ops import checks
 from fastadv.ops.philox import random_words, symmetric_uniform
 from fastadv.ops.registry import Op, define
+from fastadv.ops.traced import call
 from fastadv.seeding import draw_seed
 
-NORMS = ("linf", "l2", "l1")
 RADIUS_STREAM = 1  # the stream of the numbers whose maximum is the radius in l2 and l1
 # log2(1 + f) = f + f (1 - f) (0.4412 - 0.2460 f + 0.0849 f**2), within 3.3e-4 for f in 0..1; in units of 2**-16.
 LOGARITHM = (28916, 16125, 5566)
@@ -130,7 +130,7 @@ def random_start(
     Args:
         x: images [B, ...], any dense layout.
         eps: radius, in the units of ``x``; a number or a tensor [B].
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        norm: as in `pgd_step`.
         bounds: lowest and highest allowed value.
         seed: the key of the numbers; None draws one from torch's default generator.
         sample_ids: int64 [B], which numbers each sample gets; default 0 .. B-1.
@@ -144,12 +144,11 @@ def random_start(
             than 64 bits, wrong sample_ids.
     """
     checks.check_float("x", x)
-    checks.check_choice("norm", norm, NORMS)
+    norm = checks.norm_name(norm)
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     checks.check_sample_ids(sample_ids, x)
-    seed = draw_seed() if seed is None else seed
-    checks.check_seed(seed)
-    return torch.ops.fastadv.random_start(
-        x.detach(), eps_number, eps_tensor, norm, low, high, seed, sample_ids
+    seed = checks.check_seed(draw_seed() if seed is None else seed)
+    return call(
+        "random_start", x.detach(), eps_number, eps_tensor, norm, low, high, seed, sample_ids
     )

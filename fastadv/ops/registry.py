@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
-from fastadv.ops import transforms
+from fastadv.ops import traced, transforms
 
 NAMESPACE = "fastadv"
 BACKENDS = ("native", "triton", "reference")
@@ -108,6 +108,7 @@ class Op:
 
 REGISTRY: dict[str, Op] = {}
 _TRITON_OWNED: set[str] = set()
+_TRACED: dict[str, Op] = {}  # by the op's name
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
@@ -131,8 +132,25 @@ def define(op: Op) -> Op:
     transforms.install(op, _LIBRARY)
     if op.backward_of is not None:
         register_gradient(op, _no_second_derivative(op))
+    _define_traced(op)
     REGISTRY[op.name] = op
     return op
+
+
+def _define_traced(op: Op) -> None:
+    """Register the form of an op that takes its floats as tensors, if it has any; it is no op of its own."""
+    schema = traced.traced_schema(op.schema)
+    if schema is None:
+        return
+    reference = traced.traced_reference(op.overload)
+    form = replace(op, name=op.name + traced.SUFFIX, schema=schema, reference=reference)
+    # It reads numbers on the host, which a CUDA graph would keep as they were when it was recorded.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    torch.library.define(form.qualified_name, form.schema, tags=tags)
+    torch.library.impl(form.qualified_name, "default", form.reference)
+    torch.library.register_fake(form.qualified_name, form.fake)
+    transforms.install(form, _LIBRARY)
+    _TRACED[op.name] = form
 
 
 def register_gradient(
@@ -147,6 +165,13 @@ def register_gradient(
     """
     torch.library.register_autograd(op.qualified_name, backward, setup_context=setup_context)
     transforms.GRADIENTS[op.name] = transforms.Gradient(backward, setup_context)
+
+
+def register_traced_gradient(
+    op: Op, backward: Callable[..., Any], setup_context: Callable[..., None] | None = None
+) -> None:
+    """`register_gradient` for the form of an op that takes its floats as tensors."""
+    register_gradient(_TRACED[op.name], backward, setup_context)
 
 
 def _no_second_derivative(op: Op) -> Callable[..., Any]:

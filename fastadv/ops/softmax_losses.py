@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastadv.ops import checks, transforms
-from fastadv.ops.registry import Op, define
+from fastadv.ops.registry import Op, define, register_traced_gradient
+from fastadv.ops.traced import call, changes
 
 # Shifted logits are kept above this, so that differences of finite logits stay finite: [dtype of computation].
 LOWEST = {torch.float32: -1e30, torch.float64: -1e300}
@@ -172,18 +174,39 @@ def _act(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: f
     return torch.stack((losses, other_losses), 1), gradient, other_gradient
 
 
-Formula = Callable[[Tensor, Tensor, Tensor, float, float], Result]
-FORMULAS: dict[str, Formula] = {
-    "cross_entropy": _cross_entropy,
-    "boosted_cross_entropy": _boosted_cross_entropy,
-    "cw": _cw,
-    "dlr": _dlr,
-    "kl": _kl,
-    "trades": _trades,
-    "mart": _mart,
-    "alp": _alp,
-    "act": _act,
+@dataclass(frozen=True)
+class Kind:
+    """One of the losses, whichever backend computes it.
+
+    Attributes:
+        formula: losses and gradients in plain torch, from both kinds of logits, labels, weight and temperature.
+        takes_other: whether there is a second kind of logits.
+        takes_labels: whether there are labels.
+        fewest_classes: the loss needs.
+    """
+
+    formula: Callable[[Tensor, Tensor, Tensor, float, float], Result]
+    takes_other: bool = False
+    takes_labels: bool = True
+    fewest_classes: int = 1
+
+
+KINDS = {
+    "cross_entropy": Kind(_cross_entropy),
+    "boosted_cross_entropy": Kind(_boosted_cross_entropy, fewest_classes=2),
+    "cw": Kind(_cw, fewest_classes=2),
+    "dlr": Kind(_dlr, fewest_classes=3),
+    "kl": Kind(_kl, takes_other=True, takes_labels=False),
+    "trades": Kind(_trades, takes_other=True),
+    "mart": Kind(_mart, takes_other=True, fewest_classes=2),
+    "alp": Kind(_alp, takes_other=True),
+    "act": Kind(_act, takes_other=True),
 }
+
+
+def _known(kind: str) -> Kind:
+    checks.check_choice("kind", kind, KINDS)
+    return KINDS[kind]
 
 
 def _reference(
@@ -197,7 +220,7 @@ def _reference(
     wanted: bool,
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _compute_dtype(logits, other)
+    formula, dtype = _known(kind).formula, _compute_dtype(logits, other)
     batch = logits.shape[0]
     a = logits.to(dtype)
     b = a if other is None else other.to(dtype)
@@ -205,7 +228,7 @@ def _reference(
     if batch == 0:
         losses, gradient, other_gradient = _empty(a, kind, other is not None)
     else:
-        losses, gradient, other_gradient = FORMULAS[kind](a, b, labels, weight, temperature)
+        losses, gradient, other_gradient = formula(a, b, labels, weight, temperature)
     if mean:
         losses = losses.mean(0)
         gradient = None if gradient is None else gradient / batch
@@ -239,6 +262,7 @@ def _fake(
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(logits.dim() == 2, lambda: "logits must have shape [B, C]")
+    _known(kind)
     dtype = _compute_dtype(logits, other)
     pair = (2,) if kind == "act" else ()
     batch, classes = logits.shape
@@ -264,7 +288,7 @@ _TRITON_SUFFICES = "called once or twice a step, or from a graph; see kernels/so
 
 # The gradient is registered in csrc/softmax_losses_autograd.cpp: at ten classes these losses take a few
 # microseconds, and autograd by way of Python would take a hundred.
-define(
+_op = define(
     Op(
         "softmax_losses",
         "(Tensor logits, Tensor? other, Tensor? y, str kind, float weight, float temperature, bool mean, "
@@ -311,6 +335,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 
 transforms.GRADIENTS["softmax_losses"] = transforms.Gradient(_backward, _setup_context)
+register_traced_gradient(_op, _backward, _setup_context)
 
 
 def _in_transform() -> bool:
@@ -319,8 +344,6 @@ def _in_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-_WITH_OTHER = ("kl", "trades", "mart", "alp", "act")
-_FEWEST_CLASSES = {"boosted_cross_entropy": 2, "cw": 2, "dlr": 3, "mart": 2}
 REDUCTIONS = ("mean", "none")
 
 
@@ -365,7 +388,7 @@ def softmax_losses(
         kind: one of the above.
         logits: z, [B, C], float32, float64, bfloat16 or float16.
         other: z', [B, C], for the kinds that have a q; its dtype may differ.
-        y: labels [B], int64, for all kinds but ``"kl"``. On a GPU a label out of range gives NaN.
+        y: labels [B], of any integer dtype, for all kinds but ``"kl"``. On a GPU a label out of range gives NaN.
         weight: the weight in the formulas above.
         temperature: T, above 0.
         reduction: ``"mean"`` over the batch, or ``"none"``.
@@ -375,28 +398,35 @@ def softmax_losses(
         A scalar, or [B]; for ``"act"`` [2] or [B, 2]. float32, or float64 if an argument is.
 
     Raises:
-        TypeError: logits are not floating point, ``y`` is no tensor, or a number is none.
-        ValueError: shapes or devices differ, ``y`` is not int64 [B], too few classes, unknown reduction, a weight
-            that is negative or not finite, a temperature that is not finite and above 0.
+        TypeError: logits are not floating point, ``y`` holds no integers, or a number is none.
+        ValueError: unknown kind or reduction, shapes or devices differ, ``y`` is not [B], too few classes, a
+            weight that is negative or not finite, a temperature that is not finite and above 0.
         IndexError: on the CPU, a label that is no class.
     """
-    _check_logits(names.logits, logits, _FEWEST_CLASSES.get(kind, 1))
-    if kind in _WITH_OTHER:
+    of_kind = _known(kind)
+    _check_logits(names.logits, logits, of_kind.fewest_classes)
+    if of_kind.takes_other:
         _check_logits(names.other, other, 1)
         checks.check_same_shape(names.other, other, names.logits, logits)  # type: ignore[arg-type]
-    if kind != "kl":
-        _check_labels(y, logits)
+    elif other is not None:
+        raise ValueError(f"{names.other} must be None for {kind}, got {type(other).__name__}")
+    if of_kind.takes_labels:
+        y = _labels(y, logits)
+    elif y is not None:
+        raise ValueError(f"y must be None for {kind}, got {type(y).__name__}")
     checks.check_choice("reduction", reduction, REDUCTIONS)
-    weight = checks.number(names.weight, weight)
-    checks.check_finite_at_least_zero(names.weight, weight)
+    weight = checks.limit(names.weight, weight)
     temperature = checks.number("temperature", temperature)
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    # Plain autograd asks for the gradients that it needs by itself.
-    wanted = _in_transform()
-    return torch.ops.fastadv.softmax_losses(
-        logits, other, y, kind, weight, temperature, reduction == "mean", wanted, wanted
-    )[0]
+    # Autograd in C++ asks for the gradients that it needs by itself; in Python they must be there.
+    wanted = _in_transform() or (changes(weight, temperature) and torch.is_grad_enabled())
+    losses: Tensor
+    losses, _, _ = call(
+        "softmax_losses",
+        *(logits, other, y, kind, weight, temperature, reduction == "mean", wanted, wanted),
+    )
+    return losses
 
 
 def _check_logits(name: str, logits: Tensor | None, fewest_classes: int) -> None:
@@ -409,11 +439,7 @@ def _check_logits(name: str, logits: Tensor | None, fewest_classes: int) -> None
         )
 
 
-def _check_labels(y: Tensor | None, logits: Tensor) -> None:
-    if not isinstance(y, Tensor):
-        raise TypeError(f"y must be a tensor, got {type(y).__name__}")
-    if y.dtype != torch.int64 or y.shape != logits.shape[:1]:
-        raise ValueError(
-            f"y must be int64 of shape ({logits.shape[0]},), got {y.dtype} of shape {tuple(y.shape)}"
-        )
-    checks.check_same_device("y", y, "the logits", logits)
+def _labels(y: Tensor | None, logits: Tensor) -> Tensor:
+    labels = checks.class_labels("y", y, logits.shape[0])  # type: ignore[arg-type]
+    checks.check_same_device("y", labels, "the logits", logits)
+    return labels

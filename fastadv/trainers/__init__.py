@@ -21,6 +21,7 @@ from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, Train
 from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
+from fastadv.trainers.run_lock import RunInUseError
 from fastadv.trainers.schedules import (
     Constant,
     Cosine,
@@ -77,6 +78,7 @@ __all__ = [
     "Piecewise",
     "Progress",
     "Recipe",
+    "RunInUseError",
     "Runtime",
     "Schedule",
     "Settings",

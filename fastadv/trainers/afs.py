@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastadv.models import Stack
+from fastadv.models import Stack, copy_weights
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
@@ -29,8 +29,8 @@ class AfsRecipe(AdversarialRecipe):
     Attributes:
         weight: alpha in the paper, of the clean images' cross-entropy; 1 - weight is the attacked images'.
         mix: what the weights apply to: with "loss" both terms are taken of every image; with "batch", as in the
-            authors' code, that part of each batch stays clean and only the rest is attacked, which is the same in
-            expectation and costs less.
+            authors' code, that part of each batch stays clean, rounded down, and only the rest is attacked, which
+            is the same in expectation and costs less.
     """
 
     epochs: int = 5
@@ -100,7 +100,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     def initialise(self) -> None:
         """Give the extractors their weights."""
         for extractor, source in zip(self.stack.extractors, self.teachers.values(), strict=True):
-            extractor.load_state_dict(source.state_dict())
+            copy_weights(extractor, source)
             source.cpu()  # out of the way
 
     def compile(self) -> None:
@@ -118,7 +118,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         if self.recipe.mix == "loss":
             return Attacked(self.perturb(batch))
         size = len(batch.y)
-        clean = round(self.recipe.weight * size)
+        clean = int(self.recipe.weight * size)  # truncated, as in the authors' code
         return Attacked(self.perturb(batch, torch.arange(clean, size, device=batch.y.device)))
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:

@@ -12,6 +12,9 @@ from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
 from fastadv.trainers.recipe import check_field
+from fastadv.trainers.schedules import MultiStep, Schedule
+
+_TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,7 @@ class AlpRecipe(PairRecipe):
         weight: of the logit pairing.
     """
 
+    schedule: Schedule = _TENTH_AFTER_75_AND_90
     weight: Number = 0.5
 
     def __post_init__(self) -> None:

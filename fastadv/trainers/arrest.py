@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastadv import losses
 from fastadv.engine.frozen import frozen
-from fastadv.models import check_feature_split
+from fastadv.losses.common import at_least_float32
+from fastadv.models import check_feature_split, copy_weights
 from fastadv.ops import checks, noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
@@ -21,6 +22,9 @@ from fastadv.trainers.schedules import Piecewise, Schedule
 
 # Of .025: all of it in epochs 1 to 10, .02 from epoch 11, then halved every two epochs.
 _FINE_TUNING = Piecewise((0, 10, 12, 14, 16, 18), (1.0, 0.8, 0.4, 0.2, 0.1, 0.05))
+
+_DISTANCES_OF_LOGITS = ("logits_mse", "logits_kl")
+_DISTANCES = ("angular", "mse", "attention", *_DISTANCES_OF_LOGITS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +36,10 @@ class ArrestRecipe(AdversarialRecipe):
         distill: keep the model close to the standard one (RGKD).
         replay: do not attack images whose features have drifted (NR).
         distance: what the distillation makes small: "angular", the angular distance of features, or one of its
-            rivals: "mse", their mean squared difference, "attention", the distance of their attention maps, and
-            "logits", Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
-        temperature: T of the distillation of logits.
+            rivals: "mse", their mean squared difference; "attention", the distance of their attention maps;
+            "logits_mse", the mean squared difference of logits, LBGAT's loss, which table 4 has; "logits_kl",
+            Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
+        temperature: T of "logits_kl".
         replay_with: how drifted images are trained on: with "noise" of size eps, or "clean", as they are.
         lam: weight of the distillation, lambda; the default is meant for the angular distance.
         phi: angle in degrees beyond which features count as drifted; tau = 1 - cos(phi). The
@@ -48,7 +53,7 @@ class ArrestRecipe(AdversarialRecipe):
     finetune: bool = True
     distill: bool = True
     replay: bool = True
-    distance: Literal["angular", "mse", "attention", "logits"] = "angular"
+    distance: Literal["angular", "mse", "attention", "logits_mse", "logits_kl"] = "angular"
     temperature: Number = 4.0
     replay_with: Literal["noise", "clean"] = "noise"
     lam: Number = 50.0
@@ -57,7 +62,7 @@ class ArrestRecipe(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        checks.check_choice("distance", self.distance, ("angular", "mse", "attention", "logits"))
+        checks.check_choice("distance", self.distance, _DISTANCES)
         checks.check_choice("replay_with", self.replay_with, ("noise", "clean"))
         check_field(self, "temperature", at_least=1e-3)
         check_field(self, "lam", at_least=0)
@@ -96,8 +101,8 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
 
     What the paper leaves open: the teacher, the drift and the attack are computed in evaluation
     mode; the attack starts from uniform noise; replayed noise is clipped to 0..1; inputs are not
-    normalised. Of the rivals: logits are distilled by the KL divergence at temperature 4, as is most
-    common, and attention maps are those of the features before pooling alone.
+    normalised. Of the rivals: attention maps are those of the features before pooling alone. For logits, table 4
+    cites LBGAT, whose loss is their squared difference; the KL divergence, at temperature 4, is the most common.
 
     Cost per batch: 2KF for the attack of the images that are not replayed, 1F of the teacher for
     both replay and distillation, 1F of the model for the drift while there is replay, 3F for
@@ -124,7 +129,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     def initialise(self) -> None:
         """Start from the standard weights (AFT)."""
         if self.recipe.finetune:
-            self.model.load_state_dict(self.teachers["teacher"].state_dict())
+            copy_weights(self.model, self.teachers["teacher"])
 
     def attack(self, batch: TrainBatch) -> Replayed:
         """Return PGD's images, or noise where the features have drifted."""
@@ -177,15 +182,19 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         teacher = cast(Any, self.teachers["teacher"])
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             features = teacher.forward_features(x)
-            wanted = self.recipe.distill and self.recipe.distance == "logits"
+            wanted = self.recipe.distill and self.recipe.distance in _DISTANCES_OF_LOGITS
             return features, teacher.forward_head(features) if wanted else None
 
     def _distance(self, features: Tensor, logits: Tensor, adv: Replayed) -> Tensor:
         """Return each image's distance from what the standard model makes of it clean, [B]."""
         recipe = self.recipe
-        if recipe.distance == "logits":
+        if recipe.distance == "logits_kl":
             assert adv.teacher_logits is not None
             return losses.kd(logits, adv.teacher_logits, recipe.temperature, reduction="none")
+        if recipe.distance == "logits_mse":
+            assert adv.teacher_logits is not None
+            apart = at_least_float32(logits) - at_least_float32(adv.teacher_logits)
+            return apart.square().mean(1)
         assert adv.teacher_features is not None
         return losses.feature_distance(features, adv.teacher_features, recipe.distance)
 

@@ -5,7 +5,7 @@ A checkpoint is a directory `step_000123` with
 - `model.safetensors`: the trained model's state dict under its own names; the average of what
   training moves in it under "ema/" or "swa/", further trained models under "<name>/";
 - `train_state.pt`: optimisers and counters, loads with `weights_only=True`;
-- `meta.json`: format, recipe, versions, place in the run, and the SHA-256 of the other two.
+- `meta.json`: format, run, recipe, versions, place in the run, the SHA-256 of the other two and its own.
 
 It is written under a name that begins with a dot, flushed to disk and renamed. Then the link
 `latest` is switched to it. So `latest` always names a complete checkpoint.
@@ -13,7 +13,8 @@ It is written under a name that begins with a dot, flushed to disk and renamed. 
 
 from __future__ import annotations
 
-import json
+import hashlib
+import io
 import os
 import re
 import shutil
@@ -25,20 +26,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.files import point_link, sha256_of, sync_path
+from fastadv.files import (
+    TEMPORARY,
+    naming,
+    point_link,
+    remove,
+    sha256_of,
+    sync_path,
+    write_through,
+)
+from fastadv.trainers.sealed import CheckpointError, read_sealed, sealed_json
 
-FORMAT = 1
 MODEL_FILE = "model.safetensors"
 STATE_FILE = "train_state.pt"
 META_FILE = "meta.json"
+RUN_FILE = "run.json"
+CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
 _NAME = re.compile(r"step_(\d{6,})")
-_TEMPORARY = ".writing-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint is absent, damaged or not one; the message names the file and the reason."""
+_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -81,18 +88,23 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's directory.
+
+    Raises:
+        OSError: if it cannot be written, for example on a full disk. The message names the file; the checkpoints
+            before it are as they were.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_unfinished(folder)
     name = checkpoint_name(step)
-    temporary = folder / f"{_TEMPORARY}{name}"
-    temporary.mkdir()
-    try:
-        _write_files(temporary, weights, train_state, {**meta, "step": step})
-        _put_in_place(temporary, folder / name)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    temporary = folder / f"{TEMPORARY}{name}"
+    with naming(folder / name):
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        temporary.mkdir()
+        try:
+            _write_files(temporary, folder / name, weights, train_state, {**meta, "step": step})
+            _put_in_place(temporary, folder / name)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
     point_link(folder / LATEST, name)
     return folder / name
 
@@ -108,7 +120,7 @@ def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
         CheckpointError: if it is absent, damaged, of another format or no checkpoint. Nothing on
             disk is changed. The message names the newest good checkpoint beside it, if any.
     """
-    path = path.resolve()
+    path = _under_its_name(path)
     try:
         return _read(path, with_state)
     except CheckpointError as error:
@@ -155,16 +167,49 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     start = Path(path)
     if not start.exists():
         raise CheckpointError(f"{start}: no such file or directory")
-    if (start / META_FILE).is_file() or _NAME.fullmatch(start.resolve().name):
-        return start.resolve()
-    folder = start / "checkpoints" if (start / "checkpoints").is_dir() else start
-    if (folder / which).exists():
-        return (folder / which).resolve()
+    named = _under_its_name(start)
+    if (named / META_FILE).is_file() or _NAME.fullmatch(named.name):
+        return named
+    if start.is_file():
+        raise CheckpointError(f"{start}: must be a run directory or a checkpoint, got a file")
+    folder = start / CHECKPOINTS if (start / CHECKPOINTS).is_dir() else start
+    wanted = _under_its_name(folder / which)
+    if wanted.is_dir():
+        return wanted
     found = checkpoints_in(folder)
     if which == LATEST and found:  # the link was lost in a copy, or dangles
-        return found[-1]
+        return _under_its_name(found[-1])
     there = f"there are {', '.join(p.name for p in found)}" if found else "there are none"
     raise CheckpointError(f"{folder}: no checkpoint {which!r}; {there}")
+
+
+def _under_its_name(path: Path) -> Path:
+    """Return a checkpoint's directory by its own name, step_000123, in the folder in which it was found.
+
+    The links `latest` and `best` are followed, also where a tool that copied the run has made folders or files of
+    them. A checkpoint that is a link itself is not followed elsewhere: it belongs to the run where it is found.
+    """
+    if path.name in ("", ".."):
+        path = path.resolve()
+    path = path.parent.resolve() / path.name
+    if _NAME.fullmatch(path.name) or not path.exists():
+        return path
+    if path.is_symlink():
+        return _under_its_name(path.parent / os.readlink(path))
+    if path.is_file():
+        name = path.read_bytes()[:_LONGEST_NAME].decode("ascii", "replace").strip()
+        return path.parent / name if _NAME.fullmatch(name) else path
+    meta = path / META_FILE
+    if meta.is_file():
+        content = meta.read_bytes()
+        for sibling in reversed(checkpoints_in(path.parent)):
+            if _has_content(sibling / META_FILE, content):
+                return sibling
+    return path
+
+
+def _has_content(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == content
 
 
 def prune(folder: Path, keep: int, step: int, best: str | None) -> None:
@@ -182,9 +227,9 @@ def prune(folder: Path, keep: int, step: int, best: str | None) -> None:
     for path in checkpoints_in(folder):
         if path.name not in kept:
             # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
-            doomed = folder / f"{_TEMPORARY}{path.name}.old"
+            doomed = folder / f"{TEMPORARY}{path.name}.old"
             os.replace(path, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+            remove(doomed)
 
 
 def _step_of(path: Path) -> int:
@@ -195,6 +240,7 @@ def _step_of(path: Path) -> int:
 
 def _write_files(
     folder: Path,
+    final: Path,
     weights: Mapping[str, Tensor],
     train_state: Mapping[str, Any],
     meta: Mapping[str, Any],
@@ -203,37 +249,38 @@ def _write_files(
 
     # Copies: safetensors refuses channels-last tensors and tensors that share memory.
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    (folder / MODEL_FILE).write_bytes(save(plain, metadata={"format": "pt"}))
-    torch.save(dict(train_state), folder / STATE_FILE)
-    files = {}
-    for name in (MODEL_FILE, STATE_FILE):
-        sync_path(folder / name)
-        files[name] = {
-            "sha256": sha256_of(folder / name),
-            "bytes": (folder / name).stat().st_size,
-        }
-    content = {"format": FORMAT, **meta, "files": files}
-    (folder / META_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync_path(folder / META_FILE)
+    model = save(plain, metadata={"format": "pt"})
+    files = {MODEL_FILE: _write(folder / MODEL_FILE, model, final)}
+    # In memory first: where a disk is full, torch's own writer does not say so.
+    state = io.BytesIO()
+    torch.save(dict(train_state), state)
+    files[STATE_FILE] = _write(folder / STATE_FILE, state.getvalue(), final)
+    _write(folder / META_FILE, sealed_json({**meta, "files": files}).encode(), final)
     sync_path(folder)
+
+
+def _write(path: Path, content: bytes, final: Path) -> dict[str, Any]:
+    """Write a file of what will be the folder `final`, and return what the meta data say of it."""
+    write_through(path, content, final / path.name)
+    return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
     """Rename a finished checkpoint, out of the way of one of the same step."""
     if final.exists():
-        aside = temporary.with_name(f"{_TEMPORARY}{final.name}.old")
+        aside = temporary.with_name(f"{TEMPORARY}{final.name}.old")
         os.replace(final, aside)
         os.replace(temporary, final)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     else:
         os.replace(temporary, final)
     sync_path(final.parent)
 
 
-def _remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left behind."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_unfinished(folder: Path) -> None:
+    """Delete what a killed process left behind in a folder of checkpoints, to which one process alone writes."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        remove(path)
 
 
 def _verify(path: Path) -> dict[str, Any]:
@@ -255,6 +302,7 @@ def _verify(path: Path) -> dict[str, Any]:
             )
         if sha256_of(file) != recorded.get("sha256"):
             raise CheckpointError(f"{file}: its SHA-256 differs from the one in {META_FILE}")
+    _check_place(path, meta)
     return meta
 
 
@@ -264,14 +312,28 @@ def _read_meta(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint directory")
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, so {path.name} is not a fastadv checkpoint")
+    return read_sealed(file)
+
+
+def _check_place(path: Path, meta: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint under the name of another one, or in the directory of another run."""
+    name = _NAME.fullmatch(path.name)
+    if name is not None and meta.get("step") != int(name[1]):
+        raise CheckpointError(
+            f"{path}: is the checkpoint after step {meta.get('step')} under another name"
+        )
+    run_file = path.parent.parent / RUN_FILE
+    if path.parent.name != CHECKPOINTS or "run" not in meta or not run_file.is_file():
+        return
     try:
-        meta = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
-    version = meta.get("format") if isinstance(meta, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(f"{file}: format must be {FORMAT}, got {version!r}")
-    return meta
+        run = read_sealed(run_file).get("run")
+    except (OSError, CheckpointError):  # whoever needs the run says so
+        return
+    if run is not None and run != meta["run"]:
+        raise CheckpointError(
+            f"{path}: is a checkpoint of another run ({meta['run']}) than the one in {run_file} ({run}); take it "
+            "away, or read it where it is alone"
+        )
 
 
 def _read(path: Path, with_state: bool) -> Checkpoint:

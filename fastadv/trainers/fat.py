@@ -13,7 +13,8 @@ from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
 from fastadv.trainers.schedules import Piecewise, Schedule
 
-_DROPS_AFTER_60_90_AND_110 = Piecewise((0, 60, 90, 110), (1.0, 0.1, 0.01, 0.005))
+# The script counts epochs from 1 and tests `epoch >= 60`: the 60th epoch already runs at a tenth.
+_DROPS_AT_60_90_AND_110 = Piecewise((0, 59, 89, 109), (1.0, 0.1, 0.01, 0.005))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class FatRecipe(AdversarialRecipe):
 
     epochs: int = 120
     weight_decay: Number = 2e-4
-    schedule: Schedule = _DROPS_AFTER_60_90_AND_110
+    schedule: Schedule = _DROPS_AT_60_90_AND_110
     eps: Number = 0.031
     alpha: Number = 0.007
     tau: int = 0

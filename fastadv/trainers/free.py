@@ -16,8 +16,12 @@ from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Presets
 from fastadv.trainers.schedules import MultiStep, Schedule
 
-# After 40,000 and 60,000 of 80,000 updates, at 8 updates for each of about 390 batches per epoch.
-_TENTH_AFTER_13_AND_19 = MultiStep((13, 19), 0.1)
+# After 40,000 and 60,000 of 80,000 updates, at 8 updates for each of 390 batches per epoch: inside the 13th and
+# the 20th epoch.
+_UPDATES_PER_EPOCH = 8 * 390
+_TENTH_AFTER_40000_AND_60000 = MultiStep(
+    (40_000 / _UPDATES_PER_EPOCH, 60_000 / _UPDATES_PER_EPOCH), 0.1
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class FreeRecipe(AdversarialRecipe):
 
     epochs: int = 26
     weight_decay: Number = 2e-4
-    schedule: Schedule = _TENTH_AFTER_13_AND_19
+    schedule: Schedule = _TENTH_AFTER_40000_AND_60000
     alpha: Number = 8 / 255
     steps: int = 8
     random_start: bool = False

@@ -6,13 +6,15 @@ import csv
 import io
 import json
 import math
+import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastadv.files import write_atomically
+from fastadv.files import naming, write_atomically
 from fastadv.trainers.distributed import Ranks
 
 
@@ -86,12 +88,25 @@ class MetricsLog:
             return
         self._file = folder / "metrics.jsonl"
         self._summary = folder / "summary.csv"
-        records = [r for r in read_records(self._file) if r.get("step", 0) <= step]
+        records = [r for r in self._earlier_records() if _step_of(r) <= step]
         self._epochs = [r for r in records if r.get("kind") == "epoch"]
         write_atomically(self._file, "".join(_as_line(record) for record in records))
         if tensorboard:
             writer = require_tensorboard()
             self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def _earlier_records(self) -> list[dict[str, Any]]:
+        """The records of a run that is resumed, which goes on also where they cannot be read."""
+        try:
+            return read_records(self._file)
+        except OSError as error:
+            aside = self._file.with_suffix(".unreadable")
+            os.replace(self._file, aside)
+            warnings.warn(
+                f"{self._file}: cannot be read ({error.strerror}); kept as {aside.name}, and begun anew",
+                stacklevel=2,
+            )
+            return []
 
     def step(self, **values: Any) -> None:
         """Record what was measured over the last few steps."""
@@ -113,7 +128,7 @@ class MetricsLog:
             self._board.close()
 
     def _append(self, record: dict[str, Any]) -> None:
-        with open(self._file, "a", encoding="utf-8") as file:
+        with naming(self._file), open(self._file, "a", encoding="utf-8") as file:
             file.write(_as_line(record))
         if self._board is not None:
             for name, value in record.items():
@@ -122,18 +137,37 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl; a last line that was cut off is left out."""
+    """Return the records of a metrics.jsonl.
+
+    Lines that are damaged or were cut off are left out. Unless it is the last one, a warning counts them.
+    """
     if not path.is_file():
         return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    records = [_record_in(line) for line in lines]
+    damaged = sum(record is None for record in records[:-1])
+    if damaged:
+        warnings.warn(
+            f"{path}: {damaged} damaged of {len(lines)} lines left out; the run itself does not depend on them",
+            stacklevel=2,
+        )
+    return [record for record in records if record is not None]
+
+
+def _record_in(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None if there is none."""
+    try:
+        record = json.loads(line)
+        whole = isinstance(record, dict) and math.isfinite(_step_of(record))
+    except (ValueError, RecursionError, OverflowError):
+        return None
+    return record if whole else None
+
+
+def _step_of(record: Mapping[str, Any]) -> float:
+    """The step of a record, 0 where it has none; not a number where it is none."""
+    step = record.get("step", 0)
+    return step if isinstance(step, int | float) else math.nan
 
 
 def _as_line(record: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from collections.abc import Callable
@@ -12,9 +13,9 @@ import torch
 from torch import nn
 
 from fastadv.data import Batch, Batches
-from fastadv.files import point_link
+from fastadv.fields import check_fields
+from fastadv.files import point_link, write_atomically
 from fastadv.interruption import Interrupted, StopRequest, signal_name
-from fastadv.ops.checks import check_bool
 from fastadv.seeding import derive_seed
 from fastadv.trainers.checkpoint import (
     BEST,
@@ -90,6 +91,7 @@ class Settings:
     timeout: Number = TIMEOUT
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("checkpoint_every", "keep", "log_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,7 +100,6 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be > 0, got {value}")
-        check_bool("tensorboard", self.tensorboard)
 
 
 @dataclass
@@ -255,12 +256,13 @@ class Loop:
         raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
-        """Take one step at its learning rate, with its own random numbers."""
+        """Take one step at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
-        rate = self.recipe.lr_at(epoch + step / len(self.loader))
+        place = epoch + step / len(self.loader)
+        numbers = {"lr": self.recipe.lr_at(place), "momentum": self.recipe.momentum_at(place)}
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group.update(numbers)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
@@ -320,7 +322,9 @@ class Loop:
         file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         weights = {name: model.state_dict() for name, model in self.models.items()}
         if self.ranks.first:
-            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, file)
+            content = io.BytesIO()
+            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, content)
+            write_atomically(file, content.getvalue())
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
             f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "

@@ -17,18 +17,22 @@ from fastadv.trainers.recipe import Presets, check_field
 class MartRecipe(PairRecipe):
     """Numbers of the authors' code for ResNet-18; for WRN-34-10: lr .1, weight decay 7e-4, beta 6, 90 epochs.
 
-    Both presets have these numbers. What "official" does not reproduce is stated at `Mart` and its base.
+    The preset "official" adds the small constants of that code. What else it does not reproduce is stated at
+    `PairMethod`.
 
     Attributes:
         beta: weight of the divergence.
+        code_constants: add the small constants of the authors' code, which bound the loss and the gradient of
+            images that are misclassified with confidence.
     """
 
     epochs: int = 120
     lr: Number = 0.01
     weight_decay: Number = 3.5e-3
     beta: Number = 5.0
+    code_constants: bool = False
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"code_constants": True}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,8 +42,8 @@ class MartRecipe(PairRecipe):
 class Mart(PairMethod[MartRecipe]):
     """MART: BCE(f(x')) + beta KL(f(x) || f(x')) (1 - p_y(x)), x' made to maximise the cross-entropy.
 
-    Source: Wang et al. 2020; recipe as in the authors' code (YisenWang/MART), without its small constants, which
-    the loss in log space does not need.
+    Source: Wang et al. 2020; recipe as in the authors' code (YisenWang/MART). That code's small constants, which
+    the loss in log space does not need, are left out unless the recipe asks for them.
 
     Cost per batch: 2KF for the attack, 6F for training. Running statistics move twice.
     """
@@ -50,4 +54,11 @@ class Mart(PairMethod[MartRecipe]):
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return MART's loss."""
-        return losses.mart(clean_logits, adv_logits, y, self.recipe.beta, reduction="none")
+        return losses.mart(
+            clean_logits,
+            adv_logits,
+            y,
+            self.recipe.beta,
+            code_constants=self.recipe.code_constants,
+            reduction="none",
+        )

@@ -85,12 +85,15 @@ class Runtime:
         autocast_dtype: of the passes that run under `Method.autocast`; None is float32.
         phases: collects seconds per phase.
         ranks: the processes that train together; each has its part of every batch.
+        build: makes a further model by its name for `create_model`, for the images of the run and as its own model
+            is; None where a method is used without a run.
     """
 
     device: torch.device
     autocast_dtype: torch.dtype | None
     phases: PhaseTimer
     ranks: Ranks = _ALONE
+    build: Callable[[str], nn.Module] | None = None
 
 
 Update = Callable[[LossResult], bool]

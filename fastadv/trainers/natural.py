@@ -3,20 +3,45 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from fastadv.seeding import derive_seed
-from fastadv.trainers.pair import PairMethod, PairT
+from fastadv.trainers.pair import PairMethod, PairRecipe
 
 
-class NaturalMethod(PairMethod[PairT]):
+@dataclass(frozen=True, kw_only=True)
+class NaturalRecipe(PairRecipe):
+    """Numbers of a method with a natural model beside the robust one.
+
+    Attributes:
+        natural: architecture of a natural model that learns, one of fastadv's names or "timm:NAME"; by default
+            that of the robust model.
+    """
+
+    natural: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # A run's files may not name code that is then imported.
+        if self.natural is not None and ":" in self.natural.removeprefix("timm:"):
+            raise ValueError(
+                f"natural must be the name of a model of fastadv or 'timm:NAME', got {self.natural!r}"
+            )
+
+
+NaturalT = TypeVar("NaturalT", bound=NaturalRecipe)
+
+
+class NaturalMethod(PairMethod[NaturalT]):
     """A pair method with a model of clean images, which learns beside the robust one unless it is a teacher.
 
     Attributes:
-        natural: where it learns, a model of the robust one's architecture, with weights and an optimiser of its
-            own; else the frozen model "teacher".
+        natural: where it learns, a model of the architecture that the recipe names or of the robust one's, with
+            weights and an optimiser of its own; else the frozen model "teacher".
     """
 
     @property
@@ -26,14 +51,23 @@ class NaturalMethod(PairMethod[PairT]):
 
     def setup(self) -> None:
         """Build the natural model and the attack."""
-        self.natural = (
-            copy.deepcopy(self.model) if self.natural_learns else self.teachers["teacher"]
-        )
+        self.natural = self._build_natural() if self.natural_learns else self.teachers["teacher"]
         super().setup()
 
+    def _build_natural(self) -> nn.Module:
+        name, build = self.recipe.natural, self.runtime.build
+        if name is None:
+            return copy.deepcopy(self.model)
+        if build is None:
+            raise ValueError(
+                f"natural must be None where Runtime.build is None, which would build it, got {name!r}"
+            )
+        torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
+        return build(name)
+
     def initialise(self) -> None:
-        """Draw weights of its own for a natural model that learns."""
-        if self.natural_learns:
+        """Draw weights of its own for a natural model that learns and is a copy of the robust one."""
+        if self.natural_learns and self.recipe.natural is None:
             torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
             _reset_parameters(self.natural)
 

@@ -16,12 +16,13 @@ from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
 
-_TENTH_AFTER_75_90_AND_100 = MultiStep((75, 90, 100), 0.1)
+# The scripts count epochs from 1 and test `epoch >= 75`, so that the 75th epoch already runs at a tenth.
+_TENTH_AT_75_90_AND_100 = MultiStep((74, 89, 99), 0.1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairRecipe(AdversarialRecipe):
-    """Numbers that TRADES and its descendants share, those of their authors' code.
+    """Numbers that TRADES and its descendants share, those of their authors' code, whose 75th epoch is at a tenth.
 
     Attributes:
         start_std: standard deviation of the Gaussian noise from which the attack starts, in units of the 0..1
@@ -30,7 +31,7 @@ class PairRecipe(AdversarialRecipe):
 
     eps: Number = 0.031
     alpha: Number = 0.007
-    schedule: Schedule = _TENTH_AFTER_75_90_AND_100
+    schedule: Schedule = _TENTH_AT_75_90_AND_100
     start_std: Number = 1e-3
 
     def __post_init__(self) -> None:

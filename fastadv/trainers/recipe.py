@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from fastadv.fields import check_fields
+from fastadv.ops.values import check_radius
 from fastadv.trainers.number import Number
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16"]
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
+RecipeT = TypeVar("RecipeT", bound="Recipe")
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 
 
@@ -26,12 +30,13 @@ class Recipe:
     Attributes:
         presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
+        deciding: fields by which `start` chooses the numbers that a recipe begins with.
         epochs: passes over the training images.
         batch_size: images per step; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
         schedule: how the learning rate changes over the run.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
-        momentum: of SGD.
+        momentum: of SGD; a schedule that cycles the momentum has its own numbers for it.
         nesterov: Nesterov's form of the momentum.
         weight_decay: of SGD, on all parameters.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
@@ -99,8 +104,10 @@ class Recipe:
     sync_bn: bool = False
 
     presets: ClassVar[Presets] = {"paper": {}}
+    deciding: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("epochs", "batch_size", "monitor_images", "monitor_every", "max_bad_steps"):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
@@ -131,8 +138,12 @@ class Recipe:
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
-        if not isinstance(self.schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule, got {type(self.schedule).__name__}")
+        cycled = self.schedule.momentum(0.0, self.epochs) is not None
+        if cycled and self.momentum != type(self).momentum:
+            raise ValueError(
+                f"momentum must be left at {type(self).momentum} with a {type(self.schedule).__name__} schedule "
+                f"that cycles it, got {self.momentum}; set the schedule's base_momentum and max_momentum"
+            )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -151,12 +162,27 @@ class Recipe:
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
             )
-        return cls(**{**cls.presets[name], **changes})
+        return cls(**{**cls.start(name, changes), **changes})
+
+    @classmethod
+    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the fields in which a recipe begins otherwise than its class says.
+
+        Args:
+            preset: one of `presets`.
+            given: fields that the caller sets; only those in `deciding` are looked at.
+        """
+        return dict(cls.presets[preset])
 
     def lr_at(self, epoch: float) -> float:
         """Return the learning rate after so many epochs, counted from 0."""
         rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
         return self.lr * rise * self.schedule.factor(epoch, self.epochs)
+
+    def momentum_at(self, epoch: float) -> float:
+        """Return the momentum after so many epochs, counted from 0."""
+        cycled = self.schedule.momentum(epoch, self.epochs)
+        return self.momentum if cycled is None else cycled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +215,34 @@ class AdversarialRecipe(Recipe):
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
+        check_radius("eps", self.eps, "linf", (0.0, 1.0))
+
+
+def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
+    """Let recipes of a class that are made without a preset begin with `start("paper", ...)`, too.
+
+    It goes above `dataclass`, for a class whose `start` depends on what is given.
+    """
+    init = kind.__init__
+
+    @functools.wraps(init)
+    def begin(self: RecipeT, **numbers: Any) -> None:
+        init(self, **{**kind.start("paper", numbers), **numbers})
+
+    kind.__init__ = begin  # type: ignore[assignment, method-assign]
+    return kind
+
+
+def shared_numbers(recipe: Recipe, kind: type[Recipe], without: tuple[str, ...]) -> dict[str, Any]:
+    """Return the numbers of a recipe for the fields that another class has as well.
+
+    Args:
+        recipe: where the numbers come from.
+        kind: the other class.
+        without: fields that mean something else there.
+    """
+    names = {f.name for f in dataclasses.fields(kind)} - set(without)
+    return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name in names}
 
 
 def check_field(recipe: Recipe, name: str, at_least: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
+import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.files import write_atomically
-from fastadv.trainers.checkpoint import CheckpointError, checkpoints_in
+from fastadv.files import naming, remove_leftovers, write_atomically
+from fastadv.models import form_of
+from fastadv.trainers.checkpoint import (
+    CHECKPOINTS,
+    RUN_FILE,
+    CheckpointError,
+    checkpoints_in,
+    remove_unfinished,
+)
 from fastadv.trainers.recipe import differences
-
-_FORMAT = 1
+from fastadv.trainers.run_lock import RunLock
+from fastadv.trainers.sealed import read_sealed, sealed_json
 
 
 @dataclass(frozen=True)
@@ -52,15 +60,20 @@ class RunDirectory:
 
     Args:
         path: where it is or shall be.
+
+    Attributes:
+        path: where it is.
+        lock: the right to write to it.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self.lock = RunLock(self.path)
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS
 
     def teacher_file(self, name: str) -> Path:
         """Return where the weights of a frozen model are kept."""
@@ -78,10 +91,13 @@ class RunDirectory:
             CheckpointError: if `run.json` is absent or damaged.
         """
         content = self._read_json()
-        try:
-            return Description(**{field.name: content[field.name] for field in fields(Description)})
-        except KeyError as error:
-            raise CheckpointError(f"{self._file}: has no entry {error}") from error
+        kinds = {"method": str, **dict.fromkeys(("recipe", "model", "data", "teachers"), dict)}
+        for name, kind in kinds.items():
+            if not isinstance(content.get(name), kind):
+                raise CheckpointError(
+                    f"{self._file}: its entry {name!r} must be a {kind.__name__}, got {content.get(name)!r}"
+                )
+        return Description(**{field.name: content[field.name] for field in fields(Description)})
 
     def source(self) -> tuple[str | None, str | None]:
         """Return name and folder of the data set; None for what was not given by name.
@@ -90,25 +106,32 @@ class RunDirectory:
             CheckpointError: if `run.json` is absent or damaged.
         """
         source = self._read_json().get("source", {})
+        if not isinstance(source, dict) or any(
+            not isinstance(source.get(name), str | None) for name in ("dataset", "root")
+        ):
+            raise CheckpointError(
+                f"{self._file}: its entry 'source' must hold names, got {source!r}"
+            )
         return source.get("dataset"), source.get("root")
 
     def launch(self) -> str | None:
         """Return the torchrun job that began the run or went on with it last, None if there is none."""
         return self._read_json().get("launch") if self.exists else None
 
+    def identity(self) -> str | None:
+        """Return what tells this run from all others, and stands in its checkpoints.
+
+        None if there is no run, or it is from before runs had one.
+        """
+        return self._read_json().get("run") if self.exists else None
+
     def _read_json(self) -> dict[str, Any]:
         try:
-            content = json.loads(self._file.read_text(encoding="utf-8"))
+            return read_sealed(self._file)
         except OSError as error:
             raise CheckpointError(
                 f"{self._file}: {error.strerror}; there is no run here"
             ) from error
-        except ValueError as error:
-            raise CheckpointError(f"{self._file}: not valid JSON ({error})") from error
-        version = content.get("format") if isinstance(content, dict) else None
-        if version != _FORMAT:
-            raise CheckpointError(f"{self._file}: format must be {_FORMAT}, got {version!r}")
-        return content
 
     def check_free(self, resume: bool, overwrite: bool) -> None:
         """Check that a run may start or go on here, before anything is written.
@@ -145,23 +168,31 @@ class RunDirectory:
                 f"{'; '.join(changed)}. Ask for changes to be allowed, or choose another directory"
             )
 
+    def take(self) -> None:
+        """Make the directory, take its lock, and delete what a killed process has left half written.
+
+        Raises:
+            RunInUseError: if another process holds the lock.
+            OSError: if the directory cannot be written; the message names it.
+        """
+        with naming(f"run_dir {self.path}"):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.lock.take()
+        remove_leftovers(self.path)
+        remove_unfinished(self.checkpoints)
+
     def begin(self, description: Description, facts: Mapping[str, Any]) -> None:
-        """Make the directory and write `run.json`.
+        """Write `run.json`.
 
         Args:
             description: what the run is.
             facts: what else is worth recording.
 
         Raises:
-            OSError: if the directory cannot be written; the message names it.
+            OSError: if it cannot be written; the message names it.
         """
-        content = {"format": _FORMAT, **asdict(description), **facts}
-        try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._file, json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            reason = error.strerror or error
-            raise type(error)(f"run_dir {self.path} cannot be written: {reason}") from error
+        identity = self.identity() or uuid.uuid4().hex
+        write_atomically(self._file, sealed_json({"run": identity, **asdict(description), **facts}))
 
     def save_teacher(self, name: str, teacher: nn.Module) -> None:
         """Keep a frozen model's weights, so that the run can be resumed without their source."""
@@ -170,7 +201,9 @@ class RunDirectory:
         state = {
             key: value.cpu().contiguous().clone() for key, value in teacher.state_dict().items()
         }
-        write_atomically(self.teacher_file(name), save(state, metadata={"format": "pt"}))
+        form = form_of(teacher)
+        metadata = {"format": "pt"} | ({} if form is None else {"form": form})
+        write_atomically(self.teacher_file(name), save(state, metadata=metadata))
 
     def clear(self) -> None:
         """Delete what a run leaves; anything else in the directory stays."""
@@ -178,7 +211,9 @@ class RunDirectory:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         names = ["metrics.jsonl", "summary.csv", "eval.json"]
-        names += [f"{name}.safetensors" for name in self.read().teachers]
+        with suppress(CheckpointError):  # a damaged run can be overwritten, too
+            # Names in a run from elsewhere could lead out of its directory.
+            names += [f"{name}.safetensors" for name in self.read().teachers if name.isidentifier()]
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         for file in self.path.glob("nonfinite_step_*.pt"):
@@ -187,7 +222,7 @@ class RunDirectory:
 
     @property
     def _file(self) -> Path:
-        return self.path / "run.json"
+        return self.path / RUN_FILE
 
     @property
     def _log(self) -> Path:

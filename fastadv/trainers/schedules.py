@@ -7,11 +7,20 @@ import bisect
 import math
 from dataclasses import dataclass
 
+from fastadv.fields import check_fields
+from fastadv.ops.values import check_finite_at_least_zero
 from fastadv.trainers.number import Number
 
 
 class Schedule(abc.ABC):
-    """A factor on the recipe's learning rate."""
+    """A factor on the recipe's learning rate; of a dataclass the fields are checked, its numbers being >= 0."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, value in vars(self).items():
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, float):
+                    check_finite_at_least_zero(name, part)
 
     @abc.abstractmethod
     def factor(self, epoch: float, epochs: int) -> float:
@@ -21,6 +30,15 @@ class Schedule(abc.ABC):
             epoch: epochs done so far, counted from 0; 2.5 is the middle of the third epoch.
             epochs: epochs of the whole run.
         """
+
+    def momentum(self, epoch: float, epochs: int) -> float | None:
+        """Return the momentum at one step; None where the schedule leaves it to the recipe.
+
+        Args:
+            epoch: as in `factor`.
+            epochs: as there.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Step(Schedule):
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.every < 1:
             raise ValueError(f"every must be >= 1 epoch, got {self.every}")
 
@@ -58,19 +77,21 @@ class MultiStep(Schedule):
     """Multiply by gamma after each milestone.
 
     Attributes:
-        milestones: epochs after which the rate drops, ascending; 75 means from the 76th epoch on.
+        milestones: epochs after which the rate drops, ascending; 75 means from the 76th epoch on, 12.5 from the
+            middle of the 13th.
         gamma: factor of each drop.
     """
 
-    milestones: tuple[int, ...] = (75, 90)
+    milestones: tuple[int | Number, ...] = (75, 90)
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_ascending("milestones", self.milestones)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return gamma to the number of milestones passed."""
-        return self.gamma ** bisect.bisect_right(self.milestones, int(epoch))
+        return self.gamma ** bisect.bisect_right(self.milestones, epoch)
 
 
 @dataclass(frozen=True)
@@ -86,6 +107,7 @@ class Piecewise(Schedule):
     factors: tuple[Number, ...] = (1.0,)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_ascending("starts", self.starts)
         if not self.starts or self.starts[0] != 0:
             raise ValueError(f"starts must begin with epoch 0, got {self.starts}")
@@ -120,51 +142,94 @@ class Cosine(Schedule):
 class Cyclic(Schedule):
     """One triangle, step by step: from 0 up to the recipe's rate and down to 0.
 
+    Source: Smith 2017, in the form that torch's CyclicLR has, whose names for the momentum these are.
+
     Attributes:
         peak: where the top is, as a part of the run, between 0 and 1.
+        base_momentum: momentum at the top of the rate; None leaves the momentum as the recipe has it.
+        max_momentum: momentum at both ends; set it together with base_momentum.
     """
 
     peak: Number = 0.4
+    base_momentum: Number | None = None
+    max_momentum: Number | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.peak < 1:
-            raise ValueError(f"peak must lie between 0 and 1, got {self.peak}")
+        super().__post_init__()
+        _check_peak(self.peak)
+        _check_momenta(self.base_momentum, self.max_momentum)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return the factor of this very step."""
         done = epoch / epochs
         return done / self.peak if done < self.peak else max(0.0, (1 - done) / (1 - self.peak))
 
+    def momentum(self, epoch: float, epochs: int) -> float | None:
+        """Return the momentum of this very step, which falls while the rate rises."""
+        return _lowered(self.base_momentum, self.max_momentum, self.factor(epoch, epochs))
+
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
     """Half a cosine up to the recipe's rate and half a cosine down, step by step.
 
-    Source: Smith and Topin 2018, in the form that torch's scheduler of that name has; the momentum stays as it is.
+    Source: Smith and Topin 2018, in the form that torch's OneCycleLR has, whose names for the momentum these are.
 
     Attributes:
         peak: where the top is, as a part of the run, between 0 and 1.
         start: factor at the beginning.
         floor: factor at the end.
+        base_momentum: momentum at the top of the rate; None leaves the momentum as the recipe has it.
+        max_momentum: momentum at both ends; set it together with base_momentum.
     """
 
     peak: Number = 0.3
     start: Number = 1 / 25
     floor: Number = 1 / 250_000
+    base_momentum: Number | None = None
+    max_momentum: Number | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.peak < 1:
-            raise ValueError(f"peak must lie between 0 and 1, got {self.peak}")
+        super().__post_init__()
+        _check_peak(self.peak)
+        _check_momenta(self.base_momentum, self.max_momentum)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return the factor of this very step."""
-        done = min(epoch / epochs, 1.0)
-        rising = done < self.peak
-        low = self.start if rising else self.floor
-        way = done / self.peak if rising else (1 - done) / (1 - self.peak)
-        return low + (1 - low) * (1 - math.cos(math.pi * way)) / 2
+        low = self.start if epoch / epochs < self.peak else self.floor
+        return low + (1 - low) * self._height(epoch / epochs)
+
+    def momentum(self, epoch: float, epochs: int) -> float | None:
+        """Return the momentum of this very step, which falls while the rate rises."""
+        return _lowered(self.base_momentum, self.max_momentum, self._height(epoch / epochs))
+
+    def _height(self, done: float) -> float:
+        """How far up the top the curve is after a part of the run, from 0 at both ends to 1."""
+        done = min(done, 1.0)
+        way = done / self.peak if done < self.peak else (1 - done) / (1 - self.peak)
+        return (1 - math.cos(math.pi * way)) / 2
 
 
-def _check_ascending(name: str, values: tuple[int, ...]) -> None:
+def _check_peak(peak: float) -> None:
+    if not 0 < peak < 1:
+        raise ValueError(f"peak must lie between 0 and 1, got {peak}")
+
+
+def _check_momenta(base: float | None, largest: float | None) -> None:
+    if base is None and largest is None:
+        return
+    if base is None or largest is None or not 0 <= base <= largest < 1:
+        raise ValueError(
+            "base_momentum and max_momentum must both be None, or 0 <= base_momentum <= max_momentum < 1, "
+            f"got {base} and {largest}"
+        )
+
+
+def _lowered(base: float | None, largest: float | None, height: float) -> float | None:
+    """The momentum at a height of the learning rate's curve, None where it is not cycled."""
+    return None if base is None or largest is None else largest - (largest - base) * height
+
+
+def _check_ascending(name: str, values: tuple[float, ...]) -> None:
     if list(values) != sorted(set(values)) or any(value < 0 for value in values):
         raise ValueError(f"{name} must be ascending epochs >= 0, got {values}")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -25,15 +25,16 @@ from fastadv.data import (
     split_validation,
     subset,
 )
-from fastadv.files import remove_leftovers
 from fastadv.interruption import stopped_by_signals
-from fastadv.models import create_model
-from fastadv.ops.checks import check_bool
+from fastadv.models import create_model, form_of, usual_form
+from fastadv.ops.values import check_bool
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
     LATEST,
+    STATE_FILE,
     Checkpoint,
+    CheckpointError,
     checkpoint_name,
     checkpoints_in,
     find_checkpoint,
@@ -41,6 +42,7 @@ from fastadv.trainers.checkpoint import (
 )
 from fastadv.trainers.distributed import (
     Ranks,
+    is_first,
     joined_ranks,
     launch,
     own_device,
@@ -57,18 +59,17 @@ from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe, as_plain
 from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
-from fastadv.trainers.weights import WeightSource, load_teacher
+from fastadv.trainers.teachers import (
+    Architectures,
+    Likes,
+    Teachers,
+    by_name,
+    named_model,
+    teachers_like,
+)
+from fastadv.trainers.weights import load_teacher
 
 Images: TypeAlias = ImageData | StreamedData
-Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
-
-
-_WRITTEN_WHOLE = (
-    "run.json",
-    "config.yaml",
-    "metrics.jsonl",
-    "summary.csv",
-)  # by way of another name
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def train(
     root: str | Path | None = None,
     extra: ImageData | None = None,
     teacher: Teachers = None,
+    teacher_model: Architectures = None,
     resume: bool | str = False,
     overwrite: bool = False,
     allow_changes: bool = False,
@@ -131,6 +133,9 @@ def train(
         teacher: for methods with a frozen model (ARREST's standard model): a run or checkpoint
             directory, a file with a state dict, or a module; with several (AFS's extractors), a mapping
             by name or a list in their order. A resumed run has its own copy.
+        teacher_model: networks of the teachers, names for `create_model`: one for all of them, a mapping by name
+            or a list in their order. By default teachers are of the model's own kind, or what their runs say. A
+            file with a state dict that several networks take must have one.
         resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
             the name of a checkpoint.
         overwrite: delete a run that is in `run_dir` and start again.
@@ -148,6 +153,7 @@ def train(
         ValueError: for arguments out of range, or a run that does not fit the arguments.
         TypeError: for arguments of a wrong kind.
         FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
+        RunInUseError: if another process trains in `run_dir`; the message says which.
         OSError: if `run_dir` cannot be written.
         ImportError: if TensorBoard is asked for and not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
@@ -176,19 +182,25 @@ def train(
     run.check_free(bool(resume), overwrite)
     if isinstance(resume, str) and not run.exists:
         raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")
+    if is_first():
+        run.lock.check()
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
     aside = "stopped between steps; resuming goes on from the last checkpoint, or begins anew"
     with (
         stopped_by_signals(aside),
+        run.lock,
         joined_ranks(where, settings.timeout) as ranks,
         _run_environment(where),
     ):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
-        frozen = _build_teachers(method_class, recipe, teacher, run if resume else None, network)
+        likes = teachers_like(method_class, recipe, teacher_model, network, splits.train)
+        frozen = _build_teachers(method_class, likes, teacher, run if resume else None)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
-        runtime = Runtime(where, autocast_dtype(recipe.precision, where), PhaseTimer(where), ranks)
+        dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
+        builder = _model_builder(splits.train, recipe, where, ranks)
+        runtime = Runtime(where, dtype, timer, ranks, builder)
         trainer = method_class(
             recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
         )
@@ -211,8 +223,10 @@ def train(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
         start = _open_run(run, description, source, frozen, resume, overwrite, allow_changes, ranks)
+        if ranks.first:
+            loop.meta["run"] = run.identity()
         if start is not None:
-            loop.restore(start)
+            _restore(loop, start)
         if progress and ranks.first:
             print(announcement(loop, name), file=sys.stderr, flush=True)
         if on_start is not None and ranks.first:
@@ -264,21 +278,28 @@ def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Mod
     return create_model(model, data.num_classes, data.in_channels)
 
 
+def _model_builder(
+    data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
+) -> Callable[[str], nn.Module]:
+    """Return a function that makes further models by name, which are trained like the run's own."""
+
+    def build(name: str) -> nn.Module:
+        model = _on_device(named_model("natural", name, data), recipe, device)
+        return with_synced_norms(model, ranks) if recipe.sync_bn else model
+
+    return build
+
+
 def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     return model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def _build_teachers(
-    method: MethodClass,
-    recipe: Recipe,
-    given: Teachers,
-    resumed: RunDirectory | None,
-    network: nn.Module,
+    method: MethodClass, needed: Likes, given: Teachers, resumed: RunDirectory | None
 ) -> dict[str, nn.Module]:
     """Load the frozen models that the method needs, from where the caller says or from the run."""
-    needed = method.teachers_for(recipe, network)
-    sources = _by_name(given, list(needed))
+    sources = by_name(given, list(needed))
     unknown = sorted(sources.keys() - needed.keys())
     if unknown:
         takes = f"only {', '.join(needed)}" if needed else "no frozen model"
@@ -292,7 +313,7 @@ def _build_teachers(
                 "module of a trained model, got None"
             )
     try:
-        return {name: load_teacher(sources[name], like) for name, like in needed.items()}
+        return {name: load_teacher(sources[name], *like) for name, like in needed.items()}
     except ValueError as error:
         if given is not None or resumed is None:
             raise
@@ -301,27 +322,15 @@ def _build_teachers(
         ) from error
 
 
-def _by_name(given: Teachers, names: list[str]) -> dict[str, WeightSource]:
-    """What the caller gave, by name: a list goes with the names in their order, one alone with the first."""
-    if given is None:
-        return {}
-    if isinstance(given, Mapping):
-        return dict(given)
-    several = list(given) if isinstance(given, list | tuple) else [cast(WeightSource, given)]
-    more = (
-        [f"teacher_{i}" for i in range(len(names) + 1, len(several) + 1)] if names else ["teacher"]
-    )
-    return dict(zip(names + more, several, strict=False))
-
-
 def _describe_model(model: nn.Module, name: str | None, data: Images) -> dict[str, Any]:
-    return {
+    description = {
         "name": name,
         "class": type(model).__name__,
         "num_classes": data.num_classes,
         "in_channels": data.in_channels,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    return description if usual_form(model) else {**description, "form": form_of(model)}
 
 
 def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, Any]:
@@ -347,6 +356,9 @@ def _open_run(
     ranks: Ranks,
 ) -> Checkpoint | None:
     """Take possession of the run directory, and return the checkpoint to continue from, if any."""
+    if ranks.first:
+        run.take()
+        run.check_free(bool(resume), overwrite)  # once more, now that nobody else can write there
     start: Checkpoint | None = None
     clear = run.exists and overwrite
     if run.exists and not clear:
@@ -360,12 +372,25 @@ def _open_run(
         return start
     if clear:
         run.clear()
-    for file in _WRITTEN_WHOLE:
-        remove_leftovers(run.path / file)
     run.begin(description, {"source": dict(source), "versions": versions(), "launch": launch()})
     for name, teacher in teachers.items():
         run.save_teacher(name, teacher)
     return start
+
+
+def _restore(loop: Loop, start: Checkpoint) -> None:
+    """Go back to a checkpoint, whose state may be that of another version."""
+    try:
+        loop.restore(start)
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        writer = start.meta.get("versions", {}).get("fastadv", "of an unknown version")
+        raise CheckpointError(
+            f"{start.path / STATE_FILE}: its state, written by fastadv {writer}, is not one that fastadv "
+            f"{fastadv.__version__} can go on with ({type(error).__name__}: {error}). Go on with the version that "
+            "wrote it, or begin a new run"
+        ) from error
 
 
 def _build_loop(

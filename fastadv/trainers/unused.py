@@ -19,7 +19,8 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str = "paper") -
     Raises:
         ValueError: naming the first such field, and why it has no effect.
     """
-    default = method.recipe_class.preset(preset)
+    decided = {name: getattr(recipe, name) for name in method.recipe_class.deciding}
+    default = method.recipe_class.preset(preset, **decided)
     for name, reason in _without_effect(method.name, recipe).items():
         value = getattr(recipe, name, None)
         if value != getattr(default, name, None):
@@ -39,8 +40,8 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
     if method == "arrest":
         conditions += [
             (
-                value("distance") != "logits" or not value("distill"),
-                "without distance logits",
+                value("distance") != "logits_kl" or not value("distill"),
+                "without distance logits_kl",
                 ["temperature"],
             ),
             (not value("distill"), "with distill false", ["distance", "lam"]),

@@ -2,61 +2,143 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from fastadv import losses
+from fastadv.losses.common import Reduction, at_least_float32, reduced
 from fastadv.models import check_feature_split
-from fastadv.trainers.hat import helper_examples
+from fastadv.trainers.alp import AlpRecipe
+from fastadv.trainers.hat import HatRecipe, helper_examples
+from fastadv.trainers.mart import MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
-from fastadv.trainers.recipe import Recipe, check_field
+from fastadv.trainers.recipe import Recipe, check_field, follows_start, shared_numbers
+from fastadv.trainers.trades import TradesRecipe
 
-# The loss of each base, of clean logits, adversarial logits, labels and beta, and its own beta.
-_BASES = {
-    "alp": (losses.alp, 0.5),
-    "trades": (losses.trades, 6.0),
-    "mart": (losses.mart, 5.0),
-    "hat": (losses.trades, 2.5),
+
+def _alp(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    y: Tensor,
+    beta: float,
+    weight: float = 0.5,
+    *,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """CE(f(x)) + beta (CE(f(x')) + weight mean_k (f_k(x) - f_k(x'))^2)."""
+    apart = at_least_float32(clean_logits) - at_least_float32(adv_logits)
+    hard = losses.cross_entropy(adv_logits, y, reduction="none")
+    clean = losses.cross_entropy(clean_logits, y, reduction="none")
+    return reduced(clean + beta * (hard + weight * apart.square().mean(1)), reduction)
+
+
+def _mart(
+    clean_logits: Tensor,
+    adv_logits: Tensor,
+    y: Tensor,
+    beta: float,
+    weight: float = 5.0,
+    *,
+    code_constants: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """CE(f(x)) + beta MART(f(x), f(x')), in which the weight is that of the divergence."""
+    mart = losses.mart(
+        clean_logits, adv_logits, y, weight, code_constants=code_constants, reduction=reduction
+    )
+    return losses.cross_entropy(clean_logits, y, reduction=reduction) + beta * mart
+
+
+_Loss: TypeAlias = Callable[..., Tensor]
+# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta; and its own recipe.
+_BASES: dict[str, tuple[_Loss, type[PairRecipe]]] = {
+    "alp": (_alp, AlpRecipe),
+    "trades": (losses.trades, TradesRecipe),
+    "mart": (_mart, MartRecipe),
+    "hat": (losses.trades, HatRecipe),
 }
+# Where L_adv has two terms, the field of the base's recipe that weighs the second one; L_adv's beta is then 1.
+_INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
 
 
+@follows_start
 @dataclass(frozen=True, kw_only=True)
 class VfdRecipe(PairRecipe):
-    """Numbers of the paper, whose schedule is that of standard training.
+    """Numbers of the base's own recipe, whichever of them are not given: epochs, learning rate, radius and others.
+
+    So `fastadv train mart` and `fastadv train vfd --base mart` differ in the distillation and L_clean alone.
 
     Attributes:
         base: the method that is distilled into: "alp", "trades", "mart" or "hat".
-        beta: weight of the base's adversarial term, 1 to 6 in the paper on TRADES; by default that of the base's
-            own recipe: TRADES 6, MART 5, HAT 2.5, ALP's pairing .5.
+        beta: weight of the base's adversarial loss L_adv, 1 to 6 in the paper on TRADES; by default TRADES 6,
+            HAT 2.5, ALP and MART 1.
+        weight: inside L_adv, of ALP's pairing or MART's divergence; by default that of the base's own recipe: .5
+            and 5. The other bases have none.
+        code_constants: add the small constants of MART's code, with base "mart".
         lam: weight of the distillation, lambda; 0 to .04 in the paper.
         gamma: weight of the helper examples, with base "hat".
         reach: how far beyond x' they lie, in units of x' - x, with base "hat".
     """
 
-    eps: Number = 8 / 255
-    alpha: Number = 2 / 255
+    epochs: int = TradesRecipe.epochs  # the default base's; others' come by way of `start`
+    weight_decay: Number = TradesRecipe.weight_decay
     base: Literal["alp", "trades", "mart", "hat"] = "trades"
     beta: Number | None = None
+    weight: Number | None = None
+    code_constants: bool = False
     lam: Number = 0.02
     gamma: Number = 0.5
     reach: Number = 2.0
+
+    deciding: ClassVar[tuple[str, ...]] = ("base",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.base not in _BASES:
             raise ValueError(f"base must be one of {', '.join(_BASES)}, got {self.base!r}")
-        for name in ("base_weight", "lam", "gamma", "reach"):
+        if self.weight is not None and self.base not in _INNER_WEIGHTS:
+            raise ValueError(
+                f"weight must be None with base {self.base!r}, whose adversarial loss is one term, "
+                f"got {self.weight}"
+            )
+        if self.code_constants and self.base != "mart":
+            raise ValueError(f"code_constants must be False with base {self.base!r}, got True")
+        for name in ("base_weight", "inner_weight", "lam", "gamma", "reach"):
             check_field(self, name, at_least=0)
+
+    @classmethod
+    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the numbers of the base's recipe."""
+        base = given.get("base", cls.base)
+        if base not in _BASES:  # for the recipe itself to complain about
+            return {}
+        numbers = shared_numbers(_BASES[base][1](), cls, without=("beta", "weight"))
+        return {**numbers, **super().start(preset, given)}
 
     @property
     def base_weight(self) -> float:
         """Beta, of the base where the recipe leaves it open."""
-        return _BASES[self.base][1] if self.beta is None else self.beta
+        if self.beta is not None:
+            return self.beta
+        return 1.0 if self.base in _INNER_WEIGHTS else float(self._of_base("beta"))
+
+    @property
+    def inner_weight(self) -> float:
+        """The weight inside L_adv, of the base where the recipe leaves it open; 0 where there is none."""
+        if self.weight is not None:
+            return self.weight
+        return (
+            float(self._of_base(_INNER_WEIGHTS[self.base])) if self.base in _INNER_WEIGHTS else 0.0
+        )
+
+    def _of_base(self, name: str) -> Any:
+        return getattr(_BASES[self.base][1], name)
 
 
 @dataclass(frozen=True)
@@ -75,11 +157,14 @@ class Guided(Attacked):
 
 
 class Vfd(PairMethod[VfdRecipe]):
-    """VFD-Adv: a base method's loss and lam (||h(x') - h_v(x)|| + ||h(x) - h_v(x)||), h_v a frozen standard model.
+    """VFD-Adv: CE(f(x)) + beta L_adv + lam (||h(x') - h_v(x)|| + ||h(x) - h_v(x)||), h_v a frozen standard model.
 
-    Source: the VFD-Adv paper, equation 5; no code of its authors is known. What it leaves open: features are the
-    map before pooling, training starts from fresh weights, the attack is the base's, and every base passes clean
-    and adversarial images one after the other.
+    L_adv is the adversarial part of a base's loss: KL(f(x) || f(x')) of TRADES and HAT, which keeps its helper
+    examples beside; CE(f(x')) and .5 times the pairing of ALP; all of MART's loss.
+
+    Source: the VFD-Adv paper, equations 5 and 6 and algorithm 1; no code of its authors is known. What it leaves
+    open: which part of ALP and MART is L_adv; features are the map before pooling, training starts from fresh
+    weights, the attack is the base's, and every base passes clean and adversarial images one after the other.
 
     Cost per batch: the base's, and 1F of the vanilla model. Running statistics move as often as the base's.
     """
@@ -111,12 +196,18 @@ class Vfd(PairMethod[VfdRecipe]):
             return Guided(x, features, *helper_examples(vanilla, batch.x, x, self.recipe.reach))
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
-        """Return the base's loss without helper examples."""
-        base, _ = _BASES[self.recipe.base]
-        return base(clean_logits, adv_logits, y, self.recipe.base_weight, reduction="none")
+        """Return L_clean + beta L_adv without helper examples."""
+        recipe = self.recipe
+        options: dict[str, Any] = {"reduction": "none"}
+        if recipe.base in _INNER_WEIGHTS:
+            options["weight"] = recipe.inner_weight
+        if recipe.code_constants:
+            options["code_constants"] = True
+        loss, _ = _BASES[recipe.base]
+        return loss(clean_logits, adv_logits, y, recipe.base_weight, **options)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
-        """Return the base's loss and the distillation."""
+        """Return equation 6: the losses of clean and adversarial images, and the distillation."""
         assert isinstance(adv, Guided)
         clean_features, clean_logits = self.features_and_logits(batch.x)
         adv_features, adv_logits = self.features_and_logits(adv.x)

@@ -1,0 +1,219 @@
+"""What makes an attack's settings its attributes, and answers arguments and attributes that it does not have.
+
+``attack.eps = 4 / 255`` changes the settings, with all of their checks, from the next call on. A name that is no
+setting is refused, in construction and in assignment, with the one that was probably meant.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABCMeta
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
+
+from fastadv.ops.values import closest
+
+if TYPE_CHECKING:
+    from fastadv.attacks.attack import Attack
+
+T = TypeVar("T")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# What other libraries call these arguments.
+SYNONYMS = {
+    **dict.fromkeys(("epsilon", "epsilons", "radius", "max_eps"), "eps"),
+    **dict.fromkeys(("step_size", "eps_iter", "eps_step", "rel_stepsize", "stepsize"), "alpha"),
+    **dict.fromkeys(("num_steps", "n_iter", "nb_iter", "iterations", "max_iter", "iters"), "steps"),
+    **dict.fromkeys(("rand_init", "random_init", "rand", "random"), "random_start"),
+    **dict.fromkeys(("n_restarts", "num_restarts", "num_random_init"), "restarts"),
+    **dict.fromkeys(("clip_min", "clip_max", "clip_values", "box", "image_range"), "bounds"),
+    **dict.fromkeys(("loss_fn", "criterion", "loss_type"), "loss"),
+    **dict.fromkeys(("ord", "order", "p", "Lp"), "norm"),
+    **dict.fromkeys(("mu", "decay_factor", "momentum_decay"), "decay"),
+    **dict.fromkeys(("confidence", "conf"), "kappa"),
+    **dict.fromkeys(("initial_const", "const"), "c"),
+    **dict.fromkeys(("learning_rate", "step_lr"), "lr"),
+    **dict.fromkeys(("binary_search_steps", "binary_steps"), "search_steps"),
+    **dict.fromkeys(("n_target_classes", "num_target_classes"), "target_classes"),
+    **dict.fromkeys(("dtype", "amp", "autocast"), "precision"),
+}
+
+
+class Setting(Generic[T]):
+    """A field of an attack's settings as an attribute of the attack."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+        self.__doc__ = f"The attack's setting {name}."
+
+    @overload
+    def __get__(self, attack: None, owner: type) -> Setting[T]: ...
+    @overload
+    def __get__(self, attack: Attack, owner: type) -> T: ...
+    def __get__(self, attack: Attack | None, owner: type) -> Setting[T] | T:
+        return self if attack is None else cast(T, getattr(attack.settings, self._name))
+
+    def __set__(self, attack: Attack, value: T) -> None:
+        settings = attack.settings
+        if self._name not in {field.name for field in fields(settings) if field.init}:
+            raise AttributeError(
+                f"{self._name} of {type(attack).__name__} cannot be set: it is fixed or follows from "
+                "other settings"
+            )
+        changes: dict[str, Any] = {self._name: value}
+        attack.settings = replace(settings, **changes)
+
+
+class Checked(Generic[T]):
+    """An attribute of an attack whose values go through a check.
+
+    Args:
+        check: takes what is set and returns what is to be kept.
+    """
+
+    def __init__(self, check: Callable[[Any], T]) -> None:
+        self._check = check
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, attack: None, owner: type) -> Checked[T]: ...
+    @overload
+    def __get__(self, attack: Attack, owner: type) -> T: ...
+    def __get__(self, attack: Attack | None, owner: type) -> Checked[T] | T:
+        if attack is None:
+            return self
+        try:
+            return cast(T, vars(attack)[self._name])
+        except KeyError:
+            raise AttributeError(self._name) from None
+
+    def __set__(self, attack: Attack, value: T) -> None:
+        vars(attack)[self._name] = self._check(value)
+
+
+class AttackType(ABCMeta):
+    """The type of the attack classes: looks at the arguments' names before an attack is made."""
+
+    def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
+        """Make an attack.
+
+        Raises:
+            TypeError: an argument that it does not have, or too many without names.
+        """
+        check_arguments(cls, len(args), kwargs)
+        made: T = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        vars(made)["_made"] = True
+        return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, which the call above would hide from ``help`` and editors."""
+        return signature_of(cls)
+
+
+class Configured(metaclass=AttackType):
+    """Base of the attacks: refuses attributes that it does not know, and shows its settings."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if vars(self).get("_made", False) and not _is_known(self, name):
+            raise AttributeError(_unknown(type(self), "setting", name, _settings_of(type(self))))
+        super().__setattr__(name, value)
+
+    if not TYPE_CHECKING:  # type checkers are to know the attributes by name
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(_unknown(type(self), "attribute", name, _settings_of(type(self))))
+
+    def __repr__(self) -> str:
+        """The attack as the call that makes it, the model by its class."""
+        shown = [
+            f"{name}={getattr(self, name)!r}"
+            for name in _settings_of(type(self))
+            if hasattr(self, name)
+        ]
+        model = vars(self).get("model")
+        name = type(model).__name__ if hasattr(model, "state_dict") else repr(model)
+        return f"{type(self).__name__}({', '.join((name, *shown))})"
+
+
+def signature_of(kind: type) -> inspect.Signature:
+    """A class's constructor as it is called."""
+    signature = inspect.signature(kind.__init__)  # type: ignore[misc]
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
+    """Refuse arguments that an attack does not have.
+
+    Raises:
+        TypeError: naming the first one, and what was probably meant.
+    """
+    parameters = signature_of(kind).parameters.values()
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        known = [p.name for p in parameters]
+        for name in named:
+            if name not in known:
+                raise TypeError(_unknown(kind, "argument", name, known))
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return
+    ordered = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if positional > len(ordered):
+        others = ", ".join(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+        raise TypeError(
+            f"{kind.__name__} takes {len(ordered)} without a name ({', '.join(ordered)}), got {positional}; "
+            f"the others are given by name: {others}"
+        )
+
+
+def names_checked(function: Function) -> Function:
+    """Let a function answer a keyword that it does not have with the one that was probably meant."""
+    known = list(inspect.signature(function).parameters)
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for name in kwargs:
+            if name not in known:
+                raise TypeError(
+                    f"{function.__name__} has no argument {name!r}{closest(name, known, SYNONYMS)}"
+                )
+        return function(*args, **kwargs)
+
+    return cast(Function, checked)
+
+
+@cache
+def _settings_of(kind: type) -> tuple[str, ...]:
+    """The arguments of an attack but for the model."""
+    return tuple(name for name in signature_of(kind).parameters if name != "model")
+
+
+def _is_known(attack: Configured, name: str) -> bool:
+    """Whether an attribute is private, there already, or declared by a class."""
+    kinds = type(attack).__mro__
+    return (
+        name.startswith("_")
+        or name in vars(attack)
+        or any(name in vars(kind) or name in inspect.get_annotations(kind) for kind in kinds)
+    )
+
+
+def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
+    others = [k.__name__ for k in _attacks(Configured) if name in _settings_of(k)]
+    if others:
+        hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} one"
+    else:
+        hint = closest(name, known, SYNONYMS)
+    return f"{kind.__name__} has no {role} {name!r}{hint}"
+
+
+def _attacks(kind: type) -> list[type]:
+    """The attacks of this package that a caller can make."""
+    found: list[type] = []
+    children: list[type] = kind.__subclasses__()
+    for child in children:
+        found += [child, *_attacks(child)]
+    return [k for k in found if k.__module__.startswith("fastadv.") and not inspect.isabstract(k)]

@@ -1,0 +1,404 @@
+"""Pickles of plain values and numeric arrays, read without pickle's own machine and without numpy's constructors.
+
+A pickle is a program. The standard library calls whatever it names, and even the few functions of numpy that an
+array's pickle needs follow pointers when they are called with an object dtype, with strides or with a state of the
+file's choosing. So the few instructions that honest files of images consist of are interpreted here: they put
+together numbers, text, tuples, lists, dicts and descriptions of arrays, which are checked before an array is made.
+"""
+
+from __future__ import annotations
+
+import codecs
+import math
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_DTYPE = re.compile(r"[<>|=]?([biuf])([1248])")
+_MOST_DIMENSIONS = 8
+_LONGEST_NUMBER = 32  # bytes or digits
+_LONGEST_REASON = 200  # characters: a file's text may be long
+
+_MULTIARRAY = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+}
+_FROM_BUFFER = {("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")}
+_NDARRAY, _DTYPE_CLASS = ("numpy", "ndarray"), ("numpy", "dtype")
+_ENCODE = ("_codecs", "encode")  # how Python 3 writes bytes for Python 2
+_BYTES = ("__builtin__", "bytes")  # without arguments: how it writes bytes that are empty
+_NAMES = {*_MULTIARRAY, *_FROM_BUFFER, _NDARRAY, _DTYPE_CLASS, _ENCODE, _BYTES}
+
+
+class PickleContentError(ValueError):
+    """The pickle is damaged, or wants what no file of plain values and numeric arrays needs."""
+
+
+def read_arrays(content: bytes) -> Any:
+    """Read a pickle of plain values and numeric arrays, of any protocol.
+
+    Args:
+        content: the pickle.
+
+    Returns:
+        Its value. Arrays that are values of an outermost dict are numpy arrays, read-only. Text that Python 2
+        wrote is bytes.
+
+    Raises:
+        PickleContentError: if it is damaged, or holds anything else; the message says what.
+    """
+    try:
+        value = _Machine(content).run()
+        if isinstance(value, dict):
+            return {k: v.array() if isinstance(v, _Array) else v for k, v in value.items()}
+        return value
+    except PickleContentError as error:
+        raise PickleContentError(str(error)[:_LONGEST_REASON]) from None
+    except Exception as error:  # a damaged program can go wrong at any instruction
+        reason = f"it is damaged: {type(error).__name__}: {error}"
+        raise PickleContentError(reason[:_LONGEST_REASON]) from error
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A name of the file that is known here; what bears it is neither looked up nor called."""
+
+    full: tuple[str, str]
+
+
+@dataclass(eq=False)
+class _DType:
+    """What a file says of an array's elements."""
+
+    text: str
+    order: str = "="
+
+    def build(self, state: Any) -> None:
+        """Take in the state that numpy writes for a number's dtype, which only adds the byte order."""
+        version, order, *rest = state
+        if version != 3 or rest != [None, None, None, -1, -1, 0]:
+            raise PickleContentError("it has a dtype with fields, subarrays or sizes of its own")
+        order = _text(order)
+        if order not in ("<", ">", "=", "|"):
+            raise PickleContentError(f"it has a dtype with the byte order {order!r}")
+        self.order = "=" if order == "|" else order
+
+    def dtype(self) -> np.dtype[Any]:
+        """Return the dtype, which is of a plain number."""
+        found = _DTYPE.fullmatch(self.text)
+        if found is None:
+            raise PickleContentError(
+                f"it has an array of dtype {self.text!r}, not of plain numbers"
+            )
+        kind = "".join(found.groups())
+        order = self.text[0] if self.text[0] in "<>" else self.order
+        return np.dtype(order + kind)  # raises for kinds that are not, such as f1
+
+
+@dataclass(eq=False)
+class _Array:
+    """What a file says of an array."""
+
+    dtype: _DType | None = None
+    shape: tuple[int, ...] = ()
+    order: str = "C"
+    raw: bytes = b""
+
+    def build(self, state: Any) -> None:
+        """Take in the state that numpy writes for an array."""
+        _, self.shape, dtype, fortran, raw = state
+        self.order = "F" if fortran else "C"
+        self._fill(dtype, raw)
+
+    def _fill(self, dtype: Any, raw: Any) -> None:
+        if not isinstance(dtype, _DType) or not isinstance(raw, bytes | bytearray):
+            raise PickleContentError("it has an array whose values are not plain numbers")
+        self.dtype, self.raw = dtype, bytes(raw)
+
+    @classmethod
+    def from_buffer(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+        """Return the array that protocol 5 describes."""
+        made = cls(shape=shape, order=_text(order))
+        made._fill(dtype, raw)
+        return made
+
+    def array(self) -> NDArray[Any]:
+        """Make the array, after checking that its bytes are as many as its shape says."""
+        if self.dtype is None:
+            raise PickleContentError("it has an array without content")
+        dtype, shape = self.dtype.dtype(), self.shape
+        if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS or self.order not in "CF":
+            raise PickleContentError("it has an array of a shape or order that is none")
+        if any(type(length) is not int or length < 0 for length in shape):
+            raise PickleContentError(f"it has an array of shape {shape}")
+        size = math.prod(shape) * dtype.itemsize
+        if len(self.raw) != size:
+            raise PickleContentError(
+                f"it has an array {dtype}{list(shape)} of {size:,} bytes with {len(self.raw):,} bytes"
+            )
+        if size == 0:
+            return np.empty(shape, dtype)
+        return np.frombuffer(self.raw, dtype).reshape(
+            shape, order="F" if self.order == "F" else "C"
+        )
+
+
+class _Machine:
+    """Runs the instructions of one pickle.
+
+    Args:
+        content: the pickle.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+        self._at = 0
+        self._stack: list[Any] = []
+        self._below: list[list[Any]] = []  # the stacks below the marks
+        self._memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        """Return the value that the pickle ends with."""
+        while True:
+            at, code = self._at, self.take(1)
+            if code == pickle.STOP:
+                if len(self._stack) != 1 or self._below:
+                    raise PickleContentError(f"it ends in the middle of a value, at byte {at}")
+                return self._stack[0]
+            step = _STEPS.get(code)
+            if step is None:
+                raise PickleContentError(
+                    f"its instruction {code!r} at byte {at} is of no use in such a file"
+                )
+            step(self)
+
+    def take(self, count: int) -> bytes:
+        """Return the next bytes."""
+        if count < 0 or count > len(self._content) - self._at:
+            raise PickleContentError(f"it ends too early: {count} bytes are wanted at {self._at}")
+        self._at += count
+        return self._content[self._at - count : self._at]
+
+    def skip(self, count: int) -> None:
+        """Pass over bytes that say nothing of the value."""
+        self.take(count)
+
+    def line(self) -> bytes:
+        """Return the rest of a line without its end."""
+        end = self._content.find(b"\n", self._at)
+        if end < 0:
+            raise PickleContentError("it ends in the middle of a line")
+        start, self._at = self._at, end + 1
+        return self._content[start:end]
+
+    def number(self, form: str) -> int:
+        """Return the next integer, in a form of `struct`."""
+        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
+
+    def push(self, value: Any) -> None:
+        """Put a value on the stack."""
+        self._stack.append(value)
+
+    def mark(self) -> None:
+        """Begin a stack of its own for the parts of a value."""
+        self._below.append(self._stack)
+        self._stack = []
+
+    def since_mark(self) -> list[Any]:
+        """Return the values since the last mark, and go back to the stack below it."""
+        values, self._stack = self._stack, self._below.pop()
+        return values
+
+    def last(self, count: int) -> tuple[Any, ...]:
+        """Take so many values from the stack."""
+        if count > len(self._stack):
+            raise PickleContentError("it takes a value where there is none")
+        values = tuple(self._stack[-count:])
+        del self._stack[-count:]
+        return values
+
+    def remember(self, place: int) -> None:
+        """Keep the last value under a number."""
+        self._memo[place] = self._stack[-1]
+
+    def remember_next(self) -> None:
+        """Keep the last value under the next number."""
+        self.remember(len(self._memo))
+
+    def recall(self, place: int) -> None:
+        """Put a kept value on the stack."""
+        if place not in self._memo:
+            raise PickleContentError(f"it takes value {place}, which it has not kept")
+        self.push(self._memo[place])
+
+    def extend(self, values: list[Any]) -> None:
+        """Append to the list on the stack."""
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise PickleContentError(f"it appends to a {type(target).__name__}")
+        target.extend(values)
+
+    def update(self, entries: list[Any]) -> None:
+        """Put keys and values, one after the other, into the dict on the stack."""
+        target = self._stack[-1]
+        if type(target) is not dict:
+            raise PickleContentError(f"it sets entries of a {type(target).__name__}")
+        target.update(_dict_of(entries))
+
+    def name(self, module: Any, name: Any) -> None:
+        """Put a name on the stack, if it is one of those that arrays need."""
+        full = (_text(module), _text(name))
+        if full not in _NAMES:
+            raise PickleContentError(
+                f"it refers to {'.'.join(full)}, which such a file has no need of"
+            )
+        self.push(_Name(full))
+
+    def reduce(self) -> None:
+        """Replace a name and its arguments by what they stand for."""
+        name, arguments = self.last(2)
+        if not isinstance(name, _Name) or type(arguments) is not tuple:
+            raise PickleContentError("it calls what is no function")
+        self.push(_made(name.full, arguments))
+
+    def build(self) -> None:
+        """Give the last value its state."""
+        value, state = self.last(2)
+        if not isinstance(value, _DType | _Array) or type(state) is not tuple:
+            raise PickleContentError(f"it gives a {type(value).__name__} a state")
+        value.build(state)
+        self.push(value)
+
+
+def _made(name: tuple[str, str], arguments: tuple[Any, ...]) -> Any:
+    """What a name stands for with these arguments."""
+    if name in _MULTIARRAY:
+        kind, shape, code = arguments
+        if kind != _Name(_NDARRAY) or shape != (0,) or _text(code) != "b":
+            raise PickleContentError("it has an array that is not made as numpy makes one")
+        return _Array()
+    if name in _FROM_BUFFER:
+        return _Array.from_buffer(*arguments)
+    if name == _DTYPE_CLASS:
+        return _DType(_text(arguments[0]))  # the others are `align` and `copy`
+    if name == _ENCODE:
+        text, encoding = arguments
+        if encoding != "latin1" or not isinstance(text, str):
+            raise PickleContentError(f"it encodes text as {encoding!r}, only latin1 is in use")
+        return text.encode("latin1")
+    if name == _BYTES and not arguments:
+        return b""
+    raise PickleContentError(f"it calls {'.'.join(name)}, which no such file has need of")
+
+
+def _text(value: Any) -> str:
+    """Text, which Python 2 wrote as bytes."""
+    if isinstance(value, bytes):
+        return value.decode("ascii")
+    if not isinstance(value, str):
+        raise PickleContentError(f"it has a {type(value).__name__} where text belongs")
+    return value
+
+
+def _dict_of(entries: list[Any]) -> dict[Any, Any]:
+    keys, values = entries[::2], entries[1::2]
+    # A tuple that holds itself many times over would take forever to hash.
+    if any(type(key) not in (str, bytes, int) for key in keys):
+        raise PickleContentError("it has a dict with keys that are neither text nor integers")
+    return dict(zip(keys, values, strict=True))
+
+
+def _integer(line: bytes) -> int | bool:
+    """An integer in decimal digits, or a truth value, which the same instruction writes."""
+    if line in (b"00", b"01"):
+        return line == b"01"
+    return int(_short(line.rstrip(b"L")))
+
+
+def _quoted(line: bytes) -> bytes:
+    """The bytes of a Python 2 string literal."""
+    if len(line) < 2 or line[:1] not in (b"'", b'"') or line[-1:] != line[:1]:
+        raise PickleContentError("it has text without quotation marks")
+    return codecs.escape_decode(line[1:-1])[0]
+
+
+def _long(data: bytes) -> int:
+    return int.from_bytes(_short(data), "little", signed=True)
+
+
+def _short(number: bytes) -> bytes:
+    """A number as it is written, if it is of a size that labels may have."""
+    if len(number) > _LONGEST_NUMBER:
+        raise PickleContentError(f"it has a number of {len(number):,} bytes")
+    return number
+
+
+def _utf8(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
+
+
+_Step = Callable[[_Machine], None]
+_STEPS: dict[bytes, _Step] = {
+    # What frames the rest
+    pickle.PROTO: lambda m: m.skip(1),
+    pickle.FRAME: lambda m: m.skip(8),
+    pickle.MARK: _Machine.mark,
+    # Numbers
+    pickle.NONE: lambda m: m.push(None),
+    pickle.NEWTRUE: lambda m: m.push(True),
+    pickle.NEWFALSE: lambda m: m.push(False),
+    pickle.INT: lambda m: m.push(_integer(m.line())),
+    pickle.LONG: lambda m: m.push(_integer(m.line())),
+    pickle.BININT: lambda m: m.push(m.number("<i")),
+    pickle.BININT1: lambda m: m.push(m.number("<B")),
+    pickle.BININT2: lambda m: m.push(m.number("<H")),
+    pickle.LONG1: lambda m: m.push(_long(m.take(m.number("<B")))),
+    pickle.LONG4: lambda m: m.push(_long(m.take(m.number("<i")))),
+    pickle.FLOAT: lambda m: m.push(float(_short(m.line()))),
+    pickle.BINFLOAT: lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
+    # Text and bytes
+    pickle.STRING: lambda m: m.push(_quoted(m.line())),
+    pickle.BINSTRING: lambda m: m.push(m.take(m.number("<i"))),
+    pickle.SHORT_BINSTRING: lambda m: m.push(m.take(m.number("<B"))),
+    pickle.UNICODE: lambda m: m.push(m.line().decode("raw-unicode-escape")),
+    pickle.BINUNICODE: lambda m: m.push(_utf8(m.take(m.number("<I")))),
+    pickle.SHORT_BINUNICODE: lambda m: m.push(_utf8(m.take(m.number("<B")))),
+    pickle.BINUNICODE8: lambda m: m.push(_utf8(m.take(m.number("<Q")))),
+    pickle.BINBYTES: lambda m: m.push(m.take(m.number("<I"))),
+    pickle.SHORT_BINBYTES: lambda m: m.push(m.take(m.number("<B"))),
+    pickle.BINBYTES8: lambda m: m.push(m.take(m.number("<Q"))),
+    pickle.BYTEARRAY8: lambda m: m.push(m.take(m.number("<Q"))),
+    # Tuples, lists and dicts
+    pickle.EMPTY_TUPLE: lambda m: m.push(()),
+    pickle.TUPLE: lambda m: m.push(tuple(m.since_mark())),
+    pickle.TUPLE1: lambda m: m.push(m.last(1)),
+    pickle.TUPLE2: lambda m: m.push(m.last(2)),
+    pickle.TUPLE3: lambda m: m.push(m.last(3)),
+    pickle.EMPTY_LIST: lambda m: m.push([]),
+    pickle.LIST: lambda m: m.push(m.since_mark()),
+    pickle.APPEND: lambda m: m.extend(list(m.last(1))),
+    pickle.APPENDS: lambda m: m.extend(m.since_mark()),
+    pickle.EMPTY_DICT: lambda m: m.push({}),
+    pickle.DICT: lambda m: m.push(_dict_of(m.since_mark())),
+    pickle.SETITEM: lambda m: m.update(list(m.last(2))),
+    pickle.SETITEMS: lambda m: m.update(m.since_mark()),
+    # Values that occur several times
+    pickle.PUT: lambda m: m.remember(_integer(m.line())),
+    pickle.BINPUT: lambda m: m.remember(m.number("<B")),
+    pickle.LONG_BINPUT: lambda m: m.remember(m.number("<I")),
+    pickle.MEMOIZE: _Machine.remember_next,
+    pickle.GET: lambda m: m.recall(_integer(m.line())),
+    pickle.BINGET: lambda m: m.recall(m.number("<B")),
+    pickle.LONG_BINGET: lambda m: m.recall(m.number("<I")),
+    # Arrays
+    pickle.GLOBAL: lambda m: m.name(m.line(), m.line()),
+    pickle.STACK_GLOBAL: lambda m: m.name(*m.last(2)),
+    pickle.REDUCE: _Machine.reduce,
+    pickle.BUILD: _Machine.build,
+}

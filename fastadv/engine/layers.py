@@ -1,0 +1,206 @@
+"""The layers of an attack copy, made from a recorded call of a torch function and the weights it was given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.engine.packed_convolution import ConvShape, PackedConv2d
+
+_FEW_WEIGHTS = 2**16  # of a linear layer
+
+
+@dataclass(frozen=True)
+class NormTensors:
+    """The tensors and the epsilon of a BatchNorm in eval mode, [C] each."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The norm as ``x * scale + shift``, both [C]."""
+        scale = torch.rsqrt(self.var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -self.mean * scale
+        return scale, shift if self.bias is None else shift + self.bias
+
+
+class CopiedConv2d(nn.Module):
+    """A convolution with the BatchNorm behind it folded in: ``conv(x, w * s) + (b - mean) * s + beta``.
+
+    Args:
+        weight: the live filters [K, C / groups, h, w].
+        has_bias: whether there is a bias, or a norm to be folded.
+        shape: strides, padding, dilation and groups.
+        dtype: of the copy.
+    """
+
+    def __init__(
+        self, weight: Tensor, has_bias: bool, shape: ConvShape, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weight: Tensor
+        self.bias: Tensor | None
+        own = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last)
+        self.register_buffer("weight", own.detach(), persistent=False)
+        bias = torch.empty(weight.shape[0], dtype=dtype, device=weight.device)
+        self.register_buffer("bias", bias if has_bias else None, persistent=False)
+        self.packed: PackedConv2d | None = None
+
+    def pack(self) -> None:
+        """Keep the weights in the forms of our own kernels, as far as they serve."""
+        self.packed = PackedConv2d(self.shape, self.bias is not None, self.weight.device)
+        if self.packed.forward is not None and self.packed.backward is not None:
+            self.weight = self.weight.new_empty(0)  # `forward` would read weights gone stale
+
+    def refresh(self, weight: Tensor, bias: Tensor | None, norm: NormTensors | None) -> None:
+        """Copy the live weights."""
+        scale = None
+        if norm is not None:
+            scale, shift = norm.scale_and_shift()
+            bias = shift if bias is None else shift + bias * scale
+        if self.packed is not None:
+            self.packed.refresh(weight, scale, bias)
+        if self.weight.numel():
+            by_channel = None if scale is None else scale[:, None, None, None]
+            self.weight.copy_(weight if by_channel is None else weight * by_channel)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve in the copy's dtype."""
+        s, x = self.shape, x.to(self.weight.dtype)
+        return F.conv2d(x, self.weight, self.bias, s.stride, s.padding, s.dilation, s.groups)
+
+    def input_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """The gradient in ``x`` of a gradient at the result."""
+        return torch.ops.aten.convolution_backward(
+            gradient,
+            x.to(self.weight.dtype),
+            self.weight,
+            None,
+            self.shape.stride,
+            self.shape.padding,
+            self.shape.dilation,
+            False,
+            (0, 0),
+            self.shape.groups,
+            (True, False, False),
+        )[0]
+
+
+class CopiedScaleShift(nn.Module):
+    """BatchNorm of eval mode with no convolution before it, as in pre-activation nets: ``x * s + t``."""
+
+    def __init__(self, channels: int, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        self._dtype = dtype
+        kept = torch.promote_types(dtype, torch.float32)
+        for name in ("scale", "shift"):
+            values = torch.empty(channels, dtype=kept, device=device)
+            self.register_buffer(name, values, persistent=False)
+
+    def refresh(self, norm: NormTensors) -> None:
+        """Copy the live statistics and weights."""
+        scale, shift = norm.scale_and_shift()
+        self.scale.copy_(scale)
+        self.shift.copy_(shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        channels = (1, -1, *[1] * (x.dim() - 2))
+        scale, shift = (t.to(self._dtype).view(channels) for t in (self.scale, self.shift))
+        return torch.addcmul(shift, x.to(self._dtype), scale)
+
+
+class CopiedLinear(nn.Module):
+    """A linear layer."""
+
+    def __init__(self, weight: Tensor, has_bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.small = False
+        own = torch.empty_like(weight, dtype=dtype).detach()
+        self.register_buffer("weight", own, persistent=False)
+        bias = own.new_empty(weight.shape[0]) if has_bias else None
+        self.register_buffer("bias", bias, persistent=False)
+
+    def pack(self) -> None:
+        """Keep few weights in float32: narrow ones save less time than it takes to convert to and fro."""
+        self.small = self.weight.numel() <= _FEW_WEIGHTS
+        if self.small:
+            self.float()
+
+    def refresh(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Copy the live weights."""
+        self.weight.copy_(weight)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply in the dtype of the weights."""
+        return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class CopiedFunction(nn.Module):
+    """Any other layer: a torch function whose weights are kept, and whose images are cast, to the copy's dtype.
+
+    Args:
+        function: the function.
+        names: keyword of each weight, or its place among the positional arguments.
+        weights: the live weights.
+        dtype: of the copy.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        names: list[int | str],
+        weights: list[Tensor],
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self._function, self._names, self._dtype = function, names, dtype
+        for number, weight in enumerate(weights):
+            own = torch.empty_like(weight, dtype=_narrowed(weight, dtype)).detach()
+            self.register_buffer(f"weight{number}", own, persistent=False)
+
+    def refresh(self, *weights: Tensor) -> None:
+        """Copy the live weights."""
+        for number, weight in enumerate(weights):
+            self.get_buffer(f"weight{number}").copy_(weight)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function with the weights in their places."""
+        full = [_cast(a, self._dtype) for a in args]
+        named = {k: _cast(v, self._dtype) for k, v in kwargs.items()}
+        for number, name in enumerate(self._names):
+            weight = self.get_buffer(f"weight{number}")
+            if isinstance(name, int):
+                full[name] = weight
+            else:
+                named[name] = weight
+        return self._function(*full, **named)
+
+
+def _narrowed(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
+    return dtype if weight.is_floating_point() else weight.dtype
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.to(dtype)
+    return value

@@ -1,0 +1,142 @@
+"""Notice random numbers, from whatever generator: a model that draws them must be attacked as it is.
+
+Draws of torch's own functions are seen where they are called. So numbers which other threads draw meanwhile do not
+matter. Python's and numpy's generators, and those that a model owns, are seen by their state.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+_TRIES = (
+    3  # runs of the model after which a generator whose state always changes counts as the model's
+)
+# Functions of torch.nn.functional that draw inside, each with the argument that switches the drawing on.
+_SWITCHED = {
+    "dropout": ("training", 2, True),
+    "alpha_dropout": ("training", 2, False),
+    "feature_alpha_dropout": ("training", 2, False),
+    "dropout1d": ("training", 2, True),
+    "dropout2d": ("training", 2, True),
+    "dropout3d": ("training", 2, True),
+    "rrelu": ("training", 3, False),
+    "scaled_dot_product_attention": ("dropout_p", 4, 0.0),
+}
+_DRAWING = frozenset(("gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"))
+_NO_DRAW = frozenset(("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"))
+
+
+def draws(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of a torch function draws random numbers."""
+    if name in _SWITCHED:
+        keyword, place, default = _SWITCHED[name]
+        return bool(kwargs.get(keyword, args[place] if len(args) > place else default))
+    if name == "multi_head_attention_forward":
+        called = inspect.signature(function).bind(*args, **kwargs).arguments
+        return bool(called.get("training", True) and called.get("dropout_p", 0.0))
+    return name in _DRAWING or (name not in _NO_DRAW and _is_seeded(name))
+
+
+_seeded: dict[str, bool] = {}
+
+
+def _is_seeded(name: str) -> bool:
+    """Whether torch marks an operator of this name as drawing from a generator."""
+    known = _seeded.get(name)
+    if known is None:
+        packet: Any = getattr(torch.ops.aten, name, None)
+        is_operator = isinstance(packet, torch._ops.OpOverloadPacket)
+        overloads = [getattr(packet, o) for o in packet.overloads()] if is_operator else []
+        known = any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
+        _seeded[name] = known
+    return known
+
+
+def drawing_generator(model: nn.Module, run: Callable[[], object]) -> str | None:
+    """Which of numpy's or the model's own generators the model draws from; None if it draws from none of them.
+
+    Args:
+        model: the model, whose attributes are searched for generators.
+        run: runs the model once; called again only where a state has changed, which another thread can have done.
+    """
+    own = dict(_own_generators(model))
+    own[id(np.random)] = ("numpy's generator", _numpy_state)
+    own[id(random)] = ("Python's generator", random.getstate)
+    suspects = set(own)
+    for _ in range(_TRIES):
+        before = {key: own[key][1]() for key in suspects}
+        run()
+        suspects = {key for key in suspects if own[key][1]() != before[key]}
+        if not suspects:
+            return None
+    return own[min(suspects)][0]
+
+
+def _numpy_state() -> bytes:
+    state: Any = np.random.get_state()
+    return state[1].tobytes() + repr(state[2:]).encode()
+
+
+Generator = tuple[str, Callable[[], Any]]  # its name, and a function that reads its state
+
+
+def _own_generators(model: nn.Module) -> Iterator[tuple[int, Generator]]:
+    """Generators that the modules hold, their configuration objects included, or that their code names."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, value in vars(module).items():
+            yield from _generators_in(value, f"{type(module).__name__}.{name}", seen, depth=3)
+        forward = inspect.unwrap(getattr(type(module), "forward", lambda: None))
+        if isinstance(forward, types.FunctionType):
+            names = [n for n in forward.__code__.co_names if n in forward.__globals__]
+            for name in names:
+                yield from _generators_in(forward.__globals__[name], name, seen, depth=1)
+            for cell in forward.__closure__ or ():
+                yield from _generators_in(_content(cell), "a closure's variable", seen, depth=1)
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def _generators_in(
+    value: Any, name: str, seen: set[int], depth: int
+) -> Iterator[tuple[int, Generator]]:
+    if id(value) in seen or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
+        return
+    seen.add(id(value))
+    if isinstance(value, random.Random):
+        yield id(value), (name, value.getstate)
+    elif isinstance(value, np.random.Generator):
+        yield id(value), (name, lambda: str(value.bit_generator.state))
+    elif isinstance(value, np.random.RandomState):
+        yield id(value), (name, lambda: repr(value.get_state(legacy=False)))
+    elif isinstance(value, torch.Generator):
+        yield id(value), (name, lambda: value.get_state().tolist())
+    elif depth > 0:
+        for item in _items(value):
+            yield from _generators_in(item, name, seen, depth - 1)
+
+
+def _items(value: Any) -> list[Any]:
+    """The parts of a container or of a plain object."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value)
+    if isinstance(value, types.FunctionType):
+        return [_content(cell) for cell in value.__closure__ or ()]
+    if isinstance(value, types.MethodType):
+        return [value.__self__]
+    return list(vars(value).values()) if hasattr(value, "__dict__") else []

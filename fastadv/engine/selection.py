@@ -1,0 +1,387 @@
+"""Which engine attacks a model, and the proof, at every use, that it computes what the model does.
+
+A copy is made from recordings of the live model (`fastadv.engine.recording`). Before every attack a few images go
+through the live model again. The operations recorded then must be those that the copy was made of, the weights are
+taken from them, and the copy's logits must be the model's. Where they are not, a copy is built anew, in the
+narrowest precision whose gradients are the model's. Where no copy is right, the live model runs, and a warning
+says why.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
+from fastadv.engine.engines import (
+    CopyEngine,
+    EagerEngine,
+    Engine,
+    Gradient,
+    Model,
+    ProgramEngine,
+    _OnACopy,
+    as_model_takes,
+    naming_dtypes,
+    unwrapped,
+)
+from fastadv.engine.errors import DependsOnBatch, Unrecordable
+from fastadv.engine.precision import fast_bf16
+from fastadv.engine.recording import Recording, held, record, recorded
+from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
+from fastadv.float32 import full_float32
+
+_SIZES = (3, 4)  # of the two batches of which a copy is made
+_PROBES = 2  # images that prove a copy at every use
+_COPIES = 4  # kept per kind of images: a model may alternate between several forms
+_KINDS = 8  # of images
+# The largest distance of an image's centred logits from the live ones, and the smallest cosine of its gradient.
+LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
+COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
+
+
+class Wish(NamedTuple):
+    """What the caller has asked for, in the words of `fastadv.pgd_fused`."""
+
+    precision: str
+    engine: str
+    train_mode: bool
+
+
+@dataclass
+class _Copy:
+    """An engine on a copy: the operations it is made of, and the batch sizes at which they were the model's."""
+
+    tape: Tape
+    engine: _OnACopy
+    evidence: bool  # whether the images told anything about gradients
+    sizes: set[int] = field(default_factory=set)
+
+
+class EngineCache:
+    """The engines of one model."""
+
+    def __init__(self) -> None:
+        self._copies: dict[Hashable, list[_Copy]] = {}
+        self._autocast_is_right: dict[Hashable, bool] = {}
+        self._told: set[str] = set()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are empty: engines are built where they are used."""
+        return EngineCache, ()
+
+    def ready(self, model: Model, x: Tensor, wish: Wish) -> Engine:
+        """The engine for images like ``x``, proven and with the model's current weights.
+
+        Args:
+            model: the live model, or any callable.
+            x: images to attack [B, ...], B >= 1, where the model is.
+            wish: what the caller has asked for.
+
+        Raises:
+            ValueError: the engine asked for cannot run this model; the message says why.
+        """
+        precision = _narrowest(wish, model, x)
+        obstacle = _obstacle(model, x, wish)
+        if obstacle is None and isinstance(model, nn.Module):
+            try:
+                with full_float32(), naming_dtypes(model, x):
+                    return self._copy(unwrapped(model), as_model_takes(model, x), precision, wish)
+            except Unrecordable as error:
+                obstacle = str(error)
+                if wish.engine == "auto":
+                    self._tell(f"fastadv attacks this model with the eager engine: {obstacle}")
+        if wish.engine not in ("auto", "eager"):
+            raise ValueError(
+                f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
+            )
+        return self._live(model, x, wish, precision, f"{obstacle}")
+
+    def _tell(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._told:
+            self._told.add(message)
+            warnings.warn(message, stacklevel=6)
+
+    def _live(
+        self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
+    ) -> EagerEngine:
+        """The live model, in a narrow precision where that was asked for or gives the same gradients."""
+        draws = wish.train_mode or not isinstance(model, nn.Module) or _draws(model, x)
+        if precision != "fp32" and wish.precision == "auto" and not wish.train_mode:
+            place = (_kind(x, wish), reason)
+            if not self._autocast_is_right.get(place):
+                self._autocast_is_right[place] = _autocast_is_right(model, x, precision)
+            if not self._autocast_is_right[place]:
+                precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
+        return EagerEngine(precision, reason, wish.train_mode, draws)
+
+    def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Engine:
+        """A copy that is the model, kept or new.
+
+        Raises:
+            Unrecordable: there is none.
+        """
+        kind = _kind(x, wish)
+        kept = self._copies.setdefault(kind, [])
+        while len(self._copies) > _KINDS:
+            del self._copies[next(iter(self._copies))]
+        if kept:
+            found = self._proven(model, x, kept)
+            if found is not None:
+                return found
+        made = _build(model, x, precision, wish)
+        if made.engine.precision != precision and wish.precision != "auto":
+            self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
+        kept.insert(0, made)
+        del kept[_COPIES:]
+        return made.engine
+
+    def _proven(self, model: nn.Module, x: Tensor, kept: list[_Copy]) -> Engine | None:
+        """The kept copy whose operations and logits are the model's; None where there is none."""
+        batch = x.shape[0]
+        known = [copy for copy in kept if batch in copy.sizes]
+        # Few images tell enough once a whole batch of this size has been seen.
+        few = known and all(copy.tape.only_batch is None for copy in known)
+        careful = any(copy.tape.own_functions for copy in kept)
+        for size in dict.fromkeys((_PROBES if few else batch, batch)):
+            # Whole batches are large: their graph is not kept.
+            recording = record(model, _finite(x[:size]), careful=careful, gradients=size <= _PROBES)
+            copy = _described(recording, known if size < batch else kept)
+            if copy is not None:
+                kept.remove(copy)
+                copy.engine.refresh(recording)
+                if not _same_logits(copy.engine, recording):
+                    return None
+                copy.sizes.add(batch)
+                kept.insert(0, copy)  # the next use tries it first
+                return copy.engine
+        kept[:] = [copy for copy in kept if copy.evidence]
+        return None
+
+
+def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:
+    """The copy that is made of the operations recorded."""
+    fitting = (copy for copy in copies if copy.evidence and copy.tape.describes(recording))
+    return next(fitting, None)
+
+
+def _kind(x: Tensor, wish: Wish) -> Hashable:
+    return (x.device, x.dtype, x.shape[1:], wish)
+
+
+def _narrowest(wish: Wish, model: Model, x: Tensor) -> str:
+    """The narrowest precision to be tried: ``"auto"`` is bf16 for modules where the hardware has it."""
+    if wish.precision != "auto":
+        return wish.precision
+    narrow = isinstance(model, nn.Module) and x.dtype != torch.float64 and fast_bf16(x.device)
+    return "bf16" if narrow else "fp32"
+
+
+def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
+    """Why no copy is to be made; None when a recording will tell."""
+    if wish.engine == "eager":
+        return "asked for"
+    if wish.engine == "graph" and x.device.type != "cuda":
+        return f"a CUDA graph needs images on a CUDA device, got {x.device}"
+    if wish.train_mode:
+        return "train mode needs the live model"
+    if not isinstance(model, nn.Module):
+        return "it is a plain callable"
+    if wish.engine == "auto" and _narrowest(wish, model, x) == "fp32":
+        return "in fp32 the model's own operations run, bit for bit"
+    return None
+
+
+def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> _Copy:
+    """A copy in the narrowest precision whose gradients are the model's.
+
+    Raises:
+        Unrecordable: there is none.
+    """
+    tape, recording = tape_now(model, x)
+    live = _live_gradient(recording)
+    failures = []
+    for make in candidates(tape, recording, precision, wish):
+        try:
+            engine = make()
+            found = _probe(engine, recording.images)
+        except Exception as error:  # a copy may fail in any way that the model's own code allows
+            failures.append(f"its copy fails: {error}")
+            continue
+        fault = difference(found, live, engine.precision)
+        if fault is None:
+            if engine.precision != precision:
+                engine.reason += f"; {failures[-1]}"
+            return _Copy(tape, engine, _tells(live), {x.shape[0]})
+        failures.append(f"in {engine.precision} {fault}")
+    raise Unrecordable(failures[-1] if failures else "no copy serves it")
+
+
+def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
+    """The model's operations, and a recording to compare gradients with.
+
+    Raises:
+        Unrecordable: no copy can be made.
+    """
+    try:
+        # Held once for both, so that a model which counts its calls, and acts on it, shows that.
+        with held(model):
+            first, second = (recorded(model, _some(x, size), careful=True) for size in _SIZES)
+        tape = tape_of(first, second)
+        whole = record(model, _finite(x), careful=tape.own_functions, gradients=False)
+        if tape.describes(whole):
+            return tape, second
+    except DependsOnBatch:
+        pass
+    except Unrecordable:
+        raise
+    except (
+        Exception
+    ):  # the model may take batches of one size alone; if not, its own error comes now
+        pass
+    with held(model):
+        first, second = (recorded(model, _finite(x), careful=True) for _ in _SIZES)
+    tape = tape_for_one_size(first)
+    if not tape.describes(second):
+        raise Unrecordable("its operations change from call to call")
+    return tape, second
+
+
+def _tells(live: Gradient) -> bool:
+    """Whether the gradients of the live model can tell a right copy from a wrong one."""
+    sizes = live.grad.flatten(1).abs().sum(1)
+    return bool((sizes.isfinite() & (sizes > 0)).any())
+
+
+def _some(x: Tensor, size: int) -> Tensor:
+    """``size`` images, by turns from the batch; two sizes have no image in common."""
+    rows = torch.arange(size, device=x.device) % x.shape[0]
+    images = _finite(x[rows])
+    return images if size == _SIZES[-1] else 0.9 * images + 0.1 * images.flip(0)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Images without NaN and infinity, which say nothing about a network."""
+    return torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def candidates(
+    tape: Tape, recording: Recording, precision: str, wish: Wish
+) -> Iterator[Callable[[], _OnACopy]]:
+    """What may run a copy, the narrowest precision first."""
+    device = recording.images.device
+    reason = "asked for" if wish.engine != "auto" else "the model can be copied"
+    if tape.autocast and precision == "fp32":
+        raise Unrecordable("its forward enters autocast")
+    if device.type == "cpu" and precision == "bf16":
+        yield partial(ProgramEngine, tape, recording, reason)
+    for own in dict.fromkeys((precision, "fp32")):
+        if not (tape.autocast and own == "fp32"):
+            yield partial(_under_autograd, tape, recording, own, reason, wish)
+
+
+def _under_autograd(
+    tape: Tape, recording: Recording, precision: str, reason: str, wish: Wish
+) -> CopyEngine:
+    """A copy run by torch; on a GPU compiled, or its attacks recorded as CUDA graphs."""
+    device, classes = recording.images.device, recording.logits.shape[-1]
+    on_gpu = device.type == "cuda"
+    inductor = on_gpu and wish.engine in ("compiled", "graph")
+    engine = CopyEngine(tape, recording, precision, reason, inductor)
+    if on_gpu and wish.engine != "compiled":
+        required = wish.engine == "graph"
+        engine.name = "graph" if required else engine.name
+        engine.graphs = GraphCache(CudaRecorder(device), classes, required)
+    return engine
+
+
+def _weighted_sum(logits: Tensor) -> Tensor:
+    """An arbitrary value of the logits, one per image."""
+    weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return logits @ weights
+
+
+def _live_gradient(recording: Recording) -> Gradient:
+    """The live model's logits and gradient, from a recording's own graph."""
+    logits = recording.logits
+    if logits.dim() != 2 or not logits.requires_grad:
+        raise Unrecordable("its logits have another shape than [B, C], or no gradient")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    value = _weighted_sum(wide)
+    (grad,) = torch.autograd.grad(
+        value.sum(), recording.images, retain_graph=True, allow_unused=True
+    )
+    if grad is None:
+        raise Unrecordable("its logits have no gradient in the images")
+    return Gradient(value.detach(), wide.detach(), grad)
+
+
+def _probe(engine: Engine, images: Tensor) -> Gradient:
+    return engine.gradient(engine.images(images.detach()), _weighted_sum)
+
+
+def difference(found: Gradient, wanted: Gradient, precision: str) -> str | None:
+    """In words, how logits or gradients of a few images differ from the live ones; None where they do not."""
+    fault = _difference_of_logits(found.logits, wanted.logits, precision)
+    if fault is not None:
+        return fault
+    a, b = (g.grad.double().flatten(1) for g in (found, wanted))
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    cosines = (a * b).sum(1) / lengths.clamp(min=1e-300)
+    worst = cosines[(lengths > 0) & lengths.isfinite()]
+    if worst.numel() and float(worst.min()) < COSINES[precision]:
+        return f"the gradient's cosine with the live model's is {float(worst.min()):.2f}"
+    return None
+
+
+def _difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str | None:
+    if found.shape != wanted.shape:
+        return f"its copy's logits have shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    a, b = found.double(), wanted.double()
+    if bool((a.isfinite().all(1) != b.isfinite().all(1)).any()):
+        return "its copy's logits are not finite where the live model's are, or the reverse"
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    largest = b.abs().amax(1)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    distance = (a - b).norm(dim=1) / (b.norm(dim=1) + 1e-6 * largest + 1e-12)
+    if float(distance.max()) > LOGITS[precision]:
+        return f"its copy computes other logits, {100 * float(distance.max()):.3g} % off"
+    return None
+
+
+def _same_logits(engine: _OnACopy, recording: Recording) -> bool:
+    try:
+        found = engine.logits(engine.images(recording.images.detach()))
+    except Exception:  # as when building
+        return False
+    return _difference_of_logits(found, recording.logits.detach(), engine.precision) is None
+
+
+def _draws(model: nn.Module, x: Tensor) -> bool:
+    """Whether a live model may draw random numbers of torch's."""
+    try:
+        record(unwrapped(model), as_model_takes(model, _finite(x[:_PROBES])), careful=False)
+    except Exception:  # not seen to the end
+        return True
+    return False
+
+
+def _autocast_is_right(model: Model, x: Tensor, precision: str) -> bool:
+    """Whether the live model under autocast has the gradients that it has in float32."""
+    images = _finite(x[: _SIZES[-1]])
+    found = []
+    try:
+        for own in ("fp32", precision):
+            engine = EagerEngine(own, "")
+            with full_float32(), engine.session(model, 0):
+                found.append(_probe(engine, engine.images(images)))
+    except Exception:  # if the model itself fails, its own message is to come from the real call
+        return False
+    return difference(found[1], found[0], precision) is None

@@ -1,0 +1,222 @@
+"""What recordings have in common: a network's operations for any number of images.
+
+A recording holds the numbers of one batch size. Two recordings of different sizes tell which of these numbers grow
+with the batch, and how. A later recording of any size is then compared with the numbers expected for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from fastadv.engine.errors import DependsOnBatch, Unrecordable
+from fastadv.engine.recording import Op, Recording, Ref, refs
+
+_VARIES = "its operations depend on the number of images, or change from call to call"
+
+
+class BatchNumber(NamedTuple):
+    """An integer that depends on the batch size B: ``per_image * B + constant``."""
+
+    per_image: int
+    constant: int
+
+    def at(self, batch: int) -> int:
+        """Its value."""
+        return self.per_image * batch + self.constant
+
+
+@dataclass(frozen=True)
+class Tape:
+    """A network's operations.
+
+    Attributes:
+        ops: with a `BatchNumber` in place of each integer that depends on the batch size.
+        dynamic: by place, whether a value is computed anew in every pass; else it comes from a recording.
+        output: the place of the logits.
+        external: place, shape, dtype and device of each tensor that no op computes.
+        only_batch: the one batch size that the tape holds for; None where it holds for all.
+        own_functions: as in `Recording`.
+        autocast: as in `Recording`.
+    """
+
+    ops: tuple[Op, ...]
+    dynamic: tuple[bool, ...]
+    output: int
+    external: tuple[Any, ...]
+    only_batch: int | None
+    own_functions: bool
+    autocast: bool
+
+    def describes(self, recording: Recording) -> bool:
+        """Whether the network of a recording is this one."""
+        batch, gradients = recording.images.shape[0], recording.gradients
+        if self.only_batch not in (None, batch) or len(self.ops) != len(recording.ops):
+            return False
+        if self.output != recording.output or self.autocast != recording.autocast:
+            return False
+        if self.external != _external(recording):
+            return False
+        return all(
+            _same_head(mine, theirs, gradients)
+            and _same(mine.args, theirs.args, batch)
+            and _same(mine.kwargs, theirs.kwargs, batch)
+            for mine, theirs in zip(self.ops, recording.ops, strict=True)
+        )
+
+
+def tape_of(first: Recording, second: Recording) -> Tape:
+    """The tape of two recordings of one model on batches of different sizes and contents.
+
+    Raises:
+        Unrecordable: they do not describe one network.
+    """
+    sizes = (first.images.shape[0], second.images.shape[0])
+    if len(first.ops) != len(second.ops) or first.output != second.output:
+        raise DependsOnBatch(_VARIES)
+    merged = []
+    for a, b in zip(first.ops, second.ops, strict=True):
+        if not _same_head(a, b, True):
+            raise DependsOnBatch(_VARIES)
+        args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), sizes)
+        merged.append(
+            Op(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
+        )
+    for place in first.external():
+        one, other = first.values[place], second.values[place]
+        if one is not other and not _equal(one, other):
+            raise DependsOnBatch(_VARIES)
+    return _tape(first, tuple(merged), None)
+
+
+def tape_for_one_size(recording: Recording) -> Tape:
+    """The tape of one recording, which holds for its batch size alone.
+
+    Raises:
+        Unrecordable: no copy can be made of what was recorded.
+    """
+    return _tape(recording, tuple(recording.ops), recording.images.shape[0])
+
+
+def _external(recording: Recording) -> tuple[Any, ...]:
+    tensors = ((place, recording.values[place]) for place in recording.external())
+    return tuple((place, t.shape, t.dtype, t.device) for place, t in tensors)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+        return False
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def _tape(recording: Recording, ops: tuple[Op, ...], only_batch: int | None) -> Tape:
+    dynamic = _dynamic(recording, ops)
+    if not dynamic[recording.output]:
+        raise Unrecordable("its logits do not depend on the images")
+    return Tape(
+        ops,
+        dynamic,
+        recording.output,
+        _external(recording),
+        only_batch,
+        recording.own_functions,
+        recording.autocast,
+    )
+
+
+def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
+    """Which values are computed anew: those that depend on the images, on their number, or are overwritten."""
+    dynamic = list(recording.depends)
+    computed = {op.place for op in ops}
+    for place in recording.overwritten:
+        dynamic[place] = dynamic[place] or place in computed
+    for op in ops:
+        sources = [ref.place for ref in refs((op.args, op.kwargs))]
+        if _has_batch_number((op.args, op.kwargs)) or any(dynamic[s] for s in sources):
+            dynamic[op.place] = True
+    for op in ops:
+        for ref in refs((op.args, op.kwargs)):
+            spoiled = ref.place in recording.overwritten and not dynamic[ref.place]
+            if dynamic[op.place] and spoiled:
+                raise Unrecordable("its forward writes into the model's own tensors")
+    return tuple(dynamic)
+
+
+def _same_head(a: Op, b: Op, gradients: bool) -> bool:
+    """Whether two ops call one function; ``gradients``: both with, or both without gradients."""
+    return (
+        (a.function is b.function or a.function == b.function)
+        and a.place == b.place
+        and (not gradients or a.with_gradient == b.with_gradient)
+        and a.writes == b.writes
+        and a.result_dim == b.result_dim
+    )
+
+
+def _same(mine: Any, theirs: Any, batch: int) -> bool:
+    """Whether recorded arguments are those of the tape at this batch size."""
+    if isinstance(mine, BatchNumber):
+        return type(theirs) is int and theirs == mine.at(batch)
+    if type(mine) is not type(theirs):
+        return False
+    if isinstance(mine, (tuple, list)):
+        return len(mine) == len(theirs) and all(
+            _same(a, b, batch) for a, b in zip(mine, theirs, strict=True)
+        )
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(_same(mine[k], theirs[k], batch) for k in mine)
+    if isinstance(mine, slice):
+        return all(
+            _same(getattr(mine, part), getattr(theirs, part), batch)
+            for part in ("start", "stop", "step")
+        )
+    return _same_number(mine, theirs)
+
+
+def _same_number(mine: Any, theirs: Any) -> bool:
+    if mine is theirs:
+        return True
+    try:
+        return bool(mine == theirs) or (mine != mine and theirs != theirs)
+    except (TypeError, ValueError, RuntimeError):  # arrays and other objects that do not compare
+        return False
+
+
+def _merged(a: Any, b: Any, sizes: tuple[int, int]) -> Any:
+    """Arguments that two recordings share, their batch numbers found."""
+    if type(a) is int and type(b) is int and a != b:
+        slope, rest = divmod(b - a, sizes[1] - sizes[0])
+        if rest:
+            raise Unrecordable(
+                "a number of its forward depends on the batch size in an unknown way"
+            )
+        return BatchNumber(slope, a - slope * sizes[0])
+    if type(a) is not type(b):
+        raise DependsOnBatch(_VARIES)
+    if isinstance(a, Ref):
+        if a != b:
+            raise DependsOnBatch(_VARIES)
+        return a
+    if isinstance(a, (tuple, list)) and len(a) == len(b):
+        items = [_merged(x, y, sizes) for x, y in zip(a, b, strict=True)]
+        return items if isinstance(a, list) else tuple(items)
+    if isinstance(a, dict) and a.keys() == b.keys():
+        return {k: _merged(a[k], b[k], sizes) for k in a}
+    if isinstance(a, slice):
+        parts = ("start", "stop", "step")
+        return slice(*(_merged(getattr(a, p), getattr(b, p), sizes) for p in parts))
+    if _same_number(a, b):
+        return a
+    raise DependsOnBatch(_VARIES)
+
+
+def _has_batch_number(value: Any) -> bool:
+    if isinstance(value, BatchNumber):
+        return True
+    if isinstance(value, (tuple, list)):
+        return any(_has_batch_number(item) for item in value)
+    if isinstance(value, dict):
+        return _has_batch_number(tuple(value.values()))
+    return isinstance(value, slice) and _has_batch_number((value.start, value.stop, value.step))

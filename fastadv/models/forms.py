@@ -1,0 +1,90 @@
+"""Networks whose state dicts are alike but which compute something else: which there are, and which is meant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from fastadv.models.registry import create_model
+from fastadv.models.split import Normalized
+
+
+def forms_of(model: nn.Module) -> Mapping[str, str]:
+    """Return the registered networks that a state dict of a model fits, where there are several.
+
+    Args:
+        model: the model, possibly inside `Normalized`.
+
+    Returns:
+        What sets each of them apart, by its name for `create_model`, the usual one first; empty if there is only
+        the model itself.
+    """
+    return getattr(_inside(model), "forms", {})
+
+
+def form_of(model: nn.Module) -> str | None:
+    """Return which of `forms_of` a model is, None if there are none."""
+    return getattr(_inside(model), "form", None) if forms_of(model) else None
+
+
+def usual_form(model: nn.Module) -> bool:
+    """Return whether a model is what its architecture's plain name means, which says nothing of a file's form."""
+    return form_of(model) == next(iter(forms_of(model)), None)
+
+
+def check_form_named(model: nn.Module, form: str | None) -> None:
+    """Check that somebody said of which form a state dict is that fits a model.
+
+    A model of another than the usual form was asked for by its name, which counts.
+
+    Args:
+        model: the model that the state dict fits.
+        form: what the caller names.
+
+    Raises:
+        ValueError: if there are several forms and none is named, or another one than the model's.
+    """
+    forms, own = forms_of(model), form_of(model)
+    if form is not None and form != own:
+        kinds = f"be {own!r}, what the model is" if forms else "be None for a model of one form"
+        raise ValueError(f"form must {kinds}, got {form!r}; create_model(form) builds another one")
+    if form is None and forms and usual_form(model):
+        raise ValueError(
+            "form must be named, because the state dict fits several networks, which compute different functions: "
+            f"{described(forms)}. Build the right one with create_model(name) and pass form=name "
+            "(on the command line --teacher_model name)"
+        )
+
+
+def described(forms: Mapping[str, str]) -> str:
+    """Return names of networks with what sets each apart, for a message."""
+    return "; ".join(f"{name} ({what})" for name, what in forms.items())
+
+
+def in_form(model: nn.Module, form: str) -> nn.Module:
+    """Return a network of a model's size in another of its forms, with fresh weights."""
+    network = _inside(model)
+    if form not in forms_of(network):
+        raise ValueError(f"form must be one of {', '.join(forms_of(network))}, got {form!r}")
+    return create_model(form, network.num_classes, network.conv1.in_channels)  # type: ignore[arg-type, union-attr]
+
+
+def copy_weights(target: nn.Module, source: nn.Module) -> None:
+    """Load a model's state dict into another model.
+
+    Raises:
+        ValueError: if the two compute different functions of it.
+        RuntimeError: if it does not fit.
+    """
+    forms = form_of(target), form_of(source)
+    if None not in forms and forms[0] != forms[1]:
+        raise ValueError(
+            f"model must be {forms[1]!r}, what its starting weights are of, got {forms[0]!r}, which computes "
+            "another function of them"
+        )
+    target.load_state_dict(source.state_dict())
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    return model.model if isinstance(model, Normalized) else model

@@ -1,0 +1,187 @@
+"""Checks of plain values: numbers, integers, flags, words, norms and bounds, one place for each.
+
+Every message names the argument, what it was and what it must be. Numpy's numbers and flags count as Python's.
+Under torch.compile a number that changes must not be looked into, only compared, for one graph to hold for all its
+values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from numbers import Integral, Real
+
+import numpy as np
+from torch import Tensor
+
+NORMS = ("linf", "l2", "l1")
+_ORDERS = {math.inf: "linf", 2: "l2", 1: "l1"}
+_NORM_WORDS = {"inf": "linf", "2": "l2", "1": "l1"}
+
+
+def shown(value: object) -> str:
+    """The value as messages show it: a tensor by its shape."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return repr(value)
+
+
+def number(name: str, value: object) -> float:
+    """Require a number, and return it as a float; a tensor, a flag or the text "8/255" is none.
+
+    Raises:
+        TypeError: it is no number.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    return float(value)
+
+
+def integer(name: str, value: object, at_least: int | None = None) -> int:
+    """Require an integer, and return it as Python's.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is below ``at_least``.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if at_least is not None and value < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+    return int(value)
+
+
+def check_bool(name: str, value: object) -> bool:
+    """Require True or False, and return it as Python's: of text or a number it would be a guess what is meant.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return bool(value)
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Require one of several words.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+
+
+def check_finite_at_least_zero(name: str, value: float) -> None:
+    """Require a finite number that is not negative.
+
+    Raises:
+        ValueError: it is negative, infinite or NaN.
+    """
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, got {value}")
+
+
+def limit(name: str, value: object) -> float:
+    """Require a finite number that is not negative, such as a radius or a weight, and return it as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is negative, infinite or NaN.
+    """
+    checked = number(name, value)
+    check_finite_at_least_zero(name, checked)
+    return checked
+
+
+def share(name: str, value: object) -> float:
+    """Require a number in 0..1, and return it as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is outside.
+    """
+    checked = number(name, value)
+    if not 0 <= checked <= 1:
+        raise ValueError(f"{name} must lie in 0..1, got {value}")
+    return checked
+
+
+def threshold(name: str, value: object) -> float:
+    """Require a number with which others can be compared, and return it as a float.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is NaN.
+    """
+    checked = number(name, value)
+    if checked != checked:
+        raise ValueError(f"{name} must not be NaN")
+    return checked
+
+
+def check_bounds(bounds: object) -> tuple[float, float]:
+    """Require two finite numbers in order.
+
+    Raises:
+        TypeError: they are no pair of numbers.
+        ValueError: they are not finite or not in order.
+    """
+    if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
+        raise TypeError(f"bounds must be a pair (low, high), got {shown(bounds)}")
+    low, high = number("bounds", bounds[0]), number("bounds", bounds[1])
+    if not -math.inf < low <= high < math.inf:
+        raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
+    return low, high
+
+
+def norm_name(norm: object) -> str:
+    """The norm's name, "linf", "l2" or "l1", also of what other libraries call it: "Linf", "L_2", 2, np.inf.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(norm, str):
+        if norm in NORMS:
+            return norm
+        word = norm.lower().replace("_", "").replace("-", "").removeprefix("l")
+        if word in _NORM_WORDS:
+            return _NORM_WORDS[word]
+    elif isinstance(norm, Real) and not isinstance(norm, bool) and norm in _ORDERS:
+        return _ORDERS[float(norm)]
+    raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {shown(norm)}")
+
+
+def check_radius(
+    name: str, eps: float, norm: str, bounds: tuple[float, float], elements: int = 1
+) -> None:
+    """Refuse a radius beyond that of the ball which holds every image: it was meant in other units.
+
+    Args:
+        name: the argument.
+        eps: a radius.
+        norm: of the ball.
+        bounds: lowest and highest value of an image.
+        elements: of an image, on which the largest radius depends but for ``"linf"``.
+
+    Raises:
+        ValueError: the radius is larger.
+    """
+    low, high = bounds
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
+    largest = (high - low) * elements ** (1 / order)
+    if eps > largest * (1 + 1e-6):  # computed in float32 it may be a rounding error larger
+        raise ValueError(
+            f"{name} must be at most {largest:.6g} in {norm}, the distance between the farthest images "
+            f"within bounds ({low:g}, {high:g}), got {eps:g}; it is in the units of the images: a radius of "
+            f"{eps:g} in pixels of 0..255 is {eps:g}/255 in images of 0..1"
+        )
+
+
+def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
+    """``"; did you mean 'eps'?"``, for the end of a message about an unknown word; "" where none is near."""
+    known = list(known)
+    meant = (synonyms or {}).get(word)
+    near = [meant] if meant in known else difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,177 @@
+"""One process per run directory: a lock that says who holds it and ends with its process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fastadv.files import is_running
+from fastadv.locks import NO_LOCKS
+
+_PATIENCE = 2.0  # seconds: a process that was killed may take a moment to end
+_held: dict[Path, dict[str, Any]] = {}  # by this process
+_taking = threading.Lock()
+
+
+class RunInUseError(OSError):
+    """Another process trains in the run directory; the message says which."""
+
+
+class RunLock:
+    """The right to write to a run directory.
+
+    It is a lock of the operating system on a file, which the system takes back when the process ends, however it
+    ends, and which network file systems pass on between machines. The processes that read data ahead do not
+    inherit it. The file names the holder.
+
+    Leaving the `with` statement gives the lock back, if it was taken.
+
+    Args:
+        folder: the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._path = folder / ".lock"
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+    def check(self) -> None:
+        """Check that nobody holds the lock, without taking it.
+
+        Raises:
+            RunInUseError: if somebody does.
+        """
+        self._check_own()
+        try:
+            os.close(self._open(os.O_RDWR))
+        except RunInUseError:
+            raise
+        except OSError:  # there is none, or none that could be taken, of which `take` will speak
+            return
+
+    def take(self) -> None:
+        """Take the lock; the folder must be there.
+
+        Raises:
+            RunInUseError: if somebody else holds it.
+            OSError: if the folder cannot be written.
+        """
+        with _taking:
+            self._check_own()
+            descriptor = self._open(os.O_RDWR | os.O_CREAT)
+            while not self._is_current(descriptor):  # the one who held it has deleted it meanwhile
+                os.close(descriptor)
+                descriptor = self._open(os.O_RDWR | os.O_CREAT)
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            self._descriptor = descriptor
+            _held[self._key] = holder
+
+    def release(self) -> None:
+        """Give the lock back and delete its file; nothing happens where this process does not hold it."""
+        if self._descriptor is None or _held.get(self._key, {}).get("pid") != os.getpid():
+            return
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+        self._descriptor = None
+        del _held[self._key]
+
+    @property
+    def _key(self) -> Path:
+        return self._path.parent.resolve() / self._path.name
+
+    def _check_own(self) -> None:
+        """Look for a lock of this process, which the operating system would let it take once more."""
+        if self._key in _held:
+            raise self._in_use(_held[self._key])
+
+    def _open(self, flags: int) -> int:
+        """Open the file with a lock on it."""
+        descriptor = os.open(self._path, flags, 0o666)
+        try:
+            self._lock(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _lock(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        while True:
+            try:
+                # Not `flock`, which child processes would hold on to.
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    return self._go_by_name(descriptor)
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+            if time.monotonic() > deadline:
+                raise self._in_use(_holder(descriptor))
+            time.sleep(0.05)
+
+    def _go_by_name(self, descriptor: int) -> None:
+        """Where the file system has no locks, believe what the file says of processes on this machine."""
+        holder = _holder(descriptor)
+        pid = holder.get("pid")
+        if holder.get("host") == socket.gethostname() and pid != os.getpid():
+            if isinstance(pid, int) and is_running(pid):
+                raise self._in_use(holder)
+        elif holder:
+            warnings.warn(
+                f"{self._path}: this file system has no locks; make sure that {_described(holder)} does not use "
+                f"{self._folder} any more",
+                stacklevel=2,
+            )
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+    def _in_use(self, holder: dict[str, Any]) -> RunInUseError:
+        return RunInUseError(
+            f"run_dir {self._folder} is in use by {_described(holder)}; wait for its end, or choose "
+            "another directory"
+        )
+
+
+def _holder(descriptor: int) -> dict[str, Any]:
+    """Who the file says holds the lock; empty if it does not say."""
+    try:
+        content = json.loads(os.pread(descriptor, 4096, 0))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _described(holder: dict[str, Any]) -> str:
+    if not holder:
+        return "another process"
+    return f"process {holder.get('pid')} on host {holder.get('host')} since {holder.get('since')}"

@@ -1,0 +1,81 @@
+"""JSON files that notice when their content is not what was written: `run.json` and `meta.json`.
+
+Each has an entry "sha256", the hash of all other entries, so that a damaged file is refused and not believed.
+Files of format 1, which fastadv wrote before, have none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import fastadv
+
+FORMAT = 2
+_UNSEALED = 1
+_SEAL = "sha256"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint or run is absent, damaged or not one; the message names the file and the reason."""
+
+
+def sealed_json(content: Mapping[str, Any]) -> str:
+    """Return the text of a file with this content, its format and its hash.
+
+    Args:
+        content: JSON types; tuples become lists.
+    """
+    plain = json.loads(json.dumps({"format": FORMAT, **content}))
+    return json.dumps({**plain, _SEAL: _hash(plain)}, indent=2) + "\n"
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read such a file.
+
+    Returns:
+        Its content with its format, without its hash.
+
+    Raises:
+        CheckpointError: if it is damaged, or of another format. The message names the file.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: damaged, it is not valid JSON ({error})") from error
+    version = content.get("format") if isinstance(content, dict) else None
+    if version not in (FORMAT, _UNSEALED) or isinstance(version, bool):
+        raise CheckpointError(_other_format(path, version, content))
+    seal = content.pop(_SEAL, None)
+    if seal is None and version == _UNSEALED:
+        warnings.warn(
+            f"{path}: written by an older fastadv in format {_UNSEALED}, which has no hash of its own content; "
+            "damage to it would not be noticed",
+            stacklevel=2,
+        )
+    elif seal != _hash(content):
+        raise CheckpointError(
+            f"{path}: damaged or changed, its content is not that of its SHA-256 in the entry {_SEAL!r}; "
+            "take another copy of it"
+        )
+    return content
+
+
+def _other_format(path: Path, version: Any, content: Any) -> str:
+    versions = content.get("versions") if isinstance(content, dict) else None
+    writer = versions.get("fastadv") if isinstance(versions, dict) else None
+    by = f"; it was written by fastadv {writer}" if writer else ""
+    return (
+        f"{path}: format must be {_UNSEALED} or {FORMAT}, which fastadv {fastadv.__version__} reads, got "
+        f"{version!r}{by}. Open it with the version that wrote it, or begin a new run in another directory"
+    )
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""Which frozen models a method gets: as callers name them, and of which kind each is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from fastadv.data import ImageData, StreamedData
+from fastadv.models import create_model
+from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.recipe import Recipe
+from fastadv.trainers.weights import WeightSource
+
+Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
+Architectures: TypeAlias = "str | Mapping[str, str] | Sequence[str] | None"
+# A model of a teacher's kind, and the name that the caller gives its network.
+Likes: TypeAlias = dict[str, tuple[nn.Module, "str | None"]]
+
+
+def teachers_like(
+    method: MethodClass,
+    recipe: Recipe,
+    named: Architectures,
+    network: nn.Module,
+    data: ImageData | StreamedData,
+) -> Likes:
+    """For each frozen model that the method needs, a model of its kind, with the name that the caller gives it."""
+    needed = method.teachers_for(recipe, network)
+    if named is None:
+        return {name: (like, None) for name, like in needed.items()}
+    names = dict.fromkeys(needed, named) if isinstance(named, str) else by_name(named, list(needed))
+    unknown = sorted(names.keys() - needed.keys())
+    if unknown or not needed:
+        takes = f"name {', '.join(needed)}" if needed else "be None without frozen models"
+        raise ValueError(f"teacher_model must {takes} for {method.name}, got {named!r}")
+    likes: Likes = {}
+    for name, like in needed.items():
+        architecture = names.get(name)
+        if architecture is not None:
+            like = named_model("teacher_model", architecture, data)
+        likes[name] = like, architecture
+    return likes
+
+
+def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.Module:
+    """Build a model for images, given its name by an argument, which messages then name."""
+    try:
+        return create_model(name, data.num_classes, data.in_channels)
+    except ValueError as error:
+        raise ValueError(f"{argument}: {error}") from error
+
+
+def by_name(given: Teachers | Architectures, names: list[str]) -> dict[str, Any]:
+    """What the caller gave, by name: a list goes with the names in their order, one alone with the first."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        return dict(given)
+    several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
+    more = (
+        [f"teacher_{i}" for i in range(len(names) + 1, len(several) + 1)] if names else ["teacher"]
+    )
+    return dict(zip(names + more, several, strict=False))

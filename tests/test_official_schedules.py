@@ -1,0 +1,185 @@
+"""Learning rate and momentum of the authors' scripts, epoch by epoch, as the preset "official" has them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_helpers import make_model, small_data, small_recipe
+
+from fastadv.trainers import (
+    Cyclic,
+    FastRecipe,
+    HatRecipe,
+    MultiStep,
+    OneCycle,
+    Recipe,
+    find_method,
+    method_names,
+    train,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# How many epochs in a row each script trains at which rate.
+TABLES: dict[str, list[tuple[int, float]]] = {
+    # Epochs count from 1; `epoch >= 75` sets a tenth.
+    "trades": [(74, 0.1), (2, 0.01)],
+    "mart": [(74, 0.01), (15, 0.001), (10, 0.0001), (21, 0.00001)],
+    "fat": [(59, 0.1), (30, 0.01), (20, 0.001), (11, 0.0005)],
+    "act": [(59, 0.1), (60, 0.02), (40, 0.004), (41, 0.0008)],
+    "lbgat": [(1, 0.02), (74, 0.1), (15, 0.01), (10, 0.001)],
+    # Epochs count from 0, and the scheduler steps after each: 50 of them come before the first drop.
+    "kd_at": [(50, 0.1), (100, 0.01), (50, 0.001)],
+    # Epochs count from 0; those whose number plus 1 is a multiple of 3 and of 6 drop first.
+    "afs": [(2, 0.1), (3, 0.01), (2, 0.001)],
+    # Piecewise constant in the updates, 8 for each of 390 batches: the 13th epoch begins before the 40,000th, the
+    # 20th before the 60,000th.
+    "free": [(13, 0.1), (7, 0.01), (6, 0.001)],
+}
+STEP_BY_STEP = {"hat", "fast"}
+
+
+def spelled_out(pieces: list[tuple[int, float]]) -> list[float]:
+    return [rate for count, rate in pieces for _ in range(count)]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_epoch_has_the_rate_of_the_authors_script(name: str) -> None:
+    recipe = find_method(name).recipe_class.preset("official")
+    rates = [recipe.lr_at(epoch) for epoch in range(recipe.epochs)]
+    assert rates == pytest.approx(spelled_out(TABLES[name]), rel=1e-12)
+    assert {recipe.momentum_at(epoch) for epoch in range(recipe.epochs)} == {0.9}
+    if name != "free":  # within an epoch nothing changes
+        ends = [recipe.lr_at(epoch + 389 / 390) for epoch in range(recipe.epochs)]
+        assert ends == rates
+
+
+def test_every_official_preset_is_held_against_its_script() -> None:
+    official = {n for n in method_names() if "official" in find_method(n).recipe_class.presets}
+    assert official == set(TABLES) | STEP_BY_STEP
+
+
+@pytest.mark.parametrize("drop", [40_000, 60_000])
+def test_frees_drops_come_at_their_updates(drop: int) -> None:
+    recipe = find_method("free").recipe_class.preset("official")
+    epoch, batch = divmod(drop // 8, 390)
+    rates = [recipe.lr_at(epoch + (batch + shift) / 390) for shift in (-1, 1)]
+    assert rates[1] == pytest.approx(rates[0] / 10)
+
+
+def scheduled(
+    scheduler_of: Any, lr: float, steps: int, nesterov: bool
+) -> list[tuple[float, float]]:
+    """Rate and momentum of each step under one of torch's schedulers, which the scripts use."""
+    optimizer = torch.optim.SGD(
+        [torch.nn.Parameter(torch.zeros(1))], lr=lr, momentum=0.9, nesterov=nesterov
+    )
+    scheduler = scheduler_of(optimizer)
+    seen = []
+    for _ in range(steps):
+        group = optimizer.param_groups[0]
+        seen.append((group["lr"], group["momentum"]))
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+def ours(recipe: Recipe, per_epoch: int) -> list[tuple[float, float]]:
+    places = [step / per_epoch for step in range(recipe.epochs * per_epoch)]
+    return [(recipe.lr_at(place), recipe.momentum_at(place)) for place in places]
+
+
+def test_fast_cycles_rate_and_momentum_as_its_script() -> None:
+    recipe = FastRecipe.preset("official")
+    steps = recipe.epochs * 391
+    theirs = scheduled(
+        lambda o: torch.optim.lr_scheduler.CyclicLR(
+            o, base_lr=0.0, max_lr=0.2, step_size_up=steps / 2, step_size_down=steps / 2
+        ),
+        0.2,
+        steps,
+        nesterov=False,
+    )
+    for mine, other in zip(ours(recipe, 391), theirs, strict=True):
+        assert mine == pytest.approx(other, abs=1e-12)
+    assert max(rate for rate, _ in theirs) == pytest.approx(0.2, rel=1e-3)
+
+
+def test_hat_cycles_rate_and_momentum_as_its_script() -> None:
+    recipe = HatRecipe.preset("official")
+    assert recipe.epochs == 50 and recipe.nesterov
+    theirs = scheduled(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, max_lr=0.21, pct_start=0.25, steps_per_epoch=391, epochs=50
+        ),
+        0.21,
+        50 * 391,
+        nesterov=True,
+    )
+    # Torch's curve is one step short of the run, ours is a function of the part that is done.
+    for mine, other in zip(ours(recipe, 391), theirs, strict=True):
+        assert mine == pytest.approx(other, abs=1e-4)
+    rates = [rate for rate, _ in ours(recipe, 391)]
+    assert rates.index(max(rates)) == pytest.approx(0.25 * 50 * 391, abs=1)
+
+
+@pytest.mark.parametrize("kind", [Cyclic, OneCycle])
+def test_momenta_are_both_given_and_in_range(kind: Any) -> None:
+    assert kind().momentum(1.0, 10) is None
+    for wrong in (
+        {"base_momentum": 0.8},
+        {"max_momentum": 0.9},
+        {"base_momentum": 0.9, "max_momentum": 0.8},
+        {"base_momentum": -0.1, "max_momentum": 0.8},
+        {"base_momentum": 0.8, "max_momentum": 1.0},
+    ):
+        with pytest.raises(ValueError, match="base_momentum and max_momentum must both be None"):
+            kind(**wrong)
+
+
+def test_a_momentum_that_the_schedule_would_overrule_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"momentum must be left at 0.9 with a OneCycle .* got 0.5"
+    ):
+        HatRecipe(momentum=0.5)
+    plain = HatRecipe(momentum=0.5, schedule=MultiStep())
+    assert plain.momentum_at(3) == 0.5
+    with pytest.raises(ValueError, match="must be left at"):
+        replace(plain, schedule=Cyclic(0.5, 0.8, 0.9))
+
+
+def test_each_step_is_taken_at_its_momentum(tmp_path: Path) -> None:
+    """Three steps an epoch of SGD by hand, whose momentum moves, against a run."""
+    recipe = small_recipe(
+        "standard", schedule=Cyclic(0.5, 0.2, 0.8), epochs=2, weight_decay=0.0, batch_size=24, pad=0
+    )
+    seen: list[Any] = []
+
+    class Recording(find_method("standard")):  # type: ignore[misc]
+        name = "recording"
+
+        def training_loss(self, batch: Any, adv: Any) -> Any:
+            seen.append((batch.x.clone(), batch.y.clone()))
+            return super().training_loss(batch, adv)
+
+    model = make_model(0)
+    slow = make_model(0).train()
+    options: dict[str, Any] = {"run_dir": tmp_path / "run", "progress": False, "device": "cpu"}
+    train(Recording, recipe, data=small_data(), model=model, **options)
+    velocity = [torch.zeros_like(p) for p in slow.parameters()]
+    for step, (x, y) in enumerate(seen):
+        height = 1 - abs(step / 3 - 1)  # up to the end of the first of two epochs, then down
+        rate, momentum = 0.05 * height, 0.8 - 0.6 * height
+        slow.zero_grad()
+        torch.nn.functional.cross_entropy(slow(x), y).backward()
+        with torch.no_grad():
+            for parameter, v in zip(slow.parameters(), velocity, strict=True):
+                v.mul_(momentum if step else 0).add_(parameter.grad)
+                parameter -= rate * v
+    assert len(seen) == 6
+    for a, b in zip(model.parameters(), slow.parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
