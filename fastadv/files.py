@@ -47,7 +47,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)
         try:
-            write_through(temporary, content.encode() if isinstance(content, str) else content)
+            data = content.encode() if isinstance(content, str) else content
+            write_through(temporary, data, target)
             os.replace(temporary, target)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -55,13 +56,18 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     return target
 
 
-def write_through(path: Path, content: bytes) -> None:
+def write_through(path: Path, content: bytes, final: Path) -> None:
     """Write a new file and flush it to disk.
 
+    Args:
+        path: the file.
+        content: its bytes.
+        final: where it will be, for the message.
+
     Raises:
-        OSError: if it cannot be written, or is there; the message names the file.
+        OSError: if it cannot be written, or is there; the message says so of where it will be.
     """
-    with naming(path), open(path, "xb") as file:
+    with naming(final), open(path, "xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -99,7 +105,7 @@ def point_link(link: Path, target: str) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            write_through(temporary, target.encode())
+            write_through(temporary, target.encode(), link)
         if link.is_dir() and not link.is_symlink():
             aside = temporary_beside(link)
             os.replace(link, aside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 from torch import nn
@@ -33,7 +34,7 @@ def usual_form(model: nn.Module) -> bool:
     return form_of(model) == next(iter(forms_of(model)), None)
 
 
-def check_form_named(model: nn.Module, form: str | None) -> None:
+def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool = False) -> None:
     """Check that somebody said of which form a state dict is that fits a model.
 
     A model of another than the usual form was asked for by its name, which counts.
@@ -41,6 +42,8 @@ def check_form_named(model: nn.Module, form: str | None) -> None:
     Args:
         model: the model that the state dict fits.
         form: what the caller names.
+        built_by_caller: the caller chose the model for this state dict. Then a warning is enough where nearly all
+            published files are of the usual form (`usual_form_prevails` of the network).
 
     Raises:
         ValueError: if there are several forms and none is named, or another one than the model's.
@@ -49,7 +52,16 @@ def check_form_named(model: nn.Module, form: str | None) -> None:
     if form is not None and form != own:
         kinds = f"be {own!r}, what the model is" if forms else "be None for a model of one form"
         raise ValueError(f"form must {kinds}, got {form!r}; create_model(form) builds another one")
-    if form is None and forms and usual_form(model):
+    if form is not None or not forms or not usual_form(model):
+        return
+    if built_by_caller and getattr(_inside(model), "usual_form_prevails", False):
+        warnings.warn(
+            f"the state dict fits several networks, which compute different functions, and is taken for that of "
+            f"{own}, the usual one: {described(forms)}. Pass form={own!r} where that is right, else build the "
+            "other one with create_model(name)",
+            stacklevel=3,
+        )
+    else:
         raise ValueError(
             "form must be named, because the state dict fits several networks, which compute different functions: "
             f"{described(forms)}. Build the right one with create_model(name) and pass form=name "

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
+from fastadv.models.state_files import Foreign, read_state_file
 
-# Where training scripts put the weights in what they save, most specific first.
-_CONTAINERS = ("state_dict", "model_state_dict", "model_state", "model", "net", "weights")
+_Place: TypeAlias = tuple[str, dict[str, Tensor]]
+
 _MEAN_NAMES = ("mean", "mu", "new_mean")
 _STD_NAMES = ("std", "sigma", "new_std")
+_MOST_CHANNELS = 16  # of images; a longer vector called "mean" is no normalisation of theirs
+_LARGEST_MEAN = 2.0
+_DEEPEST = 4  # mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
+# Counters that AveragedModel and thop leave among the weights.
+_COUNTERS = ("n_averaged", "total_ops", "total_params")
 
 
 @dataclass
@@ -67,19 +74,25 @@ class LoadReport:
 
 
 def load_published_state_dict(
-    model: nn.Module, state: Mapping[str, Any], strict: bool = True, *, form: str | None = None
+    model: nn.Module,
+    state: Mapping[str, Any] | str | os.PathLike[str],
+    strict: bool = True,
+    *,
+    form: str | None = None,
 ) -> LoadReport:
     """Load weights in any of the usual published wrappings into a model.
 
-    Accepted are: a plain state dict; a container that holds one under "state_dict", "model" or
-    the like; any prefix before all names ("module." of DataParallel, "model." of RobustBench,
-    "_orig_mod." of torch.compile, or several); files from before `num_batches_tracked`; the
-    unused `sub_block1` of TRADES' WideResNet. Normalisation buffers (mean/std or mu/sigma) are
-    loaded into the buffers of a `Normalized` model.
+    Accepted are: a plain state dict; anything that holds one, under whatever key ("state_dict", "model",
+    "ema_state_dict"), beside whatever else; any prefix before all names ("module." of DataParallel and
+    AveragedModel, "model." of RobustBench, "_orig_mod." of torch.compile, or several); the same weights several
+    times over; files from before `num_batches_tracked`; the unused `sub_block1` of TRADES' WideResNet; counters of
+    AveragedModel and thop. Normalisation buffers (mean/std or mu/sigma) are loaded into the buffers of a
+    `Normalized` model.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
-        state: what `torch.load(path, map_location="cpu", weights_only=True)` returned.
+        state: a file, whatever its suffix, of which nothing is run; or what
+            `torch.load(path, map_location="cpu", weights_only=True)` returned.
         strict: refuse, and change nothing, unless everything fits. Otherwise load what fits.
         form: name of the network that the file is of, where several take it: "preact_resnet18" or
             "preact_resnet18_raw_shortcut", "resnet18" or "resnet18_layer2_stride1"; see `forms_of`. The model must
@@ -89,16 +102,20 @@ def load_published_state_dict(
         What was loaded and what did not fit.
 
     Raises:
+        FileNotFoundError: if there is no such file.
+        StateFileError: if the file is damaged or of another kind; a ValueError.
         TypeError: if `state` holds no tensors by name.
-        ValueError: if no name fits; with `strict`, if anything does not fit, or if the file
-            normalises its inputs while the model is not `Normalized`; if several networks take the file and
-            `form` does not name one.
+        ValueError: if no name fits; if there are several sets of weights that differ; with `strict`, if anything
+            does not fit, or if the file normalises its inputs while the model is not `Normalized`; if several
+            networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
     """
-    tensors = _find_tensors(state)
+    if isinstance(state, str | os.PathLike):
+        state = read_state_file(state)
     network = model.model if isinstance(model, Normalized) else model
     targets = network.state_dict()
-    report = LoadReport(prefix=_find_prefix(tensors, targets))
-    fitting = _sort_entries(tensors, targets, report)
+    tensors, prefix, copies = _choose_weights(state, network, targets)
+    report = LoadReport(prefix=prefix)
+    fitting = _sort_entries(tensors, targets, report, copies)
     if not fitting:
         raise ValueError(
             f"state has no entry that fits {type(network).__name__}; it has "
@@ -106,7 +123,7 @@ def load_published_state_dict(
         )
     if strict:
         _require_fit(model, network, report)
-    check_form_named(network, form)
+    check_form_named(network, form, built_by_caller=True)
     if isinstance(model, Normalized):
         _set_normalization(model, report)
     network.load_state_dict(fitting, strict=False)
@@ -114,38 +131,105 @@ def load_published_state_dict(
     return report
 
 
-def _find_tensors(state: object) -> dict[str, Tensor]:
-    """The mapping from names to tensors inside a saved object."""
-    while isinstance(state, Mapping):
-        inner = next((state[k] for k in _CONTAINERS if isinstance(state.get(k), Mapping)), None)
-        if inner is None:
-            tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-            if tensors:
-                return tensors
-            raise TypeError(
-                f"state must map names to tensors, got a mapping with {list(state)[:5]}"
-            )
-        state = inner
-    raise TypeError(
-        "state must be the mapping that torch.load(path, weights_only=True) returns, "
-        f"got {type(state).__name__}"
-    )
+def _choose_weights(
+    state: object, network: nn.Module, targets: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str, set[str]]:
+    """Find the weights of a network inside a saved object.
+
+    Returns:
+        The tensors by name beside each other; the prefix before the network's names; the names of further copies.
+
+    Raises:
+        TypeError: if there are no tensors by name.
+        ValueError: if there are several sets of weights that differ.
+    """
+    mappings = dict(_tensor_mappings(state))
+    if not mappings:
+        raise TypeError(f"state must map names to tensors, got {_described(state)}")
+    parameters = [name for name, _ in network.named_parameters()] or list(targets)
+    whole = [
+        (place, prefix)
+        for place, tensors in mappings.items()
+        for prefix in _prefixes(tensors, targets)
+        if all(prefix + name in tensors for name in parameters)
+    ]
+    if not whole:
+        place, prefix = max(
+            (
+                (p, prefix)
+                for p, tensors in mappings.items()
+                for prefix in _prefixes(tensors, targets)
+            ),
+            key=lambda found: sum(found[1] + name in mappings[found[0]] for name in targets),
+        )
+        return mappings[place], prefix, set()
+    place, prefix = whole[0]
+    for other in whole[1:]:
+        _require_same(mappings, whole[0], other, targets)
+    copies = {p + name for q, p in whole[1:] if q == place for name in targets}
+    return mappings[place], prefix, copies - {prefix + name for name in targets}
 
 
-def _find_prefix(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> str:
-    """The prefix under which most of the model's names occur; the shortest among equals."""
+def _tensor_mappings(state: object, place: str = "", depth: int = 0) -> Iterator[_Place]:
+    """The mappings from names to tensors inside a saved object, with the keys that lead to them."""
+    if not isinstance(state, Mapping) or depth > _DEEPEST:
+        return
+    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if tensors:
+        yield place, tensors
+    for key, value in state.items():
+        if isinstance(key, str):
+            yield from _tensor_mappings(value, f"{place}[{key!r}]", depth + 1)
+
+
+def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
+    """What may stand before the network's names, the shortest first."""
     anchor = next(iter(targets))
     candidates = {name[: -len(anchor)] for name in tensors if name.endswith(anchor)}
     # Names that merely end in the anchor, such as layer1.0.conv1.weight, match little else.
     candidates = {prefix for prefix in candidates if prefix == "" or prefix.endswith(".")} | {""}
-    return max(
-        sorted(candidates, key=len),
-        key=lambda prefix: sum(prefix + name in tensors for name in targets),
+    return sorted(candidates, key=lambda prefix: (len(prefix), prefix))
+
+
+def _require_same(
+    mappings: Mapping[str, Mapping[str, Tensor]],
+    one: tuple[str, str],
+    other: tuple[str, str],
+    targets: Mapping[str, Tensor],
+) -> None:
+    """Check that two places hold the same weights."""
+    for name in targets:
+        a, b = (mappings[place].get(prefix + name) for place, prefix in (one, other))
+        if a is None or b is None or name.endswith("num_batches_tracked"):
+            continue
+        if a.shape != b.shape or not torch.equal(a, b.to(a.dtype)):
+            places = " and ".join(
+                f"state{place}" + f" behind {prefix!r}" * bool(prefix)
+                for place, prefix in (one, other)
+            )
+            raise ValueError(
+                f"state holds several sets of weights that differ, {places} (for example in {name!r}); give the "
+                "one you mean alone, such as state['ema_state_dict'], or save it in a file of its own"
+            )
+
+
+def _described(state: object) -> str:
+    """What a saved object is, for a message."""
+    if isinstance(state, Foreign):
+        return f"an object of {state.kind}; open it where its code is, and save its state_dict()"
+    if not isinstance(state, Mapping):
+        return f"{type(state).__name__}; it is what torch.load(path, weights_only=True) returns"
+    objects = [f"{k!r} is {_described(v)}" for k, v in state.items() if isinstance(v, Foreign)]
+    return f"a mapping with {list(state)[:5]}" + "".join(
+        f", of which {text}" for text in objects[:1]
     )
 
 
 def _sort_entries(
-    tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor], report: LoadReport
+    tensors: Mapping[str, Tensor],
+    targets: Mapping[str, Tensor],
+    report: LoadReport,
+    copies: set[str],
 ) -> dict[str, Tensor]:
     """Fill the report, apart from `loaded`, and return the entries that fit by their own names."""
     fitting: dict[str, Tensor] = {}
@@ -158,7 +242,7 @@ def _sort_entries(
                 ours = tuple(targets[name].shape)
                 report.mismatched.append(f"{name}: {tuple(tensor.shape)}, {ours}")
         elif not _note_normalization(full_name, tensor, report):
-            unused = name.startswith(_UNUSED)
+            unused = name.startswith(_UNUSED) or full_name in copies or _is_counter(name, tensor)
             (report.ignored if unused else report.unexpected).append(full_name)
     seen = {entry.partition(":")[0] for entry in report.mismatched} | set(fitting)
     report.missing = [
@@ -167,15 +251,20 @@ def _sort_entries(
     return fitting
 
 
+def _is_counter(name: str, tensor: Tensor) -> bool:
+    return name.rpartition(".")[2] in _COUNTERS and tensor.numel() == 1
+
+
 def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
     """Whether the entry is a normalisation constant, which is then put in the report."""
     last = name.rpartition(".")[2]
-    if last in _MEAN_NAMES:
-        report.mean = tensor.flatten().tolist()
-    elif last in _STD_NAMES:
-        report.std = tensor.flatten().tolist()
-    else:
+    kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
+    if kind is None or tensor.numel() > _MOST_CHANNELS:
         return False
+    values, earlier = tensor.flatten().tolist(), getattr(report, kind)
+    if earlier is not None and earlier != values:
+        raise ValueError(f"state normalises with two {kind}s, {earlier} and {values} ({name!r})")
+    setattr(report, kind, values)
     return True
 
 
@@ -191,9 +280,20 @@ def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> No
 
 def _set_normalization(model: Normalized, report: LoadReport) -> None:
     """Take over mean and std from the file, where it has them."""
+    mean, std = report.mean or [0.0], report.std or [1.0]
+    if any(abs(value) > _LARGEST_MEAN for value in mean):
+        raise ValueError(
+            f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
+            "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
+        )
+    # What is no normalisation, such as a std of 0, is refused here as anywhere.
+    checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
     for name in ("mean", "std"):
-        values = getattr(report, name)
-        if values is not None:
+        if getattr(report, name) is not None:
             old: Tensor = getattr(model, name)
-            new = torch.tensor(values, dtype=old.dtype, device=old.device)
-            setattr(model, name, new.reshape(1, -1, 1, 1))
+            setattr(model, name, getattr(checked, name).to(dtype=old.dtype, device=old.device))
+
+
+def _as_many(values: list[float], others: list[float]) -> list[float]:
+    """One number for each channel, where there is one for all."""
+    return values * len(others) if len(values) == 1 else values

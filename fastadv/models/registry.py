@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import re
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,6 +23,7 @@ from fastadv.models.vgg import vgg16_bn
 from fastadv.models.wide_resnet import wrn_28_10, wrn_34_10
 
 ModelFactory = Callable[..., nn.Module]
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
 
 _FACTORIES: dict[str, ModelFactory] = {
     "resnet18": resnet18,
@@ -100,6 +105,40 @@ def stacked_names(names: str) -> list[str]:
             )
         found += [name] * (int(count) if star else 1)
     return found
+
+
+def names_code(name: str) -> bool:
+    """Return whether a name stands for code that is not fastadv's or timm's own, or makes timm fetch something.
+
+    Such a name is good only where the user gives it: what a file says must not decide which code is run.
+
+    Args:
+        name: what `create_model` takes.
+    """
+    if not isinstance(name, str):
+        return False
+    source, colon, rest = name.partition(":")
+    if source == "stack":
+        parts = (part.rpartition("*")[2] for part in rest.split("+"))
+        return any(names_code(part) for part in parts)
+    if source == "timm":
+        # timm takes "hf-hub:..." and "local-dir:..." for models of its hub and of folders.
+        return _PLAIN_NAME.fullmatch(rest) is None or _timm_is_beside()
+    return bool(colon)
+
+
+def _timm_is_beside() -> bool:
+    """Whether the module that would be imported as timm lies in the current directory, not where packages are."""
+    if "timm" in sys.modules:
+        return False
+    try:
+        spec = importlib.util.find_spec("timm")
+    except (ImportError, ValueError):
+        return False
+    if spec is None or spec.origin is None:
+        return False
+    file = Path(spec.origin).resolve()
+    return Path.cwd().resolve() in (file.parent, file.parent.parent)
 
 
 def _own_factory(name: str) -> ModelFactory:

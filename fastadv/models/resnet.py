@@ -68,6 +68,9 @@ class ResNet(SplitModel):
         self.layer4 = _stage(256, 512, blocks[3], stride=2)
         self.linear = nn.Linear(512, num_classes)
 
+    # The other one is LBGAT's natural model alone.
+    usual_form_prevails = True
+
     @property
     def forms(self) -> dict[str, str]:
         """The networks that take the same state dict, by name; see `fastadv.models.forms_of`."""

@@ -100,7 +100,7 @@ def save_checkpoint(
         remove_unfinished(folder)
         temporary.mkdir()
         try:
-            _write_files(temporary, weights, train_state, {**meta, "step": step})
+            _write_files(temporary, folder / name, weights, train_state, {**meta, "step": step})
             _put_in_place(temporary, folder / name)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -240,6 +240,7 @@ def _step_of(path: Path) -> int:
 
 def _write_files(
     folder: Path,
+    final: Path,
     weights: Mapping[str, Tensor],
     train_state: Mapping[str, Any],
     meta: Mapping[str, Any],
@@ -248,18 +249,19 @@ def _write_files(
 
     # Copies: safetensors refuses channels-last tensors and tensors that share memory.
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    files = {MODEL_FILE: _write(folder / MODEL_FILE, save(plain, metadata={"format": "pt"}))}
+    model = save(plain, metadata={"format": "pt"})
+    files = {MODEL_FILE: _write(folder / MODEL_FILE, model, final)}
     # In memory first: where a disk is full, torch's own writer does not say so.
     state = io.BytesIO()
     torch.save(dict(train_state), state)
-    files[STATE_FILE] = _write(folder / STATE_FILE, state.getvalue())
-    write_through(folder / META_FILE, sealed_json({**meta, "files": files}).encode())
+    files[STATE_FILE] = _write(folder / STATE_FILE, state.getvalue(), final)
+    _write(folder / META_FILE, sealed_json({**meta, "files": files}).encode(), final)
     sync_path(folder)
 
 
-def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file, and return what the meta data say of it."""
-    write_through(path, content)
+def _write(path: Path, content: bytes, final: Path) -> dict[str, Any]:
+    """Write a file of what will be the folder `final`, and return what the meta data say of it."""
+    write_through(path, content, final / path.name)
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 

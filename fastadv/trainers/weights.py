@@ -7,19 +7,24 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from fastadv.models import (
+    Normalized,
+    StateFileError,
+    check_form_named,
     create_model,
     form_of,
     forms_of,
     in_form,
     load_published_state_dict,
+    names_code,
+    read_state_file,
     usual_form,
 )
 from fastadv.trainers.checkpoint import (
     LATEST,
+    Checkpoint,
     CheckpointError,
     find_checkpoint,
     load_checkpoint,
@@ -28,12 +33,11 @@ from fastadv.trainers.checkpoint import (
 )
 
 WeightSource: TypeAlias = "str | os.PathLike[str] | nn.Module"
-_FILE_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".tar")
 
 
 def load_model(
     path: str | os.PathLike[str],
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     *,
     checkpoint: str = LATEST,
     averaged: bool = True,
@@ -42,7 +46,9 @@ def load_model(
 
     Args:
         path: a run directory or a checkpoint.
-        model: a module to fill, for runs whose model was not made by name.
+        model: a module to fill, for runs whose model was not made by name; or a name for `create_model`, which is
+            needed where the run names a function of your own, "package.module:function": its code runs only when
+            you name it.
         checkpoint: which one of a run: "latest", "best" or a name such as "step_000123".
         averaged: take the average of the weights (EMA or SWA) where the checkpoint has one.
 
@@ -51,13 +57,14 @@ def load_model(
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
-        ValueError: if the run's model has no name and `model` is None, or does not fit.
+        ValueError: if the run's model has no name, or that of a function of your own, and `model` is None; or if
+            it does not fit.
     """
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
-    if model is None:
-        model = build_model(read.meta.get("model", {}), read.path)
-    else:
-        _check_form(model, read.meta.get("model", {}), read.path)
+    recorded = _recorded_model(read)
+    if not isinstance(model, nn.Module):
+        model = build_model(recorded, read.path, model)
+    _check_form(model, recorded, read.path)
     state = (unpack_average if averaged else unpack_weights)(read.weights)
     try:
         model.load_state_dict(state)
@@ -66,21 +73,54 @@ def load_model(
     return model.eval()
 
 
-def build_model(description: dict[str, Any], path: Path) -> nn.Module:
+def build_model(description: dict[str, Any], path: Path, named: str | None = None) -> nn.Module:
     """Build the model that a run recorded, with fresh weights.
 
     Args:
         description: "name", "num_classes" and "in_channels".
         path: where the description comes from, for messages.
+        named: the name that the user gives, which counts before the recorded one.
 
     Raises:
-        ValueError: if the model was not made by name.
+        ValueError: if the model was not made by name, or its name stands for code and the user does not give it.
+        CheckpointError: if the description is none.
     """
-    name = description.get("name")
+    name = description.get("name") if named is None else named
     if not name:
         kind = description.get("class", "a module of your own")
         raise ValueError(f"{path}: was trained with {kind}, not a model by name; pass model=")
-    return create_model(name, description["num_classes"], description["in_channels"])
+    if named is None:
+        check_no_code(name, path)
+    classes, channels = (description.get(key) for key in ("num_classes", "in_channels"))
+    if not (isinstance(name, str) and isinstance(classes, int) and isinstance(channels, int)):
+        raise CheckpointError(f"{path}: does not say which model it is of: {description}")
+    return create_model(name, classes, channels)
+
+
+def _recorded_model(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint says of its model."""
+    recorded = checkpoint.meta.get("model", {})
+    if not isinstance(recorded, dict):
+        raise CheckpointError(f"{checkpoint.path}: does not say which model it is of: {recorded!r}")
+    return recorded
+
+
+def check_no_code(name: Any, path: str | os.PathLike[str], argument: str = "model") -> None:
+    """Refuse to build a model by a recorded name that stands for code.
+
+    Args:
+        name: what a run says its model is.
+        path: where it says so.
+        argument: by which the user can give the name.
+
+    Raises:
+        ValueError: if it stands for code.
+    """
+    if names_code(name):
+        raise ValueError(
+            f"{path}: says that its model is {name!r}, whose code runs only when you name it yourself: give "
+            f"{argument}={name!r} (on the command line --{argument} {name}), if you trust that code"
+        )
 
 
 def load_teacher(
@@ -89,12 +129,13 @@ def load_teacher(
     """Make a frozen model of given weights.
 
     Args:
-        source: a run directory (its latest checkpoint), a checkpoint directory, a state dict in a
-            `.safetensors`, `.pt` or `.pth` file, or a module, which is copied.
+        source: a run directory (its latest checkpoint), a checkpoint directory, a file with a state dict in any of
+            the published wrappings, or a module, which is copied.
         like: the model to be trained; the teacher is of the same kind unless the source is a run
-            that says otherwise.
+            that says otherwise. It is `Normalized` as well where a file holds mean and std.
         architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
-            state dict that several networks take, which compute different functions.
+            run that names a function of your own, and for a state dict that several networks take, which compute
+            different functions.
 
     Returns:
         A module of its own, in evaluation mode, without gradients.
@@ -108,28 +149,37 @@ def load_teacher(
         if architecture is not None:
             raise ValueError(f"teacher_model must be None for a module, got {architecture!r}")
         teacher = copy.deepcopy(source)
-    elif Path(source).suffix in _FILE_SUFFIXES:
+    elif Path(source).is_file() or not Path(source).exists():
         try:
             teacher = _load_file(Path(source), like, named=architecture is not None)
+        except StateFileError as error:
+            raise CheckpointError(str(error)) from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{source}: {error}") from error
     else:
-        path = find_checkpoint(source)
-        recorded = load_checkpoint(path, with_state=False).meta.get("model", {})
-        _check_architecture(recorded, architecture, path)
-        same = recorded.get("name") is None
-        teacher = load_model(path, copy.deepcopy(like) if same else None)
+        teacher = _load_run(find_checkpoint(source), like, architecture)
     return teacher.eval().requires_grad_(False)
 
 
 def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
-    """Load a state dict into a model of the kind of another one, or of the form that the file itself says."""
-    state, recorded = _read_state_dict(path), _recorded_form(path)
+    """Load a state dict into a model of the kind of another one, or of the form that the file itself says.
+
+    It normalises its inputs if the file says how.
+    """
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: no such file or directory; it must be a run, a checkpoint or a file with a state dict"
+        )
+    state, recorded = read_state_file(path), _recorded_form(path)
+    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+        state = unpack_average(state)  # of a run's checkpoint
     other = recorded is not None and recorded != form_of(like)
     teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
-    known = named or recorded is not None
-    load_published_state_dict(teacher, state, form=form_of(teacher) if known else None)
-    return teacher
+    normalized = teacher if isinstance(teacher, Normalized) else Normalized(teacher)
+    report = load_published_state_dict(normalized, state, form=form_of(teacher))
+    if not named and recorded is None:
+        check_form_named(teacher, None)
+    return normalized if report.normalizes else teacher
 
 
 def _recorded_form(path: Path) -> str | None:
@@ -142,8 +192,7 @@ def _recorded_form(path: Path) -> str | None:
         return (file.metadata() or {}).get("form")
 
 
-def _check_architecture(recorded: dict[str, Any], given: str | None, path: Path) -> None:
-    name = recorded.get("name")
+def _check_architecture(name: str | None, given: str | None, path: Path) -> None:
     if given is not None and given.lower().replace("-", "_") != str(name).lower().replace("-", "_"):
         raise ValueError(
             f"{path}: teacher_model must be what the run says, {name!r}, got {given!r}"
@@ -160,14 +209,11 @@ def _check_form(model: nn.Module, recorded: dict[str, Any], path: Path) -> None:
         )
 
 
-def _read_state_dict(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it must be a state dict")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return unpack_average(load_file(path))
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise many types for foreign files
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+def _load_run(path: Path, like: nn.Module, architecture: str | None) -> nn.Module:
+    """Load the model of a run, built as the run says unless that would run code of its choosing."""
+    name = _recorded_model(load_checkpoint(path, with_state=False)).get("name")
+    _check_architecture(name, architecture, path)
+    named = name is not None and name == architecture
+    if name is not None and not named:
+        check_no_code(name, path, "teacher_model")
+    return load_model(path, copy.deepcopy(like) if name is None or named else None)

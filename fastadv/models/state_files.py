@@ -1,0 +1,112 @@
+"""Files of weights as others publish them, read without running anything that they name."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import pickletools
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+# How torch wrote before 1.6: four pickles, of which the last is the saved object.
+_PICKLES_OF_OLD_FILES = 4
+_ZIP = b"PK\x03\x04"
+
+
+class StateFileError(ValueError):
+    """A file of weights is damaged, or holds no weights; the message names it."""
+
+
+class Foreign:
+    """Stands in for an object of a class or function that a file names, which is neither looked up nor called.
+
+    Attributes:
+        kind: the full name in the file.
+    """
+
+    kind = ""
+
+    def __new__(cls, *arguments: Any) -> Foreign:
+        """Make an object of whatever arguments the file has."""
+        return super().__new__(cls)
+
+    def __init__(self, *arguments: Any) -> None:
+        """Leave the arguments aside; an old-fashioned object begins with its class."""
+        first = arguments[0] if arguments else None
+        if isinstance(first, type) and issubclass(first, Foreign):
+            self.kind = first.kind
+
+    def __setstate__(self, state: Any) -> None:
+        """Leave the state aside."""
+
+
+def read_state_file(path: str | os.PathLike[str]) -> Any:
+    """Read a file that `torch.save` or safetensors wrote, whatever its name ends in.
+
+    Tensors, numbers, text and the dicts, lists and tuples of them are read. An object of any other class, such as
+    the training script's options or a number of numpy's, becomes a `Foreign`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        What was saved, on the CPU.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        StateFileError: if it is damaged or another kind of file; the message names it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; it must be a state dict")
+    try:
+        if path.suffix == ".safetensors" or _is_safetensors(path):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([_stand_in(name) for name in _names_in(path)]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise many types for foreign files
+        # torch puts its reason into an advice to let the file run what it likes, which is not repeated here.
+        refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
+        reason = str(error.__context__ if refused else error).strip().partition("\n")[0]
+        raise StateFileError(
+            f"{path}: cannot be read as a file of weights ({reason[:200] or type(error).__name__}); it must "
+            "be what torch.save or safetensors made of a state dict"
+        ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file begins with the length of a JSON header and the header."""
+    with path.open("rb") as file:
+        length, brace = int.from_bytes(file.read(8), "little"), file.read(1)
+    return brace == b"{" and 2 <= length <= path.stat().st_size - 8
+
+
+def _stand_in(name: str) -> Any:
+    """What torch is to take for a name: a class of its own for each, which says what it stands for."""
+    if name == "collections.defaultdict":  # in which a state dict may be kept
+        return lambda *_: {}, name
+    return type("Foreign", (Foreign,), {"kind": name}), name
+
+
+def _names_in(path: Path) -> list[str]:
+    """The names of classes and functions that torch does not read by itself."""
+    with path.open("rb") as file:
+        if file.read(len(_ZIP)) == _ZIP:
+            return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        file.seek(0)
+        return _names_in_old_form(file)
+
+
+def _names_in_old_form(file: BinaryIO) -> list[str]:
+    names: set[str] = set()
+    for _ in range(_PICKLES_OF_OLD_FILES):
+        for code, argument, _ in pickletools.genops(file):
+            if code.name == "GLOBAL":
+                # torch looks them up under the names of Python 3.
+                names.add(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
+    # What torch knows stays what it is.
+    return [name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))]
