@@ -212,7 +212,6 @@ def test_a_model_without_gradient_in_x_is_refused(kind: str) -> None:
         fastadv.pgd_fused(no_gradient(kind), *batch(), steps=1)
 
 
-@pytest.mark.xfail(strict=True, reason="the message is the convolution's")
 @pytest.mark.parametrize(
     ("model_dtype", "image_dtype"),
     [(torch.float32, torch.float64), (torch.float64, torch.float32)],
