@@ -46,7 +46,9 @@ train aft arrest --teacher "$teacher" --distill false --replay false
 train pgd_at pgd_at
 
 for name in standard arrest aft pgd_at; do
-  [ -e "$runs/$name/eval.json" ] && continue
-  within_time eval "$runs/$name" --attacks clean pgd-20 autoattack --max_examples "$images" || stop "judging $name" $?
+  [ -e "$runs/$name/judged" ] && continue
+  within_time eval "$runs/$name" --eps 8/255 --attacks clean pgd-20 autoattack --max_examples "$images" ||
+    stop "judging $name" $?
+  touch "$runs/$name/judged"
 done
 "$python" -m fastadv report "$runs"/{standard,pgd_at,aft,arrest} --out "$runs"

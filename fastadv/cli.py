@@ -3,36 +3,54 @@
 from __future__ import annotations
 
 import inspect
+import os
+import shlex
+import signal
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
-from jsonargparse.typing import register_type
+from jsonargparse import Namespace
 
 import fastadv
-from fastadv.commands import DEFAULT_ATTACKS, Flags, run_evaluation, run_report, run_training
-from fastadv.files import write_atomically
-from fastadv.trainers import Settings, find_method, method_names
-from fastadv.trainers.distributed import is_first
-from fastadv.trainers.methods import MethodClass
-from fastadv.trainers.number import Number, parse_number
-
-register_type(
-    Number,
-    serializer=float,
-    deserializer=parse_number,
-    type_check=lambda value, _: isinstance(value, float),
+from fastadv.commands import (
+    DEFAULT_ATTACKS,
+    Flags,
+    run_evaluation,
+    run_report,
+    run_training,
 )
+from fastadv.data.datasets import dataset_names
+from fastadv.files import write_atomically
+from fastadv.interruption import Interrupted, stopped_by_signals
+from fastadv.parsing import FAILED, FALSE, Parser, schedule_names
+from fastadv.result_keeper import UnsavedResultsError
+from fastadv.saved_options import (
+    CONFIG_FILE,
+    as_config,
+    missing_model,
+    saved_options,
+    saved_teachers,
+)
+from fastadv.suggestions import check_known, suggestion
+from fastadv.trainers import (
+    Afs,
+    Settings,
+    find_method,
+    method_names,
+    schedules,
+)
+from fastadv.trainers.distributed import is_first, launch
+from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.unused import check_all_used
 
 # What a person can put right. Anything else is a fault of ours and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
-_FAILED, _INTERRUPTED = 2, 130
 _TRAINING_OPTIONS = (
     "data",
     "run",
@@ -44,28 +62,6 @@ _TRAINING_OPTIONS = (
     "device",
     "from_checkpoint",
 )
-
-
-class HelpFormatter(DefaultHelpFormatter):
-    """Keeps the paragraphs of a description."""
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = (textwrap.fill(part, width) for part in text.split("\n\n"))
-        return textwrap.indent("\n\n".join(paragraphs), indent)
-
-
-class Parser(ArgumentParser):
-    """A parser whose complaints are one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", HelpFormatter)
-        kwargs.setdefault("allow_abbrev", False)
-        super().__init__(*args, **kwargs)
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the message on one line and exit with status 2."""
-        text = " ".join(message.replace('Parser key "', 'option "').split())
-        self.exit(_FAILED, f"{self.prog}: error: {text} (see {self.prog} --help)\n")
 
 
 @dataclass(frozen=True)
@@ -88,9 +84,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default the process's own.
 
     Returns:
-        The exit status: 0; 2 for something the user can put right; 130 after an interruption.
+        The exit status: 0; 2 for something the user can put right; 130 after Ctrl-C, 143 after SIGTERM.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(words)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain once more when it ends.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+        return 0
+
+
+def _run(words: list[str]) -> int:
     debug = "--debug" in words
     words = [_option(word) for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -100,22 +109,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastadv {fastadv.__version__}")
         return 0
     if words[0] not in _COMMANDS:
-        return _complain(f"unknown command {words[0]!r}; there are {', '.join(_COMMANDS)}")
+        return _complain(_unknown(words[0]))
     try:
         return _COMMANDS[words[0]].run(words[1:])
+    except Interrupted as stop:
+        print(f"fastadv: {stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
         print("fastadv: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
     except _USER_ERRORS as error:
+        if isinstance(error, UnsavedResultsError):
+            print(error.table, end="", flush=True)
         if debug:
             raise
         hint = " (--debug shows where)" if isinstance(error, TypeError | RuntimeError) else ""
         return _complain((" ".join(str(error).split()) or type(error).__name__) + hint)
 
 
+def _unknown(word: str) -> str:
+    """What to say of a command that does not exist."""
+    text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
+    if word.lower().replace("-", "_") in method_names():
+        return f"{text}; did you mean 'train {word}'?"
+    return text + suggestion(word, _COMMANDS)
+
+
 def _complain(text: str) -> int:
     print(f"fastadv: error: {text}", file=sys.stderr)
-    return _FAILED
+    return FAILED
 
 
 def _option(word: str) -> str:
@@ -142,6 +166,7 @@ def _overview() -> str:
             "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
             "Any command takes --debug, which shows the traceback of an error.",
             "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
+            "A flag stands alone or with its value: --flip, --flip false.",
         ]
     )
 
@@ -151,30 +176,49 @@ def _train(words: list[str]) -> int:
         if words and words[0] not in ("-h", "--help"):
             return _complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
         print(_methods_overview())
-        return 0 if words else _FAILED
-    method = find_method(words[0])
-    deciding = ("preset", *method.recipe_class.deciding)
-    parser = training_parser(method, _settings_in(words[1:], deciding))
-    options = parser.parse_args(words[1:])
-    config = _config_text(parser, options)
+        return 0 if words else FAILED
+    method, words = find_method(words[0]), words[1:]
+    if words[-1:] == ["--schedule.help"]:
+        print(_schedules_overview())
+        return 0
+    saved = _saved(method, words)
+    words = [*saved, *words]
+    parser = training_parser(method, _settings_in(words, ("preset", *method.recipe_class.deciding)))
+    options = parser.parse_args(words)
+    config = _config_text(parser, options, saved_teachers(options.run) if saved else None)
     chosen = parser.instantiate(options)
-    result = run_training(
-        method.name,
-        method.recipe_class(**_fields_of(method.recipe_class, chosen)),
-        Settings(**_fields_of(Settings, chosen)),
-        Flags(**_fields_of(Flags, chosen)),
-        on_start=lambda path: _write_config(path, config),
-        **{name: getattr(chosen, name) for name in _TRAINING_OPTIONS},
-    )
+    recipe = method.recipe_class(**_fields_of(method.recipe_class, chosen))
+    if not saved:
+        check_all_used(method, recipe, chosen.preset)
+    try:
+        result = run_training(
+            method.name,
+            recipe,
+            Settings(**_fields_of(Settings, chosen)),
+            Flags(**_fields_of(Flags, chosen)),
+            on_start=lambda path: _write_config(path, config),
+            **{name: getattr(chosen, name) for name in _TRAINING_OPTIONS},
+        )
+    except Interrupted as stop:
+        if is_first():
+            print(f"fastadv: {stop}\ngo on: {_go_on(method, chosen.run)}", file=sys.stderr)
+        return stop.code
     if is_first():
         print(f"trained: {result.checkpoint}")
         print(f"next: fastadv eval {result.run_dir}")
     return 0
 
 
+def _go_on(method: MethodClass, run: str) -> str:
+    """The command that goes on with a run."""
+    alone = launch() is None
+    program, option = ("fastadv", "run") if alone else ("torchrun ... -m fastadv", "run-dir")
+    return f"{program} train {method.name} --{option} {shlex.quote(run)} --resume"
+
+
 def training_parser(
     method: MethodClass, settings: Mapping[str, Any] = MappingProxyType({})
-) -> ArgumentParser:
+) -> Parser:
     """Build the parser of `fastadv train METHOD`.
 
     Args:
@@ -185,9 +229,15 @@ def training_parser(
     given = {name: value for name, value in settings.items() if name != "preset"}
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
+    if preset != "official":  # of which the recipe itself says why it is not there
+        check_known("preset", preset, recipe_class.presets)
     recipe_class.preset(preset)  # complains of an unknown one
     start = recipe_class.start(preset, given)
-    parser = Parser(prog=f"fastadv train {method.name}", description=inspect.getdoc(method))
+    parser = Parser(
+        prog=f"fastadv train {method.name}",
+        description=inspect.getdoc(method),
+        needs=_needs(method),
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
     skipped |= {"teacher", "teacher_model"}
@@ -206,7 +256,7 @@ def training_parser(
     )
     flags = parser.add_argument_group("Switches")
     for name, text in _attribute_docs(Flags).items():
-        flags.add_argument(f"--{name}", action="store_true", help=text)
+        parser.add_flag(name, text, flags)
     parser.add_argument(
         "--preset",
         default=preset,
@@ -218,25 +268,54 @@ def training_parser(
     return parser
 
 
+def _needs(method: MethodClass) -> dict[str, str]:
+    """What cannot be left out, and what it is; with what only the training itself would miss."""
+    needs = {
+        "data": f"one of {', '.join(dataset_names())}",
+        "run": "a directory for everything the run leaves",
+    }
+    trained = method.teachers_needed(method.recipe_class())
+    if trained or method is Afs:
+        several = len(trained) > 1 or method is Afs
+        needs["teacher"] = "trained networks" if several else "a trained network"
+    return needs
+
+
+def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
+    """The options of the run that the command line asks to go on with; the command line's own come after them."""
+    given = _settings_in(words, ("run", "resume", "from_checkpoint", "model"))
+    run = given.get("run")
+    if run is None or not RunDirectory(str(run)).exists or {"-h", "--help"} & set(words):
+        return []
+    resumes = str(given.get("resume", False)).lower() not in FALSE
+    if not resumes and given.get("from_checkpoint") is None:
+        return []
+    options = saved_options(str(run), method)
+    if "model" not in options and given.get("model") is None:
+        raise ValueError(missing_model(str(run)))
+    return ["--config", as_config(options)]
+
+
 def _settings_in(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """What options and configs say of some options: the last word counts, as with any option."""
+    """What options and configs say of some options: the last word counts. An option without a value is true."""
     found: dict[str, Any] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, equals, value = word.partition("=")
-        value = value if equals else following
+        if not equals:
+            value = "true" if following.startswith("--") or not following else following
         if option == "--config":
             content = _content_of(value)
             found |= {name: content[name] for name in names if name in content}
-        elif option.removeprefix("--") in names:
-            found[option.removeprefix("--")] = _yaml_of(value)
+        elif option.startswith("--") and option[2:] in names:
+            found[option[2:]] = _yaml_of(value)
     return found
 
 
 def _content_of(config: str) -> dict[str, Any]:
     """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
     try:
-        path = Path(config)
-        content = _yaml_of(path.read_text(encoding="utf-8") if path.is_file() else config)
+        is_text = config.lstrip().startswith("{")
+        content = _yaml_of(config if is_text else Path(config).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -260,9 +339,31 @@ def _methods_overview() -> str:
     return "\n".join([*head, *lines, "", "`fastadv train METHOD --help` lists the options."])
 
 
+def _schedules_overview() -> str:
+    width = max(map(len, schedule_names()))
+    lines = [
+        f"  {name:<{width}}  {(inspect.getdoc(getattr(schedules, name)) or '').splitlines()[0]}"
+        for name in schedule_names()
+    ]
+    return "\n".join(
+        [
+            "--schedule NAME is how the learning rate changes over the run; NAME is one of",
+            "",
+            *lines,
+            "",
+            "`--schedule.help NAME` lists the options of one, such as --schedule.gamma.",
+        ]
+    )
+
+
 def _fields_of(kind: type[Any], options: Namespace) -> dict[str, Any]:
     """The options that are fields of a dataclass."""
     return {f.name: getattr(options, f.name) for f in fields(kind)}
+
+
+def _summary(documented: object) -> str:
+    """The first paragraph of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0]
 
 
 def _attribute_docs(kind: type[Any]) -> dict[str, str]:
@@ -273,16 +374,20 @@ def _attribute_docs(kind: type[Any]) -> dict[str, str]:
     return {f.name: docs.get(f.name, "") for f in fields(kind)}
 
 
-def _config_text(parser: ArgumentParser, options: Namespace) -> str:
+def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None) -> str:
     """All options as a config, without what is to be asked for each time anew and the preset, now resolved."""
     kept = options.clone()
+    kept.teacher = kept.teacher or teachers
+    for name in ("root", "extra"):  # for a config that is used elsewhere
+        if kept[name] is not None:
+            kept[name] = str(Path(kept[name]).resolve())
     for name in ("config", "preset", "from_checkpoint", *(f.name for f in fields(Flags))):
         kept.pop(name, None)
     return parser.dump(kept, skip_validation=True)
 
 
 def _write_config(run_dir: Path, text: str) -> None:
-    write_atomically(run_dir / "config.yaml", text)
+    write_atomically(run_dir / CONFIG_FILE, text)
 
 
 def _eval(words: list[str]) -> int:
@@ -299,12 +404,13 @@ def _eval(words: list[str]) -> int:
         help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
         "apgd-dlr, apgd-t, autoattack.",
     )
-    parser.add_argument("--quiet", action="store_true", help="Show no progress.")
+    parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "quiet"})
     options = vars(parser.parse_args(words))
     options.pop("config")
-    report = run_evaluation(**options)
-    print(report.table(), end="")
+    with stopped_by_signals("stopped before the first attack"):
+        text = run_evaluation(**options)
+    print(text, end="")
     return 0
 
 
@@ -323,8 +429,8 @@ def _info(words: list[str]) -> int:
     from fastadv import info
 
     parser = Parser(prog="fastadv info", description="Say what this installation can do.")
-    parser.add_argument("--ops", action="store_true", help="List every op and its backends.")
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    parser.add_flag("ops", "List every op and its backends.")
+    parser.add_flag("json", "Print JSON, which has them in any case.")
     options = parser.parse_args(words)
     facts = info.collect()
     print(json.dumps(facts, indent=2) if options.json else info.render(facts, options.ops))
@@ -334,7 +440,7 @@ def _info(words: list[str]) -> int:
 def _demo(words: list[str]) -> int:
     from fastadv.demo import run_demo
 
-    parser = Parser(prog="fastadv demo", description=inspect.getdoc(run_demo))
+    parser = Parser(prog="fastadv demo", description=_summary(run_demo))
     parser.add_function_arguments(run_demo)
     options = vars(parser.parse_args(words))
     print(run_demo(**options))

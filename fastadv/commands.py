@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
-from fastadv.data import load_dataset, load_npz
-from fastadv.evaluation import Report, evaluate
+from fastadv.data import ImageData, load_dataset, load_npz
+from fastadv.data.datasets import dataset_names
+from fastadv.evaluation import (
+    Report,
+    Subject,
+    TradeOffPoint,
+    evaluate,
+    load_results,
+    plot_trade_off,
+)
+from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
+from fastadv.evaluation.comparison import Comparison, Judged, Line, distinct_names, radius_text
 from fastadv.evaluation.report import format_eps
+from fastadv.files import write_atomically
+from fastadv.interruption import stopped_by_signals
+from fastadv.ops.values import check_bool
+from fastadv.result_keeper import ResultKeeper, autoattack_state
+from fastadv.suggestions import check_known
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
-from fastadv.trainers.checkpoint import LATEST, find_checkpoint, load_checkpoint
+from fastadv.trainers.checkpoint import (
+    BEST,
+    LATEST,
+    checkpoints_in,
+    find_checkpoint,
+    load_checkpoint,
+)
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
-from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
 from fastadv.trainers.weights import check_no_code
 
 EVAL_FILE = "eval.json"
@@ -37,6 +59,10 @@ class Flags:
     overwrite: bool = False
     allow_changes: bool = False
     quiet: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            check_bool(field.name, getattr(self, field.name))
 
 
 def run_training(
@@ -76,8 +102,16 @@ def run_training(
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
     """
-    if model is None and (flags.resume or from_checkpoint) and RunDirectory(run).exists:
-        model = RunDirectory(run).read().model.get("name")
+    check_data(data, root)
+    resume = flags.resume or from_checkpoint is not None
+    if flags.allow_changes and not resume:
+        raise ValueError(
+            "allow_changes must come with resume: a new run has nothing to differ from"
+        )
+    if from_checkpoint is not None and not RunDirectory(run).exists:
+        raise ValueError(f"from_checkpoint {from_checkpoint!r}: there is no run in {run}")
+    if from_checkpoint is not None:
+        _check_checkpoint(RunDirectory(run), from_checkpoint)
     return train(
         method,
         recipe,
@@ -88,7 +122,7 @@ def run_training(
         extra=None if extra is None else load_npz(extra),
         teacher=teacher,
         teacher_model=_one_for_all(teacher_model),
-        resume=from_checkpoint or flags.resume,
+        resume=flags.resume if from_checkpoint is None else from_checkpoint,
         overwrite=flags.overwrite,
         allow_changes=flags.allow_changes,
         device=device,
@@ -96,6 +130,13 @@ def run_training(
         progress=not flags.quiet,
         on_start=on_start,
     )
+
+
+def _check_checkpoint(directory: RunDirectory, name: str) -> None:
+    """Check the name of a checkpoint, where there are any; `latest` and `best` need not be there."""
+    there = [path.name for path in checkpoints_in(directory.checkpoints)]
+    if there:
+        check_known("checkpoint", name, [LATEST, BEST, *there])
 
 
 def _one_for_all(names: Sequence[str] | None) -> Sequence[str] | str | None:
@@ -127,121 +168,241 @@ def run_evaluation(
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     *,
     checkpoint: str = LATEST,
+    model: str | None = None,
     data: str | None = None,
     root: str | None = None,
     eps: Number | None = None,
+    norm: Literal["linf", "l2", "l1"] = "linf",
     alpha: Number | None = None,
     batch_size: int = 256,
     max_examples: int | None = None,
     worst_case: bool = False,
     device: str | None = None,
     seed: int = 0,
+    out: str | None = None,
     quiet: bool = False,
-) -> Report:
+) -> str:
     """The evaluation.
 
     Args:
         run: run directory.
         attacks: what to run, in this order.
         checkpoint: latest, best, or a name such as step_000391.
+        model: network of the run; only to be given where it is a function of your own, module:function,
+            whose code then runs.
         data: data set; by default the one of the run, whose test images are used.
         root: folder of the data set's files; by default that of the run.
-        eps: radius of the L-infinity ball; by default that of the run's training, else 8/255.
+        eps: radius of the ball; by default 8/255, whatever the run was trained with. It must be given with
+            another norm than linf.
+        norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; AutoAttack's figures depend on it slightly.
         max_examples: use only the first so many test images.
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
+        out: file (.json) to add the results to, in place of eval.json in the run directory.
         quiet: show no progress.
 
     Returns:
-        The report, also written to eval.json in the run directory.
+        The table. Its results have been added to the file, each as soon as its attack ended.
+
+    Raises:
+        UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = choose_device(device)
+    radius = _radius(eps, norm)
+    _check_attacks(attacks, radius, alpha)
     directory = RunDirectory(run)
+    _check_checkpoint(directory, checkpoint)
     path = find_checkpoint(directory.path, checkpoint)
     recorded = directory.read()
-    dataset, folder = directory.source()
-    if (data or dataset) is None:
-        raise ValueError(f"data must be given: {run} was not trained on a data set by name")
-    splits = load_dataset(data or str(dataset), root or folder)
-    model = load_model(path).to(where)
-    eps = recorded.recipe.get("eps", _DEFAULT_EPS) if eps is None else eps
-    # An interrupted AutoAttack goes on from here when the same command is given again.
-    count = "all" if max_examples is None else max_examples
-    name = f"{path.name}-{eps:.6g}-{count}-{batch_size}-{seed}" + "-left" * worst_case
-    state = directory.path / "autoattack" / name
-    report = evaluate(
-        model,
-        splits.test,
-        tuple(attacks),
-        eps=eps,
-        alpha=alpha,
-        batch_size=batch_size,
-        max_examples=max_examples,
-        worst_case=worst_case,
-        device=where,
-        seed=seed,
-        progress=not quiet,
-        state_dir=state if "autoattack" in attacks else None,
+    images = _test_images(directory, data, root)
+    judged = load_model(path, model).to(where)
+    subject = Subject(
+        run=directory.path.resolve().name,
+        method=recorded.method,
+        network=str(recorded.model.get("name") or recorded.model.get("class", "")),
+        checkpoint=path.name,
+        weights=digest_of(judged.state_dict()),
+        data=images.name,
+        images=digest_of(
+            {"images": images.images[:max_examples], "labels": images.labels[:max_examples]}
+        ),
     )
-    report.save(directory.path / EVAL_FILE)
-    shutil.rmtree(state, ignore_errors=True)
-    return report
+    keeper = ResultKeeper(directory.path / EVAL_FILE if out is None else Path(out), subject)
+    if not quiet:
+        keeper.warn()
+    # An interrupted AutoAttack goes on from here when the same command is given again.
+    name = f"{path.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
+    name += f"-{batch_size}-{seed}" + "-left" * worst_case
+    folders = [
+        file.parent / "autoattack" / name for file in (directory.path / EVAL_FILE, keeper.file)
+    ]
+    begun = next((folder for folder in folders if folder.exists()), folders[-1])
+    with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
+        report = evaluate(
+            judged,
+            images,
+            tuple(attacks),
+            eps=radius,
+            norm=norm,
+            alpha=alpha,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            worst_case=worst_case,
+            device=where,
+            seed=seed,
+            progress=not quiet,
+            state_dir=state,
+            on_row=keeper.add,
+        )
+        text = report.table() + _about_radius(eps, radius, norm, report, recorded)
+        keeper.close(text)
+    return text
 
 
-def run_report(runs: Sequence[str], out: str | None = None, robust: str | None = None) -> str:
+def _stoppable(state: Path | None) -> AbstractContextManager[None]:
+    """Let SIGTERM and Ctrl-C end an evaluation, and say how to go on."""
+    later = "; the same command goes on where AutoAttack was" if state is not None else ""
+    return stopped_by_signals(f"stopped{later}")
+
+
+def _radius(eps: float | None, norm: str) -> float:
+    if eps is None and norm != "linf":
+        raise ValueError(
+            f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
+        )
+    return _DEFAULT_EPS if eps is None else eps
+
+
+def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None) -> None:
+    """Refuse unknown attacks, and a step size that none of them takes, before anything is loaded."""
+    parsed = parse_attacks(list(attacks), eps, alpha)
+    if alpha is not None and parsed == parse_attacks(list(attacks), eps, alpha + 1):
+        raise ValueError(
+            "alpha must be left out: it is the step size of PGD, C&W and MIM, and the attacks are "
+            f"{' '.join(attacks)}"
+        )
+
+
+def _test_images(directory: RunDirectory, data: str | None, root: str | None) -> ImageData:
+    """The test images of a data set, by default of the run's."""
+    recorded, folder = directory.source()
+    name = data or recorded
+    if name is None:
+        raise ValueError(
+            f"data must be given: {directory.path} was not trained on a data set by name"
+        )
+    check_data(name, root)
+    return load_dataset(name, root or folder).test
+
+
+def check_data(data: str, root: str | None) -> None:
+    """Check the name of a data set, and that a folder of its files is wanted where one is given."""
+    check_known("data", data, dataset_names())
+    if root is not None and data == "digits":
+        raise ValueError(f"root must be left out with digits, which need no files, got {root!r}")
+
+
+def _about_radius(
+    eps: float | None, radius: float, norm: str, report: Report, recorded: Description
+) -> str:
+    """Say at which radius a model was judged where the command did not, and how to name another."""
+    if all(row.name == CLEAN for row in report.rows):
+        return "" if eps is None else "\neps was not used: there was no attack.\n"
+    if eps is not None:
+        return ""
+    text = f"\nJudged {radius_text(norm, radius)}, the default."
+    trained = recorded.recipe.get("eps")
+    if trained is not None and trained != radius:
+        there = format_eps(trained)
+        text += (
+            f" The run was trained {radius_text('linf', trained)}: --eps {there} judges it there."
+        )
+    else:
+        text += " --eps names another radius."
+    return text + "\n"
+
+
+def run_report(
+    runs: Sequence[str],
+    out: str | None = None,
+    robust: str | None = None,
+    eps: Number | None = None,
+    norm: Literal["linf", "l2", "l1"] | None = None,
+) -> str:
     """The report.
 
     Args:
-        runs: run directories that `fastadv eval` has been through.
+        runs: run directories that `fastadv eval` has been through, or files that its --out has written.
         out: folder for report.md and trade_off.png; by default nothing is written.
-        robust: the attack on the plot's vertical axis; by default the last one that all runs have.
+        robust: with out, the attack on the plot's vertical axis; by default the last one that all runs have.
+        eps: with out, the radius of the plot; by default the one that all runs have, or 8/255 of several.
+        norm: with out, its norm, where all runs have several.
 
     Returns:
-        The table as text.
+        The table as text. Each line is of one radius, and of one checkpoint, set of images and seed.
     """
-    reports = {path: _load_report(path) for path in runs}
-    names = list(dict.fromkeys(row.name for report in reports.values() for row in report.rows))
-    common = [name for name in names if all(name in report for report in reports.values())]
-    header = ["run", "method", "model", "data", "n", "eps", *(f"{name} %" for name in names)]
-    lines = [header, *(_table_line(path, report, names) for path, report in reports.items())]
-    if out is not None:
-        from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
-        from fastadv.files import write_atomically
-
-        robust = robust or next((name for name in reversed(common) if name != "clean"), None)
-        if robust is None or not {"clean", robust} <= set(common):
-            raise ValueError(
-                f"robust must be an attack that all runs have beside 'clean', got {robust!r}; "
-                f"they have {', '.join(common) or 'nothing'} in common"
-            )
-        write_atomically(Path(out) / "report.md", _markdown(lines))
-        points = [
-            TradeOffPoint.from_report(Path(path).name, report, robust)
-            for path, report in reports.items()
-        ]
-        label = f"Accuracy under {robust} (%)"
-        plot_trade_off(points, Path(out) / "trade_off.png", robust_label=label)
-    return _aligned(lines)
+    paths = list(dict.fromkeys(runs))
+    judged = [_judged(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
+    comparison = Comparison(judged)
+    cells = comparison.cells()
+    if out is None:
+        for name, value in (("robust", robust), ("eps", eps), ("norm", norm)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} must come with out, as it is about the plot, got {value!r}"
+                )
+        return _aligned(cells)
+    points, robust_label = _trade_off(comparison, robust, eps, norm)
+    write_atomically(Path(out) / "report.md", _markdown(cells))
+    plot_trade_off(points, Path(out) / "trade_off.png", robust_label=robust_label)
+    return _aligned(cells)
 
 
-def _load_report(path: str) -> Report:
-    file = Path(path) / EVAL_FILE
+def _judged(path: str, name: str) -> Judged:
+    """Read the results of a run directory, or of a file."""
+    source = Path(path)
+    file = source if source.is_file() else source / EVAL_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; run `fastadv eval {path}` first")
-    return Report.load(file)
+    results = load_results(file)
+    if not results:
+        raise ValueError(f"{file}: holds no results; run `fastadv eval` first")
+    subject = results[-1].subject
+    if file != source:
+        recorded = RunDirectory(path).read()
+        network = recorded.model.get("name") or recorded.model.get("class", "")
+        subject = Subject(method=recorded.method, network=str(network))
+    return Judged(name, subject.method or "-", subject.network or "-", tuple(results))
 
 
-def _table_line(path: str, report: Report, names: Sequence[str]) -> list[str]:
-    recorded = RunDirectory(path).read()
-    eps = max((row.eps for row in report.rows), default=0.0)
-    sizes = sorted({row.n for row in report.rows})
-    cells = [f"{100 * report[name].accuracy:.2f}" if name in report else "-" for name in names]
-    model = recorded.model.get("name") or recorded.model.get("class", "")
-    size = " to ".join(str(size) for size in sizes)
-    return [Path(path).name, recorded.method, model, report.data, size, format_eps(eps), *cells]
+def _trade_off(
+    comparison: Comparison, robust: str | None, eps: float | None, norm: str | None
+) -> tuple[list[TradeOffPoint], str]:
+    """The points of the plot, all at one radius, and the name of its vertical axis."""
+    radius = comparison.radius(eps, norm)
+    lines = comparison.at(radius)
+    common = [t for t in comparison.attacks if all(_has(t, run, lines) for run in comparison.runs)]
+    robust = robust or next((title for title in reversed(common) if title != CLEAN), None)
+    if robust is None or not {CLEAN, robust} <= set(common):
+        raise ValueError(
+            f"robust must be an attack that all runs have beside 'clean' {radius_text(*radius)}, "
+            f"got {robust!r}; they have {', '.join(common) or 'nothing'} in common"
+        )
+    points = [
+        TradeOffPoint.from_rows(
+            comparison.label(line), line.cells[CLEAN].row, line.cells[robust].row
+        )
+        for line in lines
+        if CLEAN in line.cells and robust in line.cells
+    ]
+    return points, f"Accuracy under {robust} {radius_text(*radius)} (%)"
+
+
+def _has(title: str, run: Judged, lines: Sequence[Line]) -> bool:
+    return any(title in line.cells and CLEAN in line.cells for line in lines if line.run is run)
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -163,8 +163,10 @@ def test_a_run_is_evaluated_and_compared(
         report = Report.load(run / "eval.json")
         assert [row.name for row in report.rows] == ["clean", "pgd-2"]
         assert report["clean"].n == 40
-        assert report["pgd-2"].eps == 0.1  # ARREST's from its recipe
+        assert report["pgd-2"].eps == (0.1 if eps else 8 / 255)  # whatever a run was trained with
         assert f"{100 * report['pgd-2'].accuracy:.2f}" in out
+    assert main(["eval", str(arrest), *words, "--eps", "0.1", "--quiet"]) == 0
+    capfd.readouterr()
 
     out_dir = tmp_path / "figures"
     assert main(["report", str(standard_run), str(arrest), "--out", str(out_dir)]) == 0
@@ -172,6 +174,7 @@ def test_a_run_is_evaluated_and_compared(
     assert lines[0].split()[:3] == ["run", "method", "model"]
     assert lines[1].split()[:2] == ["standard", "standard"]
     assert lines[2].split()[:2] == ["arrest", "arrest"]
+    assert lines[2].split()[6:8] == ["linf", "8/255"] and lines[3].split()[6:8] == ["linf", "0.1"]
     assert (out_dir / "trade_off.png").read_bytes()[:4] == b"\x89PNG"
     assert "| arrest |" in (out_dir / "report.md").read_text()
 
@@ -197,7 +200,7 @@ def test_resuming_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFix
         (["fly"], "unknown command 'fly'"),
         (["train", "arest"], "did you mean 'arrest'"),
         (["train", "--data", "digits"], "train needs a method"),
-        (["train", "standard", "--data", "digits"], "arguments are required: run"),
+        (["train", "standard", "--data", "digits"], "needs --run"),
         (["train", "standard", "--data", "digits", "--run", "r", "--epochs", "x"], '"epochs"'),
         (
             ["train", "standard", "--data", "digits", "--run", "r", "--epochs", "0"],

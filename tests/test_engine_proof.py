@@ -131,6 +131,19 @@ def test_logits_that_part_from_the_live_ones_lead_to_a_new_copy(
     assert torch.equal(attack(x, y), expected)
 
 
+def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    attack = fastadv.PGD(model, steps=2)
+    for _ in range(2):
+        engine = attack.engine_for(x)
+        assert engine.precision == "bf16"
+        monkeypatch.setattr(engine, "logits", lambda x: torch.zeros(len(x), 10))
+    attack(x, y)
+    assert attack.last.precision == "fp32" and "parted from it in use" in attack.last.reason
+
+
 def test_a_precision_whose_gradients_are_others_gives_way_to_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -274,6 +274,18 @@ def mixes_images(m: Any, x: Tensor) -> Tensor:
     return m.net(x) if len(x) > 6 else m.net(1 - x)
 
 
+def exchanges_data(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    x.data = x.data.clamp(0.2, 0.8)
+    return m.net(x)
+
+
+def clamps_data(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    x.data.clamp_(0.2, 0.8)
+    return m.net(x)
+
+
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scripted": (scripted, "cannot be seen"),
     "scripted part": (lambda: nn.Sequential(nn.Identity(), scripted()), "cannot be seen"),
@@ -286,6 +298,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "looks at values",
     ),
     "writes into a buffer": (lambda: Written(writes_buffer), "writes into the model's own"),
+    "data exchanged": (lambda: Written(exchanges_data), "exchanges the data"),
+    "data written": (lambda: Written(clamps_data), "changes part of a tensor in place"),
     "code handed to an autograd function": (
         lambda: Written(
             lambda m, x: m.net.fc(checkpoint(m.net.body, x, use_reentrant=True).mean((2, 3)))

@@ -235,7 +235,7 @@ def _weights_dtype(model: Model) -> torch.dtype:
     return torch.float32
 
 
-class _OnACopy(Engine):
+class EngineOnCopy(Engine):
     """What the engines on an attack copy share."""
 
     name = "compiled"
@@ -265,7 +265,7 @@ class _OnACopy(Engine):
         return _channels_last(super().images(x))
 
 
-class CopyEngine(_OnACopy):
+class CopyEngine(EngineOnCopy):
     """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
 
     def __init__(
@@ -291,7 +291,7 @@ class CopyEngine(_OnACopy):
             ) from error
 
 
-class ProgramEngine(_OnACopy):
+class ProgramEngine(EngineOnCopy):
     """Runs the attack copy as a program of fused steps: bfloat16 on the CPU."""
 
     def __init__(self, tape: Tape, recording: Recording, reason: str) -> None:

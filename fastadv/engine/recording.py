@@ -258,15 +258,18 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
             return func(*args, **kwargs)
-        operands = list(_tensors(args))
-        operands.extend(_tensors(tuple(kwargs.values())))
+        if name == "__set__" and func.__self__.__name__ == "data":
+            raise self._refuse("its forward exchanges the data of a tensor")
+        operands = _tensors(args)
+        if kwargs:
+            operands.extend(_tensors(kwargs.values()))
         drawn = randomness.draws(func, name, args, kwargs)
         if drawn:
             raise self._refuse(f"its forward draws random numbers ({name})")
         versions = [_version(t) for t in operands]
         result = func(*args, **kwargs)
         written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
-        made = [t for t in _tensors((result,))]
+        made = _tensors((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
         elif name not in _NO_OPERATION:
@@ -425,17 +428,24 @@ def item(values: Any, number: int) -> Any:
     return values[number]
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(values: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(tuple(value.values()))
-    elif isinstance(value, slice):
-        yield from _tensors((value.start, value.stop, value.step))
+    found: list[Tensor] = []
+    for value in values:
+        if value.__class__ in _PLAIN:
+            continue  # most arguments
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(_tensors(value))
+        elif isinstance(value, dict):
+            found.extend(_tensors(value.values()))
+        elif isinstance(value, slice):
+            found.extend(_tensors((value.start, value.stop, value.step)))
+    return found
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size))
 
 
 def refs(value: Any) -> Iterator[Ref]:

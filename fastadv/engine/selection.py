@@ -10,7 +10,8 @@ says why.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -23,10 +24,10 @@ from fastadv.engine.engines import (
     CopyEngine,
     EagerEngine,
     Engine,
+    EngineOnCopy,
     Gradient,
     Model,
     ProgramEngine,
-    _OnACopy,
     as_model_takes,
     naming_dtypes,
     unwrapped,
@@ -39,6 +40,7 @@ from fastadv.float32 import full_float32
 
 _SIZES = (3, 4)  # of the two batches of which a copy is made
 _PROBES = 2  # images that prove a copy at every use
+_CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
 # The largest distance of an image's centred logits from the live ones, and the smallest cosine of its gradient.
@@ -59,7 +61,7 @@ class _Copy:
     """An engine on a copy: the operations it is made of, and the batch sizes at which they were the model's."""
 
     tape: Tape
-    engine: _OnACopy
+    engine: EngineOnCopy
     evidence: bool  # whether the images told anything about gradients
     sizes: set[int] = field(default_factory=set)
 
@@ -71,6 +73,8 @@ class EngineCache:
         self._copies: dict[Hashable, list[_Copy]] = {}
         self._autocast_is_right: dict[Hashable, bool] = {}
         self._told: set[str] = set()
+        # How often copies of a kind and precision were found to part from the model in use.
+        self._parted: Counter[Hashable] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are empty: engines are built where they are used."""
@@ -107,17 +111,18 @@ class EngineCache:
         """Warn, once."""
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=5)
 
     def _live(
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
     ) -> EagerEngine:
         """The live model, in a narrow precision where that was asked for or gives the same gradients."""
         draws = wish.train_mode or not isinstance(model, nn.Module) or _draws(model, x)
-        if precision != "fp32" and wish.precision == "auto" and not wish.train_mode:
+        if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
-                self._autocast_is_right[place] = _autocast_is_right(model, x, precision)
+                right = _autocast_is_right(model, x, precision, wish.train_mode)
+                self._autocast_is_right[place] = right
             if not self._autocast_is_right[place]:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
         return EagerEngine(precision, reason, wish.train_mode, draws)
@@ -133,17 +138,20 @@ class EngineCache:
         while len(self._copies) > _KINDS:
             del self._copies[next(iter(self._copies))]
         if kept:
-            found = self._proven(model, x, kept)
+            found = self._proven(model, x, kept, kind)
             if found is not None:
                 return found
-        made = _build(model, x, precision, wish)
+        parted = {own for own in LOGITS if self._parted[kind, own] >= _CHANCES}
+        made = _build(model, x, precision, wish, parted)
         if made.engine.precision != precision and wish.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
         return made.engine
 
-    def _proven(self, model: nn.Module, x: Tensor, kept: list[_Copy]) -> Engine | None:
+    def _proven(
+        self, model: nn.Module, x: Tensor, kept: list[_Copy], kind: Hashable
+    ) -> Engine | None:
         """The kept copy whose operations and logits are the model's; None where there is none."""
         batch = x.shape[0]
         known = [copy for copy in kept if batch in copy.sizes]
@@ -151,13 +159,16 @@ class EngineCache:
         few = known and all(copy.tape.only_batch is None for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
         for size in dict.fromkeys((_PROBES if few else batch, batch)):
-            # Whole batches are large: their graph is not kept.
-            recording = record(model, _finite(x[:size]), careful=careful, gradients=size <= _PROBES)
+            if size <= _PROBES:
+                recording = record(model, _finite(x[:size]), careful=careful)
+            else:
+                recording = _whole(model, x, careful)
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 kept.remove(copy)
                 copy.engine.refresh(recording)
                 if not _same_logits(copy.engine, recording):
+                    self._parted[kind, copy.engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
                 kept.insert(0, copy)  # the next use tries it first
@@ -199,8 +210,10 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
     return None
 
 
-def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> _Copy:
-    """A copy in the narrowest precision whose gradients are the model's.
+def _build(
+    model: nn.Module, x: Tensor, precision: str, wish: Wish, parted: Collection[str]
+) -> _Copy:
+    """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out.
 
     Raises:
         Unrecordable: there is none.
@@ -211,6 +224,9 @@ def _build(model: nn.Module, x: Tensor, precision: str, wish: Wish) -> _Copy:
     for make in candidates(tape, recording, precision, wish):
         try:
             engine = make()
+            if engine.precision in parted:
+                failures.append(f"in {engine.precision} its copies parted from it in use")
+                continue
             found = _probe(engine, recording.images)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
@@ -235,23 +251,30 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
         with held(model):
             first, second = (recorded(model, _some(x, size), careful=True) for size in _SIZES)
         tape = tape_of(first, second)
-        whole = record(model, _finite(x), careful=tape.own_functions, gradients=False)
-        if tape.describes(whole):
+        if tape.describes(_whole(model, x, tape.own_functions)):
             return tape, second
     except DependsOnBatch:
         pass
     except Unrecordable:
         raise
-    except (
-        Exception
-    ):  # the model may take batches of one size alone; if not, its own error comes now
-        pass
+    except Exception:
+        pass  # the model may take batches of one size alone; if not, its own error comes now
     with held(model):
         first, second = (recorded(model, _finite(x), careful=True) for _ in _SIZES)
     tape = tape_for_one_size(first)
     if not tape.describes(second):
         raise Unrecordable("its operations change from call to call")
     return tape, second
+
+
+def _whole(model: nn.Module, x: Tensor, careful: bool) -> Recording:
+    """A recording of the whole batch, whose graph would be large; of half of it where memory does not suffice."""
+    try:
+        return record(model, _finite(x), careful=careful, gradients=False)
+    except torch.OutOfMemoryError:
+        if x.shape[0] <= _SIZES[-1]:
+            raise
+        return _whole(model, x[: x.shape[0] // 2], careful)
 
 
 def _tells(live: Gradient) -> bool:
@@ -274,7 +297,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def candidates(
     tape: Tape, recording: Recording, precision: str, wish: Wish
-) -> Iterator[Callable[[], _OnACopy]]:
+) -> Iterator[Callable[[], EngineOnCopy]]:
     """What may run a copy, the narrowest precision first."""
     device = recording.images.device
     reason = "asked for" if wish.engine != "auto" else "the model can be copied"
@@ -356,7 +379,7 @@ def _difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str 
     return None
 
 
-def _same_logits(engine: _OnACopy, recording: Recording) -> bool:
+def _same_logits(engine: EngineOnCopy, recording: Recording) -> bool:
     try:
         found = engine.logits(engine.images(recording.images.detach()))
     except Exception:  # as when building
@@ -373,13 +396,13 @@ def _draws(model: nn.Module, x: Tensor) -> bool:
     return False
 
 
-def _autocast_is_right(model: Model, x: Tensor, precision: str) -> bool:
+def _autocast_is_right(model: Model, x: Tensor, precision: str, train_mode: bool) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
-    images = _finite(x[: _SIZES[-1]])
+    images = _finite(x if train_mode else x[: _SIZES[-1]])
     found = []
     try:
         for own in ("fp32", precision):
-            engine = EagerEngine(own, "")
+            engine = EagerEngine(own, "", train_mode)
             with full_float32(), engine.session(model, 0):
                 found.append(_probe(engine, engine.images(images)))
     except Exception:  # if the model itself fails, its own message is to come from the real call

@@ -16,6 +16,7 @@ from fastadv.evaluation.metrics import (
 )
 from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
 from fastadv.evaluation.report import Report, Row, Stage
+from fastadv.evaluation.results import Result, Subject, add_results, load_results
 from fastadv.evaluation.sanity import Finding, masking_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
 
@@ -27,15 +28,19 @@ __all__ = [
     "DeltaZ",
     "Finding",
     "Report",
+    "Result",
     "Row",
     "Stage",
+    "Subject",
     "TradeOffPoint",
+    "add_results",
     "ardist",
     "autoattack",
     "cosine_similarity_to",
     "delta_z",
     "evaluate",
     "fit_cubic",
+    "load_results",
     "masking_checks",
     "plot_trade_off",
     "trade_off_sum",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,23 @@ from fastadv.evaluation.context import Model
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
 
+CLEAN = "clean"
+AUTOATTACK = "autoattack"
+
 _STEPS = "([1-9][0-9]*)"
 _PGD_NAME = re.compile(f"(pgd|cw|mim)-{_STEPS}(?:-{_STEPS})?")
 _APGD_NAME = re.compile(f"apgd-(ce|dlr|t)(?:-{_STEPS})?")
 _APGD_STEPS = 100
+_WITHOUT_STEPS = (CLEAN, AUTOATTACK, "fgsm", "fgsm-rs")
+_WORDS = (*_WITHOUT_STEPS, "pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t")
+_OTHER_WORDS = {
+    "aa": AUTOATTACK,
+    "auto-attack": AUTOATTACK,
+    "natural": CLEAN,
+    "none": CLEAN,
+    "c&w": "cw",
+    "apgd": "apgd-ce",
+}
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
 _KNOWN = (
     "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, mim-K, cw-K, cw-K-R, "
@@ -31,7 +45,7 @@ _KNOWN = (
 class Clean:
     """No attack."""
 
-    name: str = "clean"
+    name: str = CLEAN
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Gradient:
 class Ensemble:
     """AutoAttack, the standard version."""
 
-    name: str = "autoattack"
+    name: str = AUTOATTACK
 
 
 @dataclass(frozen=True)
@@ -147,17 +161,21 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
 
 
 def _is_built_in(name: str) -> bool:
-    try:
-        _parse_name(name, 0.0, 0.0)
-    except ValueError:
-        return False
-    return True
+    return _find(name, 0.0, 0.0) is not None
 
 
 def _parse_name(name: str, eps: float, step: float) -> Attack:
-    if name == "clean":
+    found = _find(name, eps, step)
+    if found is None:
+        raise ValueError(f"unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}")
+    return found
+
+
+def _find(name: str, eps: float, step: float) -> Attack | None:
+    """The attack of a name, None for an unknown one."""
+    if name == CLEAN:
         return Clean()
-    if name == "autoattack":
+    if name == AUTOATTACK:
         return Ensemble()
     if name == "fgsm":
         return Gradient(name, steps=1, alpha=eps, random_start=False)
@@ -175,4 +193,20 @@ def _parse_name(name: str, eps: float, step: float) -> Attack:
         loss = "dlr-t" if match[1] == "t" else match[1]
         steps = int(match[2] or _APGD_STEPS)
         return Gradient(name, steps, None, random_start=True, kind="apgd", loss=loss)
-    raise ValueError(f"unknown attack {name!r}; known are: {_KNOWN}")
+    return None
+
+
+def _suggestion(name: str) -> str:
+    """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
+    word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+    word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
+    close = difflib.get_close_matches(word, _WORDS, n=1)
+    if not close:
+        return ""
+    steps = re.findall("[0-9]+", numbers)
+    if close[0] in _WITHOUT_STEPS:
+        steps = []
+    elif not steps and not _is_built_in(close[0]):
+        steps = ["20"]
+    meant = "-".join([close[0], *steps])
+    return f"; did you mean {meant!r}?" if _is_built_in(meant) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -49,6 +49,7 @@ def evaluate(
     worst_case: bool = False,
     progress: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
+    on_row: Callable[[Report], None] | None = None,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -85,6 +86,7 @@ def evaluate(
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
             continues after an interruption.
+        on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -121,24 +123,26 @@ def evaluate(
         check_fewest_classes(chosen, classes)
         clean = runner.clean()
         left: Tensor | None = None
-        rows = []
+        report = Report(
+            rows=(),
+            model=type(model).__name__,
+            data=samples.name,
+            norm=norm,
+            bounds=samples.bounds,
+            batch_size=batch_size,
+            device=str(where),
+            versions=library_versions(),
+            worst_case=worst_case,
+        )
         for attack in chosen:
             row, robust = _row(runner, attack, eps, clean, left, state_dir)
             if worst_case and not isinstance(attack, Clean):
                 left = robust
-            rows.append(row)
+            report = replace(report, rows=(*report.rows, row))
             say.line(row.line())
-    return Report(
-        rows=tuple(rows),
-        model=type(model).__name__,
-        data=samples.name,
-        norm=norm,
-        bounds=samples.bounds,
-        batch_size=batch_size,
-        device=str(where),
-        versions=library_versions(),
-        worst_case=worst_case,
-    )
+            if on_row is not None:
+                on_row(report)
+    return report
 
 
 def _row(

@@ -13,7 +13,7 @@ import numpy as np
 
 from fastadv.evaluation.label_placement import Box, place_labels
 from fastadv.evaluation.metrics import Cubic
-from fastadv.evaluation.report import Report
+from fastadv.evaluation.report import Report, Row
 from fastadv.files import write_atomically
 
 if TYPE_CHECKING:
@@ -47,13 +47,17 @@ class TradeOffPoint:
     @classmethod
     def from_report(cls, name: str, report: Report, robust: str = "autoattack") -> TradeOffPoint:
         """Take the figures from a report that has the rows ``"clean"`` and the one named by ``robust``."""
-        clean_row, robust_row = report["clean"], report[robust]
+        return cls.from_rows(name, report["clean"], report[robust])
+
+    @classmethod
+    def from_rows(cls, name: str, clean: Row, robust: Row) -> TradeOffPoint:
+        """Take the figures from two rows."""
         return cls(
             name,
-            100 * clean_row.accuracy,
-            100 * robust_row.accuracy,
-            _percent(clean_row.interval),
-            _percent(robust_row.interval),
+            100 * clean.accuracy,
+            100 * robust.accuracy,
+            _percent(clean.interval),
+            _percent(robust.interval),
         )
 
 

@@ -18,6 +18,7 @@ from fastadv.files import write_atomically
 Status = Literal["ok", "suspect", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
 _FORMAT = 1
+_RESULTS_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,15 @@ class Report:
             ValueError: for another format, or content that does not fit.
         """
         version = content.get("format") if isinstance(content, dict) else None
+        if version == _RESULTS_FORMAT:
+            content = _as_one_report(content)
+            version = _FORMAT
         if version != _FORMAT:
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
             # Reports of before there was a choice counted every attack by itself.
             values = {f.name: {"worst_case": False, **content}[f.name] for f in fields(cls)}
-            values["rows"] = tuple(_row_from_dict(entry) for entry in content["rows"])
+            values["rows"] = tuple(row_from_dict(entry) for entry in content["rows"])
             values["bounds"] = tuple(content["bounds"])
             return cls(**values)
         except (KeyError, TypeError) as error:
@@ -250,6 +254,23 @@ _WRITERS: dict[str, Callable[[Report], str]] = {
 }
 
 
+def _as_one_report(content: dict[str, Any]) -> dict[str, Any]:
+    """Take collected results for one report, where they can be one: each attack once, all else in common."""
+    names = [f.name for f in fields(Report) if f.name not in ("rows", "model", "worst_case")]
+    entries = [
+        {**entry, "model": entry["network"], "worst_case": bool(entry["after"])}
+        for entry in content["rows"]
+    ]
+    attacks = [entry["name"] for entry in entries]
+    common = [{name: entry[name] for name in names} for entry in entries]
+    if not entries or len(set(attacks)) < len(attacks) or any(one != common[0] for one in common):
+        raise ValueError(
+            "it holds the results of several evaluations; read it with fastadv.evaluation.load_results"
+        )
+    worst_case = any(entry["worst_case"] for entry in entries)
+    return {"rows": entries, "model": entries[0]["model"], "worst_case": worst_case, **common[0]}
+
+
 def library_versions() -> dict[str, str]:
     """Versions of the installed libraries on which figures depend."""
     versions = {}
@@ -261,7 +282,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _row_from_dict(entry: dict[str, Any]) -> Row:
+def row_from_dict(entry: dict[str, Any]) -> Row:
+    """Read a row back from an entry of ``Report.to_dict``.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: when a number is out of range.
+    """
     values = {f.name: entry[f.name] for f in fields(Row)}
     values["notes"] = tuple(entry["notes"])
     values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastadv.interruption import Interrupted
 from fastadv.trainers.act import Act, ActRecipe
 from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
@@ -13,7 +14,8 @@ from fastadv.trainers.free import Free, FreeRecipe
 from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
-from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings
+from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
+from fastadv.trainers.lost_ranks import LostRanksError
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
@@ -60,11 +62,13 @@ __all__ = [
     "FreeRecipe",
     "Hat",
     "HatRecipe",
+    "Interrupted",
     "KdAt",
     "KdAtRecipe",
     "Lbgat",
     "LbgatRecipe",
     "LossResult",
+    "LostRanksError",
     "Mart",
     "MartRecipe",
     "Method",
@@ -84,6 +88,7 @@ __all__ = [
     "TradesRecipe",
     "TrainBatch",
     "TrainResult",
+    "TrainingInterrupted",
     "Vfd",
     "VfdRecipe",
     "find_method",

@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastadv.losses.common import at_least_float32
+from fastadv.trainers.lost_ranks import communicating, naming_lost_ranks
 
 _BUCKET_BYTES = 25 << 20  # as DistributedDataParallel has it
+TIMEOUT = 600.0  # seconds
 _groups = itertools.count()  # that this process has made
 
 
@@ -82,8 +85,18 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks, in place, and return it."""
         if self.count > 1:
-            dist.all_reduce(values)
+            with communicating():
+                dist.all_reduce(values)
         return values
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each number over the ranks."""
+        if self.count == 1:
+            return list(values)
+        shared = torch.tensor(values, device=self.device)
+        with communicating():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            return shared.tolist()
 
     def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors of one dtype over the ranks."""
@@ -108,7 +121,8 @@ class Ranks:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
             packed = _pack(same)
-            dist.broadcast(packed, 0)
+            with communicating():
+                dist.broadcast(packed, 0)
             _unpack(packed, same)
 
     def gather(self, part: Tensor) -> Tensor:
@@ -117,22 +131,28 @@ class Ranks:
             return part
         part = part.contiguous()
         parts = [torch.empty_like(part) for _ in range(self.count)]
-        dist.all_gather(parts, part)
+        with communicating():
+            dist.all_gather(parts, part)
         return torch.cat(parts)
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
         if self.count > 1:
-            dist.barrier()
+            with communicating():
+                dist.barrier()
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
     """Join the other processes: those of the caller's process group, or those that torchrun started.
 
     Args:
         device: where this process computes. A group made here uses nccl for CUDA, else gloo, and ends with the
             with statement.
+        timeout: seconds for which a process waits for another one, in a group made here.
+
+    Raises:
+        LostRanksError: when a rank waited for longer, or another one has ended; it names the rank where it can.
     """
     if dist.is_available() and dist.is_initialized():
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)
@@ -143,19 +163,25 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
         on_cuda = device.type == "cuda"
         if on_cuda:
             torch.cuda.set_device(device)
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            store=_store(rank, count),
-            rank=rank,
-            world_size=count,
-            device_id=device if on_cuda else None,
-        )
-        yield Ranks(rank, count, device)
-        # Not after an exception: this may wait for ranks that know of none, and torchrun for this process to end.
-        dist.destroy_process_group()
+        patience = timedelta(seconds=timeout)
+        with communicating():
+            store = _store(rank, count, patience)
+        with naming_lost_ranks(store, rank, count, timeout):
+            with communicating():
+                dist.init_process_group(
+                    "nccl" if on_cuda else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=count,
+                    timeout=patience,
+                    device_id=device if on_cuda else None,
+                )
+            yield Ranks(rank, count, device)
+            # Not after an exception: this may wait for ranks that know of none, and torchrun for this one to end.
+            dist.destroy_process_group()
 
 
-def _store(rank: int, count: int) -> dist.Store:
+def _store(rank: int, count: int, timeout: timedelta) -> dist.Store:
     """Return where the ranks find each other.
 
     The store outlives a failed attempt, with the addresses of its processes; so each attempt has its own names.
@@ -166,6 +192,7 @@ def _store(rank: int, count: int) -> dist.Store:
         int(os.environ["MASTER_PORT"]),
         count,
         is_master=rank == 0 and not held_by_torchrun,
+        timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,
     )
@@ -218,7 +245,8 @@ class Synchroniser:
         sent += [_send(bucket) for bucket in self._buckets[len(sent) :]]
         self._ranks.sum(summary)
         for bucket, (packed, work) in zip(self._buckets, sent, strict=True):
-            work.wait()
+            with communicating():
+                work.wait()
             _unpack(packed.div_(self._ranks.count), [p.grad for p in bucket])
         for place, parameter in unused:
             if summary[place] == 0:
@@ -261,7 +289,8 @@ def _in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 def _send(bucket: Sequence[nn.Parameter]) -> tuple[Tensor, Any]:
     """Begin to add up the gradients of a bucket over the ranks."""
     packed = _pack([p.grad for p in bucket])
-    return packed, dist.all_reduce(packed, async_op=True)
+    with communicating():
+        return packed, dist.all_reduce(packed, async_op=True)
 
 
 def _pack(tensors: Sequence[Tensor | None]) -> Tensor:
@@ -327,7 +356,8 @@ class _MeanOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
         total = values.clone()
-        dist.all_reduce(total)
+        with communicating():
+            dist.all_reduce(total)
         return total / dist.get_world_size()
 
     @staticmethod

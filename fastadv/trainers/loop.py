@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -13,6 +15,7 @@ from torch import nn
 from fastadv.data import Batch, Batches
 from fastadv.fields import check_fields
 from fastadv.files import point_link, write_atomically
+from fastadv.interruption import Interrupted, StopRequest, signal_name
 from fastadv.seeding import derive_seed
 from fastadv.trainers.checkpoint import (
     BEST,
@@ -25,10 +28,11 @@ from fastadv.trainers.checkpoint import (
     unpack_weights,
 )
 from fastadv.trainers.console import Console
-from fastadv.trainers.distributed import Ranks, Synchroniser
+from fastadv.trainers.distributed import TIMEOUT, Ranks, Synchroniser, launch
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
 from fastadv.trainers.monitor import Look, Monitor
+from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
     BufferGuard,
     EpochAverage,
@@ -40,9 +44,29 @@ from fastadv.trainers.optim import (
 )
 from fastadv.trainers.run_directory import RunDirectory
 
+_REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
+
 
 class NonFiniteLossError(ArithmeticError):
     """Several steps in a row had a loss or a gradient that is not finite."""
+
+
+class TrainingInterrupted(Interrupted):
+    """SIGTERM or Ctrl-C ended a run, after a step and with a checkpoint; see `Interrupted`.
+
+    Attributes:
+        run_dir: the run, which resuming continues bit for bit.
+        checkpoint: the checkpoint.
+    """
+
+    def __init__(self, signum: int, run: RunDirectory, step: int) -> None:
+        self.run_dir = run.path
+        self.checkpoint = run.checkpoints / checkpoint_name(step)
+        super().__init__(
+            f"stopped by {signal_name(signum)} after step {step}; all of it is in {self.checkpoint}, "
+            "from which resuming goes on",
+            signum,
+        )
 
 
 @dataclass(frozen=True)
@@ -51,15 +75,20 @@ class Settings:
 
     Attributes:
         checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
+        checkpoint_minutes: minutes after which there is one in any case.
         keep: how many of the newest checkpoints stay, besides the best one.
         log_every: steps between two records in metrics.jsonl.
         tensorboard: also write TensorBoard events.
+        timeout: where torchrun has started several processes, seconds for which one waits for another before it
+            takes it for lost and ends.
     """
 
     checkpoint_every: int | None = None
+    checkpoint_minutes: Number | None = 10.0
     keep: int = 2
     log_every: int = 20
     tensorboard: bool = False
+    timeout: Number = TIMEOUT
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -67,6 +96,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        for name in ("checkpoint_minutes", "timeout"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be > 0, got {value}")
 
 
 @dataclass
@@ -135,6 +168,7 @@ class Loop:
         self._seconds: dict[str, float] = {}
         self._batch: TrainBatch | None = None
         self._moved, self._bad_loss = False, 0.0
+        self._saved_at, self._request = 0.0, StopRequest()
 
     @property
     def evaluated(self) -> nn.Module:
@@ -168,7 +202,11 @@ class Loop:
             self.progress.looks_since_best = 0
 
     def train(self) -> dict[str, Any]:
-        """Run to the last epoch, or until patience ends, and return the last epoch's record."""
+        """Run to the last epoch, or until patience ends, and return the last epoch's record.
+
+        Raises:
+            TrainingInterrupted: after SIGTERM or Ctrl-C.
+        """
         total = self.recipe.epochs * len(self.loader)
         settings = self.settings
         first = self.ranks.first
@@ -177,10 +215,14 @@ class Loop:
             self.show and first, total, self.progress.step, self.recipe.batch_size
         )
         record: dict[str, Any] = {}
+        notice = "stopping after this step, with a checkpoint; once more stops at once"
+        repeats = _REPEATS_WITHIN if launch() else 0.0
+        self._saved_at = time.monotonic()
         try:
-            self.method.train_mode()
-            while self.progress.epoch < self.recipe.epochs and not self.stopped:
-                record = self._run_epoch()
+            with StopRequest(notice if self.show and first else None, repeats) as self._request:
+                self.method.train_mode()
+                while self.progress.epoch < self.recipe.epochs and not self.stopped:
+                    record = self._run_epoch()
         finally:
             self.console.close()
             self.log.close()
@@ -197,9 +239,21 @@ class Loop:
                 self._log_window()
             if self.on_step is not None:
                 self.on_step(progress)
-            if self._checkpoint_due():
+            signum, save = self.ranks.largest([self._request.signal or 0, self._checkpoint_due()])
+            if signum or save:
                 self._save()
-        return self._end_epoch()
+            if signum:
+                self._stop(signum)
+        record = self._end_epoch()
+        (signum,) = self.ranks.largest([self._request.signal or 0])
+        if signum and progress.epoch < self.recipe.epochs and not self.stopped:
+            self._stop(signum)
+        return record
+
+    def _stop(self, signum: int) -> None:
+        """End the run after a checkpoint, on all ranks."""
+        self.ranks.wait()  # for the checkpoint: the first rank to end makes torchrun end the others
+        raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
         """Take one step at its learning rate and momentum, with its own random numbers."""
@@ -361,13 +415,18 @@ class Loop:
             progress.looks_since_best = 0
 
     def _checkpoint_due(self) -> bool:
-        every = self.settings.checkpoint_every
-        inside = self.progress.epoch_step < len(self.loader)  # the epoch's end saves anyway
-        return every is not None and inside and self.progress.step % every == 0
+        """Whether this rank asks for a checkpoint, by its count of steps or, the first one, by its clock."""
+        if self.progress.epoch_step == len(self.loader):
+            return False  # the epoch's end saves anyway
+        every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
+        waited = time.monotonic() - self._saved_at
+        late = minutes is not None and self.ranks.first and waited >= 60 * minutes
+        return late or (every is not None and self.progress.step % every == 0)
 
     def _save(self, look: Look | None = None) -> None:
         """Write a checkpoint, with what the look at it has shown."""
         progress = self.progress
+        self._saved_at = time.monotonic()
         self._window.average(self.ranks)
         carried = {k: self.ranks.gather(value) for k, value in self.method.state().items()}
         if not self.ranks.first:

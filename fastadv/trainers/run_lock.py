@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from fastadv.files import is_running
+from fastadv.locks import NO_LOCKS
 
 _PATIENCE = 2.0  # seconds: a process that was killed may take a moment to end
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _held: dict[Path, dict[str, Any]] = {}  # by this process
 _taking = threading.Lock()
 
@@ -127,7 +127,7 @@ class RunLock:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError as error:
-                if error.errno in _NO_LOCKS:
+                if error.errno in NO_LOCKS:
                     return self._go_by_name(descriptor)
                 if error.errno not in (errno.EACCES, errno.EAGAIN):
                     raise

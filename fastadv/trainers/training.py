@@ -25,7 +25,9 @@ from fastadv.data import (
     split_validation,
     subset,
 )
+from fastadv.interruption import stopped_by_signals
 from fastadv.models import create_model, form_of, usual_form
+from fastadv.ops.values import check_bool
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
@@ -156,7 +158,19 @@ def train(
         ImportError: if TensorBoard is asked for and not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
+        Interrupted: after SIGTERM or Ctrl-C.
+        TrainingInterrupted: likewise, while steps are taken. The step under way is finished and a checkpoint
+            written; it names the checkpoint, and `resume=True` goes on from there. A second signal ends the run at
+            once. It is a `KeyboardInterrupt`; a script that does not catch it exits with status 143 or 130.
+            Handlers of your own for these signals stay in force, and then decide.
+        LostRanksError: if another process that torchrun started hangs (see `Settings.timeout`) or has ended.
     """
+    for flag, value in (
+        ("overwrite", overwrite),
+        ("allow_changes", allow_changes),
+        ("progress", progress),
+    ):
+        check_bool(flag, value)
     method_class = find_method(method)
     recipe = _checked_recipe(method_class, recipe)
     settings = settings or Settings()
@@ -166,11 +180,19 @@ def train(
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
     run.check_free(bool(resume), overwrite)
+    if isinstance(resume, str) and not run.exists:
+        raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")
     if is_first():
         run.lock.check()
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    with run.lock, joined_ranks(where) as ranks, _run_environment(where):
+    aside = "stopped between steps; resuming goes on from the last checkpoint, or begins anew"
+    with (
+        stopped_by_signals(aside),
+        run.lock,
+        joined_ranks(where, settings.timeout) as ranks,
+        _run_environment(where),
+    ):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
         likes = teachers_like(method_class, recipe, teacher_model, network, splits.train)
         frozen = _build_teachers(method_class, likes, teacher, run if resume else None)

@@ -1,0 +1,240 @@
+"""Runs side by side: a line for whatever was judged at one radius, a column for each attack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
+from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.results import Result, Subject
+
+_DEFAULT_EPS = 8 / 255
+_SHOWN_DIGITS = 7  # of a hash
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A run and all its results.
+
+    Attributes:
+        name: tells it from the other runs.
+        method: how it was trained.
+        network: what its model is called.
+        results: in the order in which they were found.
+    """
+
+    name: str
+    method: str
+    network: str
+    results: tuple[Result, ...]
+
+
+@dataclass
+class Line:
+    """Results that may be compared with each other: of the same weights and images, at one radius and seed.
+
+    Attributes:
+        run: the run.
+        subject: weights and images.
+        n: how many images.
+        norm: of the perturbations; empty for a line without an attack.
+        eps: radius, in the norm.
+        seed: of everything random.
+        cells: results by column.
+    """
+
+    run: Judged
+    subject: Subject
+    n: int
+    norm: str = ""
+    eps: float = 0.0
+    seed: int | None = None
+    cells: dict[str, Result] = field(default_factory=dict)
+
+    @property
+    def radius(self) -> tuple[str, float]:
+        """Norm and eps."""
+        return self.norm, self.eps
+
+
+class Comparison:
+    """The table of several runs.
+
+    Args:
+        runs: the runs, in the table's order.
+    """
+
+    def __init__(self, runs: Sequence[Judged]) -> None:
+        self._titles = _Titles([result for run in runs for result in run.results])
+        self.lines = [line for run in runs for line in self._lines_of(run)]
+        self.runs = list(runs)
+
+    @property
+    def attacks(self) -> list[str]:
+        """The columns of accuracies: clean first, then in the order in which they appear."""
+        found = dict.fromkeys(title for line in self.lines for title in line.cells)
+        return sorted(found, key=lambda title: title != CLEAN)  # the sort keeps the order of equals
+
+    def cells(self) -> list[list[str]]:
+        """The heading and the lines as text. Columns that tell nothing apart are left out."""
+        attacks = self.attacks
+        always = ("run", "method", "model", "data", "n", "norm", "eps")
+        rows = [self._describe(line) for line in self.lines]
+        shown = [
+            name
+            for name in ("run", "method", "model", "checkpoint", "data", "n", "norm", "eps", "seed")
+            if name in always or self._tells_apart(name, rows)
+        ]
+        table = [[*shown, *(f"{title} %" for title in attacks)]]
+        for row, line in zip(rows, self.lines, strict=True):
+            table.append([row[name] for name in shown] + [_cell(line, title) for title in attacks])
+        return table
+
+    def radius(self, eps: float | None = None, norm: str | None = None) -> tuple[str, float]:
+        """Choose the radius of a figure: the one asked for, else one at which all runs were attacked.
+
+        Raises:
+            ValueError: when there is no such radius, or several and none of them is 8/255.
+        """
+        attacked: dict[tuple[str, float], set[str]] = {}
+        for line in self.lines:
+            if line.norm:
+                attacked.setdefault(line.radius, set()).add(line.run.name)
+        common = [radius for radius, names in attacked.items() if len(names) == len(self.runs)]
+        fitting = [
+            (n, e)
+            for n, e in common
+            if (norm is None or n == norm) and (eps is None or abs(e - eps) < 1e-9)
+        ]
+        if len(fitting) > 1 and ("linf", _DEFAULT_EPS) in fitting:
+            return "linf", _DEFAULT_EPS
+        if len(fitting) != 1:
+            asked = [text for text in (norm, None if eps is None else format_eps(eps)) if text]
+            there = ", ".join(radius_text(*radius) for radius in common) or "at no radius"
+            raise ValueError(
+                f"eps must name one radius at which all runs were attacked, got {' '.join(asked) or None}; "
+                f"they were all attacked {there}"
+            )
+        return fitting[0]
+
+    def at(self, radius: tuple[str, float]) -> list[Line]:
+        """The lines of one radius."""
+        return [line for line in self.lines if line.radius == radius]
+
+    def label(self, line: Line) -> str:
+        """What to call a line among those of its radius."""
+        rows = {id(one): self._describe(one) for one in self.at(line.radius)}
+        parts = [line.run.name]
+        for name in ("checkpoint", "data", "n", "seed"):
+            if len({row[name] for row in rows.values() if row["run"] == line.run.name}) > 1:
+                parts.append(rows[id(line)][name])
+        return " ".join(parts)
+
+    def _lines_of(self, run: Judged) -> Iterable[Line]:
+        lines: dict[tuple[Any, ...], Line] = {}
+        for result in run.results:
+            if not result.is_clean:
+                row = result.row
+                key = (*result.judged, result.norm, row.eps, row.seed)
+                new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed)
+                lines.setdefault(key, new).cells[self._titles.of(result)] = result
+        for result in run.results:
+            if result.is_clean:
+                attacked = [
+                    line
+                    for key, line in lines.items()
+                    if key[: len(result.judged)] == result.judged
+                ]
+                if not attacked:
+                    attacked = [Line(run, result.subject, result.row.n)]
+                    lines[result.judged] = attacked[0]
+                for line in attacked:
+                    line.cells[self._titles.of(result)] = result
+        return lines.values()
+
+    def _describe(self, line: Line) -> dict[str, str]:
+        return {
+            "run": line.run.name,
+            "method": line.run.method,
+            "model": line.run.network,
+            "checkpoint": self._with_hash(line, "checkpoint", "weights"),
+            "data": self._with_hash(line, "data", "images"),
+            "n": str(line.n),
+            "norm": line.norm or "-",
+            "eps": format_eps(line.eps) if line.norm else "-",
+            "seed": "-" if line.seed is None else str(line.seed),
+        }
+
+    def _with_hash(self, line: Line, name: str, content: str) -> str:
+        """The name of weights or images, with a part of their hash where one name stands for several."""
+        text, digest = getattr(line.subject, name) or "-", getattr(line.subject, content)
+        others = {
+            getattr(other.subject, content)
+            for other in self.lines
+            if getattr(other.subject, name) == getattr(line.subject, name)
+            and (name == "data" or other.run is line.run)
+            and (name == "checkpoint" or other.n == line.n)
+        }
+        return f"{text} ({digest[:_SHOWN_DIGITS] or '?'})" if len(others) > 1 else text
+
+    def _tells_apart(self, name: str, rows: Sequence[dict[str, str]]) -> bool:
+        """Whether a run has lines that differ in this column."""
+        return len({(row["run"], row[name]) for row in rows if row[name] != "-"}) > len(
+            {row["run"] for row in rows if row[name] != "-"}
+        )
+
+
+class _Titles:
+    """Names of columns: the attack's own, with what it was run by where that differs between results."""
+
+    def __init__(self, results: Sequence[Result]) -> None:
+        self._variants: dict[str, set[str]] = {}
+        for result in results:
+            self._variants.setdefault(_plain_title(result), set()).add(_variant(result))
+
+    def of(self, result: Result) -> str:
+        """The column of a result."""
+        title, variant = _plain_title(result), _variant(result)
+        return f"{title} ({variant})" if len(self._variants[title]) > 1 and variant else title
+
+
+def _plain_title(result: Result) -> str:
+    return " after ".join([result.row.name, *(["+".join(result.after)] if result.after else [])])
+
+
+def _variant(result: Result) -> str:
+    """Further parameters, relative to the radius, as a step size follows it."""
+    row = result.row
+    if row.name == AUTOATTACK:
+        return f"batches of {result.batch_size}"
+    if row.alpha is not None and row.eps:
+        return f"alpha {row.alpha / row.eps:.4g} eps"
+    return ""
+
+
+def _cell(line: Line, title: str) -> str:
+    if title not in line.cells:
+        return "-"
+    row = line.cells[title].row
+    return f"{100 * row.accuracy:.2f}" + ("" if row.status == "ok" else f" {row.status}")
+
+
+def radius_text(norm: str, eps: float) -> str:
+    """Write a radius for people: "at 8/255 linf"."""
+    return f"at {format_eps(eps)} {norm}"
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Return the shortest ends of paths that tell them apart: "a/arrest" and "b/arrest", else "arrest"."""
+    parts = [Path(path).resolve().parts for path in paths]
+    names = []
+    for own in parts:
+        others = [other for other in parts if other != own]
+        length = 1
+        while length < len(own) and any(other[-length:] == own[-length:] for other in others):
+            length += 1
+        names.append("/".join(own[-length:]))
+    return names

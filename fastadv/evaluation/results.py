@@ -1,0 +1,208 @@
+"""The results of a run's evaluations, together in one file: a later evaluation adds to the earlier ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
+from fastadv.evaluation.report import Report, Row, row_from_dict
+from fastadv.files import naming, remove_leftovers, write_atomically
+from fastadv.locks import locked
+
+_FORMAT = 2  # `Report` knows it, too
+_REPORT_FORMAT = 1  # files from before results were collected hold the report of one evaluation
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an evaluation judged. What a file does not tell is empty.
+
+    Attributes:
+        run: name of the run directory.
+        method: how the model was trained.
+        network: what the model is called.
+        checkpoint: name of the checkpoint.
+        weights: SHA-256 of the weights that were judged.
+        data: name of the images, with their split.
+        images: SHA-256 of the images and labels that were used.
+    """
+
+    run: str = ""
+    method: str = ""
+    network: str = ""
+    checkpoint: str = ""
+    weights: str = ""
+    data: str = ""
+    images: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The accuracy of one model under one attack, with all that it depends on.
+
+    Attributes:
+        subject: what was judged.
+        row: the attack and what it left.
+        norm: of the perturbations.
+        bounds: range of image values.
+        batch_size: images per pass.
+        device: where it ran.
+        versions: of the libraries that matter.
+        after: names of the attacks before it, where it got only the images that those had left.
+    """
+
+    subject: Subject
+    row: Row
+    norm: str
+    bounds: tuple[float, float]
+    batch_size: int
+    device: str
+    versions: dict[str, str]
+    after: tuple[str, ...] = ()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there was no attack."""
+        return self.row.name == CLEAN
+
+    @property
+    def judged(self) -> tuple[Any, ...]:
+        """Weights and images: results that agree in these belong to one another."""
+        subject = self.subject
+        return subject.weights, subject.checkpoint, subject.data, subject.images, self.row.n
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the accuracy depends on; a result replaces one of the same key."""
+        row = self.row
+        if self.is_clean:
+            return (*self.judged, row.name, self.bounds)
+        # Of all attacks AutoAttack's alone depends on the batches.
+        batch_size = self.batch_size if row.name == AUTOATTACK else None
+        attack = (row.name, row.alpha, row.steps, batch_size, self.after)
+        return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything side by side as JSON types, with accuracy and interval written out for other readers."""
+        row = asdict(self.row)
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PARTS}
+        figures = {"accuracy": self.row.accuracy, "interval": self.row.interval}
+        return json.loads(json.dumps({**row, **figures, **asdict(self.subject), **own}))
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Result:
+        """Read back what `to_dict` gave.
+
+        Raises:
+            KeyError: when something is missing.
+            TypeError: when something is of another kind.
+            ValueError: when a number is out of range.
+        """
+        own = {f.name: entry[f.name] for f in fields(cls) if f.name not in _PARTS}
+        own["bounds"], own["after"] = tuple(entry["bounds"]), tuple(entry["after"])
+        subject = Subject(**{f.name: str(entry[f.name]) for f in fields(Subject)})
+        return cls(subject, row_from_dict(entry), **own)
+
+
+_PARTS = ("subject", "row")  # fields of a result that are spelled out in its entry
+
+
+def results_of(report: Report, subject: Subject) -> list[Result]:
+    """Take the results out of the report of one evaluation."""
+    results: list[Result] = []
+    before: list[str] = []
+    for row in report.rows:
+        results.append(
+            Result(
+                subject,
+                row,
+                report.norm,
+                report.bounds,
+                report.batch_size,
+                report.device,
+                report.versions,
+                tuple(before) if report.worst_case and row.name != CLEAN else (),
+            )
+        )
+        if row.name != CLEAN:
+            before.append(row.name)
+    return results
+
+
+def load_results(path: str | os.PathLike[str]) -> list[Result]:
+    """Read the results that a file holds, in the order in which they were first added.
+
+    Args:
+        path: a file of results, or the report of one evaluation as JSON, which earlier versions wrote.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged or something else; the message names the file.
+    """
+    name = os.fspath(path)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = content.get("format") if isinstance(content, dict) else None
+        if version == _REPORT_FORMAT:
+            report = Report.from_dict(content)
+            return results_of(report, Subject(network=report.model, data=report.data))
+        if version != _FORMAT:
+            raise ValueError(f"results must have format {_FORMAT}, got {version!r}")
+        return [Result.from_dict(entry) for entry in content["rows"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{name}: results are damaged: {error!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path:
+    """Add results to those of a file. A result takes the place of one of the same key; no other is lost.
+
+    The file is read and written under a lock, so that processes which add at the same time lose nothing.
+
+    Args:
+        path: a file of results, or where one shall be; missing folders are made.
+        results: what to add.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: when the file is there and damaged; it stays as it is.
+        OSError: when the file cannot be written.
+    """
+    target = Path(path)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        remove_leftovers(target.parent)
+        there = load_results(target) if target.exists() else []
+        merged = {result.key: result for result in there}
+        merged.update({result.key: result for result in results})
+        rows = [result.to_dict() for result in merged.values()]
+        content = {"format": _FORMAT, "rows": rows}
+        return write_atomically(target, json.dumps(content, indent=2) + "\n")
+
+
+def check_destination(path: str | os.PathLike[str]) -> str | None:
+    """Say what stands in the way of adding results to a file, or return None.
+
+    Raises:
+        ValueError: when the file is there and damaged.
+    """
+    target = Path(path)
+    try:
+        if target.exists():
+            load_results(target)
+        folder = target.parent
+        while not folder.exists():
+            folder = folder.parent
+        with locked(folder / target.name):
+            return None
+    except OSError as error:
+        return f"{path} cannot be written: {error.strerror}" if error.strerror else str(error)

@@ -1,0 +1,73 @@
+"""Locks between processes that write one file."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastadv.files import naming
+
+# What file systems say that have no locks.
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_PAUSE = 0.02  # seconds between two tries
+
+
+@contextmanager
+def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
+    """Hold the lock of a file: of all processes and threads that ask for it one at a time goes on.
+
+    The lock is held on `.NAME.lock` in the file's folder. The kernel gives it back when its holder ends, however
+    that happens. The lock's file is removed on leaving.
+
+    Args:
+        path: the file, which need not exist; its folder must.
+        wait: seconds to wait for another holder.
+
+    Raises:
+        TimeoutError: when another holder has it for longer than that.
+        OSError: when the folder cannot be written.
+    """
+    target = Path(path)
+    lock = target.with_name(f".{target.name}.lock")
+    with naming(target):
+        descriptor = _acquire(lock, time.monotonic() + wait)
+    try:
+        yield
+    finally:
+        # Removed while it is held: who opened it in the meantime finds, once it gets the lock, that it is gone.
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(lock: Path, deadline: float) -> int:
+    """Return the descriptor of the lock's file, locked."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_still(lock, descriptor):
+                return descriptor
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                os.close(descriptor)
+                raise TimeoutError(f"{lock}: another process holds this lock") from None
+            time.sleep(_PAUSE)
+        except OSError as error:
+            if error.errno in NO_LOCKS:  # then there is no better way than to go on without one
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_still(lock: Path, descriptor: int) -> bool:
+    """Whether the name still leads to the file that was opened."""
+    try:
+        return os.path.samestat(os.stat(lock), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,190 @@
+"""The command line's parser: its flags, and what it says of a mistake."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import register_type
+
+from fastadv.suggestions import suggestion
+from fastadv.trainers.number import Number, parse_number
+from fastadv.trainers.schedules import Schedule
+
+FAILED = 2
+_PROGRAM = "fastadv"
+TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_KINDS = {
+    "int": "a whole number",
+    "bool": "true or false",
+    "float": "a number",
+    "str": "text",
+    "tuple": "a list such as [75,90]",
+}
+
+register_type(
+    Number,
+    serializer=float,
+    deserializer=parse_number,
+    type_check=lambda value, _: isinstance(value, float),
+)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """Keeps the paragraphs of a description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = (textwrap.fill(part, width) for part in text.split("\n\n"))
+        return textwrap.indent("\n\n".join(paragraphs), indent)
+
+
+class Parser(ArgumentParser):
+    """A parser that takes a flag with and without a value, and whose complaints are one line.
+
+    Args:
+        args: as `ArgumentParser` has them.
+        needs: options that cannot be left out, and what each is; named together when one is missing.
+        kwargs: as `ArgumentParser` has them.
+    """
+
+    def __init__(self, *args: Any, needs: dict[str, str] | None = None, **kwargs: Any) -> None:
+        # jsonargparse makes one without a name for the fields of a class, of which there are schedules.
+        self._help = f"{kwargs['prog']} --help" if "prog" in kwargs else "--schedule.help"
+        kwargs.setdefault("prog", _PROGRAM)
+        kwargs.setdefault("formatter_class", HelpFormatter)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
+        self._needs = needs or {}
+
+    def add_flag(self, name: str, text: str, group: Any = None) -> None:
+        """Add an option that is false by default, and true where it stands without a value."""
+        (group or self).add_argument(f"--{name}", type=bool, default=False, help=text)
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, *others: Any, **options: Any
+    ) -> Any:
+        """Parse a command line, as `ArgumentParser` does."""
+        words = None if args is None else self._with_values(args)
+        return super().parse_args(words, *others, **options)
+
+    def _with_values(self, words: Sequence[str]) -> list[str]:
+        """Write every flag with its value: `--flip` is `--flip=true`."""
+        flags = {
+            option
+            for action in self._actions
+            if getattr(action, "_typehint", None) is bool
+            for option in action.option_strings
+        }
+        takes_words = any(not action.option_strings for action in self._actions)
+        spelled: list[str] = []
+        rest = list(words)
+        while rest:
+            word = rest.pop(0)
+            name, equals, value = word.partition("=")
+            if name in flags:
+                if not equals and rest and self._is_value(rest[0], takes_words):
+                    value = rest.pop(0)
+                elif not equals:
+                    value = "true"
+                word = f"{name}={self._truth(name, value)}"
+            spelled.append(word)
+        return spelled
+
+    def _is_value(self, word: str, takes_words: bool) -> bool:
+        """Whether the word after a flag belongs to it: true or false, or else where nothing else can be meant."""
+        return word.lower() in TRUE + FALSE or not (word.startswith("-") or takes_words)
+
+    def _truth(self, name: str, value: str) -> str:
+        if value.lower() not in TRUE + FALSE:
+            self.error(f'option "{name[2:]}" must be true or false, got {value!r}')
+        return "true" if value.lower() in TRUE else "false"
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the message on one line and exit with status 2."""
+        text = self._in_words(" ".join(message.split()))
+        self.exit(FAILED, f"{self.prog}: error: {text} (see {self._help})\n")
+
+    def _in_words(self, text: str) -> str:
+        """Say what jsonargparse complains of in the words of a command line."""
+        text = text.replace('Parser key "', 'option "')
+        if found := re.match("unrecognized arguments: (.*)", text):
+            return f"unrecognized arguments: {found[1]}{self._meant(found[1].split())}"
+        if found := re.match("(?:the following )?arguments are required: (.*)", text):
+            return self._missing(found[1].split(", "))
+        if found := re.match("Option '(.*)' is not accepted", text):
+            known = sorted({*self._names()} - {"help"})
+            return f"there is no option {found[1]!r}{suggestion(found[1], known) or _list(known)}"
+        if found := re.match('(option ".*?"|argument --[a-z_.]+|--[a-z_.]+): (.*)', text):
+            return found[1] + _expectation(found[2])
+        return text
+
+    def _missing(self, names: Sequence[str]) -> str:
+        """Say what is missing, and what each option that is needed is."""
+        text = f"needs {' and '.join(self._spelled(name) for name in names)}"
+        explained = [f"--{name} ({what})" for name, what in self._needs.items()]
+        return f"{text}; what it takes: {', '.join(explained)}" if explained else text
+
+    def _names(self) -> Iterable[str]:
+        for action in self._actions:
+            for option in action.option_strings:
+                if option.startswith("--"):
+                    yield option[2:].rpartition(".")[2]
+
+    def _spelled(self, name: str) -> str:
+        """The name of an argument as it stands on the command line."""
+        return (
+            f"--{name}"
+            if any(f"--{name}" in a.option_strings for a in self._actions)
+            else name.upper()
+        )
+
+    def _meant(self, words: Sequence[str]) -> str:
+        """What may have been meant by the first of some words that is an option."""
+        options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
+        return suggestion(options[0], known) if options else ""
+
+
+def _list(known: Sequence[str]) -> str:
+    return f"; there are {', '.join(known)}" if 0 < len(known) < 10 else ""
+
+
+def _expectation(text: str) -> str:
+    """Say what a value must be, by jsonargparse's message on it; that message where it is not understood."""
+    if "import path" in text.lower() and (
+        found := re.search(r"(?:string: |Import path )(\S+)", text)
+    ):
+        names = schedule_names()
+        return f" must be one of {', '.join(names)}, got {found[1]!r}{suggestion(found[1], names)}"
+    if found := re.match(r"Does not validate against any of the Union.*?Errors: - (.*)", text):
+        errors, _, value = found[1].partition(" Given value type:")
+        value = value.partition("Given value: ")[2]
+        kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
+        kinds = [kind for kind in kinds if kind]
+        return f" must be {' or '.join(kinds)}, got {value!r}" if kinds else f": {text}"
+    if found := re.match(r"Expected a (.*)\. Got value: (.*)", text):
+        kind = _kind(text)
+        words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []
+        return (
+            f" must be {kind}, got {found[2]!r}{suggestion(found[2], words)}"
+            if kind
+            else f": {text}"
+        )
+    return f": {text.removeprefix('Not of type Number: ')}"
+
+
+def _kind(error: str) -> str:
+    """What one of several types expects; empty for None, which nobody can type."""
+    if found := re.match(r"Expected a typing\.Literal\[(.*?)\]", error):
+        return "one of " + found[1].replace("'", "")
+    if found := re.match("Expected a <class '(.*?)'>", error):
+        return _KINDS.get(found[1], "")
+    return "a number or a fraction such as 8/255" if error.startswith("Not of type Number") else ""
+
+
+def schedule_names() -> list[str]:
+    """Return the names of the schedules of the learning rate."""
+    return sorted(kind.__name__ for kind in Schedule.__subclasses__())

@@ -1,0 +1,130 @@
+"""Keeping the results of a long evaluation: each as soon as it is there, none lost that cannot be written."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+from fastadv.evaluation import Report, Subject, add_results
+from fastadv.evaluation.results import check_destination, results_of
+from fastadv.locks import locked
+
+
+class UnsavedResultsError(OSError):
+    """The results of an evaluation could not be written.
+
+    Attributes:
+        table: the results as text.
+    """
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
+class ResultKeeper:
+    """Adds an evaluation's results to a file while it runs.
+
+    Where a with statement on it ends early, it says where the results so far are, or prints them.
+
+    Args:
+        file: where the results go.
+        subject: what is judged.
+
+    Attributes:
+        file: the same.
+
+    Raises:
+        ValueError: for a name that does not end in .json, or a file that is there and holds no results.
+    """
+
+    def __init__(self, file: Path, subject: Subject) -> None:
+        if file.suffix != ".json":
+            raise ValueError(f"out must be a file that ends in .json, got {str(file)!r}")
+        self.file = file
+        self._subject = subject
+        self._failure = check_destination(file)
+        self._so_far: Report | None = None
+
+    def __enter__(self) -> ResultKeeper:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, UnsavedResultsError) or self._so_far is None:
+            return
+        if self._failure is None:
+            print(f"the results so far are in {self.file}", file=sys.stderr)
+        else:
+            print(self._so_far.table(), end="", flush=True)
+            print(f"note: {self._complaint()}", file=sys.stderr)
+
+    def warn(self) -> None:
+        """Say on standard error, before hours are spent, that nothing can be written."""
+        if self._failure is not None:
+            print(f"note: {self._complaint()}", file=sys.stderr)
+
+    def add(self, report: Report) -> None:
+        """Add what a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
+        self._so_far = report
+        try:
+            add_results(self.file, results_of(report, self._subject))
+            self._failure = None
+        except (OSError, ValueError) as error:
+            self._failure = str(error)
+
+    def close(self, table: str) -> None:
+        """End the evaluation.
+
+        Args:
+            table: its results as text.
+
+        Raises:
+            UnsavedResultsError: when they could not be written.
+        """
+        if self._failure is not None:
+            raise UnsavedResultsError(self._complaint(), table)
+
+    def _complaint(self) -> str:
+        return f"{self._failure}; --out FILE.json keeps the results elsewhere"
+
+
+@contextmanager
+def autoattack_state(folder: Path, wanted: bool) -> Iterator[Path | None]:
+    """Hold the folder of an AutoAttack's state, and delete it after success.
+
+    Args:
+        folder: where the state is or shall be.
+        wanted: False for no state at all.
+
+    Yields:
+        The folder; None where no state is wanted or none can be written.
+
+    Raises:
+        ValueError: when another process is at the same AutoAttack.
+    """
+    if not wanted or not _can_be_made(folder.parent):
+        yield None
+        return
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(folder, wait=0))
+        except TimeoutError as error:
+            raise ValueError(f"another process is running the same AutoAttack; {error}") from error
+        yield folder
+        shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()  # if nothing is left in it
+
+
+def _can_be_made(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / "state", wait=0):
+            return True
+    except TimeoutError:
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,117 @@
+"""The options of a run that goes on: those it was begun with, from what its directory says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastadv.models.registry import names_code
+from fastadv.parsing import schedule_names
+from fastadv.trainers import CheckpointError, Settings
+from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.run_directory import RunDirectory
+
+CONFIG_FILE = "config.yaml"
+
+
+def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
+    """Return what a config would hold that begins the run anew.
+
+    The recipe, the model and the data are those of `run.json`; how the run is kept and shown is in `config.yaml`,
+    of which nothing else is taken. Nothing that the directory says is imported. Frozen models are not named, as
+    the run has copies of them.
+
+    Args:
+        run_dir: the run.
+        method: how it is to go on.
+
+    Raises:
+        CheckpointError: when `run.json` is damaged.
+        ValueError: when the run was begun by another method, or in a way that the command line has no options for.
+    """
+    run = RunDirectory(run_dir)
+    recorded = run.read()
+    if recorded.method != method.name:
+        raise ValueError(
+            f"run {run_dir} was trained by {recorded.method}: resume it by "
+            f"`fastadv train {recorded.method} --run {run_dir} --resume`, got {method.name}"
+        )
+    dataset, root = run.source()
+    if dataset is None:
+        raise ValueError(
+            f"run {run_dir} was begun in Python, with data of its own; resume it there"
+        )
+    known = {f.name for f in fields(method.recipe_class)}
+    recipe = {
+        name: _as_option(value)
+        for name, value in recorded.recipe.items()
+        if name in known and _is_known(value)
+    }
+    options = {**_settings(run.path / CONFIG_FILE), **recipe, "data": dataset}
+    if root is not None and dataset != "digits":
+        options["root"] = root
+    name = recorded.model.get("name")
+    if name is not None and not names_code(name):
+        options["model"] = name
+    return options
+
+
+def missing_model(run_dir: str) -> str:
+    """Say why the model of a run must be named again; empty where it need not."""
+    recorded = RunDirectory(run_dir).read().model
+    name = recorded.get("name")
+    if name is None:
+        kind = recorded.get("class", "a module")
+        return f"run {run_dir} was begun in Python, with a {kind}; resume it there"
+    if names_code(name):
+        return (
+            f"model must be given: run {run_dir} says {name!r}, whose code runs only "
+            f"when you name it: --model {name}"
+        )
+    return ""
+
+
+def as_config(options: dict[str, Any]) -> str:
+    """Write options as a config that can stand on a command line."""
+    return json.dumps(options)  # which is YAML, too, and keeps every number
+
+
+def _as_option(value: Any) -> Any:
+    """Write a value of a recorded recipe as configs have it: a schedule by the name of its class."""
+    if isinstance(value, dict) and "class" in value:
+        arguments = {name: item for name, item in value.items() if name != "class"}
+        return {"class_path": f"fastadv.trainers.{value['class']}", "init_args": arguments}
+    return value
+
+
+def _is_known(value: Any) -> bool:
+    """Whether a recorded value can be an option: a class must be one of this package's schedules."""
+    return not isinstance(value, dict) or value.get("class") in schedule_names()
+
+
+def saved_teachers(run_dir: str | Path) -> list[str] | None:
+    """Return where the frozen models of a run came from, to be recorded further; the run has its own copies."""
+    given = _read_config(Path(run_dir) / CONFIG_FILE).get("teacher")
+    return given if isinstance(given, list) and all(isinstance(one, str) for one in given) else None
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
+    names = {*(f.name for f in fields(Settings)), "device", "extra"}
+    return {name: value for name, value in _read_config(file).items() if name in names}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError:
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"{file}: not a config; delete it, and give its options again ({error})"
+        ) from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,74 @@
+"""What is said when processes that train together do not hear from each other any more."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+_PATIENCE = 10.0  # seconds in which all ranks that are alive should have noticed
+_PAUSE = 0.1
+
+
+class LostRanksError(RuntimeError):
+    """Processes that train together did not hear from each other any more: one hangs, or has ended."""
+
+
+@contextmanager
+def communicating() -> Iterator[None]:
+    """Tell the errors of communication from others: here any RuntimeError is one.
+
+    Raises:
+        LostRanksError: in its place.
+    """
+    try:
+        yield
+    except LostRanksError:
+        raise
+    except RuntimeError as error:
+        raise LostRanksError(" ".join(str(error).split())) from error
+
+
+@contextmanager
+def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) -> Iterator[None]:
+    """Say in a `LostRanksError` which ranks are lost.
+
+    Each rank that has lost others leaves a mark in the store and looks whose mark is missing.
+
+    Args:
+        store: where the ranks found each other.
+        rank: number of this process.
+        count: how many there are.
+        timeout: seconds after which a rank counts as lost, for the message.
+    """
+    try:
+        yield
+    except LostRanksError as error:
+        lost = _without_mark(store, rank, count)
+        if not lost:
+            raise LostRanksError(
+                f"rank {rank} lost the connection to other ranks, all of which noticed: {error}"
+            ) from error
+        which = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
+        raise LostRanksError(
+            f"rank {rank} got no answer from {which} of 0 to {count - 1}, for which it waits {timeout:g} s "
+            f"(timeout): such a rank hangs or has ended. Resuming goes on from the last checkpoint ({error})"
+        ) from error
+
+
+def _without_mark(store: dist.Store, rank: int, count: int) -> list[int]:
+    """The ranks that do not notice within some seconds that something is wrong; empty if the store is gone."""
+    try:
+        store.set_timeout(timedelta(seconds=_PATIENCE))
+        store.set(f"noticed_{rank}", "")
+        deadline = time.monotonic() + _PATIENCE
+        missing = set(range(count))
+        while missing and time.monotonic() < deadline:
+            missing = {other for other in missing if not store.check([f"noticed_{other}"])}
+            time.sleep(_PAUSE)
+        return sorted(missing)
+    except RuntimeError:  # the store has gone with the process that held it
+        return []

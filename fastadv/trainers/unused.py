@@ -1,0 +1,54 @@
+"""Numbers of a recipe that its other numbers, or its method, leave without effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.recipe import Recipe
+
+
+def check_all_used(method: MethodClass, recipe: Recipe, preset: str = "paper") -> None:
+    """Refuse a number that was chosen and would be dropped in silence.
+
+    Args:
+        method: what trains.
+        recipe: its numbers.
+        preset: where they came from: what is as it stands there was not chosen.
+
+    Raises:
+        ValueError: naming the first such field, and why it has no effect.
+    """
+    decided = {name: getattr(recipe, name) for name in method.recipe_class.deciding}
+    default = method.recipe_class.preset(preset, **decided)
+    for name, reason in _without_effect(method.name, recipe).items():
+        value = getattr(recipe, name, None)
+        if value != getattr(default, name, None):
+            raise ValueError(f"{name} has no effect {reason}, got {value}")
+
+
+def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
+    """The fields that nothing reads, each with the reason."""
+
+    def value(name: str) -> Any:
+        return getattr(recipe, name, None)
+
+    conditions = [
+        (not value("pad"), "with pad 0", ["pad_mode"]),
+        (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
+    ]
+    if method == "arrest":
+        conditions += [
+            (
+                value("distance") != "logits_kl" or not value("distill"),
+                "without distance logits_kl",
+                ["temperature"],
+            ),
+            (not value("distill"), "with distill false", ["distance", "lam"]),
+            (not value("replay"), "with replay false", ["replay_with", "phi", "replay_epochs"]),
+        ]
+    if method == "vfd":
+        conditions.append(
+            (value("base") != "hat", "with another base than hat", ["gamma", "reach"])
+        )
+    return {name: reason for holds, reason, names in conditions if holds for name in names}
