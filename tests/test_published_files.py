@@ -150,6 +150,24 @@ def test_a_normalisation_that_changes_nothing_leaves_the_model_as_it_is(tmp_path
     assert type(load_teacher(tmp_path / "a.pt", make_model(2))) is type(make_model(2))
 
 
+@pytest.mark.parametrize(
+    "constants", [{"mean": list(MEAN), "std": STD}, {"mu": torch.tensor(MEAN), "sigma": [STD[0]]}]
+)
+def test_constants_beside_the_weights_count(constants: dict[str, Any], tmp_path: Path) -> None:
+    source = normalised().eval()
+    torch.save({"state_dict": source.model.state_dict(), **constants}, tmp_path / "a.pt")
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(load_teacher(tmp_path / "a.pt", make_model(2))(x), source(x))
+    with pytest.raises(ValueError, match="normalises its inputs"):
+        load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("scores", [{"mean": 0.87, "std": 0.01}, {"mean": torch.tensor(0.87)}])
+def test_scores_are_no_normalisation(scores: dict[str, Any]) -> None:
+    state = {"state_dict": make_model(1).state_dict(), **scores}
+    assert load_published_state_dict(make_model(2), state).mean is None
+
+
 def test_one_number_for_all_channels_and_one_for_each_go_together() -> None:
     network = small_cnn()
     state = {

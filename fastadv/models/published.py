@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -170,16 +171,37 @@ def _choose_weights(
     return mappings[place], prefix, copies - {prefix + name for name in targets}
 
 
-def _tensor_mappings(state: object, place: str = "", depth: int = 0) -> Iterator[_Place]:
-    """The mappings from names to tensors inside a saved object, with the keys that lead to them."""
-    if not isinstance(state, Mapping) or depth > _DEEPEST:
+def _tensor_mappings(
+    state: object, place: str = "", around: Mapping[str, Tensor] = MappingProxyType({})
+) -> Iterator[_Place]:
+    """The mappings from names to tensors inside a saved object, with the keys that lead to them.
+
+    Constants of a normalisation that stand around a mapping (`around`) count as its own.
+    """
+    if not isinstance(state, Mapping) or place.count("[") > _DEEPEST:
         return
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    around = {**around, **_constants(state)}
     if tensors:
-        yield place, tensors
+        yield place, {**around, **tensors}
     for key, value in state.items():
         if isinstance(key, str):
-            yield from _tensor_mappings(value, f"{place}[{key!r}]", depth + 1)
+            yield from _tensor_mappings(value, f"{place}[{key!r}]", around)
+
+
+def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """A mean and a std of each channel among the entries of a mapping, as tensors or lists; both or nothing."""
+    found: dict[str, Tensor] = {}
+    for names in (_MEAN_NAMES, _STD_NAMES):
+        for name in names:
+            value = state.get(name)
+            if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
+                value = torch.tensor(value, dtype=torch.float64)
+            # A single number may be that of a score.
+            if isinstance(value, Tensor) and value.dim() and value.numel():
+                found[name] = value
+                break
+    return found if len(found) == 2 else {}
 
 
 def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
