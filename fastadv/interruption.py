@@ -121,4 +121,6 @@ def signal_name(signum: int) -> str:
 def _write_error(text: str) -> None:
     """Write from within a signal handler, where Python's own streams may be in use."""
     with suppress(OSError, ValueError):  # nobody may be there to read
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+        descriptor = sys.__stderr__.fileno() if sys.__stderr__ else 2
+        below_bar = "\n" if os.isatty(descriptor) else ""
+        os.write(descriptor, (below_bar + text).encode())

@@ -120,7 +120,10 @@ def test_a_mistyped_word_gets_a_suggestion(
 
 def test_the_choices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
     line = fails(["train", "arrest", *RUN, "--distance", "x"], capfd)
-    assert "\"distance\" must be one of angular, mse, attention, logits, got 'x'" in line
+    assert (
+        "\"distance\" must be one of angular, mse, attention, logits_mse, logits_kl, got 'x'"
+        in line
+    )
     line = fails(["train", "pgd_at", *RUN, "--schedule", "x"], capfd)
     assert "Constant, Cosine, Cyclic, MultiStep, OneCycle, Piecewise, Step, got 'x'" in line
     text = prints(["train", "pgd_at", "--schedule.help"], capfd)
@@ -211,7 +214,7 @@ def test_switches_take_a_value_too(capfd: pytest.CaptureFixture[str], tmp_path: 
         (["pgd_at", "--awp_warmup", "3"], "awp_warmup has no effect with awp_gamma 0"),
         (["pgd_at", "--pad", "0", "--pad_mode", "reflect"], "pad_mode has no effect with pad 0"),
         (["free", "--random_start"], "random_start must be false with free"),
-        (["arrest", "--temperature", "2"], "temperature has no effect without distance logits"),
+        (["arrest", "--temperature", "2"], "temperature has no effect without distance logits_kl"),
         (["arrest", "--distill", "false", "--lam", "2"], "lam has no effect with distill false"),
         (["arrest", "--replay", "no", "--phi", "45"], "phi has no effect with replay false"),
         (["vfd", "--reach", "3"], "reach has no effect with another base than hat"),
@@ -316,6 +319,7 @@ def test_a_run_goes_on_without_its_config_and_without_its_teacher(
     assert yaml.safe_load(config.read_text())["teacher"] == [str(tmp_path / "standard")]
     config.unlink()
     assert main(go_on) == 0
+    capfd.readouterr()
     config.write_text("keep: [")
     assert "config.yaml: not a config" in fails(go_on, capfd)
 

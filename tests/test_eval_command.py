@@ -19,6 +19,7 @@ from fastadv import commands
 from fastadv.cli import main
 from fastadv.data import load_dataset
 from fastadv.evaluation import Report, load_results
+from fastadv.models import create_model
 from fastadv.result_keeper import autoattack_state
 from fastadv.trainers import load_model, train
 from fastadv.trainers.run_directory import digest_of
@@ -115,7 +116,7 @@ def test_what_has_no_effect_is_refused(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_nothing_is_lost_where_nothing_can_be_written(
-    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (run / "eval.json").mkdir()
     words = ["eval", str(run), "--attacks", "clean", "pgd-2", "--max_examples", "20"]
@@ -125,7 +126,7 @@ def test_nothing_is_lost_where_nothing_can_be_written(
     early, *_, late = err.splitlines()
     assert early.startswith("note: ")  # before the work, and after it
     for line in (early, late):
-        assert "eval.json: Is a directory; --out FILE.json keeps them elsewhere" in line
+        assert "eval.json cannot be written: Is a directory; --out FILE.json keeps" in line
     kept = tmp_path / "elsewhere" / "results.json"
     assert main([*words, "--out", str(kept)]) == 0
     assert [result.row.name for result in load_results(kept)] == ["clean", "pgd-2"]
@@ -141,7 +142,7 @@ def test_a_disk_that_fills_up_costs_no_result(
     monkeypatch.setattr("fastadv.evaluation.results.write_atomically", full)
     assert judge(run, "--attacks", "clean", "pgd-2") == 2
     out, err = capfd.readouterr()
-    assert "pgd-2" in out and "No space left on device; --out" in err
+    assert "pgd-2" in out and "No space left on device" in err and "; --out FILE.json" in err
 
 
 def test_a_damaged_file_of_results_is_told_of_before_the_work(
@@ -183,7 +184,7 @@ def test_what_is_done_is_printed_when_a_later_attack_fails_and_nothing_can_be_wr
 def test_evaluate_tells_of_each_attack_as_it_ends() -> None:
     seen: list[list[str]] = []
     images = load_dataset("digits").test
-    model = commands.create_model("small_cnn", 10, 1)
+    model = create_model("small_cnn", 10, 1)
     report = commands.evaluate(
         model,
         images,

@@ -180,21 +180,6 @@ def test_a_forked_process_is_not_held_by_the_handler(signum: int, status: int) -
         assert os.waitstatus_to_exitcode(found) == status and request.signal is None
 
 
-def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(TrainingInterrupted):
-        run("standard", tmp_path, on_step=signal_at(2, signal.SIGTERM))
-    names = ("metrics.jsonl", "summary.csv", "run.json", "config.yaml")
-    left = [tmp_path / f".{name}.abc_0123" for name in names]
-    left.append(tmp_path / "checkpoints" / ".writing-step_000003" / "model.safetensors")
-    left[-1].parent.mkdir()
-    for file in left:
-        file.write_text("half")
-    kept = tmp_path / ".mine.abc_0123"
-    kept.write_text("mine")
-    run("standard", tmp_path, resume=True)
-    assert not any(file.exists() for file in left) and kept.exists()
-
-
 def test_a_checkpoint_is_not_asked_for_in_vain(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="where there is no run, got 'step_000003'"):
         run("standard", tmp_path, resume="step_000003")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from fastadv.evaluation import Report, Result, Row, Subject, add_results, load_results
 from fastadv.evaluation.results import check_destination, results_of
+from fastadv.files import temporary_beside
 from fastadv.locks import locked
 
 CLEAN = Row("clean", 200, 190, 0.0, 7, 0.25)
@@ -127,17 +131,21 @@ def test_what_stands_in_the_way_is_said_before(tmp_path: Path) -> None:
     assert check_destination(tmp_path / "a" / "b" / "eval.json") is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "eval.json").mkdir()
-    assert check_destination(tmp_path / "eval.json") == "Is a directory"
+    why = check_destination(tmp_path / "eval.json")
+    assert why == f"{tmp_path / 'eval.json'} cannot be written: Is a directory"
     (tmp_path / "file").write_text("")
-    assert check_destination(tmp_path / "file" / "eval.json") == "Not a directory"
+    assert "Not a directory" in str(check_destination(tmp_path / "file" / "eval.json"))
 
 
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
-    left, other = tmp_path / ".eval.json.ab_de012", tmp_path / ".eval.json.mine"
-    left.write_text("half")
-    other.write_text("kept")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    mine = temporary_beside(tmp_path / "eval.json")
+    left = mine.with_name(mine.name.replace(f"@{os.getpid()}@", f"@{ended.pid}@"))
+    for file in (left, mine):
+        file.write_text("half")
     add_results(tmp_path / "eval.json", [result()])
-    assert not left.exists() and other.exists()
+    assert not left.exists() and mine.exists()
 
 
 def add_one_by_one(file: str, seeds: list[int]) -> None:

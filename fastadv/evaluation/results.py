@@ -179,7 +179,7 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
     target = Path(path)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target):
+    with locked(target), naming(target):
         remove_leftovers(target.parent)
         there = load_results(target) if target.exists() else []
         merged = {result.key: result for result in there}
