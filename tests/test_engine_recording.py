@@ -429,3 +429,33 @@ def test_an_exported_program_is_attacked_in_its_one_mode() -> None:
     program = torch.export.export(model, (x,)).module()
     attack = fastadv.PGD(program, precision="bf16")
     assert worst_cosine(gradient(attack, program, x, Y[:4]), live_gradient(model, x, Y[:4])) > 0.95
+
+
+def test_a_single_image_has_its_own_proof() -> None:
+    """torch's gradient of instance_norm for one image depends on the layout of the gradient that comes in."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), nn.InstanceNorm2d(16, affine=True), nn.Flatten(2))
+    model.append(nn.Linear(64, 4)).append(nn.Flatten()).append(nn.Linear(64, 4))
+    for size in (1, 2, 5):
+        x, attack = images(size), fastadv.PGD(model.eval(), precision="bf16", engine="compiled")
+        found, wanted = gradient(attack, model, x, Y[:size]), live_gradient(model, x, Y[:size])
+        assert worst_cosine(found, wanted) > 0.95
+        one = gradient(attack, model, x[:1], Y[:1])
+        assert worst_cosine(one, wanted[:1]) > 0.95
+
+
+@pytest.mark.parametrize("kind", [fastadv.PGD, fastadv.MIM, fastadv.APGD])
+def test_a_start_outside_the_ball_is_brought_into_it_before_points_are_ranked(kind: Any) -> None:
+    model, x = small_cnn(4, 3), images(4)
+    options: dict[str, Any] = {} if kind is fastadv.APGD else {"keep": "best"}
+    attack = kind(model, eps=0.06, steps=2, **options)
+    adv = attack(x, Y[:4], start=1 - x)
+    assert attack.last.outside_share == 0 and float((adv - x).abs().max()) <= 0.06 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_has_the_layout_of_the_images(dtype: torch.dtype) -> None:
+    model, x = small_cnn(4, 3), images(4).to(dtype)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        adv = fastadv.PGD(model, steps=1)(given, Y[:4])
+        assert adv.stride() == given.stride() and adv.dtype == dtype

@@ -129,8 +129,8 @@ class Attack(Configured):
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
             eps: radius for this call, a number or one per image [B], whose values are not checked. Step sizes
                 change in proportion.
-            start: images within the bounds to begin from, [B, ...], in place of the attack's own start; the first
-                step brings them into the ball.
+            start: images within the bounds to begin from, [B, ...], in place of the attack's own start; they are
+                brought into the ball first.
 
         Returns:
             Adversarial images [B, ...] in ``x``'s dtype and layout.

@@ -90,9 +90,9 @@ class Batch:
         return found
 
     def start(self, seed: int, random: bool = True) -> Tensor:
-        """The given start; else a random point of the ball around each image, or the image: [B, ...]."""
+        """The given start, in the ball; else a random point of the ball, or the image: [B, ...]."""
         if self.given_start is not None:
-            return self.given_start.clone()
+            return self.project_(self.given_start.clone())
         if not random:
             return self.x.clone()
         return random_start(

@@ -24,7 +24,7 @@ def round_towards(adv: Tensor, x: Tensor) -> Tensor:
         return rounded
     centre, value = x.to(adv.dtype), rounded.to(adv.dtype)
     outside = torch.where(adv >= centre, value > adv, value < adv)
-    return torch.where(outside, _neighbour_towards(rounded, x), rounded)
+    return rounded.copy_(torch.where(outside, _neighbour_towards(rounded, x), rounded))
 
 
 def _neighbour_towards(value: Tensor, target: Tensor) -> Tensor:

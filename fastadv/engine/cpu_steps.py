@@ -94,6 +94,16 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
     return total if mask is None else total * (mask > 0)
 
 
+def _like(gradient: Tensor, result: Tensor) -> Tensor:
+    """The gradient in the dtype and layout of the result, as autograd itself would have it.
+
+    Some backward functions of torch go by the result's layout alone, such as that of instance_norm at batch 1.
+    """
+    if gradient.dtype == result.dtype and gradient.stride() == result.stride():
+        return gradient
+    return torch.empty_like(result).copy_(gradient)
+
+
 def _is_buffer(t: Tensor) -> bool:
     return (
         t.dtype == torch.bfloat16
@@ -243,7 +253,7 @@ class PlainStep(Step):
         leaves = list(inputs.values())
         arrived = run.gradients_of_items(self.node)
         values = [results[number] for number in arrived if results[number].requires_grad]
-        gradients = [g.to(results[n].dtype) for n, g in arrived.items() if results[n].requires_grad]
+        gradients = [_like(g, results[n]) for n, g in arrived.items() if results[n].requires_grad]
         parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if values:
             parts = torch.autograd.grad(values, leaves, gradients, allow_unused=True)

@@ -147,6 +147,10 @@ class EngineCache:
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
+        if x.shape[0] <= _PROBES:  # a size of its own for many kernels
+            made.sizes.clear()
+            if self._proven(model, x, kept, kind) is None:
+                raise Unrecordable(f"its copy computes something else for {x.shape[0]} images")
         return made.engine
 
     def _proven(
@@ -167,7 +171,7 @@ class EngineCache:
             if copy is not None:
                 kept.remove(copy)
                 copy.engine.refresh(recording)
-                if not _same_logits(copy.engine, recording):
+                if not _agrees(copy.engine, recording, with_gradient=batch not in copy.sizes):
                     self._parted[kind, copy.engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
@@ -379,12 +383,17 @@ def _difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str 
     return None
 
 
-def _same_logits(engine: EngineOnCopy, recording: Recording) -> bool:
+def _agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> bool:
+    """Whether a copy's logits are the live model's; where the recording has a graph, also the gradients."""
+    images = recording.images.detach()
     try:
-        found = engine.logits(engine.images(recording.images.detach()))
+        if with_gradient and recording.gradients:
+            found = _probe(engine, images)
+            return difference(found, _live_gradient(recording), engine.precision) is None
+        logits = engine.logits(engine.images(images))
     except Exception:  # as when building
         return False
-    return _difference_of_logits(found, recording.logits.detach(), engine.precision) is None
+    return _difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
 
 
 def _draws(model: nn.Module, x: Tensor) -> bool:
