@@ -111,6 +111,7 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
         raise TypeError(
             f"{name} must be an int64 tensor of class indices, or one of another integer dtype, got {found}"
         )
+    check_tensor(name, value)
     if value.shape != (batch,):
         hint = f"; of one-hot labels pass {name}.argmax(1)" if value.dim() == 2 else ""
         raise ValueError(f"{name} must have shape ({batch},), got {tuple(value.shape)}{hint}")
