@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench sanitize clean
 
 demo: $(VENV)/built-run
 	$(BIN)/python -m fastadv demo --out demo_run
@@ -21,6 +21,11 @@ lint: $(VENV)/built-dev
 
 bench: $(VENV)/built-bench
 	$(BIN)/python bench/throughput.py
+
+# See docs/testing.md.
+sanitize: $(VENV)/built-dev
+	tests/sanitizers/run.sh address
+	tests/sanitizers/run.sh thread
 
 # One stamp per group of dependencies; each is renewed when pyproject.toml or the native code changes.
 $(VENV)/built-run $(VENV)/built-dev: $(VENV)/built-%: $(SOURCES) | $(BIN)/python

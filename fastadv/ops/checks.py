@@ -34,9 +34,12 @@ def accumulate_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def check_tensor(name: str, value: Tensor) -> None:
-    """Require a tensor, so that lists and arrays get a message that names them."""
+    """Require a dense tensor, so that lists, arrays and sparse tensors get a message that names them."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else str(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
 def check_float(name: str, value: Tensor) -> None:
@@ -83,6 +86,9 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
     """
     if not isinstance(value, Tensor):
         return limit(name, value), None
+    check_tensor(name, value)
+    if value.is_complex():
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     batch = like.shape[0]
     if value.numel() != 1 and value.shape != (batch,):
         raise ValueError(
@@ -106,6 +112,7 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
             f"{name} must be an int64 tensor of class indices, or one of another integer dtype, got {found}"
             + one_hot_hint(name, value)
         )
+    check_tensor(name, value)
     if value.shape != (batch,):
         shape = tuple(value.shape)
         raise ValueError(

@@ -193,7 +193,8 @@ def _bad_number(name: str) -> tuple[Bad, ...]:
 
 _BAD_LABELS = (
     Bad("y", TypeError, lambda k: {"y": [0, 1, 2]}),
-    Bad("y", ValueError, lambda k: {"y": k["y"].int()}),
+    Bad("y", TypeError, lambda k: {"y": k["y"].to_sparse()}),
+    Bad("y", TypeError, lambda k: {"y": k["y"].float()}),
     Bad("y", ValueError, lambda k: {"y": k["y"][:2]}),
     Bad("y", IndexError, lambda k: {"y": torch.full_like(k["y"], 10)}),
     Bad("y", IndexError, lambda k: {"y": torch.full_like(k["y"], -1)}),

@@ -1,0 +1,156 @@
+"""Random networks and changes: the engine's gradients against those of the plain float32 loop."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from attack_helpers import assert_same_state, state_of
+from changes import change
+from networks import random_network
+from torch import Tensor, nn
+
+import fastadv
+
+# The smallest cosine of an image's gradient with the plain loop's. The engine's own limits, of the few images that
+# it compares, are .99 and .8; an image can be further off where float32 itself is, next to a kink.
+COSINES = {"fp32": 0.98, "bf16": 0.6, "fp16": 0.8}
+ENGINES: Counter[str] = Counter()  # which engines ran, and why, to be shown in the end
+
+
+def run(rng: random.Random) -> None:
+    """One network, attacked, changed and attacked again."""
+    image = (rng.choice((1, 3, 3, 4)), rng.choice((4, 6, 8, 9)), rng.choice((4, 6, 8, 9)))
+    classes = rng.choice((2, 3, 10))
+    model = random_network(rng, image, classes)
+    options: dict[str, Any] = {"precision": rng.choice(("auto", "auto", "bf16", "fp32"))}
+    options["engine"] = rng.choice(("auto", "auto", "compiled", "eager"))
+    attack = fastadv.PGD(model, steps=rng.randint(1, 3), **options)
+    done = "as drawn"
+    for _ in range(rng.randint(1, 4)):
+        size = rng.choice((1, 2, 3, 5, 8, 13))
+        x = _images(rng, (size, *image))
+        if not _sound(model, x):  # torch itself has no gradient of it
+            return
+        try:
+            check(attack, model, x, rng)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; {options}, {done}, batch of {size}\n{model}") from error
+        except ValueError as error:
+            if options["engine"] != "compiled" or "engine must be" not in str(error):
+                raise
+            ENGINES[f"refused: {str(error)[:110]}"] += 1
+        done += f", {change(rng, model)}"
+
+
+def _images(rng: random.Random, shape: tuple[int, ...]) -> Tensor:
+    generator = torch.Generator().manual_seed(rng.randrange(2**31))
+    x = torch.rand(shape, generator=generator)
+    way = rng.choice(("plain", "plain", "channels-last", "strided", "extremes"))
+    if way == "channels-last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if way == "strided":
+        return torch.stack((x, 1 - x), -1)[..., 0]
+    return x.round() if way == "extremes" else x
+
+
+def _sound(model: nn.Module, x: Tensor) -> bool:
+    try:
+        _, grad = plain_gradient(model, x)
+    except (RuntimeError, ValueError):
+        return False
+    return bool(grad.isfinite().all())
+
+
+def check(attack: fastadv.PGD, model: nn.Module, x: Tensor, rng: random.Random) -> None:
+    """One use of an attack."""
+    logits, grad = plain_gradient(model, x)
+    y = torch.randint(0, logits.shape[1], (len(x),))
+    before = state_of(model)
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        adv = attack(x, y, seed=1)
+        engine = attack.engine_for(x)
+        ENGINES[f"{engine.name} {engine.precision}: {engine.reason[:80]}"] += 1
+        with engine.session(model, 0, current=True):
+            found = engine.gradient(engine.images(x), _value)
+            found_logits, found_grad = found.logits.clone(), found.grad.clone()
+        again = attack(x, y, seed=1)
+    assert_same_state(state_of(model), before)
+    assert torch.equal(adv, again), "two calls with one seed give other images"
+    _check_ball(attack, adv, x)
+    _compare(engine, model, x, (found_logits, found_grad), (logits, grad))
+    if engine.name == "eager" and engine.precision == "fp32":
+        # Frozen weights let torch choose another kernel now and then, which rounds otherwise.
+        off = float((found_grad - grad).abs().max() / grad.abs().max().clamp(min=1e-30))
+        assert off < 1e-4, f"the live model's gradient is {off:.2g} from the plain loop's"
+
+
+def _check_ball(attack: fastadv.PGD, adv: Tensor, x: Tensor) -> None:
+    assert adv.shape == x.shape and adv.dtype == x.dtype
+    assert adv.min() >= 0 and adv.max() <= 1, "outside the bounds"
+    assert (adv - x).abs().max() <= attack.settings.eps + 1e-7, "outside the ball"
+
+
+def _value(logits: Tensor) -> Tensor:
+    weights = torch.cos(torch.arange(logits.shape[1], dtype=logits.dtype) * 2.3 + 0.4)
+    return logits @ weights
+
+
+def plain_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and gradient of the live model in eval mode, as anyone computes them."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        leaf = x.clone().requires_grad_()
+        logits = model(leaf.clone())
+        (grad,) = torch.autograd.grad(_value(logits).sum(), leaf)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return logits.detach(), grad
+
+
+def _told_by_rounding(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Per image, whether its gradient is more than rounding errors: it stays where the image hardly moves."""
+    _, moved = plain_gradient(model, x + 1e-4 * torch.randn_like(x))
+    return _cosines(moved, grad) > 0.99
+
+
+def _compare(
+    engine: Any,
+    model: nn.Module,
+    x: Tensor,
+    found: tuple[Tensor, Tensor],
+    wanted: tuple[Tensor, Tensor],
+) -> None:
+    told = _told_by_rounding(model, x, wanted[1])
+    cosines = _cosines(found[1], wanted[1])[told]
+    if not len(cosines) or float(cosines.min()) >= COSINES[engine.precision]:
+        return
+    described = f"{engine.name} {engine.precision} ({engine.reason})"
+    if engine.precision != "fp32":
+        with torch.autocast("cpu", torch.bfloat16):
+            _, narrow = plain_gradient(model, x)
+        own = _cosines(narrow, wanted[1])[told]
+        assert float(own[cosines.argmin()]) < 0.9, (
+            f"cosines of {described} with the plain loop: {_short(cosines)}; "
+            f"autocast has {_short(own)}"
+        )
+        ENGINES["narrow gradients far off, those of autocast too"] += 1
+        return
+    raise AssertionError(f"cosines of {described} with the plain loop: {_short(cosines)}")
+
+
+def _cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Per image; 1 where both gradients vanish."""
+    a, b = a.double().flatten(1), b.double().flatten(1)
+    lengths = a.norm(dim=1) * b.norm(dim=1)
+    return torch.where(lengths > 0, (a * b).sum(1) / lengths, (a == b).all(1).double())
+
+
+def _short(cosines: Tensor) -> str:
+    return ", ".join(f"{c:.3f}" for c in cosines.tolist())

@@ -1,0 +1,1 @@
+"""The CPU kernels under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer; run.sh runs them."""

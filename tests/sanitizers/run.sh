@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Builds the CPU kernels with sanitizers, in a build folder of their own, and runs what calls them.
+# usage: tests/sanitizers/run.sh address|thread [arguments of pytest, instead of those below]
+# PYTHON names an interpreter with torch, pytest and the build tools (default .venv/bin/python); JOBS the compilers
+# that run at a time. Ends with an error at the first report.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+kind=${1:?address or thread}
+shift
+python=${PYTHON:-.venv/bin/python}
+build=build/sanitize-$kind
+
+runtime() { "${CXX:-g++}" -print-file-name="$1"; }
+
+case $kind in
+address)
+  # libstdc++ comes along because torch throws through it: without it the first exception ends the process.
+  preload="$(runtime libasan.so) $(runtime libstdc++.so)"
+  ;;
+thread)
+  preload="$(runtime libtsan.so)"
+  ;;
+*)
+  echo "the sanitizer must be address or thread, got $kind" >&2
+  exit 2
+  ;;
+esac
+
+cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTADV_SANITIZE="$kind" -DFASTADV_CUDA=OFF \
+  -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > /dev/null
+cmake --build "$build" -j "${JOBS:-2}"
+
+export LD_PRELOAD=$preload PYTHONPATH=$PWD:$PWD/tests PYTHONDONTWRITEBYTECODE=1
+# Leaks are not looked for: Python and torch keep much until the process ends. Without halt_on_error undefined
+# behaviour is reported and the exit status stays 0.
+export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
+export TSAN_OPTIONS=suppressions=$PWD/tests/sanitizers/thread.supp:halt_on_error=1:exitcode=66:ignore_noninstrumented_modules=1
+
+case $kind in
+address)
+  tests=(tests/test_ops.py tests/test_convolution.py tests/test_program.py tests/test_crop_flip.py tests/test_loader.py
+    tests/test_pgd_step.py tests/test_softmax_losses.py tests/test_attack_l1.py tests/test_fuzz.py
+    -k "not compile and not inductor and not opcheck")
+  ;;
+thread)
+  tests=(tests/sanitizers/threads.py)
+  ;;
+esac
+[ $# -gt 0 ] && tests=("$@")
+exec "$python" -m pytest -p sanitizers.plugin --native-library "$(echo "$PWD/$build"/_C.*.so)" -p no:cacheprovider \
+  -x "${tests[@]}"
