@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from fastadv.ops.values import check_bool, check_choice, integer, number, shown
 
+_MISSING = object()
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the type hint has it
 
 
@@ -33,8 +34,8 @@ def check_fields(instance: Any) -> None:
         ValueError: it is not one of the words it can be.
     """
     for name, check in _checks_of(cast(Hashable, type(instance))).items():
-        value = getattr(instance, name)
-        checked = check(name, value)
+        value = getattr(instance, name, _MISSING)  # one that the class itself is to fill in
+        checked = value if value is _MISSING else check(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
 
@@ -76,11 +77,21 @@ def _check_of(hint: Any) -> Check:
         return _SIMPLE[hint]
     if isinstance(hint, type) and issubclass(hint, float):  # a number that may be written otherwise
         return number
-    return partial(_other, None if _is_callable(hint) else origin or hint, _words(hint))
+    if _is_callable(hint):
+        return partial(_other, callable, _words(hint))
+    kind = origin or hint
+    try:
+        isinstance(None, kind)
+    except TypeError:  # such as a type variable or a protocol, of which nothing can be said
+        return lambda name, value: value
+    return partial(_other, lambda value: isinstance(value, kind), _words(hint))
 
 
-def _word(words: tuple[str, ...], name: str, value: Any) -> Any:
-    check_choice(name, value, words)
+def _word(words: tuple[Any, ...], name: str, value: Any) -> Any:
+    if all(isinstance(word, str) for word in words):
+        check_choice(name, value, words)
+    elif not any(type(word) is type(value) and word == value for word in words):
+        raise ValueError(f"{name} must be {_words(Literal[words])}, got {shown(value)}")
     return value
 
 
@@ -113,9 +124,8 @@ def _text(name: str, value: Any) -> str:
     return value
 
 
-def _other(kind: Any, words: str, name: str, value: Any) -> Any:
-    """An instance of a class, or, without one, anything that can be called."""
-    if not (callable(value) if kind is None else isinstance(value, kind)):
+def _other(is_right: Callable[[Any], bool], words: str, name: str, value: Any) -> Any:
+    if not is_right(value):
         raise TypeError(f"{name} must be {words}, got {shown(value)}")
     return value
 
@@ -131,7 +141,7 @@ def _words(hint: Any) -> str:
     """What a hint asks for, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(parts)}"
+        return f"one of {', '.join(map(str, parts))}"
     if origin in (Union, types.UnionType):
         return " or ".join(map(_words, parts))
     if origin is tuple:

@@ -6,7 +6,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Protocol, Union, get_args, get_origin
 
 import numpy as np
 import pytest
@@ -122,12 +122,18 @@ def test_a_recipes_radius_is_in_the_units_of_the_images() -> None:
         ArrestRecipe(eps=8)
 
 
+class Given(Protocol):
+    """Of a protocol nothing can be said while the program runs."""
+
+
 def test_a_dataclass_of_ones_own_is_checked_in_the_same_way() -> None:
     @dataclass
     class Mine:
         count: int = 3
         names: tuple[str, ...] = ()
         loss: str | Callable[[Tensor], Tensor] = "ce"
+        level: Literal[1, 2] = 1
+        given: Given | None = None
         anything: Any = None
         unknown: "NotThere" = 1  # type: ignore[name-defined]  # noqa: F821, UP037
 
@@ -135,6 +141,9 @@ def test_a_dataclass_of_ones_own_is_checked_in_the_same_way() -> None:
             check_fields(self)
 
     assert Mine(names=["a"], loss=torch.sum, anything=5).names == ("a",)  # type: ignore[arg-type]
+    assert Mine(given=[], level=2).given == []  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="level must be one of 1, 2, got True"):
+        Mine(level=True)
     for change in ({"count": "3"}, {"names": "a"}, {"names": (1,)}, {"loss": 3}):
         with pytest.raises(TypeError, match=f"{next(iter(change))} must be"):
             Mine(**change)  # type: ignore[arg-type]

@@ -151,7 +151,11 @@ def test_labels_of_any_integer_dtype_are_understood(dtype: torch.dtype) -> None:
         report["clean"].correct
         == fastadv.evaluate(net, (x, y), ("clean",), progress=False)["clean"].correct
     )
-    assert from_tensors(x, y.to(dtype), 10).labels.tolist() == y.tolist()
+    for data in (
+        from_tensors(x, y.to(dtype), 10),
+        ImageData((x * 255).byte(), y.to(dtype), 10, "d"),
+    ):
+        assert data.labels.dtype == torch.int64 and data.labels.tolist() == y.tolist()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class ImageData:
 
     Attributes:
         images: uint8 [N, C, H, W], 0..255.
-        labels: int64 [N], each in 0 .. num_classes - 1.
+        labels: int64 [N], each in 0 .. num_classes - 1; other integers become int64.
         num_classes: number of classes.
         name: what it is, for messages and logs, e.g. "cifar10 train".
 
@@ -47,8 +47,10 @@ class ImageData:
             raise TypeError(f"images must be uint8, got {self.images.dtype}; see from_tensors")
         if self.images.dim() != 4:
             raise ValueError(f"images must be [N, C, H, W], got shape {tuple(self.images.shape)}")
+        if self.labels.dtype not in INTEGER_DTYPES:
+            raise TypeError(f"labels must be integers, got {self.labels.dtype}")
         if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {self.labels.dtype}; see from_tensors")
+            object.__setattr__(self, "labels", self.labels.to(torch.int64))
         if self.labels.shape != self.images.shape[:1]:
             raise ValueError(
                 f"labels must be [N] with N = {len(self.images)} as in images, "

@@ -21,6 +21,7 @@ from fastadv.models.small_cnn import small_cnn
 from fastadv.models.stack import Stack
 from fastadv.models.vgg import vgg16_bn
 from fastadv.models.wide_resnet import wrn_28_10, wrn_34_10
+from fastadv.ops.values import integer
 
 ModelFactory = Callable[..., nn.Module]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
@@ -70,11 +71,10 @@ def create_model(
     Raises:
         ValueError: for an unknown name or a number below 1.
         ImportError: if timm or the factory's module cannot be imported.
-        TypeError: if a factory does not return a module.
+        TypeError: if a number is no integer, or a factory does not return a module.
     """
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
-        if value < 1:
-            raise ValueError(f"{argument} must be >= 1, got {value}")
+        integer(argument, value, at_least=1)
     source, colon, rest = name.partition(":")
     if not colon:
         factory = _own_factory(name)
