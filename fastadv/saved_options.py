@@ -89,7 +89,12 @@ def _as_option(value: Any) -> Any:
 
 
 def _is_known(value: Any) -> bool:
-    """Whether a recorded value can be an option: a class must be one of this package's schedules."""
+    """Whether a recorded value can be an option: a class must be one of this package's schedules.
+
+    The name of a further network is none where it stands for code.
+    """
+    if isinstance(value, str):
+        return not names_code(value)
     return not isinstance(value, dict) or value.get("class") in schedule_names()
 
 

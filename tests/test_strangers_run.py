@@ -16,7 +16,8 @@ from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.cli import main
 from fastadv.models import create_model, names_code
-from fastadv.trainers import CheckpointError, load_model, load_teacher, train
+from fastadv.saved_options import saved_options
+from fastadv.trainers import CheckpointError, find_method, load_model, load_teacher, train
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.sealed import sealed_json
@@ -98,6 +99,17 @@ def test_no_code_that_a_run_names_is_run(name: str, trained: Path, trap: Path) -
     assert main(["eval", str(trained), "--data", "digits"]) == 2
     words = ["train", "afs", "--data", "digits", "--run", "new", "--teacher", str(trained)]
     assert main(words) == 2
+    rewrite(trained / "run.json", source={"dataset": "digits", "root": None})
+    assert main(["train", "standard", "--run", str(trained), "--resume"]) == 2
+    assert not trap.exists()
+
+
+def test_no_code_that_a_recipe_names_is_run(trained: Path, trap: Path) -> None:
+    recipe = {**json.loads((trained / "run.json").read_text())["recipe"], "natural": CODE[0]}
+    source = {"dataset": "digits", "root": None}
+    rewrite(trained / "run.json", method="lbgat", recipe=recipe, source=source)
+    assert "natural" not in saved_options(str(trained), find_method("lbgat"))
+    assert main(["train", "lbgat", "--run", str(trained), "--resume"]) == 2
     assert not trap.exists()
 
 
