@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import fastadv
 from fastadv.engine.recording import record
 from fastadv.engine.selection import tape_now
-from fastadv.models import resnet18, small_cnn
+from fastadv.models import create_model, resnet18, small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +140,8 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
         )
     ),
     "a part without gradient": lambda: Written(without_gradient),
+    "numbers of numpy": lambda: Written(lambda m, x: m.net(x * np.float32(0.5) - np.int64(1))),
+    "an operator with a gradient in Python": lambda: create_model("stack:2*small_cnn", 4, 3),
     "features kept": lambda: Written(kept),
     "several results": lambda: Written(several),
     "autocast within": lambda: Written(in_autocast),

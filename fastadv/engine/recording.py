@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -267,7 +268,11 @@ class _Recorder(TorchFunctionMode):
         if drawn:
             raise self._refuse(f"its forward draws random numbers ({name})")
         versions = [_version(t) for t in operands]
-        result = func(*args, **kwargs)
+        self._inside += 1  # an autograd function that torch itself calls is part of this function
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self._inside -= 1
         written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
         made = _tensors((result,))
         if not made and not written:
@@ -370,6 +375,10 @@ class _Recorder(TorchFunctionMode):
             return slice(*(self._referred(part) for part in parts))
         if isinstance(value, _CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
+        if isinstance(value, np.generic):
+            return value.item()
+        if not isinstance(value, _ARGUMENTS):
+            raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
         return value
 
     def _place(self, tensor: Tensor) -> int:
@@ -393,7 +402,7 @@ class _Recorder(TorchFunctionMode):
         calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
 
         def watch(frame: types.FrameType, event: str, arg: Any) -> None:
-            if event == "call" and not calls and frame.f_code in codes:
+            if event == "call" and not self._inside and frame.f_code in codes:
                 cls, args = _own_call(frame, codes[frame.f_code])
                 calls.append((frame, cls, args))
                 self._inside += 1
@@ -418,6 +427,8 @@ class _Recorder(TorchFunctionMode):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 
+_ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
+              torch.memory_format)  # fmt: skip
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
