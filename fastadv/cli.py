@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
 import fastadv
@@ -27,16 +26,16 @@ from fastadv.commands import (
 from fastadv.data.datasets import dataset_names
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted, stopped_by_signals
-from fastadv.parsing import FAILED, FALSE, Parser, schedule_names
+from fastadv.ops.values import closest
+from fastadv.parsing import FAILED, FALSE, TRUE, Parser, given_options, schedule_names
 from fastadv.result_keeper import UnsavedResultsError
 from fastadv.saved_options import (
     CONFIG_FILE,
     as_config,
-    missing_model,
+    check_model_known,
     saved_options,
     saved_teachers,
 )
-from fastadv.suggestions import check_known, suggestion
 from fastadv.trainers import (
     Afs,
     Settings,
@@ -134,7 +133,7 @@ def _unknown(word: str) -> str:
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"
-    return text + suggestion(word, _COMMANDS)
+    return text + closest(word, _COMMANDS)
 
 
 def _complain(text: str) -> int:
@@ -183,7 +182,7 @@ def _train(words: list[str]) -> int:
         return 0
     saved = _saved(method, words)
     words = [*saved, *words]
-    parser = training_parser(method, _settings_in(words, ("preset", *method.recipe_class.deciding)))
+    parser = training_parser(method, _deciding(method, words))
     options = parser.parse_args(words)
     config = _config_text(parser, options, saved_teachers(options.run) if saved else None)
     chosen = parser.instantiate(options)
@@ -229,8 +228,6 @@ def training_parser(
     given = {name: value for name, value in settings.items() if name != "preset"}
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
-    if preset != "official":  # of which the recipe itself says why it is not there
-        check_known("preset", preset, recipe_class.presets)
     recipe_class.preset(preset)  # complains of an unknown one
     start = recipe_class.start(preset, given)
     parser = Parser(
@@ -268,6 +265,17 @@ def training_parser(
     return parser
 
 
+def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
+    """What words and configs say of the preset and of the fields from which other defaults follow."""
+    recipe_class = method.recipe_class
+    given = given_options(words, ("preset", *recipe_class.deciding))
+    flags = {name for name in given if isinstance(getattr(recipe_class, name), bool)}
+    return {
+        name: str(value).lower() in TRUE if name in flags else str(value)
+        for name, value in given.items()
+    }
+
+
 def _needs(method: MethodClass) -> dict[str, str]:
     """What cannot be left out, and what it is; with what only the training itself would miss."""
     needs = {
@@ -283,50 +291,17 @@ def _needs(method: MethodClass) -> dict[str, str]:
 
 def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
     """The options of the run that the command line asks to go on with; the command line's own come after them."""
-    given = _settings_in(words, ("run", "resume", "from_checkpoint", "model"))
+    given = given_options(words, ("run", "resume", "from_checkpoint", "model"))
     run = given.get("run")
     if run is None or not RunDirectory(str(run)).exists or {"-h", "--help"} & set(words):
         return []
     resumes = str(given.get("resume", False)).lower() not in FALSE
-    if not resumes and given.get("from_checkpoint") is None:
+    if not resumes and "from_checkpoint" not in given:
         return []
     options = saved_options(str(run), method)
-    if "model" not in options and given.get("model") is None:
-        raise ValueError(missing_model(str(run)))
+    if "model" not in options and "model" not in given:
+        check_model_known(str(run))
     return ["--config", as_config(options)]
-
-
-def _settings_in(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """What options and configs say of some options: the last word counts. An option without a value is true."""
-    found: dict[str, Any] = {}
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        option, equals, value = word.partition("=")
-        if not equals:
-            value = "true" if following.startswith("--") or not following else following
-        if option == "--config":
-            content = _content_of(value)
-            found |= {name: content[name] for name in names if name in content}
-        elif option.startswith("--") and option[2:] in names:
-            found[option[2:]] = _yaml_of(value)
-    return found
-
-
-def _content_of(config: str) -> dict[str, Any]:
-    """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
-    try:
-        is_text = config.lstrip().startswith("{")
-        content = _yaml_of(config if is_text else Path(config).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _yaml_of(text: str) -> Any:
-    """What YAML makes of a text; the text itself where it is none."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
 
 
 def _methods_overview() -> str:

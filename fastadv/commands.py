@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -21,11 +21,11 @@ from fastadv.evaluation import (
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
 from fastadv.evaluation.comparison import Comparison, Judged, Line, distinct_names, radius_text
 from fastadv.evaluation.report import format_eps
+from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_bool
+from fastadv.ops.values import check_choice
 from fastadv.result_keeper import ResultKeeper, autoattack_state
-from fastadv.suggestions import check_known
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
 from fastadv.trainers.checkpoint import (
     BEST,
@@ -61,8 +61,7 @@ class Flags:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            check_bool(field.name, getattr(self, field.name))
+        check_fields(self)
 
 
 def run_training(
@@ -136,7 +135,7 @@ def _check_checkpoint(directory: RunDirectory, name: str) -> None:
     """Check the name of a checkpoint, where there are any; `latest` and `best` need not be there."""
     there = [path.name for path in checkpoints_in(directory.checkpoints)]
     if there:
-        check_known("checkpoint", name, [LATEST, BEST, *there])
+        check_choice("checkpoint", name, [LATEST, BEST, *there])
 
 
 def _one_for_all(names: Sequence[str] | None) -> Sequence[str] | str | None:
@@ -300,7 +299,7 @@ def _test_images(directory: RunDirectory, data: str | None, root: str | None) ->
 
 def check_data(data: str, root: str | None) -> None:
     """Check the name of a data set, and that a folder of its files is wanted where one is given."""
-    check_known("data", data, dataset_names())
+    check_choice("data", data, dataset_names())
     if root is not None and data == "digits":
         raise ValueError(f"root must be left out with digits, which need no files, got {root!r}")
 

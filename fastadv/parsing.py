@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 
-from fastadv.suggestions import suggestion
+from fastadv.ops.values import closest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
@@ -116,7 +118,7 @@ class Parser(ArgumentParser):
             return self._missing(found[1].split(", "))
         if found := re.match("Option '(.*)' is not accepted", text):
             known = sorted({*self._names()} - {"help"})
-            return f"there is no option {found[1]!r}{suggestion(found[1], known) or _list(known)}"
+            return f"there is no option {found[1]!r}{closest(found[1], known) or _list(known)}"
         if found := re.match('(option ".*?"|argument --[a-z_.]+|--[a-z_.]+): (.*)', text):
             return found[1] + _expectation(found[2])
         return text
@@ -145,7 +147,7 @@ class Parser(ArgumentParser):
         """What may have been meant by the first of some words that is an option."""
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
-        return suggestion(options[0], known) if options else ""
+        return closest(options[0], known) if options else ""
 
 
 def _list(known: Sequence[str]) -> str:
@@ -158,7 +160,7 @@ def _expectation(text: str) -> str:
         found := re.search(r"(?:string: |Import path )(\S+)", text)
     ):
         names = schedule_names()
-        return f" must be one of {', '.join(names)}, got {found[1]!r}{suggestion(found[1], names)}"
+        return f" must be one of {', '.join(names)}, got {found[1]!r}{closest(found[1], names)}"
     if found := re.match(r"Does not validate against any of the Union.*?Errors: - (.*)", text):
         errors, _, value = found[1].partition(" Given value type:")
         value = value.partition("Given value: ")[2]
@@ -169,9 +171,7 @@ def _expectation(text: str) -> str:
         kind = _kind(text)
         words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []
         return (
-            f" must be {kind}, got {found[2]!r}{suggestion(found[2], words)}"
-            if kind
-            else f": {text}"
+            f" must be {kind}, got {found[2]!r}{closest(found[2], words)}" if kind else f": {text}"
         )
     return f": {text.removeprefix('Not of type Number: ')}"
 
@@ -188,3 +188,37 @@ def _kind(error: str) -> str:
 def schedule_names() -> list[str]:
     """Return the names of the schedules of the learning rate."""
     return sorted(kind.__name__ for kind in Schedule.__subclasses__())
+
+
+def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
+    """Return what a command line says of some options, before a parser has read it.
+
+    Args:
+        words: the command line, of which configs are read, too. The last word on an option counts.
+        names: the options.
+
+    Returns:
+        The text of each option that is given, "true" for one without a value; of configs what YAML makes of it.
+    """
+    found: dict[str, Any] = {}
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        option, equals, value = word.partition("=")
+        if not equals:
+            value = "true" if following.startswith("--") or not following else following
+        if option == "--config":
+            content = _content_of(value)
+            found |= {name: content[name] for name in names if content.get(name) is not None}
+        elif option.startswith("--") and option[2:] in names:
+            found[option[2:]] = value
+    return found
+
+
+def _content_of(config: str) -> dict[str, Any]:
+    """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
+    try:
+        is_file = not config.lstrip().startswith("{") and Path(config).is_file()
+        text = Path(config).read_text(encoding="utf-8") if is_file else config
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}

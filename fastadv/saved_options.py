@@ -14,6 +14,7 @@ from fastadv.parsing import schedule_names
 from fastadv.trainers import CheckpointError, Settings
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.weights import check_no_code
 
 CONFIG_FILE = "config.yaml"
 
@@ -22,8 +23,8 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
     """Return what a config would hold that begins the run anew.
 
     The recipe, the model and the data are those of `run.json`; how the run is kept and shown is in `config.yaml`,
-    of which nothing else is taken. Nothing that the directory says is imported. Frozen models are not named, as
-    the run has copies of them.
+    of which nothing else is taken but the names of the frozen models' networks. Nothing that the directory says is
+    imported. The frozen models themselves are not named, as the run has copies of them.
 
     Args:
         run_dir: the run.
@@ -60,19 +61,19 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
     return options
 
 
-def missing_model(run_dir: str) -> str:
-    """Say why the model of a run must be named again; empty where it need not."""
-    recorded = RunDirectory(run_dir).read().model
+def check_model_known(run_dir: str) -> None:
+    """Check that a run can go on without its model being named again.
+
+    Raises:
+        ValueError: if the model was not made by name, or its name stands for code.
+    """
+    run = RunDirectory(run_dir)
+    recorded = run.read().model
     name = recorded.get("name")
     if name is None:
         kind = recorded.get("class", "a module")
-        return f"run {run_dir} was begun in Python, with a {kind}; resume it there"
-    if names_code(name):
-        return (
-            f"model must be given: run {run_dir} says {name!r}, whose code runs only "
-            f"when you name it: --model {name}"
-        )
-    return ""
+        raise ValueError(f"run {run_dir} was begun in Python, with a {kind}; resume it there")
+    check_no_code(name, run.path)
 
 
 def as_config(options: dict[str, Any]) -> str:
@@ -106,8 +107,12 @@ def saved_teachers(run_dir: str | Path) -> list[str] | None:
 
 def _settings(file: Path) -> dict[str, Any]:
     """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
+    content = _read_config(file)
     names = {*(f.name for f in fields(Settings)), "device", "extra"}
-    return {name: value for name, value in _read_config(file).items() if name in names}
+    networks = content.get("teacher_model")
+    if isinstance(networks, list) and not any(names_code(name) for name in networks):
+        names.add("teacher_model")
+    return {name: value for name, value in content.items() if name in names}
 
 
 def _read_config(file: Path) -> dict[str, Any]:

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from test_checkpoint import fingerprint
 from training_helpers import small_recipe
 
 from fastadv.cli import main
 from fastadv.commands import Flags
-from fastadv.suggestions import check_known, suggestion
+from fastadv.models import create_model
+from fastadv.ops.values import check_choice, closest
 from fastadv.trainers import Settings, method_names, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -324,6 +326,39 @@ def test_a_run_goes_on_without_its_config_and_without_its_teacher(
     assert "config.yaml: not a config" in fails(go_on, capfd)
 
 
+def test_a_run_goes_on_with_the_networks_of_its_teachers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(create_model("small_cnn", 10, 1).state_dict(), tmp_path / "teacher.pt")
+    run = tmp_path / "r"
+    words = ["--data", "digits", "--run", str(run), "--model", "stack:2*small_cnn", *QUICK]
+    words += ["--teacher", *[str(tmp_path / "teacher.pt")] * 2, "--teacher_model", "small_cnn"]
+    assert main(["train", "kd_at", *words]) == 0
+    (tmp_path / "teacher.pt").unlink()
+    go_on = ["train", "kd_at", "--run", str(run), "--resume", "--quiet"]
+    assert main(go_on) == 0
+    config = run / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    assert content["teacher_model"] == ["small_cnn"]
+    config.write_text(yaml.safe_dump({**content, "teacher_model": ["their_network:make"]}))
+    capfd.readouterr()
+    assert (
+        main(go_on) == 2
+    )  # the name is not taken from there, and the weights do not fit the model
+    assert "state has no entry that fits Stack" in capfd.readouterr().err
+    assert "their_network" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["010", "1e3", "null"])
+def test_a_run_may_be_called_what_yaml_takes_for_something_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "standard", "--data", "digits", "--run", name, *QUICK]) == 0
+    assert main(["train", "standard", "--run", name, "--resume", "--quiet"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_going_on_imports_nothing_that_the_run_names(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,7 +378,7 @@ def test_going_on_imports_nothing_that_the_run_names(
     )
     go_on = ["train", "standard", "--run", str(run), "--resume", "--quiet"]
     line = fails(go_on, capfd)
-    assert "code runs only when you name it: --model their_network:make" in line
+    assert "code runs only when you name it" in line and "--model their_network:make" in line
     assert not marker.exists() and "their_network" not in sys.modules
     assert main([*go_on, "--model", "their_network:make"]) == 0
     assert marker.exists()
@@ -368,10 +403,10 @@ def test_a_run_from_python_that_the_command_line_has_no_options_for(
 
 
 def test_suggestions() -> None:
-    assert suggestion("Resnet-18", ["resnet18", "resnet_18"]) == "; did you mean 'resnet_18'?"
-    assert suggestion("zebra", ["resnet18"]) == ""
-    check_known("norm", "l2", ["linf", "l2"])
+    assert closest("Resnet-18", ["resnet18", "resnet_18"]) == "; did you mean 'resnet_18'?"
+    assert closest("zebra", ["resnet18"]) == ""
+    check_choice("norm", "l2", ["linf", "l2"])
     with pytest.raises(
         ValueError, match=r"norm must be one of linf, l2, got 'L2'; did you mean 'l2'\?"
     ):
-        check_known("norm", "L2", ["linf", "l2"])
+        check_choice("norm", "L2", ["linf", "l2"])

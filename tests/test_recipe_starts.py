@@ -165,7 +165,13 @@ def test_bgat_begins_with_the_recipe_of_trades(capsys: pytest.CaptureFixture[str
     assert compared(LbgatRecipe(fixed=True)) == compared(TradesRecipe())
     assert LbgatRecipe(fixed=True).beta == 0 and LbgatRecipe().epochs == 100
     alone = printed(capsys, "trades")
-    for words in (["--fixed", "true"], ["--fixed=True"], ["--config", "{fixed: true}"]):
+    for words in (
+        ["--fixed", "true"],
+        ["--fixed=True"],
+        ["--config", "{fixed: true}"],
+        ["--fixed"],
+        ["--fixed", "1"],
+    ):
         begun = printed(capsys, "lbgat", *words, "--preset", "official")
         assert {n: begun[n] for n in COMPARED} == {n: alone[n] for n in COMPARED}
         assert begun["natural"] is None

@@ -155,10 +155,6 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if module._backward_hooks or module._backward_pre_hooks:
             raise Unrecordable(f"module {name or type(module).__name__!r} has backward hooks")
-        if any(nn.parameter.is_lazy(p) for p in module._parameters.values()):
-            raise Unrecordable(
-                f"the weights of {name or type(module).__name__!r} have no shape yet"
-            )
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
 import numpy as np
@@ -65,14 +65,15 @@ def check_bool(name: str, value: object) -> bool:
     return bool(value)
 
 
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Require one of several words.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: it is none of them; the message has the word that may have been meant.
     """
     if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}")
+        hint = closest(value, choices) if isinstance(value, str) else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
 def check_finite_at_least_zero(name: str, value: float) -> None:
@@ -182,8 +183,15 @@ def check_radius(
 
 
 def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
-    """``"; did you mean 'eps'?"``, for the end of a message about an unknown word; "" where none is near."""
-    known = list(known)
-    meant = (synonyms or {}).get(word)
-    near = [meant] if meant in known else difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """``"; did you mean 'eps'?"``, for the end of a message about an unknown word; "" where none is near.
+
+    Neither case counts nor whether parts are joined by a hyphen or an underscore.
+    """
+    by_key = {_key(one): one for one in known}
+    meant = _key((synonyms or {}).get(word, ""))
+    near = [meant] if meant in by_key else difflib.get_close_matches(_key(word), by_key, n=1)
+    return f"; did you mean {by_key[near[0]]!r}?" if near else ""
+
+
+def _key(word: str) -> str:
+    return word.lower().replace("-", "_")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.fields import check_fields
-from fastadv.ops.values import check_radius
+from fastadv.ops.values import check_radius, closest
 from fastadv.trainers.number import Number
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -157,7 +157,8 @@ class Recipe:
             ValueError: for an unknown preset, or a number out of range.
         """
         if name not in cls.presets:
-            reason = "; it follows no published code" if name == "official" else ""
+            official = "; it follows no published code"
+            reason = official if name == "official" else closest(name, cls.presets)
             raise ValueError(
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
