@@ -131,6 +131,13 @@ def test_logits_that_part_from_the_live_ones_lead_to_a_new_copy(
     assert torch.equal(attack(x, y), expected)
 
 
+def test_logits_of_an_image_next_to_the_boundary_are_not_held_against_the_copy() -> None:
+    live = torch.tensor([[0.2078, 0.2075], [1.0, -1.0]])
+    assert selection._difference_of_logits(live + torch.tensor([0.005, 0.0]), live, "bf16") is None
+    other = torch.tensor([[0.2078, 0.2075], [-1.0, 1.0]])
+    assert selection._difference_of_logits(other, live, "bf16") is not None
+
+
 def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -43,7 +43,8 @@ _PROBES = 2  # images that prove a copy at every use
 _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
-# The largest distance of an image's centred logits from the live ones, and the smallest cosine of its gradient.
+# The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
+# cosine of its gradient.
 LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
 COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
 
@@ -375,9 +376,14 @@ def _difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str 
     if bool((a.isfinite().all(1) != b.isfinite().all(1)).any()):
         return "its copy's logits are not finite where the live model's are, or the reverse"
     a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-    largest = b.abs().amax(1)
+    level = 0.1 * b.norm(
+        dim=1
+    )  # of images next to a decision boundary, which have hardly any differences
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    distance = (a - b).norm(dim=1) / (b.norm(dim=1) + 1e-6 * largest + 1e-12)
+    spread = b.norm(dim=1)
+    distance = (a - b).norm(dim=1) / torch.maximum(spread, level.clamp(min=1e-12)).clamp(
+        min=float(spread.mean())
+    )
     if float(distance.max()) > LOGITS[precision]:
         return f"its copy computes other logits, {100 * float(distance.max()):.3g} % off"
     return None
