@@ -36,7 +36,7 @@ def _weight_data(rng: random.Random, model: nn.Sequential) -> None:
 
 def _statistics(rng: random.Random, model: nn.Sequential) -> None:
     layer = _pick(rng, model, nn.BatchNorm2d)
-    if layer is not None:
+    if layer is not None and layer.running_mean is not None:
         layer.running_mean += torch.randn_like(layer.running_mean)
         layer.running_var *= rng.choice((0.3, 3.0))
 
