@@ -111,8 +111,10 @@ def test_the_attack_is_on_the_whole_stack_and_passes_are_as_stated(mix: str) -> 
     out = method.attack(batch)
     method.training_loss(batch, out)
     hook.remove()
+    look, *passes = seen  # before the attack two images show whether the model draws random numbers
+    assert look == 2
     # With mix "batch" six of the eight images are attacked.
-    assert sum(seen) == (8 * 3 + 2 * 8 if mix == "loss" else 6 * 3 + 8)
+    assert sum(passes) == (8 * 3 + 2 * 8 if mix == "loss" else 6 * 3 + 8)
     assert method.passes(0) == (2 * 3 + 2 if mix == "loss" else 0.75 * 2 * 3 + 1)
     moved = (out.x != batch.x).flatten(1).any(1)
     assert moved.tolist() == ([False] * 2 + [True] * 6 if mix == "batch" else [True] * 8)
@@ -265,7 +267,7 @@ def test_the_command_line_takes_checkpoints_and_asks_for_the_model_of_files(
         progress=False,
     )
     checkpoint = str(standard.checkpoint)
-    assert _default_model("afs", "digits", [checkpoint] * 2) == "stack:small_cnn+small_cnn"
+    assert _default_model("afs", "digits", [checkpoint] * 2, []) == "stack:small_cnn+small_cnn"
     file = tmp_path / "weights.pt"
     torch.save(standard.model.state_dict(), file)
     words = ["train", "afs", "--data", "digits", "--run", str(tmp_path / "r")]
