@@ -6,7 +6,6 @@ import platform
 
 import torch
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
