@@ -233,7 +233,7 @@ def test_marts_constants_do_not_vanish_in_half_precision(dtype: torch.dtype) -> 
         ({"clean_logits": torch.zeros(4, 2)}, ValueError, "clean_logits"),
         ({"clean_logits": torch.zeros(4, 3, dtype=torch.int64)}, TypeError, "clean_logits"),
         ({"adv_logits": torch.zeros(4, 3, 1)}, ValueError, "adv_logits must have shape"),
-        ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, "y must be int64"),
+        ({"y": torch.zeros(3, dtype=torch.int64)}, ValueError, r"y must have shape \(4,\)"),
         ({"y": torch.tensor([0, 1, 2, 3])}, IndexError, "3"),
         (
             {"clean_logits": torch.zeros(4, 1), "adv_logits": torch.zeros(4, 1)},
