@@ -1,6 +1,7 @@
-// The part of an OpenMP runtime that the kernels use, on threads that ThreadSanitizer knows: it sees them begin and
-// end, so that what a parallel region does is ordered before and after, and two threads within it are not. The real
-// runtime is built without the sanitizer, and its barriers are unknown to it.
+// The part of an OpenMP runtime that the kernels use, on threads that ThreadSanitizer knows: it
+// sees them begin and end, so that what a parallel region does is ordered before and after, and two
+// threads within it are not. The real runtime is built without the sanitizer, and its barriers are
+// unknown to it.
 #include <ATen/Parallel.h>
 
 #include <thread>
