@@ -47,5 +47,5 @@ thread)
   ;;
 esac
 [ $# -gt 0 ] && tests=("$@")
-exec "$python" -m pytest -p sanitizers.plugin --native-library "$(echo "$PWD/$build"/_C.*.so)" -p no:cacheprovider \
+exec "$python" -m pytest -p sanitizers.plugin --native-library "$(echo "$PWD/$build"/_C.*.so)" -p no:cacheprovider -s \
   -x "${tests[@]}"
