@@ -27,7 +27,7 @@ thread)
 esac
 
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTADV_SANITIZE="$kind" -DFASTADV_CUDA=OFF \
-  -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > /dev/null
+  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > /dev/null
 cmake --build "$build" -j "${JOBS:-2}"
 
 export LD_PRELOAD=$preload PYTHONPATH=$PWD:$PWD/tests PYTHONDONTWRITEBYTECODE=1
