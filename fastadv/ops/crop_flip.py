@@ -165,7 +165,7 @@ def _checked_pad(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: to
     if indices.dim() != 1:
         raise ValueError(f"indices must have one axis, got shape {tuple(indices.shape)}")
     checks.check_same_device("indices", indices, "images", images)
-    if dtype not in checks.FLOAT_DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in checks.FLOAT_DTYPES:
         raise TypeError(f"dtype must be a float dtype, got {dtype}")
     checks.check_choice("mode", mode, MODES)
     pad = checks.integer("pad", pad)

@@ -139,6 +139,7 @@ _BAD = (
     Bad("sample_ids", ValueError, lambda k: {"sample_ids": k["sample_ids"].double()}),
     Bad("sample_ids", ValueError, lambda k: {"sample_ids": k["sample_ids"].to("meta")}),
     Bad("dtype", TypeError, lambda k: {"dtype": torch.uint8}),
+    Bad("dtype", TypeError, lambda k: {"dtype": torch.zeros(3).numpy()}),
 )
 
 _common = partial(
