@@ -33,7 +33,7 @@ def run(rng: random.Random) -> None:
     for _ in range(rng.randint(1, 4)):
         size = rng.choice((1, 2, 3, 5, 8, 13))
         x = _images(rng, (size, *image))
-        if not _sound(model, x):  # torch itself has no gradient of it
+        if not sound(model, x):  # torch itself has no gradient of it
             return
         try:
             check(attack, model, x, rng)
@@ -57,7 +57,8 @@ def _images(rng: random.Random, shape: tuple[int, ...]) -> Tensor:
     return x.round() if way == "extremes" else x
 
 
-def _sound(model: nn.Module, x: Tensor) -> bool:
+def sound(model: nn.Module, x: Tensor) -> bool:
+    """Whether torch itself has a finite gradient of a model."""
     try:
         _, grad = plain_gradient(model, x)
     except (RuntimeError, ValueError):
