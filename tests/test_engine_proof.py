@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -365,3 +367,16 @@ def test_features_that_a_forward_pass_keeps_are_the_callers() -> None:
     features = model.features
     fastadv.PGD(model, steps=1, precision="bf16")(x, torch.arange(4))
     assert model.features is features
+
+
+def test_a_first_attack_does_not_wait_for_torchs_compiler_to_be_imported() -> None:
+    code = """
+import sys, torch, fastadv
+from fastadv.models import small_cnn
+attack = fastadv.PGD(small_cnn(10, 3), steps=1, precision="bf16")
+attack(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]))
+assert attack.last.engine == "compiled"
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

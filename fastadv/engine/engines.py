@@ -21,7 +21,7 @@ from fastadv.engine.cpu_program import Program
 from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
 from fastadv.engine.precision import COMPUTE_DTYPES
-from fastadv.engine.recording import Recording, record
+from fastadv.engine.recording import Recording, is_compiled_wrapper, record
 from fastadv.engine.tape import Tape
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -330,8 +330,8 @@ _WRAPPERS = (
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside wrappers that only hand images on to it, and inside `torch.compile`'s."""
     while not (model._forward_hooks or model._forward_pre_hooks):
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            model = model._orig_mod
+        if is_compiled_wrapper(model):
+            model = cast(nn.Module, model._orig_mod)
         elif type(model) in _WRAPPERS:
             model = cast(nn.Module, model.module)
         else:

@@ -176,6 +176,16 @@ def _kept_attributes(model: nn.Module) -> Iterator[None]:
 _ABSENT = object()
 
 
+def is_compiled_wrapper(module: nn.Module) -> bool:
+    """Whether a module is what `torch.compile` makes of another one.
+
+    torch's compiler takes a second to import. Where nobody has imported it, there is no such module.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    kind = getattr(dynamo, "OptimizedModule", None)
+    return kind is not None and isinstance(module, kind)
+
+
 @contextmanager
 def _uncompiled(model: nn.Module) -> Iterator[None]:
     """Run parts that `torch.compile` has compiled as they were written, so that their operations can be seen.
@@ -183,8 +193,7 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
     torch has one such switch for the whole process; it is touched for models with compiled parts only.
     """
     compiled = any(
-        isinstance(m, torch._dynamo.OptimizedModule) or m._compiled_call_impl is not None
-        for m in model.modules()
+        is_compiled_wrapper(m) or m._compiled_call_impl is not None for m in model.modules()
     )
     if not compiled:
         yield
