@@ -25,7 +25,7 @@ from fastadv import PGD
 from fastadv.float32 import full_float32
 
 RIGHT, WARNED, WRONG, NOT_RUN = "right", "warned", "WRONG", "not run"
-NARROW_COSINE, FP32_COSINE = 0.9, 0.999
+NARROW_COSINE, FP32_COSINE = 0.8, 0.99
 Row = dict[str, Any]
 
 _CALIBRATION_BATCHES, _CALIBRATION_IMAGES = 2, 8

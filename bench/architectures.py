@@ -6,7 +6,7 @@
 Every architecture of RobustBench's zoo, a choice of timm's and fastadv's own get random weights and one step of
 an attack, whose direction is held against the gradient of a plain float32 loop, image by image. A row is
 
-    right     the smallest cosine is at least 0.9, or 0.999 where float32 ran
+    right     the smallest cosine is at least 0.8, or 0.99 where float32 ran (the budgets of docs/engine.md)
     warned    the same, and a warning said why another engine than the wanted one ran
     WRONG     anything else that fastadv made of a network that the plain loop runs
     not run   the network itself could not be built or run here, or was stopped at a limit
