@@ -141,7 +141,7 @@ def compare(
 
 
 def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
-    """Where an attack step's time goes: forward, input gradient, update; and the refresh per attack."""
+    """Where an attack step's time goes: forward, input gradient, update; and what comes once per attack."""
     import fastadv
     from fastadv.engine.engines import unwrapped
     from fastadv.engine.recording import record
@@ -162,12 +162,18 @@ def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     def forward() -> None:
         passes[:] = [program.forward(x)[1]]
 
+    def changed_model() -> None:
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.0001)
+        attack.engine_for(task.x)
+
     return interleave(
         {
             "recording the live model (once per attack)": lambda: record(
                 model, probe, careful=False
             ),
-            "proof and refresh of the weights (once per attack)": lambda: attack.engine_for(task.x),
+            "proof and refresh, after a change of weights (once per attack)": changed_model,
+            "proof, the model as before (once per attack)": lambda: attack.engine_for(task.x),
             "forward": forward,
             "input gradient": lambda: program.backward(passes[0], at_logits),
             "update": lambda: pgd_step_(adv, gradient, x, 8 / 255, 2 / 255),

@@ -1,5 +1,5 @@
 // Host side of the Winograd convolution: what the attack engine's programs call. Schemas:
-// fastadv/attacks/convolution.py.
+// fastadv/engine/cpu_convolution.py.
 #include "cpu/conv3x3.h"
 
 #include "cpu/conv_tensor.h"

@@ -1,4 +1,4 @@
-// Host side of the gathering convolution. Schema: fastadv/attacks/convolution.py.
+// Host side of the gathering convolution. Schema: fastadv/engine/cpu_convolution.py.
 #include "cpu/conv_gather.h"
 
 #include "cpu/conv_tensor.h"

@@ -22,6 +22,7 @@ from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recording import Recording, is_compiled_wrapper, record
+from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape
 
 Model = nn.Module | Callable[[Tensor], Tensor]
@@ -239,6 +240,7 @@ class EngineOnCopy(Engine):
     """What the engines on an attack copy share."""
 
     name = "compiled"
+    remembered: Remembered | None = None  # what the copy was proven with, its weights included
     _copy: AttackCopy
     _example: Tensor
 
@@ -250,6 +252,7 @@ class EngineOnCopy(Engine):
 
     def refresh(self, recording: Recording) -> None:
         """Bring over the weights that the live model has used."""
+        self.remembered = None
         self._copy.refresh(recording)
 
     @contextmanager

@@ -192,9 +192,9 @@ class OneDNNKernel(Kernel):
         """As in `Kernel.refresh`, but in new memory, which is oneDNN's own."""
         if scale is not None:
             weight = weight * scale[:, None, None, None]
-        if self._backward:
-            weight = weight.flip(2, 3).transpose(0, 1)
-        narrow = weight.to(torch.bfloat16, memory_format=torch.channels_last)
+        narrow = weight.to(torch.bfloat16)
+        if self._backward:  # a view is left to the reordering, which copies in any case
+            narrow = narrow.flip(2, 3).transpose(0, 1)
         self._filters = torch.ops.mkldnn._reorder_convolution_weight(narrow, *self._geometry)
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:

@@ -130,11 +130,11 @@ def recorded(
     """As `record`, for a model that is `held`."""
     with torch.set_grad_enabled(gradients):
         if not careful:
-            return _Recorder(images).run(model)
+            return Recorder(images).run(model)
         found: list[Recording] = []
 
         def run() -> None:
-            recorder = _Recorder(images)
+            recorder = Recorder(images)
             with recorder.sees_own_functions():
                 found.append(recorder.run(model))
 
@@ -215,12 +215,12 @@ _REFUSED = {
 _NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     """Watches one forward pass of the calling thread."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self._recording = Recording()
+        self.recording = Recording()
         self._places: dict[int, int] = {}  # by id; `values` keeps the tensors, so ids stay theirs
         self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
@@ -230,11 +230,11 @@ class _Recorder(TorchFunctionMode):
         self._device = images.device.type
         self._knows_autocast = torch.amp.is_autocast_available(self._device)
         leaf = images.detach().clone().requires_grad_()
-        self._recording.images = leaf
+        self.recording.images = leaf
 
     def run(self, model: nn.Module) -> Recording:
         """Record the model on a copy of the images that is no leaf, so that it may write to it."""
-        recording = self._recording
+        recording = self.recording
         recording.gradients = torch.is_grad_enabled()
         batch = recording.images.clone()
         self._add(batch, depends=True)
@@ -275,7 +275,7 @@ class _Recorder(TorchFunctionMode):
         versions = [_version(t) for t in operands]
         self._inside += 1  # an autograd function that torch itself calls is part of this function
         try:
-            result = func(*args, **kwargs)
+            result = self.call(func, args, kwargs)
         finally:
             self._inside -= 1
         written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
@@ -285,6 +285,10 @@ class _Recorder(TorchFunctionMode):
         elif name not in _NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one function of torch; the next recorded op is its."""
+        return func(*args, **kwargs)
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
         if name in _REFUSED:
@@ -301,11 +305,11 @@ class _Recorder(TorchFunctionMode):
         result: Any,
         written: list[Tensor],
     ) -> None:
-        recording = self._recording
+        recording = self.recording
         if name in _REFUSED:
             raise self._refuse(_REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
-        before = (self._referred(args), self._referred(kwargs))
+        before = (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
         if written:
             self._note_write(name, args, written)
@@ -330,54 +334,54 @@ class _Recorder(TorchFunctionMode):
 
     def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
         target = written[0]
-        if any(_storage(t) in self._model_storages for t in written):
+        if any(storage_of(t) in self._model_storages for t in written):
             raise self._refuse(f"its forward writes into the model's own tensors ({name})")
         if len({id(t) for t in written}) > 1 or not args or args[0] is not target:
             raise self._refuse(f"its forward writes into several tensors at once ({name})")
-        self._recording.overwritten.add(self._places[id(target)])
-        self._stale |= self._by_storage[_storage(target)] - {id(target)}
+        self.recording.overwritten.add(self._places[id(target)])
+        self._stale |= self._by_storage[storage_of(target)] - {id(target)}
 
     def _add(self, tensor: Tensor, depends: bool) -> int:
         """Give a tensor the next place."""
-        recording = self._recording
+        recording = self.recording
         recording.values.append(tensor)
         recording.depends.append(depends)
         self._places[id(tensor)] = place = len(recording.values) - 1
-        self._by_storage.setdefault(_storage(tensor), set()).add(id(tensor))
+        self._by_storage.setdefault(storage_of(tensor), set()).add(id(tensor))
         return place
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind that of the tuple itself."""
-        self._recording.values.append(torch.empty(0, device="cpu"))
-        self._recording.depends.append(depends)
+        self.recording.values.append(torch.empty(0, device="cpu"))
+        self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
             raise self._refuse(f"a function of its forward returns a {type(result).__name__}")
         for number, part in enumerate(result):
-            where = len(self._recording.values)
+            where = len(self.recording.values)
             if isinstance(part, Tensor):
                 args = (Ref(place), number)
                 grad = torch.is_grad_enabled()
-                self._recording.ops.append(Op(item, args, {}, where, grad, False, part.dim()))
+                self.recording.ops.append(Op(item, args, {}, where, grad, False, part.dim()))
                 self._add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")
 
     def _depends(self, tensor: Tensor) -> bool:
         place = self._places.get(id(tensor))
-        return self._recording.depends[place] if place is not None else False
+        return self.recording.depends[place] if place is not None else False
 
-    def _referred(self, value: Any) -> Any:
+    def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
         if isinstance(value, Tensor):
             return Ref(self._place(value))
         if isinstance(value, (tuple, list)):
-            items = [self._referred(v) for v in value]
+            items = [self.referred(v) for v in value]
             return items if isinstance(value, list) else tuple(items)
         if isinstance(value, dict):
-            return {k: self._referred(v) for k, v in value.items()}
+            return {k: self.referred(v) for k, v in value.items()}
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
-            return slice(*(self._referred(part) for part in parts))
+            return slice(*(self.referred(part) for part in parts))
         if isinstance(value, _CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
         if isinstance(value, np.generic):
@@ -392,9 +396,9 @@ class _Recorder(TorchFunctionMode):
         place = self._places.get(id(tensor))
         if place is not None:
             return place
-        if _leads_to(tensor, self._recording.images):
+        if _leads_to(tensor, self.recording.images):
             raise self._refuse(_UNSEEN)
-        self._model_storages.add(_storage(tensor))
+        self._model_storages.add(storage_of(tensor))
         return self._add(tensor, depends=False)
 
     @contextmanager
@@ -426,8 +430,8 @@ class _Recorder(TorchFunctionMode):
             sys.setprofile(None)
 
     def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
-        self._recording.own_functions = True
-        kept = torch.set_grad_enabled(self._recording.gradients)
+        self.recording.own_functions = True
+        kept = torch.set_grad_enabled(self.recording.gradients)
         with torch._C.DisableTorchFunction(), kept, suppress(Unrecordable):
             self._record(cls.apply, "apply", args, {}, result, [])
 
@@ -481,7 +485,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
     """What tensors that share memory have in common."""
     try:
         return tensor.untyped_storage()._cdata

@@ -35,6 +35,7 @@ from fastadv.engine.engines import (
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recording import Recording, held, record, recorded
+from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
 
@@ -163,6 +164,9 @@ class EngineCache:
         # Few images tell enough once a whole batch of this size has been seen.
         few = known and all(copy.tape.only_batch is None for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
+        same = next((copy for copy in known if few and _unchanged(copy, model)), None)
+        if same is not None:
+            return _used(kept, same)
         for size in dict.fromkeys((_PROBES if few else batch, batch)):
             if size <= _PROBES:
                 recording = record(model, _finite(x[:size]), careful=careful)
@@ -170,16 +174,36 @@ class EngineCache:
                 recording = _whole(model, x, careful)
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
-                kept.remove(copy)
                 copy.engine.refresh(recording)
                 if not _agrees(copy.engine, recording, with_gradient=batch not in copy.sizes):
+                    kept.remove(copy)
                     self._parted[kind, copy.engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                kept.insert(0, copy)  # the next use tries it first
-                return copy.engine
+                copy.engine.remembered = Remembered.of(recording) if size == _PROBES else None
+                return _used(kept, copy)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
+
+
+def _used(kept: list[_Copy], copy: _Copy) -> Engine:
+    """The engine of one of the copies kept, which the next use then tries first."""
+    kept.remove(copy)
+    kept.insert(0, copy)
+    return copy.engine
+
+
+def _unchanged(copy: _Copy, model: nn.Module) -> bool:
+    """Whether a copy was proven before and the model, weights included, has not changed since.
+
+    Then its logits and gradients are right without another comparison.
+    """
+    remembered, copy.engine.remembered = copy.engine.remembered, None
+    recording = None if remembered is None else remembered.repeated(model)
+    if recording is None or not copy.tape.describes(recording):
+        return False
+    copy.engine.remembered = remembered
+    return True
 
 
 def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:

@@ -1,0 +1,42 @@
+"""Whether tensors still hold what they held: their shapes, their places in memory order, a hash of their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+torch.library.define("fastadv::content_hash", "(Tensor[] tensors) -> Tensor")
+
+
+def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
+    """What stays equal as long as no element of the tensors changes, bit for bit.
+
+    Two different contents have equal hashes of 64 bits by chance only. An autograd version counter would not do:
+    writing through ``tensor.data`` leaves it alone.
+
+    Returns:
+        None where a tensor is no ordinary one of the CPU, so that nothing is known about it.
+    """
+    if not all(_is_ordinary(t) for t in tensors):
+        return None
+    dense = [t.detach() if _is_dense(t) else t.detach().contiguous() for t in tensors]
+    hashes = torch.ops.fastadv.content_hash(dense).tolist()
+    return tuple((t.dtype, t.shape, t.stride(), h) for t, h in zip(dense, hashes, strict=True))
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type == "cpu"
+        and tensor.layout == torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return True
+    return tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,109 @@
+"""See at little cost that a model is still what it was when its copy was proven.
+
+A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
+convolution would give the same numbers again. So the model runs on the images of that recording. All of its own
+code runs, and so do small operations. A costly operation whose arguments are those of the recording is not
+computed: its recorded result is returned. The model is unchanged if this pass shows the recorded operations, and if
+all weights that they use have the recorded content, bit for bit.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.engine.content import content
+from fastadv.engine.recording import Op, Recorder, Recording, held, item, storage_of
+
+# Functions of their arguments alone, built into torch. All others run.
+_COSTLY = frozenset(
+    (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
+     F.scaled_dot_product_attention, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__)
+)  # fmt: skip
+_MOST_BYTES = 2**26  # of results that are kept
+
+
+class Remembered:
+    """One recording on the CPU, without its model.
+
+    Args:
+        recording: of a few images.
+        results: of its costly operations, by place.
+        weights: what `content` says of the tensors that no operation computes.
+    """
+
+    def __init__(
+        self, recording: Recording, results: dict[int, Tensor], weights: tuple[Any, ...]
+    ) -> None:
+        self._images = recording.images.detach().clone()
+        self._ops, self._results, self._weights = list(recording.ops), results, weights
+        self._default_dtype = torch.get_default_dtype()
+
+    @staticmethod
+    def of(recording: Recording) -> Remembered | None:
+        """None where it cannot be remembered: on a GPU, of a large network, with other people's operators."""
+        if recording.autocast or not all(_is_torchs(op.function) for op in recording.ops):
+            return None
+        weights = content([recording.values[place] for place in recording.external()])
+        if weights is None or recording.images.device.type != "cpu":
+            return None
+        overwritten = {storage_of(recording.values[place]) for place in recording.overwritten}
+        results = {}
+        for op in recording.ops:
+            value = recording.values[op.place]
+            costly = op.function in _COSTLY and type(value) is Tensor
+            if costly and storage_of(value) not in overwritten:
+                results[op.place] = value.detach()
+        if sum(result.nbytes for result in results.values()) > _MOST_BYTES:
+            return None
+        return Remembered(recording, results, weights)
+
+    def repeated(self, model: nn.Module) -> Recording | None:
+        """A recording of now, of the same images; None where weights differ or the model fails.
+
+        Where the recording shows another network, this object must not be used again: an operation that was not
+        there may have written into the results.
+        """
+        if torch.get_default_dtype() != self._default_dtype:
+            return None
+        try:
+            with held(model), torch.no_grad():
+                recording = _Repeat(self._images, self._ops, self._results).run(model)
+        except Exception:  # if it is the model's own, the pass that comes instead raises it again
+            return None
+        now = content([recording.values[place] for place in recording.external()])
+        return recording if now == self._weights else None
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether what a function computes depends on its arguments alone.
+
+    Operators and autograd functions that others have added to torch may look at whatever they like.
+    """
+    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return False
+    if isinstance(function, (types.FunctionType, types.MethodType)):
+        return function is item or function.__module__.startswith("torch.")
+    return True  # built in
+
+
+class _Repeat(Recorder):
+    """Records, and takes the results of costly operations from an earlier recording of the same images."""
+
+    def __init__(self, images: Tensor, ops: list[Op], results: dict[int, Tensor]) -> None:
+        super().__init__(images)
+        self._ops, self._results = ops, results
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As in `Recorder.call`."""
+        number = len(self.recording.ops)
+        then = self._ops[number] if number < len(self._ops) else None
+        kept = self._results.get(then.place) if then is not None else None
+        if then is None or kept is None or func is not then.function:
+            return super().call(func, args, kwargs)
+        same = then.args == self.referred(args) and then.kwargs == self.referred(kwargs)
+        return kept if same else super().call(func, args, kwargs)

@@ -1,0 +1,305 @@
+"""A model that has not changed is recognised without its forward pass; whatever changes it is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_helpers import images, randomise
+from changing_models import SWITCHES, Switched
+from foreign_models import Pooled, conv
+from torch import Tensor, nn
+
+import fastadv
+from fastadv.engine import remembered
+from fastadv.engine.content import content
+from fastadv.engine.engines import EngineOnCopy
+from fastadv.engine.recording import record
+from fastadv.engine.remembered import Remembered
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Y = torch.arange(8) % 4
+
+
+class Net(nn.Module):
+    """Convolutions whose results are, and are not, written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 8), conv(8, 8)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+        self.after: Callable[[Tensor], Tensor] = lambda h: h
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.relu(self.norm(self.first(x)), inplace=True)
+        h = self.second(h)
+        h = self.after(h).add(0).relu_()
+        return self.head(h.mean((2, 3)))
+
+
+class WritesThroughAView(nn.Module):
+    """A convolution whose result changes through another tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv(3, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.conv(x).flatten(2)
+        flat.mul_(2)
+        return self.head(flat.mean(2))
+
+
+def known(model: nn.Module, x: Tensor) -> Remembered:
+    found = Remembered.of(record(model, x, careful=False))
+    assert found is not None
+    return found
+
+
+@pytest.fixture
+def refreshed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """One entry for every time that the weights of a copy are brought up to date."""
+    calls: list[int] = []
+    plain = EngineOnCopy.refresh
+
+    def counted(self: EngineOnCopy, recording: Any) -> None:
+        calls.append(1)
+        plain(self, recording)
+
+    monkeypatch.setattr(EngineOnCopy, "refresh", counted)
+    yield calls
+
+
+@pytest.mark.parametrize("make", [Net, WritesThroughAView])
+def test_an_unchanged_model_is_recognised(
+    make: Callable[[], nn.Module], refreshed: list[int]
+) -> None:
+    model, x = randomise(make()), images(8)
+    attack = fastadv.PGD(model, precision="bf16", steps=1, seed=0)
+    results = [attack(x, Y) for _ in range(5)]
+    assert len(refreshed) == 1  # at the second use; the third is the first that need not
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+def test_costly_operations_do_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = randomise(Net()), images(2)
+    found = known(model, x)
+    ran: list[str] = []
+    plain = remembered.Recorder.call
+
+    def counted(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
+        ran.append(func.__name__)
+        return plain(self, func, args, kwargs)
+
+    monkeypatch.setattr(remembered.Recorder, "call", counted)
+    again = found.repeated(model)
+    assert again is not None and torch.equal(again.logits, model.eval()(x))
+    assert "relu_" in ran and "conv2d" not in ran and "linear" not in ran
+
+
+def test_the_result_of_a_convolution_that_is_written_to_is_not_kept() -> None:
+    model, x = randomise(WritesThroughAView()), images(2)
+    found = known(model, x)
+    wanted = model.eval()(x)
+    for _ in range(3):
+        again = found.repeated(model)
+        assert again is not None and torch.equal(again.logits, wanted)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_is_seen(switch: str) -> None:
+    model, x = randomise(Switched()), images(8)
+    attack = fastadv.PGD(model, precision="bf16")
+    for _ in range(3):
+        engine = attack.engine_for(x)
+    assert isinstance(engine, EngineOnCopy) and engine.remembered is not None
+    turn, undo = SWITCHES[switch]
+    handle = turn(model)
+    try:
+        attack.engine_for(x)
+        wanted = model.eval()(x)
+        engine = attack.engine_for(x)
+        found = engine.logits(engine.images(x))
+    finally:
+        undo(handle)
+    torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.1)
+
+
+def exchange_rows(weight: Tensor) -> None:
+    weight.data[[0, 1]] = weight.data[[1, 0]]
+
+
+def exchange_signs(weight: Tensor) -> None:
+    weight.data.neg_()
+
+
+def next_number(weight: Tensor) -> None:
+    flat = weight.data.view(-1)
+    flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
+
+
+@pytest.mark.parametrize("change", [exchange_rows, exchange_signs, next_number])
+@pytest.mark.parametrize(
+    "name", ["first.weight", "second.weight", "norm.running_mean", "head.bias"]
+)
+def test_every_change_of_a_weight_is_seen(name: str, change: Callable[[Tensor], None]) -> None:
+    model, x = randomise(Net()), images(2)
+    found = known(model, x)
+    change(model.state_dict()[name])
+    assert found.repeated(model) is None
+
+
+def test_a_write_into_a_result_that_was_there_is_no_harm(refreshed: list[int]) -> None:
+    """The new operation changes what was kept of the old recording, which is then used no more."""
+    model, x = randomise(Net()), images(8)
+    attack = fastadv.PGD(model, precision="bf16")
+    for _ in range(3):
+        attack.engine_for(x)
+    plain, model.after = model.after, lambda h: h.mul_(3.0)
+    attack.engine_for(x)
+    model.after = plain
+    for _ in range(3):
+        engine = attack.engine_for(x)
+        torch.testing.assert_close(
+            engine.logits(engine.images(x)), model.eval()(x), atol=0.05, rtol=0.05
+        )
+
+
+GAIN = [1.0]
+
+
+@torch.library.custom_op("fastadv_tests::amplified", mutates_args=())
+def amplified(x: Tensor) -> Tensor:
+    """An operator that looks at more than its arguments."""
+    return x * GAIN[0]
+
+
+amplified.register_autograd(lambda ctx, grad: grad * GAIN[0])
+
+
+def test_an_operator_of_others_is_run_and_compared() -> None:
+    model, x = randomise(Net()), images(8)
+    model.after = amplified
+    assert Remembered.of(record(model, x[:2], careful=False)) is None
+    attack = fastadv.PGD(model, precision="bf16")
+    for _ in range(3):
+        attack.engine_for(x)
+    GAIN[0] = 3.0
+    try:
+        engine = attack.engine_for(x)
+        wanted = model.eval()(x)
+        torch.testing.assert_close(engine.logits(engine.images(x)), wanted, atol=0.2, rtol=0.1)
+    finally:
+        GAIN[0] = 1.0
+
+
+def test_another_default_dtype_is_seen() -> None:
+    model, x = randomise(Net()), images(2)
+    found = known(model, x)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found.repeated(model) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.repeated(model) is not None
+
+
+def test_large_results_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remembered, "_MOST_BYTES", 1000)
+    assert Remembered.of(record(randomise(Net()), images(2), careful=False)) is None
+
+
+def test_weights_brought_over_meanwhile_are_seen(refreshed: list[int]) -> None:
+    """A session brings other weights into the engine; the attack after it must bring back the old ones."""
+    model, x = randomise(Net()), images(8)
+    attack = fastadv.PGD(model, precision="bf16")
+    for _ in range(3):
+        engine = attack.engine_for(x)
+    wanted = engine.logits(engine.images(x))
+    kept = model.head.bias.detach().clone()
+    with torch.no_grad():
+        model.head.bias += 3
+        with engine.session(model, 0):
+            assert not torch.equal(engine.logits(engine.images(x)), wanted)
+        model.head.bias.copy_(kept)
+    assert attack.engine_for(x) is engine
+    assert torch.equal(engine.logits(engine.images(x)), wanted)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool]
+)
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7,), (31, 5), (64, 64, 3, 3), (2, 70_001)])
+def test_content_is_of_every_byte(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = (3 * torch.randn(shape)).to(dtype)
+    before = content([tensor])
+    assert before is not None and content([tensor.clone()]) == before
+    flat = tensor.view(-1)
+    for place in {0, flat.numel() // 2, flat.numel() - 1} if flat.numel() else ():
+        old = flat[place].clone()
+        flat[place] = ~old if dtype == torch.bool else old + 1
+        assert content([tensor]) != before
+        flat[place] = old
+    assert content([tensor]) == before
+
+
+def test_content_tells_zeros_shapes_and_orders_apart() -> None:
+    x = torch.randn(4, 6, 5, 5)
+    views = [
+        x,
+        x.reshape(6, 4, 5, 5),
+        x.contiguous(memory_format=torch.channels_last),
+        x.flip(0),
+        torch.cat([x.view(-1)[65:], x.view(-1)[:65]]).view_as(x),
+        torch.zeros(1),
+        -torch.zeros(1),
+        torch.zeros(2),
+        torch.zeros(65536),
+        torch.zeros(65537),
+    ]
+    found = [content([view]) for view in views]
+    assert len(set(found)) == len(views)
+    assert content([x, views[3]]) != content([views[3], x])
+    assert content([x.expand(4, 6, 5, 5)[:, ::2]]) == content([x[:, ::2].contiguous()])
+
+
+def test_content_does_not_depend_on_threads() -> None:
+    x = torch.randn(300_000)
+    one = content([x, x[:17]])
+    torch.set_num_threads(3)
+    assert content([x, x[:17]]) == one
+
+
+class Subclass(Tensor):
+    """Anything but a plain tensor."""
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.randn(3).as_subclass(Subclass),
+        torch.randn(3, 3).to_sparse(),
+        torch.randn(3, dtype=torch.complex64).conj(),
+        torch.empty(3, device="meta"),
+    ],
+)
+def test_nothing_is_known_of_other_tensors(tensor: Tensor) -> None:
+    assert content([torch.zeros(1), tensor]) is None
+
+
+def test_every_kind_of_images_has_its_own_memory() -> None:
+    model = randomise(Pooled(conv(3, 8), nn.ReLU()))
+    attack = fastadv.PGD(model, precision="bf16")
+    small, large = images(8), torch.rand(8, 3, 12, 12)
+    for x in (small, large) * 3:
+        engine = attack.engine_for(x)
+        torch.testing.assert_close(
+            engine.logits(engine.images(x)), model.eval()(x), atol=0.05, rtol=0.05
+        )
+    kept = list(attack._engines._copies.values())
+    assert len(kept) == 2 and all(copies[0].engine.remembered for copies in kept)
