@@ -384,3 +384,39 @@ print("torch._dynamo" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_images_without_any_gradient_are_attacked_by_the_copy(batch: int) -> None:
+    """Such images tell nothing about gradients; that alone is no reason for a slow engine or a warning."""
+    model = Pooled(conv(3, 8), nn.ReLU())
+    with torch.no_grad():
+        model.body[0].bias.fill_(-1.0)
+    attack = fastadv.PGD(model, precision="bf16", steps=1, random_start=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            attack(torch.zeros(batch, 3, 8, 8), Y[:batch])
+    assert attack.last.engine == "compiled"
+
+
+def test_a_model_that_draws_nothing_leaves_the_generator_to_other_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not even for a moment is the generator of all threads put back, whatever engine serves."""
+
+    class Looks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Pooled(conv(3, 8), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if x.sum() > -1e9 else self.net(-x)
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("the generator is being put back")
+
+    monkeypatch.setattr("fastadv.engine.frozen._forked_random_state", refused)
+    for model in (Looks(), Looks().net):
+        attack = fastadv.PGD(model, steps=1, random_start=False, keep="best")
+        attack(images(8), Y)

@@ -436,6 +436,28 @@ class Recorder(TorchFunctionMode):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 
+class _Listener(Recorder):
+    """A recorder that lets a model read values: it is not to be copied."""
+
+    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
+        pass
+
+
+def draws_nothing(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model is seen, from its first operation to its last, to draw no random numbers of torch's.
+
+    Args:
+        model: the live model.
+        images: a few [B, ...].
+    """
+    try:
+        with held(model):
+            _Listener(images).run(model)
+    except Exception:  # it draws, or was not seen to the end
+        return False
+    return True
+
+
 _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
               torch.memory_format)  # fmt: skip
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)

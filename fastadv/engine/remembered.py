@@ -3,8 +3,8 @@
 A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
 convolution would give the same numbers again. So the model runs on the images of that recording. All of its own
 code runs, and so do small operations. A costly operation whose arguments are those of the recording is not
-computed: its recorded result is returned. The model is unchanged if this pass shows the recorded operations, and if
-all weights that they use have the recorded content, bit for bit.
+computed; its recorded result is returned. The model is unchanged if this pass shows the recorded operations, and
+if all weights that they use have the recorded content, bit for bit.
 """
 
 from __future__ import annotations

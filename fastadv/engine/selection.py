@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from fastadv.engine.engines import (
 )
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recording import Recording, held, record, recorded
+from fastadv.engine.recording import Recording, draws_nothing, held, record, recorded
 from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
@@ -119,11 +119,12 @@ class EngineCache:
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
     ) -> EagerEngine:
         """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        draws = wish.train_mode or not isinstance(model, nn.Module) or _draws(model, x)
+        seen = isinstance(model, nn.Module) and not wish.train_mode
+        draws = not (seen and _draws_nothing(model, x))
         if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
-                right = _autocast_is_right(model, x, precision, wish.train_mode)
+                right = _autocast_is_right(model, x, precision, wish.train_mode, draws)
                 self._autocast_is_right[place] = right
             if not self._autocast_is_right[place]:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
@@ -149,10 +150,9 @@ class EngineCache:
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
-        if x.shape[0] <= _PROBES:  # a size of its own for many kernels
-            made.sizes.clear()
-            if self._proven(model, x, kept, kind) is None:
-                raise Unrecordable(f"its copy computes something else for {x.shape[0]} images")
+        if x.shape[0] <= _PROBES and not _serves(made, model, x):
+            del kept[0]
+            raise Unrecordable(f"its copy computes something else for {x.shape[0]} images")
         return made.engine
 
     def _proven(
@@ -184,6 +184,13 @@ class EngineCache:
                 return _used(kept, copy)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
+
+
+def _serves(copy: _Copy, model: nn.Module, x: Tensor) -> bool:
+    """Whether a copy is right for a batch of one or two images, for which kernels may go other ways."""
+    recording = record(model, _finite(x), careful=copy.tape.own_functions)
+    copy.engine.refresh(recording)
+    return copy.tape.describes(recording) and _agrees(copy.engine, recording, with_gradient=True)
 
 
 def _used(kept: list[_Copy], copy: _Copy) -> Engine:
@@ -426,22 +433,20 @@ def _agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> 
     return _difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
 
 
-def _draws(model: nn.Module, x: Tensor) -> bool:
-    """Whether a live model may draw random numbers of torch's."""
-    try:
-        record(unwrapped(model), as_model_takes(model, _finite(x[:_PROBES])), careful=False)
-    except Exception:  # not seen to the end
-        return True
-    return False
+def _draws_nothing(model: Model, x: Tensor) -> bool:
+    images = as_model_takes(model, _finite(x[:_PROBES]))
+    return draws_nothing(unwrapped(cast(nn.Module, model)), images)
 
 
-def _autocast_is_right(model: Model, x: Tensor, precision: str, train_mode: bool) -> bool:
+def _autocast_is_right(
+    model: Model, x: Tensor, precision: str, train_mode: bool, draws: bool
+) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
     images = _finite(x if train_mode else x[: _SIZES[-1]])
     found = []
     try:
         for own in ("fp32", precision):
-            engine = EagerEngine(own, "", train_mode)
+            engine = EagerEngine(own, "", train_mode, draws)
             with full_float32(), engine.session(model, 0):
                 found.append(_probe(engine, engine.images(images)))
     except Exception:  # if the model itself fails, its own message is to come from the real call
