@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.layers import CopiedConv2d
 from fastadv.engine.packed_convolution import (
+    ConvShape,
     Epilogue,
     GatherKernel,
     Kernel,
@@ -173,9 +175,46 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
 NO_PATCHES = [g for g in GEOMETRIES if g[2] != g[3] or g[2] == 1]  # kernel and stride differ
 
 
+# One column of several rows: oneDNN 3.12 reads memory there that nobody has written.
+ONE_COLUMN = [
+    (1, 32, 5, 2, 2, 1, 12, 1),
+    (16, 3, 5, 2, 2, 1, 11, 2),
+    (2, 17, 3, 3, 1, 1, 12, 2),
+    (16, 1, 3, 2, 1, 1, 7, 1),
+    (16, 64, 2, 3, 0, 1, 10, 4),
+    (32, 8, 3, 2, 1, 1, 11, 1),
+    (5, 16, 3, 2, 1, 2, 10, 4),
+]
+
+
+def poison_memory() -> None:
+    """Fill what the allocator will hand out next with NaN."""
+    sizes = (64, 256, 1024, 4096, 16384, 65536) * 4
+    _ = [torch.full((size,), torch.nan, dtype=torch.bfloat16) for size in sizes]
+
+
+@needs_narrow_convolutions
+@pytest.mark.parametrize("geometry", ONE_COLUMN)
+def test_a_copied_convolution_of_one_column(geometry: tuple[int, ...]) -> None:
+    c, k, kernel, stride, padding, dilation, h, w = geometry
+    conv = nn.Conv2d(c, k, kernel, stride, padding, dilation)
+    shape = ConvShape(c, k, (kernel,) * 2, (stride,) * 2, (padding,) * 2, (dilation,) * 2)
+    copied = CopiedConv2d(conv.weight, True, shape, torch.bfloat16)
+    copied.refresh(conv.weight.detach(), conv.bias.detach(), None)
+    x = narrow((3, c, h, w), 0).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    poison_memory()
+    found, wanted = copied(x), conv(wide)
+    assert relative(found, wanted.double()) < 0.01
+    gradient = torch.randn_like(wanted)
+    (at_x,) = torch.autograd.grad(found, x, gradient.bfloat16())
+    (expected,) = torch.autograd.grad(wanted, wide, gradient)
+    assert relative(at_x, expected.double()) < 0.02
+
+
 @needs_narrow_convolutions
 @pytest.mark.parametrize(
-    "geometry", [*NO_PATCHES, (3, 24, 3, 1, 1, 1, 9, 7), (16, 8, 3, 1, 0, 1, 6, 6)]
+    "geometry", [*NO_PATCHES, *ONE_COLUMN, (3, 24, 3, 1, 1, 1, 9, 7), (16, 8, 3, 1, 0, 1, 6, 6)]
 )
 def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch) -> None:
     """What processors with AMX run; elsewhere it is slower and right all the same."""
@@ -189,6 +228,7 @@ def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch
     out, add = poisoned(*plain.shape), narrow(tuple(plain.shape), 1)
     forward, backward = make_kernel(conv, backward=False), make_kernel(conv, backward=True)
     assert isinstance(forward, OneDNNKernel)
+    poison_memory()
     forward.refresh(conv.weight.detach(), scale)
     assert relative(run(forward, out, x), plain) < 0.01
     finished = F.relu(plain + bias[:, None, None] + add.double())

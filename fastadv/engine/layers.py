@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.engine.packed_convolution import ConvShape, PackedConv2d
+from fastadv.engine.packed_convolution import (
+    ConvShape,
+    PackedConv2d,
+    misread,
+    one_column,
+    result_shape,
+)
 
 _FEW_WEIGHTS = 2**16  # of a linear layer
 
@@ -79,7 +85,14 @@ class CopiedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve in the copy's dtype."""
-        s, x = self.shape, x.to(self.weight.dtype)
+        x = x.to(self.weight.dtype)
+        narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 4
+        if narrow and misread(result_shape(self.shape, x), self.shape.stride):
+            return one_column(self._convolve, x, self.shape.stride)
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        s = self.shape
         return F.conv2d(x, self.weight, self.bias, s.stride, s.padding, s.dilation, s.groups)
 
     def input_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ what is left and, on processors with AMX, everything. Gradients that are no conv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,17 @@ class ConvShape(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+
+
+def result_shape(conv: ConvShape, x: Tensor) -> tuple[int, int, int, int]:
+    """The shape [B, K, H, W] of the result for images ``x``."""
+    height, width = (
+        (x.shape[2 + a] + 2 * conv.padding[a] - conv.dilation[a] * (conv.kernel_size[a] - 1) - 1)
+        // conv.stride[a]
+        + 1
+        for a in (0, 1)
+    )
+    return x.shape[0], conv.out_channels, height, width
 
 
 class Epilogue(NamedTuple):
@@ -201,7 +213,17 @@ class OneDNNKernel(Kernel):
         """As in `Kernel.run`; a mask takes a pass of its own."""
         bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
         filters, name = (self._filters, bias, *self._geometry), "relu" if epilogue.relu else None
-        if epilogue.add is None:
+        if misread(shape, self._geometry[1]):
+            out = one_column(
+                lambda wide: torch.ops.mkldnn._convolution_pointwise(
+                    wide, *filters, "none", [], ""
+                ),
+                x,
+                self._geometry[1],
+            )
+            out = out if epilogue.add is None else out + epilogue.add
+            out = out.relu() if epilogue.relu else out
+        elif epilogue.add is None:
             out = torch.ops.mkldnn._convolution_pointwise(x, *filters, name or "none", [], "")
         else:
             fused = name if self._groups == 1 else None  # it refuses both after grouped ones
@@ -217,12 +239,26 @@ class OneDNNKernel(Kernel):
         return masked
 
 
+def misread(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether oneDNN's bfloat16 convolution may read memory that nobody has written, with AMX.
+
+    So it does, now and then, where the result [B, K, H, W] is one column of several rows, and strides are wider
+    than 1. torch 2.13 hands such convolutions on to it, also under autocast.
+    """
+    return shape[3] == 1 and shape[2] > 1 and stride[1] > 1
+
+
+def one_column(convolve: Callable[[Tensor], Tensor], x: Tensor, stride: Sequence[int]) -> Tensor:
+    """The result of one column [B, K, H, 1], from a convolution of an image so wide that there is a second."""
+    wide = F.pad(x, (0, stride[1])).contiguous(memory_format=torch.channels_last)
+    return convolve(wide)[..., :1]
+
+
 class PackedConv2d:
     """Both directions of a convolution; a direction that no kernel serves is None."""
 
     def __init__(self, conv: ConvShape, has_bias: bool, device: torch.device = _CPU) -> None:
-        self._conv_size = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        self._out_channels = conv.out_channels
+        self._conv = conv
         self.forward = make_kernel(conv, backward=False, device=device)
         self.backward = make_kernel(conv, backward=True, device=device)
         self.bias: Tensor | None = None
@@ -239,12 +275,7 @@ class PackedConv2d:
 
     def result_shape(self, x: Tensor) -> tuple[int, ...]:
         """The shape of the result for images ``x``."""
-        size, stride, padding, dilation = self._conv_size
-        spans = (
-            (x.shape[2 + a] + 2 * padding[a] - dilation[a] * (size[a] - 1) - 1) // stride[a] + 1
-            for a in (0, 1)
-        )
-        return (x.shape[0], self._out_channels, *spans)
+        return result_shape(self._conv, x)
 
 
 def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) -> Kernel | None:
