@@ -153,6 +153,8 @@ def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
         engine = attack.engine_for(x)
         assert engine.precision == "bf16"
         monkeypatch.setattr(engine, "logits", lambda x: torch.zeros(len(x), 10))
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.1)  # so that the proof is due again
     attack(x, y)
     assert attack.last.precision == "fp32" and "parted from it in use" in attack.last.reason
 
@@ -420,3 +422,27 @@ def test_a_model_that_draws_nothing_leaves_the_generator_to_other_threads(
     for model in (Looks(), Looks().net):
         attack = fastadv.PGD(model, steps=1, random_start=False, keep="best")
         attack(images(8), Y)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_one_image_through_instance_norm(precision: str) -> None:
+    """torch itself misreads a channels-last gradient there; a copy must not inherit that."""
+    torch.manual_seed(0)
+    model = randomise(Pooled(conv(3, 8), nn.InstanceNorm2d(8, affine=True), nn.GELU(), conv(8, 8)))
+    attack = fastadv.PGD(model, engine="compiled", precision=precision)
+    for seed in range(4):
+        x = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        wanted = live_gradient(copy.deepcopy(model).eval().double(), x.double(), Y[:1])
+        assert worst_cosine(gradient(attack, model, x, Y[:1]), wanted) > 0.95
+        assert attack.engine_for(x).name == "compiled"
+
+
+def test_the_first_use_of_an_engine_finds_what_later_uses_find() -> None:
+    """With one seed the first call and the next give the same images, whatever precision is right for them."""
+    torch.manual_seed(0)
+    for seed in range(6):
+        model = randomise(Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.GELU(), *(conv(8, 8),) * 6))
+        x = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        attack = fastadv.PGD(model, steps=2, seed=0)
+        first = attack.engine_for(x)
+        assert torch.equal(attack(x, Y), attack(x, Y)) and attack.engine_for(x) is first

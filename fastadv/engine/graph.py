@@ -19,6 +19,7 @@ from fastadv.engine.layers import (
     CopiedLinear,
     CopiedScaleShift,
     NormTensors,
+    instance_norm,
 )
 from fastadv.engine.packed_convolution import ConvShape
 from fastadv.engine.recording import Op, Recording, Ref, refs
@@ -194,13 +195,14 @@ class _Builder:
 
     def _add_generic(self, op: Op) -> None:
         """Any other function; layers of torch.nn.functional keep their weights in the copy's dtype."""
-        function, name = op.function, getattr(op.function, "__name__", "")
+        function: Any = instance_norm if op.function is F.instance_norm else op.function
+        name = getattr(function, "__name__", "")
         if op.writes:
             self._add_written(op, name)
             return
         weights = self._weights_of_layer(op, name)
         if weights and op.with_gradient:
-            self._add_layer(op, weights)
+            self._add_layer(op, function, weights)
             return
         args, kwargs = self._argument(op.args), self._argument(op.kwargs)
         if not op.with_gradient:
@@ -230,11 +232,11 @@ class _Builder:
                 found.append((where, value))
         return found
 
-    def _add_layer(self, op: Op, weights: list[tuple[int | str, Ref]]) -> None:
+    def _add_layer(self, op: Op, function: Any, weights: list[tuple[int | str, Ref]]) -> None:
         live = [self._recording.values[ref.place] for _, ref in weights]
         own = [where for where, _ in weights]
         references = [ref for _, ref in weights]
-        module = CopiedFunction(op.function, own, live, self._dtype)
+        module = CopiedFunction(function, own, live, self._dtype)
         part = Part(f"part{len(self.parts)}", module, lambda r: _values(r, *references))
         self.parts.append(part)
         args = tuple(None if i in own else self._argument(a) for i, a in enumerate(op.args))

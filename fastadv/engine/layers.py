@@ -209,6 +209,17 @@ class CopiedFunction(nn.Module):
         return self._function(*full, **named)
 
 
+def instance_norm(*args: Any, **kwargs: Any) -> Tensor:
+    """As `torch.nn.functional.instance_norm`, with the right gradient for one image on the CPU.
+
+    torch 2.13 misreads the gradient that arrives for one image if it is channels-last, as in a copy it is.
+    """
+    out = F.instance_norm(*args, **kwargs)
+    if out.requires_grad and out.device.type == "cpu":
+        out.register_hook(torch.Tensor.contiguous)
+    return out
+
+
 def _narrowed(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
     return dtype if weight.is_floating_point() else weight.dtype
 

@@ -150,9 +150,6 @@ class EngineCache:
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
-        if x.shape[0] <= _PROBES and not _serves(made, model, x):
-            del kept[0]
-            raise Unrecordable(f"its copy computes something else for {x.shape[0]} images")
         return made.engine
 
     def _proven(
@@ -186,13 +183,6 @@ class EngineCache:
         return None
 
 
-def _serves(copy: _Copy, model: nn.Module, x: Tensor) -> bool:
-    """Whether a copy is right for a batch of one or two images, for which kernels may go other ways."""
-    recording = record(model, _finite(x), careful=copy.tape.own_functions)
-    copy.engine.refresh(recording)
-    return copy.tape.describes(recording) and _agrees(copy.engine, recording, with_gradient=True)
-
-
 def _used(kept: list[_Copy], copy: _Copy) -> Engine:
     """The engine of one of the copies kept, which the next use then tries first."""
     kept.remove(copy)
@@ -206,7 +196,9 @@ def _unchanged(copy: _Copy, model: nn.Module) -> bool:
     Then its logits and gradients are right without another comparison.
     """
     remembered, copy.engine.remembered = copy.engine.remembered, None
-    recording = None if remembered is None else remembered.repeated(model)
+    if remembered is None or not copy.evidence:
+        return False
+    recording = remembered.repeated(model)
     if recording is None or not copy.tape.describes(recording):
         return False
     copy.engine.remembered = remembered
@@ -256,6 +248,7 @@ def _build(
     """
     tape, recording = tape_now(model, x)
     live = _live_gradient(recording)
+    few = None if tape.only_batch else _few(model, x, tape)
     failures = []
     for make in candidates(tape, recording, precision, wish):
         try:
@@ -263,17 +256,37 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            found = _probe(engine, recording.images)
+            fault = difference(_probe(engine, recording.images), live, engine.precision)
+            if fault is None and few is not None:
+                fault = difference(
+                    _probe(engine, few.images), _live_gradient(few), engine.precision
+                )
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
-        fault = difference(found, live, engine.precision)
         if fault is None:
+            engine.remembered = None if few is None else Remembered.of(few)
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
             return _Copy(tape, engine, _tells(live), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
+
+
+def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
+    """A recording of the images that every later use begins with, so that it finds right what is right now.
+
+    None where the model does something else with so few images.
+
+    Raises:
+        Unrecordable: these are all images of the batch.
+    """
+    recording = record(model, _finite(x[:_PROBES]), careful=tape.own_functions)
+    if tape.describes(recording):
+        return recording
+    if x.shape[0] <= _PROBES:
+        raise Unrecordable(f"it does something else for {x.shape[0]} images")
+    return None
 
 
 def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:

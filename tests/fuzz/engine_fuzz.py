@@ -106,7 +106,8 @@ def plain_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        leaf = x.clone().requires_grad_()
+        # Contiguous: for one channels-last image, torch 2.13 has a wrong gradient of instance_norm.
+        leaf = x.clone(memory_format=torch.contiguous_format).requires_grad_()
         logits = model(leaf.clone())
         (grad,) = torch.autograd.grad(_value(logits).sum(), leaf)
     finally:
