@@ -277,3 +277,18 @@ def test_values_are_checked_before_a_loss_of_the_callers_sees_them() -> None:
 
     with pytest.raises(ValueError, match=r"y must be in 0 \.\. 9"):
         fastadv.pgd_fused(trained_small_cnn(), *digits_test(4)[:1], torch.full((4,), 10), loss=loss)
+
+
+def test_images_without_elements_are_refused() -> None:
+    model = nn.Flatten()
+    with pytest.raises(
+        ValueError, match=r"x must have images with elements, got shape \(2, 3, 0, 4\)"
+    ):
+        fastadv.PGD(model)(torch.zeros(2, 3, 0, 4), torch.zeros(2, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["steps", "restarts"])
+@pytest.mark.parametrize("attack", [fastadv.PGD, fastadv.APGD])
+def test_a_count_that_no_machine_knows_is_refused(attack: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must fit into 64 bits"):
+        attack(nn.Flatten(), **{name: 2**70})

@@ -125,6 +125,16 @@ def test_what_is_outside_is_found() -> None:
     assert float(outside_share(outside_image("l2"), x, 0.1, "l2", (0, 1))) == 128 / 256
 
 
+def test_rounding_to_float32_is_not_outside() -> None:
+    """A perturbation of a small radius is longer by what its image's elements are rounded."""
+    x = 0.1 + 0.8 * torch.rand(64, 3, 16, 16).double()
+    delta = torch.randn_like(x)
+    delta *= 1e-3 / delta.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+    adv, x = (x + delta).float(), x.float()
+    assert float(outside_share(adv, x, 1e-3, "l2", (0, 1))) == 0
+    assert float(outside_share((x + delta * 1.01).float(), x, 1e-3, "l2", (0, 1))) > 0.9
+
+
 def test_counting_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor becomes a number between the check of the inputs and the reading of the report."""
     attacks = [

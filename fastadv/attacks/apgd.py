@@ -164,12 +164,13 @@ class APGD(Attack):
     def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""
         settings = self.settings
-        if not settings.aims_at_wrong_classes:
-            yield from [None] * settings.restarts
-            return
-        classes = likeliest_wrong_classes(batch.logits(batch.x), batch.y, settings.target_classes)
-        for target in classes.unbind(1):
-            yield from [target] * settings.restarts
+        targets: tuple[Tensor | None, ...] = (None,)
+        if settings.aims_at_wrong_classes:
+            logits = batch.logits(batch.x)
+            targets = likeliest_wrong_classes(logits, batch.y, settings.target_classes).unbind(1)
+        for target in targets:
+            for _ in range(settings.restarts):
+                yield target
 
     def _value_of(self, batch: Batch, target: Tensor | None) -> ValueOf:
         settings = self.settings

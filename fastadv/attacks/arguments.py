@@ -39,6 +39,8 @@ def check_batch(x: Tensor, y: Tensor, sample_ids: Tensor | None, model: object) 
     checks.check_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [B, ...] with at least two axes, got {tuple(x.shape)}")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x must have images with elements, got shape {tuple(x.shape)}")
     labels = checks.class_labels("y", y, x.shape[0])
     if y.device != x.device:
         raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")

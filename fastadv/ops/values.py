@@ -45,12 +45,14 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
 
     Raises:
         TypeError: it is no integer.
-        ValueError: it is below ``at_least``.
+        ValueError: it is below ``at_least``, or then does not fit into 64 bits.
     """
     if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if at_least is not None and value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")
+    if at_least is not None and int(value) >= 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
     return int(value)
 
 
