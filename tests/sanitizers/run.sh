@@ -39,7 +39,7 @@ export TSAN_OPTIONS=suppressions=$PWD/tests/sanitizers/thread.supp:halt_on_error
 case $kind in
 address)
   tests=(tests/test_ops.py tests/test_convolution.py tests/test_program.py tests/test_crop_flip.py tests/test_loader.py
-    tests/test_pgd_step.py tests/test_softmax_losses.py tests/test_attack_l1.py tests/test_fuzz.py
+    tests/test_pgd_step.py tests/test_softmax_losses.py tests/test_remembered.py tests/test_attack_l1.py tests/test_fuzz.py
     -k "not compile and not inductor and not opcheck")
   ;;
 thread)
