@@ -144,7 +144,7 @@ def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and what comes once per attack."""
     import fastadv
     from fastadv.engine.engines import unwrapped
-    from fastadv.engine.recording import record
+    from fastadv.engine.recorder import record
     from fastadv.ops import pgd_step_
 
     attack = fastadv.PGD(task.model, precision="bf16", engine="compiled")

@@ -15,7 +15,7 @@ from stubborn_models import COPIED_OR_EAGER, BranchesOnData
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine import selection
+from fastadv.engine import proof
 from fastadv.engine.engines import Gradient
 from fastadv.engine.layers import CopiedConv2d, CopiedLinear
 from fastadv.models import Normalized, small_cnn
@@ -233,13 +233,13 @@ def test_what_the_caller_asked_for_is_no_reason_to_warn(case: str) -> None:
 
 def test_a_copy_is_compared_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """By TensorFloat-32 the gradients of a deep net are off by more than the comparison allows."""
-    probe, seen = selection._probe, []
+    probe, seen = proof.probe, []
 
     def watched(*arguments: Any) -> Gradient:
         seen.append(torch.backends.cudnn.allow_tf32)
         return probe(*arguments)
 
-    monkeypatch.setattr(selection, "_probe", watched)
+    monkeypatch.setattr(proof, "probe", watched)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     x, _ = digits_test(2)
     fastadv.PGD(trained_small_cnn(), engine="compiled", precision="fp32").engine_for(x)

@@ -27,7 +27,7 @@ from foreign_models import Pooled, conv
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine import selection
+from fastadv.engine import proof
 from fastadv.models import small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -139,9 +139,9 @@ def test_logits_that_part_from_the_live_ones_lead_to_a_new_copy(
 
 def test_logits_of_an_image_next_to_the_boundary_are_not_held_against_the_copy() -> None:
     live = torch.tensor([[0.2078, 0.2075], [1.0, -1.0]])
-    assert selection._difference_of_logits(live + torch.tensor([0.005, 0.0]), live, "bf16") is None
+    assert proof.difference_of_logits(live + torch.tensor([0.005, 0.0]), live, "bf16") is None
     other = torch.tensor([[0.2078, 0.2075], [-1.0, 1.0]])
-    assert selection._difference_of_logits(other, live, "bf16") is not None
+    assert proof.difference_of_logits(other, live, "bf16") is not None
 
 
 def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
@@ -162,7 +162,7 @@ def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
 def test_a_precision_whose_gradients_are_others_gives_way_to_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(selection.COSINES, "bf16", 1.1)
+    monkeypatch.setitem(proof.COSINES, "bf16", 1.1)
     model, (x, y) = trained_small_cnn(), digits_test(8)
     attack = fastadv.PGD(model, steps=2)
     attack(x, y)
@@ -171,7 +171,7 @@ def test_a_precision_whose_gradients_are_others_gives_way_to_a_wider_one(
     asked = fastadv.PGD(model, steps=2, precision="bf16")
     with pytest.warns(UserWarning, match="attacks in fp32"):
         asked(x, y)
-    monkeypatch.setitem(selection.COSINES, "fp32", 1.1)
+    monkeypatch.setitem(proof.COSINES, "fp32", 1.1)
     with pytest.warns(UserWarning, match="eager engine: in fp32 the gradient's cosine"):
         fastadv.PGD(model, steps=2)(x, y)
     with pytest.raises(ValueError, match="got 'compiled': in fp32 the gradient's cosine"):
@@ -446,3 +446,14 @@ def test_the_first_use_of_an_engine_finds_what_later_uses_find() -> None:
         attack = fastadv.PGD(model, steps=2, seed=0)
         first = attack.engine_for(x)
         assert torch.equal(attack(x, Y), attack(x, Y)) and attack.engine_for(x) is first
+
+
+@pytest.mark.parametrize("spoil", [0.0, torch.nan, torch.inf])
+def test_a_gradient_lost_for_one_image_is_a_difference(spoil: float) -> None:
+    live = proof.Gradient(torch.zeros(3), torch.randn(3, 4), torch.randn(3, 2, 5, 5))
+    found = proof.Gradient(live.value, live.logits, live.grad.clone())
+    assert proof.difference(found, live, "bf16") is None
+    found.grad[1] = spoil
+    assert "cosine" in str(proof.difference(found, live, "bf16"))
+    live.grad[1] = 0  # an image without a gradient tells nothing
+    assert proof.difference(found, live, "bf16") is None

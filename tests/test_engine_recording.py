@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
-from fastadv.engine.recording import record
+from fastadv.engine.recorder import record
 from fastadv.engine.selection import tape_now
 from fastadv.models import create_model, resnet18, small_cnn
 

@@ -17,7 +17,7 @@ import fastadv
 from fastadv.engine import remembered
 from fastadv.engine.content import content
 from fastadv.engine.engines import EngineOnCopy
-from fastadv.engine.recording import record
+from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
 
 pytestmark = pytest.mark.usefixtures("one_thread")

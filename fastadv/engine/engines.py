@@ -20,8 +20,10 @@ from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
 from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
+from fastadv.engine.holding import is_compiled_wrapper
 from fastadv.engine.precision import COMPUTE_DTYPES
-from fastadv.engine.recording import Recording, is_compiled_wrapper, record
+from fastadv.engine.recorder import record
+from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape
 

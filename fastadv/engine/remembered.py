@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine.content import content
-from fastadv.engine.recording import Op, Recorder, Recording, held, item, storage_of
+from fastadv.engine.holding import held
+from fastadv.engine.recorder import Recorder, storage_of
+from fastadv.engine.recording import Op, Recording, item
 
 # Functions of their arguments alone, built into torch. All others run.
 _COSTLY = frozenset(

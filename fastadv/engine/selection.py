@@ -1,6 +1,6 @@
 """Which engine attacks a model, and the proof, at every use, that it computes what the model does.
 
-A copy is made from recordings of the live model (`fastadv.engine.recording`). Before every attack a few images go
+A copy is made from recordings of the live model (`fastadv.engine.recorder`). Before every attack a few images go
 through the live model again. The operations recorded then must be those that the copy was made of, the weights are
 taken from them, and the copy's logits must be the model's. Where they are not, a copy is built anew, in the
 narrowest precision whose gradients are the model's. Where no copy is right, the live model runs, and a warning
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine import proof
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
     EagerEngine,
     Engine,
     EngineOnCopy,
-    Gradient,
     Model,
     ProgramEngine,
     as_model_takes,
@@ -33,8 +33,10 @@ from fastadv.engine.engines import (
     unwrapped,
 )
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
+from fastadv.engine.holding import held
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recording import Recording, draws_nothing, held, record, recorded
+from fastadv.engine.recorder import draws_nothing, record, recorded
+from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
@@ -44,10 +46,6 @@ _PROBES = 2  # images that prove a copy at every use
 _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
-# The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
-# cosine of its gradient.
-LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
-COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
 
 
 class Wish(NamedTuple):
@@ -144,7 +142,7 @@ class EngineCache:
             found = self._proven(model, x, kept, kind)
             if found is not None:
                 return found
-        parted = {own for own in LOGITS if self._parted[kind, own] >= _CHANCES}
+        parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
         made = _build(model, x, precision, wish, parted)
         if made.engine.precision != precision and wish.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
@@ -172,7 +170,7 @@ class EngineCache:
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 copy.engine.refresh(recording)
-                if not _agrees(copy.engine, recording, with_gradient=batch not in copy.sizes):
+                if not proof.agrees(copy.engine, recording, with_gradient=batch not in copy.sizes):
                     kept.remove(copy)
                     self._parted[kind, copy.engine.precision] += 1
                     return None
@@ -247,7 +245,7 @@ def _build(
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = _live_gradient(recording)
+    live = proof.live_gradient(recording)
     few = None if tape.only_batch else _few(model, x, tape)
     failures = []
     for make in candidates(tape, recording, precision, wish):
@@ -256,10 +254,10 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            fault = difference(_probe(engine, recording.images), live, engine.precision)
+            fault = proof.difference(proof.probe(engine, recording.images), live, engine.precision)
             if fault is None and few is not None:
-                fault = difference(
-                    _probe(engine, few.images), _live_gradient(few), engine.precision
+                fault = proof.difference(
+                    proof.probe(engine, few.images), proof.live_gradient(few), engine.precision
                 )
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
@@ -268,7 +266,7 @@ def _build(
             engine.remembered = None if few is None else Remembered.of(few)
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, _tells(live), {x.shape[0]})
+            return _Copy(tape, engine, proof.tells(live), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
 
@@ -326,12 +324,6 @@ def _whole(model: nn.Module, x: Tensor, careful: bool) -> Recording:
         return _whole(model, x[: x.shape[0] // 2], careful)
 
 
-def _tells(live: Gradient) -> bool:
-    """Whether the gradients of the live model can tell a right copy from a wrong one."""
-    sizes = live.grad.flatten(1).abs().sum(1)
-    return bool((sizes.isfinite() & (sizes > 0)).any())
-
-
 def _some(x: Tensor, size: int) -> Tensor:
     """``size`` images, by turns from the batch; two sizes have no image in common."""
     rows = torch.arange(size, device=x.device) % x.shape[0]
@@ -374,78 +366,6 @@ def _under_autograd(
     return engine
 
 
-def _weighted_sum(logits: Tensor) -> Tensor:
-    """An arbitrary value of the logits, one per image."""
-    weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device, dtype=logits.dtype)
-    return logits @ weights
-
-
-def _live_gradient(recording: Recording) -> Gradient:
-    """The live model's logits and gradient, from a recording's own graph."""
-    logits = recording.logits
-    if logits.dim() != 2 or not logits.requires_grad:
-        raise Unrecordable("its logits have another shape than [B, C], or no gradient")
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    value = _weighted_sum(wide)
-    (grad,) = torch.autograd.grad(
-        value.sum(), recording.images, retain_graph=True, allow_unused=True
-    )
-    if grad is None:
-        raise Unrecordable("its logits have no gradient in the images")
-    return Gradient(value.detach(), wide.detach(), grad)
-
-
-def _probe(engine: Engine, images: Tensor) -> Gradient:
-    return engine.gradient(engine.images(images.detach()), _weighted_sum)
-
-
-def difference(found: Gradient, wanted: Gradient, precision: str) -> str | None:
-    """In words, how logits or gradients of a few images differ from the live ones; None where they do not."""
-    fault = _difference_of_logits(found.logits, wanted.logits, precision)
-    if fault is not None:
-        return fault
-    a, b = (g.grad.double().flatten(1) for g in (found, wanted))
-    lengths = a.norm(dim=1) * b.norm(dim=1)
-    cosines = (a * b).sum(1) / lengths.clamp(min=1e-300)
-    worst = cosines[(lengths > 0) & lengths.isfinite()]
-    if worst.numel() and float(worst.min()) < COSINES[precision]:
-        return f"the gradient's cosine with the live model's is {float(worst.min()):.2f}"
-    return None
-
-
-def _difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str | None:
-    if found.shape != wanted.shape:
-        return f"its copy's logits have shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
-    a, b = found.double(), wanted.double()
-    if bool((a.isfinite().all(1) != b.isfinite().all(1)).any()):
-        return "its copy's logits are not finite where the live model's are, or the reverse"
-    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
-    level = 0.1 * b.norm(
-        dim=1
-    )  # of images next to a decision boundary, which have hardly any differences
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    spread = b.norm(dim=1)
-    distance = (a - b).norm(dim=1) / torch.maximum(spread, level.clamp(min=1e-12)).clamp(
-        min=float(spread.mean())
-    )
-    if float(distance.max()) > LOGITS[precision]:
-        return f"its copy computes other logits, {100 * float(distance.max()):.3g} % off"
-    return None
-
-
-def _agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> bool:
-    """Whether a copy's logits are the live model's; where the recording has a graph, also the gradients."""
-    images = recording.images.detach()
-    try:
-        if with_gradient and recording.gradients:
-            found = _probe(engine, images)
-            return difference(found, _live_gradient(recording), engine.precision) is None
-        logits = engine.logits(engine.images(images))
-    except Exception:  # as when building
-        return False
-    return _difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
-
-
 def _draws_nothing(model: Model, x: Tensor) -> bool:
     images = as_model_takes(model, _finite(x[:_PROBES]))
     return draws_nothing(unwrapped(cast(nn.Module, model)), images)
@@ -461,7 +381,7 @@ def _autocast_is_right(
         for own in ("fp32", precision):
             engine = EagerEngine(own, "", train_mode, draws)
             with full_float32(), engine.session(model, 0):
-                found.append(_probe(engine, engine.images(images)))
+                found.append(proof.probe(engine, engine.images(images)))
     except Exception:  # if the model itself fails, its own message is to come from the real call
         return False
-    return difference(found[1], found[0], precision) is None
+    return proof.difference(found[1], found[0], precision) is None

@@ -1,0 +1,94 @@
+"""Whether an engine computes what the live model does: logits and gradients of a few images, compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.engines import Engine, EngineOnCopy, Gradient
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.recording import Recording
+
+# The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
+# cosine of its gradient.
+LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
+COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
+
+
+def _weighted_sum(logits: Tensor) -> Tensor:
+    """An arbitrary value of the logits, one per image."""
+    weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device, dtype=logits.dtype)
+    return logits @ weights
+
+
+def live_gradient(recording: Recording) -> Gradient:
+    """The live model's logits and gradient, from a recording's own graph."""
+    logits = recording.logits
+    if logits.dim() != 2 or not logits.requires_grad:
+        raise Unrecordable("its logits have another shape than [B, C], or no gradient")
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    value = _weighted_sum(wide)
+    (grad,) = torch.autograd.grad(
+        value.sum(), recording.images, retain_graph=True, allow_unused=True
+    )
+    if grad is None:
+        raise Unrecordable("its logits have no gradient in the images")
+    return Gradient(value.detach(), wide.detach(), grad)
+
+
+def probe(engine: Engine, images: Tensor) -> Gradient:
+    """An engine's logits and gradient of the same value as in `live_gradient`."""
+    return engine.gradient(engine.images(images.detach()), _weighted_sum)
+
+
+def difference(found: Gradient, wanted: Gradient, precision: str) -> str | None:
+    """In words, how logits or gradients of a few images differ from the live ones; None where they do not."""
+    fault = difference_of_logits(found.logits, wanted.logits, precision)
+    if fault is not None:
+        return fault
+    a, b = (g.grad.double().flatten(1) for g in (found, wanted))
+    length = b.norm(dim=1)
+    cosines = (a * b).sum(1) / (a.norm(dim=1) * length).clamp(min=1e-300)
+    told = cosines.nan_to_num(-1.0)[(length > 0) & length.isfinite()]
+    if told.numel() and float(told.min()) < COSINES[precision]:
+        return f"the gradient's cosine with the live model's is {float(told.min()):.2f}"
+    return None
+
+
+def difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str | None:
+    """As `difference`, of logits [B, C] alone."""
+    if found.shape != wanted.shape:
+        return f"its copy's logits have shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    a, b = found.double(), wanted.double()
+    if bool((a.isfinite().all(1) != b.isfinite().all(1)).any()):
+        return "its copy's logits are not finite where the live model's are, or the reverse"
+    a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
+    # Logits of an image next to a decision boundary have hardly any differences.
+    level = 0.1 * b.norm(dim=1)
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    spread = b.norm(dim=1)
+    distance = (a - b).norm(dim=1) / torch.maximum(spread, level.clamp(min=1e-12)).clamp(
+        min=float(spread.mean())
+    )
+    if float(distance.max()) > LOGITS[precision]:
+        return f"its copy computes other logits, {100 * float(distance.max()):.3g} % off"
+    return None
+
+
+def agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> bool:
+    """Whether a copy's logits are the live model's; where the recording has a graph, also the gradients."""
+    images = recording.images.detach()
+    try:
+        if with_gradient and recording.gradients:
+            found = probe(engine, images)
+            return difference(found, live_gradient(recording), engine.precision) is None
+        logits = engine.logits(engine.images(images))
+    except Exception:  # as when building
+        return False
+    return difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
+
+
+def tells(live: Gradient) -> bool:
+    """Whether the gradients of the live model can tell a right copy from a wrong one."""
+    sizes = live.grad.flatten(1).abs().sum(1)
+    return bool((sizes.isfinite() & (sizes > 0)).any())

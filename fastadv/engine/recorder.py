@@ -1,0 +1,399 @@
+"""Record what a model's forward pass does: every torch function it calls, with which arguments.
+
+The live model runs on a few images while a `TorchFunctionMode` of the calling thread watches. So a recording sees
+what the model *does now*, whatever decided it: attributes, configuration objects, globals, hooks, wrappers.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastadv.engine import randomness
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.holding import held
+from fastadv.engine.recording import Op, Recording, Ref, item, refs
+
+
+def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
+    """Run a model on images in eval mode and record what it does.
+
+    Modes, buffers and attributes of the modules are as before on return.
+
+    Args:
+        model: the live model.
+        images: [B, ...]; not written to.
+        careful: also look for random numbers that torch does not draw, and into autograd functions. This is done
+            when an engine is built, and where a model is known to have such functions.
+        gradients: keep the autograd graph. Without it a large batch takes little memory.
+
+    Raises:
+        Unrecordable: with the reason why no copy of this model can be made.
+        Exception: whatever the model itself raises.
+    """
+    with held(model):
+        return recorded(model, images, careful=careful, gradients=gradients)
+
+
+def recorded(
+    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True
+) -> Recording:
+    """As `record`, for a model that is `held`."""
+    with torch.set_grad_enabled(gradients):
+        if not careful:
+            return Recorder(images).run(model)
+        found: list[Recording] = []
+
+        def run() -> None:
+            recorder = Recorder(images)
+            with recorder.sees_own_functions():
+                found.append(recorder.run(model))
+
+        generator = randomness.drawing_generator(model, run)
+        if generator is not None:
+            raise Unrecordable(f"its forward draws random numbers ({generator})")
+        return found[-1]
+
+
+# Functions that hand a tensor's values to Python, which may then do anything with them.
+_READS = frozenset(
+    ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
+     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__")
+)  # fmt: skip
+_REFUSED = {
+    "register_hook": "its forward registers a hook on a tensor",
+    "backward": "its forward takes gradients of its own",
+    "grad": "its forward takes gradients of its own",
+}
+_NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
+
+
+class Recorder(TorchFunctionMode):
+    """Watches one forward pass of the calling thread."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.recording = Recording()
+        self._places: dict[int, int] = {}  # by id; `values` keeps the tensors, so ids stay theirs
+        self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
+        self._stale: set[int] = set()  # ids of tensors that a write through another has changed
+        self._model_storages: set[int] = set()
+        self._inside = 0  # of autograd functions, which are recorded as one op
+        self._refusal = ""
+        self._device = images.device.type
+        self._knows_autocast = torch.amp.is_autocast_available(self._device)
+        leaf = images.detach().clone().requires_grad_()
+        self.recording.images = leaf
+
+    def run(self, model: nn.Module) -> Recording:
+        """Record the model on a copy of the images that is no leaf, so that it may write to it."""
+        recording = self.recording
+        recording.gradients = torch.is_grad_enabled()
+        batch = recording.images.clone()
+        self._add(batch, depends=True)
+        with self:
+            result = model(batch)
+        if self._refusal:  # the model may have caught the exception
+            raise Unrecordable(self._refusal)
+        if not isinstance(result, Tensor):
+            raise Unrecordable(f"its forward returns a {type(result).__name__}, not one tensor")
+        place = self._places.get(id(result))
+        if place is None or id(result) in self._stale:
+            raise self._refuse(_UNSEEN)
+        recording.output, recording.logits = place, result
+        return recording
+
+    def _refuse(self, reason: str) -> Unrecordable:
+        self._refusal = self._refusal or reason  # the first one tells most
+        return Unrecordable(self._refusal)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one function, and record it if its result is a tensor."""
+        kwargs = kwargs or {}
+        if self._inside:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
+            return func(*args, **kwargs)
+        if name == "__set__" and func.__self__.__name__ == "data":
+            raise self._refuse("its forward exchanges the data of a tensor")
+        operands = _tensors(args)
+        if kwargs:
+            operands.extend(_tensors(kwargs.values()))
+        drawn = randomness.draws(func, name, args, kwargs)
+        if drawn:
+            raise self._refuse(f"its forward draws random numbers ({name})")
+        versions = [_version(t) for t in operands]
+        self._inside += 1  # an autograd function that torch itself calls is part of this function
+        try:
+            result = self.call(func, args, kwargs)
+        finally:
+            self._inside -= 1
+        written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
+        made = _tensors((result,))
+        if not made and not written:
+            self._check_what_is_read(name, operands)
+        elif name not in _NO_OPERATION:
+            self._record(func, name, args, kwargs, result, written)
+        return result
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one function of torch; the next recorded op is its."""
+        return func(*args, **kwargs)
+
+    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
+        if name in _REFUSED:
+            raise self._refuse(_REFUSED[name])
+        if name in _READS and any(self._depends(t) for t in operands):
+            raise self._refuse(f"its forward looks at values that depend on the images ({name})")
+
+    def _record(
+        self,
+        func: Any,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        written: list[Tensor],
+    ) -> None:
+        recording = self.recording
+        if name in _REFUSED:
+            raise self._refuse(_REFUSED[name])
+        recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
+        before = (self.referred(args), self.referred(kwargs))
+        depends = any(recording.depends[ref.place] for ref in refs(before))
+        if written:
+            self._note_write(name, args, written)
+            result = written[0]
+        place = len(recording.values)
+        single = isinstance(result, Tensor)
+        if single and not written and id(result) in self._places:
+            return  # the function has returned its argument
+        op = Op(
+            func,
+            *before,
+            place,
+            torch.is_grad_enabled(),
+            bool(written),
+            result.dim() if single else None,
+        )
+        recording.ops.append(op)
+        if single:
+            self._add(result, depends)
+        else:
+            self._add_several(result, place, depends)
+
+    def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
+        target = written[0]
+        if any(storage_of(t) in self._model_storages for t in written):
+            raise self._refuse(f"its forward writes into the model's own tensors ({name})")
+        if len({id(t) for t in written}) > 1 or not args or args[0] is not target:
+            raise self._refuse(f"its forward writes into several tensors at once ({name})")
+        self.recording.overwritten.add(self._places[id(target)])
+        self._stale |= self._by_storage[storage_of(target)] - {id(target)}
+
+    def _add(self, tensor: Tensor, depends: bool) -> int:
+        """Give a tensor the next place."""
+        recording = self.recording
+        recording.values.append(tensor)
+        recording.depends.append(depends)
+        self._places[id(tensor)] = place = len(recording.values) - 1
+        self._by_storage.setdefault(storage_of(tensor), set()).add(id(tensor))
+        return place
+
+    def _add_several(self, result: Any, place: int, depends: bool) -> None:
+        """Give each tensor of a tuple its place, behind that of the tuple itself."""
+        self.recording.values.append(torch.empty(0, device="cpu"))
+        self.recording.depends.append(depends)
+        if not isinstance(result, (tuple, list)):
+            raise self._refuse(f"a function of its forward returns a {type(result).__name__}")
+        for number, part in enumerate(result):
+            where = len(self.recording.values)
+            if isinstance(part, Tensor):
+                args = (Ref(place), number)
+                grad = torch.is_grad_enabled()
+                self.recording.ops.append(Op(item, args, {}, where, grad, False, part.dim()))
+                self._add(part, depends)
+            elif part is not None:
+                raise self._refuse("a function of its forward returns nested tuples")
+
+    def _depends(self, tensor: Tensor) -> bool:
+        place = self._places.get(id(tensor))
+        return self.recording.depends[place] if place is not None else False
+
+    def referred(self, value: Any) -> Any:
+        """The value with a `Ref` for each tensor."""
+        if isinstance(value, Tensor):
+            return Ref(self._place(value))
+        if isinstance(value, (tuple, list)):
+            items = [self.referred(v) for v in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {k: self.referred(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice(*(self.referred(part) for part in parts))
+        if isinstance(value, _CODE):
+            raise self._refuse("its forward hands code of its own to a function of torch")
+        if isinstance(value, np.generic):
+            return value.item()
+        if not isinstance(value, _ARGUMENTS):
+            raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
+        return value
+
+    def _place(self, tensor: Tensor) -> int:
+        if id(tensor) in self._stale:
+            raise self._refuse("its forward changes part of a tensor in place")
+        place = self._places.get(id(tensor))
+        if place is not None:
+            return place
+        if _leads_to(tensor, self.recording.images):
+            raise self._refuse(_UNSEEN)
+        self._model_storages.add(storage_of(tensor))
+        return self._add(tensor, depends=False)
+
+    @contextmanager
+    def sees_own_functions(self) -> Iterator[None]:
+        """Record autograd functions as one op each, by watching the calling thread enter their forward methods."""
+        if sys.getprofile() is not None:  # somebody is profiling, who is not to be disturbed
+            yield
+            return
+        codes = _forward_codes()
+        calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
+
+        def watch(frame: types.FrameType, event: str, arg: Any) -> None:
+            if event == "call" and not self._inside and frame.f_code in codes:
+                cls, args = _own_call(frame, codes[frame.f_code])
+                calls.append((frame, cls, args))
+                self._inside += 1
+            elif event == "return" and calls and calls[-1][0] is frame:
+                _, cls, args = calls.pop()
+                self._inside -= 1
+                if arg is not None and not self._refusal:
+                    self._record_own_function(cls, args, arg)
+            elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
+                self._refusal = "its forward draws random numbers (the system's)"
+
+        sys.setprofile(watch)
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+
+    def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
+        self.recording.own_functions = True
+        kept = torch.set_grad_enabled(self.recording.gradients)
+        with torch._C.DisableTorchFunction(), kept, suppress(Unrecordable):
+            self._record(cls.apply, "apply", args, {}, result, [])
+
+
+class _Listener(Recorder):
+    """A recorder that lets a model read values: it is not to be copied."""
+
+    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
+        pass
+
+
+def draws_nothing(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model is seen, from its first operation to its last, to draw no random numbers of torch's.
+
+    Args:
+        model: the live model.
+        images: a few [B, ...].
+    """
+    try:
+        with held(model):
+            _Listener(images).run(model)
+    except Exception:  # it draws, or was not seen to the end
+        return False
+    return True
+
+
+_ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
+              torch.memory_format)  # fmt: skip
+_CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
+_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
+_TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    found: list[Tensor] = []
+    for value in values:
+        if value.__class__ in _PLAIN:
+            continue  # most arguments
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(_tensors(value))
+        elif isinstance(value, dict):
+            found.extend(_tensors(value.values()))
+        elif isinstance(value, slice):
+            found.extend(_tensors((value.start, value.stop, value.step)))
+    return found
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
+        return id(tensor)
+
+
+def _leads_to(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor's autograd graph reaches the images."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _forward_codes() -> dict[types.CodeType, Any]:
+    """The autograd function that each forward method belongs to."""
+    codes: dict[types.CodeType, Any] = {}
+    waiting = list(torch.autograd.Function.__subclasses__())
+    while waiting:
+        cls = waiting.pop()
+        waiting.extend(cls.__subclasses__())
+        code = getattr(cls.forward, "__code__", None)
+        if code is not None:
+            codes.setdefault(code, cls)
+    return codes
+
+
+def _own_call(frame: types.FrameType, cls: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The autograd function that a frame of a forward method runs, and its arguments."""
+    code, variables = frame.f_code, frame.f_locals
+    args = [variables[name] for name in code.co_varnames[: code.co_argcount]]
+    if code.co_flags & inspect.CO_VARARGS:
+        args.extend(variables[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]])
+    if args and isinstance(args[0], torch.autograd.function.BackwardCFunction):
+        cls = getattr(type(args[0]), "_forward_cls", cls)
+        args = args[1:]
+    return cls, tuple(args)
