@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from fastadv.engine.engines import Engine, EngineOnCopy, Gradient
+from fastadv.engine.engines import Engine, EngineOnCopy, Gradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.recording import Recording
 
@@ -15,30 +17,80 @@ LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
 COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
 
 
+def objectives(logits: Tensor) -> tuple[ValueOfLogits, ...]:
+    """Values of logits, one per image, whose gradients are compared: of all classes, and of the likeliest two.
+
+    Attacks follow the second. It tells more of networks in which each class has a maximum of its own, since
+    over many classes wrong maxima average out.
+
+    Args:
+        logits: of the live model [B, C]; they say which two classes.
+    """
+    if logits.shape[1] < 2:
+        return (_weighted_sum,)
+    first, second = logits.detach().topk(2, dim=1).indices.split(1, dim=1)
+    return _weighted_sum, lambda z: (z.gather(1, first) - z.gather(1, second)).squeeze(1)
+
+
 def _weighted_sum(logits: Tensor) -> Tensor:
-    """An arbitrary value of the logits, one per image."""
     weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device, dtype=logits.dtype)
     return logits @ weights
 
 
-def live_gradient(recording: Recording) -> Gradient:
-    """The live model's logits and gradient, from a recording's own graph."""
+@dataclass(frozen=True)
+class Evidence:
+    """What the live model makes of a few images.
+
+    Attributes:
+        images: [B, ...].
+        values: what was differentiated.
+        gradients: of each value, with the logits.
+    """
+
+    images: Tensor
+    values: tuple[ValueOfLogits, ...]
+    gradients: tuple[Gradient, ...]
+
+    def tells(self) -> bool:
+        """Whether these gradients can tell a right copy from a wrong one."""
+        sizes = self.gradients[0].grad.flatten(1).abs().sum(1)
+        return bool((sizes.isfinite() & (sizes > 0)).any())
+
+    def against(self, engine: Engine) -> str | None:
+        """In words, how an engine differs from this; None where it does not."""
+        images = engine.images(self.images)
+        for value, wanted in zip(self.values, self.gradients, strict=True):
+            fault = difference(probe(engine, images, value), wanted, engine.precision)
+            if fault is not None:
+                return fault
+        return None
+
+
+def evidence_of(recording: Recording) -> Evidence:
+    """The live model's logits and gradients, from a recording's own graph.
+
+    Raises:
+        Unrecordable: there are none.
+    """
     logits = recording.logits
     if logits.dim() != 2 or not logits.requires_grad:
         raise Unrecordable("its logits have another shape than [B, C], or no gradient")
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    value = _weighted_sum(wide)
-    (grad,) = torch.autograd.grad(
-        value.sum(), recording.images, retain_graph=True, allow_unused=True
-    )
-    if grad is None:
-        raise Unrecordable("its logits have no gradient in the images")
-    return Gradient(value.detach(), wide.detach(), grad)
+    values, gradients = objectives(wide), []
+    for value_of in values:
+        value = value_of(wide)
+        (grad,) = torch.autograd.grad(
+            value.sum(), recording.images, retain_graph=True, allow_unused=True
+        )
+        if grad is None:
+            raise Unrecordable("its logits have no gradient in the images")
+        gradients.append(Gradient(value.detach(), wide.detach(), grad))
+    return Evidence(recording.images.detach(), values, tuple(gradients))
 
 
-def probe(engine: Engine, images: Tensor) -> Gradient:
-    """An engine's logits and gradient of the same value as in `live_gradient`."""
-    return engine.gradient(engine.images(images.detach()), _weighted_sum)
+def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> Gradient:
+    """An engine's logits and gradient."""
+    return engine.gradient(images, value_of)
 
 
 def difference(found: Gradient, wanted: Gradient, precision: str) -> str | None:
@@ -80,15 +132,8 @@ def agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> b
     images = recording.images.detach()
     try:
         if with_gradient and recording.gradients:
-            found = probe(engine, images)
-            return difference(found, live_gradient(recording), engine.precision) is None
+            return evidence_of(recording).against(engine) is None
         logits = engine.logits(engine.images(images))
     except Exception:  # as when building
         return False
     return difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
-
-
-def tells(live: Gradient) -> bool:
-    """Whether the gradients of the live model can tell a right copy from a wrong one."""
-    sizes = live.grad.flatten(1).abs().sum(1)
-    return bool((sizes.isfinite() & (sizes > 0)).any())

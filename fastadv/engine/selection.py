@@ -28,6 +28,7 @@ from fastadv.engine.engines import (
     EngineOnCopy,
     Model,
     ProgramEngine,
+    ValueOfLogits,
     as_model_takes,
     naming_dtypes,
     unwrapped,
@@ -245,7 +246,7 @@ def _build(
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = proof.live_gradient(recording)
+    live = proof.evidence_of(recording)
     few = None if tape.only_batch else _few(model, x, tape)
     failures = []
     for make in candidates(tape, recording, precision, wish):
@@ -254,11 +255,9 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            fault = proof.difference(proof.probe(engine, recording.images), live, engine.precision)
+            fault = live.against(engine)
             if fault is None and few is not None:
-                fault = proof.difference(
-                    proof.probe(engine, few.images), proof.live_gradient(few), engine.precision
-                )
+                fault = proof.evidence_of(few).against(engine)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
@@ -266,7 +265,7 @@ def _build(
             engine.remembered = None if few is None else Remembered.of(few)
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, proof.tells(live), {x.shape[0]})
+            return _Copy(tape, engine, live.tells(), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
 
@@ -376,12 +375,20 @@ def _autocast_is_right(
 ) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
     images = _finite(x if train_mode else x[: _SIZES[-1]])
-    found = []
     try:
+        found = []
+        values: tuple[ValueOfLogits, ...] = ()
         for own in ("fp32", precision):
             engine = EagerEngine(own, "", train_mode, draws)
             with full_float32(), engine.session(model, 0):
-                found.append(proof.probe(engine, engine.images(images)))
+                shown = engine.images(images)
+                values = values or proof.objectives(engine.logits(shown))
+            for value_of in values:
+                # Random numbers begin anew for each.
+                with full_float32(), engine.session(model, 0):
+                    found.append(proof.probe(engine, shown, value_of))
     except Exception:  # if the model itself fails, its own message is to come from the real call
         return False
-    return proof.difference(found[1], found[0], precision) is None
+    half = len(values)
+    pairs = zip(found[half:], found[:half], strict=True)
+    return all(proof.difference(narrow, wide, precision) is None for narrow, wide in pairs)
