@@ -326,3 +326,15 @@ def test_gradients_per_sample_by_torch_func() -> None:
     leaves = [a.clone().requires_grad_(), b.clone().requires_grad_()]
     values = losses.trades(*leaves, y, 6.0, reduction="none")
     torch.testing.assert_close(found, torch.autograd.grad(values.sum(), leaves))
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl"])
+@pytest.mark.parametrize("label", [-1, 4, 1000])
+def test_a_label_that_is_no_class_is_named(kind: str, name: str, label: int) -> None:
+    a, y = _logits("cpu", 3, 4), torch.tensor([0, label, 1])
+    with (
+        backend(name),
+        pytest.raises(IndexError, match=f"y must lie in 0 .. 3, got {label} at sample 1"),
+    ):
+        softmax_losses(kind, a, *((a,) if kind in PAIRS else ()), y=y)

@@ -234,6 +234,8 @@ def _reference(
     a = logits.to(dtype)
     b = a if other is None else other.to(dtype)
     labels = logits.new_zeros(batch, dtype=torch.int64) if y is None else y
+    if labels.device.type == "cpu" and not _in_transform():
+        _check_range(labels, logits.shape[1])
     if batch == 0:
         losses, gradient, other_gradient = _empty(a, kind, other is not None)
     else:
@@ -247,6 +249,15 @@ def _reference(
     if other_wanted and other_gradient is not None:
         return losses, gradient, other_gradient.contiguous()
     return losses, gradient, nothing.clone()
+
+
+def _check_range(y: Tensor, classes: int) -> None:
+    """Refuse the first label that is no class, in the words of the compiled kernel."""
+    wrong = ((y < 0) | (y >= classes)).nonzero().flatten()
+    if len(wrong):
+        raise IndexError(
+            f"y must lie in 0 .. {classes - 1}, got {int(y[wrong[0]])} at sample {int(wrong[0])}"
+        )
 
 
 def _empty(logits: Tensor, kind: str, two: bool) -> Result:
