@@ -368,9 +368,12 @@ def _write_config(run_dir: Path, text: str) -> None:
 def _eval(words: list[str]) -> int:
     parser = Parser(
         prog="fastadv eval",
-        description="Measure a run's accuracy, clean and under attack, on the test images.",
+        description="Measure a model's accuracy, clean and under attack, on test images: of a run, or of "
+        "--model with --weights.",
     )
-    parser.add_argument("run", help="Run directory.")
+    parser.add_argument(
+        "run", nargs="?", help="Run directory; left out where --model and --weights are given."
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument(
         "--attacks",
@@ -379,8 +382,15 @@ def _eval(words: list[str]) -> int:
         help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
         "apgd-dlr, apgd-t, autoattack.",
     )
+    parser.add_argument(
+        "--normalise",
+        nargs=2,
+        metavar=("MEAN", "STD"),
+        help="With --weights, mean and standard deviation of the inputs, each one number or one per channel with "
+        "commas between them, unless the model takes images in 0..1 or the file says how.",
+    )
     parser.add_flag("quiet", "Show no progress.")
-    parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "quiet"})
+    parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "normalise", "quiet"})
     options = vars(parser.parse_args(words))
     options.pop("config")
     with stopped_by_signals("stopped before the first attack"):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastadv.data import ImageData, load_dataset, load_npz
-from fastadv.data.datasets import dataset_names
+from fastadv.data import ImageData, load_npz
+from fastadv.data.datasets import check_source, dataset_names
 from fastadv.evaluation import (
     Report,
     Subject,
@@ -24,9 +25,16 @@ from fastadv.evaluation.report import format_eps
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.interruption import stopped_by_signals
+from fastadv.judged import (
+    JudgedModel,
+    images_named,
+    images_of_run,
+    model_of_file,
+    model_of_run,
+)
 from fastadv.ops.values import check_choice
 from fastadv.result_keeper import ResultKeeper, autoattack_state
-from fastadv.trainers import Afs, Recipe, Settings, TrainResult, load_model, train
+from fastadv.trainers import Afs, Recipe, Settings, TrainResult, train
 from fastadv.trainers.checkpoint import (
     BEST,
     LATEST,
@@ -101,7 +109,7 @@ def run_training(
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
     """
-    check_data(data, root)
+    check_source(data, root)
     resume = flags.resume or from_checkpoint is not None
     if flags.allow_changes and not resume:
         raise ValueError(
@@ -163,11 +171,13 @@ def _model_name(source: str) -> str:
 
 
 def run_evaluation(
-    run: str,
+    run: str | None = None,
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     *,
     checkpoint: str = LATEST,
     model: str | None = None,
+    weights: str | None = None,
+    normalise: Sequence[str] | None = None,
     data: str | None = None,
     root: str | None = None,
     eps: Number | None = None,
@@ -184,12 +194,17 @@ def run_evaluation(
     """The evaluation.
 
     Args:
-        run: run directory.
+        run: run directory; None where a model is given with weights.
         attacks: what to run, in this order.
-        checkpoint: latest, best, or a name such as step_000391.
-        model: network of the run; only to be given where it is a function of your own, module:function,
-            whose code then runs.
-        data: data set; by default the one of the run, whose test images are used.
+        checkpoint: latest, best, or a name such as step_000391, of the run.
+        model: the network, e.g. resnet18, timm:NAME or module:function, whose code then runs. With a run it is
+            only to be given where its network is a function of your own.
+        weights: without a run, a file with the state dict of the model, in any of the usual wrappings. A
+            module:function may return a trained model itself.
+        normalise: with weights, mean and standard deviation of the inputs, each one number or one per channel with
+            commas between them, unless the model takes images in 0..1 or the file says how.
+        data: digits, cifar10, cifar100, or a .npz file with the arrays image (uint8, N x H x W x C) and label. By
+            default the data set of the run, whose test images are used.
         root: folder of the data set's files; by default that of the run.
         eps: radius of the ball; by default 8/255, whatever the run was trained with. It must be given with
             another norm than linf.
@@ -200,7 +215,8 @@ def run_evaluation(
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
-        out: file (.json) to add the results to, in place of eval.json in the run directory.
+        out: file (.json) to add the results to, in place of eval.json in the run directory, or of
+            WEIGHTS.eval.json beside a file of weights.
         quiet: show no progress.
 
     Returns:
@@ -212,36 +228,48 @@ def run_evaluation(
     where = choose_device(device)
     radius = _radius(eps, norm)
     _check_attacks(attacks, radius, alpha)
-    directory = RunDirectory(run)
-    _check_checkpoint(directory, checkpoint)
-    path = find_checkpoint(directory.path, checkpoint)
-    recorded = directory.read()
-    images = _test_images(directory, data, root)
-    judged = load_model(path, model).to(where)
+    recorded: Description | None = None
+    if run is None:
+        judged, images = _given_model(checkpoint, model, weights, normalise, data, root)
+    else:
+        for option, value in (("weights", weights), ("normalise", normalise)):
+            if value is not None:
+                raise ValueError(f"{option} must be left out with a run, got {value!r}")
+        directory = RunDirectory(run)
+        _check_checkpoint(directory, checkpoint)
+        find_checkpoint(directory.path, checkpoint)  # a run that is not there is told as such
+        recorded = directory.read()
+        images = images_of_run(directory, data, root)
+        judged = model_of_run(run, checkpoint, model, EVAL_FILE)
+    network = judged.model.to(where)
     subject = Subject(
-        run=directory.path.resolve().name,
-        method=recorded.method,
-        network=str(recorded.model.get("name") or recorded.model.get("class", "")),
-        checkpoint=path.name,
-        weights=digest_of(judged.state_dict()),
+        run=judged.name,
+        method=judged.method,
+        network=judged.network,
+        checkpoint=judged.checkpoint,
+        weights=digest_of(network.state_dict()),
         data=images.name,
         images=digest_of(
             {"images": images.images[:max_examples], "labels": images.labels[:max_examples]}
         ),
     )
-    keeper = ResultKeeper(directory.path / EVAL_FILE if out is None else Path(out), subject)
+    keeper = ResultKeeper(judged.results if out is None else Path(out), subject)
     if not quiet:
         keeper.warn()
+        if judged.others:
+            print(
+                f"note: these weights also fit {', '.join(judged.others)}, which computes something else; judged "
+                f"is {judged.network}",
+                file=sys.stderr,
+            )
     # An interrupted AutoAttack goes on from here when the same command is given again.
-    name = f"{path.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
-    name += f"-{batch_size}-{seed}" + "-left" * worst_case
-    folders = [
-        file.parent / "autoattack" / name for file in (directory.path / EVAL_FILE, keeper.file)
-    ]
+    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
+    name = name.replace(":", "_") + f"-{batch_size}-{seed}" + "-left" * worst_case
+    folders = [file.parent / "autoattack" / name for file in (judged.results, keeper.file)]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
     with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
         report = evaluate(
-            judged,
+            network,
             images,
             tuple(attacks),
             eps=radius,
@@ -255,10 +283,35 @@ def run_evaluation(
             progress=not quiet,
             state_dir=state,
             on_row=keeper.add,
+            expected=judged.clean,
         )
         text = report.table() + _about_radius(eps, radius, norm, report, recorded)
         keeper.close(text)
     return text
+
+
+def _given_model(
+    checkpoint: str,
+    model: str | None,
+    weights: str | None,
+    normalise: Sequence[str] | None,
+    data: str | None,
+    root: str | None,
+) -> tuple[JudgedModel, ImageData]:
+    """The model and the images of an evaluation without a run."""
+    if model is None:
+        raise ValueError(
+            "run must be given, or model: fastadv eval RUN judges a run, and fastadv eval --model NAME --weights "
+            "FILE --data DATA anybody's network"
+        )
+    if checkpoint != LATEST:
+        raise ValueError(f"checkpoint must come with a run, got {checkpoint!r}")
+    if data is None:
+        raise ValueError(
+            f"data must be given without a run: {', '.join(dataset_names())}, or a .npz file"
+        )
+    images = images_named(data, root)
+    return model_of_file(model, weights, normalise, images), images
 
 
 def _stoppable(state: Path | None) -> AbstractContextManager[None]:
@@ -285,27 +338,8 @@ def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None) -> N
         )
 
 
-def _test_images(directory: RunDirectory, data: str | None, root: str | None) -> ImageData:
-    """The test images of a data set, by default of the run's."""
-    recorded, folder = directory.source()
-    name = data or recorded
-    if name is None:
-        raise ValueError(
-            f"data must be given: {directory.path} was not trained on a data set by name"
-        )
-    check_data(name, root)
-    return load_dataset(name, root or folder).test
-
-
-def check_data(data: str, root: str | None) -> None:
-    """Check the name of a data set, and that a folder of its files is wanted where one is given."""
-    check_choice("data", data, dataset_names())
-    if root is not None and data == "digits":
-        raise ValueError(f"root must be left out with digits, which need no files, got {root!r}")
-
-
 def _about_radius(
-    eps: float | None, radius: float, norm: str, report: Report, recorded: Description
+    eps: float | None, radius: float, norm: str, report: Report, recorded: Description | None
 ) -> str:
     """Say at which radius a model was judged where the command did not, and how to name another."""
     if all(row.name == CLEAN for row in report.rows):
@@ -313,7 +347,7 @@ def _about_radius(
     if eps is not None:
         return ""
     text = f"\nJudged {radius_text(norm, radius)}, the default."
-    trained = recorded.recipe.get("eps")
+    trained = None if recorded is None else recorded.recipe.get("eps")
     if trained is not None and trained != radius:
         there = format_eps(trained)
         text += (

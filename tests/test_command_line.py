@@ -77,7 +77,8 @@ def test_what_is_given_is_not_missing(capfd: pytest.CaptureFixture[str], tmp_pat
     (tmp_path / "r.yaml").write_text("run: r\n")
     line = fails(["train", "arrest", "--config", str(tmp_path / "r.yaml")], capfd)
     assert "needs --data;" in line
-    assert "needs RUN" in fails(["eval"], capfd) and "needs RUNS" in fails(["report"], capfd)
+    assert "run must be given, or model" in fails(["eval"], capfd)
+    assert "needs RUNS" in fails(["report"], capfd)
 
 
 @pytest.mark.parametrize(

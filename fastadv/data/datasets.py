@@ -7,6 +7,7 @@ from pathlib import Path
 from fastadv.data.cifar import load_cifar10, load_cifar100
 from fastadv.data.digits import load_digits
 from fastadv.data.images import Splits
+from fastadv.ops.values import check_choice
 
 _FROM_FILES = {"cifar10": load_cifar10, "cifar100": load_cifar100}
 
@@ -14,6 +15,17 @@ _FROM_FILES = {"cifar10": load_cifar10, "cifar100": load_cifar100}
 def dataset_names() -> list[str]:
     """Return the names that `load_dataset` knows."""
     return ["digits", *_FROM_FILES]
+
+
+def check_source(name: str, root: str | Path | None) -> None:
+    """Check the name of a data set, and that a folder of its files is given only where it has files.
+
+    Raises:
+        ValueError: for an unknown name, or a folder for digits.
+    """
+    check_choice("data", name, dataset_names())
+    if root is not None and name not in _FROM_FILES:
+        raise ValueError(f"root must be left out with {name}, which need no files, got {root!r}")
 
 
 def load_dataset(name: str, root: str | Path | None = None, verify: bool = True) -> Splits:

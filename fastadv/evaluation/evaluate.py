@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +31,9 @@ from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, Row, library_versions
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
-from fastadv.ops.values import check_bool, integer, limit, norm_name
+from fastadv.ops.values import check_bool, integer, limit, norm_name, share
+
+_ENOUGH = 50  # clean images to tell guessing from knowing
 
 
 @names_checked
@@ -50,6 +54,7 @@ def evaluate(
     progress: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
     on_row: Callable[[Report], None] | None = None,
+    expected: float | None = None,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -87,6 +92,8 @@ def evaluate(
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
             continues after an interruption.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
+        expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
+            is a warning before the first attack; so there is where the model seems to guess.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -104,6 +111,7 @@ def evaluate(
     worst_case = check_bool("worst_case", worst_case)
     norm, seed = norm_name(norm), integer("seed", seed)
     alpha = None if alpha is None else limit("alpha", alpha)
+    expected = None if expected is None else share("expected", expected)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
     check_norm(chosen, norm)
@@ -119,6 +127,9 @@ def evaluate(
             check_classes(STANDARD, classes)
         check_fewest_classes(chosen, classes)
         clean = runner.clean()
+        if not isinstance(chosen[0], Clean):
+            say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
+        _doubt_clean(clean.robust, classes, expected)
         left: Tensor | None = None
         report = Report(
             rows=(),
@@ -140,6 +151,29 @@ def evaluate(
             if on_row is not None:
                 on_row(report)
     return report
+
+
+def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
+    """Warn where another network than the one that was meant seems to be judged."""
+    n, right, chance = len(correct), _count(correct) / len(correct), 1 / classes
+    doubt = None
+    if n >= _ENOUGH and right <= chance + 3 * math.sqrt(chance * (1 - chance) / n):
+        doubt = f"about as many as by guessing among {classes} classes"
+    elif expected is not None:
+        # Of a part of the images another share may be right, by chance.
+        spread = 3 * math.sqrt(max(expected * (1 - expected), 1e-4) / n)
+        if abs(right - expected) > 0.01 + spread:
+            doubt = f"while {100 * expected:.2f} % are recorded for this model"
+    if doubt is not None:
+        warnings.warn(
+            f"the model is right on {_percent(correct)} of the clean images, {doubt}; is it the network of these "
+            "weights, are images normalised as in training, and are the classes numbered alike?",
+            stacklevel=4,
+        )
+
+
+def _percent(flags: Tensor) -> str:
+    return f"{100 * _count(flags) / len(flags):.2f} %"
 
 
 def _row(

@@ -1,0 +1,209 @@
+"""What `fastadv eval` judges: the model of a run, or anybody's weights in a network by name."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fastadv.data import ImageData, load_dataset, load_npz
+from fastadv.data.datasets import check_source
+from fastadv.models import (
+    Normalized,
+    create_model,
+    form_of,
+    forms_of,
+    load_published_state_dict,
+    names_code,
+    read_state_file,
+)
+from fastadv.trainers import load_model
+from fastadv.trainers.checkpoint import find_checkpoint
+from fastadv.trainers.run_directory import RunDirectory
+
+# Under these names checkpoints record the accuracy on clean images, as a share or in percent.
+_ACCURACIES = (
+    "clean_acc", "clean_accuracy", "test_clean_acc", "natural_acc", "nat_acc", "test_standard_acc",
+    "best_acc", "test_acc", "val_acc", "acc1", "prec1", "acc", "accuracy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """A model, and what is to be said of it.
+
+    Attributes:
+        model: in evaluation mode, on the CPU, from images in 0..1 to logits.
+        name: of the run or the file.
+        method: how it was trained; empty if nobody says.
+        network: what the model is called.
+        checkpoint: name of the checkpoint or the file.
+        results: the file to which results are added by default.
+        clean: the accuracy on clean images that the file records, 0..1; None if it records none.
+        others: further networks which these weights fit, and which compute something else of them.
+    """
+
+    model: nn.Module
+    name: str
+    method: str
+    network: str
+    checkpoint: str
+    results: Path
+    clean: float | None = None
+    others: tuple[str, ...] = ()
+
+
+def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> JudgedModel:
+    """The model of a run of ours.
+
+    Args:
+        run: the run directory.
+        checkpoint: which one of the run.
+        model: the network, where it is a function of the user's own.
+        results: name of the file of results in the run directory.
+    """
+    directory = RunDirectory(run)
+    path = find_checkpoint(directory.path, checkpoint)
+    recorded = directory.read()
+    return JudgedModel(
+        load_model(path, model),
+        directory.path.resolve().name,
+        recorded.method,
+        str(recorded.model.get("name") or recorded.model.get("class", "")),
+        path.name,
+        directory.path / results,
+    )
+
+
+def model_of_file(
+    model: str, weights: str | None, normalise: Sequence[str] | None, images: ImageData
+) -> JudgedModel:
+    """A network by name, with the weights of a file.
+
+    Args:
+        model: as `fastadv.models.create_model` takes it.
+        weights: a file with a state dict in any of the published wrappings; None for a function of the user's own
+            that returns a trained model.
+        normalise: mean and standard deviation of the inputs, each one number or one per channel with commas
+            between them; None for a model that takes images in 0..1, or whose file says how it normalises.
+        images: tell the number of classes and of channels.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for an unknown network, weights that do not fit it, or a normalisation that is none or is not
+            what the file says.
+    """
+    try:
+        network = create_model(model, images.num_classes, images.in_channels)
+    except ValueError as error:
+        raise ValueError(f"model: {error}") from error
+    given = None if normalise is None else _normalisation(normalise, images.in_channels)
+    if weights is None:
+        if not names_code(model):
+            raise ValueError(
+                f"weights must be given with model {model!r}, whose own are random: --weights FILE"
+            )
+        judged = network if given is None else Normalized(network, *given)
+        return JudgedModel(judged.eval(), model, "", model, "", Path("eval.json"))
+    file = Path(weights)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file; weights must be a file with a state dict")
+    state = read_state_file(file)
+    wrapped = network if isinstance(network, Normalized) else Normalized(network)
+    try:
+        report = load_published_state_dict(wrapped, state, form=form_of(network))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    judged = wrapped if report.normalizes or network is wrapped else network
+    if given is not None:
+        if report.normalizes and not _is_same(given, (report.mean or [], report.std or [])):
+            raise ValueError(
+                f"normalise must be left out or be what {file} says, mean {report.mean} and std {report.std}, "
+                f"got {' '.join(normalise or ())}"
+            )
+        judged = Normalized(network, *given) if judged is network else judged
+    return JudgedModel(
+        judged.eval(),
+        file.stem,
+        "",
+        model,
+        file.name,
+        file.with_name(f"{file.name}.eval.json"),
+        recorded_accuracy(state),
+        tuple(name for name in forms_of(network) if name != form_of(network)),
+    )
+
+
+def images_of_run(directory: RunDirectory, data: str | None, root: str | None) -> ImageData:
+    """The test images of a data set, by default of the run's."""
+    recorded, folder = directory.source()
+    name = data or recorded
+    if name is None:
+        raise ValueError(
+            f"data must be given: {directory.path} was not trained on a data set by name"
+        )
+    if root is not None:
+        check_source(name, root)
+    return images_named(name, root or (None if name.endswith(".npz") else folder))
+
+
+def images_named(data: str, root: str | None) -> ImageData:
+    """The test images of a data set by name, or all of a .npz file."""
+    if data.endswith(".npz"):
+        if root is not None:
+            raise ValueError(f"root must be left out with the file {data}, got {root!r}")
+        return load_npz(data)
+    check_source(data, root)
+    return load_dataset(data, root).test
+
+
+def _normalisation(words: Sequence[str], channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel."""
+    if len(words) != 2:
+        raise ValueError(
+            "normalise must be a mean and a standard deviation, such as 0.4914,0.4822,0.4465 "
+            f"0.2470,0.2435,0.2616, got {' '.join(words)!r}"
+        )
+    found = []
+    for word in words:
+        try:
+            values = [float(part) for part in word.split(",")]
+        except ValueError:
+            raise ValueError(f"normalise must be numbers with commas, got {word!r}") from None
+        if len(values) not in (1, channels) or not all(map(math.isfinite, values)):
+            raise ValueError(
+                f"normalise must have one number or {channels}, one per channel, got {word!r}"
+            )
+        found.append(values * (channels // len(values)))
+    mean, std = found
+    if min(std) <= 0:
+        raise ValueError(f"normalise must have a standard deviation > 0, got {words[1]!r}")
+    return mean, std
+
+
+def _is_same(given: tuple[list[float], list[float]], of_file: tuple[list[float], ...]) -> bool:
+    return all(
+        len(a) == len(b)
+        and all(math.isclose(x, y, abs_tol=1e-3) for x, y in zip(a, b, strict=True))
+        for a, b in zip(given, of_file, strict=True)
+    )
+
+
+def recorded_accuracy(state: Any) -> float | None:
+    """The accuracy on clean images, 0..1, that a saved object records beside its weights; None without one."""
+    if not isinstance(state, Mapping):
+        return None
+    numbers = {
+        str(key).lower(): float(value)
+        for key, value in state.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
+    for name in _ACCURACIES:
+        value = numbers.get(name)
+        if value is not None and 0 < value <= 100:
+            return value if value <= 1 else value / 100
+    return None
