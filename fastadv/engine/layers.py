@@ -19,6 +19,9 @@ from fastadv.engine.packed_convolution import (
 )
 
 _FEW_WEIGHTS = 2**16  # of a linear layer
+# With float32 weights torch's CPU kernels keep the statistics of narrow maps in float32 too. In their gradients
+# differences nearly cancel, which statistics in bfloat16 are too coarse for.
+_MIXED_NORMS = (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
 
 
 @dataclass(frozen=True)
@@ -188,7 +191,9 @@ class CopiedFunction(nn.Module):
         super().__init__()
         self._function, self._names, self._dtype = function, names, dtype
         for number, weight in enumerate(weights):
-            own = torch.empty_like(weight, dtype=_narrowed(weight, dtype)).detach()
+            wide = function in _MIXED_NORMS and weight.device.type == "cpu"
+            kept = torch.promote_types(dtype, torch.float32) if wide else dtype
+            own = torch.empty_like(weight, dtype=_narrowed(weight, kept)).detach()
             self.register_buffer(f"weight{number}", own, persistent=False)
 
     def refresh(self, *weights: Tensor) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -121,14 +123,37 @@ def plain_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 def _tells(model: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Per image, whether its gradient tells something: not 0, and about the same where the image hardly moves.
 
-    Others are made of rounding errors, or next to a kink. The image moves as far as the precision rounds.
+    Others are made of rounding errors, or next to a kink. The image moves as far as the precision rounds. In a
+    narrow precision what the layers hand on is rounded as well, as whoever computes in it must do.
     """
     size, least = (1e-4, 0.99) if precision == "fp32" else (4e-3, 0.95)
     tells = grad.flatten(1).abs().amax(1) > 0
     for _ in range(2):
         _, moved = plain_gradient(model, x + size * torch.randn_like(x))
         tells &= _cosines(moved, grad) > least
+    if precision != "fp32":
+        with _rounded_layers(model):
+            _, rounded = plain_gradient(model, x)
+        tells &= _cosines(rounded, grad) > least
     return tells
+
+
+@contextmanager
+def _rounded_layers(model: nn.Module) -> Iterator[None]:
+    """Within, the results of all layers are rounded to bfloat16, and gradients pass as if they were not."""
+
+    def rounded(layer: nn.Module, args: Any, out: Any) -> Any:
+        if not isinstance(out, Tensor) or not out.is_floating_point():
+            return None
+        return out + (out.bfloat16().to(out.dtype) - out).detach()
+
+    layers = [m for m in model.modules() if not list(m.children())]
+    handles = [layer.register_forward_hook(rounded) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _compare(
