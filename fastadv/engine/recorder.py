@@ -284,6 +284,8 @@ class Recorder(TorchFunctionMode):
                 if arg is not None and not self._refusal:
                     self._record_own_function(cls, args, arg)
             elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
+                if _is_importing(frame):  # a module that is needed for the first time
+                    return
                 self._refusal = "its forward draws random numbers (the system's)"
 
         sys.setprofile(watch)
@@ -371,6 +373,15 @@ def _leads_to(tensor: Tensor, leaf: Tensor) -> bool:
         if getattr(node, "variable", None) is leaf:
             return True
         waiting.extend(following for following, _ in node.next_functions)
+    return False
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+    """Whether a frame within a recording belongs to an import."""
+    while frame is not None and frame.f_code is not Recorder.run.__code__:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
     return False
 
 
