@@ -12,16 +12,14 @@ namespace fastadv {
 namespace {
 
 constexpr int64_t kChunk = int64_t(1) << 16;  // bytes of one task
-constexpr int kLanes = 4;  // hashes side by side, so that no multiplication waits for another
-// Random odd numbers.
-constexpr std::array<uint64_t, kLanes> kKeys = {0x8b67e1d4a3c2f905, 0x5d92f3ab7c10e46f,
-                                                0xc3a5172be98d604d, 0x21f8b96d4e7703a9};
+constexpr int kLanes = 8;  // hashes side by side, so that no multiplication waits for another
+constexpr uint64_t kFirst = 0x8b67e1d4a3c2f905, kSecond = 0x5d92f3ab7c10e46f;  // odd, random
 
-// Both halves of the product of two words, folded: each bit of the result depends on all of theirs.
-uint64_t folded(uint64_t a, uint64_t b) {
-  __extension__ typedef unsigned __int128 Wide;
-  const Wide product = Wide(a) * b;
-  return uint64_t(product) ^ uint64_t(product >> 64);
+// The state after one more word. As a map of the state, and as a map of the word, it is one to one:
+// a single change always shows, and no word makes forgotten what came before it.
+uint64_t after(uint64_t state, uint64_t word, uint64_t factor) {
+  state = (state ^ word) * factor;
+  return state ^ (state >> 32);
 }
 
 uint64_t word(const char* bytes) {
@@ -30,15 +28,14 @@ uint64_t word(const char* bytes) {
   return value;
 }
 
-// `bytes` is a multiple of a block but for the last chunk of a tensor, whose rest is padded with 0.
+// The last block of a chunk is padded with 0; the number of bytes counts too.
 uint64_t hash_chunk(const char* data, int64_t bytes, uint64_t seed) {
-  constexpr int64_t kBlock = 2 * kLanes * sizeof(uint64_t);
+  constexpr int64_t kBlock = kLanes * sizeof(uint64_t);
   std::array<uint64_t, kLanes> lanes;
-  for (int l = 0; l < kLanes; ++l) lanes[l] = folded(seed + kKeys[l], kKeys[kLanes - 1 - l]);
+  for (int l = 0; l < kLanes; ++l) lanes[l] = after(seed, uint64_t(l), kSecond);
   const auto add_block = [&](const char* block) {
     for (int l = 0; l < kLanes; ++l) {
-      const char* pair = block + 2 * l * sizeof(uint64_t);
-      lanes[l] = folded(lanes[l] ^ word(pair), word(pair + sizeof(uint64_t)) ^ kKeys[l]) + kKeys[l];
+      lanes[l] = after(lanes[l], word(block + l * sizeof(uint64_t)), kFirst);
     }
   };
   int64_t done = 0;
@@ -49,7 +46,7 @@ uint64_t hash_chunk(const char* data, int64_t bytes, uint64_t seed) {
     add_block(rest);
   }
   uint64_t hash = uint64_t(bytes);
-  for (uint64_t lane : lanes) hash = folded(hash ^ lane, kKeys[0]) + lane;
+  for (uint64_t lane : lanes) hash = after(hash, lane, kSecond);
   return hash;
 }
 
@@ -85,7 +82,7 @@ at::Tensor content_hash(at::TensorList tensors) {
   size_t next = 0;
   for (size_t i = 0; i < ends.size(); ++i) {
     uint64_t hash = 0;
-    for (; next < ends[i]; ++next) hash = folded(hash ^ hashes[next], kKeys[1]) + hashes[next];
+    for (; next < ends[i]; ++next) hash = after(hash, hashes[next], kSecond);
     to[i] = int64_t(hash);
   }
   return result;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -68,6 +69,17 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
             f"{found[1]:.9g}; normalisation belongs inside the model"
         )
+
+
+def check_start(start: Tensor) -> None:
+    """Check the values of points to start from; on a GPU this waits for the device once.
+
+    Raises:
+        ValueError: one is not finite.
+    """
+    lowest, highest = torch.stack(start.aminmax()).tolist()
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise ValueError(f"start must be finite, got values from {lowest:.9g} to {highest:.9g}")
 
 
 def check_labels(y: Tensor, num_classes: int) -> None:

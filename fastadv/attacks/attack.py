@@ -19,6 +19,7 @@ from fastadv.attacks.arguments import (
     check_images,
     check_labels,
     check_seed,
+    check_start,
 )
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
@@ -158,6 +159,8 @@ class Attack(Configured):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
                 check_images(x, settings.bounds)
+                if start is not None:
+                    check_start(start)
             engine = self._ready(x)
             with engine.session(self.model, seed, current=True):
                 batch = Batch(

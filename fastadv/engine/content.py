@@ -14,8 +14,8 @@ torch.library.define("fastadv::content_hash", "(Tensor[] tensors) -> Tensor")
 def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """What stays equal as long as no element of the tensors changes, bit for bit.
 
-    Two different contents have equal hashes of 64 bits by chance only. An autograd version counter would not do:
-    writing through ``tensor.data`` leaves it alone.
+    A hash of 64 bits always shows the change of a single word of 8 bytes, and any other one all but certainly. An
+    autograd version counter would not do: writing through ``tensor.data`` leaves it alone.
 
     Returns:
         None where a tensor is no ordinary one of the CPU, so that nothing is known about it.

@@ -83,15 +83,24 @@ def _kept_modes(model: nn.Module, parameters: bool) -> Iterator[None]:
 @contextmanager
 def _kept_buffers(model: nn.Module) -> Iterator[None]:
     """Keep the buffers' identities and values, also where a module updates them in eval mode."""
+    modules = [(module, dict(module._buffers.items())) for module in model.modules()]
     saved = [
         (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
+        for module, buffers in modules
+        for name, buffer in buffers.items()
         if buffer is not None
     ]
     try:
         yield
     finally:
+        for module, buffers in modules:
+            if not isinstance(
+                module._buffers, dict
+            ):  # of a scripted module, which gets no new ones
+                continue
+            for name in [n for n in module._buffers if n not in buffers]:
+                del module._buffers[name]
+            module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
             # Past the version counter, so that a graph made before the attack can still be differentiated.
             buffer.data.copy_(value)

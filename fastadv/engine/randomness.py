@@ -80,6 +80,11 @@ def drawing_generator(model: nn.Module, run: Callable[[], object]) -> str | None
     return own[min(suspects)][0]
 
 
+def shared_states() -> tuple[Any, ...]:
+    """The states of Python's and numpy's generators, which all code shares."""
+    return random.getstate(), _numpy_state()
+
+
 def _numpy_state() -> bytes:
     state: Any = np.random.get_state()
     return state[1].tobytes() + repr(state[2:]).encode()

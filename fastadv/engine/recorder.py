@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -49,13 +49,13 @@ def recorded(
     model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True
 ) -> Recording:
     """As `record`, for a model that is `held`."""
-    with torch.set_grad_enabled(gradients):
+    with torch.enable_grad(), nullcontext() if gradients else _without_graph(model):
         if not careful:
-            return Recorder(images).run(model)
+            return Recorder(images, gradients).run(model)
         found: list[Recording] = []
 
         def run() -> None:
-            recorder = Recorder(images)
+            recorder = Recorder(images, gradients)
             with recorder.sees_own_functions():
                 found.append(recorder.run(model))
 
@@ -63,6 +63,19 @@ def recorded(
         if generator is not None:
             raise Unrecordable(f"its forward draws random numbers ({generator})")
         return found[-1]
+
+
+@contextmanager
+def _without_graph(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter requires grad, so that a pass keeps no graph though gradients are enabled."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()
 
 
 # Functions that hand a tensor's values to Python, which may then do anything with them.
@@ -81,9 +94,9 @@ _NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_gra
 class Recorder(TorchFunctionMode):
     """Watches one forward pass of the calling thread."""
 
-    def __init__(self, images: Tensor) -> None:
+    def __init__(self, images: Tensor, gradients: bool = True) -> None:
         super().__init__()
-        self.recording = Recording()
+        self.recording = Recording(gradients=gradients)
         self._places: dict[int, int] = {}  # by id; `values` keeps the tensors, so ids stay theirs
         self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
@@ -92,13 +105,12 @@ class Recorder(TorchFunctionMode):
         self._refusal = ""
         self._device = images.device.type
         self._knows_autocast = torch.amp.is_autocast_available(self._device)
-        leaf = images.detach().clone().requires_grad_()
+        leaf = images.detach().clone().requires_grad_(gradients)
         self.recording.images = leaf
 
     def run(self, model: nn.Module) -> Recording:
         """Record the model on a copy of the images that is no leaf, so that it may write to it."""
         recording = self.recording
-        recording.gradients = torch.is_grad_enabled()
         batch = recording.images.clone()
         self._add(batch, depends=True)
         with self:
@@ -274,8 +286,8 @@ class Recorder(TorchFunctionMode):
         calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
 
         def watch(frame: types.FrameType, event: str, arg: Any) -> None:
-            if event == "call" and not self._inside and frame.f_code in codes:
-                cls, args = _own_call(frame, codes[frame.f_code])
+            if event == "call" and not self._inside and id(frame.f_code) in codes:
+                cls, args = _own_call(frame, codes[id(frame.f_code)])
                 calls.append((frame, cls, args))
                 self._inside += 1
             elif event == "return" and calls and calls[-1][0] is frame:
@@ -296,8 +308,8 @@ class Recorder(TorchFunctionMode):
 
     def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
         self.recording.own_functions = True
-        kept = torch.set_grad_enabled(self.recording.gradients)
-        with torch._C.DisableTorchFunction(), kept, suppress(Unrecordable):
+        # An autograd function switches gradients off for its own code.
+        with torch._C.DisableTorchFunction(), torch.enable_grad(), suppress(Unrecordable):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 
@@ -385,16 +397,16 @@ def _is_importing(frame: types.FrameType | None) -> bool:
     return False
 
 
-def _forward_codes() -> dict[types.CodeType, Any]:
-    """The autograd function that each forward method belongs to."""
-    codes: dict[types.CodeType, Any] = {}
+def _forward_codes() -> dict[int, Any]:
+    """The autograd function that each forward method belongs to, by the id of its code: some code has no hash."""
+    codes: dict[int, Any] = {}
     waiting = list(torch.autograd.Function.__subclasses__())
     while waiting:
         cls = waiting.pop()
         waiting.extend(cls.__subclasses__())
         code = getattr(cls.forward, "__code__", None)
         if code is not None:
-            codes.setdefault(code, cls)
+            codes.setdefault(id(code), cls)
     return codes
 
 

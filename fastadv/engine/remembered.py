@@ -48,7 +48,9 @@ class Remembered:
     @staticmethod
     def of(recording: Recording) -> Remembered | None:
         """None where it cannot be remembered: on a GPU, of a large network, with other people's operators."""
-        if recording.autocast or not all(_is_torchs(op.function) for op in recording.ops):
+        if recording.autocast or recording.own_functions:
+            return None
+        if not all(_is_torchs(op.function) for op in recording.ops):
             return None
         weights = content([recording.values[place] for place in recording.external()])
         if weights is None or recording.images.device.type != "cpu":
@@ -59,7 +61,7 @@ class Remembered:
             value = recording.values[op.place]
             costly = op.function in _COSTLY and type(value) is Tensor
             if costly and storage_of(value) not in overwritten:
-                results[op.place] = value.detach()
+                results[op.place] = value.detach().requires_grad_(value.requires_grad)
         if sum(result.nbytes for result in results.values()) > _MOST_BYTES:
             return None
         return Remembered(recording, results, weights)
@@ -70,10 +72,15 @@ class Remembered:
         Where the recording shows another network, this object must not be used again: an operation that was not
         there may have written into the results.
         """
+        with held(model):
+            return self.again(model)
+
+    def again(self, model: nn.Module) -> Recording | None:
+        """As `repeated`, of a model that is `held`."""
         if torch.get_default_dtype() != self._default_dtype:
             return None
         try:
-            with held(model), torch.no_grad():
+            with torch.enable_grad():
                 recording = _Repeat(self._images, self._ops, self._results).run(model)
         except Exception:  # if it is the model's own, the pass that comes instead raises it again
             return None
@@ -108,4 +115,6 @@ class _Repeat(Recorder):
         if then is None or kept is None or func is not then.function:
             return super().call(func, args, kwargs)
         same = then.args == self.referred(args) and then.kwargs == self.referred(kwargs)
-        return kept if same else super().call(func, args, kwargs)
+        if not same or then.with_gradient != torch.is_grad_enabled():
+            return super().call(func, args, kwargs)
+        return kept.view_as(kept)  # what is kept is a leaf, for which a model may ask

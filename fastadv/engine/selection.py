@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine import proof
+from fastadv.engine import proof, randomness
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
@@ -39,7 +39,7 @@ from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import draws_nothing, record, recorded
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered
-from fastadv.engine.tape import Tape, tape_for_one_size, tape_of
+from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
 
 _SIZES = (3, 4)  # of the two batches of which a copy is made
@@ -47,6 +47,7 @@ _PROBES = 2  # images that prove a copy at every use
 _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
+_CALLS = 8  # in which a model must do the same, to be copied
 
 
 class Wish(NamedTuple):
@@ -155,19 +156,22 @@ class EngineCache:
         self, model: nn.Module, x: Tensor, kept: list[_Copy], kind: Hashable
     ) -> Engine | None:
         """The kept copy whose operations and logits are the model's; None where there is none."""
-        batch = x.shape[0]
+        batch, states = x.shape[0], randomness.shared_states()
         known = [copy for copy in kept if batch in copy.sizes]
         # Few images tell enough once a whole batch of this size has been seen.
         few = known and all(copy.tape.only_batch is None for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
         same = next((copy for copy in known if few and _unchanged(copy, model)), None)
-        if same is not None:
+        careful |= randomness.shared_states() != states  # by the model, or by another thread
+        if same is not None and not careful:
             return _used(kept, same)
         for size in dict.fromkeys((_PROBES if few else batch, batch)):
             if size <= _PROBES:
                 recording = record(model, _finite(x[:size]), careful=careful)
             else:
                 recording = _whole(model, x, careful)
+            if not careful and randomness.shared_states() != states:
+                record(model, _finite(x[:_PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 copy.engine.refresh(recording)
@@ -248,6 +252,9 @@ def _build(
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
     few = None if tape.only_batch else _few(model, x, tape)
+    remembered = None if few is None else Remembered.of(few)
+    if remembered is not None and not _is_steady(model, tape, remembered):
+        raise Unrecordable("its operations change from call to call")
     failures = []
     for make in candidates(tape, recording, precision, wish):
         try:
@@ -262,7 +269,7 @@ def _build(
             failures.append(f"its copy fails: {error}")
             continue
         if fault is None:
-            engine.remembered = None if few is None else Remembered.of(few)
+            engine.remembered = remembered
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
             return _Copy(tape, engine, live.tells(), {x.shape[0]})
@@ -286,6 +293,16 @@ def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
     return None
 
 
+def _is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
+    """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
+    with held(model):
+        for _ in range(_CALLS):
+            recording = remembered.again(model)
+            if recording is None or not tape.describes(recording):
+                return False
+    return True
+
+
 def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
     """The model's operations, and a recording to compare gradients with.
 
@@ -305,10 +322,11 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
         raise
     except Exception:
         pass  # the model may take batches of one size alone; if not, its own error comes now
+    others = 0.9 * _finite(x) + 0.1 * _finite(x).flip(0, -1)
     with held(model):
-        first, second = (recorded(model, _finite(x), careful=True) for _ in _SIZES)
+        first, second = (recorded(model, images, careful=True) for images in (others, _finite(x)))
     tape = tape_for_one_size(first)
-    if not tape.describes(second):
+    if not (tape.describes(second) and same_tensors(first, second)):
         raise Unrecordable("its operations change from call to call")
     return tape, second
 

@@ -52,7 +52,7 @@ class Tape:
 
     def describes(self, recording: Recording) -> bool:
         """Whether the network of a recording is this one."""
-        batch, gradients = recording.images.shape[0], recording.gradients
+        batch = recording.images.shape[0]
         if self.only_batch not in (None, batch) or len(self.ops) != len(recording.ops):
             return False
         if self.output != recording.output or self.autocast != recording.autocast:
@@ -60,7 +60,7 @@ class Tape:
         if self.external != _external(recording):
             return False
         return all(
-            _same_head(mine, theirs, gradients)
+            _same_head(mine, theirs)
             and _same(mine.args, theirs.args, batch)
             and _same(mine.kwargs, theirs.kwargs, batch)
             for mine, theirs in zip(self.ops, recording.ops, strict=True)
@@ -78,17 +78,24 @@ def tape_of(first: Recording, second: Recording) -> Tape:
         raise DependsOnBatch(_VARIES)
     merged = []
     for a, b in zip(first.ops, second.ops, strict=True):
-        if not _same_head(a, b, True):
+        if not _same_head(a, b):
             raise DependsOnBatch(_VARIES)
         args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), sizes)
         merged.append(
             Op(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
         )
-    for place in first.external():
-        one, other = first.values[place], second.values[place]
-        if one is not other and not _equal(one, other):
-            raise DependsOnBatch(_VARIES)
+    if not same_tensors(first, second):
+        raise DependsOnBatch(_VARIES)
     return _tape(first, tuple(merged), None)
+
+
+def same_tensors(first: Recording, second: Recording) -> bool:
+    """Whether two recordings of the same operations used the same tensors of the model.
+
+    Of recordings of different images this also says that no tensor was made of the images unseen.
+    """
+    pairs = ((first.values[place], second.values[place]) for place in first.external())
+    return all(one is other or _equal(one, other) for one, other in pairs)
 
 
 def tape_for_one_size(recording: Recording) -> Tape:
@@ -144,12 +151,12 @@ def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
     return tuple(dynamic)
 
 
-def _same_head(a: Op, b: Op, gradients: bool) -> bool:
-    """Whether two ops call one function; ``gradients``: both with, or both without gradients."""
+def _same_head(a: Op, b: Op) -> bool:
+    """Whether two ops call one function in the same way, whatever their arguments."""
     return (
         (a.function is b.function or a.function == b.function)
         and a.place == b.place
-        and (not gradients or a.with_gradient == b.with_gradient)
+        and a.with_gradient == b.with_gradient
         and a.writes == b.writes
         and a.result_dim == b.result_dim
     )
