@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         MIM,
         PGD,
         FriendlyPGD,
+        Square,
         pgd_fused,
     )
     from fastadv.attacks.minimum_perturbation import minimum_perturbation
@@ -42,6 +43,7 @@ __all__ = [
     "MIM",
     "PGD",
     "FriendlyPGD",
+    "Square",
     "__version__",
     "backend",
     "evaluate",
@@ -61,6 +63,7 @@ _ATTACKS = (
     "MIM",
     "PGD",
     "FriendlyPGD",
+    "Square",
     "minimum_perturbation",
     "pgd_fused",
 )

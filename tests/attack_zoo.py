@@ -45,6 +45,17 @@ def single(kind: Callable[..., Attack]) -> Make:
     return lambda model, norm="linf", **options: kind(model, RADIUS[norm], norm=norm, **options)
 
 
+def searching(**fixed: Any) -> Make:
+    """The Square attack, which takes no gradient."""
+
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        return fastadv.Square(
+            model, RADIUS[norm], **{"queries": 20, "norm": norm, **fixed, **options}
+        )
+
+    return make
+
+
 BALL_ATTACKS: dict[str, Make] = {
     "pgd": iterated(fastadv.PGD),
     "pgd best": iterated(fastadv.PGD, keep="best"),
@@ -60,7 +71,11 @@ BALL_ATTACKS: dict[str, Make] = {
     "apgd-cw restarts": automatic(loss="cw", restarts=2),
     "apgd-ce-t": automatic(loss="ce-t", target_classes=2),
     "apgd-dlr-t": automatic(loss="dlr-t", target_classes=2),
+    "square": searching(),
+    "square-ce restarts": searching(loss="ce", restarts=2),
 }
+RECORDED = [name for name in BALL_ATTACKS if not name.startswith(("apgd", "square"))]
+WITHOUT_GRADIENT = ["square", "square-ce restarts"]
 
 
 def _cw_l2(model: nn.Module, norm: str = "l2", **options: Any) -> Attack:

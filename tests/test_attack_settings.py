@@ -46,6 +46,7 @@ OTHER: dict[str, Any] = {
     **{"train_mode": True, "keep": "best", "sparsity": 0.5, "seed": 7, "check_inputs": False},
     **{"decay": 0.5, "tau": 2, "target_classes": 2, "rho": 0.5},
     **{"c": 0.5, "kappa": 0.1, "lr": 0.05, "search_steps": 2},
+    **{"queries": 30, "p_init": 0.3, "rescale_schedule": True},
 }
 # Short, so that the attacks with many steps end, and without chance.
 BASE: dict[str, Any] = {"seed": 1, "precision": "fp32", "engine": "eager"}
@@ -61,7 +62,7 @@ def arguments_of(kind: type[Attack]) -> dict[str, inspect.Parameter]:
 
 def short(kind: type[Attack], name: str = "") -> dict[str, Any]:
     known = arguments_of(kind)
-    options = {**BASE, "steps": 2, "search_steps": 1, "c": 1.0, "lr": 0.1}
+    options = {**BASE, "steps": 2, "search_steps": 1, "c": 1.0, "lr": 0.1, "queries": 15}
     if kind is fastadv.MIM and name == "restarts":  # which without chance would be one run again
         options["random_start"] = True
     return {key: value for key, value in options.items() if key in known and key != name}
@@ -69,7 +70,7 @@ def short(kind: type[Attack], name: str = "") -> dict[str, Any]:
 
 def test_all_attacks_are_looked_at() -> None:
     names = {kind.__name__ for kind in KINDS}
-    assert names == {"APGD", "CW", "CWL2", "FGSM", "FGSMRS", "FriendlyPGD", "MIM", "PGD"}
+    assert names == {"APGD", "CW", "CWL2", "FGSM", "FGSMRS", "FriendlyPGD", "MIM", "PGD", "Square"}
     assert set(OTHER) == {n for kind in KINDS for n in arguments_of(kind)} - {"model"}
 
 

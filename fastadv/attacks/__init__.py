@@ -11,6 +11,7 @@ from fastadv.attacks.mim import MIM
 from fastadv.attacks.minimum_perturbation import minimum_perturbation
 from fastadv.attacks.pgd import PGD, PGDSettings, pgd_fused
 from fastadv.attacks.report import AttackReport
+from fastadv.attacks.square import Square, SquareSettings
 
 __all__ = [
     "APGD",
@@ -27,6 +28,8 @@ __all__ = [
     "CWL2Settings",
     "FriendlyPGD",
     "PGDSettings",
+    "Square",
+    "SquareSettings",
     "minimum_perturbation",
     "pgd_fused",
 ]
