@@ -82,10 +82,26 @@ def _cw_l2(model: nn.Module, norm: str = "l2", **options: Any) -> Attack:
     return fastadv.CWL2(model, **{"steps": 10, "search_steps": 3, "c": 1.0, "lr": 0.1, **options})
 
 
+def crossing(**fixed: Any) -> Make:
+    """The fast adaptive boundary attack, whose changes are as small as it can make them, whatever the radius."""
+
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        return fastadv.FAB(
+            model, 3 * RADIUS[norm], **{"steps": 5, "norm": norm, **fixed, **options}
+        )
+
+    return make
+
+
 # An attack by its name, and a norm that it knows.
 NAMES_AND_NORMS = [
     (name, norm) for name in BALL_ATTACKS for norm in RADIUS if norm != "l1" or "apgd" not in name
 ]
 
-ATTACKS: dict[str, Make] = {**BALL_ATTACKS, "cw-l2": _cw_l2}
+ATTACKS: dict[str, Make] = {
+    **BALL_ATTACKS,
+    "cw-l2": _cw_l2,
+    "fab-t": crossing(),
+    "fab": crossing(target_classes=None),
+}
 TARGETED = ["pgd", "pgd best", "fgsm", "fgsm-rs", "mim", "cw", "apgd-ce", "apgd-dlr", "cw-l2"]

@@ -279,7 +279,7 @@ def test_what_is_not_recorded_runs_step_by_step_or_is_refused(
         make(model, engine="graph")
 
 
-@pytest.mark.parametrize("kind", [fastadv.APGD, fastadv.CWL2, fastadv.Square])
+@pytest.mark.parametrize("kind", [fastadv.APGD, fastadv.CWL2, fastadv.FAB, fastadv.Square])
 def test_attacks_that_are_not_recorded_say_so(recorder: EmulatedRecorder, kind: Any) -> None:
     with pytest.raises(ValueError, match=f"got 'graph': {kind.__name__} is run step by step"):
         kind(trained_small_cnn(), engine="graph")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastadv.attacks.apgd import APGD, APGDSettings
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.cw import CW, CWL2, CWL2Settings
+from fastadv.attacks.fab import FAB, FABSettings
 from fastadv.attacks.fgsm import FGSM, FGSMRS
 from fastadv.attacks.friendly import FriendlyPGD
 from fastadv.attacks.mim import MIM
@@ -17,6 +18,7 @@ __all__ = [
     "APGD",
     "CW",
     "CWL2",
+    "FAB",
     "FGSM",
     "FGSMRS",
     "MIM",
@@ -26,6 +28,7 @@ __all__ = [
     "AttackReport",
     "AttackSettings",
     "CWL2Settings",
+    "FABSettings",
     "FriendlyPGD",
     "PGDSettings",
     "Square",

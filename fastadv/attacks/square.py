@@ -201,8 +201,7 @@ class _Search:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the images."""
-        best, self.best = self.best, Best()
-        self.best.offer(best.images[rows], best.value[rows], best.succeeded[rows])
+        self.best = self.best.rows(rows)
         self._batch, self._words = self._batch.rows(rows), self._words[rows]
         self._proposals = proposals_for(self._batch)
 
