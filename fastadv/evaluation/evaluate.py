@@ -70,6 +70,8 @@ def evaluate(
               Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
             * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
               of 100 steps, or ``"apgd-ce-K"`` and so on of K;
+            * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
+              nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
             * ``"autoattack"``, the standard version of the reference implementation;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
