@@ -93,10 +93,8 @@ def crossing(**fixed: Any) -> Make:
     return make
 
 
-# An attack by its name, and a norm that it knows.
-NAMES_AND_NORMS = [
-    (name, norm) for name in BALL_ATTACKS for norm in RADIUS if norm != "l1" or "apgd" not in name
-]
+# An attack by its name, and a norm.
+NAMES_AND_NORMS = [(name, norm) for name in BALL_ATTACKS for norm in RADIUS]
 
 ATTACKS: dict[str, Make] = {
     **BALL_ATTACKS,

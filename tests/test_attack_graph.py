@@ -283,7 +283,8 @@ def test_what_is_not_recorded_runs_step_by_step_or_is_refused(
 def test_attacks_that_are_not_recorded_say_so(recorder: EmulatedRecorder, kind: Any) -> None:
     with pytest.raises(ValueError, match=f"got 'graph': {kind.__name__} is run step by step"):
         kind(trained_small_cnn(), engine="graph")
-    attack = kind(trained_small_cnn(), steps=2, precision="fp32")
+    length = "queries" if kind is fastadv.Square else "steps"
+    attack = kind(trained_small_cnn(), precision="fp32", **{length: 2})
     for _ in range(2):
         attack(*digits_test(4))
         assert attack.last.engine == "compiled"

@@ -232,6 +232,8 @@ def test_an_attribute_that_is_no_setting_is_refused(kind: type[Attack]) -> None:
         (fastadv.CWL2, "confidence", "did you mean 'kappa'"),
         (fastadv.PGD, "decay", "PGD has no argument 'decay'; MIM has one"),
         (fastadv.PGD, "loss_fn", "did you mean 'loss'"),
+        (fastadv.Square, "n_queries", "did you mean 'queries'"),
+        (fastadv.FAB, "n_target_classes", "did you mean 'target_classes'"),
     ],
 )
 def test_an_unknown_argument_is_answered_with_what_was_meant(

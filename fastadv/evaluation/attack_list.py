@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastadv.attacks.apgd import NORMS as APGD_NORMS
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
 
@@ -133,18 +132,6 @@ def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
             raise ValueError(
                 f"{attack.name} needs at least {fewest} classes, the model has {classes}"
             )
-
-
-def check_norm(attacks: Sequence[Attack], norm: str) -> None:
-    """Require that every attack knows the norm.
-
-    Raises:
-        ValueError: naming the first that does not.
-    """
-    for attack in attacks:
-        if isinstance(attack, Gradient) and attack.kind == "apgd" and norm not in APGD_NORMS:
-            known = ", ".join(APGD_NORMS)
-            raise ValueError(f"norm must be one of {known} with {attack.name}, got {norm!r}")
 
 
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:

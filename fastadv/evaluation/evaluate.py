@@ -19,7 +19,6 @@ from fastadv.evaluation.attack_list import (
     Foreign,
     Gradient,
     check_fewest_classes,
-    check_norm,
     parse_attacks,
 )
 from fastadv.evaluation.autoattack import autoattack
@@ -108,7 +107,6 @@ def evaluate(
     alpha = None if alpha is None else limit("alpha", alpha)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
-    check_norm(chosen, norm)
     asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks

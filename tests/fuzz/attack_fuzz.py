@@ -19,7 +19,10 @@ import fastadv
 from fastadv.attacks import Attack
 
 _STEPPED = (fastadv.PGD, fastadv.MIM, fastadv.FriendlyPGD)
-_EVERY = (*_STEPPED, fastadv.FGSM, fastadv.FGSMRS, fastadv.CW, fastadv.APGD, fastadv.CWL2)
+_EVERY = (
+    *(*_STEPPED, fastadv.FGSM, fastadv.FGSMRS, fastadv.CW),
+    *(fastadv.APGD, fastadv.CWL2, fastadv.FAB, fastadv.Square),
+)
 _DIAMETERS: dict[str, Callable[[int], float]] = {
     "linf": lambda n: 1.0,
     "l2": math.sqrt,
@@ -74,9 +77,7 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
             "lr": rng.choice((0.01, 0.5)),
             "search_steps": rng.randint(1, 3),
         }
-    found["norm"] = rng.choice(
-        ("linf", "linf", "l2", "l1") if kind is not fastadv.APGD else ("linf", "l2")
-    )
+    found["norm"] = rng.choice(("linf", "linf", "l2", "l1"))
     largest = (high - low) * _DIAMETERS[found["norm"]](elements)
     found["eps"] = largest * rng.choice((0.0, 1e-3, 0.03, 0.03, 0.2, 1.0))
     if kind is fastadv.APGD:
@@ -86,6 +87,17 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
             "rho": rng.random(),
         }
         return found | {"loss": rng.choice(("ce", "cw"))}
+    if kind is fastadv.FAB:
+        found |= {
+            "steps": rng.randint(1, 4),
+            "target_classes": rng.choice((None, 1, 3)),
+            "restarts": rng.choice((1, 1, 2)),
+            "early_stop": rng.random() < 0.7,
+        }
+        return found | {"alpha_max": rng.random(), "eta": 1 + rng.random(), "beta": rng.random()}
+    if kind is fastadv.Square:
+        found |= {"queries": rng.randint(1, 20), "p_init": 1 - rng.random()}
+        found |= {"restarts": rng.choice((1, 1, 2)), "rescale_schedule": rng.random() < 0.5}
     if kind is not fastadv.CW:
         found["loss"] = rng.choice(("ce", "ce", "cw"))
     if kind in (*_STEPPED, fastadv.CW):
