@@ -35,7 +35,8 @@ def automatic(**fixed: Any) -> Make:
     """Auto-PGD, which chooses its step size."""
 
     def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
-        return fastadv.APGD(model, RADIUS[norm], **{"steps": 10, "norm": norm, **fixed, **options})
+        given = {"eps": RADIUS[norm], "steps": 10, "norm": norm, **fixed, **options}
+        return fastadv.APGD(model, **given)
 
     return make
 
@@ -49,9 +50,8 @@ def searching(**fixed: Any) -> Make:
     """The Square attack, which takes no gradient."""
 
     def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
-        return fastadv.Square(
-            model, RADIUS[norm], **{"queries": 20, "norm": norm, **fixed, **options}
-        )
+        given = {"eps": RADIUS[norm], "queries": 20, "norm": norm, **fixed, **options}
+        return fastadv.Square(model, **given)
 
     return make
 
@@ -86,9 +86,8 @@ def crossing(**fixed: Any) -> Make:
     """The fast adaptive boundary attack, whose changes are as small as it can make them, whatever the radius."""
 
     def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
-        return fastadv.FAB(
-            model, 3 * RADIUS[norm], **{"steps": 5, "norm": norm, **fixed, **options}
-        )
+        given = {"eps": 3 * RADIUS[norm], "steps": 5, "norm": norm, **fixed, **options}
+        return fastadv.FAB(model, **given)
 
     return make
 

@@ -128,6 +128,14 @@ def test_what_is_outside_is_found() -> None:
     assert float(outside_share(outside_image("l2"), x, 0.1, "l2", (0, 1))) == 128 / 256
 
 
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "square"])
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1e-3), ("l1", 1e-3)])
+def test_rounding_in_a_small_ball_is_not_outside(norm: str, eps: float, name: str) -> None:
+    x, y = digits_test(16)
+    attack = ATTACKS[name](trained_small_cnn(), norm, eps=eps, seed=0, precision="fp32")
+    assert not torch.equal(attack(x, y), x) and attack.last.outside_share == 0
+
+
 def test_counting_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor becomes a number between the check of the inputs and the reading of the report."""
     attacks = [

@@ -112,7 +112,7 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
         found["decay"] = rng.choice((0.0, 0.9, 1.0))
     if kind is fastadv.FriendlyPGD:
         found["tau"] = rng.randint(0, 3)
-    if found["norm"] == "l1":
+    if found["norm"] == "l1" and kind is not fastadv.Square:
         found["sparsity"] = rng.choice((0.0, 0.5, 0.95, 0.999))
     return found
 
