@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -161,19 +162,20 @@ class Bumps(Proposals):
     def _bump(self, side: int) -> Tensor:
         """A square [side, side] of unit norm whose upper half is positive and whose lower half is negative."""
         if side not in self._bumps:
-            x = self._batch.x
-            upper, lower = (
-                _heap(height, side, self._order) for height in (side // 2, side - side // 2)
-            )
-            bump = torch.cat((upper, -lower))
-            bump = bump / torch.linalg.vector_norm(bump, self._order)
-            self._bumps[side] = bump.to(x.device, x.dtype)
+            self._bumps[side] = _bump(side, self._order).to(self._batch.x)
         return self._bumps[side]
 
 
 def proposals_for(batch: Batch) -> Proposals:
     """The points to try in the batch's norm."""
     return Squares(batch) if batch.norm == "linf" else Bumps(batch)
+
+
+@cache
+def _bump(side: int, order: int) -> Tensor:
+    upper, lower = (_heap(height, side, order) for height in (side // 2, side - side // 2))
+    bump = torch.cat((upper, -lower))
+    return bump / torch.linalg.vector_norm(bump, order)
 
 
 def _heap(height: int, width: int, order: int) -> Tensor:
