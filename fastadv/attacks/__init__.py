@@ -1,4 +1,4 @@
-"""First-order attacks on one engine."""
+"""The attacks, on one engine."""
 
 from __future__ import annotations
 
