@@ -380,7 +380,7 @@ def _eval(words: list[str]) -> int:
         nargs="+",
         default=list(DEFAULT_ATTACKS),
         help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
-        "apgd-dlr, apgd-t, autoattack.",
+        "apgd-dlr, apgd-t, fab-t, fab, square, square-N with N queries, autoattack.",
     )
     parser.add_argument(
         "--normalise",

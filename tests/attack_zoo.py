@@ -35,7 +35,8 @@ def automatic(**fixed: Any) -> Make:
     """Auto-PGD, which chooses its step size."""
 
     def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
-        return fastadv.APGD(model, RADIUS[norm], **{"steps": 10, "norm": norm, **fixed, **options})
+        given = {"eps": RADIUS[norm], "steps": 10, "norm": norm, **fixed, **options}
+        return fastadv.APGD(model, **given)
 
     return make
 
@@ -43,6 +44,16 @@ def automatic(**fixed: Any) -> Make:
 def single(kind: Callable[..., Attack]) -> Make:
     """An attack of one step."""
     return lambda model, norm="linf", **options: kind(model, RADIUS[norm], norm=norm, **options)
+
+
+def searching(**fixed: Any) -> Make:
+    """The Square attack, which takes no gradient."""
+
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        given = {"eps": RADIUS[norm], "queries": 20, "norm": norm, **fixed, **options}
+        return fastadv.Square(model, **given)
+
+    return make
 
 
 BALL_ATTACKS: dict[str, Make] = {
@@ -60,17 +71,34 @@ BALL_ATTACKS: dict[str, Make] = {
     "apgd-cw restarts": automatic(loss="cw", restarts=2),
     "apgd-ce-t": automatic(loss="ce-t", target_classes=2),
     "apgd-dlr-t": automatic(loss="dlr-t", target_classes=2),
+    "square": searching(),
+    "square-ce restarts": searching(loss="ce", restarts=2),
 }
+RECORDED = [name for name in BALL_ATTACKS if not name.startswith(("apgd", "square"))]
+WITHOUT_GRADIENT = ["square", "square-ce restarts"]
 
 
 def _cw_l2(model: nn.Module, norm: str = "l2", **options: Any) -> Attack:
     return fastadv.CWL2(model, **{"steps": 10, "search_steps": 3, "c": 1.0, "lr": 0.1, **options})
 
 
-# An attack by its name, and a norm that it knows.
-NAMES_AND_NORMS = [
-    (name, norm) for name in BALL_ATTACKS for norm in RADIUS if norm != "l1" or "apgd" not in name
-]
+def crossing(**fixed: Any) -> Make:
+    """The fast adaptive boundary attack, whose changes are as small as it can make them, whatever the radius."""
 
-ATTACKS: dict[str, Make] = {**BALL_ATTACKS, "cw-l2": _cw_l2}
+    def make(model: nn.Module, norm: str = "linf", **options: Any) -> Attack:
+        given = {"eps": 3 * RADIUS[norm], "steps": 5, "norm": norm, **fixed, **options}
+        return fastadv.FAB(model, **given)
+
+    return make
+
+
+# An attack by its name, and a norm.
+NAMES_AND_NORMS = [(name, norm) for name in BALL_ATTACKS for norm in RADIUS]
+
+ATTACKS: dict[str, Make] = {
+    **BALL_ATTACKS,
+    "cw-l2": _cw_l2,
+    "fab-t": crossing(),
+    "fab": crossing(target_classes=None),
+}
 TARGETED = ["pgd", "pgd best", "fgsm", "fgsm-rs", "mim", "cw", "apgd-ce", "apgd-dlr", "cw-l2"]

@@ -261,7 +261,7 @@ def test_too_few_classes_are_refused(loss: str, classes: int) -> None:
         ({"restarts": 1.5}, TypeError, "restarts must be an integer"),
         ({"target_classes": 0}, ValueError, "target_classes must be >= 1"),
         ({"rho": 1.5}, ValueError, r"rho must be in 0 \.\. 1, got 1.5"),
-        ({"norm": "l1"}, ValueError, "norm must be one of linf, l2"),
+        ({"norm": "l0"}, ValueError, "norm must be one of linf, l2"),
     ],
 )
 def test_bad_settings_are_refused(case: dict, error: type[Exception], message: str) -> None:

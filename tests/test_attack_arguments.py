@@ -182,7 +182,7 @@ def test_arguments_that_no_random_start_needs_are_checked_all_the_same(
     "attack",
     [
         *(fastadv.PGD, fastadv.FGSM, fastadv.FGSMRS, fastadv.MIM, fastadv.CW, fastadv.APGD),
-        *(fastadv.CWL2, fastadv.FriendlyPGD),
+        *(fastadv.CWL2, fastadv.FAB, fastadv.FriendlyPGD, fastadv.Square),
     ],
 )
 def test_an_unknown_setting_is_named(attack: Callable[..., object]) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import copy_engine, digits_test, trained_small_cnn
-from attack_zoo import BALL_ATTACKS
+from attack_zoo import BALL_ATTACKS, RECORDED
 from graph_emulator import Devices, EmulatedRecorder, Operations
 from torch import Tensor, nn
 
@@ -24,7 +24,6 @@ from fastadv.engine.engines import CopyEngine
 from fastadv.engine.selection import Wish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-RECORDED = [name for name in BALL_ATTACKS if not name.startswith("apgd")]
 
 
 def install(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
@@ -280,11 +279,12 @@ def test_what_is_not_recorded_runs_step_by_step_or_is_refused(
         make(model, engine="graph")
 
 
-@pytest.mark.parametrize("kind", [fastadv.APGD, fastadv.CWL2])
+@pytest.mark.parametrize("kind", [fastadv.APGD, fastadv.CWL2, fastadv.FAB, fastadv.Square])
 def test_attacks_that_are_not_recorded_say_so(recorder: EmulatedRecorder, kind: Any) -> None:
     with pytest.raises(ValueError, match=f"got 'graph': {kind.__name__} is run step by step"):
         kind(trained_small_cnn(), engine="graph")
-    attack = kind(trained_small_cnn(), steps=2, precision="fp32")
+    length = "queries" if kind is fastadv.Square else "steps"
+    attack = kind(trained_small_cnn(), precision="fp32", **{length: 2})
     for _ in range(2):
         attack(*digits_test(4))
         assert attack.last.engine == "compiled"

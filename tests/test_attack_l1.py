@@ -174,15 +174,8 @@ def test_rounding_to_half_precision_does_not_lengthen(dtype: torch.dtype) -> Non
 
 def test_evaluate_attacks_and_verifies_in_l1() -> None:
     model, x, y = linear_problem(classes=3, n=40)
-    names = ["clean", "fgsm", "pgd-5", "pgd-5-2", "mim-5"]
+    names = ["clean", "fgsm", "pgd-5", "pgd-5-2", "mim-5", "apgd-ce-5", "fab-t-5"]
     report = evaluate(model, (x, y), names, eps=1.5, norm="l1", progress=False)
     clean, *attacked = (row.accuracy for row in report.rows)
     assert all(row.status == "ok" for row in report.rows)
     assert clean == 1 and all(0 <= accuracy < 0.9 for accuracy in attacked)
-    with pytest.raises(ValueError, match="norm must be one of linf, l2 with apgd-ce, got 'l1'"):
-        evaluate(model, (x, y), ["pgd-5", "apgd-ce"], eps=1.5, norm="l1", progress=False)
-
-
-def test_auto_pgd_refuses_l1() -> None:
-    with pytest.raises(ValueError, match=r"norm must be one of linf, l2 for APGD, .* got 'l1'"):
-        fastadv.APGD(trained_small_cnn(), norm="l1")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import digits_test, trained_small_cnn
-from attack_zoo import ATTACKS, WAYS
+from attack_zoo import ATTACKS, WAYS, WITHOUT_GRADIENT
 from torch import Tensor, nn
 
 import fastadv
@@ -28,7 +28,10 @@ class HalfMasked(nn.Module):
 
 
 # The gradient of DLR is zero where the label has the third largest logit, that of a reached margin always.
-@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("apgd-dlr", "cw-l2")])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in ATTACKS if name not in ("apgd-dlr", "cw-l2", *WITHOUT_GRADIENT)],
+)
 def test_zero_gradients_are_counted(name: str) -> None:
     x, y = digits_test(16)
     attack = ATTACKS[name](HalfMasked(), seed=0, precision="fp32")
@@ -133,6 +136,14 @@ def test_rounding_to_float32_is_not_outside() -> None:
     adv, x = (x + delta).float(), x.float()
     assert float(outside_share(adv, x, 1e-3, "l2", (0, 1))) == 0
     assert float(outside_share((x + delta * 1.01).float(), x, 1e-3, "l2", (0, 1))) > 0.9
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd-ce", "square"])
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 1e-3), ("l1", 1e-3)])
+def test_rounding_in_a_small_ball_is_not_outside(norm: str, eps: float, name: str) -> None:
+    x, y = digits_test(16)
+    attack = ATTACKS[name](trained_small_cnn(), norm, eps=eps, seed=0, precision="fp32")
+    assert not torch.equal(attack(x, y), x) and attack.last.outside_share == 0
 
 
 def test_counting_reads_nothing_from_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

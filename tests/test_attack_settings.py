@@ -46,6 +46,8 @@ OTHER: dict[str, Any] = {
     **{"train_mode": True, "keep": "best", "sparsity": 0.5, "seed": 7, "check_inputs": False},
     **{"decay": 0.5, "tau": 2, "target_classes": 2, "rho": 0.5},
     **{"c": 0.5, "kappa": 0.1, "lr": 0.05, "search_steps": 2},
+    **{"alpha_max": 0.2, "eta": 1.2, "beta": 0.8, "early_stop": False},
+    **{"queries": 30, "p_init": 0.3, "rescale_schedule": True},
 }
 # Short, so that the attacks with many steps end, and without chance.
 BASE: dict[str, Any] = {"seed": 1, "precision": "fp32", "engine": "eager"}
@@ -61,7 +63,7 @@ def arguments_of(kind: type[Attack]) -> dict[str, inspect.Parameter]:
 
 def short(kind: type[Attack], name: str = "") -> dict[str, Any]:
     known = arguments_of(kind)
-    options = {**BASE, "steps": 2, "search_steps": 1, "c": 1.0, "lr": 0.1}
+    options = {**BASE, "steps": 2, "search_steps": 1, "c": 1.0, "lr": 0.1, "queries": 15}
     if kind is fastadv.MIM and name == "restarts":  # which without chance would be one run again
         options["random_start"] = True
     return {key: value for key, value in options.items() if key in known and key != name}
@@ -69,7 +71,18 @@ def short(kind: type[Attack], name: str = "") -> dict[str, Any]:
 
 def test_all_attacks_are_looked_at() -> None:
     names = {kind.__name__ for kind in KINDS}
-    assert names == {"APGD", "CW", "CWL2", "FGSM", "FGSMRS", "FriendlyPGD", "MIM", "PGD"}
+    assert names == {
+        "APGD",
+        "CW",
+        "CWL2",
+        "FAB",
+        "FGSM",
+        "FGSMRS",
+        "FriendlyPGD",
+        "MIM",
+        "PGD",
+        "Square",
+    }
     assert set(OTHER) == {n for kind in KINDS for n in arguments_of(kind)} - {"model"}
 
 
@@ -219,6 +232,8 @@ def test_an_attribute_that_is_no_setting_is_refused(kind: type[Attack]) -> None:
         (fastadv.CWL2, "confidence", "did you mean 'kappa'"),
         (fastadv.PGD, "decay", "PGD has no argument 'decay'; MIM has one"),
         (fastadv.PGD, "loss_fn", "did you mean 'loss'"),
+        (fastadv.Square, "n_queries", "did you mean 'queries'"),
+        (fastadv.FAB, "n_target_classes", "did you mean 'target_classes'"),
     ],
 )
 def test_an_unknown_argument_is_answered_with_what_was_meant(
@@ -330,7 +345,7 @@ def test_the_text_of_an_attack_is_the_call_that_makes_it(kind: type[Attack]) -> 
 @every_kind
 def test_copies_keep_what_was_set(kind: type[Attack]) -> None:
     attack = kind(model(), **short(kind))
-    attack.targeted = True
+    attack.bounds = (-0.5, 1.5)
     for twin in (copy.copy(attack), copy.deepcopy(attack), pickle.loads(pickle.dumps(attack))):
         assert repr(twin) == repr(attack)
         with pytest.raises(AttributeError, match="has no setting"):

@@ -16,7 +16,7 @@ from fastadv.evaluation.attack_list import Gradient, parse_attacks
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"progress": False}
 NAMES = ["fgsm", "fgsm-rs", "pgd-5", "pgd-5-2", "cw-5", "cw-5-2", "mim-5"]
-NAMES += ["apgd-ce-5", "apgd-dlr-5", "apgd-t-5"]
+NAMES += ["apgd-ce-5", "apgd-dlr-5", "apgd-t-5", "fab-t-5", "fab-5", "square-100"]
 
 
 def digits_and_net(count: int = 64) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
@@ -29,7 +29,8 @@ def test_every_name_is_run_and_lowers_the_accuracy() -> None:
     assert [row.name for row in report.rows] == ["clean", *NAMES]
     assert all(row.status == "ok" for row in report.rows)
     clean = report["clean"].correct
-    assert all(report[name].correct < 0.85 * clean for name in NAMES)
+    assert all(report[name].correct < 0.85 * clean for name in NAMES[:-1])
+    assert report["square-100"].correct < clean  # so few queries break few
     assert report["pgd-5-2"].correct <= report["pgd-5"].correct + 1
     assert report["apgd-t-5"].correct <= report["apgd-ce-5"].correct
 
@@ -45,6 +46,12 @@ EXPECTED: dict[str, dict[str, Any]] = {
     "apgd-ce": {"steps": 100, "alpha": None, "random_start": True, "kind": "apgd"},
     "apgd-dlr-7": {"steps": 7, "alpha": None, "random_start": True, "kind": "apgd", "loss": "dlr"},
     "apgd-t": {"steps": 100, "alpha": None, "random_start": True, "kind": "apgd", "loss": "dlr-t"},
+}
+EXPECTED |= {
+    "fab-t": {"steps": 100, "alpha": None, "random_start": False, "kind": "fab-t"},
+    "fab-30": {"steps": 30, "alpha": None, "random_start": False, "kind": "fab"},
+    "square": {"steps": 5000, "alpha": None, "random_start": True, "kind": "square", "loss": "cw"},
+    "square-70": {"steps": 70, "alpha": None, "random_start": True, "kind": "square", "loss": "cw"},
 }
 
 
@@ -76,7 +83,7 @@ def test_restarts_attack_only_what_is_left(name: str) -> None:
     assert len(runs) == 3 and runs[0] > runs[1] >= runs[2] >= row.correct > 0
 
 
-@pytest.mark.parametrize("name", ["pgd-5-2", "apgd-ce-5", "mim-5"])
+@pytest.mark.parametrize("name", ["pgd-5-2", "apgd-ce-5", "mim-5", "fab-t-4", "square-30"])
 def test_results_do_not_depend_on_the_batch_size(name: str) -> None:
     model, data = digits_and_net()
     counts = [

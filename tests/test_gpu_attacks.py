@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import digits_test, images, randomise, robust_accuracy, trained_small_cnn
-from attack_zoo import BALL_ATTACKS
+from attack_zoo import BALL_ATTACKS, RECORDED
 from torch import Tensor, nn
 
 import fastadv
@@ -22,7 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.usefixtures("same_algorithms"),
 ]
-RECORDED = [name for name in BALL_ATTACKS if not name.startswith("apgd")]
 
 
 @pytest.fixture

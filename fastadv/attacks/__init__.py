@@ -1,21 +1,24 @@
-"""First-order attacks on one engine."""
+"""The attacks, on one engine."""
 
 from __future__ import annotations
 
 from fastadv.attacks.apgd import APGD, APGDSettings
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.cw import CW, CWL2, CWL2Settings
+from fastadv.attacks.fab import FAB, FABSettings
 from fastadv.attacks.fgsm import FGSM, FGSMRS
 from fastadv.attacks.friendly import FriendlyPGD
 from fastadv.attacks.mim import MIM
 from fastadv.attacks.minimum_perturbation import minimum_perturbation
 from fastadv.attacks.pgd import PGD, PGDSettings, pgd_fused
 from fastadv.attacks.report import AttackReport
+from fastadv.attacks.square import Square, SquareSettings
 
 __all__ = [
     "APGD",
     "CW",
     "CWL2",
+    "FAB",
     "FGSM",
     "FGSMRS",
     "MIM",
@@ -25,8 +28,11 @@ __all__ = [
     "AttackReport",
     "AttackSettings",
     "CWL2Settings",
+    "FABSettings",
     "FriendlyPGD",
     "PGDSettings",
+    "Square",
+    "SquareSettings",
     "minimum_perturbation",
     "pgd_fused",
 ]

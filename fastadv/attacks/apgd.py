@@ -1,7 +1,8 @@
 """Auto-PGD (Croce and Hein 2020): PGD that chooses its own step size, sample by sample.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020, algorithm 1 and section 3; the targeted losses are of section 4.2.
+parameter-free attacks", ICML 2020, algorithm 1 and section 3; the targeted losses are of section 4.2. The
+attack in l1 is another, in `fastadv.attacks.apgd_l1`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastadv.attacks.apgd_l1 import run_l1
 from fastadv.attacks.arguments import Precision
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
@@ -27,7 +29,6 @@ from fastadv.engine.engines import Model
 from fastadv.ops.values import integer
 from fastadv.seeding import derive_seed
 
-NORMS = ("linf", "l2")
 Loss = Literal["ce", "dlr", "cw", "ce-t", "dlr-t"]
 _MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
 
@@ -50,11 +51,6 @@ class APGDSettings(AttackSettings):
             ValueError: a value out of range or an unknown word.
         """
         super().__post_init__()
-        if self.norm not in NORMS:
-            raise ValueError(
-                f"norm must be one of {', '.join(NORMS)} for APGD, whose steps are not made for "
-                f"other balls; got {self.norm!r}"
-            )
         for name in ("steps", "restarts", "target_classes"):
             integer(name, getattr(self, name), at_least=1)
         if self.targeted and self.aims_at_wrong_classes:
@@ -79,19 +75,25 @@ class APGD(Attack):
     then. All of that stays on the device. Per sample the best point is returned: the one of highest loss
     among those that reached the aim, else among all.
 
+    In l1 a step moves the elements of largest gradient, fewer the sparser the best point is, and the projection
+    keeps the bounds exactly. A run goes through balls of 3, 2 and 1 times eps; there is no momentum, and ``rho``
+    is not used. Source: Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image
+    classifiers", ICML 2021.
+
     Runs after the first attack only the samples that those before have left (all of them in train mode, where
     samples depend on one another).
 
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball, in the units of the images.
-        steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes.
+        steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes, in l1 up to
+            steps + 3.
         restarts: runs from different random starts, per target class where there are some.
         loss: ``"ce"``, ``"dlr"`` (at least 3 classes) or ``"cw"`` of the labels, or, one run for each of the
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
         target_classes: how many wrong classes ``"ce-t"`` and ``"dlr-t"`` try.
         rho: see above.
-        norm: as in `fastadv.pgd_fused`, but for ``"l1"``.
+        norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`; not with "-t" losses.
         precision: as in `fastadv.pgd_fused`.
@@ -182,6 +184,8 @@ class APGD(Attack):
     def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
         """Algorithm 1 from one start."""
         settings, value_of = self.settings, self._value_of(batch, target)
+        if settings.norm == "l1":
+            return run_l1(batch, value_of, settings.steps, seed)
         points, best = checkpoints(settings.steps), Best()
         adv = batch.start(seed)
         found = batch.gradient(adv, value_of)

@@ -157,6 +157,12 @@ class Batch:
             some.eps = self.eps[rows]
         return some
 
+    def with_radius(self, eps: float | Tensor) -> Batch:
+        """The same samples in another ball; they are counted here."""
+        other = copy.copy(self)  # shares the tally
+        other.eps = eps
+        return other
+
     def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> Batch:
         """The same attack on other tensors, which is checked by nobody and counted for itself."""
         return replace(

@@ -45,6 +45,12 @@ class Best:
         self.value = torch.where(better, value, self.value)
         self.succeeded = torch.where(better, succeeded, self.succeeded)
 
+    def rows(self, rows: Tensor) -> Best:
+        """Some of the samples, by int64 indices."""
+        some = Best(self._prefer_success)
+        some.offer(self.images[rows], self.value[rows], self.succeeded[rows])
+        return some
+
     def merge(self, other: Best, rows: Tensor | None = None) -> None:
         """Offer what another search has found.
 
@@ -55,8 +61,7 @@ class Best:
         if rows is None:
             self.offer(other.images, other.value, other.succeeded)
             return
-        some = Best(self._prefer_success)
-        some.offer(self.images[rows], self.value[rows], self.succeeded[rows])
+        some = self.rows(rows)
         some.offer(other.images, other.value, other.succeeded)
         self.images = self.images.index_copy(0, rows, some.images)
         self.value = self.value.index_copy(0, rows, some.value)

@@ -117,8 +117,7 @@ def dlr_targeted_objective(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     if logits.shape[1] < 4:
         raise ValueError(f"loss 'dlr-t' must have at least 4 classes, got {logits.shape[1]}")
     top = logits.topk(4, dim=1).values
-    own, aim = (logits.gather(1, classes[:, None])[:, 0] for classes in (y, target))
-    return (aim - own) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
+    return logit_difference(logits, y, target) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
 
 def targeted_value(loss: str, logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
@@ -137,6 +136,13 @@ def targeted_value(loss: str, logits: Tensor, y: Tensor, target: Tensor) -> Tens
     if loss == "ce-t":
         return -ce_objective(logits, target)
     return dlr_targeted_objective(logits, y, target)
+
+
+def logit_difference(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """``z_t - z_y``, [B] float32, or float64 for float64 logits: positive where the target is likelier."""
+    logits = _wide(logits)
+    own, aim = (logits.gather(1, classes[:, None])[:, 0] for classes in (y, target))
+    return aim - own
 
 
 def likeliest_wrong_classes(logits: Tensor, y: Tensor, count: int) -> Tensor:

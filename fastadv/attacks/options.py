@@ -37,6 +37,7 @@ SYNONYMS = {
     **dict.fromkeys(("learning_rate", "step_lr"), "lr"),
     **dict.fromkeys(("binary_search_steps", "binary_steps"), "search_steps"),
     **dict.fromkeys(("n_target_classes", "num_target_classes"), "target_classes"),
+    **dict.fromkeys(("n_queries", "num_queries", "max_queries"), "queries"),
     **dict.fromkeys(("dtype", "amp", "autocast"), "precision"),
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -83,8 +82,8 @@ def outside_share(
         x: the clean images [B, ...], in the dtype of ``adv``.
         eps: radius, a number or [B].
         norm: ``"linf"``: element by element and exactly, in the arithmetic of the attack; ``"l2"`` and ``"l1"``:
-            image by image, with a slack of 1e-6 of eps and of the rounding of every element to the dtype of the
-            arithmetic, which the norm adds up.
+            image by image, with a slack of 1e-6 of eps, and of the norm that the rounding of every element to the
+            dtype of the arithmetic can have.
         bounds: lowest and highest allowed value.
 
     Returns:
@@ -101,13 +100,13 @@ def outside_share(
         radius = eps.view(per_image) if isinstance(eps, Tensor) else eps
         inside &= (a >= c - radius) & (a <= c + radius)
     else:
-        order, slack = 2 if norm == "l2" else 1, _rounding(x[:1].numel(), wide, norm, bounds)
+        order = 2 if norm == "l2" else 1
+        slack = x[:1].numel() ** (1 / order) * _rounding(wide, bounds)
         length = torch.linalg.vector_norm((a - c).flatten(1), order, dim=1, dtype=torch.float64)
         inside &= (length <= eps * (1 + _SLACK) + slack).view(per_image)
     return (~inside).float().mean()
 
 
-def _rounding(elements: int, dtype: torch.dtype, norm: str, bounds: tuple[float, float]) -> float:
-    """What rounding an image's elements to ``dtype`` can add to the norm of its perturbation."""
-    of_one = torch.finfo(dtype).eps / 2 * max(abs(bound) for bound in bounds)
-    return of_one * (math.sqrt(elements) if norm == "l2" else elements)
+def _rounding(dtype: torch.dtype, bounds: tuple[float, float]) -> float:
+    """By how much rounding to ``dtype`` can move an element of an image."""
+    return torch.finfo(dtype).eps / 2 * max(abs(bound) for bound in bounds)

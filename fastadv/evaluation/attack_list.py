@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastadv.attacks.apgd import NORMS as APGD_NORMS
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
 
@@ -23,8 +22,10 @@ _STEPS = "([1-9][0-9]*)"
 _PGD_NAME = re.compile(f"(pgd|cw|mim)-{_STEPS}(?:-{_STEPS})?")
 _APGD_NAME = re.compile(f"apgd-(ce|dlr|t)(?:-{_STEPS})?")
 _APGD_STEPS = 100
+_SEARCH_NAME = re.compile(f"(fab-t|fab|square)(?:-{_STEPS})?")
+_SEARCH_STEPS = {"fab-t": 100, "fab": 100, "square": 5000}
 _WITHOUT_STEPS = (CLEAN, AUTOATTACK, "fgsm", "fgsm-rs")
-_WORDS = (*_WITHOUT_STEPS, "pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t")
+_WORDS = (*_WITHOUT_STEPS, "pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t", *_SEARCH_STEPS)
 _OTHER_WORDS = {
     "aa": AUTOATTACK,
     "auto-attack": AUTOATTACK,
@@ -36,7 +37,8 @@ _OTHER_WORDS = {
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
 _KNOWN = (
     "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, mim-K, cw-K, cw-K-R, "
-    "apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), autoattack, "
+    "apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), fab-t, fab, square (each also with steps or "
+    "queries: square-1000), autoattack, "
     "or a pair (name, callable(model, x, y) -> adversarial images)"
 )
 
@@ -50,15 +52,15 @@ class Clean:
 
 @dataclass(frozen=True)
 class Gradient:
-    """A first-order attack of this package.
+    """An attack of this package, most of which follow gradients.
 
     Attributes:
         name: as asked for.
-        steps: number of gradient steps.
+        steps: number of gradient steps, or of queries of Square.
         alpha: step size, in the norm; None where the attack chooses its own.
         random_start: whether to start from a random point of the ball.
         restarts: runs from different starts; an image counts as broken when one of them breaks it.
-        kind: ``"pgd"``, ``"mim"`` or ``"apgd"``.
+        kind: ``"pgd"``, ``"mim"``, ``"apgd"``, ``"fab-t"``, ``"fab"`` or ``"square"``.
         loss: what is raised, as the attack takes it.
     """
 
@@ -132,18 +134,6 @@ def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
             )
 
 
-def check_norm(attacks: Sequence[Attack], norm: str) -> None:
-    """Require that every attack knows the norm.
-
-    Raises:
-        ValueError: naming the first that does not.
-    """
-    for attack in attacks:
-        if isinstance(attack, Gradient) and attack.kind == "apgd" and norm not in APGD_NORMS:
-            known = ", ".join(APGD_NORMS)
-            raise ValueError(f"norm must be one of {known} with {attack.name}, got {norm!r}")
-
-
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
     if isinstance(choice, str):
         return _parse_name(choice, eps, step)
@@ -193,6 +183,12 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
         loss = "dlr-t" if match[1] == "t" else match[1]
         steps = int(match[2] or _APGD_STEPS)
         return Gradient(name, steps, None, random_start=True, kind="apgd", loss=loss)
+    match = _SEARCH_NAME.fullmatch(name)
+    if match:
+        kind, steps = match[1], int(match[2] or _SEARCH_STEPS[match[1]])
+        if kind == "square":
+            return Gradient(name, steps, None, random_start=True, kind=kind, loss="cw")
+        return Gradient(name, steps, None, random_start=False, kind=kind)
     return None
 
 

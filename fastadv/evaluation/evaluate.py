@@ -21,7 +21,6 @@ from fastadv.evaluation.attack_list import (
     Foreign,
     Gradient,
     check_fewest_classes,
-    check_norm,
     parse_attacks,
 )
 from fastadv.evaluation.autoattack import autoattack
@@ -75,6 +74,8 @@ def evaluate(
               Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
             * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
               of 100 steps, or ``"apgd-ce-K"`` and so on of K;
+            * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
+              nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
             * ``"autoattack"``, the standard version of the reference implementation;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
@@ -114,7 +115,6 @@ def evaluate(
     expected = None if expected is None else share("expected", expected)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
-    check_norm(chosen, norm)
     asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks

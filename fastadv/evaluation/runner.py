@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks import APGD, MIM, PGD
+from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack as Method
 from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
@@ -79,7 +79,7 @@ class Runner:
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
-        """Run a first-order attack of this package on the images that are classified correctly.
+        """Run an attack of this package on the images that are classified correctly.
 
         A restart attacks only the images that those before it have left.
 
@@ -115,10 +115,16 @@ class Runner:
         common: dict[str, Any] = dict(
             norm=self.norm,
             bounds=self.samples.bounds,
-            loss=attack.loss,
             precision="fp32",
             engine="eager",
         )
+        if attack.kind in ("fab", "fab-t"):
+            if attack.kind == "fab":
+                common["target_classes"] = None
+            return FAB(self.model, eps, attack.steps, **common)
+        common["loss"] = attack.loss
+        if attack.kind == "square":
+            return Square(self.model, eps, attack.steps, **common)
         if attack.kind == "apgd":
             return APGD(self.model, eps, attack.steps, **common)
         assert attack.alpha is not None

@@ -19,7 +19,10 @@ import fastadv
 from fastadv.attacks import Attack
 
 _STEPPED = (fastadv.PGD, fastadv.MIM, fastadv.FriendlyPGD)
-_EVERY = (*_STEPPED, fastadv.FGSM, fastadv.FGSMRS, fastadv.CW, fastadv.APGD, fastadv.CWL2)
+_EVERY = (
+    *(*_STEPPED, fastadv.FGSM, fastadv.FGSMRS, fastadv.CW),
+    *(fastadv.APGD, fastadv.CWL2, fastadv.FAB, fastadv.Square),
+)
 _DIAMETERS: dict[str, Callable[[int], float]] = {
     "linf": lambda n: 1.0,
     "l2": math.sqrt,
@@ -74,9 +77,7 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
             "lr": rng.choice((0.01, 0.5)),
             "search_steps": rng.randint(1, 3),
         }
-    found["norm"] = rng.choice(
-        ("linf", "linf", "l2", "l1") if kind is not fastadv.APGD else ("linf", "l2")
-    )
+    found["norm"] = rng.choice(("linf", "linf", "l2", "l1"))
     largest = (high - low) * _DIAMETERS[found["norm"]](elements)
     found["eps"] = largest * rng.choice((0.0, 1e-3, 0.03, 0.03, 0.2, 1.0))
     if kind is fastadv.APGD:
@@ -86,6 +87,17 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
             "rho": rng.random(),
         }
         return found | {"loss": rng.choice(("ce", "cw"))}
+    if kind is fastadv.FAB:
+        found |= {
+            "steps": rng.randint(1, 4),
+            "target_classes": rng.choice((None, 1, 3)),
+            "restarts": rng.choice((1, 1, 2)),
+            "early_stop": rng.random() < 0.7,
+        }
+        return found | {"alpha_max": rng.random(), "eta": 1 + rng.random(), "beta": rng.random()}
+    if kind is fastadv.Square:
+        found |= {"queries": rng.randint(1, 20), "p_init": 1 - rng.random()}
+        found |= {"restarts": rng.choice((1, 1, 2)), "rescale_schedule": rng.random() < 0.5}
     if kind is not fastadv.CW:
         found["loss"] = rng.choice(("ce", "ce", "cw"))
     if kind in (*_STEPPED, fastadv.CW):
@@ -100,7 +112,7 @@ def random_settings(rng: random.Random, kind: type[Attack], elements: int) -> di
         found["decay"] = rng.choice((0.0, 0.9, 1.0))
     if kind is fastadv.FriendlyPGD:
         found["tau"] = rng.randint(0, 3)
-    if found["norm"] == "l1":
+    if found["norm"] == "l1" and kind is not fastadv.Square:
         found["sparsity"] = rng.choice((0.0, 0.5, 0.95, 0.999))
     return found
 
@@ -210,6 +222,8 @@ def _check_refused(
     call = {"x": x, "y": y, **options}
     if name == "seed" and value is None:  # then one is drawn from torch's generator
         return
+    if name in ("steps", "restarts", "queries") and isinstance(value, int) and value > 1000:
+        return  # a right setting, of a run without end
     if name in call:
         call[name] = value
     else:

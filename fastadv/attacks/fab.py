@@ -1,0 +1,262 @@
+"""The fast adaptive boundary attack (Croce and Hein 2020): small changes that cross the decision boundary.
+
+Source: F. Croce and M. Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
+ICML 2020, algorithm 1 without its final search, as AutoAttack runs it. The form with target classes is from Croce
+and Hein, "Reliable evaluation of adversarial robustness", ICML 2020.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import Precision
+from fastadv.attacks.attack import Attack, AttackSettings
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.best import Best, where_images
+from fastadv.attacks.leaving import is_time_to_look
+from fastadv.attacks.objectives import likeliest_wrong_classes, logit_difference
+from fastadv.attacks.options import Setting
+from fastadv.attacks.projections import to_hyperplane
+from fastadv.engine.engines import Model
+from fastadv.ops import random_start
+from fastadv.ops.checks import over_samples
+from fastadv.ops.values import check_bool, integer, share
+from fastadv.seeding import derive_seed
+
+_ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+_DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
+_SHORTEST = 1e-8  # a way of length 0 counts as this long, so that shares of two ways exist
+_START_RADIUS = 0.5  # of eps, the ball in which restarts begin
+
+
+@dataclass(frozen=True)
+class FABSettings(AttackSettings):
+    """What a FAB attack does, checked on creation. Fields as in `FAB`."""
+
+    steps: int = 100
+    target_classes: int | None = 9
+    restarts: int = 1
+    alpha_max: float = 0.1
+    eta: float = 1.05
+    beta: float = 0.9
+    early_stop: bool = True
+    targeted: bool = field(default=False, init=False)
+    precision: Precision = field(default="fp32", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value out of range or an unknown word.
+        """
+        super().__post_init__()
+        integer("steps", self.steps, at_least=1)
+        integer("restarts", self.restarts, at_least=1)
+        if self.target_classes is not None:
+            integer("target_classes", self.target_classes, at_least=1)
+        share("alpha_max", self.alpha_max)
+        share("beta", self.beta)
+        if not 1 <= self.eta < math.inf:
+            raise ValueError(f"eta must be finite and >= 1, got {self.eta}")
+        check_bool("early_stop", self.early_stop)
+        if self.precision == "fp16":  # whose engine scales each sample's gradient
+            raise ValueError("precision must be 'auto', 'fp32' or 'bf16', got 'fp16'")
+
+
+class FAB(Attack):
+    """Steps onto the linearised decision boundary, drawn towards the image, until a crossing lies in the ball.
+
+    A step takes the boundary between the label and another class as the hyperplane that the gradient gives. It
+    goes a little beyond (``eta``) the nearest point of it within the bounds, as seen from the current point and,
+    with a small weight, from the image. After a crossing the search goes on from a point closer to the image
+    (``beta``). There is no step size, and scaling the logits changes nothing.
+
+    An image whose smallest change found is within eps comes back with that change. The others come back as they
+    were. The results lie close to the boundary that the attack saw. Leave it at full precision unless you do not
+    mind that a float32 model gets some of them right.
+
+    Args:
+        model: as in `fastadv.pgd_fused`.
+        eps: radius of the ball, in the units of the images.
+        steps: of a run; each costs two forward passes and one backward pass.
+        target_classes: one run towards each of so many wrong classes, the likeliest first ("fab-t" of AutoAttack).
+            None: one run, in which each step goes towards the nearest of all classes ("fab"); such a step costs a
+            forward and a backward pass for every class.
+        restarts: runs, of which all but the first begin at a random point of the ball of half the radius.
+        alpha_max: the largest share of the step that starts at the image, in 0..1.
+        eta: how far to go, in units of the way to the hyperplane; at least 1.
+        beta: where to go on after a crossing, as a share of the way from the image to it, in 0..1.
+        early_stop: an image leaves the batch at the first crossing in the ball. False: no run is cut short, and
+            the smallest change of all is returned.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
+        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
+        train_mode: as in `fastadv.pgd_fused`; no image leaves then.
+        seed: as in `fastadv.PGD`.
+        check_inputs: as in `fastadv.PGD`.
+
+    Raises:
+        TypeError: as in `fastadv.pgd_fused`.
+        ValueError: as in `fastadv.pgd_fused`.
+    """
+
+    settings: FABSettings
+    steps = Setting[int]()
+    target_classes = Setting[int | None]()
+    restarts = Setting[int]()
+    alpha_max = Setting[float]()
+    eta = Setting[float]()
+    beta = Setting[float]()
+    early_stop = Setting[bool]()
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        steps: int = 100,
+        target_classes: int | None = 9,
+        *,
+        restarts: int = 1,
+        alpha_max: float = 0.1,
+        eta: float = 1.05,
+        beta: float = 0.9,
+        early_stop: bool = True,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        precision: Literal["auto", "fp32", "bf16"] = "fp32",
+        engine: Literal["auto", "eager", "compiled"] = "auto",
+        train_mode: bool = False,
+        seed: int | None = None,
+        check_inputs: bool = True,
+    ) -> None:
+        chosen = FABSettings(
+            eps,
+            steps,
+            target_classes,
+            restarts,
+            alpha_max,
+            eta,
+            beta,
+            early_stop,
+            norm=norm,
+            bounds=bounds,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+        )
+        super().__init__(model, chosen, seed, check_inputs)
+
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        batch = batch.rows(
+            torch.arange(batch.x.shape[0], device=batch.x.device)
+        )  # names the samples
+        clean, best = batch.logits(batch.x), Best()
+        _offer(best, batch, batch.x, batch.succeeded(clean))
+        for classes, start_seed in self._runs(batch, clean, seed):
+            rows = self._left(best)
+            if rows.numel() == 0:
+                break
+            some = batch.rows(rows)
+            best.merge(self._run(some, classes[rows], self._start(some, start_seed)), rows)
+        return batch.project_(where_images(best.succeeded, best.images, batch.x))
+
+    def _runs(self, batch: Batch, clean: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None]]:
+        """For each run the classes that it may go to, [B, 1] or all, and the seed of a random start."""
+        count, others = self.settings.target_classes, clean.shape[1] - 1
+        classes = likeliest_wrong_classes(clean, batch.y, others if count is None else count)
+        for number, some in enumerate((classes,) if count is None else classes.split(1, dim=1)):
+            yield some, None
+            for restart in range(1, self.settings.restarts):
+                yield some, derive_seed(seed, "restart", number, restart)
+
+    def _start(self, batch: Batch, seed: int | None) -> Tensor:
+        """Where a run begins: the given start, the images, or a random point near them."""
+        if seed is None or batch.given_start is not None:
+            return batch.start(0, random=False)
+        radius = _START_RADIUS * batch.eps
+        ids = batch.sample_ids
+        return random_start(batch.x, radius, batch.norm, batch.bounds, seed, sample_ids=ids)
+
+    def _run(self, batch: Batch, classes: Tensor, adv: Tensor) -> Best:
+        """Algorithm 1 from one start, on a batch that images leave."""
+        rows, best, result = torch.arange(batch.x.shape[0], device=batch.x.device), Best(), Best()
+        for step in range(1, self.settings.steps + 1):
+            adv = self._step(batch, adv, *_nearest_boundary(batch, adv, classes))
+            crossed = batch.succeeded(batch.logits(adv))
+            _offer(best, batch, adv, crossed)
+            if step == 1:
+                result.merge(best)
+            closer = batch.x + self.settings.beta * (adv - batch.x)
+            adv = where_images(crossed, closer, adv)
+            if is_time_to_look(step, batch.x.device):
+                going = self._left(best)
+                if len(going) < len(rows):
+                    result.merge(best, rows)
+                    if len(going) == 0:
+                        return result
+                    rows, adv, classes = rows[going], adv[going], classes[going]
+                    batch, best = batch.rows(going), best.rows(going)
+        result.merge(best, rows)
+        return result
+
+    def _left(self, best: Best) -> Tensor:
+        """Indices of the images to go on with; to know them may wait for the device."""
+        if self.settings.early_stop and not self.settings.train_mode:
+            return (~best.succeeded).nonzero().flatten()
+        return torch.arange(best.value.shape[0], device=best.value.device)
+
+    def _step(self, batch: Batch, adv: Tensor, normal: Tensor, gap: Tensor) -> Tensor:
+        """The next point (algorithm 1, line 9), from a hyperplane ``normal . (z - adv) = gap``."""
+        settings, x = self.settings, batch.x
+        from_image = (normal.double() * (adv - x)).flatten(1).sum(1) + gap
+        both, twice = torch.cat((adv, x)), torch.cat((normal, normal))
+        gaps = torch.cat((gap.double(), from_image))
+        ways = to_hyperplane(both, twice, gaps, settings.norm, settings.bounds)
+        lengths = _lengths(ways, settings.norm).clamp(min=_SHORTEST).to(x.dtype)
+        (way, image_way), (length, image_length) = ways.chunk(2), lengths.chunk(2)
+        part = over_samples((length / (length + image_length)).clamp(max=settings.alpha_max), x)
+        moved = (1 - part) * (adv + settings.eta * way) + part * (x + settings.eta * image_way)
+        return moved.clamp(*settings.bounds)
+
+
+def _nearest_boundary(batch: Batch, adv: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest of the linearised boundaries between the labels and other classes [B, K].
+
+    Returns:
+        Normals [B, ...], and [B] by how much ``normal . adv`` has to rise to reach the boundary.
+    """
+    normal, gap, distance = torch.zeros_like(adv), *torch.zeros(2, *batch.y.shape).to(adv)
+    for number, target in enumerate(classes.unbind(1)):
+        found = batch.gradient(adv, partial(logit_difference, y=batch.y, target=target))
+        batch.count(found.grad)
+        grad = found.grad.to(adv.dtype)
+        if classes.shape[1] == 1:
+            return grad, -found.value
+        dual = torch.linalg.vector_norm(grad.flatten(1), _DUAL_ORDERS[batch.norm], dim=1)
+        away = (found.value.abs() / dual).nan_to_num(torch.inf, torch.inf)
+        nearer = away < distance if number else torch.ones_like(away, dtype=torch.bool)
+        normal = where_images(nearer, grad, normal)
+        gap = torch.where(nearer, -found.value, gap)
+        distance = torch.where(nearer, away, distance)
+    return normal, gap
+
+
+def _offer(best: Best, batch: Batch, adv: Tensor, crossed: Tensor) -> None:
+    """Keep the crossings [B] that are nearer than what is known; one in the ball is a success."""
+    distance = _lengths(adv - batch.x, batch.norm)
+    value = torch.where(crossed, -distance, -torch.inf)
+    best.offer(adv, value, crossed & (distance <= batch.eps))
+
+
+def _lengths(delta: Tensor, norm: str) -> Tensor:
+    """Norms [B] float64 of changes [B, ...]."""
+    return torch.linalg.vector_norm(delta.flatten(1), _ORDERS[norm], dim=1, dtype=torch.float64)

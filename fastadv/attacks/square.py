@@ -1,0 +1,227 @@
+"""The Square attack (Andriushchenko et al. 2020): random search that sees logits and no gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import Precision
+from fastadv.attacks.attack import Attack, AttackSettings
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.best import Best
+from fastadv.attacks.leaving import is_time_to_look
+from fastadv.attacks.objectives import Objective
+from fastadv.attacks.options import Setting
+from fastadv.attacks.square_proposals import proposals_for
+from fastadv.engine.engines import Model
+from fastadv.ops.philox import WORDS, philox
+from fastadv.ops.values import check_bool, integer, number
+from fastadv.seeding import derive_seed
+
+Loss = Literal["cw", "ce"]
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of the share, after so many queries
+_FULL_SCHEDULE = 10000  # queries for which these are made
+_DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
+
+
+@dataclass(frozen=True)
+class SquareSettings(AttackSettings):
+    """What a Square attack does, checked on creation. Fields as in `Square`."""
+
+    queries: int = 5000
+    p_init: float = 0.8
+    restarts: int = 1
+    loss: Loss = "cw"
+    rescale_schedule: bool = False
+    precision: Precision = field(default="fp32", kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value out of range or an unknown word.
+        """
+        super().__post_init__()
+        integer("queries", self.queries, at_least=1)
+        integer("restarts", self.restarts, at_least=1)
+        check_bool("rescale_schedule", self.rescale_schedule)
+        if not 0 < number("p_init", self.p_init) <= 1:
+            raise ValueError(f"p_init must be above 0 and at most 1, got {self.p_init}")
+
+
+class Square(Attack):
+    """Random search: squares of an image are changed, and a change that raises the loss is kept.
+
+    It needs no gradient, so that it also tells whether a model merely hides its gradients. The defaults are those
+    of AutoAttack's standard version, which keeps the schedule of 10000 queries and stops it at 5000. Every image
+    draws squares of its own. An image leaves the batch once it is broken; with ``train_mode`` it stays, unchanged.
+    Sources: Andriushchenko, Croce, Flammarion and Hein, "Square attack: a query-efficient black-box adversarial
+    attack via random search", ECCV 2020; in l1 Croce and Hein, "Mind the box", ICML 2021.
+
+    The last squares are small, and so are the changes of the loss. A narrow precision rounds some of them away, so
+    that it breaks fewer images; the default is the full one.
+
+    Args:
+        model: as in `fastadv.pgd_fused`.
+        eps: as in `fastadv.pgd_fused`.
+        queries: how many points are tried for an image in a run, at least 1; each costs one forward pass.
+        p_init: the share of the image that the first squares cover, above 0 and at most 1.
+        restarts: runs from different random starts; each attacks only the images that those before it have left.
+        loss: ``"cw"`` (margin) or ``"ce"``: what is raised.
+        rescale_schedule: fit the schedule by which squares shrink to ``queries``; else it is that of 10000.
+        norm: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.pgd_fused`.
+        targeted: as in `fastadv.pgd_fused`.
+        precision: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
+        train_mode: as in `fastadv.pgd_fused`.
+        seed: as in `fastadv.PGD`.
+        check_inputs: as in `fastadv.PGD`.
+
+    Raises:
+        TypeError: as in `fastadv.pgd_fused`.
+        ValueError: as in `fastadv.pgd_fused`; also images that are not [B, C, H, W].
+    """
+
+    settings: SquareSettings
+    queries = Setting[int]()
+    p_init = Setting[float]()
+    restarts = Setting[int]()
+    loss = Setting[Loss]()
+    rescale_schedule = Setting[bool]()
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        queries: int = 5000,
+        *,
+        p_init: float = 0.8,
+        restarts: int = 1,
+        loss: Loss = "cw",
+        rescale_schedule: bool = False,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        targeted: bool = False,
+        precision: Precision = "fp32",
+        engine: Literal["auto", "eager", "compiled"] = "auto",
+        train_mode: bool = False,
+        seed: int | None = None,
+        check_inputs: bool = True,
+    ) -> None:
+        chosen = SquareSettings(
+            eps,
+            queries,
+            p_init,
+            restarts,
+            loss,
+            rescale_schedule,
+            norm=norm,
+            bounds=bounds,
+            targeted=targeted,
+            precision=precision,
+            engine=engine,
+            train_mode=train_mode,
+        )
+        super().__init__(model, chosen, seed, check_inputs)
+
+    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
+        if x.dim() != 4:
+            raise ValueError(
+                f"x must have shape [B, C, H, W] for Square, whose changes are squares, got {tuple(x.shape)}"
+            )
+        return super()._radius(x, eps)
+
+    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+        batch = batch.rows(
+            torch.arange(batch.x.shape[0], device=batch.x.device)
+        )  # names the samples
+        best = self._run(batch, seed)
+        for restart in range(1, self.settings.restarts):
+            run_seed = derive_seed(seed, "restart", restart)
+            if self.settings.train_mode:
+                best.merge(self._run(batch, run_seed))
+                continue
+            rows = (~best.succeeded).nonzero().flatten()
+            if rows.numel() == 0:
+                break
+            best.merge(self._run(batch.rows(rows), run_seed), rows)
+        return best.images
+
+    def _run(self, batch: Batch, seed: int) -> Best:
+        """One random search; broken images stay as they are, and leave when it is time to look."""
+        settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
+        search, result = _Search(batch, settings, seed), Best()
+        result.merge(search.best)
+        for query in range(1, settings.queries):
+            if not settings.train_mode and is_time_to_look(query, batch.x.device):
+                going = (~search.best.succeeded).nonzero().flatten()
+                if len(going) < len(rows):
+                    result.merge(search.best, rows)
+                    if len(going) == 0:
+                        return result
+                    rows = rows[going]
+                    search.keep(going)
+            search.step(query)
+        result.merge(search.best, rows)
+        return result
+
+
+class _Search:
+    """A random search on a batch that may grow smaller.
+
+    Attributes:
+        best: the images as far as they have come.
+    """
+
+    def __init__(self, batch: Batch, settings: SquareSettings, seed: int) -> None:
+        self._batch, self._settings, self._seed = batch, settings, seed
+        self._objective = Objective(settings.loss, settings.targeted)
+        self._proposals = proposals_for(batch)
+        self._words = self._draw(1, self._proposals.first_words, stream=0)
+        self.best = Best()
+        if batch.given_start is not None:
+            self._try(batch.start(seed))
+        else:
+            self._try(self._proposals.first(self._words[:, 0]))
+
+    def step(self, query: int) -> None:
+        """Try another point for every image, from the random words of this query, 1 or more."""
+        number = (query - 1) % _DRAWN_AT_ONCE
+        if number == 0:
+            count = min(_DRAWN_AT_ONCE, self._settings.queries - query)
+            stream = 1 + (query - 1) // _DRAWN_AT_ONCE
+            self._words = self._draw(count, self._proposals.next_words, stream)
+        share = share_at(query - 1, self._settings)
+        self._try(self._proposals.next(self.best.images, self._words[:, number], share))
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the images."""
+        self.best = self.best.rows(rows)
+        self._batch, self._words = self._batch.rows(rows), self._words[rows]
+        self._proposals = proposals_for(self._batch)
+
+    def _try(self, adv: Tensor) -> None:
+        logits = self._batch.logits(adv)
+        succeeded = self._batch.succeeded(logits)
+        if hasattr(self.best, "succeeded"):
+            succeeded = succeeded & ~self.best.succeeded
+        self.best.offer(adv, self._objective(logits, self._batch.y), succeeded)
+
+    def _draw(self, points: int, words: int, stream: int) -> Tensor:
+        """Random words for some points of each image, [B, points, words] int64."""
+        ids = self._batch.sample_ids
+        assert ids is not None
+        drawn = philox(self._seed, ids, -(-points * words // WORDS), stream)
+        return drawn[:, : points * words].view(-1, points, words)
+
+
+def share_at(query: int, settings: SquareSettings) -> float:
+    """The share of the image that a square covers; it is halved after 10, 50, 200 ... of 10000 queries."""
+    if settings.rescale_schedule:
+        query = query * _FULL_SCHEDULE // settings.queries
+    return settings.p_init * 0.5 ** sum(query > halving for halving in _HALVINGS)

@@ -1,0 +1,216 @@
+"""The random points that the Square attack tries: stripes and squares in linf, moved bumps in l2 and l1.
+
+Every image has a place and signs of its own, made from its own random words. Source: Andriushchenko, Croce,
+Flammarion and Hein, "Square attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
+algorithms 2 and 3; the l1 form is that of Croce and Hein, "Mind the box", ICML 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.projections import to_l1_ball
+from fastadv.ops.checks import over_samples
+
+_WORD_BITS = 32
+_TINY = 1e-12
+_TILES = 5  # the first bumps of l2 and l1 form a grid of so many a side
+
+
+class Proposals(ABC):
+    """Points to try for the images of one batch, [B, C, H, W].
+
+    Attributes:
+        first_words: how many random words an image's first point takes.
+        next_words: how many each later point takes.
+    """
+
+    first_words: int
+    next_words: int
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+        _, self._channels, self._height, self._width = batch.x.shape
+
+    @abstractmethod
+    def first(self, words: Tensor) -> Tensor:
+        """Where the search begins, from words [B, first_words]."""
+
+    @abstractmethod
+    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
+        """A change of the images in a square that covers a share of each; words [B, next_words]."""
+
+    def _side(self, share: float) -> int:
+        """The side of a square that covers a share of an image, not yet held to the image's sides."""
+        return round(math.sqrt(share * self._height * self._width))
+
+    def _window(self, words: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Squares at random places, from two words each: rows [B, H, 1] and columns [B, 1, W].
+
+        Each holds its number within the square, and -1 outside.
+        """
+        rows = _numbered(words[:, 0], side, self._height)
+        return rows[:, :, None], _numbered(words[:, 1], side, self._width)[:, None, :]
+
+
+class Squares(Proposals):
+    """linf: every element is eps above or below the image's; a square takes one sign per channel."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch)
+        self.first_words = self._channels * self._width
+        self.next_words = 2 + _words_for(self._channels)
+        radius = over_samples(batch.eps, batch.x) if isinstance(batch.eps, Tensor) else batch.eps
+        self._highest = (batch.x + radius).clamp(*batch.bounds)
+        self._lowest = (batch.x - radius).clamp(*batch.bounds)
+
+    def first(self, words: Tensor) -> Tensor:
+        """Vertical stripes."""
+        up = (words & 1 == 1).view(-1, self._channels, 1, self._width)
+        return torch.where(up, self._highest, self._lowest)
+
+    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
+        """One more square."""
+        side = min(max(self._side(share), 1), self._height, self._width)
+        inside = _inside(self._window(words, side))
+        up = _bits(words[:, 2:], self._channels)[:, :, None, None]
+        return torch.where(inside, torch.where(up, self._highest, self._lowest), images)
+
+
+class Bumps(Proposals):
+    """l2 and l1: a square takes over the change in another, as a bump with halves of opposite signs."""
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__(batch)
+        self._order = 1 if batch.norm == "l1" else 2
+        self._bumps: dict[int, Tensor] = {}
+        self._tile = max(min(self._height, self._width) // _TILES, 1)
+        self._grid = (self._height // self._tile, self._width // self._tile)
+        self.first_words = self._grid[0] * self._grid[1] * (self._channels + 1)
+        self.next_words = 4 + _words_for(self._channels + 1)
+
+    def first(self, words: Tensor) -> Tensor:
+        """A grid of bumps, each of random sign and orientation."""
+        x, (high, wide), tile = self._batch.x, self._grid, self._tile
+        flags = (words & 1 == 1).view(-1, self._channels + 1, high, 1, wide, 1)
+        bump = self._bump(tile)[None, None, None, :, None, :]  # [B, C, rows, tile, columns, tile]
+        bumps = torch.where(flags[:, :1], bump, bump.transpose(3, 5))
+        bumps = torch.where(flags[:, 1:], bumps, -bumps)
+        delta = torch.zeros_like(x)
+        top, left = (self._height - high * tile) // 2, (self._width - wide * tile) // 2
+        inner = delta[:, :, top : top + high * tile, left : left + wide * tile]
+        inner.copy_(bumps.reshape(inner.shape))
+        return self._bounded(delta)
+
+    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
+        """The change within two squares, moved into the first of them."""
+        side = max(self._side(share), 3)
+        side = min(side + 1 - side % 2, self._height, self._width)
+        delta = images - self._batch.x
+        place = self._window(words, side)
+        first, second = _inside(place), _inside(self._window(words[:, 2:], side))
+        flags = _bits(words[:, 4:], self._channels + 1)[:, :, None, None]
+        old = torch.where(first, delta, 0.0)
+        bump = self._placed_bump(place, side, flags[:, 0])
+        new = torch.where(flags[:, 1:], bump, -bump) + old / (self._length(old, 1) + _TINY)
+        new = torch.where(first, new, 0.0)
+        budget = self._budget(delta, torch.where(first | second, delta, 0.0))
+        new = new * (budget / (self._length(new, 1) + _TINY))
+        return self._bounded(torch.where(first, new, torch.where(second, 0.0, delta)))
+
+    def _budget(self, delta: Tensor, within: Tensor) -> Tensor:
+        """The length that each channel's square may have, [B, C, 1, 1].
+
+        It is the length of the change within the two squares, and a channel's part of what the ball leaves.
+        """
+        order, channels = self._order, self._channels
+        left = (self._radius() ** order - self._length(delta) ** order).clamp(min=0) / channels
+        if order == 1:
+            return (left + self._length(within, 1)) * channels
+        return (left + self._length(within, 1).square()).sqrt()
+
+    def _bounded(self, delta: Tensor) -> Tensor:
+        """Images changed by delta, in ball and bounds; in l2 by as much of its direction as the ball allows."""
+        batch = self._batch
+        if self._order == 1:
+            return to_l1_ball(batch.x + delta, batch.x, batch.eps, batch.bounds)
+        scale = self._radius() / (self._length(delta) + _TINY)
+        return batch.project_(batch.x + delta * scale)
+
+    def _radius(self) -> Tensor:
+        """The radius, [B, 1, 1, 1] or one for all."""
+        x, eps = self._batch.x, self._batch.eps
+        return over_samples(eps, x) if isinstance(eps, Tensor) else x.new_full((1, 1, 1, 1), eps)
+
+    def _length(self, delta: Tensor, first_axis: int = 0) -> Tensor:
+        """The norm of each image, or, with ``first_axis`` 1, of each channel, with axes of size 1."""
+        axes = (2, 3) if first_axis else (1, 2, 3)
+        return torch.linalg.vector_norm(delta, self._order, axes, keepdim=True)
+
+    def _placed_bump(self, place: tuple[Tensor, Tensor], side: int, turned: Tensor) -> Tensor:
+        """The bump at each image's square, upright or turned, [B, 1, H, W]; outside of it anything."""
+        row, column = (index.clamp(min=0) for index in place)
+        index = torch.where(turned, column * side + row, row * side + column)
+        return self._bump(side).flatten()[index][:, None]
+
+    def _bump(self, side: int) -> Tensor:
+        """A square [side, side] of unit norm whose upper half is positive and whose lower half is negative."""
+        if side not in self._bumps:
+            self._bumps[side] = _bump(side, self._order).to(self._batch.x)
+        return self._bumps[side]
+
+
+def proposals_for(batch: Batch) -> Proposals:
+    """The points to try in the batch's norm."""
+    return Squares(batch) if batch.norm == "linf" else Bumps(batch)
+
+
+@cache
+def _bump(side: int, order: int) -> Tensor:
+    upper, lower = (_heap(height, side, order) for height in (side // 2, side - side // 2))
+    bump = torch.cat((upper, -lower))
+    return bump / torch.linalg.vector_norm(bump, order)
+
+
+def _heap(height: int, width: int, order: int) -> Tensor:
+    """A rectangle of unit norm that falls off from its centre, [height, width].
+
+    An element at distance d, the larger of those along the two axes, is the sum of 1 / (k + 1)**2, in l1 of
+    1 / (k + 1)**4, over k from d up to the largest distance.
+    """
+    row = (torch.arange(height, device="cpu") - height // 2).abs()
+    column = (torch.arange(width, device="cpu") - width // 2).abs()
+    distance = torch.maximum(row[:, None], column[None, :])
+    steps = torch.arange(1, max(height // 2, width // 2) + 2, dtype=torch.float64, device="cpu")
+    sums = (steps ** (-4 if order == 1 else -2)).flip(0).cumsum(0).flip(0)
+    heap = sums[distance]
+    return heap / torch.linalg.vector_norm(heap, order).clamp(min=_TINY)
+
+
+def _numbered(words: Tensor, side: int, length: int) -> Tensor:
+    """Intervals of ``side`` elements at random places, [B, length]: 0 .. side - 1 inside, -1 outside."""
+    start = words * (length - side + 1) >> _WORD_BITS
+    number = torch.arange(length, device=words.device) - start[:, None]
+    return torch.where((number >= 0) & (number < side), number, -1)
+
+
+def _inside(window: tuple[Tensor, Tensor]) -> Tensor:
+    """Which elements lie in a square, [B, 1, H, W] bool."""
+    rows, columns = window
+    return ((rows >= 0) & (columns >= 0))[:, None]
+
+
+def _words_for(bits: int) -> int:
+    return -(-bits // _WORD_BITS)
+
+
+def _bits(words: Tensor, count: int) -> Tensor:
+    """The first bits of some words [B, n], [B, count] bool."""
+    places = torch.arange(_WORD_BITS, device=words.device)
+    return (words[:, :, None] >> places & 1).flatten(1)[:, :count] == 1
