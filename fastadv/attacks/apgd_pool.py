@@ -57,8 +57,8 @@ class Ended:
         point: its worst case [...]: a misclassified point where one was found, else that of highest value.
         value: of this point.
         succeeded: whether the engine takes the point for misclassified.
-        alpha: the last step size.
-        step: how many steps were made.
+        alpha: the step size, there where it succeeded, else the last one.
+        step: how many steps were made, up to there where it succeeded.
     """
 
     run: Run
@@ -204,7 +204,9 @@ class _Work:
         fresh = torch.tensor(begun, device=device)
         checked = torch.tensor(at_check, device=device) if any(at_check) else None
         since = torch.tensor(self._since, device=device)
-        grad = self._slots.advance(engine, settings, fresh, checked, since)
+        step = torch.tensor(self._step, device=device)
+        early = self._pool._early
+        grad = self._slots.advance(engine, settings, fresh, checked, since, step, first=early)
         if any(begun) and settings.loss in ("dlr", "dlr-t"):
             zero = (grad.flatten(1) == 0).all(1) & fresh
             self._pool.blind += int(zero.sum())
@@ -250,13 +252,15 @@ class _Work:
         slots, index = self._slots, torch.tensor(rows, device=self._slots.x.device)
         points = slots.kept[index]
         values = slots.kept_value[index].tolist()
-        successes, alphas = slots.succeeded[index].tolist(), slots.alpha[index].tolist()
+        successes = slots.succeeded[index]
+        alphas = torch.where(successes, slots.kept_alpha[index], slots.alpha[index]).tolist()
+        flags, steps = successes.tolist(), slots.kept_step[index].tolist()
         ended = []
         for i, row in enumerate(rows):
             run = self._runs[row]
             assert run is not None
-            step = self._step[row] - 1
-            ended.append(Ended(run, points[i], values[i], successes[i], alphas[i], step))
+            step = steps[i] if flags[i] else self._step[row] - 1
+            ended.append(Ended(run, points[i], values[i], flags[i], alphas[i], step))
             self._runs[row] = None
         if not self._pool._early:
             self._closed.update(one.run.image for one in ended if one.succeeded)

@@ -19,7 +19,7 @@ from fastadv.attacks.objectives import Objective, targeted_value
 from fastadv.engine.engines import Engine
 from fastadv.ops import pgd_step_
 
-_NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value")
+_NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
 
 
 @dataclass
@@ -40,6 +40,8 @@ class Slots:
         best_value: of ``best`` [S].
         value_then: ``best_value`` at the last checkpoint [S].
         kept_value: of ``kept`` [S].
+        kept_alpha: step sizes at ``kept`` [S].
+        kept_step: how many steps led to ``kept``, [S] int64.
         rises: steps since the last checkpoint that raised the value, [S] int64.
         halved: whether the last checkpoint halved the step size, [S] bool.
         succeeded: whether ``kept`` is misclassified, [S] bool.
@@ -58,6 +60,8 @@ class Slots:
     best_value: Tensor
     value_then: Tensor
     kept_value: Tensor
+    kept_alpha: Tensor
+    kept_step: Tensor
     rises: Tensor
     halved: Tensor
     succeeded: Tensor
@@ -74,7 +78,7 @@ class Slots:
         zeros = torch.zeros(len(x), dtype=x.dtype, device=x.device)
         numbers = {name: zeros.clone() for name in _NUMBERS}
         flags = {name: torch.zeros_like(y, dtype=torch.bool) for name in ("halved", "succeeded")}
-        labels = {"y": y.clone(), "target": y.clone(), "rises": torch.zeros_like(y)}
+        labels = {name: y.clone() for name in ("y", "target", "rises", "kept_step")}
         return cls(**images, **numbers, **flags, **labels)
 
     def __len__(self) -> int:
@@ -116,6 +120,8 @@ class Slots:
         fresh: Tensor,
         checked: Tensor | None,
         since: Tensor,
+        step: Tensor,
+        first: bool,
     ) -> Tensor:
         """Look at the points of all rows, and move every row on.
 
@@ -125,6 +131,8 @@ class Slots:
             fresh: the rows whose run begins, [S] bool.
             checked: the rows that are at a checkpoint, [S] bool; None where there is no such row.
             since: steps since the last checkpoint, [S] int64.
+            step: how many steps were made, [S] int64.
+            first: keep the first misclassified point, rather than the one of highest value.
 
         Returns:
             The input gradients [S, ...], valid until the engine's next call.
@@ -132,7 +140,7 @@ class Slots:
         found = engine.gradient(self.adv, self._value_of(settings))
         value, grad = found.value, found.grad
         succeeded = (found.logits.argmax(1) != self.y) & ~found.logits.isnan().any(1)
-        self._keep(fresh, value, succeeded)
+        self._keep(fresh, value, succeeded, step, first)
         rises = self.rises + (value > self.value)
         self.rises = torch.where(fresh, torch.zeros_like(rises), rises)
         better = fresh | (value > self.best_value)
@@ -154,12 +162,19 @@ class Slots:
         objective = Objective(settings.loss)
         return lambda logits: objective(logits, self.y)
 
-    def _keep(self, fresh: Tensor, value: Tensor, succeeded: Tensor) -> None:
+    def _keep(
+        self, fresh: Tensor, value: Tensor, succeeded: Tensor, step: Tensor, first: bool
+    ) -> None:
         """As `Best.offer`, with rows that have nothing yet."""
         better = (value > self.kept_value) | self.kept_value.isnan()
-        better = fresh | torch.where(succeeded == self.succeeded, better, succeeded)
+        better = torch.where(succeeded == self.succeeded, better, succeeded)
+        if first:
+            better &= ~self.succeeded
+        better |= fresh
         self.kept = where_images(better, self.adv, self.kept)
         self.kept_value = torch.where(better, value, self.kept_value)
+        self.kept_alpha = torch.where(better, self.alpha, self.kept_alpha)
+        self.kept_step = torch.where(better, step, self.kept_step)
         self.succeeded = torch.where(better, succeeded, self.succeeded)
 
     def _check(

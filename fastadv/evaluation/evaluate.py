@@ -22,14 +22,14 @@ from fastadv.evaluation.attack_list import (
     check_norm,
     parse_attacks,
 )
-from fastadv.evaluation.autoattack import autoattack
+from fastadv.evaluation.autoattack import ENGINES, SearchEngine, autoattack
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, Row, library_versions
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
-from fastadv.ops.values import check_bool, integer, limit, norm_name
+from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name
 
 
 @names_checked
@@ -50,6 +50,7 @@ def evaluate(
     progress: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
     on_row: Callable[[Report], None] | None = None,
+    engine: SearchEngine = "auto",
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -70,13 +71,14 @@ def evaluate(
               Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
             * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
               of 100 steps, or ``"apgd-ce-K"`` and so on of K;
-            * ``"autoattack"``, the standard version of the reference implementation;
+            * ``"autoattack"``, the standard version, on the images that are classified correctly;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
-        batch_size: images per pass. This package's attacks do not depend on it beyond rounding; AutoAttack does.
+        batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
+            attacks in AutoAttack do.
         device: where to run; by default where the model is. The model is moved there and back.
         seed: seed of everything random. Runs with one seed on one machine agree.
         max_examples: use only the first so many images.
@@ -87,6 +89,7 @@ def evaluate(
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
             continues after an interruption.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
+        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -104,6 +107,7 @@ def evaluate(
     worst_case = check_bool("worst_case", worst_case)
     norm, seed = norm_name(norm), integer("seed", seed)
     alpha = None if alpha is None else limit("alpha", alpha)
+    check_choice("engine", engine, ENGINES)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
     check_norm(chosen, norm)
@@ -132,7 +136,7 @@ def evaluate(
             worst_case=worst_case,
         )
         for attack in chosen:
-            row, robust = _row(runner, attack, eps, clean, left, state_dir)
+            row, robust = _row(runner, attack, eps, clean, left, state_dir, engine)
             if worst_case and not isinstance(attack, Clean):
                 left = robust
             report = replace(report, rows=(*report.rows, row))
@@ -149,10 +153,11 @@ def _row(
     clean: Outcome,
     left: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
+    engine: SearchEngine,
 ) -> tuple[Row, Tensor]:
     """Run one attack on the images that are left, [N] bool, or all: its row, and those left after it."""
     if isinstance(attack, Ensemble):
-        return _autoattack_row(runner, attack, eps, left, state_dir)
+        return _autoattack_row(runner, attack, eps, left, state_dir, engine)
     left = clean.robust if left is None else left
     if isinstance(attack, Clean):
         return _plain_row(runner, attack, clean, eps=0.0), clean.robust
@@ -192,6 +197,7 @@ def _autoattack_row(
     eps: float,
     left: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
+    engine: SearchEngine,
 ) -> tuple[Row, Tensor]:
     samples = runner.samples
     robust = torch.zeros(len(samples), dtype=torch.bool)
@@ -210,6 +216,8 @@ def _autoattack_row(
         seed=runner.seed,
         state_dir=state_dir,
         progress=runner.progress.enabled,
+        engine=engine,
+        sample_ids=indices,
     )
     robust[indices] = result.robust
     row = replace(
@@ -219,6 +227,7 @@ def _autoattack_row(
         status=result.status,
         notes=result.notes,
         stages=result.stages,
+        search=result.search,
     )
     return row, robust
 
