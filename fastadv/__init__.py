@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         pgd_fused,
     )
     from fastadv.attacks.minimum_perturbation import minimum_perturbation
+    from fastadv.evaluation.ensemble import AutoAttack
     from fastadv.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "FGSMRS",
     "MIM",
     "PGD",
+    "AutoAttack",
     "FriendlyPGD",
     "__version__",
     "backend",
@@ -64,7 +66,11 @@ _ATTACKS = (
     "minimum_perturbation",
     "pgd_fused",
 )
-_HOMES = {**dict.fromkeys(_ATTACKS, "attacks"), "evaluate": "evaluation"}
+_HOMES = {
+    **dict.fromkeys(_ATTACKS, "attacks"),
+    "AutoAttack": "evaluation",
+    "evaluate": "evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:
