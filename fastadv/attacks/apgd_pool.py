@@ -23,6 +23,7 @@ from fastadv.seeding import derive_seed
 
 # int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]
+NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
 _LOOKED_AT_EVERY = 4  # steps: broken rows are looked for so often, as this waits for the device
 _SMALLEST = 8  # batches of a copy are not made smaller than this
 
@@ -101,7 +102,7 @@ class APGDPool:
         blind: runs that began at a point without a gradient, a sign of gradient masking.
 
     Raises:
-        ValueError: the attack is targeted, or in train mode.
+        ValueError: the attack is targeted, in train mode, or in another norm than linf and l2.
     """
 
     def __init__(
@@ -116,6 +117,10 @@ class APGDPool:
         if attack.targeted or attack.train_mode:
             raise ValueError(
                 "attack must be neither targeted nor in train mode to be run in a pool"
+            )
+        if attack.norm not in NORMS:
+            raise ValueError(
+                f"norm must be one of {', '.join(NORMS)} in a pool, got {attack.norm!r}"
             )
         self._attack, self._seed = attack, seed
         self._set_aside, self._early = set_aside, early

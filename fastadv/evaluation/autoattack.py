@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd import APGD
-from fastadv.attacks.apgd import NORMS as APGD_NORMS
+from fastadv.attacks.apgd_pool import NORMS
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
@@ -206,7 +206,7 @@ def _hunt(
         device=runner.device,
         seed=runner.seed,
     )
-    norm = runner.norm if runner.norm in APGD_NORMS else "linf"  # only the reference knows others
+    norm = runner.norm if runner.norm in NORMS else "linf"  # the reference alone runs in others
     common: dict[str, Any] = dict(norm=norm, bounds=samples.bounds, check_inputs=False)
     radius = eps if norm == runner.norm else 0.0
     wide = APGD(runner.model, radius, APGD_STEPS, precision="fp32", engine="eager", **common)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv import attacks
 from fastadv.attacks.attack import Attack
-from fastadv.evaluation.autoattack_hunt import FP32, Hunt
+from fastadv.evaluation.autoattack_hunt import FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
 from fastadv.evaluation.report import REFERENCE
@@ -19,8 +19,8 @@ from fastadv.seeding import derive_seed
 # Attacks of this package that take a batch at a time: class in `fastadv.attacks`, its settings as in the standard
 # version. Where the package has no such class, the reference implementation attacks.
 BY_BATCH: dict[str, tuple[str, dict[str, Any]]] = {
-    "fab": ("FAB", {"steps": 100, "targeted": False}),
-    "fab-t": ("FAB", {"steps": 100, "targeted": True}),
+    "fab": ("FAB", {"steps": 100, "target_classes": None}),
+    "fab-t": ("FAB", {"steps": 100, "target_classes": TARGET_CLASSES}),
     "square": ("Square", {"queries": 5000}),
 }
 
