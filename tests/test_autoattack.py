@@ -282,7 +282,7 @@ def test_it_says_what_to_install(monkeypatch):
     [
         (3, {}, "apgd-t needs at least 4 classes, the model has 3"),
         (2, {"version": ("apgd-dlr",)}, "apgd-dlr needs at least 3 classes"),
-        (4, {"version": "rand"}, "version must be 'standard' or a list"),
+        (4, {"version": "plus"}, "version must be 'standard' or a list"),
         (4, {"version": ("apgd",)}, "version must be one of apgd-ce"),
         (4, {"version": ()}, "at least one attack"),
         (4, {"version": ("fab", "fab")}, "none twice"),

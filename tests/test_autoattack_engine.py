@@ -10,7 +10,7 @@ import pytest
 import torch
 from attack_helpers import digits_test, trained_small_cnn
 from linear_model import linear_problem
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastadv
 from fastadv import attacks
@@ -276,3 +276,33 @@ def test_a_callable_is_searched_in_float32() -> None:
     model, x, y = linear_problem(classes=4, n=8)
     result = autoattack(lambda images: model(images), (x, y), eps=EPS, version=("apgd-ce",))
     assert result.search == "fp32"
+
+
+class Noisy(nn.Module):
+    """Logits and gradients that are right on average only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.02 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:fastadv attacks")
+def test_models_that_draw_random_numbers_have_a_version(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.autoattack"], "RAND_PASSES", 4)
+    model, x, y = linear_problem(classes=4, n=12, wrong=2)
+    calls: list[int] = []
+    noisy = Noisy(model).eval()
+    noisy.register_forward_hook(lambda *_: calls.append(1))
+    result = autoattack(noisy, (x, y), eps=EPS, version="rand", engine=engine)
+    assert [stage.name for stage in result.stages] == ["apgd-ce", "apgd-dlr"]
+    assert result.status == "ok" and len(calls) > 4 * 100
+    exact = model.exactly_robust(x, y, EPS)
+    assert int((result.robust != exact).sum()) <= 4
+    plain = autoattack(noisy, (x, y), eps=EPS, version=("apgd-ce",), engine=engine)
+    assert plain.status == "suspect" and "randomized" in plain.notes[0]

@@ -95,6 +95,8 @@ class APGDPool:
         early: ask the referee as soon as the engine takes a point for misclassified. Without it every run makes
             all of its steps and the referee is never asked. An image's later runs are then left out once one has
             succeeded.
+        passes: through the network for one gradient, which is their mean; more than one for a model that draws
+            random numbers (EOT, expectation over transformations).
 
     Attributes:
         steps: gradients taken so far, each of a row with a run.
@@ -113,6 +115,7 @@ class APGDPool:
         *,
         set_aside: bool = False,
         early: bool = True,
+        passes: int = 1,
     ) -> None:
         if attack.targeted or attack.train_mode:
             raise ValueError(
@@ -123,7 +126,7 @@ class APGDPool:
                 f"norm must be one of {', '.join(NORMS)} in a pool, got {attack.norm!r}"
             )
         self._attack, self._seed = attack, seed
-        self._set_aside, self._early = set_aside, early
+        self._set_aside, self._early, self._passes = set_aside, early, passes
         self._points = checkpoints(attack.steps)
         self._sizes = _sizes(attack, size)
         self.steps = self.rows = self.blind = 0
@@ -210,8 +213,10 @@ class _Work:
         checked = torch.tensor(at_check, device=device) if any(at_check) else None
         since = torch.tensor(self._since, device=device)
         step = torch.tensor(self._step, device=device)
-        early = self._pool._early
-        grad = self._slots.advance(engine, settings, fresh, checked, since, step, first=early)
+        early, passes = self._pool._early, self._pool._passes
+        grad = self._slots.advance(
+            engine, settings, fresh, checked, since, step, first=early, passes=passes
+        )
         if any(begun) and settings.loss in ("dlr", "dlr-t"):
             zero = (grad.flatten(1) == 0).all(1) & fresh
             self._pool.blind += int(zero.sum())

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastadv.attacks.apgd import MOMENTUM, APGDSettings
 from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import Objective, targeted_value
-from fastadv.engine.engines import Engine
+from fastadv.engine.engines import Engine, Gradient
 from fastadv.ops import pgd_step_
 
 _NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
@@ -122,6 +122,7 @@ class Slots:
         since: Tensor,
         step: Tensor,
         first: bool,
+        passes: int = 1,
     ) -> Tensor:
         """Look at the points of all rows, and move every row on.
 
@@ -133,11 +134,12 @@ class Slots:
             since: steps since the last checkpoint, [S] int64.
             step: how many steps were made, [S] int64.
             first: keep the first misclassified point, rather than the one of highest value.
+            passes: through the network for one gradient, which is their mean; for models that draw random numbers.
 
         Returns:
             The input gradients [S, ...], valid until the engine's next call.
         """
-        found = engine.gradient(self.adv, self._value_of(settings))
+        found = _mean_gradient(engine, self.adv, self._value_of(settings), passes)
         value, grad = found.value, found.grad
         succeeded = (found.logits.argmax(1) != self.y) & ~found.logits.isnan().any(1)
         self._keep(fresh, value, succeeded, step, first)
@@ -200,3 +202,18 @@ class Slots:
         moved = point + MOMENTUM * (stepped - point) + (1 - MOMENTUM) * (point - self.before)
         moved = pgd_step_(moved, self.x, self.x, eps, 0.0, norm, bounds)
         self.adv, self.before = where_images(fresh, stepped, moved), point
+
+
+def _mean_gradient(
+    engine: Engine, x: Tensor, value_of: Callable[[Tensor], Tensor], passes: int
+) -> Gradient:
+    """The mean of several gradients and values, with the logits of the last pass."""
+    found = engine.gradient(x, value_of)
+    if passes == 1:
+        return found
+    value, grad = found.value.clone(), found.grad.to(x.dtype, copy=True)
+    for _ in range(passes - 1):
+        found = engine.gradient(x, value_of)
+        value += found.value
+        grad += found.grad
+    return Gradient(value / passes, found.logits, grad / passes)

@@ -20,6 +20,8 @@ from fastadv.attacks.apgd_pool import NORMS
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
+    RAND,
+    RAND_PASSES,
     STANDARD,
     ReferenceAttacks,
     check_classes,
@@ -41,6 +43,7 @@ from fastadv.ops.values import check_choice, integer, norm_name
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
+_VERSIONS = {"standard": STANDARD, "rand": RAND}
 _MAX_SEED = 2**63
 
 
@@ -104,7 +107,8 @@ def autoattack(
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         version: ``"standard"``, or a list of ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t`` and
-            ``square``, run in that order with the settings of the standard version.
+            ``square``, run in that order with the settings of the standard version. ``"rand"``, for models that
+            draw random numbers: ``apgd-ce`` and ``apgd-dlr``, each gradient the mean of 20.
         batch_size: images per batch.
         device: where to run; by default where the model is.
         seed: 0 to 2**63 - 1.
@@ -141,7 +145,8 @@ def autoattack(
         runner = Runner(
             model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
         )
-        return _run(_hunt(runner, attacks, eps, engine, ids, state_dir), attacks)
+        passes = RAND_PASSES if version == "rand" else 1
+        return _run(_hunt(runner, attacks, eps, engine, ids, state_dir, passes), attacks)
 
 
 def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
@@ -155,9 +160,11 @@ def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
 
 def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(version, str):
-        if version != "standard":
-            raise ValueError(f"version must be 'standard' or a list of attacks, got {version!r}")
-        return STANDARD
+        if version not in _VERSIONS:
+            raise ValueError(
+                f"version must be 'standard' or a list of attacks or 'rand', got {version!r}"
+            )
+        return _VERSIONS[version]
     attacks = tuple(version)
     for attack in attacks:
         check_choice("version", attack, tuple(FEWEST_CLASSES))
@@ -194,6 +201,7 @@ def _hunt(
     engine: SearchEngine,
     ids: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
+    passes: int,
 ) -> Hunt:
     """How this run searches, and where it keeps what it has found."""
     samples = runner.samples
@@ -205,6 +213,7 @@ def _hunt(
         bounds=samples.bounds,
         device=runner.device,
         seed=runner.seed,
+        passes=passes,
     )
     norm = runner.norm if runner.norm in NORMS else "linf"  # the reference alone runs in others
     common: dict[str, Any] = dict(norm=norm, bounds=samples.bounds, check_inputs=False)
@@ -222,8 +231,9 @@ def _hunt(
     state = None
     if state_dir is not None:
         settings = _settings(runner, attacks, eps, search, ids)
+        settings |= {"passes": passes} if passes > 1 else {}
         state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
-    return Hunt(runner, eps, library, search, narrow, wide, state, ids)
+    return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes)
 
 
 def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:

@@ -47,6 +47,7 @@ class Hunt:
         state: where finished batches are kept, if anywhere.
         sample_ids: which random numbers each image gets, int64 [N] on the CPU; None is its index.
         refinement: of what a narrow search leaves.
+        passes: through the network for each gradient of Auto-PGD.
     """
 
     runner: Runner
@@ -58,6 +59,7 @@ class Hunt:
     state: AutoAttackState | None = None
     sample_ids: Tensor | None = None
     refinement: Refinement = Refinement()
+    passes: int = 1
 
     @property
     def is_narrow(self) -> bool:

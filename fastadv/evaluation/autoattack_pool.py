@@ -108,7 +108,8 @@ class PoolSearch:
 
     def _pool_of(self, attack: APGD, set_aside: bool) -> APGDPool:
         attack.loss = LOSSES[self._attack]
-        return APGDPool(attack, self._hunt.runner.batch_size, self._seed, set_aside=set_aside)
+        size, passes = self._hunt.runner.batch_size, self._hunt.passes
+        return APGDPool(attack, size, self._seed, set_aside=set_aside, passes=passes)
 
     def _runs(self, todo: Tensor) -> Iterator[Run]:
         """All runs, batch by batch of images: the likeliest wrong class of each image first."""

@@ -25,9 +25,9 @@ class Own:
     Attributes:
         name: of the class in `fastadv.attacks`; where there is none, the reference implementation attacks.
         settings: as in AutoAttack's standard version.
-        thorough: where a search in a narrower precision breaks an image of a batch, float32 tries the others of the
-            batch, too. Square breaks hardly anything that gradient attacks leave, unless gradients are masked. Then
-            Square counts, and rounding weakens it.
+        thorough: where a search in a narrower precision breaks an image of a batch, float32 tries the others of
+            the batch, too. Square breaks hardly anything that gradient attacks leave, unless gradients are masked.
+            Then Square counts, and rounding weakens it.
     """
 
     name: str

@@ -30,7 +30,7 @@ class AutoAttack:
         eps: radius of the ball, in the units of the images.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
-        version: ``"standard"`` or a list of attacks, as in `fastadv.evaluation.autoattack`.
+        version: ``"standard"``, ``"rand"`` or a list of attacks, as in `fastadv.evaluation.autoattack`.
         batch_size: images per pass.
         engine: ``"auto"``, ``"fp32"`` or ``"reference"``, as in `fastadv.evaluation.autoattack`.
         seed: of every call that names none; None draws one per call from torch's default generator.
