@@ -270,7 +270,7 @@ class _Work:
             run = self._runs[row]
             assert run is not None
             step = steps[i] if flags[i] else self._step[row] - 1
-            ended.append(Ended(run, points[i], values[i], flags[i], alphas[i], step))
+            ended.append(Ended(run, points[i].clone(), values[i], flags[i], alphas[i], step))
             self._runs[row] = None
         if not self._pool._early:
             self._closed.update(one.run.image for one in ended if one.succeeded)
