@@ -24,7 +24,7 @@ from fastadv.seeding import derive_seed
 # int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]
 NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
-_LOOKED_AT_EVERY = 4  # steps: broken rows are looked for so often, as this waits for the device
+_LOOKED_AT_EVERY = 4  # steps: rows are judged so often, so that the referee gets several at once
 _SMALLEST = 8  # batches of a copy are not made smaller than this
 
 
@@ -194,9 +194,9 @@ class _Work:
                     while self._fits():
                         self._advance(engine)
                         tick += 1
-                        over = any(self._is_over(row) for row in range(len(self._runs)))
-                        if over or (self._pool._early and tick % _LOOKED_AT_EVERY == 0):
-                            self._attend()
+                        look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
+                        if look or any(map(self._is_over, range(len(self._runs)))):
+                            self._attend(look)
                 self._shrink()
 
     def _advance(self, engine: Engine) -> None:
@@ -228,17 +228,18 @@ class _Work:
     def _is_over(self, row: int) -> bool:
         return self._runs[row] is not None and self._step[row] > self._attack.steps
 
-    def _attend(self) -> None:
+    def _attend(self, every_row: bool) -> None:
         """Let broken images and finished runs leave, and begin others in their rows."""
+        rows = range(len(self._runs))
         if self._pool._early:
-            self._judge()
-        over = [row for row in range(len(self._runs)) if self._is_over(row)]
-        self._end(over)
+            self._judge([row for row in rows if every_row or self._is_over(row)])
+        self._end([row for row in rows if self._is_over(row)])
         self._refill()
 
-    def _judge(self) -> None:
+    def _judge(self, rows: list[int]) -> None:
+        """Ask the referee about those of the rows that the engine takes for broken."""
         flags = self._slots.succeeded.tolist()
-        rows = [row for row, run in enumerate(self._runs) if run is not None and flags[row]]
+        rows = [row for row in rows if self._runs[row] is not None and flags[row]]
         if not rows:
             return
         index = torch.tensor(rows, device=self._slots.x.device)
