@@ -203,7 +203,7 @@ def test_a_row_says_how_it_was_found(narrow: None) -> None:
     row = report["autoattack"]
     assert row.search == "bf16" and report["clean"].search == ""
     table = report.table()
-    assert "apgd-ce, apgd-t searched in bfloat16" in table
+    assert "autoattack: apgd-ce, apgd-t" in table and " searched in bfloat16" in table
     assert "the plain model in float32 has confirmed every adversarial image" in table
     assert "float32 steps after these searches broke" in table
     entry = report.to_dict()["rows"][1]
