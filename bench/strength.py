@@ -146,7 +146,13 @@ def compare(
     by_apgd = robust(lambda x, y, _: apgd(x, y))
     by_wide = robust(lambda x, y, _: wide(x, y))
     by_library = autoattack(
-        model, (x, y), eps=eps, version=["apgd-ce"], batch_size=BATCH, seed=seed
+        model,
+        (x, y),
+        eps=eps,
+        version=["apgd-ce"],
+        batch_size=BATCH,
+        seed=seed,
+        engine="reference",
     ).robust
     pairs = []
     for name, attack, ours, theirs in (

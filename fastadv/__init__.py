@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         pgd_fused,
     )
     from fastadv.attacks.minimum_perturbation import minimum_perturbation
+    from fastadv.evaluation.ensemble import AutoAttack
     from fastadv.evaluation.evaluate import evaluate
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ __all__ = [
     "FGSMRS",
     "MIM",
     "PGD",
+    "AutoAttack",
     "FriendlyPGD",
     "Square",
     "__version__",
@@ -70,7 +72,11 @@ _ATTACKS = (
     "minimum_perturbation",
     "pgd_fused",
 )
-_HOMES = {**dict.fromkeys(_ATTACKS, "attacks"), "evaluate": "evaluation"}
+_HOMES = {
+    **dict.fromkeys(_ATTACKS, "attacks"),
+    "AutoAttack": "evaluation",
+    "evaluate": "evaluation",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -186,6 +186,7 @@ def run_evaluation(
     batch_size: int = 256,
     max_examples: int | None = None,
     worst_case: bool = False,
+    engine: Literal["auto", "fp32", "reference"] = "auto",
     device: str | None = None,
     seed: int = 0,
     out: str | None = None,
@@ -210,9 +211,11 @@ def run_evaluation(
             another norm than linf.
         norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
-        batch_size: images per pass; AutoAttack's figures depend on it slightly.
+        batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
         max_examples: use only the first so many test images.
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
+        engine: how AutoAttack searches: auto, on the attack engine, in bfloat16 where that is faster, with every
+            adversarial image confirmed in float32; fp32, in float32 throughout; reference, by pyautoattack.
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
         out: file (.json) to add the results to, in place of eval.json in the run directory, or of
@@ -265,6 +268,7 @@ def run_evaluation(
     # An interrupted AutoAttack goes on from here when the same command is given again.
     name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
     name = name.replace(":", "_") + f"-{batch_size}-{seed}" + "-left" * worst_case
+    name += f"-{engine}" * (engine != "reference")
     folders = [file.parent / "autoattack" / name for file in (judged.results, keeper.file)]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
     with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
@@ -278,6 +282,7 @@ def run_evaluation(
             batch_size=batch_size,
             max_examples=max_examples,
             worst_case=worst_case,
+            engine=engine,
             device=where,
             seed=seed,
             progress=not quiet,

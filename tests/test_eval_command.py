@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from training_helpers import small_recipe
 
 from fastadv import commands
 from fastadv.cli import main
 from fastadv.data import load_dataset
-from fastadv.evaluation import Report, load_results
+from fastadv.evaluation import AutoAttackResult, Report, Stage, load_results
 from fastadv.models import create_model
 from fastadv.result_keeper import autoattack_state
 from fastadv.trainers import load_model, train
@@ -179,6 +180,30 @@ def test_what_is_done_is_printed_when_a_later_attack_fails_and_nothing_can_be_wr
     assert judge(run, "--attacks", "clean", "pgd-2", "autoattack") == 2
     out, err = capfd.readouterr()
     assert "pgd-2" in out and "out of memory" in err and "--out FILE.json" in err
+
+
+def test_results_of_two_searches_by_autoattack_stand_side_by_side(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = []
+
+    def found(model: Any, samples: Any, *, engine: str, state_dir: Any, **_: Any) -> Any:
+        folders.append(state_dir)
+        n, nothing = len(samples), torch.empty(0)
+        search = {"auto": "bf16"}.get(engine, engine)
+        stages = (Stage("apgd-ce", n, search=search),)
+        flags = torch.ones(n, dtype=torch.bool)
+        return AutoAttackResult(flags, nothing, nothing, stages, "ok", (), 0, 256, 1.0, search)
+
+    module = sys.modules["fastadv.evaluation.evaluate"]
+    monkeypatch.setattr(module, "autoattack", found)
+    for words in ((), ("--engine", "fp32"), ("--engine", "reference"), ("--engine", "auto")):
+        assert judge(run, "--attacks", "autoattack", *words) == 0
+    searches = [result.row.search for result in load_results(run / "eval.json")]
+    assert searches == ["bf16", "fp32", "reference"]
+    assert len(set(folders)) == 3 and folders[0] == folders[3]
+    with pytest.raises(SystemExit):
+        judge(run, "--attacks", "autoattack", "--engine", "bf16")
 
 
 def test_evaluate_tells_of_each_attack_as_it_ends() -> None:

@@ -30,7 +30,7 @@ from fastadv.ops.values import integer
 from fastadv.seeding import derive_seed
 
 Loss = Literal["ce", "dlr", "cw", "ce-t", "dlr-t"]
-_MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
+MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class APGD(Attack):
         schedule = Schedule(adv, found.value, found.grad, batch.eps, settings.rho)
         before = adv
         for step in range(1, settings.steps + 1):
-            moved = _moved(batch, schedule, adv, before, 1.0 if step == 1 else _MOMENTUM)
+            moved = _moved(batch, schedule, adv, before, 1.0 if step == 1 else MOMENTUM)
             adv, before = moved, adv
             if step == settings.steps:
                 logits = batch.logits(adv)

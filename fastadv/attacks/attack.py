@@ -242,6 +242,12 @@ class Attack(Configured):
         with self._alone(), _own_context(x.device):
             return self._ready(x)
 
+    @contextmanager
+    def held(self, device: torch.device) -> Iterator[None]:
+        """Keep other threads from attacking the model, and the caller's inference mode and autocast out."""
+        with self._alone(), _own_context(device):
+            yield
+
     def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
         settings = self.settings
         eps = settings.eps if eps is None else eps

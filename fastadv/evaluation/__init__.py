@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
+from fastadv.evaluation.ensemble import AutoAttack
 from fastadv.evaluation.evaluate import evaluate
 from fastadv.evaluation.metrics import (
     ARREST_CIFAR10_CURVE,
@@ -23,6 +24,7 @@ from fastadv.evaluation.stacking import DeltaZ, delta_z
 __all__ = [
     "ARREST_CIFAR10_CURVE",
     "ARREST_CIFAR100_CURVE",
+    "AutoAttack",
     "AutoAttackResult",
     "Cubic",
     "DeltaZ",

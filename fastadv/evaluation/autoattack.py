@@ -1,4 +1,4 @@
-"""AutoAttack, by its reference implementation, with a seed, a status and a state that can be resumed.
+"""AutoAttack on the engine or by its reference implementation, with a seed, a status and a state on disk.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020.
@@ -8,29 +8,42 @@ from __future__ import annotations
 
 import os
 import re
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from fastadv.attacks.apgd import APGD
+from fastadv.attacks.apgd_pool import NORMS
+from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
+    RAND,
+    RAND_PASSES,
     STANDARD,
     ReferenceAttacks,
     check_classes,
 )
-from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord, fingerprint
+from fastadv.evaluation.autoattack_stages import search_for
+from fastadv.evaluation.autoattack_state import (
+    AutoAttackState,
+    BatchRecord,
+    fingerprint,
+    hash_tensors,
+)
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
-from fastadv.evaluation.report import Stage, Status, library_versions
-from fastadv.evaluation.runner import Runner, admissible_or_clean
+from fastadv.evaluation.report import REFERENCE, Stage, Status, library_versions
+from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
-from fastadv.evaluation.verify import Audit, Violations, predict
+from fastadv.evaluation.verify import Violations
 from fastadv.ops.values import check_choice, integer, norm_name
 
+SearchEngine = Literal["auto", "fp32", "reference"]
+ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
+_VERSIONS = {"standard": STANDARD, "rand": RAND}
 _MAX_SEED = 2**63
 
 
@@ -43,11 +56,13 @@ class AutoAttackResult:
         fooled: [M] int64, indices of the images for which an adversarial one was found.
         adversarial: [M, C, H, W] float32 on the CPU, these adversarial images.
         stages: what was left after each attack.
-        status: ``"ok"``, ``"suspect"`` after a warning of the library, ``"invalid"`` after a violation.
+        status: ``"ok"``, ``"suspect"`` after a warning, ``"invalid"`` after a violation.
         notes: the warnings and violations.
         seed: used for every batch, as the library does.
-        batch_size: on which the result depends.
+        batch_size: on which the result depends where the reference attacks.
         seconds: time spent attacking, in this call and, for resumed batches, before.
+        search: how it was found: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or ``"reference"``. A stage
+            tells where it has searched in another way.
     """
 
     robust: Tensor
@@ -59,6 +74,7 @@ class AutoAttackResult:
     seed: int
     batch_size: int
     seconds: float
+    search: str = REFERENCE
 
 
 def autoattack(
@@ -75,8 +91,14 @@ def autoattack(
     max_examples: int | None = None,
     progress: bool = False,
     state_dir: str | os.PathLike[str] | None = None,
+    engine: SearchEngine = "auto",
+    sample_ids: Tensor | None = None,
 ) -> AutoAttackResult:
     """Run AutoAttack: each attack on the images that all before it left.
+
+    Every adversarial image is confirmed by the plain model in float32, however it was found. With
+    ``engine="auto"`` an image that the engine's precision alone takes for broken goes on in float32 from there. An
+    image that the engine leaves is tried in float32 for a few more steps of Auto-PGD.
 
     Args:
         model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
@@ -85,7 +107,8 @@ def autoattack(
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         version: ``"standard"``, or a list of ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t`` and
-            ``square``, run in that order with the settings of the standard version.
+            ``square``, run in that order with the settings of the standard version. ``"rand"``, for models that
+            draw random numbers: ``apgd-ce`` and ``apgd-dlr``, each gradient the mean of 20.
         batch_size: images per batch.
         device: where to run; by default where the model is.
         seed: 0 to 2**63 - 1.
@@ -93,6 +116,11 @@ def autoattack(
         progress: a bar per attack on a terminal.
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.
+        engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it;
+            ``"fp32"``: the same in float32 throughout; ``"reference"``: everything by pyautoattack, in float32. In
+            l1 the reference attacks in any case, and so it does with the attacks that this package does not have.
+        sample_ids: int64 [N], which random numbers each image gets, by default its index; the reference's attacks
+            do not know them.
 
     Returns:
         The flags, the adversarial images and a status.
@@ -105,28 +133,38 @@ def autoattack(
     """
     norm, seed = norm_name(norm), integer("seed", seed)
     attacks = _check_version(version)
+    check_choice("engine", engine, ENGINES)
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
     if samples.images.dim() != 4:
         raise ValueError(f"AutoAttack needs images [N, C, H, W], got {tuple(samples.images.shape)}")
+    ids = _check_ids(sample_ids, len(samples))
     with evaluation_mode(model, device) as where:
         runner = Runner(
             model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
         )
-        state = None
-        if state_dir is not None:
-            settings = _settings(runner, attacks, eps)
-            state = AutoAttackState(state_dir, fingerprint(model, samples, settings))
-        return _run(runner, attacks, eps, state)
+        passes = RAND_PASSES if version == "rand" else 1
+        return _run(_hunt(runner, attacks, eps, engine, ids, state_dir, passes), attacks)
+
+
+def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.shape != (n,):
+        kind = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"sample_ids must be an int64 tensor of shape ({n},), got {kind}")
+    return ids.detach().cpu()
 
 
 def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
     if isinstance(version, str):
-        if version != "standard":
-            raise ValueError(f"version must be 'standard' or a list of attacks, got {version!r}")
-        return STANDARD
+        if version not in _VERSIONS:
+            raise ValueError(
+                f"version must be 'standard' or a list of attacks or 'rand', got {version!r}"
+            )
+        return _VERSIONS[version]
     attacks = tuple(version)
     for attack in attacks:
         check_choice("version", attack, tuple(FEWEST_CLASSES))
@@ -135,9 +173,11 @@ def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
     return attacks
 
 
-def _settings(runner: Runner, attacks: tuple[str, ...], eps: float) -> dict[str, Any]:
+def _settings(
+    runner: Runner, attacks: tuple[str, ...], eps: float, search: str, ids: Tensor | None
+) -> dict[str, Any]:
     """What the result depends on beside model and data."""
-    return {
+    settings = {
         "attacks": attacks,
         "eps": eps,
         "norm": runner.norm,
@@ -146,12 +186,24 @@ def _settings(runner: Runner, attacks: tuple[str, ...], eps: float) -> dict[str,
         "seed": runner.seed,
         "pyautoattack": library_versions().get("pyautoattack", "unknown"),
     }
+    if search == REFERENCE:
+        return settings
+    own = {"search": search, "refinement": list(astuple(Refinement()))}
+    if ids is not None and not torch.equal(ids, torch.arange(len(ids))):
+        own["sample_ids"] = hash_tensors(ids)
+    return {**settings, **own}
 
 
-def _run(
-    runner: Runner, attacks: tuple[str, ...], eps: float, state: AutoAttackState | None
-) -> AutoAttackResult:
-    """Go through the attacks, taking finished batches from the state."""
+def _hunt(
+    runner: Runner,
+    attacks: tuple[str, ...],
+    eps: float,
+    engine: SearchEngine,
+    ids: Tensor | None,
+    state_dir: str | os.PathLike[str] | None,
+    passes: int,
+) -> Hunt:
+    """How this run searches, and where it keeps what it has found."""
     samples = runner.samples
     check_classes(attacks, runner.check_labels())
     library = ReferenceAttacks(
@@ -161,19 +213,46 @@ def _run(
         bounds=samples.bounds,
         device=runner.device,
         seed=runner.seed,
+        passes=passes,
     )
+    norm = runner.norm if runner.norm in NORMS else "linf"  # the reference alone runs in others
+    common: dict[str, Any] = dict(norm=norm, bounds=samples.bounds, check_inputs=False)
+    radius = eps if norm == runner.norm else 0.0
+    wide = APGD(runner.model, radius, APGD_STEPS, precision="fp32", engine="eager", **common)
+    narrow = wide if engine == "fp32" else APGD(runner.model, radius, APGD_STEPS, **common)
+    search = FP32 if engine == "fp32" else REFERENCE
+    if engine == "auto" and norm == runner.norm:
+        x, _ = samples.take(samples.batches(runner.batch_size)[0], runner.device)
+        search = narrow.engine_for(x).precision
+    if norm != runner.norm:
+        search = REFERENCE
+    if search == FP32:
+        narrow = wide
+    state = None
+    if state_dir is not None:
+        settings = _settings(runner, attacks, eps, search, ids)
+        settings |= {"passes": passes} if passes > 1 else {}
+        state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
+    return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes)
+
+
+def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
+    """Go through the attacks, taking what is finished from the state."""
+    runner, samples = hunt.runner, hunt.runner.samples
     clean = runner.clean()
     first = samples.batches(runner.batch_size)[0]
-    warnings = library.check_model(*samples.take(first, runner.device))
+    warnings = hunt.library.check_model(*samples.take(first, runner.device))
     robust, records, stages = clean.robust.clone(), [], []
     for attack in attacks:
-        for record in _stage(runner, library, attack, eps, robust.nonzero().flatten(), state):
+        search = search_for(hunt, attack)
+        found = search.run(robust.nonzero().flatten())
+        for record in found:
             robust[record.fooled] = False
-            records.append(record)
-        stages.append(Stage(attack, int(robust.sum())))
-    warnings += library.check_square(int(clean.robust.sum()), stages, len(samples))
+        records += found
+        stages.append(_stage(attack, search.by, int(robust.sum()), found))
+    warnings += hunt.library.check_square(int(clean.robust.sum()), stages, len(samples))
     warnings += [text for record in records for text in record.warnings]
-    audit = Audit(eps, runner.norm, samples.bounds)
+    audit = hunt.audit()
     for record in records:
         audit.found += Violations(**record.violations)
     problems = audit.problems()
@@ -188,46 +267,19 @@ def _run(
         seed=runner.seed,
         batch_size=runner.batch_size,
         seconds=clean.seconds + sum(record.seconds for record in records),
+        search=hunt.search,
     )
 
 
-def _stage(
-    runner: Runner,
-    library: ReferenceAttacks,
-    attack: str,
-    eps: float,
-    remaining: Tensor,
-    state: AutoAttackState | None,
-) -> Iterator[BatchRecord]:
-    """One attack on the images that are left, in the batches in which the library's own loop forms them."""
-    batches = runner.samples.batches(runner.batch_size, remaining)
-    bar = runner.progress.bar(batches, f"autoattack {attack}", len(batches))
-    for number, indices in enumerate(bar):
-        record = state.load(attack, number, indices) if state else None
-        if record is None:
-            record = _batch(runner, library, attack, eps, indices)
-            if state:
-                state.save(attack, number, record)
-        yield record
-
-
-def _batch(
-    runner: Runner, library: ReferenceAttacks, attack: str, eps: float, indices: Tensor
-) -> BatchRecord:
-    """Attack one batch and check what came back, independently of the library."""
-    start = time.perf_counter()
-    audit = Audit(eps, runner.norm, runner.samples.bounds)
-    x, y = runner.samples.take(indices, runner.device)
-    returned, warnings = library.perturb(attack, x, y)
-    adv = admissible_or_clean(x, returned, audit)
-    fooled = (predict(runner.model, adv) != y).cpu()
-    return BatchRecord(
-        indices=indices.clone(),
-        fooled=indices[fooled],
-        adversarial=adv.cpu()[fooled],
-        violations=audit.found.as_dict(),
-        warnings=warnings,
-        seconds=time.perf_counter() - start,
+def _stage(attack: str, by: str, correct: int, records: Sequence[BatchRecord]) -> Stage:
+    return Stage(
+        attack,
+        correct,
+        search=by,
+        seconds=sum(record.seconds for record in records),
+        refined=sum(record.refined for record in records),
+        unconfirmed=sum(record.unconfirmed for record in records),
+        refinement_seconds=sum(record.refinement_seconds for record in records),
     )
 
 

@@ -22,6 +22,8 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.report import Stage
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+RAND = ("apgd-ce", "apgd-dlr")  # for models that draw random numbers
+RAND_PASSES = 20  # through such a model, for one gradient
 # Attack -> fewest classes it is defined for: DLR needs the third largest logit, targeted DLR the fourth.
 FEWEST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
 _LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -74,6 +76,7 @@ class ReferenceAttacks:
         bounds: range of image values.
         device: of the model.
         seed: given to the library anew for every batch, as its own loop does.
+        passes: through the network for each gradient of Auto-PGD.
     """
 
     def __init__(
@@ -85,6 +88,7 @@ class ReferenceAttacks:
         bounds: tuple[float, float],
         device: torch.device,
         seed: int,
+        passes: int = 1,
     ) -> None:
         self._checks = import_library().checks
         self._model, self._seed = model, seed
@@ -100,10 +104,11 @@ class ReferenceAttacks:
             version="standard",
         )
         library.apgd.logger = library.apgd_targeted.logger = self._warnings.logger
-        self._library = library
+        library.apgd.eot_iter = library.apgd_targeted.eot_iter = passes
+        self._library, self._may_draw = library, passes > 1
 
     def check_model(self, x: Tensor, y: Tensor) -> list[str]:
-        """Run the library's checks of the kind of model: random, dynamic, without logits.
+        """Run the library's checks of the kind of model: random, unless it may be, dynamic, without logits.
 
         Also fits the number of target classes to that of the model: the library's 9 is an index error below 10.
 
@@ -116,7 +121,8 @@ class ReferenceAttacks:
         """
         unit, logger = self._to_unit(x), self._warnings.logger
         with private_generators(self._seed), _untraced(self._checks):
-            self._checks.check_randomized(self._logits, unit, y, bs=len(x), logger=logger)
+            if not self._may_draw:
+                self._checks.check_randomized(self._logits, unit, y, bs=len(x), logger=logger)
             classes = self._checks.check_range_output(self._logits, unit, logger=logger)
             self._checks.check_dynamic(self._logits, unit, False, logger=logger)
         for attack in (self._library.apgd_targeted, self._library.fab):

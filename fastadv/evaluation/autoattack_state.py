@@ -50,8 +50,11 @@ class BatchRecord:
         fooled: [M] int64, those of them that are now classified wrongly.
         adversarial: [M, ...] float32, their adversarial images.
         violations: counts of what was wrong with the returned images, fields of ``Violations``.
-        warnings: what the library logged.
+        warnings: what the attack warned of.
         seconds: wall-clock time.
+        refined: how many of those fooled were found by float32 steps after a search in a narrower precision.
+        unconfirmed: how often a point broke its image in the narrower precision alone.
+        refinement_seconds: wall-clock time of these float32 steps, a part of ``seconds``.
     """
 
     indices: Tensor
@@ -60,6 +63,9 @@ class BatchRecord:
     violations: dict[str, Any]
     warnings: list[str]
     seconds: float
+    refined: int = 0
+    unconfirmed: int = 0
+    refinement_seconds: float = 0.0
 
 
 def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fingerprint:
@@ -70,7 +76,7 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
-    return Fingerprint(_hash_model(model), _hash_tensors(samples.images, samples.labels), settings)
+    return Fingerprint(_hash_model(model), hash_tensors(samples.images, samples.labels), settings)
 
 
 class AutoAttackState:
@@ -104,20 +110,44 @@ class AutoAttackState:
         Raises:
             ValueError: when the file is damaged or about other images; the message names it.
         """
+        record = self._read(attack, batch)
+        if record is not None and not torch.equal(record.indices, indices):
+            raise ValueError(self._about_others(attack, batch))
+        return record
+
+    def load_all(self, attack: str, images: Tensor) -> list[BatchRecord]:
+        """The records of an attack whose batches are formed as their images are finished.
+
+        Args:
+            attack: the attack.
+            images: the indices [N] of all images that it is to attack.
+
+        Raises:
+            ValueError: as in `load`.
+        """
+        records: list[BatchRecord] = []
+        known = set(images.tolist())
+        while (record := self._read(attack, len(records))) is not None:
+            if not known.issuperset(record.indices.tolist()):
+                raise ValueError(self._about_others(attack, len(records)))
+            known.difference_update(record.indices.tolist())
+            records.append(record)
+        return records
+
+    def _read(self, attack: str, batch: int) -> BatchRecord | None:
         path = self._path(attack, batch)
         if not path.exists():
             return None
         try:
-            record = BatchRecord(**torch.load(path, map_location="cpu", weights_only=True))
+            return BatchRecord(**torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             raise ValueError(
                 f"{path} cannot be read ({error!r}); delete it to redo the batch"
             ) from error
-        if not torch.equal(record.indices, indices):
-            raise ValueError(
-                f"{path} is about other images than this run attacks; use a new state_dir"
-            )
-        return record
+
+    def _about_others(self, attack: str, batch: int) -> str:
+        path = self._path(attack, batch)
+        return f"{path} is about other images than this run attacks; use a new state_dir"
 
     def save(self, attack: str, batch: int, record: BatchRecord) -> None:
         """Keep the record of a finished batch."""
@@ -172,7 +202,8 @@ def _hash_model(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_tensors(*tensors: Tensor) -> str:
+def hash_tensors(*tensors: Tensor) -> str:
+    """SHA-256 of some tensors' dtypes, shapes and values."""
     digest = hashlib.sha256()
     for tensor in tensors:
         _update(digest, tensor)

@@ -209,7 +209,7 @@ def _variant(result: Result) -> str:
     """Further parameters, relative to the radius, as a step size follows it."""
     row = result.row
     if row.name == AUTOATTACK:
-        return f"batches of {result.batch_size}"
+        return f"batches of {result.batch_size}" + (f", {row.search}" if row.search else "")
     if row.alpha is not None and row.eps:
         return f"alpha {row.alpha / row.eps:.4g} eps"
     return ""

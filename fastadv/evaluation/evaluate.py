@@ -23,14 +23,14 @@ from fastadv.evaluation.attack_list import (
     check_fewest_classes,
     parse_attacks,
 )
-from fastadv.evaluation.autoattack import autoattack
+from fastadv.evaluation.autoattack import ENGINES, SearchEngine, autoattack
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, Row, library_versions
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
-from fastadv.ops.values import check_bool, integer, limit, norm_name, share
+from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 
 _ENOUGH = 50  # clean images to tell guessing from knowing
 
@@ -54,6 +54,7 @@ def evaluate(
     state_dir: str | os.PathLike[str] | None = None,
     on_row: Callable[[Report], None] | None = None,
     expected: float | None = None,
+    engine: SearchEngine = "auto",
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -76,13 +77,14 @@ def evaluate(
               of 100 steps, or ``"apgd-ce-K"`` and so on of K;
             * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
               nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
-            * ``"autoattack"``, the standard version of the reference implementation;
+            * ``"autoattack"``, the standard version, on the images that are classified correctly;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
-        batch_size: images per pass. This package's attacks do not depend on it beyond rounding; AutoAttack does.
+        batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
+            attacks in AutoAttack do.
         device: where to run; by default where the model is. The model is moved there and back.
         seed: seed of everything random. Runs with one seed on one machine agree.
         max_examples: use only the first so many images.
@@ -95,6 +97,7 @@ def evaluate(
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
+        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -113,6 +116,7 @@ def evaluate(
     norm, seed = norm_name(norm), integer("seed", seed)
     alpha = None if alpha is None else limit("alpha", alpha)
     expected = None if expected is None else share("expected", expected)
+    check_choice("engine", engine, ENGINES)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
     asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
@@ -143,7 +147,7 @@ def evaluate(
             worst_case=worst_case,
         )
         for attack in chosen:
-            row, robust = _row(runner, attack, eps, clean, left, state_dir)
+            row, robust = _row(runner, attack, eps, clean, left, state_dir, engine)
             if worst_case and not isinstance(attack, Clean):
                 left = robust
             report = replace(report, rows=(*report.rows, row))
@@ -183,10 +187,11 @@ def _row(
     clean: Outcome,
     left: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
+    engine: SearchEngine,
 ) -> tuple[Row, Tensor]:
     """Run one attack on the images that are left, [N] bool, or all: its row, and those left after it."""
     if isinstance(attack, Ensemble):
-        return _autoattack_row(runner, attack, eps, left, state_dir)
+        return _autoattack_row(runner, attack, eps, left, state_dir, engine)
     left = clean.robust if left is None else left
     if isinstance(attack, Clean):
         return _plain_row(runner, attack, clean, eps=0.0), clean.robust
@@ -226,6 +231,7 @@ def _autoattack_row(
     eps: float,
     left: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
+    engine: SearchEngine,
 ) -> tuple[Row, Tensor]:
     samples = runner.samples
     robust = torch.zeros(len(samples), dtype=torch.bool)
@@ -244,6 +250,8 @@ def _autoattack_row(
         seed=runner.seed,
         state_dir=state_dir,
         progress=runner.progress.enabled,
+        engine=engine,
+        sample_ids=indices,
     )
     robust[indices] = result.robust
     row = replace(
@@ -253,6 +261,7 @@ def _autoattack_row(
         status=result.status,
         notes=result.notes,
         stages=result.stages,
+        search=result.search,
     )
     return row, robust
 

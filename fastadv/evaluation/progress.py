@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from fastadv.ops.values import check_bool
@@ -28,6 +29,17 @@ class Progress:
         yield from tqdm(
             items, desc=label, total=total, leave=False, dynamic_ncols=True, unit="batch"
         )
+
+    @contextmanager
+    def count(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
+        """A bar of images that are done in no order; it is called with how many more there are."""
+        if not self.on_terminal:
+            yield lambda images: None
+            return
+        from tqdm import tqdm
+
+        with tqdm(desc=label, total=total, leave=False, dynamic_ncols=True, unit="image") as bar:
+            yield bar.update
 
     def line(self, text: str) -> None:
         """Say one line that stays."""

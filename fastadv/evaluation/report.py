@@ -19,6 +19,7 @@ Status = Literal["ok", "suspect", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
 _FORMAT = 1
 _RESULTS_FORMAT = 2
+REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,20 @@ class Stage:
     Attributes:
         name: of the attack.
         correct: images still classified correctly after it and all before it.
+        search: how it searched: a precision of this package's engine, or ``"reference"``.
+        refined: images that were found only by float32 steps after a search in a narrower precision.
+        unconfirmed: how often a point broke its image in the narrower precision alone.
+        seconds: wall-clock time.
+        refinement_seconds: of these float32 steps, a part of ``seconds``.
     """
 
     name: str
     correct: int
+    search: str = REFERENCE
+    refined: int = field(default=0, compare=False)
+    unconfirmed: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    refinement_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,8 @@ class Row:
         status: ``"ok"``, ``"suspect"`` (may be too high) or ``"invalid"``.
         notes: warnings and violations, one sentence each.
         stages: for an ensemble, what was left after each of its attacks.
+        search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
+            ``"reference"``.
     """
 
     name: str
@@ -63,6 +76,7 @@ class Row:
     status: Status = "ok"
     notes: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
+    search: str = ""
 
     def __post_init__(self) -> None:
         if self.status not in STATUSES:
@@ -290,7 +304,9 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
         TypeError: when something is of another kind.
         ValueError: when a number is out of range.
     """
-    values = {f.name: entry[f.name] for f in fields(Row)}
+    # Before there was a choice, only the reference ran ensembles, which alone have stages.
+    known = {"search": REFERENCE if entry["stages"] else "", **entry}
+    values = {f.name: known[f.name] for f in fields(Row)}
     values["notes"] = tuple(entry["notes"])
     values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])
     return Row(**values)
@@ -334,5 +350,33 @@ def _notes(rows: Sequence[Row]) -> list[str]:
                 f"{100 * stage.correct / row.n:.2f} % after {stage.name}" for stage in row.stages
             )
             notes.append(f"{row.name}: {', '.join(left)}")
+            notes += [f"{row.name}: {sentence}" for sentence in _search_of(row)]
         notes += [f"{row.name} is {row.status}: {note}" for note in row.notes]
     return notes
+
+
+_WORDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def _search_of(row: Row) -> list[str]:
+    """How an ensemble was searched, where that was not by the reference alone."""
+    if row.search in ("", REFERENCE):
+        return []
+    sentences = []
+    for search in dict.fromkeys(stage.search for stage in row.stages):
+        names = ", ".join(stage.name for stage in row.stages if stage.search == search)
+        how = "by pyautoattack" if search == REFERENCE else f"in {_WORDS.get(search, search)}"
+        sentences.append(f"{names} searched {how}")
+    text = (
+        "; ".join(sentences) + "; the plain model in float32 has confirmed every adversarial image"
+    )
+    spent = sum(stage.refinement_seconds for stage in row.stages)
+    if not spent:
+        return [text]
+    found = sum(stage.refined for stage in row.stages)
+    refused = sum(stage.unconfirmed for stage in row.stages)
+    return [
+        text,
+        f"float32 steps after these searches broke {found} more images in {spent:.1f} s; "
+        f"float32 has refused {refused} points",
+    ]

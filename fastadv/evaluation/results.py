@@ -82,9 +82,9 @@ class Result:
         row = self.row
         if self.is_clean:
             return (*self.judged, row.name, self.bounds)
-        # Of all attacks AutoAttack's alone depends on the batches.
+        # Of all attacks AutoAttack's alone depends on the batches, and on how it searches.
         batch_size = self.batch_size if row.name == AUTOATTACK else None
-        attack = (row.name, row.alpha, row.steps, batch_size, self.after)
+        attack = (row.name, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,0 +1,364 @@
+"""Auto-PGD on many images at once, with an engine whose batch is always full.
+
+Each row of the engine's batch holds one run of one image. A row whose image is broken, or whose run is over, gets
+the next run at once, whatever step its neighbours are at. So an image that breaks early costs a few steps only,
+and the batch keeps its size, for which the engine has been proven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.apgd import APGD, checkpoints
+from fastadv.attacks.apgd_slots import Slots
+from fastadv.engine.engines import Engine
+from fastadv.ops import pgd_step_, random_start
+from fastadv.seeding import derive_seed
+
+# int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
+Take = Callable[[Tensor], tuple[Tensor, Tensor]]
+NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
+_LOOKED_AT_EVERY = 4  # steps: rows are judged so often, so that the referee gets several at once
+_SMALLEST = 8  # batches of a copy are not made smaller than this
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One run of one image.
+
+    Attributes:
+        image: index of the image.
+        number: which of the image's runs; chooses the random start.
+        target: the wrong class aimed at, where the loss aims at one.
+        point: where to begin, [...]; None is a random point.
+        alpha: first step size; None is twice the radius.
+        step: how many of the run's steps were made elsewhere.
+    """
+
+    image: int
+    number: int = 0
+    target: int = 0
+    point: Tensor | None = None
+    alpha: float | None = None
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Ended:
+    """A run that is over.
+
+    Attributes:
+        run: the run.
+        point: its worst case [...]: a misclassified point where one was found, else that of highest value.
+        value: of this point.
+        succeeded: whether the engine takes the point for misclassified.
+        alpha: the step size, there where it succeeded, else the last one.
+        step: how many steps were made, up to there where it succeeded.
+    """
+
+    run: Run
+    point: Tensor
+    value: float
+    succeeded: bool
+    alpha: float
+    step: int
+
+
+class Referee(Protocol):
+    """Who decides what the pool's finds are worth."""
+
+    def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
+        """Say which of the points [R, ...], each of an image by index, break their images."""
+
+    def end(self, ended: Sequence[Ended]) -> None:
+        """Take notice of runs that are over and have broken nothing."""
+
+
+class APGDPool:
+    """Runs of one APGD attack that share the engine's batches.
+
+    An image that the referee says is broken leaves, with all of its runs. Whether an image breaks does not depend
+    on the other images or on their order. Which of its runs is the first to break it may depend on them.
+
+    Args:
+        attack: model, settings and engine.
+        size: rows of a full batch.
+        seed: of the random starts.
+        set_aside: end a run at the first point that the engine takes for misclassified and the referee does not;
+            otherwise the run goes on.
+        early: ask the referee as soon as the engine takes a point for misclassified. Without it every run makes
+            all of its steps and the referee is never asked. An image's later runs are then left out once one has
+            succeeded.
+        passes: through the network for one gradient, which is their mean; more than one for a model that draws
+            random numbers (EOT, expectation over transformations).
+
+    Attributes:
+        steps: gradients taken so far, each of a row with a run.
+        rows: the same with the rows that only filled a batch up.
+        blind: runs that began at a point without a gradient, a sign of gradient masking.
+
+    Raises:
+        ValueError: the attack is targeted, in train mode, or in another norm than linf and l2.
+    """
+
+    def __init__(
+        self,
+        attack: APGD,
+        size: int,
+        seed: int,
+        *,
+        set_aside: bool = False,
+        early: bool = True,
+        passes: int = 1,
+    ) -> None:
+        if attack.targeted or attack.train_mode:
+            raise ValueError(
+                "attack must be neither targeted nor in train mode to be run in a pool"
+            )
+        if attack.norm not in NORMS:
+            raise ValueError(
+                f"norm must be one of {', '.join(NORMS)} in a pool, got {attack.norm!r}"
+            )
+        self._attack, self._seed = attack, seed
+        self._set_aside, self._early, self._passes = set_aside, early, passes
+        self._points = checkpoints(attack.steps)
+        self._sizes = _sizes(attack, size)
+        self.steps = self.rows = self.blind = 0
+
+    def run(
+        self,
+        runs: Iterable[Run],
+        take: Take,
+        referee: Referee,
+        sample_ids: Tensor | None = None,
+    ) -> None:
+        """Carry out runs, beginning them in the order given.
+
+        Args:
+            runs: what to do; read as rows become free.
+            take: gives images and labels by index.
+            referee: is asked and told about what is found.
+            sample_ids: int64 [N] on the CPU, which random numbers each image gets; by default its index.
+        """
+        queue = iter(runs)
+        first = list(islice(queue, self._sizes[0]))
+        if not first:
+            return
+        _Work(self, first, queue, take, referee, sample_ids).carry_out()
+
+    def seed_of(self, number: int) -> int:
+        """The seed of the random starts of an image's runs, as `APGD` chooses it."""
+        return derive_seed(self._seed, "restart", number) if number else self._seed
+
+
+class _Work:
+    """One call of `APGDPool.run`."""
+
+    def __init__(
+        self,
+        pool: APGDPool,
+        first: list[Run],
+        queue: Iterator[Run],
+        take: Take,
+        referee: Referee,
+        sample_ids: Tensor | None,
+    ) -> None:
+        self._pool, self._attack, self._ids = pool, pool._attack, sample_ids
+        self._queue, self._take, self._referee = queue, take, referee
+        self._exhausted = len(first) < pool._sizes[0]
+        self._closed: set[int] = set()  # images that are broken
+        size = self._size_for(len(first))
+        # Rows without a run hold the first image, as the engine needs something to look at.
+        x, y = take(torch.tensor([first[0].image] * size))
+        self._slots = Slots.of(x, y)
+        self._runs: list[Run | None] = [None] * size
+        self._step = [0] * size
+        self._since = [0] * size
+        self._load(list(range(len(first))), first)
+
+    def carry_out(self) -> None:
+        """Go on until no run is left."""
+        attack = self._attack
+        with attack.held(self._slots.x.device):
+            while any(run is not None for run in self._runs):
+                engine = attack.engine_for(self._slots.adv)
+                with engine.session(attack.model, self._pool._seed, current=True):
+                    self._slots.fit(engine.images)
+                    tick = 0
+                    while self._fits():
+                        self._advance(engine)
+                        tick += 1
+                        look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
+                        if look or any(map(self._is_over, range(len(self._runs)))):
+                            self._attend(look)
+                self._shrink()
+
+    def _advance(self, engine: Engine) -> None:
+        settings, device = self._attack.settings, self._slots.x.device
+        used = [run is not None for run in self._runs]
+        begun = [
+            run is not None and self._step[row] == run.step for row, run in enumerate(self._runs)
+        ]
+        at_check = [
+            on and not new and step in self._pool._points
+            for on, new, step in zip(used, begun, self._step, strict=True)
+        ]
+        fresh = torch.tensor(begun, device=device)
+        checked = torch.tensor(at_check, device=device) if any(at_check) else None
+        since = torch.tensor(self._since, device=device)
+        step = torch.tensor(self._step, device=device)
+        early, passes = self._pool._early, self._pool._passes
+        grad = self._slots.advance(
+            engine, settings, fresh, checked, since, step, first=early, passes=passes
+        )
+        if any(begun) and settings.loss in ("dlr", "dlr-t"):
+            zero = (grad.flatten(1) == 0).all(1) & fresh
+            self._pool.blind += int(zero.sum())
+        self._pool.steps += sum(used)
+        self._pool.rows += len(used)
+        self._since = [1 if c else s + 1 for c, s in zip(at_check, self._since, strict=True)]
+        self._step = [step + 1 for step in self._step]
+
+    def _is_over(self, row: int) -> bool:
+        return self._runs[row] is not None and self._step[row] > self._attack.steps
+
+    def _attend(self, every_row: bool) -> None:
+        """Let broken images and finished runs leave, and begin others in their rows."""
+        rows = range(len(self._runs))
+        if self._pool._early:
+            self._judge([row for row in rows if every_row or self._is_over(row)])
+        self._end([row for row in rows if self._is_over(row)])
+        self._refill()
+
+    def _judge(self, rows: list[int]) -> None:
+        """Ask the referee about those of the rows that the engine takes for broken."""
+        flags = self._slots.succeeded.tolist()
+        rows = [row for row in rows if self._runs[row] is not None and flags[row]]
+        if not rows:
+            return
+        index = torch.tensor(rows, device=self._slots.x.device)
+        images = [self._image(row) for row in rows]
+        confirmed = self._referee.confirm(images, self._slots.kept[index])
+        refused = [row for row, yes in zip(rows, confirmed, strict=True) if not yes]
+        self._closed.update(i for i, yes in zip(images, confirmed, strict=True) if yes)
+        for row, run in enumerate(self._runs):
+            if run is not None and run.image in self._closed:
+                self._runs[row] = None
+        refused = [row for row in refused if self._runs[row] is not None]
+        if self._pool._set_aside:
+            self._end(refused)
+        elif refused:
+            self._slots.succeeded[torch.tensor(refused, device=index.device)] = False
+
+    def _end(self, rows: list[int]) -> None:
+        """Report runs and free their rows."""
+        if not rows:
+            return
+        slots, index = self._slots, torch.tensor(rows, device=self._slots.x.device)
+        points = slots.kept[index]
+        values = slots.kept_value[index].tolist()
+        successes = slots.succeeded[index]
+        alphas = torch.where(successes, slots.kept_alpha[index], slots.alpha[index]).tolist()
+        flags, steps = successes.tolist(), slots.kept_step[index].tolist()
+        ended = []
+        for i, row in enumerate(rows):
+            run = self._runs[row]
+            assert run is not None
+            step = steps[i] if flags[i] else self._step[row] - 1
+            ended.append(Ended(run, points[i].clone(), values[i], flags[i], alphas[i], step))
+            self._runs[row] = None
+        if not self._pool._early:
+            self._closed.update(one.run.image for one in ended if one.succeeded)
+        self._referee.end(ended)
+
+    def _refill(self) -> None:
+        free = [row for row, run in enumerate(self._runs) if run is None]
+        if self._exhausted or not free:
+            return
+        runs = []
+        for run in self._queue:
+            if run.image not in self._closed:
+                runs.append(run)
+                if len(runs) == len(free):
+                    break
+        else:
+            self._exhausted = True
+        self._load(free[: len(runs)], runs)
+
+    def _load(self, rows: list[int], runs: list[Run]) -> None:
+        if not rows:
+            return
+        settings, device = self._attack.settings, self._slots.x.device
+        x, y = self._take(torch.tensor([run.image for run in runs]))
+        target = torch.tensor([run.target for run in runs], device=device)
+        alpha = [2 * settings.eps if run.alpha is None else run.alpha for run in runs]
+        start = x.clone()
+        for i, run in enumerate(runs):
+            if run.point is not None:
+                start[i] = run.point
+            self._runs[rows[i]], self._step[rows[i]], self._since[rows[i]] = run, run.step, 0
+        start = pgd_step_(start, x, x, settings.eps, 0.0, settings.norm, settings.bounds)
+        for number in dict.fromkeys(run.number for run in runs if run.point is None):
+            some = [i for i, run in enumerate(runs) if run.number == number and run.point is None]
+            ids = torch.tensor([runs[i].image for i in some])
+            start[some] = random_start(
+                x[some],
+                settings.eps,
+                settings.norm,
+                settings.bounds,
+                self._pool.seed_of(number),
+                sample_ids=(ids if self._ids is None else self._ids[ids]).to(device),
+            )
+        alphas = torch.tensor(alpha, dtype=x.dtype, device=device)
+        self._slots.load(torch.tensor(rows, device=device), x, y, target, start, alphas)
+
+    def _image(self, row: int) -> int:
+        run = self._runs[row]
+        assert run is not None
+        return run.image
+
+    def _fits(self) -> bool:
+        """Whether the batch has the size that its runs need."""
+        used = sum(run is not None for run in self._runs)
+        return used > 0 and (not self._exhausted or self._size_for(used) == len(self._runs))
+
+    def _shrink(self) -> None:
+        """Leave rows without a run out, as far as the sizes allow."""
+        used = [row for row, run in enumerate(self._runs) if run is not None]
+        free = [row for row, run in enumerate(self._runs) if run is None]
+        rows = (used + free)[: self._size_for(len(used))]
+        self._slots = self._slots.rows(torch.tensor(rows, device=self._slots.x.device))
+        self._runs = [self._runs[row] for row in rows]
+        self._step = [self._step[row] for row in rows]
+        self._since = [self._since[row] for row in rows]
+
+    def _size_for(self, runs: int) -> int:
+        """The smallest size that holds so many runs."""
+        return min(size for size in self._pool._sizes if size >= runs)
+
+
+def _sizes(attack: APGD, size: int) -> list[int]:
+    """The sizes that batches may have, the largest first.
+
+    A copy is proven at each size that it sees, so it gets few. The live model may have any.
+    """
+    live = attack.engine == "eager" or (attack.engine == "auto" and attack.precision == "fp32")
+    if live:
+        return list(range(size, 0, -1)) if size <= _SMALLEST else _eighths(size)
+    sizes = [size]
+    while len(sizes) < 4 and sizes[-1] % 2 == 0 and sizes[-1] // 2 >= _SMALLEST:
+        sizes.append(sizes[-1] // 2)
+    return sizes
+
+
+def _eighths(size: int) -> list[int]:
+    parts = [size * eighths // 8 for eighths in range(8, 0, -1)]
+    while parts[-1] > 1:
+        parts.append(parts[-1] // 2)
+    return parts

@@ -1,0 +1,219 @@
+"""The state of many runs of Auto-PGD, each at a step of its own, as the rows of one batch.
+
+Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+parameter-free attacks", ICML 2020, algorithm 1. `fastadv.attacks.apgd` runs it for a batch in step; here a row may
+begin while its neighbours are on their way, so what a step does is chosen row by row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.apgd import MOMENTUM, APGDSettings
+from fastadv.attacks.best import where_images
+from fastadv.attacks.objectives import Objective, targeted_value
+from fastadv.engine.engines import Engine, Gradient
+from fastadv.ops import pgd_step_
+
+_NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
+
+
+@dataclass
+class Slots:
+    """One row for each run. S is the number of rows.
+
+    Attributes:
+        x: the clean images [S, ...].
+        y: their labels [S] int64.
+        target: the wrong classes aimed at, [S] int64; without meaning where the loss aims at none.
+        adv: the points to be looked at next, [S, ...].
+        before: the points from which these were reached, [S, ...].
+        best: the points of highest value, to which a run goes back, [S, ...].
+        best_grad: the gradients there, [S, ...].
+        kept: the worst case so far, [S, ...]: the misclassified point of highest value, else the point of highest.
+        alpha: step sizes [S].
+        value: of the last point [S].
+        best_value: of ``best`` [S].
+        value_then: ``best_value`` at the last checkpoint [S].
+        kept_value: of ``kept`` [S].
+        kept_alpha: step sizes at ``kept`` [S].
+        kept_step: how many steps led to ``kept``, [S] int64.
+        rises: steps since the last checkpoint that raised the value, [S] int64.
+        halved: whether the last checkpoint halved the step size, [S] bool.
+        succeeded: whether ``kept`` is misclassified, [S] bool.
+    """
+
+    x: Tensor
+    y: Tensor
+    target: Tensor
+    adv: Tensor
+    before: Tensor
+    best: Tensor
+    best_grad: Tensor
+    kept: Tensor
+    alpha: Tensor
+    value: Tensor
+    best_value: Tensor
+    value_then: Tensor
+    kept_value: Tensor
+    kept_alpha: Tensor
+    kept_step: Tensor
+    rises: Tensor
+    halved: Tensor
+    succeeded: Tensor
+
+    @classmethod
+    def of(cls, x: Tensor, y: Tensor) -> Slots:
+        """Rows that no run has yet.
+
+        Args:
+            x: any images [S, ...] that the model takes.
+            y: any labels [S].
+        """
+        images = {name: x.clone() for name in ("x", "adv", "before", "best", "best_grad", "kept")}
+        zeros = torch.zeros(len(x), dtype=x.dtype, device=x.device)
+        numbers = {name: zeros.clone() for name in _NUMBERS}
+        flags = {name: torch.zeros_like(y, dtype=torch.bool) for name in ("halved", "succeeded")}
+        labels = {name: y.clone() for name in ("y", "target", "rises", "kept_step")}
+        return cls(**images, **numbers, **flags, **labels)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.y)
+
+    def rows(self, rows: Tensor) -> Slots:
+        """Copies of some of the rows, by int64 indices."""
+        return Slots(*(getattr(self, one.name)[rows] for one in fields(self)))
+
+    def fit(self, images: Callable[[Tensor], Tensor]) -> None:
+        """Bring all images into the layout in which an engine wants them."""
+        for name in ("x", "adv", "before", "best", "kept"):
+            setattr(self, name, images(getattr(self, name)))
+
+    def load(
+        self, rows: Tensor, x: Tensor, y: Tensor, target: Tensor, start: Tensor, alpha: Tensor
+    ) -> None:
+        """Begin runs in some of the rows.
+
+        Args:
+            rows: int64 indices [R].
+            x: clean images [R, ...].
+            y: labels [R].
+            target: wrong classes [R].
+            start: first points [R, ...], in ball and bounds.
+            alpha: first step sizes [R].
+        """
+        new = {"x": x, "y": y, "target": target, "adv": start, "before": start, "alpha": alpha}
+        for name, values in new.items():
+            kept = getattr(self, name)
+            kept[rows] = values.to(kept.dtype)
+        self.succeeded[rows] = False
+
+    def advance(
+        self,
+        engine: Engine,
+        settings: APGDSettings,
+        fresh: Tensor,
+        checked: Tensor | None,
+        since: Tensor,
+        step: Tensor,
+        first: bool,
+        passes: int = 1,
+    ) -> Tensor:
+        """Look at the points of all rows, and move every row on.
+
+        Args:
+            engine: within its session.
+            settings: of the attack.
+            fresh: the rows whose run begins, [S] bool.
+            checked: the rows that are at a checkpoint, [S] bool; None where there is no such row.
+            since: steps since the last checkpoint, [S] int64.
+            step: how many steps were made, [S] int64.
+            first: keep the first misclassified point, rather than the one of highest value.
+            passes: through the network for one gradient, which is their mean; for models that draw random numbers.
+
+        Returns:
+            The input gradients [S, ...], valid until the engine's next call.
+        """
+        found = _mean_gradient(engine, self.adv, self._value_of(settings), passes)
+        value, grad = found.value, found.grad
+        succeeded = (found.logits.argmax(1) != self.y) & ~found.logits.isnan().any(1)
+        self._keep(fresh, value, succeeded, step, first)
+        rises = self.rises + (value > self.value)
+        self.rises = torch.where(fresh, torch.zeros_like(rises), rises)
+        better = fresh | (value > self.best_value)
+        self.best = where_images(better, self.adv, self.best)
+        self.best_grad = where_images(better, grad, self.best_grad.to(grad.dtype))
+        self.best_value = torch.where(better, value, self.best_value)
+        self.value_then = torch.where(fresh, value, self.value_then)
+        self.halved = self.halved | fresh  # so that the first checkpoint cannot ask
+        self.value = value
+        direction, point = grad, self.adv
+        if checked is not None:
+            direction, point = self._check(grad, checked, since, settings.rho)
+        self._move(point, direction, fresh, settings)
+        return grad
+
+    def _value_of(self, settings: APGDSettings) -> Callable[[Tensor], Tensor]:
+        if settings.aims_at_wrong_classes:
+            return lambda logits: targeted_value(settings.loss, logits, self.y, self.target)
+        objective = Objective(settings.loss)
+        return lambda logits: objective(logits, self.y)
+
+    def _keep(
+        self, fresh: Tensor, value: Tensor, succeeded: Tensor, step: Tensor, first: bool
+    ) -> None:
+        """As `Best.offer`, with rows that have nothing yet."""
+        better = (value > self.kept_value) | self.kept_value.isnan()
+        better = torch.where(succeeded == self.succeeded, better, succeeded)
+        if first:
+            better &= ~self.succeeded
+        better |= fresh
+        self.kept = where_images(better, self.adv, self.kept)
+        self.kept_value = torch.where(better, value, self.kept_value)
+        self.kept_alpha = torch.where(better, self.alpha, self.kept_alpha)
+        self.kept_step = torch.where(better, step, self.kept_step)
+        self.succeeded = torch.where(better, succeeded, self.succeeded)
+
+    def _check(
+        self, grad: Tensor, checked: Tensor, since: Tensor, rho: float
+    ) -> tuple[Tensor, Tensor]:
+        """As `Schedule.check`, for some rows: the gradients and points from which to go on."""
+        too_few = self.rises < rho * since
+        stuck = ~self.halved & (self.best_value <= self.value_then)
+        back = checked & (too_few | stuck)
+        self.halved = torch.where(checked, back, self.halved)
+        self.alpha = torch.where(back, self.alpha / 2, self.alpha)
+        self.value = torch.where(back, self.best_value, self.value)
+        self.value_then = torch.where(checked, self.best_value, self.value_then)
+        self.rises = self.rises.masked_fill(checked, 0)
+        return where_images(back, self.best_grad, grad), where_images(back, self.best, self.adv)
+
+    def _move(
+        self, point: Tensor, direction: Tensor, fresh: Tensor, settings: APGDSettings
+    ) -> None:
+        """The next points (algorithm 1, line 7); a run's first step has no earlier movement to go on with."""
+        eps, norm, bounds = settings.eps, settings.norm, settings.bounds
+        stepped = pgd_step_(point.clone(), direction, self.x, eps, self.alpha, norm, bounds)
+        moved = point + MOMENTUM * (stepped - point) + (1 - MOMENTUM) * (point - self.before)
+        moved = pgd_step_(moved, self.x, self.x, eps, 0.0, norm, bounds)
+        self.adv, self.before = where_images(fresh, stepped, moved), point
+
+
+def _mean_gradient(
+    engine: Engine, x: Tensor, value_of: Callable[[Tensor], Tensor], passes: int
+) -> Gradient:
+    """The mean of several gradients and values, with the logits of the last pass."""
+    found = engine.gradient(x, value_of)
+    if passes == 1:
+        return found
+    value, grad = found.value.clone(), found.grad.to(x.dtype, copy=True)
+    for _ in range(passes - 1):
+        found = engine.gradient(x, value_of)
+        value += found.value
+        grad += found.grad
+    return Gradient(value / passes, found.logits, grad / passes)

@@ -1,0 +1,199 @@
+"""Auto-PGD as a part of AutoAttack: on the engine, in a pool, and confirmed by the plain model in float32."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.apgd import APGD, Loss
+from fastadv.attacks.apgd_pool import APGDPool, Ended, Run
+from fastadv.attacks.objectives import likeliest_wrong_classes
+from fastadv.evaluation.autoattack_hunt import APGD_STEPS, TARGET_CLASSES, Finished, Hunt
+from fastadv.evaluation.autoattack_state import BatchRecord
+from fastadv.evaluation.verify import logits_of
+from fastadv.seeding import derive_seed
+
+LOSSES: dict[str, Loss] = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-t"}
+
+
+class PoolSearch:
+    """One Auto-PGD attack on the images that are left.
+
+    A point that breaks its image in the engine's precision and in float32 ends the image's search. A point that
+    does so in the engine's precision alone goes on in float32 from there. An image that the engine does not break
+    is tried in float32 for a few more steps, from the best points of its best runs.
+
+    Args:
+        hunt: the run of AutoAttack.
+        attack: a key of `LOSSES`.
+    """
+
+    def __init__(self, hunt: Hunt, attack: str) -> None:
+        self._hunt, self._attack = hunt, attack
+        self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
+        self._targeted = LOSSES[attack] == "dlr-t"
+        self._finished = Finished()
+        self._broken: set[int] = set()
+        self._left: dict[int, int] = {}  # image -> runs that are not over
+        self._tails: dict[int, list[Ended]] = {}  # image -> what float32 is to go on with
+        self._waiting: list[int] = []  # images whose search is over, for float32
+        self._records: list[BatchRecord] = []
+        self._refining = False
+        self._advance: Callable[[int], object] = lambda images: None
+        self._pool = self._pool_of(hunt.narrow, set_aside=hunt.is_narrow)
+        self._count_anew()
+
+    @property
+    def by(self) -> str:
+        """How it searches."""
+        return self._hunt.search
+
+    def run(self, remaining: Tensor) -> list[BatchRecord]:
+        """Attack images.
+
+        Args:
+            remaining: their indices, int64 [R] on the CPU.
+
+        Returns:
+            What was found, those records included that a state held already.
+        """
+        hunt, state = self._hunt, self._hunt.state
+        self._records = state.load_all(self._attack, remaining) if state else []
+        done = {i for record in self._records for i in record.indices.tolist()}
+        todo = torch.tensor([i for i in remaining.tolist() if i not in done], dtype=torch.int64)
+        progress = hunt.runner.progress.count(f"autoattack {self._attack}", len(remaining))
+        with progress as self._advance:
+            self._advance(len(done))
+            self._pool.run(self._runs(todo), self._take, self, hunt.sample_ids)
+            self._refine()
+            self._save()
+        return self._records
+
+    def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
+        """Let the plain model say which points break their images."""
+        adv, wrong = self._hunt.judged(torch.tensor(images), points, self._audit)
+        confirmed = wrong.tolist()
+        for image, one, yes in zip(images, adv, confirmed, strict=True):
+            if yes and image not in self._broken:
+                self._broken.add(image)
+                self._finished.broken[image] = one.clone()
+                self._refined += self._refining
+                if not self._refining:
+                    self._settle([image])
+        self._unconfirmed += confirmed.count(False)
+        return confirmed
+
+    def end(self, ended: Sequence[Ended]) -> None:
+        """Note runs that have broken nothing; an image without further runs waits for float32."""
+        if self._refining:
+            return
+        for one in ended:
+            image = one.run.image
+            if image in self._broken:
+                continue
+            if self._hunt.is_narrow:
+                self._tails[image] = self._worth_refining([*self._tails.get(image, []), one])
+            self._left[image] -= 1
+            if self._left[image] == 0:
+                del self._left[image]
+                if self._hunt.is_narrow:
+                    self._waiting.append(image)
+                else:
+                    self._settle([image])
+        if len(self._waiting) >= self._hunt.runner.batch_size:
+            self._refine()
+
+    def _pool_of(self, attack: APGD, set_aside: bool) -> APGDPool:
+        attack.loss = LOSSES[self._attack]
+        size, passes = self._hunt.runner.batch_size, self._hunt.passes
+        return APGDPool(attack, size, self._seed, set_aside=set_aside, passes=passes)
+
+    def _runs(self, todo: Tensor) -> Iterator[Run]:
+        """All runs, batch by batch of images: the likeliest wrong class of each image first."""
+        for indices in self._hunt.runner.samples.batches(self._hunt.runner.batch_size, todo):
+            images = indices.tolist()
+            if not self._targeted:
+                self._left.update(dict.fromkeys(images, 1))
+                yield from (Run(image) for image in images)
+                continue
+            x, y = self._take(indices)
+            logits = logits_of(self._hunt.runner.model, x)
+            classes = likeliest_wrong_classes(logits, y, TARGET_CLASSES).cpu()
+            self._left.update(dict.fromkeys(images, classes.shape[1]))
+            for number, targets in enumerate(classes.T.tolist()):
+                for image, target in zip(images, targets, strict=True):
+                    yield Run(image, number, target)
+
+    def _take(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self._hunt.runner.samples.take(indices, self._hunt.runner.device)
+
+    def _worth_refining(self, tails: list[Ended]) -> list[Ended]:
+        """What the engine alone takes for broken, and the best others; their points are kept by themselves."""
+        claims = [one for one in tails if one.succeeded]
+        others = sorted((one for one in tails if not one.succeeded), key=lambda one: -one.value)
+        return claims + others[: self._hunt.refinement.targets]
+
+    def _refine(self) -> None:
+        """Go on in float32 with the images that wait, which then are through."""
+        images, self._waiting = self._waiting, []
+        if not images:
+            return
+        begun = time.perf_counter()
+        latest = APGD_STEPS - self._hunt.refinement.steps
+        runs = []
+        for image in images:
+            for one in self._tails.pop(image):
+                step = min(one.step, latest)
+                runs.append(Run(image, one.run.number, one.run.target, one.point, one.alpha, step))
+        self._refining = True
+        try:
+            pool = self._pool_of(self._hunt.wide, set_aside=False)
+            pool.run(runs, self._take, self)
+        finally:
+            self._refining = False
+        self._refinement += time.perf_counter() - begun
+        self._settle(images)
+
+    def _settle(self, images: Sequence[int]) -> None:
+        """The attack is through with these images."""
+        for image in images:
+            self._left.pop(image, None)
+            self._tails.pop(image, None)
+        self._finished.indices += images
+        self._advance(len(images))
+        if len(self._finished.indices) >= self._hunt.runner.batch_size:
+            self._save()
+
+    def _save(self) -> None:
+        """Make a record of what is finished."""
+        if not self._finished.indices:
+            return
+        blind = self._pool.blind - self._blind
+        warnings = []
+        if blind:
+            warnings.append(
+                f"{blind} runs of {self._attack} began at a point with zero gradient; "
+                "attacks that follow gradients may find too little"
+            )
+        record = self._finished.record(
+            self._hunt.runner.samples.images.shape[1:],
+            violations=self._audit.found.as_dict(),
+            warnings=warnings,
+            seconds=time.perf_counter() - self._since,
+            refined=self._refined,
+            unconfirmed=self._unconfirmed,
+            refinement_seconds=self._refinement,
+        )
+        if self._hunt.state:
+            self._hunt.state.save(self._attack, len(self._records), record)
+        self._records.append(record)
+        self._count_anew()
+
+    def _count_anew(self) -> None:
+        self._audit, self._since = self._hunt.audit(), time.perf_counter()
+        self._refined = self._unconfirmed = 0
+        self._refinement = 0.0
+        self._blind = self._pool.blind

@@ -1,0 +1,187 @@
+"""Who carries out each attack of AutoAttack: Auto-PGD in a pool, another attack of ours, or the reference."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastadv import attacks
+from fastadv.attacks.attack import Attack
+from fastadv.evaluation.autoattack_hunt import FP32, TARGET_CLASSES, Hunt
+from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
+from fastadv.evaluation.autoattack_state import BatchRecord
+from fastadv.evaluation.report import REFERENCE
+from fastadv.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class Own:
+    """An attack of this package that takes a batch at a time.
+
+    Attributes:
+        name: of the class in `fastadv.attacks`; where there is none, the reference implementation attacks.
+        settings: as in AutoAttack's standard version.
+        thorough: where a search in a narrower precision breaks an image of a batch, float32 tries the others of
+            the batch, too. Square breaks hardly anything that gradient attacks leave, unless gradients are masked.
+            Then Square counts, and rounding weakens it.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    thorough: bool = False
+
+
+BY_BATCH = {
+    "fab": Own("FAB", {"steps": 100, "target_classes": None}),
+    "fab-t": Own("FAB", {"steps": 100, "target_classes": TARGET_CLASSES}),
+    "square": Own("Square", {"queries": 5000}, thorough=True),
+}
+
+
+class Search(Protocol):
+    """One attack on what is left."""
+
+    @property
+    def by(self) -> str:
+        """How it searches, as `Hunt.search`."""
+
+    def run(self, remaining: Tensor) -> list[BatchRecord]:
+        """Attack images, by indices [R]; with the records that a state held already."""
+
+
+def search_for(hunt: Hunt, attack: str) -> Search:
+    """What carries out an attack."""
+    if hunt.search != REFERENCE:
+        if attack in LOSSES:
+            return PoolSearch(hunt, attack)
+        if hasattr(attacks, BY_BATCH[attack].name):
+            return OwnSearch(hunt, attack)
+    return ReferenceSearch(hunt, attack)
+
+
+class BatchSearch:
+    """An attack that takes the images in batches, in their order.
+
+    Args:
+        hunt: the run of AutoAttack.
+        attack: name of the attack.
+    """
+
+    by = REFERENCE
+
+    def __init__(self, hunt: Hunt, attack: str) -> None:
+        self._hunt, self._attack = hunt, attack
+
+    def run(self, remaining: Tensor) -> list[BatchRecord]:
+        """As in `Search`."""
+        runner, state = self._hunt.runner, self._hunt.state
+        batches = runner.samples.batches(runner.batch_size, remaining)
+        bar = runner.progress.bar(batches, f"autoattack {self._attack}", len(batches))
+        records = []
+        for number, indices in enumerate(bar):
+            record = state.load(self._attack, number, indices) if state else None
+            if record is None:
+                record = self._batch(indices)
+                if state:
+                    state.save(self._attack, number, record)
+            records.append(record)
+        return records
+
+    def _batch(self, indices: Tensor) -> BatchRecord:
+        """Attack one batch and check what came back, independently of the attack."""
+        begun, audit = time.perf_counter(), self._hunt.audit()
+        x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
+        found, warnings = self._perturb(x, y, indices)
+        adv, fooled = self._hunt.judged(indices, found, audit)
+        refined, seconds = self._again(indices, found, adv, fooled)
+        return BatchRecord(
+            indices=indices.clone(),
+            fooled=indices[fooled],
+            adversarial=adv[fooled],
+            violations=audit.found.as_dict(),
+            warnings=warnings,
+            seconds=time.perf_counter() - begun,
+            refined=refined,
+            refinement_seconds=seconds,
+        )
+
+    def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
+        """Adversarial images [B, C, H, W] and warnings."""
+        raise NotImplementedError
+
+    def _again(
+        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor
+    ) -> tuple[int, float]:
+        """Search in float32 where a narrower precision was wrong; writes to ``adv`` and ``fooled``."""
+        return 0, 0.0
+
+
+class ReferenceSearch(BatchSearch):
+    """An attack of the reference implementation, in float32."""
+
+    def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
+        return self._hunt.library.perturb(self._attack, x, y)
+
+
+class OwnSearch(BatchSearch):
+    """An attack of this package that takes a batch at a time."""
+
+    def __init__(self, hunt: Hunt, attack: str) -> None:
+        super().__init__(hunt, attack)
+        self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
+        self._narrow = self._make(precision="auto" if hunt.is_narrow else FP32)
+        self._wide = self._make(precision=FP32)
+        self.by = hunt.search
+
+    def _make(self, precision: str) -> Attack:
+        own, runner = BY_BATCH[self._attack], self._hunt.runner
+        return getattr(attacks, own.name)(
+            runner.model,
+            self._hunt.eps,
+            norm=runner.norm,
+            bounds=runner.samples.bounds,
+            precision=precision,
+            **own.settings,
+        )
+
+    def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
+        return self._by(self._narrow, x, y, self._hunt.ids_of(indices)), []
+
+    def _by(self, attack: Attack, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        """Attack a batch. One that is not full is filled up, as an engine is proven for each size."""
+        size = self._hunt.runner.batch_size
+        while size // 2 >= max(len(x), 8):
+            size //= 2
+        rows = torch.arange(size, device=x.device) % len(x)
+        if attack is self._wide or size <= len(x):
+            rows = rows[: len(x)]
+        return attack(x[rows], y[rows], seed=self._seed, sample_ids=ids[rows])[: len(x)]
+
+    def _again(
+        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor
+    ) -> tuple[int, float]:
+        if not self._hunt.is_narrow:
+            return 0, 0.0
+        begun = time.perf_counter()
+        x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
+        chosen = ~fooled
+        if not (BY_BATCH[self._attack].thorough and bool(fooled.any())):
+            chosen &= self._claims(found, y).cpu()
+        rows = chosen.nonzero().flatten()
+        if len(rows) == 0:
+            return 0, time.perf_counter() - begun
+        some = indices[rows]
+        tried = self._by(self._wide, x[chosen], y[chosen], self._hunt.ids_of(some))
+        adv[rows], fooled[rows] = self._hunt.judged(some, tried, self._hunt.audit())
+        return int(fooled[rows].sum()), time.perf_counter() - begun
+
+    def _claims(self, found: Tensor, y: Tensor) -> Tensor:
+        """Which images the engine takes for broken, [B] bool."""
+        attack = self._narrow
+        engine = attack.engine_for(found)
+        with engine.session(attack.model, self._seed, current=True):
+            return engine.logits(engine.images(found)).argmax(1) != y

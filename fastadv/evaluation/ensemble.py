@@ -1,0 +1,106 @@
+"""AutoAttack called as the other attacks are: images and labels in, adversarial images out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.arguments import check_seed
+from fastadv.attacks.options import names_checked
+from fastadv.attacks.rounding import round_towards
+from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack
+from fastadv.evaluation.context import Model
+from fastadv.seeding import draw_seed
+
+
+class AutoAttack:
+    """AutoAttack on one model: ``adv = AutoAttack(model, eps=8 / 255)(x, y)``.
+
+    Each of its attacks gets the images that all before it have left, and an image leaves once it is broken.
+    `fastadv.evaluation.autoattack` says how it searches, and is the function for long runs: it keeps its state on
+    disk and shows its progress.
+
+    Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+    parameter-free attacks", ICML 2020.
+
+    Args:
+        model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
+        eps: radius of the ball, in the units of the images.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
+        bounds: range of image values.
+        version: ``"standard"``, ``"rand"`` or a list of attacks, as in `fastadv.evaluation.autoattack`.
+        batch_size: images per pass.
+        engine: ``"auto"``, ``"fp32"`` or ``"reference"``, as in `fastadv.evaluation.autoattack`.
+        seed: of every call that names none; None draws one per call from torch's default generator.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        eps: float = 8 / 255,
+        *,
+        norm: str = "linf",
+        bounds: tuple[float, float] = (0.0, 1.0),
+        version: str | Sequence[str] = "standard",
+        batch_size: int = 256,
+        engine: SearchEngine = "auto",
+        seed: int | None = None,
+    ) -> None:
+        self.model, self.eps, self.norm, self.bounds = model, eps, norm, bounds
+        self.version, self.batch_size, self.engine = version, batch_size, engine
+        self.seed = check_seed(seed)
+        self._last: AutoAttackResult | None = None
+
+    @names_checked
+    def __call__(
+        self, x: Tensor, y: Tensor, *, seed: int | None = None, sample_ids: Tensor | None = None
+    ) -> Tensor:
+        """Attack images.
+
+        Args:
+            x: images [B, C, H, W] within the bounds, on the model's device.
+            y: labels [B], of an integer dtype.
+            seed: of the random numbers, for this call.
+            sample_ids: int64 [B], which random numbers each image gets; default 0 .. B-1.
+
+        Returns:
+            [B, C, H, W] in ``x``'s dtype: adversarial images where one was found, the images themselves elsewhere.
+
+        Raises:
+            TypeError: as `fastadv.evaluation.autoattack`.
+            ValueError: as `fastadv.evaluation.autoattack`.
+        """
+        self._last, seed = None, check_seed(seed)
+        if seed is None:
+            seed = draw_seed() if self.seed is None else self.seed
+        result = autoattack(
+            self.model,
+            (x, y),
+            eps=self.eps,
+            norm=self.norm,
+            bounds=self.bounds,
+            version=self.version,
+            batch_size=self.batch_size,
+            engine=self.engine,
+            device=x.device,
+            seed=seed,
+            sample_ids=sample_ids,
+        )
+        short = x.dtype in (torch.float16, torch.bfloat16)
+        adv = x.detach().float() if short else x.detach().clone()
+        adv[result.fooled.to(x.device)] = result.adversarial.to(x.device, adv.dtype)
+        self._last = result
+        return round_towards(adv, x.detach()) if short else adv
+
+    @property
+    def last(self) -> AutoAttackResult:
+        """What the last call has found.
+
+        Raises:
+            RuntimeError: there was no call, or the last one failed.
+        """
+        if self._last is None:
+            raise RuntimeError("last must be read after a call of the attack that succeeded")
+        return self._last
