@@ -42,7 +42,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     Raises:
         OSError: if it cannot be written; the message names the file, the reason and what to do.
     """
-    target = Path(path)
+    # Through a link, so that the file it leads to is renewed and the link stays.
+    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)

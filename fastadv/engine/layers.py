@@ -217,7 +217,7 @@ class CopiedFunction(nn.Module):
 def instance_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """As `torch.nn.functional.instance_norm`, more exact on the CPU.
 
-    There torch 2.13 keeps the statistics of narrow maps as coarse as the maps: too coarse for the gradient of a few
+    There torch 2.13 keeps the statistics of narrow maps as coarse as the maps: too coarse for the gradient of few
     pixels. And it misreads the gradient of a single image that is channels-last, as in a copy it is.
     """
     if input.device.type != "cpu":

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastadv.evaluation.metrics import wilson_interval
+from fastadv.fields import check_fields
 from fastadv.files import write_atomically
+from fastadv.ops.values import limit
 
 Status = Literal["ok", "suspect", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
@@ -79,8 +81,8 @@ class Row:
     search: str = ""
 
     def __post_init__(self) -> None:
-        if self.status not in STATUSES:
-            raise ValueError(f"status must be one of {', '.join(STATUSES)}, got {self.status!r}")
+        check_fields(self)
+        limit("eps", self.eps)
         wilson_interval(self.correct, self.n)  # checks the counts
 
     @property

@@ -154,7 +154,7 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
         if version != _FORMAT:
             raise ValueError(f"results must have format {_FORMAT}, got {version!r}")
         return [Result.from_dict(entry) for entry in content["rows"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: results are damaged: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error

@@ -36,7 +36,8 @@ class LoadReport:
         loaded: names of the model's entries that were filled.
         missing: names of the model's entries that the file does not have.
         unexpected: names in the file that the model does not have.
-        mismatched: "name: shape in the file, shape in the model" for what has another shape.
+        mismatched: "name: shape in the file, shape in the model" for what has another shape; dtypes where whole
+            numbers stand for weights.
         ignored: names in the file that are known to have no effect.
         prefix: what stood before every name of the network in the file, e.g. "module.".
         mean: per-channel mean that the file normalises with, if it says so.
@@ -107,8 +108,8 @@ def load_published_state_dict(
         StateFileError: if the file is damaged or of another kind; a ValueError.
         TypeError: if `state` holds no tensors by name.
         ValueError: if no name fits; if there are several sets of weights that differ; with `strict`, if anything
-            does not fit, or if the file normalises its inputs while the model is not `Normalized`; if several
-            networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
+            does not fit or is not finite, or if the file normalises while the model is not `Normalized`; if
+            several networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
     """
     if isinstance(state, str | os.PathLike):
         state = read_state_file(state)
@@ -124,6 +125,7 @@ def load_published_state_dict(
         )
     if strict:
         _require_fit(model, network, report)
+        _require_finite(fitting)
     check_form_named(network, form, built_by_caller=True)
     if isinstance(model, Normalized):
         _set_normalization(model, report)
@@ -258,11 +260,14 @@ def _sort_entries(
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix(report.prefix)
         if full_name.startswith(report.prefix) and name in targets:
-            if tensor.shape == targets[name].shape:
-                fitting[name] = tensor
+            ours = targets[name]
+            if tensor.shape != ours.shape:
+                report.mismatched.append(f"{name}: {tuple(tensor.shape)}, {tuple(ours.shape)}")
+            elif ours.is_floating_point() and not tensor.is_floating_point():
+                # Whole numbers of a quantised model, without their scale.
+                report.mismatched.append(f"{name}: {tensor.dtype}, {ours.dtype}")
             else:
-                ours = tuple(targets[name].shape)
-                report.mismatched.append(f"{name}: {tuple(tensor.shape)}, {ours}")
+                fitting[name] = tensor
         elif not _note_normalization(full_name, tensor, report):
             unused = name.startswith(_UNUSED) or full_name in copies or _is_counter(name, tensor)
             (report.ignored if unused else report.unexpected).append(full_name)
@@ -298,6 +303,14 @@ def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> No
             f"state normalises its inputs with mean={report.mean}, std={report.std}, but the "
             "model does not; load it into Normalized(model), which takes these numbers over"
         )
+
+
+def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"state must hold finite numbers, got NaN or infinity in {name!r}; its training has failed"
+            )
 
 
 def _set_normalization(model: Normalized, report: LoadReport) -> None:

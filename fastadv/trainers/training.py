@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -173,6 +174,7 @@ def train(
     progress = check_bool("progress", progress)
     method_class = find_method(method)
     recipe = _checked_recipe(method_class, recipe)
+    _check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
     settings = settings or Settings()
     if settings.tensorboard:
         require_tensorboard()
@@ -245,6 +247,39 @@ def train(
         record=record,
         progress=loop.progress,
     )
+
+
+def _check_kinds(
+    data: object,
+    model: object,
+    run_dir: object,
+    extra: object,
+    settings: object,
+    on_start: object,
+    on_step: object,
+) -> None:
+    """Check of what kind the arguments are that are neither numbers nor switches.
+
+    Raises:
+        TypeError: naming the first that is of another kind.
+    """
+    if isinstance(data, ImageData | StreamedData) or not isinstance(data, Splits | str):
+        raise TypeError(
+            "data must be Splits(train=..., test=...) of ImageData, or the name of a data set, got "
+            f"{type(data).__name__}; from_tensors makes ImageData of tensors"
+        )
+    if not isinstance(model, nn.Module | str):
+        hint = "; call it to make the module" if callable(model) else ""
+        raise TypeError(f"model must be a module or a name, got {type(model).__name__}{hint}")
+    if not isinstance(run_dir, str | os.PathLike):
+        raise TypeError(f"run_dir must be the path of a directory, got {run_dir!r}")
+    if not isinstance(extra, ImageData | None):
+        raise TypeError(f"extra must be ImageData, got {type(extra).__name__}; see from_tensors")
+    if not isinstance(settings, Settings | None):
+        raise TypeError(f"settings must be Settings(...), got {type(settings).__name__}")
+    for name, function in (("on_start", on_start), ("on_step", on_step)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {function!r}")
 
 
 def _checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:

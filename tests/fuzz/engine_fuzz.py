@@ -110,7 +110,7 @@ def _value(logits: Tensor) -> Tensor:
 def plain_gradient(model: nn.Module, x: Tensor, as_given: bool = False) -> tuple[Tensor, Tensor]:
     """Logits and gradient of the live model in eval mode, as anyone computes them.
 
-    On contiguous images, unless they are to be taken in the layout given: for one channels-last image, torch 2.13 has
+    On contiguous images, unless the layout is to be as given: for one channels-last image, torch 2.13 has
     a wrong gradient of instance_norm.
     """
     modes = {module: module.training for module in model.modules()}
