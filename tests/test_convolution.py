@@ -175,7 +175,7 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
 NO_PATCHES = [g for g in GEOMETRIES if g[2] != g[3] or g[2] == 1]  # kernel and stride differ
 
 
-# One column of several rows: oneDNN 3.12 reads memory there that nobody has written.
+# One column of several results: oneDNN 3.12 reads memory there that nobody has written.
 ONE_COLUMN = [
     (1, 32, 5, 2, 2, 1, 12, 1),
     (16, 3, 5, 2, 2, 1, 11, 2),
@@ -184,6 +184,10 @@ ONE_COLUMN = [
     (16, 64, 2, 3, 0, 1, 10, 4),
     (32, 8, 3, 2, 1, 1, 11, 1),
     (5, 16, 3, 2, 1, 2, 10, 4),
+    # Images of one column, and padding wider than the filter: it crashes.
+    (8, 8, 2, 3, 4, 2, 6, 1),
+    (48, 16, 1, 2, 1, 2, 11, 1),
+    (17, 3, 1, 3, 2, 2, 9, 1),
 ]
 
 
@@ -202,7 +206,8 @@ def test_a_copied_convolution_of_one_column(geometry: tuple[int, ...]) -> None:
     copied = CopiedConv2d(conv.weight, True, shape, torch.bfloat16)
     copied.refresh(conv.weight.detach(), conv.bias.detach(), None)
     x = narrow((3, c, h, w), 0).requires_grad_()
-    wide = x.detach().float().requires_grad_()
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    wide = x.detach().float().contiguous().requires_grad_()
     poison_memory()
     found, wanted = copied(x), conv(wide)
     assert relative(found, wanted.double()) < 0.01

@@ -14,7 +14,7 @@ from fastadv.engine.packed_convolution import (
     ConvShape,
     PackedConv2d,
     misread,
-    one_column,
+    on_wider_images,
     result_shape,
 )
 
@@ -89,9 +89,10 @@ class CopiedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Convolve in the copy's dtype."""
         x = x.to(self.weight.dtype)
-        narrow = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.dim() == 4
-        if narrow and misread(result_shape(self.shape, x), self.shape.stride):
-            return one_column(self._convolve, x, self.shape.stride)
+        if x.device.type == "cpu" and x.dim() == 4:
+            shape = result_shape(self.shape, x)
+            if misread(x, shape, self.shape.stride):
+                return on_wider_images(self._convolve, x, shape, self.shape.stride)
         return self._convolve(x)
 
     def _convolve(self, x: Tensor) -> Tensor:

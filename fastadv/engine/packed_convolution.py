@@ -213,13 +213,10 @@ class OneDNNKernel(Kernel):
         """As in `Kernel.run`; a mask takes a pass of its own."""
         bias = None if epilogue.bias is None else epilogue.bias.to(x.dtype)
         filters, name = (self._filters, bias, *self._geometry), "relu" if epilogue.relu else None
-        if misread(shape, self._geometry[1]):
-            out = one_column(
-                lambda wide: torch.ops.mkldnn._convolution_pointwise(
-                    wide, *filters, "none", [], ""
-                ),
-                x,
-                self._geometry[1],
+        if misread(x, shape, self._geometry[1]):
+            pointwise = torch.ops.mkldnn._convolution_pointwise
+            out = on_wider_images(
+                lambda wide: pointwise(wide, *filters, "none", [], ""), x, shape, self._geometry[1]
             )
             out = out if epilogue.add is None else out + epilogue.add
             out = out.relu() if epilogue.relu else out
@@ -239,19 +236,21 @@ class OneDNNKernel(Kernel):
         return masked
 
 
-def misread(shape: Sequence[int], stride: Sequence[int]) -> bool:
-    """Whether oneDNN's bfloat16 convolution may read memory that nobody has written, with AMX.
+def misread(x: Tensor, shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether oneDNN's convolution of channels-last ``x``, with a result [B, K, H, W], goes wrong on a CPU.
 
-    So it does, now and then, where the result [B, K, H, W] is one column of several rows, and strides are wider
-    than 1. torch 2.13 hands such convolutions on to it, also under autocast.
+    Where strides are wider than 1, it may crash for images of one column. In bfloat16 with AMX it reads memory that
+    nobody has written for one column of several results. torch 2.13 hands such convolutions on to it.
     """
-    return shape[3] == 1 and shape[2] > 1 and stride[1] > 1
+    return stride[1] > 1 and (x.shape[3] == 1 or (shape[3] == 1 and shape[2] > 1))
 
 
-def one_column(convolve: Callable[[Tensor], Tensor], x: Tensor, stride: Sequence[int]) -> Tensor:
-    """The result of one column [B, K, H, 1], from a convolution of an image so wide that there is a second."""
+def on_wider_images(
+    convolve: Callable[[Tensor], Tensor], x: Tensor, shape: Sequence[int], stride: Sequence[int]
+) -> Tensor:
+    """The result [B, K, H, W] of a convolution, from images with so many columns more that it has one more."""
     wide = F.pad(x, (0, stride[1])).contiguous(memory_format=torch.channels_last)
-    return convolve(wide)[..., :1]
+    return convolve(wide)[..., : shape[3]]
 
 
 class PackedConv2d:
