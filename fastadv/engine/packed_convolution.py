@@ -239,8 +239,8 @@ class OneDNNKernel(Kernel):
 def misread(x: Tensor, shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether oneDNN's convolution of channels-last ``x``, with a result [B, K, H, W], goes wrong on a CPU.
 
-    Where strides are wider than 1, it may crash for images of one column. In bfloat16 with AMX it reads memory that
-    nobody has written for one column of several results. torch 2.13 hands such convolutions on to it.
+    Where strides are wider than 1, it may crash for images of one column. In bfloat16 with AMX it reads memory
+    that nobody has written for one column of several results. torch 2.13 hands such convolutions on to it.
     """
     return stride[1] > 1 and (x.shape[3] == 1 or (shape[3] == 1 and shape[2] > 1))
 
