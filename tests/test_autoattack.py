@@ -142,7 +142,7 @@ def test_evaluate_resumes_too(tmp_path):
     with _counted(model, counts):
         second = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]
     assert second.correct == first.correct and second.stages == first.stages
-    assert len(counts) < 20
+    assert len(counts) < 40  # the proof of the engine, and the clean images
 
 
 @pytest.mark.parametrize(
