@@ -72,7 +72,7 @@ def pack(weight: Tensor, scale: Tensor | None, backward: bool) -> Tensor:
 
 
 def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm()).item()
+    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
 @needs_kernel
