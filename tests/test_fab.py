@@ -39,7 +39,7 @@ def test_it_breaks_the_images_that_the_reference_breaks(
     attack = fastadv.FAB(model, eps, 8, target_classes, norm=norm)
     with torch.no_grad():
         broken, expected = (model(adv).argmax(1) != y for adv in (attack(x, y), theirs))
-    assert expected.sum() > 10 and (broken != expected).sum() <= 1
+    assert expected.sum() > 5 and (broken != expected).sum() <= 1
     assert attack.last.outside_share == 0
 
 
@@ -50,7 +50,7 @@ def test_the_smallest_changes_are_the_reference_s(norm: str) -> None:
     ours = fastadv.FAB(model, eps, 8, None, norm=norm, early_stop=False)(x, y)
     sizes, expected = ((adv - x).flatten(1).norm(ORDERS[norm], 1) for adv in (ours, theirs))
     inside = (expected <= eps) & (expected > 0)
-    assert inside.sum() > 25
+    assert inside.sum() > 15
     off = (sizes[inside] / expected[inside] - 1).abs()
     assert (off <= 1e-3).float().mean() >= 0.9 and off.median() <= 1e-5
 
