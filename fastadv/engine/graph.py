@@ -205,6 +205,8 @@ class _Builder:
             self._add_layer(op, function, weights)
             return
         args, kwargs = self._argument(op.args), self._argument(op.kwargs)
+        if name == "apply":
+            function = _Applied(function)
         if not op.with_gradient:
             function = _WithoutGradient(function)
             self.nodes[op.place] = self.graph.call_function(function, args, kwargs)
@@ -310,6 +312,17 @@ _INPLACE_ARGUMENT = frozenset(
     ("relu", "relu6", "elu", "celu", "selu", "silu", "mish", "hardtanh", "hardswish",
      "hardsigmoid", "leaky_relu", "threshold", "dropout")
 )  # fmt: skip
+
+
+class _Applied:
+    """An autograd function, which torch.fx (2.14) cannot name itself."""
+
+    def __init__(self, apply: Callable[..., Any]) -> None:
+        self._apply = apply
+        self.__name__ = "autograd_function"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._apply(*args, **kwargs)
 
 
 class _WithoutGradient:
