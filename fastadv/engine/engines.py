@@ -192,7 +192,7 @@ class EagerEngine(Engine):
         if self._dtype == torch.float32:
             with naming_dtypes(self._model, x):
                 return self._model(_in_dtype_of(self._weights, x).clone())
-        with torch.autocast(x.device.type, self._dtype):
+        with torch.autocast(x.device.type, self._dtype), naming_dtypes(self._model, x):
             return self._model(x.clone())
 
 
