@@ -219,7 +219,8 @@ def run_evaluation(
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
         out: file (.json) to add the results to, in place of eval.json in the run directory, or of
-            WEIGHTS.eval.json beside a file of weights.
+            WEIGHTS.eval.json beside a file of weights. A function that returns a trained model has no folder; its
+            results go to eval.json in the current one.
         quiet: show no progress.
 
     Returns:

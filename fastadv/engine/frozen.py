@@ -94,9 +94,8 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, buffers in modules:
-            if not isinstance(
-                module._buffers, dict
-            ):  # of a scripted module, which gets no new ones
+            # The buffers of a scripted module are no dict. It gets no new ones.
+            if not isinstance(module._buffers, dict):
                 continue
             for name in [n for n in module._buffers if n not in buffers]:
                 del module._buffers[name]

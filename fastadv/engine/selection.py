@@ -252,6 +252,7 @@ def _build(
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
     few = None if tape.only_batch else _few(model, x, tape)
+    evidence = (live,) if few is None else (live, proof.evidence_of(few))
     remembered = None if few is None else Remembered.of(few)
     if remembered is not None and not _is_steady(model, tape, remembered):
         raise Unrecordable("its operations change from call to call")
@@ -262,9 +263,8 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            fault = live.against(engine)
-            if fault is None and few is not None:
-                fault = proof.evidence_of(few).against(engine)
+            faults = (found.against(engine) for found in evidence)
+            fault = next((fault for fault in faults if fault is not None), None)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
