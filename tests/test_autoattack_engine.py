@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import fastadv
 from fastadv import attacks
 from fastadv.attacks.apgd_pool import APGDPool, Ended
 from fastadv.engine.engines import Engine, Gradient
-from fastadv.evaluation import AutoAttack, autoattack, evaluate
+from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
 from fastadv.evaluation.report import Row, row_from_dict
 
 pytest.importorskip("pyautoattack")
@@ -148,7 +149,8 @@ def test_attacks_of_this_package_take_the_place_of_the_references(
 ) -> None:
     request.getfixturevalue("lying" if lie else "narrow")
     seen.clear()
-    monkeypatch.setattr(attacks, "Square", Square, raising=False)
+    own = autoattack_stages.BY_BATCH["square"]
+    monkeypatch.setitem(autoattack_stages.BY_BATCH, "square", replace(own, kind=Square))
     model, x, y = linear_problem(classes=4, n=40, wrong=3)
     result = autoattack(model, (x, y), eps=EPS, version=("square",), batch_size=32)
     assert torch.equal(result.robust, model.exactly_robust(x, y, EPS))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from fastadv import attacks
+from fastadv.attacks import FAB, Square
 from fastadv.attacks.attack import Attack
 from fastadv.evaluation.autoattack_hunt import FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
@@ -23,22 +24,22 @@ class Own:
     """An attack of this package that takes a batch at a time.
 
     Attributes:
-        name: of the class in `fastadv.attacks`; where there is none, the reference implementation attacks.
+        kind: its class.
         settings: as in AutoAttack's standard version.
         thorough: where a search in a narrower precision breaks an image of a batch, float32 tries the others of
             the batch, too. Square breaks hardly anything that gradient attacks leave, unless gradients are masked.
             Then Square counts, and rounding weakens it.
     """
 
-    name: str
+    kind: Callable[..., Attack]
     settings: dict[str, Any]
     thorough: bool = False
 
 
 BY_BATCH = {
-    "fab": Own("FAB", {"steps": 100, "target_classes": None}),
-    "fab-t": Own("FAB", {"steps": 100, "target_classes": TARGET_CLASSES}),
-    "square": Own("Square", {"queries": 5000}, thorough=True),
+    "fab": Own(FAB, {"steps": 100, "target_classes": None}),
+    "fab-t": Own(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
+    "square": Own(Square, {"queries": 5000}, thorough=True),
 }
 
 
@@ -58,8 +59,7 @@ def search_for(hunt: Hunt, attack: str) -> Search:
     if hunt.search != REFERENCE:
         if attack in LOSSES:
             return PoolSearch(hunt, attack)
-        if hasattr(attacks, BY_BATCH[attack].name):
-            return OwnSearch(hunt, attack)
+        return OwnSearch(hunt, attack)
     return ReferenceSearch(hunt, attack)
 
 
@@ -139,7 +139,7 @@ class OwnSearch(BatchSearch):
 
     def _make(self, precision: str) -> Attack:
         own, runner = BY_BATCH[self._attack], self._hunt.runner
-        return getattr(attacks, own.name)(
+        return own.kind(
             runner.model,
             self._hunt.eps,
             norm=runner.norm,
