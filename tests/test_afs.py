@@ -14,7 +14,7 @@ from training_helpers import CPU, make_batch, make_model, small_data, small_reci
 
 import fastadv
 from fastadv.cli import main
-from fastadv.commands import _default_model
+from fastadv.commands.training import _default_model
 from fastadv.evaluation import delta_z
 from fastadv.models import Stack, create_model, importance_ratios
 from fastadv.trainers import Attacked, Runtime, load_model, train

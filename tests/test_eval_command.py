@@ -16,12 +16,11 @@ import pytest
 import torch
 from training_helpers import small_recipe
 
-from fastadv import commands
 from fastadv.cli import main
+from fastadv.commands.result_keeper import autoattack_state
 from fastadv.data import load_dataset
-from fastadv.evaluation import AutoAttackResult, Report, Stage, load_results
+from fastadv.evaluation import AutoAttackResult, Report, Stage, evaluate, load_results
 from fastadv.models import create_model
-from fastadv.result_keeper import autoattack_state
 from fastadv.trainers import load_model, train
 from fastadv.trainers.run_directory import digest_of
 
@@ -210,7 +209,7 @@ def test_evaluate_tells_of_each_attack_as_it_ends() -> None:
     seen: list[list[str]] = []
     images = load_dataset("digits").test
     model = create_model("small_cnn", 10, 1)
-    report = commands.evaluate(
+    report = evaluate(
         model,
         images,
         ("clean", "fgsm"),
@@ -284,12 +283,12 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
 
 
 def test_two_processes_judge_one_run_at_once(run: Path) -> None:
-    commands_ = [["eval", str(run), "--attacks", "clean", name, *FEW] for name in ("fgsm", "pgd-3")]
+    lines = [["eval", str(run), "--attacks", "clean", name, *FEW] for name in ("fgsm", "pgd-3")]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "fastadv", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
-        for words in commands_
+        for words in lines
     ]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert sorted(names(run)) == ["clean", "fgsm", "pgd-3"]

@@ -14,9 +14,9 @@ from torch import nn
 
 from fastadv import evaluate
 from fastadv.cli import main
+from fastadv.commands.judged import recorded_accuracy
 from fastadv.data import load_dataset
 from fastadv.evaluation import load_results
-from fastadv.judged import recorded_accuracy
 from fastadv.models import Normalized, create_model, small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

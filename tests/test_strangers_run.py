@@ -15,8 +15,8 @@ import torch
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.cli import main
+from fastadv.cli.saved_options import saved_options
 from fastadv.models import create_model, names_code
-from fastadv.saved_options import saved_options
 from fastadv.trainers import CheckpointError, find_method, load_model, load_teacher, train
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -222,3 +223,9 @@ def _content_of(config: str) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def complain(text: str) -> int:
+    """Print what is wrong; the exit status."""
+    print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
+    return FAILED

@@ -1,55 +1,36 @@
-"""The command `fastadv`: train, eval, report, info and demo."""
+"""`fastadv train`: its options, whose defaults follow from the method and the preset."""
 
 from __future__ import annotations
 
 import inspect
-import os
 import shlex
-import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from jsonargparse import Namespace
 
-import fastadv
-from fastadv.commands import (
-    DEFAULT_ATTACKS,
-    Flags,
-    run_evaluation,
-    run_report,
-    run_training,
-)
-from fastadv.data.datasets import dataset_names
-from fastadv.files import write_atomically
-from fastadv.interruption import Interrupted, stopped_by_signals
-from fastadv.ops.values import closest
-from fastadv.parsing import FAILED, FALSE, TRUE, Parser, given_options, schedule_names
-from fastadv.result_keeper import UnsavedResultsError
-from fastadv.saved_options import (
+from fastadv.cli.parsing import FAILED, FALSE, TRUE, Parser, complain, given_options, schedule_names
+from fastadv.cli.saved_options import (
     CONFIG_FILE,
     as_config,
     check_model_known,
     saved_options,
     saved_teachers,
 )
-from fastadv.trainers import (
-    Afs,
-    Settings,
-    find_method,
-    method_names,
-    schedules,
-)
+from fastadv.commands import Flags, run_training
+from fastadv.data.datasets import dataset_names
+from fastadv.files import write_atomically
+from fastadv.interruption import Interrupted
+from fastadv.trainers import Afs, Settings, find_method, method_names, schedules
 from fastadv.trainers.distributed import is_first, launch
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
 
-# What a person can put right. Anything else is a fault of ours and ends in a traceback.
-_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
 _TRAINING_OPTIONS = (
     "data",
     "run",
@@ -63,117 +44,11 @@ _TRAINING_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class Command:
-    """A command of the program.
-
-    Attributes:
-        summary: one line for the list of commands.
-        run: takes the rest of the command line; returns the exit status.
-    """
-
-    summary: str
-    run: Callable[[list[str]], int]
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Args:
-        arguments: the command line without the program's name; by default the process's own.
-
-    Returns:
-        The exit status: 0; 2 for something the user can put right; 130 after Ctrl-C, 143 after SIGTERM.
-    """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        try:
-            return _run(words)
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain once more when it ends.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
-        return 0
-
-
-def _run(words: list[str]) -> int:
-    debug = "--debug" in words
-    words = [_option(word) for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_overview())
-        return 0
-    if words[0] == "--version":
-        print(f"fastadv {fastadv.__version__}")
-        return 0
-    if words[0] not in _COMMANDS:
-        return _complain(_unknown(words[0]))
-    try:
-        return _COMMANDS[words[0]].run(words[1:])
-    except Interrupted as stop:
-        print(f"fastadv: {stop}", file=sys.stderr)
-        return stop.code
-    except KeyboardInterrupt:
-        print("fastadv: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
-        raise
-    except _USER_ERRORS as error:
-        if isinstance(error, UnsavedResultsError):
-            print(error.table, end="", flush=True)
-        if debug:
-            raise
-        hint = " (--debug shows where)" if isinstance(error, TypeError | RuntimeError) else ""
-        return _complain((" ".join(str(error).split()) or type(error).__name__) + hint)
-
-
-def _unknown(word: str) -> str:
-    """What to say of a command that does not exist."""
-    text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
-    if word.lower().replace("-", "_") in method_names():
-        return f"{text}; did you mean 'train {word}'?"
-    return text + closest(word, _COMMANDS)
-
-
-def _complain(text: str) -> int:
-    print(f"fastadv: error: {text}", file=sys.stderr)
-    return FAILED
-
-
-def _option(word: str) -> str:
-    """Take --max-examples for --max_examples, and --run-dir for --run, which torchrun would take for its own."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    name = name[2:].replace("-", "_")
-    return "--" + ("run" if name == "run_dir" else name) + equals + value
-
-
-def _overview() -> str:
-    width = max(map(len, _COMMANDS))
-    lines = [f"  {name:<{width}}  {command.summary}" for name, command in _COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: fastadv COMMAND ...",
-            "",
-            "Fast adversarial training of image classifiers.",
-            "",
-            "commands:",
-            *lines,
-            "",
-            "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
-            "Any command takes --debug, which shows the traceback of an error.",
-            "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
-            "A flag stands alone or with its value: --flip, --flip false.",
-        ]
-    )
-
-
-def _train(words: list[str]) -> int:
+def train(words: list[str]) -> int:
+    """Train a model; the exit status."""
     if not words or words[0].startswith("-"):
         if words and words[0] not in ("-h", "--help"):
-            return _complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
+            return complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
         print(_methods_overview())
         return 0 if words else FAILED
     method, words = find_method(words[0]), words[1:]
@@ -336,11 +211,6 @@ def _fields_of(kind: type[Any], options: Namespace) -> dict[str, Any]:
     return {f.name: getattr(options, f.name) for f in fields(kind)}
 
 
-def _summary(documented: object) -> str:
-    """The first paragraph of a docstring."""
-    return (inspect.getdoc(documented) or "").partition("\n\n")[0]
-
-
 def _attribute_docs(kind: type[Any]) -> dict[str, str]:
     """What a dataclass's docstring says of each field."""
     from docstring_parser import parse
@@ -363,79 +233,3 @@ def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None)
 
 def _write_config(run_dir: Path, text: str) -> None:
     write_atomically(run_dir / CONFIG_FILE, text)
-
-
-def _eval(words: list[str]) -> int:
-    parser = Parser(
-        prog="fastadv eval",
-        description="Measure a model's accuracy, clean and under attack, on test images: of a run, or of "
-        "--model with --weights.",
-    )
-    parser.add_argument(
-        "run", nargs="?", help="Run directory; left out where --model and --weights are given."
-    )
-    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
-    parser.add_argument(
-        "--attacks",
-        nargs="+",
-        default=list(DEFAULT_ATTACKS),
-        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
-        "apgd-dlr, apgd-t, fab-t, fab, square, square-N with N queries, autoattack.",
-    )
-    parser.add_argument(
-        "--normalise",
-        nargs=2,
-        metavar=("MEAN", "STD"),
-        help="With --weights, mean and standard deviation of the inputs, each one number or one per channel with "
-        "commas between them, unless the model takes images in 0..1 or the file says how.",
-    )
-    parser.add_flag("quiet", "Show no progress.")
-    parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "normalise", "quiet"})
-    options = vars(parser.parse_args(words))
-    options.pop("config")
-    with stopped_by_signals("stopped before the first attack"):
-        text = run_evaluation(**options)
-    print(text, end="")
-    return 0
-
-
-def _report(words: list[str]) -> int:
-    parser = Parser(prog="fastadv report", description="Compare runs: one table, one plot.")
-    parser.add_argument("runs", nargs="+", help="Run directories that have been evaluated.")
-    parser.add_function_arguments(run_report, skip={"runs"})
-    options = vars(parser.parse_args(words))
-    print(run_report(**options))
-    return 0
-
-
-def _info(words: list[str]) -> int:
-    import json
-
-    from fastadv import info
-
-    parser = Parser(prog="fastadv info", description="Say what this installation can do.")
-    parser.add_flag("ops", "List every op and its backends.")
-    parser.add_flag("json", "Print JSON, which has them in any case.")
-    options = parser.parse_args(words)
-    facts = info.collect()
-    print(json.dumps(facts, indent=2) if options.json else info.render(facts, options.ops))
-    return 0
-
-
-def _demo(words: list[str]) -> int:
-    from fastadv.demo import run_demo
-
-    parser = Parser(prog="fastadv demo", description=_summary(run_demo))
-    parser.add_function_arguments(run_demo)
-    options = vars(parser.parse_args(words))
-    print(run_demo(**options))
-    return 0
-
-
-_COMMANDS = {
-    "train": Command("train a model by one of the methods", _train),
-    "eval": Command("measure a run's accuracy under attack", _eval),
-    "report": Command("compare runs in a table and a plot", _report),
-    "info": Command("say what this installation can do", _info),
-    "demo": Command("train and compare three models on small images, in minutes", _demo),
-}

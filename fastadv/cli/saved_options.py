@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
+from fastadv.cli.parsing import schedule_names
 from fastadv.models.registry import names_code
-from fastadv.parsing import schedule_names
 from fastadv.trainers import CheckpointError, Settings
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory

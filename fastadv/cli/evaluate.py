@@ -1,0 +1,42 @@
+"""`fastadv eval`."""
+
+from __future__ import annotations
+
+from fastadv.cli.parsing import Parser
+from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
+from fastadv.interruption import stopped_by_signals
+
+
+def evaluate(words: list[str]) -> int:
+    """Judge a model; the exit status."""
+    parser = Parser(
+        prog="fastadv eval",
+        description="Measure a model's accuracy, clean and under attack, on test images: of a run, or of "
+        "--model with --weights.",
+    )
+    parser.add_argument(
+        "run", nargs="?", help="Run directory; left out where --model and --weights are given."
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
+    parser.add_argument(
+        "--attacks",
+        nargs="+",
+        default=list(DEFAULT_ATTACKS),
+        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
+        "apgd-dlr, apgd-t, fab-t, fab, square, square-N with N queries, autoattack.",
+    )
+    parser.add_argument(
+        "--normalise",
+        nargs=2,
+        metavar=("MEAN", "STD"),
+        help="With --weights, mean and standard deviation of the inputs, each one number or one per channel with "
+        "commas between them, unless the model takes images in 0..1 or the file says how.",
+    )
+    parser.add_flag("quiet", "Show no progress.")
+    parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "normalise", "quiet"})
+    options = vars(parser.parse_args(words))
+    options.pop("config")
+    with stopped_by_signals("stopped before the first attack"):
+        text = run_evaluation(**options)
+    print(text, end="")
+    return 0

@@ -1,0 +1,49 @@
+"""`fastadv report`, `fastadv info` and `fastadv demo`, whose options are few."""
+
+from __future__ import annotations
+
+import inspect
+
+from fastadv.cli.parsing import Parser
+from fastadv.commands import run_report
+
+
+def report(words: list[str]) -> int:
+    """Compare results; the exit status."""
+    parser = Parser(prog="fastadv report", description="Compare runs: one table, one plot.")
+    parser.add_argument("runs", nargs="+", help="Run directories that have been evaluated.")
+    parser.add_function_arguments(run_report, skip={"runs"})
+    options = vars(parser.parse_args(words))
+    print(run_report(**options))
+    return 0
+
+
+def info(words: list[str]) -> int:
+    """Say what the installation can do; the exit status."""
+    import json
+
+    from fastadv import info as facts_of
+
+    parser = Parser(prog="fastadv info", description="Say what this installation can do.")
+    parser.add_flag("ops", "List every op and its backends.")
+    parser.add_flag("json", "Print JSON, which has them in any case.")
+    options = parser.parse_args(words)
+    facts = facts_of.collect()
+    print(json.dumps(facts, indent=2) if options.json else facts_of.render(facts, options.ops))
+    return 0
+
+
+def demo(words: list[str]) -> int:
+    """Train and compare three models; the exit status."""
+    from fastadv.demo import run_demo
+
+    parser = Parser(prog="fastadv demo", description=_summary(run_demo))
+    parser.add_function_arguments(run_demo)
+    options = vars(parser.parse_args(words))
+    print(run_demo(**options))
+    return 0
+
+
+def _summary(documented: object) -> str:
+    """The first paragraph of a docstring."""
+    return (inspect.getdoc(documented) or "").partition("\n\n")[0]

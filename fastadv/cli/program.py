@@ -1,0 +1,133 @@
+"""The program `fastadv`: which command is meant, and what becomes of its errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import fastadv
+from fastadv.cli.evaluate import evaluate
+from fastadv.cli.others import demo, info, report
+from fastadv.cli.parsing import complain
+from fastadv.cli.train import train
+from fastadv.commands.result_keeper import UnsavedResultsError
+from fastadv.interruption import Interrupted
+from fastadv.ops.values import closest
+from fastadv.trainers import method_names
+
+# What a person can put right. Anything else is a fault of ours and ends in a traceback.
+_USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program.
+
+    Attributes:
+        summary: one line for the list of commands.
+        run: takes the rest of the command line; returns the exit status.
+    """
+
+    summary: str
+    run: Callable[[list[str]], int]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Args:
+        arguments: the command line without the program's name; by default the process's own.
+
+    Returns:
+        The exit status: 0; 2 for something the user can put right; 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        try:
+            return _run(words)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has seen enough. Python would complain once more when it ends.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+        return 0
+
+
+def _run(words: list[str]) -> int:
+    debug = "--debug" in words
+    words = [_option(word) for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(f"fastadv {fastadv.__version__}")
+        return 0
+    if words[0] not in _COMMANDS:
+        return complain(_unknown(words[0]))
+    try:
+        return _COMMANDS[words[0]].run(words[1:])
+    except Interrupted as stop:
+        print(f"fastadv: {stop}", file=sys.stderr)
+        return stop.code
+    except KeyboardInterrupt:
+        print("fastadv: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        raise
+    except _USER_ERRORS as error:
+        if isinstance(error, UnsavedResultsError):
+            print(error.table, end="", flush=True)
+        if debug:
+            raise
+        hint = " (--debug shows where)" if isinstance(error, TypeError | RuntimeError) else ""
+        return complain((" ".join(str(error).split()) or type(error).__name__) + hint)
+
+
+def _unknown(word: str) -> str:
+    """What to say of a command that does not exist."""
+    text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
+    if word.lower().replace("-", "_") in method_names():
+        return f"{text}; did you mean 'train {word}'?"
+    return text + closest(word, _COMMANDS)
+
+
+def _option(word: str) -> str:
+    """Take --max-examples for --max_examples, and --run-dir for --run, which torchrun would take for its own."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name[2:].replace("-", "_")
+    return "--" + ("run" if name == "run_dir" else name) + equals + value
+
+
+def _overview() -> str:
+    width = max(map(len, _COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastadv COMMAND ...",
+            "",
+            "Fast adversarial training of image classifiers.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
+            "Any command takes --debug, which shows the traceback of an error.",
+            "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
+            "A flag stands alone or with its value: --flip, --flip false.",
+        ]
+    )
+
+
+_COMMANDS = {
+    "train": Command("train a model by one of the methods", train),
+    "eval": Command("measure a run's accuracy under attack", evaluate),
+    "report": Command("compare runs in a table and a plot", report),
+    "info": Command("say what this installation can do", info),
+    "demo": Command("train and compare three models on small images, in minutes", demo),
+}

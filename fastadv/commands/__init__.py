@@ -1,0 +1,9 @@
+"""What the program's commands do, one module each, whatever parses the command line."""
+
+from __future__ import annotations
+
+from fastadv.commands.evaluation import DEFAULT_ATTACKS, run_evaluation
+from fastadv.commands.report import run_report
+from fastadv.commands.training import Flags, run_training
+
+__all__ = ["DEFAULT_ATTACKS", "Flags", "run_evaluation", "run_report", "run_training"]
