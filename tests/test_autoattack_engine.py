@@ -20,7 +20,7 @@ from fastadv.engine.engines import Engine, Gradient
 from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
 from fastadv.evaluation.report import Row, row_from_dict
 
-pytest.importorskip("pyautoattack")
+pyautoattack = pytest.importorskip("pyautoattack")
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 0.02
 FAST = ("apgd-ce", "apgd-t")
@@ -167,10 +167,33 @@ def test_attacks_of_this_package_take_the_place_of_the_references(
     assert [stage.search for stage in reference.stages] == ["reference"]
 
 
-def test_in_l1_the_reference_attacks() -> None:
-    model, x, y = linear_problem(classes=4, n=8)
-    result = autoattack(model, (x, y), eps=0.4, norm="l1", version=("apgd-ce",))
-    assert result.search == "reference" and result.stages[0].search == "reference"
+def test_in_l1_auto_pgd_searches_here(narrow: None) -> None:
+    model, x, y = linear_problem(classes=6, n=12, wrong=2)
+    settings: dict[str, Any] = dict(eps=0.4, norm="l1", version=FAST, batch_size=16)
+    found = autoattack(model, (x, y), **settings)
+    assert found.search == "bf16" and [stage.search for stage in found.stages] == ["bf16"] * 2
+    reference = autoattack(model, (x, y), engine="reference", **settings)
+    assert 0 < int(reference.robust.sum()) < 10
+    assert int(found.robust.sum()) <= int(reference.robust.sum())
+    moved = (found.adversarial - x[found.fooled]).flatten(1).abs().sum(1)
+    assert moved.max() <= 0.4 * (1 + 1e-5)
+
+
+def test_in_l1_auto_pgd_has_the_restarts_and_targets_of_the_reference() -> None:
+    own = autoattack_stages.BY_BATCH_L1
+    assert own["apgd-ce"].settings["restarts"] == own["apgd-dlr"].settings["restarts"] == 5
+    assert own["apgd-t"].settings["target_classes"] == 5
+    assert "restarts" not in own["apgd-t"].settings
+    library = pyautoattack.AutoAttack(torch.nn.Flatten(), eps=1.0, norm="L1", device="cpu")
+    assert library.apgd.n_restarts == 5 and library.apgd_targeted.n_target_classes == 5
+    assert library.apgd_targeted.n_restarts == 1 and library.apgd.n_iter == 100
+
+
+def test_in_l1_the_reference_attacks_random_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastadv.evaluation.autoattack.RAND_PASSES", 2)
+    model, x, y = linear_problem(classes=4, n=3)
+    result = autoattack(model, (x, y), eps=0.4, norm="l1", version="rand")
+    assert result.search == "reference"
 
 
 def test_images_outside_the_ball_make_a_result_invalid(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,8 @@ def autoattack(
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.
         engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it;
-            ``"fp32"``: the same in float32 throughout; ``"reference"``: everything by pyautoattack, in float32. In
-            l1 the reference attacks in any case, and so it does with the attacks that this package does not have.
+            ``"fp32"``: the same in float32 throughout; ``"reference"``: everything by pyautoattack, in float32, as
+            with ``"rand"`` in l1.
         sample_ids: int64 [N], which random numbers each image gets, by default its index; the reference's attacks
             do not know them.
 
@@ -215,17 +215,13 @@ def _hunt(
         seed=runner.seed,
         passes=passes,
     )
-    norm = runner.norm if runner.norm in NORMS else "linf"  # the reference alone runs in others
-    common: dict[str, Any] = dict(norm=norm, bounds=samples.bounds, check_inputs=False)
-    radius = eps if norm == runner.norm else 0.0
-    wide = APGD(runner.model, radius, APGD_STEPS, precision="fp32", engine="eager", **common)
-    narrow = wide if engine == "fp32" else APGD(runner.model, radius, APGD_STEPS, **common)
-    search = FP32 if engine == "fp32" else REFERENCE
-    if engine == "auto" and norm == runner.norm:
+    common: dict[str, Any] = dict(norm=runner.norm, bounds=samples.bounds, check_inputs=False)
+    wide = APGD(runner.model, eps, APGD_STEPS, precision="fp32", engine="eager", **common)
+    narrow = wide if engine == "fp32" else APGD(runner.model, eps, APGD_STEPS, **common)
+    search = REFERENCE
+    if engine != "reference" and (passes == 1 or runner.norm in NORMS):
         x, _ = samples.take(samples.batches(runner.batch_size)[0], runner.device)
-        search = narrow.engine_for(x).precision
-    if norm != runner.norm:
-        search = REFERENCE
+        search = FP32 if engine == "fp32" else narrow.engine_for(x).precision
     if search == FP32:
         narrow = wide
     state = None

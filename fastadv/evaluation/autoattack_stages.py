@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastadv.attacks import FAB, Square
+from fastadv.attacks import APGD, FAB, Square
+from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.attack import Attack
-from fastadv.evaluation.autoattack_hunt import FP32, TARGET_CLASSES, Hunt
+from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
 from fastadv.evaluation.report import REFERENCE
@@ -36,10 +37,21 @@ class Own:
     thorough: bool = False
 
 
+# In l1 Auto-PGD goes through balls of three sizes, which the pool's rows do not, and has other numbers of restarts
+# and of target classes (pyautoattack's for its standard version).
+_RESTARTS_L1, _TARGET_CLASSES_L1 = 5, 5
+
 BY_BATCH = {
     "fab": Own(FAB, {"steps": 100, "target_classes": None}),
     "fab-t": Own(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
     "square": Own(Square, {"queries": 5000}, thorough=True),
+}
+BY_BATCH_L1 = BY_BATCH | {
+    "apgd-ce": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "ce"}),
+    "apgd-dlr": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "dlr"}),
+    "apgd-t": Own(
+        APGD, {"steps": APGD_STEPS, "loss": "dlr-t", "target_classes": _TARGET_CLASSES_L1}
+    ),
 }
 
 
@@ -56,11 +68,11 @@ class Search(Protocol):
 
 def search_for(hunt: Hunt, attack: str) -> Search:
     """What carries out an attack."""
-    if hunt.search != REFERENCE:
-        if attack in LOSSES:
-            return PoolSearch(hunt, attack)
-        return OwnSearch(hunt, attack)
-    return ReferenceSearch(hunt, attack)
+    if hunt.search == REFERENCE:
+        return ReferenceSearch(hunt, attack)
+    if attack in LOSSES and hunt.runner.norm in NORMS:
+        return PoolSearch(hunt, attack)
+    return OwnSearch(hunt, attack)
 
 
 class BatchSearch:
@@ -132,13 +144,14 @@ class OwnSearch(BatchSearch):
 
     def __init__(self, hunt: Hunt, attack: str) -> None:
         super().__init__(hunt, attack)
+        self._own = (BY_BATCH_L1 if hunt.runner.norm == "l1" else BY_BATCH)[attack]
         self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
         self._narrow = self._make(precision="auto" if hunt.is_narrow else FP32)
         self._wide = self._make(precision=FP32)
         self.by = hunt.search
 
     def _make(self, precision: str) -> Attack:
-        own, runner = BY_BATCH[self._attack], self._hunt.runner
+        own, runner = self._own, self._hunt.runner
         return own.kind(
             runner.model,
             self._hunt.eps,
@@ -169,7 +182,7 @@ class OwnSearch(BatchSearch):
         begun = time.perf_counter()
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         chosen = ~fooled
-        if not (BY_BATCH[self._attack].thorough and bool(fooled.any())):
+        if not (self._own.thorough and bool(fooled.any())):
             chosen &= self._claims(found, y).cpu()
         rows = chosen.nonzero().flatten()
         if len(rows) == 0:
