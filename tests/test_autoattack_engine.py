@@ -190,7 +190,7 @@ def test_in_l1_auto_pgd_has_the_restarts_and_targets_of_the_reference() -> None:
 
 
 def test_in_l1_the_reference_attacks_random_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastadv.evaluation.autoattack.RAND_PASSES", 2)
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.autoattack"], "RAND_PASSES", 2)
     model, x, y = linear_problem(classes=4, n=3)
     result = autoattack(model, (x, y), eps=0.4, norm="l1", version="rand")
     assert result.search == "reference"
