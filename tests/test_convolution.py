@@ -17,6 +17,7 @@ from fastadv.engine.packed_convolution import (
     GatherKernel,
     Kernel,
     OneDNNKernel,
+    TileKernel,
     WinogradKernel,
     make_kernel,
 )
@@ -172,6 +173,77 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
     assert (out[mask <= 0] == 0).all()
 
 
+# in, out, kernel, stride, padding, dilation, height, width, images
+TILED = [
+    (32, 32, 3, 1, 1, 1, 4, 4, 33),  # two tiles of images, of which the second has one
+    (64, 80, 3, 1, 1, 1, 5, 7, 20),  # a last tile of 16 output channels
+    (32, 48, 3, 2, 1, 1, 8, 6, 3),
+    (64, 7, 3, 1, 1, 1, 3, 18, 16),  # few output channels; neighbours in wide rows share a pass
+    (32, 64, 1, 2, 0, 1, 7, 9, 17),
+    (32, 32, 1, 1, 0, 1, 1, 1, 5),
+    (32, 32, 5, 1, 2, 1, 2, 2, 9),  # taps beyond both borders
+    (32, 64, 3, 3, 0, 1, 7, 20, 2),
+    (96, 32, 3, 1, 2, 2, 6, 17, 4),
+    (512, 32, 3, 1, 1, 1, 3, 3, 2),  # rows laid out apart
+    (32, 32, 7, 2, 3, 1, 40, 37, 16),  # several parts
+]
+needs_amx = pytest.mark.skipif(not convolution.amx_serves(32), reason="this processor has no AMX")
+
+
+@needs_amx
+@pytest.mark.parametrize("geometry", TILED)
+def test_tile_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
+    c, k, kernel, stride, padding, dilation, h, w, images = geometry
+    conv = nn.Conv2d(c, k, kernel, stride, padding, dilation)
+    scale, bias = torch.rand(k) + 0.5, torch.randn(k)
+    weight = (conv.weight * scale[:, None, None, None]).detach().double()
+    x = narrow((images, c, h, w), 0)
+    plain = F.conv2d(x.double(), weight, None, stride, padding, dilation)
+    add, mask = narrow(tuple(plain.shape), 1), narrow(tuple(plain.shape), 2)
+    forward, out = TileKernel(conv, backward=False), poisoned(*plain.shape)
+    forward.refresh(conv.weight.detach(), scale)
+    run(forward, out, x, bias, add, None, True)
+    assert relative(out, F.relu(plain + bias[:, None, None] + add.double())) < 0.01
+    run(forward, out, x, None, None, mask, False)
+    assert relative(out, torch.where(mask > 0, plain, 0.0)) < 0.01
+    if k % 32:
+        return
+    backward, at_input = TileKernel(conv, backward=True), poisoned(*x.shape)
+    backward.refresh(conv.weight.detach(), scale)
+    gradient = narrow(tuple(plain.shape), 3)
+    run(backward, at_input, gradient, None, x, x, False)
+    wanted = torch.nn.grad.conv2d_input(
+        x.shape, weight, gradient.double(), stride, padding, dilation
+    )
+    assert relative(at_input, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
+
+
+@needs_amx
+def test_tiles_depend_neither_on_threads_nor_on_company() -> None:
+    kernel, x = (
+        TileKernel(nn.Conv2d(64, 48, 3, padding=1), backward=False),
+        narrow((40, 64, 9, 9), 0),
+    )
+    kernel.refresh(torch.randn(48, 64, 3, 3), None)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, threads, 3):
+        torch.set_num_threads(count)
+        results.append(run(kernel, poisoned(40, 48, 9, 9), x))
+    torch.set_num_threads(threads)
+    last = x[-1:].clone(memory_format=torch.channels_last)
+    alone = run(kernel, poisoned(1, 48, 9, 9), last)
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert torch.equal(alone[0], results[0][-1])
+
+
+@needs_amx
+def test_tiles_refuse_channels_that_do_not_fill_them() -> None:
+    x, out = narrow((2, 16, 4, 4), 0), poisoned(2, 32, 4, 4)
+    packed = torch.zeros(32 * 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="x's channels must be multiples of 32"):
+        OPS.conv_amx_(out, x, packed, [0], [0], [1, 1], [0, 0], None, None, None, False)
+
+
 NO_PATCHES = [g for g in GEOMETRIES if g[2] != g[3] or g[2] == 1]  # kernel and stride differ
 
 
@@ -224,6 +296,7 @@ def test_a_copied_convolution_of_one_column(geometry: tuple[int, ...]) -> None:
 def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch) -> None:
     """What processors with AMX run; elsewhere it is slower and right all the same."""
     monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    monkeypatch.setattr(convolution, "amx_serves", lambda channels: False)
     c, k, kernel, stride, padding, dilation, h, w = geometry
     conv = nn.Conv2d(c, k, kernel, stride, padding, dilation)
     scale, bias = torch.rand(k) + 0.5, torch.randn(k)
@@ -258,6 +331,7 @@ def test_onednn_kernel_in_both_directions(geometry: tuple[int, ...], monkeypatch
 
 def test_padding_wider_than_the_filter_has_no_rotated_gradient(monkeypatch) -> None:
     monkeypatch.setattr(convolution, "has_amx", lambda: True)
+    monkeypatch.setattr(convolution, "amx_serves", lambda channels: False)
     assert make_kernel(nn.Conv2d(16, 16, 3, padding=3), True) is None
 
 
@@ -289,10 +363,14 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "grouped": (32, 32, 3, {"groups": 2}),
         "two strides": (32, 32, 3, {"stride": (1, 2)}),
         "patches": (32, 32, 4, {"stride": 4}),
+        "many channels": (512, 512, 3, {"padding": 1}),
+        "many, strided": (128, 256, 3, {"padding": 1, "stride": 2}),
+        "many, pointwise": (512, 512, 1, {}),
     }
     found = {}
     for amx in (False, True):
         monkeypatch.setattr(convolution, "has_amx", lambda amx=amx: amx)
+        monkeypatch.setattr(convolution, "amx_serves", lambda n, amx=amx: amx and n % 32 == 0)
         found[amx] = {name: kinds(*args, **options) for name, (*args, options) in plain.items()}
     nothing = type(None)
     assert found[False] == {
@@ -302,14 +380,20 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
         "patches": [GatherKernel, GatherKernel],
+        "many channels": [WinogradKernel, WinogradKernel],
+        "many, strided": [GatherKernel, GatherKernel],
+        "many, pointwise": [GatherKernel, GatherKernel],
     }
     assert found[True] == {
         "winograd": [OneDNNKernel, OneDNNKernel],
-        "strided": [OneDNNKernel, nothing],
+        "strided": [OneDNNKernel, TileKernel],
         "first": [OneDNNKernel, OneDNNKernel],
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
-        "patches": [GatherKernel, GatherKernel],
+        "patches": [GatherKernel, TileKernel],
+        "many channels": [TileKernel, TileKernel],
+        "many, strided": [TileKernel, TileKernel],
+        "many, pointwise": [OneDNNKernel, OneDNNKernel],
     }
 
 

@@ -1,6 +1,7 @@
 // Host side of the gathering convolution. Schema: fastadv/engine/cpu_convolution.py.
 #include "cpu/conv_gather.h"
 
+#include "cpu/conv_amx.h"
 #include "cpu/conv_tensor.h"
 
 namespace fastadv {
@@ -14,15 +15,13 @@ int64_t places_per_task(const Shape& shape) {
   return conv::even_share(shape.places(), std::clamp<int64_t>((400 << 10) / bytes, 24, 192));
 }
 
-void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
-                  at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-                  at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
-                  const OptionalTensor& mask, bool relu) {
+// The sizes of a convolution, its arguments checked; the result points into the arrays.
+Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
+               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
+               at::IntArrayRef origin) {
   TORCH_CHECK_VALUE(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                     "x and out must have axes [B, C, H, W] and one B, got ", x.sizes(), " and ",
                     out.sizes());
-  TORCH_CHECK_VALUE(conv::supported() && x.size(1) % 2 == 0,
-                    "x's channels must be even on a processor with AVX512-BF16, got ", x.sizes());
   TORCH_CHECK_VALUE(tap_rows.size() == tap_columns.size(),
                     "tap_columns must be as many as tap_rows, ", tap_rows.size(), ", got ",
                     tap_columns.size());
@@ -38,20 +37,62 @@ void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                     steps[1],        origin[0],         origin[1],   int64_t(tap_rows.size()),
                     tap_rows.data(), tap_columns.data()};
   conv::check_packed(packed, conv::padded(shape.out_channels) * shape.depth());
+  return shape;
+}
+
+uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
+const uint16_t* bits(const at::Tensor& t) {
+  return static_cast<const uint16_t*>(t.const_data_ptr());
+}
+
+void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
+                  at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
+                  at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
+                  const OptionalTensor& mask, bool relu) {
+  const Shape shape = shape_of(out, x, packed, tap_rows, tap_columns, steps, origin);
+  TORCH_CHECK_VALUE(conv::supported() && x.size(1) % 2 == 0,
+                    "x's channels must be even on a processor with AVX512-BF16, got ", x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
-  auto* to = static_cast<uint16_t*>(out.data_ptr());
-  const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
-  const auto* filters = static_cast<const uint16_t*>(packed.const_data_ptr());
   conv::parallel_shares(
       shape.places(), places_per_task(shape),
       [&](int64_t count) { return conv_gather::scratch_bytes(shape, count); },
-      [&](int64_t first, int64_t count, void* scratch) {
+      [&, to = bits(out), from = bits(x), filters = bits(packed)](int64_t first, int64_t count,
+                                                                  void* scratch) {
         conv_gather::convolve(to, from, filters, shape, epilogue, first, count, scratch);
+      });
+}
+
+bool conv_amx_supported(int64_t in_channels) {
+  return in_channels > 0 && in_channels % conv_amx::kDepth == 0 && conv_amx::supported();
+}
+
+void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
+               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
+               at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
+               const OptionalTensor& mask, bool relu) {
+  const Shape shape = shape_of(out, x, packed, tap_rows, tap_columns, steps, origin);
+  TORCH_CHECK_VALUE(conv_amx_supported(x.size(1)),
+                    "x's channels must be multiples of 32 on a processor with AMX, got ",
+                    x.sizes());
+  const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
+  const conv_amx::Plan plan(shape, at::get_num_threads());
+  conv::parallel_shares(
+      plan.parts(), 1, [&](int64_t) { return plan.scratch_bytes(); },
+      [&, to = bits(out), from = bits(x), filters = bits(packed)](int64_t part, int64_t,
+                                                                  void* scratch) {
+        conv_amx::convolve(to, from, filters, plan, epilogue, part, scratch);
       });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastadv, CPU, m) { m.impl("conv_gather_", &conv_gather_); }
+TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
+  m.impl("conv_gather_", &conv_gather_);
+  m.impl("conv_amx_", &conv_amx_);
+}
+// Not CatchAll, as in conv3x3.cpp.
+TORCH_LIBRARY_IMPL(fastadv, CompositeExplicitAutograd, m) {
+  m.impl("conv_amx_supported", &conv_amx_supported);
+}
 
 }  // namespace fastadv

@@ -12,6 +12,9 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
 * ``conv_gather_(out, x, packed, tap_rows, tap_columns, steps, origin, bias, add, mask, relu)``: any kernel
   and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
   The same last pass as above.
+* ``conv_amx_supported(in_channels)``: whether this processor and these channels are served by ``conv_amx_``: AMX,
+  and input channels in multiples of 32.
+* ``conv_amx_``: as ``conv_gather_``, by AMX, with filters packed in tiles.
 * ``channel_affine_(out, x, scale, shift, add, mask, relu)``: ``out = where(mask > 0, relu(x * scale + shift),
   0) + add`` with ``scale`` and ``shift`` [C].
 * ``merge_gradients_(out, x, add, mask)``: ``out = where(mask > 0, x + add, 0)``.
@@ -29,6 +32,7 @@ VECTOR = 16  # output channels are packed in multiples of this
 WIDE = 64  # and, for the gathering kernel, in blocks of this
 
 torch.library.define("fastadv::conv3x3_supported", "(int in_channels, int out_channels) -> bool")
+torch.library.define("fastadv::conv_amx_supported", "(int in_channels) -> bool")
 torch.library.define(
     "fastadv::conv3x3_pack_",
     "(Tensor(a!) packed, Tensor weight, Tensor? scale, bool backward) -> ()",
@@ -38,11 +42,12 @@ torch.library.define(
     "(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, Tensor? add, Tensor? mask, bool relu)"
     " -> ()",
 )
-torch.library.define(
-    "fastadv::conv_gather_",
-    "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
-    "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
-)
+for _name in ("conv_gather_", "conv_amx_"):
+    torch.library.define(
+        f"fastadv::{_name}",
+        "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
+        "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
+    )
 torch.library.define(
     "fastadv::channel_affine_",
     "(Tensor(a!) out, Tensor x, Tensor scale, Tensor shift, Tensor? add, Tensor? mask, bool relu)"
@@ -63,6 +68,11 @@ def supported(in_channels: int, out_channels: int) -> bool:
     return torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
 
 
+def amx_serves(in_channels: int) -> bool:
+    """Whether this processor has our convolution by AMX for these channels."""
+    return has_amx() and torch.ops.fastadv.conv_amx_supported(in_channels)
+
+
 def onednn_available() -> bool:
     """Whether oneDNN is there and computes in bfloat16 on this processor."""
     available = torch.backends.mkldnn.is_available()
@@ -70,8 +80,5 @@ def onednn_available() -> bool:
 
 
 def has_amx() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 by AMX, many times as fast as by AVX512-BF16.
-
-    Our convolutions have no code for it; oneDNN's have.
-    """
+    """Whether the processor multiplies matrices of bfloat16 by AMX, many times as fast as by AVX512-BF16."""
     return torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,44 @@
+// The convolutions of csrc/cpu/conv_gather.h by AMX: the inner loops, without torch.
+//
+// AMX multiplies tiles of 16 rows of 64 bytes, which must lie at one distance from one another. A
+// tile's rows are the same place of 16 images. So the inputs are first laid out with the images
+// innermost, and a tap that falls outside the image is left out for all of them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/conv_gather.h"
+
+namespace fastadv::conv_amx {
+
+using conv_gather::Shape;
+
+constexpr int64_t kDepth =
+    32;  // input channels that a tile holds; a convolution has multiples of it
+
+// Whether this processor has AMX for bfloat16 and the operating system lets this process use it.
+// The first call asks for that.
+bool supported();
+
+// How a convolution is cut into parts: some rows of results of some images.
+struct Plan {
+  Plan(const Shape& shape, int64_t threads);
+
+  int64_t parts() const { return groups() * parts_per_group; }
+  int64_t groups() const { return (shape.batch + images - 1) / images; }
+  int64_t scratch_bytes() const;
+
+  Shape shape;
+  int64_t images;                 // of a part: 16 or 32
+  int64_t rows, parts_per_group;  // of results of a part
+  int64_t first_tap,
+      tap_rows;   // the lowest row of a tap, and how many rows there are from there on
+  int64_t pixel;  // elements from an image to the next
+};
+
+// Computes the results of a part. Filters are packed as [blocks of 32 out][depth / 32][tiles of 16
+// out][16][16 out][2], out padded to whole tiles.
+void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Plan& plan,
+              const conv::Epilogue& epilogue, int64_t part, void* scratch);
+
+}  // namespace fastadv::conv_amx
