@@ -76,7 +76,7 @@ class ItemReader:
         dataset: as `read_item` takes it.
         bounds: smallest and largest value of a floating-point image.
         workers: processes that read; with 0 this process reads. With more, the dataset is only read in them.
-        cache_bytes: of images to keep.
+        cache_bytes: of images to keep; None for `CACHE_BYTES`.
         options: further arguments of the DataLoader.
 
     Attributes:
@@ -95,13 +95,13 @@ class ItemReader:
         bounds: tuple[float, float],
         *,
         workers: int = 0,
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         **options: Any,
     ) -> None:
         self._dataset, self._bounds = dataset, bounds
         self._workers, self._options = workers, options
         self._items = _Items(dataset, bounds, keeps_images=True)
-        self._cache = _Cache(cache_bytes)
+        self._cache = _Cache(CACHE_BYTES if cache_bytes is None else cache_bytes)
         length = len(cast(Sized, dataset))
         self._checksums = torch.full((length,), _UNKNOWN, dtype=torch.int64)
         self._labels = self._checksums.clone()
