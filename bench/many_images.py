@@ -3,8 +3,8 @@
     python bench/many_images.py                        100,000 images of 3x224x224, 15 GB; about a minute
     python bench/many_images.py --count 1000000        150 GB
 
-The model only looks at ten pixels, so that reading is all there is to do. The peak is that of this process, after a
-few batches and at the end. Results go to bench/results/many_images.json.
+The model only looks at ten pixels, so that reading is all there is to do. The peak is that of this process, when
+its buffers are full and at the end. Results go to bench/results/many_images.json.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def main() -> None:
     write_json(options.out / "many_images.json", result)
     say(machine_line(facts))
     say(
-        f"{options.count} images, {result['megabytes']:.0f} MB, in {seconds:.0f} s: peak {peak_mib():.0f} MiB, after "
-        f"{fill} images {before:.0f} MiB"
+        f"{options.count} images, {result['megabytes']:.0f} MB, in {seconds:.0f} s: peak {peak_mib():.0f} MiB, "
+        f"after {fill} images {before:.0f} MiB"
     )
 
 
