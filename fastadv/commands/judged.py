@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from fastadv.data import FolderImages, HubImages, ImageData, load_dataset, load_hub, load_npz
-from fastadv.data.datasets import check_source
+from fastadv.data import FolderImages, HubImages, ImageData, load_hub, load_npz
+from fastadv.data.datasets import check_source, dataset_names, load_test_images
 from fastadv.data.preprocessing import Interpolation
 from fastadv.models import (
     Normalized,
@@ -204,8 +204,12 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
         )
     if data.endswith(".npz"):
         return load_npz(data)
+    if data not in dataset_names():
+        kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
+        hint = f"; folder:{data} is the folder {data}" if Path(data).is_dir() else ""
+        raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
     check_source(data, root)
-    return load_dataset(data, root).test
+    return load_test_images(data, root)
 
 
 def _is_named(data: str) -> bool:
