@@ -122,6 +122,13 @@ def test_a_split_is_judged_as_its_images_are(
     assert correct(split) == expected  # from Python, the split itself
 
 
+def test_a_format_of_the_users_is_kept(split: Split, digits: ImageData) -> None:
+    tensors = {"img": list(digits.images / 255), "label": digits.labels.tolist()}
+    formatted: Any = Split(tensors)
+    formatted.format = {"type": "torch"}
+    assert correct(formatted) == correct(digits)
+
+
 def test_the_command_line_judges_it(
     hub: list[str], digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

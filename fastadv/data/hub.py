@@ -106,9 +106,14 @@ class HubImages(Dataset[tuple[Tensor, int]]):
         return picture
 
 
-def is_hub_dataset(data: object) -> bool:
-    """Whether an object is a split of the package `datasets`, which need not be imported to tell."""
-    return all(hasattr(data, name) for name in ("column_names", "features", "__getitem__"))
+def is_plain_split(data: object) -> bool:
+    """Whether an object is a split of the package `datasets`, which need not be imported to tell.
+
+    One with a format or a transform of its own is not plain: its items are what these make of them.
+    """
+    if not all(hasattr(data, name) for name in ("column_names", "features", "__getitem__")):
+        return False
+    return (getattr(data, "format", None) or {}).get("type") is None
 
 
 def load_hub(name: str, **preprocessing: Any) -> HubImages:

@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_convert,
 )
 
-from fastadv.data.hub import HubImages, is_hub_dataset
+from fastadv.data.hub import HubImages, is_plain_split
 from fastadv.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, column
 from fastadv.data.streaming import StreamedData
 from fastadv.ops.checks import INTEGER_DTYPES
@@ -59,7 +59,7 @@ def as_lazy(data: Any) -> LazyData | None:
     """
     if isinstance(data, StreamedData):
         return LazyData(data.dataset, data.name, data.num_classes, data.workers)
-    if is_hub_dataset(data):
+    if is_plain_split(data):
         data = HubImages(data, workers=0)
     if not _has_items(data):
         return None
