@@ -24,8 +24,6 @@ from torch.utils.data import DataLoader, Dataset
 from fastadv import evaluate
 from fastadv.data import item_reader
 
-FEW = 600  # images after which all buffers are there
-
 
 class GeneratedImages(Dataset[tuple[Tensor, int]]):
     """Images uint8 [3, 224, 224], whose labels are known without reading them."""
@@ -60,12 +58,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100_000, help="number of images")
     parser.add_argument("--workers", type=int, default=0, help="processes that read")
     parser.add_argument("--cache", type=int, default=512, help="MiB of images that are kept")
+    parser.add_argument(
+        "--few", type=int, default=12_000, help="images until all buffers are there"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", message="the model is right on")
     item_reader.CACHE_BYTES = options.cache * 2**20
-    fill = options.cache * 2**20 // (3 * 224 * 224) + FEW
-    judge(fill, options.workers)
+    judge(options.few, options.workers)
     before = peak_mib()
     seconds = judge(options.count, options.workers)
     facts = machine(torch.device("cpu"))
@@ -75,7 +75,7 @@ def main() -> None:
         "megabytes": options.count * 3 * 224 * 224 / 1e6,
         "workers": options.workers,
         "cache_mib": options.cache,
-        "images_before": fill,
+        "images_before": options.few,
         "peak_mib_before": before,
         "peak_mib": peak_mib(),
         "seconds": seconds,
@@ -84,7 +84,7 @@ def main() -> None:
     say(machine_line(facts))
     say(
         f"{options.count} images, {result['megabytes']:.0f} MB, in {seconds:.0f} s: peak {peak_mib():.0f} MiB, "
-        f"after {fill} images {before:.0f} MiB"
+        f"after {options.few} images {before:.0f} MiB"
     )
 
 

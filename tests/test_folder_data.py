@@ -108,6 +108,9 @@ def test_the_command_line_judges_a_folder(
     other[4] = f"folder:{tmp_path / 'nowhere'}"
     assert main(other) == 2
     assert "nowhere: no such folder; expected there one folder per class" in capsys.readouterr().err
+    other[4] = str(root)
+    assert main(other) == 2
+    assert f"got '{root}'; did you mean 'folder:{root}'?" in capsys.readouterr().err
 
 
 def test_files_are_found_and_sorted(tmp_path: Path) -> None:

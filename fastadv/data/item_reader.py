@@ -10,12 +10,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastadv.data.items import read_item
 
 CACHE_BYTES = 2**29  # of images read last, which a small data set fits into
-_CHUNK = 16  # images that a worker reads at a time
+CHUNK = 16  # images that a worker reads at a time
 _TENSOR_BYTES = 1024  # of a tensor besides its values, roughly
 _UNKNOWN = -1  # neither a checksum nor a label
 
@@ -60,9 +60,10 @@ class _Items(Dataset[Any]):
             labels.append(label)
             checksums.append(zlib.crc32(image.numpy().data))
             images.append(image)
-        # One tensor is cheaper to hand over than many.
+        kept: list[Tensor] | Tensor | None = images if self._keeps_images else None
         alike = len({(image.shape, image.dtype) for image in images}) == 1
-        kept = (torch.stack(images) if alike else images) if self._keeps_images else None
+        if alike and kept is not None and get_worker_info() is not None:
+            kept = torch.stack(images)  # one tensor is cheaper to hand over than many
         return _Chunk(indices[: len(labels)], kept, labels, checksums, error)
 
 
@@ -147,7 +148,7 @@ class ItemReader:
     def labels(self, indices: Tensor) -> Tensor:
         """Labels [N] int64 of these items, all of which are read and not kept."""
         items = _Items(self._dataset, self._bounds, keeps_images=False)
-        chunks = [chunk.tolist() for chunk in indices.split(_CHUNK)]
+        chunks = [chunk.tolist() for chunk in indices.split(CHUNK)]
         read: Any = map(items.__getitems__, chunks)
         if self._workers:
             read = iter(self._workers_for(items, chunks, persistent_workers=False))
@@ -185,7 +186,7 @@ class ItemReader:
     def _some_of(self, wanted: dict[int, None]) -> Iterator[tuple[int, Tensor]]:
         """Some of the wanted items, at least one, and what is read on the way."""
         if self._workers == 0:
-            chunk = self._items.__getitems__(list(wanted)[:_CHUNK])
+            chunk = self._items.__getitems__(list(wanted)[:CHUNK])
         else:
             if self._stream is None or self._plan.on_the_way.isdisjoint(wanted):
                 self._start(wanted)
@@ -193,10 +194,11 @@ class ItemReader:
         self._check(chunk)
         if chunk.images is not None:
             for index, image in zip(chunk.indices, chunk.images, strict=True):
-                # A copy: a part of a chunk would keep all of it, in memory shared with the worker.
-                yield index, image.clone()
+                # A part of a chunk, or of a tensor of the Dataset's, would keep all of it in memory.
+                is_part = image.untyped_storage().nbytes() > image.nbytes
+                yield index, image.clone() if is_part else image
 
-    def _start(self, wanted: dict[int, None], chunk: int = _CHUNK) -> None:
+    def _start(self, wanted: dict[int, None], chunk: int = CHUNK) -> None:
         """Let the workers read these items now and go on with the expected ones."""
         self._plan.begin(wanted, chunk)
         if self._loader is None:
@@ -264,7 +266,7 @@ class _Plan:
         self._expected = torch.empty(0, dtype=torch.int64)
         self._position = 0  # in the expected items, up to which they have come
         self._now: list[int] = []
-        self._chunk = _CHUNK
+        self._chunk = CHUNK
         self._sent: deque[tuple[list[int], int]] = deque()  # chunks, and the position after each
         self.on_the_way: set[int] = set()
 
@@ -294,8 +296,8 @@ class _Plan:
         skipped = set(now)
         while position < len(self._expected):
             chunk: list[int] = []
-            while position < len(self._expected) and len(chunk) < _CHUNK:
-                part = self._expected[position : position + _CHUNK - len(chunk)].tolist()
+            while position < len(self._expected) and len(chunk) < CHUNK:
+                part = self._expected[position : position + CHUNK - len(chunk)].tolist()
                 position += len(part)
                 chunk += [i for i in part if i not in skipped and i not in self._cache]
             if chunk:

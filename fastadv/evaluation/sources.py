@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -10,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from fastadv.data.item_reader import ItemReader
+from fastadv.data.item_reader import CHUNK, ItemReader
 from fastadv.data.lazy import LazyData, known_labels
 from fastadv.data.selection import evenly_spread
 from fastadv.digest import digest_of
@@ -146,9 +147,11 @@ def open_source(
     n = len(cast(Sized, data.dataset))
     if n == 0:
         raise ValueError("data must have at least one image, got an empty Dataset")
-    reader = ItemReader(data.dataset, bounds, workers=data.workers, **data.options)
-    listed = known_labels(data.dataset)
     count = n if max_examples is None else min(n, max_examples)
+    workers = min(data.workers, math.ceil(count / CHUNK))
+    options = data.options if workers else {}
+    reader = ItemReader(data.dataset, bounds, workers=workers, **options)
+    listed = known_labels(data.dataset)
     items = torch.arange(count)
     if listed is not None and count < n and _by_class(listed):
         items = evenly_spread(n, count)
