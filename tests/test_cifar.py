@@ -17,9 +17,10 @@ from fastadv.data import (
     load_cifar100,
     load_dataset,
 )
-from fastadv.data.cifar import read_cifar
+from fastadv.data.cifar import read_cifar, read_cifar_test
 from fastadv.data.cifar_layout import CIFAR10, CIFAR100, PIXEL_BYTES, CifarLayout, Records
 from fastadv.data.content import content_digest
+from fastadv.data.datasets import load_test_images
 
 RECORDS = 20  # per file of the small layouts below
 
@@ -339,6 +340,30 @@ class TestCifar100:
         self.write_binary(tmp_path / "cifar-100-binary", self.fine, self.fine // 2)
         with pytest.raises(DataFormatError, match="153,700,000 bytes in all"):
             load_cifar100(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+def test_the_test_images_need_no_training_files(layout, records, kind, request):
+    root = request.getfixturevalue(f"{kind}_root")
+    for path in root.glob("*/data_batch_*"):
+        path.unlink()
+    images = read_cifar_test(layout, root)
+    assert images.labels.tolist() == records[0][5].tolist() and images.name == "cifar10 test"
+    with pytest.raises(FileNotFoundError, match=r"data_batch_1.* is missing"):
+        read_cifar(layout, root)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_where_there_is_nothing_the_origin_is_told(name, tmp_path):
+    stem = name.replace("cifar", "cifar-")
+    told = rf"{name} is to be had at https://www.cs.toronto.edu/~kriz/cifar.html as {stem}-binary.tar.gz"
+    with pytest.raises(FileNotFoundError, match=told):
+        load_dataset(name, tmp_path)
+    with pytest.raises(ValueError, match=rf"--root DATA on the command line. {told}"):
+        load_dataset(name)
+    (tmp_path / f"{stem}-python.tar.gz").touch()
+    with pytest.raises(FileNotFoundError, match="unpack it first"):
+        load_test_images(name, tmp_path)
 
 
 def test_real_cifar10(cifar10_root):

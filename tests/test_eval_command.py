@@ -19,10 +19,10 @@ from training_helpers import small_recipe
 from fastadv.cli import main
 from fastadv.commands.result_keeper import autoattack_state
 from fastadv.data import load_dataset
+from fastadv.digest import digest_of
 from fastadv.evaluation import AutoAttackResult, Report, Stage, evaluate, load_results
 from fastadv.models import create_model
 from fastadv.trainers import load_model, train
-from fastadv.trainers.run_directory import digest_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--max_examples", "20", "--device", "cpu", "--quiet")

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Literal
 
 from fastadv.commands.judged import (
+    Images,
     JudgedModel,
+    Reading,
     images_named,
     images_of_run,
     model_of_file,
@@ -17,17 +19,18 @@ from fastadv.commands.judged import (
 )
 from fastadv.commands.result_keeper import ResultKeeper, autoattack_state
 from fastadv.commands.training import check_checkpoint
-from fastadv.data import ImageData
 from fastadv.data.datasets import dataset_names
+from fastadv.digest import digest_of
 from fastadv.evaluation import Report, Subject, evaluate
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.samples import as_samples
 from fastadv.interruption import stopped_by_signals
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
-from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
+from fastadv.trainers.run_directory import Description, RunDirectory
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -44,6 +47,10 @@ def run_evaluation(
     normalise: Sequence[str] | None = None,
     data: str | None = None,
     root: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    workers: int | None = None,
     eps: Number | None = None,
     norm: Literal["linf", "l2", "l1"] = "linf",
     alpha: Number | None = None,
@@ -68,15 +75,21 @@ def run_evaluation(
             module:function may return a trained model itself.
         normalise: with weights, mean and standard deviation of the inputs, each one number or one per channel with
             commas between them, unless the model takes images in 0..1 or the file says how.
-        data: digits, cifar10, cifar100, or a .npz file with the arrays image (uint8, N x H x W x C) and label. By
-            default the data set of the run, whose test images are used.
-        root: folder of the data set's files; by default that of the run.
+        data: digits, cifar10, cifar100, whose test images are used; a .npz file with the arrays image (uint8, N x
+            H x W x C) and label; folder:PATH, with one folder of pictures per class in PATH; or hf:NAME or
+            hf:NAME:SPLIT, read by Hugging Face's datasets. By default the data set of the run.
+        root: folder of the files of cifar10 or cifar100; by default that of the run.
+        resize: with folder: or hf:, pixels of the shorter side of each picture; by default its size is left.
+        crop: with folder: or hf:, pixels of each side of the square that is cut out of the middle.
+        interpolation: of the resizing, bilinear (the default) or bicubic.
+        workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
         eps: radius of the ball; by default 8/255, whatever the run was trained with. It must be given with
             another norm than linf.
         norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
-        max_examples: use only the first so many test images.
+        max_examples: use only so many test images: the first, or evenly spread ones where a folder or a data set
+            of Hugging Face lists its images class by class.
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         engine: how AutoAttack searches: auto, on the attack engine, in bfloat16 where that is faster, with every
             adversarial image confirmed in float32; fp32, in float32 throughout; reference, by pyautoattack.
@@ -96,9 +109,10 @@ def run_evaluation(
     where = choose_device(device)
     radius = _radius(eps, norm)
     _check_attacks(attacks, radius, alpha)
+    reading = Reading(resize, crop, interpolation, workers)
     recorded: Description | None = None
     if run is None:
-        judged, images = _given_model(checkpoint, model, weights, normalise, data, root)
+        judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         for option, value in (("weights", weights), ("normalise", normalise)):
             if value is not None:
@@ -107,9 +121,10 @@ def run_evaluation(
         check_checkpoint(directory, checkpoint)
         find_checkpoint(directory.path, checkpoint)  # a run that is not there is told as such
         recorded = directory.read()
-        images = images_of_run(directory, data, root)
+        images = images_of_run(directory, data, root, reading)
         judged = model_of_run(run, checkpoint, model, EVAL_FILE)
     network = judged.model.to(where)
+    samples = as_samples(images, (0.0, 1.0), max_examples)
     subject = Subject(
         run=judged.name,
         method=judged.method,
@@ -117,9 +132,7 @@ def run_evaluation(
         checkpoint=judged.checkpoint,
         weights=digest_of(network.state_dict()),
         data=images.name,
-        images=digest_of(
-            {"images": images.images[:max_examples], "labels": images.labels[:max_examples]}
-        ),
+        images=samples.fingerprint(),
     )
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject)
     if not quiet:
@@ -139,7 +152,7 @@ def run_evaluation(
     with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
         report = evaluate(
             network,
-            images,
+            samples,
             tuple(attacks),
             eps=radius,
             norm=norm,
@@ -167,7 +180,8 @@ def _given_model(
     normalise: Sequence[str] | None,
     data: str | None,
     root: str | None,
-) -> tuple[JudgedModel, ImageData]:
+    reading: Reading,
+) -> tuple[JudgedModel, Images]:
     """The model and the images of an evaluation without a run."""
     if model is None:
         raise ValueError(
@@ -178,9 +192,9 @@ def _given_model(
         raise ValueError(f"checkpoint must come with a run, got {checkpoint!r}")
     if data is None:
         raise ValueError(
-            f"data must be given without a run: {', '.join(dataset_names())}, or a .npz file"
+            f"data must be given without a run: {', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
         )
-    images = images_named(data, root)
+    images = images_named(data, root, reading)
     return model_of_file(model, weights, normalise, images), images
 
 

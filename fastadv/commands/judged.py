@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastadv.data import ImageData, load_dataset, load_npz
-from fastadv.data.datasets import check_source
+from fastadv.data import FolderImages, HubImages, ImageData, load_hub, load_npz
+from fastadv.data.datasets import check_source, dataset_names, load_test_images
+from fastadv.data.preprocessing import Interpolation
 from fastadv.models import (
     Normalized,
     create_model,
@@ -21,9 +22,13 @@ from fastadv.models import (
     names_code,
     read_state_file,
 )
+from fastadv.ops.values import closest
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
+
+Images = ImageData | FolderImages | HubImages
+FOLDER, HUB = "folder:", "hf:"
 
 # Under these names checkpoints record the accuracy on clean images, as a share or in percent.
 _ACCURACIES = (
@@ -80,7 +85,7 @@ def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> 
 
 
 def model_of_file(
-    model: str, weights: str | None, normalise: Sequence[str] | None, images: ImageData
+    model: str, weights: str | None, normalise: Sequence[str] | None, images: Images
 ) -> JudgedModel:
     """A network by name, with the weights of a file.
 
@@ -138,7 +143,30 @@ def model_of_file(
     )
 
 
-def images_of_run(directory: RunDirectory, data: str | None, root: str | None) -> ImageData:
+@dataclass(frozen=True)
+class Reading:
+    """How pictures of a folder or of Hugging Face are read.
+
+    Attributes:
+        resize: pixels of the shorter side.
+        crop: pixels of each side of the square in the middle.
+        interpolation: of the resizing; None for bilinear.
+        workers: processes that decode; None for one per core.
+    """
+
+    resize: int | None = None
+    crop: int | None = None
+    interpolation: Interpolation | None = None
+    workers: int | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that are given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def images_of_run(
+    directory: RunDirectory, data: str | None, root: str | None, reading: Reading
+) -> Images:
     """The test images of a data set, by default of the run's."""
     recorded, folder = directory.source()
     name = data or recorded
@@ -146,19 +174,49 @@ def images_of_run(directory: RunDirectory, data: str | None, root: str | None) -
         raise ValueError(
             f"data must be given: {directory.path} was not trained on a data set by name"
         )
-    if root is not None:
-        check_source(name, root)
-    return images_named(name, root or (None if name.endswith(".npz") else folder))
-
-
-def images_named(data: str, root: str | None) -> ImageData:
-    """The test images of a data set by name, or all of a .npz file."""
-    if data.endswith(".npz"):
+    if _is_named(name):
         if root is not None:
-            raise ValueError(f"root must be left out with the file {data}, got {root!r}")
+            check_source(name, root)
+        root = root or folder
+    return images_named(name, root, reading)
+
+
+def images_named(data: str, root: str | None, reading: Reading) -> Images:
+    """The test images of a data set by name, or all of a .npz file, a folder or a split of Hugging Face.
+
+    Args:
+        data: digits, cifar10, cifar100, FILE.npz, folder:PATH or hf:NAME[:SPLIT].
+        root: folder of the files of a data set by name.
+        reading: how pictures are read.
+
+    Raises:
+        FileNotFoundError: if the files are not there.
+        ValueError: for another name, or options that it does not take.
+    """
+    if not _is_named(data) and root is not None:
+        raise ValueError(f"root must be left out with {data}, got {root!r}")
+    if data.startswith(FOLDER):
+        return FolderImages(data.removeprefix(FOLDER), **reading.given())
+    if data.startswith(HUB):
+        return load_hub(data.removeprefix(HUB), **reading.given())
+    for option, value in reading.given().items():
+        raise ValueError(
+            f"{option} must be left out with {data}, got {value!r}: it is for folder:PATH and hf:NAME"
+        )
+    if data.endswith(".npz"):
         return load_npz(data)
+    if data not in dataset_names():
+        kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
+        is_folder = Path(data).is_dir()
+        hint = f"; did you mean 'folder:{data}'?" if is_folder else closest(data, dataset_names())
+        raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
     check_source(data, root)
-    return load_dataset(data, root).test
+    return load_test_images(data, root)
+
+
+def _is_named(data: str) -> bool:
+    """Whether data is a name, whose files a folder may hold."""
+    return not data.endswith(".npz") and not data.startswith((FOLDER, HUB))
 
 
 def _normalisation(words: Sequence[str], channels: int) -> tuple[list[float], list[float]]:

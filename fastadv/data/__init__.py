@@ -7,6 +7,8 @@ from fastadv.data.cifar import load_cifar10, load_cifar100
 from fastadv.data.datasets import dataset_names, load_dataset
 from fastadv.data.digits import load_digits
 from fastadv.data.errors import DataFormatError
+from fastadv.data.folder import FolderImages
+from fastadv.data.hub import HubImages, load_hub
 from fastadv.data.images import ImageData, Splits, from_dataset, from_tensors
 from fastadv.data.loader import Loader
 from fastadv.data.npz import load_npz
@@ -17,6 +19,8 @@ __all__ = [
     "Batch",
     "Batches",
     "DataFormatError",
+    "FolderImages",
+    "HubImages",
     "ImageData",
     "Loader",
     "Splits",
@@ -29,6 +33,7 @@ __all__ = [
     "load_cifar100",
     "load_dataset",
     "load_digits",
+    "load_hub",
     "load_npz",
     "split_validation",
     "subset",

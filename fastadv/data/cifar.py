@@ -57,6 +57,13 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
     )
 
 
+def read_cifar_test(layout: CifarLayout, root: str | Path, verify: bool = True) -> ImageData:
+    """Read the test images alone, with the arguments and the errors of `read_cifar`."""
+    verify = check_bool("verify", verify)
+    folder, is_binary = _find_folder(layout, Path(root).expanduser())
+    return _read_split(layout, layout.test, "test", folder, is_binary, verify)
+
+
 def _find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
     """The folder with the files, and whether they are in the binary layout."""
     candidates = (
@@ -73,7 +80,7 @@ def _find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
         f"no {layout.name} at {root}{_state_of(layout, root)}; expected there a folder "
         f"{layout.binary_folder} with {', '.join(candidates[0][1])} "
         f"(each file of the training split: {layout.describe_binary(layout.train)}), or a folder "
-        f"{layout.python_folder} with {', '.join(candidates[2][1])}"
+        f"{layout.python_folder} with {', '.join(candidates[2][1])}. {layout.origin}"
     )
 
 
@@ -83,8 +90,7 @@ def _state_of(layout: CifarLayout, root: Path) -> str:
         return " (there is no such folder)"
     if not root.is_dir():
         return " (it is a file, not a folder)"
-    stem = "-".join(layout.binary_folder.split("-")[:2])  # cifar-10 or cifar-100
-    archives = sorted(path.name for path in root.glob(f"{stem}-*.tar.gz"))
+    archives = sorted(path.name for path in root.glob(f"{layout.stem}-*.tar.gz"))
     return f" (found {', '.join(archives)}: unpack it first)" if archives else ""
 
 

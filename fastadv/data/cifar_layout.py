@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+OFFICIAL_PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 SIDE = 32  # pixels
 PIXEL_BYTES = 3 * SIDE * SIDE  # red plane, green plane, blue plane, each row by row
 
@@ -54,6 +55,20 @@ class CifarLayout:
     python_folder: str
     train: SplitLayout
     test: SplitLayout
+
+    @property
+    def stem(self) -> str:
+        """How the names of the official archives begin."""
+        return "-".join(self.binary_folder.split("-")[:2])
+
+    @property
+    def origin(self) -> str:
+        """Where the files are to be had, and how they must lie."""
+        return (
+            f"{self.name} is to be had at {OFFICIAL_PAGE} as {self.stem}-binary.tar.gz or "
+            f"{self.stem}-python.tar.gz; unpack the archive with tar -xzf, and give the folder in which it was "
+            "unpacked as root"
+        )
 
     @property
     def label_bytes(self) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastadv.data.cifar import load_cifar10, load_cifar100
+from fastadv.data.cifar import read_cifar, read_cifar_test
+from fastadv.data.cifar_layout import CIFAR10, CIFAR100, CifarLayout
 from fastadv.data.digits import load_digits
-from fastadv.data.images import Splits
+from fastadv.data.images import ImageData, Splits
 from fastadv.ops.values import check_choice
 
-_FROM_FILES = {"cifar10": load_cifar10, "cifar100": load_cifar100}
+_FROM_FILES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 
 
 def dataset_names() -> list[str]:
@@ -23,6 +24,12 @@ def check_source(name: str, root: str | Path | None) -> None:
     Raises:
         ValueError: for an unknown name, or a folder for digits.
     """
+    if name.startswith(("folder:", "hf:")) or name.endswith(".npz"):
+        raise ValueError(
+            f"data must be one of {', '.join(dataset_names())} for training, got {name!r}: fastadv eval alone "
+            "takes folders, .npz files and Hugging Face's data sets. From Python, fastadv.train takes any Dataset "
+            "as StreamedData"
+        )
     check_choice("data", name, dataset_names())
     if root is not None and name not in _FROM_FILES:
         raise ValueError(f"root must be left out with {name}, which need no files, got {root!r}")
@@ -46,8 +53,26 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
     """
     if name == "digits":
         return load_digits()
+    return read_cifar(*_files(name, root), verify)
+
+
+def load_test_images(name: str, root: str | Path | None = None, verify: bool = True) -> ImageData:
+    """Load the test images of a data set by name, for which no file of the training images need be there.
+
+    The arguments and the errors are those of `load_dataset`.
+    """
+    if name == "digits":
+        return load_digits().test
+    return read_cifar_test(*_files(name, root), verify)
+
+
+def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]:
+    """What the files of a data set look like, and where they are."""
     if name not in _FROM_FILES:
         raise ValueError(f"name must be one of {', '.join(dataset_names())}, got {name!r}")
     if root is None:
-        raise ValueError(f"root must be the folder that holds the files of {name}, got None")
-    return _FROM_FILES[name](root, verify)
+        raise ValueError(
+            f"root must be the folder that holds the files of {name}, got None: --root DATA on the command line. "
+            + _FROM_FILES[name].origin
+        )
+    return _FROM_FILES[name], root

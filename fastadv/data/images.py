@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from fastadv.data.streaming import StreamedData
 
 _CHANNELS = (1, 3, 4)  # of pictures
+# Of PIL images whose numbers are no brightness: places in a palette, and single bits.
+_PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "1": "L"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,12 +238,16 @@ def item_image(image: object) -> Tensor:
     """Return one image of a Dataset as [C, H, W]; see `from_dataset`."""
     if isinstance(image, Tensor):
         return image
-    pixels = torch.from_numpy(np.array(image))  # a copy: arrays of PIL images are read-only
-    if pixels.dtype != torch.uint8 or pixels.dim() not in (2, 3):
+    plain = _PLAIN_MODES.get(getattr(image, "mode", ""))
+    if plain is not None:
+        image = cast(Any, image).convert(plain)
+    array = np.array(image)  # a copy: arrays of PIL images are read-only
+    if array.dtype != np.uint8 or array.ndim not in (2, 3):
         raise TypeError(
             "an image of dataset must be a tensor [C, H, W] or a uint8 picture [H, W] or "
             f"[H, W, C], got {type(image).__name__}"
         )
+    pixels = torch.from_numpy(array)
     if has_channels_at(0, pixels.shape):
         raise ValueError(
             f"a picture of dataset must have axes H, W, C, got an array {tuple(pixels.shape)}, which looks like "

@@ -71,3 +71,10 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
         taken[classes[index]] = turn + 1
         turns.append((turn, classes[index], index))
     return torch.tensor(sorted(index for _, _, index in sorted(turns)[:n]), dtype=torch.int64)
+
+
+def evenly_spread(n: int, count: int) -> Tensor:
+    """Return count indices below n, int64, ascending and at equal distances; all of them if there are fewer."""
+    if count >= n:
+        return torch.arange(n)
+    return (2 * torch.arange(count) + 1) * n // (2 * count)

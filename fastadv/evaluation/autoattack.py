@@ -138,8 +138,9 @@ def autoattack(
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
-    if samples.images.dim() != 4:
-        raise ValueError(f"AutoAttack needs images [N, C, H, W], got {tuple(samples.images.shape)}")
+    if len(samples.image_shape) != 3:
+        shape = (len(samples), *samples.image_shape)
+        raise ValueError(f"AutoAttack needs images [N, C, H, W], got {shape}")
     ids = _check_ids(sample_ids, len(samples))
     with evaluation_mode(model, device) as where:
         runner = Runner(
@@ -252,7 +253,7 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
     for record in records:
         audit.found += Violations(**record.violations)
     problems = audit.problems()
-    no_image = torch.empty(0, *samples.images.shape[1:])
+    no_image = torch.empty(0, *samples.image_shape)
     return AutoAttackResult(
         robust=robust,
         fooled=torch.cat([torch.empty(0, dtype=torch.int64), *(r.fooled for r in records)]),

@@ -179,7 +179,7 @@ class PoolSearch:
                 "attacks that follow gradients may find too little"
             )
         record = self._finished.record(
-            self._hunt.runner.samples.images.shape[1:],
+            self._hunt.runner.samples.image_shape,
             violations=self._audit.found.as_dict(),
             warnings=warnings,
             seconds=time.perf_counter() - self._since,

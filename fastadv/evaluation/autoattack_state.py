@@ -76,7 +76,7 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
-    return Fingerprint(_hash_model(model), hash_tensors(samples.images, samples.labels), settings)
+    return Fingerprint(_hash_model(model), samples.fingerprint(), settings)
 
 
 class AutoAttackState:

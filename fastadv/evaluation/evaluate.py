@@ -65,7 +65,9 @@ def evaluate(
 
     Args:
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
-        data: an ``ImageData``, or a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]).
+        data: an ``ImageData``; a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]); a map-style
+            ``Dataset`` of pairs (image, label), whose images are read when they are attacked; or a ``DataLoader``,
+            whose Dataset is then read in its own order by the loader's worker processes. See docs/attacks.md.
         attacks: names or pairs, one row of the report each:
 
             * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a
@@ -87,7 +89,8 @@ def evaluate(
             attacks in AutoAttack do.
         device: where to run; by default where the model is. The model is moved there and back.
         seed: seed of everything random. Runs with one seed on one machine agree.
-        max_examples: use only the first so many images.
+        max_examples: use only so many images: the first, or evenly spread ones of a ``Dataset`` that lists its
+            labels in ``targets`` or ``labels``, and these class by class.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew.

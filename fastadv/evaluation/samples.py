@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from fastadv.data.lazy import as_lazy, of_loader, read_once
+from fastadv.evaluation.sources import ImageSource, TensorSource, open_source
 from fastadv.ops.checks import INTEGER_DTYPES
 from fastadv.ops.values import check_bounds, check_radius, integer, limit
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Labelled images that are converted only when they are used.
+    """Labelled images that are read and converted only when they are used.
 
     Attributes:
-        images: [N, ...], uint8 (0 to 255 stands for the whole of ``bounds``) or floating point within ``bounds``.
+        source: the images, uint8 (0 to 255 stands for the whole of ``bounds``) or floating point within
+            ``bounds``.
         labels: [N] int64.
         bounds: smallest and largest value of an image given to the model.
         name: what the data is called in reports.
         num_classes: of the data set, where it says so.
     """
 
-    images: Tensor
+    source: ImageSource
     labels: Tensor
     bounds: tuple[float, float]
     name: str
@@ -34,21 +39,30 @@ class Samples:
         """Number of images."""
         return self.labels.shape[0]
 
+    @property
+    def image_shape(self) -> torch.Size:
+        """Shape of one image, usually [C, H, W]."""
+        return self.source.shape
+
     def batches(self, batch_size: int, indices: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Split the indices of some images, by default of all, into batches. Indices are int64 on the CPU."""
+        """Split the indices of some images, by default of all, into batches. Indices are int64 on the CPU.
+
+        The batches are expected to be taken in this order next, and are read ahead where worker processes read.
+        """
         indices = torch.arange(len(self)) if indices is None else indices
+        self.source.expect(indices)
         return indices.split(batch_size) if len(indices) else ()
 
     def part(self, indices: Tensor) -> Samples:
         """Some of the images; all of them are these samples themselves."""
         if len(indices) == len(self):
             return self
-        images = self.images[indices.to(self.images.device)]
-        return replace(self, images=images, labels=self.labels[indices.to(self.labels.device)])
+        labels = self.labels[indices.to(self.labels.device)]
+        return replace(self, source=self.source.part(indices), labels=labels)
 
     def take(self, indices: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Images [B, ...] float32 and labels [B] int64 of these indices, on a device."""
-        images = self.images[indices.to(self.images.device)].to(device)
+        images = self.source.read(indices).to(device)
         labels = self.labels[indices.to(self.labels.device)].to(device)
         if images.dtype == torch.uint8:
             low, high = self.bounds
@@ -57,29 +71,79 @@ class Samples:
                 images = images.mul_(high - low).add_(low).clamp_(low, high)
         return images.to(torch.float32).contiguous(), labels
 
+    def fingerprint(self) -> str:
+        """SHA-256 that stands for the images and their labels, without reading all images of a Dataset."""
+        return self.source.fingerprint(self.labels)
+
 
 def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None = None) -> Samples:
     """Check what a user calls data and wrap it.
 
     Args:
-        data: an object with ``images`` and ``labels`` (``fastadv.data.ImageData``), or a pair of tensors
-            (images, labels).
+        data: an object with ``images`` and ``labels`` (``fastadv.data.ImageData``), a pair of tensors (images,
+            labels), a map-style torch ``Dataset`` of pairs (image, label), a ``DataLoader``, or samples.
         bounds: the range of image values.
-        max_examples: keep only the first so many.
+        max_examples: keep only so many: the first, or evenly spread ones of a Dataset that lists its labels, and
+            these class by class.
 
     Raises:
         TypeError: for another kind of data or another dtype.
-        ValueError: for empty data, lengths that differ, or float images that leave ``bounds``.
+        ValueError: for empty data, lengths that differ, float images that leave ``bounds``, or a Dataset whose
+            items change.
     """
     bounds = check_bounds(bounds)
-    images, labels, name = _unpack(data)
     if max_examples is not None:
         max_examples = integer("max_examples", max_examples, at_least=1)
-        images, labels = images[:max_examples], labels[:max_examples]
+    if isinstance(data, Samples):
+        return _again(data, bounds, max_examples)
+    lazy = None
+    if isinstance(data, DataLoader):
+        lazy = of_loader(data)
+        if lazy is None:
+            name = type(data.dataset).__name__
+            images, labels = read_once(data, max_examples)
+            return _in_memory(images, labels, name, None, bounds, max_examples)
+    elif not _holds_tensors(data):
+        lazy = as_lazy(data)
+    if lazy is None:
+        images, labels, name = _unpack(data)
+        classes = getattr(data, "num_classes", None)
+        return _in_memory(images, labels, name, classes, bounds, max_examples)
+    if type(lazy.dataset) is TensorDataset and len(lazy.dataset.tensors) == 2:
+        return _in_memory(*lazy.dataset.tensors, lazy.name, None, bounds, max_examples)
+    source, labels = open_source(lazy, bounds, max_examples)
+    return Samples(source, labels, bounds, lazy.name, lazy.num_classes)
+
+
+def _in_memory(
+    images: Tensor,
+    labels: Tensor,
+    name: str,
+    num_classes: int | None,
+    bounds: tuple[float, float],
+    max_examples: int | None,
+) -> Samples:
+    images, labels = images[:max_examples], labels[:max_examples]
     _check_images(images, bounds)
     labels = _checked_labels(labels, images)
-    classes = getattr(data, "num_classes", None)
-    return Samples(images.detach(), labels, bounds, name, classes)
+    return Samples(TensorSource(images.detach()), labels, bounds, name, num_classes)
+
+
+def _holds_tensors(data: Any) -> bool:
+    """Whether all images are in memory; a Dataset with such attributes may transform what is in them."""
+    return not isinstance(data, Dataset) and all(
+        isinstance(getattr(data, name, None), Tensor) for name in ("images", "labels")
+    )
+
+
+def _again(samples: Samples, bounds: tuple[float, float], max_examples: int | None) -> Samples:
+    """Samples that were made before, within other bounds or fewer of them."""
+    if bounds != samples.bounds and samples.source.dtype != torch.uint8:
+        raise ValueError(f"bounds must be those of the samples, {samples.bounds}, got {bounds}")
+    samples = replace(samples, bounds=bounds)
+    if max_examples is None or max_examples >= len(samples):
+        return samples
+    return samples.part(torch.arange(max_examples))
 
 
 def check_eps(eps: float, norm: str, samples: Samples) -> float:
@@ -90,7 +154,7 @@ def check_eps(eps: float, norm: str, samples: Samples) -> float:
         ValueError: it is negative, not finite, or larger than any distance between two images.
     """
     eps = limit("eps", eps)
-    check_radius("eps", eps, norm, samples.bounds, samples.images[0].numel())
+    check_radius("eps", eps, norm, samples.bounds, math.prod(samples.image_shape))
     return eps
 
 
@@ -100,14 +164,16 @@ def check_batch_size(batch_size: int) -> int:
 
 
 def _unpack(data: Any) -> tuple[Tensor, Tensor, str]:
-    if isinstance(data, Samples) or (hasattr(data, "images") and hasattr(data, "labels")):
+    if hasattr(data, "images") and hasattr(data, "labels"):
         pair, name = (data.images, data.labels), str(getattr(data, "name", "data"))
     elif isinstance(data, (tuple, list)) and len(data) == 2:
         pair, name = (data[0], data[1]), "tensors"
     else:
         raise TypeError(
-            "data must be an ImageData or a pair of tensors (images, labels), "
-            f"got {type(data).__name__}"
+            "data must be an ImageData, a pair of tensors (images, labels), a map-style Dataset or a DataLoader, "
+            "got "
+            + type(data).__name__
+            + ("; put it into a DataLoader" if isinstance(data, IterableDataset) else "")
         )
     for role, value in zip(("images", "labels"), pair, strict=True):
         if not isinstance(value, Tensor):

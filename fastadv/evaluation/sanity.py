@@ -6,6 +6,7 @@ section 3.1; N. Carlini et al., "On evaluating adversarial robustness", 2019, se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -102,7 +103,7 @@ def masking_checks(
         by_eps = [(0.0, clean), *((eps * f, accuracy(eps * f, steps[-1])) for f in eps_factors)]
         by_steps = [(float(count), accuracy(eps, count)) for count in steps]
         width = samples.bounds[1] - samples.bounds[0]
-        everything = width * (samples.images[0].numel() ** 0.5 if norm == "l2" else 1.0)
+        everything = width * (math.prod(samples.image_shape) ** 0.5 if norm == "l2" else 1.0)
         unbounded = accuracy(everything, steps[-1])
     return [
         _monotone("eps", by_eps, slack),

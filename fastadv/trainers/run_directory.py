@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import uuid
@@ -12,8 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastadv.files import naming, remove_leftovers, write_atomically
 from fastadv.models import form_of
@@ -227,13 +225,3 @@ class RunDirectory:
     @property
     def _log(self) -> Path:
         return self.path / "metrics.jsonl"
-
-
-def digest_of(state: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 of a state dict's names and values, whatever their memory layout."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
-        plain = value.detach().cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

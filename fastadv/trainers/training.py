@@ -26,6 +26,7 @@ from fastadv.data import (
     split_validation,
     subset,
 )
+from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
 from fastadv.models import create_model, form_of, usual_form
 from fastadv.ops.values import check_bool
@@ -60,7 +61,7 @@ from fastadv.trainers.monitor import Monitor
 from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe, as_plain
-from fastadv.trainers.run_directory import Description, RunDirectory, digest_of
+from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.teachers import (
     Architectures,
     Likes,

@@ -1,0 +1,177 @@
+"""Pictures in one folder per class, as torchvision's ImageFolder has them, decoded when they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastadv.data.errors import DataFormatError
+from fastadv.data.preprocessing import (
+    Interpolation,
+    Preprocessing,
+    check_workers,
+    import_pil,
+    picture_tensor,
+    same_size_hint,
+)
+from fastadv.data.selection import evenly_spread
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+_SPLITS = {"train", "val", "valid", "validation", "test"}
+_HASHED_FILES = 4096  # whose bytes are part of a fingerprint
+
+
+class FolderImages(Dataset[tuple[Tensor, int]]):
+    """The pictures under ROOT/CLASS/, also in folders below.
+
+    The classes are the folders of ROOT by name, in sorted order, whose numbers are the labels. A folder without
+    pictures counts as a class, so that a part of a data set can keep the numbers of the whole. Folders and files
+    whose names begin with a dot are left out.
+
+    Args:
+        root: the folder.
+        resize: pixels of the shorter side; by default the size is left as it is.
+        crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
+        interpolation: of the resizing, which is antialiased as PIL's and torchvision's is.
+        workers: processes that decode when a model is evaluated on this data; by default one per core, at most 8.
+        name: what it is called in reports; by default the folder's name.
+
+    Attributes:
+        classes: names of the classes.
+        class_to_idx: their numbers.
+        targets: labels [N] int64.
+        num_classes: number of classes.
+        in_channels: 3; grey pictures become RGB.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, no folder in it, or no picture in these.
+        NotADirectoryError: if root is a file.
+        ImportError: if Pillow is not installed.
+        ValueError: if a number is out of range, or root holds the folders of splits.
+    """
+
+    in_channels = 3
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        resize: int | None = None,
+        crop: int | None = None,
+        interpolation: Interpolation = "bilinear",
+        workers: int | None = None,
+        name: str | None = None,
+    ) -> None:
+        import_pil()  # missing, it should fail now and not in a worker
+        self.root = Path(root).expanduser()
+        self.preprocessing = Preprocessing(resize, crop, interpolation)
+        self.workers = check_workers(workers)
+        self.classes = _class_folders(self.root)
+        self.num_classes = len(self.classes)
+        self.class_to_idx = {name: number for number, name in enumerate(self.classes)}
+        paths, targets = [], []
+        for number, folder in enumerate(self.classes):
+            for path in _pictures(self.root / folder):
+                paths.append(os.fsencode(path.relative_to(self.root)))
+                targets.append(number)
+        if not paths:
+            raise FileNotFoundError(
+                f"{self.root}: none of its {self.num_classes} folders holds a picture ({', '.join(SUFFIXES)})"
+            )
+        # As an array, which worker processes share with this one: a list's reference counts would be written to.
+        self._paths = np.array(paths)
+        self.targets = torch.tensor(targets)
+        self.name = self.root.resolve().name if name is None else name
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """A picture, uint8 [3, H, W], and its label.
+
+        Raises:
+            DataFormatError: if the file is damaged, no picture, or has more than 8 bits per channel.
+            ValueError: if the picture is smaller than the crop.
+        """
+        path = self.path(index)
+        try:
+            return picture_tensor(self.preprocessing(_decoded(path))), int(self.targets[index])
+        except ValueError as error:
+            raise type(error)(f"{path}: {error}") from error
+
+    @property
+    def same_size_hint(self) -> str:
+        """What to add where the pictures come out in different sizes."""
+        return same_size_hint(self.preprocessing)
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return self.root / os.fsdecode(self._paths[index])
+
+    def fingerprint(self, indices: Tensor) -> str:
+        """SHA-256 of some pictures: of preprocessing, names, labels and sizes of all, and of the bytes of 4096.
+
+        The numbers of a model on 4096 pictures or fewer thus belong to their very bytes. Of more, those in equal
+        distances are read.
+        """
+        digest = hashlib.sha256(f"{self.preprocessing.describe()}\n".encode())
+        for index in indices.tolist():
+            size = self.path(index).stat().st_size
+            digest.update(self._paths[index] + f":{int(self.targets[index])}:{size}\n".encode())
+        for place in evenly_spread(len(indices), _HASHED_FILES).tolist():
+            digest.update(hashlib.sha256(self.path(int(indices[place])).read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def _class_folders(root: Path) -> list[str]:
+    if not root.exists():
+        raise FileNotFoundError(f"{root}: no such folder; expected there one folder per class")
+    if not root.is_dir():
+        raise NotADirectoryError(f"{root} is a file; expected a folder with one folder per class")
+    with os.scandir(root) as entries:
+        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+    if not names:
+        raise FileNotFoundError(
+            f"{root} holds no folder; expected one folder per class, with pictures in it"
+        )
+    if len(names) > 1 and _SPLITS.issuperset(name.lower() for name in names):
+        raise ValueError(
+            f"{root} holds the folders {', '.join(names)}, which look like splits and not like classes; name "
+            f"one of them, such as {root / names[-1]}"
+        )
+    return names
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """The pictures in a folder and below it, sorted by folder and name."""
+    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
+        inside = Path(parent).relative_to(folder).parts
+        if any(part.startswith(".") for part in inside):
+            continue
+        for name in sorted(files):
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield Path(parent, name)
+
+
+def _decoded(path: Path) -> Any:
+    """A PIL image in mode RGB."""
+    image = import_pil()
+    try:
+        with image.open(path) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError(f"it has mode {picture.mode}, more than 8 bits per channel")
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        raise DataFormatError(
+            f"not a picture that can be read, or damaged ({type(error).__name__}: {error})"
+        ) from error

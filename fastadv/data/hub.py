@@ -1,0 +1,182 @@
+"""Labelled images of Hugging Face's `datasets`, decoded when they are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fastadv.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, column
+from fastadv.data.preprocessing import (
+    Interpolation,
+    Preprocessing,
+    check_workers,
+    import_pil,
+    picture_tensor,
+    same_size_hint,
+)
+
+_TEST_SPLITS = ("test", "validation", "val", "valid")
+_GREY = ("L", "1")
+
+
+class HubImages(Dataset[tuple[Tensor, int]]):
+    """A split of a data set as the package `datasets` reads it.
+
+    Args:
+        dataset: a ``datasets.Dataset`` with a column image or img and one label, labels or fine_label.
+        name: what it is called in reports.
+        resize: pixels of the shorter side; by default the size is left as it is.
+        crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
+        interpolation: of the resizing, which is antialiased.
+        workers: processes that decode when a model is evaluated on this data; by default one per core, at most 8.
+
+    Attributes:
+        targets: labels [N] int64.
+        num_classes: number of classes, which the data set says or which follows from the labels.
+        in_channels: 1 if the first image is grey, else 3; the others are made like the first.
+
+    Raises:
+        ImportError: if Pillow is not installed.
+        ValueError: if there are no such columns, no items, or a label is no class index.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        name: str = "hf",
+        resize: int | None = None,
+        crop: int | None = None,
+        interpolation: Interpolation = "bilinear",
+        workers: int | None = None,
+    ) -> None:
+        import_pil()
+        self.preprocessing = Preprocessing(resize, crop, interpolation)
+        self.workers = check_workers(workers)
+        self.name = name
+        names = list(dataset.column_names)
+        image, label = column(names, IMAGE_COLUMNS), column(names, LABEL_COLUMNS)
+        if image is None or label is None:
+            raise ValueError(
+                f"{name} must have a column {' or '.join(IMAGE_COLUMNS)} and a column "
+                f"{' or '.join(LABEL_COLUMNS)}, got {', '.join(names)}"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"{name} must have at least one item, got none")
+        self._dataset, self._image = dataset, image
+        self.targets = torch.tensor([int(value) for value in dataset[label]])
+        low, high = int(self.targets.min()), int(self.targets.max())
+        if low < 0:
+            raise ValueError(
+                f"labels must be >= 0, got {low} in {name}: this split seems to have no labels"
+            )
+        feature = (getattr(dataset, "features", None) or {}).get(label)
+        self.num_classes = int(getattr(feature, "num_classes", None) or high + 1)
+        self._mode = "L" if self._picture(0).mode in _GREY else "RGB"
+        self.in_channels = 1 if self._mode == "L" else 3
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """An image, uint8 [C, H, W], and its label."""
+        picture = self.preprocessing(self._picture(index).convert(self._mode))
+        return picture_tensor(picture), int(self.targets[index])
+
+    @property
+    def same_size_hint(self) -> str:
+        """What to add where the images come out in different sizes."""
+        return same_size_hint(self.preprocessing)
+
+    def _picture(self, index: int) -> Any:
+        picture = self._dataset[index][self._image]
+        if not hasattr(picture, "convert"):
+            raise TypeError(
+                f"column {self._image} of {self.name} must hold PIL images, got {type(picture).__name__}; take a "
+                "format or a transform off the data set"
+            )
+        if picture.mode[0] in "IF":
+            raise ValueError(
+                f"an image of {self.name} has mode {picture.mode}, more than 8 bits per channel"
+            )
+        return picture
+
+
+def is_plain_split(data: object) -> bool:
+    """Whether an object is a split of the package `datasets`, which need not be imported to tell.
+
+    One with a format or a transform of its own is not plain: its items are what these make of them.
+    """
+    if not all(hasattr(data, name) for name in ("column_names", "features", "__getitem__")):
+        return False
+    return (getattr(data, "format", None) or {}).get("type") is None
+
+
+def load_hub(name: str, **preprocessing: Any) -> HubImages:
+    """Read a split of a data set through Hugging Face's `datasets`, which downloads what is not there.
+
+    Args:
+        name: NAME or NAME:SPLIT of the hub, or a folder, saved by ``save_to_disk`` or with files that
+            ``load_dataset`` reads, with or without :SPLIT. By default the split test, or else validation.
+        preprocessing: resize, crop, interpolation and workers, as `HubImages` takes them.
+
+    Raises:
+        ImportError: if `datasets` or Pillow is not installed.
+        FileNotFoundError: if the data set is not to be had.
+        ValueError: if it has no such split, or not the columns.
+    """
+    datasets = _import_datasets()
+    source, split = name, ""
+    if not Path(name).exists() and ":" in name:
+        source, _, split = name.rpartition(":")
+    if not source:
+        raise ValueError(f"data must be hf:NAME or hf:NAME:SPLIT, got 'hf:{name}'")
+    try:
+        saved = _saved(datasets, source)
+        names = list(datasets.get_dataset_split_names(source) if saved is None else saved)
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    chosen = split or next((known for known in _TEST_SPLITS if known in names), "")
+    if not chosen and len(names) == 1:
+        chosen = names[0]
+    if chosen not in names:
+        raise ValueError(
+            f"data must name a split of {source}, which has {', '.join(names)}: hf:{source}:SPLIT"
+            + (f", got {split!r}" if split else "")
+        )
+    try:
+        found = datasets.load_dataset(source, split=chosen) if saved is None else saved[chosen]
+    except Exception as error:
+        raise _unreadable(source, error) from error
+    return HubImages(found, name=f"{Path(source).name} {chosen}".strip(), **preprocessing)
+
+
+def _saved(datasets: Any, source: str) -> dict[str, Any] | None:
+    """The splits in a folder of ``save_to_disk``, where one alone has no name; None for anything else."""
+    path = Path(source)
+    if (path / "dataset_dict.json").is_file():
+        return dict(datasets.load_from_disk(source))
+    if (path / "state.json").is_file():
+        return {"": datasets.load_from_disk(source)}
+    return None
+
+
+def _unreadable(source: str, error: Exception) -> FileNotFoundError:
+    """For what the network, the hub or a file may raise."""
+    return FileNotFoundError(
+        f"hf:{source}: datasets could not read it ({type(error).__name__}: {error})"
+    )
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            "data sets by hf:NAME are read by Hugging Face's datasets: pip install datasets"
+        ) from error
+    return datasets

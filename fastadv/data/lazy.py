@@ -1,0 +1,211 @@
+"""What is known of a torch Dataset, Subset or DataLoader before its images are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    default_collate,
+    default_convert,
+)
+
+from fastadv.data.hub import HubImages, is_plain_split
+from fastadv.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, column
+from fastadv.data.streaming import StreamedData
+from fastadv.ops.checks import INTEGER_DTYPES
+
+MEMORY_LIMIT = 4 * 2**30  # bytes of images of a loader that can only be read once
+
+
+@dataclass(frozen=True)
+class LazyData:
+    """A map-style Dataset and how it is to be read.
+
+    Attributes:
+        dataset: of items as `fastadv.data.items.read_item` takes them.
+        name: what it is called in reports.
+        num_classes: where it says so.
+        workers: processes that read.
+        options: further arguments of the DataLoader that reads.
+    """
+
+    dataset: Any
+    name: str
+    num_classes: int | None
+    workers: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def as_lazy(data: Any) -> LazyData | None:
+    """Wrap what has its images one by one; None for anything else, such as tensors.
+
+    Args:
+        data: a map-style torch Dataset, any other object with ``len`` and items that is no list, or a
+            ``StreamedData``.
+    """
+    if isinstance(data, StreamedData):
+        return LazyData(data.dataset, data.name, data.num_classes, data.workers)
+    if is_plain_split(data):
+        data = HubImages(data, workers=0)
+    if not _has_items(data):
+        return None
+    workers = getattr(data, "workers", 0)
+    name = getattr(data, "name", None)
+    return LazyData(
+        data,
+        name if isinstance(name, str) else type(data).__name__,
+        known_classes(data),
+        workers if isinstance(workers, int) else 0,
+    )
+
+
+def of_loader(loader: DataLoader[Any]) -> LazyData | None:
+    """The Dataset of a loader, where the loader does no more than batch and shuffle it; else None.
+
+    The order of the loader is not kept: items come as the Dataset numbers them. Also a last batch that the loader
+    would drop is part of it.
+    """
+    dataset: Any = loader.dataset
+    if isinstance(dataset, IterableDataset):
+        return None
+    batched = loader.batch_sampler is not None
+    if loader.collate_fn is not (default_collate if batched else default_convert):
+        return None
+    if batched and type(loader.batch_sampler) is not BatchSampler:
+        return None
+    sampler = loader.sampler
+    if type(sampler) is SubsetRandomSampler:
+        dataset = Subset(dataset, sorted(int(index) for index in sampler.indices))
+    elif type(sampler) is RandomSampler:
+        if sampler.replacement or sampler.num_samples != len(cast(Sized, dataset)):
+            return None
+    elif type(sampler) is not SequentialSampler:
+        return None
+    found = as_lazy(dataset)
+    if found is None:
+        return None
+    options: dict[str, Any] = {"worker_init_fn": loader.worker_init_fn}
+    if loader.num_workers:
+        options["multiprocessing_context"] = loader.multiprocessing_context
+    return LazyData(found.dataset, found.name, found.num_classes, loader.num_workers, options)
+
+
+def read_once(loader: DataLoader[Any], at_most: int | None) -> tuple[Tensor, Tensor]:
+    """The batches of a loader, as they come, in memory.
+
+    Args:
+        loader: of batches (images [B, ...], labels [B]), or dicts of these.
+        at_most: stop after so many images.
+
+    Raises:
+        TypeError: if a batch is something else.
+        ValueError: if there are no batches, or more than `MEMORY_LIMIT` bytes of images.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = size = 0
+    for number, batch in enumerate(loader):
+        x, y = _batch(batch, number)
+        images.append(x)
+        labels.append(y)
+        count, size = count + len(y), size + x.nbytes
+        if at_most is not None and count >= at_most:
+            break
+        if size > MEMORY_LIMIT:
+            raise ValueError(
+                f"data must fit into {MEMORY_LIMIT / 2**30:.3g} GiB where it is a DataLoader of an "
+                "IterableDataset or with its own collate_fn, sampler or batch_sampler, which is read once. "
+                f"{count} images exceed this: give a map-style Dataset, which is read image by image, or "
+                "max_examples"
+            )
+    if not images:
+        raise ValueError("data must have at least one image, got a DataLoader without batches")
+    if len({(x.shape[1:], x.dtype) for x in images}) > 1:
+        raise ValueError("images of data must have one shape and dtype in all batches")
+    return torch.cat(images)[:at_most], torch.cat(labels)[:at_most]
+
+
+def known_labels(dataset: Any) -> Tensor | None:
+    """Labels [N] int64 that a dataset lists without reading its items; None if it does not."""
+    if isinstance(dataset, Subset):
+        inner = known_labels(dataset.dataset)
+        return None if inner is None else inner[torch.as_tensor(np.asarray(dataset.indices))]
+    if isinstance(dataset, ConcatDataset):
+        parts = [known_labels(part) for part in dataset.datasets]
+        known = [part for part in parts if part is not None]
+        return torch.cat(known) if len(known) == len(parts) else None
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    for name in ("targets", "labels"):
+        found = _class_indices(getattr(dataset, name, None), len(dataset))
+        if found is not None:
+            return found
+    return None
+
+
+def known_classes(dataset: Any) -> int | None:
+    """The number of classes that a dataset states; None if it does not."""
+    if isinstance(dataset, Subset):
+        return known_classes(dataset.dataset)
+    number = getattr(dataset, "num_classes", None)
+    if isinstance(number, int) and not isinstance(number, bool):
+        return number
+    names = getattr(dataset, "classes", None)
+    return len(names) if isinstance(names, list | tuple) and names else None
+
+
+def _has_items(data: Any) -> bool:
+    if isinstance(data, Dataset):
+        return not isinstance(data, IterableDataset)
+    plain = Tensor | np.ndarray | Mapping | Sequence
+    return not isinstance(data, plain) and all(
+        hasattr(type(data), name) for name in ("__len__", "__getitem__")
+    )
+
+
+def _class_indices(values: Any, length: int) -> Tensor | None:
+    if not isinstance(values, Tensor | np.ndarray | list | tuple):
+        return None
+    try:
+        found = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None  # names, boxes and the like
+    if found.shape != (length,) or found.dtype not in INTEGER_DTYPES:
+        return None
+    return found.detach().to("cpu", torch.int64, copy=True)
+
+
+def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, Mapping):
+        names = column(batch, IMAGE_COLUMNS), column(batch, LABEL_COLUMNS)
+        batch = [batch[name] for name in names if name is not None]
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        kind = f"a {type(batch).__name__}"
+        kind += f" of {len(batch)}" if isinstance(batch, Sized) else ""
+        raise TypeError(f"batch {number} of data must be (images [B, ...], labels [B]), got {kind}")
+    x, y = batch
+    if (
+        not isinstance(x, Tensor)
+        or not isinstance(y, Tensor)
+        or y.dim() != 1
+        or x.shape[:1] != y.shape
+    ):
+        shapes = [str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in batch]
+        raise TypeError(
+            f"batch {number} of data must be (images [B, ...], labels [B]), got {', '.join(shapes)}"
+        )
+    return x.detach().cpu(), y.detach().cpu()

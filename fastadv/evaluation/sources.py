@@ -1,0 +1,171 @@
+"""Where the images of an evaluation come from: a tensor, or a Dataset that is read image by image."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fastadv.data.item_reader import CHUNK, ItemReader
+from fastadv.data.lazy import LazyData, known_labels
+from fastadv.data.selection import evenly_spread
+from fastadv.digest import digest_of
+
+_PROBED = 16  # items that are read twice at the beginning
+_HASHED = 64  # images of a Dataset that its fingerprint holds
+
+
+class ImageSource(Protocol):
+    """Images by index."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images, uint8 or floating point."""
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images [B, ...] at indices int64 [B]."""
+
+    def expect(self, indices: Tensor) -> None:
+        """Take notice of what will be read next, in which order."""
+
+    def part(self, indices: Tensor) -> ImageSource:
+        """Some of the images as a source of their own."""
+
+    def fingerprint(self, labels: Tensor) -> str:
+        """SHA-256 that stands for the images with their labels [N]."""
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Images [N, ...] in memory."""
+
+    images: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image."""
+        return self.images.shape[1:]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images."""
+        return self.images.dtype
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images [B, ...] at indices int64 [B], where the tensor is."""
+        return self.images[indices.to(self.images.device)]
+
+    def expect(self, indices: Tensor) -> None:
+        """Nothing is read ahead: all is there."""
+
+    def part(self, indices: Tensor) -> TensorSource:
+        """Some of the images, copied."""
+        return TensorSource(self.read(indices))
+
+    def fingerprint(self, labels: Tensor) -> str:
+        """SHA-256 of all images and labels."""
+        return digest_of({"images": self.images, "labels": labels})
+
+
+@dataclass(frozen=True)
+class DatasetSource:
+    """Images of a Dataset, which are read when they are asked for.
+
+    Attributes:
+        dataset: the Dataset.
+        reader: reads it; shared by the parts of a source.
+        items: int64 [N], the items of the Dataset that the images are.
+    """
+
+    dataset: Any
+    reader: ItemReader
+    items: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image."""
+        return self.reader.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the images, uint8 or float32."""
+        return cast(torch.dtype, self.reader.dtype)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The images [B, ...] at indices int64 [B], on the CPU."""
+        return self.reader.read(self.items[indices.cpu()].tolist())
+
+    def expect(self, indices: Tensor) -> None:
+        """Read ahead in this order, where there are worker processes."""
+        self.reader.expect(self.items[indices.cpu()])
+
+    def part(self, indices: Tensor) -> DatasetSource:
+        """Some of the images; nothing is read."""
+        return DatasetSource(self.dataset, self.reader, self.items[indices.cpu()])
+
+    def fingerprint(self, labels: Tensor) -> str:
+        """SHA-256 of the labels and what the Dataset's own ``fingerprint(items)`` says.
+
+        Without one the first, the last and 62 further images in equal distances stand for all.
+        """
+        own = getattr(self.dataset, "fingerprint", None)
+        if callable(own):
+            said = hashlib.sha256(str(own(self.items)).encode())
+            said.update(digest_of({"labels": labels}).encode())
+            return said.hexdigest()
+        n = len(self.items)
+        chosen = torch.cat([torch.tensor([0, n - 1]), evenly_spread(n, _HASHED - 2)]).unique()
+        return digest_of({"images": self.read(chosen), "labels": labels, "items": self.items})
+
+
+def open_source(
+    data: LazyData, bounds: tuple[float, float], max_examples: int | None
+) -> tuple[DatasetSource, Tensor]:
+    """Begin to read a Dataset.
+
+    Args:
+        data: the Dataset.
+        bounds: smallest and largest value of floating-point images.
+        max_examples: choose so many: evenly spread ones where the items are listed class by class, else the first.
+
+    Returns:
+        The source, and the labels [N] int64 of its images.
+
+    Raises:
+        TypeError: if an item is something else than an image with a label.
+        ValueError: if there are no items, or they change from one reading to the next.
+    """
+    n = len(cast(Sized, data.dataset))
+    if n == 0:
+        raise ValueError("data must have at least one image, got an empty Dataset")
+    count = n if max_examples is None else min(n, max_examples)
+    workers = min(data.workers, math.ceil(count / CHUNK))
+    options = data.options if workers else {}
+    reader = ItemReader(data.dataset, bounds, workers=workers, **options)
+    listed = known_labels(data.dataset)
+    items = torch.arange(count)
+    if listed is not None and count < n and _by_class(listed):
+        items = evenly_spread(n, count)
+    probed = items[:_PROBED]
+    first = reader.probe(probed.tolist())
+    # A list of labels which is not the one that the items give is not believed.
+    if listed is not None and torch.equal(listed[probed], first):
+        labels = listed[items]
+        reader.trust(items, labels)
+    else:
+        labels = reader.labels(items)
+    return DatasetSource(data.dataset, reader, items), labels
+
+
+def _by_class(labels: Tensor) -> bool:
+    """Whether labels [N] are in ascending order, and not all the same."""
+    return bool((labels[1:] >= labels[:-1]).all()) and bool(labels[0] != labels[-1])
