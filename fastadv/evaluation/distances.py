@@ -16,8 +16,8 @@ from fastadv.fields import check_fields
 class Distances:
     """The distances of the adversarial images that an attack without a ball has found.
 
-    Images that are classified wrongly without an attack, and images that the attack did not break, have no distance
-    and are in neither figure.
+    Images that are classified wrongly without an attack, and images that the attack did not break, have no
+    distance and are in neither figure.
 
     Attributes:
         norm: in which the distances are.

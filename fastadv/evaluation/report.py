@@ -115,7 +115,10 @@ class Row:
             f"{self.title}: {100 * self.accuracy:.2f} % ({self.correct}/{self.n}, "
             f"95 % interval {100 * low:.2f} to {100 * high:.2f}), {self.seconds:.1f} s, {self.status}"
         )
-        remarks = [*([] if self.distances is None else [_distances_of(self.distances)]), *self.notes]
+        remarks = [
+            *([] if self.distances is None else [_distances_of(self.distances)]),
+            *self.notes,
+        ]
         return text + "".join(f"\n  {remark}" for remark in remarks)
 
 

@@ -84,8 +84,7 @@ class Result:
             return (*self.judged, row.name, self.bounds)
         # Of all attacks AutoAttack's alone depends on the batches, and on how it searches.
         batch_size = self.batch_size if row.name == AUTOATTACK else None
-        attack = (row.name, row.alpha, row.steps, batch_size, row.search, self.after)
-        attack = (*attack, row.variant, row.surrogate)
+        attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 
     def to_dict(self) -> dict[str, Any]:
