@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
+from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.ensemble import AutoAttack
 from fastadv.evaluation.evaluate import evaluate
 from fastadv.evaluation.metrics import (
@@ -20,6 +21,7 @@ from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
 from fastadv.evaluation.sanity import Finding, masking_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
+from fastadv.evaluation.transfer import Surrogate
 
 __all__ = [
     "ARREST_CIFAR10_CURVE",
@@ -28,12 +30,14 @@ __all__ = [
     "AutoAttackResult",
     "Cubic",
     "DeltaZ",
+    "Distances",
     "Finding",
     "Report",
     "Result",
     "Row",
     "Stage",
     "Subject",
+    "Surrogate",
     "TradeOffPoint",
     "add_results",
     "ardist",

@@ -40,7 +40,6 @@ _OTHER_WORDS = {
     "natural": CLEAN,
     "none": CLEAN,
     "c&w": "cw",
-    "cw-l2": "cwl2",
     "apgd": "apgd-ce",
 }
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
@@ -195,7 +194,7 @@ def check_passes(attacks: Sequence[Attack], passes: int) -> None:
     """
     if passes == 1:
         return
-    without = [a.name for a in attacks if not isinstance(a, Clean) and not _averages(a)]
+    without = [a.name for a in attacks if not isinstance(a, Clean) and not averages(a)]
     if without:
         hint = ""
         if AUTOATTACK in without:
@@ -208,7 +207,8 @@ def check_passes(attacks: Sequence[Attack], passes: int) -> None:
         )
 
 
-def _averages(attack: Attack) -> bool:
+def averages(attack: Attack) -> bool:
+    """Whether an attack can follow the mean of several gradients."""
     return isinstance(attack, Gradient) and attack.kind in ("pgd", "mim", "apgd")
 
 
@@ -280,6 +280,8 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
 def _suggestion(name: str) -> str:
     """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+    if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
+        word, numbers = "cwl2", numbers[1:]  # the digit is its norm's
     word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
     close = difflib.get_close_matches(word, _WORDS, n=1)
     if not close:
@@ -288,6 +290,6 @@ def _suggestion(name: str) -> str:
     if close[0] in _WITHOUT_STEPS:
         steps = []
     elif not steps and not _is_built_in(close[0]):
-        steps = ["20"]
+        steps = ["1000" if close[0] == "cwl2" else "20"]
     meant = "-".join([close[0], *steps])
     return f"; did you mean {meant!r}?" if _is_built_in(meant) else ""
