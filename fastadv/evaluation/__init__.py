@@ -21,7 +21,7 @@ from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
 from fastadv.evaluation.sanity import Finding, masking_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
-from fastadv.evaluation.transfer import Surrogate
+from fastadv.evaluation.transfer import Surrogate, TransferMatrix, transfer_matrix
 
 __all__ = [
     "ARREST_CIFAR10_CURVE",
@@ -39,6 +39,7 @@ __all__ = [
     "Subject",
     "Surrogate",
     "TradeOffPoint",
+    "TransferMatrix",
     "add_results",
     "ardist",
     "autoattack",
@@ -50,5 +51,6 @@ __all__ = [
     "masking_checks",
     "plot_trade_off",
     "trade_off_sum",
+    "transfer_matrix",
     "wilson_interval",
 ]

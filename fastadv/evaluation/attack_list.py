@@ -42,6 +42,10 @@ _OTHER_WORDS = {
     "c&w": "cw",
     "apgd": "apgd-ce",
 }
+STOPS_EARLY = (
+    "it stops where the surrogate is fooled, so that fewer of its images fool another model than of an attack "
+    "that goes on, such as pgd-20"
+)
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
 _KNOWN = (
     "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, pgd-K-Rruns, mim-K, "
@@ -210,6 +214,12 @@ def check_passes(attacks: Sequence[Attack], passes: int) -> None:
 def averages(attack: Attack) -> bool:
     """Whether an attack can follow the mean of several gradients."""
     return isinstance(attack, Gradient) and attack.kind in ("pgd", "mim", "apgd")
+
+
+def stops_early(attack: Attack) -> bool:
+    """Whether an attack takes no step beyond what breaks an image, or goes back to the boundary."""
+    kinds = ("fab", "fab-t", "square")
+    return isinstance(attack, Ensemble) or (isinstance(attack, Gradient) and attack.kind in kinds)
 
 
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:

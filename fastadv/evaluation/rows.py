@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.evaluation.attack_list import (
+    STOPS_EARLY,
     Attack,
     Clean,
     Ensemble,
@@ -18,13 +19,13 @@ from fastadv.evaluation.attack_list import (
     Gradient,
     Minimum,
     averages,
+    stops_early,
 )
 from fastadv.evaluation.autoattack import SearchEngine, autoattack
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.report import Row
 from fastadv.evaluation.runner import Outcome, Runner
-from fastadv.evaluation.verify import predict
 
 _RANDOM = "the model draws random numbers: two passes over the same images differ"
 
@@ -67,8 +68,9 @@ class Judge:
         row, robust = self._run(attack, eps, left)
         if isinstance(attack, Gradient) and self.runner.passes > 1:
             row = replace(row, variant=f"EOT {self.runner.passes}")
-        if not isinstance(attack, Clean):
-            row = replace(row, surrogate=self.surrogate)
+        if self.surrogate and not isinstance(attack, Clean):
+            early = (STOPS_EARLY,) if stops_early(attack) else ()
+            row = replace(row, surrogate=self.surrogate, notes=(*row.notes, *early))
         if self.is_random:
             row = self._of_random_model(attack, row)
         return row, robust
@@ -156,7 +158,7 @@ class Judge:
             robust[indices] = result.robust
         else:
             robust[indices] = True
-            robust &= ~self._fooled(indices[result.fooled], result.adversarial)
+            robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
         row = replace(
             row,
             correct=int(robust.sum()),
@@ -168,16 +170,6 @@ class Judge:
             search=result.search,
         )
         return row, robust
-
-    def _fooled(self, indices: Tensor, adversarial: Tensor) -> Tensor:
-        """Which images [N] bool the judged model gets wrong in the form that a surrogate gets wrong."""
-        runner = self.runner
-        wrong = torch.zeros(len(runner.samples), dtype=torch.bool)
-        for rows in torch.arange(len(indices)).split(runner.batch_size) if len(indices) else ():
-            _, y = runner.samples.take(indices[rows], runner.device)
-            adv = adversarial[rows].to(runner.device)
-            wrong[indices[rows]] = (predict(runner.model, adv) != y).cpu()
-        return wrong
 
     def _state_of(self, eps: float) -> str | os.PathLike[str] | None:
         if self.state_dir is None or len(self.radii) == 1:

@@ -224,6 +224,23 @@ class Runner:
 
         return perturb
 
+    def misjudged(self, indices: Tensor, adversarial: Tensor) -> Tensor:
+        """Which images the judged model gets wrong in the form that another one gets wrong.
+
+        Args:
+            indices: of the images, int64 [M] on the CPU.
+            adversarial: what was made of them, [M, ...].
+
+        Returns:
+            [N] bool on the CPU, false for all others.
+        """
+        wrong = torch.zeros(len(self.samples), dtype=torch.bool)
+        for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
+            _, y = self.samples.take(indices[rows], self.device)
+            adv = adversarial[rows].to(self.device)
+            wrong[indices[rows]] = (predict(self.model, adv) != y).cpu()
+        return wrong
+
     def _attack(self, name: str, perturb: Perturb, eps: float, correct: Tensor) -> Outcome:
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
