@@ -19,7 +19,7 @@ from fastadv.evaluation.metrics import (
 from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
 from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
-from fastadv.evaluation.sanity import Finding, masking_checks
+from fastadv.evaluation.sanity import Finding, masking_checks, sanity_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
 from fastadv.evaluation.transfer import Surrogate, TransferMatrix, transfer_matrix
 
@@ -50,6 +50,7 @@ __all__ = [
     "load_results",
     "masking_checks",
     "plot_trade_off",
+    "sanity_checks",
     "trade_off_sum",
     "transfer_matrix",
     "wilson_interval",
