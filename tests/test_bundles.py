@@ -146,8 +146,22 @@ def test_eot_breaks_more_of_a_random_model_and_every_row_says_what_it_is() -> No
     assert [row.variant for row in averaged.rows] == ["", "EOT 8", "EOT 8"]
     assert all(row.status == "ok" and "draws" in row.notes[-1] for row in averaged.rows)
     assert averaged["pgd-8"].correct < single["pgd-8"].correct
+    assert averaged["apgd-ce-8"].correct < single["apgd-ce-8"].correct - 5
     plain = evaluate(trained_small_cnn(), data, "pgd-8", eps=0.12, **QUIET)
     assert plain["pgd-8"].notes == () and plain["pgd-8"].status == "ok"
+
+
+def test_a_random_model_is_judged_by_the_seed_and_the_generators_are_left_alone() -> None:
+    model, data = Noisy(trained_small_cnn()), digits_test(64)
+    found = []
+    for state, seed in ((0, 1), (5, 1), (0, 2)):
+        torch.manual_seed(state)
+        before = torch.random.get_rng_state()
+        names = ["clean", "fgsm", "pgd-4"]
+        report = evaluate(model, data, names, eps=0.05, seed=seed, eot=2, **QUIET)
+        assert torch.equal(before, torch.random.get_rng_state())
+        found.append([row.correct for row in report.rows])
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("name", ["autoattack", "fab-t", "square", "cwl2-5", "min-fgsm"])

@@ -218,8 +218,10 @@ def averages(attack: Attack) -> bool:
 
 def stops_early(attack: Attack) -> bool:
     """Whether an attack takes no step beyond what breaks an image, or goes back to the boundary."""
-    kinds = ("fab", "fab-t", "square")
-    return isinstance(attack, Ensemble) or (isinstance(attack, Gradient) and attack.kind in kinds)
+    kinds = ("fab", "fab-t", "square", "cwl2")
+    return isinstance(attack, Ensemble) or (
+        isinstance(attack, (Gradient, Minimum)) and attack.kind in kinds
+    )
 
 
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:

@@ -385,26 +385,30 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What goes below a table: what each of an ensemble's attacks left, then the warnings."""
     notes = []
+    titles = [row.title for row in rows]
     for row in rows:
+        title = row.title
+        if titles.count(title) > 1:
+            title += f" at {format_eps(row.eps)}"
         if row.stages:
             left = (
                 f"{100 * stage.correct / row.n:.2f} % after {stage.name}" for stage in row.stages
             )
-            notes.append(f"{row.title}: {', '.join(left)}")
-            notes += [f"{row.title}: {sentence}" for sentence in _search_of(row)]
+            notes.append(f"{title}: {', '.join(left)}")
+            notes += [f"{title}: {sentence}" for sentence in _search_of(row)]
         if row.distances is not None:
-            notes.append(f"{row.title}: {_distances_of(row.distances)}")
+            notes.append(f"{title}: {_distances_of(row.distances)}")
         state = "" if row.status == "ok" else f" is {row.status}"
-        notes += [f"{row.title}{state}: {note}" for note in row.notes]
+        notes += [f"{title}{state}: {note}" for note in row.notes]
     return notes
 
 
 def _distances_of(distances: Distances) -> str:
     """What an attack without a ball found, in words."""
     curve = ", ".join(
-        f"{100 * share:.2f} % beyond {format_eps(radius)}" for radius, share in distances.curve
+        f"{100 * share:.2f} % at {format_eps(radius)}" for radius, share in distances.curve
     )
-    return distances.sentence(curve)
+    return distances.sentence(f"an accuracy of {curve}" if curve else "")
 
 
 _WORDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

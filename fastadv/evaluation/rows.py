@@ -154,22 +154,18 @@ class Judge:
             engine=self.engine,
             sample_ids=indices,
         )
+        row = replace(row, seconds=result.seconds, search=result.search, status=result.status)
         if runner.surrogate is None:
             robust[indices] = result.robust
+            row = replace(row, notes=result.notes, stages=result.stages)
         else:
+            # Warnings, and what each attack left, are about the surrogate's accuracy, which nobody asked for.
             robust[indices] = True
             robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
-        row = replace(
-            row,
-            correct=int(robust.sum()),
-            seconds=result.seconds,
-            status=result.status,
-            notes=result.notes,
-            # What each attack left of the surrogate's accuracy says nothing of the judged model.
-            stages=result.stages if runner.surrogate is None else (),
-            search=result.search,
-        )
-        return row, robust
+            if result.status != "invalid":
+                row = replace(row, status="ok")
+            row = replace(row, notes=tuple(f"of the surrogate: {note}" for note in result.notes))
+        return replace(row, correct=int(robust.sum())), robust
 
     def _state_of(self, eps: float) -> str | os.PathLike[str] | None:
         if self.state_dir is None or len(self.radii) == 1:

@@ -114,7 +114,7 @@ class Runner:
         correct = torch.zeros(len(self.samples), dtype=torch.bool)
         for indices in self.batches("clean", torch.arange(len(self.samples))):
             x, y = self.samples.take(indices, self.device)
-            correct[indices] = (predict(self.model, x) == y).cpu()
+            correct[indices] = (self.predicted(x, "clean", indices) == y).cpu()
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
@@ -134,7 +134,8 @@ class Runner:
         if isinstance(attack, Foreign):
             return [self._foreign(attack)]
         method = self._make(attack, eps)
-        seed = derive_seed(self.seed, f"evaluate/{attack.name}")
+        # Whole runs begin where restarts of the same number do, so that one can be held against the other.
+        seed = derive_seed(self.seed, f"evaluate/{attack.name.removesuffix('runs')}")
         return [
             partial(_perturbed, method, derive_seed(seed, "restart", number) if number else seed)
             for number in range(attack.restarts * attack.runs)
@@ -224,6 +225,12 @@ class Runner:
 
         return perturb
 
+    def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
+        """The judged model's classes [B]; what a random model draws follows from seed, purpose and images."""
+        seed = derive_seed(self.seed, f"evaluate/judge/{purpose}", int(indices[0]))
+        with private_generators(seed):
+            return predict(self.model, x)
+
     def misjudged(self, indices: Tensor, adversarial: Tensor) -> Tensor:
         """Which images the judged model gets wrong in the form that another one gets wrong.
 
@@ -238,7 +245,7 @@ class Runner:
         for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
             _, y = self.samples.take(indices[rows], self.device)
             adv = adversarial[rows].to(self.device)
-            wrong[indices[rows]] = (predict(self.model, adv) != y).cpu()
+            wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
         return wrong
 
     def _attack(self, name: str, perturb: Perturb, eps: float, correct: Tensor) -> Outcome:
@@ -248,7 +255,7 @@ class Runner:
         for indices in self.batches(name, correct.nonzero().flatten()):
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
-            robust[indices] = (predict(self.model, adv) == y).cpu()
+            robust[indices] = (self.predicted(adv, name, indices) == y).cpu()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
 
     def batches(self, label: str, indices: Tensor) -> Iterator[Tensor]:

@@ -35,7 +35,7 @@ from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import format_eps, library_versions
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
-from fastadv.evaluation.verify import Audit, predict
+from fastadv.evaluation.verify import Audit
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.ops.values import integer, limit, norm_name
@@ -400,7 +400,7 @@ def _judged(
             x, y = samples.take(indices, source.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
             for flags, target in zip(robust, targets, strict=True):
-                flags[indices] &= (predict(target.model, adv) == y).cpu()
+                flags[indices] &= (target.predicted(adv, attack.name, indices) == y).cpu()
     problems = audit.problems()
     if problems and isinstance(attack, Gradient):
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
