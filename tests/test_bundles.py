@@ -116,6 +116,14 @@ def test_a_gradient_over_passes_is_their_mean() -> None:
             attack.passes = wrong  # type: ignore[assignment]
 
 
+def test_more_passes_than_a_graph_holds_are_refused_where_one_is_asked_for() -> None:
+    attack = fastadv.PGD(trained_small_cnn(), 0.1, 0.02, 10, engine="graph")
+    attack.passes = 5
+    with pytest.raises(ValueError, match="it takes 60 gradients"):
+        attack.passes = 6
+    assert attack.passes == 5
+
+
 def test_of_a_model_that_draws_nothing_the_mean_is_its_gradient() -> None:
     (x, y), model = digits_test(24), trained_small_cnn()
     for norm, eps in (("linf", 0.1), ("l2", 0.5)):

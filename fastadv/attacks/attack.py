@@ -106,10 +106,10 @@ class Attack(Configured):
         self, model: Model, settings: AttackSettings, seed: int | None, check_inputs: bool
     ) -> None:
         self.model = model
+        self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
         self.seed = seed
         self.check_inputs = check_inputs
-        self.passes = 1
         self._engines = EngineCache()
         self._last: AttackReport | None = None
 
@@ -205,9 +205,9 @@ class Attack(Configured):
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)
         super().__setattr__(name, value)
-        if name == "settings":
+        if name == "settings" or (name == "passes" and "settings" in vars(self)):
             try:
-                self._check_settings(before)
+                self._check_settings(before if name == "settings" else self.settings)
             except (TypeError, ValueError):
                 vars(self)[name] = before
                 raise
