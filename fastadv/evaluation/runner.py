@@ -81,11 +81,11 @@ class Runner:
             ValueError: when a label is too large, the data set has more classes, or the surrogate another number.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
-        classes = logits_of(self.model, x).shape[1]
-        if self.surrogate is not None:
-            others = logits_of(self.surrogate, x).shape[1]
-            if others != classes:
-                raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
+        with private_generators(derive_seed(self.seed, "evaluate/labels")):
+            classes = logits_of(self.model, x).shape[1]
+            others = None if self.surrogate is None else logits_of(self.surrogate, x).shape[1]
+        if others not in (None, classes):
+            raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
         largest = int(self.samples.labels.max())
         if largest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
