@@ -265,7 +265,7 @@ def test_evaluate_hands_the_choice_on(engine: Any, monkeypatch: pytest.MonkeyPat
         asked.update(options)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["fastadv.evaluation.evaluate"], "autoattack", stop)
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.rows"], "autoattack", stop)
     model, x, y = linear_problem(classes=4, n=12, wrong=2)
     with pytest.raises(KeyboardInterrupt):
         evaluate(

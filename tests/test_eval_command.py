@@ -161,7 +161,7 @@ def test_what_is_done_is_kept_when_a_later_attack_fails(
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    module = sys.modules["fastadv.evaluation.evaluate"]  # whose name in the package is its function
+    module = sys.modules["fastadv.evaluation.rows"]
     monkeypatch.setattr(module, "autoattack", fail)
     assert judge(run, "--attacks", "clean", "pgd-2", "autoattack") == 2
     assert names(run) == ["clean", "pgd-2"]
@@ -173,7 +173,7 @@ def test_what_is_done_is_printed_when_a_later_attack_fails_and_nothing_can_be_wr
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("out of memory")
 
-    module = sys.modules["fastadv.evaluation.evaluate"]
+    module = sys.modules["fastadv.evaluation.rows"]
     monkeypatch.setattr(module, "autoattack", fail)
     (run / "eval.json").mkdir()
     assert judge(run, "--attacks", "clean", "pgd-2", "autoattack") == 2
@@ -194,7 +194,7 @@ def test_results_of_two_searches_by_autoattack_stand_side_by_side(
         flags = torch.ones(n, dtype=torch.bool)
         return AutoAttackResult(flags, nothing, nothing, stages, "ok", (), 0, 256, 1.0, search)
 
-    module = sys.modules["fastadv.evaluation.evaluate"]
+    module = sys.modules["fastadv.evaluation.rows"]
     monkeypatch.setattr(module, "autoattack", found)
     for words in ((), ("--engine", "fp32"), ("--engine", "reference"), ("--engine", "auto")):
         assert judge(run, "--attacks", "autoattack", *words) == 0
@@ -251,7 +251,7 @@ def slow(*args, **options):
     print("attacking", flush=True)
     time.sleep(100)
 
-sys.modules["fastadv.evaluation.evaluate"].autoattack = slow
+sys.modules["fastadv.evaluation.rows"].autoattack = slow
 from fastadv.cli import main
 sys.exit(main(sys.argv[1:]))
 """

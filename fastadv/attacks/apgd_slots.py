@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd import MOMENTUM, APGDSettings
+from fastadv.attacks.averaging import mean_gradient
 from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import Objective, targeted_value
-from fastadv.engine.engines import Engine, Gradient
+from fastadv.engine.engines import Engine
 from fastadv.ops import pgd_step_
 
 _NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
@@ -139,7 +140,7 @@ class Slots:
         Returns:
             The input gradients [S, ...], valid until the engine's next call.
         """
-        found = _mean_gradient(engine, self.adv, self._value_of(settings), passes)
+        found = mean_gradient(engine, self.adv, self._value_of(settings), passes)
         value, grad = found.value, found.grad
         succeeded = (found.logits.argmax(1) != self.y) & ~found.logits.isnan().any(1)
         self._keep(fresh, value, succeeded, step, first)
@@ -202,18 +203,3 @@ class Slots:
         moved = point + MOMENTUM * (stepped - point) + (1 - MOMENTUM) * (point - self.before)
         moved = pgd_step_(moved, self.x, self.x, eps, 0.0, norm, bounds)
         self.adv, self.before = where_images(fresh, stepped, moved), point
-
-
-def _mean_gradient(
-    engine: Engine, x: Tensor, value_of: Callable[[Tensor], Tensor], passes: int
-) -> Gradient:
-    """The mean of several gradients and values, with the logits of the last pass."""
-    found = engine.gradient(x, value_of)
-    if passes == 1:
-        return found
-    value, grad = found.value.clone(), found.grad.to(x.dtype, copy=True)
-    for _ in range(passes - 1):
-        found = engine.gradient(x, value_of)
-        value += found.value
-        grad += found.grad
-    return Gradient(value / passes, found.logits, grad / passes)

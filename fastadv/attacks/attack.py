@@ -30,7 +30,7 @@ from fastadv.engine.frozen import lock_of
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
-from fastadv.ops.values import check_bool, check_radius, limit
+from fastadv.ops.values import check_bool, check_radius, integer, limit
 from fastadv.seeding import draw_seed
 
 
@@ -82,6 +82,8 @@ class Attack(Configured):
         model: what is attacked.
         settings: all together. Each is also an attribute of its own, such as ``eps``, and may be set, which
             takes effect at the next call.
+        passes: through the network for one gradient, which is their mean; 1 unless set. More are for models that
+            draw random numbers (EOT, expectation over transformations). Attacks without a gradient ignore it.
 
     Raises:
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
@@ -98,11 +100,13 @@ class Attack(Configured):
     train_mode = Setting[bool]()
     seed = Checked(check_seed)
     check_inputs = Checked(partial(check_bool, "check_inputs"))
+    passes = Checked(partial(integer, "passes", at_least=1))
 
     def __init__(
         self, model: Model, settings: AttackSettings, seed: int | None, check_inputs: bool
     ) -> None:
         self.model = model
+        self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
         self.seed = seed
         self.check_inputs = check_inputs
@@ -174,6 +178,7 @@ class Attack(Configured):
                     sample_ids,
                     partial(check_labels, y) if self.check_inputs else None,
                     None if start is None else engine.images(_usable(start)),
+                    passes=self.passes,
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
@@ -200,9 +205,9 @@ class Attack(Configured):
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)
         super().__setattr__(name, value)
-        if name == "settings":
+        if name == "settings" or (name == "passes" and "settings" in vars(self)):
             try:
-                self._check_settings(before)
+                self._check_settings(before if name == "settings" else self.settings)
             except (TypeError, ValueError):
                 vars(self)[name] = before
                 raise

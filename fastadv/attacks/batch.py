@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.averaging import mean_gradient
 from fastadv.engine.engines import Engine, Gradient
 from fastadv.ops import pgd_step_, random_start
 from fastadv.ops.checks import over_samples
@@ -53,6 +54,7 @@ class Batch:
         given_start: where every run is to begin, [B, ...]; None leaves it to the attack.
         active: bool [B], false for samples that only fill the batch up: they are neither moved nor counted. None
             is all true.
+        passes: through the network for one gradient, which is their mean.
     """
 
     engine: Engine
@@ -66,6 +68,7 @@ class Batch:
     check: Callable[[int], None] | None
     given_start: Tensor | None = None
     active: Tensor | None = None
+    passes: int = 1
 
     def __post_init__(self) -> None:
         counts = torch.zeros(2, dtype=torch.int64, device=self.x.device)
@@ -84,7 +87,7 @@ class Batch:
             self.check_values(logits.shape[1])
             return value_of(logits)
 
-        found = self.engine.gradient(adv, value_of_checked)
+        found = mean_gradient(self.engine, adv, value_of_checked, self.passes)
         self.tally.elements += adv.numel()
         self.tally.losses.append(self._mean(found.value))
         return found

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastadv.attacks.arguments import check_batch
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.options import names_checked
+from fastadv.engine.engines import Model
 from fastadv.engine.frozen import frozen
 from fastadv.ops.values import check_radius, integer, limit
 from fastadv.seeding import draw_seed
@@ -25,6 +26,7 @@ def minimum_perturbation(
     iterations: int = 12,
     seed: int | None = None,
     sample_ids: Tensor | None = None,
+    judge: Model | None = None,
 ) -> Tensor:
     """Bisect for the smallest eps at which an attack succeeds, each image for itself.
 
@@ -41,6 +43,7 @@ def minimum_perturbation(
         iterations: bisections; the result is at most ``max_eps / 2**iterations`` too large.
         seed: of every call of the attack; None takes the attack's own, or draws one.
         sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+        judge: the model whose answers count; None is the attacked one.
 
     Returns:
         [B] float32 (float64 for float64 images): radii at which the attack succeeded, inf where it did not at
@@ -64,10 +67,11 @@ def minimum_perturbation(
     if sample_ids is None:
         sample_ids = torch.arange(x.shape[0], device=x.device)
     ids = sample_ids
+    judge = attack.model if judge is None else judge
 
     def broken(rows: Tensor, eps: Tensor) -> Tensor:
         adv = attack(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=eps)
-        return _succeeds(attack, adv, y[rows])
+        return _succeeds(attack, judge, adv, y[rows])
 
     wide = torch.promote_types(x.dtype, torch.float32)
     result = torch.full((x.shape[0],), torch.inf, dtype=wide, device=x.device)
@@ -76,7 +80,7 @@ def minimum_perturbation(
     everything = torch.arange(x.shape[0], device=x.device)
     at_most = torch.full_like(result, max_eps)
     result[broken(everything, at_most)] = max_eps
-    result[_succeeds(attack, x, y)] = 0.0
+    result[_succeeds(attack, judge, x, y)] = 0.0
     rows = ((result > 0) & result.isfinite()).nonzero().flatten()
     if rows.numel() == 0:
         return result
@@ -89,9 +93,9 @@ def minimum_perturbation(
 
 
 @torch.no_grad()
-def _succeeds(attack: Attack, images: Tensor, y: Tensor) -> Tensor:
-    """Whether the live model does what the attack wants, [B] bool."""
+def _succeeds(attack: Attack, judge: Model, images: Tensor, y: Tensor) -> Tensor:
+    """Whether the judge does what the attack wants, [B] bool."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
-    with frozen(attack.model), torch.autocast(images.device.type, enabled=False):
-        reached = attack.model(images).argmax(1) == y
+    with frozen(judge), torch.autocast(images.device.type, enabled=False):
+        reached = judge(images).argmax(1) == y
     return reached if attack.settings.targeted else ~reached

@@ -193,7 +193,7 @@ class PGD(Attack):
         settings = self.settings
         if not isinstance(settings.loss, str):
             return "its loss is a callable, which may depend on more than its arguments"
-        gradients = settings.steps * settings.restarts
+        gradients = settings.steps * settings.restarts * self.passes
         if gradients > MOST_GRADIENTS:
             return f"it takes {gradients} gradients, and a graph at most {MOST_GRADIENTS}"
         return None
@@ -202,7 +202,7 @@ class PGD(Attack):
         """All that a recorded search depends on: the settings but for radius and step size, its inputs."""
         names = [field.name for field in fields(self.settings)]
         kept = [name for name in names if name not in ("eps", "alpha")]
-        return (type(self), *(getattr(self.settings, name) for name in kept))
+        return (type(self), self.passes, *(getattr(self.settings, name) for name in kept))
 
     def _starts(self, batch: Batch, seed: int) -> Iterator[Tensor]:
         """Where the runs begin, [B, ...] each."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastadv.cli.parsing import Parser
+from fastadv.cli.parsing import Parser, with_lists
 from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
 from fastadv.interruption import stopped_by_signals
 
@@ -22,8 +22,10 @@ def evaluate(words: list[str]) -> int:
         "--attacks",
         nargs="+",
         default=list(DEFAULT_ATTACKS),
-        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, cw-K, mim-K, apgd-ce, "
-        "apgd-dlr, apgd-t, fab-t, fab, square, square-N with N queries, autoattack.",
+        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, pgd-K-Rruns with R whole runs of "
+        "which the lowest counts, cw-K, mim-K, apgd-ce, apgd-dlr, apgd-t, fab-t, fab, square, square-N with N "
+        "queries, autoattack; without a ball cwl2-K, min-fgsm, min-pgd-K; quick (clean fgsm pgd-20), standard "
+        "(clean autoattack), strong (clean pgd-100-10 cw-100-10 apgd-ce apgd-t fab-t square).",
     )
     parser.add_argument(
         "--normalise",
@@ -34,7 +36,7 @@ def evaluate(words: list[str]) -> int:
     )
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "normalise", "quiet"})
-    options = vars(parser.parse_args(words))
+    options = vars(parser.parse_args(with_lists(words, "--eps")))
     options.pop("config")
     with stopped_by_signals("stopped before the first attack"):
         text = run_evaluation(**options)

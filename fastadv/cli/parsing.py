@@ -186,6 +186,38 @@ def _kind(error: str) -> str:
     return "a number or a fraction such as 8/255" if error.startswith("Not of type Number") else ""
 
 
+def with_lists(words: Sequence[str], option: str) -> list[str]:
+    """Take several numbers after an option as a list: `--eps 2/255 4/255` is `--eps=[2/255, 4/255]`.
+
+    Args:
+        words: a command line.
+        option: the option. Words after it that are no numbers stay where they are.
+    """
+    spelled: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word != option:
+            spelled.append(word)
+            continue
+        values: list[str] = []
+        while rest and _is_number(rest[0]):
+            values.append(rest.pop(0))
+        if len(values) > 1:
+            spelled.append(f"{option}=[{', '.join(values)}]")
+        else:
+            spelled += [option, *values]
+    return spelled
+
+
+def _is_number(word: str) -> bool:
+    try:
+        parse_number(word)
+    except ValueError:
+        return False
+    return True
+
+
 def schedule_names() -> list[str]:
     """Return the names of the schedules of the learning rate."""
     return sorted(kind.__name__ for kind in Schedule.__subclasses__())

@@ -13,6 +13,7 @@ from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
 from fastadv.cli.train import train
+from fastadv.cli.transfer import transfer
 from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.interruption import Interrupted
 from fastadv.ops.values import closest
@@ -127,6 +128,7 @@ def _overview() -> str:
 _COMMANDS = {
     "train": Command("train a model by one of the methods", train),
     "eval": Command("measure a run's accuracy under attack", evaluate),
+    "transfer": Command("let models judge each other's adversarial images", transfer),
     "report": Command("compare runs in a table and a plot", report),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),

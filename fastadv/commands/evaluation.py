@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastadv.commands.judged import (
     Images,
@@ -18,15 +18,26 @@ from fastadv.commands.judged import (
     model_of_run,
 )
 from fastadv.commands.result_keeper import ResultKeeper, autoattack_state
+from fastadv.commands.surrogates import digest_name, model_by_word
 from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
 from fastadv.digest import digest_of
-from fastadv.evaluation import Report, Subject, evaluate
-from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
+from fastadv.evaluation import Report, Row, Subject, Surrogate, evaluate, sanity_checks
+from fastadv.evaluation.attack_list import (
+    AUTOATTACK,
+    CLEAN,
+    check_passes,
+    expand_bundles,
+    parse_attacks,
+)
 from fastadv.evaluation.comparison import radius_text
+from fastadv.evaluation.context import Model
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.samples import as_samples
+from fastadv.evaluation.sanity import NORMS
+from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 from fastadv.interruption import stopped_by_signals
+from fastadv.ops.values import check_choice
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
@@ -35,6 +46,7 @@ from fastadv.trainers.run_directory import Description, RunDirectory
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 _DEFAULT_EPS = 8 / 255
+_SANITY_IMAGES = 200
 
 
 def run_evaluation(
@@ -51,13 +63,19 @@ def run_evaluation(
     crop: int | None = None,
     interpolation: Literal["bilinear", "bicubic"] | None = None,
     workers: int | None = None,
-    eps: Number | None = None,
+    eps: Number | list[Number] | None = None,
     norm: Literal["linf", "l2", "l1"] = "linf",
     alpha: Number | None = None,
     batch_size: int = 256,
     max_examples: int | None = None,
     worst_case: bool = False,
     engine: Literal["auto", "fp32", "reference"] = "auto",
+    surrogate: str | None = None,
+    surrogate_model: str | None = None,
+    eot: int = 1,
+    cw_c: Number | None = None,
+    cw_lr: Number = 0.01,
+    sanity: bool = False,
     device: str | None = None,
     seed: int = 0,
     out: str | None = None,
@@ -67,7 +85,7 @@ def run_evaluation(
 
     Args:
         run: run directory; None where a model is given with weights.
-        attacks: what to run, in this order.
+        attacks: what to run, in this order; quick, standard and strong stand for several.
         checkpoint: latest, best, or a name such as step_000391, of the run.
         model: the network, e.g. resnet18, timm:NAME or module:function, whose code then runs. With a run it is
             only to be given where its network is a function of your own.
@@ -83,8 +101,8 @@ def run_evaluation(
         crop: with folder: or hf:, pixels of each side of the square that is cut out of the middle.
         interpolation: of the resizing, bilinear (the default) or bicubic.
         workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
-        eps: radius of the ball; by default 8/255, whatever the run was trained with. It must be given with
-            another norm than linf.
+        eps: radius of the ball, or several, at each of which every attack is run; by default 8/255, whatever the
+            run was trained with. It must be given with another norm than linf.
         norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
@@ -93,6 +111,15 @@ def run_evaluation(
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         engine: how AutoAttack searches: auto, on the attack engine, in bfloat16 where that is faster, with every
             adversarial image confirmed in float32; fp32, in float32 throughout; reference, by pyautoattack.
+        surrogate: another model, on which the adversarial images are made (black-box transfer): a run directory, a
+            file of weights, or module:function, which returns a trained model.
+        surrogate_model: the network of a surrogate that is a file of weights, as --model names it.
+        eot: passes through the network for each gradient, which is their mean, for models that draw random
+            numbers.
+        cw_c: c of cwl2-K; by default 1, and .001 to begin with where several are tried.
+        cw_lr: learning rate of cwl2-K.
+        sanity: look for signs of gradient masking afterwards, on the first 200 images; in linf and l2. Its
+            findings are also kept beside the results, in a file that ends in .sanity.json.
         device: where to run; by default a GPU if there is one.
         seed: of everything random.
         out: file (.json) to add the results to, in place of eval.json in the run directory, or of
@@ -107,9 +134,12 @@ def run_evaluation(
         UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = choose_device(device)
-    radius = _radius(eps, norm)
-    _check_attacks(attacks, radius, alpha)
+    radii = _radii(eps, norm)
+    attacks = [str(name) for name in expand_bundles(attacks)]
+    _check_attacks(attacks, radii[0], alpha, eot)
     reading = Reading(resize, crop, interpolation, workers)
+    if sanity:
+        check_choice("norm", norm, NORMS)  # before hours are spent
     recorded: Description | None = None
     if run is None:
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
@@ -134,6 +164,7 @@ def run_evaluation(
         data=images.name,
         images=samples.fingerprint(),
     )
+    other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject)
     if not quiet:
         keeper.warn()
@@ -144,9 +175,10 @@ def run_evaluation(
                 file=sys.stderr,
             )
     # An interrupted AutoAttack goes on from here when the same command is given again.
-    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-{radius:.6g}"
+    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-"
+    name += "+".join(f"{radius:.6g}" for radius in radii)
     name = name.replace(":", "_") + f"-{batch_size}-{seed}" + "-left" * worst_case
-    name += f"-{engine}" * (engine != "reference")
+    name += f"-{engine}" * (engine != "reference") + f"-from-{origin}" * bool(origin)
     folders = [file.parent / "autoattack" / name for file in (judged.results, keeper.file)]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
     with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
@@ -154,7 +186,7 @@ def run_evaluation(
             network,
             samples,
             tuple(attacks),
-            eps=radius,
+            eps=radii,
             norm=norm,
             alpha=alpha,
             batch_size=batch_size,
@@ -167,10 +199,68 @@ def run_evaluation(
             state_dir=state,
             on_row=keeper.add,
             expected=judged.clean,
+            surrogate=other,
+            eot=eot,
+            cw_c=cw_c,
+            cw_lr=cw_lr,
         )
-        text = report.table() + _about_radius(eps, radius, norm, report, recorded)
+        text = report.table() + _about_radius(eps, radii[0], norm, report, recorded)
+        if sanity:
+            text += "\n" + _sanity(
+                network,
+                images,
+                subject,
+                keeper.file.with_suffix(".sanity.json"),
+                eps=radii[-1],
+                norm=norm,
+                batch_size=batch_size,
+                device=where,
+                seed=seed,
+                max_examples=min(_SANITY_IMAGES, max_examples or _SANITY_IMAGES),
+                surrogate=other,
+                eot=eot,
+                progress=not quiet,
+            )
         keeper.close(text)
     return text
+
+
+def _surrogate(
+    word: str | None, network: str | None, images: Images, weights: str
+) -> tuple[Surrogate | None, str]:
+    """The model on which adversarial images are made, and a part of the hash of its weights; None and empty."""
+    if word is None:
+        if network is not None:
+            raise ValueError(f"surrogate_model must come with surrogate, got {network!r}")
+        return None, ""
+    found = model_by_word(word, network, images, "surrogate", "surrogate_model")
+    digest, name = digest_name(found)
+    if digest == weights:
+        raise ValueError(
+            f"surrogate must be another model than the judged one, got {word!r} with the same weights"
+        )
+    return Surrogate(found.model, name), digest[:8]
+
+
+def _sanity(network: Model, images: Images, subject: Subject, file: Path, **settings: Any) -> str:
+    """Look for signs of gradient masking, keep what is found, and return it in words."""
+    findings = sanity_checks(network, images, **settings)
+    other = settings["surrogate"]
+    result = SanityResult(
+        subject,
+        tuple(findings),
+        n=min(settings["max_examples"], len(images)),
+        eps=settings["eps"],
+        norm=settings["norm"],
+        seed=settings["seed"],
+        surrogate="" if other is None else other.name,
+        eot=settings["eot"],
+    )
+    try:
+        add_sanity_result(file, result)
+    except (OSError, ValueError) as error:
+        return result.text() + f"These findings could not be kept: {error}\n"
+    return result.text()
 
 
 def _given_model(
@@ -204,17 +294,20 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
     return stopped_by_signals(f"stopped{later}")
 
 
-def _radius(eps: float | None, norm: str) -> float:
+def _radii(eps: float | Sequence[float] | None, norm: str) -> list[float]:
     if eps is None and norm != "linf":
         raise ValueError(
             f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
         )
-    return _DEFAULT_EPS if eps is None else eps
+    if eps is None:
+        return [_DEFAULT_EPS]
+    return list(eps) if isinstance(eps, Sequence) else [eps]
 
 
-def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None) -> None:
+def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None, eot: int) -> None:
     """Refuse unknown attacks, and a step size that none of them takes, before anything is loaded."""
     parsed = parse_attacks(list(attacks), eps, alpha)
+    check_passes(parsed, eot)
     if alpha is not None and parsed == parse_attacks(list(attacks), eps, alpha + 1):
         raise ValueError(
             "alpha must be left out: it is the step size of PGD, C&W and MIM, and the attacks are "
@@ -223,11 +316,15 @@ def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None) -> N
 
 
 def _about_radius(
-    eps: float | None, radius: float, norm: str, report: Report, recorded: Description | None
+    eps: float | Sequence[float] | None,
+    radius: float,
+    norm: str,
+    report: Report,
+    recorded: Description | None,
 ) -> str:
     """Say at which radius a model was judged where the command did not, and how to name another."""
-    if all(row.name == CLEAN for row in report.rows):
-        return "" if eps is None else "\neps was not used: there was no attack.\n"
+    if all(row.name == CLEAN or _knows_no_radius(row) for row in report.rows):
+        return "" if eps is None else "\neps was not used: there was no attack in a ball.\n"
     if eps is not None:
         return ""
     text = f"\nJudged {radius_text(norm, radius)}, the default."
@@ -240,3 +337,7 @@ def _about_radius(
     else:
         text += " --eps names another radius."
     return text + "\n"
+
+
+def _knows_no_radius(row: Row) -> bool:
+    return row.distances is not None and not row.distances.curve

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
+from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.ensemble import AutoAttack
 from fastadv.evaluation.evaluate import evaluate
 from fastadv.evaluation.metrics import (
@@ -18,8 +19,9 @@ from fastadv.evaluation.metrics import (
 from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
 from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
-from fastadv.evaluation.sanity import Finding, masking_checks
+from fastadv.evaluation.sanity import Finding, masking_checks, sanity_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
+from fastadv.evaluation.transfer import Surrogate, TransferMatrix, transfer_matrix
 
 __all__ = [
     "ARREST_CIFAR10_CURVE",
@@ -28,13 +30,16 @@ __all__ = [
     "AutoAttackResult",
     "Cubic",
     "DeltaZ",
+    "Distances",
     "Finding",
     "Report",
     "Result",
     "Row",
     "Stage",
     "Subject",
+    "Surrogate",
     "TradeOffPoint",
+    "TransferMatrix",
     "add_results",
     "ardist",
     "autoattack",
@@ -45,6 +50,8 @@ __all__ = [
     "load_results",
     "masking_checks",
     "plot_trade_off",
+    "sanity_checks",
     "trade_off_sum",
+    "transfer_matrix",
     "wilson_interval",
 ]

@@ -19,13 +19,21 @@ CLEAN = "clean"
 AUTOATTACK = "autoattack"
 
 _STEPS = "([1-9][0-9]*)"
-_PGD_NAME = re.compile(f"(pgd|cw|mim)-{_STEPS}(?:-{_STEPS})?")
+_PGD_NAME = re.compile(f"(pgd|cw|mim)-{_STEPS}(?:-{_STEPS}(runs)?)?")
 _APGD_NAME = re.compile(f"apgd-(ce|dlr|t)(?:-{_STEPS})?")
 _APGD_STEPS = 100
 _SEARCH_NAME = re.compile(f"(fab-t|fab|square)(?:-{_STEPS})?")
 _SEARCH_STEPS = {"fab-t": 100, "fab": 100, "square": 5000}
-_WITHOUT_STEPS = (CLEAN, AUTOATTACK, "fgsm", "fgsm-rs")
+_CW_L2_NAME = re.compile(f"cwl2-{_STEPS}(?:-{_STEPS})?")
+_MINIMUM_NAME = re.compile(f"min-(?:fgsm|pgd-{_STEPS})")
+BUNDLES = {
+    "quick": (CLEAN, "fgsm", "pgd-20"),
+    "standard": (CLEAN, AUTOATTACK),
+    "strong": (CLEAN, "pgd-100-10", "cw-100-10", "apgd-ce", "apgd-t", "fab-t", "square"),
+}
+_WITHOUT_STEPS = (CLEAN, AUTOATTACK, "fgsm", "fgsm-rs", "min-fgsm", *BUNDLES)
 _WORDS = (*_WITHOUT_STEPS, "pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t", *_SEARCH_STEPS)
+_WORDS = (*_WORDS, "cwl2", "min-pgd")
 _OTHER_WORDS = {
     "aa": AUTOATTACK,
     "auto-attack": AUTOATTACK,
@@ -34,11 +42,16 @@ _OTHER_WORDS = {
     "c&w": "cw",
     "apgd": "apgd-ce",
 }
+STOPS_EARLY = (
+    "it stops where the surrogate is fooled, so that fewer of its images fool another model than of an attack "
+    "that goes on, such as pgd-20"
+)
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
 _KNOWN = (
-    "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, mim-K, cw-K, cw-K-R, "
-    "apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), fab-t, fab, square (each also with steps or "
-    "queries: square-1000), autoattack, "
+    "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, pgd-K-Rruns, mim-K, "
+    "cw-K, cw-K-R, cw-K-Rruns, apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), fab-t, fab, square "
+    "(each also with steps or queries: square-1000), autoattack, cwl2-K, cwl2-K-S, min-fgsm, min-pgd-K, the "
+    "bundles quick, standard and strong, "
     "or a pair (name, callable(model, x, y) -> adversarial images)"
 )
 
@@ -62,6 +75,7 @@ class Gradient:
         restarts: runs from different starts; an image counts as broken when one of them breaks it.
         kind: ``"pgd"``, ``"mim"``, ``"apgd"``, ``"fab-t"``, ``"fab"`` or ``"square"``.
         loss: what is raised, as the attack takes it.
+        runs: whole runs from different starts, of which the one that leaves the fewest images counts.
     """
 
     name: str
@@ -71,6 +85,25 @@ class Gradient:
     restarts: int = 1
     kind: str = "pgd"
     loss: str = "ce"
+    runs: int = 1
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """An attack without a ball: it looks for the smallest perturbation of each image.
+
+    Attributes:
+        name: as asked for.
+        kind: ``"cwl2"``, the attack of Carlini and Wagner, or ``"fgsm"`` or ``"pgd"``, at the smallest radius at
+            which it succeeds.
+        steps: of Adam for each c, or of PGD.
+        search_steps: how many values of c are tried.
+    """
+
+    name: str
+    kind: str
+    steps: int = 1
+    search_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -88,7 +121,33 @@ class Foreign:
     attack: ForeignAttack
 
 
-Attack = Clean | Gradient | Ensemble | Foreign
+Attack = Clean | Gradient | Minimum | Ensemble | Foreign
+
+
+def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[AttackChoice]:
+    """Put the attacks of a bundle in its place.
+
+    An attack that is also asked for by name, or that is in two bundles, is run once, where it stands first.
+
+    Args:
+        attacks: as `parse_attacks` takes them.
+    """
+    single = isinstance(attacks, str) or (
+        isinstance(attacks, tuple) and len(attacks) == 2 and callable(attacks[1])
+    )
+    chosen: list[AttackChoice] = [attacks] if single else list(attacks)  # type: ignore[list-item,arg-type]
+    expanded: list[AttackChoice] = []
+    bundled: set[str] = set()  # names that a bundle has brought in
+    for choice in chosen:
+        if isinstance(choice, str) and choice in BUNDLES:
+            new = [name for name in BUNDLES[choice] if name not in expanded]
+            bundled.update(new)
+            expanded += new
+        elif isinstance(choice, str) and choice in bundled:
+            bundled.discard(choice)  # a second time by name is a mistake
+        else:
+            expanded.append(choice)
+    return expanded
 
 
 def parse_attacks(
@@ -97,7 +156,7 @@ def parse_attacks(
     """Turn what the user asked for into attacks.
 
     Args:
-        attacks: names, or pairs of a name and a callable; one alone is taken as a list of one.
+        attacks: names, bundles, or pairs of a name and a callable; one alone is taken as a list of one.
         eps: radius of the ball.
         alpha: step size of PGD, MIM and C&W; by default eps / 4 (2/255 at 8/255).
 
@@ -105,14 +164,11 @@ def parse_attacks(
         TypeError: for something that is neither a name nor a pair.
         ValueError: for an unknown name, a name given twice, or an empty list.
     """
-    single = isinstance(attacks, str) or (
-        isinstance(attacks, tuple) and len(attacks) == 2 and callable(attacks[1])
-    )
-    chosen = [attacks] if single else list(attacks)
+    chosen = expand_bundles(attacks)
     if not chosen:
         raise ValueError(f"attacks must not be empty; known are: {_KNOWN}")
     step = eps / 4 if alpha is None else alpha
-    parsed = [_parse_one(choice, eps, step) for choice in chosen]  # type: ignore[arg-type]
+    parsed = [_parse_one(choice, eps, step) for choice in chosen]
     names = [attack.name for attack in parsed]
     for name in names:
         if names.count(name) > 1:
@@ -134,6 +190,40 @@ def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
             )
 
 
+def check_passes(attacks: Sequence[Attack], passes: int) -> None:
+    """Require that every attack can follow the mean of several gradients, where that is asked for.
+
+    Raises:
+        ValueError: naming those that cannot.
+    """
+    if passes == 1:
+        return
+    without = [a.name for a in attacks if not isinstance(a, Clean) and not averages(a)]
+    if without:
+        hint = ""
+        if AUTOATTACK in without:
+            hint = (
+                "; AutoAttack has a version of its own: fastadv.AutoAttack(model, version='rand')"
+            )
+        raise ValueError(
+            f"eot must be 1 for {', '.join(without)}, got {passes}: the mean of several gradients is for fgsm, "
+            f"fgsm-rs, pgd, cw, mim and apgd{hint}"
+        )
+
+
+def averages(attack: Attack) -> bool:
+    """Whether an attack can follow the mean of several gradients."""
+    return isinstance(attack, Gradient) and attack.kind in ("pgd", "mim", "apgd")
+
+
+def stops_early(attack: Attack) -> bool:
+    """Whether an attack takes no step beyond what breaks an image, or goes back to the boundary."""
+    kinds = ("fab", "fab-t", "square", "cwl2")
+    return isinstance(attack, Ensemble) or (
+        isinstance(attack, (Gradient, Minimum)) and attack.kind in kinds
+    )
+
+
 def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
     if isinstance(choice, str):
         return _parse_name(choice, eps, step)
@@ -151,7 +241,7 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
 
 
 def _is_built_in(name: str) -> bool:
-    return _find(name, 0.0, 0.0) is not None
+    return name in BUNDLES or _find(name, 0.0, 0.0) is not None
 
 
 def _parse_name(name: str, eps: float, step: float) -> Attack:
@@ -173,11 +263,12 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
         return Gradient(name, steps=1, alpha=FGSM_RS_STEP * eps, random_start=True)
     match = _PGD_NAME.fullmatch(name)
     if match and not (match[1] == "mim" and match[3]):
-        kind, steps, restarts = match[1], int(match[2]), int(match[3] or 1)
+        kind, steps, repeats = match[1], int(match[2]), int(match[3] or 1)
+        restarts, runs = (1, repeats) if match[4] else (repeats, 1)
         if kind == "mim":
             return Gradient(name, steps, step, random_start=False, kind="mim")
         loss = "cw" if kind == "cw" else "ce"
-        return Gradient(name, steps, step, random_start=True, restarts=restarts, loss=loss)
+        return Gradient(name, steps, step, True, restarts=restarts, loss=loss, runs=runs)
     match = _APGD_NAME.fullmatch(name)
     if match:
         loss = "dlr-t" if match[1] == "t" else match[1]
@@ -189,12 +280,20 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
         if kind == "square":
             return Gradient(name, steps, None, random_start=True, kind=kind, loss="cw")
         return Gradient(name, steps, None, random_start=False, kind=kind)
+    match = _CW_L2_NAME.fullmatch(name)
+    if match:
+        return Minimum(name, "cwl2", int(match[1]), int(match[2] or 1))
+    match = _MINIMUM_NAME.fullmatch(name)
+    if match:
+        return Minimum(name, "pgd" if match[1] else "fgsm", int(match[1] or 1))
     return None
 
 
 def _suggestion(name: str) -> str:
     """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
+    if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
+        word, numbers = "cwl2", numbers[1:]  # the digit is its norm's
     word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
     close = difflib.get_close_matches(word, _WORDS, n=1)
     if not close:
@@ -203,6 +302,6 @@ def _suggestion(name: str) -> str:
     if close[0] in _WITHOUT_STEPS:
         steps = []
     elif not steps and not _is_built_in(close[0]):
-        steps = ["20"]
+        steps = ["1000" if close[0] == "cwl2" else "20"]
     meant = "-".join([close[0], *steps])
     return f"; did you mean {meant!r}?" if _is_built_in(meant) else ""

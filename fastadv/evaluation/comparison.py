@@ -36,6 +36,8 @@ class Judged:
 class Line:
     """Results that may be compared with each other: of the same weights and images, at one radius and seed.
 
+    Attacks without a ball have lines of their own.
+
     Attributes:
         run: the run.
         subject: weights and images.
@@ -44,6 +46,7 @@ class Line:
         eps: radius, in the norm.
         seed: of everything random.
         cells: results by column.
+        ball: whether the attacks kept to a ball of this radius.
     """
 
     run: Judged
@@ -53,6 +56,7 @@ class Line:
     eps: float = 0.0
     seed: int | None = None
     cells: dict[str, Result] = field(default_factory=dict)
+    ball: bool = True
 
     @property
     def radius(self) -> tuple[str, float]:
@@ -101,7 +105,7 @@ class Comparison:
         """
         attacked: dict[tuple[str, float], set[str]] = {}
         for line in self.lines:
-            if line.norm:
+            if line.norm and line.ball:
                 attacked.setdefault(line.radius, set()).add(line.run.name)
         common = [radius for radius, names in attacked.items() if len(names) == len(self.runs)]
         fitting = [
@@ -122,7 +126,7 @@ class Comparison:
 
     def at(self, radius: tuple[str, float]) -> list[Line]:
         """The lines of one radius."""
-        return [line for line in self.lines if line.radius == radius]
+        return [line for line in self.lines if line.radius == radius and line.ball]
 
     def label(self, line: Line) -> str:
         """What to call a line among those of its radius."""
@@ -138,8 +142,9 @@ class Comparison:
         for result in run.results:
             if not result.is_clean:
                 row = result.row
-                key = (*result.judged, result.norm, row.eps, row.seed)
-                new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed)
+                ball = row.distances is None
+                key = (*result.judged, result.norm, row.eps, row.seed, ball)
+                new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed, ball=ball)
                 lines.setdefault(key, new).cells[self._titles.of(result)] = result
         for result in run.results:
             if result.is_clean:
@@ -164,7 +169,7 @@ class Comparison:
             "data": self._with_hash(line, "data", "images"),
             "n": str(line.n),
             "norm": line.norm or "-",
-            "eps": format_eps(line.eps) if line.norm else "-",
+            "eps": "no ball" if not line.ball else format_eps(line.eps) if line.norm else "-",
             "seed": "-" if line.seed is None else str(line.seed),
         }
 
@@ -202,7 +207,7 @@ class _Titles:
 
 
 def _plain_title(result: Result) -> str:
-    return " after ".join([result.row.name, *(["+".join(result.after)] if result.after else [])])
+    return " after ".join([result.row.title, *(["+".join(result.after)] if result.after else [])])
 
 
 def _variant(result: Result) -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,22 +15,24 @@ from torch import Tensor
 
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
-    Attack,
     AttackChoice,
     Clean,
     Ensemble,
-    Foreign,
-    Gradient,
+    Minimum,
     check_fewest_classes,
+    check_passes,
     parse_attacks,
 )
-from fastadv.evaluation.autoattack import ENGINES, SearchEngine, autoattack
+from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.progress import Progress
-from fastadv.evaluation.report import Report, Row, library_versions
-from fastadv.evaluation.runner import Outcome, Runner
+from fastadv.evaluation.report import Report, format_eps, library_versions
+from fastadv.evaluation.rows import Judge
+from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 
 _ENOUGH = 50  # clean images to tell guessing from knowing
@@ -41,7 +44,7 @@ def evaluate(
     data: Any,
     attacks: AttackChoice | Sequence[AttackChoice] = ("clean", "fgsm", "pgd-20", "autoattack"),
     *,
-    eps: float = 8 / 255,
+    eps: float | Sequence[float] = 8 / 255,
     alpha: float | None = None,
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -55,6 +58,10 @@ def evaluate(
     on_row: Callable[[Report], None] | None = None,
     expected: float | None = None,
     engine: SearchEngine = "auto",
+    surrogate: Surrogate | Model | None = None,
+    eot: int = 1,
+    cw_c: float | None = None,
+    cw_lr: float = 0.01,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -73,15 +80,22 @@ def evaluate(
             * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a
               random start (Wong et al. 2020);
             * ``"pgd-K"``, K steps of size alpha from a random start; ``"pgd-K-R"``, R of these, an image
-              counting as wrong if one of them succeeds; ``"cw-K"``, ``"cw-K-R"``, the same on the margin of
-              Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
+              counting as wrong if one of them succeeds; ``"pgd-K-Rruns"``, R whole runs, of which the one that
+              leaves the fewest images counts; ``"cw-K"``, ``"cw-K-R"``, ``"cw-K-Rruns"``, the same on the margin
+              of Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
             * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
               of 100 steps, or ``"apgd-ce-K"`` and so on of K;
             * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
               nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
             * ``"autoattack"``, the standard version, on the images that are classified correctly;
+            * ``"cwl2-K"``, the attack of Carlini and Wagner in l2, K steps of Adam for one c, or ``"cwl2-K-S"``,
+              for each of S values of c; ``"min-fgsm"``, ``"min-pgd-K"``, the smallest radius at which FGSM or PGD
+              succeeds. These have no ball: an image is broken at whatever distance, and the row tells the
+              distances;
+            * ``"quick"``: clean, fgsm, pgd-20; ``"standard"``: clean, autoattack; ``"strong"``: clean, pgd-100-10,
+              cw-100-10, apgd-ce, apgd-t, fab-t, square;
             * ``(name, callable(model, x, y) -> adv)``.
-        eps: radius of the ball in the norm, in the units of the images.
+        eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
@@ -93,19 +107,26 @@ def evaluate(
             labels in ``targets`` or ``labels``, and these class by class.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
-            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew.
+            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
+            radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
-            continues after an interruption.
+            continues after an interruption. With several radii each has a folder in it.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
         engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
+        surrogate: another model, on which the adversarial images are made (black-box transfer). The judged model
+            then only says which images to attack, those that it gets right, and whether they are broken.
+        eot: passes through the network for each gradient, which is their mean (expectation over transformations),
+            for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
+        cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
+        cw_lr: learning rate of ``"cwl2-K"``.
 
     Returns:
-        A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
-        number may be too high; ``"invalid"`` when AutoAttack or a callable returned inadmissible images, which
-        then count as failed attempts.
+        A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
+        be too high: AutoAttack warns, or the model draws random numbers and ``eot`` is 1; ``"invalid"`` when
+        AutoAttack or a callable returned inadmissible images, which then count as failed attempts.
 
     Raises:
         ValueError: for an unknown attack name or an argument out of range, or a model with fewer classes than the
@@ -121,14 +142,31 @@ def evaluate(
     expected = None if expected is None else share("expected", expected)
     check_choice("engine", engine, ENGINES)
     say = Progress(progress)
-    chosen = parse_attacks(attacks, limit("eps", eps), alpha)
+    radii = _radii(eps)
+    chosen = parse_attacks(attacks, radii[0], alpha)
+    eot = integer("eot", eot, at_least=1)
+    check_passes(chosen, eot)
+    constants, other = CarliniWagner(cw_c, cw_lr), as_surrogate(surrogate)
     asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
-    eps = check_eps(eps, norm, samples)
-    with evaluation_mode(model, device) as where:
-        runner = Runner(model, samples, norm, check_batch_size(batch_size), where, seed, say)
+    radii = [check_eps(radius, norm, samples) for radius in radii]
+    with ExitStack() as held:
+        where = held.enter_context(evaluation_mode(model, device))
+        if other is not None:
+            held.enter_context(evaluation_mode(other.model, where))
+        runner = Runner(
+            model,
+            samples,
+            norm,
+            check_batch_size(batch_size),
+            where,
+            seed,
+            say,
+            None if other is None else other.model,
+            eot,
+        )
         classes = runner.check_labels()
         if asks_autoattack:
             check_classes(STANDARD, classes)
@@ -137,7 +175,10 @@ def evaluate(
         if not isinstance(chosen[0], Clean):
             say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
         _doubt_clean(clean.robust, classes, expected)
-        left: Tensor | None = None
+        name = "" if other is None else other.name
+        judge = Judge(
+            runner, clean, radii, constants, engine, state_dir, name, is_random=runner.draws()
+        )
         report = Report(
             rows=(),
             model=type(model).__name__,
@@ -149,15 +190,34 @@ def evaluate(
             versions=library_versions(),
             worst_case=worst_case,
         )
-        for attack in chosen:
-            row, robust = _row(runner, attack, eps, clean, left, state_dir, engine)
-            if worst_case and not isinstance(attack, Clean):
-                left = robust
-            report = replace(report, rows=(*report.rows, row))
-            say.line(row.line())
-            if on_row is not None:
-                on_row(report)
+        for number, radius in enumerate(radii):
+            left: Tensor | None = None
+            for attack in parse_attacks(attacks, radius, alpha):
+                in_ball = not isinstance(attack, (Clean, Minimum))
+                if number > 0 and not in_ball:
+                    continue  # no radius changes it
+                row, robust = judge.row(attack, radius, left)
+                if worst_case and in_ball:
+                    left = robust
+                report = replace(report, rows=(*report.rows, row))
+                at = f"at {format_eps(radius)}: " if len(radii) > 1 and in_ball else ""
+                say.line(at + row.line())
+                if on_row is not None:
+                    on_row(report)
     return report
+
+
+def _radii(eps: float | Sequence[float]) -> list[float]:
+    """The radii of an evaluation, each once.
+
+    Raises:
+        ValueError: there are none, one is there twice, or one is no radius.
+    """
+    values = eps if isinstance(eps, (list, tuple)) else [eps]
+    radii = [limit("eps", value) for value in values]
+    if not radii or len(set(radii)) < len(radii):
+        raise ValueError(f"eps must be one radius or several that differ, got {eps}")
+    return radii
 
 
 def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
@@ -181,92 +241,6 @@ def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
 
 def _percent(flags: Tensor) -> str:
     return f"{100 * _count(flags) / len(flags):.2f} %"
-
-
-def _row(
-    runner: Runner,
-    attack: Attack,
-    eps: float,
-    clean: Outcome,
-    left: Tensor | None,
-    state_dir: str | os.PathLike[str] | None,
-    engine: SearchEngine,
-) -> tuple[Row, Tensor]:
-    """Run one attack on the images that are left, [N] bool, or all: its row, and those left after it."""
-    if isinstance(attack, Ensemble):
-        return _autoattack_row(runner, attack, eps, left, state_dir, engine)
-    left = clean.robust if left is None else left
-    if isinstance(attack, Clean):
-        return _plain_row(runner, attack, clean, eps=0.0), clean.robust
-    if isinstance(attack, Gradient):
-        outcome = runner.gradient(attack, eps, left)
-        return _plain_row(runner, attack, outcome, eps, attack.alpha, attack.steps), outcome.robust
-    assert isinstance(attack, Foreign)
-    outcome = runner.foreign(attack, eps, left)
-    return _plain_row(runner, attack, outcome, eps), outcome.robust
-
-
-def _plain_row(
-    runner: Runner,
-    attack: Attack,
-    outcome: Outcome,
-    eps: float,
-    alpha: float | None = None,
-    steps: int | None = None,
-) -> Row:
-    return Row(
-        name=attack.name,
-        n=len(runner.samples),
-        correct=_count(outcome.robust),
-        eps=eps,
-        seed=runner.seed,
-        seconds=outcome.seconds,
-        alpha=alpha,
-        steps=steps,
-        status="invalid" if outcome.problems else "ok",
-        notes=outcome.problems,
-    )
-
-
-def _autoattack_row(
-    runner: Runner,
-    attack: Ensemble,
-    eps: float,
-    left: Tensor | None,
-    state_dir: str | os.PathLike[str] | None,
-    engine: SearchEngine,
-) -> tuple[Row, Tensor]:
-    samples = runner.samples
-    robust = torch.zeros(len(samples), dtype=torch.bool)
-    indices = (torch.ones_like(robust) if left is None else left).nonzero().flatten()
-    row = Row(attack.name, len(samples), 0, eps, runner.seed, 0.0)
-    if len(indices) == 0:
-        return row, robust
-    result = autoattack(
-        runner.model,
-        samples.part(indices),
-        eps=eps,
-        norm=runner.norm,
-        bounds=samples.bounds,
-        batch_size=runner.batch_size,
-        device=runner.device,
-        seed=runner.seed,
-        state_dir=state_dir,
-        progress=runner.progress.enabled,
-        engine=engine,
-        sample_ids=indices,
-    )
-    robust[indices] = result.robust
-    row = replace(
-        row,
-        correct=_count(robust),
-        seconds=result.seconds,
-        status=result.status,
-        notes=result.notes,
-        stages=result.stages,
-        search=result.search,
-    )
-    return row, robust
 
 
 def _count(flags: Tensor) -> int:

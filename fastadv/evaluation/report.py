@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
@@ -55,7 +56,7 @@ class Row:
         name: of the attack.
         n: images evaluated.
         correct: images classified correctly under the attack.
-        eps: radius of the ball, 0 without an attack.
+        eps: radius of the ball, 0 without an attack and for an attack without a ball.
         seed: what the random numbers followed from.
         seconds: wall-clock time.
         alpha: step size, where the attack has one.
@@ -65,6 +66,9 @@ class Row:
         stages: for an ensemble, what was left after each of its attacks.
         search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
             ``"reference"``.
+        variant: what sets the attack apart from others of its name, such as a constant of its own.
+        surrogate: the model on which the adversarial images were made; empty where it was the judged one.
+        distances: for an attack without a ball, how far its adversarial images are.
     """
 
     name: str
@@ -79,6 +83,9 @@ class Row:
     notes: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     search: str = ""
+    variant: str = ""
+    surrogate: str = ""
+    distances: Distances | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -95,14 +102,24 @@ class Row:
         """Wilson's 95 % interval of the accuracy, fractions."""
         return wilson_interval(self.correct, self.n)
 
+    @property
+    def title(self) -> str:
+        """The attack's name, with its variant and its surrogate."""
+        source = f" from {self.surrogate}" if self.surrogate else ""
+        return self.name + (f" ({self.variant})" if self.variant else "") + source
+
     def line(self) -> str:
         """The row in one line of text."""
         low, high = self.interval
         text = (
-            f"{self.name}: {100 * self.accuracy:.2f} % ({self.correct}/{self.n}, "
+            f"{self.title}: {100 * self.accuracy:.2f} % ({self.correct}/{self.n}, "
             f"95 % interval {100 * low:.2f} to {100 * high:.2f}), {self.seconds:.1f} s, {self.status}"
         )
-        return text + "".join(f"\n  {note}" for note in self.notes)
+        remarks = [
+            *([] if self.distances is None else [_distances_of(self.distances)]),
+            *self.notes,
+        ]
+        return text + "".join(f"\n  {remark}" for remark in remarks)
 
 
 @dataclass(frozen=True)
@@ -135,12 +152,28 @@ class Report:
         """The row of an attack.
 
         Raises:
-            KeyError: naming the attacks there are.
+            KeyError: naming the attacks there are, or the radii of one that was run at several.
         """
-        for row in self.rows:
-            if row.name == name:
-                return row
+        found = [row for row in self.rows if row.name == name]
+        if len(found) > 1:
+            radii = ", ".join(f"{row.eps:.6g}" for row in found)
+            raise KeyError(f"several rows {name!r}, at {radii}: report.at({name!r}, eps) is one")
+        if found:
+            return found[0]
         raise KeyError(f"no row {name!r}, there are {', '.join(row.name for row in self.rows)}")
+
+    def at(self, name: str, eps: float) -> Row:
+        """The row of an attack at one of several radii.
+
+        Raises:
+            KeyError: naming the radii at which the attack was run.
+        """
+        found = [row for row in self.rows if row.name == name]
+        for row in found:
+            if abs(row.eps - eps) < 1e-9:
+                return row
+        radii = ", ".join(f"{row.eps:.6g}" for row in found) or "no radius"
+        raise KeyError(f"no row {name!r} at {eps:.6g}, it was run at {radii}")
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a row of this name."""
@@ -218,6 +251,8 @@ class Report:
         for row in self.rows:
             values = {**asdict(row), "accuracy": row.accuracy, "notes": "; ".join(row.notes)}
             values["low"], values["high"] = row.interval
+            values["mean_distance"] = row.distances.mean if row.distances else None
+            values["median_distance"] = row.distances.median if row.distances else None
             writer.writerow(["" if values[name] is None else values[name] for name in _CSV_COLUMNS])
         return text.getvalue()
 
@@ -248,7 +283,8 @@ class Report:
 
 _CSV_COLUMNS = (
     *("name", "accuracy", "low", "high", "correct", "n", "eps", "alpha", "steps"),
-    *("seed", "seconds", "status", "notes"),
+    *("seed", "seconds", "status", "notes", "variant", "surrogate", "mean_distance"),
+    "median_distance",
 )
 _HEADINGS = (
     "attack",
@@ -307,10 +343,13 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
         ValueError: when a number is out of range.
     """
     # Before there was a choice, only the reference ran ensembles, which alone have stages.
-    known = {"search": REFERENCE if entry["stages"] else "", **entry}
+    newer = {"variant": "", "surrogate": "", "distances": None}
+    known = {"search": REFERENCE if entry["stages"] else "", **newer, **entry}
     values = {f.name: known[f.name] for f in fields(Row)}
     values["notes"] = tuple(entry["notes"])
     values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])
+    if values["distances"] is not None:
+        values["distances"] = Distances.from_dict(values["distances"])
     return Row(**values)
 
 
@@ -323,12 +362,12 @@ def format_eps(eps: float) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     low, high = row.interval
     return (
-        row.name,
+        row.title,
         f"{100 * row.accuracy:.2f}",
         f"{100 * low:.2f} to {100 * high:.2f}",
         str(row.correct),
         str(row.n),
-        format_eps(row.eps) if row.eps else "-",
+        "no ball" if row.distances else format_eps(row.eps) if row.eps else "-",
         str(row.seed),
         f"{row.seconds:.1f}",
         row.status,
@@ -346,15 +385,30 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _notes(rows: Sequence[Row]) -> list[str]:
     """What goes below a table: what each of an ensemble's attacks left, then the warnings."""
     notes = []
+    titles = [row.title for row in rows]
     for row in rows:
+        title = row.title
+        if titles.count(title) > 1:
+            title += f" at {format_eps(row.eps)}"
         if row.stages:
             left = (
                 f"{100 * stage.correct / row.n:.2f} % after {stage.name}" for stage in row.stages
             )
-            notes.append(f"{row.name}: {', '.join(left)}")
-            notes += [f"{row.name}: {sentence}" for sentence in _search_of(row)]
-        notes += [f"{row.name} is {row.status}: {note}" for note in row.notes]
+            notes.append(f"{title}: {', '.join(left)}")
+            notes += [f"{title}: {sentence}" for sentence in _search_of(row)]
+        if row.distances is not None:
+            notes.append(f"{title}: {_distances_of(row.distances)}")
+        state = "" if row.status == "ok" else f" is {row.status}"
+        notes += [f"{title}{state}: {note}" for note in row.notes]
     return notes
+
+
+def _distances_of(distances: Distances) -> str:
+    """What an attack without a ball found, in words."""
+    curve = ", ".join(
+        f"{100 * share:.2f} % at {format_eps(radius)}" for radius, share in distances.curve
+    )
+    return distances.sentence(f"an accuracy of {curve}" if curve else "")
 
 
 _WORDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -84,7 +84,7 @@ class Result:
             return (*self.judged, row.name, self.bounds)
         # Of all attacks AutoAttack's alone depends on the batches, and on how it searches.
         batch_size = self.batch_size if row.name == AUTOATTACK else None
-        attack = (row.name, row.alpha, row.steps, batch_size, row.search, self.after)
+        attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,22 +115,24 @@ _PARTS = ("subject", "row")  # fields of a result that are spelled out in its en
 def results_of(report: Report, subject: Subject) -> list[Result]:
     """Take the results out of the report of one evaluation."""
     results: list[Result] = []
-    before: list[str] = []
+    before: dict[float, list[str]] = {}  # by radius; an attack without a ball is in no worst case
     for row in report.rows:
+        chain = before.setdefault(row.eps, [])
+        in_ball = row.name != CLEAN and row.distances is None
         results.append(
             Result(
                 subject,
                 row,
-                report.norm,
+                row.distances.norm if row.distances else report.norm,
                 report.bounds,
                 report.batch_size,
                 report.device,
                 report.versions,
-                tuple(before) if report.worst_case and row.name != CLEAN else (),
+                tuple(chain) if report.worst_case and in_ball else (),
             )
         )
-        if row.name != CLEAN:
-            before.append(row.name)
+        if in_ball:
+            chain.append(row.title)
     return results
 
 

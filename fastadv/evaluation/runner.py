@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data) -> adversarial images
 Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
+_LOOKED_AT = 16  # images, to tell a random model
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,30 @@ class Outcome:
         robust: [N] bool on the CPU; false also where the clean image is classified wrongly.
         problems: violations found, one sentence each.
         seconds: wall-clock time.
+        notes: what else is to be said, one sentence each.
     """
 
     robust: Tensor
     problems: tuple[str, ...]
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Runner:
-    """A model, already in evaluation mode, and the data and settings common to all attacks on it."""
+    """A model, already in evaluation mode, and the data and settings common to all attacks on it.
+
+    Attributes:
+        model: the judged one.
+        samples: images and labels.
+        norm: of the perturbations.
+        batch_size: images per pass.
+        device: where it all is.
+        seed: of everything random.
+        progress: what is said meanwhile.
+        surrogate: the model on which adversarial images are made, in evaluation mode; None is the judged one.
+        passes: through the network for each gradient, which is their mean.
+    """
 
     model: Model
     samples: Samples
@@ -50,15 +66,26 @@ class Runner:
     device: torch.device
     seed: int
     progress: Progress = field(default_factory=lambda: Progress(False))
+    surrogate: Model | None = None
+    passes: int = 1
+
+    @property
+    def source(self) -> Model:
+        """The model on which adversarial images are made."""
+        return self.model if self.surrogate is None else self.surrogate
 
     def check_labels(self) -> int:
         """Require that the model knows all labels, and return its number of classes.
 
         Raises:
-            ValueError: when a label is too large, or the data set has more classes.
+            ValueError: when a label is too large, the data set has more classes, or the surrogate another number.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
-        classes = logits_of(self.model, x).shape[1]
+        with private_generators(derive_seed(self.seed, "evaluate/labels")):
+            classes = logits_of(self.model, x).shape[1]
+            others = None if self.surrogate is None else logits_of(self.surrogate, x).shape[1]
+        if others not in (None, classes):
+            raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
         largest = int(self.samples.labels.max())
         if largest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
@@ -69,49 +96,86 @@ class Runner:
             )
         return classes
 
+    def draws(self) -> bool:
+        """Whether the model draws random numbers: two passes over the same images differ.
+
+        torch's generators are as before afterwards.
+        """
+        first = torch.arange(min(len(self.samples), _LOOKED_AT, self.batch_size))
+        x, _ = self.samples.take(first, self.device)
+        with private_generators(derive_seed(self.seed, "evaluate/draws")):
+            one, other = (logits_of(self.model, x.clone()) for _ in range(2))
+        # Kernels that add in another order from pass to pass differ by rounding alone.
+        return not torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
     def clean(self) -> Outcome:
         """Which images are classified correctly without an attack."""
         start = time.perf_counter()
         correct = torch.zeros(len(self.samples), dtype=torch.bool)
-        for indices in self._bar("clean", torch.arange(len(self.samples))):
+        for indices in self.batches("clean", torch.arange(len(self.samples))):
             x, y = self.samples.take(indices, self.device)
-            correct[indices] = (predict(self.model, x) == y).cpu()
+            correct[indices] = (self.predicted(x, "clean", indices) == y).cpu()
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
         """Run an attack of this package on the images that are classified correctly.
 
-        A restart attacks only the images that those before it have left.
+        A restart attacks only the images that those before it have left; a whole run attacks them all.
 
         Raises:
             RuntimeError: when an adversarial image is not admissible, which is a fault of this package.
         """
+        if attack.runs > 1:
+            return self._lowest_run(attack, eps, correct)
+        return self._in_turn(attack.name, self.perturbations(attack, eps), eps, correct)
+
+    def perturbations(self, attack: Gradient | Foreign, eps: float) -> list[Perturb]:
+        """What makes adversarial images, one for each restart or whole run of an attack."""
+        if isinstance(attack, Foreign):
+            return [self._foreign(attack)]
         method = self._make(attack, eps)
-        seed = derive_seed(self.seed, f"evaluate/{attack.name}")
+        # Whole runs begin where restarts of the same number do, so that one can be held against the other.
+        seed = derive_seed(self.seed, f"evaluate/{attack.name.removesuffix('runs')}")
+        return [
+            partial(_perturbed, method, derive_seed(seed, "restart", number) if number else seed)
+            for number in range(attack.restarts * attack.runs)
+        ]
+
+    def _in_turn(
+        self, name: str, perturbations: Sequence[Perturb], eps: float, correct: Tensor
+    ) -> Outcome:
+        """One run after the other, each on what is left."""
         outcome = Outcome(correct, (), 0.0)
-        for restart in range(attack.restarts):
-            outcome = self._run(attack.name, method, seed, restart, eps, outcome)
+        for perturb in perturbations:
+            found = self._attack(name, perturb, eps, outcome.robust)
+            if found.problems:
+                raise RuntimeError(
+                    f"{name} returned inadmissible images: {'; '.join(found.problems)}"
+                )
+            outcome = replace(found, seconds=outcome.seconds + found.seconds)
         return outcome
 
-    def _run(
-        self, name: str, method: Method, seed: int, restart: int, eps: float, so_far: Outcome
-    ) -> Outcome:
-        """One run from one start, on what is left."""
-        run_seed = derive_seed(seed, "restart", restart) if restart else seed
-
-        def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-            # Noise by image index: the result does not depend on how the images are batched.
-            return method(x, y, seed=run_seed, sample_ids=indices.to(x.device))
-
-        outcome = self._attack(name, perturb, eps, so_far.robust)
-        if outcome.problems:
-            raise RuntimeError(
-                f"{name} returned inadmissible images: {'; '.join(outcome.problems)}"
-            )
-        return replace(outcome, seconds=so_far.seconds + outcome.seconds)
+    def _lowest_run(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
+        """The whole run that leaves the fewest images."""
+        runs = [
+            self._in_turn(attack.name, [perturb], eps, correct)
+            for perturb in self.perturbations(attack, eps)
+        ]
+        left = [int(run.robust.sum()) for run in runs]
+        note = (
+            f"the lowest of {len(runs)} whole runs, which left {min(left)} to {max(left)} images, "
+            f"{sum(left) / len(left):.1f} on average"
+        )
+        seconds = sum(run.seconds for run in runs)
+        return replace(runs[left.index(min(left))], seconds=seconds, notes=(note,))
 
     def _make(self, attack: Gradient, eps: float) -> Method:
-        """The attack, on the model's own operations and in float32."""
+        """The attack, on the source's own operations and in float32."""
+        method = self._bare(attack, eps)
+        method.passes = self.passes
+        return method
+
+    def _bare(self, attack: Gradient, eps: float) -> Method:
         common: dict[str, Any] = dict(
             norm=self.norm,
             bounds=self.samples.bounds,
@@ -121,16 +185,16 @@ class Runner:
         if attack.kind in ("fab", "fab-t"):
             if attack.kind == "fab":
                 common["target_classes"] = None
-            return FAB(self.model, eps, attack.steps, **common)
+            return FAB(self.source, eps, attack.steps, **common)
         common["loss"] = attack.loss
         if attack.kind == "square":
-            return Square(self.model, eps, attack.steps, **common)
+            return Square(self.source, eps, attack.steps, **common)
         if attack.kind == "apgd":
-            return APGD(self.model, eps, attack.steps, **common)
+            return APGD(self.source, eps, attack.steps, **common)
         assert attack.alpha is not None
         if attack.kind == "mim":
-            return MIM(self.model, eps, attack.alpha, attack.steps, **common)
-        return PGD(self.model, eps, attack.alpha, attack.steps, attack.random_start, **common)
+            return MIM(self.source, eps, attack.alpha, attack.steps, **common)
+        return PGD(self.source, eps, attack.alpha, attack.steps, attack.random_start, **common)
 
     def foreign(self, attack: Foreign, eps: float, correct: Tensor) -> Outcome:
         """Run a callable of the user's on the images that are classified correctly.
@@ -140,36 +204,69 @@ class Runner:
         Raises:
             RuntimeError: when the callable changed parameters or buffers of the model.
         """
-        before = _versions(self.model)
+        (perturb,) = self.perturbations(attack, eps)
+        return self._attack(attack.name, perturb, eps, correct)
+
+    def _foreign(self, attack: Foreign) -> Perturb:
+        before = _versions(self.source)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             with private_generators(
                 derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
             ):
-                adv = attack.attack(self.model, x.clone(), y.clone())
-            if isinstance(self.model, nn.Module):
-                self.model.eval()
-            if _versions(self.model) != before:
+                adv = attack.attack(self.source, x.clone(), y.clone())
+            if isinstance(self.source, nn.Module):
+                self.source.eval()
+            if _versions(self.source) != before:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
             return adv
 
-        return self._attack(attack.name, perturb, eps, correct)
+        return perturb
+
+    def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
+        """The judged model's classes [B]; what a random model draws follows from seed, purpose and images."""
+        seed = derive_seed(self.seed, f"evaluate/judge/{purpose}", int(indices[0]))
+        with private_generators(seed):
+            return predict(self.model, x)
+
+    def misjudged(self, indices: Tensor, adversarial: Tensor) -> Tensor:
+        """Which images the judged model gets wrong in the form that another one gets wrong.
+
+        Args:
+            indices: of the images, int64 [M] on the CPU.
+            adversarial: what was made of them, [M, ...].
+
+        Returns:
+            [N] bool on the CPU, false for all others.
+        """
+        wrong = torch.zeros(len(self.samples), dtype=torch.bool)
+        for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
+            _, y = self.samples.take(indices[rows], self.device)
+            adv = adversarial[rows].to(self.device)
+            wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
+        return wrong
 
     def _attack(self, name: str, perturb: Perturb, eps: float, correct: Tensor) -> Outcome:
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
         robust = correct.clone()
-        for indices in self._bar(name, correct.nonzero().flatten()):
+        for indices in self.batches(name, correct.nonzero().flatten()):
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
-            robust[indices] = (predict(self.model, adv) == y).cpu()
+            robust[indices] = (self.predicted(adv, name, indices) == y).cpu()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
 
-    def _bar(self, label: str, indices: Tensor) -> Iterator[Tensor]:
+    def batches(self, label: str, indices: Tensor) -> Iterator[Tensor]:
+        """The indices of images batch by batch, with a bar."""
         batches = self.samples.batches(self.batch_size, indices)
         return self.progress.bar(batches, label, len(batches))
+
+
+def _perturbed(method: Method, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+    # Noise by image index: the result does not depend on how the images are batched.
+    return method(x, y, seed=seed, sample_ids=indices.to(x.device))
 
 
 def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:

@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastadv.evaluation.attack_list import Gradient
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
-from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.verify import Audit, logits_of, predict
 from fastadv.ops.values import check_choice, integer, limit, norm_name, number
+
+NORMS = ("linf", "l2")
 
 
 @dataclass(frozen=True)
@@ -27,16 +34,23 @@ class Finding:
     """The outcome of one check.
 
     Attributes:
-        check: ``"eps"``, ``"steps"`` or ``"unbounded"``.
+        check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
+            ``"random"``.
         ok: whether the model behaves as one with useful gradients does.
         message: what was seen, in one sentence.
-        accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table.
+        accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
+            second number is the mean loss.
     """
 
     check: str
     ok: bool
     message: str
     accuracies: tuple[tuple[float, float], ...]
+
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, or ``"suspect"`` where robust accuracy as gradient attacks measure it may be too high."""
+        return "ok" if self.ok else "suspect"
 
 
 def masking_checks(
@@ -85,7 +99,7 @@ def masking_checks(
     """
     _check_arguments(eps, eps_factors, steps, slack)
     norm, seed = norm_name(norm), integer("seed", seed)
-    check_choice("norm", norm, ("linf", "l2"))
+    check_choice("norm", norm, NORMS)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
@@ -93,23 +107,249 @@ def masking_checks(
             model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
         )
         runner.check_labels()
-        correct = runner.clean().robust
+        probe = _Probe(runner, runner.clean().robust)
+        return _of_pgd(probe, eps, eps_factors, steps, slack)
 
-        def accuracy(radius: float, count: int) -> float:
-            attack = Gradient(f"pgd-{count}", steps=count, alpha=radius / 4, random_start=True)
-            return float(runner.gradient(attack, radius, correct).robust.float().mean())
 
-        clean = float(correct.float().mean())
-        by_eps = [(0.0, clean), *((eps * f, accuracy(eps * f, steps[-1])) for f in eps_factors)]
-        by_steps = [(float(count), accuracy(eps, count)) for count in steps]
-        width = samples.bounds[1] - samples.bounds[0]
-        everything = width * (math.prod(samples.image_shape) ** 0.5 if norm == "l2" else 1.0)
-        unbounded = accuracy(everything, steps[-1])
+def sanity_checks(
+    model: Model,
+    data: Any,
+    *,
+    eps: float = 8 / 255,
+    eps_factors: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
+    steps: Sequence[int] = (1, 5, 20, 50),
+    queries: int = 1000,
+    norm: str = "linf",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    slack: float = 0.01,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    max_examples: int | None = 200,
+    surrogate: Surrogate | Model | None = None,
+    eot: int = 1,
+    progress: bool = True,
+) -> list[Finding]:
+    """Check a model for signs of gradient masking.
+
+    Those of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks more
+    images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient that is
+    zero everywhere; and the model draws no random numbers.
+
+    Args:
+        model: as for ``evaluate``.
+        data: as for ``evaluate``.
+        eps: as in `masking_checks`; Auto-PGD, Square and the surrogate's images keep to it.
+        eps_factors: as in `masking_checks`.
+        steps: as in `masking_checks`; the largest number is Auto-PGD's and that of PGD on a surrogate.
+        queries: of Square.
+        norm: ``"linf"`` or ``"l2"``.
+        bounds: range of image values.
+        slack: as in `masking_checks`, for every check; of the loss, by which part of its largest value it may
+            fall.
+        batch_size: images per pass.
+        device: where to run; by default where the model is.
+        seed: of everything random.
+        max_examples: use only the first so many images.
+        surrogate: another model, as for ``evaluate``.
+        eot: as for ``evaluate``.
+        progress: say which check is running.
+
+    Returns:
+        One finding per check. A failed one means that the robust accuracy of this model, as measured by gradient
+        attacks, may be too high; passing them all proves nothing.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+    _check_arguments(eps, eps_factors, steps, slack)
+    norm, seed = norm_name(norm), integer("seed", seed)
+    check_choice("norm", norm, NORMS)
+    queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
+    samples = as_samples(data, bounds, max_examples)
+    eps, other, say = check_eps(eps, norm, samples), as_surrogate(surrogate), Progress(progress)
+    with ExitStack() as held:
+        where = held.enter_context(evaluation_mode(model, device))
+        if other is not None:
+            held.enter_context(evaluation_mode(other.model, where))
+        size = check_batch_size(batch_size)
+        runner = Runner(model, samples, norm, size, where, seed, say, passes=eot)
+        runner.check_labels()
+        probe = _Probe(runner, runner.clean().robust)
+        eps_factors = [factor for factor in eps_factors if eps * factor <= _everything(runner)]
+        findings = [_random(runner), _blind(probe, slack)]
+        findings += _of_pgd(probe, eps, eps_factors, steps, slack)
+        findings.insert(3, _rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack))
+        findings += _black_box(probe, eps, steps[-1], queries, slack, other)
+    return findings
+
+
+def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) -> str:
+    """All findings in words, one line each below a heading.
+
+    Args:
+        findings: what `sanity_checks` returned.
+        n: images looked at.
+        eps: radius of the ball.
+        norm: of the ball.
+    """
+    failed = sum(not finding.ok for finding in findings)
+    verdict = (
+        f"{failed} of {len(findings)} checks are suspect: the robust accuracy may be too high"
+        if failed
+        else "no sign, which proves nothing"
+    )
+    width = max(len(finding.check) for finding in findings)
+    lines = [
+        f"  {finding.verdict:<7}  {finding.check:<{width}}  {finding.message}"
+        for finding in findings
+    ]
+    heading = f"Signs of gradient masking, {n} images, {format_eps(eps)} {norm}: {verdict}"
+    return "\n".join([heading, *lines]) + "\n"
+
+
+class _Probe:
+    """PGD at many radii and numbers of steps, each run once."""
+
+    def __init__(self, runner: Runner, correct: Tensor) -> None:
+        self.runner, self.correct = runner, correct
+        self.clean = float(correct.float().mean())
+        self._found: dict[tuple[float, int], tuple[float, float]] = {}
+
+    def accuracy(self, eps: float, steps: int) -> float:
+        """Share of all images that PGD leaves."""
+        return self._run(eps, steps)[0]
+
+    def losses(self, eps: float, factors: Sequence[float], steps: int) -> list[tuple[float, float]]:
+        """(radius, mean loss) of the images that are classified correctly, clean ones first."""
+        total = 0.0
+        for indices in self.runner.batches("loss", self.correct.nonzero().flatten()):
+            total += self._loss(*self.runner.samples.take(indices, self.runner.device))
+        clean = total / max(int(self.correct.sum()), 1)
+        return [(0.0, clean), *((eps * f, self._run(eps * f, steps)[1]) for f in factors)]
+
+    def _run(self, eps: float, steps: int) -> tuple[float, float]:
+        """Accuracy, and the mean loss of the points that PGD ends at."""
+        if (eps, steps) not in self._found:
+            runner, left, total = self.runner, self.correct.clone(), 0.0
+            attack = Gradient(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
+            (perturb,) = runner.perturbations(attack, eps)
+            audit = Audit(eps, runner.norm, runner.samples.bounds)
+            for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
+                x, y = runner.samples.take(indices, runner.device)
+                adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+                left[indices] = (predict(runner.model, adv) == y).cpu()
+                total += self._loss(adv, y)
+            if problems := audit.problems():
+                raise RuntimeError(
+                    f"{attack.name} returned inadmissible images: {'; '.join(problems)}"
+                )
+            mean = total / max(int(self.correct.sum()), 1)
+            self._found[eps, steps] = float(left.float().mean()), mean
+        return self._found[eps, steps]
+
+    def _loss(self, x: Tensor, y: Tensor) -> float:
+        logits = logits_of(self.runner.model, x).double()
+        return float(nn.functional.cross_entropy(logits, y, reduction="sum"))
+
+    def blind(self) -> int:
+        """Images, of those that are classified correctly, whose gradient is zero everywhere."""
+        count = 0
+        for indices in self.runner.batches("gradients", self.correct.nonzero().flatten()):
+            x, y = self.runner.samples.take(indices, self.runner.device)
+            with torch.enable_grad():
+                leaf = x.clone().requires_grad_()
+                loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
+                (grad,) = torch.autograd.grad(loss, leaf)
+            count += int((grad.flatten(1) == 0).all(1).sum())
+        return count
+
+
+def _of_pgd(
+    probe: _Probe, eps: float, factors: Sequence[float], steps: Sequence[int], slack: float
+) -> list[Finding]:
+    """Accuracy over eps and over steps, and with any image allowed."""
+    by_eps = [(0.0, probe.clean), *((eps * f, probe.accuracy(eps * f, steps[-1])) for f in factors)]
+    by_steps = [(float(count), probe.accuracy(eps, count)) for count in steps]
+    everything = _everything(probe.runner)
     return [
         _monotone("eps", by_eps, slack),
         _monotone("steps", by_steps, slack),
-        _unbounded(everything, unbounded, slack),
+        _unbounded(everything, probe.accuracy(everything, steps[-1]), slack),
     ]
+
+
+def _everything(runner: Runner) -> float:
+    """The radius of a ball that holds any image."""
+    samples = runner.samples
+    width = samples.bounds[1] - samples.bounds[0]
+    return width * (math.prod(samples.image_shape) ** 0.5 if runner.norm == "l2" else 1.0)
+
+
+def _random(runner: Runner) -> Finding:
+    if runner.draws():
+        message = (
+            "the model draws random numbers: two passes over the same images differ; average gradients over "
+            "several passes (eot)"
+        )
+        return Finding("random", False, message, ())
+    return Finding("random", True, "two passes over the same images agree", ())
+
+
+def _blind(probe: _Probe, slack: float) -> Finding:
+    count, n = probe.blind(), max(int(probe.correct.sum()), 1)
+    message = (
+        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere"
+        if count
+        else "every image that is classified correctly has a gradient"
+    )
+    return Finding("gradients", count / n <= slack, message, ((0.0, count / n),))
+
+
+def _rising_loss(losses: Sequence[tuple[float, float]], slack: float) -> Finding:
+    """Compare every mean loss with the highest before it."""
+    highest, fall, where = losses[0], 0.0, None
+    for point in losses[1:]:
+        if highest[1] - point[1] > fall:
+            fall, where = highest[1] - point[1], (highest, point)
+        highest = max(highest, point, key=lambda p: p[1])
+    ok = fall <= slack * max(highest[1], 1e-12)
+    if where is None:
+        message = "the loss that PGD reaches does not fall as eps grows"
+    else:
+        (from_eps, from_loss), (to_eps, to_loss) = where
+        message = (
+            f"the loss that PGD reaches falls as eps grows: {from_loss:.4g} at {from_eps:.4g}, {to_loss:.4g} at "
+            f"{to_eps:.4g}" + (", within the slack" if ok else "")
+        )
+    return Finding("loss", ok, message, tuple(losses))
+
+
+def _black_box(
+    probe: _Probe, eps: float, steps: int, queries: int, slack: float, other: Surrogate | None
+) -> list[Finding]:
+    """Compare Square, and PGD on a surrogate, with Auto-PGD."""
+    runner, n = probe.runner, len(probe.correct)
+    white = Gradient(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
+    accuracy = float(runner.gradient(white, eps, probe.correct).robust.float().mean())
+    rivals: list[tuple[str, float]] = []
+    if runner.samples.take(torch.tensor([0]), runner.device)[0].dim() == 4:
+        square = Gradient(f"square-{queries}", queries, None, True, kind="square", loss="cw")
+        left = runner.gradient(square, eps, probe.correct).robust
+        rivals.append((square.name, int(left.sum()) / n))
+    if other is not None:
+        pgd = Gradient(f"pgd-{steps}", steps, alpha=eps / 4, random_start=True)
+        left = replace(runner, surrogate=other.model).gradient(pgd, eps, probe.correct).robust
+        rivals.append((f"{pgd.name} made on {other.name}", int(left.sum()) / n))
+    findings = []
+    for name, found in rivals:
+        ok = found >= accuracy - slack
+        message = (
+            f"{name} leaves {100 * found:.2f} %, Auto-PGD of {steps} steps {100 * accuracy:.2f} %"
+            + ("" if ok else ": an attack without the model's gradients is the stronger one")
+        )
+        findings.append(Finding("black box", ok, message, ((0.0, accuracy), (1.0, found))))
+    return findings
 
 
 def _check_arguments(

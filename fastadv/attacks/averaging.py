@@ -1,0 +1,40 @@
+"""The mean of several gradients, for models that draw random numbers (EOT, expectation over transformations).
+
+Source: A. Athalye, N. Carlini and D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
+section 4.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastadv.engine.engines import Engine, Gradient
+
+
+def mean_gradient(
+    engine: Engine, x: Tensor, value_of: Callable[[Tensor], Tensor], passes: int
+) -> Gradient:
+    """The mean of several gradients and values, with the logits of the last pass.
+
+    Args:
+        engine: computes each of them, within its session.
+        x: images [B, ...].
+        value_of: logits [B, C] -> what is raised, [B] or scalar.
+        passes: how many there are; one is the engine's own gradient, valid until its next call.
+
+    Raises:
+        ValueError: there are several in float16, where each gradient has a scale of its own.
+    """
+    found = engine.gradient(x, value_of)
+    if passes == 1:
+        return found
+    if engine.precision == "fp16":
+        raise ValueError(f"precision must be 'fp32' or 'bf16' with passes {passes}, got 'fp16'")
+    value, grad = found.value.clone(), found.grad.to(x.dtype, copy=True)
+    for _ in range(passes - 1):
+        found = engine.gradient(x, value_of)
+        value += found.value
+        grad += found.grad
+    return Gradient(value / passes, found.logits, grad / passes)

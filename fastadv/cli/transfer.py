@@ -1,0 +1,27 @@
+"""`fastadv transfer`."""
+
+from __future__ import annotations
+
+from fastadv.cli.parsing import Parser
+from fastadv.commands.transfer import run_transfer
+
+
+def transfer(words: list[str]) -> int:
+    """Let models judge each other's adversarial images; the exit status."""
+    parser = Parser(
+        prog="fastadv transfer",
+        description="Make adversarial images on each of several models and let all of them judge these: one "
+        "table, by source and target.",
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        help="Run directories, files of weights (with --model), or module:function.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options.")
+    parser.add_flag("quiet", "Show no progress.")
+    parser.add_function_arguments(run_transfer, skip={"models", "quiet"})
+    options = vars(parser.parse_args(words))
+    options.pop("config")
+    print(run_transfer(**options), end="")
+    return 0

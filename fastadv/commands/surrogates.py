@@ -1,0 +1,59 @@
+"""Models that a command names by one word: a run directory, a file of weights, or a function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fastadv.commands.judged import Images, JudgedModel, model_of_file, model_of_run
+from fastadv.digest import digest_of
+from fastadv.models import names_code
+from fastadv.trainers.checkpoint import LATEST, find_checkpoint
+from fastadv.trainers.run_directory import RunDirectory
+
+_DIGITS = 7  # of a hash, that tell models of one name apart
+_UNUSED = "eval.json"  # nothing is written for these models
+
+
+def model_by_word(
+    word: str, network: str | None, images: Images, role: str, network_option: str
+) -> JudgedModel:
+    """Load a model.
+
+    Args:
+        word: a run directory, a file of weights, or module:function, which returns a trained model and whose code
+            then runs.
+        network: of a file of weights, by name, or of a run whose network is a function of the user's own.
+        images: tell the number of classes and of channels.
+        role: what the word is called in messages.
+        network_option: what the network is called in messages.
+
+    Raises:
+        FileNotFoundError: when there is nothing of that name.
+        ValueError: when a network is missing or without a use, or the weights do not fit.
+    """
+    path = Path(word)
+    if path.is_file():
+        if network is None:
+            raise ValueError(
+                f"{network_option} must be given with {role} {word}, a file of weights, and name its network"
+            )
+        return model_of_file(network, word, None, images)
+    if path.is_dir():
+        find_checkpoint(RunDirectory(word).path, LATEST)  # a folder that is no run is told as such
+        return model_of_run(word, LATEST, network, _UNUSED)
+    if names_code(word):
+        if network is not None:
+            raise ValueError(
+                f"{network_option} must be left out with {role} {word}, a function, got {network!r}"
+            )
+        return model_of_file(word, None, None, images)
+    raise FileNotFoundError(
+        f"{word}: no such file or folder; {role} must be a run directory, a file of weights with "
+        f"{network_option}, or module:function"
+    )
+
+
+def digest_name(judged: JudgedModel) -> tuple[str, str]:
+    """Return the hash of a model's weights, and its name with a part of it."""
+    digest = digest_of(judged.model.state_dict())
+    return digest, f"{judged.name} {digest[:_DIGITS]}"

@@ -1,0 +1,119 @@
+"""What `fastadv transfer` does. The parameters are the options, the docstring their help."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from fastadv.commands.judged import Images, Reading, images_named, images_of_run
+from fastadv.commands.surrogates import model_by_word
+from fastadv.evaluation import transfer_matrix
+from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.transfer import check_matrix_file, check_transferable
+from fastadv.trainers.hardware import choose_device
+from fastadv.trainers.number import Number
+from fastadv.trainers.run_directory import RunDirectory
+
+_DEFAULT_EPS = 8 / 255
+
+
+def run_transfer(
+    models: Sequence[str],
+    attack: str = "pgd-20",
+    *,
+    model: str | None = None,
+    data: str | None = None,
+    root: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    workers: int | None = None,
+    eps: Number | None = None,
+    norm: Literal["linf", "l2", "l1"] = "linf",
+    alpha: Number | None = None,
+    batch_size: int = 256,
+    max_examples: int | None = None,
+    device: str | None = None,
+    seed: int = 0,
+    out: str | None = None,
+    quiet: bool = False,
+) -> str:
+    """The matrix.
+
+    Args:
+        models: two or more: run directories, files of weights, or module:function.
+        attack: one attack in a ball, by which adversarial images are made on each model.
+        model: the network of the files of weights, e.g. resnet18, timm:NAME or module:function.
+        data: as for `fastadv eval`; by default the data set of the runs.
+        root: folder of the files of cifar10 or cifar100; by default that of the first run.
+        resize: with folder: or hf:, pixels of the shorter side of each picture; by default its size is left.
+        crop: with folder: or hf:, pixels of each side of the square that is cut out of the middle.
+        interpolation: of the resizing, bilinear (the default) or bicubic.
+        workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
+        eps: radius of the ball; by default 8/255. It must be given with another norm than linf.
+        norm: norm of the ball.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4.
+        batch_size: images per pass.
+        max_examples: use only the first so many test images.
+        device: where to run; by default a GPU if there is one.
+        seed: of everything random.
+        out: file to write the matrix to, .json, .csv or .md.
+        quiet: show no progress.
+
+    Returns:
+        The matrix as text.
+    """
+    paths = list(dict.fromkeys(models))
+    if len(paths) < 2:
+        raise ValueError(f"models must be two or more, got {' '.join(models)!r}")
+    if eps is None and norm != "linf":
+        raise ValueError(
+            f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
+        )
+    radius = _DEFAULT_EPS if eps is None else eps
+    check_transferable(attack, radius, alpha)
+    if out is not None:
+        check_matrix_file(out)
+    where = choose_device(device)
+    images = _images(paths, data, root, Reading(resize, crop, interpolation, workers))
+    if model is not None and not any(Path(path).is_file() for path in paths):
+        raise ValueError(f"model must come with a file of weights, got {model!r}")
+    judged = [
+        model_by_word(path, model if Path(path).is_file() else None, images, "models", "model")
+        for path in paths
+    ]
+    names = distinct_names(paths)
+    matrix = transfer_matrix(
+        {name: one.model.to(where) for name, one in zip(names, judged, strict=True)},
+        images,
+        attack,
+        eps=radius,
+        norm=norm,
+        alpha=alpha,
+        batch_size=batch_size,
+        device=where,
+        seed=seed,
+        max_examples=max_examples,
+        progress=not quiet,
+    )
+    if out is not None:
+        matrix.save(out)
+    return matrix.table()
+
+
+def _images(paths: Sequence[str], data: str | None, root: str | None, reading: Reading) -> Images:
+    """The test images: of the data set asked for, else of that which all runs were trained on."""
+    runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
+    if data is not None and (root is not None or not runs):
+        return images_named(data, root, reading)
+    if not runs:
+        raise ValueError("data must be given, as no model is a run, which knows its data")
+    if data is None:
+        trained = {str(run.path): run.source()[0] for run in runs}
+        if len(set(trained.values())) > 1:
+            told = ", ".join(f"{path} on {name}" for path, name in trained.items())
+            raise ValueError(
+                f"data must be given, as the runs were trained on different data: {told}"
+            )
+    return images_of_run(runs[0], data, root, reading)

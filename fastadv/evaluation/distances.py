@@ -1,0 +1,76 @@
+"""How far a model's smallest adversarial perturbations reach, where an attack has no ball."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.fields import check_fields
+
+
+@dataclass(frozen=True)
+class Distances:
+    """The distances of the adversarial images that an attack without a ball has found.
+
+    Images that are classified wrongly without an attack, and images that the attack did not break, have no
+    distance and are in neither figure.
+
+    Attributes:
+        norm: in which the distances are.
+        broken: images that the attack broke, at whatever distance.
+        mean: of their distances; None where none was broken.
+        median: of their distances; None where none was broken.
+        curve: (radius, share of all images that are classified correctly and not broken within it).
+    """
+
+    norm: str
+    broken: int
+    mean: float | None = None
+    median: float | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def of(cls, distances: Tensor, norm: str, radii: Sequence[float]) -> Distances:
+        """Sum up distances.
+
+        Args:
+            distances: [N], 0 for images that need no attack and infinite where none was found.
+            norm: in which they are.
+            radii: at which accuracy is to be told, each an accuracy under this attack in a ball of that radius.
+        """
+        far = distances.double()
+        found = far[(far > 0) & far.isfinite()]
+        # An image at a radius itself is within it, whatever the last bit of the radius in float32.
+        curve = tuple((r, float((far > r * (1 + 1e-6)).double().mean())) for r in radii)
+        if len(found) == 0:
+            return cls(norm, 0, curve=curve)
+        middle = torch.quantile(found, 0.5)
+        return cls(norm, len(found), float(found.mean()), float(middle), curve)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Distances:
+        """Read back what ``dataclasses.asdict`` gave."""
+        curve = tuple((float(radius), float(share)) for radius, share in entry["curve"])
+        return cls(entry["norm"], entry["broken"], entry["mean"], entry["median"], curve)
+
+    def sentence(self, radius_text: str = "") -> str:
+        """The distances in words.
+
+        Args:
+            radius_text: the curve in words, if it is to be told.
+        """
+        if self.mean is None or self.median is None:
+            text = "no ball; no image was broken at any distance"
+        else:
+            text = (
+                f"no ball; {self.broken} images were broken, at a mean {self.norm} distance of "
+                f"{self.mean:.4g} and a median of {self.median:.4g}"
+            )
+        return text + (f"; {radius_text}" if radius_text else "")

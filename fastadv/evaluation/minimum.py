@@ -1,0 +1,169 @@
+"""Attacks without a ball: the smallest perturbation that breaks each image, as far as an attack can tell."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
+from fastadv.evaluation.attack_list import Minimum
+from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
+from fastadv.evaluation.verify import NORM_ORDERS, Audit, predict, tolerance
+from fastadv.ops.values import limit
+from fastadv.seeding import derive_seed
+
+# (images, labels, indices in the data) -> distance of each image's adversarial one, infinite where none was found
+Search = Callable[[Tensor, Tensor, Tensor], Tensor]
+_FIXED_C, _FIRST_C = 1.0, 1e-3  # for one value of c; where a search for c begins
+_HALVINGS = 7  # of the largest radius: radii are tried from the smallest of these upwards
+_BISECTIONS = 10
+
+
+@dataclass(frozen=True)
+class CarliniWagner:
+    """What `cwl2` is run with.
+
+    Attributes:
+        c: weight of the margin against the squared distance; None is 1 where one value is tried, and .001 as the
+            first of several.
+        lr: learning rate of Adam.
+    """
+
+    c: float | None = None
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name, value in (("c", self.c), ("lr", self.lr)):
+            if value is None:
+                continue
+            if not limit(f"cw_{name}", value) > 0:
+                raise ValueError(f"cw_{name} must be > 0, got {value}")
+            object.__setattr__(self, name, float(value))
+
+    def first_c(self, attack: Minimum) -> float:
+        """The first value of c that an attack tries."""
+        if self.c is not None:
+            return self.c
+        return _FIXED_C if attack.search_steps == 1 else _FIRST_C
+
+    def variant(self, attack: Minimum) -> str:
+        """What an attack's row is to say of it; empty for another attack."""
+        if attack.kind != "cwl2":
+            return ""
+        first = f"c {'from ' * (attack.search_steps > 1)}{self.first_c(attack):g}"
+        return first if self.lr == CarliniWagner.lr else f"{first}, lr {self.lr:g}"
+
+
+def norm_of(attack: Minimum, norm: str) -> str:
+    """The norm in which an attack measures distances: its own, or that of the evaluation."""
+    return "l2" if attack.kind == "cwl2" else norm
+
+
+def smallest_perturbations(
+    runner: Runner, attack: Minimum, constants: CarliniWagner, correct: Tensor
+) -> tuple[Outcome, Tensor]:
+    """Look for the smallest perturbation of each image that is classified correctly.
+
+    Args:
+        runner: the model and the data.
+        attack: which attack.
+        constants: of the attack of Carlini and Wagner.
+        correct: [N] bool, the images to attack.
+
+    Returns:
+        Which images were not broken at any distance, and the distances [N] float32 on the CPU: 0 for the images
+        that were not attacked, infinite for those that were not broken.
+
+    Raises:
+        RuntimeError: when an adversarial image is not admissible, which is a fault of this package.
+    """
+    start, norm = time.perf_counter(), norm_of(attack, runner.norm)
+    audit = Audit(math.inf, norm, runner.samples.bounds)
+    search = _carlini_wagner if attack.kind == "cwl2" else _by_bisection
+    distances = torch.zeros(len(correct))
+    find = search(runner, attack, constants, audit)
+    for indices in runner.batches(attack.name, correct.nonzero().flatten()):
+        x, y = runner.samples.take(indices, runner.device)
+        distances[indices] = find(x, y, indices).float().cpu()
+    if problems := audit.problems():
+        raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
+    return Outcome(distances.isinf(), (), time.perf_counter() - start), distances
+
+
+def _carlini_wagner(
+    runner: Runner, attack: Minimum, constants: CarliniWagner, audit: Audit
+) -> Search:
+    method = CWL2(
+        runner.source,
+        constants.first_c(attack),
+        steps=attack.steps,
+        lr=constants.lr,
+        search_steps=attack.search_steps,
+        bounds=runner.samples.bounds,
+        engine="eager",
+    )
+    seed = derive_seed(runner.seed, f"evaluate/{attack.name}")
+
+    def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
+        adv = admissible_or_clean(x, adv, audit)
+        return _distances(x, adv, "l2").where(predict(runner.model, adv) != y, torch.inf)
+
+    return find
+
+
+def _by_bisection(
+    runner: Runner, attack: Minimum, constants: CarliniWagner, audit: Audit
+) -> Search:
+    x, _ = runner.samples.take(torch.tensor([0]), runner.device)
+    low, high = runner.samples.bounds
+    largest = (high - low) * {"linf": 1, "l2": x.numel() ** 0.5, "l1": x.numel()}[runner.norm]
+    common: dict[str, Any] = dict(
+        norm=runner.norm, bounds=(low, high), precision="fp32", engine="eager"
+    )
+    method = (
+        FGSM(runner.source, largest, **common)
+        if attack.kind == "fgsm"
+        else PGD(runner.source, largest, largest / 4, attack.steps, **common)
+    )
+    seed = derive_seed(runner.seed, f"evaluate/{attack.name}")
+
+    def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        ids = indices.to(x.device)
+        radii = torch.full((len(x),), torch.inf, device=x.device)
+        # An attack can fail at a large radius where it succeeds at a small one, so that one goes upwards.
+        for halvings in range(_HALVINGS, -1, -1):
+            rows = radii.isinf().nonzero().flatten()
+            if len(rows) == 0:
+                break
+            radii[rows] = minimum_perturbation(
+                method,
+                x[rows],
+                y[rows],
+                max_eps=largest / 2**halvings,
+                iterations=_BISECTIONS,
+                seed=seed,
+                sample_ids=ids[rows],
+                judge=runner.model,
+            )
+        rows = radii.isfinite().nonzero().flatten()
+        if len(rows):
+            adv = method(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=radii[rows])
+            audit.check(x[rows], adv)
+            reached = _distances(x[rows], adv, runner.norm)
+            slack = tolerance(runner.norm, x[0].numel(), runner.samples.bounds)
+            if bool((reached > radii[rows] + slack).any()):
+                raise RuntimeError(f"{attack.name} returned images outside their balls")
+        return radii
+
+    return find
+
+
+def _distances(x: Tensor, adv: Tensor, norm: str) -> Tensor:
+    return torch.linalg.vector_norm((adv - x).flatten(1), ord=NORM_ORDERS[norm], dim=1)

@@ -1,0 +1,173 @@
+"""The rows of an evaluation: each attack run, and what it left as a row of the report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastadv.evaluation.attack_list import (
+    STOPS_EARLY,
+    Attack,
+    Clean,
+    Ensemble,
+    Foreign,
+    Gradient,
+    Minimum,
+    averages,
+    stops_early,
+)
+from fastadv.evaluation.autoattack import SearchEngine, autoattack
+from fastadv.evaluation.distances import Distances
+from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
+from fastadv.evaluation.report import Row
+from fastadv.evaluation.runner import Outcome, Runner
+
+_RANDOM = "the model draws random numbers: two passes over the same images differ"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Runs attacks and makes their rows.
+
+    Attributes:
+        runner: the model and the data.
+        clean: which images are classified correctly without an attack.
+        radii: all radii of the evaluation.
+        constants: of the attack of Carlini and Wagner.
+        engine: how AutoAttack searches.
+        state_dir: where AutoAttack's state is kept; with several radii, a folder of each is in it.
+        surrogate: what the model is called on which adversarial images are made; empty for the judged one.
+        is_random: whether the model draws random numbers.
+    """
+
+    runner: Runner
+    clean: Outcome
+    radii: Sequence[float]
+    constants: CarliniWagner
+    engine: SearchEngine
+    state_dir: str | os.PathLike[str] | None
+    surrogate: str
+    is_random: bool
+
+    def row(self, attack: Attack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
+        """Run one attack.
+
+        Args:
+            attack: which one.
+            eps: radius of the ball.
+            left: [N] bool, the images to attack; None is all that are classified correctly.
+
+        Returns:
+            Its row, and the images that are left after it, [N] bool.
+        """
+        row, robust = self._run(attack, eps, left)
+        if isinstance(attack, Gradient) and self.runner.passes > 1:
+            row = replace(row, variant=f"EOT {self.runner.passes}")
+        if self.surrogate and not isinstance(attack, Clean):
+            early = (STOPS_EARLY,) if stops_early(attack) else ()
+            row = replace(row, surrogate=self.surrogate, notes=(*row.notes, *early))
+        if self.is_random:
+            row = self._of_random_model(attack, row)
+        return row, robust
+
+    def _of_random_model(self, attack: Attack, row: Row) -> Row:
+        """Say what randomness does to a row: what follows one gradient each time finds too little."""
+        note = _RANDOM
+        weak = averages(attack) and self.runner.passes == 1
+        if weak:
+            note += (
+                "; this attack follows one gradient a step where --eot follows the mean of several"
+            )
+        status = "suspect" if weak and row.status == "ok" else row.status
+        return replace(row, status=status, notes=(*row.notes, note))
+
+    def _run(self, attack: Attack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
+        if isinstance(attack, Clean):
+            return self._row_of(attack, self.clean, 0.0), self.clean.robust
+        if isinstance(attack, Ensemble):
+            return self._autoattack(attack, eps, left)
+        if isinstance(attack, Minimum):
+            return self._minimum(attack)
+        left = self.clean.robust if left is None else left
+        if isinstance(attack, Gradient):
+            outcome = self.runner.gradient(attack, eps, left)
+            row = self._row_of(attack, outcome, eps)
+            return replace(row, alpha=attack.alpha, steps=attack.steps), outcome.robust
+        assert isinstance(attack, Foreign)
+        outcome = self.runner.foreign(attack, eps, left)
+        return self._row_of(attack, outcome, eps), outcome.robust
+
+    def _row_of(self, attack: Attack, outcome: Outcome, eps: float) -> Row:
+        return Row(
+            name=attack.name,
+            n=len(self.runner.samples),
+            correct=int(outcome.robust.sum()),
+            eps=eps,
+            seed=self.runner.seed,
+            seconds=outcome.seconds,
+            status="invalid" if outcome.problems else "ok",
+            notes=(*outcome.problems, *outcome.notes),
+        )
+
+    def _minimum(self, attack: Minimum) -> tuple[Row, Tensor]:
+        runner = self.runner
+        outcome, distances = smallest_perturbations(
+            runner, attack, self.constants, self.clean.robust
+        )
+        norm = norm_of(attack, runner.norm)
+        radii = self.radii if norm == runner.norm else ()
+        row = replace(
+            self._row_of(attack, outcome, 0.0),
+            alpha=self.constants.lr if attack.kind == "cwl2" else None,
+            steps=attack.steps,
+            variant=self.constants.variant(attack),
+            distances=Distances.of(distances, norm, radii),
+        )
+        return row, outcome.robust
+
+    def _autoattack(self, attack: Ensemble, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
+        runner, samples = self.runner, self.runner.samples
+        robust = torch.zeros(len(samples), dtype=torch.bool)
+        if left is None:
+            transfers = runner.surrogate is not None
+            left = self.clean.robust if transfers else torch.ones_like(robust)
+        indices = left.nonzero().flatten()
+        row = Row(attack.name, len(samples), 0, eps, runner.seed, 0.0)
+        if len(indices) == 0:
+            return row, robust
+        result = autoattack(
+            runner.source,
+            samples.part(indices),
+            eps=eps,
+            norm=runner.norm,
+            bounds=samples.bounds,
+            batch_size=runner.batch_size,
+            device=runner.device,
+            seed=runner.seed,
+            state_dir=self._state_of(eps),
+            progress=runner.progress.enabled,
+            engine=self.engine,
+            sample_ids=indices,
+        )
+        row = replace(row, seconds=result.seconds, search=result.search, status=result.status)
+        if runner.surrogate is None:
+            robust[indices] = result.robust
+            row = replace(row, notes=result.notes, stages=result.stages)
+        else:
+            # Warnings, and what each attack left, are about the surrogate's accuracy, which nobody asked for.
+            robust[indices] = True
+            robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
+            if result.status != "invalid":
+                row = replace(row, status="ok")
+            row = replace(row, notes=tuple(f"of the surrogate: {note}" for note in result.notes))
+        return replace(row, correct=int(robust.sum())), robust
+
+    def _state_of(self, eps: float) -> str | os.PathLike[str] | None:
+        if self.state_dir is None or len(self.radii) == 1:
+            return self.state_dir
+        return Path(self.state_dir) / f"eps-{eps:.9g}"

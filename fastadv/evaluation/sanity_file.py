@@ -1,0 +1,106 @@
+"""The findings of masking checks, together in one file: a later check adds to the earlier ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastadv.evaluation.results import Subject
+from fastadv.evaluation.sanity import Finding, findings_text
+from fastadv.files import naming, write_atomically
+from fastadv.locks import locked
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SanityResult:
+    """The findings on one model, with all that they depend on.
+
+    Attributes:
+        subject: what was judged.
+        findings: of the checks.
+        n: images looked at.
+        eps: radius of the ball.
+        norm: of the ball.
+        seed: of everything random.
+        surrogate: what the surrogate is called; empty without one.
+        eot: passes for each gradient.
+    """
+
+    subject: Subject
+    findings: tuple[Finding, ...]
+    n: int
+    eps: float
+    norm: str
+    seed: int = 0
+    surrogate: str = ""
+    eot: int = 1
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the findings depend on; a result replaces one of the same key."""
+        subject = self.subject
+        judged = (subject.weights, subject.checkpoint, subject.data, subject.images, self.n)
+        return (*judged, self.eps, self.norm, self.seed, self.surrogate, self.eot)
+
+    def text(self) -> str:
+        """The findings in words."""
+        return findings_text(self.findings, self.n, self.eps, self.norm)
+
+
+def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
+    """Read the findings that a file holds.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged or something else; the message names the file.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content["format"] != _FORMAT:
+            raise ValueError(f"findings must have format {_FORMAT}, got {content['format']!r}")
+        return [_from_dict(entry) for entry in content["checks"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{os.fspath(path)}: findings are damaged: {error}") from error
+
+
+def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Path:
+    """Add findings to those of a file, in the place of earlier ones of the same key.
+
+    Raises:
+        ValueError: when the file is there and damaged; it stays as it is.
+        OSError: when the file cannot be written.
+    """
+    target = Path(path)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target), naming(target):
+        known: Sequence[SanityResult] = load_sanity_results(target) if target.exists() else ()
+        merged = {one.key: one for one in (*known, result)}
+        content = {"format": _FORMAT, "checks": [_to_dict(one) for one in merged.values()]}
+        return write_atomically(target, json.dumps(content, indent=2) + "\n")
+
+
+def _to_dict(result: SanityResult) -> dict[str, Any]:
+    content = asdict(result)
+    for entry, finding in zip(content["findings"], result.findings, strict=True):
+        entry["verdict"] = finding.verdict
+    return content
+
+
+def _from_dict(entry: dict[str, Any]) -> SanityResult:
+    findings = tuple(
+        Finding(
+            found["check"],
+            found["ok"],
+            found["message"],
+            tuple((float(value), float(share)) for value, share in found["accuracies"]),
+        )
+        for found in entry["findings"]
+    )
+    return SanityResult(**{**entry, "subject": Subject(**entry["subject"]), "findings": findings})

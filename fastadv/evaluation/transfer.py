@@ -1,0 +1,407 @@
+"""Black-box transfer: adversarial images that are made on one model and judged by another."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.evaluation.attack_list import (
+    STOPS_EARLY,
+    AttackChoice,
+    Clean,
+    Ensemble,
+    Foreign,
+    Gradient,
+    Minimum,
+    check_fewest_classes,
+    parse_attacks,
+    stops_early,
+)
+from fastadv.evaluation.autoattack import autoattack
+from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.metrics import wilson_interval
+from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.report import format_eps, library_versions
+from fastadv.evaluation.runner import Runner, admissible_or_clean
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.verify import Audit
+from fastadv.fields import check_fields
+from fastadv.files import write_atomically
+from fastadv.ops.values import integer, limit, norm_name
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """A model on which adversarial images for another are made.
+
+    Attributes:
+        model: as for ``evaluate``, with the same classes as the judged one.
+        name: what it is called in a report; by default the model's class.
+    """
+
+    model: Model
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not callable(self.model):
+            raise TypeError(f"surrogate must be a model, got {type(self.model).__name__}")
+        object.__setattr__(self, "name", self.name or type(self.model).__name__)
+
+
+def as_surrogate(surrogate: Surrogate | Model | None) -> Surrogate | None:
+    """Give a model that comes without a name its class's.
+
+    Raises:
+        TypeError: it is no model.
+    """
+    if surrogate is None or isinstance(surrogate, Surrogate):
+        return surrogate
+    return Surrogate(surrogate)
+
+
+@dataclass(frozen=True)
+class TransferMatrix:
+    """Accuracies of models on adversarial images that were made on each of them.
+
+    Attributes:
+        attack: its name.
+        names: of the models.
+        correct: images that a model still classifies correctly, by source and then by target; where the two are
+            one, the attack is a white-box one.
+        clean: images that each model classifies correctly without an attack.
+        n: images.
+        eps: radius of the ball.
+        norm: of the ball.
+        bounds: range of image values.
+        seed: of everything random.
+        alpha: step size, where the attack has one.
+        data: name of the data.
+        seconds: wall-clock time.
+        notes: what is to be known of the attack or was wrong with its images, one sentence each.
+        versions: of the libraries that matter.
+    """
+
+    attack: str
+    names: tuple[str, ...]
+    correct: tuple[tuple[int, ...], ...]
+    clean: tuple[int, ...]
+    n: int
+    eps: float
+    norm: str
+    bounds: tuple[float, float]
+    seed: int
+    alpha: float | None = None
+    data: str = ""
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        rows = (*self.correct, self.clean)
+        count = len(self.names)
+        if len(self.correct) != count or any(len(row) != count for row in rows):
+            raise ValueError(f"correct must be {count} x {count}, as there are {count} names")
+        for value in (value for row in rows for value in row):
+            wilson_interval(value, self.n)  # checks the count
+
+    def accuracy(self, source: str, target: str) -> float:
+        """Share of all images that the target classifies correctly as they were made on the source.
+
+        Raises:
+            KeyError: naming the models there are.
+        """
+        return self.correct[self._index(source)][self._index(target)] / self.n
+
+    def _index(self, name: str) -> int:
+        if name not in self.names:
+            raise KeyError(f"no model {name!r}, there are {', '.join(self.names)}")
+        return self.names.index(name)
+
+    def __str__(self) -> str:
+        """The table as text."""
+        return self.table()
+
+    def table(self) -> str:
+        """An aligned plain-text table."""
+        cells = self._cells()
+        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+        lines = [
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
+            for line in cells
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self._caption(), "", *lines, *self._remarks()]) + "\n"
+
+    def markdown(self) -> str:
+        """The table in markdown."""
+        heading, *rest = (
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
+            for line in self._cells()
+        )
+        rule = "| --- |" + " ---: |" * len(self.names)
+        return "\n".join([self._caption(), "", heading, rule, *rest, *self._remarks()]) + "\n"
+
+    def to_csv(self) -> str:
+        """One line per pair of models; accuracies are fractions."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("source", "target", "attack", "accuracy", "low", "high", "correct", "n"))
+        for source, row in zip(("", *self.names), (self.clean, *self.correct), strict=True):
+            attack = self.attack if source else "clean"
+            for target, correct in zip(self.names, row, strict=True):
+                interval = wilson_interval(correct, self.n)
+                writer.writerow(
+                    (source, target, attack, correct / self.n, *interval, correct, self.n)
+                )
+        return text.getvalue()
+
+    def to_json(self) -> str:
+        """All of it as JSON text."""
+        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the matrix atomically, as its suffix says: ``.json``, ``.csv`` or ``.md``.
+
+        Raises:
+            ValueError: for another suffix.
+        """
+        return write_atomically(path, _writer(path)(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TransferMatrix:
+        """Read a matrix saved as JSON.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is no matrix; the message names the file.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = content.pop("format") if isinstance(content, dict) else None
+            if version != _FORMAT:
+                raise ValueError(f"a transfer matrix must have format {_FORMAT}, got {version!r}")
+            return cls(**{f.name: content[f.name] for f in fields(cls)})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def _cells(self) -> list[list[str]]:
+        def line(title: str, row: Sequence[int]) -> list[str]:
+            return [title, *(f"{100 * correct / self.n:.2f}" for correct in row)]
+
+        heading = ["made on \\ judged", *self.names]
+        made = [line(name, row) for name, row in zip(self.names, self.correct, strict=True)]
+        return [heading, line("no attack", self.clean), *made]
+
+    def _caption(self) -> str:
+        data = f"{self.data}, " if self.data else ""
+        return (
+            f"{data}{self.n} images, {self.attack} at {format_eps(self.eps)} {self.norm}, seed {self.seed}: "
+            "accuracy in %, white box on the diagonal"
+        )
+
+    def _remarks(self) -> list[str]:
+        return ["", *self.notes] if self.notes else []
+
+
+_WRITERS: dict[str, Callable[[TransferMatrix], str]] = {
+    ".json": TransferMatrix.to_json,
+    ".csv": TransferMatrix.to_csv,
+    ".md": TransferMatrix.markdown,
+}
+
+
+def _writer(path: str | os.PathLike[str]) -> Callable[[TransferMatrix], str]:
+    suffix = Path(path).suffix.lower()
+    if suffix not in _WRITERS:
+        raise ValueError(f"out must end in one of {', '.join(_WRITERS)}, got {os.fspath(path)!r}")
+    return _WRITERS[suffix]
+
+
+def check_matrix_file(path: str | os.PathLike[str]) -> None:
+    """Require a name that `TransferMatrix.save` takes.
+
+    Raises:
+        ValueError: for another suffix.
+    """
+    _writer(path)
+
+
+def check_transferable(
+    attack: AttackChoice, eps: float, alpha: float | None
+) -> Gradient | Ensemble | Foreign:
+    """Require an attack in a ball, run once per image or with restarts.
+
+    Raises:
+        ValueError: for another one, or an unknown name.
+    """
+    parsed = parse_attacks(attack, eps, alpha)
+    found = parsed[0]
+    if (
+        len(parsed) > 1
+        or isinstance(found, (Clean, Minimum))
+        or (isinstance(found, Gradient) and found.runs > 1)
+    ):
+        name = attack if isinstance(attack, str) else attack[0]
+        raise ValueError(
+            f"attack must be one attack in a ball, such as pgd-20 or autoattack, got {name!r}"
+        )
+    return found
+
+
+def transfer_matrix(
+    models: Mapping[str, Model],
+    data: Any,
+    attack: AttackChoice = "pgd-20",
+    *,
+    eps: float = 8 / 255,
+    alpha: float | None = None,
+    norm: str = "linf",
+    bounds: tuple[float, float] = (0.0, 1.0),
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+    max_examples: int | None = None,
+    progress: bool = True,
+) -> TransferMatrix:
+    """Make adversarial images on each of several models, and let every one of them judge these.
+
+    The accuracy of a pair is the one that ``evaluate(target, data, attack, surrogate=source)`` finds: among all
+    images, those that the target gets wrong without an attack included. The images are made once for all targets.
+
+    Args:
+        models: by name, at least two, as for ``evaluate``; all with the same classes.
+        data: as for ``evaluate``.
+        attack: a name or a pair as for ``evaluate``, of an attack in a ball.
+        eps: radius of the ball.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4.
+        norm: of the ball.
+        bounds: range of image values.
+        batch_size: images per pass.
+        device: where to run; by default where the first model is.
+        seed: of everything random.
+        max_examples: use only the first so many images.
+        progress: bars on a terminal, one line per model elsewhere; false for silence.
+
+    Returns:
+        The matrix.
+
+    Raises:
+        ValueError: for fewer than two models, models of different classes, an attack without a ball, or an
+            argument out of range.
+        TypeError: for an argument of the wrong kind.
+        RuntimeError: when one of this package's attacks returned an inadmissible image.
+    """
+    start = time.perf_counter()
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise ValueError(f"models must be two or more by name, got {models!r:.200}")
+    norm, seed, eps = norm_name(norm), integer("seed", seed), limit("eps", eps)
+    alpha = None if alpha is None else limit("alpha", alpha)
+    chosen = check_transferable(attack, eps, alpha)
+    samples = as_samples(data, bounds, max_examples)
+    eps, say = check_eps(eps, norm, samples), Progress(progress)
+    with ExitStack() as held:
+        first, *others = models.values()
+        where = held.enter_context(evaluation_mode(first, device))
+        for model in others:
+            held.enter_context(evaluation_mode(model, where))
+        runners = [
+            Runner(model, samples, norm, check_batch_size(batch_size), where, seed, say)
+            for model in models.values()
+        ]
+        _check_classes(list(models), runners, chosen)
+        clean = [runner.clean().robust for runner in runners]
+        rows: list[tuple[int, ...]] = []
+        notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
+        for name, source in zip(models, runners, strict=True):
+            robust, problems = _judged(chosen, eps, source, runners, clean)
+            rows.append(tuple(int(flags.sum()) for flags in robust))
+            notes += [f"{chosen.name} on {name}: {problem}" for problem in problems]
+            shares = ", ".join(
+                f"{100 * correct / len(samples):.2f} % on {target}"
+                for target, correct in zip(models, rows[-1], strict=True)
+            )
+            say.line(f"{chosen.name} made on {name}: {shares}")
+    return TransferMatrix(
+        attack=chosen.name,
+        names=tuple(models),
+        correct=tuple(rows),
+        clean=tuple(int(flags.sum()) for flags in clean),
+        n=len(samples),
+        eps=eps,
+        norm=norm,
+        bounds=samples.bounds,
+        seed=seed,
+        alpha=chosen.alpha if isinstance(chosen, Gradient) else None,
+        data=samples.name,
+        seconds=time.perf_counter() - start,
+        notes=tuple(notes),
+        versions=library_versions(),
+    )
+
+
+def _check_classes(
+    names: Sequence[str], runners: Sequence[Runner], attack: Gradient | Ensemble | Foreign
+) -> None:
+    classes = [runner.check_labels() for runner in runners]
+    for name, count in zip(names, classes, strict=True):
+        if count != classes[0]:
+            raise ValueError(
+                f"models must have the same classes, got {classes[0]} of {names[0]} and {count} of {name}"
+            )
+    check_fewest_classes([attack], classes[0])
+
+
+def _judged(
+    attack: Gradient | Ensemble | Foreign,
+    eps: float,
+    source: Runner,
+    targets: Sequence[Runner],
+    clean: Sequence[Tensor],
+) -> tuple[list[Tensor], list[str]]:
+    """Which images [N] bool each target still gets right as they were made on the source, and what was wrong."""
+    samples, robust = source.samples, [flags.clone() for flags in clean]
+    if isinstance(attack, Ensemble):
+        indices = torch.stack(robust).any(0).nonzero().flatten()
+        if len(indices) == 0:
+            return robust, []
+        result = autoattack(
+            source.model,
+            samples.part(indices),
+            eps=eps,
+            norm=source.norm,
+            bounds=samples.bounds,
+            batch_size=source.batch_size,
+            device=source.device,
+            seed=source.seed,
+            progress=source.progress.enabled,
+            sample_ids=indices,
+        )
+        for flags, target in zip(robust, targets, strict=True):
+            flags &= ~target.misjudged(indices[result.fooled], result.adversarial)
+        return robust, list(result.notes)
+    audit = Audit(eps, source.norm, samples.bounds)
+    for perturb in source.perturbations(attack, eps):
+        left = torch.stack(robust).any(0).nonzero().flatten()
+        for indices in source.batches(attack.name, left):
+            x, y = samples.take(indices, source.device)
+            adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+            for flags, target in zip(robust, targets, strict=True):
+                flags[indices] &= (target.predicted(adv, attack.name, indices) == y).cpu()
+    problems = audit.problems()
+    if problems and isinstance(attack, Gradient):
+        raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
+    return robust, problems
