@@ -55,6 +55,8 @@ def run_evaluation(
     seed: int = 0,
     out: str | None = None,
     quiet: bool = False,
+    keep_images: int = 16,
+    command: str = "",
 ) -> str:
     """The evaluation.
 
@@ -86,6 +88,9 @@ def run_evaluation(
             WEIGHTS.eval.json beside a file of weights. A function that returns a trained model has no folder; its
             results go to eval.json in the current one.
         quiet: show no progress.
+        keep_images: how many adversarial images of each attack to keep in the folder worst beside the results,
+            those of whose wrong class the model is most sure; 0 for none.
+        command: the command line, for the record.
 
     Returns:
         The table. Its results have been added to the file, each as soon as its attack ended.
@@ -120,8 +125,9 @@ def run_evaluation(
         images=digest_of(
             {"images": images.images[:max_examples], "labels": images.labels[:max_examples]}
         ),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
-    keeper = ResultKeeper(judged.results if out is None else Path(out), subject)
+    keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
     if not quiet:
         keeper.warn()
         if judged.others:
@@ -154,6 +160,7 @@ def run_evaluation(
             state_dir=state,
             on_row=keeper.add,
             expected=judged.clean,
+            keep_images=keep_images,
         )
         text = report.table() + _about_radius(eps, radius, norm, report, recorded)
         keeper.close(text)

@@ -30,6 +30,7 @@ from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, Row, library_versions
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 
 _ENOUGH = 50  # clean images to tell guessing from knowing
@@ -55,6 +56,7 @@ def evaluate(
     on_row: Callable[[Report], None] | None = None,
     expected: float | None = None,
     engine: SearchEngine = "auto",
+    keep_images: int = 0,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -98,6 +100,8 @@ def evaluate(
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
         engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
+        keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
+            class the model is most sure.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -125,7 +129,10 @@ def evaluate(
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
-        runner = Runner(model, samples, norm, check_batch_size(batch_size), where, seed, say)
+        runner = Runner(
+            *(model, samples, norm, check_batch_size(batch_size), where, seed, say),
+            worst=WorstKeeper(integer("keep_images", keep_images, at_least=0)),
+        )
         classes = runner.check_labels()
         if asks_autoattack:
             check_classes(STANDARD, classes)
@@ -222,6 +229,7 @@ def _plain_row(
         steps=steps,
         status="invalid" if outcome.problems else "ok",
         notes=outcome.problems,
+        worst=runner.worst.take(attack.name),
     )
 
 
@@ -262,6 +270,7 @@ def _autoattack_row(
         notes=result.notes,
         stages=result.stages,
         search=result.search,
+        worst=runner.worst_of(attack.name, indices, result.fooled, result.adversarial),
     )
     return row, robust
 

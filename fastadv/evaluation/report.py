@@ -7,12 +7,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from fastadv.evaluation.metrics import wilson_interval
+from fastadv.evaluation.worst import WorstImages
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.ops.values import limit
@@ -65,6 +66,7 @@ class Row:
         stages: for an ensemble, what was left after each of its attacks.
         search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
             ``"reference"``.
+        worst: adversarial images of the attack, where some were to be kept; they are no part of its JSON.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Row:
     notes: tuple[str, ...] = ()
     stages: tuple[Stage, ...] = ()
     search: str = ""
+    worst: WorstImages | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -152,10 +155,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types, with accuracies and intervals written out for other readers."""
-        content = asdict(self)
-        for entry, row in zip(content["rows"], self.rows, strict=True):
-            entry["accuracy"] = row.accuracy
-            entry["interval"] = row.interval
+        content = asdict(replace(self, rows=()))
+        content["rows"] = [row_to_dict(row) for row in self.rows]
         return {"format": _FORMAT, **json.loads(json.dumps(content))}
 
     @classmethod
@@ -216,7 +217,7 @@ class Report:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_CSV_COLUMNS)
         for row in self.rows:
-            values = {**asdict(row), "accuracy": row.accuracy, "notes": "; ".join(row.notes)}
+            values = {**row_to_dict(row), "notes": "; ".join(row.notes)}
             values["low"], values["high"] = row.interval
             writer.writerow(["" if values[name] is None else values[name] for name in _CSV_COLUMNS])
         return text.getvalue()
@@ -298,6 +299,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def row_to_dict(row: Row) -> dict[str, Any]:
+    """All figures of a row, with accuracy and interval written out; adversarial images are left out."""
+    content = asdict(replace(row, worst=None))
+    del content["worst"]
+    return {**content, "accuracy": row.accuracy, "interval": row.interval}
+
+
 def row_from_dict(entry: dict[str, Any]) -> Row:
     """Read a row back from an entry of ``Report.to_dict``.
 
@@ -308,10 +316,22 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
     """
     # Before there was a choice, only the reference ran ensembles, which alone have stages.
     known = {"search": REFERENCE if entry["stages"] else "", **entry}
-    values = {f.name: known[f.name] for f in fields(Row)}
+    values = known_fields(Row, known)
     values["notes"] = tuple(entry["notes"])
-    values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])
-    return Row(**values)
+    values["stages"] = tuple(Stage(**known_fields(Stage, stage)) for stage in entry["stages"])
+    return Row(**{**values, "worst": None})
+
+
+def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says of the fields of a dataclass. Other versions may write more, or less of the later ones.
+
+    Raises:
+        KeyError: when a field without a default is missing.
+    """
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    for name in needed:
+        entry[name]
+    return {f.name: entry[f.name] for f in fields(kind) if f.name in entry}
 
 
 def format_eps(eps: float) -> str:

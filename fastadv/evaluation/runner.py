@@ -18,6 +18,7 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import Audit, logits_of, predict
+from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data) -> adversarial images
@@ -50,6 +51,7 @@ class Runner:
     device: torch.device
     seed: int
     progress: Progress = field(default_factory=lambda: Progress(False))
+    worst: WorstKeeper = field(default_factory=WorstKeeper)
 
     def check_labels(self) -> int:
         """Require that the model knows all labels, and return its number of classes.
@@ -164,8 +166,29 @@ class Runner:
         for indices in self._bar(name, correct.nonzero().flatten()):
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
-            robust[indices] = (predict(self.model, adv) == y).cpu()
+            logits = logits_of(self.model, adv)
+            self.worst.see(name, x, adv, y, logits, indices)
+            robust[indices] = (logits.argmax(dim=1) == y).cpu()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
+
+    def worst_of(
+        self, name: str, attacked: Tensor, fooled: Tensor, adversarial: Tensor
+    ) -> WorstImages | None:
+        """The worst of the images that an ensemble broke, where any are to be kept.
+
+        Args:
+            name: of the attack.
+            attacked: which images of the data it was given, [N].
+            fooled: which of these it broke, [M].
+            adversarial: what it made of them, [M, ...].
+        """
+        if self.worst.keep and len(fooled):
+            for part in torch.arange(len(fooled)).split(self.batch_size):
+                indices = attacked[fooled[part]]
+                x, y = self.samples.take(indices, self.device)
+                adv = adversarial[part].to(self.device)
+                self.worst.see(name, x, adv, y, logits_of(self.model, adv), indices)
+        return self.worst.take(name)
 
     def _bar(self, label: str, indices: Tensor) -> Iterator[Tensor]:
         batches = self.samples.batches(self.batch_size, indices)
