@@ -53,6 +53,7 @@ def _environment(table: Table) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    # A bracket at the start of a row would be taken for an argument of the \\ before it.
-    text = " & ".join(re.sub(r"^\[", "{[}", escape(cell)) for cell in cells)
+    # Intervals are small. In braces, as a bracket after \\ would be taken for its argument.
+    intervals = (re.sub(r"\[[-0-9., ]+\]$", r"{\\scriptsize \g<0>}", escape(c)) for c in cells)
+    text = " & ".join(intervals)
     return rf"    {text} \\"

@@ -49,7 +49,8 @@ figcaption { color: var(--soft); font-size: .85rem; }
 details { margin: .75rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 40rem) { body { padding: .9rem; } th, td { padding: .35rem .5rem; }
-  th:first-child, td:first-child { max-width: 9rem; overflow-wrap: anywhere; white-space: normal; } }
+  th:first-child, td:first-child { min-width: 5rem; max-width: 9rem; overflow-wrap: break-word;
+    white-space: normal; } }
 @media print { .scroll { overflow: visible; } details { display: block; } }
 """
 

@@ -74,16 +74,15 @@ class Summary:
 
     @property
     def tables(self) -> list[Table]:
-        """All tables that have a row."""
-        tables = [
-            self.accuracies(),
-            self.trade_offs(),
-            self.over_seeds(),
-            self.published_points(),
-            self.stages(),
-            self.results(),
-            self.origins(),
-        ]
+        """All tables that have a row; those for print first."""
+        tables = [*self.printed, self.results(), self.origins()]
+        return [table for table in tables if table.rows]
+
+    @property
+    def printed(self) -> list[Table]:
+        """The tables that fit on paper and have a row."""
+        tables = [self.accuracies(), self.trade_offs(), self.over_seeds()]
+        tables += [self.published_points(), self.stages()]
         return [table for table in tables if table.rows]
 
     def accuracies(self) -> Table:
@@ -105,7 +104,7 @@ class Summary:
         """The attack by which a line's trade-off is measured: the plot's, else AutoAttack, else its last one."""
         attacks = [title for title in self.comparison.attacks if title in line.cells]
         attacks = [title for title in attacks if title != CLEAN]
-        if self.robust in attacks:
+        if self.robust in attacks and line.radius == self.radius:
             return self.robust
         ensembles = [title for title in attacks if line.cells[title].row.name == AUTOATTACK]
         return next(iter(ensembles or attacks[::-1]), None)
@@ -196,7 +195,8 @@ class Summary:
         """What each attack of an ensemble left."""
         rows = []
         for line, title, result in self.listed():
-            row, before = result.row, None
+            row, clean = result.row, line.cells.get(CLEAN)
+            before = None if clean is None or result.after else clean.row.correct
             for stage in row.stages:
                 low, high = wilson_interval(stage.correct, row.n)
                 rows.append(

@@ -46,16 +46,17 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown(tables: Sequence[Table], title: str) -> str:
     """A Markdown document of some tables."""
-    return "\n\n".join([f"# {title}", *map(_section, tables)]) + "\n"
+    return "\n\n".join([f"# {_escaped(title)}", *map(_section, tables)]) + "\n"
 
 
 def _section(table: Table) -> str:
     rule = ["---" if table.is_text(i) else "---:" for i in range(len(table.heading))]
     lines = [table.heading, rule, *table.rows]
     text = "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
-    notes = "".join(f"\n- {note}" for note in table.notes)
+    notes = "".join(f"\n- {_escaped(note)}" for note in table.notes)
     return f"## {table.title}\n\n{text}" + (f"\n{notes}" if notes else "")
 
 
 def _escaped(cell: str) -> str:
-    return cell.replace("|", r"\|").replace("\n", " ")
+    """Text that neither ends a cell nor is taken for HTML."""
+    return cell.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")

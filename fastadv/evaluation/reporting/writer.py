@@ -49,11 +49,11 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
         names.append(_file_name(curves, names))
     tables = summary.tables
     notes = [summary.no_plot] if summary.no_plot else []
-    worst = galleries(summary.comparison, summary.radius)
+    worst = galleries(summary.comparison, summary.radius) or galleries(summary.comparison, None)
     files: dict[str, str | bytes] = {
         "report.md": markdown(tables, title) + "".join(f"\n{note}\n" for note in notes),
         "report.csv": to_csv(summary),
-        "report.tex": latex(tables),
+        "report.tex": latex(summary.printed),
         "report.json": to_json(summary),
         "report.html": page(title, _subtitle(summary), tables, plots, worst, notes),
     }
