@@ -119,7 +119,7 @@ class Summary:
 
     def trade_offs(self) -> Table:
         """Sum, mean and ARDist of every line."""
-        rows, notes = [], []
+        rows, outside = [], []
         for line in self.comparison.lines:
             title = self.strongest(line)
             measured = None if title is None else self.trade_off(line, title)
@@ -132,15 +132,16 @@ class Summary:
             rows.append(tuple(cells))
             published = published_for(line.cells[title])
             if published is not None and not published.covers(100 * clean.accuracy):
-                notes.append(
-                    f"{cells[0]}: its clean accuracy lies outside the published points, from which the curve "
-                    "of ARDist was fitted, so its ARDist says little."
-                )
+                outside.append(cells[0])
         heading = ("run", "norm", "eps", "attack", "clean %", "robust %", "Sum", "mean", "ARDist")
-        if rows:
+        notes = [
+            "ARDist is ARREST's distance from a curve fitted to AutoAttack at 8/255 linf on CIFAR-10 or "
+            "CIFAR-100; elsewhere there is none."
+        ]
+        if outside:
             notes.append(
-                "ARDist is ARREST's distance from a curve fitted to AutoAttack at 8/255 linf on CIFAR-10 or "
-                "CIFAR-100; elsewhere there is none."
+                f"Extrapolated is the ARDist of {', '.join(outside)}, whose clean accuracy lies outside that of "
+                "the published points."
             )
         return Table("Trade-off", heading, tuple(rows), tuple(notes))
 

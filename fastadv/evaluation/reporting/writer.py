@@ -38,7 +38,8 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
         ImportError: when matplotlib is not installed.
         OSError: when a file cannot be written.
     """
-    title = "Robustness of " + ", ".join(run.name for run in summary.comparison.runs)
+    models = [run.name for run in summary.comparison.runs]
+    title = f"Robustness of {', '.join(models) if len(models) < 4 else f'{len(models)} models'}"
     names, plots = [], []
     trade_off = _trade_off_plot(summary)
     if trade_off is not None:
