@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training_helpers import small_recipe
 
 from fastadv.cli import main
 from fastadv.commands import run_report
@@ -31,6 +32,7 @@ from fastadv.evaluation.comparison import Comparison, Judged
 from fastadv.evaluation.reporting import Summary, model_cards
 from fastadv.evaluation.reporting.gallery import galleries
 from fastadv.evaluation.worst import WorstImages
+from fastadv.trainers import train
 
 pytest.importorskip("matplotlib")
 
@@ -409,3 +411,35 @@ def test_the_python_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.Mon
         with pytest.warns(UserWarning, match="by guessing"):  # the network is not trained
             exec(compile(block, str(document), "exec"), names)
     assert len(WorstImages.load("worst.npz")) == 4
+
+
+def test_run_directories_tell_their_seeds_and_lose_their_images_with_their_results(
+    tmp_path: Path,
+) -> None:
+    paths = [tmp_path / f"at{seed}" for seed in (0, 1)]
+
+    def trained(seed: int, **options: Any) -> None:
+        recipe = small_recipe("standard", epochs=1, train_images=32, seed=seed)
+        train(
+            "standard",
+            recipe,
+            data="digits",
+            model="small_cnn",
+            run_dir=paths[seed],
+            device="cpu",
+            progress=False,
+            **options,
+        )
+
+    for seed, path in enumerate(paths):
+        trained(seed)
+        add_results(path / "eval.json", [result("clean", 270 + 6 * seed), result("pgd-20", 150)])
+    record = json.loads(run_report([*map(str, paths)], json=True))
+    (series,) = record["series"]
+    assert series["runs"] == ["at0", "at1"] and series["seeds"] == [0, 1]
+    clean = series["accuracy_percent"]["clean"]
+    assert clean["values"] == pytest.approx([90, 92])
+    assert clean["mean"] == pytest.approx(91) and clean["std"] == pytest.approx(2**0.5)
+    (paths[0] / "worst").mkdir()
+    trained(0, overwrite=True)
+    assert not (paths[0] / "worst").exists() and not (paths[0] / "eval.json").exists()

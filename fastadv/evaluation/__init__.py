@@ -20,6 +20,7 @@ from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
 from fastadv.evaluation.sanity import Finding, masking_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
+from fastadv.evaluation.worst import WorstImages
 
 __all__ = [
     "ARREST_CIFAR10_CURVE",
@@ -35,6 +36,7 @@ __all__ = [
     "Stage",
     "Subject",
     "TradeOffPoint",
+    "WorstImages",
     "add_results",
     "ardist",
     "autoattack",
