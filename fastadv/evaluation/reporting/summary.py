@@ -153,7 +153,6 @@ class Summary:
             line = series.lines[0]
             described = self.comparison.describe(line)
             cells = [described[name] for name in ("method", "model", "data", "n", "norm", "eps")]
-            cells.insert(2, ", ".join(one.run.name for one in series.lines))
             cells.append(", ".join(map(str, series.seeds)))
             cells += [_spread(series.accuracies(title)) for title in attacks]
             title = self.strongest(line)
@@ -162,10 +161,11 @@ class Summary:
                 found = [getattr(one, name, None) for one in measured]
                 values = [one.value for one in found if one is not None]
                 cells.append(_spread(values if len(values) == len(found) else None))
+            cells.append(", ".join(one.run.name for one in series.lines))
             rows.append(tuple(cells))
         heading = (
-            *("method", "model", "runs", "data", "n", "norm", "eps", "seeds"),
-            *(*(f"{title} %" for title in attacks), "Sum", "mean", "ARDist"),
+            *("method", "model", "data", "n", "norm", "eps", "seeds"),
+            *(*(f"{title} %" for title in attacks), "Sum", "mean", "ARDist", "runs"),
         )
         notes = ("Mean ± standard deviation (n - 1) of runs that differ in the training's seed.",)
         return Table("Over seeds", heading, tuple(rows), notes)
