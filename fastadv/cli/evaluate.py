@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from fastadv.cli.parsing import Parser, with_lists
 from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
 from fastadv.interruption import stopped_by_signals
@@ -35,10 +37,12 @@ def evaluate(words: list[str]) -> int:
         "commas between them, unless the model takes images in 0..1 or the file says how.",
     )
     parser.add_flag("quiet", "Show no progress.")
-    parser.add_function_arguments(run_evaluation, skip={"run", "attacks", "normalise", "quiet"})
+    parser.add_function_arguments(
+        run_evaluation, skip={"run", "attacks", "normalise", "quiet", "command"}
+    )
     options = vars(parser.parse_args(with_lists(words, "--eps")))
     options.pop("config")
     with stopped_by_signals("stopped before the first attack"):
-        text = run_evaluation(**options)
+        text = run_evaluation(**options, command=shlex.join(["fastadv", "eval", *words]))
     print(text, end="")
     return 0

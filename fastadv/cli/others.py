@@ -10,9 +10,12 @@ from fastadv.commands import run_report
 
 def report(words: list[str]) -> int:
     """Compare results; the exit status."""
-    parser = Parser(prog="fastadv report", description="Compare runs: one table, one plot.")
+    parser = Parser(
+        prog="fastadv report", description="Compare runs: a table, and with --out a report."
+    )
     parser.add_argument("runs", nargs="+", help="Run directories that have been evaluated.")
-    parser.add_function_arguments(run_report, skip={"runs"})
+    parser.add_function_arguments(run_report, skip={"runs", "json"})
+    parser.add_flag("json", "Print all results as JSON in place of the table.")
     options = vars(parser.parse_args(words))
     print(run_report(**options))
     return 0

@@ -80,6 +80,8 @@ def run_evaluation(
     seed: int = 0,
     out: str | None = None,
     quiet: bool = False,
+    keep_images: int = 16,
+    command: str = "",
 ) -> str:
     """The evaluation.
 
@@ -126,6 +128,9 @@ def run_evaluation(
             WEIGHTS.eval.json beside a file of weights. A function that returns a trained model has no folder; its
             results go to eval.json in the current one.
         quiet: show no progress.
+        keep_images: how many adversarial images of each attack to keep in the folder worst beside the results,
+            those of whose wrong class the model is most sure; 0 for none.
+        command: the command line, for the record.
 
     Returns:
         The table. Its results have been added to the file, each as soon as its attack ended.
@@ -163,9 +168,10 @@ def run_evaluation(
         weights=digest_of(network.state_dict()),
         data=images.name,
         images=samples.fingerprint(),
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
-    keeper = ResultKeeper(judged.results if out is None else Path(out), subject)
+    keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
     if not quiet:
         keeper.warn()
         if judged.others:
@@ -203,6 +209,7 @@ def run_evaluation(
             eot=eot,
             cw_c=cw_c,
             cw_lr=cw_lr,
+            keep_images=keep_images,
         )
         text = report.table() + _about_radius(eps, radii[0], norm, report, recorded)
         if sanity:

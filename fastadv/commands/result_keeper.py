@@ -6,10 +6,12 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
-from fastadv.evaluation import Report, Subject, add_results
-from fastadv.evaluation.results import check_destination, results_of
+from fastadv.evaluation import Report, Result, Subject, add_results
+from fastadv.evaluation.results import check_destination, results_of, worst_file
 from fastadv.locks import locked
 
 
@@ -33,6 +35,7 @@ class ResultKeeper:
     Args:
         file: where the results go.
         subject: what is judged.
+        command: the command line, which is recorded with the results; empty where there is none.
 
     Attributes:
         file: the same.
@@ -41,13 +44,15 @@ class ResultKeeper:
         ValueError: for a name that does not end in .json, or a file that is there and holds no results.
     """
 
-    def __init__(self, file: Path, subject: Subject) -> None:
+    def __init__(self, file: Path, subject: Subject, command: str = "") -> None:
         if file.suffix != ".json":
             raise ValueError(f"out must be a file that ends in .json, got {str(file)!r}")
         self.file = file
         self._subject = subject
         self._failure = check_destination(file)
         self._so_far: Report | None = None
+        self._command = command
+        self._results: list[Result] = []
 
     def __enter__(self) -> ResultKeeper:
         return self
@@ -70,10 +75,25 @@ class ResultKeeper:
         """Add what a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
         self._so_far = report
         try:
-            add_results(self.file, results_of(report, self._subject))
+            for result in results_of(report, self._subject)[len(self._results) :]:
+                self._results.append(self._completed(result))
+            add_results(self.file, self._results)
             self._failure = None
         except (OSError, ValueError) as error:
             self._failure = str(error)
+
+    def _completed(self, result: Result) -> Result:
+        """A result with when and how it was found, and where its worst images are, which are written first."""
+        name, worst = "", result.row.worst
+        if worst is not None:
+            name = worst_file(self.file, result)
+            try:
+                worst.save(self.file.parent / name)
+            except OSError as error:  # the figures are worth more than the pictures
+                print(f"note: the worst images are not kept: {error}", file=sys.stderr)
+                name = ""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return replace(result, command=self._command, date=now, worst_file=name)
 
     def close(self, table: str) -> None:
         """End the evaluation.

@@ -22,6 +22,7 @@ from fastadv.evaluation.results import Result, Subject, add_results, load_result
 from fastadv.evaluation.sanity import Finding, masking_checks, sanity_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
 from fastadv.evaluation.transfer import Surrogate, TransferMatrix, transfer_matrix
+from fastadv.evaluation.worst import WorstImages
 
 __all__ = [
     "ARREST_CIFAR10_CURVE",
@@ -40,6 +41,7 @@ __all__ = [
     "Surrogate",
     "TradeOffPoint",
     "TransferMatrix",
+    "WorstImages",
     "add_results",
     "ardist",
     "autoattack",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.report import Row, format_eps
 from fastadv.evaluation.results import Result, Subject
 
 _DEFAULT_EPS = 8 / 255
@@ -24,12 +24,18 @@ class Judged:
         method: how it was trained.
         network: what its model is called.
         results: in the order in which they were found.
+        folder: of the file of results, from which the files that they name are found.
+        series: what runs have in common that differ in the seed of their training alone; empty where nobody says.
+        seed: of the training.
     """
 
     name: str
     method: str
     network: str
     results: tuple[Result, ...]
+    folder: Path = Path()
+    series: str = ""
+    seed: int | None = None
 
 
 @dataclass
@@ -82,11 +88,15 @@ class Comparison:
         found = dict.fromkeys(title for line in self.lines for title in line.cells)
         return sorted(found, key=lambda title: title != CLEAN)  # the sort keeps the order of equals
 
-    def cells(self) -> list[list[str]]:
-        """The heading and the lines as text. Columns that tell nothing apart are left out."""
+    def cells(self, intervals: bool = False) -> list[list[str]]:
+        """The heading and the lines as text. Columns that tell nothing apart are left out.
+
+        Args:
+            intervals: whether each accuracy has its 95 % interval beside it.
+        """
         attacks = self.attacks
         always = ("run", "method", "model", "data", "n", "norm", "eps")
-        rows = [self._describe(line) for line in self.lines]
+        rows = [self.describe(line) for line in self.lines]
         shown = [
             name
             for name in ("run", "method", "model", "checkpoint", "data", "n", "norm", "eps", "seed")
@@ -94,7 +104,8 @@ class Comparison:
         ]
         table = [[*shown, *(f"{title} %" for title in attacks)]]
         for row, line in zip(rows, self.lines, strict=True):
-            table.append([row[name] for name in shown] + [_cell(line, title) for title in attacks])
+            accuracies = [_cell(line, title, intervals) for title in attacks]
+            table.append([row[name] for name in shown] + accuracies)
         return table
 
     def radius(self, eps: float | None = None, norm: str | None = None) -> tuple[str, float]:
@@ -130,7 +141,7 @@ class Comparison:
 
     def label(self, line: Line) -> str:
         """What to call a line among those of its radius."""
-        rows = {id(one): self._describe(one) for one in self.at(line.radius)}
+        rows = {id(one): self.describe(one) for one in self.at(line.radius)}
         parts = [line.run.name]
         for name in ("checkpoint", "data", "n", "seed"):
             if len({row[name] for row in rows.values() if row["run"] == line.run.name}) > 1:
@@ -160,7 +171,8 @@ class Comparison:
                     line.cells[self._titles.of(result)] = result
         return lines.values()
 
-    def _describe(self, line: Line) -> dict[str, str]:
+    def describe(self, line: Line) -> dict[str, str]:
+        """What a line is of, by the names of the columns."""
         return {
             "run": line.run.name,
             "method": line.run.method,
@@ -220,11 +232,18 @@ def _variant(result: Result) -> str:
     return ""
 
 
-def _cell(line: Line, title: str) -> str:
+def _cell(line: Line, title: str, interval: bool) -> str:
     if title not in line.cells:
         return "-"
     row = line.cells[title].row
-    return f"{100 * row.accuracy:.2f}" + ("" if row.status == "ok" else f" {row.status}")
+    text = f"{100 * row.accuracy:.2f}" + ("" if row.status == "ok" else f" {row.status}")
+    return f"{text} {interval_text(row)}" if interval else text
+
+
+def interval_text(row: Row) -> str:
+    """Write the 95 % interval of an accuracy in percent."""
+    low, high = row.interval
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
 
 
 def radius_text(norm: str, eps: float) -> str:

@@ -33,6 +33,7 @@ from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 
 _ENOUGH = 50  # clean images to tell guessing from knowing
@@ -62,6 +63,7 @@ def evaluate(
     eot: int = 1,
     cw_c: float | None = None,
     cw_lr: float = 0.01,
+    keep_images: int = 0,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -122,6 +124,8 @@ def evaluate(
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
         cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
         cw_lr: learning rate of ``"cwl2-K"``.
+        keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
+            class the model is most sure.
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
@@ -166,6 +170,7 @@ def evaluate(
             say,
             None if other is None else other.model,
             eot,
+            WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
         classes = runner.check_labels()
         if asks_autoattack:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastadv.evaluation.label_placement import Box, place_labels
 from fastadv.evaluation.metrics import Cubic
+from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered, png_of
 from fastadv.evaluation.report import Report, Row
 from fastadv.files import write_atomically
 
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLOURS = ("#0b5fa5", "#c44e00", "#2b7a3d", "#8a2f8c", "#a8182b", "#5b4a2f", "#00777a", "#555555")
-_MARKERS = ("o", "s", "^", "D", "v", "p", "<", "h")
-_GREY = "#858585"
 _LEADER_FROM = 18.0  # typographic points between marker and label from which a line joins them
 
 
@@ -36,6 +33,8 @@ class TradeOffPoint:
         robust: robust accuracy.
         clean_interval: lower and upper end of its 95 % interval, None to draw no bar.
         robust_interval: likewise.
+        method: points of one method have one colour; empty for a colour of its own.
+        minor: whether it is one of several that another point sums up: a small marker without a label.
     """
 
     name: str
@@ -43,6 +42,8 @@ class TradeOffPoint:
     robust: float
     clean_interval: tuple[float, float] | None = None
     robust_interval: tuple[float, float] | None = None
+    method: str = ""
+    minor: bool = False
 
     @classmethod
     def from_report(cls, name: str, report: Report, robust: str = "autoattack") -> TradeOffPoint:
@@ -50,7 +51,9 @@ class TradeOffPoint:
         return cls.from_rows(name, report["clean"], report[robust])
 
     @classmethod
-    def from_rows(cls, name: str, clean: Row, robust: Row) -> TradeOffPoint:
+    def from_rows(
+        cls, name: str, clean: Row, robust: Row, *, method: str = "", minor: bool = False
+    ) -> TradeOffPoint:
         """Take the figures from two rows."""
         return cls(
             name,
@@ -58,6 +61,8 @@ class TradeOffPoint:
             100 * robust.accuracy,
             _percent(clean.interval),
             _percent(robust.interval),
+            method,
+            minor,
         )
 
 
@@ -68,10 +73,11 @@ def plot_trade_off(
     curve: Cubic | None = None,
     title: str | None = None,
     robust_label: str = "Robust accuracy (%)",
+    published: Mapping[str, tuple[float, float]] | None = None,
 ) -> Path:
     """Draw clean against robust accuracy and save the picture as PNG.
 
-    Dotted lines join points of equal sum of the two.
+    Dotted lines join points of equal sum of the two. No axis goes beyond 0 and 100.
 
     Args:
         points: at least one method; their labels are placed so that they do not overlap.
@@ -79,6 +85,7 @@ def plot_trade_off(
         curve: a cubic to draw, such as the one ARDist measures from.
         title: heading of the picture.
         robust_label: name of the vertical axis.
+        published: (clean, robust) of further methods by name, drawn in grey.
 
     Returns:
         The path written.
@@ -91,10 +98,10 @@ def plot_trade_off(
         raise ValueError("points must hold at least one method, got none")
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path must end in .png, got {os.fspath(path)!r}")
-    figure = draw_trade_off(points, curve=curve, title=title, robust_label=robust_label)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=160)
-    return write_atomically(path, image.getvalue())
+    figure = draw_trade_off(
+        points, curve=curve, title=title, robust_label=robust_label, published=published
+    )
+    return write_atomically(path, png_of(figure))
 
 
 def draw_trade_off(
@@ -103,40 +110,35 @@ def draw_trade_off(
     curve: Cubic | None = None,
     title: str | None = None,
     robust_label: str = "Robust accuracy (%)",
+    published: Mapping[str, tuple[float, float]] | None = None,
+    style: Style = LIGHT,
 ) -> Figure:
-    """The figure that ``plot_trade_off`` saves, on a canvas of its own: pyplot and its backend are not touched."""
-    figure_class, canvas_class = _import_matplotlib()
-    figure = figure_class(figsize=(7.2, 5.4), layout="constrained")
-    canvas_class(figure)
-    axes = figure.add_subplot()
-    _set_limits(axes, points)
-    _draw_equal_sums(axes)
+    """The figure that ``plot_trade_off`` saves, for a light page or in another style."""
+    figure, axes = new_figure(style, 7.2, 5.4)
+    grey = [TradeOffPoint(name, *accuracies) for name, accuracies in (published or {}).items()]
+    _set_limits(axes, [*points, *grey])
+    _draw_equal_sums(axes, style)
     if curve is not None:
         left, right = axes.get_xlim()
         x = np.linspace(left, right, 200)
         y = [curve(value) for value in x]
-        axes.plot(x, y, color=_GREY, linewidth=1.4, label="fitted cubic", zorder=2)
-        axes.legend(loc="lower left", frameon=False, fontsize=11)
-    for number, point in enumerate(points):
-        _draw_point(axes, point, number)
-    axes.set_xlabel("Clean accuracy (%)", fontsize=13)
-    axes.set_ylabel(robust_label, fontsize=13)
-    axes.tick_params(labelsize=11)
-    axes.spines[["top", "right"]].set_visible(False)
+        axes.plot(x, y, color=style.grey, linewidth=1.4, label="fitted cubic", zorder=2)
+    colours = numbered(point.method or point.name for point in points)
+    inks = [style.colour(colours[point.method or point.name]) for point in points]
+    for number, (point, ink) in enumerate(zip(points, inks, strict=True)):
+        _draw_point(axes, point, MARKERS[number % len(MARKERS)], ink, style)
+    if grey:
+        clean, robust = zip(*((point.clean, point.robust) for point in grey), strict=True)
+        axes.plot(clean, robust, "x", color=style.grey, markersize=6, label="published")
+    if grey or curve is not None:
+        axes.legend(loc="lower left", frameon=False, fontsize=11, labelcolor=style.ink)
+    axes.set_xlabel("Clean accuracy (%)", fontsize=13, color=style.ink)
+    axes.set_ylabel(robust_label, fontsize=13, color=style.ink)
     if title:
-        axes.set_title(title, fontsize=14)
+        axes.set_title(title, fontsize=14, color=style.ink)
     figure.draw_without_rendering()  # settles the layout, so that text can be measured
-    _write_labels(axes, points)
+    _write_labels(axes, [*points, *grey], [*inks, *[style.grey] * len(grey)])
     return figure
-
-
-def _import_matplotlib() -> tuple[Any, Any]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    return Figure, FigureCanvasAgg
 
 
 def _percent(interval: tuple[float, float]) -> tuple[float, float]:
@@ -144,15 +146,15 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _set_limits(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
-    """Show every bar, with room for labels around it, but not far beyond what an accuracy can be."""
+    """Show every bar, with room for labels around it, but nothing beyond what an accuracy can be."""
     clean = [v for p in points for v in (p.clean, *(p.clean_interval or ()))]
     robust = [v for p in points for v in (p.robust, *(p.robust_interval or ()))]
     for values, set_limits in ((clean, axes.set_xlim), (robust, axes.set_ylim)):
         margin = max(0.18 * (max(values) - min(values)), 1.0)
-        set_limits(max(min(values) - margin, -2.0), min(max(values) + margin, 102.0))
+        set_limits(max(min(values) - margin, 0.0), min(max(values) + margin, 100.0))
 
 
-def _draw_equal_sums(axes: Axes) -> None:
+def _draw_equal_sums(axes: Axes, style: Style) -> None:
     """Lines of equal clean + robust at round sums, named where they leave the picture on the right."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     span = right + top - left - bottom
@@ -161,7 +163,7 @@ def _draw_equal_sums(axes: Axes) -> None:
         axes.plot(
             [left, right],
             [total - left, total - right],
-            color=_GREY,
+            color=style.grey,
             linewidth=0.8,
             linestyle=(0, (1, 2.5)),
             alpha=0.6,
@@ -175,27 +177,28 @@ def _draw_equal_sums(axes: Axes) -> None:
                 xytext=(4, 0),
                 textcoords="offset points",
                 fontsize=9.5,
-                color=_GREY,
+                color=style.grey,
                 va="center",
                 annotation_clip=False,
             )
 
 
-def _draw_point(axes: Axes, point: TradeOffPoint, number: int) -> None:
+def _draw_point(axes: Axes, point: TradeOffPoint, marker: str, ink: str, style: Style) -> None:
     axes.errorbar(
         point.clean,
         point.robust,
         xerr=_bar(point.clean, point.clean_interval),
         yerr=_bar(point.robust, point.robust_interval),
-        fmt=_MARKERS[number % len(_MARKERS)],
-        markersize=9,
-        markeredgecolor="white",
+        fmt=marker,
+        markersize=4.5 if point.minor else 9,
+        markeredgecolor=style.paper,
         markeredgewidth=0.8,
-        color=_colour(number),
-        ecolor=(_colour(number), 0.6),
+        color=ink,
+        ecolor=(ink, 0.3 if point.minor else 0.6),
         elinewidth=1.1,
         capsize=2.5,
         zorder=3,
+        clip_on=False,  # a marker at 0 or 100 is whole
     )
 
 
@@ -203,10 +206,11 @@ def _bar(value: float, interval: tuple[float, float] | None) -> list[list[float]
     return None if interval is None else [[value - interval[0]], [interval[1] - value]]
 
 
-def _write_labels(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
+def _write_labels(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[str]) -> None:
     """Write the names of the methods where there is room, with a thin line to the marker if that is far."""
     pixels = axes.figure.dpi / 72  # per typographic point
-    anchors = [tuple(axes.transData.transform((p.clean, p.robust))) for p in points]
+    labelled = [(p, ink) for p, ink in zip(points, inks, strict=True) if not p.minor]
+    anchors = [tuple(axes.transData.transform((p.clean, p.robust))) for p, _ in labelled]
     texts = [
         axes.annotate(
             point.name,
@@ -214,12 +218,12 @@ def _write_labels(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
             xytext=(0, 0),
             textcoords="offset points",
             fontsize=11.5,
-            color=_colour(number),
+            color=ink,
             ha="center",
             va="center",
             zorder=4,
         )
-        for number, point in enumerate(points)
+        for point, ink in labelled
     ]
     extents = [text.get_window_extent() for text in texts]
     sizes = [(extent.width, extent.height) for extent in extents]
@@ -227,7 +231,7 @@ def _write_labels(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
     window = axes.get_window_extent()
     frame = Box(window.x0, window.y0, window.x1, window.y1)
     boxes = place_labels(anchors, sizes, obstacles, frame, pixels)
-    for number, (text, box, (x, y)) in enumerate(zip(texts, boxes, anchors, strict=True)):
+    for text, box, (x, y) in zip(texts, boxes, anchors, strict=True):
         # In points from the marker, so that the place holds at any resolution.
         text.set_position(
             (((box.left + box.right) / 2 - x) / pixels, ((box.bottom + box.top) / 2 - y) / pixels)
@@ -235,7 +239,7 @@ def _write_labels(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
         nearest = (min(max(x, box.left), box.right), min(max(y, box.bottom), box.top))
         if np.hypot(nearest[0] - x, nearest[1] - y) > _LEADER_FROM * pixels:
             ends = axes.transData.inverted().transform([(x, y), nearest])
-            axes.plot(ends[:, 0], ends[:, 1], color=_colour(number), linewidth=0.7, zorder=2)
+            axes.plot(ends[:, 0], ends[:, 1], color=text.get_color(), linewidth=0.7, zorder=2)
 
 
 def _obstacles(axes: Axes, point: TradeOffPoint, pixels: float) -> list[Box]:
@@ -249,7 +253,3 @@ def _obstacles(axes: Axes, point: TradeOffPoint, pixels: float) -> list[Box]:
             (x0, y0), (x1, y1) = axes.transData.transform(ends)
             boxes.append(Box(x0 - air, y0 - air, x1 + air, y1 + air))
     return boxes
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]

@@ -7,13 +7,14 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.metrics import wilson_interval
+from fastadv.evaluation.worst import WorstImages
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.ops.values import limit
@@ -69,6 +70,7 @@ class Row:
         variant: what sets the attack apart from others of its name, such as a constant of its own.
         surrogate: the model on which the adversarial images were made; empty where it was the judged one.
         distances: for an attack without a ball, how far its adversarial images are.
+        worst: adversarial images of the attack, where some were to be kept; they are no part of its JSON.
     """
 
     name: str
@@ -86,6 +88,7 @@ class Row:
     variant: str = ""
     surrogate: str = ""
     distances: Distances | None = None
+    worst: WorstImages | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -185,10 +188,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types, with accuracies and intervals written out for other readers."""
-        content = asdict(self)
-        for entry, row in zip(content["rows"], self.rows, strict=True):
-            entry["accuracy"] = row.accuracy
-            entry["interval"] = row.interval
+        content = asdict(replace(self, rows=()))
+        content["rows"] = [row_to_dict(row) for row in self.rows]
         return {"format": _FORMAT, **json.loads(json.dumps(content))}
 
     @classmethod
@@ -249,7 +250,7 @@ class Report:
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_CSV_COLUMNS)
         for row in self.rows:
-            values = {**asdict(row), "accuracy": row.accuracy, "notes": "; ".join(row.notes)}
+            values = {**row_to_dict(row), "notes": "; ".join(row.notes)}
             values["low"], values["high"] = row.interval
             values["mean_distance"] = row.distances.mean if row.distances else None
             values["median_distance"] = row.distances.median if row.distances else None
@@ -334,6 +335,13 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def row_to_dict(row: Row) -> dict[str, Any]:
+    """All figures of a row, with accuracy and interval written out; adversarial images are left out."""
+    content = asdict(replace(row, worst=None))
+    del content["worst"]
+    return {**content, "accuracy": row.accuracy, "interval": row.interval}
+
+
 def row_from_dict(entry: dict[str, Any]) -> Row:
     """Read a row back from an entry of ``Report.to_dict``.
 
@@ -343,14 +351,25 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
         ValueError: when a number is out of range.
     """
     # Before there was a choice, only the reference ran ensembles, which alone have stages.
-    newer = {"variant": "", "surrogate": "", "distances": None}
-    known = {"search": REFERENCE if entry["stages"] else "", **newer, **entry}
-    values = {f.name: known[f.name] for f in fields(Row)}
+    known: dict[str, Any] = {"search": REFERENCE if entry["stages"] else "", **entry}
+    values = known_fields(Row, known)
     values["notes"] = tuple(entry["notes"])
-    values["stages"] = tuple(Stage(**stage) for stage in entry["stages"])
-    if values["distances"] is not None:
+    values["stages"] = tuple(Stage(**known_fields(Stage, stage)) for stage in entry["stages"])
+    if values.get("distances") is not None:
         values["distances"] = Distances.from_dict(values["distances"])
-    return Row(**values)
+    return Row(**{**values, "worst": None})
+
+
+def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says of the fields of a dataclass. Other versions may write more, or less of the later ones.
+
+    Raises:
+        KeyError: when a field without a default is missing.
+    """
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    for name in needed:
+        entry[name]
+    return {f.name: entry[f.name] for f in fields(kind) if f.name in entry}
 
 
 def format_eps(eps: float) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import Report, Row, row_from_dict
+from fastadv.evaluation.report import Report, Row, known_fields, row_from_dict, row_to_dict
+from fastadv.fields import check_fields
 from fastadv.files import naming, remove_leftovers, write_atomically
 from fastadv.locks import locked
 
@@ -30,6 +33,7 @@ class Subject:
         weights: SHA-256 of the weights that were judged.
         data: name of the images, with their split.
         images: SHA-256 of the images and labels that were used.
+        parameters: how many parameters the model has; 0 where a file does not tell.
     """
 
     run: str = ""
@@ -39,6 +43,10 @@ class Subject:
     weights: str = ""
     data: str = ""
     images: str = ""
+    parameters: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,9 @@ class Result:
         device: where it ran.
         versions: of the libraries that matter.
         after: names of the attacks before it, where it got only the images that those had left.
+        command: the command line that found it, where there was one.
+        date: when it was found, in ISO 8601, UTC.
+        worst_file: a file with the worst adversarial images, relative to the folder of the results.
     """
 
     subject: Subject
@@ -64,6 +75,9 @@ class Result:
     device: str
     versions: dict[str, str]
     after: tuple[str, ...] = ()
+    command: str = field(default="", compare=False)
+    date: str = field(default="", compare=False)
+    worst_file: str = field(default="", compare=False)
 
     @property
     def is_clean(self) -> bool:
@@ -89,10 +103,8 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything side by side as JSON types, with accuracy and interval written out for other readers."""
-        row = asdict(self.row)
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PARTS}
-        figures = {"accuracy": self.row.accuracy, "interval": self.row.interval}
-        return json.loads(json.dumps({**row, **figures, **asdict(self.subject), **own}))
+        return json.loads(json.dumps({**row_to_dict(self.row), **asdict(self.subject), **own}))
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Result:
@@ -103,12 +115,14 @@ class Result:
             TypeError: when something is of another kind.
             ValueError: when a number is out of range.
         """
-        own = {f.name: entry[f.name] for f in fields(cls) if f.name not in _PARTS}
+        parts = {"subject": None, "row": None}
+        own = known_fields(cls, {**entry, **parts})
         own["bounds"], own["after"] = tuple(entry["bounds"]), tuple(entry["after"])
-        subject = Subject(**{f.name: str(entry[f.name]) for f in fields(Subject)})
-        return cls(subject, row_from_dict(entry), **own)
+        subject = Subject(**known_fields(Subject, entry))
+        return cls(**{**own, "subject": subject, "row": row_from_dict(entry)})
 
 
+_WORST_FOLDER = "worst"
 _PARTS = ("subject", "row")  # fields of a result that are spelled out in its entry
 
 
@@ -134,6 +148,16 @@ def results_of(report: Report, subject: Subject) -> list[Result]:
         if in_ball:
             chain.append(row.title)
     return results
+
+
+def worst_file(results: Path, result: Result) -> str:
+    """Where the worst images of a result belong, relative to the folder of the file of results.
+
+    The name follows from the result's key and the file's name, so that no other result's images are there.
+    """
+    key = hashlib.sha256(repr((results.name, result.key)).encode()).hexdigest()
+    attack = re.sub(r"[^A-Za-z0-9_.-]", "_", result.row.name)
+    return f"{_WORST_FOLDER}/{attack}-{key[:16]}.npz"
 
 
 def load_results(path: str | os.PathLike[str]) -> list[Result]:
@@ -185,7 +209,11 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         remove_leftovers(target.parent)
         there = load_results(target) if target.exists() else []
         merged = {result.key: result for result in there}
-        merged.update({result.key: result for result in results})
+        for result in results:
+            old = merged.get(result.key)
+            if old is not None and not result.worst_file:  # its images are still those of this key
+                result = replace(result, worst_file=old.worst_file)
+            merged[result.key] = result
         rows = [result.to_dict() for result in merged.values()]
         content = {"format": _FORMAT, "rows": rows}
         return write_atomically(target, json.dumps(content, indent=2) + "\n")

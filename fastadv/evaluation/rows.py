@@ -112,6 +112,7 @@ class Judge:
             seconds=outcome.seconds,
             status="invalid" if outcome.problems else "ok",
             notes=(*outcome.problems, *outcome.notes),
+            worst=self.runner.worst.take(attack.name),
         )
 
     def _minimum(self, attack: Minimum) -> tuple[Row, Tensor]:
@@ -154,7 +155,13 @@ class Judge:
             engine=self.engine,
             sample_ids=indices,
         )
-        row = replace(row, seconds=result.seconds, search=result.search, status=result.status)
+        row = replace(
+            row,
+            seconds=result.seconds,
+            search=result.search,
+            status=result.status,
+            worst=runner.worst_of(attack.name, indices, result.fooled, result.adversarial),
+        )
         if runner.surrogate is None:
             robust[indices] = result.robust
             row = replace(row, notes=result.notes, stages=result.stages)

@@ -18,7 +18,8 @@ from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.samples import Samples
-from fastadv.evaluation.verify import Audit, logits_of, predict
+from fastadv.evaluation.verify import Audit, logits_of
+from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data) -> adversarial images
@@ -57,6 +58,7 @@ class Runner:
         progress: what is said meanwhile.
         surrogate: the model on which adversarial images are made, in evaluation mode; None is the judged one.
         passes: through the network for each gradient, which is their mean.
+        worst: keeps the worst images of each attack.
     """
 
     model: Model
@@ -68,6 +70,7 @@ class Runner:
     progress: Progress = field(default_factory=lambda: Progress(False))
     surrogate: Model | None = None
     passes: int = 1
+    worst: WorstKeeper = field(default_factory=WorstKeeper)
 
     @property
     def source(self) -> Model:
@@ -226,10 +229,14 @@ class Runner:
         return perturb
 
     def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
-        """The judged model's classes [B]; what a random model draws follows from seed, purpose and images."""
+        """The judged model's classes [B], from `logits_of`."""
+        return self.logits_of(x, purpose, indices).argmax(dim=1)
+
+    def logits_of(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
+        """The judged model's logits; what a random model draws follows from seed, purpose and images."""
         seed = derive_seed(self.seed, f"evaluate/judge/{purpose}", int(indices[0]))
         with private_generators(seed):
-            return predict(self.model, x)
+            return logits_of(self.model, x)
 
     def misjudged(self, indices: Tensor, adversarial: Tensor) -> Tensor:
         """Which images the judged model gets wrong in the form that another one gets wrong.
@@ -255,8 +262,29 @@ class Runner:
         for indices in self.batches(name, correct.nonzero().flatten()):
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
-            robust[indices] = (self.predicted(adv, name, indices) == y).cpu()
+            logits = self.logits_of(adv, name, indices)
+            self.worst.see(name, x, adv, y, logits, indices)
+            robust[indices] = (logits.argmax(dim=1) == y).cpu()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
+
+    def worst_of(
+        self, name: str, attacked: Tensor, fooled: Tensor, adversarial: Tensor
+    ) -> WorstImages | None:
+        """The worst of the images that an ensemble broke, where any are to be kept.
+
+        Args:
+            name: of the attack.
+            attacked: which images of the data it was given, [N].
+            fooled: which of these it broke, [M].
+            adversarial: what it made of them, [M, ...].
+        """
+        if self.worst.keep and len(fooled):
+            for part in torch.arange(len(fooled)).split(self.batch_size):
+                indices = attacked[fooled[part]]
+                x, y = self.samples.take(indices, self.device)
+                adv = adversarial[part].to(self.device)
+                self.worst.see(name, x, adv, y, self.logits_of(adv, name, indices), indices)
+        return self.worst.take(name)
 
     def batches(self, label: str, indices: Tensor) -> Iterator[Tensor]:
         """The indices of images batch by batch, with a bar."""

@@ -1,0 +1,59 @@
+"""Tables in LaTeX, ruled by booktabs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from fastadv.evaluation.reporting.tables import Table
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "±": r"$\pm$",
+}  # fmt: skip
+
+
+def latex(tables: Sequence[Table]) -> str:
+    r"""One table environment for each table, to be read by \input; the preamble needs \usepackage{booktabs}."""
+    return (
+        "% Needs \\usepackage[T1]{fontenc} and \\usepackage{booktabs}.\n\n"
+        + "\n\n".join(map(_environment, tables))
+        + "\n"
+    )
+
+
+def escape(text: str) -> str:
+    """Text as LaTeX prints it."""
+    return "".join(_SPECIAL.get(character, character) for character in text)
+
+
+def _environment(table: Table) -> str:
+    columns = "".join("l" if table.is_text(i) else "r" for i in range(len(table.heading)))
+    lines = [
+        r"\begin{table}",
+        r"  \centering",
+        rf"  \caption{{{escape(' '.join([table.title + '.', *table.notes]))}}}",
+        rf"  \begin{{tabular}}{{{columns}}}",
+        r"    \toprule",
+        _row(table.heading),
+        r"    \midrule",
+        *map(_row, table.rows),
+        r"    \bottomrule",
+        r"  \end{tabular}",
+        r"\end{table}",
+    ]
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    # Intervals are small. In braces, as a bracket after \\ would be taken for its argument.
+    intervals = (re.sub(r"\[[-0-9., ]+\]$", r"{\\scriptsize \g<0>}", escape(c)) for c in cells)
+    text = " & ".join(intervals)
+    return rf"    {text} \\"

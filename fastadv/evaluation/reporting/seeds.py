@@ -1,0 +1,58 @@
+"""Runs that differ in the seed of their training alone, and what they come to on average."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from fastadv.evaluation.comparison import Comparison, Line
+
+
+@dataclass(frozen=True)
+class Series:
+    """Lines of one table that differ in the seed of the training alone.
+
+    Attributes:
+        lines: one per seed, at least two.
+    """
+
+    lines: tuple[Line, ...]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds of the trainings."""
+        return tuple(line.run.seed for line in self.lines if line.run.seed is not None)
+
+    @property
+    def method(self) -> str:
+        """How all of them were trained."""
+        return self.lines[0].run.method
+
+    def accuracies(self, title: str) -> list[float] | None:
+        """The accuracies of a column in percent; None where a run has none."""
+        if any(title not in line.cells for line in self.lines):
+            return None
+        return [100 * line.cells[title].row.accuracy for line in self.lines]
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation of a sample, with n - 1 in the denominator."""
+    return statistics.fmean(values), statistics.stdev(values)
+
+
+def series_of(comparison: Comparison) -> list[Series]:
+    """Find the lines that differ in the seed of the training alone. Of one seed twice the first run counts."""
+    found: dict[tuple[Any, ...], dict[int, Line]] = {}
+    for line in comparison.lines:
+        if line.run.series and line.run.seed is not None:
+            found.setdefault(_key(comparison, line), {}).setdefault(line.run.seed, line)
+    return [Series(tuple(by_seed.values())) for by_seed in found.values() if len(by_seed) > 1]
+
+
+def _key(comparison: Comparison, line: Line) -> tuple[Any, ...]:
+    subject, run = line.subject, line.run
+    same = (subject.data, subject.images, line.n, line.norm, line.eps, line.seed)
+    checkpoints = {other.subject.checkpoint for other in comparison.lines if other.run is run}
+    # The best checkpoints of two runs may be of different steps. Their names count where a run has several.
+    return (run.series, *same, subject.checkpoint if len(checkpoints) > 1 else "")

@@ -1,0 +1,62 @@
+"""A table of text, and how it is written as aligned text and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_TEXT_COLUMNS = frozenset(
+    (
+        *("run", "runs", "method", "model", "checkpoint", "data", "norm", "attack", "after"),
+        *("stage", "search", "status", "device", "command", "versions", "weights", "date"),
+    )
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of text under a title.
+
+    Attributes:
+        title: heading of the table.
+        heading: names of the columns.
+        rows: as many cells each as there are columns.
+        notes: sentences that belong below it.
+    """
+
+    title: str
+    heading: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, which stand at its left, and not numbers."""
+        return self.heading[column] in _TEXT_COLUMNS
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as text in columns."""
+    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    rows = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return "\n".join(rows)
+
+
+def markdown(tables: Sequence[Table], title: str) -> str:
+    """A Markdown document of some tables."""
+    return "\n\n".join([f"# {_escaped(title)}", *map(_section, tables)]) + "\n"
+
+
+def _section(table: Table) -> str:
+    rule = ["---" if table.is_text(i) else "---:" for i in range(len(table.heading))]
+    lines = [table.heading, rule, *table.rows]
+    text = "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
+    notes = "".join(f"\n- {_escaped(note)}" for note in table.notes)
+    return f"## {table.title}\n\n{text}" + (f"\n{notes}" if notes else "")
+
+
+def _escaped(cell: str) -> str:
+    """Text that neither ends a cell nor is taken for HTML."""
+    return cell.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")

@@ -1,0 +1,140 @@
+"""One number for clean and robust accuracy together: Sum, their mean, ARDist, each with a 95 % interval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from fastadv.evaluation.attack_list import AUTOATTACK
+from fastadv.evaluation.metrics import (
+    ARREST_CIFAR10_CURVE,
+    ARREST_CIFAR10_POINTS,
+    ARREST_CIFAR100_CURVE,
+    ARREST_CIFAR100_POINTS,
+    Cubic,
+    ardist,
+    trade_off_sum,
+)
+from fastadv.evaluation.report import Row
+from fastadv.evaluation.results import Result
+
+_EPS = 8 / 255
+_SMALL = 1e-3  # step of the numerical derivative, in percent
+_Z = NormalDist().inv_cdf(0.975)
+
+
+@dataclass(frozen=True)
+class Published:
+    """The curve and the points of the ARREST paper on one data set.
+
+    Attributes:
+        data: the data set.
+        curve: from which ARDist measures.
+        points: (clean, AutoAttack) in percent by method, of WRN-34-10.
+    """
+
+    data: str
+    curve: Cubic
+    points: dict[str, tuple[float, float]]
+
+    def covers(self, clean: float) -> bool:
+        """Whether a clean accuracy in percent lies among those of the published points."""
+        known = [point[0] for point in self.points.values()]
+        return min(known) <= clean <= max(known)
+
+
+_PUBLISHED = {
+    "cifar10": Published("cifar10", ARREST_CIFAR10_CURVE, ARREST_CIFAR10_POINTS),
+    "cifar100": Published("cifar100", ARREST_CIFAR100_CURVE, ARREST_CIFAR100_POINTS),
+}
+
+
+def published_for(result: Result) -> Published | None:
+    """The published curve of a result's data, if it is AutoAttack's at 8/255 linf as the curve is; else None."""
+    fits = (
+        result.row.name == AUTOATTACK
+        and result.norm == "linf"
+        and abs(result.row.eps - _EPS) < 1e-6
+        and result.bounds == (0.0, 1.0)
+        and result.row.status != "invalid"
+    )
+    return _PUBLISHED.get(result.subject.data.partition(" ")[0]) if fits else None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number with its 95 % interval.
+
+    Attributes:
+        value: the number.
+        low: lower end.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """The number and the interval, with two decimals."""
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+@dataclass(frozen=True)
+class TradeOff:
+    """What clean and robust accuracy amount to, in percent or percentage points.
+
+    Attributes:
+        sum: of the two.
+        mean: of the two.
+        ardist: ARREST's distance from the published curve; None where there is none for it.
+    """
+
+    sum: Measure
+    mean: Measure
+    ardist: Measure | None = None
+
+
+def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
+    """Measure the trade-off between two rows.
+
+    Both are of the same images, and an image that is wrong without an attack is wrong under it. So their errors
+    are not independent: the intervals follow from the shares of images that are robust, right without an attack
+    alone, and wrong, by the delta method. To these counts z^2 / 3 each is added for the variance, as Agresti and
+    Coull do for one share, so that the interval is none too narrow near 0 and 1.
+
+    Args:
+        clean: accuracy without an attack.
+        robust: accuracy under one.
+        curve: what ARDist is to be measured from.
+
+    Raises:
+        ValueError: when the rows are of different numbers of images.
+    """
+    if clean.n != robust.n:
+        raise ValueError(f"robust must be of the {clean.n} images of clean, got {robust.n}")
+    more = _Z * _Z / 3
+    r = (min(robust.correct, clean.correct) + more) / (clean.n + 3 * more)
+    c = (clean.correct + 2 * more) / (clean.n + 3 * more)
+    covariance = (c * (1 - c), r * (1 - c), r * (1 - r))
+    at = (100 * clean.accuracy, 100 * robust.accuracy)
+
+    def measure(of: Callable[[float, float], float], least: float, most: float) -> Measure:
+        value = of(*at)
+        by_clean = (of(at[0] + _SMALL, at[1]) - of(at[0] - _SMALL, at[1])) / (2 * _SMALL)
+        by_robust = (of(at[0], at[1] + _SMALL) - of(at[0], at[1] - _SMALL)) / (2 * _SMALL)
+        variance = (
+            by_clean**2 * covariance[0]
+            + 2 * by_clean * by_robust * covariance[1]
+            + by_robust**2 * covariance[2]
+        )
+        half = 100 * _Z * math.sqrt(max(variance, 0.0) / (clean.n + 3 * more))
+        return Measure(value, max(value - half, least), min(value + half, most))
+
+    return TradeOff(
+        measure(trade_off_sum, 0.0, 200.0),
+        measure(lambda x, y: trade_off_sum(x, y) / 2, 0.0, 100.0),
+        None if curve is None else measure(lambda x, y: ardist(x, y, curve), -math.inf, math.inf),
+    )

@@ -1,0 +1,148 @@
+"""The worst adversarial images of an attack: those of which the model is most sure, and wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastadv.files import write_atomically
+
+_ARRAYS = (
+    *("originals", "adversarials", "labels", "predictions", "confidences"),
+    *("label_confidences", "indices"),
+)
+
+
+@dataclass(frozen=True)
+class WorstImages:
+    """Images that an attack broke, the one of which the model is most sure first.
+
+    The order is by the margin: the probability of the predicted class less that of the label.
+
+    Attributes:
+        originals: [M, ...] float32 within the bounds of the evaluation, on the CPU.
+        adversarials: the same images after the attack.
+        labels: [M] int64.
+        predictions: [M] int64, classes that the model gives to the adversarial images.
+        confidences: [M] float32, probability of the predicted class.
+        label_confidences: [M] float32, probability of the label.
+        indices: [M] int64, which images of the data they are.
+    """
+
+    originals: Tensor
+    adversarials: Tensor
+    labels: Tensor
+    predictions: Tensor
+    confidences: Tensor
+    label_confidences: Tensor
+    indices: Tensor
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return self.labels.shape[0]
+
+    @property
+    def margins(self) -> Tensor:
+        """How sure the model is of the wrong class: [M] float32, at least 0."""
+        return self.confidences - self.label_confidences
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write them atomically as a .npz file, one array per attribute.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        content = io.BytesIO()
+        arrays = {name: getattr(self, name).numpy() for name in _ARRAYS}
+        np.savez_compressed(content, **arrays)
+        return write_atomically(path, content.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> WorstImages:
+        """Read what ``save`` wrote; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it holds something else; the message names the file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                worst = cls(**{name: torch.from_numpy(arrays[name]) for name in _ARRAYS})
+        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{os.fspath(path)}: holds no adversarial images: {error}") from error
+        lengths = {getattr(worst, name).shape[:1] for name in _ARRAYS}
+        if len(lengths) > 1 or worst.originals.shape != worst.adversarials.shape:
+            raise ValueError(f"{os.fspath(path)}: its arrays do not fit together")
+        return worst
+
+    def _first(self, keep: int) -> WorstImages:
+        """The ``keep`` with the largest margin, in a fixed order."""
+        order = np.lexsort((self.indices.numpy(), -self.margins.numpy()))[:keep]
+        chosen = torch.from_numpy(order)
+        return WorstImages(*(getattr(self, name)[chosen] for name in _ARRAYS))
+
+
+class WorstKeeper:
+    """Keeps the worst images of one attack at a time while it runs, and no more of them than asked for.
+
+    Args:
+        keep: how many images at most; 0 to keep nothing.
+    """
+
+    def __init__(self, keep: int = 0) -> None:
+        self.keep = keep
+        self._attack = ""
+        self._worst: WorstImages | None = None
+
+    def see(
+        self, attack: str, x: Tensor, adv: Tensor, y: Tensor, logits: Tensor, indices: Tensor
+    ) -> None:
+        """Look at one batch.
+
+        Args:
+            attack: name of the attack; the images of another one are forgotten.
+            x: clean images [B, ...].
+            adv: the same images after the attack.
+            y: labels [B].
+            logits: of the adversarial images, [B, classes].
+            indices: which images of the data they are, [B].
+        """
+        if self.keep == 0:
+            return
+        if attack != self._attack:
+            self._attack, self._worst = attack, None
+        new = _broken(x, adv, y, logits, indices, self.keep)
+        if self._worst is not None:
+            old = self._worst
+            pairs = ((getattr(old, name), getattr(new, name)) for name in _ARRAYS)
+            new = WorstImages(*(torch.cat(pair) for pair in pairs))
+        self._worst = new._first(self.keep)
+
+    def take(self, attack: str) -> WorstImages | None:
+        """Hand over what has been kept of an attack and forget it; None where it broke no image."""
+        worst = self._worst if attack == self._attack else None
+        self._attack, self._worst = "", None
+        return worst if worst is not None and len(worst) else None
+
+
+def _broken(
+    x: Tensor, adv: Tensor, y: Tensor, logits: Tensor, indices: Tensor, keep: int
+) -> WorstImages:
+    """The worst of a batch. The choice is made where the images are; the chosen alone go to the CPU."""
+    shares = logits.detach().float().softmax(dim=1)
+    # By the logits, as shares can round to equal ones.
+    prediction = logits.argmax(dim=1)
+    confidence = shares.gather(1, prediction.view(-1, 1)).squeeze(1)
+    of_label = shares.gather(1, y.view(-1, 1)).squeeze(1)
+    wrong = (prediction != y).nonzero().flatten()
+    margin = (confidence - of_label)[wrong]
+    chosen = wrong[margin.argsort(descending=True, stable=True)[:keep]]
+    parts = (x, adv, y, prediction, confidence, of_label, indices.to(y.device))
+    return WorstImages(*(part[chosen].detach().cpu().contiguous() for part in parts))
