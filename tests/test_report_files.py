@@ -286,7 +286,7 @@ def test_files_of_earlier_versions_and_of_later_ones_are_reported(
     new = add_results(tmp_path / "new.json", RESULTS)
     content = json.loads(new.read_text())
     for entry in content["rows"]:
-        entry["surrogate"] = "later"  # of a later version
+        entry["mood"] = "later"  # of a later version
         for name in ("command", "date", "worst_file", "parameters"):
             del entry[name]  # of an earlier one
         for stage in entry["stages"]:

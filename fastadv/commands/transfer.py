@@ -10,7 +10,8 @@ from fastadv.commands.judged import Images, Reading, images_named, images_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
 from fastadv.evaluation.comparison import distinct_names
-from fastadv.evaluation.transfer import check_matrix_file, check_transferable
+from fastadv.evaluation.transfer import check_transferable
+from fastadv.evaluation.transfer_table import check_matrix_file
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import RunDirectory

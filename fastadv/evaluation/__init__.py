@@ -21,7 +21,8 @@ from fastadv.evaluation.report import Report, Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
 from fastadv.evaluation.sanity import Finding, masking_checks, sanity_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
-from fastadv.evaluation.transfer import Surrogate, TransferMatrix, transfer_matrix
+from fastadv.evaluation.transfer import Surrogate, transfer_matrix
+from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.worst import WorstImages
 
 __all__ = [

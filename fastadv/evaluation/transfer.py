@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,17 +25,13 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.progress import Progress
-from fastadv.evaluation.report import format_eps, library_versions
+from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit
-from fastadv.fields import check_fields
-from fastadv.files import write_atomically
 from fastadv.ops.values import integer, limit, norm_name
-
-_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -70,174 +61,6 @@ def as_surrogate(surrogate: Surrogate | Model | None) -> Surrogate | None:
     if surrogate is None or isinstance(surrogate, Surrogate):
         return surrogate
     return Surrogate(surrogate)
-
-
-@dataclass(frozen=True)
-class TransferMatrix:
-    """Accuracies of models on adversarial images that were made on each of them.
-
-    Attributes:
-        attack: its name.
-        names: of the models.
-        correct: images that a model still classifies correctly, by source and then by target; where the two are
-            one, the attack is a white-box one.
-        clean: images that each model classifies correctly without an attack.
-        n: images.
-        eps: radius of the ball.
-        norm: of the ball.
-        bounds: range of image values.
-        seed: of everything random.
-        alpha: step size, where the attack has one.
-        data: name of the data.
-        seconds: wall-clock time.
-        notes: what is to be known of the attack or was wrong with its images, one sentence each.
-        versions: of the libraries that matter.
-    """
-
-    attack: str
-    names: tuple[str, ...]
-    correct: tuple[tuple[int, ...], ...]
-    clean: tuple[int, ...]
-    n: int
-    eps: float
-    norm: str
-    bounds: tuple[float, float]
-    seed: int
-    alpha: float | None = None
-    data: str = ""
-    seconds: float = 0.0
-    notes: tuple[str, ...] = ()
-    versions: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        rows = (*self.correct, self.clean)
-        count = len(self.names)
-        if len(self.correct) != count or any(len(row) != count for row in rows):
-            raise ValueError(f"correct must be {count} x {count}, as there are {count} names")
-        for value in (value for row in rows for value in row):
-            wilson_interval(value, self.n)  # checks the count
-
-    def accuracy(self, source: str, target: str) -> float:
-        """Share of all images that the target classifies correctly as they were made on the source.
-
-        Raises:
-            KeyError: naming the models there are.
-        """
-        return self.correct[self._index(source)][self._index(target)] / self.n
-
-    def _index(self, name: str) -> int:
-        if name not in self.names:
-            raise KeyError(f"no model {name!r}, there are {', '.join(self.names)}")
-        return self.names.index(name)
-
-    def __str__(self) -> str:
-        """The table as text."""
-        return self.table()
-
-    def table(self) -> str:
-        """An aligned plain-text table."""
-        cells = self._cells()
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-        lines = [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in cells
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
-        return "\n".join([self._caption(), "", *lines, *self._remarks()]) + "\n"
-
-    def markdown(self) -> str:
-        """The table in markdown."""
-        heading, *rest = (
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
-            for line in self._cells()
-        )
-        rule = "| --- |" + " ---: |" * len(self.names)
-        return "\n".join([self._caption(), "", heading, rule, *rest, *self._remarks()]) + "\n"
-
-    def to_csv(self) -> str:
-        """One line per pair of models; accuracies are fractions."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("source", "target", "attack", "accuracy", "low", "high", "correct", "n"))
-        for source, row in zip(("", *self.names), (self.clean, *self.correct), strict=True):
-            attack = self.attack if source else "clean"
-            for target, correct in zip(self.names, row, strict=True):
-                interval = wilson_interval(correct, self.n)
-                writer.writerow(
-                    (source, target, attack, correct / self.n, *interval, correct, self.n)
-                )
-        return text.getvalue()
-
-    def to_json(self) -> str:
-        """All of it as JSON text."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
-
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the matrix atomically, as its suffix says: ``.json``, ``.csv`` or ``.md``.
-
-        Raises:
-            ValueError: for another suffix.
-        """
-        return write_atomically(path, _writer(path)(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> TransferMatrix:
-        """Read a matrix saved as JSON.
-
-        Raises:
-            FileNotFoundError: when there is no such file.
-            ValueError: when it is no matrix; the message names the file.
-        """
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("format") if isinstance(content, dict) else None
-            if version != _FORMAT:
-                raise ValueError(f"a transfer matrix must have format {_FORMAT}, got {version!r}")
-            return cls(**{f.name: content[f.name] for f in fields(cls)})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)}: {error}") from error
-
-    def _cells(self) -> list[list[str]]:
-        def line(title: str, row: Sequence[int]) -> list[str]:
-            return [title, *(f"{100 * correct / self.n:.2f}" for correct in row)]
-
-        heading = ["made on \\ judged", *self.names]
-        made = [line(name, row) for name, row in zip(self.names, self.correct, strict=True)]
-        return [heading, line("no attack", self.clean), *made]
-
-    def _caption(self) -> str:
-        data = f"{self.data}, " if self.data else ""
-        return (
-            f"{data}{self.n} images, {self.attack} at {format_eps(self.eps)} {self.norm}, seed {self.seed}: "
-            "accuracy in %, white box on the diagonal"
-        )
-
-    def _remarks(self) -> list[str]:
-        return ["", *self.notes] if self.notes else []
-
-
-_WRITERS: dict[str, Callable[[TransferMatrix], str]] = {
-    ".json": TransferMatrix.to_json,
-    ".csv": TransferMatrix.to_csv,
-    ".md": TransferMatrix.markdown,
-}
-
-
-def _writer(path: str | os.PathLike[str]) -> Callable[[TransferMatrix], str]:
-    suffix = Path(path).suffix.lower()
-    if suffix not in _WRITERS:
-        raise ValueError(f"out must end in one of {', '.join(_WRITERS)}, got {os.fspath(path)!r}")
-    return _WRITERS[suffix]
-
-
-def check_matrix_file(path: str | os.PathLike[str]) -> None:
-    """Require a name that `TransferMatrix.save` takes.
-
-    Raises:
-        ValueError: for another suffix.
-    """
-    _writer(path)
 
 
 def check_transferable(
