@@ -20,7 +20,12 @@ from fastadv.commands.training import check_checkpoint
 from fastadv.data import ImageData
 from fastadv.data.datasets import dataset_names
 from fastadv.evaluation import Report, Subject, evaluate
-from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN, parse_attacks
+from fastadv.evaluation.attack_list import (
+    AUTOATTACK,
+    CLEAN,
+    check_ensemble_asked_for,
+    parse_attacks,
+)
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.report import format_eps
 from fastadv.interruption import stopped_by_signals
@@ -95,7 +100,7 @@ def run_evaluation(
     """
     where = choose_device(device)
     radius = _radius(eps, norm)
-    _check_attacks(attacks, radius, alpha)
+    _check_attacks(attacks, radius, alpha, engine)
     recorded: Description | None = None
     if run is None:
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root)
@@ -198,14 +203,10 @@ def _radius(eps: float | None, norm: str) -> float:
     return _DEFAULT_EPS if eps is None else eps
 
 
-def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None) -> None:
-    """Refuse unknown attacks, and a step size that none of them takes, before anything is loaded."""
+def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None, engine: str) -> None:
+    """Refuse unknown attacks, and options that none of them takes, before anything is loaded."""
     parsed = parse_attacks(list(attacks), eps, alpha)
-    if alpha is not None and parsed == parse_attacks(list(attacks), eps, alpha + 1):
-        raise ValueError(
-            "alpha must be left out: it is the step size of PGD, C&W and MIM, and the attacks are "
-            f"{' '.join(attacks)}"
-        )
+    check_ensemble_asked_for(parsed, "engine", engine != "auto")
 
 
 def _about_radius(

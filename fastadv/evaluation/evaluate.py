@@ -20,6 +20,7 @@ from fastadv.evaluation.attack_list import (
     Ensemble,
     Foreign,
     Gradient,
+    check_ensemble_asked_for,
     check_fewest_classes,
     parse_attacks,
 )
@@ -80,7 +81,7 @@ def evaluate(
             * ``"autoattack"``, the standard version, on the images that are classified correctly;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images.
-        alpha: step size of PGD, C&W and MIM; by default eps / 4.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
@@ -93,11 +94,12 @@ def evaluate(
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
-            continues after an interruption.
+            continues after an interruption. Without AutoAttack there is a warning.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
-        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
+        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; to be left out without it, as the
+            other attacks run in float32.
 
     Returns:
         A report with one row per attack. A row's status is ``"ok"``; ``"suspect"`` when AutoAttack warns that its
@@ -119,7 +121,12 @@ def evaluate(
     check_choice("engine", engine, ENGINES)
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
-    asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
+    asks_autoattack = check_ensemble_asked_for(chosen, "engine", engine != "auto")
+    if state_dir is not None and not asks_autoattack:
+        warnings.warn(
+            "state_dir is not used: only autoattack keeps a state, and it is not among the attacks",
+            stacklevel=3,
+        )
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack as Method
+from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
@@ -55,10 +56,11 @@ class Runner:
         """Require that the model knows all labels, and return its number of classes.
 
         Raises:
-            ValueError: when a label is too large, or the data set has more classes.
+            ValueError: when a label is too large, the data set has more classes, or the channels come last.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
-        classes = logits_of(self.model, x).shape[1]
+        with naming_layout("images", self.model, x):
+            classes = logits_of(self.model, x).shape[1]
         largest = int(self.samples.labels.max())
         if largest >= classes:
             raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
