@@ -44,10 +44,9 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
         FileNotFoundError: if a file is absent.
         DataFormatError: if a file is damaged or is not the genuine one.
     """
+    check_choice("name", name, dataset_names())
     if name == "digits":
         return load_digits()
-    if name not in _FROM_FILES:
-        raise ValueError(f"name must be one of {', '.join(dataset_names())}, got {name!r}")
     if root is None:
         raise ValueError(f"root must be the folder that holds the files of {name}, got None")
     return _FROM_FILES[name](root, verify)

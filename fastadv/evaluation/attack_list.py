@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
+from fastadv.ops.values import shown
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
@@ -108,7 +109,12 @@ def parse_attacks(
     single = isinstance(attacks, str) or (
         isinstance(attacks, tuple) and len(attacks) == 2 and callable(attacks[1])
     )
-    chosen = [attacks] if single else list(attacks)
+    try:
+        chosen = [attacks] if single else list(attacks)
+    except TypeError:
+        raise TypeError(
+            f"attacks must be names or pairs (name, callable), got {shown(attacks)}"
+        ) from None
     if not chosen:
         raise ValueError(f"attacks must not be empty; known are: {_KNOWN}")
     step = eps / 4 if alpha is None else alpha
@@ -190,7 +196,9 @@ def _is_built_in(name: str) -> bool:
 def _parse_name(name: str, eps: float, step: float) -> Attack:
     found = _find(name, eps, step)
     if found is None:
-        raise ValueError(f"unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}")
+        raise ValueError(
+            f"attacks: unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}"
+        )
     return found
 
 

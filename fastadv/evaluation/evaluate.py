@@ -119,6 +119,8 @@ def evaluate(
     alpha = None if alpha is None else limit("alpha", alpha)
     expected = None if expected is None else share("expected", expected)
     check_choice("engine", engine, ENGINES)
+    if on_row is not None and not callable(on_row):
+        raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
     say = Progress(progress)
     chosen = parse_attacks(attacks, limit("eps", eps), alpha)
     asks_autoattack = check_ensemble_asked_for(chosen, "engine", engine != "auto")

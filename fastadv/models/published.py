@@ -15,6 +15,7 @@ from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
 from fastadv.models.state_files import Foreign, read_state_file
 from fastadv.ops.checks import FLOAT_DTYPES
+from fastadv.ops.values import check_bool, shown
 
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
@@ -112,6 +113,9 @@ def load_published_state_dict(
             does not fit or is not finite, or if the file normalises while the model is not `Normalized`; if
             several networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {shown(model)}")
+    check_bool("strict", strict)
     if isinstance(state, str | os.PathLike):
         state = read_state_file(state)
     network = model.model if isinstance(model, Normalized) else model
@@ -291,7 +295,10 @@ def _require_dense(name: str, tensor: Tensor) -> None:
     if _is_dense(tensor):
         return
     if tensor.device.type == "meta":
-        found, advice = "one on the device 'meta'", "it has a shape alone, and the weights were not saved"
+        found, advice = (
+            "one on the device 'meta'",
+            "it has a shape alone, and the weights were not saved",
+        )
     else:
         found = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
         advice = "save what its to_dense() returns"
