@@ -1,6 +1,7 @@
-"""One check for the fields of every dataclass of settings, from their type hints.
+"""One check for the fields of dataclasses of settings and for arguments, from their type hints.
 
-A dataclass calls `check_fields` first in its ``__post_init__``; ranges are for it to check afterwards.
+A dataclass calls `check_fields` first in its ``__post_init__``, a function has the decorator `arguments_checked`;
+ranges are for them to check afterwards.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ import inspect
 import sys
 import types
 from collections.abc import Callable, Hashable
-from functools import cache, partial
-from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+from functools import cache, partial, wraps
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fastadv.ops.values import check_bool, check_choice, integer, number, shown
 
 _MISSING = object()
+Function = TypeVar("Function", bound=Callable[..., Any])
 Check = Callable[[str, Any], Any]  # (name, value) -> the value as the type hint has it
 
 
@@ -38,6 +40,34 @@ def check_fields(instance: Any) -> None:
         checked = value if value is _MISSING else check(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
+
+
+def arguments_checked(function: Function) -> Function:
+    """Let a function check what it is given against its type hints, as `check_fields` does for a dataclass.
+
+    It is for functions that nobody calls in a loop, nor under torch.compile.
+    """
+    signature = inspect.signature(function)
+    named = [
+        name
+        for name, parameter in signature.parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+
+    @cache
+    def checks() -> dict[str, Check]:  # at the first call, when all that the hints name is there
+        hints = get_type_hints(function)
+        return {name: _check_of(hints[name]) for name in named if name in hints}
+
+    @wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        for name, check in checks().items():
+            if name in bound.arguments:
+                bound.arguments[name] = check(name, bound.arguments[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return cast(Function, checked)
 
 
 @cache

@@ -22,12 +22,14 @@ from fastadv.models import small_cnn
 from fastadv.trainers import (
     AdversarialRecipe,
     ArrestRecipe,
+    FastRecipe,
     MultiStep,
     OneCycle,
     Recipe,
     Schedule,
     Settings,
     Step,
+    VfdRecipe,
     find_method,
     method_names,
     train,
@@ -233,3 +235,30 @@ def test_schedules_of_ones_own_need_be_no_dataclass() -> None:
             return 0.5
 
     assert Recipe(schedule=Half()).lr_at(3) == 0.05
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "meant"),
+    [
+        (Recipe, "learning_rate", "lr"),
+        (AdversarialRecipe, "epsilon", "eps"),
+        (AdversarialRecipe, "num_steps", "steps"),
+        (ArrestRecipe, "replay_epoch", "replay_epochs"),
+        (Recipe, "wd", "weight_decay"),
+        (VfdRecipe, "bse", "base"),
+    ],
+)
+def test_a_number_that_a_recipe_does_not_have_is_named(
+    kind: type[Recipe], name: str, meant: str
+) -> None:
+    words = f"{kind.__name__} has no number '{name}'; did you mean '{meant}'"
+    for make in (kind, lambda **numbers: kind.preset("paper", **numbers)):
+        with pytest.raises(TypeError, match=words):
+            make(**{name: 0.1})
+
+
+def test_a_step_of_fast_training_fits_its_radius() -> None:
+    with pytest.raises(ValueError, match=r"alpha must be below 2 eps, 0\.03.* got 0\.039.*0\.0196"):
+        FastRecipe(eps=4 / 255)
+    assert FastRecipe(eps=4 / 255, alpha=5 / 255).alpha == 5 / 255
+    assert FastRecipe(eps=0.0).eps == 0

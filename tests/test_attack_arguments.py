@@ -292,3 +292,51 @@ def test_images_without_elements_are_refused() -> None:
 def test_a_count_that_no_machine_knows_is_refused(attack: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must fit into 64 bits"):
         attack(nn.Flatten(), **{name: 2**70})
+
+
+CONVOLUTION = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+ATTACKS = [fastadv.PGD, fastadv.FGSM, fastadv.APGD, fastadv.CWL2, fastadv.FAB, fastadv.Square]
+
+
+@pytest.mark.parametrize("kind", ATTACKS)
+@pytest.mark.parametrize("options", [{}, {"precision": "fp32"}, {"engine": "compiled"}])
+def test_images_with_the_channels_last_are_refused_in_words(
+    kind: type[Any], options: dict[str, Any]
+) -> None:
+    x = images(4).permute(0, 2, 3, 1)
+    words = (
+        r"x must be images \[B, C, H, W\], got shape \(4, 8, 8, 3\).*pass x.permute\(0, 3, 1, 2\)"
+    )
+    with pytest.raises(ValueError, match=words):
+        kind(CONVOLUTION, **options)(x, ZEROS)
+
+
+def test_evaluation_and_plain_callables_say_so_as_well() -> None:
+    data = (images(4).permute(0, 2, 3, 1), ZEROS)
+    for run in (fastadv.evaluation.evaluate, fastadv.evaluation.autoattack):
+        with pytest.raises(ValueError, match=r"images must be images \[B, C, H, W\].*permute"):
+            run(CONVOLUTION, data, progress=False)
+    with pytest.raises(ValueError, match=r"pass x.permute\(0, 3, 1, 2\)"):
+        fastadv.pgd_fused(lambda x: CONVOLUTION(x), *data)
+
+
+def test_a_model_that_takes_the_channels_last_is_attacked() -> None:
+    class Last(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return CONVOLUTION(x.permute(0, 3, 1, 2))
+
+    x, options = images(4), {"steps": 2, "precision": "fp32", "random_start": False}
+    expected = fastadv.pgd_fused(CONVOLUTION, x, ZEROS, **options)
+    found = fastadv.pgd_fused(Last(), x.permute(0, 2, 3, 1).contiguous(), ZEROS, **options)
+    assert torch.equal(found.permute(0, 3, 1, 2), expected)
+
+
+def test_other_errors_keep_their_words_whatever_the_layout() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))  # takes both layouts
+    last = images(4).permute(0, 2, 3, 1)
+    with pytest.raises(ValueError, match=r"y must be in 0 \.\. 3"):
+        fastadv.pgd_fused(flat, last, ZEROS + 7)
+    with pytest.raises(ValueError, match="x must be finite"):
+        fastadv.pgd_fused(CONVOLUTION, images(4) * 255, ZEROS)
+    with pytest.raises(RuntimeError, match="channels"):  # no permutation helps: it has 5 of them
+        fastadv.pgd_fused(CONVOLUTION, torch.rand(4, 5, 8, 4), ZEROS)

@@ -100,6 +100,7 @@ def test_the_radius_is_8_255_unless_told_otherwise_and_said(
 def test_what_has_no_effect_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, message in (
         (["--attacks", "clean", "fgsm", "--alpha", "0.1"], "alpha must be left out"),
+        (["--attacks", "pgd-2", "--engine", "fp32"], "engine must be left out"),
         (["--attacks", "pgd-2", "--root", "x"], "root must be left out with digits"),
         (["--attacks", "pgd2"], "did you mean 'pgd-2'?"),
         (["--checkpoint", "bst"], "did you mean 'best'?"),

@@ -167,3 +167,17 @@ def test_too_few_classes_are_refused_before_anything_runs(name: str, classes: in
     message = f"{name} needs at least {classes + 1} classes, the model has {classes}"
     with pytest.raises(ValueError, match=message):
         evaluate(model, (x, y), ["clean", name], **QUIET)
+
+
+def test_options_that_no_attack_takes_are_refused() -> None:
+    model, data = digits_and_net(8)
+    for attacks in ("fgsm", ["clean", "apgd-ce-2", "square-5"], [("pgd", lambda model, x, y: x)]):
+        with pytest.raises(ValueError, match="alpha must be left out"):
+            evaluate(model, data, attacks, alpha=0.01, **QUIET)
+    for attacks in ("clean", ["clean", "pgd-2"]):
+        with pytest.raises(ValueError, match=r"engine must be left out: .* the attacks are clean"):
+            evaluate(model, data, attacks, engine="fp32", **QUIET)
+    with pytest.warns(UserWarning, match="state_dir is not used"):
+        evaluate(model, data, "clean", state_dir="state", **QUIET)
+    report = evaluate(model, data, ["clean", "fgsm", "mim-1"], alpha=0.01, engine="auto", **QUIET)
+    assert report["mim-1"].alpha == 0.01 and report["fgsm"].alpha == 8 / 255

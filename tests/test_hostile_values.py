@@ -45,6 +45,32 @@ def test_whole_numbers_of_a_quantised_model_are_no_weights() -> None:
         load_published_state_dict(small_cnn(10, 1), state)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight.to("meta"), "got one on the device 'meta' in 'conv1.weight'"),
+        (lambda weight: weight.to_sparse(), "got one of layout torch.sparse_coo in 'conv1.weight'"),
+        (lambda weight: torch.nested.nested_tensor([weight]), "got a nested one in 'conv1.weight'"),
+    ],
+)
+def test_weights_without_values_of_their_own_are_refused(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    state = spoiled(change)
+    for given in (state, {"model": state, "ema": small_cnn(10, 1).state_dict()}):
+        with pytest.raises(ValueError, match=f"state must hold dense tensors with values, {words}"):
+            load_published_state_dict(small_cnn(10, 1), given)
+    torch.save(state, tmp_path / "teacher.pt")
+    with pytest.raises(ValueError, match=rf"teacher\.pt: state must hold dense tensors .*{words}"):
+        load_teacher(tmp_path / "teacher.pt", small_cnn(10, 1))
+
+
+def test_numbers_that_need_a_scale_are_no_weights() -> None:
+    state = spoiled(lambda weight: weight.to(torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match=r"1 mismatched: .*: torch.float8_e4m3fn, torch.float32"):
+        load_published_state_dict(small_cnn(10, 1), state)
+
+
 def written(path: Path, **change: Any) -> Path:
     row = {
         "name": "clean", "n": 10, "correct": 9, "eps": 0.0, "seed": 0, "seconds": 1.0,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fastadv.trainers import (
     VfdRecipe,
     find_method,
 )
+from fastadv.trainers.recipe import as_plain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BASES = ["trades", "mart", "alp", "hat"]
@@ -85,8 +88,26 @@ def test_what_is_given_wins_over_the_base() -> None:
     recipe = VfdRecipe(base="mart", epochs=7, eps=0.1, beta=2.0, weight=3.0)
     assert (recipe.epochs, recipe.eps, recipe.base_weight, recipe.inner_weight) == (7, 0.1, 2, 3)
     assert recipe.lr == 0.01
-    changed = dataclasses.replace(recipe, base="hat", weight=None)
-    assert (changed.epochs, changed.lr, changed.base_weight) == (7, 0.01, 2.0)
+    changed = dataclasses.replace(recipe, lr=0.2, weight=None)
+    assert (changed.epochs, changed.lr, changed.base_weight) == (7, 0.2, 2.0)
+    assert (changed.base, changed.eps, changed.inner_weight) == ("mart", 0.1, 5.0)
+
+
+def test_replace_cannot_leave_the_numbers_of_another_base() -> None:
+    recipe = VfdRecipe(lam=0.03)
+    words = r"base must be chosen .* got 'mart' .* write VfdRecipe\(base='mart', ...\)"
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(recipe, base="mart")
+    with pytest.raises(ValueError, match=r"fixed must be chosen .* write LbgatRecipe\(fixed=True"):
+        dataclasses.replace(LbgatRecipe(), fixed=True)
+    for kept in (recipe, LbgatRecipe(beta=6.0), VfdRecipe(base="mart", epochs=3)):
+        for same in (
+            dataclasses.replace(kept),
+            copy.deepcopy(kept),
+            pickle.loads(pickle.dumps(kept)),
+        ):
+            assert same == kept and as_plain(same) == as_plain(kept)
+        assert "replaces" not in as_plain(kept) and "replaces" not in repr(kept)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fastadv.attacks.apgd_l1 import run_l1
 from fastadv.attacks.arguments import Precision
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
-from fastadv.attacks.best import Best, where_images
+from fastadv.attacks.best import Best, best_of_runs, where_images
 from fastadv.attacks.objectives import (
     Objective,
     likeliest_wrong_classes,
@@ -27,7 +27,6 @@ from fastadv.attacks.objectives import (
 from fastadv.attacks.options import Setting
 from fastadv.engine.engines import Model
 from fastadv.ops.values import integer
-from fastadv.seeding import derive_seed
 
 Loss = Literal["ce", "dlr", "cw", "ce-t", "dlr-t"]
 MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
@@ -150,18 +149,9 @@ class APGD(Attack):
         super().__init__(model, chosen, seed, check_inputs)
 
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
-        best = Best()
-        for number, target in enumerate(self._targets(batch)):
-            run_seed = derive_seed(seed, "restart", number) if number else seed
-            if number == 0 or self.settings.train_mode:
-                best.merge(self._run(batch, target, run_seed))
-                continue
-            rows = (~best.succeeded).nonzero().flatten()
-            if rows.numel() == 0:
-                break
-            aim = None if target is None else target[rows]
-            best.merge(self._run(batch.rows(rows), aim, run_seed), rows)
-        return best.images
+        return best_of_runs(
+            self._run, batch, self._targets(batch), seed, whole=self.settings.train_mode
+        )
 
     def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""

@@ -27,6 +27,7 @@ from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
 from fastadv.engine.engines import Engine, Model, unwrapped
 from fastadv.engine.frozen import lock_of
+from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
@@ -159,7 +160,7 @@ class Attack(Configured):
             return x.detach().clone()
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        with self._alone(), _own_context(x.device):
+        with self._alone(), _own_context(x.device), naming_layout("x", self.model, x):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
                 check_images(x, settings.bounds)

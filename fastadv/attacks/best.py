@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import TypeAlias
+
 import torch
 from torch import Tensor
+
+from fastadv.attacks.batch import Batch
+from fastadv.seeding import derive_seed
 
 
 class Best:
@@ -66,6 +72,37 @@ class Best:
         self.images = self.images.index_copy(0, rows, some.images)
         self.value = self.value.index_copy(0, rows, some.value)
         self.succeeded = self.succeeded.index_copy(0, rows, some.succeeded)
+
+
+# A search on a batch, towards wrong classes [B] or none in particular, with a seed.
+Run: TypeAlias = Callable[[Batch, Tensor | None, int], Best]
+
+
+def best_of_runs(
+    run: Run, batch: Batch, targets: Iterable[Tensor | None], seed: int, *, whole: bool
+) -> Tensor:
+    """The best images of several runs with random numbers of their own, [B, ...].
+
+    Args:
+        run: the search.
+        batch: the images under attack.
+        targets: for each run, of which there is at least one, the wrong classes [B] it aims at, or None.
+        seed: of the first run; those of the others are derived from it.
+        whole: run on all samples each time, as samples need that depend on one another. Otherwise each run attacks
+            only the samples that those before it have left.
+    """
+    best = Best()
+    for number, target in enumerate(targets):
+        run_seed = derive_seed(seed, "restart", number) if number else seed
+        if number == 0 or whole:
+            best.merge(run(batch, target, run_seed))
+            continue
+        rows = (~best.succeeded).nonzero().flatten()
+        if rows.numel() == 0:
+            break
+        aim = None if target is None else target[rows]
+        best.merge(run(batch.rows(rows), aim, run_seed), rows)
+    return best.images
 
 
 def where_images(flags: Tensor, images: Tensor, others: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastadv.attacks.arguments import Precision
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
-from fastadv.attacks.best import Best
+from fastadv.attacks.best import Best, best_of_runs
 from fastadv.attacks.leaving import is_time_to_look
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.options import Setting
@@ -19,7 +19,6 @@ from fastadv.attacks.square_proposals import proposals_for
 from fastadv.engine.engines import Model
 from fastadv.ops.philox import WORDS, philox
 from fastadv.ops.values import check_bool, integer, number
-from fastadv.seeding import derive_seed
 
 Loss = Literal["cw", "ce"]
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of the share, after so many queries
@@ -140,19 +139,10 @@ class Square(Attack):
         batch = batch.rows(
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
-        best = self._run(batch, seed)
-        for restart in range(1, self.settings.restarts):
-            run_seed = derive_seed(seed, "restart", restart)
-            if self.settings.train_mode:
-                best.merge(self._run(batch, run_seed))
-                continue
-            rows = (~best.succeeded).nonzero().flatten()
-            if rows.numel() == 0:
-                break
-            best.merge(self._run(batch.rows(rows), run_seed), rows)
-        return best.images
+        runs = [None] * self.settings.restarts
+        return best_of_runs(self._run, batch, runs, seed, whole=self.settings.train_mode)
 
-    def _run(self, batch: Batch, seed: int) -> Best:
+    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
         """One random search; broken images stay as they are, and leave when it is time to look."""
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()

@@ -134,7 +134,7 @@ def training_parser(
         default=preset,
         help=f"Numbers that options and configs then change: {' or '.join(recipe_class.presets)}.",
     )
-    parser.add_class_arguments(recipe_class)
+    parser.add_class_arguments(recipe_class, skip={"replaces"})
     parser.set_defaults(start)
     parser.add_class_arguments(Settings)
     return parser

@@ -26,6 +26,7 @@ from fastadv.evaluation import Report, Row, Subject, Surrogate, evaluate, sanity
 from fastadv.evaluation.attack_list import (
     AUTOATTACK,
     CLEAN,
+    check_ensemble_asked_for,
     check_passes,
     expand_bundles,
     parse_attacks,
@@ -141,7 +142,7 @@ def run_evaluation(
     where = choose_device(device)
     radii = _radii(eps, norm)
     attacks = [str(name) for name in expand_bundles(attacks)]
-    _check_attacks(attacks, radii[0], alpha, eot)
+    _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
     if sanity:
         check_choice("norm", norm, NORMS)  # before hours are spent
@@ -311,15 +312,13 @@ def _radii(eps: float | Sequence[float] | None, norm: str) -> list[float]:
     return list(eps) if isinstance(eps, Sequence) else [eps]
 
 
-def _check_attacks(attacks: Sequence[str], eps: float, alpha: float | None, eot: int) -> None:
-    """Refuse unknown attacks, and a step size that none of them takes, before anything is loaded."""
+def _check_attacks(
+    attacks: Sequence[str], eps: float, alpha: float | None, eot: int, engine: str
+) -> None:
+    """Refuse unknown attacks, and options that none of them takes, before anything is loaded."""
     parsed = parse_attacks(list(attacks), eps, alpha)
     check_passes(parsed, eot)
-    if alpha is not None and parsed == parse_attacks(list(attacks), eps, alpha + 1):
-        raise ValueError(
-            "alpha must be left out: it is the step size of PGD, C&W and MIM, and the attacks are "
-            f"{' '.join(attacks)}"
-        )
+    check_ensemble_asked_for(parsed, "engine", engine != "auto")
 
 
 def _about_radius(

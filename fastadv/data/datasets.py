@@ -51,6 +51,7 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
         FileNotFoundError: if a file is absent.
         DataFormatError: if a file is damaged or is not the genuine one.
     """
+    check_choice("name", name, dataset_names())
     if name == "digits":
         return load_digits()
     return read_cifar(*_files(name, root), verify)
@@ -61,6 +62,7 @@ def load_test_images(name: str, root: str | Path | None = None, verify: bool = T
 
     The arguments and the errors are those of `load_dataset`.
     """
+    check_choice("name", name, dataset_names())
     if name == "digits":
         return load_digits().test
     return read_cifar_test(*_files(name, root), verify)
@@ -68,8 +70,6 @@ def load_test_images(name: str, root: str | Path | None = None, verify: bool = T
 
 def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]:
     """What the files of a data set look like, and where they are."""
-    if name not in _FROM_FILES:
-        raise ValueError(f"name must be one of {', '.join(dataset_names())}, got {name!r}")
     if root is None:
         raise ValueError(
             f"root must be the folder that holds the files of {name}, got None: --root DATA on the command line. "

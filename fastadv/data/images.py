@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fastadv.ops.checks import INTEGER_DTYPES
-from fastadv.ops.values import integer
+from fastadv.ops.checks import INTEGER_DTYPES, check_tensor
+from fastadv.ops.values import integer, shown
 
 if TYPE_CHECKING:
     from fastadv.data.streaming import StreamedData
@@ -45,6 +45,10 @@ class ImageData:
     name: str
 
     def __post_init__(self) -> None:
+        for name in ("images", "labels"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {shown(value)}; see from_tensors")
         if self.images.dtype != torch.uint8:
             raise TypeError(f"images must be uint8, got {self.images.dtype}; see from_tensors")
         if self.images.dim() != 4:
@@ -147,7 +151,7 @@ def from_tensors(
         ValueError: if shapes do not agree, images look like [N, H, W, C], a pixel is not finite or
             outside 0..1, a label is out of range, or there is nothing to infer num_classes from.
     """
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    images, labels = _as_tensor("images", images), _as_tensor("labels", labels)
     if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     if labels.dim() != 1:
@@ -161,6 +165,17 @@ def from_tensors(
             raise ValueError("num_classes must be given for empty labels, got None")
         num_classes = int(labels.max()) + 1
     return ImageData(_to_uint8(images), labels, num_classes, name)
+
+
+def _as_tensor(name: str, value: Tensor) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be a tensor or an array, got {shown(value)}") from error
+    check_tensor(name, tensor)
+    if tensor.device.type == "meta":
+        raise TypeError(f"{name} must be a tensor with values, got one on the device 'meta'")
+    return tensor
 
 
 def from_dataset(

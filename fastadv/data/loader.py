@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastadv.data.batches import Batch, Batches
 from fastadv.data.images import ImageData
+from fastadv.fields import arguments_checked
 from fastadv.ops import crop_flip
 from fastadv.ops.values import check_bool, integer, number
 from fastadv.seeding import derive_seed
@@ -49,6 +50,7 @@ class Loader(Batches):
         ValueError: if the data are empty, a number is out of range, or no full batch fits.
     """
 
+    @arguments_checked
     def __init__(
         self,
         data: ImageData,

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from fastadv.data.images import ImageData
+from fastadv.fields import arguments_checked
 from fastadv.ops.values import integer
 from fastadv.seeding import derive_seed
 
 
+@arguments_checked
 def subset(data: ImageData, n: int, seed: int = 0) -> ImageData:
     """Choose n images, as evenly over the classes as the data allow.
 
@@ -31,6 +33,7 @@ def subset(data: ImageData, n: int, seed: int = 0) -> ImageData:
     return data.select(chosen, f"{data.name} (subset of {n}, seed {seed})")
 
 
+@arguments_checked
 def split_validation(data: ImageData, n: int, seed: int = 0) -> tuple[ImageData, ImageData]:
     """Hold out n images, as evenly over the classes as the data allow.
 

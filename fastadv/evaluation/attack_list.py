@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
+from fastadv.ops.values import shown
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
@@ -135,7 +136,12 @@ def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[Attac
     single = isinstance(attacks, str) or (
         isinstance(attacks, tuple) and len(attacks) == 2 and callable(attacks[1])
     )
-    chosen: list[AttackChoice] = [attacks] if single else list(attacks)  # type: ignore[list-item,arg-type]
+    try:
+        chosen: list[AttackChoice] = [attacks] if single else list(attacks)  # type: ignore[list-item,arg-type]
+    except TypeError:
+        raise TypeError(
+            f"attacks must be names or pairs (name, callable), got {shown(attacks)}"
+        ) from None
     expanded: list[AttackChoice] = []
     bundled: set[str] = set()  # names that a bundle has brought in
     for choice in chosen:
@@ -162,7 +168,7 @@ def parse_attacks(
 
     Raises:
         TypeError: for something that is neither a name nor a pair.
-        ValueError: for an unknown name, a name given twice, or an empty list.
+        ValueError: for an unknown name, a name given twice, an empty list, or a step size that no attack takes.
     """
     chosen = expand_bundles(attacks)
     if not chosen:
@@ -173,7 +179,40 @@ def parse_attacks(
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"attacks must have different names, {name!r} appears twice")
+    if alpha is not None and not any(_takes_alpha(attack) for attack in parsed):
+        raise ValueError(
+            "alpha must be left out: it is the step size of PGD, C&W and MIM, and the attacks are "
+            f"{' '.join(names)}"
+        )
     return parsed
+
+
+def _takes_alpha(attack: Attack) -> bool:
+    """Whether the attack has steps of a size that can be chosen."""
+    return isinstance(attack, Gradient) and _PGD_NAME.fullmatch(attack.name) is not None
+
+
+def check_ensemble_asked_for(attacks: Sequence[Attack], name: str, given: bool) -> bool:
+    """Refuse an option of AutoAttack's where there is none.
+
+    Args:
+        attacks: what is to run.
+        name: of the option.
+        given: whether the caller has chosen it.
+
+    Returns:
+        Whether AutoAttack is among the attacks.
+
+    Raises:
+        ValueError: the option would be dropped.
+    """
+    asked = any(isinstance(attack, Ensemble) for attack in attacks)
+    if given and not asked:
+        raise ValueError(
+            f"{name} must be left out: it is an option of autoattack, and the attacks are "
+            f"{' '.join(attack.name for attack in attacks)}"
+        )
+    return asked
 
 
 def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
@@ -247,7 +286,9 @@ def _is_built_in(name: str) -> bool:
 def _parse_name(name: str, eps: float, step: float) -> Attack:
     found = _find(name, eps, step)
     if found is None:
-        raise ValueError(f"unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}")
+        raise ValueError(
+            f"attacks: unknown attack {name!r}{_suggestion(name)}; known are: {_KNOWN}"
+        )
     return found
 
 

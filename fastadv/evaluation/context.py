@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.frozen import frozen
 from fastadv.float32 import full_float32
+from fastadv.ops.values import shown
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
@@ -33,14 +34,17 @@ def evaluation_mode(
         The device of the evaluation.
 
     Raises:
-        TypeError: when parameters or buffers are floating point but not float32.
+        TypeError: when parameters or buffers are floating point but not float32, or the model cannot be called.
+        ValueError: when there is no such device.
     """
+    if not callable(model):
+        raise TypeError(f"model must be a module or a callable, got {shown(model)}")
     with ExitStack() as stack:
         # First, so that a model moved inside a caller's inference mode gets ordinary parameters.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         home = _device_of(model)
-        target = torch.device(device) if device is not None else home
+        target = check_device(device) if device is not None else home
         if isinstance(model, nn.Module):
             check_float32(model)
             stack.enter_context(frozen(model))
@@ -51,6 +55,20 @@ def evaluation_mode(
         stack.enter_context(full_float32())
         stack.enter_context(torch.autocast(target.type, enabled=False))
         yield target
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: torch knows none of that name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {shown(device)}"
+        ) from error
 
 
 def check_float32(model: nn.Module) -> None:

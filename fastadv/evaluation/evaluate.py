@@ -17,8 +17,8 @@ from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
     AttackChoice,
     Clean,
-    Ensemble,
     Minimum,
+    check_ensemble_asked_for,
     check_fewest_classes,
     check_passes,
     parse_attacks,
@@ -98,7 +98,7 @@ def evaluate(
               cw-100-10, apgd-ce, apgd-t, fab-t, square;
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each.
-        alpha: step size of PGD, C&W and MIM; by default eps / 4.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
@@ -113,11 +113,13 @@ def evaluate(
             radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
-            continues after an interruption. With several radii each has a folder in it.
+            continues after an interruption. With several radii each has a folder in it. Without AutoAttack there
+            is a warning.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
-        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; the other attacks run in float32.
+        engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; to be left out without it, as the
+            other attacks run in float32.
         surrogate: another model, on which the adversarial images are made (black-box transfer). The judged model
             then only says which images to attack, those that it gets right, and whether they are broken.
         eot: passes through the network for each gradient, which is their mean (expectation over transformations),
@@ -145,13 +147,20 @@ def evaluate(
     alpha = None if alpha is None else limit("alpha", alpha)
     expected = None if expected is None else share("expected", expected)
     check_choice("engine", engine, ENGINES)
+    if on_row is not None and not callable(on_row):
+        raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
     say = Progress(progress)
     radii = _radii(eps)
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
     check_passes(chosen, eot)
     constants, other = CarliniWagner(cw_c, cw_lr), as_surrogate(surrogate)
-    asks_autoattack = any(isinstance(attack, Ensemble) for attack in chosen)
+    asks_autoattack = check_ensemble_asked_for(chosen, "engine", engine != "auto")
+    if state_dir is not None and not asks_autoattack:
+        warnings.warn(
+            "state_dir is not used: only autoattack keeps a state, and it is not among the attacks",
+            stacklevel=3,
+        )
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)

@@ -16,9 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.evaluation.context import evaluation_mode
-from fastadv.evaluation.samples import as_samples
+from fastadv.evaluation.samples import as_samples, check_batch_size
+from fastadv.fields import arguments_checked, check_fields
+from fastadv.ops.values import shown
 
 
+@arguments_checked
 def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion.
 
@@ -61,6 +64,15 @@ class Cubic:
     c1: float
     c0: float
 
+    def __post_init__(self) -> None:
+        """Check that there are four numbers.
+
+        Raises:
+            TypeError: one is none.
+        """
+        check_fields(self)
+
+    @arguments_checked
     def __call__(self, clean: float) -> float:
         """Robust accuracy on the curve at a clean accuracy, both in percent."""
         return ((self.c3 * clean + self.c2) * clean + self.c1) * clean + self.c0
@@ -87,6 +99,7 @@ ARREST_CIFAR100_POINTS = {
 }
 
 
+@arguments_checked
 def ardist(clean: float, robust: float, curve: Cubic) -> float:
     """Signed distance of a method from a trade-off curve, ARREST's ARDist.
 
@@ -126,7 +139,15 @@ def fit_cubic(points: Iterable[tuple[float, float]]) -> Cubic:
     Raises:
         ValueError: for fewer than four different clean accuracies, or numbers that are not finite.
     """
-    pairs = np.asarray(list(points), dtype=np.float64).reshape(-1, 2)
+    try:
+        found = np.asarray(list(points))
+        if found.dtype.kind not in "iufO":
+            raise TypeError(f"{found.dtype}")
+        pairs = found.astype(np.float64).reshape(-1, 2)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"points must be pairs (clean, robust) of numbers, got {shown(points)}"
+        ) from error
     if not np.isfinite(pairs).all():
         raise ValueError("points must be finite")
     different = len(np.unique(pairs[:, 0]))
@@ -138,6 +159,7 @@ def fit_cubic(points: Iterable[tuple[float, float]]) -> Cubic:
     return Cubic(float(c3), float(c2), float(c1), float(c0))
 
 
+@arguments_checked
 def trade_off_sum(clean: float, robust: float) -> float:
     """Sum of clean and robust accuracy, the simplest trade-off metric, in percentage points."""
     return clean + robust
@@ -177,7 +199,7 @@ def cosine_similarity_to(
             raise TypeError(
                 f"{role} must have forward_features(x), {type(network).__name__} has not"
             )
-    samples = as_samples(data, (0.0, 1.0), max_examples)
+    samples, batch_size = as_samples(data, (0.0, 1.0), max_examples), check_batch_size(batch_size)
     total = 0.0
     with evaluation_mode(model, device) as where, evaluation_mode(teacher, where):
         for indices in samples.batches(batch_size):

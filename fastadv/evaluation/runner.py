@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack as Method
+from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
@@ -81,10 +82,12 @@ class Runner:
         """Require that the model knows all labels, and return its number of classes.
 
         Raises:
-            ValueError: when a label is too large, the data set has more classes, or the surrogate another number.
+            ValueError: when a label is too large, the data set has more classes, the surrogate another number, or
+                the channels come last.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
-        with private_generators(derive_seed(self.seed, "evaluate/labels")):
+        draws = private_generators(derive_seed(self.seed, "evaluate/labels"))
+        with draws, naming_layout("images", self.model, x):
             classes = logits_of(self.model, x).shape[1]
             others = None if self.surrogate is None else logits_of(self.surrogate, x).shape[1]
         if others not in (None, classes):

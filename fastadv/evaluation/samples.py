@@ -177,7 +177,7 @@ def _unpack(data: Any) -> tuple[Tensor, Tensor, str]:
         )
     for role, value in zip(("images", "labels"), pair, strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{role} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{role} of data must be a tensor, got {type(value).__name__}")
     return pair[0], pair[1], name
 
 

@@ -24,7 +24,7 @@ from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
-from fastadv.ops.values import check_choice, integer, limit, norm_name, number
+from fastadv.ops.values import check_choice, integer, limit, norm_name, number, shown
 
 NORMS = ("linf", "l2")
 
@@ -360,6 +360,10 @@ def _check_arguments(
     if not 0 <= number("slack", slack) < 1:
         raise ValueError(f"slack must be in [0, 1), got {slack}")
     for name, values in (("eps_factors", eps_factors), ("steps", steps)):
+        if isinstance(values, str) or not isinstance(values, Sequence):
+            raise TypeError(f"{name} must be a sequence of numbers, got {shown(values)}")
+        for value in values:
+            (integer if name == "steps" else limit)(name, value)
         if not values or values[0] <= 0 or any(b <= a for a, b in pairwise(values)):
             raise ValueError(f"{name} must be positive and increasing, got {tuple(values)}")
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastadv.attacks import PGD
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.samples import as_samples, check_batch_size
+from fastadv.ops.values import integer, limit, shown
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ def delta_z(
     Raises:
         ValueError: for fewer than three extractors, or numbers out of range.
     """
+    if not isinstance(extractors, Mapping):
+        raise TypeError(f"extractors must be models by their radii, got {shown(extractors)}")
+    for radius in extractors:
+        limit("radius in extractors", radius)
+    eps, steps = limit("eps", eps), integer("steps", steps, at_least=1)
     if len(extractors) < 3:
         raise ValueError(f"extractors must be at least 3, for curvature, got {len(extractors)}")
     samples = as_samples(data, (0.0, 1.0), max_examples)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from fastadv.losses.common import Reduction, reduced
+from fastadv.losses.common import Reduction, check_pair, reduced
 from fastadv.ops import checks
 from fastadv.ops.angular_distance import angular_distance
 from fastadv.ops.attention_map_distance import attention_map_distance
@@ -40,6 +40,7 @@ def feature_distance(
         ValueError: if shapes or devices do not agree, or the kind is unknown.
     """
     checks.check_choice("kind", kind, _FEATURE_DISTANCES)
+    check_pair("features", features, "teacher_features", teacher_features)
     teacher_features = teacher_features.detach()
     if kind == "angular":
         return angular_distance(features, teacher_features)
@@ -81,6 +82,7 @@ def arrest(
         ValueError: if shapes do not agree, lam is negative or not finite, or the reduction is unknown.
     """
     lam = checks.limit("lam", lam)
+    check_pair("adv_features", adv_features, "teacher_features", teacher_features)
     names = Names("adv_logits")
     hard = softmax_losses("cross_entropy", adv_logits, y=y, reduction="none", names=names)
     return reduced(hard + lam * feature_distance(adv_features, teacher_features), reduction)
@@ -114,6 +116,8 @@ def vfd(
         TypeError: if a tensor is not floating point.
         ValueError: if shapes or devices do not agree or the reduction is unknown.
     """
+    check_pair("adv_features", adv_features, "vanilla_features", vanilla_features)
+    check_pair("clean_features", clean_features, "vanilla_features", vanilla_features)
     return vanilla_feature_distillation(
         adv_features, clean_features, vanilla_features, reduction=reduction
     )

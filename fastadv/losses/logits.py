@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastadv.losses.common import Reduction, at_least_float32, reduced
+from fastadv.losses.common import Reduction, at_least_float32, check_pair, reduced
 from fastadv.ops import checks
 from fastadv.ops.softmax_losses import LOWEST, Names, softmax_losses
 from fastadv.ops.traced import changes
@@ -156,6 +156,7 @@ def kd(
     Raises:
         TypeError, ValueError: as `kl`.
     """
+    check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
     return softmax_losses(
         "kl",
         teacher_logits.detach(),
@@ -260,6 +261,13 @@ def _mart_of_the_code(
     divergence = (p * (log_p - (q + 1e-12).log())).sum(1)
     boost = -(others + 1e-4 + 1e-12).log()
     return reduced(hard + boost + beta * (doubt + 1e-7) * divergence, reduction)
+
+
+def _batch_of(name: str, logits: Tensor) -> int:
+    checks.check_float(name, logits)
+    if logits.dim() != 2:
+        raise ValueError(f"{name} must have shape (B, C), got {tuple(logits.shape)}")
+    return logits.shape[0]
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
@@ -390,7 +398,12 @@ def hat(
     """
     gamma = checks.limit("gamma", gamma)
     base = trades(clean_logits, adv_logits, y, beta, reduction=reduction)
-    return base + gamma * cross_entropy(helper_logits, helper_y, reduction=reduction)
+    helper_y = checks.class_labels("helper_y", helper_y, _batch_of("helper_logits", helper_logits))
+    names = Names("helper_logits")
+    helper = softmax_losses(
+        "cross_entropy", helper_logits, y=helper_y, reduction=reduction, names=names
+    )
+    return base + gamma * helper
 
 
 def lbgat(
@@ -422,7 +435,10 @@ def lbgat(
             there are no clean logits.
     """
     beta = checks.limit("beta", beta)
-    natural = cross_entropy(natural_logits, y, reduction=reduction)
+    check_pair("adv_logits", adv_logits, "natural_logits", natural_logits)
+    natural = softmax_losses(
+        "cross_entropy", natural_logits, y=y, reduction=reduction, names=Names("natural_logits")
+    )
     apart = at_least_float32(adv_logits) - at_least_float32(natural_logits)
     loss = natural + reduced(apart.square().mean(1), reduction)
     # A number that torch.compile sees change is not looked at, so that there is one graph for all its values.
@@ -430,4 +446,7 @@ def lbgat(
         return loss
     if clean_logits is None:
         raise ValueError("clean_logits must be given where beta is not 0, got None")
-    return loss + beta * kl(clean_logits, adv_logits, reduction=reduction)
+    names = Names("clean_logits", "adv_logits")
+    return loss + beta * softmax_losses(
+        "kl", clean_logits, adv_logits, reduction=reduction, names=names
+    )

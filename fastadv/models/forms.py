@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from fastadv.fields import arguments_checked
 from fastadv.models.registry import create_model
 from fastadv.models.split import Normalized
 
 
+@arguments_checked
 def forms_of(model: nn.Module) -> Mapping[str, str]:
     """Return the registered networks that a state dict of a model fits, where there are several.
 
@@ -24,11 +26,13 @@ def forms_of(model: nn.Module) -> Mapping[str, str]:
     return getattr(_inside(model), "forms", {})
 
 
+@arguments_checked
 def form_of(model: nn.Module) -> str | None:
     """Return which of `forms_of` a model is, None if there are none."""
     return getattr(_inside(model), "form", None) if forms_of(model) else None
 
 
+@arguments_checked
 def usual_form(model: nn.Module) -> bool:
     """Return whether a model is what its architecture's plain name means, which says nothing of a file's form."""
     return form_of(model) == next(iter(forms_of(model)), None)
@@ -74,14 +78,18 @@ def described(forms: Mapping[str, str]) -> str:
     return "; ".join(f"{name} ({what})" for name, what in forms.items())
 
 
+@arguments_checked
 def in_form(model: nn.Module, form: str) -> nn.Module:
     """Return a network of a model's size in another of its forms, with fresh weights."""
     network = _inside(model)
+    if not forms_of(network):
+        raise ValueError(f"model must be a network of several forms, got {type(network).__name__}")
     if form not in forms_of(network):
         raise ValueError(f"form must be one of {', '.join(forms_of(network))}, got {form!r}")
     return create_model(form, network.num_classes, network.conv1.in_channels)  # type: ignore[arg-type, union-attr]
 
 
+@arguments_checked
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
     """Load a model's state dict into another model.
 

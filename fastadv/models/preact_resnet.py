@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.models.split import SplitModel, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import SplitModel, check_counts, global_average
 
 # In the names of forms.
 _RAW_SHORTCUT, _NO_LAST_NORM = "_raw_shortcut", "_no_last_norm"
@@ -63,6 +64,7 @@ class PreActResNet(SplitModel):
 
     bn: nn.BatchNorm2d | None
 
+    @arguments_checked
     def __init__(
         self,
         blocks: tuple[int, int, int, int],
@@ -72,6 +74,7 @@ class PreActResNet(SplitModel):
         raw_shortcut: bool = False,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         self.num_classes = num_classes
         self.num_features = 512
         self.raw_shortcut = raw_shortcut

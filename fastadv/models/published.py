@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
 from fastadv.models.state_files import Foreign, read_state_file
+from fastadv.ops.checks import FLOAT_DTYPES
+from fastadv.ops.values import check_bool, shown
 
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
@@ -111,6 +113,9 @@ def load_published_state_dict(
             does not fit or is not finite, or if the file normalises while the model is not `Normalized`; if
             several networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {shown(model)}")
+    check_bool("strict", strict)
     if isinstance(state, str | os.PathLike):
         state = read_state_file(state)
     network = model.model if isinstance(model, Normalized) else model
@@ -226,6 +231,8 @@ def _require_same(
         a, b = (mappings[place].get(prefix + name) for place, prefix in (one, other))
         if a is None or b is None or name.endswith("num_batches_tracked"):
             continue
+        _require_dense(name, a)
+        _require_dense(name, b)
         if a.shape != b.shape or not torch.equal(a, b.to(a.dtype)):
             places = " and ".join(
                 f"state{place}" + f" behind {prefix!r}" * bool(prefix)
@@ -261,10 +268,11 @@ def _sort_entries(
         name = full_name.removeprefix(report.prefix)
         if full_name.startswith(report.prefix) and name in targets:
             ours = targets[name]
+            _require_dense(full_name, tensor)
             if tensor.shape != ours.shape:
                 report.mismatched.append(f"{name}: {tuple(tensor.shape)}, {tuple(ours.shape)}")
-            elif ours.is_floating_point() and not tensor.is_floating_point():
-                # Whole numbers of a quantised model, without their scale.
+            elif ours.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
+                # Numbers of a quantised model, without their scale.
                 report.mismatched.append(f"{name}: {tensor.dtype}, {ours.dtype}")
             else:
                 fitting[name] = tensor
@@ -278,6 +286,27 @@ def _sort_entries(
     return fitting
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has its values at hand, each in a place of its own."""
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+
+
+def _require_dense(name: str, tensor: Tensor) -> None:
+    if _is_dense(tensor):
+        return
+    if tensor.device.type == "meta":
+        found, advice = (
+            "one on the device 'meta'",
+            "it has a shape alone, and the weights were not saved",
+        )
+    else:
+        found = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
+        advice = "save what its to_dense() returns"
+    raise ValueError(
+        f"state must hold dense tensors with values, got {found} in {name!r}; {advice}"
+    )
+
+
 def _is_counter(name: str, tensor: Tensor) -> bool:
     return name.rpartition(".")[2] in _COUNTERS and tensor.numel() == 1
 
@@ -286,7 +315,7 @@ def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
     """Whether the entry is a normalisation constant, which is then put in the report."""
     last = name.rpartition(".")[2]
     kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
-    if kind is None or tensor.numel() > _MOST_CHANNELS:
+    if kind is None or not _is_dense(tensor) or tensor.numel() > _MOST_CHANNELS:
         return False
     values, earlier = tensor.flatten().tolist(), getattr(report, kind)
     if earlier is not None and earlier != values:

@@ -21,7 +21,7 @@ from fastadv.models.small_cnn import small_cnn
 from fastadv.models.stack import Stack
 from fastadv.models.vgg import vgg16_bn
 from fastadv.models.wide_resnet import wrn_28_10, wrn_34_10
-from fastadv.ops.values import integer
+from fastadv.ops.values import integer, shown
 
 ModelFactory = Callable[..., nn.Module]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
@@ -75,6 +75,8 @@ def create_model(
     """
     for argument, value in (("num_classes", num_classes), ("in_channels", in_channels)):
         integer(argument, value, at_least=1)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be text, got {shown(name)}")
     source, colon, rest = name.partition(":")
     if not colon:
         factory = _own_factory(name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.models.split import SplitModel, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import SplitModel, check_counts, global_average
 
 
 class BasicBlock(nn.Module):
@@ -47,6 +48,7 @@ class ResNet(SplitModel):
         layer2_stride: stride of the second stage, 2 or 1.
     """
 
+    @arguments_checked
     def __init__(
         self,
         blocks: tuple[int, int, int, int],
@@ -55,6 +57,7 @@ class ResNet(SplitModel):
         layer2_stride: int = 2,
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         if layer2_stride not in (1, 2):
             raise ValueError(f"layer2_stride must be 1 or 2, got {layer2_stride}")
         self.num_classes = num_classes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.models.split import SplitModel, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import SplitModel, check_counts, global_average
 
 
 class SmallCNN(SplitModel):
@@ -18,8 +19,10 @@ class SmallCNN(SplitModel):
         in_channels: channels of the images.
     """
 
+    @arguments_checked
     def __init__(self, num_classes: int, in_channels: int) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         self.num_classes = num_classes
         self.num_features = 64
         self.conv1 = nn.Conv2d(in_channels, 32, 3, padding=1, bias=False)

@@ -8,6 +8,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from fastadv.ops.values import integer, shown
+
 
 @runtime_checkable
 class FeatureSplit(Protocol):
@@ -54,6 +56,17 @@ class SplitModel(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def check_counts(**counts: int) -> None:
+    """Require that each of a model's sizes, by its name, is at least 1.
+
+    Raises:
+        TypeError: one is no integer.
+        ValueError: one is below 1.
+    """
+    for name, count in counts.items():
+        integer(name, count, at_least=1)
+
+
 def global_average(features: Tensor) -> Tensor:
     """Mean over height and width, [B, C, H, W] -> [B, C].
 
@@ -87,6 +100,8 @@ class Normalized(nn.Module):
         std: float | Sequence[float] | Tensor = 1.0,
     ) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {shown(model)}")
         means, stds = _channel_buffer("mean", mean), _channel_buffer("std", std)
         if means.shape != stds.shape:
             raise ValueError(
@@ -119,8 +134,15 @@ class Normalized(nn.Module):
 
 def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:
     """A float32 copy of value as [1, C, 1, 1] (C = 1 broadcasts over any number of channels)."""
-    buffer = torch.as_tensor(value, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
-    if buffer.numel() == 0 or not bool(torch.isfinite(buffer).all()):
+    try:
+        if torch.is_complex(torch.as_tensor(value)):
+            raise TypeError("complex numbers")
+        buffer = torch.as_tensor(value, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be a number, or one number per channel, got {shown(value)}"
+        ) from error
+    if buffer.is_meta or buffer.numel() == 0 or not bool(torch.isfinite(buffer).all()):
         raise ValueError(f"{name} must be one finite number per channel, got {value!r}")
     return buffer
 

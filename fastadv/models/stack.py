@@ -8,7 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
-from fastadv.models.split import SplitModel, check_feature_split, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import (
+    SplitModel,
+    check_counts,
+    check_feature_split,
+    global_average,
+)
 from fastadv.ops import linear_merger
 
 # An attack's copy of the stack calls the op as it is instead of tracing into its checks.
@@ -31,8 +37,10 @@ class Stack(SplitModel):
         ValueError: if there is no extractor, or one does not say how many features it has.
     """
 
+    @arguments_checked
     def __init__(self, extractors: Sequence[nn.Module], num_classes: int) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes)
         if not extractors:
             raise ValueError("extractors must hold at least one model, got none")
         for extractor in extractors:
@@ -83,6 +91,7 @@ def _width(extractor: nn.Module) -> int:
     return width
 
 
+@arguments_checked
 def importance_ratios(stack: Stack) -> list[float]:
     """Return how much the merger relies on each extractor: its part of the sum of absolute weights.
 

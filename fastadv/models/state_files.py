@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fastadv.fields import arguments_checked
+
 # How torch wrote before 1.6: four pickles, of which the last is the saved object.
 _PICKLES_OF_OLD_FILES = 4
 _ZIP = b"PK\x03\x04"
@@ -42,6 +44,7 @@ class Foreign:
         """Leave the state aside."""
 
 
+@arguments_checked
 def read_state_file(path: str | os.PathLike[str]) -> Any:
     """Read a file that `torch.save` or safetensors wrote, whatever its name ends in.
 

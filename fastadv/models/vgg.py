@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastadv.models.split import SplitModel, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import SplitModel, check_counts, global_average
 
 # Output channels of the 3x3 convolutions between one pooling and the next.
 VGG16_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -24,10 +25,12 @@ class VGG(SplitModel):
         in_channels: channels of the images, which must be at least 32x32.
     """
 
+    @arguments_checked
     def __init__(
         self, stages: tuple[tuple[int, ...], ...], num_classes: int, in_channels: int
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels)
         self.num_classes = num_classes
         self.num_features = stages[-1][-1]
         layers: list[nn.Module] = []

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.models.split import SplitModel, global_average
+from fastadv.fields import arguments_checked
+from fastadv.models.split import SplitModel, check_counts, global_average
 
 
 class WideBlock(nn.Module):
@@ -72,10 +73,12 @@ class WideResNet(SplitModel):
         ValueError: if depth is not of that form.
     """
 
+    @arguments_checked
     def __init__(
         self, depth: int, widen: int, num_classes: int, in_channels: int, dropout: float = 0.0
     ) -> None:
         super().__init__()
+        check_counts(num_classes=num_classes, in_channels=in_channels, widen=widen)
         count, rest = divmod(depth - 4, 6)
         if rest != 0 or count < 1:
             raise ValueError(f"depth must be 6 * n + 4 with n >= 1, got {depth}")

@@ -18,9 +18,9 @@ class FastRecipe(AdversarialRecipe):
     """Numbers of the paper for CIFAR-10: 15 epochs of one triangle of the learning rate, a step of 1.25 eps.
 
     The top of the triangle is in the middle of the run and the momentum falls from .9 to .8 towards it, as in the
-    authors' code (locuslab/fast_adversarial). The step is to be set together with another eps. Both presets have
-    these numbers. What "official" does not reproduce of that code: there the model is attacked in training mode,
-    so that running statistics move twice per batch.
+    authors' code (locuslab/fast_adversarial). The step, below 2 eps, is to be set together with another eps. Both
+    presets have these numbers. What "official" does not reproduce of that code: there the model is attacked in
+    training mode, so that running statistics move twice per batch.
     """
 
     epochs: int = 15
@@ -30,6 +30,14 @@ class FastRecipe(AdversarialRecipe):
     steps: int = 1
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha >= 2 * self.eps > 0:
+            raise ValueError(
+                f"alpha must be below 2 eps, {2 * self.eps:g}, from where on every random start leads to the same "
+                f"corner of the ball, got {self.alpha:g}; the paper has 1.25 eps, {1.25 * self.eps:g}"
+            )
 
 
 class Fast(PGDAT[FastRecipe]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -40,11 +40,12 @@ class LbgatRecipe(NaturalRecipe):
     schedule: Schedule = _SLOW_FIRST_EPOCH
     beta: Number = 0.0
     fixed: bool = False
+    replaces: InitVar[object] = None  # see `follows_start`
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {"natural": "resnet18_layer2_stride1"}}
     deciding: ClassVar[tuple[str, ...]] = ("fixed",)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, replaces: object) -> None:
         super().__post_init__()
         check_field(self, "beta", at_least=0)
         if self.fixed and self.natural is not None:

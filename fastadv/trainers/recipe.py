@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
+from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from fastadv.attacks.options import SYNONYMS
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_radius, closest
 from fastadv.trainers.number import Number
@@ -19,12 +22,47 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16"]
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
+T = TypeVar("T")
 RecipeT = TypeVar("RecipeT", bound="Recipe")
+# What other code calls these numbers.
+_SYNONYMS = {
+    **SYNONYMS,
+    **dict.fromkeys(("wd", "l2_reg", "decay"), "weight_decay"),
+    **dict.fromkeys(("scheduler", "lr_schedule", "lr_scheduler"), "schedule"),
+    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs"), "epochs"),
+    **dict.fromkeys(("amp", "dtype"), "precision"),
+    "bs": "batch_size",
+    "lambda_": "lam",
+}
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 
 
+class RecipeType(ABCMeta):
+    """The type of the recipe classes: looks at the names of the numbers before a recipe is made."""
+
+    def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
+        """Make a recipe.
+
+        Raises:
+            TypeError: a number that it does not have; the message says which was probably meant.
+        """
+        known = inspect.signature(cls).parameters
+        for name in numbers:
+            if name not in known:
+                hint = closest(name, known, _SYNONYMS)
+                raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
+        made: T = super().__call__(*args, **numbers)  # type: ignore[misc]
+        return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """That of the constructor, which the call above would hide from ``help`` and editors."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(metaclass=RecipeType):
     """Numbers that every method has. The defaults are those of standard training in the papers.
 
     Attributes:
@@ -222,16 +260,33 @@ class AdversarialRecipe(Recipe):
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     """Let recipes of a class that are made without a preset begin with `start("paper", ...)`, too.
 
-    It goes above `dataclass`, for a class whose `start` depends on what is given.
+    It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
+    every number as if it were given. It is kept from changing what the numbers depend on: the class has an
+    `InitVar` called `replaces`, by which `replace` tells which recipe it began with.
     """
     init = kind.__init__
 
     @functools.wraps(init)
-    def begin(self: RecipeT, **numbers: Any) -> None:
+    def begin(self: RecipeT, *, replaces: RecipeT | None = None, **numbers: Any) -> None:
+        if replaces is not None:
+            _check_same_start(replaces, numbers)
         init(self, **{**kind.start("paper", numbers), **numbers})
 
     kind.__init__ = begin  # type: ignore[assignment, method-assign]
+    kind.replaces = property(lambda self: self)  # type: ignore[attr-defined]
     return kind
+
+
+def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
+    """Refuse to change a field by which `start` has chosen numbers that would stay."""
+    for name in recipe.deciding:
+        old, new = getattr(recipe, name), numbers[name]
+        if new != old:
+            kind = type(recipe).__name__
+            raise ValueError(
+                f"{name} must be chosen when a recipe is made, got {new!r} in place of {old!r} by "
+                f"dataclasses.replace, which keeps the other numbers of {old!r}; write {kind}({name}={new!r}, ...)"
+            )
 
 
 def shared_numbers(recipe: Recipe, kind: type[Recipe], without: tuple[str, ...]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
@@ -95,10 +95,11 @@ class VfdRecipe(PairRecipe):
     lam: Number = 0.02
     gamma: Number = 0.5
     reach: Number = 2.0
+    replaces: InitVar[object] = None  # see `follows_start`
 
     deciding: ClassVar[tuple[str, ...]] = ("base",)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, replaces: object) -> None:
         super().__post_init__()
         if self.weight is not None and self.base not in _INNER_WEIGHTS:
             raise ValueError(
