@@ -28,6 +28,7 @@ from training_helpers import (
 )
 
 from fastadv.losses import cross_entropy
+from fastadv.ranks import Ranks
 from fastadv.trainers import (
     AdversarialRecipe,
     Attacked,
@@ -43,7 +44,6 @@ from fastadv.trainers import (
 from fastadv.trainers.arrest import Replayed
 from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.checkpoint import load_checkpoint
-from fastadv.trainers.distributed import Ranks
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.phases import PhaseTimer
 

@@ -25,6 +25,7 @@ from training_helpers import make_model, small_data, small_recipe, states_equal
 from fastadv.attacks import PGD
 from fastadv.losses import cross_entropy
 from fastadv.models.small_cnn import SmallCNN, small_cnn
+from fastadv.ranks import Ranks
 from fastadv.trainers import (
     Attacked,
     LossResult,
@@ -35,7 +36,7 @@ from fastadv.trainers import (
     distributed,
     train,
 )
-from fastadv.trainers.distributed import Ranks, Synchroniser, with_synced_norms
+from fastadv.trainers.distributed import Synchroniser, with_synced_norms
 from fastadv.trainers.logs import read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,7 @@ import torch
 from training_helpers import small_recipe
 
 from fastadv.cli import main
-from fastadv.commands.result_keeper import autoattack_state
+from fastadv.commands.result_keeper import unfinished_work
 from fastadv.data import load_dataset
 from fastadv.digest import digest_of
 from fastadv.evaluation import AutoAttackResult, Report, Stage, evaluate, load_results
@@ -222,25 +222,23 @@ def test_evaluate_tells_of_each_attack_as_it_ends() -> None:
     assert seen == [["clean"], ["clean", "fgsm"]]
 
 
-def test_the_state_of_an_autoattack_is_held_by_one_and_gone_after_success(tmp_path: Path) -> None:
-    folder = tmp_path / "autoattack" / "run"
-    with autoattack_state(folder, wanted=False) as state:
-        assert state is None and not folder.parent.exists()
-    with pytest.raises(KeyError), autoattack_state(folder, wanted=True) as state:
+def test_unfinished_work_is_held_by_one_and_gone_after_success(tmp_path: Path) -> None:
+    folder = tmp_path / "unfinished" / "run"
+    with pytest.raises(KeyError), unfinished_work(folder) as state:
         assert state == folder
         folder.mkdir()
         with (
-            pytest.raises(ValueError, match="another process is running the same AutoAttack"),
-            autoattack_state(folder, wanted=True),
+            pytest.raises(ValueError, match="another process is at the same evaluation"),
+            unfinished_work(folder),
         ):
             pass
         raise KeyError
     assert folder.exists()  # for the same command to go on from
-    with autoattack_state(folder, wanted=True):
+    with unfinished_work(folder):
         pass
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
-    with autoattack_state(tmp_path / "file" / "run", wanted=True) as state:
+    with unfinished_work(tmp_path / "file" / "run") as state:
         assert state is None
 
 
@@ -279,7 +277,7 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
     assert f"the results so far are in {run / 'eval.json'}" in err
-    assert "the same command goes on where AutoAttack was" in err
+    assert "the same command goes on where it was" in err
     assert names(run) == ["clean", "pgd-2"]
 
 

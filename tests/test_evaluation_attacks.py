@@ -177,7 +177,5 @@ def test_options_that_no_attack_takes_are_refused() -> None:
     for attacks in ("clean", ["clean", "pgd-2"]):
         with pytest.raises(ValueError, match=r"engine must be left out: .* the attacks are clean"):
             evaluate(model, data, attacks, engine="fp32", **QUIET)
-    with pytest.warns(UserWarning, match="state_dir is not used"):
-        evaluate(model, data, "clean", state_dir="state", **QUIET)
     report = evaluate(model, data, ["clean", "fgsm", "mim-1"], alpha=0.01, engine="auto", **QUIET)
     assert report["mim-1"].alpha == 0.01 and report["fgsm"].alpha == 8 / 255

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from training_helpers import CPU, make_batch, make_method, make_model, small_data, small_recipe
 
 from fastadv.models import WideResNet
+from fastadv.ranks import Ranks
 from fastadv.trainers import Attacked, Recipe, Runtime, find_method, train
 from fastadv.trainers.act import Act, Concurrent
-from fastadv.trainers.distributed import Ranks
 from fastadv.trainers.hat import Helped
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.vfd import Guided

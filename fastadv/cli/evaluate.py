@@ -7,6 +7,8 @@ import shlex
 from fastadv.cli.parsing import Parser, with_lists
 from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
 from fastadv.interruption import stopped_by_signals
+from fastadv.ranks import is_first
+from fastadv.trainers.number import Number
 
 
 def evaluate(words: list[str]) -> int:
@@ -36,13 +38,23 @@ def evaluate(words: list[str]) -> int:
         help="With --weights, mean and standard deviation of the inputs, each one number or one per channel with "
         "commas between them, unless the model takes images in 0..1 or the file says how.",
     )
+    parser.add_argument(
+        "--bounds",
+        nargs=2,
+        type=Number,
+        default=[0.0, 1.0],
+        metavar=("LOW", "HIGH"),
+        help="Smallest and largest value of an image as the model takes it; the data are scaled to them, and eps is "
+        "in these units.",
+    )
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(
-        run_evaluation, skip={"run", "attacks", "normalise", "quiet", "command"}
+        run_evaluation, skip={"run", "attacks", "normalise", "bounds", "quiet", "command"}
     )
     options = vars(parser.parse_args(with_lists(words, "--eps")))
     options.pop("config")
     with stopped_by_signals("stopped before the first attack"):
         text = run_evaluation(**options, command=shlex.join(["fastadv", "eval", *words]))
-    print(text, end="")
+    if is_first():
+        print(text, end="")
     return 0

@@ -25,8 +25,8 @@ from fastadv.commands import Flags, run_training
 from fastadv.data.datasets import dataset_names
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
+from fastadv.ranks import is_first, launch
 from fastadv.trainers import Afs, Settings, find_method, method_names, schedules
-from fastadv.trainers.distributed import is_first, launch
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,13 @@ from fastadv.commands.judged import (
     model_of_file,
     model_of_run,
 )
-from fastadv.commands.result_keeper import ResultKeeper, autoattack_state
+from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
 from fastadv.commands.surrogates import digest_name, model_by_word
 from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
 from fastadv.digest import digest_of
 from fastadv.evaluation import Report, Row, Subject, Surrogate, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import (
-    AUTOATTACK,
     CLEAN,
     check_ensemble_asked_for,
     check_passes,
@@ -37,8 +36,10 @@ from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.samples import as_samples
 from fastadv.evaluation.sanity import NORMS
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
+from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_choice
+from fastadv.ops.values import check_bounds, check_choice
+from fastadv.ranks import is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
@@ -47,6 +48,7 @@ from fastadv.trainers.run_directory import Description, RunDirectory
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 _DEFAULT_EPS = 8 / 255
+_UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
 _SANITY_IMAGES = 200
 
 
@@ -66,6 +68,7 @@ def run_evaluation(
     workers: int | None = None,
     eps: Number | list[Number] | None = None,
     norm: Literal["linf", "l2", "l1"] = "linf",
+    bounds: Sequence[float] = (0.0, 1.0),
     alpha: Number | None = None,
     batch_size: int = 256,
     max_examples: int | None = None,
@@ -107,6 +110,8 @@ def run_evaluation(
         eps: radius of the ball, or several, at each of which every attack is run; by default 8/255, whatever the
             run was trained with. It must be given with another norm than linf.
         norm: norm of the ball.
+        bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
+            in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
         max_examples: use only so many test images: the first, or evenly spread ones where a folder or a data set
@@ -139,7 +144,7 @@ def run_evaluation(
     Raises:
         UnsavedResultsError: when they could not be written; it holds the table.
     """
-    where = choose_device(device)
+    where = own_device(choose_device(device))
     radii = _radii(eps, norm)
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
@@ -160,7 +165,8 @@ def run_evaluation(
         images = images_of_run(directory, data, root, reading)
         judged = model_of_run(run, checkpoint, model, EVAL_FILE)
     network = judged.model.to(where)
-    samples = as_samples(images, (0.0, 1.0), max_examples)
+    low, high = check_bounds(tuple(bounds))
+    samples = as_samples(images, (low, high), max_examples)
     subject = Subject(
         run=judged.name,
         method=judged.method,
@@ -173,7 +179,7 @@ def run_evaluation(
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
-    if not quiet:
+    if not quiet and is_first():
         keeper.warn()
         if judged.others:
             print(
@@ -181,14 +187,33 @@ def run_evaluation(
                 f"is {judged.network}",
                 file=sys.stderr,
             )
-    # An interrupted AutoAttack goes on from here when the same command is given again.
-    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}-{norm}-"
-    name += "+".join(f"{radius:.6g}" for radius in radii)
-    name = name.replace(":", "_") + f"-{batch_size}-{seed}" + "-left" * worst_case
-    name += f"-{engine}" * (engine != "reference") + f"-from-{origin}" * bool(origin)
-    folders = [file.parent / "autoattack" / name for file in (judged.results, keeper.file)]
+    # An interrupted evaluation goes on from here when the same command is given again.
+    facts = (
+        attacks,
+        alpha,
+        batch_size,
+        seed,
+        engine,
+        worst_case,
+        origin,
+        eot,
+        cw_c,
+        cw_lr,
+        low,
+        high,
+    )
+    radius = "+".join(f"{radius:.6g}" for radius in radii)
+    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
+    name = key_of(f"{name}-{norm}-{radius}", *facts)
+    folders = [file.parent / _UNFINISHED / name for file in (judged.results, keeper.file)]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
-    with keeper, autoattack_state(begun, AUTOATTACK in attacks) as state, _stoppable(state):
+    with ExitStack() as held:
+        ranks = held.enter_context(joined_ranks(where))
+        state: Path | None = begun
+        if ranks.first:
+            held.enter_context(keeper)
+            state = held.enter_context(unfinished_work(begun))
+        held.enter_context(_stoppable(state))
         report = evaluate(
             network,
             samples,
@@ -196,6 +221,7 @@ def run_evaluation(
             eps=radii,
             norm=norm,
             alpha=alpha,
+            bounds=(low, high),
             batch_size=batch_size,
             max_examples=max_examples,
             worst_case=worst_case,
@@ -204,16 +230,17 @@ def run_evaluation(
             seed=seed,
             progress=not quiet,
             state_dir=state,
-            on_row=keeper.add,
+            on_row=keeper.add if ranks.first else None,
             expected=judged.clean,
             surrogate=other,
             eot=eot,
             cw_c=cw_c,
             cw_lr=cw_lr,
             keep_images=keep_images,
+            sharded=ranks.count > 1,
         )
         text = report.table() + _about_radius(eps, radii[0], norm, report, recorded)
-        if sanity:
+        if sanity and ranks.first:
             text += "\n" + _sanity(
                 network,
                 images,
@@ -221,6 +248,7 @@ def run_evaluation(
                 keeper.file.with_suffix(".sanity.json"),
                 eps=radii[-1],
                 norm=norm,
+                bounds=(low, high),
                 batch_size=batch_size,
                 device=where,
                 seed=seed,
@@ -229,7 +257,9 @@ def run_evaluation(
                 eot=eot,
                 progress=not quiet,
             )
-        keeper.close(text)
+        ranks.wait()
+        if ranks.first:
+            keeper.close(text)
     return text
 
 
@@ -298,7 +328,7 @@ def _given_model(
 
 def _stoppable(state: Path | None) -> AbstractContextManager[None]:
     """Let SIGTERM and Ctrl-C end an evaluation, and say how to go on."""
-    later = "; the same command goes on where AutoAttack was" if state is not None else ""
+    later = "; the same command goes on where it was" if state is not None else ""
     return stopped_by_signals(f"stopped{later}")
 
 

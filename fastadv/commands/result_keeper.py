@@ -112,27 +112,26 @@ class ResultKeeper:
 
 
 @contextmanager
-def autoattack_state(folder: Path, wanted: bool) -> Iterator[Path | None]:
-    """Hold the folder of an AutoAttack's state, and delete it after success.
+def unfinished_work(folder: Path) -> Iterator[Path | None]:
+    """Hold the folder in which an evaluation keeps what it has done, and delete it after success.
 
     Args:
-        folder: where the state is or shall be.
-        wanted: False for no state at all.
+        folder: where it is or shall be.
 
     Yields:
-        The folder; None where no state is wanted or none can be written.
+        The folder; None where it cannot be written.
 
     Raises:
-        ValueError: when another process is at the same AutoAttack.
+        ValueError: when another process is at the same evaluation.
     """
-    if not wanted or not _can_be_made(folder.parent):
+    if not _can_be_made(folder.parent):
         yield None
         return
     with ExitStack() as held:
         try:
             held.enter_context(locked(folder, wait=0))
         except TimeoutError as error:
-            raise ValueError(f"another process is running the same AutoAttack; {error}") from error
+            raise ValueError(f"another process is at the same evaluation; {error}") from error
         yield folder
         shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):

@@ -39,6 +39,7 @@ from fastadv.evaluation.report import REFERENCE, Stage, Status, library_versions
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.verify import Violations
+from fastadv.evaluation.work import Work
 from fastadv.ops.values import check_choice, integer, norm_name
 
 SearchEngine = Literal["auto", "fp32", "reference"]
@@ -144,7 +145,13 @@ def autoattack(
     ids = _check_ids(sample_ids, len(samples))
     with evaluation_mode(model, device) as where:
         runner = Runner(
-            model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
+            model,
+            samples,
+            norm,
+            check_batch_size(batch_size),
+            where,
+            seed,
+            Work(Progress(progress)),
         )
         passes = RAND_PASSES if version == "rand" else 1
         return _run(_hunt(runner, attacks, eps, engine, ids, state_dir, passes), attacks)

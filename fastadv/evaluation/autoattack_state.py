@@ -74,13 +74,11 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     Raises:
         TypeError: when the model is not a module: the state of another callable could not be told apart.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
-    return Fingerprint(_hash_model(model), samples.fingerprint(), settings)
+    return Fingerprint(hash_model(model), samples.fingerprint(), settings)
 
 
-class AutoAttackState:
-    """The batches finished so far, in a folder that belongs to one run.
+class StateFolder:
+    """A folder for the state of one run.
 
     Args:
         directory: the folder, made if missing.
@@ -103,6 +101,10 @@ class AutoAttackState:
             write_atomically(
                 manifest, json.dumps({"format": _FORMAT, **asdict(identity)}, indent=2) + "\n"
             )
+
+
+class AutoAttackState(StateFolder):
+    """The batches of an AutoAttack finished so far, in a folder of its own; arguments as in `StateFolder`."""
 
     def load(self, attack: str, batch: int, indices: Tensor) -> BatchRecord | None:
         """The record of a batch, or None when it is not finished.
@@ -188,7 +190,14 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
         )
 
 
-def _hash_model(model: nn.Module) -> str:
+def hash_model(model: Model) -> str:
+    """SHA-256 of a model's structure, parameters and buffers.
+
+    Raises:
+        TypeError: when the model is not a module: the state of another callable could not be told apart.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         kind = type(module)

@@ -25,6 +25,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
+from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.progress import Progress
@@ -33,8 +34,10 @@ from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.work import FinishedBatches, Work
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
+from fastadv.ranks import Ranks, group_of_caller
 
 _ENOUGH = 50  # clean images to tell guessing from knowing
 
@@ -64,6 +67,7 @@ def evaluate(
     cw_c: float | None = None,
     cw_lr: float = 0.01,
     keep_images: int = 0,
+    sharded: bool = False,
 ) -> Report:
     """Measure accuracy without and under attacks.
 
@@ -112,9 +116,9 @@ def evaluate(
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
             radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
-        state_dir: a folder in which AutoAttack's state is kept batch by batch, so that the same call
-            continues after an interruption. With several radii each has a folder in it. Without AutoAttack there
-            is a warning.
+        state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
+            after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
+            settings.
         on_row: called after each attack with the report so far, so that a long evaluation can be kept as it grows.
         expected: the accuracy on clean images, 0..1, that is known of the model. Where another one is found, there
             is a warning before the first attack; so there is where the model seems to guess.
@@ -128,6 +132,8 @@ def evaluate(
         cw_lr: learning rate of ``"cwl2-K"``.
         keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
             class the model is most sure.
+        sharded: whether the processes of torch's default process group share the images. All of them then call
+            this with the same arguments, and get the same report. The figures are those of one process.
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
@@ -149,18 +155,14 @@ def evaluate(
     check_choice("engine", engine, ENGINES)
     if on_row is not None and not callable(on_row):
         raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
-    say = Progress(progress)
+    check_bool("progress", progress)
     radii = _radii(eps)
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
     check_passes(chosen, eot)
     constants, other = CarliniWagner(cw_c, cw_lr), as_surrogate(surrogate)
     asks_autoattack = check_ensemble_asked_for(chosen, "engine", engine != "auto")
-    if state_dir is not None and not asks_autoattack:
-        warnings.warn(
-            "state_dir is not used: only autoattack keeps a state, and it is not among the attacks",
-            stacklevel=3,
-        )
+    sharded = check_bool("sharded", sharded)
     if asks_autoattack:
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
@@ -169,6 +171,12 @@ def evaluate(
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
+        ranks = group_of_caller(where) if sharded else Ranks()
+        say = Progress(progress and ranks.first)
+        finished = None
+        if state_dir is not None:
+            facts = _facts(norm, samples.bounds, seed, eot, other)
+            finished = FinishedBatches(state_dir, fingerprint(model, samples, facts))
         runner = Runner(
             model,
             samples,
@@ -176,7 +184,7 @@ def evaluate(
             check_batch_size(batch_size),
             where,
             seed,
-            say,
+            Work(say, ranks, finished),
             None if other is None else other.model,
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
@@ -219,6 +227,14 @@ def evaluate(
                 if on_row is not None:
                     on_row(report)
     return report
+
+
+def _facts(
+    norm: str, bounds: tuple[float, float], seed: int, eot: int, surrogate: Surrogate | None
+) -> dict[str, Any]:
+    """What the result of every attack depends on beside model, data and the attack."""
+    other = None if surrogate is None else hash_model(surrogate.model)
+    return {"norm": norm, "bounds": bounds, "seed": seed, "eot": eot, "surrogate": other}
 
 
 def _radii(eps: float | Sequence[float]) -> list[float]:

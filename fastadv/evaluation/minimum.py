@@ -15,6 +15,7 @@ from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
 from fastadv.evaluation.attack_list import Minimum
 from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
 from fastadv.evaluation.verify import NORM_ORDERS, Audit, predict, tolerance
+from fastadv.evaluation.work import key_of
 from fastadv.ops.values import limit
 from fastadv.seeding import derive_seed
 
@@ -86,11 +87,17 @@ def smallest_perturbations(
     start, norm = time.perf_counter(), norm_of(attack, runner.norm)
     audit = Audit(math.inf, norm, runner.samples.bounds)
     search = _carlini_wagner if attack.kind == "cwl2" else _by_bisection
-    distances = torch.zeros(len(correct))
+    distances, attacked = torch.zeros(len(correct)), correct.nonzero().flatten()
     find = search(runner, attack, constants, audit)
-    for indices in runner.batches(attack.name, correct.nonzero().flatten()):
-        x, y = runner.samples.take(indices, runner.device)
-        distances[indices] = find(x, y, indices).float().cpu()
+    key = key_of(attack.name, attack, constants, runner.norm)
+    distances[attacked] = runner.work.collect(
+        attack.name,
+        key,
+        attacked,
+        runner.batch_size,
+        lambda indices: find(*runner.samples.take(indices, runner.device), indices),
+        audit,
+    )
     if problems := audit.problems():
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
     return Outcome(distances.isinf(), (), time.perf_counter() - start), distances

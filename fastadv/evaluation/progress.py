@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from fastadv.ops.values import check_bool
 
 T = TypeVar("T")
+
+
+class Advance(Protocol):
+    """Moves a bar on."""
+
+    def __call__(self, images: int, **shown: str) -> None:
+        """Say that so many more images are done, and what else the bar shows."""
 
 
 class Progress:
@@ -31,15 +38,21 @@ class Progress:
         )
 
     @contextmanager
-    def count(self, label: str, total: int) -> Iterator[Callable[[int], object]]:
-        """A bar of images that are done in no order; it is called with how many more there are."""
+    def count(self, label: str, total: int) -> Iterator[Advance]:
+        """A bar of images, with the time left; it is called with how many more are done, and what else to show."""
         if not self.on_terminal:
-            yield lambda images: None
+            yield lambda images, **shown: None
             return
         from tqdm import tqdm
 
         with tqdm(desc=label, total=total, leave=False, dynamic_ncols=True, unit="image") as bar:
-            yield bar.update
+
+            def advance(images: int, **shown: str) -> None:
+                if shown:
+                    bar.set_postfix(shown, refresh=False)
+                bar.update(images)
+
+            yield advance
 
     def line(self, text: str) -> None:
         """Say one line that stays."""

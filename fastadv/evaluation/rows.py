@@ -21,11 +21,17 @@ from fastadv.evaluation.attack_list import (
     averages,
     stops_early,
 )
-from fastadv.evaluation.autoattack import SearchEngine, autoattack
+from fastadv.evaluation.autoattack import (
+    AutoAttackResult,
+    SearchEngine,
+    autoattack,
+    merge_warnings,
+)
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.report import Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
+from fastadv.evaluation.worst import WorstImages
 
 _RANDOM = "the model draws random numbers: two passes over the same images differ"
 
@@ -137,11 +143,39 @@ class Judge:
         if left is None:
             transfers = runner.surrogate is not None
             left = self.clean.robust if transfers else torch.ones_like(robust)
-        indices = left.nonzero().flatten()
+        attacked = left.nonzero().flatten()
         row = Row(attack.name, len(samples), 0, eps, runner.seed, 0.0)
-        if len(indices) == 0:
+        if len(attacked) == 0:
             return row, robust
-        result = autoattack(
+        ranks, indices = runner.work.ranks, runner.work.own(attacked)
+        result = self._autoattack_of(indices, eps) if len(indices) else None
+        whole = joined([part for part in ranks.gather_objects(_told(result)) if part is not None])
+        row = replace(
+            row,
+            seconds=whole.seconds,
+            search=whole.search,
+            status=whole.status,
+            worst=None if result is None else self._worst(attack, indices, result),
+        )
+        if runner.surrogate is None:
+            if result is not None:
+                robust[indices] = result.robust
+            row = replace(row, notes=whole.notes, stages=whole.stages)
+        else:
+            # Warnings, and what each attack left, are about the surrogate's accuracy, which nobody asked for.
+            robust[indices] = True
+            if result is not None:
+                robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
+            if whole.status != "invalid":
+                row = replace(row, status="ok")
+            row = replace(row, notes=tuple(f"of the surrogate: {note}" for note in whole.notes))
+        robust = ranks.sum(robust.to(ranks.device, torch.int32)).cpu().bool()
+        return replace(row, correct=int(robust.sum())), robust
+
+    def _autoattack_of(self, indices: Tensor, eps: float) -> AutoAttackResult:
+        """AutoAttack on some images, in this process."""
+        runner, samples = self.runner, self.runner.samples
+        return autoattack(
             runner.source,
             samples.part(indices),
             eps=eps,
@@ -155,26 +189,56 @@ class Judge:
             engine=self.engine,
             sample_ids=indices,
         )
-        row = replace(
-            row,
-            seconds=result.seconds,
-            search=result.search,
-            status=result.status,
-            worst=runner.worst_of(attack.name, indices, result.fooled, result.adversarial),
-        )
-        if runner.surrogate is None:
-            robust[indices] = result.robust
-            row = replace(row, notes=result.notes, stages=result.stages)
-        else:
-            # Warnings, and what each attack left, are about the surrogate's accuracy, which nobody asked for.
-            robust[indices] = True
-            robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
-            if result.status != "invalid":
-                row = replace(row, status="ok")
-            row = replace(row, notes=tuple(f"of the surrogate: {note}" for note in result.notes))
-        return replace(row, correct=int(robust.sum())), robust
+
+    def _worst(
+        self, attack: Ensemble, indices: Tensor, result: AutoAttackResult
+    ) -> WorstImages | None:
+        return self.runner.worst_of(attack.name, indices, result.fooled, result.adversarial)
 
     def _state_of(self, eps: float) -> str | os.PathLike[str] | None:
-        if self.state_dir is None or len(self.radii) == 1:
-            return self.state_dir
-        return Path(self.state_dir) / f"eps-{eps:.9g}"
+        """Where this process keeps AutoAttack's state at a radius."""
+        if self.state_dir is None:
+            return None
+        folder, ranks = Path(self.state_dir), self.runner.work.ranks
+        if len(self.radii) > 1:
+            folder /= f"eps-{eps:.9g}"
+        return folder / f"rank-{ranks.rank}-of-{ranks.count}" if ranks.count > 1 else folder
+
+
+def _told(result: AutoAttackResult | None) -> AutoAttackResult | None:
+    """What processes tell each other of a result: all but its images."""
+    if result is None:
+        return None
+    nothing = torch.empty(0)
+    return replace(result, robust=nothing, fooled=nothing, adversarial=nothing)
+
+
+def joined(results: Sequence[AutoAttackResult]) -> AutoAttackResult:
+    """The results of several processes, each on some of the images, as one, without images.
+
+    Args:
+        results: at least one.
+    """
+    if len(results) == 1:
+        return results[0]
+    stages = [
+        Stage(
+            name=same[0].name,
+            correct=sum(stage.correct for stage in same),
+            search=same[0].search,
+            refined=sum(stage.refined for stage in same),
+            unconfirmed=sum(stage.unconfirmed for stage in same),
+            seconds=max(stage.seconds for stage in same),
+            refinement_seconds=max(stage.refinement_seconds for stage in same),
+        )
+        for same in zip(*(result.stages for result in results), strict=True)
+    ]
+    statuses = [result.status for result in results]
+    worst: Status = next((s for s in ("invalid", "suspect") if s in statuses), "ok")
+    return replace(
+        results[0],
+        stages=tuple(stages),
+        status=worst,
+        notes=tuple(merge_warnings([note for result in results for note in result.notes])),
+        seconds=max(result.seconds for result in results),
+    )

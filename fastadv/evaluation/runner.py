@@ -20,6 +20,7 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import Audit, logits_of
+from fastadv.evaluation.work import Work, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
 
@@ -56,7 +57,7 @@ class Runner:
         batch_size: images per pass.
         device: where it all is.
         seed: of everything random.
-        progress: what is said meanwhile.
+        work: how the images are gone through.
         surrogate: the model on which adversarial images are made, in evaluation mode; None is the judged one.
         passes: through the network for each gradient, which is their mean.
         worst: keeps the worst images of each attack.
@@ -68,10 +69,15 @@ class Runner:
     batch_size: int
     device: torch.device
     seed: int
-    progress: Progress = field(default_factory=lambda: Progress(False))
+    work: Work = field(default_factory=Work)
     surrogate: Model | None = None
     passes: int = 1
     worst: WorstKeeper = field(default_factory=WorstKeeper)
+
+    @property
+    def progress(self) -> Progress:
+        """What is said meanwhile."""
+        return self.work.progress
 
     @property
     def source(self) -> Model:
@@ -117,10 +123,13 @@ class Runner:
     def clean(self) -> Outcome:
         """Which images are classified correctly without an attack."""
         start = time.perf_counter()
-        correct = torch.zeros(len(self.samples), dtype=torch.bool)
-        for indices in self.batches("clean", torch.arange(len(self.samples))):
+
+        def right(indices: Tensor) -> Tensor:
             x, y = self.samples.take(indices, self.device)
-            correct[indices] = (self.predicted(x, "clean", indices) == y).cpu()
+            return self.predicted(x, "clean", indices) == y
+
+        every = torch.arange(len(self.samples))
+        correct = self.collect("clean", key_of("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
@@ -133,7 +142,7 @@ class Runner:
         """
         if attack.runs > 1:
             return self._lowest_run(attack, eps, correct)
-        return self._in_turn(attack.name, self.perturbations(attack, eps), eps, correct)
+        return self._in_turn(attack, self.perturbations(attack, eps), eps, correct)
 
     def perturbations(self, attack: Gradient | Foreign, eps: float) -> list[Perturb]:
         """What makes adversarial images, one for each restart or whole run of an attack."""
@@ -148,15 +157,21 @@ class Runner:
         ]
 
     def _in_turn(
-        self, name: str, perturbations: Sequence[Perturb], eps: float, correct: Tensor
+        self,
+        attack: Gradient,
+        perturbations: Sequence[Perturb],
+        eps: float,
+        correct: Tensor,
+        first: int = 0,
     ) -> Outcome:
-        """One run after the other, each on what is left."""
+        """One run after the other, each on what is left; the runs are numbered from ``first`` on."""
         outcome = Outcome(correct, (), 0.0)
-        for perturb in perturbations:
-            found = self._attack(name, perturb, eps, outcome.robust)
+        for number, perturb in enumerate(perturbations, first):
+            key = key_of(attack.name, attack, eps, number)
+            found = self._attack(attack.name, key, perturb, eps, outcome.robust)
             if found.problems:
                 raise RuntimeError(
-                    f"{name} returned inadmissible images: {'; '.join(found.problems)}"
+                    f"{attack.name} returned inadmissible images: {'; '.join(found.problems)}"
                 )
             outcome = replace(found, seconds=outcome.seconds + found.seconds)
         return outcome
@@ -164,8 +179,8 @@ class Runner:
     def _lowest_run(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
         """The whole run that leaves the fewest images."""
         runs = [
-            self._in_turn(attack.name, [perturb], eps, correct)
-            for perturb in self.perturbations(attack, eps)
+            self._in_turn(attack, [perturb], eps, correct, number)
+            for number, perturb in enumerate(self.perturbations(attack, eps))
         ]
         left = [int(run.robust.sum()) for run in runs]
         note = (
@@ -211,7 +226,7 @@ class Runner:
             RuntimeError: when the callable changed parameters or buffers of the model.
         """
         (perturb,) = self.perturbations(attack, eps)
-        return self._attack(attack.name, perturb, eps, correct)
+        return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: Foreign) -> Perturb:
         before = _versions(self.source)
@@ -258,16 +273,23 @@ class Runner:
             wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
         return wrong
 
-    def _attack(self, name: str, perturb: Perturb, eps: float, correct: Tensor) -> Outcome:
+    def _attack(
+        self, name: str, key: str | None, perturb: Perturb, eps: float, correct: Tensor
+    ) -> Outcome:
+        """One run on the images that are classified correctly; ``key`` is of its finished batches."""
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
-        robust = correct.clone()
-        for indices in self.batches(name, correct.nonzero().flatten()):
+
+        def left(indices: Tensor) -> Tensor:
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
             logits = self.logits_of(adv, name, indices)
             self.worst.see(name, x, adv, y, logits, indices)
-            robust[indices] = (logits.argmax(dim=1) == y).cpu()
+            return logits.argmax(dim=1) == y
+
+        robust, indices = correct.clone(), correct.nonzero().flatten()
+        share = len(indices) / len(correct)
+        robust[indices] = self.collect(name, key, indices, left, audit, share).bool()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
 
     def worst_of(
@@ -293,6 +315,26 @@ class Runner:
         """The indices of images batch by batch, with a bar."""
         batches = self.samples.batches(self.batch_size, indices)
         return self.progress.bar(batches, label, len(batches))
+
+    def collect(
+        self,
+        name: str,
+        key: str | None,
+        indices: Tensor,
+        values_of: Callable[[Tensor], Tensor],
+        audit: Audit | None = None,
+        share: float = 1.0,
+    ) -> Tensor:
+        """As `Work.collect`; a bar shows the mean of the values, of images that are this share of all."""
+        return self.work.collect(
+            name,
+            key,
+            indices,
+            self.batch_size,
+            values_of,
+            audit,
+            lambda mean: {"accuracy so far": f"{100 * share * mean:.2f} %"},
+        )
 
 
 def _perturbed(method: Method, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:

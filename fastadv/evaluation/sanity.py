@@ -24,6 +24,7 @@ from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
+from fastadv.evaluation.work import Work
 from fastadv.ops.values import check_choice, integer, limit, norm_name, number, shown
 
 NORMS = ("linf", "l2")
@@ -104,7 +105,13 @@ def masking_checks(
     eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
         runner = Runner(
-            model, samples, norm, check_batch_size(batch_size), where, seed, Progress(progress)
+            model,
+            samples,
+            norm,
+            check_batch_size(batch_size),
+            where,
+            seed,
+            Work(Progress(progress)),
         )
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
@@ -167,13 +174,14 @@ def sanity_checks(
     check_choice("norm", norm, NORMS)
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
-    eps, other, say = check_eps(eps, norm, samples), as_surrogate(surrogate), Progress(progress)
+    eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
     with ExitStack() as held:
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         size = check_batch_size(batch_size)
-        runner = Runner(model, samples, norm, size, where, seed, say, passes=eot)
+        work = Work(Progress(progress))
+        runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
         eps_factors = [factor for factor in eps_factors if eps * factor <= _everything(runner)]

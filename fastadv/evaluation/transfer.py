@@ -31,6 +31,7 @@ from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit
+from fastadv.evaluation.work import Work
 from fastadv.ops.values import integer, limit, norm_name
 
 
@@ -142,7 +143,7 @@ def transfer_matrix(
         for model in others:
             held.enter_context(evaluation_mode(model, where))
         runners = [
-            Runner(model, samples, norm, check_batch_size(batch_size), where, seed, say)
+            Runner(model, samples, norm, check_batch_size(batch_size), where, seed, Work(say))
             for model in models.values()
         ]
         _check_classes(list(models), runners, chosen)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastadv.interruption import Interrupted
+from fastadv.lost_ranks import LostRanksError
 from fastadv.trainers.act import Act, ActRecipe
 from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
@@ -15,7 +16,6 @@ from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
 from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
-from fastadv.trainers.lost_ranks import LostRanksError
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names

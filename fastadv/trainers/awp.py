@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastadv.trainers.distributed import Ranks
+from fastadv.ranks import Ranks
 from fastadv.trainers.method import LossResult, Update
 from fastadv.trainers.optim import BufferGuard
 

@@ -7,12 +7,7 @@ must decide alike: whether a step is taken, which checkpoint is the best, when t
 
 from __future__ import annotations
 
-import itertools
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,184 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastadv.losses.common import at_least_float32
-from fastadv.trainers.lost_ranks import communicating, naming_lost_ranks
+from fastadv.lost_ranks import communicating
+from fastadv.ranks import Ranks, pack, unpack
 
 _BUCKET_BYTES = 25 << 20  # as DistributedDataParallel has it
-TIMEOUT = 600.0  # seconds
-_groups = itertools.count()  # that this process has made
-
-
-def launch() -> str | None:
-    """Return torchrun's id of the job, the same for all its processes and attempts; None without torchrun."""
-    return os.environ.get("TORCHELASTIC_RUN_ID")
-
-
-def restarted() -> bool:
-    """Return whether torchrun started this process after an attempt that failed.
-
-    Without an id of its own, which torchrun calls "none", a job cannot be told from another one, and is none.
-    """
-    return launch() not in (None, "none") and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
-
-
-def is_first() -> bool:
-    """Return whether this process is rank 0, or the only one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank() == 0
-    return launch() is None or os.environ["RANK"] == "0"
-
-
-def own_device(device: torch.device) -> torch.device:
-    """Return this process's device: under torchrun, "cuda" is the GPU of its number on this machine.
-
-    Raises:
-        ValueError: if there are more processes than GPUs.
-    """
-    if device.type != "cuda" or device.index is not None or launch() is None:
-        return device
-    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    if processes > gpus:
-        raise ValueError(f"nproc-per-node must be <= {gpus}, the GPUs here, got {processes}")
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """The processes that train together, seen by one of them. Alone, it communicates nothing.
-
-    Every method must be called by all ranks, in the same order.
-
-    Attributes:
-        rank: number of this process, from 0.
-        count: how many there are.
-        device: where what is communicated must be.
-    """
-
-    rank: int = 0
-    count: int = 1
-    device: torch.device = torch.device("cpu")  # noqa: RUF009, a device is immutable
-
-    @property
-    def first(self) -> bool:
-        """Whether this process writes the files and speaks."""
-        return self.rank == 0
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Add up a tensor over the ranks, in place, and return it."""
-        if self.count > 1:
-            with communicating():
-                dist.all_reduce(values)
-        return values
-
-    def largest(self, values: Sequence[int]) -> list[int]:
-        """Return the largest of each number over the ranks."""
-        if self.count == 1:
-            return list(values)
-        shared = torch.tensor(values, device=self.device)
-        with communicating():
-            dist.all_reduce(shared, dist.ReduceOp.MAX)
-            return shared.tolist()
-
-    def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Return the sums of tensors of one dtype over the ranks."""
-        if self.count == 1:
-            return list(tensors)
-        sums = [torch.empty_like(tensor) for tensor in tensors]
-        _unpack(self.sum(_pack(tensors)), sums)
-        return sums
-
-    def means(self, values: Sequence[float]) -> list[float]:
-        """Return the mean of each number over the ranks."""
-        if self.count == 1 or not values:
-            return list(values)
-        total = self.sum(torch.tensor(values, dtype=torch.float64, device=self.device))
-        return (total / self.count).tolist()
-
-    @torch.no_grad()
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of rank 0."""
-        if self.count == 1:
-            return
-        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
-            same = [tensor for tensor in tensors if tensor.dtype == dtype]
-            packed = _pack(same)
-            with communicating():
-                dist.broadcast(packed, 0)
-            _unpack(packed, same)
-
-    def gather(self, part: Tensor) -> Tensor:
-        """Return the parts of all ranks, which have one shape, one after the other."""
-        if self.count == 1:
-            return part
-        part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.count)]
-        with communicating():
-            dist.all_gather(parts, part)
-        return torch.cat(parts)
-
-    def wait(self) -> None:
-        """Wait until all ranks are here."""
-        if self.count > 1:
-            with communicating():
-                dist.barrier()
-
-
-@contextmanager
-def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
-    """Join the other processes: those of the caller's process group, or those that torchrun started.
-
-    Args:
-        device: where this process computes. A group made here uses nccl for CUDA, else gloo, and ends with the
-            with statement.
-        timeout: seconds for which a process waits for another one, in a group made here.
-
-    Raises:
-        LostRanksError: when a rank waited for longer, or another one has ended; it names the rank where it can.
-    """
-    if dist.is_available() and dist.is_initialized():
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
-    elif launch() is None or os.environ["WORLD_SIZE"] == "1":
-        yield Ranks(device=device)
-    else:
-        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        on_cuda = device.type == "cuda"
-        if on_cuda:
-            torch.cuda.set_device(device)
-        patience = timedelta(seconds=timeout)
-        with communicating():
-            store = _store(rank, count, patience)
-        with naming_lost_ranks(store, rank, count, timeout):
-            with communicating():
-                dist.init_process_group(
-                    "nccl" if on_cuda else "gloo",
-                    store=store,
-                    rank=rank,
-                    world_size=count,
-                    timeout=patience,
-                    device_id=device if on_cuda else None,
-                )
-            yield Ranks(rank, count, device)
-            # Not after an exception: this may wait for ranks that know of none, and torchrun for this one to end.
-            dist.destroy_process_group()
-
-
-def _store(rank: int, count: int, timeout: timedelta) -> dist.Store:
-    """Return where the ranks find each other.
-
-    The store outlives a failed attempt, with the addresses of its processes; so each attempt has its own names.
-    """
-    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        count,
-        is_master=rank == 0 and not held_by_torchrun,
-        timeout=timeout,
-        wait_for_workers=False,
-        multi_tenant=True,
-    )
-    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    return dist.PrefixStore(f"fastadv_{attempt}_{next(_groups)}", store)
 
 
 class Synchroniser:
@@ -247,7 +68,7 @@ class Synchroniser:
         for bucket, (packed, work) in zip(self._buckets, sent, strict=True):
             with communicating():
                 work.wait()
-            _unpack(packed.div_(self._ranks.count), [p.grad for p in bucket])
+            unpack(packed.div_(self._ranks.count), [p.grad for p in bucket])
         for place, parameter in unused:
             if summary[place] == 0:
                 parameter.grad = None
@@ -288,19 +109,9 @@ def _in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 def _send(bucket: Sequence[nn.Parameter]) -> tuple[Tensor, Any]:
     """Begin to add up the gradients of a bucket over the ranks."""
-    packed = _pack([p.grad for p in bucket])
+    packed = pack([p.grad for p in bucket])
     with communicating():
         return packed, dist.all_reduce(packed, async_op=True)
-
-
-def _pack(tensors: Sequence[Tensor | None]) -> Tensor:
-    return torch.cat([t.flatten() for t in tensors if t is not None])
-
-
-def _unpack(packed: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    into = [t for t in tensors if t is not None]
-    parts = packed.split([t.numel() for t in into])
-    torch._foreach_copy_(into, [part.view_as(t) for part, t in zip(parts, into, strict=True)])
 
 
 def with_synced_norms(model: nn.Module, ranks: Ranks) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from fastadv.files import naming, write_atomically
-from fastadv.trainers.distributed import Ranks
+from fastadv.ranks import Ranks
 
 
 class Meter:

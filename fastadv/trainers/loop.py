@@ -16,6 +16,7 @@ from fastadv.data import Batch, Batches
 from fastadv.fields import check_fields
 from fastadv.files import point_link, write_atomically
 from fastadv.interruption import Interrupted, StopRequest, signal_name
+from fastadv.ranks import TIMEOUT, Ranks, launch
 from fastadv.seeding import derive_seed
 from fastadv.trainers.checkpoint import (
     BEST,
@@ -28,7 +29,7 @@ from fastadv.trainers.checkpoint import (
     unpack_weights,
 )
 from fastadv.trainers.console import Console
-from fastadv.trainers.distributed import TIMEOUT, Ranks, Synchroniser, launch
+from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
 from fastadv.trainers.monitor import Look, Monitor

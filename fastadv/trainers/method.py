@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.losses import cross_entropy
+from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
-from fastadv.trainers.distributed import Ranks
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe
 

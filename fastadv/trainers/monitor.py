@@ -13,8 +13,8 @@ from fastadv.data import ImageData, Loader
 from fastadv.engine.frozen import frozen
 from fastadv.models import check_feature_split
 from fastadv.ops import angular_distance
+from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
-from fastadv.trainers.distributed import Ranks
 from fastadv.trainers.method import Runtime
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 

@@ -30,6 +30,7 @@ from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
 from fastadv.models import create_model, form_of, usual_form
 from fastadv.ops.values import check_bool
+from fastadv.ranks import Ranks, is_first, joined_ranks, launch, own_device, restarted
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.checkpoint import (
@@ -43,15 +44,7 @@ from fastadv.trainers.checkpoint import (
     load_checkpoint,
 )
 from fastadv.trainers.classes import check_classes
-from fastadv.trainers.distributed import (
-    Ranks,
-    is_first,
-    joined_ranks,
-    launch,
-    own_device,
-    restarted,
-    with_synced_norms,
-)
+from fastadv.trainers.distributed import with_synced_norms
 from fastadv.trainers.hardware import autocast_dtype, choose_device
 from fastadv.trainers.logs import require_tensorboard
 from fastadv.trainers.loop import Loop, Progress, Settings

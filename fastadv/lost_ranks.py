@@ -1,4 +1,4 @@
-"""What is said when processes that train together do not hear from each other any more."""
+"""What is said when processes that work together do not hear from each other any more."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PAUSE = 0.1
 
 
 class LostRanksError(RuntimeError):
-    """Processes that train together did not hear from each other any more: one hangs, or has ended."""
+    """Processes that work together did not hear from each other any more: one hangs, or has ended."""
 
 
 @contextmanager

@@ -1,0 +1,152 @@
+"""Going through images batch by batch: shared out to several processes, and kept on disk as it is done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastadv.evaluation.autoattack_state import Fingerprint, StateFolder
+from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.verify import Audit, Violations
+from fastadv.files import write_atomically
+from fastadv.ranks import Ranks
+
+_FOLDER = "batches"
+_DIGITS = 12  # of a hash
+
+
+class FinishedBatches:
+    """The values of batches that are finished, one small file each, in a folder that belongs to one evaluation.
+
+    Args:
+        directory: the folder, made if missing.
+        identity: of the evaluation.
+
+    Raises:
+        ValueError: when the folder belongs to another evaluation.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], identity: Fingerprint) -> None:
+        self._folder = StateFolder(Path(directory) / _FOLDER, identity)
+
+    def load(self, key: str, batch: Tensor) -> tuple[Tensor, Violations] | None:
+        """The values [B] of a batch, by image indices [B], and what was wrong with it; None if it is not finished.
+
+        Raises:
+            ValueError: when the file is damaged; the message names it.
+        """
+        path = self._path(key, batch)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            values = torch.tensor(found["values"], dtype=torch.float32)
+            if values.shape != batch.shape:
+                raise ValueError(f"{len(values)} values for {len(batch)} images")
+            return values, Violations(**found["violations"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error!r}); delete it to redo the batch"
+            ) from error
+
+    def save(self, key: str, batch: Tensor, values: Tensor, violations: Violations) -> None:
+        """Keep the values [B] of a finished batch."""
+        content = {"values": values.tolist(), "violations": violations.as_dict()}
+        write_atomically(self._path(key, batch), json.dumps(content))
+
+    def _path(self, key: str, batch: Tensor) -> Path:
+        images = hashlib.sha256(batch.numpy().tobytes()).hexdigest()
+        return self._folder.directory / f"{key}-{images[:_DIGITS]}.json"
+
+
+def key_of(name: str, *facts: object) -> str:
+    """A name for files of what depends on these facts, which must have a repr of their own."""
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+    return f"{plain}-{digest[:_DIGITS]}"
+
+
+@dataclass(frozen=True)
+class Work:
+    """How an evaluation goes through images.
+
+    Attributes:
+        progress: says how far it is.
+        ranks: the processes that share the images; every call must be made by all of them.
+        finished: keeps the batches that are done; None keeps nothing.
+    """
+
+    progress: Progress = field(default_factory=lambda: Progress(False))
+    ranks: Ranks = field(default_factory=Ranks)
+    finished: FinishedBatches | None = None
+
+    def own(self, indices: Tensor) -> Tensor:
+        """This process's part of some images, by int64 indices."""
+        return indices[self.ranks.rank :: self.ranks.count]
+
+    def collect(
+        self,
+        name: str,
+        key: str | None,
+        indices: Tensor,
+        batch_size: int,
+        values_of: Callable[[Tensor], Tensor],
+        audit: Audit | None = None,
+        done: Callable[[float], Mapping[str, str]] | None = None,
+    ) -> Tensor:
+        """Find one number for each of some images.
+
+        Args:
+            name: what is said meanwhile.
+            key: of the finished batches, from `key_of`; None keeps none.
+            indices: of the images, int64 [M].
+            batch_size: images per batch.
+            values_of: gives the values [B] of a batch of indices [B].
+            audit: of what the batches return; what other processes and finished batches found is added.
+            done: what a bar shows, given the mean of the values so far.
+
+        Returns:
+            The values [M] float32 on the CPU, in the order of the indices.
+        """
+        own, finished = self.own(torch.arange(len(indices))), self.finished if key else None
+        values = torch.zeros(len(indices))
+        total = count = 0.0
+        with self.progress.count(name, len(own)) as advance:
+            for places in own.split(batch_size) if len(own) else ():
+                batch = indices[places]
+                known = finished.load(str(key), batch) if finished else None
+                if known is None:
+                    values[places], violations = _audited(values_of, batch, audit)
+                    if finished:
+                        finished.save(str(key), batch, values[places], violations)
+                else:
+                    values[places], violations = known
+                if audit is not None:
+                    audit.found += violations
+                total, count = total + float(values[places].sum()), count + len(places)
+                advance(len(places), **({} if done is None else done(total / count)))
+        if self.ranks.count > 1:
+            values = self.ranks.sum(values.to(self.ranks.device)).cpu()
+            if audit is not None:
+                parts = self.ranks.gather_objects(audit.found)
+                audit.found = sum(parts, Violations())
+        return values
+
+
+def _audited(
+    values_of: Callable[[Tensor], Tensor], batch: Tensor, audit: Audit | None
+) -> tuple[Tensor, Violations]:
+    """The values of one batch, and what was wrong with it, which is left out of the audit."""
+    if audit is None:
+        return values_of(batch).float().cpu(), Violations()
+    before, audit.found = audit.found, Violations()
+    values = values_of(batch).float().cpu()
+    found, audit.found = audit.found, before
+    return values, found

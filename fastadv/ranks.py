@@ -1,0 +1,235 @@
+"""The processes that work together, the ranks: which one this is, and what they tell each other.
+
+`torchrun --nproc-per-node N -m fastadv ...` starts them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastadv.lost_ranks import communicating, naming_lost_ranks
+
+T = TypeVar("T")
+TIMEOUT = 600.0  # seconds
+_groups = itertools.count()  # that this process has made
+
+
+def launch() -> str | None:
+    """Return torchrun's id of the job, the same for all its processes and attempts; None without torchrun."""
+    return os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def restarted() -> bool:
+    """Return whether torchrun started this process after an attempt that failed.
+
+    Without an id of its own, which torchrun calls "none", a job cannot be told from another one, and is none.
+    """
+    return launch() not in (None, "none") and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+
+
+def is_first() -> bool:
+    """Return whether this process is rank 0, or the only one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return launch() is None or os.environ["RANK"] == "0"
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return this process's device: under torchrun, "cuda" is the GPU of its number on this machine.
+
+    Raises:
+        ValueError: if there are more processes than GPUs.
+    """
+    if device.type != "cuda" or device.index is not None or launch() is None:
+        return device
+    processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    if processes > gpus:
+        raise ValueError(f"nproc-per-node must be <= {gpus}, the GPUs here, got {processes}")
+    return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that work together, seen by one of them. Alone, it communicates nothing.
+
+    Every method must be called by all ranks, in the same order.
+
+    Attributes:
+        rank: number of this process, from 0.
+        count: how many there are.
+        device: where what is communicated must be.
+    """
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009, a device is immutable
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files and speaks."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up a tensor over the ranks, in place, and return it."""
+        if self.count > 1:
+            with communicating():
+                dist.all_reduce(values)
+        return values
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """Return the largest of each number over the ranks."""
+        if self.count == 1:
+            return list(values)
+        shared = torch.tensor(values, device=self.device)
+        with communicating():
+            dist.all_reduce(shared, dist.ReduceOp.MAX)
+            return shared.tolist()
+
+    def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sums of tensors of one dtype over the ranks."""
+        if self.count == 1:
+            return list(tensors)
+        sums = [torch.empty_like(tensor) for tensor in tensors]
+        unpack(self.sum(pack(tensors)), sums)
+        return sums
+
+    def means(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of each number over the ranks."""
+        if self.count == 1 or not values:
+            return list(values)
+        total = self.sum(torch.tensor(values, dtype=torch.float64, device=self.device))
+        return (total / self.count).tolist()
+
+    @torch.no_grad()
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by those of rank 0."""
+        if self.count == 1:
+            return
+        for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+            same = [tensor for tensor in tensors if tensor.dtype == dtype]
+            packed = pack(same)
+            with communicating():
+                dist.broadcast(packed, 0)
+            unpack(packed, same)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Return the parts of all ranks, which have one shape, one after the other."""
+        if self.count == 1:
+            return part
+        part = part.contiguous()
+        parts = [torch.empty_like(part) for _ in range(self.count)]
+        with communicating():
+            dist.all_gather(parts, part)
+        return torch.cat(parts)
+
+    def gather_objects(self, own: T) -> list[T]:
+        """Return what each rank has, in the order of the ranks."""
+        if self.count == 1:
+            return [own]
+        found: list[T] = [own] * self.count
+        with communicating():
+            dist.all_gather_object(found, own)
+        return found
+
+    def wait(self) -> None:
+        """Wait until all ranks are here."""
+        if self.count > 1:
+            with communicating():
+                dist.barrier()
+
+
+def group_of_caller(device: torch.device) -> Ranks:
+    """Return the processes of torch's default process group.
+
+    Args:
+        device: where this process computes.
+
+    Raises:
+        ValueError: when there is no such group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "sharded must be False without a process group: torch.distributed.init_process_group makes one, and "
+            "`torchrun -m fastadv eval` makes its own"
+        )
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+@contextmanager
+def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """Join the other processes: those of the caller's process group, or those that torchrun started.
+
+    Args:
+        device: where this process computes. A group made here uses nccl for CUDA, else gloo, and ends with the
+            with statement.
+        timeout: seconds for which a process waits for another one, in a group made here.
+
+    Raises:
+        LostRanksError: when a rank waited for longer, or another one has ended; it names the rank where it can.
+    """
+    if dist.is_available() and dist.is_initialized():
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    elif launch() is None or os.environ["WORLD_SIZE"] == "1":
+        yield Ranks(device=device)
+    else:
+        rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        on_cuda = device.type == "cuda"
+        if on_cuda:
+            torch.cuda.set_device(device)
+        patience = timedelta(seconds=timeout)
+        with communicating():
+            store = _store(rank, count, patience)
+        with naming_lost_ranks(store, rank, count, timeout):
+            with communicating():
+                dist.init_process_group(
+                    "nccl" if on_cuda else "gloo",
+                    store=store,
+                    rank=rank,
+                    world_size=count,
+                    timeout=patience,
+                    device_id=device if on_cuda else None,
+                )
+            yield Ranks(rank, count, device)
+            # Not after an exception: this may wait for ranks that know of none, and torchrun for this one to end.
+            dist.destroy_process_group()
+
+
+def _store(rank: int, count: int, timeout: timedelta) -> dist.Store:
+    """Return where the ranks find each other.
+
+    The store outlives a failed attempt, with the addresses of its processes; so each attempt has its own names.
+    """
+    held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        count,
+        is_master=rank == 0 and not held_by_torchrun,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    return dist.PrefixStore(f"fastadv_{attempt}_{next(_groups)}", store)
+
+
+def pack(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Return the elements of some tensors of one dtype, one after the other; None has no element."""
+    return torch.cat([t.flatten() for t in tensors if t is not None])
+
+
+def unpack(packed: Tensor, tensors: Sequence[Tensor | None]) -> None:
+    """Copy what `pack` returned back into the tensors."""
+    into = [t for t in tensors if t is not None]
+    parts = packed.split([t.numel() for t in into])
+    torch._foreach_copy_(into, [part.view_as(t) for part, t in zip(parts, into, strict=True)])
