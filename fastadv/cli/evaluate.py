@@ -44,8 +44,8 @@ def evaluate(words: list[str]) -> int:
         type=Number,
         default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
-        help="Smallest and largest value of an image as the model takes it; the data are scaled to them, and eps is "
-        "in these units.",
+        help="Smallest and largest value of an image as the model takes it; the data are scaled to them. eps has "
+        "these units.",
     )
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(
