@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastadv.attacks import projections
 from fastadv.attacks.projections import level, to_hyperplane, to_l1_ball
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,3 +158,56 @@ def test_the_level_of_a_sum_of_capped_terms() -> None:
     amounts, caps = torch.tensor([[1.0, 2, 1]]).double(), torch.tensor([[3.0, 1, 5]]).double()
     for target, expected in ((0.0, 0), (2, 0.5), (4, 1), (6, 2), (9, 4), (10, 5), (10.1, math.inf)):
         assert level(amounts, caps, torch.tensor([target]).double()).item() == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_compiled_way_is_that_of_sorting(norm: str, dtype: torch.dtype) -> None:
+    points, normal, gap = problem(rows=64, size=51, seed=3)
+    normal[3] = 0
+    normal[4, :7] = torch.tensor([math.inf, -math.inf, math.nan, 1.0, 1.0, 1.0, -1.0])
+    normal[5] = 0.25  # all caps of one size
+    points[5] = 0.5
+    gap[6], gap[7], gap[8] = math.nan, math.inf, 0
+    points, normal = points.to(dtype), normal.to(dtype).view(64, 3, 17)
+    points = points.view(64, 3, 17)
+    for bounds in ((-0.2, 1.3), (0.0, 1.0)):
+        found = projections.to_hyperplane(points, normal, gap, norm, bounds)
+        wanted = projections.way_by_sorting(points, normal, gap, norm, bounds)
+        assert found.dtype == dtype and found.shape == points.shape
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
+    empty = projections.to_hyperplane(points[:0], normal[:0], gap[:0], norm, (0.0, 1.0))
+    assert empty.shape == (0, 3, 17)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_the_compiled_level_is_that_of_sorting(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    amounts = torch.rand(50, size, generator=generator, dtype=torch.float64)
+    caps = (
+        torch.rand(50, size, generator=generator, dtype=torch.float64).mul(4).round()
+    )  # ties, zeros
+    whole = (amounts * caps).sum(1)
+    for share in (0.0, 0.3, 0.999, 1.0, 1.2):
+        found = projections.level(amounts, caps, share * whole)
+        wanted = projections.level_by_sorting(amounts, caps, share * whole)
+        reached = [(amounts * torch.minimum(t, caps)).sum(1) for t in (found, wanted)]
+        torch.testing.assert_close(reached[0], reached[1])
+        if share in (0.3, 1.2):
+            torch.testing.assert_close(found, wanted)
+    nothing = projections.level(amounts[:, :0], caps[:, :0], whole)
+    assert nothing.isinf().all()
+
+
+def test_the_compiled_projections_refuse_other_shapes_and_dtypes() -> None:
+    x, gap = torch.rand(2, 5), torch.ones(2)
+    ops = torch.ops.fastadv
+    for points, normal, gaps in ((x, x[:, :4], gap), (x, x, gap[:1]), (x[0], x[0], gap)):
+        with pytest.raises(ValueError, match="must have"):
+            ops.hyperplane_way(points, normal, gaps, True, 0.0, 1.0)
+    with pytest.raises(TypeError, match="normal must be Float as points are, got Double"):
+        ops.hyperplane_way(x, x.double(), gap, True, 0.0, 1.0)
+    with pytest.raises(TypeError, match="points must be float32 or float64, got Half"):
+        ops.hyperplane_way(x.half(), x.half(), gap, True, 0.0, 1.0)
+    with pytest.raises(ValueError, match="must have"):
+        ops.water_level(x, x[:1], gap)

@@ -15,6 +15,16 @@ from torch import Tensor
 
 from fastadv.ops.checks import rows
 
+# The equation of `level`, and `to_hyperplane` in linf and l2; on the CPU in csrc/cpu/projections.cpp.
+torch.library.define(
+    "fastadv::water_level", "(Tensor amounts, Tensor caps, Tensor target) -> Tensor"
+)
+torch.library.define(
+    "fastadv::hyperplane_way",
+    "(Tensor points, Tensor normal, Tensor gap, bool linf, float low, float high) -> Tensor",
+)
+_COMPILED = (torch.float32, torch.float64)
+
 
 def level(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
     """The smallest t >= 0 with ``sum_i amounts_i min(t, caps_i) = target``.
@@ -28,6 +38,13 @@ def level(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
     Returns:
         [B, 1] float64, infinite where the left side never reaches the target.
     """
+    if amounts.device.type == "cpu":
+        return torch.ops.fastadv.water_level(amounts, caps, target)
+    return level_by_sorting(amounts, caps, target)
+
+
+def level_by_sorting(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
+    """As `level`, by torch's own operations on any device."""
     caps, order = caps.sort(1)
     amounts = amounts.gather(1, order)
     below = (amounts * caps).cumsum(
@@ -66,6 +83,17 @@ def to_hyperplane(
     Returns:
         delta [B, ...] in the dtype of ``points``.
     """
+    if points.device.type == "cpu" and points.dtype in _COMPILED and norm != "l1":
+        flat, towards = rows(points), rows(normal).to(points.dtype)
+        way = torch.ops.fastadv.hyperplane_way(flat, towards, gap, norm == "linf", *bounds)
+        return way.view(points.shape)
+    return way_by_sorting(points, normal, gap, norm, bounds)
+
+
+def way_by_sorting(
+    points: Tensor, normal: Tensor, gap: Tensor, norm: str, bounds: tuple[float, float]
+) -> Tensor:
+    """As `to_hyperplane`, by torch's own operations on any device."""
     normal = rows(normal).double().nan_to_num(0.0, 0.0, 0.0)
     gap = gap.double().nan_to_num(0.0, 0.0, 0.0)
     largest = normal.abs().amax(1)
