@@ -3,6 +3,7 @@
     python bench/evaluation.py                              200 test images of digits
     python bench/evaluation.py --data cifar10 --root DATA   200 test images of CIFAR-10
     python bench/evaluation.py --run RUN                    a network of yours: a run directory or a checkpoint
+    python bench/evaluation.py --weights FILE               a ResNet-18 of yours
     python bench/evaluation.py --attacks apgd-ce apgd-t     without the attacks that the reference runs for all
     python bench/evaluation.py --quick                      one epoch, 16 images, Auto-PGD alone: does it run
 
@@ -28,6 +29,7 @@ from method_list import GROUNDS
 from strength import trained_network
 from torch import Tensor, nn
 
+from fastadv.commands.judged import model_of_file
 from fastadv.data import load_dataset
 from fastadv.evaluation import AutoAttackResult, autoattack
 from fastadv.evaluation.context import evaluation_mode
@@ -66,13 +68,17 @@ class Found:
 
 
 def search_all(
-    model: nn.Module, x: Tensor, y: Tensor, parts: int, settings: dict[str, Any]
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    parts: int,
+    settings: dict[str, Any],
+    names: list[str],
 ) -> dict[str, list[tuple[float, AutoAttackResult]]]:
     """Seconds and result of every search on every part."""
-    results: dict[str, list[tuple[float, AutoAttackResult]]] = {name: [] for name in SEARCHES}
-    names = list(SEARCHES)
+    results: dict[str, list[tuple[float, AutoAttackResult]]] = {name: [] for name in names}
     for number, rows in enumerate(torch.arange(len(x)).chunk(parts)):
-        for name in names[number % 3 :] + names[: number % 3]:
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             begun = time.perf_counter()
             found = autoattack(model, (x[rows], y[rows]), engine=SEARCHES[name], **settings)
             results[name].append((time.perf_counter() - begun, found))
@@ -156,11 +162,21 @@ def main() -> None:
     parser.add_argument("--data", choices=GROUNDS, default="digits")
     parser.add_argument("--root", type=Path, help="folder of the data set's files")
     parser.add_argument("--run", type=Path, help="run directory or checkpoint of the network")
+    parser.add_argument("--weights", type=Path, help="a file with the weights of a ResNet-18")
     parser.add_argument("--images", type=int, default=200, help="test images")
     parser.add_argument("--parts", type=int, default=2, help="into which they are split")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--attacks", nargs="+", help="by default the standard version")
-    parser.add_argument("--norm", choices=("linf", "l2"), default="linf")
+    parser.add_argument(
+        "--searches",
+        nargs="+",
+        choices=SEARCHES,
+        default=list(SEARCHES),
+        help="what is compared, the first with the others",
+    )
+    parser.add_argument("--norm", choices=("linf", "l2", "l1"), default="linf")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="added to the name of the results' file")
     parser.add_argument("--eps", type=float, help="by default the radius of the data set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true")
@@ -170,7 +186,9 @@ def main() -> None:
     options = parser.parse_args()
     ground = GROUNDS[options.data]
     data = load_dataset(ground.data, options.root)
-    if options.run is None:
+    if options.weights is not None:
+        model = model_of_file("resnet18", str(options.weights), None, data.test).model
+    elif options.run is None:
         model = trained_network(ground, data, 1 if options.quick else None)
     else:
         model = load_model(options.run)
@@ -181,16 +199,18 @@ def main() -> None:
         "norm": options.norm,
         "version": attacks,
         "batch_size": options.batch,
+        "seed": options.seed,
     }
     with evaluation_mode(model, options.device) as device:
         x = (data.test.images[:count].float() / 255).to(device)
         y = data.test.labels[:count].to(device)
         # So that no search pays for what a process does once.
-        for engine in SEARCHES.values():
+        for engine in (SEARCHES[name] for name in options.searches):
             autoattack(model, (x[:2], y[:2]), engine=engine, **{**settings, "version": ["apgd-ce"]})
-        rows = summary_of(search_all(model, x, y, options.parts, settings))
+        rows = summary_of(search_all(model, x, y, options.parts, settings, options.searches))
     facts = machine(device)
-    source = "PGD-AT as in methods.py" if options.run is None else options.run.name
+    given = options.weights or options.run
+    source = "PGD-AT as in methods.py" if given is None else given.name
     network = f"{type(model).__name__} from {source}"
     print(f"{ground.data}, {network}, {options.norm} {settings['eps']:.3g}, {len(x)} test images")
     print(f"{machine_line(facts)}\n")
@@ -204,7 +224,8 @@ def main() -> None:
             "settings": settings,
             "results": [asdict(row) for row in rows],
         }
-        write_json(out / f"evaluation_{ground.data}.json", content)
+        name = f"evaluation_{ground.data}" + (f"_{options.name}" if options.name else "")
+        write_json(out / f"{name}.json", content)
 
 
 if __name__ == "__main__":
