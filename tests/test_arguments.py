@@ -257,6 +257,23 @@ def test_a_number_that_a_recipe_does_not_have_is_named(
             make(**{name: 0.1})
 
 
+@pytest.mark.parametrize(
+    ("method", "numbers", "words"),
+    [
+        ("pgd_at", {"awp_warmup": 3}, "awp_warmup has no effect with awp_gamma 0, got 3"),
+        ("standard", {"pad": 0, "pad_mode": "reflect"}, "pad_mode has no effect with pad 0"),
+        ("vfd", {"base": "mart", "gamma": 2.0}, "gamma has no effect with another base than hat"),
+    ],
+)
+def test_training_refuses_numbers_without_effect(
+    method: str, numbers: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    recipe = find_method(method).recipe_class(**numbers)
+    with pytest.raises(ValueError, match=words):
+        train(method, recipe, data=small_data(), model="small_cnn", run_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_step_of_fast_training_fits_its_radius() -> None:
     with pytest.raises(ValueError, match=r"alpha must be below 2 eps, 0\.03.* got 0\.039.*0\.0196"):
         FastRecipe(eps=4 / 255)

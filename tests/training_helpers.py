@@ -40,7 +40,7 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
     """A recipe of any method for `small_data`."""
     kind = find_method(method).recipe_class
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
-    if kind is ArrestRecipe:
+    if kind is ArrestRecipe and changes.get("replay", True):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     return kind(**(numbers | changes))
 

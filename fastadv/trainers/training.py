@@ -63,6 +63,7 @@ from fastadv.trainers.teachers import (
     named_model,
     teachers_like,
 )
+from fastadv.trainers.unused import check_all_used
 from fastadv.trainers.weights import load_teacher
 
 Images: TypeAlias = ImageData | StreamedData
@@ -146,8 +147,8 @@ def train(
         The trained model and where things are.
 
     Raises:
-        ValueError: for arguments out of range, a model with fewer classes than the data, or a run that
-            does not fit the arguments.
+        ValueError: for arguments out of range, a number of the recipe that others leave without effect, a model
+            with fewer classes than the data, or a run that does not fit the arguments.
         TypeError: for arguments of a wrong kind.
         FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
         RunInUseError: if another process trains in `run_dir`; the message says which.
@@ -175,6 +176,8 @@ def train(
     run = RunDirectory(run_dir)
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
+    if not resume:
+        check_all_used(method_class, recipe)
     run.check_free(bool(resume), overwrite)
     if isinstance(resume, str) and not run.exists:
         raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")

@@ -8,22 +8,23 @@ from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import Recipe
 
 
-def check_all_used(method: MethodClass, recipe: Recipe, preset: str = "paper") -> None:
+def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = None) -> None:
     """Refuse a number that was chosen and would be dropped in silence.
 
     Args:
         method: what trains.
         recipe: its numbers.
-        preset: where they came from: what is as it stands there was not chosen.
+        preset: where they came from: what is as it stands there was not chosen. None is any of the presets.
 
     Raises:
         ValueError: naming the first such field, and why it has no effect.
     """
     decided = {name: getattr(recipe, name) for name in method.recipe_class.deciding}
-    default = method.recipe_class.preset(preset, **decided)
+    presets = method.recipe_class.presets if preset is None else (preset,)
+    defaults = [method.recipe_class.preset(name, **decided) for name in presets]
     for name, reason in _without_effect(method.name, recipe).items():
         value = getattr(recipe, name, None)
-        if value != getattr(default, name, None):
+        if all(value != getattr(default, name, None) for default in defaults):
             raise ValueError(f"{name} has no effect {reason}, got {value}")
 
 
