@@ -35,7 +35,7 @@ from fastadv.evaluation.context import Model
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.samples import as_samples
 from fastadv.evaluation.sanity import NORMS
-from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
+from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
 from fastadv.ops.values import check_bounds, check_choice
@@ -245,7 +245,7 @@ def run_evaluation(
                 network,
                 images,
                 subject,
-                keeper.file.with_suffix(".sanity.json"),
+                sanity_file_of(keeper.file),
                 eps=radii[-1],
                 norm=norm,
                 bounds=(low, high),
