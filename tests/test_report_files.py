@@ -304,14 +304,3 @@ def test_files_of_earlier_versions_and_of_later_ones_are_reported(
     record = json.loads(capsys.readouterr().out)
     assert [one["run"] for one in record["results"]].count("old.json") == 2
     assert (tmp_path / "out" / "report.html").is_file()
-
-
-def test_the_python_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
-    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        with pytest.warns(UserWarning, match="by guessing"):  # the network is not trained
-            exec(compile(block, str(document), "exec"), names)
-    assert len(WorstImages.load("worst.npz")) == 4
