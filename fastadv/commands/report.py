@@ -27,12 +27,14 @@ def run_report(
     """The report.
 
     Args:
-        runs: run directories that `fastadv eval` has been through, or files that its --out has written.
-        out: folder for the report as a page (report.html), Markdown, CSV, LaTeX and JSON, with the plots and one
-            model card per model and threat; by default nothing is written.
-        robust: with out, the attack on the plot's vertical axis; by default the last one that all runs have.
-        eps: with out, the radius of the plot; by default the one that all runs have, or 8/255 of several.
-        norm: with out, its norm, where all runs have several.
+        runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written.
+        out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
+            PNG, and one model card per model and threat. By default nothing is written.
+        robust: with --out, the attack whose accuracy is on the vertical axis of the trade-off plot; by default the
+            last attack that all runs have.
+        eps: with --out, the radius of the trade-off plot. By default the radius that all runs have; where they
+            have several in common, 8/255 in linf.
+        norm: with --out, the norm of this radius, where the runs have several norms in common.
         json: print all results as JSON in place of the table.
 
     Returns:
