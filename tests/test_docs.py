@@ -1,4 +1,4 @@
-"""docs/ops.md: its Python runs, its pairs of code before and after agree, and no public op is left out."""
+"""The Python of the documents runs; docs/ops.md leaves out no op, docs/evaluation.md names options that exist."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastadv import ops
+from fastadv.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "ops.md").read_text()
@@ -76,3 +77,34 @@ def test_a_signature_in_a_heading_is_the_function_s(name: str) -> None:
     ]
     expected = list(inspect.signature(getattr(ops, name)).parameters)
     assert [part for part in told if part != "*"] == expected
+
+
+@pytest.mark.filterwarnings("ignore:.*by guessing:UserWarning")  # the networks are not trained
+@pytest.mark.parametrize("name", ["attacks", "evaluation"])
+def test_the_blocks_on_attacks_and_evaluation_run_in_turn(name: str) -> None:
+    blocks = re.findall(
+        r"^```python\n(.*?)```",
+        (ROOT / "docs" / f"{name}.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    names: dict[str, Any] = {}
+    for number, code in enumerate(blocks):
+        exec(compile(code, f"docs/{name}.md, python block {number}", "exec"), names)
+    assert "report" in names or "adv" in names
+
+
+def test_the_options_and_sections_of_the_document_on_evaluation_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = (ROOT / "docs" / "evaluation.md").read_text()
+    for command in ("eval", "report", "transfer"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+    known = set(re.findall(r"--(\w+)", capsys.readouterr().out)) | {"nproc_per_node"}
+    named = {name.replace("-", "_") for name in re.findall(r"--([a-z][a-z_-]+)", document)}
+    assert named and named <= known, named - known
+    headings = re.findall(r"^## (.*)$", document, re.MULTILINE)
+    anchors = {heading.lower().replace(" ", "-") for heading in headings}
+    contents = re.findall(r"^\| \[.*?\]\(#(.*?)\)", document, re.MULTILINE)
+    assert contents == [heading.lower().replace(" ", "-") for heading in headings]
+    assert set(re.findall(r"\]\(#(.*?)\)", document)) <= anchors

@@ -383,15 +383,6 @@ def test_the_fingerprint_tells_data_apart(digits: ImageData) -> None:
 # At scale
 
 
-def test_the_document_s_example_runs() -> None:
-    document = (Path(__file__).parents[1] / "docs" / "attacks.md").read_text()
-    code = document.partition("## Any data")[2].partition("```python\n")[2].partition("```")[0]
-    names: dict[str, Any] = {}
-    with pytest.warns(UserWarning, match="as by guessing"):  # its model is not trained
-        exec(compile(code, "docs/attacks.md", "exec"), names)
-    assert [row.name for row in names["report"].rows] == ["clean", "fgsm"]
-
-
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """Six hundred megabytes of images fill no more than a few batches and what is kept of the last ones."""
     script = Path(__file__).parents[1] / "bench" / "many_images.py"

@@ -133,12 +133,17 @@ def test_every_cell_of_the_page_is_that_of_the_results(written: Path) -> None:
             "checkpoint": entry["checkpoint"],
             "data": entry["data"],
             "attack": entry["name"],
+            "variant": "-",
+            "setting": "white box" if attacked else "no attack",
+            "surrogate": "-",
             "accuracy %": f"{100 * entry['accuracy']:.2f}",
             "95 % interval": f"[{100 * low:.2f}, {100 * high:.2f}]",
             "right": str(entry["correct"]),
             "of": str(entry["n"]),
             "norm": entry["norm"] if attacked else "-",
             "eps": shown(entry["eps"]) if attacked else "-",
+            "median distance": "-",
+            "mean distance": "-",
             "alpha": "-" if entry["alpha"] is None else f"{entry['alpha']:.6g}",
             "steps": "-",
             "after": "+".join(entry["after"]) or "-",
@@ -200,6 +205,8 @@ def test_csv_and_json_have_all_of_the_results(written: Path) -> None:
     record = json.loads((written / "report.json").read_text())
     entries = json.loads((written.parent / "other.json").read_text())["rows"]
     ours = [one for one in record["results"] if one["run"] == "other.json"]
+    for entry in entries:
+        entry["setting"] = "no attack" if entry["name"] == "clean" else "white box"
     by_key = {(e["name"], e["norm"], e["eps"]): e | {"run": "other.json"} for e in entries}
     assert {(e["name"], e["norm"], e["eps"]): e for e in ours} == by_key
     for line in (line for line in lines if line["run"] == "other.json"):
@@ -297,14 +304,3 @@ def test_files_of_earlier_versions_and_of_later_ones_are_reported(
     record = json.loads(capsys.readouterr().out)
     assert [one["run"] for one in record["results"]].count("old.json") == 2
     assert (tmp_path / "out" / "report.html").is_file()
-
-
-def test_the_python_of_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
-    blocks = re.findall(r"```python\n(.*?)```", document.read_text(), re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        with pytest.warns(UserWarning, match="by guessing"):  # the network is not trained
-            exec(compile(block, str(document), "exec"), names)
-    assert len(WorstImages.load("worst.npz")) == 4

@@ -15,28 +15,32 @@ def evaluate(words: list[str]) -> int:
     """Judge a model; the exit status."""
     parser = Parser(
         prog="fastadv eval",
-        description="Measure a model's accuracy, clean and under attack, on test images: of a run, or of "
-        "--model with --weights.",
+        description="Measure the accuracy of a model on test images, without an attack and under attacks. The "
+        "model is the one of a run directory, or --model with --weights. The results are printed and kept in a "
+        "file.",
     )
     parser.add_argument(
-        "run", nargs="?", help="Run directory; left out where --model and --weights are given."
+        "run", nargs="?", help="Run directory. Leave it out where --model and --weights are given."
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_argument(
         "--attacks",
         nargs="+",
         default=list(DEFAULT_ATTACKS),
-        help="clean, fgsm, fgsm-rs, pgd-K for any K, pgd-K-R with R restarts, pgd-K-Rruns with R whole runs of "
-        "which the lowest counts, cw-K, mim-K, apgd-ce, apgd-dlr, apgd-t, fab-t, fab, square, square-N with N "
-        "queries, autoattack; without a ball cwl2-K, min-fgsm, min-pgd-K; quick (clean fgsm pgd-20), standard "
-        "(clean autoattack), strong (clean pgd-100-10 cw-100-10 apgd-ce apgd-t fab-t square).",
+        help="What to run, in this order. K is a number of steps, R of restarts, N of queries, S of constants. "
+        "Without an attack: clean. In a ball: fgsm, fgsm-rs, pgd-K, cw-K, mim-K; pgd-K-R and cw-K-R, with R "
+        "restarts; pgd-K-Rruns and cw-K-Rruns, R whole runs, of which the lowest accuracy counts; apgd-ce, "
+        "apgd-dlr, apgd-t, fab-t, fab, or each with -K; square, square-N; autoattack. Without a ball: cwl2-K, "
+        "cwl2-K-S, min-fgsm, min-pgd-K. Several at once: quick (clean fgsm pgd-20), standard (clean autoattack), "
+        "strong (clean pgd-100-10 cw-100-10 apgd-ce apgd-t fab-t square).",
     )
     parser.add_argument(
         "--normalise",
         nargs=2,
         metavar=("MEAN", "STD"),
-        help="With --weights, mean and standard deviation of the inputs, each one number or one per channel with "
-        "commas between them, unless the model takes images in 0..1 or the file says how.",
+        help="With --weights, the mean and the standard deviation by which the inputs are normalised, each one "
+        "number or one per channel with commas between them. Leave it out where the model takes images in 0..1, "
+        "or where the file of weights says how it normalises.",
     )
     parser.add_argument(
         "--bounds",
@@ -44,8 +48,8 @@ def evaluate(words: list[str]) -> int:
         type=Number,
         default=[0.0, 1.0],
         metavar=("LOW", "HIGH"),
-        help="Smallest and largest value of an image as the model takes it; the data are scaled to them. eps has "
-        "these units.",
+        help="Smallest and largest value of an image as the model takes it. The images are scaled to this range, "
+        "and --eps is in its units.",
     )
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(

@@ -11,9 +11,14 @@ from fastadv.commands import run_report
 def report(words: list[str]) -> int:
     """Compare results; the exit status."""
     parser = Parser(
-        prog="fastadv report", description="Compare runs: a table, and with --out a report."
+        prog="fastadv report",
+        description="Compare the results of `fastadv eval`: print tables, and with --out write a report.",
     )
-    parser.add_argument("runs", nargs="+", help="Run directories that have been evaluated.")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        help="Run directories that `fastadv eval` has judged, or files of results (.json) that it has written.",
+    )
     parser.add_function_arguments(run_report, skip={"runs", "json"})
     parser.add_flag("json", "Print all results as JSON in place of the table.")
     options = vars(parser.parse_args(words))

@@ -10,13 +10,14 @@ def transfer(words: list[str]) -> int:
     """Let models judge each other's adversarial images; the exit status."""
     parser = Parser(
         prog="fastadv transfer",
-        description="Make adversarial images on each of several models and let all of them judge these: one "
-        "table, by source and target.",
+        description="Make adversarial images on each of several models, and measure the accuracy of all the "
+        "models on them. This prints one table: a row is the model on which the images were made, a column the "
+        "model that classifies them.",
     )
     parser.add_argument(
         "models",
         nargs="+",
-        help="Run directories, files of weights (with --model), or module:function.",
+        help="Two or more models: run directories, files of weights (with --model), or module:function.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     parser.add_flag("quiet", "Show no progress.")

@@ -35,7 +35,7 @@ from fastadv.evaluation.context import Model
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.samples import as_samples
 from fastadv.evaluation.sanity import NORMS
-from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
+from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
 from fastadv.ops.values import check_bounds, check_choice
@@ -92,50 +92,56 @@ def run_evaluation(
     Args:
         run: run directory; None where a model is given with weights.
         attacks: what to run, in this order; quick, standard and strong stand for several.
-        checkpoint: latest, best, or a name such as step_000391, of the run.
-        model: the network, e.g. resnet18, timm:NAME or module:function, whose code then runs. With a run it is
-            only to be given where its network is a function of your own.
-        weights: without a run, a file with the state dict of the model, in any of the usual wrappings. A
-            module:function may return a trained model itself.
-        normalise: with weights, mean and standard deviation of the inputs, each one number or one per channel with
-            commas between them, unless the model takes images in 0..1 or the file says how.
-        data: digits, cifar10, cifar100, whose test images are used; a .npz file with the arrays image (uint8, N x
-            H x W x C) and label; folder:PATH, with one folder of pictures per class in PATH; or hf:NAME or
-            hf:NAME:SPLIT, read by Hugging Face's datasets. By default the data set of the run.
-        root: folder of the files of cifar10 or cifar100; by default that of the run.
-        resize: with folder: or hf:, pixels of the shorter side of each picture; by default its size is left.
-        crop: with folder: or hf:, pixels of each side of the square that is cut out of the middle.
-        interpolation: of the resizing, bilinear (the default) or bicubic.
-        workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
-        eps: radius of the ball, or several, at each of which every attack is run; by default 8/255, whatever the
-            run was trained with. It must be given with another norm than linf.
+        checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
+        model: the network: a name such as resnet18, timm:NAME, or module:function, whose code then runs. With a
+            run, give it only where the network of the run is a function of your own.
+        weights: file with the state dict of the model, in any of the usual wrappings; not with a run. Leave it out
+            where the module:function of the model returns a trained model.
+        normalise: with weights, the mean and the standard deviation by which the inputs are normalised, each one
+            number or one per channel with commas between them. Leave it out where the model takes images in 0..1,
+            or where the file of weights says how it normalises.
+        data: digits, cifar10 or cifar100, of which the test images are used; a .npz file with the arrays image
+            (uint8, N x H x W x C) and label; folder:PATH, with one folder of pictures per class in PATH; or
+            hf:NAME or hf:NAME:SPLIT, which Hugging Face's datasets reads. By default the data set of the run.
+        root: folder that holds the files of cifar10 or cifar100; by default the one of the run.
+        resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
+            by default pictures are not resized.
+        crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the
+            middle; by default nothing is cut off.
+        interpolation: with resize, how pixels are interpolated: bilinear (the default) or bicubic.
+        workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
+            at most 8.
+        eps: radius of the ball, such as 8/255, in the units of the images; or several radii, and every attack is
+            run at each of them. By default 8/255 in linf, whatever the run was trained with. With norm l2 or l1 it
+            must be given.
         norm: norm of the ball.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
-        batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
-        max_examples: use only so many test images: the first, or evenly spread ones where a folder or a data set
-            of Hugging Face lists its images class by class.
-        worst_case: attack only the images that the attacks before have left; the last row is the worst case.
-        engine: how AutoAttack searches: auto, on the attack engine, in bfloat16 where that is faster, with every
-            adversarial image confirmed in float32; fp32, in float32 throughout; reference, by pyautoattack.
+        batch_size: images per pass; AutoAttack's figures can depend on it slightly.
+        max_examples: use only this many test images: the first ones, or evenly spread ones where a folder or a
+            data set of Hugging Face lists its images class by class. By default all are used.
+        worst_case: give each attack only the images that the attacks before it have left, so that the last row is
+            the worst case over all attacks.
+        engine: how AutoAttack searches. auto: on the attack engine, in bfloat16 where this is faster, and every
+            adversarial image is confirmed in float32. fp32: in float32 throughout. reference: by pyautoattack.
         surrogate: another model, on which the adversarial images are made (black-box transfer): a run directory, a
             file of weights, or module:function, which returns a trained model.
-        surrogate_model: the network of a surrogate that is a file of weights, as --model names it.
-        eot: passes through the network for each gradient, which is their mean, for models that draw random
-            numbers.
-        cw_c: c of cwl2-K; by default 1, and .001 to begin with where several are tried.
-        cw_lr: learning rate of cwl2-K.
-        sanity: look for signs of gradient masking afterwards, on the first 200 images; in linf and l2. Its
-            findings are also kept beside the results, in a file that ends in .sanity.json.
-        device: where to run; by default a GPU if there is one.
-        seed: of everything random.
-        out: file (.json) to add the results to, in place of eval.json in the run directory, or of
-            WEIGHTS.eval.json beside a file of weights. A function that returns a trained model has no folder; its
-            results go to eval.json in the current one.
+        surrogate_model: the network of a surrogate that is a file of weights; its names are those of model.
+        eot: number of passes through the network for each gradient. The attack follows the mean of their gradients
+            (expectation over transformations). It is meant for models that draw random numbers.
+        cw_c: the constant c of cwl2-K, by default 1; of cwl2-K-S the first of the S values, by default .001.
+        cw_lr: learning rate of cwl2-K and cwl2-K-S.
+        sanity: after the attacks, look for signs of gradient masking on the first 200 images; in linf and l2 only.
+            The findings are printed, and kept beside the results in a file whose name ends in .sanity.json.
+        device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
+        seed: seed of all random numbers.
+        out: file (.json) to which the results are added. By default this is eval.json in the run directory,
+            WEIGHTS.eval.json beside a file of weights, or, for a function that returns a trained model, eval.json
+            in the current folder.
         quiet: show no progress.
-        keep_images: how many adversarial images of each attack to keep in the folder worst beside the results,
-            those of whose wrong class the model is most sure; 0 for none.
+        keep_images: how many adversarial images of each attack to keep, in the folder worst beside the results.
+            Those are kept of whose wrong class the model is most sure. 0 keeps no image.
         command: the command line, for the record.
 
     Returns:
@@ -245,7 +251,7 @@ def run_evaluation(
                 network,
                 images,
                 subject,
-                keeper.file.with_suffix(".sanity.json"),
+                sanity_file_of(keeper.file),
                 eps=radii[-1],
                 norm=norm,
                 bounds=(low, high),

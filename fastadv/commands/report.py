@@ -10,7 +10,8 @@ from typing import Literal
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.evaluation import Subject, load_results
 from fastadv.evaluation.comparison import Comparison, Judged, distinct_names
-from fastadv.evaluation.reporting import Summary, aligned, to_json, write_report
+from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, write_report
+from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory
 
@@ -26,12 +27,14 @@ def run_report(
     """The report.
 
     Args:
-        runs: run directories that `fastadv eval` has been through, or files that its --out has written.
-        out: folder for the report as a page (report.html), Markdown, CSV, LaTeX and JSON, with the plots and one
-            model card per model and threat; by default nothing is written.
-        robust: with out, the attack on the plot's vertical axis; by default the last one that all runs have.
-        eps: with out, the radius of the plot; by default the one that all runs have, or 8/255 of several.
-        norm: with out, its norm, where all runs have several.
+        runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written.
+        out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
+            PNG, and one model card per model and threat. By default nothing is written.
+        robust: with --out, the attack whose accuracy is on the vertical axis of the trade-off plot; by default the
+            last attack that all runs have.
+        eps: with --out, the radius of the trade-off plot. By default the radius that all runs have; where they
+            have several in common, 8/255 in linf.
+        norm: with --out, the norm of this radius, where the runs have several norms in common.
         json: print all results as JSON in place of the table.
 
     Returns:
@@ -50,8 +53,15 @@ def run_report(
         write_report(summary, out)
     if json:
         return to_json(summary).rstrip("\n")
-    table = aligned(summary.comparison.cells(intervals=True))
-    return table if out is None or not summary.no_plot else f"{table}\n\n{summary.no_plot}"
+    parts = []
+    if summary.comparison.white_box:
+        parts.append(aligned(summary.comparison.cells(intervals=True)))
+    for table in summary.apart:
+        body = aligned([table.heading, *table.rows])
+        parts.append("\n".join([f"{table.title}:", "", body, "", *table.notes]))
+    parts += ["\n".join(checked)] if (checked := verdicts(summary.comparison)) else []
+    parts += [summary.no_plot] if out is not None and summary.no_plot else []
+    return "\n\n".join(parts)
 
 
 def _judged(path: str, name: str) -> Judged:
@@ -64,6 +74,7 @@ def _judged(path: str, name: str) -> Judged:
     if not results:
         raise ValueError(f"{file}: holds no results; run `fastadv eval` first")
     subject, series, seed = results[-1].subject, "", None
+    checks = sanity_file_of(file)
     if file != source:
         recorded = RunDirectory(path).read()
         network = recorded.model.get("name") or recorded.model.get("class", "")
@@ -72,6 +83,7 @@ def _judged(path: str, name: str) -> Judged:
     return Judged(
         *(name, subject.method or "-", subject.network or "-", tuple(results)),
         folder=file.parent,
+        checks=tuple(load_sanity_results(checks)) if checks.is_file() else (),
         series=series,
         seed=seed,
     )

@@ -43,23 +43,29 @@ def run_transfer(
     """The matrix.
 
     Args:
-        models: two or more: run directories, files of weights, or module:function.
-        attack: one attack in a ball, by which adversarial images are made on each model.
-        model: the network of the files of weights, e.g. resnet18, timm:NAME or module:function.
-        data: as for `fastadv eval`; by default the data set of the runs.
-        root: folder of the files of cifar10 or cifar100; by default that of the first run.
-        resize: with folder: or hf:, pixels of the shorter side of each picture; by default its size is left.
-        crop: with folder: or hf:, pixels of each side of the square that is cut out of the middle.
-        interpolation: of the resizing, bilinear (the default) or bicubic.
-        workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
-        eps: radius of the ball; by default 8/255. It must be given with another norm than linf.
+        models: two or more models: run directories, files of weights, or module:function.
+        attack: one attack in a ball, such as pgd-20 or apgd-ce. It makes the adversarial images on each model.
+        model: the network of all models that are files of weights: a name such as resnet18, timm:NAME, or
+            module:function, whose code then runs.
+        data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
+        root: folder that holds the files of cifar10 or cifar100; by default the one of the first run.
+        resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
+            by default pictures are not resized.
+        crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the
+            middle; by default nothing is cut off.
+        interpolation: with resize, how pixels are interpolated: bilinear (the default) or bicubic.
+        workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
+            at most 8.
+        eps: radius of the ball, such as 8/255, in the units of the images. By default 8/255 in linf. With norm l2
+            or l1 it must be given.
         norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass.
-        max_examples: use only the first so many test images.
-        device: where to run; by default a GPU if there is one.
-        seed: of everything random.
-        out: file to write the matrix to, .json, .csv or .md.
+        max_examples: use only this many test images: the first ones, or evenly spread ones where a folder or a
+            data set of Hugging Face lists its images class by class. By default all are used.
+        device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
+        seed: seed of all random numbers.
+        out: file that the table is also written to; its name ends in .json, .csv or .md.
         quiet: show no progress.
 
     Returns:

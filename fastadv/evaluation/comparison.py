@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Row, format_eps
 from fastadv.evaluation.results import Result, Subject
+
+if TYPE_CHECKING:
+    from fastadv.evaluation.sanity_file import SanityResult
 
 _DEFAULT_EPS = 8 / 255
 _SHOWN_DIGITS = 7  # of a hash
@@ -27,6 +30,7 @@ class Judged:
         folder: of the file of results, from which the files that they name are found.
         series: what runs have in common that differ in the seed of their training alone; empty where nobody says.
         seed: of the training.
+        checks: findings of masking checks, in the order in which they were made.
     """
 
     name: str
@@ -36,13 +40,14 @@ class Judged:
     folder: Path = Path()
     series: str = ""
     seed: int | None = None
+    checks: tuple[SanityResult, ...] = ()
 
 
 @dataclass
 class Line:
     """Results that may be compared with each other: of the same weights and images, at one radius and seed.
 
-    Attacks without a ball have lines of their own.
+    Attacks without a ball, and each surrogate's adversarial images, have lines of their own.
 
     Attributes:
         run: the run.
@@ -53,6 +58,7 @@ class Line:
         seed: of everything random.
         cells: results by column.
         ball: whether the attacks kept to a ball of this radius.
+        surrogate: the model on which the adversarial images were made; empty where it was the judged one.
     """
 
     run: Judged
@@ -63,11 +69,17 @@ class Line:
     seed: int | None = None
     cells: dict[str, Result] = field(default_factory=dict)
     ball: bool = True
+    surrogate: str = ""
 
     @property
     def radius(self) -> tuple[str, float]:
         """Norm and eps."""
         return self.norm, self.eps
+
+    @property
+    def is_white_box(self) -> bool:
+        """Whether the attacks kept to a ball and the judged model itself was attacked, or there was no attack."""
+        return self.ball and not self.surrogate
 
 
 class Comparison:
@@ -83,28 +95,33 @@ class Comparison:
         self.runs = list(runs)
 
     @property
+    def white_box(self) -> list[Line]:
+        """The lines of attacks in a ball on the judged model itself, and of runs without an attack."""
+        return [line for line in self.lines if line.is_white_box]
+
+    @property
     def attacks(self) -> list[str]:
-        """The columns of accuracies: clean first, then in the order in which they appear."""
-        found = dict.fromkeys(title for line in self.lines for title in line.cells)
+        """The columns of `white_box`: clean first, then in the order in which they appear."""
+        found = dict.fromkeys(title for line in self.white_box for title in line.cells)
         return sorted(found, key=lambda title: title != CLEAN)  # the sort keeps the order of equals
 
     def cells(self, intervals: bool = False) -> list[list[str]]:
-        """The heading and the lines as text. Columns that tell nothing apart are left out.
+        """The heading and the lines of `white_box` as text. Columns that tell nothing apart are left out.
 
         Args:
             intervals: whether each accuracy has its 95 % interval beside it.
         """
         attacks = self.attacks
         always = ("run", "method", "model", "data", "n", "norm", "eps")
-        rows = [self.describe(line) for line in self.lines]
+        rows = [self.describe(line) for line in self.white_box]
         shown = [
             name
             for name in ("run", "method", "model", "checkpoint", "data", "n", "norm", "eps", "seed")
             if name in always or self._tells_apart(name, rows)
         ]
         table = [[*shown, *(f"{title} %" for title in attacks)]]
-        for row, line in zip(rows, self.lines, strict=True):
-            accuracies = [_cell(line, title, intervals) for title in attacks]
+        for row, line in zip(rows, self.white_box, strict=True):
+            accuracies = [cell_text(line, title, intervals) for title in attacks]
             table.append([row[name] for name in shown] + accuracies)
         return table
 
@@ -116,7 +133,7 @@ class Comparison:
         """
         attacked: dict[tuple[str, float], set[str]] = {}
         for line in self.lines:
-            if line.norm and line.ball:
+            if line.norm and line.is_white_box:
                 attacked.setdefault(line.radius, set()).add(line.run.name)
         common = [radius for radius, names in attacked.items() if len(names) == len(self.runs)]
         fitting = [
@@ -136,12 +153,14 @@ class Comparison:
         return fitting[0]
 
     def at(self, radius: tuple[str, float]) -> list[Line]:
-        """The lines of one radius."""
-        return [line for line in self.lines if line.radius == radius and line.ball]
+        """The lines of `white_box` at one radius."""
+        return [line for line in self.white_box if line.radius == radius]
 
     def label(self, line: Line) -> str:
-        """What to call a line among those of its radius."""
-        rows = {id(one): self.describe(one) for one in self.at(line.radius)}
+        """What to call a line among those of its radius and kind."""
+        kind = (line.radius, line.ball, line.surrogate)
+        beside = [one for one in self.lines if (one.radius, one.ball, one.surrogate) == kind]
+        rows = {id(one): self.describe(one) for one in beside}
         parts = [line.run.name]
         for name in ("checkpoint", "data", "n", "seed"):
             if len({row[name] for row in rows.values() if row["run"] == line.run.name}) > 1:
@@ -154,8 +173,9 @@ class Comparison:
             if not result.is_clean:
                 row = result.row
                 ball = row.distances is None
-                key = (*result.judged, result.norm, row.eps, row.seed, ball)
-                new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed, ball=ball)
+                key = (*result.judged, result.norm, row.eps, row.seed, ball, row.surrogate)
+                new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed)
+                new.ball, new.surrogate = ball, row.surrogate
                 lines.setdefault(key, new).cells[self._titles.of(result)] = result
         for result in run.results:
             if result.is_clean:
@@ -164,9 +184,9 @@ class Comparison:
                     for key, line in lines.items()
                     if key[: len(result.judged)] == result.judged
                 ]
-                if not attacked:
-                    attacked = [Line(run, result.subject, result.row.n)]
-                    lines[result.judged] = attacked[0]
+                if not any(line.is_white_box for line in attacked):
+                    attacked.append(Line(run, result.subject, result.row.n))
+                    lines[result.judged] = attacked[-1]
                 for line in attacked:
                     line.cells[self._titles.of(result)] = result
         return lines.values()
@@ -232,7 +252,8 @@ def _variant(result: Result) -> str:
     return ""
 
 
-def _cell(line: Line, title: str, interval: bool) -> str:
+def cell_text(line: Line, title: str, interval: bool = True) -> str:
+    """Write an accuracy of a line in percent, with its status and its interval; a dash where there is none."""
     if title not in line.cells:
         return "-"
     row = line.cells[title].row

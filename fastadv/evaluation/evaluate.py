@@ -80,7 +80,7 @@ def evaluate(
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
         data: an ``ImageData``; a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]); a map-style
             ``Dataset`` of pairs (image, label), whose images are read when they are attacked; or a ``DataLoader``,
-            whose Dataset is then read in its own order by the loader's worker processes. See docs/attacks.md.
+            whose Dataset is then read in its own order by the loader's worker processes. See docs/evaluation.md.
         attacks: names or pairs, one row of the report each:
 
             * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a

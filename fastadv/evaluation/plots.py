@@ -13,7 +13,7 @@ import numpy as np
 from fastadv.evaluation.label_placement import Box, place_labels
 from fastadv.evaluation.metrics import Cubic
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered, png_of
-from fastadv.evaluation.report import Report, Row
+from fastadv.evaluation.report import Report, Row, check_white_box
 from fastadv.files import write_atomically
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ class TradeOffPoint:
     def from_rows(
         cls, name: str, clean: Row, robust: Row, *, method: str = "", minor: bool = False
     ) -> TradeOffPoint:
-        """Take the figures from two rows."""
+        """Take the figures from two rows.
+
+        Raises:
+            ValueError: where the second is not of an attack in a ball on the judged model itself.
+        """
+        check_white_box(robust)
         return cls(
             name,
             100 * clean.accuracy,

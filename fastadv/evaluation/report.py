@@ -111,6 +111,11 @@ class Row:
         source = f" from {self.surrogate}" if self.surrogate else ""
         return self.name + (f" ({self.variant})" if self.variant else "") + source
 
+    @property
+    def is_white_box(self) -> bool:
+        """Whether it is an accuracy in a ball, on images made for the judged model itself, or on clean images."""
+        return not self.surrogate and self.distances is None
+
     def line(self) -> str:
         """The row in one line of text."""
         low, high = self.interval
@@ -370,6 +375,18 @@ def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
     for name in needed:
         entry[name]
     return {f.name: entry[f.name] for f in fields(kind) if f.name in entry}
+
+
+def check_white_box(robust: Row) -> None:
+    """Require an accuracy that may stand for a model's robust accuracy.
+
+    Raises:
+        ValueError: for adversarial images of a surrogate, and for an attack without a ball.
+    """
+    if not robust.is_white_box:
+        raise ValueError(
+            f"robust must be an attack in a ball on the judged model itself, got {robust.title!r}"
+        )
 
 
 def format_eps(eps: float) -> str:

@@ -85,6 +85,20 @@ class Result:
         return self.row.name == CLEAN
 
     @property
+    def setting(self) -> str:
+        """In which sense this is an accuracy under attack.
+
+        Returns:
+            ``"no attack"``; ``"white box"``, in a ball, on images made for the judged model itself;
+            ``"transfer"``, on images made on a surrogate; ``"no ball"``; or ``"no ball, transfer"``.
+        """
+        if self.is_clean:
+            return "no attack"
+        places = [*(["no ball"] if self.row.distances else [])]
+        places += ["transfer"] if self.row.surrogate else []
+        return ", ".join(places) or "white box"
+
+    @property
     def judged(self) -> tuple[Any, ...]:
         """Weights and images: results that agree in these belong to one another."""
         subject = self.subject

@@ -192,6 +192,14 @@ def sanity_checks(
     return findings
 
 
+def verdict_of(findings: Sequence[Finding]) -> str:
+    """What all findings come to, in words."""
+    failed = sum(not finding.ok for finding in findings)
+    if failed == 0:
+        return "no sign, which proves nothing"
+    return f"{failed} of {len(findings)} checks are suspect: the robust accuracy may be too high"
+
+
 def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) -> str:
     """All findings in words, one line each below a heading.
 
@@ -201,18 +209,14 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
         eps: radius of the ball.
         norm: of the ball.
     """
-    failed = sum(not finding.ok for finding in findings)
-    verdict = (
-        f"{failed} of {len(findings)} checks are suspect: the robust accuracy may be too high"
-        if failed
-        else "no sign, which proves nothing"
-    )
     width = max(len(finding.check) for finding in findings)
     lines = [
         f"  {finding.verdict:<7}  {finding.check:<{width}}  {finding.message}"
         for finding in findings
     ]
-    heading = f"Signs of gradient masking, {n} images, {format_eps(eps)} {norm}: {verdict}"
+    heading = (
+        f"Signs of gradient masking, {n} images, {format_eps(eps)} {norm}: {verdict_of(findings)}"
+    )
     return "\n".join([heading, *lines]) + "\n"
 
 

@@ -53,6 +53,11 @@ class SanityResult:
         return findings_text(self.findings, self.n, self.eps, self.norm)
 
 
+def sanity_file_of(results: Path) -> Path:
+    """Where the findings belong that stand beside a file of results."""
+    return results.with_suffix(".sanity.json")
+
+
 def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
     """Read the findings that a file holds.
 
@@ -82,11 +87,12 @@ def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Pat
     with locked(target), naming(target):
         known: Sequence[SanityResult] = load_sanity_results(target) if target.exists() else ()
         merged = {one.key: one for one in (*known, result)}
-        content = {"format": _FORMAT, "checks": [_to_dict(one) for one in merged.values()]}
+        content = {"format": _FORMAT, "checks": [sanity_entry(one) for one in merged.values()]}
         return write_atomically(target, json.dumps(content, indent=2) + "\n")
 
 
-def _to_dict(result: SanityResult) -> dict[str, Any]:
+def sanity_entry(result: SanityResult) -> dict[str, Any]:
+    """Findings as JSON types, each with its verdict."""
     content = asdict(result)
     for entry, finding in zip(content["findings"], result.findings, strict=True):
         entry["verdict"] = finding.verdict

@@ -17,7 +17,7 @@ from fastadv.evaluation.metrics import (
     ardist,
     trade_off_sum,
 )
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.report import Row, check_white_box
 from fastadv.evaluation.results import Result
 
 _EPS = 8 / 255
@@ -55,6 +55,7 @@ def published_for(result: Result) -> Published | None:
     """The published curve of a result's data, if it is AutoAttack's at 8/255 linf as the curve is; else None."""
     fits = (
         result.row.name == AUTOATTACK
+        and result.row.is_white_box
         and result.norm == "linf"
         and abs(result.row.eps - _EPS) < 1e-6
         and result.bounds == (0.0, 1.0)
@@ -111,8 +112,10 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
         curve: what ARDist is to be measured from.
 
     Raises:
-        ValueError: when the rows are of different numbers of images.
+        ValueError: when the rows are of different numbers of images, or the second is not of an attack in a ball
+            on the judged model itself.
     """
+    check_white_box(robust)
     if clean.n != robust.n:
         raise ValueError(f"robust must be of the {clean.n} images of clean, got {robust.n}")
     more = _Z * _Z / 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastadv.evaluation.reporting.cards import model_cards
+from fastadv.evaluation.reporting.masking import verdicts
 from fastadv.evaluation.reporting.records import as_record, to_csv, to_json
 from fastadv.evaluation.reporting.summary import Summary
 from fastadv.evaluation.reporting.tables import Table, aligned, markdown
@@ -17,5 +18,6 @@ __all__ = [
     "model_cards",
     "to_csv",
     "to_json",
+    "verdicts",
     "write_report",
 ]

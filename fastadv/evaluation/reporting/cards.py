@@ -16,12 +16,13 @@ _FORMAT = 1
 
 
 def model_cards(summary: Summary) -> dict[str, dict[str, Any]]:
-    """The cards of all models that were attacked, by the names of their files.
+    """The cards of all models that were attacked in a ball, by the names of their files.
 
+    Adversarial images of a surrogate, and attacks without a ball, are in no card.
     The robust accuracy of a card is AutoAttack's, or else the lowest under one of the attacks.
     """
     cards: dict[str, dict[str, Any]] = {}
-    for line in summary.comparison.lines:
+    for line in summary.comparison.white_box:
         attacked = [result for title, result in line.cells.items() if title != CLEAN]
         if attacked:
             parts = (summary.comparison.label(line), line.norm, format_eps(line.eps))
@@ -81,6 +82,7 @@ def _attack(result: Result) -> dict[str, Any]:
     row, is_ensemble = result.row, result.row.name == AUTOATTACK
     return {
         "attack": row.name,
+        "variant": row.variant or None,
         "version": "standard" if is_ensemble else None,
         "search": row.search or None,
         "stages": [{"name": s.name, "correct": s.correct, "search": s.search} for s in row.stages],

@@ -40,6 +40,7 @@ class CurvePlot:
         data: name of the images.
         n: how many.
         curves: one per model.
+        surrogate: the model on which the adversarial images were made; empty where each was the judged one.
     """
 
     attack: str
@@ -47,11 +48,13 @@ class CurvePlot:
     data: str
     n: int
     curves: tuple[Curve, ...]
+    surrogate: str = ""
 
     @property
     def title(self) -> str:
         """The heading of the picture."""
-        return f"{self.attack}, {self.norm}\n{self.data}, {self.n:,} images"
+        kind = ", black-box transfer" if self.surrogate else ""
+        return f"{self.attack}, {self.norm}{kind}\n{self.data}, {self.n:,} images"
 
 
 def curve_plots(comparison: Comparison) -> list[CurvePlot]:
@@ -59,17 +62,17 @@ def curve_plots(comparison: Comparison) -> list[CurvePlot]:
     plots: dict[tuple[Any, ...], dict[tuple[Any, ...], list[Line]]] = {}
     for line in comparison.lines:
         for title in line.cells:
-            if title != CLEAN and line.norm:
+            if title != CLEAN and line.norm and line.ball:
                 subject = line.subject
-                plot = (title, line.norm, subject.data, subject.images, line.n)
+                plot = (title, line.norm, subject.data, subject.images, line.n, line.surrogate)
                 model = (line.run.name, subject.weights, subject.checkpoint, line.seed)
                 plots.setdefault(plot, {}).setdefault(model, []).append(line)
     found = []
-    for (title, norm, data, _, n), models in plots.items():
+    for (title, norm, data, _, n, surrogate), models in plots.items():
         several = [lines for lines in models.values() if len({line.eps for line in lines}) > 1]
         curves = tuple(_curve(comparison, lines, title) for lines in several)
         if curves:
-            found.append(CurvePlot(title, norm, data, n, curves))
+            found.append(CurvePlot(title, norm, data, n, curves, surrogate))
     return found
 
 

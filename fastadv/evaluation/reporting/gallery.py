@@ -52,14 +52,14 @@ class Gallery:
         run: what the model is called.
         attack: the column of the table.
         norm: of the perturbation.
-        eps: its radius.
+        eps: its radius; None for an attack without a ball.
         pictures: the worst first.
     """
 
     run: str
     attack: str
     norm: str
-    eps: float
+    eps: float | None
     pictures: tuple[Pictures, ...]
 
 
@@ -70,13 +70,17 @@ def galleries(comparison: Comparison, radius: tuple[str, float] | None) -> list[
         ValueError: when a file is damaged; the message names it.
     """
     found = []
-    for line in comparison.lines if radius is None else comparison.at(radius):
+    for line in comparison.lines:
+        if radius is not None and not (line.ball and line.radius == radius):
+            continue
         for title, result in line.cells.items():
             worst = _read(line, result.worst_file)
             if worst is not None and worst.originals.dim() == 4:
                 pictures = _pictures(worst, result.bounds)
                 label = comparison.label(line)
-                found.append(Gallery(label, title, line.norm, line.eps, pictures))
+                found.append(
+                    Gallery(label, title, line.norm, line.eps if line.ball else None, pictures)
+                )
     return found
 
 

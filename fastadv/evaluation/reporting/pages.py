@@ -36,6 +36,7 @@ th { background: var(--band); font-weight: 600; }
 th.text, td.text { text-align: left; }
 th:first-child, td:first-child { position: sticky; left: 0; z-index: 1; border-right: 1px solid var(--line); }
 td small { display: block; color: var(--soft); font-size: .78rem; }
+td.words { white-space: normal; min-width: 20rem; }
 td.long { white-space: normal; min-width: 20rem; overflow-wrap: anywhere;
   font: .8rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; }
 figure { margin: 1rem 0; }
@@ -141,8 +142,8 @@ def _table(table: Table) -> str:
 
 
 def _class(table: Table, column: int) -> str:
-    if table.heading[column] == "command":
-        return ' class="text long"'
+    if table.heading[column] in ("command", "finding"):
+        return f' class="text {"long" if table.heading[column] == "command" else "words"}"'
     return ' class="text"' if table.is_text(column) else ""
 
 
@@ -175,7 +176,8 @@ def _galleries(galleries: Sequence[Gallery]) -> str:
     ]
     for number, gallery in enumerate(galleries):
         items = "\n".join(map(_item, gallery.pictures))
-        radius = f"{gallery.norm} {format_eps(gallery.eps)}"
+        reach = "no ball" if gallery.eps is None else format_eps(gallery.eps)
+        radius = f"{gallery.norm} {reach}"
         parts.append(
             f"<details{'' if number else ' open'}><summary>{_text(gallery.run)}: {_text(gallery.attack)}, "
             f'{_text(radius)}</summary>\n<div class="gallery">\n{items}\n</div></details>'

@@ -8,12 +8,24 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from fastadv.evaluation.reporting.masking import masking_records
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.reporting.summary import Summary
 
 _FORMAT = 1
 _COLUMNS = (
-    *("run", "method", "network", "checkpoint", "data", "attack", "norm", "eps", "n", "correct"),
+    *(
+        "run",
+        "method",
+        "network",
+        "checkpoint",
+        "data",
+        "attack",
+        "variant",
+        "setting",
+        "surrogate",
+    ),
+    *("norm", "eps", "median_distance", "mean_distance", "n", "correct"),
     *("accuracy", "low", "high", "sum", "mean", "ardist", "alpha", "steps", "after", "seed"),
     *("batch_size", "search", "status", "notes", "seconds", "device", "parameters", "weights"),
     *("images", "command", "date"),
@@ -24,9 +36,11 @@ def as_record(summary: Summary) -> dict[str, Any]:
     """Everything as JSON types.
 
     Returns:
-        ``results``: the entries of the files of results, each with the name that its run has in the report.
+        ``results``: the entries of the files of results, each with the name that its run has in the report and its
+        ``setting``: "no attack", "white box", "transfer", "no ball" or "no ball, transfer".
         ``trade_off``: Sum, mean and ARDist of every pair of clean and robust accuracy, in percent with intervals.
         ``series``: accuracies of runs that differ in the training's seed, with mean and standard deviation.
+        ``masking_checks``: the findings on these weights and images, with their verdict in words.
         ``plot``: norm, eps and attack of the trade-off plot, or null.
     """
     return {
@@ -35,11 +49,17 @@ def as_record(summary: Summary) -> dict[str, Any]:
         if summary.radius is None
         else {"norm": summary.radius[0], "eps": summary.radius[1], "attack": summary.robust},
         "results": [
-            {**result.to_dict(), "run": line.run.name, "method": line.run.method}
+            {
+                **result.to_dict(),
+                "run": line.run.name,
+                "method": line.run.method,
+                "setting": result.setting,
+            }
             for line, _, result in summary.listed()
         ],
         "trade_off": _trade_offs(summary),
         "series": _series(summary),
+        "masking_checks": masking_records(summary.comparison),
     }
 
 
@@ -55,6 +75,10 @@ def to_csv(summary: Summary) -> str:
     writer.writeheader()
     for line, title, result in summary.listed():
         entry = result.to_dict() | {"run": line.run.name, "method": line.run.method}
+        entry["setting"], distances = result.setting, result.row.distances
+        if distances is not None:  # its eps of 0 is no radius
+            entry["eps"] = None
+            entry["median_distance"], entry["mean_distance"] = distances.median, distances.mean
         entry["attack"], (entry["low"], entry["high"]) = entry["name"], entry["interval"]
         entry["notes"], entry["after"] = "; ".join(entry["notes"]), "+".join(entry["after"])
         measured = summary.trade_off(line, title)
@@ -82,7 +106,7 @@ def _series(summary: Summary) -> list[dict[str, Any]]:
     for series in summary.series:
         line = series.lines[0]
         spreads = {}
-        for title in summary.comparison.attacks:
+        for title in dict.fromkeys(title for one in series.lines for title in one.cells):
             values = series.accuracies(title)
             if values is not None:
                 mean, deviation = mean_and_deviation(values)
@@ -93,7 +117,9 @@ def _series(summary: Summary) -> list[dict[str, Any]]:
                 "method": series.method,
                 "seeds": list(series.seeds),
                 "norm": line.norm,
-                "eps": line.eps,
+                "eps": line.eps if line.ball else None,
+                "ball": line.ball,
+                "surrogate": line.surrogate,
                 "data": line.subject.data,
                 "n": line.n,
                 "accuracy_percent": spreads,

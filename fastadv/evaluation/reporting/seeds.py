@@ -53,6 +53,7 @@ def series_of(comparison: Comparison) -> list[Series]:
 def _key(comparison: Comparison, line: Line) -> tuple[Any, ...]:
     subject, run = line.subject, line.run
     same = (subject.data, subject.images, line.n, line.norm, line.eps, line.seed)
+    kind = (line.ball, line.surrogate)
     checkpoints = {other.subject.checkpoint for other in comparison.lines if other.run is run}
     # The best checkpoints of two runs may be of different steps. Their names count where a run has several.
-    return (run.series, *same, subject.checkpoint if len(checkpoints) > 1 else "")
+    return (run.series, *same, *kind, subject.checkpoint if len(checkpoints) > 1 else "")

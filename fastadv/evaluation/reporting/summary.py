@@ -9,6 +9,13 @@ from fastadv.evaluation.comparison import Comparison, Judged, Line, interval_tex
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
 from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.reporting.apart import (
+    distance_text,
+    remarks,
+    transfers,
+    without_ball,
+)
+from fastadv.evaluation.reporting.masking import masking_table, verdicts
 from fastadv.evaluation.reporting.seeds import Series, mean_and_deviation, series_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Result
@@ -75,13 +82,19 @@ class Summary:
     @property
     def tables(self) -> list[Table]:
         """All tables that have a row; those for print first."""
-        tables = [*self.printed, self.results(), self.origins()]
+        tables = [*self.printed, masking_table(self.comparison), self.results(), self.origins()]
+        return [table for table in tables if table.rows]
+
+    @property
+    def apart(self) -> list[Table]:
+        """The tables of transfer and of attacks without a ball that have a row."""
+        tables = (transfers(self.comparison), without_ball(self.comparison))
         return [table for table in tables if table.rows]
 
     @property
     def printed(self) -> list[Table]:
         """The tables that fit on paper and have a row."""
-        tables = [self.accuracies(), self.trade_offs(), self.over_seeds()]
+        tables = [self.accuracies(), self.trade_offs(), self.over_seeds(), *self.apart]
         tables += [self.published_points(), self.stages()]
         return [table for table in tables if table.rows]
 
@@ -89,13 +102,8 @@ class Summary:
         """A line for whatever was judged at one radius, a column for each attack."""
         heading, *rows = self.comparison.cells(intervals=True)
         notes = ["In brackets are Wilson's 95 % intervals over the images."]
-        for line in self.comparison.lines:
-            label, radius = self.comparison.label(line), _radius_of(line)
-            for title, result in line.cells.items():
-                notes += [
-                    f"{label}, {title}{radius}, is {result.row.status}: {note}"
-                    for note in result.row.notes
-                ]
+        notes += verdicts(self.comparison)
+        notes += remarks(self.comparison, self.comparison.white_box)
         return Table(
             "Accuracy", tuple(heading), tuple(map(tuple, rows)), tuple(dict.fromkeys(notes))
         )
@@ -110,8 +118,8 @@ class Summary:
         return next(iter(ensembles or attacks[::-1]), None)
 
     def trade_off(self, line: Line, title: str) -> TradeOff | None:
-        """The trade-off of a line under one attack; None without both accuracies."""
-        if title == CLEAN or not {CLEAN, title} <= line.cells.keys():
+        """The trade-off of a white-box line under one attack; None without both accuracies."""
+        if title == CLEAN or not line.is_white_box or not {CLEAN, title} <= line.cells.keys():
             return None
         published = published_for(line.cells[title])
         curve = None if published is None else published.curve
@@ -120,7 +128,7 @@ class Summary:
     def trade_offs(self) -> Table:
         """Sum, mean and ARDist of every line."""
         rows, outside = [], []
-        for line in self.comparison.lines:
+        for line in self.comparison.white_box:
             title = self.strongest(line)
             measured = None if title is None else self.trade_off(line, title)
             if title is None or measured is None:
@@ -151,6 +159,8 @@ class Summary:
         rows = []
         for series in self.series:
             line = series.lines[0]
+            if not line.is_white_box:
+                continue
             described = self.comparison.describe(line)
             cells = [described[name] for name in ("method", "model", "data", "n", "norm", "eps")]
             cells.append(", ".join(map(str, series.seeds)))
@@ -225,21 +235,38 @@ class Summary:
         """Every number as the file of results has it."""
         rows = []
         for line, _, result in self.listed():
-            row = result.row
+            row, distances = result.row, result.row.distances
+            radius = "no ball" if distances else format_eps(row.eps)
             rows.append(
                 (
                     *(line.run.name, result.subject.checkpoint or "-", result.subject.data or "-"),
-                    *(row.name, f"{100 * row.accuracy:.2f}", interval_text(row)),
+                    *(row.name, row.variant or "-", result.setting, row.surrogate or "-"),
+                    *(f"{100 * row.accuracy:.2f}", interval_text(row)),
                     *(str(row.correct), str(row.n)),
-                    *((result.norm, format_eps(row.eps)) if row.eps else ("-", "-")),
+                    *(("-", "-") if result.is_clean else (result.norm, radius)),
+                    *(distance_text(distances.median if distances else None),),
+                    *(distance_text(distances.mean if distances else None),),
                     *("-" if row.alpha is None else f"{row.alpha:.6g}", _or_dash(row.steps)),
                     *("+".join(result.after) or "-", str(row.seed), str(result.batch_size)),
                     *(row.search or "-", row.status, f"{row.seconds:.1f}", result.date or "-"),
                 )
             )
         heading = (
-            *("run", "checkpoint", "data", "attack", "accuracy %", "95 % interval", "right", "of"),
-            *("norm", "eps", "alpha", "steps", "after", "seed", "batch", "search", "status"),
+            *("run", "checkpoint", "data", "attack", "variant", "setting", "surrogate"),
+            *("accuracy %", "95 % interval", "right", "of"),
+            *(
+                "norm",
+                "eps",
+                "median distance",
+                "mean distance",
+                "alpha",
+                "steps",
+                "after",
+                "seed",
+                "batch",
+                "search",
+                "status",
+            ),
             *("seconds", "date"),
         )
         return Table("All results", heading, tuple(rows))
@@ -299,10 +326,6 @@ class Summary:
 
 def _has(title: str, run: Judged, lines: Sequence[Line]) -> bool:
     return any(title in line.cells and CLEAN in line.cells for line in lines if line.run is run)
-
-
-def _radius_of(line: Line) -> str:
-    return f" {radius_text(line.norm, line.eps)}" if line.norm else ""
 
 
 def _or_dash(value: object) -> str:

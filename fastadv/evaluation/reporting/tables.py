@@ -8,6 +8,16 @@ from dataclasses import dataclass
 _TEXT_COLUMNS = frozenset(
     (
         *("run", "runs", "method", "model", "checkpoint", "data", "norm", "attack", "after"),
+        *(
+            "variant",
+            "setting",
+            "surrogate",
+            "radius",
+            "check",
+            "verdict",
+            "finding",
+            "right within a radius",
+        ),
         *("stage", "search", "status", "device", "command", "versions", "weights", "date"),
     )
 )

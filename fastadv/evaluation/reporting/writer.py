@@ -99,6 +99,7 @@ def _curve_plot(curves: CurvePlot) -> Plot:
     caption = (
         f"Accuracy under {curves.attack} over the {curves.norm} radius, {curves.data}, {curves.n:,} images; at 0 "
         "without an attack. Bars are 95 % intervals."
+        + (f" The adversarial images were made on {curves.surrogate}." if curves.surrogate else "")
     )
     light, dark = (png_of(draw_curves(curves, style)) for style in (LIGHT, DARK))
     return Plot(f"{curves.attack} over the radius", light, dark, caption)
