@@ -32,8 +32,8 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.report import format_eps
-from fastadv.evaluation.samples import as_samples
+from fastadv.evaluation.report import format_eps, library_versions
+from fastadv.evaluation.samples import as_samples, radius_or_default
 from fastadv.evaluation.sanity import NORMS
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 from fastadv.evaluation.work import key_of
@@ -47,7 +47,6 @@ from fastadv.trainers.run_directory import Description, RunDirectory
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
-_DEFAULT_EPS = 8 / 255
 _UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
 _SANITY_IMAGES = 200
 
@@ -108,14 +107,14 @@ def run_evaluation(
         interpolation: of the resizing, bilinear (the default) or bicubic.
         workers: with folder: or hf:, processes that decode pictures; by default one per core, at most 8.
         eps: radius of the ball, or several, at each of which every attack is run; by default 8/255, whatever the
-            run was trained with. It must be given with another norm than linf.
+            run was trained with. It must be given with another norm than linf and with other bounds than 0 1.
         norm: norm of the ball.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; figures of the reference's attacks in AutoAttack depend on it slightly.
-        max_examples: use only so many test images: the first, or evenly spread ones where a folder or a data set
-            of Hugging Face lists its images class by class.
+        max_examples: use only so many test images: the first, or evenly spread ones where the images lie class by
+            class.
         worst_case: attack only the images that the attacks before have left; the last row is the worst case.
         engine: how AutoAttack searches: auto, on the attack engine, in bfloat16 where that is faster, with every
             adversarial image confirmed in float32; fp32, in float32 throughout; reference, by pyautoattack.
@@ -145,7 +144,7 @@ def run_evaluation(
         UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = own_device(choose_device(device))
-    radii = _radii(eps, norm)
+    radii = _radii(radius_or_default(eps, norm, check_bounds(tuple(bounds))))
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
@@ -201,6 +200,8 @@ def run_evaluation(
         cw_lr,
         low,
         high,
+        judged.network,
+        sorted(library_versions().items()),
     )
     radius = "+".join(f"{radius:.6g}" for radius in radii)
     name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
@@ -332,13 +333,7 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
     return stopped_by_signals(f"stopped{later}")
 
 
-def _radii(eps: float | Sequence[float] | None, norm: str) -> list[float]:
-    if eps is None and norm != "linf":
-        raise ValueError(
-            f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
-        )
-    if eps is None:
-        return [_DEFAULT_EPS]
+def _radii(eps: float | Sequence[float]) -> list[float]:
     return list(eps) if isinstance(eps, Sequence) else [eps]
 
 

@@ -326,6 +326,7 @@ class Runner:
         share: float = 1.0,
     ) -> Tensor:
         """As `Work.collect`; a bar shows the mean of the values, of images that are this share of all."""
+        self.samples.source.expect(self.work.own(indices))
         return self.work.collect(
             name,
             key,

@@ -1,0 +1,113 @@
+"""Figures that would come out too high must say so, or be refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastadv.evaluation import Result, Row, Subject, evaluate
+from fastadv.evaluation.autoattack_state import hash_model
+
+
+class Linear(nn.Module):
+    """Tells two classes by the mean of an image, at .5, in a form whose gradient can be spoilt."""
+
+    def __init__(self, spoilt: str = "", classes: int = 2) -> None:
+        super().__init__()
+        self.spoilt, self.classes = spoilt, classes
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spoilt == "rounded":
+            x = (x * 255).round() / 255
+        score = self.scale * (x.flatten(1).mean(1) - 0.5)
+        if self.spoilt == "nan":
+            score = score + 0 * (x.flatten(1).sum(1) * 0).sqrt()
+        columns = [-score, score, *[score - 100] * (self.classes - 2)]
+        return torch.stack(columns, 1)
+
+
+def bright_or_dark(n: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(n) % 2
+    images = 0.4 + 0.2 * labels.float().view(-1, 1, 1, 1).expand(n, 1, 4, 4)
+    return images.contiguous(), labels
+
+
+FOLLOW_GRADIENTS = ["fgsm", "pgd-3", "cw-3", "mim-3", "apgd-ce-5", "fab-5", "min-fgsm", "cwl2-5"]
+
+
+@pytest.mark.parametrize("spoilt", ["rounded", "nan"])
+def test_gradients_that_lead_nowhere_make_rows_suspect(spoilt: str) -> None:
+    attacks = [*FOLLOW_GRADIENTS, "square-50"]
+    report = evaluate(Linear(spoilt), bright_or_dark(), attacks, eps=0.2, progress=False)
+    status = {row.name: row.status for row in report.rows}
+    assert {name: "suspect" for name in FOLLOW_GRADIENTS} | {"square-50": "ok"} == status
+    note = report.rows[0].notes[-1]
+    assert "gradient of 64 of 64 images is zero everywhere or not finite" in note
+
+
+def test_gradients_that_lead_somewhere_raise_no_doubt() -> None:
+    report = evaluate(Linear(), bright_or_dark(), FOLLOW_GRADIENTS, eps=0.2, progress=False)
+    assert {row.status for row in report.rows} == {"ok"}
+
+
+def test_surrogate_that_guesses_makes_rows_suspect() -> None:
+    surrogate = Linear()
+    surrogate.scale.data.zero_()
+    with pytest.warns(UserWarning, match=r"surrogate Linear is right on 40 of 80 clean images"):
+        report = evaluate(
+            Linear(),
+            bright_or_dark(),
+            ["clean", "square-5"],
+            eps=0.2,
+            surrogate=surrogate,
+            progress=False,
+        )
+    assert [row.status for row in report.rows] == ["ok", "suspect"]
+
+
+def test_step_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"alpha must be > 0, got 0"):
+        evaluate(Linear(), bright_or_dark(), "pgd-3", eps=0.2, alpha=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"norm": "l2"}, "norm l2"), ({"bounds": (0.0, 255.0)}, "bounds 0 255")],
+)
+def test_default_radius_is_for_linf_and_images_in_0_1(settings: dict, named: str) -> None:
+    with pytest.raises(ValueError, match=f"eps must be given with {named}"):
+        evaluate(Linear(), bright_or_dark(), "pgd-3", progress=False, **settings)
+
+
+def test_first_of_tensors_that_lie_class_by_class_are_of_all_classes() -> None:
+    images, labels = bright_or_dark()
+    order = labels.argsort(stable=True)
+    constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    constant[1].weight.data.zero_()
+    constant[1].bias.data = torch.tensor([1.0, 0.0])
+    report = evaluate(
+        constant, (images[order], labels[order]), "clean", max_examples=20, progress=False
+    )
+    assert (report.rows[0].correct, report.rows[0].n) == (10, 20)
+
+
+def test_results_of_networks_that_share_weights_are_kept_side_by_side() -> None:
+    row = Row("pgd-20", 100, 50, 0.03, 0, 1.0)
+    keys = {
+        Result(
+            Subject(network=network, weights="w", checkpoint="best.pt", data="d", images="i"),
+            row,
+            "linf",
+            (0.0, 1.0),
+            10,
+            "cpu",
+            {},
+        ).key
+        for network in ("plain", "defended")
+    }
+    assert len(keys) == 2
+
+
+def test_plain_attributes_of_a_model_are_part_of_its_identity() -> None:
+    assert hash_model(Linear()) == hash_model(Linear())
+    assert hash_model(Linear()) != hash_model(Linear("rounded"))
