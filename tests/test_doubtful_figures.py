@@ -1,11 +1,19 @@
 """Figures that would come out too high must say so, or be refused."""
 
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from fastadv.evaluation import Result, Row, Subject, evaluate
+from fastadv import AutoAttack
+from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
+from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.autoattack_state import hash_model
+from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
+from fastadv.evaluation.transfer import transfer_matrix
 
 
 class Linear(nn.Module):
@@ -74,7 +82,7 @@ def test_step_of_nothing_is_refused() -> None:
     ("settings", "named"),
     [({"norm": "l2"}, "norm l2"), ({"bounds": (0.0, 255.0)}, "bounds 0 255")],
 )
-def test_default_radius_is_for_linf_and_images_in_0_1(settings: dict, named: str) -> None:
+def test_default_radius_is_for_linf_and_images_in_0_1(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=f"eps must be given with {named}"):
         evaluate(Linear(), bright_or_dark(), "pgd-3", progress=False, **settings)
 
@@ -111,3 +119,45 @@ def test_results_of_networks_that_share_weights_are_kept_side_by_side() -> None:
 def test_plain_attributes_of_a_model_are_part_of_its_identity() -> None:
     assert hash_model(Linear()) == hash_model(Linear())
     assert hash_model(Linear()) != hash_model(Linear("rounded"))
+
+
+def test_default_radius_of_other_entries_is_for_linf_alone() -> None:
+    model, data = Linear(), bright_or_dark()
+    with pytest.raises(ValueError, match="eps must be given with norm l2"):
+        AutoAttack(model, norm="l2")
+    with pytest.raises(ValueError, match="eps must be given with norm l1"):
+        autoattack(model, data, norm="l1")
+    with pytest.raises(ValueError, match="eps must be given with bounds -1 1"):
+        sanity_checks(model, data, bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match="eps must be given with norm l2"):
+        transfer_matrix({"a": model, "b": Linear()}, data, norm="l2")
+
+
+def test_transfer_tells_which_model_guesses() -> None:
+    guess = Linear()
+    guess.scale.data.zero_()
+    models = {"good": Linear(), "guess": guess}
+    matrix = transfer_matrix(models, bright_or_dark(), "fgsm", eps=0.2, progress=False)
+    assert [note for note in matrix.notes if "seems to guess" in note] == [
+        "guess seems to guess, so that what is made on it says nothing of the others"
+    ]
+
+
+def test_findings_within_other_bounds_are_kept_side_by_side(tmp_path: Path) -> None:
+    file = tmp_path / "eval.sanity.json"
+    subject = Subject(network="plain", weights="w")
+    for bounds in ((0.0, 1.0), (-1.0, 1.0)):
+        add_sanity_result(file, SanityResult(subject, (), 10, 0.1, "linf", bounds=bounds))
+    assert [one.bounds for one in load_sanity_results(file)] == [(0.0, 1.0), (-1.0, 1.0)]
+
+
+def test_state_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = Linear(), bright_or_dark()
+    settings: dict[str, Any] = {"eps": 0.2, "progress": False, "state_dir": tmp_path}
+    evaluate(model, data, "pgd-3", **settings)
+    module = sys.modules["fastadv.evaluation.evaluate"]
+    monkeypatch.setattr(module, "library_versions", lambda: {"fastadv": "0.0.1"})
+    with pytest.raises(ValueError, match=r"versions was .* and is {'fastadv': '0.0.1'}"):
+        evaluate(model, data, "pgd-3", **settings)

@@ -214,6 +214,8 @@ def run_evaluation(
         if ranks.first:
             held.enter_context(keeper)
             state = held.enter_context(unfinished_work(begun))
+        # All ranks keep what they have done, or none does.
+        state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
             network,
@@ -294,6 +296,7 @@ def _sanity(network: Model, images: Images, subject: Subject, file: Path, **sett
         seed=settings["seed"],
         surrogate="" if other is None else other.name,
         eot=settings["eot"],
+        bounds=settings["bounds"],
     )
     try:
         add_sanity_result(file, result)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from fastadv.data.lazy import as_lazy, of_loader, read_once
 from fastadv.evaluation.sources import ImageSource, TensorSource, first_or_spread, open_source
 from fastadv.ops.checks import INTEGER_DTYPES
-from fastadv.ops.values import check_bounds, check_radius, integer, limit
+from fastadv.ops.values import check_bounds, check_radius, integer, limit, norm_name
 
+R = TypeVar("R")  # a radius, or several
 DEFAULT_EPS = 8 / 255
 
 
@@ -167,17 +167,15 @@ def check_eps(eps: float, norm: str, samples: Samples) -> float:
     return eps
 
 
-def radius_or_default(
-    eps: float | Sequence[float] | None, norm: str, bounds: tuple[float, float]
-) -> float | Sequence[float]:
-    """The radius that is given, by default 8/255, which is customary in linf and for images in 0..1 alone.
+def radius_or_default(eps: R | None, norm: str, bounds: tuple[float, float]) -> R | float:
+    """The radius that is given, or several; by default 8/255, which is for linf and images in 0..1 alone.
 
     Raises:
         ValueError: none is given for another norm or other bounds.
     """
     if eps is not None:
         return eps
-    low, high = check_bounds(bounds)
+    norm, (low, high) = norm_name(norm), check_bounds(bounds)
     if norm != "linf" or (low, high) != (0.0, 1.0):
         where = f"norm {norm}" if norm != "linf" else f"bounds {low:g} {high:g}"
         raise ValueError(

@@ -21,7 +21,12 @@ from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+)
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
 from fastadv.evaluation.work import Work
@@ -58,7 +63,7 @@ def masking_checks(
     model: Model,
     data: Any,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     eps_factors: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     steps: Sequence[int] = (1, 5, 20, 50),
     norm: str = "linf",
@@ -78,7 +83,7 @@ def masking_checks(
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``; a few hundred images are enough.
-        eps: radius at which the number of steps is varied.
+        eps: radius at which the number of steps is varied; by default 8/255, in linf within bounds (0, 1) alone.
         eps_factors: eps is varied by these, in increasing order, at the largest number of steps.
         steps: numbers of steps, in increasing order.
         norm: ``"linf"`` or ``"l2"``.
@@ -98,8 +103,9 @@ def masking_checks(
     Raises:
         ValueError: for an argument out of range.
     """
-    _check_arguments(eps, eps_factors, steps, slack)
     norm, seed = norm_name(norm), integer("seed", seed)
+    eps = radius_or_default(eps, norm, bounds)
+    _check_arguments(eps, eps_factors, steps, slack)
     check_choice("norm", norm, NORMS)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
@@ -122,7 +128,7 @@ def sanity_checks(
     model: Model,
     data: Any,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     eps_factors: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     steps: Sequence[int] = (1, 5, 20, 50),
     queries: int = 1000,
@@ -169,8 +175,9 @@ def sanity_checks(
     Raises:
         ValueError: for an argument out of range.
     """
-    _check_arguments(eps, eps_factors, steps, slack)
     norm, seed = norm_name(norm), integer("seed", seed)
+    eps = radius_or_default(eps, norm, bounds)
+    _check_arguments(eps, eps_factors, steps, slack)
     check_choice("norm", norm, NORMS)
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
