@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import AutoAttack
 from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
@@ -90,9 +91,10 @@ def test_default_radius_is_for_linf_and_images_in_0_1(settings: dict[str, Any], 
 def test_first_of_tensors_that_lie_class_by_class_are_of_all_classes() -> None:
     images, labels = bright_or_dark()
     order = labels.argsort(stable=True)
-    constant = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
-    constant[1].weight.data.zero_()
-    constant[1].bias.data = torch.tensor([1.0, 0.0])
+    last = nn.Linear(16, 2)
+    last.weight.data.zero_()
+    last.bias.data = torch.tensor([1.0, 0.0])
+    constant = nn.Sequential(nn.Flatten(), last)
     report = evaluate(
         constant, (images[order], labels[order]), "clean", max_examples=20, progress=False
     )
@@ -161,3 +163,17 @@ def test_state_of_another_version_is_refused(
     monkeypatch.setattr(module, "library_versions", lambda: {"fastadv": "0.0.1"})
     with pytest.raises(ValueError, match=r"versions was .* and is {'fastadv': '0.0.1'}"):
         evaluate(model, data, "pgd-3", **settings)
+
+
+class Darkening(DataLoader[Any]):
+    """Changes the batches that it reads, as loaders which normalise on the GPU do."""
+
+    def __iter__(self) -> Any:
+        return ((images - 0.4, labels) for images, labels in super().__iter__())
+
+
+def test_loader_that_changes_its_batches_is_read_as_it_gives_them() -> None:
+    loader = Darkening(TensorDataset(*bright_or_dark()), batch_size=16)
+    with pytest.warns(UserWarning, match="about as many as by guessing"):
+        report = evaluate(Linear(), loader, "clean", progress=False)
+    assert (report.rows[0].correct, report.rows[0].n) == (40, 80)
