@@ -177,3 +177,26 @@ def test_loader_that_changes_its_batches_is_read_as_it_gives_them() -> None:
     with pytest.warns(UserWarning, match="about as many as by guessing"):
         report = evaluate(Linear(), loader, "clean", progress=False)
     assert (report.rows[0].correct, report.rows[0].n) == (40, 80)
+
+
+def test_worst_images_outlast_an_interruption(tmp_path: Path) -> None:
+    model, data = Linear(), bright_or_dark()
+    settings: dict[str, Any] = dict(
+        eps=0.2, batch_size=16, keep_images=5, progress=False, state_dir=tmp_path
+    )
+    whole = evaluate(model, data, "pgd-3", **settings).rows[0].worst
+    finished = sorted((tmp_path / "batches").glob("pgd-3-*.json"))
+    assert len(finished) == 5
+    finished[0].unlink()  # as if the attack had been interrupted in one batch
+    resumed = evaluate(model, data, "pgd-3", **settings).rows[0].worst
+    assert whole is not None and resumed is not None and len(whole) == 5
+    assert torch.equal(whole.indices, resumed.indices)
+    assert torch.equal(whole.adversarials, resumed.adversarials)
+
+
+def test_an_image_that_whole_runs_break_several_times_is_kept_once() -> None:
+    report = evaluate(
+        Linear(), bright_or_dark(), "pgd-3-3runs", eps=0.2, keep_images=100, progress=False
+    )
+    worst = report.rows[0].worst
+    assert worst is not None and sorted(worst.indices.tolist()) == list(range(80))

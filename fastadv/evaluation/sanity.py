@@ -104,9 +104,9 @@ def masking_checks(
         ValueError: for an argument out of range.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
+    check_choice("norm", norm, NORMS)
     eps = radius_or_default(eps, norm, bounds)
     _check_arguments(eps, eps_factors, steps, slack)
-    check_choice("norm", norm, NORMS)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
@@ -176,9 +176,9 @@ def sanity_checks(
         ValueError: for an argument out of range.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
+    check_choice("norm", norm, NORMS)
     eps = radius_or_default(eps, norm, bounds)
     _check_arguments(eps, eps_factors, steps, slack)
-    check_choice("norm", norm, NORMS)
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
