@@ -11,8 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from fastadv import AutoAttack
 from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
+from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.autoattack_state import hash_model
+from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.evaluation.transfer import transfer_matrix
 
@@ -200,3 +202,18 @@ def test_an_image_that_whole_runs_break_several_times_is_kept_once() -> None:
     )
     worst = report.rows[0].worst
     assert worst is not None and sorted(worst.indices.tolist()) == list(range(80))
+
+
+def test_masking_checks_find_gradients_that_are_not_finite() -> None:
+    images, labels = bright_or_dark(8)
+    findings = sanity_checks(
+        Linear("nan"), (images, labels), eps=0.05, eps_factors=(1.0,), steps=(1, 2), queries=5
+    )
+    (gradients,) = (finding for finding in findings if finding.check == "gradients")
+    assert not gradients.ok and gradients.message.startswith("8 of the 8 images")
+
+
+def test_autoattack_is_in_doubt_where_differences_of_logits_lead_nowhere() -> None:
+    note = Blindness(cross_entropy=0, margin=5, n=10).note(Ensemble())
+    assert note.startswith("the gradient of 5 of 10 images") and "square alone" in note
+    assert Blindness(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""

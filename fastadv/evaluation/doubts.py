@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.data.selection import evenly_spread
-from fastadv.evaluation.attack_list import Attack, Gradient, Minimum
+from fastadv.evaluation.attack_list import Attack, Ensemble, Gradient, Minimum
 from fastadv.evaluation.context import private_generators
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.verify import predict
@@ -38,7 +38,13 @@ class Blindness:
 
     def note(self, attack: Attack) -> str:
         """What an attack's row is to say; empty where there is nothing to say."""
-        if isinstance(attack, Gradient):
+        hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
+        if isinstance(attack, Ensemble):
+            by_entropy = False  # its targeted attacks follow differences of logits
+            hint = (
+                "of its attacks square alone follows no gradients, and finds less than they would"
+            )
+        elif isinstance(attack, Gradient):
             if attack.kind == "square":
                 return ""
             by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
@@ -50,8 +56,7 @@ class Blindness:
         if count <= _BLIND_SHARE * self.n:
             return ""
         return (
-            f"the gradient of {count} of {self.n} images is zero everywhere or not finite; this attack follows "
-            "gradients and finds too little: run square, too, or autoattack"
+            f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
         )
 
 
@@ -72,13 +77,14 @@ def blindness(runner: Runner, correct: Tensor) -> Blindness:
         entropy = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
         margin = (label - others.amax(1, keepdim=True)).sum()
         by_entropy, by_margin = (
-            _blind(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
+            count_blind(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
             for value in (entropy, margin)
         )
     return Blindness(by_entropy, by_margin, len(indices))
 
 
-def _blind(gradient: Tensor) -> int:
+def count_blind(gradient: Tensor) -> int:
+    """How many images' gradients [B, ...] are zero everywhere or not finite somewhere."""
     flat = gradient.flatten(1)
     return int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
 

@@ -18,6 +18,7 @@ from fastadv.evaluation.attack_list import (
     Attack,
     AttackChoice,
     Clean,
+    Ensemble,
     Gradient,
     Minimum,
     check_ensemble_asked_for,
@@ -277,7 +278,8 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
 def _blindness(runner: Runner, attacks: Sequence[Attack], correct: Tensor) -> Blindness:
     """Whose gradients lead nowhere, where an attack follows them."""
     follows = any(
-        isinstance(attack, Minimum) or (isinstance(attack, Gradient) and attack.kind != "square")
+        isinstance(attack, (Minimum, Ensemble))
+        or (isinstance(attack, Gradient) and attack.kind != "square")
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()

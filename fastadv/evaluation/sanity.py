@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastadv.evaluation.attack_list import Gradient
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.doubts import count_blind
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
@@ -268,7 +269,7 @@ class _Probe:
         return float(nn.functional.cross_entropy(logits, y, reduction="sum"))
 
     def blind(self) -> int:
-        """Images, of those that are classified correctly, whose gradient is zero everywhere."""
+        """Images, of those that are classified correctly, whose gradient leads nowhere."""
         count = 0
         for indices in self.runner.batches("gradients", self.correct.nonzero().flatten()):
             x, y = self.runner.samples.take(indices, self.runner.device)
@@ -276,7 +277,7 @@ class _Probe:
                 leaf = x.clone().requires_grad_()
                 loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, leaf)
-            count += int((grad.flatten(1) == 0).all(1).sum())
+            count += count_blind(grad)
         return count
 
 
@@ -314,7 +315,8 @@ def _random(runner: Runner) -> Finding:
 def _blind(probe: _Probe, slack: float) -> Finding:
     count, n = probe.blind(), max(int(probe.correct.sum()), 1)
     message = (
-        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere"
+        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere "
+        "or not finite"
         if count
         else "every image that is classified correctly has a gradient"
     )
