@@ -304,7 +304,7 @@ def _same(model, images, labels):
         ({"norm": "linfinity"}, ValueError, "norm must be one of linf, l2, l1"),
         ({"batch_size": 0}, ValueError, "batch_size must"),
         ({"max_examples": 0}, ValueError, "max_examples must"),
-        ({"bounds": (0.0, 0.5)}, ValueError, "images must lie within"),
+        ({"bounds": (0.0, 0.5), "eps": 0.1}, ValueError, "images must lie within"),
         ({"data": torch.rand(3)}, TypeError, "data must be"),
         ({"data": (torch.rand(3, 1, 8, 8), torch.rand(3))}, TypeError, "labels must be integers"),
         (

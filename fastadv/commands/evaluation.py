@@ -32,8 +32,8 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.report import format_eps
-from fastadv.evaluation.samples import as_samples
+from fastadv.evaluation.report import format_eps, library_versions
+from fastadv.evaluation.samples import as_samples, radius_or_default
 from fastadv.evaluation.sanity import NORMS
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, sanity_file_of
 from fastadv.evaluation.work import key_of
@@ -47,7 +47,6 @@ from fastadv.trainers.run_directory import Description, RunDirectory
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
-_DEFAULT_EPS = 8 / 255
 _UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
 _SANITY_IMAGES = 200
 
@@ -112,15 +111,15 @@ def run_evaluation(
         workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
             at most 8.
         eps: radius of the ball, such as 8/255, in the units of the images; or several radii, and every attack is
-            run at each of them. By default 8/255 in linf, whatever the run was trained with. With norm l2 or l1 it
-            must be given.
+            run at each of them. By default 8/255 in linf, whatever the run was trained with. With norm l2 or l1, or
+            with other bounds than 0 1, it must be given.
         norm: norm of the ball.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass; AutoAttack's figures can depend on it slightly.
-        max_examples: use only this many test images: the first ones, or evenly spread ones where a folder or a
-            data set of Hugging Face lists its images class by class. By default all are used.
+        max_examples: use only this many test images: the first ones, or evenly spread ones where the images lie
+            class by class. By default all are used.
         worst_case: give each attack only the images that the attacks before it have left, so that the last row is
             the worst case over all attacks.
         engine: how AutoAttack searches. auto: on the attack engine, in bfloat16 where this is faster, and every
@@ -151,7 +150,7 @@ def run_evaluation(
         UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = own_device(choose_device(device))
-    radii = _radii(eps, norm)
+    radii = _radii(radius_or_default(eps, norm, check_bounds(tuple(bounds))))
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
@@ -207,6 +206,8 @@ def run_evaluation(
         cw_lr,
         low,
         high,
+        judged.network,
+        sorted(library_versions().items()),
     )
     radius = "+".join(f"{radius:.6g}" for radius in radii)
     name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
@@ -219,6 +220,8 @@ def run_evaluation(
         if ranks.first:
             held.enter_context(keeper)
             state = held.enter_context(unfinished_work(begun))
+        # All ranks keep what they have done, or none does.
+        state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
             network,
@@ -299,6 +302,7 @@ def _sanity(network: Model, images: Images, subject: Subject, file: Path, **sett
         seed=settings["seed"],
         surrogate="" if other is None else other.name,
         eot=settings["eot"],
+        bounds=settings["bounds"],
     )
     try:
         add_sanity_result(file, result)
@@ -338,13 +342,7 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
     return stopped_by_signals(f"stopped{later}")
 
 
-def _radii(eps: float | Sequence[float] | None, norm: str) -> list[float]:
-    if eps is None and norm != "linf":
-        raise ValueError(
-            f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
-        )
-    if eps is None:
-        return [_DEFAULT_EPS]
+def _radii(eps: float | Sequence[float]) -> list[float]:
     return list(eps) if isinstance(eps, Sequence) else [eps]
 
 

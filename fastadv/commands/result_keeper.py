@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fastadv.evaluation import Report, Result, Subject, add_results
 from fastadv.evaluation.results import check_destination, results_of, worst_file
+from fastadv.files import remove_leftovers
 from fastadv.locks import locked
 
 
@@ -88,6 +89,7 @@ class ResultKeeper:
         if worst is not None:
             name = worst_file(self.file, result)
             try:
+                remove_leftovers((self.file.parent / name).parent)
                 worst.save(self.file.parent / name)
             except OSError as error:  # the figures are worth more than the pictures
                 print(f"note: the worst images are not kept: {error}", file=sys.stderr)

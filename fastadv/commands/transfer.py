@@ -10,13 +10,12 @@ from fastadv.commands.judged import Images, Reading, images_named, images_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
 from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.samples import radius_or_default
 from fastadv.evaluation.transfer import check_transferable
 from fastadv.evaluation.transfer_table import check_matrix_file
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import RunDirectory
-
-_DEFAULT_EPS = 8 / 255
 
 
 def run_transfer(
@@ -74,11 +73,7 @@ def run_transfer(
     paths = list(dict.fromkeys(models))
     if len(paths) < 2:
         raise ValueError(f"models must be two or more, got {' '.join(models)!r}")
-    if eps is None and norm != "linf":
-        raise ValueError(
-            f"eps must be given with norm {norm}; in linf alone it is 8/255 by default"
-        )
-    radius = _DEFAULT_EPS if eps is None else eps
+    radius = radius_or_default(eps, norm, (0.0, 1.0))
     check_transferable(attack, radius, alpha)
     if out is not None:
         check_matrix_file(out)

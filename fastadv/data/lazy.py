@@ -80,8 +80,8 @@ def of_loader(loader: DataLoader[Any]) -> LazyData | None:
     would drop is part of it.
     """
     dataset: Any = loader.dataset
-    if isinstance(dataset, IterableDataset):
-        return None
+    if isinstance(dataset, IterableDataset) or type(loader).__iter__ is not DataLoader.__iter__:
+        return None  # a class with an order of its own may change the images, too
     batched = loader.batch_sampler is not None
     if loader.collate_fn is not (default_collate if batched else default_convert):
         return None

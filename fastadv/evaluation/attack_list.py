@@ -174,6 +174,8 @@ def parse_attacks(
     if not chosen:
         raise ValueError(f"attacks must not be empty; known are: {_KNOWN}")
     step = eps / 4 if alpha is None else alpha
+    if not step > 0 and eps > 0:
+        raise ValueError(f"alpha must be > 0, got {alpha}: an attack without steps breaks nothing")
     parsed = [_parse_one(choice, eps, step) for choice in chosen]
     names = [attack.name for attack in parsed]
     for name in names:

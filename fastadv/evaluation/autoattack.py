@@ -37,7 +37,12 @@ from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import REFERENCE, Stage, Status, library_versions
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+)
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import Work
 from fastadv.ops.values import check_choice, integer, norm_name
@@ -82,7 +87,7 @@ def autoattack(
     model: Model,
     data: Any,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
     version: str | Sequence[str] = "standard",
@@ -104,7 +109,7 @@ def autoattack(
     Args:
         model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
         data: an ``ImageData`` or a pair (images, labels), as for ``evaluate``.
-        eps: radius of the ball, in the units of the images.
+        eps: radius of the ball, in the units of the images; by default 8/255, in linf within bounds (0, 1) alone.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         version: ``"standard"``, or a list of ``apgd-ce``, ``apgd-dlr``, ``apgd-t``, ``fab``, ``fab-t`` and
@@ -138,7 +143,7 @@ def autoattack(
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     samples = as_samples(data, bounds, max_examples)
-    eps = check_eps(eps, norm, samples)
+    eps = check_eps(radius_or_default(eps, norm, bounds), norm, samples)
     if len(samples.image_shape) != 3:
         shape = (len(samples), *samples.image_shape)
         raise ValueError(f"AutoAttack needs images [N, C, H, W], got {shape}")
@@ -192,7 +197,7 @@ def _settings(
         "bounds": runner.samples.bounds,
         "batch_size": runner.batch_size,
         "seed": runner.seed,
-        "pyautoattack": library_versions().get("pyautoattack", "unknown"),
+        "versions": library_versions(),
     }
     if search == REFERENCE:
         return settings

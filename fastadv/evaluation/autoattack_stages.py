@@ -17,6 +17,7 @@ from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES,
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
 from fastadv.evaluation.report import REFERENCE
+from fastadv.evaluation.verify import Audit
 from fastadv.seeding import derive_seed
 
 
@@ -109,7 +110,7 @@ class BatchSearch:
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         found, warnings = self._perturb(x, y, indices)
         adv, fooled = self._hunt.judged(indices, found, audit)
-        refined, seconds = self._again(indices, found, adv, fooled)
+        refined, seconds = self._again(indices, found, adv, fooled, audit)
         return BatchRecord(
             indices=indices.clone(),
             fooled=indices[fooled],
@@ -126,7 +127,7 @@ class BatchSearch:
         raise NotImplementedError
 
     def _again(
-        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor
+        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float]:
         """Search in float32 where a narrower precision was wrong; writes to ``adv`` and ``fooled``."""
         return 0, 0.0
@@ -175,7 +176,7 @@ class OwnSearch(BatchSearch):
         return attack(x[rows], y[rows], seed=self._seed, sample_ids=ids[rows])[: len(x)]
 
     def _again(
-        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor
+        self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float]:
         if not self._hunt.is_narrow:
             return 0, 0.0
@@ -189,7 +190,7 @@ class OwnSearch(BatchSearch):
             return 0, time.perf_counter() - begun
         some = indices[rows]
         tried = self._by(self._wide, x[chosen], y[chosen], self._hunt.ids_of(some))
-        adv[rows], fooled[rows] = self._hunt.judged(some, tried, self._hunt.audit())
+        adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
         return int(fooled[rows].sum()), time.perf_counter() - begun
 
     def _claims(self, found: Tensor, y: Tensor) -> Tensor:

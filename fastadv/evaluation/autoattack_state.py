@@ -191,7 +191,7 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
 
 
 def hash_model(model: Model) -> str:
-    """SHA-256 of a model's structure, parameters and buffers.
+    """SHA-256 of a model's structure, settings, parameters and buffers.
 
     Raises:
         TypeError: when the model is not a module: the state of another callable could not be told apart.
@@ -204,11 +204,29 @@ def hash_model(model: Model) -> str:
         digest.update(
             f"{name}:{kind.__module__}.{kind.__qualname__}({module.extra_repr()})\n".encode()
         )
+        digest.update(f"{_settings_of(module)}\n".encode())
     # Buffers that are not in the state dict count too: they change the outputs all the same.
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}\n".encode())
         _update(digest, tensor)
     return digest.hexdigest()
+
+
+def _settings_of(module: nn.Module) -> list[tuple[str, str]]:
+    """Numbers, words and flags that a module's code may use: a temperature, a quality, a kind of padding."""
+    return sorted(
+        (name, repr(value))
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and name not in ("training", "call_super_init", "dump_patches")
+        and _is_plain(value)
+    )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(part) for part in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def hash_tensors(*tensors: Tensor) -> str:

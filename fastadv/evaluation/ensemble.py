@@ -12,6 +12,7 @@ from fastadv.attacks.options import names_checked
 from fastadv.attacks.rounding import round_towards
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack
 from fastadv.evaluation.context import Model
+from fastadv.evaluation.samples import radius_or_default
 from fastadv.seeding import draw_seed
 
 
@@ -27,7 +28,7 @@ class AutoAttack:
 
     Args:
         model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
-        eps: radius of the ball, in the units of the images.
+        eps: radius of the ball, in the units of the images; by default 8/255, in linf within bounds (0, 1) alone.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         version: ``"standard"``, ``"rand"`` or a list of attacks, as in `fastadv.evaluation.autoattack`.
@@ -39,7 +40,7 @@ class AutoAttack:
     def __init__(
         self,
         model: Model,
-        eps: float = 8 / 255,
+        eps: float | None = None,
         *,
         norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
@@ -48,7 +49,8 @@ class AutoAttack:
         engine: SearchEngine = "auto",
         seed: int | None = None,
     ) -> None:
-        self.model, self.eps, self.norm, self.bounds = model, eps, norm, bounds
+        self.model, self.norm, self.bounds = model, norm, bounds
+        self.eps = radius_or_default(eps, norm, bounds)
         self.version, self.batch_size, self.engine = version, batch_size, engine
         self.seed = check_seed(seed)
         self._last: AutoAttackResult | None = None

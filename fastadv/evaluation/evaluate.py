@@ -15,8 +15,11 @@ from torch import Tensor
 
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
+    Attack,
     AttackChoice,
     Clean,
+    Ensemble,
+    Gradient,
     Minimum,
     check_ensemble_asked_for,
     check_fewest_classes,
@@ -27,19 +30,23 @@ from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
 from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import Report, format_eps, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+)
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.work import FinishedBatches, Work
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 from fastadv.ranks import Ranks, group_of_caller
-
-_ENOUGH = 50  # clean images to tell guessing from knowing
 
 
 @names_checked
@@ -48,7 +55,7 @@ def evaluate(
     data: Any,
     attacks: AttackChoice | Sequence[AttackChoice] = ("clean", "fgsm", "pgd-20", "autoattack"),
     *,
-    eps: float | Sequence[float] = 8 / 255,
+    eps: float | Sequence[float] | None = None,
     alpha: float | None = None,
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -101,7 +108,8 @@ def evaluate(
             * ``"quick"``: clean, fgsm, pgd-20; ``"standard"``: clean, autoattack; ``"strong"``: clean, pgd-100-10,
               cw-100-10, apgd-ce, apgd-t, fab-t, square;
             * ``(name, callable(model, x, y) -> adv)``.
-        eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each.
+        eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each. By
+            default 8/255; to be given with another norm than linf or other bounds than (0, 1).
         alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
@@ -109,8 +117,8 @@ def evaluate(
             attacks in AutoAttack do.
         device: where to run; by default where the model is. The model is moved there and back.
         seed: seed of everything random. Runs with one seed on one machine agree.
-        max_examples: use only so many images: the first, or evenly spread ones of a ``Dataset`` that lists its
-            labels in ``targets`` or ``labels``, and these class by class.
+        max_examples: use only so many images: the first, or evenly spread ones of data that lie class by class: of
+            tensors, or of a ``Dataset`` that lists its labels in ``targets`` or ``labels``.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
@@ -137,7 +145,8 @@ def evaluate(
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
-        be too high: AutoAttack warns, or the model draws random numbers and ``eot`` is 1; ``"invalid"`` when
+        be too high: AutoAttack warns, the model draws random numbers and ``eot`` is 1, gradients are zero or not
+        finite, or the surrogate guesses; ``"invalid"`` when
         AutoAttack or a callable returned inadmissible images, which then count as failed attempts.
 
     Raises:
@@ -156,7 +165,7 @@ def evaluate(
     if on_row is not None and not callable(on_row):
         raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
     check_bool("progress", progress)
-    radii = _radii(eps)
+    radii = _radii(radius_or_default(eps, norm, bounds))
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
     check_passes(chosen, eot)
@@ -199,7 +208,16 @@ def evaluate(
         _doubt_clean(clean.robust, classes, expected)
         name = "" if other is None else other.name
         judge = Judge(
-            runner, clean, radii, constants, engine, state_dir, name, is_random=runner.draws()
+            runner,
+            clean,
+            radii,
+            constants,
+            engine,
+            state_dir,
+            name,
+            is_random=runner.draws(),
+            blind=_blindness(runner, chosen, clean.robust),
+            doubt="" if other is None else doubt_surrogate(runner, classes, name),
         )
         report = Report(
             rows=(),
@@ -234,7 +252,14 @@ def _facts(
 ) -> dict[str, Any]:
     """What the result of every attack depends on beside model, data and the attack."""
     other = None if surrogate is None else hash_model(surrogate.model)
-    return {"norm": norm, "bounds": bounds, "seed": seed, "eot": eot, "surrogate": other}
+    return {
+        "norm": norm,
+        "bounds": bounds,
+        "seed": seed,
+        "eot": eot,
+        "surrogate": other,
+        "versions": library_versions(),
+    }
 
 
 def _radii(eps: float | Sequence[float]) -> list[float]:
@@ -250,11 +275,21 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
+def _blindness(runner: Runner, attacks: Sequence[Attack], correct: Tensor) -> Blindness:
+    """Whose gradients lead nowhere, where an attack follows them."""
+    follows = any(
+        isinstance(attack, (Minimum, Ensemble))
+        or (isinstance(attack, Gradient) and attack.kind != "square")
+        for attack in attacks
+    )
+    return blindness(runner, correct) if follows else Blindness()
+
+
 def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
     """Warn where another network than the one that was meant seems to be judged."""
-    n, right, chance = len(correct), _count(correct) / len(correct), 1 / classes
+    n, right = len(correct), _count(correct) / len(correct)
     doubt = None
-    if n >= _ENOUGH and right <= chance + 3 * math.sqrt(chance * (1 - chance) / n):
+    if seems_to_guess(_count(correct), n, classes):
         doubt = f"about as many as by guessing among {classes} classes"
     elif expected is not None:
         # Of a part of the images another share may be right, by chance.

@@ -100,9 +100,11 @@ class Result:
 
     @property
     def judged(self) -> tuple[Any, ...]:
-        """Weights and images: results that agree in these belong to one another."""
+        """Network, weights and images: results that agree in these belong to one another."""
         subject = self.subject
-        return subject.weights, subject.checkpoint, subject.data, subject.images, self.row.n
+        # One state dict can fit several networks, which compute something else of it.
+        model = (subject.network, subject.weights, subject.checkpoint)
+        return (*model, subject.data, subject.images, self.row.n)
 
     @property
     def key(self) -> tuple[Any, ...]:

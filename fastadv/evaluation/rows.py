@@ -28,6 +28,7 @@ from fastadv.evaluation.autoattack import (
     merge_warnings,
 )
 from fastadv.evaluation.distances import Distances
+from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.report import Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
@@ -49,6 +50,8 @@ class Judge:
         state_dir: where AutoAttack's state is kept; with several radii, a folder of each is in it.
         surrogate: what the model is called on which adversarial images are made; empty for the judged one.
         is_random: whether the model draws random numbers.
+        blind: images whose gradient leads nowhere.
+        doubt: why the surrogate is none; empty where it is one.
     """
 
     runner: Runner
@@ -59,6 +62,8 @@ class Judge:
     state_dir: str | os.PathLike[str] | None
     surrogate: str
     is_random: bool
+    blind: Blindness
+    doubt: str
 
     def row(self, attack: Attack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         """Run one attack.
@@ -79,6 +84,10 @@ class Judge:
             row = replace(row, surrogate=self.surrogate, notes=(*row.notes, *early))
         if self.is_random:
             row = self._of_random_model(attack, row)
+        for doubt in (self.blind.note(attack), "" if isinstance(attack, Clean) else self.doubt):
+            if doubt:
+                status = "suspect" if row.status == "ok" else row.status
+                row = replace(row, status=status, notes=(*row.notes, doubt))
         return row, robust
 
     def _of_random_model(self, attack: Attack, row: Row) -> Row:

@@ -279,17 +279,27 @@ class Runner:
         """One run on the images that are classified correctly; ``key`` is of its finished batches."""
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
+        kept = self.work.finished if key else None
 
         def left(indices: Tensor) -> Tensor:
             x, y = self.samples.take(indices, self.device)
             adv = admissible_or_clean(x, perturb(x, y, indices), audit)
             logits = self.logits_of(adv, name, indices)
-            self.worst.see(name, x, adv, y, logits, indices)
+            seen = self.worst.see(name, x, adv, y, logits, indices)
+            if kept is not None and seen is not None and len(seen):
+                seen.save(kept.worst_path(str(key), indices))
             return logits.argmax(dim=1) == y
+
+        def again(indices: Tensor) -> None:
+            if kept is None or not self.worst.keep:
+                return
+            path = kept.worst_path(str(key), indices)
+            if path.exists():
+                self.worst.add(name, WorstImages.load(path))
 
         robust, indices = correct.clone(), correct.nonzero().flatten()
         share = len(indices) / len(correct)
-        robust[indices] = self.collect(name, key, indices, left, audit, share).bool()
+        robust[indices] = self.collect(name, key, indices, left, audit, share, again).bool()
         return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
 
     def worst_of(
@@ -324,8 +334,10 @@ class Runner:
         values_of: Callable[[Tensor], Tensor],
         audit: Audit | None = None,
         share: float = 1.0,
+        again: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """As `Work.collect`; a bar shows the mean of the values, of images that are this share of all."""
+        self.samples.source.expect(self.work.own(indices))
         return self.work.collect(
             name,
             key,
@@ -334,6 +346,7 @@ class Runner:
             values_of,
             audit,
             lambda mean: {"accuracy so far": f"{100 * share * mean:.2f} %"},
+            again,
         )
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fastadv.data.lazy import as_lazy, of_loader, read_once
-from fastadv.evaluation.sources import ImageSource, TensorSource, open_source
+from fastadv.evaluation.sources import ImageSource, TensorSource, first_or_spread, open_source
 from fastadv.ops.checks import INTEGER_DTYPES
-from fastadv.ops.values import check_bounds, check_radius, integer, limit
+from fastadv.ops.values import check_bounds, check_radius, integer, limit, norm_name
+
+R = TypeVar("R")  # a radius, or several
+DEFAULT_EPS = 8 / 255
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None 
         data: an object with ``images`` and ``labels`` (``fastadv.data.ImageData``), a pair of tensors (images,
             labels), a map-style torch ``Dataset`` of pairs (image, label), a ``DataLoader``, or samples.
         bounds: the range of image values.
-        max_examples: keep only so many: the first, or evenly spread ones of a Dataset that lists its labels, and
-            these class by class.
+        max_examples: keep only so many: the first, or evenly spread ones where the labels are known and in
+            ascending order.
 
     Raises:
         TypeError: for another kind of data or another dtype.
@@ -123,7 +126,13 @@ def _in_memory(
     bounds: tuple[float, float],
     max_examples: int | None,
 ) -> Samples:
-    images, labels = images[:max_examples], labels[:max_examples]
+    if (
+        max_examples is not None
+        and 0 < max_examples < len(images)
+        and labels.shape == images.shape[:1]
+    ):
+        chosen = first_or_spread(labels, max_examples).to(labels.device)
+        images, labels = images[chosen.to(images.device)], labels[chosen]
     _check_images(images, bounds)
     labels = _checked_labels(labels, images)
     return Samples(TensorSource(images.detach()), labels, bounds, name, num_classes)
@@ -143,7 +152,7 @@ def _again(samples: Samples, bounds: tuple[float, float], max_examples: int | No
     samples = replace(samples, bounds=bounds)
     if max_examples is None or max_examples >= len(samples):
         return samples
-    return samples.part(torch.arange(max_examples))
+    return samples.part(first_or_spread(samples.labels, max_examples))
 
 
 def check_eps(eps: float, norm: str, samples: Samples) -> float:
@@ -156,6 +165,23 @@ def check_eps(eps: float, norm: str, samples: Samples) -> float:
     eps = limit("eps", eps)
     check_radius("eps", eps, norm, samples.bounds, math.prod(samples.image_shape))
     return eps
+
+
+def radius_or_default(eps: R | None, norm: str, bounds: tuple[float, float]) -> R | float:
+    """The radius that is given, or several; by default 8/255, which is for linf and images in 0..1 alone.
+
+    Raises:
+        ValueError: none is given for another norm or other bounds.
+    """
+    if eps is not None:
+        return eps
+    norm, (low, high) = norm_name(norm), check_bounds(bounds)
+    if norm != "linf" or (low, high) != (0.0, 1.0):
+        where = f"norm {norm}" if norm != "linf" else f"bounds {low:g} {high:g}"
+        raise ValueError(
+            f"eps must be given with {where}; it is 8/255 by default in linf within bounds 0 1 alone"
+        )
+    return DEFAULT_EPS
 
 
 def check_batch_size(batch_size: int) -> int:

@@ -18,10 +18,16 @@ from torch import Tensor, nn
 
 from fastadv.evaluation.attack_list import Gradient
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.doubts import count_blind
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+)
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
 from fastadv.evaluation.work import Work
@@ -58,7 +64,7 @@ def masking_checks(
     model: Model,
     data: Any,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     eps_factors: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     steps: Sequence[int] = (1, 5, 20, 50),
     norm: str = "linf",
@@ -78,7 +84,7 @@ def masking_checks(
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``; a few hundred images are enough.
-        eps: radius at which the number of steps is varied.
+        eps: radius at which the number of steps is varied; by default 8/255, in linf within bounds (0, 1) alone.
         eps_factors: eps is varied by these, in increasing order, at the largest number of steps.
         steps: numbers of steps, in increasing order.
         norm: ``"linf"`` or ``"l2"``.
@@ -98,9 +104,10 @@ def masking_checks(
     Raises:
         ValueError: for an argument out of range.
     """
-    _check_arguments(eps, eps_factors, steps, slack)
     norm, seed = norm_name(norm), integer("seed", seed)
     check_choice("norm", norm, NORMS)
+    eps = radius_or_default(eps, norm, bounds)
+    _check_arguments(eps, eps_factors, steps, slack)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
     with evaluation_mode(model, device) as where:
@@ -122,7 +129,7 @@ def sanity_checks(
     model: Model,
     data: Any,
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     eps_factors: Sequence[float] = (0.25, 0.5, 1.0, 2.0),
     steps: Sequence[int] = (1, 5, 20, 50),
     queries: int = 1000,
@@ -169,9 +176,10 @@ def sanity_checks(
     Raises:
         ValueError: for an argument out of range.
     """
-    _check_arguments(eps, eps_factors, steps, slack)
     norm, seed = norm_name(norm), integer("seed", seed)
     check_choice("norm", norm, NORMS)
+    eps = radius_or_default(eps, norm, bounds)
+    _check_arguments(eps, eps_factors, steps, slack)
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
@@ -265,7 +273,7 @@ class _Probe:
         return float(nn.functional.cross_entropy(logits, y, reduction="sum"))
 
     def blind(self) -> int:
-        """Images, of those that are classified correctly, whose gradient is zero everywhere."""
+        """Images, of those that are classified correctly, whose gradient leads nowhere."""
         count = 0
         for indices in self.runner.batches("gradients", self.correct.nonzero().flatten()):
             x, y = self.runner.samples.take(indices, self.runner.device)
@@ -273,7 +281,7 @@ class _Probe:
                 leaf = x.clone().requires_grad_()
                 loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, leaf)
-            count += int((grad.flatten(1) == 0).all(1).sum())
+            count += count_blind(grad)
         return count
 
 
@@ -311,7 +319,8 @@ def _random(runner: Runner) -> Finding:
 def _blind(probe: _Probe, slack: float) -> Finding:
     count, n = probe.blind(), max(int(probe.correct.sum()), 1)
     message = (
-        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere"
+        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere "
+        "or not finite"
         if count
         else "every image that is classified correctly has a gradient"
     )

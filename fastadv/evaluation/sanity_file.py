@@ -30,6 +30,7 @@ class SanityResult:
         seed: of everything random.
         surrogate: what the surrogate is called; empty without one.
         eot: passes for each gradient.
+        bounds: range of image values.
     """
 
     subject: Subject
@@ -40,13 +41,15 @@ class SanityResult:
     seed: int = 0
     surrogate: str = ""
     eot: int = 1
+    bounds: tuple[float, float] = (0.0, 1.0)
 
     @property
     def key(self) -> tuple[Any, ...]:
         """What the findings depend on; a result replaces one of the same key."""
         subject = self.subject
-        judged = (subject.weights, subject.checkpoint, subject.data, subject.images, self.n)
-        return (*judged, self.eps, self.norm, self.seed, self.surrogate, self.eot)
+        model = (subject.network, subject.weights, subject.checkpoint)
+        judged = (*model, subject.data, subject.images, self.n)
+        return (*judged, self.eps, self.norm, self.bounds, self.seed, self.surrogate, self.eot)
 
     def text(self) -> str:
         """The findings in words."""
@@ -109,4 +112,6 @@ def _from_dict(entry: dict[str, Any]) -> SanityResult:
         )
         for found in entry["findings"]
     )
-    return SanityResult(**{**entry, "subject": Subject(**entry["subject"]), "findings": findings})
+    bounds = tuple(float(value) for value in entry.get("bounds", (0.0, 1.0)))
+    parts = {"subject": Subject(**entry["subject"]), "findings": findings, "bounds": bounds}
+    return SanityResult(**{**entry, **parts})

@@ -153,8 +153,8 @@ def open_source(
     reader = ItemReader(data.dataset, bounds, workers=workers, **options)
     listed = known_labels(data.dataset)
     items = torch.arange(count)
-    if listed is not None and count < n and _by_class(listed):
-        items = evenly_spread(n, count)
+    if listed is not None:
+        items = first_or_spread(listed, count)
     probed = items[:_PROBED]
     first = reader.probe(probed.tolist())
     # A list of labels which is not the one that the items give is not believed.
@@ -164,6 +164,14 @@ def open_source(
     else:
         labels = reader.labels(items)
     return DatasetSource(data.dataset, reader, items), labels
+
+
+def first_or_spread(labels: Tensor, count: int) -> Tensor:
+    """The first so many indices of labels [N], int64; where images lie class by class, evenly spread ones."""
+    n = len(labels)
+    return (
+        evenly_spread(n, count) if count < n and _by_class(labels) else torch.arange(min(n, count))
+    )
 
 
 def _by_class(labels: Tensor) -> bool:

@@ -25,10 +25,16 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.doubts import seems_to_guess
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+)
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit
 from fastadv.evaluation.work import Work
@@ -91,7 +97,7 @@ def transfer_matrix(
     data: Any,
     attack: AttackChoice = "pgd-20",
     *,
-    eps: float = 8 / 255,
+    eps: float | None = None,
     alpha: float | None = None,
     norm: str = "linf",
     bounds: tuple[float, float] = (0.0, 1.0),
@@ -110,7 +116,7 @@ def transfer_matrix(
         models: by name, at least two, as for ``evaluate``; all with the same classes.
         data: as for ``evaluate``.
         attack: a name or a pair as for ``evaluate``, of an attack in a ball.
-        eps: radius of the ball.
+        eps: radius of the ball; by default 8/255, in linf within bounds (0, 1) alone.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         norm: of the ball.
         bounds: range of image values.
@@ -132,7 +138,8 @@ def transfer_matrix(
     start = time.perf_counter()
     if not isinstance(models, Mapping) or len(models) < 2:
         raise ValueError(f"models must be two or more by name, got {models!r:.200}")
-    norm, seed, eps = norm_name(norm), integer("seed", seed), limit("eps", eps)
+    norm, seed = norm_name(norm), integer("seed", seed)
+    eps = limit("eps", radius_or_default(eps, norm, bounds))
     alpha = None if alpha is None else limit("alpha", alpha)
     chosen = check_transferable(attack, eps, alpha)
     samples = as_samples(data, bounds, max_examples)
@@ -146,10 +153,15 @@ def transfer_matrix(
             Runner(model, samples, norm, check_batch_size(batch_size), where, seed, Work(say))
             for model in models.values()
         ]
-        _check_classes(list(models), runners, chosen)
+        classes = _check_classes(list(models), runners, chosen)
         clean = [runner.clean().robust for runner in runners]
         rows: list[tuple[int, ...]] = []
         notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
+        notes += [
+            f"{name} seems to guess, so that what is made on it says nothing of the others"
+            for name, right in zip(models, clean, strict=True)
+            if seems_to_guess(int(right.sum()), len(samples), classes)
+        ]
         for name, source in zip(models, runners, strict=True):
             robust, problems = _judged(chosen, eps, source, runners, clean)
             rows.append(tuple(int(flags.sum()) for flags in robust))
@@ -179,7 +191,8 @@ def transfer_matrix(
 
 def _check_classes(
     names: Sequence[str], runners: Sequence[Runner], attack: Gradient | Ensemble | Foreign
-) -> None:
+) -> int:
+    """Require that all models have the same classes, and return their number."""
     classes = [runner.check_labels() for runner in runners]
     for name, count in zip(names, classes, strict=True):
         if count != classes[0]:
@@ -187,6 +200,7 @@ def _check_classes(
                 f"models must have the same classes, got {classes[0]} of {names[0]} and {count} of {name}"
             )
     check_fewest_classes([attack], classes[0])
+    return classes[0]
 
 
 def _judged(

@@ -61,6 +61,10 @@ class FinishedBatches:
         content = {"values": values.tolist(), "violations": violations.as_dict()}
         write_atomically(self._path(key, batch), json.dumps(content))
 
+    def worst_path(self, key: str, batch: Tensor) -> Path:
+        """Where the worst images of a batch belong."""
+        return self._path(key, batch).with_suffix(".npz")
+
     def _path(self, key: str, batch: Tensor) -> Path:
         images = hashlib.sha256(batch.numpy().tobytes()).hexdigest()
         return self._folder.directory / f"{key}-{images[:_DIGITS]}.json"
@@ -100,6 +104,7 @@ class Work:
         values_of: Callable[[Tensor], Tensor],
         audit: Audit | None = None,
         done: Callable[[float], Mapping[str, str]] | None = None,
+        again: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
         """Find one number for each of some images.
 
@@ -111,6 +116,7 @@ class Work:
             values_of: gives the values [B] of a batch of indices [B].
             audit: of what the batches return; what other processes and finished batches found is added.
             done: what a bar shows, given the mean of the values so far.
+            again: called with the indices of each batch that is finished already.
 
         Returns:
             The values [M] float32 on the CPU, in the order of the indices.
@@ -128,6 +134,8 @@ class Work:
                         finished.save(str(key), batch, values[places], violations)
                 else:
                     values[places], violations = known
+                    if again is not None:
+                        again(batch)
                 if audit is not None:
                     audit.found += violations
                 total, count = total + float(values[places].sum()), count + len(places)

@@ -84,8 +84,10 @@ class WorstImages:
 
     def _first(self, keep: int) -> WorstImages:
         """The ``keep`` with the largest margin, in a fixed order."""
-        order = np.lexsort((self.indices.numpy(), -self.margins.numpy()))[:keep]
-        chosen = torch.from_numpy(order)
+        order = np.lexsort((self.indices.numpy(), -self.margins.numpy()))
+        # Whole runs can break an image several times; it is kept once, in its worst form.
+        _, first = np.unique(self.indices.numpy()[order], return_index=True)
+        chosen = torch.from_numpy(order[np.sort(first)][:keep])
         return WorstImages(*(getattr(self, name)[chosen] for name in _ARRAYS))
 
 
@@ -103,7 +105,7 @@ class WorstKeeper:
 
     def see(
         self, attack: str, x: Tensor, adv: Tensor, y: Tensor, logits: Tensor, indices: Tensor
-    ) -> None:
+    ) -> WorstImages | None:
         """Look at one batch.
 
         Args:
@@ -113,12 +115,20 @@ class WorstKeeper:
             y: labels [B].
             logits: of the adversarial images, [B, classes].
             indices: which images of the data they are, [B].
+
+        Returns:
+            The worst of this batch; None where nothing is to be kept.
         """
         if self.keep == 0:
-            return
+            return None
+        found = _broken(x, adv, y, logits, indices, self.keep)
+        self.add(attack, found)
+        return found
+
+    def add(self, attack: str, new: WorstImages) -> None:
+        """Take the worst of one batch, which `see` returned."""
         if attack != self._attack:
             self._attack, self._worst = attack, None
-        new = _broken(x, adv, y, logits, indices, self.keep)
         if self._worst is not None:
             old = self._worst
             pairs = ((getattr(old, name), getattr(new, name)) for name in _ARRAYS)

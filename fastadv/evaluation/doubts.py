@@ -1,0 +1,119 @@
+"""Signs, looked for before the attacks, that figures will come out too high."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastadv.data.selection import evenly_spread
+from fastadv.evaluation.attack_list import Attack, Ensemble, Gradient, Minimum
+from fastadv.evaluation.context import private_generators
+from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.verify import predict
+from fastadv.seeding import derive_seed
+
+_LOOKED_AT = 64  # images whose gradients are looked at
+_BLIND_SHARE = 0.1  # of these, from which on figures are in doubt
+_JUDGED = 256  # images on which a surrogate is judged
+_ENOUGH = 50  # images to tell guessing from knowing
+
+
+@dataclass(frozen=True)
+class Blindness:
+    """Images whose gradient leads nowhere: it is zero everywhere, or not finite somewhere.
+
+    Attributes:
+        cross_entropy: how many there are by the cross entropy.
+        margin: by the label's logit less the largest other one.
+        n: how many were looked at.
+    """
+
+    cross_entropy: int = 0
+    margin: int = 0
+    n: int = 0
+
+    def note(self, attack: Attack) -> str:
+        """What an attack's row is to say; empty where there is nothing to say."""
+        hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
+        if isinstance(attack, Ensemble):
+            by_entropy = False  # its targeted attacks follow differences of logits
+            hint = (
+                "of its attacks square alone follows no gradients, and finds less than they would"
+            )
+        elif isinstance(attack, Gradient):
+            if attack.kind == "square":
+                return ""
+            by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
+        elif isinstance(attack, Minimum):
+            by_entropy = attack.kind != "cwl2"
+        else:
+            return ""
+        count = self.cross_entropy if by_entropy else self.margin
+        if count <= _BLIND_SHARE * self.n:
+            return ""
+        return (
+            f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
+        )
+
+
+def blindness(runner: Runner, correct: Tensor) -> Blindness:
+    """Look at the gradients of some images that are classified correctly, [N] bool."""
+    indices = correct.nonzero().flatten()[: min(_LOOKED_AT, runner.batch_size)]
+    if len(indices) == 0:
+        return Blindness()
+    x, y = runner.samples.take(indices, runner.device)
+    x = x.clone().requires_grad_(True)
+    with private_generators(derive_seed(runner.seed, "evaluate/blindness")):
+        logits = runner.source(x)
+        if not logits.requires_grad:
+            return Blindness()  # attacks that follow gradients refuse such a model themselves
+        logits = logits.float()
+        label = logits.gather(1, y.view(-1, 1))
+        others = logits.scatter(1, y.view(-1, 1), -torch.inf)
+        entropy = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
+        margin = (label - others.amax(1, keepdim=True)).sum()
+        by_entropy, by_margin = (
+            count_blind(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
+            for value in (entropy, margin)
+        )
+    return Blindness(by_entropy, by_margin, len(indices))
+
+
+def count_blind(gradient: Tensor) -> int:
+    """How many images' gradients [B, ...] are zero everywhere or not finite somewhere."""
+    flat = gradient.flatten(1)
+    return int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
+
+
+def seems_to_guess(right: int, n: int, classes: int) -> bool:
+    """Whether a model that is right on so many of n images may as well guess."""
+    chance = 1 / classes
+    return n >= _ENOUGH and right / n <= chance + 3 * math.sqrt(chance * (1 - chance) / n)
+
+
+def doubt_surrogate(runner: Runner, classes: int, name: str) -> str:
+    """Warn where a surrogate seems to guess, and return what every row is to say; else return nothing."""
+    assert runner.surrogate is not None
+    right = n = 0
+    seed = derive_seed(runner.seed, "evaluate/surrogate")
+    for indices in evenly_spread(len(runner.samples), _JUDGED).split(runner.batch_size):
+        x, y = runner.samples.take(indices, runner.device)
+        with private_generators(seed):
+            right += int((predict(runner.surrogate, x) == y).sum())
+        n += len(indices)
+    if not seems_to_guess(right, n, classes):
+        return ""
+    doubt = (
+        f"the surrogate {name} is right on {right} of {n} clean images, about as many as by guessing, so that "
+        "what is made on it says nothing of the model"
+    )
+    warnings.warn(
+        f"{doubt}; is it the network of these weights, are images normalised as in its training, and are the "
+        "classes numbered alike?",
+        stacklevel=5,
+    )
+    return doubt
