@@ -111,8 +111,8 @@ def run_evaluation(
         workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
             at most 8.
         eps: radius of the ball, such as 8/255, in the units of the images; or several radii, and every attack is
-            run at each of them. By default 8/255 in linf, whatever the run was trained with. With norm l2 or l1, or
-            with other bounds than 0 1, it must be given.
+            run at each of them. By default 8/255 in linf, whatever the run was trained with. It must be given with
+            norm l2 or l1, and with other bounds than 0 1.
         norm: norm of the ball.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
