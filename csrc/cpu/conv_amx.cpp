@@ -203,6 +203,37 @@ bool supported() {
   return answer;
 }
 
+FASTADV_AMX void pack(uint16_t* packed, const Filters& f, int64_t out) {
+  const int64_t tiles = std::min(conv::padded(f.out_channels) - out, kBlock) / conv::kVector;
+  const int64_t row = f.backward ? f.out_channels : f.in_channels;  // C
+  const int64_t out_stride = f.backward ? f.size : row * f.size;
+  const int64_t in_stride = f.backward ? row * f.size : f.size;
+  for (int64_t t = 0; t < f.tap_count; ++t) {
+    for (int64_t c = 0; c < f.in_channels; c += kDepth) {
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = out + tile * conv::kVector;
+        const int64_t real = std::clamp<int64_t>(f.out_channels - first, 0, conv::kVector);
+        for (int64_t o = 0; o < conv::kVector; ++o) {
+          uint16_t* to = packed + 2 * o;
+          if (o >= real) {
+            for (int64_t k = 0; k < kDepth; ++k) to[k / 2 * kDepth + k % 2] = 0;
+            continue;
+          }
+          const float* from = f.weight + (first + o) * out_stride + c * in_stride + f.taps[t];
+          const float by_out = f.scale && !f.backward ? f.scale[first + o] : 1;
+          for (int64_t k = 0; k < kDepth; ++k) {
+            const float by_in = f.scale && f.backward ? f.scale[c + k] : by_out;
+            const __m128 value = _mm_set_ss(from[k * in_stride] * by_in);
+            to[k / 2 * kDepth + k % 2] =
+                uint16_t(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(value), 0));
+          }
+        }
+        packed += kTile;
+      }
+    }
+  }
+}
+
 Plan::Plan(const Shape& of, int64_t threads) : shape(of), first_tap(0), tap_rows(1) {
   if (shape.taps > 0) {
     const auto [low, high] = std::minmax_element(shape.tap_rows, shape.tap_rows + shape.taps);
@@ -272,6 +303,7 @@ namespace fastadv::conv_amx {
 bool supported() { return false; }
 Plan::Plan(const Shape& of, int64_t) : shape(of) {}
 int64_t Plan::scratch_bytes() const { return 0; }
+void pack(uint16_t*, const Filters&, int64_t) {}
 void convolve(uint16_t*, const uint16_t*, const uint16_t*, const Plan&, const conv::Epilogue&,
               int64_t, void*) {}
 

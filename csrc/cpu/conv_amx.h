@@ -36,8 +36,23 @@ struct Plan {
   int64_t pixel;  // elements from an image to the next
 };
 
-// Computes the results of a part. Filters are packed as [blocks of 32 out][depth / 32][tiles of 16
-// out][16][16 out][2], out padded to whole tiles.
+// Filters [K, C, height * width] of a convolution, or, backward, of its gradient in the input.
+struct Filters {
+  const float* weight;
+  const float* scale;                 // per K; null = 1
+  int64_t out_channels, in_channels;  // of the results and inputs: K and C, backward C and K
+  int64_t size;                       // height * width
+  bool backward;
+  const int64_t* taps;  // places in height * width
+  int64_t tap_count;
+};
+
+// Packs the filters of the 32 output channels from `out` on as [taps * in / 32][tiles of 16
+// out][16][16 out][2]; output channels that do not exist are 0.
+void pack(uint16_t* packed, const Filters& filters, int64_t out);
+
+// Computes the results of a part. `packed` holds what `pack` made of all output channels, block by
+// block.
 void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Plan& plan,
               const conv::Epilogue& epilogue, int64_t part, void* scratch);
 

@@ -66,6 +66,37 @@ bool conv_amx_supported(int64_t in_channels) {
   return in_channels > 0 && in_channels % conv_amx::kDepth == 0 && conv_amx::supported();
 }
 
+void conv_amx_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalTensor& scale,
+                    at::IntArrayRef taps, bool backward) {
+  TORCH_CHECK_VALUE(weight.dim() == 4, "weight must have shape [K, C, h, w], got ", weight.sizes());
+  const int64_t k = weight.size(0), c = weight.size(1), size = weight.size(2) * weight.size(3);
+  const int64_t in = backward ? k : c, out = backward ? c : k;
+  TORCH_CHECK_VALUE(conv_amx_supported(in), "weight's input channels (backward: output channels) ",
+                    "must be multiples of 32 on a processor with AMX, got ", weight.sizes());
+  for (const int64_t tap : taps) {
+    TORCH_CHECK_VALUE(tap >= 0 && tap < size, "taps must be in 0 .. ", size - 1, ", got ", tap);
+  }
+  const int64_t depth = in * int64_t(taps.size());
+  conv::check_packed(packed, conv::padded(out) * depth);
+  const at::Tensor w = weight.to(at::kFloat).contiguous();
+  const at::Tensor s = scale ? scale->to(at::kFloat).contiguous() : at::Tensor();
+  TORCH_CHECK_VALUE(!s.defined() || s.numel() == k, "scale must have shape [", k, "]");
+  const conv_amx::Filters filters{w.const_data_ptr<float>(),
+                                  s.defined() ? s.const_data_ptr<float>() : nullptr,
+                                  out,
+                                  in,
+                                  size,
+                                  backward,
+                                  taps.data(),
+                                  int64_t(taps.size())};
+  auto* to = static_cast<uint16_t*>(packed.data_ptr());
+  at::parallel_for(0, (conv::padded(out) + 31) / 32, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      conv_amx::pack(to + block * 32 * depth, filters, block * 32);
+    }
+  });
+}
+
 void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
                at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
@@ -88,6 +119,7 @@ void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
 
 TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("conv_gather_", &conv_gather_);
+  m.impl("conv_amx_pack_", &conv_amx_pack_);
   m.impl("conv_amx_", &conv_amx_);
 }
 // Not CatchAll, as in conv3x3.cpp.

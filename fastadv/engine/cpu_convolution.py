@@ -14,7 +14,9 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
   The same last pass as above.
 * ``conv_amx_supported(in_channels)``: whether this processor and these channels are served by ``conv_amx_``: AMX,
   and input channels in multiples of 32.
-* ``conv_amx_``: as ``conv_gather_``, by AMX, with filters packed in tiles.
+* ``conv_amx_pack_(packed, weight, scale, taps, backward)``: pack the ``taps`` of filters [K, C, h, w], places in
+  h * w, times ``scale`` [K], for ``conv_amx_``.
+* ``conv_amx_``: as ``conv_gather_``, by AMX.
 * ``channel_affine_(out, x, scale, shift, add, mask, relu)``: ``out = where(mask > 0, relu(x * scale + shift),
   0) + add`` with ``scale`` and ``shift`` [C].
 * ``merge_gradients_(out, x, add, mask)``: ``out = where(mask > 0, x + add, 0)``.
@@ -41,6 +43,10 @@ torch.library.define(
     "fastadv::conv3x3_",
     "(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, Tensor? add, Tensor? mask, bool relu)"
     " -> ()",
+)
+torch.library.define(
+    "fastadv::conv_amx_pack_",
+    "(Tensor(a!) packed, Tensor weight, Tensor? scale, int[] taps, bool backward) -> ()",
 )
 for _name in ("conv_gather_", "conv_amx_"):
     torch.library.define(

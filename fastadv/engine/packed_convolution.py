@@ -21,7 +21,6 @@ from fastadv.engine.buffer_pool import Memory
 
 _OPS = torch.ops.fastadv
 _CPU = torch.device("cpu")
-_DEPTH = 32  # input channels of a tile
 
 
 class ConvShape(NamedTuple):
@@ -116,19 +115,6 @@ def _in_blocks(filters: Tensor) -> Tensor:
     return torch.cat(blocks)
 
 
-def _in_tiles(filters: Tensor) -> Tensor:
-    """Filters [out, depth] as tiles: [blocks of 32 out][depth / 32][tiles of 16 out][16][16 out][2]."""
-    rows, depth = filters.shape
-    filters = F.pad(filters, (0, 0, 0, -rows % convolution.VECTOR))
-    blocks = [
-        block.view(-1, convolution.VECTOR, depth // _DEPTH, _DEPTH // 2, 2)
-        .permute(2, 0, 3, 1, 4)
-        .reshape(-1)
-        for block in filters.split(2 * convolution.VECTOR)
-    ]
-    return torch.cat(blocks)
-
-
 @dataclass
 class Grid:
     """The results that share their taps: where they lie and what they read."""
@@ -143,7 +129,6 @@ class Grid:
 class GatherKernel(Kernel):
     """Any ungrouped convolution with one stride for both axes, or its gradient in the input."""
 
-    _packed: Callable[[Tensor], Tensor] = staticmethod(_in_blocks)
     _convolve: Callable[..., None] = _OPS.conv_gather_
 
     def __init__(self, conv: ConvShape, backward: bool) -> None:
@@ -162,7 +147,7 @@ class GatherKernel(Kernel):
         for grid in self._grids:
             if grid.taps:
                 filters = torch.cat([weight[:, :, i, j] for i, j in grid.taps], dim=1)
-                grid.packed.copy_(self._packed(filters))
+                grid.packed.copy_(_in_blocks(filters))
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
@@ -178,8 +163,14 @@ class GatherKernel(Kernel):
 class TileKernel(GatherKernel):
     """The same by AMX, for input channels in multiples of 32."""
 
-    _packed = staticmethod(_in_tiles)
     _convolve = _OPS.conv_amx_
+
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """As in `Kernel.refresh`."""
+        for grid in self._grids:
+            taps = [i * weight.shape[3] + j for i, j in grid.taps]
+            if taps:
+                _OPS.conv_amx_pack_(grid.packed, weight, scale, taps, self._backward)
 
 
 def _grid(conv: ConvShape, origin: tuple[int, int], backward: bool) -> Grid:
