@@ -47,6 +47,8 @@ from fastadv.trainers.run_directory import Description, RunDirectory
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
+# Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
+_PATIENCE = 7 * 24 * 3600.0
 _UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
 _SANITY_IMAGES = 200
 
@@ -215,7 +217,7 @@ def run_evaluation(
     folders = [file.parent / _UNFINISHED / name for file in (judged.results, keeper.file)]
     begun = next((folder for folder in folders if folder.exists()), folders[-1])
     with ExitStack() as held:
-        ranks = held.enter_context(joined_ranks(where))
+        ranks = held.enter_context(joined_ranks(where, _PATIENCE))
         state: Path | None = begun
         if ranks.first:
             held.enter_context(keeper)
