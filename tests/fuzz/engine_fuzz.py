@@ -131,7 +131,8 @@ def _tells(model: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Per image, whether its gradient tells something: not 0, and about the same where the image hardly moves.
 
     Others are made of rounding errors, or next to a kink. The image moves as far as the precision rounds. In a
-    narrow precision what the layers hand on is rounded as well, as whoever computes in it must do.
+    narrow precision what the layers hand on is rounded as well, forward and backward, as whoever computes in it must
+    do.
     """
     size, least = (1e-4, 0.99) if precision == "fp32" else (4e-3, 0.95)
     tells = grad.flatten(1).abs().amax(1) > 0
@@ -139,10 +140,12 @@ def _tells(model: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tensor:
         _, moved = plain_gradient(model, x + size * torch.randn_like(x))
         tells &= _cosines(moved, grad) > least
     if precision != "fp32":
-        with _changed_layers(model, lambda out: out.bfloat16().to(out.dtype)):
+        with _changed_layers(
+            model, lambda out: out + (out.bfloat16().to(out.dtype) - out).detach()
+        ):
             _, rounded = plain_gradient(model, x)
         tells &= _cosines(rounded, grad) > least
-        # Others may round otherwise: where terms nearly cancel, that turns the sign of what is left.
+        # Gradients are rounded, too: where their terms nearly cancel, that turns the sign of what is left.
         for _ in range(8):
             with _changed_layers(model, lambda out: out * (1 + torch.randn_like(out) * 2**-9)):
                 _, moved = plain_gradient(model, x)
@@ -162,12 +165,12 @@ def _is_exact(model: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
 
 @contextmanager
 def _changed_layers(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within, the results of all layers are changed, and gradients pass as if they were not."""
+    """Within, the results of all layers are changed."""
 
     def changed(layer: nn.Module, args: Any, out: Any) -> Any:
         if not isinstance(out, Tensor) or not out.is_floating_point():
             return None
-        return out + (change(out) - out).detach()
+        return change(out)
 
     layers = [m for m in model.modules() if not list(m.children())]
     handles = [layer.register_forward_hook(changed) for layer in layers]
