@@ -131,8 +131,8 @@ def _tells(model: nn.Module, x: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Per image, whether its gradient tells something: not 0, and about the same where the image hardly moves.
 
     Others are made of rounding errors, or next to a kink. The image moves as far as the precision rounds. In a
-    narrow precision what the layers hand on is rounded as well, forward and backward, as whoever computes in it must
-    do.
+    narrow precision what the layers hand on, forward and backward, is rounded as well, as whoever computes in it
+    must do.
     """
     size, least = (1e-4, 0.99) if precision == "fp32" else (4e-3, 0.95)
     tells = grad.flatten(1).abs().amax(1) > 0
