@@ -79,6 +79,7 @@ def run_demo(out: str = "demo_run", quiet: bool = False) -> str:
             f"{_IMAGES} test images, so differences of a few percent say nothing. Digits this easy",
             "lose no clean accuracy to PGD-AT, so ARREST has none to win back; it needs CIFAR.",
             "",
+            f"report: {Path(out) / 'report.html'}",
             f"plot: {Path(out) / 'trade_off.png'}",
             f"checkpoints: {out}/*/checkpoints/latest",
             f"took {time.perf_counter() - began:.0f} s",
