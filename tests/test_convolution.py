@@ -237,6 +237,23 @@ def test_tiles_depend_neither_on_threads_nor_on_company() -> None:
 
 
 @needs_amx
+@pytest.mark.parametrize("shape", [(0, 32, 4, 4), (2, 32, 0, 4), (2, 32, 4, 0)])
+def test_tiles_of_no_images_or_places(shape: tuple[int, ...]) -> None:
+    kernel = TileKernel(nn.Conv2d(32, 16, 3, padding=1), backward=False)
+    kernel.refresh(torch.randn(16, 32, 3, 3), None)
+    out = poisoned(shape[0], 16, *shape[2:])
+    assert run(kernel, out, narrow(shape, 0)).numel() == 0
+
+
+@needs_amx
+def test_tiles_of_images_without_columns_are_the_padding() -> None:
+    kernel = TileKernel(nn.Conv2d(32, 16, 3, padding=2), backward=False)
+    kernel.refresh(torch.randn(16, 32, 3, 3), None)
+    found = run(kernel, poisoned(2, 16, 6, 2), narrow((2, 32, 4, 0), 0), torch.ones(16))
+    assert (found == 1).all()
+
+
+@needs_amx
 def test_tiles_refuse_channels_that_do_not_fill_them() -> None:
     x, out = narrow((2, 16, 4, 4), 0), poisoned(2, 32, 4, 4)
     packed = torch.zeros(32 * 16, dtype=torch.bfloat16)

@@ -21,7 +21,6 @@ namespace {
 
 constexpr int64_t kRows = 16;             // of a tile: images
 constexpr int64_t kTile = 512;            // bfloat16 numbers of a tile
-constexpr int64_t kBlock = 32;            // output channels that are computed together: two tiles
 constexpr int64_t kInputBytes = 1 << 20;  // of a part: half of the second-level cache
 
 constexpr int kAskForPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM of arch_prctl
@@ -245,7 +244,8 @@ Plan::Plan(const Shape& of, int64_t threads) : shape(of), first_tap(0), tap_rows
   // Few places of a row have neighbours with the same taps; then a second tile is of other images.
   images = shape.grid_width() < 16 && shape.batch > kRows ? 2 * kRows : kRows;
   const int64_t row_bytes = shape.in_width * images * pixel * 2, height = shape.grid_height();
-  const int64_t held = (kInputBytes / row_bytes - tap_rows) / shape.in_step + 1;
+  const int64_t held =
+      (kInputBytes / std::max<int64_t>(row_bytes, 1) - tap_rows) / shape.in_step + 1;
   rows = std::clamp<int64_t>(held, 1, height);
   // All threads get alike numbers of parts.
   const int64_t wanted = groups() * ((height + rows - 1) / rows);

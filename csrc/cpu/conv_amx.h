@@ -13,8 +13,8 @@ namespace fastadv::conv_amx {
 
 using conv_gather::Shape;
 
-constexpr int64_t kDepth =
-    32;  // input channels that a tile holds; a convolution has multiples of it
+constexpr int64_t kDepth = 32;  // input channels of a tile; a convolution has multiples of it
+constexpr int64_t kBlock = 32;  // output channels that are computed together: two tiles
 
 // Whether this processor has AMX for bfloat16 and the operating system lets this process use it.
 // The first call asks for that.
@@ -31,9 +31,8 @@ struct Plan {
   Shape shape;
   int64_t images;                 // of a part: 16 or 32
   int64_t rows, parts_per_group;  // of results of a part
-  int64_t first_tap,
-      tap_rows;   // the lowest row of a tap, and how many rows there are from there on
-  int64_t pixel;  // elements from an image to the next
+  int64_t first_tap, tap_rows;    // the lowest row of a tap, and the rows of taps from there on
+  int64_t pixel;                  // elements from an image to the next
 };
 
 // Filters [K, C, height * width] of a convolution, or, backward, of its gradient in the input.

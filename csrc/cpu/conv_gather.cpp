@@ -90,9 +90,10 @@ void conv_amx_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalT
                                   taps.data(),
                                   int64_t(taps.size())};
   auto* to = static_cast<uint16_t*>(packed.data_ptr());
-  at::parallel_for(0, (conv::padded(out) + 31) / 32, 1, [&](int64_t begin, int64_t end) {
+  constexpr int64_t kBlock = conv_amx::kBlock;
+  at::parallel_for(0, (out + kBlock - 1) / kBlock, 1, [&](int64_t begin, int64_t end) {
     for (int64_t block = begin; block < end; ++block) {
-      conv_amx::pack(to + block * 32 * depth, filters, block * 32);
+      conv_amx::pack(to + block * kBlock * depth, filters, block * kBlock);
     }
   });
 }
@@ -106,6 +107,7 @@ void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                     "x's channels must be multiples of 32 on a processor with AMX, got ",
                     x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
+  if (shape.places() == 0) return;
   const conv_amx::Plan plan(shape, at::get_num_threads());
   conv::parallel_shares(
       plan.parts(), 1, [&](int64_t) { return plan.scratch_bytes(); },
