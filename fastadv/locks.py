@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastadv.files import naming
+from fastadv.files import naming, remove_leftovers
 
 # What file systems say that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -42,6 +42,30 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
         # Removed while it is held: who opened it in the meantime finds, once it gets the lock, that it is gone.
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Read a file and write it anew while no other process does so.
+
+    Missing folders are made, and what killed processes have left in the folder is deleted.
+
+    Args:
+        path: the file, which need not exist.
+
+    Yields:
+        The same path.
+
+    Raises:
+        TimeoutError: as `locked`.
+        OSError: when the file cannot be written; the message names it.
+    """
+    target = Path(path)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target), naming(target):
+        remove_leftovers(target.parent)
+        yield target
 
 
 def _acquire(lock: Path, deadline: float) -> int:

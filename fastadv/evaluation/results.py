@@ -14,8 +14,8 @@ from typing import Any
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Report, Row, known_fields, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
-from fastadv.files import naming, remove_leftovers, write_atomically
-from fastadv.locks import locked
+from fastadv.files import write_atomically
+from fastadv.locks import locked, rewriting
 
 _FORMAT = 2  # `Report` knows it, too
 _REPORT_FORMAT = 1  # files from before results were collected hold the report of one evaluation
@@ -218,11 +218,7 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         ValueError: when the file is there and damaged; it stays as it is.
         OSError: when the file cannot be written.
     """
-    target = Path(path)
-    with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target), naming(target):
-        remove_leftovers(target.parent)
+    with rewriting(path) as target:
         there = load_results(target) if target.exists() else []
         merged = {result.key: result for result in there}
         for result in results:

@@ -157,7 +157,9 @@ class Judge:
         if len(attacked) == 0:
             return row, robust
         ranks, indices = runner.work.ranks, runner.work.own(attacked)
-        result = self._autoattack_of(indices, eps) if len(indices) else None
+        result = None
+        if len(indices):
+            result = autoattack_of(runner, indices, eps, self.engine, self._state_of(eps))
         whole = joined([part for part in ranks.gather_objects(_told(result)) if part is not None])
         row = replace(
             row,
@@ -181,24 +183,6 @@ class Judge:
         robust = ranks.sum(robust.to(ranks.device, torch.int32)).cpu().bool()
         return replace(row, correct=int(robust.sum())), robust
 
-    def _autoattack_of(self, indices: Tensor, eps: float) -> AutoAttackResult:
-        """AutoAttack on some images, in this process."""
-        runner, samples = self.runner, self.runner.samples
-        return autoattack(
-            runner.source,
-            samples.part(indices),
-            eps=eps,
-            norm=runner.norm,
-            bounds=samples.bounds,
-            batch_size=runner.batch_size,
-            device=runner.device,
-            seed=runner.seed,
-            state_dir=self._state_of(eps),
-            progress=runner.progress.enabled,
-            engine=self.engine,
-            sample_ids=indices,
-        )
-
     def _worst(
         self, attack: Ensemble, indices: Tensor, result: AutoAttackResult
     ) -> WorstImages | None:
@@ -212,6 +196,31 @@ class Judge:
         if len(self.radii) > 1:
             folder /= f"eps-{eps:.9g}"
         return folder / f"rank-{ranks.rank}-of-{ranks.count}" if ranks.count > 1 else folder
+
+
+def autoattack_of(
+    runner: Runner,
+    indices: Tensor,
+    eps: float,
+    engine: SearchEngine = "auto",
+    state_dir: str | os.PathLike[str] | None = None,
+) -> AutoAttackResult:
+    """AutoAttack on some of a runner's images, in this process, on the model on which it makes them."""
+    samples = runner.samples
+    return autoattack(
+        runner.source,
+        samples.part(indices),
+        eps=eps,
+        norm=runner.norm,
+        bounds=samples.bounds,
+        batch_size=runner.batch_size,
+        device=runner.device,
+        seed=runner.seed,
+        state_dir=state_dir,
+        progress=runner.progress.enabled,
+        engine=engine,
+        sample_ids=indices,
+    )
 
 
 def _told(result: AutoAttackResult | None) -> AutoAttackResult | None:

@@ -11,8 +11,8 @@ from typing import Any
 
 from fastadv.evaluation.results import Subject
 from fastadv.evaluation.sanity import Finding, findings_text
-from fastadv.files import naming, write_atomically
-from fastadv.locks import locked
+from fastadv.files import write_atomically
+from fastadv.locks import rewriting
 
 _FORMAT = 1
 
@@ -84,10 +84,7 @@ def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Pat
         ValueError: when the file is there and damaged; it stays as it is.
         OSError: when the file cannot be written.
     """
-    target = Path(path)
-    with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target), naming(target):
+    with rewriting(path) as target:
         known: Sequence[SanityResult] = load_sanity_results(target) if target.exists() else ()
         merged = {one.key: one for one in (*known, result)}
         content = {"format": _FORMAT, "checks": [sanity_entry(one) for one in merged.values()]}

@@ -23,11 +23,11 @@ from fastadv.evaluation.attack_list import (
     parse_attacks,
     stops_early,
 )
-from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import seems_to_guess
 from fastadv.evaluation.progress import Progress
 from fastadv.evaluation.report import library_versions
+from fastadv.evaluation.rows import autoattack_of
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import (
     as_samples,
@@ -216,18 +216,7 @@ def _judged(
         indices = torch.stack(robust).any(0).nonzero().flatten()
         if len(indices) == 0:
             return robust, []
-        result = autoattack(
-            source.model,
-            samples.part(indices),
-            eps=eps,
-            norm=source.norm,
-            bounds=samples.bounds,
-            batch_size=source.batch_size,
-            device=source.device,
-            seed=source.seed,
-            progress=source.progress.enabled,
-            sample_ids=indices,
-        )
+        result = autoattack_of(source, indices, eps)
         for flags, target in zip(robust, targets, strict=True):
             flags &= ~target.misjudged(indices[result.fooled], result.adversarial)
         return robust, list(result.notes)
