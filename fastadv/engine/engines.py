@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,9 @@ def _check_gradient(found: bool) -> None:
         )
 
 
+Draws: TypeAlias = Literal["never", "watched", "assumed"]
+
+
 class EagerEngine(Engine):
     """Runs the live model as it stands, frozen; in a narrow precision through autocast.
 
@@ -161,13 +164,14 @@ class EagerEngine(Engine):
         precision: of the passes.
         reason: why no copy runs.
         train_mode: run in train mode.
-        draws: whether the model may draw random numbers, which then follow the session's seed.
+        draws: whether the model draws random numbers, which then follow the session's seed: "watched" where
+            that is to be seen when it does so.
     """
 
     name = "eager"
 
     def __init__(
-        self, precision: str, reason: str, train_mode: bool = False, draws: bool = True
+        self, precision: str, reason: str, train_mode: bool = False, draws: Draws = "assumed"
     ) -> None:
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
@@ -181,7 +185,9 @@ class EagerEngine(Engine):
         # Held for the session only, so that a cached engine keeps no model alive.
         self._model, self._weights = model, _weights_dtype(model)
         try:
-            with frozen(model, train_mode=self._train_mode, seed=seed if self._draws else None):
+            own = seed if self._draws != "never" else None
+            watch = self._draws == "watched"
+            with frozen(model, train_mode=self._train_mode, seed=own, watch=watch):
                 yield
         finally:
             self._model = None

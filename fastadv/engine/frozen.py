@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import nn
 
+from fastadv.engine.randomness import DrawWatch
+
 
 @contextmanager
 def frozen(
@@ -18,6 +20,7 @@ def frozen(
     train_mode: bool = False,
     freeze_parameters: bool = True,
     seed: int | None = None,
+    watch: bool = False,
 ) -> Iterator[None]:
     """Freeze a module's parameters and set its mode; restore all of it on leaving, exceptions included.
 
@@ -30,6 +33,7 @@ def frozen(
         freeze_parameters: whether parameters stop to require grad.
         seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
             random state is put back. None leaves the random state alone.
+        watch: leave the random state alone until the model is seen to draw.
 
     Raises:
         ValueError: the model has lazy modules, whose weights have no shape yet.
@@ -51,7 +55,8 @@ def frozen(
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)
         if seed is not None:
-            stack.enter_context(_forked_random_state(model, seed))
+            seeded = _forked_at_first_draw if watch else _forked_random_state
+            stack.enter_context(seeded(model, seed))
         yield
 
 
@@ -109,12 +114,47 @@ def _kept_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _forked_random_state(model: object, seed: int) -> Iterator[None]:
     """Seed the generators of the CPU and of the model's GPUs, no others, and put them back on leaving."""
+    states = _random_states(model)
+    try:
+        for generator in states:
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in states.items():
+            generator.set_state(state)
+
+
+@contextmanager
+def _forked_at_first_draw(model: object, seed: int) -> Iterator[None]:
+    """As `_forked_random_state`, but only once the model draws; until then other threads draw undisturbed.
+
+    A generator whose state has changed by then keeps its numbers: the model may have seeded it itself.
+    """
+    before = _random_states(model)
+    drawn = False
+
+    def fork() -> None:
+        nonlocal drawn
+        drawn = True
+        for generator, state in before.items():
+            if torch.equal(generator.get_state(), state):
+                generator.manual_seed(seed)
+
+    try:
+        with DrawWatch(fork):
+            yield
+    finally:
+        if drawn:
+            for generator, state in before.items():
+                generator.set_state(state)
+
+
+def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
+    """The states of the generators of the CPU and of the model's GPUs."""
     tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
     devices = {t.device.index for t in tensors if t.device.type == "cuda"}
     if not isinstance(model, nn.Module) and torch.cuda.is_initialized():
         devices.add(torch.cuda.current_device())
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.default_generator.manual_seed(seed)
-        for device in devices:
-            torch.cuda.default_generators[device].manual_seed(seed)
-        yield
+    generators = [torch.default_generator]
+    generators += [torch.cuda.default_generators[device] for device in sorted(devices)]
+    return {generator: generator.get_state() for generator in generators}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
 
@@ -55,16 +55,6 @@ def _kept_attributes(model: nn.Module) -> Iterator[None]:
 
 
 _ABSENT = object()
-
-
-def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` makes of another one.
-
-    torch's compiler takes a second to import. Where nobody has imported it, there is no such module.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    kind = getattr(dynamo, "OptimizedModule", None)
-    return kind is not None and isinstance(module, kind)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ matter. Python's and numpy's generators, and those that a model owns, are seen b
 
 from __future__ import annotations
 
+import functools
 import inspect
 import random
 import types
@@ -15,6 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fastadv.engine.compiled_parts import is_compiled_wrapper
 
 _TRIES = (
     3  # runs of the model after which a generator whose state always changes counts as the model's
@@ -30,7 +34,10 @@ _SWITCHED = {
     "rrelu": ("training", 3, False),
     "scaled_dot_product_attention": ("dropout_p", 4, 0.0),
 }
-_DRAWING = frozenset(("gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d"))
+_DRAWING = frozenset(
+    ("gumbel_softmax", "fractional_max_pool2d", "fractional_max_pool3d", "trunc_normal_", "xavier_uniform_",
+     "xavier_normal_", "kaiming_uniform_", "kaiming_normal_", "orthogonal_", "sparse_")
+)  # fmt: skip
 _NO_DRAW = frozenset(("multi_head_attention_forward", "lstm", "gru", "rnn_tanh", "rnn_relu"))
 
 
@@ -58,6 +65,74 @@ def _is_seeded(name: str) -> bool:
         known = any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
         _seeded[name] = known
     return known
+
+
+_RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))  # which may have dropout inside
+
+
+class DrawWatch(TorchFunctionMode):
+    """Watches the calling thread until it first draws a random number by a function of torch.
+
+    Args:
+        on_draw: called once, before that number is drawn.
+    """
+
+    def __init__(self, on_draw: Callable[[], object]) -> None:
+        super().__init__()
+        self._on_draw: Callable[[], object] | None = on_draw
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one function."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling() or self._on_draw is None:
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _RECURRENT or draws(func, name, args, kwargs):
+            on_draw, self._on_draw = self._on_draw, None
+            on_draw()
+        return func(*args, **kwargs)
+
+
+def draws_can_be_watched(model: object) -> bool:
+    """Whether `DrawWatch` sees what a model draws: it sees no scripted or compiled parts, and no other threads."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    return not any(map(_hides_draws, modules)) and not _reaches_hidden_draws(model, set(), depth=4)
+
+
+def _hides_draws(part: object) -> bool:
+    scripted = (torch.jit.ScriptModule, torch.jit.ScriptFunction, nn.DataParallel)
+    return (
+        isinstance(part, scripted)
+        or hasattr(part, "_torchdynamo_orig_callable")
+        or getattr(part, "_compiled_call_impl", None) is not None
+        or is_compiled_wrapper(part)
+    )
+
+
+def _reaches_hidden_draws(value: object, seen: set[int], depth: int) -> bool:
+    """Whether a callable holds or names such a part."""
+    if id(value) in seen or isinstance(value, (torch.Tensor, types.ModuleType)):
+        return False
+    seen.add(id(value))
+    if _hides_draws(value):
+        return True
+    if isinstance(value, nn.Module):
+        return any(map(_hides_draws, value.modules()))
+    if depth == 0:
+        return False
+    items = _items(value)
+    if isinstance(value, functools.partial):
+        items = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        items = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
+        named = (value.__globals__.get(name) for name in value.__code__.co_names)
+        items.extend(found for found in named if found is not None)
+    elif not isinstance(value, type) and callable(value):
+        items.append(vars(type(value)).get("__call__"))
+    return any(_reaches_hidden_draws(item, seen, depth - 1) for item in items)
 
 
 def drawing_generator(model: nn.Module, run: Callable[[], object]) -> str | None:

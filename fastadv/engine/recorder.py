@@ -23,6 +23,7 @@ from fastadv.engine import randomness
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
 from fastadv.engine.recording import Op, Recording, Ref, item, refs
+from fastadv.engine.watched_size import Looks, WatchedSize, watched
 
 
 def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
@@ -102,6 +103,7 @@ class Recorder(TorchFunctionMode):
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
         self._model_storages: set[int] = set()
         self._inside = 0  # of autograd functions, which are recorded as one op
+        self._looks = Looks()
         self._refusal = ""
         self._device = images.device.type
         self._knows_autocast = torch.amp.is_autocast_available(self._device)
@@ -115,6 +117,8 @@ class Recorder(TorchFunctionMode):
         self._add(batch, depends=True)
         with self:
             result = model(batch)
+        self._looks.on = False  # the model may keep sizes
+        recording.looks = self._looks.seen
         if self._refusal:  # the model may have caught the exception
             raise Unrecordable(self._refusal)
         if not isinstance(result, Tensor):
@@ -138,7 +142,8 @@ class Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
+            return watched(found, self._looks) if func.__self__.__name__ == "shape" else found
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
         operands = _tensors(args)
@@ -148,18 +153,30 @@ class Recorder(TorchFunctionMode):
         if drawn:
             raise self._refuse(f"its forward draws random numbers ({name})")
         versions = [_version(t) for t in operands]
-        self._inside += 1  # an autograd function that torch itself calls is part of this function
+        self._enter()  # an autograd function that torch itself calls is part of this function
         try:
             result = self.call(func, args, kwargs)
         finally:
-            self._inside -= 1
+            self._leave()
         written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
         made = _tensors((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
+            if name in _SIZES:
+                return watched(result, self._looks)
+            if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
+                self._looks.note(result)
         elif name not in _NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
+
+    def _enter(self) -> None:
+        self._inside += 1
+        self._looks.on = False
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        self._looks.on = self._inside == 0
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of torch; the next recorded op is its."""
@@ -259,6 +276,8 @@ class Recorder(TorchFunctionMode):
             return slice(*(self.referred(part) for part in parts))
         if isinstance(value, _CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
+        if isinstance(value, WatchedSize):
+            return value.plain()
         if isinstance(value, np.generic):
             return value.item()
         if not isinstance(value, _ARGUMENTS):
@@ -289,10 +308,10 @@ class Recorder(TorchFunctionMode):
             if event == "call" and not self._inside and id(frame.f_code) in codes:
                 cls, args = _own_call(frame, codes[id(frame.f_code)])
                 calls.append((frame, cls, args))
-                self._inside += 1
+                self._enter()
             elif event == "return" and calls and calls[-1][0] is frame:
                 _, cls, args = calls.pop()
-                self._inside -= 1
+                self._leave()
                 if arg is not None and not self._refusal:
                     self._record_own_function(cls, args, arg)
             elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
@@ -339,6 +358,7 @@ _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torc
               torch.memory_format)  # fmt: skip
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
+_SIZES = frozenset(("size", "numel", "nelement"))
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
@@ -359,7 +379,7 @@ def _tensors(values: Any) -> list[Tensor]:
     return found
 
 
-_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size))
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, WatchedSize))
 
 
 def _version(tensor: Tensor) -> int:

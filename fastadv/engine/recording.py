@@ -59,6 +59,7 @@ class Recording:
         gradients: whether the autograd graph was kept.
         autocast: whether the forward pass enters autocast.
         own_functions: whether it calls an autograd function of its own.
+        looks: as in `Looks.seen`, what the model's code compared sizes with.
     """
 
     ops: list[Op] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Recording:
     gradients: bool = True
     autocast: bool = False
     own_functions: bool = False
+    looks: list[float] = field(default_factory=list)
 
     def external(self) -> list[int]:
         """Places of the tensors that no op computes, the images aside."""

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from fastadv.engine import proof, randomness
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
+    Draws,
     EagerEngine,
     Engine,
     EngineOnCopy,
@@ -119,8 +120,7 @@ class EngineCache:
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
     ) -> EagerEngine:
         """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        seen = isinstance(model, nn.Module) and not wish.train_mode
-        draws = not (seen and _draws_nothing(model, x))
+        draws = _draws(model, x, wish.train_mode)
         if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
@@ -159,7 +159,9 @@ class EngineCache:
         batch, states = x.shape[0], randomness.shared_states()
         known = [copy for copy in kept if batch in copy.sizes]
         # Few images tell enough once a whole batch of this size has been seen.
-        few = known and all(copy.tape.only_batch is None for copy in known)
+        few = known and all(
+            copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
+        )
         careful = any(copy.tape.own_functions for copy in kept)
         same = next((copy for copy in known if few and _unchanged(copy, model)), None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
@@ -383,13 +385,17 @@ def _under_autograd(
     return engine
 
 
-def _draws_nothing(model: Model, x: Tensor) -> bool:
-    images = as_model_takes(model, _finite(x[:_PROBES]))
-    return draws_nothing(unwrapped(cast(nn.Module, model)), images)
+def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
+    """How the random numbers of a live model are to be governed."""
+    if isinstance(model, nn.Module) and not train_mode:
+        images = as_model_takes(model, _finite(x[:_PROBES]))
+        if draws_nothing(unwrapped(model), images):
+            return "never"
+    return "watched" if randomness.draws_can_be_watched(model) else "assumed"
 
 
 def _autocast_is_right(
-    model: Model, x: Tensor, precision: str, train_mode: bool, draws: bool
+    model: Model, x: Tensor, precision: str, train_mode: bool, draws: Draws
 ) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
     images = _finite(x if train_mode else x[: _SIZES[-1]])

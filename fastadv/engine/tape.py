@@ -40,6 +40,8 @@ class Tape:
         only_batch: the one batch size that the tape holds for; None where it holds for all.
         own_functions: as in `Recording`.
         autocast: as in `Recording`.
+        looks: as in `Recording`, None in place of each that depends on the batch size; None for all where their
+            number does.
     """
 
     ops: tuple[Op, ...]
@@ -49,6 +51,12 @@ class Tape:
     only_batch: int | None
     own_functions: bool
     autocast: bool
+    looks: tuple[float | None, ...] | None
+
+    @property
+    def decides_by_batch(self) -> bool:
+        """Whether the model's code may decide by the batch size, so that few images do not tell for many."""
+        return self.looks is None or None in self.looks
 
     def describes(self, recording: Recording) -> bool:
         """Whether the network of a recording is this one."""
@@ -57,13 +65,20 @@ class Tape:
             return False
         if self.output != recording.output or self.autocast != recording.autocast:
             return False
-        if self.external != _external(recording):
+        if self.external != _external(recording) or not self._looks_alike(recording.looks):
             return False
         return all(
             _same_head(mine, theirs)
             and _same(mine.args, theirs.args, batch)
             and _same(mine.kwargs, theirs.kwargs, batch)
             for mine, theirs in zip(self.ops, recording.ops, strict=True)
+        )
+
+    def _looks_alike(self, looks: list[float]) -> bool:
+        if self.looks is None:
+            return True
+        return len(looks) == len(self.looks) and all(
+            mine in (None, theirs) for mine, theirs in zip(self.looks, looks, strict=True)
         )
 
 
@@ -86,7 +101,7 @@ def tape_of(first: Recording, second: Recording) -> Tape:
         )
     if not same_tensors(first, second):
         raise DependsOnBatch(_VARIES)
-    return _tape(first, tuple(merged), None)
+    return _tape(first, tuple(merged), None, _merged_looks(first.looks, second.looks))
 
 
 def same_tensors(first: Recording, second: Recording) -> bool:
@@ -104,7 +119,13 @@ def tape_for_one_size(recording: Recording) -> Tape:
     Raises:
         Unrecordable: no copy can be made of what was recorded.
     """
-    return _tape(recording, tuple(recording.ops), recording.images.shape[0])
+    return _tape(recording, tuple(recording.ops), recording.images.shape[0], None)
+
+
+def _merged_looks(one: list[float], other: list[float]) -> tuple[float | None, ...] | None:
+    if len(one) != len(other):
+        return None
+    return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
 
 
 def _external(recording: Recording) -> tuple[Any, ...]:
@@ -118,7 +139,12 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.nan_to_num(), other.nan_to_num())
 
 
-def _tape(recording: Recording, ops: tuple[Op, ...], only_batch: int | None) -> Tape:
+def _tape(
+    recording: Recording,
+    ops: tuple[Op, ...],
+    only_batch: int | None,
+    looks: tuple[float | None, ...] | None,
+) -> Tape:
     dynamic = _dynamic(recording, ops)
     if not dynamic[recording.output]:
         raise Unrecordable("its logits do not depend on the images")
@@ -130,6 +156,7 @@ def _tape(recording: Recording, ops: tuple[Op, ...], only_batch: int | None) -> 
         only_batch,
         recording.own_functions,
         recording.autocast,
+        looks,
     )
 
 
