@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,14 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         evaluation.delta_z,
         {"extractors": dict.fromkeys((0.1, 0.2, 0.3), LINEAR), "data": (X, Y), "eps": 0.1, "steps": 1},
     ),
+    "autoattack": (
+        evaluation.autoattack,
+        {**RUN, "version": ["apgd-ce"], "max_examples": 1, "engine": "fp32", "norm": "linf"},
+    ),
+    "AutoAttack": (
+        evaluation.AutoAttack(LINEAR, eps=0.1, version=["apgd-ce"], engine="fp32"),
+        {"x": X, "y": Y, "seed": 0},
+    ),
     "evaluate": (
         evaluation.evaluate,
         {**RUN, "attacks": ["clean", "pgd-1"], "on_row": None, "progress": False},
@@ -114,6 +123,22 @@ def test_a_message_names_the_argument(name: str) -> None:
 def test_a_device_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match=r"device must be one of torch's, .* got 'gpu'"):
         evaluation.evaluate(LINEAR, (X, Y), "clean", device="gpu", progress=False)
+
+    with pytest.raises(ValueError, match=r"device must be one of torch's, .* got 'x'"):
+        data.Loader(IMAGES, 2, train=True, device="x")
+
+
+@pytest.mark.parametrize("dataset", [None, 3, iter([])])
+def test_a_streamed_dataset_is_map_style(dataset: Any) -> None:
+    with pytest.raises(TypeError, match=r"dataset must be a map-style Dataset, .* got"):
+        data.StreamedData(dataset, 10, "x")
+
+
+@pytest.mark.parametrize("results", [None, 3, [None], ["row"]])
+def test_only_results_are_added_to_results(results: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="results must be a list of results, got"):
+        evaluation.add_results(tmp_path / "eval.json", results)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("count", [0, -2, 2.0, True, "10"])

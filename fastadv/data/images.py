@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastadv.ops.checks import INTEGER_DTYPES, check_tensor
-from fastadv.ops.values import integer, shown
+from fastadv.ops.values import check_device, integer, shown
 
 if TYPE_CHECKING:
     from fastadv.data.streaming import StreamedData
@@ -120,6 +120,7 @@ class ImageData:
         """Return the same data on a device (None: where it is)."""
         if device is None:
             return self
+        device = check_device(device)
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastadv.data.batches import Batch, Batches
 from fastadv.data.images import check_channels_first, item_image, item_label
-from fastadv.ops.values import check_bool, integer
+from fastadv.ops.values import check_bool, check_device, integer, shown
 from fastadv.seeding import derive_seed
 
 _NUMPY_SEEDS = 2**32
@@ -47,6 +47,11 @@ class StreamedData:
     image_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        if not (hasattr(self.dataset, "__len__") and hasattr(self.dataset, "__getitem__")):
+            raise TypeError(
+                "dataset must be a map-style Dataset, with a length and items by their index, got "
+                f"{shown(self.dataset)}"
+            )
         if len(self) == 0:
             raise ValueError("dataset must have at least one item, got none")
         for name, least in (("num_classes", 1), ("workers", 0)):
@@ -105,7 +110,7 @@ class StreamLoader(Batches):
             world_size=world_size,
         )
         self.data = data
-        self._device = torch.device(device or "cpu")
+        self._device = check_device(device or "cpu")
         last = check_bool("channels_last", channels_last)
         self._layout = torch.channels_last if last else torch.contiguous_format
 

@@ -45,7 +45,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import Work
-from fastadv.ops.values import check_choice, integer, norm_name
+from fastadv.ops.values import check_choice, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
@@ -178,6 +178,10 @@ def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
                 f"version must be 'standard' or a list of attacks or 'rand', got {version!r}"
             )
         return _VERSIONS[version]
+    if not isinstance(version, Sequence) or not all(isinstance(name, str) for name in version):
+        raise TypeError(
+            f"version must be 'standard' or a list of attacks or 'rand', got {shown(version)}"
+        )
     attacks = tuple(version)
     for attack in attacks:
         check_choice("version", attack, tuple(FEWEST_CLASSES))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.frozen import frozen
 from fastadv.float32 import full_float32
-from fastadv.ops.values import shown
+from fastadv.ops.values import check_device, shown
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
@@ -55,20 +55,6 @@ def evaluation_mode(
         stack.enter_context(full_float32())
         stack.enter_context(torch.autocast(target.type, enabled=False))
         yield target
-
-
-def check_device(device: torch.device | str) -> torch.device:
-    """The device of a name.
-
-    Raises:
-        ValueError: torch knows none of that name.
-    """
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {shown(device)}"
-        ) from error
 
 
 def check_float32(model: nn.Module) -> None:

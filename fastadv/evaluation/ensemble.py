@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_seed
+from fastadv.attacks.arguments import check_batch, check_seed
 from fastadv.attacks.options import names_checked
 from fastadv.attacks.rounding import round_towards
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack
@@ -75,6 +75,7 @@ class AutoAttack:
             ValueError: as `fastadv.evaluation.autoattack`.
         """
         self._last, seed = None, check_seed(seed)
+        y = check_batch(x, y, sample_ids, self.model)
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
         result = autoattack(

@@ -16,6 +16,7 @@ from fastadv.evaluation.report import Report, Row, known_fields, row_from_dict, 
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.locks import locked, rewriting
+from fastadv.ops.values import shown
 
 _FORMAT = 2  # `Report` knows it, too
 _REPORT_FORMAT = 1  # files from before results were collected hold the report of one evaluation
@@ -215,9 +216,16 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         The path written.
 
     Raises:
+        TypeError: something else than a result is to be added.
         ValueError: when the file is there and damaged; it stays as it is.
         OSError: when the file cannot be written.
     """
+    if not isinstance(results, Iterable):
+        raise TypeError(f"results must be a list of results, got {shown(results)}")
+    results = list(results)
+    for result in results:
+        if not isinstance(result, Result):
+            raise TypeError(f"results must be a list of results, got {shown(result)} in it")
     with rewriting(path) as target:
         there = load_results(target) if target.exists() else []
         merged = {result.key: result for result in there}

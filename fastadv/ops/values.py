@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 
 import numpy as np
+import torch
 from torch import Tensor
 
 NORMS = ("linf", "l2", "l1")
@@ -139,6 +140,20 @@ def check_bounds(bounds: object) -> tuple[float, float]:
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
     return low, high
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device of a name.
+
+    Raises:
+        ValueError: torch knows none of that name.
+    """
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {shown(device)}"
+        ) from error
 
 
 def norm_name(norm: object) -> str:
