@@ -47,7 +47,7 @@ OTHER: dict[str, Any] = {
     **{"decay": 0.5, "tau": 2, "target_classes": 2, "rho": 0.5},
     **{"c": 0.5, "kappa": 0.1, "lr": 0.05, "search_steps": 2},
     **{"alpha_max": 0.2, "eta": 1.2, "beta": 0.8, "early_stop": False},
-    **{"queries": 30, "p_init": 0.3, "rescale_schedule": True},
+    **{"queries": 30, "p_init": 0.3, "rescale_schedule": True, "batch_size": 48},
 }
 # Short, so that the attacks with many steps end, and without chance.
 BASE: dict[str, Any] = {"seed": 1, "precision": "fp32", "engine": "eager"}

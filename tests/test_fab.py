@@ -132,6 +132,25 @@ def test_broken_images_leave_at_once_and_runs_attack_what_is_left() -> None:
     assert sizes == [64] * 17
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_runs_that_share_a_batch_find_what_they_find_alone(norm: str) -> None:
+    model, (x, y) = trained_small_cnn().double(), digits_test(12)
+    eps = {"linf": 0.08, "l2": 0.4, "l1": 2.0}[norm]
+    alone = fastadv.FAB(model, eps, 8, 4, restarts=2, norm=norm, seed=5)
+    call, sizes = watched(model)
+    together = fastadv.FAB(call, eps, 8, 4, restarts=2, norm=norm, seed=5, batch_size=48)
+    wanted = torch.cat(
+        [
+            alone(x[i : i + 1].double(), y[i : i + 1], sample_ids=torch.tensor([i]))
+            for i in range(12)
+        ]
+    )
+    found = together(x.double(), y)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-9)
+    assert not torch.equal(found, x.double())
+    assert 12 < max(sizes) <= 48
+
+
 def test_an_image_that_is_misclassified_stays_as_it_is() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(16)
     wrong = (y + 1) % 10

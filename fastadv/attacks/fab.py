@@ -47,6 +47,7 @@ class FABSettings(AttackSettings):
     eta: float = 1.05
     beta: float = 0.9
     early_stop: bool = True
+    batch_size: int | None = None
     targeted: bool = field(default=False, init=False)
     precision: Precision = field(default="fp32", kw_only=True)
 
@@ -62,6 +63,8 @@ class FABSettings(AttackSettings):
         integer("restarts", self.restarts, at_least=1)
         if self.target_classes is not None:
             integer("target_classes", self.target_classes, at_least=1)
+        if self.batch_size is not None:
+            integer("batch_size", self.batch_size, at_least=1)
         share("alpha_max", self.alpha_max)
         share("beta", self.beta)
         if not 1 <= self.eta < math.inf:
@@ -96,6 +99,8 @@ class FAB(Attack):
         beta: where to go on after a crossing, as a share of the way from the image to it, in 0..1.
         early_stop: an image leaves the batch at the first crossing in the ball. False: no run is cut short, and
             the smallest change of all is returned.
+        batch_size: where images have left, several runs of the others share a batch of up to this size, or of the
+            size of the call's where that is larger. The results are those of one run after the other.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
@@ -117,6 +122,7 @@ class FAB(Attack):
     eta = Setting[float]()
     beta = Setting[float]()
     early_stop = Setting[bool]()
+    batch_size = Setting[int | None]()
 
     def __init__(
         self,
@@ -130,6 +136,7 @@ class FAB(Attack):
         eta: float = 1.05,
         beta: float = 0.9,
         early_stop: bool = True,
+        batch_size: int | None = None,
         norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
@@ -147,6 +154,7 @@ class FAB(Attack):
             eta,
             beta,
             early_stop,
+            batch_size,
             norm=norm,
             bounds=bounds,
             precision=precision,
@@ -161,12 +169,11 @@ class FAB(Attack):
         )  # names the samples
         clean, best = batch.logits(batch.x), Best()
         _offer(best, batch, batch.x, batch.succeeded(clean))
-        for classes, start_seed in self._runs(batch, clean, seed):
-            rows = self._left(best)
-            if rows.numel() == 0:
-                break
-            some = batch.rows(rows)
-            best.merge(self._run(some, classes[rows], self._start(some, start_seed)), rows)
+        runs = list(self._runs(batch, clean, seed))
+        while runs and (rows := self._left(best)).numel():
+            count = self._runs_at_once(batch, rows)
+            self._run_together(batch, best, rows, runs[:count])
+            runs = runs[count:]
         return batch.project_(where_images(best.succeeded, best.images, batch.x))
 
     def _runs(self, batch: Batch, clean: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None]]:
@@ -177,6 +184,25 @@ class FAB(Attack):
             yield some, None
             for restart in range(1, self.settings.restarts):
                 yield some, derive_seed(seed, "restart", number, restart)
+
+    def _runs_at_once(self, batch: Batch, rows: Tensor) -> int:
+        if not self._leaves:  # the best run of each image counts, and BatchNorm may mix images
+            return 1
+        return max(1, max(batch.x.shape[0], self.batch_size or 0) // rows.numel())
+
+    def _run_together(
+        self, batch: Batch, best: Best, rows: Tensor, runs: list[tuple[Tensor, int | None]]
+    ) -> None:
+        """Carry out runs of some images side by side; for each image the first run that succeeds counts."""
+        some = batch.rows(rows)
+        starts = torch.cat([self._start(some, seed) for _, seed in runs])
+        aims = torch.cat([classes[rows] for classes, _ in runs])
+        found = self._run(batch.rows(rows.repeat(len(runs))), aims, starts)
+        for number in range(len(runs)):
+            open_ = self._left(best.rows(rows)) if number else torch.arange(len(rows)).to(rows)
+            if open_.numel() == 0:
+                return
+            best.merge(found.rows(number * len(rows) + open_), rows[open_])
 
     def _start(self, batch: Batch, seed: int | None) -> Tensor:
         """Where a run begins: the given start, the images, or a random point near them."""
@@ -208,9 +234,13 @@ class FAB(Attack):
         result.merge(best, rows)
         return result
 
+    @property
+    def _leaves(self) -> bool:
+        return self.settings.early_stop and not self.settings.train_mode
+
     def _left(self, best: Best) -> Tensor:
         """Indices of the images to go on with; to know them may wait for the device."""
-        if self.settings.early_stop and not self.settings.train_mode:
+        if self._leaves:
             return (~best.succeeded).nonzero().flatten()
         return torch.arange(best.value.shape[0], device=best.value.device)
 

@@ -160,6 +160,7 @@ class OwnSearch(BatchSearch):
             bounds=runner.samples.bounds,
             precision=precision,
             **own.settings,
+            **({"batch_size": runner.batch_size} if own.kind is FAB else {}),
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
