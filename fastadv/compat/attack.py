@@ -1,0 +1,299 @@
+"""How the attacks here are called: labels left out, NumPy arrays, bytes, normalised images, modes of targets."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastadv.attacks import Attack as OwnAttack
+from fastadv.attacks.arguments import module_device
+from fastadv.attacks.options import SYNONYMS
+from fastadv.files import write_atomically
+from fastadv.models import Normalized
+from fastadv.ops.values import check_choice, closest, integer, number, shown
+from fastadv.seeding import draw_seed
+
+Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
+TargetFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Attack:
+    """Base of the attacks here.
+
+    Args:
+        model: a module from images [B, C, H, W] in 0..1 to logits; see `set_normalization_used` for others.
+        make: makes the attack of `fastadv` for a model.
+
+    Attributes:
+        own: the attack of `fastadv` that does the work. Its settings, such as ``eps`` and ``steps``, are
+            attributes here as well. A value that is set is checked, and holds from the next call on.
+    """
+
+    def __init__(self, model: nn.Module, make: Callable[[nn.Module], OwnAttack]) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a module, got {shown(model)}")
+        self.model = model
+        self.own = make(model)
+        self.normalization_used: dict[str, Tensor] | None = None
+        self._mode = "default"
+        self._target_function: TargetFunction | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and images go."""
+        return module_device(self.model) or torch.device("cpu")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name in ("own", "model"):
+            raise AttributeError(name)
+        if name in _settings_of(self.own):
+            return getattr(self.own, name)
+        hint = closest(name, _settings_of(self.own), SYNONYMS)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = vars(self).get("own")
+        if own is not None and name in _settings_of(own):
+            setattr(own, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        settings: dict[str, object] = {
+            "model_name": type(self.model).__name__,
+            "device": str(self.device),
+        }
+        settings |= {name: getattr(self.own, name) for name in _settings_of(self.own)}
+        settings["attack_mode"] = self._mode
+        settings["normalization_used"] = self.normalization_used is not None
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+
+    def __call__(
+        self,
+        inputs: Images,
+        labels: Tensor | np.ndarray[Any, Any] | None = None,
+        *,
+        epsilons: float | Sequence[float] | None = None,
+    ) -> Any:
+        """Attack a batch.
+
+        Args:
+            inputs: images [B, C, H, W]: floating-point in 0..1, or normalised after `set_normalization_used`, or
+                bytes 0..255.
+            labels: [B], integers of any width; the model's own predictions where left out. Targets in the mode
+                "targeted(label)".
+            epsilons: radii for this call, one or several; the step size changes in proportion.
+
+        Returns:
+            The adversarial images, like ``inputs``: on their device, NumPy for NumPy; of bytes they are float32 in
+            0..1. With several radii, a list of them.
+
+        Raises:
+            TypeError: as the attack in `fastadv` says, or labels of no integer kind.
+            ValueError: as the attack in `fastadv` says.
+        """
+        x, back = self._taken(inputs)
+        y = self._predicted(x) if labels is None else integer_labels(labels).to(self.device)
+        if self._target_function is not None:
+            given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+            y = self._target_function(given.to(self.device), y).to(self.device)
+        if epsilons is None or isinstance(epsilons, (int, float)):
+            return back(
+                self._perturbed(x, y, None if epsilons is None else number("epsilons", epsilons))
+            )
+        return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in epsilons]
+
+    forward = __call__
+
+    def _perturbed(self, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
+        return self.own(x, y, eps=eps)
+
+    def get_mode(self) -> str:
+        """Return the mode: default, or targeted with the way targets are chosen."""
+        return self._mode
+
+    def set_mode_default(self) -> None:
+        """Lead images away from their labels."""
+        self._set_mode("default", None)
+
+    def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
+        """Take the labels of a call for the targets."""
+        self._set_mode("targeted(label)", lambda images, labels: labels)
+
+    def set_mode_targeted_by_function(
+        self, target_map_function: TargetFunction, quiet: bool = False
+    ) -> None:
+        """Let a function of images and labels choose the targets [B]."""
+        if not callable(target_map_function):
+            raise TypeError(
+                f"target_map_function must be a function, got {shown(target_map_function)}"
+            )
+        self._set_mode("targeted(custom)", target_map_function)
+
+    def set_mode_targeted_random(self, quiet: bool = False) -> None:
+        """Aim at a random class other than the label."""
+        self._set_mode("targeted(random)", self._random_targets)
+
+    def set_mode_targeted_least_likely(self, kth_min: int = 1, quiet: bool = False) -> None:
+        """Aim at the least likely class other than the label, or at the kth least likely."""
+        rank = integer("kth_min", kth_min, at_least=1)
+
+        def targets(images: Tensor, labels: Tensor) -> Tensor:
+            logits = self._logits(self._taken(images)[0])
+            if rank >= logits.shape[1]:
+                raise ValueError(
+                    f"kth_min must be less than the {logits.shape[1]} classes, got {rank}"
+                )
+            others = logits.scatter(1, labels.unsqueeze(1), torch.inf)
+            return others.argsort(1)[:, rank - 1]
+
+        self._set_mode("targeted(least-likely)", targets)
+
+    def _random_targets(self, images: Tensor, labels: Tensor) -> Tensor:
+        classes = self._logits(self._taken(images)[0][:1]).shape[1]
+        generator = torch.Generator().manual_seed(draw_seed())
+        steps = torch.randint(1, classes, (len(labels),), generator=generator)
+        return (labels + steps.to(labels.device)) % classes
+
+    def _set_mode(self, mode: str, function: TargetFunction | None) -> None:
+        if "targeted" not in _settings_of(self.own):
+            raise ValueError(f"{type(self).__name__} has no targeted mode")
+        self.own.targeted = function is not None
+        self._mode, self._target_function = mode, function
+
+    def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Take images normalised by these numbers, for a model on such images.
+
+        The ball and the bounds stay those of images in 0..1.
+
+        Args:
+            mean: per channel.
+            std: per channel.
+        """
+        wrapped = Normalized(self.model, mean, std).to(self.device).train(self.model.training)
+        self.own.model = wrapped
+        self.normalization_used = {"mean": wrapped.mean, "std": wrapped.std}
+
+    def save(
+        self,
+        data_loader: Iterable[tuple[Tensor, Tensor]],
+        save_path: str | os.PathLike[str] | None = None,
+        verbose: bool = True,
+        return_verbose: bool = False,
+        save_predictions: bool = False,
+        save_clean_inputs: bool = False,
+        save_type: str = "float",
+    ) -> tuple[float, float] | None:
+        """Attack all batches of a loader, and write the results into a file for ``torch.load``.
+
+        Args:
+            data_loader: batches of images and labels.
+            save_path: the file, written at the end in one piece; None writes no file.
+            verbose: print accuracy and distance.
+            return_verbose: return them.
+            save_predictions: add ``preds``, the classes of the adversarial images.
+            save_clean_inputs: add ``clean_inputs``.
+            save_type: ``"float"``: images in 0..1; ``"int"``: bytes.
+
+        Returns:
+            With ``return_verbose``: robust accuracy in percent, and the mean L2 distance of the images broken.
+
+        Raises:
+            OSError: the file cannot be written.
+            ValueError: an unknown ``save_type``, or no batch.
+        """
+        check_choice("save_type", save_type, ("float", "int"))
+        parts: dict[str, list[Tensor]] = {
+            "adv_inputs": [],
+            "labels": [],
+            "preds": [],
+            "clean_inputs": [],
+        }
+        distances = []
+        for inputs, labels in data_loader:
+            clean = self._taken(inputs)[0]
+            adv = self._taken(cast(Tensor, self(inputs, labels)))[0]
+            found = self._logits(adv).argmax(1)
+            wrong = found != integer_labels(labels).to(found.device)
+            distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
+            for name, values in zip(parts, (adv, labels, found, clean), strict=True):
+                parts[name].append(values.detach().cpu())
+        if not parts["labels"]:
+            raise ValueError("data_loader must have at least one batch, got none")
+        content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
+        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
+        broken = torch.cat(distances)
+        distance = broken.mean().item() if len(broken) else 0.0
+        if save_path is not None:
+            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
+            content = {name: value for name, value in content.items() if kept.get(name, True)}
+            if save_type == "int":
+                for name in {"adv_inputs", "clean_inputs"} & content.keys():
+                    content[name] = (content[name] * 255).round().to(torch.uint8)
+            buffer = io.BytesIO()
+            torch.save({**content, "save_type": save_type}, buffer)
+            write_atomically(save_path, buffer.getvalue())
+        if verbose:
+            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
+        return (accuracy, distance) if return_verbose else None
+
+    def _taken(
+        self, inputs: Tensor | np.ndarray[Any, Any]
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        """Images in 0..1 where the model is, and the way back to the caller's kind of images."""
+        from_numpy = isinstance(inputs, np.ndarray)
+        given = torch.from_numpy(np.ascontiguousarray(inputs)) if from_numpy else inputs
+        if not isinstance(given, Tensor):
+            raise TypeError(f"inputs must be a tensor or a NumPy array, got {shown(inputs)}")
+        x, used = given.to(self.device), self.normalization_used
+        if x.dtype == torch.uint8:
+            x = x.float() / 255
+        elif used is not None:
+            # Rounding may lead a little out of the bounds.
+            x = (x * used["std"].to(x) + used["mean"].to(x)).clamp(0, 1)
+
+        def back(adv: Tensor) -> Any:
+            if used is not None and given.dtype != torch.uint8:
+                adv = (adv - used["mean"].to(adv)) / used["std"].to(adv)
+            adv = adv.to(given.device)
+            return adv.numpy() if from_numpy else adv
+
+        return x, back
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """The model's logits for images in 0..1, in eval mode."""
+        model = cast(nn.Module, self.own.model)
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            with torch.no_grad():
+                return cast(Tensor, model(x))
+        finally:
+            for module, training in modes:
+                module.training = training
+
+    def _predicted(self, x: Tensor) -> Tensor:
+        return self._logits(x).argmax(1)
+
+
+def _settings_of(own: OwnAttack) -> tuple[str, ...]:
+    return (*(field.name for field in fields(own.settings) if field.init), "seed")
+
+
+def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Tensor:
+    """Return labels of any integer width in int64.
+
+    Raises:
+        TypeError: they are no integers.
+    """
+    found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {found.dtype}")
+    return found.to(torch.int64)

@@ -1,0 +1,216 @@
+"""torchattacks' names and habits on our attacks."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attack_helpers import digits_test, trained_small_cnn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fastadv
+from fastadv import compat
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+EVERY = [getattr(compat, n) for n in compat.__all__ if n not in ("Attack", "MultiAttack")]
+EPS = 0.1
+
+
+def short(kind: Any, model: nn.Module, **more: Any) -> compat.Attack:
+    """An attack of few steps, in float32."""
+    known = inspect.signature(kind).parameters
+    steps, eps = (60 if kind is compat.CW else 4), (1.0 if kind is compat.PGDL2 else EPS)
+    options = {"eps": eps, "steps": steps, "n_queries": 30, "lr": 0.05, **more}
+    attack: compat.Attack = kind(model, **{k: v for k, v in options.items() if k in known})
+    attack.own.precision = "fp32"
+    return attack
+
+
+def test_defaults_and_arguments_are_those_of_torchattacks() -> None:
+    theirs = pytest.importorskip("torchattacks")
+    for kind in EVERY:
+        own = inspect.signature(kind).parameters
+        for name, argument in inspect.signature(getattr(theirs, kind.__name__)).parameters.items():
+            if name == "eps_for_division":
+                continue
+            assert name in own, f"{kind.__name__} lacks {name}"
+            assert own[name].default == argument.default, f"{kind.__name__}.{name}"
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_every_attack_breaks_images_within_its_ball(kind: Any) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(32)
+    attack = short(kind, model, alpha=0.05)
+    adv = attack(x, y)
+    assert adv.shape == x.shape and adv.min() >= 0 and adv.max() <= 1
+    if hasattr(attack, "eps"):
+        attack.eps = 0.0
+        torch.testing.assert_close(attack(x, y), x, rtol=0, atol=2e-7)
+    assert (model(adv).argmax(1) == y).sum() < (model(x).argmax(1) == y).sum()
+
+
+def test_it_moves_the_images_as_the_own_attack_does() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(16)
+    adv = short(compat.BIM, model, alpha=0.03)(x, y)
+    own = fastadv.PGD(model, EPS, 0.03, 4, random_start=False, precision="fp32")
+    assert torch.equal(adv, own(x, y))
+    l2 = short(compat.PGDL2, model, eps=0.5)
+    assert ((l2(x, y) - x).flatten(1).norm(dim=1) <= 0.5 + 1e-5).all() and l2.norm == "l2"
+
+
+def test_it_moves_the_images_as_torchattacks_does() -> None:
+    theirs = pytest.importorskip("torchattacks")
+    model, (x, y) = trained_small_cnn().eval(), digits_test(16)
+    for name in ("BIM", "FGSM"):
+        options = {"eps": EPS, "alpha": 0.03, "steps": 4} if name == "BIM" else {"eps": EPS}
+        wanted = getattr(theirs, name)(model, **options)(x, y)
+        ours = getattr(compat, name)(model, **options)
+        ours.own.precision = "fp32"
+        assert ((ours(x, y) - wanted).abs() > 1e-6).float().mean() < 0.01
+
+
+def test_settings_are_read_and_set_with_their_checks() -> None:
+    attack = compat.PGD(trained_small_cnn())
+    attack.eps, attack.steps = 4 / 255, 3
+    assert attack.own.eps == attack.eps == 4 / 255 and attack.own.steps == 3
+    with pytest.raises(ValueError, match="steps must be >= 1"):
+        attack.steps = 0
+    with pytest.raises(AttributeError, match="did you mean 'eps'"):
+        _ = attack.epsilon
+    assert "eps=0.0156" in repr(attack) and "steps=3" in repr(attack) and "PGD(" in repr(attack)
+
+
+def test_labels_left_out_are_the_models_own() -> None:
+    model, (x, _) = trained_small_cnn(), digits_test(8)
+    attack = short(compat.BIM, model)
+    assert torch.equal(attack(x), attack(x, model(x).argmax(1)))
+
+
+@pytest.mark.parametrize("width", [np.uint8, np.int8, np.int16, np.int32, np.int64])
+def test_numpy_images_and_labels_of_any_width(width: Any) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    attack = short(compat.BIM, model)
+    adv = attack(x.numpy(), y.numpy().astype(width))
+    assert isinstance(adv, np.ndarray) and np.array_equal(adv, attack(x, y).numpy())
+
+
+def test_bytes_count_as_images_in_255ths() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    as_bytes = (x * 255).round().to(torch.uint8)
+    attack = short(compat.BIM, model)
+    assert torch.equal(attack(as_bytes, y), attack(as_bytes.float() / 255, y))
+
+
+def test_several_radii_give_a_list() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    attack = short(compat.BIM, model, alpha=0.06)
+    found = attack(x, y, epsilons=[0.05, EPS])
+    assert [round(float((adv - x).abs().max()), 4) for adv in found] == [0.05, 0.1]
+    assert torch.equal(found[1], attack(x, y))
+    assert torch.equal(found[0], attack(x, y, epsilons=0.05))
+    with pytest.raises(ValueError, match="epsilons must be None for CW"):
+        short(compat.CW, model)(x, y, epsilons=0.1)
+
+
+def share_at(model: nn.Module, adv: Tensor, target: Tensor) -> float:
+    return float((model(adv).argmax(1) == target).float().mean())
+
+
+def test_modes_choose_the_targets() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(32)
+    attack = short(compat.BIM, model, eps=0.3, alpha=0.1, steps=10)
+    plain = attack(x, y)
+    attack.set_mode_targeted_by_label()
+    target = (y + 3) % 10
+    aimed = attack(x, target)
+    assert share_at(model, aimed, target) > share_at(model, plain, target) and attack.targeted
+    attack.set_mode_targeted_by_function(lambda images, labels: (labels + 3) % 10)
+    assert torch.equal(attack(x, y), aimed)
+    attack.set_mode_targeted_least_likely(kth_min=2)
+    logits = model(x).detach().scatter(1, y.unsqueeze(1), torch.inf)
+    second = logits.argsort(1)[:, 1]
+    assert share_at(model, attack(x, y), second) > share_at(model, plain, second)
+    attack.set_mode_targeted_random()
+    torch.manual_seed(0)
+    first = attack(x, y)
+    torch.manual_seed(0)
+    assert torch.equal(attack(x, y), first)
+    assert attack.get_mode() == "targeted(random)"
+    attack.set_mode_default()
+    assert torch.equal(attack(x, y), plain)
+    for kind in (compat.TPGD, compat.FAB):
+        with pytest.raises(ValueError, match="has no targeted mode"):
+            short(kind, model).set_mode_targeted_by_label()
+
+
+def test_normalised_images_are_attacked_in_units_of_the_image() -> None:
+    inner, (x, y) = trained_small_cnn(), digits_test(16)
+
+    class Denormalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, z: Tensor) -> Tensor:
+            return self.inner(z * 0.25 + 0.5)
+
+    attack = short(compat.BIM, Denormalising())
+    attack.set_normalization_used(mean=[0.5], std=[0.25])
+    adv = attack((x - 0.5) / 0.25, y) * 0.25 + 0.5
+    assert (adv - x).abs().max() <= EPS + 1e-5 and adv.min() >= -1e-6
+    plain = short(compat.BIM, inner)(x, y)
+    assert ((adv - plain).abs() > 1e-4).float().mean() < 0.02
+
+
+def test_saved_images_are_those_of_the_batches(tmp_path: Path) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(24)
+    attack, loader = short(compat.BIM, model), DataLoader(TensorDataset(x, y), batch_size=10)
+    found = attack.save(
+        loader, tmp_path / "adv.pt", verbose=False, return_verbose=True, save_predictions=True
+    )
+    content = torch.load(tmp_path / "adv.pt", weights_only=True)
+    assert set(content) == {"adv_inputs", "labels", "preds", "save_type"}
+    adv = attack(x, y)
+    torch.testing.assert_close(content["adv_inputs"], adv, rtol=0, atol=1e-6)
+    assert torch.equal(content["labels"], y)
+    robust = model(content["adv_inputs"]).argmax(1) == y
+    assert found is not None and found[0] == pytest.approx(100 * float(robust.float().mean()))
+    distance = (content["adv_inputs"] - x).flatten(1).norm(dim=1)[~robust].mean()
+    assert found[1] == pytest.approx(float(distance), abs=1e-5)
+    attack.save(
+        loader, tmp_path / "bytes.pt", verbose=False, save_clean_inputs=True, save_type="int"
+    )
+    content = torch.load(tmp_path / "bytes.pt", weights_only=True)
+    assert content["adv_inputs"].dtype == content["clean_inputs"].dtype == torch.uint8
+
+
+def test_several_attacks_take_what_is_left() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(48)
+    weak, strong = short(compat.BIM, model, eps=0.02, alpha=0.01), short(compat.BIM, model, eps=0.2)
+    adv = compat.MultiAttack([weak, strong])(x, y)
+    broken = model(weak(x, y)).argmax(1) != y
+    assert broken.any()
+    torch.testing.assert_close(adv[broken], weak(x, y)[broken], rtol=0, atol=1e-5)
+    right = model(adv).argmax(1) == y
+    assert torch.equal(adv[right], x[right])
+    assert right.sum() <= (model(strong(x, y)).argmax(1) == y).sum()
+    with pytest.raises(ValueError, match="at least two"):
+        compat.MultiAttack([weak])
+
+
+def test_wrong_inputs_are_named() -> None:
+    attack, (x, y) = short(compat.BIM, trained_small_cnn()), digits_test(4)
+    for labels in (y.float(), y.bool(), [0.5, 1, 2, 3]):
+        with pytest.raises(TypeError, match="labels must be integers"):
+            attack(x, labels)
+    with pytest.raises(TypeError, match="inputs must be a tensor or a NumPy array"):
+        attack([1, 2], y)
+    with pytest.raises(TypeError, match="model must be a module"):
+        compat.PGD(lambda x: x)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="x must be finite and within bounds"):
+        attack(x + 1, y)
