@@ -10,6 +10,8 @@ from torch import Tensor
 
 from fastadv.attacks import PGD
 from fastadv.attacks.objectives import LossFunction
+from fastadv.attacks.starts import uniform_radius_start
+from fastadv.ops import random_start
 from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.method import AttackedT, LossResult, Method, TrainBatch, Update
 from fastadv.trainers.recipe import AdversarialRecipe
@@ -42,6 +44,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             recipe.alpha,
             recipe.steps,
             recipe.random_start,
+            norm=recipe.norm,
             loss=self.attack_loss,
             precision=recipe.attack_precision,
             engine=recipe.engine,
@@ -50,8 +53,25 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         self._gauges: dict[str, Tensor] = {}
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the attack starts; None leaves it to PGD: uniform noise, or the image itself."""
-        return None
+        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        recipe = self.recipe
+        drawn = recipe.random_start and recipe.norm == "l2" and recipe.l2_start == "radius"
+        return self.random_point(batch, "attack") if drawn else None
+
+    def random_point(self, batch: TrainBatch, purpose: str) -> Tensor:
+        """Return a random point of the ball around each image, drawn as the recipe has it.
+
+        Args:
+            batch: the images.
+            purpose: of its random numbers.
+
+        Returns:
+            Images [B, C, H, W] in 0..1.
+        """
+        recipe, seed = self.recipe, batch.seed(purpose)
+        if recipe.norm == "l2" and recipe.l2_start == "radius":
+            return uniform_radius_start(batch.x, recipe.eps, seed=seed, sample_ids=batch.ids)
+        return random_start(batch.x, recipe.eps, recipe.norm, seed=seed, sample_ids=batch.ids)
 
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
         """Attack a batch, or some of it.
@@ -66,13 +86,19 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         """
         seed = batch.seed("attack")
         self._gauges = {"zero_gradients": torch.zeros((), device=batch.x.device)}
-        if rows is None:
-            start = self.start_of(batch)
-            adv = self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids, start=start)
-        elif rows.numel() == 0:
+        if rows is not None and rows.numel() == 0:
             return batch.x
+        start = self.start_of(batch)
+        if rows is None:
+            adv = self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids, start=start)
         else:
-            some = self.pgd(batch.x[rows], batch.y[rows], seed=seed, sample_ids=batch.ids[rows])
+            some = self.pgd(
+                batch.x[rows],
+                batch.y[rows],
+                seed=seed,
+                sample_ids=batch.ids[rows],
+                start=None if start is None else start[rows],
+            )
             adv = torch.index_copy(batch.x, 0, rows, some)
         seen = self.pgd.last
         self._gauges = {"zero_gradients": seen.counts[0] / max(seen.elements, 1)}

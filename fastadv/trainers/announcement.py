@@ -104,8 +104,9 @@ def _attack_line(loop: Loop) -> list[str]:
     recipe = loop.recipe
     if not (isinstance(recipe, AdversarialRecipe) and hasattr(loop.method, "pgd")):
         return []
+    ball = "" if recipe.norm == "linf" else f" in {recipe.norm}"
     return [
-        f"  attack: PGD-{recipe.steps} on {recipe.eps:.6g} = {recipe.eps * 255:.4g}/255, "
+        f"  attack: PGD-{recipe.steps}{ball} on {recipe.eps:.6g} = {recipe.eps * 255:.4g}/255, "
         f"steps of {recipe.alpha * 255:.4g}/255"
     ]
 
@@ -124,7 +125,8 @@ def _passes(loop: Loop) -> str:
 def _score(loop: Loop) -> str:
     recipe = loop.recipe
     if isinstance(recipe, AdversarialRecipe) and recipe.monitor_steps:
-        return f"accuracy under PGD-{recipe.monitor_steps}"
+        ball = "" if recipe.norm == "linf" else f" in {recipe.norm}"
+        return f"accuracy under PGD-{recipe.monitor_steps}{ball}"
     return "clean accuracy"
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
@@ -30,10 +31,11 @@ class FastRecipe(AdversarialRecipe):
     steps: int = 1
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 160 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha >= 2 * self.eps > 0:
+        if self.norm == "linf" and self.alpha >= 2 * self.eps > 0:
             raise ValueError(
                 f"alpha must be below 2 eps, {2 * self.eps:g}, from where on every random start leads to the same "
                 f"corner of the ball, got {self.alpha:g}; the paper has 1.25 eps, {1.25 * self.eps:g}"

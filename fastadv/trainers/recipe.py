@@ -51,7 +51,8 @@ class RecipeType(ABCMeta):
             if name not in known:
                 hint = closest(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
-        made: T = super().__call__(*args, **numbers)  # type: ignore[misc]
+        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
+        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
         return made
 
     @property
@@ -68,7 +69,7 @@ class Recipe(metaclass=RecipeType):
     Attributes:
         presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
-        deciding: fields by which `start` chooses the numbers that a recipe begins with.
+        deciding: fields by which `start` or `of_threat` chooses the numbers that a recipe begins with.
         epochs: passes over the training images.
         batch_size: images per step; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
@@ -201,7 +202,28 @@ class Recipe(metaclass=RecipeType):
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
             )
-        return cls(**{**cls.start(name, changes), **changes})
+        return cls(**{**cls.beginning(name, changes), **changes})
+
+    @classmethod
+    def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a recipe begins with: the numbers of `start`, in the threat that is given.
+
+        Args:
+            preset: one of `presets`.
+            given: fields that the caller sets.
+        """
+        return {**cls.start(preset, given), **cls.of_threat(given)}
+
+    @classmethod
+    def deciders(cls) -> tuple[str, ...]:
+        """Return the fields of `deciding`, those of the base classes included."""
+        names = [name for kind in cls.__mro__ for name in vars(kind).get("deciding", ())]
+        return tuple(dict.fromkeys(names))
+
+    @classmethod
+    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the numbers that differ in the threat that is given."""
+        return {}
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,11 +250,17 @@ class Recipe(metaclass=RecipeType):
 class AdversarialRecipe(Recipe):
     """What methods with a PGD attack in training add.
 
+    In l2 a recipe begins with the radius and the step size of robust_overfitting (Rice et al. 2020), 128/255 and
+    15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
+
     Attributes:
-        eps: radius of the L-infinity ball, in units of the 0..1 image.
-        alpha: step size of the attack, likewise.
+        norm: of the ball that the attack, its start and the noise stay in.
+        eps: radius of the ball, in units of the 0..1 image.
+        alpha: step size of the attack, likewise; in l2 the length of the whole step.
         steps: steps of the attack, K.
-        random_start: start the attack from uniform noise in the ball.
+        random_start: start the attack from a random point of the ball.
+        l2_start: how this point is drawn in l2. "ball" is uniform in the ball. "radius" has a uniform direction
+            and a uniform distance, as in robust_overfitting, and so is nearer to the image.
         attack_precision: of the attack's passes, as `precision`.
         engine: how the attack is run; see `fastadv.pgd_fused`.
         awp_gamma: size of AWP's perturbation of the weights relative to them, 0 for none; its paper has .01 for
@@ -240,29 +268,40 @@ class AdversarialRecipe(Recipe):
         awp_warmup: epochs from the start without it.
     """
 
+    norm: Literal["linf", "l2"] = "linf"
     eps: Number = 8 / 255
     alpha: Number = 2 / 255
     steps: int = 10
     random_start: bool = True
+    l2_start: Literal["ball", "radius"] = "ball"
     attack_precision: Precision = "auto"
     engine: Literal["auto", "eager", "compiled", "graph"] = "auto"
     awp_gamma: Number = 0.0
     awp_warmup: int = 0
+
+    deciding: ClassVar[tuple[str, ...]] = ("norm",)
+    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 15 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
-        check_radius("eps", self.eps, "linf", (0.0, 1.0))
+        if self.norm == "linf":  # in l2 it takes the size of an image to tell
+            check_radius("eps", self.eps, "linf", (0.0, 1.0))
+
+    @classmethod
+    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the radius and the step size in l2."""
+        return dict(cls.l2_numbers) if given.get("norm") == "l2" else {}
 
 
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
-    """Let recipes of a class that are made without a preset begin with `start("paper", ...)`, too.
+    """Keep `dataclasses.replace` from changing what the numbers of a recipe depend on.
 
     It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
-    every number as if it were given. It is kept from changing what the numbers depend on: the class has an
-    `InitVar` called `replaces`, by which `replace` tells which recipe it began with.
+    every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells which
+    recipe it began with.
     """
     init = kind.__init__
 
@@ -270,7 +309,7 @@ def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     def begin(self: RecipeT, *, replaces: RecipeT | None = None, **numbers: Any) -> None:
         if replaces is not None:
             _check_same_start(replaces, numbers)
-        init(self, **{**kind.start("paper", numbers), **numbers})
+        init(self, **numbers)
 
     kind.__init__ = begin  # type: ignore[assignment, method-assign]
     kind.replaces = property(lambda self: self)  # type: ignore[attr-defined]
@@ -279,7 +318,7 @@ def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
 
 def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
     """Refuse to change a field by which `start` has chosen numbers that would stay."""
-    for name in recipe.deciding:
+    for name in recipe.deciders():
         old, new = getattr(recipe, name), numbers[name]
         if new != old:
             kind = type(recipe).__name__
