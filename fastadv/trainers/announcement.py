@@ -42,6 +42,7 @@ def announcement(loop: Loop, model_name: str | None) -> str:
             f"  work: {recipe.epochs} epochs of {len(loop.loader):,} steps of "
             f"{recipe.batch_size} images; per image {_passes(loop)}",
             f"  time: about {duration(_expected_seconds(loop))}, going by one batch",
+            *_optimizer_line(loop),
             *_attack_line(loop),
             f"  best checkpoint: by {_score(loop)} of {_watched(loop)}",
             f"  results: {loop.run.path}",
@@ -98,6 +99,16 @@ def _seconds_of(work: Callable[[], Tensor]) -> float:
         if seconds > _LONG_PASS:
             break
     return seconds
+
+
+def _optimizer_line(loop: Loop) -> list[str]:
+    recipe = loop.recipe
+    if recipe.optimizer == "sgd":
+        return []
+    return [
+        f"  optimizer: AdamW, learning rate {recipe.lr:g}, betas {recipe.betas[0]:g} and {recipe.betas[1]:g}, "
+        f"weight decay {recipe.weight_decay:g}"
+    ]
 
 
 def _attack_line(loop: Loop) -> list[str]:

@@ -38,10 +38,11 @@ from fastadv.trainers.optim import (
     BufferGuard,
     EpochAverage,
     WeightAverage,
-    build_sgd,
+    build_optimizer,
     clip_gradients,
     gradient_norm,
-    load_sgd_state,
+    load_optimizer_state,
+    set_place,
 )
 from fastadv.trainers.run_directory import RunDirectory
 
@@ -162,7 +163,7 @@ class Loop:
     def __post_init__(self) -> None:
         self.recipe = self.method.recipe
         self.models = self.method.trainable()
-        self.optimizers = {name: build_sgd(m, self.recipe) for name, m in self.models.items()}
+        self.optimizers = {name: build_optimizer(m, self.recipe) for name, m in self.models.items()}
         self._guard = BufferGuard(list(self.models.values()))
         self._sync = Synchroniser(list(self.models.values()), self.ranks)
         self._window, self._epoch = Meter(), Meter()
@@ -189,7 +190,7 @@ class Loop:
             model.load_state_dict(
                 unpack_weights(checkpoint.weights, None if position == 0 else name)
             )
-            load_sgd_state(self.optimizers[name], state["optimizers"][name])
+            load_optimizer_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
@@ -260,10 +261,8 @@ class Loop:
         """Take one step at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
         place = epoch + step / len(self.loader)
-        numbers = {"lr": self.recipe.lr_at(place), "momentum": self.recipe.momentum_at(place)}
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group.update(numbers)
+            set_place(optimizer, self.recipe, place)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)

@@ -35,6 +35,7 @@ _SYNONYMS = {
     "lambda_": "lam",
 }
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
+_ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
 
 
 class RecipeType(ABCMeta):
@@ -69,15 +70,19 @@ class Recipe(metaclass=RecipeType):
     Attributes:
         presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
-        deciding: fields by which `start` or `of_threat` chooses the numbers that a recipe begins with.
+        deciding: fields by which `beginning` chooses the numbers that a recipe begins with.
         epochs: passes over the training images.
         batch_size: images per step; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
         schedule: how the learning rate changes over the run.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
+        optimizer: "sgd" or "adamw" (Loshchilov and Hutter 2019). With AdamW a recipe begins with PyTorch's
+            learning rate and weight decay for it, .001 and .01, whichever of them are not given.
         momentum: of SGD; a schedule that cycles the momentum has its own numbers for it.
         nesterov: Nesterov's form of the momentum.
-        weight_decay: of SGD, on all parameters.
+        betas: of AdamW: how slowly its averages of the gradient and of its square change. A schedule that cycles
+            the momentum cycles the first one.
+        weight_decay: on all parameters; part of the gradient in SGD, beside it in AdamW.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
         label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
             methods that compare the logits of clean and attacked images do not take it.
@@ -117,8 +122,10 @@ class Recipe(metaclass=RecipeType):
     lr: Number = 0.1
     schedule: Schedule = _TENTH_AFTER_75_AND_90
     warmup: Number = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Number = 0.9
     nesterov: bool = False
+    betas: tuple[Number, Number] = (0.9, 0.999)
     weight_decay: Number = 5e-4
     clip_grad_norm: Number | None = None
     label_smoothing: Number = 0.0
@@ -143,7 +150,7 @@ class Recipe(metaclass=RecipeType):
     sync_bn: bool = False
 
     presets: ClassVar[Presets] = {"paper": {}}
-    deciding: ClassVar[tuple[str, ...]] = ()
+    deciding: ClassVar[tuple[str, ...]] = ("optimizer",)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -175,6 +182,8 @@ class Recipe(metaclass=RecipeType):
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if not 0 < self.extra_weight < math.inf:
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
@@ -206,13 +215,14 @@ class Recipe(metaclass=RecipeType):
 
     @classmethod
     def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a recipe begins with: the numbers of `start`, in the threat that is given.
+        """Return what a recipe begins with: the numbers of `start`, but for those of the threat and the optimiser.
 
         Args:
             preset: one of `presets`.
             given: fields that the caller sets.
         """
-        return {**cls.start(preset, given), **cls.of_threat(given)}
+        adamw = _ADAMW if given.get("optimizer") == "adamw" else {}
+        return {**cls.start(preset, given), **cls.of_threat(given), **adamw}
 
     @classmethod
     def deciders(cls) -> tuple[str, ...]:

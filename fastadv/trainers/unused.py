@@ -36,6 +36,8 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
 
     conditions = [
         (not value("pad"), "with pad 0", ["pad_mode"]),
+        (value("optimizer") == "sgd", "with optimizer sgd", ["betas"]),
+        (value("optimizer") == "adamw", "with optimizer adamw", ["momentum", "nesterov"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
         (value("norm") == "linf", "with norm linf", ["l2_start"]),
         (value("random_start") is False, "with random_start false", ["l2_start"]),
