@@ -9,6 +9,7 @@ import math
 from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.attacks.options import SYNONYMS
@@ -74,7 +75,7 @@ class Recipe(metaclass=RecipeType):
         epochs: passes over the training images.
         batch_size: images per step; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
-        schedule: how the learning rate changes over the run.
+        schedule: how the learning rate changes over the run; the default scales in proportion with the epochs.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
         optimizer: "sgd" or "adamw" (Loshchilov and Hutter 2019). With AdamW a recipe begins with PyTorch's
             learning rate and weight decay for it, .001 and .01, whichever of them are not given.
@@ -217,12 +218,20 @@ class Recipe(metaclass=RecipeType):
     def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a recipe begins with: the numbers of `start`, but for those of the threat and the optimiser.
 
+        For another number of epochs the schedule is scaled, so that the learning rate drops at the same parts of
+        the run.
+
         Args:
             preset: one of `presets`.
             given: fields that the caller sets.
         """
         adamw = _ADAMW if given.get("optimizer") == "adamw" else {}
-        return {**cls.start(preset, given), **cls.of_threat(given), **adamw}
+        numbers = {**cls.start(preset, given), **cls.of_threat(given), **adamw}
+        planned, epochs = numbers.get("epochs", cls.epochs), given.get("epochs", 0)
+        if isinstance(epochs, Integral) and int(epochs) > 0:
+            schedule = numbers.get("schedule", cls.schedule)
+            numbers["schedule"] = schedule.scaled(planned, int(epochs))
+        return numbers
 
     @classmethod
     def deciders(cls) -> tuple[str, ...]:
