@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd_l1 import run_l1
-from fastadv.attacks.arguments import Precision
+from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best, best_of_runs, where_images
@@ -128,7 +128,7 @@ class APGD(Attack):
         targeted: bool = False,
         precision: Precision = "auto",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:

@@ -12,6 +12,7 @@ from fastadv.ops import checks
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
+TrainMode = bool | Literal["moving"]
 
 
 def check_seed(seed: object) -> int | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastadv.attacks.arguments import (
     EngineName,
     Precision,
+    TrainMode,
     check_batch,
     check_images,
     check_labels,
@@ -46,7 +47,7 @@ class AttackSettings:
     targeted: bool = False
     precision: Precision = "auto"
     engine: EngineName = "auto"
-    train_mode: bool = False
+    train_mode: TrainMode = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -71,7 +72,8 @@ class Attack(Configured):
 
     It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
     weights over at every call. Between calls the model may be trained, moved or changed in structure. During
-    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens.
+    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens; its
+    buffers are not with ``train_mode="moving"``.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C].
@@ -98,7 +100,7 @@ class Attack(Configured):
     targeted = Setting[bool]()
     precision = Setting[Precision]()
     engine = Setting[EngineName]()
-    train_mode = Setting[bool]()
+    train_mode = Setting[TrainMode]()
     seed = Checked(check_seed)
     check_inputs = Checked(partial(check_bool, "check_inputs"))
     passes = Checked(partial(integer, "passes", at_least=1))

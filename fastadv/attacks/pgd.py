@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best
@@ -131,7 +131,7 @@ class PGD(Attack):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,
@@ -310,7 +310,7 @@ def pgd_fused(
     loss: str | LossFunction = "ce",
     precision: Precision = "auto",
     engine: EngineName = "auto",
-    train_mode: bool = False,
+    train_mode: TrainMode = False,
     keep: Keep = "last",
     sparsity: float = 0.95,
     seed: int | None = None,
@@ -345,7 +345,8 @@ def pgd_fused(
             precision, on a GPU recorded at the second call of a batch size, and the live model in fp32, whose
             result then equals a plain loop's bit for bit.
         train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
-            result then depends on the others in the batch.
+            result then depends on the others in the batch. ``"moving"`` is train mode in which every pass of the
+            attack moves BatchNorm's running statistics for good, as in the loops that do not look after them.
         keep: which point of a run is returned: the ``"last"``, or, sample by sample, the ``"best"`` of all its
             points, start and end included: the one of highest loss among those that reached the aim (to be
             misclassified, or as the target), else among all. It costs one forward pass more per restart.

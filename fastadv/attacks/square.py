@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import Precision
+from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import Best, best_of_runs
@@ -108,7 +108,7 @@ class Square(Attack):
         targeted: bool = False,
         precision: Precision = "fp32",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:

@@ -160,14 +160,14 @@ class EagerEngine(Engine):
     Args:
         precision: of the passes.
         reason: why no copy runs.
-        train_mode: run in train mode.
+        train_mode: run in train mode; ``"moving"`` leaves the buffers as the passes have moved them.
         draws: whether the model may draw random numbers, which then follow the session's seed.
     """
 
     name = "eager"
 
     def __init__(
-        self, precision: str, reason: str, train_mode: bool = False, draws: bool = True
+        self, precision: str, reason: str, train_mode: bool | str = False, draws: bool = True
     ) -> None:
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
@@ -181,7 +181,12 @@ class EagerEngine(Engine):
         # Held for the session only, so that a cached engine keeps no model alive.
         self._model, self._weights = model, _weights_dtype(model)
         try:
-            with frozen(model, train_mode=self._train_mode, seed=seed if self._draws else None):
+            with frozen(
+                model,
+                train_mode=bool(self._train_mode),
+                keep_buffers=self._train_mode != "moving",
+                seed=seed if self._draws else None,
+            ):
                 yield
         finally:
             self._model = None

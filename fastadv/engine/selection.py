@@ -55,7 +55,7 @@ class Wish(NamedTuple):
 
     precision: str
     engine: str
-    train_mode: bool
+    train_mode: bool | str
 
 
 @dataclass
@@ -124,7 +124,7 @@ class EngineCache:
         if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
-                right = _autocast_is_right(model, x, precision, wish.train_mode, draws)
+                right = _autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
                 self._autocast_is_right[place] = right
             if not self._autocast_is_right[place]:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks import PGD
+from fastadv.attacks.arguments import TrainMode
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.starts import uniform_radius_start
 from fastadv.ops import random_start
@@ -16,11 +17,12 @@ from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.method import AttackedT, LossResult, Method, TrainBatch, Update
 from fastadv.trainers.recipe import AdversarialRecipe
 
+_MODES: dict[str, TrainMode] = {"eval": False, "train": True, "moving": "moving"}
 AdversarialT = TypeVar("AdversarialT", bound=AdversarialRecipe)
 
 
 class AdversarialMethod(Method[AdversarialT, AttackedT]):
-    """A method whose attack is PGD on the trained model in evaluation mode.
+    """A method whose attack is PGD on the trained model, in evaluation mode unless its recipe has another.
 
     Its recipe can ask for AWP, `WeightPerturbation`, around the training loss: the loss is then computed twice,
     with the same attacked images, and the log has that at the perturbed weights.
@@ -38,6 +40,11 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
     def setup(self) -> None:
         """Build the attack; it follows the weights of the model as they are trained."""
         recipe = self.recipe
+        if recipe.attack_mode != "eval" and not self.bn_updates:
+            raise ValueError(
+                f"attack_mode must be 'eval' for {self.name}, which trains no BatchNorm, "
+                f"got {recipe.attack_mode!r}"
+            )
         self.pgd = self.attack_class(
             self.model,
             recipe.eps,
@@ -48,9 +55,12 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             loss=self.attack_loss,
             precision=recipe.attack_precision,
             engine=recipe.engine,
+            train_mode=_MODES[recipe.attack_mode],
             check_inputs=False,  # images and labels of an ImageData are in range
         )
         self._gauges: dict[str, Tensor] = {}
+        if recipe.attack_mode == "moving":
+            self.bn_updates += recipe.steps + (self.attack_loss == "kl")
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
         """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""

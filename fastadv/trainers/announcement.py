@@ -80,7 +80,7 @@ def _expected_seconds(loop: Loop) -> float:
         images = engine.images(batch.x)
 
         def step() -> Tensor:
-            with engine.session(model, 0):
+            with frozen(model), engine.session(model, 0):
                 return engine.gradient(images, lambda logits: logits.square().sum(1)).grad
 
         step_seconds = _seconds_of(step)

@@ -280,6 +280,9 @@ class AdversarialRecipe(Recipe):
         random_start: start the attack from a random point of the ball.
         l2_start: how this point is drawn in l2. "ball" is uniform in the ball. "radius" has a uniform direction
             and a uniform distance, as in robust_overfitting, and so is nearer to the image.
+        attack_mode: mode of the model that is attacked: "eval"; "train", in which an image's attack depends on its
+            batch and BatchNorm's running statistics are put back afterwards; or "moving", in which every pass of
+            the attack moves them, as in robust_overfitting and AWP-AT.
         attack_precision: of the attack's passes, as `precision`.
         engine: how the attack is run; see `fastadv.pgd_fused`.
         awp_gamma: size of AWP's perturbation of the weights relative to them, 0 for none; its paper has .01 for
@@ -293,6 +296,7 @@ class AdversarialRecipe(Recipe):
     steps: int = 10
     random_start: bool = True
     l2_start: Literal["ball", "radius"] = "ball"
+    attack_mode: Literal["eval", "train", "moving"] = "eval"
     attack_precision: Precision = "auto"
     engine: Literal["auto", "eager", "compiled", "graph"] = "auto"
     awp_gamma: Number = 0.0
@@ -306,6 +310,11 @@ class AdversarialRecipe(Recipe):
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
+        if self.sync_bn and self.attack_mode != "eval":
+            raise ValueError(
+                "attack_mode must be 'eval' with sync_bn, whose statistics no attack gathers, "
+                f"got {self.attack_mode!r}"
+            )
         if self.norm == "linf":  # in l2 it takes the size of an image to tell
             check_radius("eps", self.eps, "linf", (0.0, 1.0))
 

@@ -47,6 +47,10 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
             ["l2_start"],
         ),
     ]
+    if method == "free":
+        conditions.append(
+            (True, "with free, which attacks in its training passes", ["attack_mode"])
+        )
     if method == "arrest":
         conditions += [
             (
