@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
     """
 
     attack_loss: str | LossFunction = "ce"
-    attack_class: ClassVar[type[PGD]] = PGD
+    attack_class: type[PGD] = PGD
     images_trained: int = 1
 
     def setup(self) -> None:

@@ -40,6 +40,7 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         (value("optimizer") == "adamw", "with optimizer adamw", ["momentum", "nesterov"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
         (value("norm") == "linf", "with norm linf", ["l2_start"]),
+        (value("friendly") is False, "with friendly false", ["tau", "tau_epochs"]),
         (value("random_start") is False, "with random_start false", ["l2_start"]),
         (
             value("start_std") is not None,
