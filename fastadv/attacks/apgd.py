@@ -150,8 +150,12 @@ class APGD(Attack):
 
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
         return best_of_runs(
-            self._run, batch, self._targets(batch), seed, whole=self.settings.train_mode
+            self._run, batch, self._targets(batch), seed, whole=bool(self.settings.train_mode)
         )
+
+    def _soft_labels_obstacle(self) -> str | None:
+        loss = self.settings.loss
+        return None if loss == "ce" else f"with loss {loss!r}"
 
     def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""

@@ -131,7 +131,8 @@ class Attack(Configured):
 
         Args:
             x: images [B, ...] within the bounds.
-            y: labels, or targets, [B], int64 or another integer dtype.
+            y: labels, or targets, [B], int64 or another integer dtype; or soft labels [B, C], floating point, for
+                attacks on the losses "ce" and "kl" or on a callable.
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
@@ -147,7 +148,7 @@ class Attack(Configured):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        y = check_batch(x, y, sample_ids, self.model)
+        y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
         radius = self._radius(x, eps)
         if start is not None:
@@ -233,6 +234,10 @@ class Attack(Configured):
     def _graph_obstacle(self) -> str | None:
         """Why the attack cannot be recorded as one CUDA graph; None where it can."""
         return f"{type(self).__name__} is run step by step"
+
+    def _soft_labels_obstacle(self) -> str | None:
+        """Why the attack takes class indices alone, to follow "y must hold class indices"; None if it does not."""
+        return f"for {type(self).__name__}"
 
     @property
     def last(self) -> AttackReport:

@@ -140,7 +140,7 @@ class Square(Attack):
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
         runs = [None] * self.settings.restarts
-        return best_of_runs(self._run, batch, runs, seed, whole=self.settings.train_mode)
+        return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
     def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
         """One random search; broken images stay as they are, and leave when it is time to look."""
