@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastadv.data import Batch, Batches
+from fastadv.engine.frozen import frozen
 from fastadv.fields import check_fields
 from fastadv.files import point_link, write_atomically
 from fastadv.interruption import Interrupted, StopRequest, signal_name
@@ -32,6 +33,7 @@ from fastadv.trainers.console import Console
 from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
+from fastadv.trainers.mixup import mixed
 from fastadv.trainers.monitor import Look, Monitor
 from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
@@ -169,6 +171,7 @@ class Loop:
         self._window, self._epoch = Meter(), Meter()
         self._seconds: dict[str, float] = {}
         self._batch: TrainBatch | None = None
+        self._classes: int | None = None
         self._moved, self._bad_loss = False, 0.0
         self._saved_at, self._request = 0.0, StopRequest()
 
@@ -267,6 +270,9 @@ class Loop:
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
         self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights)
+        if self.recipe.mixup:
+            classes = self._count_classes(self._batch.x)
+            self._batch = mixed(self._batch, self.recipe.mixup, classes, self.ranks)
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
@@ -276,6 +282,14 @@ class Loop:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
             self.average.update(next(iter(self.models.values())), self.progress.step + 1)
+
+    def _count_classes(self, x: torch.Tensor) -> int:
+        """The number of the model's logits, found out once."""
+        if self._classes is None:
+            model = next(iter(self.models.values()))
+            with frozen(model), torch.no_grad():
+                self._classes = model(x[:1]).shape[1]
+        return self._classes
 
     def _update(self, result: LossResult) -> bool:
         """Move the weights along the gradient of a loss; not if something is not finite."""

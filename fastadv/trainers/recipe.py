@@ -87,6 +87,9 @@ class Recipe(metaclass=RecipeType):
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
         label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
             methods that compare the logits of clean and attacked images do not take it.
+        mixup: alpha of mixup (Zhang et al. 2018): each image is mixed with another one of its batch, and its label
+            alike, by a share from the Beta(alpha, alpha) distribution; 0 is none. For methods that take
+            `label_smoothing`.
         ema_decay: decay per step of a moving average of the weights, which is then what is
             monitored and evaluated; none by default.
         swa_start: first epoch, counted from 1, whose last weights go into a plain average over
@@ -130,6 +133,7 @@ class Recipe(metaclass=RecipeType):
     weight_decay: Number = 5e-4
     clip_grad_norm: Number | None = None
     label_smoothing: Number = 0.0
+    mixup: Number = 0.0
     ema_decay: Number | None = None
     swa_start: int | None = None
     pad: int = 4
@@ -159,7 +163,7 @@ class Recipe(metaclass=RecipeType):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
             check_field(self, name, at_least=0)
-        for name in ("lr", "warmup", "momentum", "weight_decay"):
+        for name in ("lr", "warmup", "momentum", "weight_decay", "mixup"):
             check_field(self, name, at_least=0)
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be > 0, got {self.clip_grad_norm}")
@@ -185,6 +189,8 @@ class Recipe(metaclass=RecipeType):
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.mixup and self.extra_weight != 1:
+            raise ValueError(f"extra_weight must be 1 with mixup, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
