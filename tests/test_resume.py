@@ -215,7 +215,8 @@ def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
             process.communicate()
     # How far a run of 500 epochs would get depends on the machine: cut it where it is.
     epoch = load_checkpoint(find_checkpoint(folder)).meta["epoch"] + 1
-    shorter: dict[str, Any] = {"changes": {"epochs": epoch}}
+    schedule = small_recipe("arrest", epochs=500).schedule
+    shorter: dict[str, Any] = {"changes": {"epochs": epoch, "schedule": schedule}}
     run("arrest", folder, resume=True, allow_changes=True, **shorter)
     run("arrest", tmp_path / "whole", **shorter)
     assert_same_end(tmp_path / "whole", folder)

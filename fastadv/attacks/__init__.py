@@ -13,6 +13,7 @@ from fastadv.attacks.minimum_perturbation import minimum_perturbation
 from fastadv.attacks.pgd import PGD, PGDSettings, pgd_fused
 from fastadv.attacks.report import AttackReport
 from fastadv.attacks.square import Square, SquareSettings
+from fastadv.attacks.starts import uniform_radius_start
 
 __all__ = [
     "APGD",
@@ -35,4 +36,5 @@ __all__ = [
     "SquareSettings",
     "minimum_perturbation",
     "pgd_fused",
+    "uniform_radius_start",
 ]

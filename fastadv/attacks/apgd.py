@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd_l1 import run_l1
-from fastadv.attacks.arguments import Precision
+from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best, best_of_runs, where_images
@@ -128,7 +128,7 @@ class APGD(Attack):
         targeted: bool = False,
         precision: Precision = "auto",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:
@@ -150,8 +150,12 @@ class APGD(Attack):
 
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
         return best_of_runs(
-            self._run, batch, self._targets(batch), seed, whole=self.settings.train_mode
+            self._run, batch, self._targets(batch), seed, whole=bool(self.settings.train_mode)
         )
+
+    def _soft_labels_obstacle(self) -> str | None:
+        loss = self.settings.loss
+        return None if loss == "ce" else f"with loss {loss!r}"
 
     def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""

@@ -8,10 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.soft_labels import check_probabilities, check_soft_labels, is_soft
 from fastadv.ops import checks
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
+TrainMode = bool | Literal["moving"]
 
 
 def check_seed(seed: object) -> int | None:
@@ -24,11 +26,24 @@ def check_seed(seed: object) -> int | None:
     return None if seed is None else checks.check_seed(seed)  # type: ignore[arg-type]
 
 
-def check_batch(x: Tensor, y: Tensor, sample_ids: Tensor | None, model: object) -> Tensor:
+def check_batch(
+    x: Tensor,
+    y: Tensor,
+    sample_ids: Tensor | None,
+    model: object,
+    soft_obstacle: str | None,
+) -> Tensor:
     """Check shapes, dtypes and devices of a batch; nothing is read from the device.
 
+    Args:
+        x: images.
+        y: labels.
+        sample_ids: or None.
+        model: the model.
+        soft_obstacle: why the attack takes no soft labels; None where it does.
+
     Returns:
-        The labels in int64.
+        The labels in int64, soft ones in float32 or float64.
 
     Raises:
         TypeError: ``x`` is no float tensor, ``y`` no tensor of integers, ``sample_ids`` no tensor, the model not
@@ -42,7 +57,10 @@ def check_batch(x: Tensor, y: Tensor, sample_ids: Tensor | None, model: object) 
         raise ValueError(f"x must have shape [B, ...] with at least two axes, got {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"x must have images with elements, got shape {tuple(x.shape)}")
-    labels = checks.class_labels("y", y, x.shape[0])
+    if is_soft(y):
+        labels = check_soft_labels(y, x.shape[0], soft_obstacle)
+    else:
+        labels = checks.class_labels("y", y, x.shape[0])
     if y.device != x.device:
         raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}")
     if not isinstance(sample_ids, Tensor | None):
@@ -86,8 +104,11 @@ def check_labels(y: Tensor, num_classes: int) -> None:
     """Check the values of the labels; on a GPU this waits for the device once.
 
     Raises:
-        ValueError: a label is out of range.
+        ValueError: a label is out of range, or soft ones are no probabilities of the model's classes.
     """
+    if is_soft(y):
+        check_probabilities(y, num_classes)
+        return
     first, last = torch.stack(y.aminmax()).tolist()
     if not (first >= 0 and last < num_classes):
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastadv.attacks.arguments import (
     EngineName,
     Precision,
+    TrainMode,
     check_batch,
     check_images,
     check_labels,
@@ -46,7 +47,7 @@ class AttackSettings:
     targeted: bool = False
     precision: Precision = "auto"
     engine: EngineName = "auto"
-    train_mode: bool = False
+    train_mode: TrainMode = False
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -71,7 +72,8 @@ class Attack(Configured):
 
     It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
     weights over at every call. Between calls the model may be trained, moved or changed in structure. During
-    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens.
+    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens; its
+    buffers are not with ``train_mode="moving"``.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C].
@@ -98,7 +100,7 @@ class Attack(Configured):
     targeted = Setting[bool]()
     precision = Setting[Precision]()
     engine = Setting[EngineName]()
-    train_mode = Setting[bool]()
+    train_mode = Setting[TrainMode]()
     seed = Checked(check_seed)
     check_inputs = Checked(partial(check_bool, "check_inputs"))
     passes = Checked(partial(integer, "passes", at_least=1))
@@ -129,7 +131,8 @@ class Attack(Configured):
 
         Args:
             x: images [B, ...] within the bounds.
-            y: labels, or targets, [B], int64 or another integer dtype.
+            y: labels, or targets, [B], int64 or another integer dtype; or soft labels [B, C], floating point, for
+                attacks on the losses "ce" and "kl" or on a callable.
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
@@ -145,7 +148,7 @@ class Attack(Configured):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        y = check_batch(x, y, sample_ids, self.model)
+        y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
         radius = self._radius(x, eps)
         if start is not None:
@@ -231,6 +234,10 @@ class Attack(Configured):
     def _graph_obstacle(self) -> str | None:
         """Why the attack cannot be recorded as one CUDA graph; None where it can."""
         return f"{type(self).__name__} is run step by step"
+
+    def _soft_labels_obstacle(self) -> str | None:
+        """Why the attack takes class indices alone, to follow "y must hold class indices"; None if it does not."""
+        return f"for {type(self).__name__}"
 
     @property
     def last(self) -> AttackReport:

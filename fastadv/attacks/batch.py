@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.averaging import mean_gradient
+from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Engine, Gradient
 from fastadv.ops import pgd_step_, random_start
 from fastadv.ops.checks import over_samples
@@ -44,7 +45,7 @@ class Batch:
     Attributes:
         engine: computes logits and gradients.
         x: the clean images [B, ...] in the dtype and layout in which the attack moves them.
-        y: labels, or targets, [B].
+        y: labels, or targets, [B]; or soft ones [B, C], of which the likeliest class is to be left or reached.
         eps: radius, a number or [B].
         norm: of the ball.
         bounds: lowest and highest allowed value.
@@ -144,7 +145,7 @@ class Batch:
 
     def succeeded(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them, [B] bool; NaN logits are no success."""
-        reached = logits.argmax(1) == self.y
+        reached = logits.argmax(1) == hard(self.y)
         return (reached if self.targeted else ~reached) & ~logits.isnan().any(1)
 
     def rows(self, rows: Tensor) -> Batch:

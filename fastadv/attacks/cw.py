@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import where_images
@@ -92,7 +92,7 @@ class CW(PGD):
         targeted: bool = False,
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,
@@ -203,7 +203,7 @@ class CWL2(Attack):
         targeted: bool = False,
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import Precision
+from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import Best, where_images
@@ -141,7 +141,7 @@ class FAB(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:

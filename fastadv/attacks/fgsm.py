@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
@@ -65,7 +65,7 @@ class FGSM(PGD):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         sparsity: float = 0.95,
         seed: int | None = None,
         check_inputs: bool = True,
@@ -141,7 +141,7 @@ class FGSMRS(PGD):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,

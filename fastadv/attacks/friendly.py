@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
+from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Model
 from fastadv.ops.values import integer
 
@@ -81,7 +82,7 @@ class FriendlyPGD(PGD):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,
@@ -107,8 +108,8 @@ class FriendlyPGD(PGD):
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
     def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
-        sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)
-        left = torch.full_like(batch.y, self.tau)
+        sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.x.shape[:1], alpha)
+        left = torch.full_like(hard(batch.y), self.tau)
 
         def size(logits: Tensor) -> Tensor:
             left.sub_(batch.succeeded(logits).long())

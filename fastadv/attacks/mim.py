@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.objectives import LossFunction
@@ -81,7 +81,7 @@ class MIM(PGD):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,

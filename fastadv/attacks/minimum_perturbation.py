@@ -59,7 +59,7 @@ def minimum_perturbation(
     iterations = integer("iterations", iterations, at_least=1)
     if not max_eps > 0:
         raise ValueError(f"max_eps must be > 0, got {max_eps}")
-    y = check_batch(x, y, sample_ids, attack.model)
+    y = check_batch(x, y, sample_ids, attack.model, "for minimum_perturbation")
     if attack.eps < math.inf:  # else it has no ball, and will say so
         check_radius("max_eps", max_eps, attack.norm, attack.bounds, x.shape[1:].numel())
     if seed is None:

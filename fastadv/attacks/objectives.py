@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
+
+SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -43,7 +46,8 @@ class Objective:
 
         Args:
             logits: [B, C], any float dtype.
-            y: labels, or targets, [B] int64.
+            y: labels, or targets, [B] int64; or soft ones [B, C] for ``"ce"``, ``"kl"``, which then is the
+                divergence from them, and a callable.
             clean_logits: [B, C] of the unattacked images, for ``"kl"``.
 
         Returns:
@@ -56,6 +60,8 @@ class Objective:
         logits = _wide(logits)
         if not isinstance(self._loss, str):
             return self._sign * _checked_value(self._loss(logits, y), logits)
+        if is_soft(y):
+            return self._sign * _SOFT[self._loss](logits, y)
         if self._loss == "kl":
             assert clean_logits is not None
             return kl_objective(logits, clean_logits.to(logits.dtype))
@@ -171,6 +177,7 @@ def _without_own(logits: Tensor, y: Tensor) -> Tensor:
     return logits.masked_fill(own, -torch.inf)
 
 
+_SOFT: dict[str, LossFunction] = {"ce": soft_cross_entropy, "kl": soft_divergence}
 _NAMED: dict[str, LossFunction] = {
     "ce": ce_objective,
     "cw": cw_objective,

@@ -10,12 +10,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastadv.attacks.arguments import EngineName, Precision
+from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch, ValueOf
 from fastadv.attacks.best import Best
-from fastadv.attacks.objectives import LossFunction, Objective
+from fastadv.attacks.objectives import SOFT_OBJECTIVES, LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
+from fastadv.attacks.soft_labels import is_soft
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
 from fastadv.engine.selection import EngineCache
@@ -131,7 +132,7 @@ class PGD(Attack):
         loss: str | LossFunction = "ce",
         precision: Precision = "auto",
         engine: EngineName = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         keep: Keep = "last",
         sparsity: float = 0.95,
         seed: int | None = None,
@@ -165,6 +166,8 @@ class PGD(Attack):
     ) -> Tensor | None:
         """The search as a CUDA graph, valid until the next; None where it is to be run step by step."""
         obstacle = self._graph_obstacle()
+        if obstacle is None and is_soft(batch.y):
+            obstacle = "soft labels are not recorded"
         if obstacle is not None:
             batch.tally.reason += f"; {obstacle}"
             return None
@@ -198,6 +201,11 @@ class PGD(Attack):
             return f"it takes {gradients} gradients, and a graph at most {MOST_GRADIENTS}"
         return None
 
+    def _soft_labels_obstacle(self) -> str | None:
+        loss = self.settings.loss
+        taken = not isinstance(loss, str) or loss in SOFT_OBJECTIVES
+        return None if taken else f"with loss {loss!r}"
+
     def _graph_key(self) -> tuple[Hashable, ...]:
         """All that a recorded search depends on: the settings but for radius and step size, its inputs."""
         names = [field.name for field in fields(self.settings)]
@@ -227,7 +235,8 @@ class PGD(Attack):
         """The loss as a function of the logits, to be raised."""
         settings = self.settings
         objective = Objective(settings.loss, settings.targeted)
-        clean_logits = batch.logits(batch.x) if objective.needs_clean_logits else None
+        compares = objective.needs_clean_logits and not is_soft(batch.y)
+        clean_logits = batch.logits(batch.x) if compares else None
         ranked_for = "restarts > 1" if settings.restarts > 1 else "keep='best'"
         ranked = settings.restarts > 1 or settings.keep == "best"
 
@@ -310,7 +319,7 @@ def pgd_fused(
     loss: str | LossFunction = "ce",
     precision: Precision = "auto",
     engine: EngineName = "auto",
-    train_mode: bool = False,
+    train_mode: TrainMode = False,
     keep: Keep = "last",
     sparsity: float = 0.95,
     seed: int | None = None,
@@ -325,7 +334,9 @@ def pgd_fused(
         model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
             images belongs inside it.
         x: images [B, ...] within ``bounds``, floating point.
-        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to be reached.
+        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to be reached. With the
+            losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from them) and callables also soft labels
+            [B, C]: probabilities, whose likeliest class counts where it matters whether an image is misclassified.
         eps: radius of the ball, in the units of ``x``; at most the distance between two images within the bounds.
         alpha: step size, in the units of ``x``; in l2 and l1 the length of the whole step.
         steps: number of steps, at least 1.
@@ -345,7 +356,8 @@ def pgd_fused(
             precision, on a GPU recorded at the second call of a batch size, and the live model in fp32, whose
             result then equals a plain loop's bit for bit.
         train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
-            result then depends on the others in the batch.
+            result then depends on the others in the batch. ``"moving"`` is train mode in which every pass of the
+            attack moves BatchNorm's running statistics for good, as in the loops that do not look after them.
         keep: which point of a run is returned: the ``"last"``, or, sample by sample, the ``"best"`` of all its
             points, start and end included: the one of highest loss among those that reached the aim (to be
             misclassified, or as the target), else among all. It costs one forward pass more per restart.

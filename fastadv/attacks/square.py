@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import Precision
+from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import Batch
 from fastadv.attacks.best import Best, best_of_runs
@@ -108,7 +108,7 @@ class Square(Attack):
         targeted: bool = False,
         precision: Precision = "fp32",
         engine: Literal["auto", "eager", "compiled"] = "auto",
-        train_mode: bool = False,
+        train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,
     ) -> None:
@@ -140,7 +140,7 @@ class Square(Attack):
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
         runs = [None] * self.settings.restarts
-        return best_of_runs(self._run, batch, runs, seed, whole=self.settings.train_mode)
+        return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
     def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
         """One random search; broken images stay as they are, and leave when it is time to look."""

@@ -167,7 +167,8 @@ def _expectation(text: str) -> str:
         value = value.partition("Given value: ")[2]
         kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
         kinds = [kind for kind in kinds if kind]
-        return f" must be {' or '.join(kinds)}, got {value!r}" if kinds else f": {text}"
+        hint = closest(value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors))))
+        return f" must be {' or '.join(kinds)}, got {value!r}{hint}" if kinds else f": {text}"
     if found := re.match(r"Expected a (.*)\. Got value: (.*)", text):
         kind = _kind(text)
         words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []

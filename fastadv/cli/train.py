@@ -104,7 +104,7 @@ def training_parser(
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
     recipe_class.preset(preset)  # complains of an unknown one
-    start = recipe_class.start(preset, given)
+    start = recipe_class.beginning(preset, given)
     parser = Parser(
         prog=f"fastadv train {method.name}",
         description=inspect.getdoc(method),
@@ -143,12 +143,15 @@ def training_parser(
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
     """What words and configs say of the preset and of the fields from which other defaults follow."""
     recipe_class = method.recipe_class
-    given = given_options(words, ("preset", *recipe_class.deciding))
+    given = given_options(words, ("preset", "epochs", *recipe_class.deciders()))
     flags = {name for name in given if isinstance(getattr(recipe_class, name), bool)}
-    return {
+    found: dict[str, Any] = {
         name: str(value).lower() in TRUE if name in flags else str(value)
         for name, value in given.items()
     }
+    if found.get("epochs", "").isdecimal():
+        found["epochs"] = int(found["epochs"])
+    return found
 
 
 def _needs(method: MethodClass) -> dict[str, str]:

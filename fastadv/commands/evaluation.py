@@ -38,7 +38,7 @@ from fastadv.evaluation.sanity import NORMS
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_bounds, check_choice
+from fastadv.ops.values import check_bounds, check_choice, norm_name
 from fastadv.ranks import is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
@@ -68,7 +68,7 @@ def run_evaluation(
     interpolation: Literal["bilinear", "bicubic"] | None = None,
     workers: int | None = None,
     eps: Number | list[Number] | None = None,
-    norm: Literal["linf", "l2", "l1"] = "linf",
+    norm: Literal["linf", "l2", "l1"] | None = None,
     bounds: Sequence[float] = (0.0, 1.0),
     alpha: Number | None = None,
     batch_size: int = 256,
@@ -113,9 +113,10 @@ def run_evaluation(
         workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
             at most 8.
         eps: radius of the ball, such as 8/255, in the units of the images; or several radii, and every attack is
-            run at each of them. By default 8/255 in linf, whatever the run was trained with. It must be given with
-            norm l2 or l1, and with other bounds than 0 1.
-        norm: norm of the ball.
+            run at each of them. By default 8/255 in linf, whatever the run was trained with, and in l2
+            the radius of a run that was trained in l2. Otherwise it must be given with norm l2 or l1, and with
+            other bounds than 0 1.
+        norm: norm of the ball; by default that in which the run was trained, linf without a run.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
@@ -152,27 +153,24 @@ def run_evaluation(
         UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = own_device(choose_device(device))
-    radii = _radii(radius_or_default(eps, norm, check_bounds(tuple(bounds))))
+    recorded = None if run is None else _recorded(run, checkpoint)
+    low, high = check_bounds(tuple(bounds))
+    given, (norm, eps) = eps, _threat_of(recorded, norm, eps, (low, high))
+    radii = _radii(radius_or_default(eps, norm, (low, high)))
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
     if sanity:
         check_choice("norm", norm, NORMS)  # before hours are spent
-    recorded: Description | None = None
     if run is None:
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         for option, value in (("weights", weights), ("normalise", normalise)):
             if value is not None:
                 raise ValueError(f"{option} must be left out with a run, got {value!r}")
-        directory = RunDirectory(run)
-        check_checkpoint(directory, checkpoint)
-        find_checkpoint(directory.path, checkpoint)  # a run that is not there is told as such
-        recorded = directory.read()
-        images = images_of_run(directory, data, root, reading)
+        images = images_of_run(RunDirectory(run), data, root, reading)
         judged = model_of_run(run, checkpoint, model, EVAL_FILE)
     network = judged.model.to(where)
-    low, high = check_bounds(tuple(bounds))
     samples = as_samples(images, (low, high), max_examples)
     subject = Subject(
         run=judged.name,
@@ -250,7 +248,7 @@ def run_evaluation(
             keep_images=keep_images,
             sharded=ranks.count > 1,
         )
-        text = report.table() + _about_radius(eps, radii[0], norm, report, recorded)
+        text = report.table() + _about_radius(given, radii[0], norm, report, recorded)
         if sanity and ranks.first:
             text += "\n" + _sanity(
                 network,
@@ -344,6 +342,33 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
     return stopped_by_signals(f"stopped{later}")
 
 
+def _recorded(run: str, checkpoint: str) -> Description:
+    """What a run has recorded of itself; a run or a checkpoint that is not there is told as such."""
+    directory = RunDirectory(run)
+    check_checkpoint(directory, checkpoint)
+    find_checkpoint(directory.path, checkpoint)
+    return directory.read()
+
+
+def _norm_of(recorded: Description | None) -> str:
+    """The norm in which a run was trained; linf of one that says nothing of it."""
+    return "linf" if recorded is None else str(recorded.recipe.get("norm", "linf"))
+
+
+def _threat_of(
+    recorded: Description | None, norm: str | None, eps: Any, bounds: tuple[float, float]
+) -> tuple[Any, Any]:
+    """The norm in which a model is judged, and the radius: where they are not given, those of a run in l2.
+
+    A run's radius is in the units of images in 0..1.
+    """
+    trained = _norm_of(recorded)
+    norm = norm_name(trained if norm is None else norm)
+    if eps is None and recorded is not None and norm == trained != "linf" and bounds == (0, 1):
+        eps = recorded.recipe.get("eps")
+    return norm, eps
+
+
 def _radii(eps: float | Sequence[float]) -> list[float]:
     return list(eps) if isinstance(eps, Sequence) else [eps]
 
@@ -369,13 +394,16 @@ def _about_radius(
         return "" if eps is None else "\neps was not used: there was no attack in a ball.\n"
     if eps is not None:
         return ""
-    text = f"\nJudged {radius_text(norm, radius)}, the default."
     trained = None if recorded is None else recorded.recipe.get("eps")
-    if trained is not None and trained != radius:
+    norm_trained = _norm_of(recorded)
+    if norm_trained == norm != "linf":
+        return f"\nJudged {radius_text(norm, radius)}, where the run was trained. --norm linf judges it in linf.\n"
+    text = f"\nJudged {radius_text(norm, radius)}, the default."
+    if trained is not None and (norm_trained, trained) != (norm, radius):
         there = format_eps(trained)
-        text += (
-            f" The run was trained {radius_text('linf', trained)}: --eps {there} judges it there."
-        )
+        if norm_trained != norm:
+            there += f" --norm {norm_trained}"
+        text += f" The run was trained {radius_text(norm_trained, trained)}: --eps {there} judges it there."
     else:
         text += " --eps names another radius."
     return text + "\n"

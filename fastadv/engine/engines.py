@@ -163,7 +163,7 @@ class EagerEngine(Engine):
     Args:
         precision: of the passes.
         reason: why no copy runs.
-        train_mode: run in train mode.
+        train_mode: run in train mode; ``"moving"`` leaves the buffers as the passes have moved them.
         draws: whether the model draws random numbers, which then follow the session's seed: "watched" where
             that is to be seen when it does so.
     """
@@ -171,7 +171,11 @@ class EagerEngine(Engine):
     name = "eager"
 
     def __init__(
-        self, precision: str, reason: str, train_mode: bool = False, draws: Draws = "assumed"
+        self,
+        precision: str,
+        reason: str,
+        train_mode: bool | str = False,
+        draws: Draws = "assumed",
     ) -> None:
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
@@ -185,9 +189,13 @@ class EagerEngine(Engine):
         # Held for the session only, so that a cached engine keeps no model alive.
         self._model, self._weights = model, _weights_dtype(model)
         try:
-            own = seed if self._draws != "never" else None
-            watch = self._draws == "watched"
-            with frozen(model, train_mode=self._train_mode, seed=own, watch=watch):
+            with frozen(
+                model,
+                train_mode=bool(self._train_mode),
+                keep_buffers=self._train_mode != "moving",
+                seed=seed if self._draws != "never" else None,
+                watch=self._draws == "watched",
+            ):
                 yield
         finally:
             self._model = None

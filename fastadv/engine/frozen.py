@@ -18,6 +18,7 @@ def frozen(
     model: object,
     *,
     train_mode: bool = False,
+    keep_buffers: bool = True,
     freeze_parameters: bool = True,
     seed: int | None = None,
     watch: bool = False,
@@ -30,6 +31,7 @@ def frozen(
     Args:
         model: an ``nn.Module``; of any other callable only the random numbers are governed.
         train_mode: run in train instead of eval mode.
+        keep_buffers: put the buffers back on leaving.
         freeze_parameters: whether parameters stop to require grad.
         seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
             random state is put back. None leaves the random state alone.
@@ -48,7 +50,8 @@ def frozen(
     with ExitStack() as stack:
         if isinstance(model, nn.Module):
             stack.enter_context(_kept_modes(model, freeze_parameters))
-            stack.enter_context(_kept_buffers(model))
+            if keep_buffers:
+                stack.enter_context(_kept_buffers(model))
             with suppress(NotImplementedError):  # exported programs have one mode alone
                 model.train(train_mode)
             if freeze_parameters:

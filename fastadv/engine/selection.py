@@ -56,7 +56,7 @@ class Wish(NamedTuple):
 
     precision: str
     engine: str
-    train_mode: bool
+    train_mode: bool | str
 
 
 @dataclass
@@ -120,11 +120,11 @@ class EngineCache:
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
     ) -> EagerEngine:
         """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        draws = _draws(model, x, wish.train_mode)
+        draws = _draws(model, x, bool(wish.train_mode))
         if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
-                right = _autocast_is_right(model, x, precision, wish.train_mode, draws)
+                right = _autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
                 self._autocast_is_right[place] = right
             if not self._autocast_is_right[place]:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from fastadv.attacks import PGD
+from fastadv.attacks.arguments import TrainMode
 from fastadv.attacks.objectives import LossFunction
+from fastadv.attacks.starts import uniform_radius_start
+from fastadv.ops import random_start
 from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.method import AttackedT, LossResult, Method, TrainBatch, Update
 from fastadv.trainers.recipe import AdversarialRecipe
 
+_MODES: dict[str, TrainMode] = {"eval": False, "train": True, "moving": "moving"}
 AdversarialT = TypeVar("AdversarialT", bound=AdversarialRecipe)
 
 
 class AdversarialMethod(Method[AdversarialT, AttackedT]):
-    """A method whose attack is PGD on the trained model in evaluation mode.
+    """A method whose attack is PGD on the trained model, in evaluation mode unless its recipe has another.
 
     Its recipe can ask for AWP, `WeightPerturbation`, around the training loss: the loss is then computed twice,
     with the same attacked images, and the log has that at the perturbed weights.
@@ -30,28 +34,54 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
     """
 
     attack_loss: str | LossFunction = "ce"
-    attack_class: ClassVar[type[PGD]] = PGD
+    attack_class: type[PGD] = PGD
     images_trained: int = 1
 
     def setup(self) -> None:
         """Build the attack; it follows the weights of the model as they are trained."""
         recipe = self.recipe
+        if recipe.attack_mode != "eval" and not self.bn_updates:
+            raise ValueError(
+                f"attack_mode must be 'eval' for {self.name}, which trains no BatchNorm, "
+                f"got {recipe.attack_mode!r}"
+            )
         self.pgd = self.attack_class(
             self.model,
             recipe.eps,
             recipe.alpha,
             recipe.steps,
             recipe.random_start,
+            norm=recipe.norm,
             loss=self.attack_loss,
             precision=recipe.attack_precision,
             engine=recipe.engine,
+            train_mode=_MODES[recipe.attack_mode],
             check_inputs=False,  # images and labels of an ImageData are in range
         )
         self._gauges: dict[str, Tensor] = {}
+        if recipe.attack_mode == "moving":
+            self.bn_updates += recipe.steps + (self.attack_loss == "kl")
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the attack starts; None leaves it to PGD: uniform noise, or the image itself."""
-        return None
+        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        recipe = self.recipe
+        drawn = recipe.random_start and recipe.norm == "l2" and recipe.l2_start == "radius"
+        return self.random_point(batch, "attack") if drawn else None
+
+    def random_point(self, batch: TrainBatch, purpose: str) -> Tensor:
+        """Return a random point of the ball around each image, drawn as the recipe has it.
+
+        Args:
+            batch: the images.
+            purpose: of its random numbers.
+
+        Returns:
+            Images [B, C, H, W] in 0..1.
+        """
+        recipe, seed = self.recipe, batch.seed(purpose)
+        if recipe.norm == "l2" and recipe.l2_start == "radius":
+            return uniform_radius_start(batch.x, recipe.eps, seed=seed, sample_ids=batch.ids)
+        return random_start(batch.x, recipe.eps, recipe.norm, seed=seed, sample_ids=batch.ids)
 
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
         """Attack a batch, or some of it.
@@ -66,13 +96,19 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         """
         seed = batch.seed("attack")
         self._gauges = {"zero_gradients": torch.zeros((), device=batch.x.device)}
-        if rows is None:
-            start = self.start_of(batch)
-            adv = self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids, start=start)
-        elif rows.numel() == 0:
+        if rows is not None and rows.numel() == 0:
             return batch.x
+        start = self.start_of(batch)
+        if rows is None:
+            adv = self.pgd(batch.x, batch.y, seed=seed, sample_ids=batch.ids, start=start)
         else:
-            some = self.pgd(batch.x[rows], batch.y[rows], seed=seed, sample_ids=batch.ids[rows])
+            some = self.pgd(
+                batch.x[rows],
+                batch.y[rows],
+                seed=seed,
+                sample_ids=batch.ids[rows],
+                start=None if start is None else start[rows],
+            )
             adv = torch.index_copy(batch.x, 0, rows, some)
         seen = self.pgd.last
         self._gauges = {"zero_gradients": seen.counts[0] / max(seen.elements, 1)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastadv.data import Batches
 from fastadv.engine.frozen import frozen
 from fastadv.trainers.console import duration
 from fastadv.trainers.loop import Loop
-from fastadv.trainers.recipe import AdversarialRecipe
+from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 
 _LONG_PASS = 5.0  # seconds
 
@@ -42,6 +43,8 @@ def announcement(loop: Loop, model_name: str | None) -> str:
             f"  work: {recipe.epochs} epochs of {len(loop.loader):,} steps of "
             f"{recipe.batch_size} images; per image {_passes(loop)}",
             f"  time: about {duration(_expected_seconds(loop))}, going by one batch",
+            *_optimizer_line(loop),
+            *_schedule_line(loop.recipe),
             *_attack_line(loop),
             f"  best checkpoint: by {_score(loop)} of {_watched(loop)}",
             f"  results: {loop.run.path}",
@@ -77,7 +80,7 @@ def _expected_seconds(loop: Loop) -> float:
         images = engine.images(batch.x)
 
         def step() -> Tensor:
-            with engine.session(model, 0):
+            with frozen(model), engine.session(model, 0):
                 return engine.gradient(images, lambda logits: logits.square().sum(1)).grad
 
         step_seconds = _seconds_of(step)
@@ -100,12 +103,44 @@ def _seconds_of(work: Callable[[], Tensor]) -> float:
     return seconds
 
 
+def _optimizer_line(loop: Loop) -> list[str]:
+    recipe = loop.recipe
+    if recipe.optimizer == "sgd":
+        return []
+    return [
+        f"  optimizer: AdamW, learning rate {recipe.lr:g}, betas {recipe.betas[0]:g} and {recipe.betas[1]:g}, "
+        f"weight decay {recipe.weight_decay:g}"
+    ]
+
+
+def _schedule_line(recipe: Recipe) -> list[str]:
+    """Say it where the recipe's schedule is that of another number of epochs in proportion."""
+    kind = type(recipe)
+    decided = {name: getattr(recipe, name) for name in kind.deciders()}
+    for name in kind.presets:
+        plain = kind.preset(name, **decided)
+        scaled = plain.schedule.scaled(plain.epochs, recipe.epochs)
+        if plain.schedule != recipe.schedule == scaled:
+            places = ", ".join(f"{key} {_rounded(value)}" for key, value in vars(scaled).items())
+            return [
+                f"  schedule: {type(scaled).__name__}, {plain.epochs} epochs scaled to {recipe.epochs}: {places}"
+            ]
+    return []
+
+
+def _rounded(value: Any) -> str:
+    """A number for people, or several."""
+    numbers = value if isinstance(value, tuple) else (value,)
+    return ", ".join(f"{number:.4g}" for number in numbers)
+
+
 def _attack_line(loop: Loop) -> list[str]:
     recipe = loop.recipe
     if not (isinstance(recipe, AdversarialRecipe) and hasattr(loop.method, "pgd")):
         return []
+    ball = "" if recipe.norm == "linf" else f" in {recipe.norm}"
     return [
-        f"  attack: PGD-{recipe.steps} on {recipe.eps:.6g} = {recipe.eps * 255:.4g}/255, "
+        f"  attack: PGD-{recipe.steps}{ball} on {recipe.eps:.6g} = {recipe.eps * 255:.4g}/255, "
         f"steps of {recipe.alpha * 255:.4g}/255"
     ]
 
@@ -124,7 +159,8 @@ def _passes(loop: Loop) -> str:
 def _score(loop: Loop) -> str:
     recipe = loop.recipe
     if isinstance(recipe, AdversarialRecipe) and recipe.monitor_steps:
-        return f"accuracy under PGD-{recipe.monitor_steps}"
+        ball = "" if recipe.norm == "linf" else f" in {recipe.norm}"
+        return f"accuracy under PGD-{recipe.monitor_steps}{ball}"
     return "clean accuracy"
 
 

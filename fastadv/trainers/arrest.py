@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv import losses
+from fastadv.attacks.best import where_images
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
@@ -39,7 +40,8 @@ class ArrestRecipe(AdversarialRecipe):
             "logits_mse", the mean squared difference of logits, LBGAT's loss, which table 4 has; "logits_kl",
             Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
         temperature: T of "logits_kl".
-        replay_with: how drifted images are trained on: with "noise" of size eps, or "clean", as they are.
+        replay_with: how drifted images are trained on: with "noise", a random point of the ball, or "clean", as
+            they are.
         lam: weight of the distillation, lambda; the default is meant for the angular distance.
         phi: angle in degrees beyond which features count as drifted; tau = 1 - cos(phi). The
             paper has 30, 37.5 and 45 for CIFAR-10, 30, 32.5 and 35 for CIFAR-100.
@@ -141,7 +143,9 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
                 self._drifting_features(batch.x), teacher_features, self.recipe.tau
             )
         images = self.perturb(batch, (~drifted).nonzero().flatten())  # the drifted ones stay clean
-        if self.recipe.replay_with == "noise":
+        if self.recipe.replay_with == "noise" and self.recipe.norm == "l2":
+            images = where_images(drifted, self.random_point(batch, "replay"), images)
+        elif self.recipe.replay_with == "noise":
             images = noisy_replay(
                 batch.x,
                 images,

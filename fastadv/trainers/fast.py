@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
@@ -19,8 +20,8 @@ class FastRecipe(AdversarialRecipe):
 
     The top of the triangle is in the middle of the run and the momentum falls from .9 to .8 towards it, as in the
     authors' code (locuslab/fast_adversarial). The step, below 2 eps, is to be set together with another eps. Both
-    presets have these numbers. What "official" does not reproduce of that code: there the model is attacked in
-    training mode, so that running statistics move twice per batch.
+    presets have these numbers. With "official" the model is attacked in training mode, as in that code, so that
+    running statistics move twice per batch.
     """
 
     epochs: int = 15
@@ -29,11 +30,12 @@ class FastRecipe(AdversarialRecipe):
     alpha: Number = 10 / 255
     steps: int = 1
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
+    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 160 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.alpha >= 2 * self.eps > 0:
+        if self.norm == "linf" and self.alpha >= 2 * self.eps > 0:
             raise ValueError(
                 f"alpha must be below 2 eps, {2 * self.eps:g}, from where on every random start leads to the same "
                 f"corner of the ball, got {self.alpha:g}; the paper has 1.25 eps, {1.25 * self.eps:g}"

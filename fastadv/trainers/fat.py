@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import bisect
 from dataclasses import dataclass
 from typing import ClassVar
 
 from fastadv.attacks import FriendlyPGD
+from fastadv.trainers.friendly import check_tau, grown_tau
 from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
-from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
+from fastadv.trainers.recipe import AdversarialRecipe, Presets
 from fastadv.trainers.schedules import Piecewise, Schedule
 
 # The script counts epochs from 1 and tests `epoch >= 60`: the 60th epoch already runs at a tenth.
@@ -38,13 +38,11 @@ class FatRecipe(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_field(self, "tau", at_least=0)
-        if list(self.tau_epochs) != sorted(self.tau_epochs):
-            raise ValueError(f"tau_epochs must be ascending, got {self.tau_epochs}")
+        check_tau(self)
 
     def tau_at(self, epoch: int) -> int:
         """Return tau in an epoch, counted from 0."""
-        return self.tau + bisect.bisect_right(self.tau_epochs, epoch)
+        return grown_tau(self.tau, self.tau_epochs, epoch)
 
 
 class Fat(PGDAT[FatRecipe]):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastadv.ops import pgd_step
+from fastadv.ops.values import check_radius
 from fastadv.trainers.method import Attacked, TrainBatch, Update
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
@@ -45,6 +46,7 @@ class FreeRecipe(AdversarialRecipe):
     random_start: bool = False
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 128 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +74,9 @@ class Free(PGDAT[FreeRecipe]):
     """Free-m: each batch is trained on m times; the same backward pass moves the weights and the perturbation.
 
     With L = CE(f(clip(x + delta))): the optimiser moves the weights along grad_w L, and delta becomes
-    clamp(delta + alpha sign(grad_delta L), -eps, eps), both gradients taken at the old weights and delta. It is
-    carried from replay to replay and from batch to batch, by place in the batch.
+    clamp(delta + alpha sign(grad_delta L), -eps, eps), both gradients taken at the old weights and delta; in l2 it
+    moves by alpha along the normalised gradient and is scaled back to length eps. It is carried from replay to
+    replay and from batch to batch, by place in the batch.
 
     Source: Shafahi et al. 2019, algorithm 1; the rest as in the authors' code (ashafahi/free_adv_train): delta
     starts at 0, images are clipped to 0..1, and where they were, delta has gradient 0 and stays.
@@ -95,6 +98,8 @@ class Free(PGDAT[FreeRecipe]):
 
     def attack(self, batch: TrainBatch) -> Carried:
         """Return the images under the present perturbation."""
+        recipe, elements = self.recipe, batch.x[0].numel()
+        check_radius("eps", recipe.eps, recipe.norm, (0.0, 1.0), elements)
         delta = torch.zeros_like(batch.x) if self._delta is None else self._delta.detach()
         delta.requires_grad_()
         return Carried((batch.x + delta).clamp(0, 1), delta)
@@ -111,13 +116,15 @@ class Free(PGDAT[FreeRecipe]):
                     return
                 delta, gradient = adv.delta.detach(), adv.delta.grad
                 assert gradient is not None
-                # The ball around 0; differences of images are never outside -1..1.
+                # The ball around 0; differences of images are never outside -1..1. In l2 images that were
+                # clipped to 0..1 have moved by less than delta, and so are in the ball, too.
                 self._delta = pgd_step(
                     delta,
                     gradient,
                     torch.zeros_like(delta),
                     recipe.eps,
                     recipe.alpha,
+                    recipe.norm,
                     bounds=(-1.0, 1.0),
                 )
 

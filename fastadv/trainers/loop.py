@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fastadv.data import Batch, Batches
+from fastadv.engine.frozen import frozen
 from fastadv.fields import check_fields
 from fastadv.files import point_link, write_atomically
 from fastadv.interruption import Interrupted, StopRequest, signal_name
@@ -32,16 +33,18 @@ from fastadv.trainers.console import Console
 from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
+from fastadv.trainers.mixup import mixed
 from fastadv.trainers.monitor import Look, Monitor
 from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
     BufferGuard,
     EpochAverage,
     WeightAverage,
-    build_sgd,
+    build_optimizer,
     clip_gradients,
     gradient_norm,
-    load_sgd_state,
+    load_optimizer_state,
+    set_place,
 )
 from fastadv.trainers.run_directory import RunDirectory
 
@@ -162,12 +165,13 @@ class Loop:
     def __post_init__(self) -> None:
         self.recipe = self.method.recipe
         self.models = self.method.trainable()
-        self.optimizers = {name: build_sgd(m, self.recipe) for name, m in self.models.items()}
+        self.optimizers = {name: build_optimizer(m, self.recipe) for name, m in self.models.items()}
         self._guard = BufferGuard(list(self.models.values()))
         self._sync = Synchroniser(list(self.models.values()), self.ranks)
         self._window, self._epoch = Meter(), Meter()
         self._seconds: dict[str, float] = {}
         self._batch: TrainBatch | None = None
+        self._classes: int | None = None
         self._moved, self._bad_loss = False, 0.0
         self._saved_at, self._request = 0.0, StopRequest()
 
@@ -189,7 +193,7 @@ class Loop:
             model.load_state_dict(
                 unpack_weights(checkpoint.weights, None if position == 0 else name)
             )
-            load_sgd_state(self.optimizers[name], state["optimizers"][name])
+            load_optimizer_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
@@ -260,14 +264,15 @@ class Loop:
         """Take one step at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
         place = epoch + step / len(self.loader)
-        numbers = {"lr": self.recipe.lr_at(place), "momentum": self.recipe.momentum_at(place)}
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group.update(numbers)
+            set_place(optimizer, self.recipe, place)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
         self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights)
+        if self.recipe.mixup:
+            classes = self._count_classes(self._batch.x)
+            self._batch = mixed(self._batch, self.recipe.mixup, classes, self.ranks)
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
@@ -277,6 +282,14 @@ class Loop:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
             self.average.update(next(iter(self.models.values())), self.progress.step + 1)
+
+    def _count_classes(self, x: torch.Tensor) -> int:
+        """The number of the model's logits, found out once."""
+        if self._classes is None:
+            model = next(iter(self.models.values()))
+            with frozen(model), torch.no_grad():
+                self._classes = model(x[:1]).shape[1]
+        return self._classes
 
     def _update(self, result: LossResult) -> bool:
         """Move the weights along the gradient of a loss; not if something is not finite."""

@@ -8,17 +8,30 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastadv import losses
+from fastadv.trainers.friendly import FriendlyPairMethod, FriendlyPairRecipe
 from fastadv.trainers.number import Number
-from fastadv.trainers.pair import PairMethod, PairRecipe
 from fastadv.trainers.recipe import Presets, check_field
+from fastadv.trainers.schedules import MultiStep
+
+# FAT's script counts epochs from 1 and tests `epoch >= 60` and `epoch >= 90`.
+_FAT = {
+    "friendly": True,
+    "epochs": 90,
+    "lr": 0.1,
+    "weight_decay": 2e-4,
+    "beta": 6.0,
+    "schedule": MultiStep((59, 89), 0.1),
+    "code_constants": True,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
-class MartRecipe(PairRecipe):
+class MartRecipe(FriendlyPairRecipe):
     """Numbers of the authors' code for ResNet-18; for WRN-34-10: lr .1, weight decay 7e-4, beta 6, 90 epochs.
 
     The preset "official" adds the small constants of that code. What else it does not reproduce is stated at
-    `PairMethod`.
+    `PairMethod`. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
+    zjfheart/Friendly-Adversarial-Training), which takes over the small constants.
 
     Attributes:
         beta: weight of the divergence.
@@ -31,15 +44,16 @@ class MartRecipe(PairRecipe):
     weight_decay: Number = 3.5e-3
     beta: Number = 5.0
     code_constants: bool = False
+    tau_epochs: tuple[int, ...] = (20, 40, 60, 80)
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {"code_constants": True}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"code_constants": True}, "fat": _FAT}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_field(self, "beta", at_least=0)
 
 
-class Mart(PairMethod[MartRecipe]):
+class Mart(FriendlyPairMethod[MartRecipe]):
     """MART: BCE(f(x')) + beta KL(f(x) || f(x')) (1 - p_y(x)), x' made to maximise the cross-entropy.
 
     Source: Wang et al. 2020; recipe as in the authors' code (YisenWang/MART). That code's small constants, which

@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.soft_labels import hard, is_soft, soft_cross_entropy
 from fastadv.losses import cross_entropy
+from fastadv.losses.common import at_least_float32
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
 from fastadv.trainers.phases import PhaseTimer
@@ -26,7 +28,7 @@ class TrainBatch:
 
     Attributes:
         x: images [B, C, H, W] in 0..1, float32.
-        y: labels [B], int64.
+        y: labels [B], int64; with mixup soft labels [B, K], float32.
         ids: the images' indices in the data set [B], int64.
         epoch: counted from 0.
         step: within the epoch, counted from 0.
@@ -154,6 +156,10 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
                     f"{field_name} must be {neutral} for {self.name}, whose loss does not take it, "
                     f"got {value}"
                 )
+        if recipe.mixup and "label_smoothing" not in self.heeds:
+            raise ValueError(
+                f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
+            )
         self._split_pass = _features_and_logits
         self.setup()
 
@@ -245,8 +251,17 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return torch.autocast(self.runtime.device.type, dtype=dtype, enabled=dtype is not None)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of each image [B], its labels smoothed as the recipe has it."""
+        """Return the cross-entropy of each image [B], its labels smoothed as the recipe has it.
+
+        Args:
+            logits: [B, K].
+            y: labels [B], or soft labels [B, K].
+        """
         smoothing = self.recipe.label_smoothing
+        if is_soft(y):
+            wide = at_least_float32(logits)
+            target = y.to(wide.dtype) * (1 - smoothing) + smoothing / y.shape[1]
+            return soft_cross_entropy(wide, target)
         return cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,5 +275,8 @@ def _features_and_logits(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the part of the batch that is classified correctly, as a scalar tensor."""
-    return (logits.detach().argmax(1) == y).float().mean()
+    """Return the part of the batch that is classified correctly, as a scalar tensor.
+
+    Of mixtures the likelier class is the right one.
+    """
+    return (logits.detach().argmax(1) == hard(y)).float().mean()

@@ -97,6 +97,7 @@ class Monitor:
                     recipe.alpha, recipe.eps / 4
                 ),  # one-step methods train with steps of eps and more
                 recipe.monitor_steps,
+                norm=recipe.norm,
                 precision=recipe.attack_precision,
                 engine=recipe.engine,
                 check_inputs=False,

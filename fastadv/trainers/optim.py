@@ -12,12 +12,12 @@ from torch.optim.swa_utils import update_bn
 
 from fastadv.trainers.recipe import Recipe
 
-# Where torch has SGD as one kernel over all parameters.
+# Where torch has its optimisers as one kernel over all parameters.
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
-def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    """Build SGD over the parameters of a model that require gradients.
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Build the recipe's optimiser over the parameters of a model that require gradients.
 
     Raises:
         ValueError: if there are none.
@@ -26,6 +26,14 @@ def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters that require gradients")
     fusable = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(
+            parameters,
+            lr=recipe.lr,
+            betas=recipe.betas,
+            weight_decay=recipe.weight_decay,
+            fused=fusable,
+        )
     return torch.optim.SGD(
         parameters,
         lr=recipe.lr,
@@ -36,18 +44,30 @@ def build_sgd(model: nn.Module, recipe: Recipe) -> torch.optim.SGD:
     )
 
 
-def load_sgd_state(optimizer: torch.optim.SGD, state: dict[str, Any]) -> None:
-    """Load a saved state; momentum gets the memory layout of its parameter.
+def set_place(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) -> None:
+    """Give an optimiser the learning rate and the momentum after so many epochs, counted from 0."""
+    for group in optimizer.param_groups:
+        group["lr"] = recipe.lr_at(epoch)
+        if recipe.optimizer == "adamw":
+            cycled = recipe.schedule.momentum(epoch, recipe.epochs)
+            group["betas"] = (recipe.betas[0] if cycled is None else cycled, recipe.betas[1])
+        else:
+            group["momentum"] = recipe.momentum_at(epoch)
 
-    The fused kernel walks both in memory order, so equal layouts are a matter of correctness.
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a saved state; momenta get the memory layout of their parameter.
+
+    The fused kernel walks them in memory order, so equal layouts are a matter of correctness.
     """
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             entry = optimizer.state[parameter]
-            momentum = entry.get("momentum_buffer")
-            if momentum is not None and momentum.stride() != parameter.stride():
-                entry["momentum_buffer"] = torch.empty_like(parameter).copy_(momentum).detach()
+            for name, value in entry.items():
+                is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_like and value.stride() != parameter.stride():
+                    entry[name] = torch.empty_like(parameter).copy_(value).detach()
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

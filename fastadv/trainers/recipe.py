@@ -9,6 +9,7 @@ import math
 from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.attacks.options import SYNONYMS
@@ -35,6 +36,7 @@ _SYNONYMS = {
     "lambda_": "lam",
 }
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
+_ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
 
 
 class RecipeType(ABCMeta):
@@ -51,7 +53,8 @@ class RecipeType(ABCMeta):
             if name not in known:
                 hint = closest(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
-        made: T = super().__call__(*args, **numbers)  # type: ignore[misc]
+        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
+        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
         return made
 
     @property
@@ -68,18 +71,25 @@ class Recipe(metaclass=RecipeType):
     Attributes:
         presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
-        deciding: fields by which `start` chooses the numbers that a recipe begins with.
+        deciding: fields by which `beginning` chooses the numbers that a recipe begins with.
         epochs: passes over the training images.
         batch_size: images per step; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
-        schedule: how the learning rate changes over the run.
+        schedule: how the learning rate changes over the run; the default scales in proportion with the epochs.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
+        optimizer: "sgd" or "adamw" (Loshchilov and Hutter 2019). With AdamW a recipe begins with PyTorch's
+            learning rate and weight decay for it, .001 and .01, whichever of them are not given.
         momentum: of SGD; a schedule that cycles the momentum has its own numbers for it.
         nesterov: Nesterov's form of the momentum.
-        weight_decay: of SGD, on all parameters.
+        betas: of AdamW: how slowly its averages of the gradient and of its square change. A schedule that cycles
+            the momentum cycles the first one.
+        weight_decay: on all parameters; part of the gradient in SGD, beside it in AdamW.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
         label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
             methods that compare the logits of clean and attacked images do not take it.
+        mixup: alpha of mixup (Zhang et al. 2018): each image is mixed with another one of its batch, and its label
+            alike, by a share from the Beta(alpha, alpha) distribution; 0 is none. For methods that take
+            `label_smoothing`.
         ema_decay: decay per step of a moving average of the weights, which is then what is
             monitored and evaluated; none by default.
         swa_start: first epoch, counted from 1, whose last weights go into a plain average over
@@ -116,11 +126,14 @@ class Recipe(metaclass=RecipeType):
     lr: Number = 0.1
     schedule: Schedule = _TENTH_AFTER_75_AND_90
     warmup: Number = 0.0
+    optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Number = 0.9
     nesterov: bool = False
+    betas: tuple[Number, Number] = (0.9, 0.999)
     weight_decay: Number = 5e-4
     clip_grad_norm: Number | None = None
     label_smoothing: Number = 0.0
+    mixup: Number = 0.0
     ema_decay: Number | None = None
     swa_start: int | None = None
     pad: int = 4
@@ -142,7 +155,7 @@ class Recipe(metaclass=RecipeType):
     sync_bn: bool = False
 
     presets: ClassVar[Presets] = {"paper": {}}
-    deciding: ClassVar[tuple[str, ...]] = ()
+    deciding: ClassVar[tuple[str, ...]] = ("optimizer",)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -150,7 +163,7 @@ class Recipe(metaclass=RecipeType):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
             check_field(self, name, at_least=0)
-        for name in ("lr", "warmup", "momentum", "weight_decay"):
+        for name in ("lr", "warmup", "momentum", "weight_decay", "mixup"):
             check_field(self, name, at_least=0)
         if self.clip_grad_norm is not None and not self.clip_grad_norm > 0:
             raise ValueError(f"clip_grad_norm must be > 0, got {self.clip_grad_norm}")
@@ -174,6 +187,10 @@ class Recipe(metaclass=RecipeType):
                 raise ValueError(f"{name} must be in 0..1, got {getattr(self, name)}")
         if not 0 < self.extra_weight < math.inf:
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+        if self.mixup and self.extra_weight != 1:
+            raise ValueError(f"extra_weight must be 1 with mixup, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum > 0, got 0")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
@@ -201,7 +218,37 @@ class Recipe(metaclass=RecipeType):
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
             )
-        return cls(**{**cls.start(name, changes), **changes})
+        return cls(**{**cls.beginning(name, changes), **changes})
+
+    @classmethod
+    def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what a recipe begins with: the numbers of `start`, but for those of the threat and the optimiser.
+
+        For another number of epochs the schedule is scaled, so that the learning rate drops at the same parts of
+        the run.
+
+        Args:
+            preset: one of `presets`.
+            given: fields that the caller sets.
+        """
+        adamw = _ADAMW if given.get("optimizer") == "adamw" else {}
+        numbers = {**cls.start(preset, given), **cls.of_threat(given), **adamw}
+        planned, epochs = numbers.get("epochs", cls.epochs), given.get("epochs", 0)
+        if isinstance(epochs, Integral) and int(epochs) > 0:
+            schedule = numbers.get("schedule", cls.schedule)
+            numbers["schedule"] = schedule.scaled(planned, int(epochs))
+        return numbers
+
+    @classmethod
+    def deciders(cls) -> tuple[str, ...]:
+        """Return the fields of `deciding`, those of the base classes included."""
+        names = [name for kind in cls.__mro__ for name in vars(kind).get("deciding", ())]
+        return tuple(dict.fromkeys(names))
+
+    @classmethod
+    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the numbers that differ in the threat that is given."""
+        return {}
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,11 +275,20 @@ class Recipe(metaclass=RecipeType):
 class AdversarialRecipe(Recipe):
     """What methods with a PGD attack in training add.
 
+    In l2 a recipe begins with the radius and the step size of robust_overfitting (Rice et al. 2020), 128/255 and
+    15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
+
     Attributes:
-        eps: radius of the L-infinity ball, in units of the 0..1 image.
-        alpha: step size of the attack, likewise.
+        norm: of the ball that the attack, its start and the noise stay in.
+        eps: radius of the ball, in units of the 0..1 image.
+        alpha: step size of the attack, likewise; in l2 the length of the whole step.
         steps: steps of the attack, K.
-        random_start: start the attack from uniform noise in the ball.
+        random_start: start the attack from a random point of the ball.
+        l2_start: how this point is drawn in l2. "ball" is uniform in the ball. "radius" has a uniform direction
+            and a uniform distance, as in robust_overfitting, and so is nearer to the image.
+        attack_mode: mode of the model that is attacked: "eval"; "train", in which an image's attack depends on its
+            batch and BatchNorm's running statistics are put back afterwards; or "moving", in which every pass of
+            the attack moves them, as in robust_overfitting and AWP-AT.
         attack_precision: of the attack's passes, as `precision`.
         engine: how the attack is run; see `fastadv.pgd_fused`.
         awp_gamma: size of AWP's perturbation of the weights relative to them, 0 for none; its paper has .01 for
@@ -240,29 +296,46 @@ class AdversarialRecipe(Recipe):
         awp_warmup: epochs from the start without it.
     """
 
+    norm: Literal["linf", "l2"] = "linf"
     eps: Number = 8 / 255
     alpha: Number = 2 / 255
     steps: int = 10
     random_start: bool = True
+    l2_start: Literal["ball", "radius"] = "ball"
+    attack_mode: Literal["eval", "train", "moving"] = "eval"
     attack_precision: Precision = "auto"
     engine: Literal["auto", "eager", "compiled", "graph"] = "auto"
     awp_gamma: Number = 0.0
     awp_warmup: int = 0
+
+    deciding: ClassVar[tuple[str, ...]] = ("norm",)
+    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 15 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
-        check_radius("eps", self.eps, "linf", (0.0, 1.0))
+        if self.sync_bn and self.attack_mode != "eval":
+            raise ValueError(
+                "attack_mode must be 'eval' with sync_bn, whose statistics no attack gathers, "
+                f"got {self.attack_mode!r}"
+            )
+        if self.norm == "linf":  # in l2 it takes the size of an image to tell
+            check_radius("eps", self.eps, "linf", (0.0, 1.0))
+
+    @classmethod
+    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the radius and the step size in l2."""
+        return dict(cls.l2_numbers) if given.get("norm") == "l2" else {}
 
 
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
-    """Let recipes of a class that are made without a preset begin with `start("paper", ...)`, too.
+    """Keep `dataclasses.replace` from changing what the numbers of a recipe depend on.
 
     It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
-    every number as if it were given. It is kept from changing what the numbers depend on: the class has an
-    `InitVar` called `replaces`, by which `replace` tells which recipe it began with.
+    every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells which
+    recipe it began with.
     """
     init = kind.__init__
 
@@ -270,7 +343,7 @@ def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     def begin(self: RecipeT, *, replaces: RecipeT | None = None, **numbers: Any) -> None:
         if replaces is not None:
             _check_same_start(replaces, numbers)
-        init(self, **{**kind.start("paper", numbers), **numbers})
+        init(self, **numbers)
 
     kind.__init__ = begin  # type: ignore[assignment, method-assign]
     kind.replaces = property(lambda self: self)  # type: ignore[attr-defined]
@@ -279,7 +352,7 @@ def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
 
 def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
     """Refuse to change a field by which `start` has chosen numbers that would stay."""
-    for name in recipe.deciding:
+    for name in recipe.deciders():
         old, new = getattr(recipe, name), numbers[name]
         if new != old:
             kind = type(recipe).__name__

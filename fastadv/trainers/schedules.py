@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import bisect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_finite_at_least_zero
@@ -40,6 +40,15 @@ class Schedule(abc.ABC):
         """
         return None
 
+    def scaled(self, epochs: int, to: int) -> Schedule:
+        """Return the schedule of a run of another length: what is counted in epochs changes in proportion.
+
+        Args:
+            epochs: of the run that the schedule was made for.
+            to: epochs of the other run.
+        """
+        return self
+
 
 @dataclass(frozen=True)
 class Constant(Schedule):
@@ -59,17 +68,21 @@ class Step(Schedule):
         gamma: factor of each drop.
     """
 
-    every: int = 30
+    every: int | Number = 30
     gamma: Number = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.every < 1:
-            raise ValueError(f"every must be >= 1 epoch, got {self.every}")
+        if not self.every > 0:
+            raise ValueError(f"every must be > 0 epochs, got {self.every}")
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return gamma to the number of whole periods done."""
-        return self.gamma ** (int(epoch) // self.every)
+        return self.gamma ** int(epoch // self.every)
+
+    def scaled(self, epochs: int, to: int) -> Step:
+        """Return the schedule of a run of another length."""
+        return replace(self, every=_in_proportion(self.every, epochs, to))
 
 
 @dataclass(frozen=True)
@@ -93,17 +106,23 @@ class MultiStep(Schedule):
         """Return gamma to the number of milestones passed."""
         return self.gamma ** bisect.bisect_right(self.milestones, epoch)
 
+    def scaled(self, epochs: int, to: int) -> MultiStep:
+        """Return the schedule of a run of another length."""
+        return replace(
+            self, milestones=tuple(_in_proportion(one, epochs, to) for one in self.milestones)
+        )
+
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
     """Any factors by epoch.
 
     Attributes:
-        starts: first epoch of each piece, ascending from 0.
+        starts: epochs after which each piece begins, ascending from 0; 12.5 is the middle of the 13th.
         factors: factor on the recipe's learning rate in each piece.
     """
 
-    starts: tuple[int, ...] = (0,)
+    starts: tuple[int | Number, ...] = (0,)
     factors: tuple[Number, ...] = (1.0,)
 
     def __post_init__(self) -> None:
@@ -119,7 +138,11 @@ class Piecewise(Schedule):
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return the factor of the piece that the epoch is in."""
-        return self.factors[bisect.bisect_right(self.starts, int(epoch)) - 1]
+        return self.factors[bisect.bisect_right(self.starts, epoch) - 1]
+
+    def scaled(self, epochs: int, to: int) -> Piecewise:
+        """Return the schedule of a run of another length."""
+        return replace(self, starts=tuple(_in_proportion(one, epochs, to) for one in self.starts))
 
 
 @dataclass(frozen=True)
@@ -208,6 +231,12 @@ class OneCycle(Schedule):
         done = min(done, 1.0)
         way = done / self.peak if done < self.peak else (1 - done) / (1 - self.peak)
         return (1 - math.cos(math.pi * way)) / 2
+
+
+def _in_proportion(place: float, epochs: int, to: int) -> int | Number:
+    """A place in a run of so many epochs, in a run of another length."""
+    there = place * to / epochs
+    return int(there) if there == int(there) else Number(there)
 
 
 def _check_peak(peak: float) -> None:

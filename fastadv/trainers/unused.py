@@ -19,7 +19,7 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = Non
     Raises:
         ValueError: naming the first such field, and why it has no effect.
     """
-    decided = {name: getattr(recipe, name) for name in method.recipe_class.deciding}
+    decided = {name: getattr(recipe, name) for name in method.recipe_class.deciders()}
     presets = method.recipe_class.presets if preset is None else (preset,)
     defaults = [method.recipe_class.preset(name, **decided) for name in presets]
     for name, reason in _without_effect(method.name, recipe).items():
@@ -36,8 +36,22 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
 
     conditions = [
         (not value("pad"), "with pad 0", ["pad_mode"]),
+        (value("optimizer") == "sgd", "with optimizer sgd", ["betas"]),
+        (value("optimizer") == "adamw", "with optimizer adamw", ["momentum", "nesterov"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
+        (value("norm") == "linf", "with norm linf", ["l2_start"]),
+        (value("friendly") is False, "with friendly false", ["tau", "tau_epochs"]),
+        (value("random_start") is False, "with random_start false", ["l2_start"]),
+        (
+            value("start_std") is not None,
+            "beside start_std, by which the attack starts",
+            ["l2_start"],
+        ),
     ]
+    if method == "free":
+        conditions.append(
+            (True, "with free, which attacks in its training passes", ["attack_mode"])
+        )
     if method == "arrest":
         conditions += [
             (

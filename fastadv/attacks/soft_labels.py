@@ -1,0 +1,75 @@
+"""Soft labels: for each image a probability of each class, as mixup and distillation have them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SUM_WITHIN = 1e-3  # how far the probabilities of an image may be from 1 in sum, as those in half precision are
+
+
+def is_soft(y: object) -> bool:
+    """Whether labels are soft: floating point [B, C], in place of class indices [B]."""
+    return isinstance(y, Tensor) and y.is_floating_point() and y.dim() == 2
+
+
+def hard(y: Tensor) -> Tensor:
+    """Class indices [B]: of soft labels the likeliest classes, of others the labels themselves."""
+    return y.argmax(1) if is_soft(y) else y
+
+
+def soft_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """``-sum_k y_k log p_k`` of each sample, [B].
+
+    Args:
+        logits: [B, C].
+        y: soft labels [B, C].
+    """
+    return -(y.to(logits.dtype) * logits.log_softmax(1)).sum(1)
+
+
+def soft_divergence(logits: Tensor, y: Tensor) -> Tensor:
+    """KL(y || softmax(logits)) of each sample, [B]: the cross-entropy less the entropy of ``y``."""
+    y = y.to(logits.dtype)
+    return soft_cross_entropy(logits, y) + torch.special.xlogy(y, y).sum(1)
+
+
+def check_soft_labels(y: Tensor, batch: int, obstacle: str | None) -> Tensor:
+    """Check the shape of soft labels, and that the attack takes them.
+
+    Args:
+        y: soft labels.
+        batch: B.
+        obstacle: why the attack takes class indices alone; None where it takes soft labels.
+
+    Raises:
+        ValueError: it does not, or there is another number of them.
+    """
+    if obstacle is not None:
+        raise ValueError(
+            f"y must hold class indices [B] {obstacle}, got soft labels of shape {tuple(y.shape)}; "
+            "of one-hot labels pass y.argmax(1)"
+        )
+    if y.shape[0] != batch:
+        raise ValueError(f"y must have shape ({batch}, classes), got {tuple(y.shape)}")
+    return y.detach() if y.dtype in (torch.float32, torch.float64) else y.detach().float()
+
+
+def check_probabilities(y: Tensor, num_classes: int) -> None:
+    """Check the values of soft labels; on a GPU this waits for the device once.
+
+    Raises:
+        ValueError: another number of classes than the model's, a probability that is negative or not finite, or
+            probabilities that do not add up to 1.
+    """
+    if y.shape[1] != num_classes:
+        raise ValueError(
+            f"y must have shape ({y.shape[0]}, {num_classes}), a probability of each of the model's classes, "
+            f"got {tuple(y.shape)}"
+        )
+    least, apart = torch.stack((y.amin(), (y.sum(1) - 1).abs().amax())).tolist()
+    if not (least >= 0 and apart <= SUM_WITHIN):  # also where one of them is NaN
+        raise ValueError(
+            "y must hold probabilities >= 0 that add up to 1 in each row, got a smallest one of "
+            f"{least:.4g} and a sum that is {apart:.4g} away from 1"
+        )

@@ -1,0 +1,69 @@
+"""Friendly versions of the pair methods: an attack that leaves an image soon after the boundary is crossed."""
+
+from __future__ import annotations
+
+import bisect
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastadv.attacks import PGD, FriendlyPGD
+from fastadv.trainers.method import Attacked, TrainBatch
+from fastadv.trainers.pair import PairMethod, PairRecipe
+from fastadv.trainers.recipe import check_field
+
+
+@dataclass(frozen=True, kw_only=True)
+class FriendlyPairRecipe(PairRecipe):
+    """What TRADES and MART take from FAT, whose paper calls the results FAT for TRADES and FAT for MART.
+
+    Attributes:
+        friendly: attack with `fastadv.attacks.FriendlyPGD` in place of PGD.
+        tau: of a friendly attack in the first epoch; steps that the attack takes from misclassified points before
+            it leaves an image.
+        tau_epochs: epochs, ascending, after each of which tau grows by 1.
+    """
+
+    friendly: bool = False
+    tau: int = 0
+    tau_epochs: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tau(self)
+
+    def tau_at(self, epoch: int) -> int:
+        """Return tau in an epoch, counted from 0."""
+        return grown_tau(self.tau, self.tau_epochs, epoch)
+
+
+def check_tau(recipe: Any) -> None:
+    """Raise ValueError unless a recipe's tau and the epochs in which it grows can be."""
+    check_field(recipe, "tau", at_least=0)
+    if list(recipe.tau_epochs) != sorted(recipe.tau_epochs):
+        raise ValueError(f"tau_epochs must be ascending, got {recipe.tau_epochs}")
+
+
+def grown_tau(tau: int, tau_epochs: tuple[int, ...], epoch: int) -> int:
+    """Return tau in an epoch, counted from 0: one more after each of `tau_epochs`."""
+    return tau + bisect.bisect_right(tau_epochs, epoch)
+
+
+FriendlyT = TypeVar("FriendlyT", bound=FriendlyPairRecipe)
+
+
+class FriendlyPairMethod(PairMethod[FriendlyT]):
+    """A pair method whose recipe can ask for a friendly attack.
+
+    Images that are left early stay in the passes, so that the attack costs as much as PGD's.
+    """
+
+    def setup(self) -> None:
+        """Build the attack, friendly where the recipe has it."""
+        self.attack_class = FriendlyPGD if self.recipe.friendly else PGD
+        super().setup()
+
+    def attack(self, batch: TrainBatch) -> Attacked:
+        """Return PGD's images, or the friendly ones with the epoch's tau."""
+        if isinstance(self.pgd, FriendlyPGD):
+            self.pgd.tau = self.recipe.tau_at(batch.epoch)
+        return super().attack(batch)
