@@ -289,7 +289,16 @@ def test_pictures_of_every_analysis_and_of_the_smallest_perturbations() -> None:
     found = analyse(
         model,
         data,
-        ["cosine", "frobenius", "entropy", "random-labels", "eps-curve", "steps-curve", "minimum"],
+        [
+            "cosine",
+            "frobenius",
+            "entropy",
+            "random-labels",
+            "eps-curve",
+            "steps-curve",
+            "minimum",
+            "tsne",
+        ],
         teacher=noisy(0.02),
         train=data,
         steps=2,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
@@ -373,13 +373,20 @@ def _told(group: AnalysisGroup) -> str:
     return "\n\n".join(parts + ["\n".join(group.notes())] * bool(group.notes()))
 
 
+def _alone(found: Mapping[str, Measured]) -> str:
+    """The name of a model that has a picture to itself; else the legend has the names."""
+    return next(iter(found)) if len(found) == 1 else ""
+
+
 def _write_together(group: AnalysisGroup, folder: Path) -> str:
     """Write the numbers and the pictures of all models of a group; why no picture could be drawn."""
     write_atomically(folder / f"{group.stem}.csv", group.to_csv())
     try:
         for number, found in enumerate(group.pictured, 1):
             last = f"_{number}" if len(group.pictured) > 1 else ""
-            write_atomically(folder / f"{group.stem}{last}.png", picture_of(found))
+            write_atomically(
+                folder / f"{group.stem}{last}.png", picture_of(found, title=_alone(found))
+            )
         for number, one in enumerate(group.found.values(), 1):
             if (picture := images_of(one)) is not None:
                 write_atomically(folder / f"{group.stem}_images_{number}.png", picture)

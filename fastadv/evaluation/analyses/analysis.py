@@ -195,3 +195,4 @@ def draw_bars(
         places = [i + (number + 0.5) * width - 0.4 for i in range(len(heights))]
         axes.bar(places, heights, width * 0.92, color=style.colour(number), label=name)
     axes.set_xticks(range(len(labels)), labels)
+    axes.margins(y=0.25)  # room for the legend

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("clean", "noisy", "adversarial")
+_MOST_NAMED = 20  # classes
 _MARKERS = dict(zip(KINDS, ("o", "s", "x"), strict=True))
 
 
@@ -88,7 +89,7 @@ class Embedding(Analysis):
     def draw(self, found: Mapping[str, Measured], axes: Axes, style: Style) -> None:
         """One point per image: its colour is the label, its marker the kind."""
         ((_, one),) = found.items()
-        labels = sorted(set(one.column("label")))
+        colours = _colours(sorted(set(one.column("label"))), style)
         columns = [one.column(name) for name in ("kind", "x", "y", "label")]
         for kind in KINDS:
             cells = [cell for cell in zip(*columns, strict=True) if cell[0] == kind]
@@ -98,12 +99,33 @@ class Embedding(Analysis):
                 s=14,
                 marker=_MARKERS[kind],
                 linewidths=0.8,
-                c=[style.colour(labels.index(label)) for _, _, _, label in cells],
+                c=[colours[label] for _, _, _, label in cells],
             )
             axes.scatter([], [], marker=_MARKERS[kind], color=style.grey, label=kind)
+        if len(colours) <= _MOST_NAMED:
+            _name_classes(one, axes, style)
         axes.set_xticks([])
         axes.set_yticks([])
         label_axes(axes, style, "", "", KINDS)
+
+
+def _colours(labels: list[int], style: Style) -> dict[int, Any]:
+    """A colour of its own for each class."""
+    if len(labels) <= len(style.colours):
+        return {label: style.colour(number) for number, label in enumerate(labels)}
+    from matplotlib import colormaps
+
+    wheel = colormaps["tab20" if len(labels) <= _MOST_NAMED else "gist_rainbow"]
+    return {label: wheel(number / len(labels)) for number, label in enumerate(labels)}
+
+
+def _name_classes(one: Measured, axes: Axes, style: Style) -> None:
+    """Write each class in the middle of its clean images."""
+    clean = [row for row in one.rows if row[3] == "clean"]
+    for label in sorted(set(one.column("label"))):
+        places = np.array([row[4:] for row in clean if row[1] == label], dtype=float)
+        x, y = np.median(places, axis=0)
+        axes.annotate(str(label), (x, y), fontsize=13, weight="bold", color=style.ink)
 
 
 class TSNEEmbedding(Embedding):

@@ -73,6 +73,7 @@ class RobustnessOverSteps(Analysis):
         ticks = sorted({count for one in found.values() for count in one.column("steps")})
         axes.set_xticks(ticks, [str(count) for count in ticks])
         axes.minorticks_off()
+        axes.set_xlim(left=-0.1)
         label_axes(axes, style, "steps", "accuracy (%)", list(found))
 
 
