@@ -6,12 +6,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.commands.transfer import images_of_models
@@ -25,6 +25,7 @@ from fastadv.evaluation.analyses.pictures import images_of, picture_of
 from fastadv.evaluation.analyses.records import AnalysisRecord, analyses_folder
 from fastadv.evaluation.analyses.registry import check_needs, find_analyses
 from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.reporting import aligned
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.files import write_atomically
@@ -33,7 +34,6 @@ from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import RunDirectory
 
-EVAL_FILE = "eval.json"
 _SHORT = 25  # rows of a table that is printed whole
 _LISTS = frozenset(("radii", "step_counts", "extractor_eps"))
 
@@ -325,7 +325,7 @@ class _Common:
             0 if samples is None else len(samples),
             {name: _plain(getattr(self.settings, name)) for name in analysis.uses},
             self._teacher_digest if "teacher" in analysis.needs else "",
-            _versions("fastadv", "torch", *analysis.libraries),
+            library_versions("fastadv", "torch", *analysis.libraries),
             device,
             self.command,
         )
@@ -351,16 +351,6 @@ class _Common:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _told(group: AnalysisGroup) -> str:
