@@ -69,7 +69,7 @@ def one_line(text: str) -> str:
 def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 0
     out = capsys.readouterr().out
-    for command in ("train", "eval", "report", "info", "demo"):
+    for command in ("train", "eval", "analyse", "report", "info", "demo"):
         assert re.search(rf"^  {command} ", out, re.MULTILINE)
 
 

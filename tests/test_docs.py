@@ -13,6 +13,7 @@ import torch
 
 from fastadv import ops
 from fastadv.cli import main
+from fastadv.evaluation.analyses import ANALYSES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = (ROOT / "docs" / "ops.md").read_text()
@@ -80,7 +81,7 @@ def test_a_signature_in_a_heading_is_the_function_s(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*by guessing:UserWarning")  # the networks are not trained
-@pytest.mark.parametrize("name", ["attacks", "evaluation"])
+@pytest.mark.parametrize("name", ["analyses", "attacks", "evaluation"])
 def test_the_blocks_on_attacks_and_evaluation_run_in_turn(name: str) -> None:
     blocks = re.findall(
         r"^```python\n(.*?)```",
@@ -90,7 +91,22 @@ def test_the_blocks_on_attacks_and_evaluation_run_in_turn(name: str) -> None:
     names: dict[str, Any] = {}
     for number, code in enumerate(blocks):
         exec(compile(code, f"docs/{name}.md, python block {number}", "exec"), names)
-    assert "report" in names or "adv" in names
+    assert names.keys() & {"report", "adv", "found"}
+
+
+def test_the_document_on_analyses_names_all_of_them_and_options_that_exist(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    document = (ROOT / "docs" / "analyses.md").read_text()
+    lines = [line.split("|") for line in document.splitlines() if line.startswith("| `")]
+    cells = [line[1] for line in lines if len(line) == 6]
+    assert [name for cell in cells for name in re.findall(r"`(.*?)`", cell)] == list(ANALYSES)
+    for command in ("analyse", "report", "train standard"):
+        with pytest.raises(SystemExit):
+            main([*command.split(), "--help"])
+    known = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    named = set(re.findall(r"--([a-z][a-z_]+)", document))
+    assert named and named <= known, named - known
 
 
 def test_the_options_and_sections_of_the_document_on_evaluation_exist(

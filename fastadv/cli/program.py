@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import fastadv
+from fastadv.cli.analyse import analyse
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
@@ -129,6 +130,7 @@ _COMMANDS = {
     "train": Command("train a model by one of the methods", train),
     "eval": Command("measure a run's accuracy under attack", evaluate),
     "transfer": Command("let models judge each other's adversarial images", transfer),
+    "analyse": Command("look into models: features, weights, entropies, curves", analyse),
     "report": Command("compare runs in a table and a plot", report),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),

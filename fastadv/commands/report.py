@@ -9,6 +9,7 @@ from typing import Literal
 
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.evaluation import Subject, load_results
+from fastadv.evaluation.analyses.records import analyses_folder, load_records
 from fastadv.evaluation.comparison import Comparison, Judged, distinct_names
 from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, write_report
 from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
@@ -29,7 +30,8 @@ def run_report(
     Args:
         runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written.
         out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
-            PNG, and one model card per model and threat. By default nothing is written.
+            PNG, what `fastadv analyse` found, and one model card per model and threat. By default nothing is
+            written.
         robust: with --out, the attack whose accuracy is on the vertical axis of the trade-off plot; by default the
             last attack that all runs have.
         eps: with --out, the radius of the trade-off plot. By default the radius that all runs have; where they
@@ -84,6 +86,7 @@ def _judged(path: str, name: str) -> Judged:
         *(name, subject.method or "-", subject.network or "-", tuple(results)),
         folder=file.parent,
         checks=tuple(load_sanity_results(checks)) if checks.is_file() else (),
+        analyses=tuple(load_records(analyses_folder(file))),
         series=series,
         seed=seed,
     )

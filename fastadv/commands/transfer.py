@@ -78,7 +78,7 @@ def run_transfer(
     if out is not None:
         check_matrix_file(out)
     where = choose_device(device)
-    images = _images(paths, data, root, Reading(resize, crop, interpolation, workers))
+    images = images_of_models(paths, data, root, Reading(resize, crop, interpolation, workers))
     if model is not None and not any(Path(path).is_file() for path in paths):
         raise ValueError(f"model must come with a file of weights, got {model!r}")
     judged = [
@@ -104,7 +104,9 @@ def run_transfer(
     return matrix.table()
 
 
-def _images(paths: Sequence[str], data: str | None, root: str | None, reading: Reading) -> Images:
+def images_of_models(
+    paths: Sequence[str], data: str | None, root: str | None, reading: Reading
+) -> Images:
     """The test images: of the data set asked for, else of that which all runs were trained on."""
     runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
     if data is not None and (root is not None or not runs):

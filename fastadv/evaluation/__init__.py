@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastadv.evaluation.analyses import AnalysisSettings, Measured, analyse
 from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.ensemble import AutoAttack
@@ -28,12 +29,14 @@ from fastadv.evaluation.worst import WorstImages
 __all__ = [
     "ARREST_CIFAR10_CURVE",
     "ARREST_CIFAR100_CURVE",
+    "AnalysisSettings",
     "AutoAttack",
     "AutoAttackResult",
     "Cubic",
     "DeltaZ",
     "Distances",
     "Finding",
+    "Measured",
     "Report",
     "Result",
     "Row",
@@ -44,6 +47,7 @@ __all__ = [
     "TransferMatrix",
     "WorstImages",
     "add_results",
+    "analyse",
     "ardist",
     "autoattack",
     "cosine_similarity_to",

@@ -12,6 +12,7 @@ from fastadv.evaluation.report import Row, format_eps
 from fastadv.evaluation.results import Result, Subject
 
 if TYPE_CHECKING:
+    from fastadv.evaluation.analyses.records import AnalysisRecord
     from fastadv.evaluation.sanity_file import SanityResult
 
 _DEFAULT_EPS = 8 / 255
@@ -31,6 +32,7 @@ class Judged:
         series: what runs have in common that differ in the seed of their training alone; empty where nobody says.
         seed: of the training.
         checks: findings of masking checks, in the order in which they were made.
+        analyses: what analyses found, later ones after earlier ones.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Judged:
     series: str = ""
     seed: int | None = None
     checks: tuple[SanityResult, ...] = ()
+    analyses: tuple[AnalysisRecord, ...] = ()
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.evaluation.context import evaluation_mode
-from fastadv.evaluation.samples import as_samples, check_batch_size
+from fastadv.evaluation.samples import Samples, as_samples, check_batch_size
 from fastadv.fields import arguments_checked, check_fields
 from fastadv.ops.values import shown
 
@@ -194,20 +194,33 @@ def cosine_similarity_to(
         TypeError: when a model has no ``forward_features``.
         ValueError: when the features have different shapes.
     """
+    samples = as_samples(data, (0.0, 1.0), max_examples)
+    found = cosine_similarities_to(model, teacher, samples, batch_size=batch_size, device=device)
+    return float(found.double().mean())
+
+
+def cosine_similarities_to(
+    model: nn.Module,
+    teacher: nn.Module,
+    samples: Samples,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The similarity of each image's features, [N] float32 on the CPU; as for `cosine_similarity_to`."""
     for role, network in (("model", model), ("teacher", teacher)):
         if not callable(getattr(network, "forward_features", None)):
             raise TypeError(
                 f"{role} must have forward_features(x), {type(network).__name__} has not"
             )
-    samples, batch_size = as_samples(data, (0.0, 1.0), max_examples), check_batch_size(batch_size)
-    total = 0.0
+    batch_size, found = check_batch_size(batch_size), []
     with evaluation_mode(model, device) as where, evaluation_mode(teacher, where):
         for indices in samples.batches(batch_size):
             x, _ = samples.take(indices, where)
             with torch.no_grad():
                 u, v = model.forward_features(x), teacher.forward_features(x)  # type: ignore[operator]
-            total += float(_cosine(u, v).sum())
-    return total / len(samples)
+            found.append(_cosine(u, v).cpu())
+    return torch.cat(found)
 
 
 def _cosine(u: Tensor, v: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
 from fastadv.evaluation.attack_list import Minimum
+from fastadv.evaluation.context import Model
 from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
 from fastadv.evaluation.verify import NORM_ORDERS, Audit, predict, tolerance
 from fastadv.evaluation.work import key_of
@@ -143,22 +144,7 @@ def _by_bisection(
 
     def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         ids = indices.to(x.device)
-        radii = torch.full((len(x),), torch.inf, device=x.device)
-        # An attack can fail at a large radius where it succeeds at a small one, so that one goes upwards.
-        for halvings in range(_HALVINGS, -1, -1):
-            rows = radii.isinf().nonzero().flatten()
-            if len(rows) == 0:
-                break
-            radii[rows] = minimum_perturbation(
-                method,
-                x[rows],
-                y[rows],
-                max_eps=largest / 2**halvings,
-                iterations=_BISECTIONS,
-                seed=seed,
-                sample_ids=ids[rows],
-                judge=runner.model,
-            )
+        radii = smallest_radii(method, x, y, largest, seed, ids, runner.model)
         rows = radii.isfinite().nonzero().flatten()
         if len(rows):
             adv = method(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=radii[rows])
@@ -170,6 +156,48 @@ def _by_bisection(
         return radii
 
     return find
+
+
+def smallest_radii(
+    method: FGSM | PGD,
+    x: Tensor,
+    y: Tensor,
+    largest: float,
+    seed: int,
+    sample_ids: Tensor,
+    judge: Model | None = None,
+) -> Tensor:
+    """The smallest radius at which an attack breaks each image, as far as bisection can tell.
+
+    Args:
+        method: the attack.
+        x: images [B, ...].
+        y: labels [B].
+        largest: radius tried.
+        seed: of the attack.
+        sample_ids: [B], which random numbers each image gets.
+        judge: the model whose answers count; None is the attacked one.
+
+    Returns:
+        [B] float32: 0 for images that need no attack, infinite for those that are not broken at any radius tried.
+    """
+    radii = torch.full((len(x),), torch.inf, device=x.device)
+    # An attack can fail at a large radius where it succeeds at a small one, so that one goes upwards.
+    for halvings in range(_HALVINGS, -1, -1):
+        rows = radii.isinf().nonzero().flatten()
+        if len(rows) == 0:
+            break
+        radii[rows] = minimum_perturbation(
+            method,
+            x[rows],
+            y[rows],
+            max_eps=largest / 2**halvings,
+            iterations=_BISECTIONS,
+            seed=seed,
+            sample_ids=sample_ids[rows],
+            judge=judge,
+        )
+    return radii
 
 
 def _distances(x: Tensor, adv: Tensor, norm: str) -> Tensor:

@@ -329,10 +329,10 @@ def _as_one_report(content: dict[str, Any]) -> dict[str, Any]:
     return {"rows": entries, "model": entries[0]["model"], "worst_case": worst_case, **common[0]}
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of the installed libraries on which figures depend."""
+def library_versions(*names: str) -> dict[str, str]:
+    """Versions of libraries that are installed, by default of those on which accuracies depend."""
     versions = {}
-    for name in ("fastadv", "torch", "pyautoattack"):
+    for name in names or ("fastadv", "torch", "pyautoattack"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -209,6 +209,7 @@ class RunDirectory:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         shutil.rmtree(self.path / "worst", ignore_errors=True)
+        shutil.rmtree(self.path / "analyses", ignore_errors=True)
         names = ["metrics.jsonl", "summary.csv", "eval.json"]
         with suppress(CheckpointError):  # a damaged run can be overwritten, too
             # Names in a run from elsewhere could lead out of its directory.

@@ -80,8 +80,9 @@ def page(
     plots: Sequence[Plot],
     galleries: Sequence[Gallery],
     notes: Sequence[str] = (),
+    analyses: Sequence[Plot | Table] = (),
 ) -> str:
-    """The page: the first table, the pictures, the worst images, then the other tables.
+    """The page: the first table, the pictures, the worst images, the analyses, then the other tables.
 
     Args:
         title: heading.
@@ -90,10 +91,13 @@ def page(
         plots: in their order.
         galleries: worst images of attacks.
         notes: what else is to be said.
+        analyses: pictures and tables of what analyses found.
     """
     body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(subtitle)}</p>"]
     body += [_notes(notes), *map(_table, tables[:1]), *map(_plot, plots), *map(_table, tables[1:3])]
-    body += [_galleries(galleries), *map(_table, tables[3:])]
+    body += [_galleries(galleries)]
+    body += [_plot(part) if isinstance(part, Plot) else _table(part) for part in analyses]
+    body += [*map(_table, tables[3:])]
     return "\n".join(
         [
             "<!DOCTYPE html>",

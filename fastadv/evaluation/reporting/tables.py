@@ -18,7 +18,7 @@ _TEXT_COLUMNS = frozenset(
             "finding",
             "right within a radius",
         ),
-        *("stage", "search", "status", "device", "command", "versions", "weights", "date"),
+        *("stage", "search", "status", "device", "command", "versions", "weights", "date", "layer"),
     )
 )
 

@@ -11,6 +11,7 @@ from fastadv import __version__
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.plot_style import DARK, LIGHT, Style, png_of
 from fastadv.evaluation.plots import draw_trade_off
+from fastadv.evaluation.reporting.analyses import analysis_parts
 from fastadv.evaluation.reporting.cards import card_text, model_cards
 from fastadv.evaluation.reporting.curves import CurvePlot, curve_plots, draw_curves
 from fastadv.evaluation.reporting.gallery import galleries
@@ -23,7 +24,7 @@ from fastadv.files import write_atomically
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write report.md, .csv, .tex, .json and .html, the pictures as PNG, and the model cards into a folder.
+    """Write report.md, .csv, .tex, .json and .html, the pictures, the analyses and the model cards into a folder.
 
     Everything is made before the first file is written.
 
@@ -48,17 +49,24 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
     for curves in curve_plots(summary.comparison):
         plots.append(_curve_plot(curves))
         names.append(_file_name(curves, names))
+    analyses = analysis_parts(summary.comparison)
     tables = summary.tables
-    notes = [summary.no_plot] if summary.no_plot else []
+    notes = [*([summary.no_plot] if summary.no_plot else []), *analyses.notes]
     worst = galleries(summary.comparison, summary.radius) or galleries(summary.comparison, None)
     files: dict[str, str | bytes] = {
-        "report.md": markdown(tables, title) + "".join(f"\n{note}\n" for note in notes),
+        "report.md": markdown([*tables, *analyses.tables], title)
+        + "".join(f"\n{note}\n" for note in notes),
         "report.csv": to_csv(summary),
         "report.tex": latex(summary.printed),
         "report.json": to_json(summary),
-        "report.html": page(title, _subtitle(summary), tables, plots, worst, notes),
+        "report.html": page(
+            *(title, _subtitle(summary), tables, plots, worst, notes),
+            analyses=[*analyses.plots.values(), *analyses.tables],
+        ),
     }
     files |= {name: plot.light for name, plot in zip(names, plots, strict=True)}
+    files |= {name: plot.light for name, plot in analyses.plots.items()}
+    files |= analyses.files
     cards = model_cards(summary)
     files |= {f"cards/{name}": card_text(card) for name, card in cards.items()}
     return [write_atomically(Path(folder) / name, content) for name, content in files.items()]

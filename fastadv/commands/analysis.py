@@ -1,0 +1,385 @@
+"""What `fastadv analyse` does. The parameters are the options, the docstring their help."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from fastadv.commands.evaluation import EVAL_FILE
+from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
+from fastadv.commands.surrogates import model_by_word
+from fastadv.commands.transfer import images_of_models
+from fastadv.data.datasets import dataset_names, load_dataset
+from fastadv.digest import digest_of
+from fastadv.evaluation import AnalysisSettings, Measured, Subject
+from fastadv.evaluation.analyses.analyse import run_analyses, settings_of
+from fastadv.evaluation.analyses.analysis import Analysis, Need
+from fastadv.evaluation.analyses.groups import AnalysisGroup, grouped, number_text
+from fastadv.evaluation.analyses.pictures import images_of, picture_of
+from fastadv.evaluation.analyses.records import AnalysisRecord, analyses_folder
+from fastadv.evaluation.analyses.registry import check_needs, find_analyses
+from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.report import library_versions
+from fastadv.evaluation.reporting import aligned
+from fastadv.evaluation.samples import Samples, as_samples
+from fastadv.files import write_atomically
+from fastadv.trainers.checkpoint import LATEST, find_checkpoint
+from fastadv.trainers.hardware import choose_device
+from fastadv.trainers.number import Number
+from fastadv.trainers.run_directory import RunDirectory
+
+_SHORT = 25  # rows of a table that is printed whole
+_LISTS = frozenset(("radii", "step_counts", "extractor_eps"))
+
+
+def run_analysis(
+    models: Sequence[str],
+    what: Sequence[str],
+    *,
+    teacher: str | None = None,
+    teacher_model: str | None = None,
+    checkpoint: str = LATEST,
+    model: str | None = None,
+    data: str | None = None,
+    train_data: str | None = None,
+    root: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    interpolation: Literal["bilinear", "bicubic"] | None = None,
+    workers: int | None = None,
+    max_examples: int | None = None,
+    train_examples: int | None = None,
+    eps: Number | None = None,
+    alpha: Number | None = None,
+    steps: int | None = None,
+    radii: Number | list[Number] | None = None,
+    step_counts: int | list[int] | None = None,
+    max_eps: Number | None = None,
+    pictures: int | None = None,
+    epochs: int | None = None,
+    points: int | None = None,
+    extractor_eps: Number | list[Number] | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    device: str | None = None,
+    out: str | None = None,
+    anew: bool = False,
+    quiet: bool = False,
+    command: str = "",
+) -> str:
+    """The analyses.
+
+    Args:
+        models: one or more models: run directories, files of weights, or module:function.
+        what: names of analyses.
+        teacher: the standard model, for cosine: a run directory, a file of weights, or module:function.
+        teacher_model: the network of a teacher that is a file of weights.
+        checkpoint: which checkpoint of the runs to analyse: latest, best, or a name such as step_000391.
+        model: the network of all models that are files of weights: a name such as resnet18, timm:NAME, or
+            module:function, whose code then runs.
+        data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
+        train_data: the training set, for entropy and random-labels: digits, cifar10 or cifar100, a .npz file,
+            folder:PATH or hf:NAME:SPLIT. By default the training images of the data set by name.
+        root: folder that holds the files of cifar10 or cifar100; by default the one of the first run.
+        resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
+            by default pictures are not resized.
+        crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the
+            middle; by default nothing is cut off.
+        interpolation: with resize, how pixels are interpolated: bilinear (the default) or bicubic.
+        workers: with folder: or hf: data, the number of processes that decode pictures; by default one per core,
+            at most 8.
+        max_examples: use only this many images, as for `fastadv eval`. By default all are used.
+        train_examples: use only this many images of the training set. By default all are used.
+        eps: radius of the attack in linf, for steps-curve, tsne, umap and delta-z; by default 8/255.
+        alpha: step size of PGD, for eps-curve, steps-curve, tsne and umap; by default a quarter of the radius.
+        steps: steps of PGD, for eps-curve, tsne, umap, minimum and delta-z; by default 20.
+        radii: radii of eps-curve, ascending; by default 13 of them from 1/255 to 100/255.
+        step_counts: numbers of steps of steps-curve, ascending; by default 1 2 5 10 20 50 100.
+        max_eps: largest radius that minimum tries; by default .5.
+        pictures: images that minimum shows; by default 8.
+        epochs: epochs of the network that random-labels trains; by default 30.
+        points: images that tsne and umap show, each of them clean, noisy and adversarial; by default 300.
+        extractor_eps: with delta-z, the radius for which each extractor of the merger was trained, in their order;
+            by default 3/255 to 8/255, the radii of AFS, where there are six.
+        batch_size: images per pass; by default 256.
+        seed: seed of all random numbers.
+        device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
+        out: folder that the numbers and the pictures of all models together are written to. By default each model
+            has its own alone, in the folder analyses of its run.
+        anew: compute what is there already once more.
+        quiet: show no progress.
+        command: the command line, for the record.
+
+    Returns:
+        The numbers that matter most, and where all of them are.
+    """
+    chosen = find_analyses(what)
+    settings = _settings(chosen, dict(locals()), seed)
+    needed = {need for analysis in chosen for need in analysis.needs}
+    _check_options(needed, chosen, teacher, teacher_model, train_data, train_examples)
+    where, reading = choose_device(device), Reading(resize, crop, interpolation, workers)
+    paths = list(dict.fromkeys(models))
+    names = distinct_names(paths)
+    images: Images | None = None
+    others = [path for path in [*paths, *([teacher] if teacher else [])] if not Path(path).is_dir()]
+    for path in paths:
+        if Path(path).is_dir():  # a folder that is no run is told as such
+            find_checkpoint(RunDirectory(path).path, checkpoint)
+    if "images" in needed or others:
+        images = images_of_models(paths, data, root, reading)
+    train = _training_set(paths, data, root, train_data, reading) if "train" in needed else None
+    standard: nn.Module | None = None
+    if teacher is not None:
+        assert images is not None
+        standard = model_by_word(
+            teacher, teacher_model, images, "teacher", "teacher_model"
+        ).model.to(where)
+    samples = None
+    if "images" in needed:
+        samples = as_samples(images, (0.0, 1.0), max_examples)
+    train_samples = None if train is None else as_samples(train, (0.0, 1.0), train_examples)
+    of_runs = None if any(Path(path).is_file() for path in paths) else model
+    loaded = [_load(path, checkpoint, of_runs, model, images) for path in paths]
+    for one in loaded:
+        for analysis in chosen:
+            check_needs(analysis, one.model, standard is not None, train is not None)
+    common = _Common(chosen, settings, samples, train_samples, standard, command, anew, quiet)
+    records, folders = {}, []
+    for name, one in zip(names, loaded, strict=True):
+        folder = analyses_folder(one.results)
+        records[name] = common.analyse(name, replace(one, model=one.model.to(where)), folder)
+        folders.append(folder)
+        one.model.cpu()  # out of the way of the next
+    groups = grouped(records)
+    text = "\n\n".join(_told(group) for group in groups)
+    text += "\n\nnumbers and pictures: " + ", ".join(map(str, dict.fromkeys(folders)))
+    missing = [common.missing]
+    if out is not None:
+        missing += [_write_together(group, Path(out)) for group in groups]
+        text += f"\nof all models together: {out}"
+    for line in dict.fromkeys(filter(None, missing)):
+        text += f"\nno picture was drawn: {line}"
+    return text
+
+
+def _settings(chosen: Sequence[Analysis], options: dict[str, Any], seed: int) -> AnalysisSettings:
+    """The settings that were given; the seed, which has a default, is taken where it is used."""
+    names = AnalysisSettings.__dataclass_fields__
+    given = {n: options[n] for n in names if n != "seed" and options[n] is not None}
+    for name in _LISTS & given.keys():
+        given[name] = given[name] if isinstance(given[name], list) else [given[name]]
+    if any("seed" in analysis.uses for analysis in chosen):
+        given["seed"] = seed
+    return settings_of(chosen, given)
+
+
+def _check_options(
+    needed: set[Need],
+    chosen: Sequence[Analysis],
+    teacher: str | None,
+    teacher_model: str | None,
+    train_data: str | None,
+    train_examples: int | None,
+) -> None:
+    """Refuse what no chosen analysis takes, and say what is missing, before anything is loaded."""
+    names = ", ".join(analysis.name for analysis in chosen)
+    if "teacher" in needed and teacher is None:
+        raise ValueError(
+            "teacher must be given with cosine: --teacher STD, the standard model, with whose features those of "
+            "the model are compared"
+        )
+    if teacher is None and teacher_model is not None:
+        raise ValueError(f"teacher_model must come with teacher, got {teacher_model!r}")
+    unused: list[tuple[str, object, str]] = []
+    if "teacher" not in needed:
+        unused.append(("teacher", teacher, "cosine"))
+    if "train" not in needed:
+        unused += [
+            (name, value, "entropy and random-labels")
+            for name, value in (("train_data", train_data), ("train_examples", train_examples))
+        ]
+    for name, value, users in unused:
+        if value is not None:
+            raise ValueError(
+                f"{name} must be left out with {names}, got {value!r}; it is for {users}"
+            )
+
+
+def _load(
+    path: str, checkpoint: str, of_runs: str | None, of_files: str | None, images: Images | None
+) -> JudgedModel:
+    if Path(path).is_dir():
+        return model_of_run(path, checkpoint, of_runs, EVAL_FILE)
+    assert images is not None
+    network = of_files if Path(path).is_file() else None
+    return model_by_word(path, network, images, "models", "model")
+
+
+def _training_set(
+    paths: Sequence[str],
+    data: str | None,
+    root: str | None,
+    train_data: str | None,
+    reading: Reading,
+) -> Any:
+    """The training images: those asked for, else those of the data set by name."""
+    if train_data is not None and train_data not in dataset_names():
+        return images_named(train_data, None, reading)
+    runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
+    recorded, folder = runs[0].source() if runs else (None, None)
+    name = train_data or data or recorded
+    if name not in dataset_names():
+        raise ValueError(
+            f"train_data must be given: {name or 'the data'} has no training images by name"
+        )
+    return load_dataset(name, root or (folder if name == recorded else None)).train
+
+
+@dataclass
+class _Common:
+    """What is done with each of several models.
+
+    Attributes:
+        chosen: the analyses.
+        settings: of all of them.
+        samples: the images, where one needs some.
+        train: the training set, likewise.
+        teacher: the standard model, likewise.
+        command: the command line.
+        anew: whether to compute what is there.
+        quiet: whether to show no progress.
+        missing: why no picture was drawn; empty where there was no obstacle.
+    """
+
+    chosen: Sequence[Analysis]
+    settings: AnalysisSettings
+    samples: Samples | None
+    train: Samples | None
+    teacher: nn.Module | None
+    command: str
+    anew: bool
+    quiet: bool
+    missing: str = ""
+
+    def __post_init__(self) -> None:
+        self._teacher_digest = "" if self.teacher is None else digest_of(self.teacher.state_dict())
+        self._images = "" if self.samples is None else self.samples.fingerprint()
+        self._train_images = "" if self.train is None else self.train.fingerprint()
+
+    def analyse(self, name: str, judged: JudgedModel, folder: Path) -> list[AnalysisRecord]:
+        """Analyse one model; what is there is read, and each record is kept as soon as it is found."""
+        weights = digest_of(judged.model.state_dict())
+        found = []
+        for analysis in self.chosen:
+            record = self._record(analysis, judged, weights)
+            file = record.path(folder)
+            if file.is_file() and not self.anew:
+                self._say(f"{name}: {analysis.name} is there")
+                record = AnalysisRecord.load(file)
+            else:
+                self._say(f"{name}: {analysis.name}")
+                measured = run_analyses(
+                    judged.model,
+                    [analysis],
+                    self.settings,
+                    self.samples,
+                    self.train,
+                    self.teacher,
+                    None,
+                )[analysis.name]
+                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                record = replace(record, measured=measured, date=now)
+                record.save(folder)
+            self._draw(name, record, folder)
+            found.append(record)
+        return found
+
+    def _record(self, analysis: Analysis, judged: JudgedModel, weights: str) -> AnalysisRecord:
+        """The record of an analysis before it is run."""
+        samples, images = None, ""
+        if "images" in analysis.needs:
+            samples, images = self.samples, self._images
+        elif "train" in analysis.needs:
+            samples, images = self.train, self._train_images
+        parameters = judged.model.parameters()
+        subject = Subject(
+            run=judged.name,
+            method=judged.method,
+            network=judged.network,
+            checkpoint=judged.checkpoint,
+            weights=weights,
+            data="" if samples is None else samples.name,
+            images=images,
+            parameters=sum(parameter.numel() for parameter in parameters),
+        )
+        device = next((str(p.device) for p in judged.model.parameters()), "cpu")
+        return AnalysisRecord(
+            Measured(analysis.name, (), ()),
+            subject,
+            0 if samples is None else len(samples),
+            {name: _plain(getattr(self.settings, name)) for name in analysis.uses},
+            self._teacher_digest if "teacher" in analysis.needs else "",
+            library_versions("fastadv", "torch", *analysis.libraries),
+            device,
+            self.command,
+        )
+
+    def _draw(self, name: str, record: AnalysisRecord, folder: Path) -> None:
+        """Draw a record's own picture, unless it is there or matplotlib is not."""
+        files = {".png": lambda: picture_of({name: record.measured}, title=name)}
+        if record.measured.originals is not None:
+            files["_images.png"] = lambda: images_of(record.measured) or b""
+        for suffix, draw in files.items():
+            path = record.path(folder, suffix)
+            if path.is_file() and not self.anew:
+                continue
+            try:
+                write_atomically(path, draw())
+            except ImportError as error:
+                self.missing = str(error)
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(f"analyse: {text}", file=sys.stderr)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _told(group: AnalysisGroup) -> str:
+    """An analysis as text: its numbers where they are few, else the ones that matter most."""
+    lines = [line for line in (group.title, group.settings) if line]
+    rows = group.rows()
+    parts = ["\n".join(lines), aligned(group.summary())]
+    if len(rows) <= _SHORT:
+        parts.append(aligned([[number_text(cell) for cell in row] for row in rows]))
+    return "\n\n".join(parts + ["\n".join(group.notes())] * bool(group.notes()))
+
+
+def _alone(found: Mapping[str, Measured]) -> str:
+    """The name of a model that has a picture to itself; else the legend has the names."""
+    return next(iter(found)) if len(found) == 1 else ""
+
+
+def _write_together(group: AnalysisGroup, folder: Path) -> str:
+    """Write the numbers and the pictures of all models of a group; why no picture could be drawn."""
+    write_atomically(folder / f"{group.stem}.csv", group.to_csv())
+    try:
+        for number, found in enumerate(group.pictured, 1):
+            last = f"_{number}" if len(group.pictured) > 1 else ""
+            write_atomically(
+                folder / f"{group.stem}{last}.png", picture_of(found, title=_alone(found))
+            )
+        for number, one in enumerate(group.found.values(), 1):
+            if (picture := images_of(one)) is not None:
+                write_atomically(folder / f"{group.stem}_images_{number}.png", picture)
+    except ImportError as error:
+        return str(error)
+    return ""

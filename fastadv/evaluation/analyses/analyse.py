@@ -1,0 +1,130 @@
+"""Analysing one model from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadv.evaluation.analyses.analysis import Analysis, AnalysisContext, Measured
+from fastadv.evaluation.analyses.registry import check_needs, check_settings_used, find_analyses
+from fastadv.evaluation.analyses.settings import AnalysisSettings
+from fastadv.evaluation.context import evaluation_mode
+from fastadv.evaluation.samples import Samples, as_samples
+from fastadv.ops.values import closest, shown
+
+
+def analyse(
+    model: nn.Module,
+    data: Any = None,
+    what: Sequence[str] = (),
+    *,
+    teacher: nn.Module | None = None,
+    train: Any = None,
+    max_examples: int | None = None,
+    train_examples: int | None = None,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> dict[str, Measured]:
+    """Analyse a model.
+
+    Args:
+        model: a float32 module on images [B, C, H, W] in 0..1. Analyses of features need one that is cut before
+            its global pooling, as all of `fastadv.models` are.
+        data: images, as for ``evaluate``; None where no analysis needs any.
+        what: names of analyses, such as ``["cosine", "frobenius"]``; see docs/analyses.md.
+        teacher: the standard model, for ``"cosine"``.
+        train: images of the training set, in the same forms as `data`, for ``"entropy"`` and ``"random-labels"``.
+        max_examples: use only so many of `data`, as for ``evaluate``.
+        train_examples: use only so many of `train`.
+        device: as for ``evaluate``.
+        settings: fields of `AnalysisSettings`, such as ``eps=8 / 255``; those that no chosen analysis uses are
+            refused.
+
+    Returns:
+        What each analysis found, by its name, in the order of `what`.
+
+    Raises:
+        ImportError: when a library is missing, before anything is computed.
+        TypeError: for a model or settings of another kind.
+        ValueError: for an unknown name, or where something that is needed is missing.
+    """
+    chosen = find_analyses(what)
+    checked = settings_of(chosen, settings)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {shown(model)}")
+    for analysis in chosen:
+        check_needs(analysis, model, teacher is not None, train is not None)
+        if "images" in analysis.needs and data is None:
+            raise ValueError(f"data must be given with {analysis.name}: images to analyse")
+    needed = {need for analysis in chosen for need in analysis.needs}
+    return run_analyses(
+        model,
+        chosen,
+        checked,
+        as_samples(data, (0.0, 1.0), max_examples) if "images" in needed else None,
+        as_samples(train, (0.0, 1.0), train_examples) if "train" in needed else None,
+        teacher,
+        device,
+    )
+
+
+def settings_of(chosen: Sequence[Analysis], given: dict[str, Any]) -> AnalysisSettings:
+    """The settings of some analyses.
+
+    Args:
+        chosen: the analyses.
+        given: settings that somebody gave, by name.
+
+    Raises:
+        ImportError: when a library of one of them is missing.
+        TypeError: for an unknown setting, or a value of another type.
+        ValueError: for a value out of range, or a setting that none of them uses.
+    """
+    known = [field.name for field in fields(AnalysisSettings)]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"analyse has no argument {name!r}{closest(name, known)}")
+    settings = AnalysisSettings(**given)
+    check_settings_used(chosen, list(given))
+    for analysis in chosen:
+        analysis.check(settings)
+    return settings
+
+
+def run_analyses(
+    model: nn.Module,
+    chosen: Sequence[Analysis],
+    settings: AnalysisSettings,
+    samples: Samples | None,
+    train: Samples | None,
+    teacher: nn.Module | None,
+    device: torch.device | str | None,
+    on_measured: Callable[[Measured], None] | None = None,
+) -> dict[str, Measured]:
+    """Run analyses whose needs have been checked.
+
+    Args:
+        model: the model.
+        chosen: which analyses.
+        settings: of all of them.
+        samples: the images, where one needs some.
+        train: the training set, likewise.
+        teacher: the standard model, likewise.
+        device: where to run; by default where the model is.
+        on_measured: called after each.
+
+    Returns:
+        What each found, by its name.
+    """
+    found = {}
+    with evaluation_mode(model, device) as where:
+        context = AnalysisContext(model, where, settings, samples, train, teacher)
+        for analysis in chosen:
+            found[analysis.name] = analysis.compute(context)
+            if on_measured is not None:
+                on_measured(found[analysis.name])
+    return found

@@ -1,0 +1,171 @@
+"""What an analysis found, kept in files: JSON with all that it depends on, CSV, and images where it has some."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastadv.evaluation.analyses.analysis import Measured
+from fastadv.evaluation.report import known_fields
+from fastadv.evaluation.results import Subject
+from fastadv.evaluation.work import key_of
+from fastadv.fields import check_fields
+from fastadv.files import remove_leftovers, write_atomically
+
+_FORMAT = 1
+_FOLDER = "analyses"
+_RESULTS = ".eval.json"  # of a file of weights, beside it
+_IMAGES = ("originals", "adversarials")
+
+
+@dataclass(frozen=True)
+class AnalysisRecord:
+    """What an analysis found of one model, with all that it depends on.
+
+    Attributes:
+        measured: the numbers.
+        subject: the model and the images; what the analysis does not need is empty.
+        n: how many images.
+        settings: those that it uses, by name.
+        teacher: SHA-256 of the standard model's weights, where it was compared with one.
+        versions: of the libraries that matter.
+        device: where it ran.
+        command: the command line that found it, where there was one.
+        date: when it was found, in ISO 8601, UTC.
+    """
+
+    measured: Measured
+    subject: Subject
+    n: int
+    settings: dict[str, Any]
+    teacher: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    device: str = "cpu"
+    command: str = ""
+    date: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def common(self) -> tuple[Any, ...]:
+        """What records must agree in for one picture to show them."""
+        subject = self.subject
+        settings = tuple(sorted((name, str(value)) for name, value in self.settings.items()))
+        return (
+            self.measured.analysis,
+            subject.data,
+            subject.images,
+            self.n,
+            settings,
+            self.teacher,
+        )
+
+    @property
+    def key(self) -> str:
+        """A name for the files of this record; a record of other settings has another one."""
+        subject = self.subject
+        model = (subject.network, subject.weights, subject.checkpoint)
+        facts = (*self.common, *model, sorted(self.versions.items()))
+        return key_of(self.measured.analysis, *facts)
+
+    def path(self, folder: Path, suffix: str = ".json") -> Path:
+        """Where this record is in a folder; a suffix names another of its files."""
+        return folder / f"{self.key}{suffix}"
+
+    def save(self, folder: Path) -> Path:
+        """Write the CSV, the images, and last the JSON that says the record is there.
+
+        Raises:
+            OSError: when they cannot be written.
+        """
+        if folder.is_dir():
+            remove_leftovers(folder)
+        if self.measured.originals is not None:
+            content = io.BytesIO()
+            arrays = {name: getattr(self.measured, name).numpy() for name in _IMAGES}
+            np.savez_compressed(content, **arrays)
+            write_atomically(self.path(folder, ".npz"), content.getvalue())
+        write_atomically(self.path(folder, ".csv"), self.measured.to_csv(self.facts()))
+        text = json.dumps({"format": _FORMAT, **self._to_dict()}, indent=1, allow_nan=False)
+        return write_atomically(self.path(folder), text + "\n")
+
+    def facts(self) -> dict[str, Any]:
+        """All that the numbers depend on, by name, for a person."""
+        subject = {name: value for name, value in asdict(self.subject).items() if value}
+        others = {"teacher": self.teacher, "command": self.command, "date": self.date}
+        return {
+            "analysis": self.measured.analysis,
+            **subject,
+            "n": self.n,
+            **self.settings,
+            **{name: value for name, value in others.items() if value},
+            "device": self.device,
+            **{f"version of {name}": value for name, value in self.versions.items()},
+        }
+
+    def _to_dict(self) -> dict[str, Any]:
+        measured = replace(self.measured, originals=None, adversarials=None)
+        content = asdict(replace(self, measured=measured))
+        for name in _IMAGES:
+            del content["measured"][name]
+        return content
+
+    @classmethod
+    def load(cls, path: Path) -> AnalysisRecord:
+        """Read what `save` wrote; nothing is unpickled.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it holds something else; the message names the file.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("format") != _FORMAT:
+                raise ValueError(f"its format must be {_FORMAT}, got {content.get('format')!r}")
+            measured = known_fields(Measured, content["measured"])
+            for name in ("columns", "notes"):
+                measured[name] = tuple(measured[name])
+            measured["rows"] = tuple(map(tuple, measured["rows"]))
+            if any(len(row) != len(measured["columns"]) for row in measured["rows"]):
+                raise ValueError("its rows must have one cell per column")
+            images = _read_images(path.with_suffix(".npz"))
+            values = known_fields(cls, content)
+            values["measured"] = Measured(**{**measured, **images})
+            values["subject"] = Subject(**known_fields(Subject, content["subject"]))
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path}: is no record of an analysis: {error}") from error
+
+
+def _read_images(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        return {}
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in _IMAGES}
+
+
+def analyses_folder(results: Path) -> Path:
+    """Where the analyses of the model are whose results are in a file: ``RUN/analyses``, ``FILE.analyses``."""
+    if results.name.endswith(_RESULTS):
+        return results.with_name(f"{results.name.removesuffix(_RESULTS)}.{_FOLDER}")
+    return results.parent / _FOLDER
+
+
+def load_records(folder: Path) -> list[AnalysisRecord]:
+    """All records of a folder, by analysis and date; none where there is no folder.
+
+    Raises:
+        ValueError: when a file is damaged; the message names it.
+    """
+    found: Sequence[Path] = sorted(folder.glob("*.json")) if folder.is_dir() else ()
+    records = [AnalysisRecord.load(path) for path in found]
+    return sorted(records, key=lambda one: (one.measured.analysis, one.date, one.key))

@@ -1,0 +1,96 @@
+"""The analyses by name, and what each needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from fastadv.evaluation.analyses.analysis import Analysis
+from fastadv.evaluation.analyses.cosine import CosineSimilarity
+from fastadv.evaluation.analyses.embeddings import TSNEEmbedding, UMAPEmbedding
+from fastadv.evaluation.analyses.entropy import PosteriorEntropy
+from fastadv.evaluation.analyses.extractors import DeltaZCurve
+from fastadv.evaluation.analyses.frobenius import FrobeniusNorms
+from fastadv.evaluation.analyses.merger import ImportanceRatios, MergerWeights
+from fastadv.evaluation.analyses.random_labels import RandomLabelFit
+from fastadv.evaluation.analyses.robustness import RobustnessOverEps, RobustnessOverSteps
+from fastadv.evaluation.analyses.smallest import SmallestPerturbation
+from fastadv.models import Stack
+from fastadv.ops.values import check_choice
+
+_ALL: tuple[type[Analysis], ...] = (
+    CosineSimilarity,
+    FrobeniusNorms,
+    PosteriorEntropy,
+    RandomLabelFit,
+    TSNEEmbedding,
+    UMAPEmbedding,
+    RobustnessOverEps,
+    RobustnessOverSteps,
+    SmallestPerturbation,
+    ImportanceRatios,
+    MergerWeights,
+    DeltaZCurve,
+)
+ANALYSES: dict[str, Analysis] = {kind.name: kind() for kind in _ALL}
+
+
+def find_analyses(what: Sequence[str]) -> list[Analysis]:
+    """The analyses of these names, each once, in this order.
+
+    Raises:
+        TypeError: for one word in place of several.
+        ValueError: for no name, or one that no analysis has.
+    """
+    if isinstance(what, str):
+        raise TypeError(f"what must be a list of names, got {what!r}; write [{what!r}]")
+    if not what:
+        raise ValueError(f"what must name at least one of {', '.join(ANALYSES)}")
+    for name in what:
+        check_choice("what", name, ANALYSES)
+    return [ANALYSES[name] for name in dict.fromkeys(what)]
+
+
+def check_settings_used(analyses: Sequence[Analysis], given: Sequence[str]) -> None:
+    """Refuse settings on which none of some analyses depends.
+
+    Args:
+        analyses: those that are to be run.
+        given: names of the settings that somebody gave.
+
+    Raises:
+        ValueError: naming the setting, and the analyses that use it.
+    """
+    used = {name for analysis in analyses for name in (*analysis.uses, "batch_size")}
+    for name in given:
+        if name not in used:
+            users = ", ".join(one.name for one in ANALYSES.values() if name in one.uses)
+            names = ", ".join(analysis.name for analysis in analyses)
+            raise ValueError(f"{name} must be left out with {names}; it is for {users}")
+
+
+def check_needs(analysis: Analysis, model: nn.Module, teacher: bool, train: bool) -> None:
+    """Refuse an analysis of which something is missing.
+
+    Args:
+        analysis: which one.
+        model: the model to analyse.
+        teacher: whether there is one.
+        train: whether there are images of the training set.
+
+    Raises:
+        TypeError: the model is no merger, where one is needed.
+        ValueError: there is no teacher or no training set, where one is needed.
+    """
+    if "merger" in analysis.needs and not isinstance(model, Stack):
+        raise TypeError(
+            f"model must be a Stack, the merger of a run of afs, with {analysis.name}, got {type(model).__name__}"
+        )
+    if "teacher" in analysis.needs and not teacher:
+        raise ValueError(
+            f"teacher must be given with {analysis.name}: the standard model, with whose features those of the "
+            "model are compared"
+        )
+    if "train" in analysis.needs and not train:
+        raise ValueError(f"train must be given with {analysis.name}: images of the training set")
