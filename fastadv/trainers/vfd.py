@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,13 +13,12 @@ from fastadv import losses
 from fastadv.losses.common import Reduction, at_least_float32, reduced
 from fastadv.models import check_layer, layer_and_logits, layer_output
 from fastadv.models.stages import LAST
-from fastadv.trainers.alp import AlpRecipe
-from fastadv.trainers.hat import HatRecipe, helper_examples
-from fastadv.trainers.mart import MartRecipe
+from fastadv.trainers.bases import BASES, numbers_of_base
+from fastadv.trainers.hat import helper_examples
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
-from fastadv.trainers.recipe import Recipe, check_field, follows_start, shared_numbers
+from fastadv.trainers.recipe import Recipe, check_field, follows_start
 from fastadv.trainers.trades import TradesRecipe
 
 
@@ -56,13 +55,12 @@ def _mart(
     return losses.cross_entropy(clean_logits, y, reduction=reduction) + beta * mart
 
 
-_Loss: TypeAlias = Callable[..., Tensor]
-# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta; and its own recipe.
-_BASES: dict[str, tuple[_Loss, type[PairRecipe]]] = {
-    "alp": (_alp, AlpRecipe),
-    "trades": (losses.trades, TradesRecipe),
-    "mart": (_mart, MartRecipe),
-    "hat": (losses.trades, HatRecipe),
+# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta.
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "alp": _alp,
+    "trades": losses.trades,
+    "mart": _mart,
+    "hat": losses.trades,
 }
 # Where L_adv has two terms, the field of the base's recipe that weighs the second one; L_adv's beta is then 1.
 _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
@@ -119,9 +117,10 @@ class VfdRecipe(PairRecipe):
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the base's recipe."""
         base = given.get("base", cls.base)
-        if base not in _BASES:  # for the recipe itself to complain about
+        if base not in _LOSSES:  # for the recipe itself to complain about
             return {}
-        numbers = shared_numbers(_BASES[base][1](), cls, without=("beta", "weight"))
+        own = {"beta", "weight"}  # which mean something else here
+        numbers = {k: v for k, v in numbers_of_base(base, preset, cls).items() if k not in own}
         return {**numbers, **super().start(preset, given)}
 
     @property
@@ -141,7 +140,7 @@ class VfdRecipe(PairRecipe):
         )
 
     def _of_base(self, name: str) -> Any:
-        return getattr(_BASES[self.base][1], name)
+        return getattr(BASES[self.base].recipe_class, name)
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class Vfd(PairMethod[VfdRecipe]):
 
     def setup(self) -> None:
         """Take the base's attack, and check that both models have the layer."""
-        self.attack_loss = "kl" if self.recipe.base in ("trades", "hat") else "ce"
+        self.attack_loss = BASES[self.recipe.base].attack_loss
         self.bn_updates = self.images_trained = 3 if self.recipe.base == "hat" else 2
         super().setup()
         check_layer(self.model, self.recipe.layer)
@@ -215,7 +214,7 @@ class Vfd(PairMethod[VfdRecipe]):
             options["weight"] = recipe.inner_weight
         if recipe.code_constants:
             options["code_constants"] = True
-        loss, _ = _BASES[recipe.base]
+        loss = _LOSSES[recipe.base]
         return loss(clean_logits, adv_logits, y, recipe.base_weight, **options)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
