@@ -44,6 +44,7 @@ from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory
+from fastadv.trainers.weights import ROBUST
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -58,6 +59,7 @@ def run_evaluation(
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     *,
     checkpoint: str = LATEST,
+    network: str = ROBUST,
     model: str | None = None,
     weights: str | None = None,
     normalise: Sequence[str] | None = None,
@@ -94,6 +96,8 @@ def run_evaluation(
         run: run directory; None where a model is given with weights.
         attacks: what to run, in this order; quick, standard and strong stand for several.
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
+        network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
+            act and lbgat train beside it. Its results are added to natural.eval.json in the run directory.
         model: the network: a name such as resnet18, timm:NAME, or module:function, whose code then runs. With a
             run, give it only where the network of the run is a function of your own.
         weights: file with the state dict of the model, in any of the usual wrappings; not with a run. Leave it out
@@ -160,6 +164,8 @@ def run_evaluation(
         check_choice("norm", norm, NORMS)  # before hours are spent
     recorded: Description | None = None
     if run is None:
+        if network != ROBUST:
+            raise ValueError(f"network must come with a run, got {network!r}")
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         for option, value in (("weights", weights), ("normalise", normalise)):
@@ -170,8 +176,8 @@ def run_evaluation(
         find_checkpoint(directory.path, checkpoint)  # a run that is not there is told as such
         recorded = directory.read()
         images = images_of_run(directory, data, root, reading)
-        judged = model_of_run(run, checkpoint, model, EVAL_FILE)
-    network = judged.model.to(where)
+        judged = model_of_run(run, checkpoint, model, EVAL_FILE, network)
+    module = judged.model.to(where)
     low, high = check_bounds(tuple(bounds))
     samples = as_samples(images, (low, high), max_examples)
     subject = Subject(
@@ -179,10 +185,10 @@ def run_evaluation(
         method=judged.method,
         network=judged.network,
         checkpoint=judged.checkpoint,
-        weights=digest_of(network.state_dict()),
+        weights=digest_of(module.state_dict()),
         data=images.name,
         images=samples.fingerprint(),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
@@ -226,7 +232,7 @@ def run_evaluation(
         state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
-            network,
+            module,
             samples,
             tuple(attacks),
             eps=radii,
@@ -253,7 +259,7 @@ def run_evaluation(
         text = report.table() + _about_radius(eps, radii[0], norm, report, recorded)
         if sanity and ranks.first:
             text += "\n" + _sanity(
-                network,
+                module,
                 images,
                 subject,
                 sanity_file_of(keeper.file),

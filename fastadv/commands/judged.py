@@ -26,6 +26,7 @@ from fastadv.ops.values import closest
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.weights import ROBUST
 
 Images = ImageData | FolderImages | HubImages
 FOLDER, HUB = "folder:", "hf:"
@@ -62,7 +63,9 @@ class JudgedModel:
     others: tuple[str, ...] = ()
 
 
-def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> JudgedModel:
+def model_of_run(
+    run: str, checkpoint: str, model: str | None, results: str, network: str = ROBUST
+) -> JudgedModel:
     """The model of a run of ours.
 
     Args:
@@ -70,17 +73,24 @@ def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> 
         checkpoint: which one of the run.
         model: the network, where it is a function of the user's own.
         results: name of the file of results in the run directory.
+        network: which of the networks that were trained together, as `load_model` takes it. Another than the
+            robust one has a file of results of its own, and its name beside the run's and the method's.
     """
     directory = RunDirectory(run)
     path = find_checkpoint(directory.path, checkpoint)
     recorded = directory.read()
+    name = directory.path.resolve().name
+    kind = str(recorded.model.get("name") or recorded.model.get("class", ""))
+    if network == ROBUST:
+        judged = load_model(path, model)
+        return JudgedModel(judged, name, recorded.method, kind, path.name, directory.path / results)
     return JudgedModel(
-        load_model(path, model),
-        directory.path.resolve().name,
-        recorded.method,
-        str(recorded.model.get("name") or recorded.model.get("class", "")),
+        load_model(path, model, network=network),
+        f"{name} {network}",
+        f"{recorded.method} {network}",
+        str(recorded.recipe.get(network) or kind),
         path.name,
-        directory.path / results,
+        directory.path / f"{network}.{results}",
     )
 
 
