@@ -16,6 +16,7 @@ from fastadv.commands.judged import (
     images_of_run,
     model_of_file,
     model_of_run,
+    with_extractors,
 )
 from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
 from fastadv.commands.surrogates import digest_name, model_by_word
@@ -60,6 +61,7 @@ def run_evaluation(
     *,
     checkpoint: str = LATEST,
     network: str = ROBUST,
+    extractors: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     normalise: Sequence[str] | None = None,
@@ -98,6 +100,9 @@ def run_evaluation(
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
         network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
             act and lbgat train beside it. Its results are added to natural.eval.json in the run directory.
+        extractors: judge a part of a stack of afs: the numbers of its extractors, counted from 1, with commas
+            between them, such as 1,3,6. They keep their part of the merger that was trained for all. The results
+            are added to a file of their own in the run directory.
         model: the network: a name such as resnet18, timm:NAME, or module:function, whose code then runs. With a
             run, give it only where the network of the run is a function of your own.
         weights: file with the state dict of the model, in any of the usual wrappings; not with a run. Leave it out
@@ -166,6 +171,8 @@ def run_evaluation(
     if run is None:
         if network != ROBUST:
             raise ValueError(f"network must come with a run, got {network!r}")
+        if extractors is not None:
+            raise ValueError(f"extractors must come with a run, got {extractors!r}")
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         for option, value in (("weights", weights), ("normalise", normalise)):
@@ -177,6 +184,7 @@ def run_evaluation(
         recorded = directory.read()
         images = images_of_run(directory, data, root, reading)
         judged = model_of_run(run, checkpoint, model, EVAL_FILE, network)
+        judged = judged if extractors is None else with_extractors(judged, extractors)
     module = judged.model.to(where)
     low, high = check_bounds(tuple(bounds))
     samples = as_samples(images, (low, high), max_examples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastadv.data.datasets import check_source, dataset_names, load_test_images
 from fastadv.data.preprocessing import Interpolation
 from fastadv.models import (
     Normalized,
+    Stack,
     create_model,
     form_of,
     forms_of,
@@ -172,6 +173,41 @@ class Reading:
     def given(self) -> dict[str, Any]:
         """The options that are given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
+    """Judge some of a stack's extractors, with their part of its merger, in place of the stack.
+
+    Args:
+        judged: the stack, with the name of its file of results.
+        numbers: of the extractors, counted from 1, with commas between them.
+
+    Raises:
+        ValueError: if the model is no stack, or the numbers are not of its extractors.
+    """
+    stack = judged.model
+    if not isinstance(stack, Stack):
+        raise ValueError(
+            f"extractors must be left out with {judged.network}, which is no stack, got {numbers!r}"
+        )
+    try:
+        chosen = [int(number) for number in numbers.split(",")]
+        some = stack.subset(chosen)
+    except ValueError as error:
+        raise ValueError(
+            f"extractors must be numbers from 1 to {len(stack.extractors)} in ascending order with commas between "
+            f"them, got {numbers!r}"
+        ) from error
+    name = f"extractors {'+'.join(map(str, chosen))}"
+    file = judged.results.with_name(f"{name.replace(' ', '_')}.{judged.results.name}")
+    return replace(
+        judged,
+        model=some,
+        name=f"{judged.name} {name}",
+        method=f"{judged.method} {name}",
+        network=f"{judged.network}, {name}",
+        results=file,
+    )
 
 
 def images_of_run(

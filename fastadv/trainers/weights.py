@@ -28,6 +28,7 @@ from fastadv.trainers.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_checkpoint,
+    in_its_run,
     load_checkpoint,
     unpack_average,
     unpack_weights,
@@ -171,8 +172,9 @@ def load_teacher(
     """Make a frozen model of given weights.
 
     Args:
-        source: a run directory (its latest checkpoint), a checkpoint directory, a file with a state dict in any of
-            the published wrappings, or a module, which is copied.
+        source: a run directory (its latest checkpoint), a checkpoint directory, or its name in a run ("RUN/best",
+            where the paper stops early); a file with a state dict in any of the published wrappings; or a module,
+            which is copied.
         like: the model to be trained; the teacher is of the same kind unless the source is a run
             that says otherwise. It is `Normalized` as well where a file holds mean and std.
         architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
@@ -191,7 +193,7 @@ def load_teacher(
         if architecture is not None:
             raise ValueError(f"teacher_model must be None for a module, got {architecture!r}")
         teacher = copy.deepcopy(source)
-    elif Path(source).is_file() or not Path(source).exists():
+    elif Path(source).is_file() or not in_its_run(Path(source)).exists():
         try:
             teacher = _load_file(Path(source), like, named=architecture is not None)
         except StateFileError as error:
