@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from fastadv.commands.judged import (
     Images,
     JudgedModel,
@@ -33,6 +35,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.context import Model
+from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import format_eps, library_versions
 from fastadv.evaluation.samples import as_samples, radius_or_default
 from fastadv.evaluation.sanity import NORMS
@@ -197,6 +200,7 @@ def run_evaluation(
         data=images.name,
         images=samples.fingerprint(),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
+        multiply_adds=_cost(module, samples.source.shape),
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
@@ -286,6 +290,16 @@ def run_evaluation(
         if ranks.first:
             keeper.close(text)
     return text
+
+
+def _cost(model: nn.Module, shape: Sequence[int]) -> int:
+    """The multiply-adds of one image; 0 where they cannot be counted."""
+    try:
+        return multiply_adds(model, shape)
+    except (
+        Exception
+    ):  # whatever a network of the user's does with tensors that have shapes and no values
+        return 0
 
 
 def _surrogate(
