@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
+from torch import nn
+
 from fastadv.commands.judged import (
     Images,
     JudgedModel,
@@ -16,6 +18,7 @@ from fastadv.commands.judged import (
     images_of_run,
     model_of_file,
     model_of_run,
+    with_extractors,
 )
 from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
 from fastadv.commands.surrogates import digest_name, model_by_word
@@ -32,6 +35,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.comparison import radius_text
 from fastadv.evaluation.context import Model
+from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import format_eps, library_versions
 from fastadv.evaluation.samples import as_samples, radius_or_default
 from fastadv.evaluation.sanity import NORMS
@@ -44,6 +48,7 @@ from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory
+from fastadv.trainers.weights import ROBUST
 
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
@@ -58,6 +63,8 @@ def run_evaluation(
     attacks: Sequence[str] = DEFAULT_ATTACKS,
     *,
     checkpoint: str = LATEST,
+    network: str = ROBUST,
+    extractors: str | None = None,
     model: str | None = None,
     weights: str | None = None,
     normalise: Sequence[str] | None = None,
@@ -94,6 +101,11 @@ def run_evaluation(
         run: run directory; None where a model is given with weights.
         attacks: what to run, in this order; quick, standard and strong stand for several.
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
+        network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
+            act and lbgat train beside it. Its results are added to natural.eval.json in the run directory.
+        extractors: judge a part of a stack of afs: the numbers of its extractors, counted from 1, with commas
+            between them, such as 1,3,6. They keep their part of the merger that was trained for all. The results
+            are added to a file of their own in the run directory.
         model: the network: a name such as resnet18, timm:NAME, or module:function, whose code then runs. With a
             run, give it only where the network of the run is a function of your own.
         weights: file with the state dict of the model, in any of the usual wrappings; not with a run. Leave it out
@@ -163,24 +175,30 @@ def run_evaluation(
     if sanity:
         check_choice("norm", norm, NORMS)  # before hours are spent
     if run is None:
+        if network != ROBUST:
+            raise ValueError(f"network must come with a run, got {network!r}")
+        if extractors is not None:
+            raise ValueError(f"extractors must come with a run, got {extractors!r}")
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         for option, value in (("weights", weights), ("normalise", normalise)):
             if value is not None:
                 raise ValueError(f"{option} must be left out with a run, got {value!r}")
         images = images_of_run(RunDirectory(run), data, root, reading)
-        judged = model_of_run(run, checkpoint, model, EVAL_FILE)
-    network = judged.model.to(where)
+        judged = model_of_run(run, checkpoint, model, EVAL_FILE, network)
+        judged = judged if extractors is None else with_extractors(judged, extractors)
+    module = judged.model.to(where)
     samples = as_samples(images, (low, high), max_examples)
     subject = Subject(
         run=judged.name,
         method=judged.method,
         network=judged.network,
         checkpoint=judged.checkpoint,
-        weights=digest_of(network.state_dict()),
+        weights=digest_of(module.state_dict()),
         data=images.name,
         images=samples.fingerprint(),
-        parameters=sum(parameter.numel() for parameter in network.parameters()),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        multiply_adds=_cost(module, samples.source.shape),
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
@@ -224,7 +242,7 @@ def run_evaluation(
         state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
-            network,
+            module,
             samples,
             tuple(attacks),
             eps=radii,
@@ -251,7 +269,7 @@ def run_evaluation(
         text = report.table() + _about_radius(given, radii[0], norm, report, recorded)
         if sanity and ranks.first:
             text += "\n" + _sanity(
-                network,
+                module,
                 images,
                 subject,
                 sanity_file_of(keeper.file),
@@ -270,6 +288,16 @@ def run_evaluation(
         if ranks.first:
             keeper.close(text)
     return text
+
+
+def _cost(model: nn.Module, shape: Sequence[int]) -> int:
+    """The multiply-adds of one image; 0 where they cannot be counted."""
+    try:
+        return multiply_adds(model, shape)
+    except (
+        Exception
+    ):  # whatever a network of the user's does with tensors that have shapes and no values
+        return 0
 
 
 def _surrogate(

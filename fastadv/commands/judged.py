@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fastadv.data.datasets import check_source, dataset_names, load_test_images
 from fastadv.data.preprocessing import Interpolation
 from fastadv.models import (
     Normalized,
+    Stack,
     create_model,
     form_of,
     forms_of,
@@ -26,6 +27,7 @@ from fastadv.ops.values import closest
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.weights import ROBUST
 
 Images = ImageData | FolderImages | HubImages
 FOLDER, HUB = "folder:", "hf:"
@@ -62,7 +64,9 @@ class JudgedModel:
     others: tuple[str, ...] = ()
 
 
-def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> JudgedModel:
+def model_of_run(
+    run: str, checkpoint: str, model: str | None, results: str, network: str = ROBUST
+) -> JudgedModel:
     """The model of a run of ours.
 
     Args:
@@ -70,17 +74,24 @@ def model_of_run(run: str, checkpoint: str, model: str | None, results: str) -> 
         checkpoint: which one of the run.
         model: the network, where it is a function of the user's own.
         results: name of the file of results in the run directory.
+        network: which of the networks that were trained together, as `load_model` takes it. Another than the
+            robust one has a file of results of its own, and its name beside the run's and the method's.
     """
     directory = RunDirectory(run)
     path = find_checkpoint(directory.path, checkpoint)
     recorded = directory.read()
+    name = directory.path.resolve().name
+    kind = str(recorded.model.get("name") or recorded.model.get("class", ""))
+    if network == ROBUST:
+        judged = load_model(path, model)
+        return JudgedModel(judged, name, recorded.method, kind, path.name, directory.path / results)
     return JudgedModel(
-        load_model(path, model),
-        directory.path.resolve().name,
-        recorded.method,
-        str(recorded.model.get("name") or recorded.model.get("class", "")),
+        load_model(path, model, network=network),
+        f"{name} {network}",
+        f"{recorded.method} {network}",
+        str(recorded.recipe.get(network) or kind),
         path.name,
-        directory.path / results,
+        directory.path / f"{network}.{results}",
     )
 
 
@@ -162,6 +173,41 @@ class Reading:
     def given(self) -> dict[str, Any]:
         """The options that are given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
+    """Judge some of a stack's extractors, with their part of its merger, in place of the stack.
+
+    Args:
+        judged: the stack, with the name of its file of results.
+        numbers: of the extractors, counted from 1, with commas between them.
+
+    Raises:
+        ValueError: if the model is no stack, or the numbers are not of its extractors.
+    """
+    stack = judged.model
+    if not isinstance(stack, Stack):
+        raise ValueError(
+            f"extractors must be left out with {judged.network}, which is no stack, got {numbers!r}"
+        )
+    try:
+        chosen = [int(number) for number in numbers.split(",")]
+        some = stack.subset(chosen)
+    except ValueError as error:
+        raise ValueError(
+            f"extractors must be numbers from 1 to {len(stack.extractors)} in ascending order with commas between "
+            f"them, got {numbers!r}"
+        ) from error
+    name = f"extractors {'+'.join(map(str, chosen))}"
+    file = judged.results.with_name(f"{name.replace(' ', '_')}.{judged.results.name}")
+    return replace(
+        judged,
+        model=some,
+        name=f"{judged.name} {name}",
+        method=f"{judged.method} {name}",
+        network=f"{judged.network}, {name}",
+        results=file,
+    )
 
 
 def images_of_run(

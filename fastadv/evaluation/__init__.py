@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fastadv.evaluation.analyses import AnalysisSettings, Measured, analyse
 from fastadv.evaluation.autoattack import AutoAttackResult, autoattack
+from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.ensemble import AutoAttack
 from fastadv.evaluation.evaluate import evaluate
@@ -56,6 +57,7 @@ __all__ = [
     "fit_cubic",
     "load_results",
     "masking_checks",
+    "multiply_adds",
     "plot_trade_off",
     "sanity_checks",
     "trade_off_sum",

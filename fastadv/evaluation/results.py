@@ -35,6 +35,7 @@ class Subject:
         data: name of the images, with their split.
         images: SHA-256 of the images and labels that were used.
         parameters: how many parameters the model has; 0 where a file does not tell.
+        multiply_adds: of one pass of one image, as `multiply_adds` counts them; 0 where a file does not tell.
     """
 
     run: str = ""
@@ -45,6 +46,7 @@ class Subject:
     data: str = ""
     images: str = ""
     parameters: int = 0
+    multiply_adds: int = 0
 
     def __post_init__(self) -> None:
         check_fields(self)

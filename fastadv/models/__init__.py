@@ -17,6 +17,7 @@ from fastadv.models.resnet import ResNet, resnet18
 from fastadv.models.small_cnn import SmallCNN, small_cnn
 from fastadv.models.split import FeatureSplit, Normalized, SplitModel, check_feature_split
 from fastadv.models.stack import Stack, importance_ratios
+from fastadv.models.stages import check_layer, layer_and_logits, layer_names, layer_output
 from fastadv.models.state_files import StateFileError, read_state_file
 from fastadv.models.vgg import VGG, vgg16_bn
 from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
@@ -35,12 +36,16 @@ __all__ = [
     "WideResNet",
     "check_feature_split",
     "check_form_named",
+    "check_layer",
     "copy_weights",
     "create_model",
     "form_of",
     "forms_of",
     "importance_ratios",
     "in_form",
+    "layer_and_logits",
+    "layer_names",
+    "layer_output",
     "load_published_state_dict",
     "model_names",
     "names_code",

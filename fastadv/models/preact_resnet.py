@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,7 +104,17 @@ class PreActResNet(SplitModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, 512, H/8, W/8]."""
-        out = self.layer4(self.layer3(self.layer2(self.layer1(self.conv1(x)))))
+        return self._last_stage(self.layer3(self.layer2(self._first_stage(x))))
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return layer1, behind the first convolution, to layer4, with the last BatchNorm and ReLU, if any."""
+        return self._first_stage, self.layer2, self.layer3, self._last_stage
+
+    def _first_stage(self, x: Tensor) -> Tensor:
+        return self.layer1(self.conv1(x))
+
+    def _last_stage(self, x: Tensor) -> Tensor:
+        out = self.layer4(x)
         return out if self.bn is None else F.relu(self.bn(out))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

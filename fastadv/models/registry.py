@@ -20,11 +20,13 @@ from fastadv.models.resnet import resnet18
 from fastadv.models.small_cnn import small_cnn
 from fastadv.models.stack import Stack
 from fastadv.models.vgg import vgg16_bn
-from fastadv.models.wide_resnet import wrn_28_10, wrn_34_10
+from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
 from fastadv.ops.values import integer, shown
 
 ModelFactory = Callable[..., nn.Module]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
+# Wide residual networks of any size; those of the papers are listed below.
+_WIDE = re.compile(r"wrn_(?P<depth>[1-9][0-9]{0,3})_(?P<widen>[1-9][0-9]{0,2})")
 
 _FACTORIES: dict[str, ModelFactory] = {
     "resnet18": resnet18,
@@ -55,7 +57,8 @@ def create_model(
     Args:
         name: one of four forms:
 
-            - a name from `model_names()`; case does not matter, and "wrn-34-10" is "wrn_34_10";
+            - a name from `model_names()`; case does not matter, and "wrn-34-10" is "wrn_34_10"; or "wrn_D_W", a
+              wide residual network of depth D, which must be 6 n + 4, and width W, such as "wrn_28_30";
             - "timm:NAME" for any model of timm, which must be installed;
             - "stack:NAME+NAME" for several of these under one linear merger, see `Stack`; "stack:3*NAME" for three
               of a kind;
@@ -147,10 +150,12 @@ def _own_factory(name: str) -> ModelFactory:
     key = name.lower().replace("-", "_")
     if key in _FACTORIES:
         return _FACTORIES[key]
+    if size := _WIDE.fullmatch(key):
+        return partial(WideResNet, int(size["depth"]), int(size["widen"]))
     close = difflib.get_close_matches(key, _FACTORIES, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-        f"name must be one of {', '.join(_FACTORIES)}, 'timm:NAME', 'stack:NAME+NAME' or "
+        f"name must be one of {', '.join(_FACTORIES)}, 'wrn_DEPTH_WIDTH', 'timm:NAME', 'stack:NAME+NAME' or "
         f"'package.module:function', got {name!r}; {hint}".rstrip("; ")
     )
 

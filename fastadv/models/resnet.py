@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,8 +91,14 @@ class ResNet(SplitModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, 512, H/8, W/8], after the last ReLU."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        return self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.layer4(self.layer3(self.layer2(self._first_stage(x))))
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return layer1, behind the stem, to layer4."""
+        return self._first_stage, self.layer2, self.layer3, self.layer4
+
+    def _first_stage(self, x: Tensor) -> Tensor:
+        return self.layer1(F.relu(self.bn1(self.conv1(x))))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits [B, num_classes], or the pooled [B, 512] with `pre_logits`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,9 +37,20 @@ class SmallCNN(SplitModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, 64, H/2, W/2], after the last ReLU."""
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)))
+        return self._third(self._second(self._first(x)))
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return the three convolutions, each with its BatchNorm and ReLU."""
+        return self._first, self._second, self._third
+
+    def _first(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)))
+
+    def _second(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(x)))
+
+    def _third(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn3(self.conv3(x)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits [B, num_classes], or the pooled [B, 64] with `pre_logits`."""

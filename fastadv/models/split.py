@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -38,6 +38,10 @@ class SplitModel(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, num_features, H', W']."""
         raise NotImplementedError
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return the parts of `forward_features`, one per stage; one after the other they are the whole."""
+        return (self.forward_features,)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify.

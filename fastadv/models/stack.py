@@ -16,6 +16,7 @@ from fastadv.models.split import (
     global_average,
 )
 from fastadv.ops import linear_merger
+from fastadv.ops.values import integer
 
 # An attack's copy of the stack calls the op as it is instead of tracing into its checks.
 fx.wrap("linear_merger")
@@ -50,6 +51,33 @@ class Stack(SplitModel):
         self.num_features = sum(self.widths)
         self.num_classes = num_classes
         self.merger = nn.Linear(self.num_features, num_classes)
+
+    def subset(self, numbers: Sequence[int]) -> Stack:
+        """Return the stack of some of the extractors, with their blocks of the merger's weights and its bias.
+
+        The extractors are shared with this stack; the merger's weights are copied, and were not trained for the
+        subset alone.
+
+        Args:
+            numbers: of the extractors, counted from 1, in ascending order.
+
+        Raises:
+            ValueError: if there is none, one is not there, or they are not in ascending order.
+        """
+        count = len(self.extractors)
+        chosen = [integer("numbers", number, at_least=1) for number in numbers]
+        if not chosen or chosen != sorted(set(chosen)) or chosen[-1] > count:
+            raise ValueError(
+                f"numbers must be of extractors 1 to {count}, each once, in ascending order, got {list(numbers)}"
+            )
+        weight, bias = self.merger.weight.detach(), self.merger.bias.detach()
+        blocks = weight.split(self.widths, dim=1)
+        some = Stack([self.extractors[number - 1] for number in chosen], self.num_classes)
+        some.merger.to(device=weight.device, dtype=weight.dtype)
+        with torch.no_grad():
+            some.merger.weight.copy_(torch.cat([blocks[number - 1] for number in chosen], 1))
+            some.merger.bias.copy_(bias)
+        return some.train(self.training)
 
     def pooled_features(self, x: Tensor) -> list[Tensor]:
         """Return the pooled features of every extractor, n tensors [B, d_i]."""

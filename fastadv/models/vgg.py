@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+
 from torch import Tensor, nn
 
 from fastadv.fields import arguments_checked
@@ -49,6 +52,19 @@ class VGG(SplitModel):
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before the last pooling, [B, 512, H/16, W/16], after the last ReLU."""
         return self.features(x)
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return the convolutions between one pooling and the next; a stage begins with the pooling before it."""
+        starts = [i for i, layer in enumerate(self.features) if isinstance(layer, nn.MaxPool2d)]
+        return [
+            partial(self._run, start, end)
+            for start, end in zip([0, *starts], [*starts, len(self.features)], strict=True)
+        ]
+
+    def _run(self, start: int, end: int, x: Tensor) -> Tensor:
+        for index in range(start, end):
+            x = self.features[index](x)
+        return x
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits [B, num_classes], or the pooled [B, 512] with `pre_logits`."""

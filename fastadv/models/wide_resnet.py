@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -102,8 +104,17 @@ class WideResNet(SplitModel):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Return the map before global pooling, [B, 64 * widen, H/4, W/4], after the last ReLU."""
-        out = self.block3(self.block2(self.block1(self.conv1(x))))
-        return F.relu(self.bn1(out))
+        return self._last_stage(self.block2(self._first_stage(x)))
+
+    def feature_stages(self) -> Sequence[Callable[[Tensor], Tensor]]:
+        """Return block1, behind the first convolution, block2, and block3 with the last BatchNorm and ReLU."""
+        return self._first_stage, self.block2, self._last_stage
+
+    def _first_stage(self, x: Tensor) -> Tensor:
+        return self.block1(self.conv1(x))
+
+    def _last_stage(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.block3(x)))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits [B, num_classes], or the pooled [B, 64 * widen] with `pre_logits`."""

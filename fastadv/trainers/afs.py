@@ -31,12 +31,15 @@ class AfsRecipe(AdversarialRecipe):
         mix: what the weights apply to: with "loss" both terms are taken of every image; with "batch", as in the
             authors' code, that part of each batch stays clean, rounded down, and only the rest is attacked, which
             is the same in expectation and costs less.
+        eps_low: draw the radius of each batch's attack uniformly from eps_low to eps, its step size in proportion;
+            by default every batch has eps. The draw depends on the seed, the epoch and the step alone.
     """
 
     epochs: int = 5
     schedule: Schedule = _TENTH_AFTER_3
     weight: Number = 0.5
     mix: Literal["loss", "batch"] = "loss"
+    eps_low: Number | None = None
 
     presets: ClassVar[Presets] = {
         "paper": {},
@@ -52,6 +55,10 @@ class AfsRecipe(AdversarialRecipe):
         super().__post_init__()
         if not 0 <= self.weight <= 1:
             raise ValueError(f"weight must lie in 0..1, got {self.weight}")
+        if self.eps_low is not None and not 0 < self.eps_low <= self.eps:
+            raise ValueError(
+                f"eps_low must be > 0 and <= eps, {self.eps:.6g}, got {self.eps_low:.6g}"
+            )
         if self.swa_start is not None:
             raise ValueError(
                 f"swa_start must be None with afs, whose extractors keep their statistics, got {self.swa_start}"
@@ -113,11 +120,21 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
 
     def attack(self, batch: TrainBatch) -> Attacked:
         """Return PGD's images; with mix "batch" the first ones are clean."""
+        self.pgd.eps = self.radius_of(batch)
+        if self.recipe.eps:
+            self.pgd.alpha = self.recipe.alpha * (self.pgd.eps / self.recipe.eps)
         if self.recipe.mix == "loss":
             return Attacked(self.perturb(batch))
         size = len(batch.y)
         clean = int(self.recipe.weight * size)  # truncated, as in the authors' code
         return Attacked(self.perturb(batch, torch.arange(clean, size, device=batch.y.device)))
+
+    def radius_of(self, batch: TrainBatch) -> float:
+        """Return the radius of a batch's attack, which all processes have in common."""
+        low, high = self.recipe.eps_low, self.recipe.eps
+        if low is None:
+            return high
+        return low + (high - low) * (batch.seed("eps") / 2**63)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return the weighted cross-entropies, with gradients to the merger alone."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastadv import losses
-from fastadv.trainers.method import Attacked, LossResult, TrainBatch
+from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
-from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
+from fastadv.trainers.pair import PairMethod, PairRecipe
 from fastadv.trainers.recipe import check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
 
@@ -50,8 +50,7 @@ class Alp(PairMethod[AlpRecipe]):
         """Return ALP's loss."""
         return losses.alp(clean_logits, adv_logits, y, self.recipe.weight, reduction="none")
 
-    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
-        """Return the mean objective of one joint pass."""
+    def logits(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
+        """Return the logits of clean and adversarial images from one joint pass."""
         clean_logits, adv_logits = self.model(torch.cat((batch.x, adv.x))).chunk(2)
-        loss = batch.mean(self.objective(clean_logits, adv_logits, batch.y))
-        return LossResult(loss, pair_metrics(clean_logits, adv_logits, batch.y))
+        return clean_logits, adv_logits

@@ -158,13 +158,13 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     """Find a checkpoint's directory.
 
     Args:
-        path: a run directory, its `checkpoints` folder or a checkpoint.
+        path: a run directory, its `checkpoints` folder or a checkpoint, which may be named in its run: "RUN/best".
         which: in a run: "latest", "best" or a name such as "step_000123".
 
     Raises:
         CheckpointError: if there is none.
     """
-    start = Path(path)
+    start = in_its_run(Path(path))
     if not start.exists():
         raise CheckpointError(f"{start}: no such file or directory")
     named = _under_its_name(start)
@@ -181,6 +181,13 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
         return _under_its_name(found[-1])
     there = f"there are {', '.join(p.name for p in found)}" if found else "there are none"
     raise CheckpointError(f"{folder}: no checkpoint {which!r}; {there}")
+
+
+def in_its_run(path: Path) -> Path:
+    """Return the checkpoint for which "RUN/best", "RUN/latest" or "RUN/step_000123" stands, or the path itself."""
+    inside = path.parent / CHECKPOINTS / path.name
+    named = path.name in (LATEST, BEST) or _NAME.fullmatch(path.name)
+    return inside if named and not path.exists() and inside.parent.is_dir() else path
 
 
 def _under_its_name(path: Path) -> Path:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadv import losses
-from fastadv.trainers.method import Attacked, LossResult, TrainBatch
+from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
-from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
+from fastadv.trainers.pair import PairMethod, PairRecipe
 from fastadv.trainers.recipe import Presets, Recipe, check_field
 from fastadv.trainers.schedules import OneCycle, Schedule
 
@@ -109,13 +109,13 @@ class Hat(PairMethod[HatRecipe]):
         """Return TRADES' loss."""
         return losses.trades(clean_logits, adv_logits, y, self.recipe.beta, reduction="none")
 
-    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
-        """Return TRADES' loss and that of the helper examples."""
+    def image_losses(
+        self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
+    ) -> Tensor:
+        """Return TRADES' loss and that of the helper examples, which pass the model here."""
         assert isinstance(adv, Helped)
-        clean_logits, adv_logits = self.model(batch.x), self.model(adv.x)
         helper = losses.cross_entropy(self.model(adv.helper), adv.helper_y, reduction="none")
-        loss = self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper
-        return LossResult(batch.mean(loss), pair_metrics(clean_logits, adv_logits, batch.y))
+        return self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper
 
     def passes(self, epoch: int) -> float:
         """Return TRADES' cost, 3F for the helper examples and 1F of the standard model."""

@@ -1,48 +1,79 @@
-"""KD-AT: adversarial training that is smoothed by two teachers."""
+"""KD-AT: adversarial training that is smoothed by teachers, around any base."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastadv import losses
 from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.bases import (
+    BASES,
+    AroundRecipe,
+    BaseName,
+    base_losses,
+    build_base,
+    numbers_of_base,
+)
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
-from fastadv.trainers.recipe import AdversarialRecipe, Presets, Recipe, check_field
+from fastadv.trainers.recipe import Presets, Recipe, check_field, follows_start
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 _TENTH_AFTER_50_AND_150 = MultiStep((50, 150), 0.1)
+_PGD_AT = "pgd_at"
 
 
+@follows_start
 @dataclass(frozen=True, kw_only=True)
-class KdAtRecipe(AdversarialRecipe):
-    """Numbers of the authors' code; both presets have them.
+class KdAtRecipe(AroundRecipe):
+    """Numbers of the authors' code, which both presets have; around another base than PGD-AT, those of the base.
+
+    So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ in the distillation
+    alone.
 
     Attributes:
-        label_weight: of the cross-entropy with the labels.
-        standard_weight: of the distillation from the standard teacher.
-        robust_weight: of the distillation from the robust teacher.
+        base: the method that is smoothed: "pgd_at", "trades", "mart", "alp" or "hat".
+        label_weight: of the base's loss, which is the cross-entropy with the labels for PGD-AT.
+        standard_weight: of the distillation from the standard teacher; with 0 there is no such teacher, except
+            for HAT's helper examples.
+        robust_weight: of the distillation from the robust teacher; with 0 there is no such teacher.
         temperature: of both distillations.
     """
 
     epochs: int = 200
     schedule: Schedule = _TENTH_AFTER_50_AND_150
+    eps: Number = 8 / 255
+    alpha: Number = 2 / 255
+    base: BaseName = "pgd_at"
     label_weight: Number = 0.3
     standard_weight: Number = 0.1
     robust_weight: Number = 0.6
     temperature: Number = 2.0
+    replaces: InitVar[object] = None  # see `follows_start`
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    deciding: ClassVar[tuple[str, ...]] = ("base",)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, replaces: object) -> None:
         super().__post_init__()
         for name in ("label_weight", "standard_weight", "robust_weight"):
             check_field(self, name, at_least=0)
         check_field(self, "temperature", at_least=1e-3)
+
+    @classmethod
+    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the numbers of the preset, or around another base than PGD-AT those of the base."""
+        base = given.get("base", _PGD_AT)
+        if (
+            base == _PGD_AT or base not in BASES
+        ):  # an unknown one is for the recipe itself to complain about
+            return super().start(preset, given)
+        return {**numbers_of_base(base, preset, cls), **super().start(preset, given)}
 
 
 @dataclass(frozen=True)
@@ -50,25 +81,34 @@ class Taught(Attacked):
     """Adversarial images, with what the teachers take them for.
 
     Attributes:
-        standard_logits: of the standard teacher [B, C].
-        robust_logits: of the robust teacher [B, C].
+        standard_logits: of the standard teacher [B, C]; None where it does not teach.
+        robust_logits: of the robust teacher [B, C]; None where there is none.
+        of_base: what the base's attack handed over; None where that is the images alone.
     """
 
-    standard_logits: Tensor
-    robust_logits: Tensor
+    standard_logits: Tensor | None
+    robust_logits: Tensor | None
+    of_base: Attacked | None = None
 
 
 class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
-    """KD-AT: .3 CE(f(x')) + .1 KD(f(x'), T_std(x')) + .6 KD(f(x'), T_adv(x')), KD at temperature 2.
+    """KD-AT: .3 L_base + .1 KD(f(x'), T_std(x')) + .6 KD(f(x'), T_adv(x')), KD at temperature 2.
+
+    L_base is the loss of `base` as that method has it alone, with its numbers and its attack: CE(f(x')) for
+    PGD-AT, which is KD-AT as its paper has it; CE(f(x)) + beta KL(f(x) || f(x')) for TRADES, and so on. Teachers
+    teach f(x') alone. With `label_weight` 1 and `robust_weight` 0 it is a base and the distillation from a
+    standard model.
 
     Source: Chen et al. 2021, "Robust overfitting may be mitigated by properly learned smoothening", equation 2;
     recipe as in the authors' code (VITA-Group/Alleviate-Robust-Overfitting). Its two teachers are the "teacher",
     after standard training, and the "robust_teacher", after PGD-AT; both see the adversarial images. KD is T^2 KL:
     the authors' T^2 cross-entropy with softened targets is larger by the teachers' entropy and has the same
     gradient. Their code attacks the model in training mode; here it is evaluation mode, as in all methods. The
-    averaging of weights that the paper adds is a matter of the recipe.
+    averaging of weights that the paper adds is a matter of the recipe. The tables of VFD-Adv have KD around other
+    bases than PGD-AT; how it enters their losses is our choice.
 
-    Cost per batch: 2KF for the attack, 1F of each teacher, 3F for training. Running statistics move once.
+    Cost per batch: the base's, (2K + 3)F for PGD-AT, and 1F of each teacher. Running statistics move as often as
+    those of the base.
     """
 
     name = "kd_at"
@@ -77,26 +117,53 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
 
     @classmethod
     def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
-        """Return the standard and the robust teacher."""
-        return ("teacher", "robust_teacher")
+        """Return the standard and the robust teacher, as far as they teach."""
+        assert isinstance(recipe, KdAtRecipe)
+        standard = recipe.standard_weight > 0 or recipe.base == "hat"
+        return ("teacher",) * standard + ("robust_teacher",) * (recipe.robust_weight > 0)
+
+    def setup(self) -> None:
+        """Build the base with its attack."""
+        self.base = build_base(
+            self.recipe.base, self.recipe, self.model, self.runtime, self.teachers
+        )
+        self.pgd = self.base.pgd
+        self.bn_updates, self.images_trained = self.base.bn_updates, self.base.images_trained
 
     def attack(self, batch: TrainBatch) -> Taught:
-        """Return PGD's images and the teachers' logits of them."""
-        x = self.perturb(batch)
+        """Return the base's images and the teachers' logits of them."""
+        adv = self.base.attack(batch)
+        recipe = self.recipe
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            return Taught(x, self.teachers["teacher"](x), self.teachers["robust_teacher"](x))
+            standard, robust = (
+                self.teachers[name](adv.x) if weight else None
+                for name, weight in (
+                    ("teacher", recipe.standard_weight),
+                    ("robust_teacher", recipe.robust_weight),
+                )
+            )
+            return Taught(adv.x, standard, robust, adv)
 
     def training_loss(self, batch: TrainBatch, adv: Taught) -> LossResult:
         """Return the weighted sum of the three terms."""
-        recipe, logits = self.recipe, self.model(adv.x)
-        loss = recipe.label_weight * self.cross_entropy(logits, batch.y)
+        recipe = self.recipe
+        logits, own = base_losses(self.base, batch, adv.of_base or adv)
+        loss = recipe.label_weight * own
         for weight, taught in (
             (recipe.standard_weight, adv.standard_logits),
             (recipe.robust_weight, adv.robust_logits),
         ):
-            loss = loss + weight * losses.kd(logits, taught, recipe.temperature, reduction="none")
+            if taught is not None:
+                distilled = losses.kd(logits, taught, recipe.temperature, reduction="none")
+                loss = loss + weight * distilled
         return LossResult(batch.mean(loss), {"train_adv_accuracy": accuracy(logits, batch.y)})
 
+    def gauges(self) -> dict[str, Tensor]:
+        """Return the share of exact zeros in the gradients of the base's attack."""
+        return self.base.gauges()
+
     def passes(self, epoch: int) -> float:
-        """Return PGD-AT's cost and 1F of each teacher."""
-        return super().passes(epoch) + 2
+        """Return the base's cost and 1F of each teacher that teaches."""
+        recipe = self.recipe
+        teaching = (recipe.standard_weight > 0) + (recipe.robust_weight > 0)
+        return self.base.passes(epoch) + teaching

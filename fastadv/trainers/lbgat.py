@@ -11,10 +11,19 @@ from torch import Tensor
 
 from fastadv import losses
 from fastadv.losses.common import at_least_float32
+from fastadv.trainers.bases import (
+    BASES,
+    AroundRecipe,
+    BaseMethod,
+    BaseName,
+    base_losses,
+    build_base,
+    numbers_of_base,
+)
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.natural import NaturalMethod, NaturalRecipe
 from fastadv.trainers.number import Number
-from fastadv.trainers.recipe import Presets, Recipe, check_field, follows_start, shared_numbers
+from fastadv.trainers.recipe import Presets, Recipe, follows_start, shared_numbers
 from fastadv.trainers.schedules import Piecewise, Schedule
 from fastadv.trainers.trades import TradesRecipe
 
@@ -24,30 +33,33 @@ _SLOW_FIRST_EPOCH = Piecewise((0, 1, 75, 90), (0.2, 1.0, 0.1, 0.01))
 
 @follows_start
 @dataclass(frozen=True, kw_only=True)
-class LbgatRecipe(NaturalRecipe):
-    """Numbers of the authors' code, whose attack is that of TRADES.
+class LbgatRecipe(NaturalRecipe, AroundRecipe):
+    """Numbers of the authors' code, whose attack is that of TRADES; around a base, those of the base.
 
     The preset "official" also has its natural model, a ResNet-18 whose second stage has stride 1. BGAT, for which
     there is no code, has the numbers of TRADES' own recipe, whichever of them are not given.
 
     Attributes:
-        beta: weight of the divergence between clean and adversarial logits; 0 or 6 in the paper.
+        base: a method that is guided: "pgd_at", "trades", "mart", "alp" or "hat", whose whole loss is added; by
+            default none, and beta times the divergence is all that is added, as in the paper.
+        beta: weight of the divergence between clean and adversarial logits; 0 or 6 in the paper, by default that
+            of the base where there is one.
         fixed: guide by a frozen standard model (BGAT) instead of one that learns beside.
     """
 
     epochs: int = 100
     weight_decay: Number = 2e-4
     schedule: Schedule = _SLOW_FIRST_EPOCH
+    base: BaseName | None = None
     beta: Number = 0.0
     fixed: bool = False
     replaces: InitVar[object] = None  # see `follows_start`
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {"natural": "resnet18_layer2_stride1"}}
-    deciding: ClassVar[tuple[str, ...]] = ("fixed",)
+    deciding: ClassVar[tuple[str, ...]] = ("fixed", "base")
 
     def __post_init__(self, replaces: object) -> None:
         super().__post_init__()
-        check_field(self, "beta", at_least=0)
         if self.fixed and self.natural is not None:
             raise ValueError(
                 f"natural must be None with fixed, where the teacher takes its place, got {self.natural!r}"
@@ -55,14 +67,21 @@ class LbgatRecipe(NaturalRecipe):
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the numbers of the preset, or with a fixed guide those of TRADES."""
-        if given.get("fixed") is True:
+        """Return the numbers of the preset, or of the base, or with a fixed guide and no base those of TRADES."""
+        base, fixed = given.get("base"), given.get("fixed") is True
+        if base in BASES:
+            own = {} if fixed else super().start(preset, given)
+            return {**numbers_of_base(str(base), preset, cls), **own}
+        if fixed:
             return shared_numbers(TradesRecipe.preset(preset), cls, without=("beta",))
         return super().start(preset, given)
 
 
 class Lbgat(NaturalMethod[LbgatRecipe]):
     """LBGAT: mean squared difference of f(x') and T(x), CE(T(x)), and beta KL(f(x) || f(x')).
+
+    Around a `base` the last term is the loss of the base as that method has it alone, with its numbers, its attack
+    and its order of passes: (f(x') - T(x))^2 + CE(T(x)) + L_base, and without the second term for BGAT.
 
     Source: Cui et al. 2021; recipe as in the authors' code (dvlab-research/LBGAT). The natural model T learns from
     both terms, with an optimiser of its own whose numbers are the same; with `fixed` it is a teacher, and the
@@ -81,9 +100,9 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
 
     @classmethod
     def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
-        """Return the standard model where it is fixed."""
+        """Return the standard model where it is fixed, or labels HAT's helper examples."""
         assert isinstance(recipe, LbgatRecipe)
-        return ("teacher",) if recipe.fixed else ()
+        return ("teacher",) if recipe.fixed or recipe.base == "hat" else ()
 
     @property
     def natural_learns(self) -> bool:
@@ -94,6 +113,21 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         """Build the natural model and the attack, and count the images with a backward pass."""
         self.images_trained = 2 if self.recipe.beta else 1
         super().setup()
+        self.base: BaseMethod | None = None
+        if self.recipe.base is not None:
+            base = build_base(
+                self.recipe.base, self.recipe, self.model, self.runtime, self.teachers
+            )
+            self.base, self.pgd = base, base.pgd
+            self.bn_updates, self.images_trained = base.bn_updates, base.images_trained
+
+    def attack(self, batch: TrainBatch) -> Attacked:
+        """Return the images of TRADES' attack, or what the base's attack gives."""
+        return super().attack(batch) if self.base is None else self.base.attack(batch)
+
+    def gauges(self) -> dict[str, Tensor]:
+        """Return the share of exact zeros in the gradients of the attack."""
+        return super().gauges() if self.base is None else self.base.gauges()
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return the guidance of f(x') by T(x), whose logits stand in the place of the clean ones."""
@@ -103,24 +137,36 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         return losses.lbgat(adv_logits, clean_logits, y, reduction="none")
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
-        """Return the guidance and the divergence."""
-        beta = self.recipe.beta
-        adv_logits = self.model(adv.x)
-        with torch.set_grad_enabled(beta != 0):
-            clean_logits = self.model(batch.x)
+        """Return the guidance, and the divergence or the base's loss."""
+        if self.base is None:
+            adv_logits, own = self._divergence(batch, adv)
+        else:
+            adv_logits, own = base_losses(self.base, batch, adv)
         with torch.set_grad_enabled(not self.recipe.fixed):
             natural_logits = self.natural(batch.x)
         loss = self.objective(natural_logits, adv_logits, batch.y)
-        if beta:
-            loss = loss + beta * losses.kl(clean_logits, adv_logits, reduction="none")
+        if own is not None:
+            loss = loss + own
         metrics = {
             "train_adv_accuracy": accuracy(adv_logits, batch.y),
             "train_natural_accuracy": accuracy(natural_logits, batch.y),
         }
         return LossResult(batch.mean(loss), metrics)
 
+    def _divergence(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor | None]:
+        """Return f(x'), and beta times the divergence of each image; None where beta is 0."""
+        beta = self.recipe.beta
+        adv_logits = self.model(adv.x)
+        with torch.set_grad_enabled(beta != 0):
+            clean_logits = self.model(batch.x)
+        if not beta:
+            return adv_logits, None
+        return adv_logits, beta * losses.kl(clean_logits, adv_logits, reduction="none")
+
     def passes(self, epoch: int) -> float:
         """Return the robust model's cost and that of T; AWP repeats all forward passes."""
-        natural = 1 if self.recipe.fixed else 3
+        natural = (1 if self.recipe.fixed else 3) + self.perturbs_weights(epoch)
+        if self.base is not None:
+            return self.base.passes(epoch) + natural
         clean = 0 if self.recipe.beta else 1 + self.perturbs_weights(epoch)
-        return super().passes(epoch) + natural + self.perturbs_weights(epoch) + clean
+        return super().passes(epoch) + natural + clean

@@ -72,10 +72,20 @@ class PairMethod(AdversarialMethod[PairT, Attacked]):
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return the loss of each image, [B]."""
 
+    def logits(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
+        """Return the trained model's logits of the clean and of the adversarial images, [B, C] each."""
+        return self.model(batch.x), self.model(adv.x)
+
+    def image_losses(
+        self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
+    ) -> Tensor:
+        """Return the whole loss of each image [B]: the objective of both logits."""
+        return self.objective(clean_logits, adv_logits, batch.y)
+
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
-        """Return the mean of the method's objective of both logits."""
-        clean_logits, adv_logits = self.model(batch.x), self.model(adv.x)
-        loss = batch.mean(self.objective(clean_logits, adv_logits, batch.y))
+        """Return the mean loss of the images."""
+        clean_logits, adv_logits = self.logits(batch, adv)
+        loss = batch.mean(self.image_losses(batch, adv, clean_logits, adv_logits))
         return LossResult(loss, pair_metrics(clean_logits, adv_logits, batch.y))
 
     def passes(self, epoch: int) -> float:

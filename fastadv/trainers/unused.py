@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastadv.trainers.bases import unused_of_base
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import Recipe
 
@@ -66,4 +67,9 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         conditions.append(
             (value("base") != "hat", "with another base than hat", ["gamma", "reach"])
         )
+    if method in ("kd_at", "lbgat"):
+        unused = unused_of_base(value("base"))
+        if method == "lbgat" and value("base") is None:
+            unused = [name for name in unused if name not in ("beta", "start_std")]
+        conditions.append((True, f"with base {value('base')}", unused))
     return {name: reason for holds, reason, names in conditions if holds for name in names}

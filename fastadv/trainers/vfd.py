@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, Literal, TypeAlias, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fastadv import losses
 from fastadv.losses.common import Reduction, at_least_float32, reduced
-from fastadv.models import check_feature_split
-from fastadv.trainers.alp import AlpRecipe
-from fastadv.trainers.hat import HatRecipe, helper_examples
-from fastadv.trainers.mart import MartRecipe
+from fastadv.models import check_layer, layer_and_logits, layer_output
+from fastadv.models.stages import LAST
+from fastadv.trainers.bases import BASES, numbers_of_base
+from fastadv.trainers.hat import helper_examples
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
-from fastadv.trainers.recipe import Recipe, check_field, follows_start, shared_numbers
+from fastadv.trainers.recipe import Recipe, check_field, follows_start
 from fastadv.trainers.trades import TradesRecipe
 
 
@@ -55,13 +55,12 @@ def _mart(
     return losses.cross_entropy(clean_logits, y, reduction=reduction) + beta * mart
 
 
-_Loss: TypeAlias = Callable[..., Tensor]
-# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta; and its own recipe.
-_BASES: dict[str, tuple[_Loss, type[PairRecipe]]] = {
-    "alp": (_alp, AlpRecipe),
-    "trades": (losses.trades, TradesRecipe),
-    "mart": (_mart, MartRecipe),
-    "hat": (losses.trades, HatRecipe),
+# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta.
+_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "alp": _alp,
+    "trades": losses.trades,
+    "mart": _mart,
+    "hat": losses.trades,
 }
 # Where L_adv has two terms, the field of the base's recipe that weighs the second one; L_adv's beta is then 1.
 _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
@@ -82,6 +81,8 @@ class VfdRecipe(PairRecipe):
             and 5. The other bases have none.
         code_constants: add the small constants of MART's code, with base "mart".
         lam: weight of the distillation, lambda; 0 to .04 in the paper.
+        layer: k, whose features are distilled: "layer1", "layer2", ... are the maps behind the network's stages,
+            "last" is the map before pooling, and "logits" are the logits.
         gamma: weight of the helper examples, with base "hat".
         reach: how far beyond x' they lie, in units of x' - x, with base "hat".
     """
@@ -93,6 +94,7 @@ class VfdRecipe(PairRecipe):
     weight: Number | None = None
     code_constants: bool = False
     lam: Number = 0.02
+    layer: str = LAST
     gamma: Number = 0.5
     reach: Number = 2.0
     replaces: InitVar[object] = None  # see `follows_start`
@@ -115,9 +117,10 @@ class VfdRecipe(PairRecipe):
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the base's recipe."""
         base = given.get("base", cls.base)
-        if base not in _BASES:  # for the recipe itself to complain about
+        if base not in _LOSSES:  # for the recipe itself to complain about
             return {}
-        numbers = shared_numbers(_BASES[base][1](), cls, without=("beta", "weight"))
+        own = {"beta", "weight"}  # which mean something else here
+        numbers = {k: v for k, v in numbers_of_base(base, preset, cls).items() if k not in own}
         return {**numbers, **super().start(preset, given)}
 
     @property
@@ -137,7 +140,7 @@ class VfdRecipe(PairRecipe):
         )
 
     def _of_base(self, name: str) -> Any:
-        return getattr(_BASES[self.base][1], name)
+        return getattr(BASES[self.base].recipe_class, name)
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Guided(Attacked):
     """Adversarial images with what the vanilla model says.
 
     Attributes:
-        vanilla_features: of the clean images [B, C, H, W].
+        vanilla_features: of the clean images, at the recipe's layer: [B, C, H, W], or logits [B, K].
         helper: HAT's helper examples [B, C, H, W] and their labels [B]; None with another base.
         helper_y: their labels.
     """
@@ -158,14 +161,17 @@ class Guided(Attacked):
 class Vfd(PairMethod[VfdRecipe]):
     """VFD-Adv: CE(f(x)) + beta L_adv + lam (||h(x') - h_v(x)|| + ||h(x) - h_v(x)||), h_v a frozen standard model.
 
+    h is the map before pooling, or what another `layer` gives; norms are L2, not squared, of all of an image's h.
+
     L_adv is the adversarial part of a base's loss: KL(f(x) || f(x')) of TRADES and HAT, which keeps its helper
     examples beside; CE(f(x')) and .5 times the pairing of ALP; all of MART's loss.
 
     Source: the VFD-Adv paper, equations 5 and 6 and algorithm 1; no code of its authors is known. What it leaves
-    open: which part of ALP and MART is L_adv; features are the map before pooling, training starts from fresh
-    weights, the attack is the base's, and every base passes clean and adversarial images one after the other.
+    open: which part of ALP and MART is L_adv; training starts from fresh weights, the attack is the base's, and
+    every base passes clean and adversarial images one after the other.
 
-    Cost per batch: the base's, and 1F of the vanilla model. Running statistics move as often as the base's.
+    Cost per batch: the base's, and up to 1F of the vanilla model, which runs as far as the layer. Running
+    statistics move as often as the base's.
     """
 
     name = "vfd"
@@ -178,18 +184,24 @@ class Vfd(PairMethod[VfdRecipe]):
         return ("teacher",)
 
     def setup(self) -> None:
-        """Take the base's attack, and check that the models can be cut before their pooling."""
-        self.attack_loss = "kl" if self.recipe.base in ("trades", "hat") else "ce"
+        """Take the base's attack, and check that both models have the layer."""
+        self.attack_loss = BASES[self.recipe.base].attack_loss
         self.bn_updates = self.images_trained = 3 if self.recipe.base == "hat" else 2
         super().setup()
-        check_feature_split(self.model)
-        check_feature_split(self.teachers["teacher"])
+        check_layer(self.model, self.recipe.layer)
+        check_layer(self.teachers["teacher"], self.recipe.layer, "teacher")
+        self._layer_pass = layer_and_logits
+
+    def compile(self) -> None:
+        """Let torch.compile make the pass that gives the layer's features as well."""
+        super().compile()
+        self._layer_pass = torch.compile(layer_and_logits)
 
     def attack(self, batch: TrainBatch) -> Guided:
         """Return PGD's images, the vanilla features, and HAT's helper examples."""
-        x, vanilla = self.perturb(batch), cast(Any, self.teachers["teacher"])
+        x, vanilla = self.perturb(batch), self.teachers["teacher"]
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            features = vanilla.forward_features(batch.x)
+            features = layer_output(vanilla, self.recipe.layer, batch.x)
             if self.recipe.base != "hat":
                 return Guided(x, features)
             return Guided(x, features, *helper_examples(vanilla, batch.x, x, self.recipe.reach))
@@ -202,14 +214,15 @@ class Vfd(PairMethod[VfdRecipe]):
             options["weight"] = recipe.inner_weight
         if recipe.code_constants:
             options["code_constants"] = True
-        loss, _ = _BASES[recipe.base]
+        loss = _LOSSES[recipe.base]
         return loss(clean_logits, adv_logits, y, recipe.base_weight, **options)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return equation 6: the losses of clean and adversarial images, and the distillation."""
         assert isinstance(adv, Guided)
-        clean_features, clean_logits = self.features_and_logits(batch.x)
-        adv_features, adv_logits = self.features_and_logits(adv.x)
+        layer = self.recipe.layer
+        clean_features, clean_logits = self._layer_pass(self.model, layer, batch.x)
+        adv_features, adv_logits = self._layer_pass(self.model, layer, adv.x)
         loss = self.objective(clean_logits, adv_logits, batch.y)
         if adv.helper is not None and adv.helper_y is not None:
             helper_logits = self.model(adv.helper)

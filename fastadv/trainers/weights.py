@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from fastadv.models import (
@@ -27,10 +28,13 @@ from fastadv.trainers.checkpoint import (
     Checkpoint,
     CheckpointError,
     find_checkpoint,
+    in_its_run,
     load_checkpoint,
     unpack_average,
     unpack_weights,
 )
+
+ROBUST = "model"  # what methods call the network that is attacked and evaluated
 
 WeightSource: TypeAlias = "str | os.PathLike[str] | nn.Module"
 
@@ -41,6 +45,7 @@ def load_model(
     *,
     checkpoint: str = LATEST,
     averaged: bool = True,
+    network: str = ROBUST,
 ) -> nn.Module:
     """Load the trained model of a run.
 
@@ -51,26 +56,64 @@ def load_model(
             you name it.
         checkpoint: which one of a run: "latest", "best" or a name such as "step_000123".
         averaged: take the average of the weights (EMA or SWA) where the checkpoint has one.
+        network: which of the networks that were trained together: "model", the robust one, or "natural", the one
+            of clean images beside it in ACT and LBGAT, of whose weights there is no average.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
-        ValueError: if the run's model has no name, or that of a function of your own, and `model` is None; or if
-            it does not fit.
+        ValueError: if the run's model has no name, or that of a function of your own, and `model` is None; if it
+            does not fit; or if the run has no such network.
     """
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
     recorded = _recorded_model(read)
+    if network == ROBUST:
+        state = (unpack_average if averaged else unpack_weights)(read.weights)
+    else:
+        state = _state_beside(read, network)
+        recorded = {**recorded, **_architecture_beside(read, network)}
     if not isinstance(model, nn.Module):
         model = build_model(recorded, read.path, model)
     _check_form(model, recorded, read.path)
-    state = (unpack_average if averaged else unpack_weights)(read.weights)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"{read.path}: does not fit {type(model).__name__}: {error}") from error
     return model.eval()
+
+
+def trained_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the networks that were trained beside the robust one, as methods call them."""
+    names = {key.partition("/")[0] for key in checkpoint.weights if "/" in key}
+    return tuple(sorted(names - {"ema", "swa"}))
+
+
+def _state_beside(checkpoint: Checkpoint, network: str) -> dict[str, Tensor]:
+    """The weights of a network that was trained beside the robust one."""
+    there = trained_beside(checkpoint)
+    if network not in there:
+        raise ValueError(
+            f"network must be one of {', '.join((ROBUST, *there))}, which {checkpoint.path} holds, got {network!r}"
+        )
+    return unpack_weights(checkpoint.weights, network)
+
+
+def _architecture_beside(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
+    """What is recorded of a network beside the robust one; nothing where it is of the robust one's kind."""
+    recipe = checkpoint.meta.get("recipe", {})
+    name = recipe.get(network) if isinstance(recipe, dict) else None
+    return {} if name is None else {"name": name, "form": _form_named(name)}
+
+
+def _form_named(name: str) -> str | None:
+    """The form that a network's name stands for; None for the usual one, and where there is one alone."""
+    if ":" in name:  # of timm, or code of others
+        return None
+    with torch.device("meta"):
+        network = create_model(name)
+    return None if usual_form(network) else form_of(network)
 
 
 def build_model(description: dict[str, Any], path: Path, named: str | None = None) -> nn.Module:
@@ -129,8 +172,9 @@ def load_teacher(
     """Make a frozen model of given weights.
 
     Args:
-        source: a run directory (its latest checkpoint), a checkpoint directory, a file with a state dict in any of
-            the published wrappings, or a module, which is copied.
+        source: a run directory (its latest checkpoint), a checkpoint directory, or its name in a run ("RUN/best",
+            where the paper stops early); a file with a state dict in any of the published wrappings; or a module,
+            which is copied.
         like: the model to be trained; the teacher is of the same kind unless the source is a run
             that says otherwise. It is `Normalized` as well where a file holds mean and std.
         architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
@@ -149,7 +193,7 @@ def load_teacher(
         if architecture is not None:
             raise ValueError(f"teacher_model must be None for a module, got {architecture!r}")
         teacher = copy.deepcopy(source)
-    elif Path(source).is_file() or not Path(source).exists():
+    elif Path(source).is_file() or not in_its_run(Path(source)).exists():
         try:
             teacher = _load_file(Path(source), like, named=architecture is not None)
         except StateFileError as error:

@@ -54,6 +54,7 @@ def _card(line: Line, attacked: list[Result]) -> dict[str, Any]:
         "method": line.run.method,
         "architecture": subject.network or line.run.network,
         "parameters": subject.parameters or None,
+        "multiply_adds": subject.multiply_adds or None,
         "checkpoint": subject.checkpoint,
         "weights_sha256": subject.weights,
         "training_seed": line.run.seed,

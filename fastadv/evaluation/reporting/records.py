@@ -27,8 +27,8 @@ _COLUMNS = (
     ),
     *("norm", "eps", "median_distance", "mean_distance", "n", "correct"),
     *("accuracy", "low", "high", "sum", "mean", "ardist", "alpha", "steps", "after", "seed"),
-    *("batch_size", "search", "status", "notes", "seconds", "device", "parameters", "weights"),
-    *("images", "command", "date"),
+    *("batch_size", "search", "status", "notes", "seconds", "device", "parameters"),
+    *("multiply_adds", "weights", "images", "command", "date"),
 )
 
 

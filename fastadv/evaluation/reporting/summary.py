@@ -280,13 +280,19 @@ class Summary:
             rows.append(
                 (
                     *(line.run.name, subject.network or line.run.network),
-                    f"{subject.parameters:,}" if subject.parameters else "-",
+                    *(f"{n:,}" if n else "-" for n in (subject.parameters, subject.multiply_adds)),
                     *(subject.weights[:_SHOWN_DIGITS] or "-", result.device, versions or "-"),
                     result.command or "-",
                 )
             )
-        heading = ("run", "model", "parameters", "weights", "device", "versions", "command")
-        notes = ("Weights are named by the start of their SHA-256.",)
+        heading = (
+            *("run", "model", "parameters", "multiply-adds"),
+            *("weights", "device", "versions", "command"),
+        )
+        notes = (
+            "Multiply-adds are those of convolutions and matrix products in one pass of one image.",
+            "Weights are named by the start of their SHA-256.",
+        )
         return Table("Where the numbers are from", heading, tuple(dict.fromkeys(rows)), notes)
 
     def points(self) -> list[TradeOffPoint]:
