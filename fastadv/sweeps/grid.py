@@ -164,8 +164,10 @@ def _range(name: str, text: str) -> list[str]:
 
 def _spelled(number: Fraction, denominator: int | None) -> str:
     """Write a number over the denominator of its range, else as a decimal number, else as a fraction."""
-    if denominator is not None and number and (number * denominator).denominator == 1:
-        return f"{number * denominator}/{denominator}"
+    if denominator is not None and number.denominator != 1:
+        above = number * denominator
+        if above.denominator == 1:
+            return f"{above}/{denominator}"
     rest = number.denominator
     for prime in (2, 5):
         while rest % prime == 0:
