@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 import subprocess
@@ -11,15 +10,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from report_helpers import result
 
 from fastadv.cli import main
+from fastadv.evaluation.comparison import Judged
 from fastadv.sweeps import Axis, Grid, Plan, parse_grid
 from fastadv.sweeps.processes import last_lines
 from fastadv.sweeps.ray_cluster import run_on_ray
+from fastadv.sweeps.table import Judgement, SweepTable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,44 +178,58 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    grid = ("lr=.1", "seeds=2")
-    assert main([*sweep_words(whole, *grid), "--jobs", "2"]) == 0
-    shown = capsys.readouterr().out
-    assert "clean %" in shown and "±" in shown and (whole / "report" / "report.html").is_file()
+    assert main(sweep_words(whole, "lr=.1")) == 0
+    table = capsys.readouterr().out.partition("\n\n")[0]
+    assert "clean %" in table and (whole / "report" / "report.html").is_file()
     assert (whole / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
-    process = started(sweep_words(killed, *grid), stderr=subprocess.DEVNULL)
-    first = killed / "runs" / "lr=0.1,seed=0"
-    wait_for(lambda: (first / "checkpoints" / "latest").exists())
+    process = started(sweep_words(killed, "lr=.1"), stderr=subprocess.DEVNULL)
+    wait_for((killed / "runs" / "lr=0.1,seed=0" / "checkpoints" / "latest").exists)
     process.kill()
     process.wait()
-    assert main(sweep_words(killed, *grid)) == 0
-    resumed = capsys.readouterr().out
-    table = shown.partition("\n\n")[0]
-    assert resumed.partition("\n\n")[0] == table
+    assert main(sweep_words(killed, "lr=.1")) == 0
+    assert capsys.readouterr().out.partition("\n\n")[0] == table
     assert (killed / "table.csv").read_bytes() == (whole / "table.csv").read_bytes()
-    (row,) = csv.DictReader((whole / "table.csv").open())
-    accuracies = [
-        entry["correct"] / entry["n"] * 100
-        for seed in (0, 1)
-        for entry in json.loads((whole / f"runs/lr=0.1,seed={seed}/eval.json").read_text())["rows"]
-        if entry["name"] == "clean"
-    ]
-    assert float(row["clean mean"]) == pytest.approx(sum(accuracies) / 2, rel=1e-5)
 
-    # A finished run is not run again, and a point that cannot be trained leaves the others as they are.
-    logs = {file: file.stat().st_mtime_ns for file in (whole / "logs").iterdir()}
+    # A finished run is not run again, and a run that fails leaves the others as they are.
+    (log,) = (whole / "logs").iterdir()
+    content = log.read_text()
     (whole / "runs" / "lr=0.2,seed=0").write_text("a file in the way of the run")
-    assert main(sweep_words(whole, "lr=.1,.2", "seeds=2")) == 2
+    assert main([*sweep_words(whole, "lr=.1,.2"), "--jobs", "2"]) == 2
     failed = capsys.readouterr().out
     assert "lr=0.2,seed=0: exit status 2" in failed and "got the file" in failed
-    assert "0.2  1  " in failed and table.splitlines()[1].partition("digits")[2] in failed
-    assert all(file.stat().st_mtime_ns == when for file, when in logs.items())
+    assert failed.partition("\n\n")[0] == table and log.read_text() == content
+
+
+def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "lr=.1,.2", "seeds=2")
+    judgements = []
+    for number, run in enumerate(plan.runs):
+        subject = replace(result("clean", 0).subject, weights=run.name)
+        rows = [result("clean", 240 + 30 * number, subject=subject)]
+        rows.append(result("pgd-20", 90 + 60 * number, subject=subject))
+        judged = Judged(run.name, "standard", "small_cnn", tuple(rows), seed=run.seed)
+        judgements.append(Judgement("standard", run, judged))
+    table = SweepTable(judgements[:3])
+    text = dict(zip(table.table().heading, table.table().rows[0], strict=True))
+    assert (text["lr"], text["seeds"], text["n"]) == ("0.1", "0, 1", "300")
+    assert (text["clean %"], text["pgd-20 %"]) == ("85.00 ± 7.07", "40.00 ± 14.14")
+    assert table.table().rows[1][-2:] == ("100.00", "70.00")
+    first = next(csv.DictReader(table.csv().splitlines()))
+    assert float(first["pgd-20 mean"]) == pytest.approx(40)
+    assert float(first["pgd-20 deviation"]) == pytest.approx(200**0.5)
+    points = table.points()
+    assert [(point.name, point.curve, point.clean) for point in points] == [
+        ("lr 0.1", "standard", pytest.approx(85)),
+        ("lr 0.2", "standard", pytest.approx(100)),
+    ]
+    assert points[0].robust_interval == pytest.approx((40 - 200**0.5, 40 + 200**0.5))
+    assert (table.picture() or b"").startswith(b"\x89PNG")
 
 
 def test_sigterm_lets_the_runs_save_their_checkpoints(tmp_path: Path) -> None:
     words = sweep_words(tmp_path, "seeds=1")
-    words[words.index("--epochs") + 1] = "10000"
+    words[words.index("--epochs") + 1] = "10000"  # more than it will come to
     process = started(words, stderr=subprocess.PIPE)
     (name,) = ("seed=0",)
     latest = tmp_path / "runs" / name / "checkpoints" / "latest"
