@@ -204,20 +204,20 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
 def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "lr=.1,.2", "seeds=2")
     judgements = []
-    for number, run in enumerate(plan.runs):
+    for number, run in enumerate(plan.runs[:3]):
         subject = replace(result("clean", 0).subject, weights=run.name)
         rows = [result("clean", 240 + 30 * number, subject=subject)]
         rows.append(result("pgd-20", 90 + 60 * number, subject=subject))
         judged = Judged(run.name, "standard", "small_cnn", tuple(rows), seed=run.seed)
         judgements.append(Judgement("standard", run, judged))
-    table = SweepTable(judgements[:3])
+    table = SweepTable(judgements)
     text = dict(zip(table.table().heading, table.table().rows[0], strict=True))
     assert (text["lr"], text["seeds"], text["n"]) == ("0.1", "0, 1", "300")
     assert (text["clean %"], text["pgd-20 %"]) == ("85.00 ± 7.07", "40.00 ± 14.14")
     assert table.table().rows[1][-2:] == ("100.00", "70.00")
     first = next(csv.DictReader(table.csv().splitlines()))
     assert float(first["pgd-20 mean"]) == pytest.approx(40)
-    assert float(first["pgd-20 deviation"]) == pytest.approx(200**0.5)
+    assert float(first["pgd-20 deviation"]) == pytest.approx(200**0.5, rel=1e-5)
     points = table.points()
     assert [(point.name, point.curve, point.clean) for point in points] == [
         ("lr 0.1", "standard", pytest.approx(85)),
