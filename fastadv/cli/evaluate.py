@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 from fastadv.cli.parsing import Parser, with_lists
 from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
@@ -11,8 +12,8 @@ from fastadv.ranks import is_first
 from fastadv.trainers.number import Number
 
 
-def evaluate(words: list[str]) -> int:
-    """Judge a model; the exit status."""
+def evaluation_parser() -> Parser:
+    """Build the parser of `fastadv eval`."""
     parser = Parser(
         prog="fastadv eval",
         description="Measure the accuracy of a model on test images, without an attack and under attacks. The "
@@ -55,8 +56,23 @@ def evaluate(words: list[str]) -> int:
     parser.add_function_arguments(
         run_evaluation, skip={"run", "attacks", "normalise", "bounds", "quiet", "command"}
     )
-    options = vars(parser.parse_args(with_lists(words, "--eps")))
+    return parser
+
+
+def evaluation_options(words: list[str]) -> dict[str, Any]:
+    """Read the options of `fastadv eval`.
+
+    Args:
+        words: the command line.
+    """
+    options = vars(evaluation_parser().parse_args(with_lists(words, "--eps")))
     options.pop("config")
+    return options
+
+
+def evaluate(words: list[str]) -> int:
+    """Judge a model; the exit status."""
+    options = evaluation_options(words)
     with stopped_by_signals("stopped before the first attack"):
         text = run_evaluation(**options, command=shlex.join(["fastadv", "eval", *words]))
     if is_first():

@@ -13,6 +13,7 @@ from fastadv.cli.analyse import analyse
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
+from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train
 from fastadv.cli.transfer import transfer
 from fastadv.commands.result_keeper import UnsavedResultsError
@@ -128,6 +129,7 @@ def _overview() -> str:
 
 _COMMANDS = {
     "train": Command("train a model by one of the methods", train),
+    "sweep": Command("train and compare a method over a grid of its options", sweep),
     "eval": Command("measure a run's accuracy under attack", evaluate),
     "transfer": Command("let models judge each other's adversarial images", transfer),
     "analyse": Command("look into models: features, weights, entropies, curves", analyse),

@@ -26,7 +26,7 @@ from fastadv.data.datasets import dataset_names
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
 from fastadv.ranks import is_first, launch
-from fastadv.trainers import Afs, Settings, find_method, method_names, schedules
+from fastadv.trainers import Afs, Recipe, Settings, find_method, method_names, schedules
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
@@ -81,6 +81,27 @@ def train(words: list[str]) -> int:
         print(f"trained: {result.checkpoint}")
         print(f"next: fastadv eval {result.run_dir}")
     return 0
+
+
+def check_training(method: MethodClass, words: Sequence[str]) -> Recipe:
+    """Check the options of a new run, before anything is trained.
+
+    Args:
+        method: the method.
+        words: the options, as on the command line.
+
+    Returns:
+        The recipe that they make.
+
+    Raises:
+        ValueError: when a number is out of range, or would have no effect.
+        SystemExit: when the parser refuses them.
+    """
+    parser = training_parser(method, _deciding(method, words))
+    chosen = parser.instantiate(parser.parse_args(words))
+    recipe = method.recipe_class(**_fields_of(method.recipe_class, chosen))
+    check_all_used(method, recipe, chosen.preset)
+    return recipe
 
 
 def _go_on(method: MethodClass, run: str) -> str:

@@ -43,7 +43,9 @@ def run_report(
         The table as text, or JSON. Each line is of one radius, and of one checkpoint, set of images and seed.
     """
     paths = list(dict.fromkeys(runs))
-    judged = [_judged(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)]
+    judged = [
+        judged_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)
+    ]
     if out is None:
         for name, value in (("robust", robust), ("eps", eps), ("norm", norm)):
             if value is not None:
@@ -66,7 +68,7 @@ def run_report(
     return "\n\n".join(parts)
 
 
-def _judged(path: str, name: str) -> Judged:
+def judged_run(path: str, name: str) -> Judged:
     """Read the results of a run directory, or of a file."""
     source = Path(path)
     file = source if source.is_file() else source / EVAL_FILE

@@ -35,6 +35,7 @@ class TradeOffPoint:
         robust_interval: likewise.
         method: points of one method have one colour; empty for a colour of its own.
         minor: whether it is one of several that another point sums up: a small marker without a label.
+        curve: points of one curve are joined, in their order, by a line of this name; empty for no line.
     """
 
     name: str
@@ -44,6 +45,7 @@ class TradeOffPoint:
     robust_interval: tuple[float, float] | None = None
     method: str = ""
     minor: bool = False
+    curve: str = ""
 
     @classmethod
     def from_report(cls, name: str, report: Report, robust: str = "autoattack") -> TradeOffPoint:
@@ -132,10 +134,11 @@ def draw_trade_off(
     inks = [style.colour(colours[point.method or point.name]) for point in points]
     for number, (point, ink) in enumerate(zip(points, inks, strict=True)):
         _draw_point(axes, point, MARKERS[number % len(MARKERS)], ink, style)
+    joined = _draw_curves(axes, points, inks)
     if grey:
         clean, robust = zip(*((point.clean, point.robust) for point in grey), strict=True)
         axes.plot(clean, robust, "x", color=style.grey, markersize=6, label="published")
-    if grey or curve is not None:
+    if grey or curve is not None or joined:
         axes.legend(loc="lower left", frameon=False, fontsize=11, labelcolor=style.ink)
     axes.set_xlabel("Clean accuracy (%)", fontsize=13, color=style.ink)
     axes.set_ylabel(robust_label, fontsize=13, color=style.ink)
@@ -205,6 +208,18 @@ def _draw_point(axes: Axes, point: TradeOffPoint, marker: str, ink: str, style: 
         zorder=3,
         clip_on=False,  # a marker at 0 or 100 is whole
     )
+
+
+def _draw_curves(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[str]) -> bool:
+    """Join the points of each curve; whether there is one."""
+    curves: dict[str, list[int]] = {}
+    for number, point in enumerate(points):
+        if point.curve:
+            curves.setdefault(point.curve, []).append(number)
+    for name, numbers in curves.items():
+        clean, robust = [points[n].clean for n in numbers], [points[n].robust for n in numbers]
+        axes.plot(clean, robust, color=inks[numbers[0]], linewidth=1.3, label=name, zorder=2)
+    return bool(curves)
 
 
 def _bar(value: float, interval: tuple[float, float] | None) -> list[list[float]] | None:

@@ -1,0 +1,157 @@
+"""`fastadv sweep`: its own options, and those of `fastadv train` and `fastadv eval` that it hands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+
+from fastadv.cli.evaluate import evaluation_options
+from fastadv.cli.parsing import FAILED, FALSE, Parser, complain, given_options
+from fastadv.cli.train import check_training
+from fastadv.commands.sweep import Launch, run_sweep
+from fastadv.interruption import stopped_by_signals
+from fastadv.sweeps import Plan, parse_grid
+from fastadv.trainers import find_method, method_names
+
+_EVAL = "--eval_"
+_OWN = ("grid", "out", "beside", "dry_run", *(field.name for field in fields(Launch)))
+_ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
+
+
+def sweep(words: list[str]) -> int:
+    """Train, judge and compare a method over a grid; the exit status."""
+    if not words or words[0].startswith("-"):
+        if words[:1] in (["-h"], ["--help"]):
+            _parser("METHOD").print_help()
+            return 0
+        before = f" before {words[0]}" if words else ""
+        return complain(f"sweep needs a method{before}: {', '.join(method_names())}")
+    method = find_method(words[0])
+    own, training, evaluation = _sorted(words[1:])
+    options = _parser(method.name).parse_args(own)
+    for name, value in given_options(training, _ITS_OWN).items():
+        raise ValueError(
+            f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
+        )
+    for word in training[:1]:
+        if not word.startswith("--"):
+            raise ValueError(f"sweep takes options after the method, got {word!r}")
+    grid = parse_grid(options.grid)
+    given = given_options(training, ("seed", *(axis.name for axis in grid.axes)))
+    for name, value in given.items():
+        if name != "seed" or grid.seeds:
+            raise ValueError(f"{name} must be in the grid or an option, not both, got {value!r}")
+    plan = Plan(Path(options.out), method.name, tuple(training), tuple(evaluation), grid)
+    plan = _checked(plan, given)
+    launch = Launch(
+        **{
+            field.name: getattr(options, field.name)
+            for field in fields(Launch)
+            if field.name != "slurm"
+        },
+        slurm=tuple(options.slurm),
+    )
+    quiet = given_options(training, ("quiet",)).get("quiet", "false").lower() not in FALSE
+    with stopped_by_signals("stopped; the same command goes on"):
+        result = run_sweep(
+            plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
+        )
+    print(result.text)
+    return FAILED if result.failures else 0
+
+
+def _parser(method: str) -> Parser:
+    parser = Parser(
+        prog=f"fastadv sweep {method}",
+        usage=f"fastadv sweep {method} --grid NAME=VALUES ... --out DIR [options]",
+        description="Train a method at every point of a grid of its options, judge every run, and print a "
+        "table with mean and standard deviation over the seeds. Runs that are finished stay as they are, and "
+        "interrupted ones go on: the same command resumes a sweep.\n\n"
+        "Any other option is one of `fastadv train`, such as --data or --epochs, and holds for all runs. In its "
+        "value {seed}, or the name of an option of the grid in braces, stands for the run's value. "
+        "--attacks and --max_examples are options of `fastadv eval`, and --eval_NAME is its option --NAME.",
+        needs={
+            "grid": "the options that differ",
+            "out": "a directory for everything the sweep leaves",
+        },
+    )
+    parser.add_argument(
+        "--grid",
+        nargs="+",
+        required=True,
+        metavar="NAME=VALUES",
+        help="Options of `fastadv train` and their values: numbers, fractions or words between commas, or a range "
+        "FIRST:LAST:STEP with both ends, such as lr=.1,.05 eps=2/255:8/255:2/255. seeds=3 is for the seeds 0, 1 "
+        "and 2, seed=4,7 for those two.",
+    )
+    parser.add_argument("--out", required=True, help="Directory of the sweep.")
+    parser.add_argument(
+        "--beside",
+        nargs="+",
+        default=[],
+        help="Directories of further sweeps, whose points come into the same table and plot.",
+    )
+    parser.add_class_arguments(Launch, skip={"slurm"})
+    parser.add_argument(
+        "--slurm",
+        nargs="+",
+        default=[],
+        help="With slurm, further options of sbatch without their dashes, such as partition=gpu time=12:00:00.",
+    )
+    parser.add_flag(
+        "dry_run",
+        "Do nothing but write the script, with slurm, or else print the trainings that are left.",
+    )
+    return parser
+
+
+def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+    """The words of the sweep itself, of `fastadv train` and of `fastadv eval`."""
+    own: list[str] = []
+    training: list[str] = []
+    evaluation: list[str] = []
+    target = training
+    for word in words:
+        if word.startswith("-") and not _is_negative(word):
+            name = word.lstrip("-").partition("=")[0]
+            if name in _OWN or name in ("h", "help"):
+                target = own
+            elif name in ("attacks", "max_examples"):
+                target = evaluation
+            elif word.startswith(_EVAL):
+                target, word = evaluation, f"--{word.removeprefix(_EVAL)}"
+            else:
+                target = training
+        target.append(word)
+    return own, training, evaluation
+
+
+def _is_negative(word: str) -> bool:
+    return word[1:2].isdigit() or word[1:2] == "."
+
+
+def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
+    """The plan with its seeds, once the options of every run and of the evaluation are known to be right."""
+    method = find_method(plan.method)
+    evaluation_options(["RUN", *plan.evaluation])
+    if not plan.grid.seeds:
+        default = str(method.recipe_class().seed)
+        seeds = parse_grid([f"seed={given.get('seed', default)}"]).seeds
+        training = tuple(_without_seed(plan.training))
+        plan = replace(plan, training=training, grid=replace(plan.grid, seeds=seeds))
+    for run in plan.runs:
+        if run.seed == plan.grid.seeds[0]:  # the others have the same options
+            check_training(method, [*plan.training_words(run), f"--run={run.folder}"])
+    return plan
+
+
+def _without_seed(words: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for word in words:
+        if word.startswith("--"):
+            skip = word.partition("=")[0] == "--seed"
+        if not skip:
+            kept.append(word)
+    return kept

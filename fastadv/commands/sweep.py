@@ -1,0 +1,205 @@
+"""What `fastadv sweep` does, once its words are sorted.
+
+The parameters are the options, the docstring their help.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fastadv.commands.report import judged_run
+from fastadv.evaluation.reporting import aligned, markdown, write_report
+from fastadv.fields import check_fields
+from fastadv.files import naming, write_atomically
+from fastadv.locks import locked
+from fastadv.sweeps.local import run_locally, say
+from fastadv.sweeps.plan import PLAN_FILE, Plan, SweepRun
+from fastadv.sweeps.processes import Failure
+from fastadv.sweeps.ray_cluster import run_on_ray
+from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
+from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
+
+_PATIENCE = 3.0  # seconds for a sweep that was killed a moment ago
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Where and how the runs of a sweep go.
+
+    Attributes:
+        launcher: local, on this machine; ray, on a Ray cluster; slurm, as an array of Slurm.
+        jobs: how many runs go on at once; by default one on this machine, and on a cluster as many as it has
+            room for.
+        gpus_per_run: with ray and slurm, GPUs of each run; with ray also a part of one, such as .5. By default
+            ray gives one where the cluster has any, and slurm gives 0.
+        cpus_per_run: with ray and slurm, processors of each run.
+        ray_address: with ray, the address of the cluster; by default the one that this machine belongs to.
+        slurm: with slurm, further options of sbatch without their dashes, such as partition=gpu time=12:00:00.
+    """
+
+    launcher: Literal["local", "ray", "slurm"] = "local"
+    jobs: int | None = None
+    gpus_per_run: float | None = None
+    cpus_per_run: int | None = None
+    ray_address: str | None = None
+    slurm: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name, least in (("jobs", 1), ("gpus_per_run", 0), ("cpus_per_run", 1)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < 100_000:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        used = {
+            "local": ("jobs",),
+            "ray": ("jobs", "gpus_per_run", "cpus_per_run", "ray_address"),
+            "slurm": ("jobs", "gpus_per_run", "cpus_per_run", "slurm"),
+        }[self.launcher]
+        for name in ("gpus_per_run", "cpus_per_run", "ray_address", "slurm"):
+            if getattr(self, name) not in (None, ()) and name not in used:
+                raise ValueError(f"{name} has no effect with launcher {self.launcher}")
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What a sweep has come to.
+
+    Attributes:
+        text: for people.
+        failures: the runs that did not end as they should.
+    """
+
+    text: str
+    failures: tuple[Failure, ...] = ()
+
+
+def run_sweep(
+    plan: Plan,
+    launch: Launch,
+    *,
+    beside: Sequence[str] = (),
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> SweepResult:
+    """Do what is left of a sweep, and compare its runs.
+
+    Args:
+        plan: the sweep.
+        launch: where and how.
+        beside: directories of further sweeps, whose points come into the same table and plot.
+        dry_run: only write the script, with slurm, or else say which runs are left.
+        quiet: say nothing meanwhile.
+
+    Raises:
+        Interrupted: after SIGTERM or Ctrl-C.
+        TimeoutError: when another process does a sweep in the same directory.
+        ValueError: when the directory holds another sweep.
+    """
+    others = [Plan.load(Path(folder)) for folder in beside]  # before hours are spent
+    plan.check()
+    if dry_run and launch.launcher != "slurm":
+        return SweepResult(_commands(plan))
+    with naming(plan.folder):
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    with locked(plan.folder / PLAN_FILE, _PATIENCE):
+        plan.save()
+        left = plan.unfinished()
+        say(quiet, f"{len(plan.runs)} runs, {len(left)} of them left to do")
+        failures: list[Failure] = []
+        if left and launch.launcher == "slurm":
+            return SweepResult(_hand_to_slurm(plan, left, launch, dry_run))
+        if left and launch.launcher == "ray":
+            failures = run_on_ray(
+                plan,
+                left,
+                address=launch.ray_address,
+                jobs=launch.jobs,
+                gpus=launch.gpus_per_run,
+                cpus=launch.cpus_per_run,
+                quiet=quiet,
+            )
+        elif left:
+            failures = run_locally(plan, left, launch.jobs or 1, quiet)
+        return SweepResult(_tabulate([plan, *others], failures), tuple(failures))
+
+
+def _commands(plan: Plan) -> str:
+    """The trainings that are left, as command lines."""
+    lines = [
+        shlex.join(
+            ["fastadv", "train", plan.method, *plan.training_words(run), "--run", str(run.folder)]
+        )
+        for run in plan.unfinished()
+    ]
+    return "\n".join([f"{len(plan.runs)} runs, {len(lines)} of them left to do", *lines])
+
+
+def _hand_to_slurm(plan: Plan, left: Sequence[SweepRun], launch: Launch, dry_run: bool) -> str:
+    script = write_script(
+        plan,
+        left,
+        jobs=launch.jobs,
+        gpus=launch.gpus_per_run,
+        cpus=launch.cpus_per_run,
+        options=launch.slurm,
+    )
+    if dry_run:
+        return f"written: {script}, for {len(left)} runs"
+    job = submit(script)
+    return (
+        f"submitted: job {job}, {SCRIPT_FILE} in {plan.folder}, for {len(left)} runs\n"
+        "next: when it has ended, the same command prints the table"
+    )
+
+
+def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> str:
+    """Write the table, the plot and the report of all runs that are finished; the table and what is missing."""
+    plan = plans[0]
+    judgements, missing = _judgements(plans)
+    parts = []
+    if judgements:
+        results = SweepTable(judgements)
+        table = results.table()
+        write_atomically(plan.folder / "table.csv", results.csv())
+        title = f"Sweep of {' and '.join(dict.fromkeys(one.method for one in plans))}"
+        write_atomically(plan.folder / "table.md", markdown([table], title))
+        parts.append(aligned([table.heading, *table.rows]) + "\n\n" + "\n".join(table.notes))
+        parts.append(_pictures(plan, results))
+    if missing:
+        parts.append("not in the table: " + ", ".join(missing))
+    if failures:
+        parts.append("failed; the same command tries them again:")
+        parts += [failure.text() for failure in failures]
+    return "\n\n".join(parts)
+
+
+def _pictures(plan: Plan, results: SweepTable) -> str:
+    """Write the plot and the report, and say where they are."""
+    lines = [f"table: {plan.folder / 'table.csv'}"]
+    try:
+        picture = results.picture()
+        if picture is not None:
+            lines.append(f"plot: {write_atomically(plan.folder / 'trade_off.png', picture)}")
+        write_report(results.summary, plan.folder / "report")
+        lines.append(f"report: {plan.folder / 'report' / 'report.html'}")
+    except ImportError as error:
+        lines.append(f"There is no plot and no report: {error}")
+    return "\n".join(lines)
+
+
+def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
+    """The results of the runs that are finished, and the names of the other runs."""
+    curves = distinct_curves([(plan.method, str(plan.folder)) for plan in plans])
+    found, missing = [], []
+    for plan, curve in zip(plans, curves, strict=True):
+        for run in plan.runs:
+            name = run.name if len(plans) == 1 else f"{curve} {run.name}"
+            if run.is_finished(plan.evaluation):
+                found.append(Judgement(curve, run, judged_run(str(run.folder), name)))
+            else:
+                missing.append(name)
+    return found, missing

@@ -1,0 +1,259 @@
+"""What a sweep is: its runs, their names and directories, and the file that describes it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastadv.evaluation.results import load_results
+from fastadv.files import write_atomically
+from fastadv.sweeps.grid import Axis, Grid, canonical
+from fastadv.trainers import Settings
+from fastadv.trainers.run_directory import RunDirectory
+
+PLAN_FILE = "sweep.json"
+LOGS = "logs"
+_FORMAT = 1
+_RUNS = "runs"
+_LONGEST_NAME = 200  # file systems take 255 bytes
+_STATE_FILE = "sweep_run.json"  # in a run's directory
+_EVAL_FILE = "eval.json"
+# Options that change how a run is done and not its numbers; so they may differ when a sweep goes on.
+_FREE = frozenset({"device", "root", "quiet", *(field.name for field in fields(Settings))})
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep.
+
+    Attributes:
+        name: tells it from the others, and is the name of its directory.
+        folder: its directory.
+        log: the file with everything that its processes print.
+        settings: the values of the grid's options.
+        seed: of its training.
+    """
+
+    name: str
+    folder: Path
+    log: Path
+    settings: Mapping[str, str]
+    seed: int
+
+    def is_trained(self) -> bool:
+        """Whether the training has ended as it should."""
+        return self._state().get("trained") is True
+
+    def is_finished(self, evaluation: Sequence[str]) -> bool:
+        """Whether the run is trained and has been judged.
+
+        Args:
+            evaluation: the options of `fastadv eval`.
+        """
+        judged = self._state().get("judged", [])
+        return self.is_trained() and _key(evaluation) in judged and self._has_results()
+
+    def mark_trained(self) -> None:
+        """Keep that the training has ended."""
+        self._write({**self._state(), "trained": True})
+
+    def mark_judged(self, evaluation: Sequence[str]) -> None:
+        """Keep that an evaluation has ended."""
+        state = self._state()
+        self._write({**state, "judged": sorted({*state.get("judged", []), _key(evaluation)})})
+
+    def _has_results(self) -> bool:
+        file = self.folder / _EVAL_FILE
+        return file.is_file() and bool(load_results(file))
+
+    def _state(self) -> dict[str, Any]:
+        """What has been kept of the run that is in the directory now; empty where that is another run."""
+        directory = RunDirectory(self.folder)
+        if not directory.exists:
+            return {}
+        try:
+            state = json.loads((self.folder / _STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        same = isinstance(state, dict) and state.get("run") == directory.identity()
+        return state if same else {}
+
+    def _write(self, state: dict[str, Any]) -> None:
+        content = {**state, "run": RunDirectory(self.folder).identity()}
+        write_atomically(self.folder / _STATE_FILE, json.dumps(content, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep.
+
+    Attributes:
+        folder: its directory.
+        method: name of the method that is trained.
+        training: options of `fastadv train` that all runs share, as words.
+        evaluation: options of `fastadv eval`, as words.
+        grid: the options that differ, and the seeds, of which there is at least one.
+    """
+
+    folder: Path
+    method: str
+    training: tuple[str, ...]
+    evaluation: tuple[str, ...]
+    grid: Grid
+
+    @property
+    def runs(self) -> list[SweepRun]:
+        """All runs; those that differ in their seed alone stand together."""
+        return [
+            self._run(settings, seed)
+            for settings in self.grid.settings()
+            for seed in self.grid.seeds
+        ]
+
+    def run_named(self, name: str) -> SweepRun:
+        """Return one of the runs.
+
+        Raises:
+            ValueError: when there is no run of this name.
+        """
+        for run in self.runs:
+            if run.name == name:
+                return run
+        raise ValueError(f"run must be one of the sweep in {self.folder}, got {name!r}")
+
+    def unfinished(self) -> list[SweepRun]:
+        """Return the runs that are not trained and judged yet."""
+        return [run for run in self.runs if not run.is_finished(self.evaluation)]
+
+    def training_words(self, run: SweepRun) -> list[str]:
+        """Return the options of `fastadv train` for a run, without its directory.
+
+        `{seed}`, or `{NAME}` of an option of the grid, stands for the run's value in the options that all share.
+        """
+        words = list(self.training)
+        for name, value in {**run.settings, "seed": str(run.seed)}.items():
+            words = [word.replace(f"{{{name}}}", value) for word in words]
+        return [
+            *words,
+            *(f"--{name}={value}" for name, value in run.settings.items()),
+            f"--seed={run.seed}",
+        ]
+
+    def check(self) -> None:
+        """Check that the directory holds no other sweep than this one, or one with fewer points.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        if not (self.folder / PLAN_FILE).is_file():
+            return
+        there = Plan.load(self.folder)
+        if self.method != there.method:
+            raise self._other("method", self.method, there.method)
+        mine, old = (_options(plan.training) for plan in (self, there))
+        for name in sorted({*mine, *old} - _FREE):
+            if mine.get(name) != old.get(name):
+                raise self._other(name, mine.get(name, "nothing"), old.get(name, "nothing"))
+        names = [[axis.name for axis in plan.grid.axes] for plan in (self, there)]
+        if sorted(names[0]) != sorted(names[1]):
+            raise self._other("grid", *(", ".join(part) or "no option" for part in names))
+        lost = {run.name for run in there.runs} - {run.name for run in self.runs}
+        if lost:
+            raise ValueError(
+                f"grid must keep the points that the sweep in {self.folder} has, and may add some; it leaves out "
+                f"{sorted(lost)[0]}{' and others' if len(lost) > 1 else ''}. Choose another directory by --out"
+            )
+
+    def save(self) -> None:
+        """Write the file that describes the sweep, after `check`."""
+        self.check()
+        content = {
+            "format": _FORMAT,
+            "method": self.method,
+            "training": list(self.training),
+            "evaluation": list(self.evaluation),
+            "grid": {axis.name: list(axis.values) for axis in self.grid.axes},
+            "seeds": list(self.grid.seeds),
+        }
+        write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Plan:
+        """Read the sweep that is in a directory.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when its file is damaged.
+        """
+        file = folder / PLAN_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; there is no sweep in {folder}")
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != _FORMAT:
+                raise ValueError(f"its format must be {_FORMAT}, got {content['format']!r}")
+            axes = tuple(
+                Axis(name, tuple(map(str, values))) for name, values in content["grid"].items()
+            )
+            return cls(
+                folder,
+                str(content["method"]),
+                tuple(map(str, content["training"])),
+                tuple(map(str, content["evaluation"])),
+                Grid(axes, tuple(map(int, content["seeds"]))),
+            )
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file}: the description of the sweep is damaged: {error}") from error
+
+    def _run(self, settings: Mapping[str, str], seed: int) -> SweepRun:
+        # By the names of the options, so that a run keeps its name when the grid is written in another order.
+        parts = [f"{name}={_for_file(value)}" for name, value in sorted(settings.items())]
+        name = ",".join([*parts, f"seed={seed}"])
+        if len(name) > _LONGEST_NAME:
+            digest = hashlib.sha256(name.encode()).hexdigest()[:12]
+            name = f"{name[: _LONGEST_NAME - 40]}_{digest},seed={seed}"
+        return SweepRun(
+            name, self.folder / _RUNS / name, self.folder / LOGS / f"{name}.log", settings, seed
+        )
+
+    def _other(self, what: str, mine: str, there: str) -> ValueError:
+        return ValueError(
+            f"{what} must be {there} as in the sweep that {self.folder} holds, got {mine}; choose another "
+            "directory by --out"
+        )
+
+
+def _for_file(value: str) -> str:
+    """A value as part of a file's name; a hash tells apart what would have one name."""
+    plain = re.fullmatch(r"(\d+)/(\d+)", value)
+    if plain:
+        return f"{plain[1]}_{plain[2]}"
+    kept = re.sub(r"[^A-Za-z0-9.+-]", "-", value)[:40]
+    return kept if kept == value else f"{kept}_{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+
+
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """The options of a command line and their values, numbers in one spelling, a config by its text."""
+    found: dict[str, str] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            found[name] = canonical(value) if equals else ""
+        else:
+            found[name] = f"{found.get(name, '')} {canonical(word)}".strip()
+    config = found.get("config")
+    if config and Path(config).is_file():
+        found["config"] = Path(config).read_text(encoding="utf-8")
+    return {option: value or "true" for option, value in found.items()}
+
+
+def _key(evaluation: Sequence[str]) -> str:
+    """What tells one evaluation from another."""
+    options = sorted(_options(evaluation).items())
+    return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]

@@ -1,0 +1,160 @@
+"""Running a sweep on a Ray cluster: an actor for each run, which goes on elsewhere when its node is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastadv.interruption import Interrupted, StopRequest
+from fastadv.sweeps.local import STOPPED, say
+from fastadv.sweeps.plan import Plan, SweepRun
+from fastadv.sweeps.processes import Failure, reason_of, start
+
+_PAUSE = 0.2  # seconds between two looks at a signal
+_MOST_LOSSES = 10  # of the nodes of one run, after which something else is wrong with it
+
+
+class RunWorker:
+    """What an actor does: it trains and judges one run in a process of its own."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def work(self, folder: str, name: str, log: str, directory: str) -> int:
+        """Do a run of the sweep; the exit status of its process."""
+        self._process = start(Path(folder), name, Path(log), directory=directory)
+        return self._process.wait()
+
+
+def run_on_ray(
+    plan: Plan,
+    runs: Sequence[SweepRun],
+    *,
+    address: str | None = None,
+    jobs: int | None = None,
+    gpus: float | None = None,
+    cpus: int | None = None,
+    quiet: bool = False,
+) -> list[Failure]:
+    """Train and judge runs on a cluster whose nodes all have the sweep's directory and the data.
+
+    Args:
+        plan: the sweep.
+        runs: those that are left.
+        address: of the cluster; by default the one this machine belongs to, else this machine alone.
+        jobs: how many at once; None for as many as the cluster has room for.
+        gpus: of each run; by default 1 where the cluster has any.
+        cpus: of each run; by default 1.
+        quiet: say nothing meanwhile.
+
+    Returns:
+        The runs that failed.
+
+    Raises:
+        ImportError: when Ray is not installed.
+        ValueError: when the cluster could never give a run what it needs.
+        Interrupted: after SIGTERM or Ctrl-C; the runs have been told to stop.
+    """
+    ray = _ray()
+    connected = ray.is_initialized()
+    if not connected:
+        ray.init(address=address, log_to_driver=False, configure_logging=False)
+    try:
+        resources = ray.cluster_resources()
+        gpus = gpus if gpus is not None else float(min(resources.get("GPU", 0), 1))
+        needs = {"num_cpus": cpus or 1, "num_gpus": gpus}
+        for option, kind, needed in (
+            ("cpus_per_run", "CPU", cpus or 1),
+            ("gpus_per_run", "GPU", gpus),
+        ):
+            if needed > resources.get(kind, 0):
+                raise ValueError(
+                    f"{option} must be at most what the cluster has, {resources.get(kind, 0):g}, got {needed:g}"
+                )
+        # The runs take the place of one that a node has lost; Ray itself is not to start them anew.
+        actor = ray.remote(RunWorker).options(max_restarts=0, max_task_retries=0, **needs)
+        return _Driver(ray, actor, plan, quiet).drive(list(runs), jobs or len(runs))
+    finally:
+        if not connected:
+            ray.shutdown()
+
+
+class _Driver:
+    """Hands runs to actors and follows them.
+
+    Args:
+        ray: the module.
+        actor: makes an actor.
+        plan: the sweep.
+        quiet: say nothing.
+    """
+
+    def __init__(self, ray: Any, actor: Any, plan: Plan, quiet: bool) -> None:
+        self._ray, self._actor, self._plan, self._quiet = ray, actor, plan, quiet
+        self._going: dict[Any, tuple[SweepRun, Any]] = {}  # by the reference to the result
+        self._losses: dict[str, int] = {}
+
+    def drive(self, waiting: list[SweepRun], jobs: int) -> list[Failure]:
+        failures: list[Failure] = []
+        with StopRequest("the runs are told to save their checkpoints") as request:
+            try:
+                while (waiting or self._going) and request.signal is None:
+                    while waiting and len(self._going) < jobs:
+                        self._start(waiting.pop(0))
+                    ready, _ = self._ray.wait(list(self._going), timeout=_PAUSE)
+                    for reference in ready:
+                        run, worker = self._going.pop(reference)
+                        reason = self._end_of(reference)
+                        self._ray.kill(worker)
+                        if reason is None:  # its node is lost
+                            waiting.insert(0, run)
+                        elif reason:
+                            failures.append(Failure(run.name, reason, run.log))
+                        say(self._quiet, f"{run.name}: {self._word(reason, run)}")
+                        if reason is None and self._counted(run) > _MOST_LOSSES:
+                            waiting.remove(run)
+                            lost = f"lost its node {_MOST_LOSSES} times"
+                            failures.append(Failure(run.name, lost, run.log))
+            finally:
+                for _, worker in self._going.values():
+                    self._ray.kill(worker)
+        if request.signal is not None:
+            raise Interrupted(STOPPED, request.signal)
+        return failures
+
+    def _start(self, run: SweepRun) -> None:
+        worker = self._actor.remote()
+        places = (str(self._plan.folder.resolve()), run.name, str(run.log.resolve()), os.getcwd())
+        self._going[worker.work.remote(*places)] = run, worker
+        say(self._quiet, f"{run.name}: handed to Ray")
+
+    def _end_of(self, reference: Any) -> str | None:
+        """How a run ended: empty for as it should, None for its node's loss, else a reason."""
+        errors = self._ray.exceptions
+        try:
+            status = self._ray.get(reference)
+        except (errors.RayActorError, errors.NodeDiedError, errors.WorkerCrashedError):
+            return None
+        except errors.RayTaskError as error:
+            return f"could not be started: {' '.join(str(error.cause).split())}"
+        return reason_of(status) if status else ""
+
+    def _word(self, reason: str | None, run: SweepRun) -> str:
+        return "its node is lost; it goes on elsewhere" if reason is None else reason or "done"
+
+    def _counted(self, run: SweepRun) -> int:
+        self._losses[run.name] = self._losses.get(run.name, 0) + 1
+        return self._losses[run.name]
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError(
+            "launcher ray needs Ray; install it by `pip install fastadv[ray]`, here and on every node"
+        ) from error
+    return ray

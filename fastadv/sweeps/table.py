@@ -1,0 +1,223 @@
+"""The table and the plot of a sweep: a line for each point of the grid, with mean and deviation over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastadv.evaluation.attack_list import CLEAN
+from fastadv.evaluation.comparison import Comparison, Judged, Line, radius_text
+from fastadv.evaluation.plot_style import png_of
+from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
+from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.reporting import Summary, Table
+from fastadv.evaluation.reporting.seeds import mean_and_deviation
+from fastadv.sweeps.plan import SweepRun
+
+_NOTE = (
+    "Mean ± standard deviation (n - 1) over the seeds of the trainings; one seed has no deviation."
+)
+_LABELLED = 16  # points of a curve, more of which would hide each other's labels
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A finished run of a sweep and its results.
+
+    Attributes:
+        curve: the sweep's curve in the plot.
+        run: the run.
+        judged: its results.
+    """
+
+    curve: str
+    run: SweepRun
+    judged: Judged
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the seeds of one point say of one attack.
+
+    Attributes:
+        values: in percent, one per seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """The mean."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation of the sample; None of one value."""
+        return mean_and_deviation(list(self.values))[1] if len(self.values) > 1 else None
+
+    def __str__(self) -> str:
+        """The mean, and the deviation where there is one."""
+        deviation = self.deviation
+        return f"{self.mean:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point of the grid, judged on some images at some radius.
+
+    Attributes:
+        curve: the sweep's curve in the plot.
+        settings: the values of the grid's options.
+        seeds: of the trainings.
+        where: data, number of images, norm and radius.
+        radius: norm and radius as a comparison has them.
+        cells: by attack.
+    """
+
+    curve: str
+    settings: Mapping[str, str]
+    seeds: tuple[int, ...]
+    where: tuple[str, str, str, str]
+    radius: tuple[str, float]
+    cells: Mapping[str, Cell]
+
+    @property
+    def label(self) -> str:
+        """The values of the grid's options."""
+        return ", ".join(f"{name} {value}" for name, value in self.settings.items())
+
+
+class SweepTable:
+    """The results of one sweep, or of several.
+
+    Args:
+        judgements: the finished runs, at least one; those of one point beside each other.
+
+    Attributes:
+        summary: of the same runs, for a report.
+        rows: the points, in the order of the runs.
+        attacks: the columns.
+    """
+
+    def __init__(self, judgements: Sequence[Judgement]) -> None:
+        self.summary = Summary(Comparison([one.judged for one in judgements]))
+        self.attacks = self.summary.comparison.attacks
+        by_run = {id(one.judged): one for one in judgements}
+        groups: dict[tuple[Any, ...], list[tuple[int, Line]]] = {}
+        for line in self.summary.comparison.white_box:
+            one = by_run[id(line.run)]
+            point = (one.curve, tuple(one.run.settings.items()))
+            place = (line.subject.data, line.subject.images, line.n, line.radius, line.seed)
+            groups.setdefault((*point, *place), []).append((one.run.seed, line))
+        self.rows = [self._row(key[0], dict(key[1]), lines) for key, lines in groups.items()]
+
+    def table(self) -> Table:
+        """The means and deviations as text."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
+        several = len({row.curve for row in self.rows}) > 1
+        heading = (
+            *(["sweep"] if several else []),
+            *(*names, "seeds", "data", "n", "norm", "eps"),
+            *(f"{title} %" for title in self.attacks),
+        )
+        body = [
+            (
+                *([row.curve] if several else []),
+                *(row.settings.get(name, "-") for name in names),
+                ", ".join(map(str, row.seeds)),
+                *row.where,
+                *(str(row.cells.get(title, "-")) for title in self.attacks),
+            )
+            for row in self.rows
+        ]
+        return Table("Sweep", heading, tuple(body), (_NOTE,))
+
+    def csv(self) -> str:
+        """The same as CSV, mean and deviation in columns of their own."""
+        names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        columns = [f"{title} {part}" for title in self.attacks for part in ("mean", "deviation")]
+        writer.writerow(["sweep", *names, "seeds", "data", "n", "norm", "eps", *columns])
+        for row in self.rows:
+            cells = [row.cells.get(title) for title in self.attacks]
+            numbers = [
+                "" if number is None else f"{number:.6g}"
+                for cell in cells
+                for number in ((None, None) if cell is None else (cell.mean, cell.deviation))
+            ]
+            settings = [row.settings.get(name, "") for name in names]
+            seeds = " ".join(map(str, row.seeds))
+            writer.writerow([row.curve, *settings, seeds, *row.where, *numbers])
+        return text.getvalue()
+
+    def points(self) -> list[TradeOffPoint]:
+        """The points of the plot: those of a curve from the lowest clean accuracy to the highest."""
+        robust, radius = self.summary.robust, self.summary.radius
+        rows = [
+            row for row in self.rows if row.radius == radius and {CLEAN, robust} <= row.cells.keys()
+        ]
+        rows.sort(key=lambda row: (row.curve, row.cells[CLEAN].mean, row.cells[robust].mean))
+        crowded = len(rows) > _LABELLED
+        return [
+            TradeOffPoint(
+                row.label or row.curve,
+                row.cells[CLEAN].mean,
+                row.cells[robust].mean,
+                _bar(row.cells[CLEAN]),
+                _bar(row.cells[robust]),
+                row.curve,
+                minor=crowded,
+                curve=row.curve,
+            )
+            for row in rows
+        ]
+
+    def picture(self) -> bytes | None:
+        """The trade-off plot as PNG; None where the runs have no attack and radius in common.
+
+        Raises:
+            ImportError: when matplotlib is not installed.
+        """
+        points, radius = self.points(), self.summary.radius
+        if radius is None or not points:
+            return None
+        robust = f"Accuracy under {self.summary.robust} {radius_text(*radius)} (%)"
+        title = f"{self.summary.plot_title}\nmeans and deviations over seeds"
+        return png_of(draw_trade_off(points, title=title, robust_label=robust))
+
+    def _row(self, curve: str, settings: dict[str, str], lines: Sequence[tuple[int, Line]]) -> Row:
+        line = lines[0][1]
+        described = self.summary.comparison.describe(line)
+        norm, eps = (line.norm, format_eps(line.eps)) if line.norm else ("-", "-")
+        cells = {
+            title: Cell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
+            for title in self.attacks
+            if all(title in one.cells for _, one in lines)
+        }
+        seeds = tuple(seed for seed, _ in lines)
+        where = (described["data"], str(line.n), norm, eps)
+        return Row(curve, settings, seeds, where, line.radius, cells)
+
+
+def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
+    """Name the curves of sweeps: by the method, with the directory where two have one method.
+
+    Args:
+        names: method and directory of each sweep.
+    """
+    methods = [method for method, _ in names]
+    return [
+        f"{method} ({folder})" if methods.count(method) > 1 else method for method, folder in names
+    ]
+
+
+def _bar(cell: Cell) -> tuple[float, float] | None:
+    """One deviation to either side."""
+    deviation = cell.deviation
+    if deviation is None:
+        return None
+    return max(cell.mean - deviation, 0.0), min(cell.mean + deviation, 100.0)
