@@ -17,6 +17,7 @@ from fastadv.cli.parsing import FAILED, FALSE, TRUE, Parser, complain, given_opt
 from fastadv.cli.saved_options import (
     CONFIG_FILE,
     as_config,
+    check_method_known,
     check_model_known,
     saved_options,
     saved_teachers,
@@ -27,7 +28,7 @@ from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
 from fastadv.ranks import is_first, launch
 from fastadv.trainers import Afs, Settings, find_method, method_names, schedules
-from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.methods import MethodClass, command_name
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
 
@@ -51,7 +52,7 @@ def train(words: list[str]) -> int:
             return complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
         print(_methods_overview())
         return 0 if words else FAILED
-    method, words = find_method(words[0]), words[1:]
+    method, words = _method(words[0], words[1:]), words[1:]
     if words[-1:] == ["--schedule.help"]:
         print(_schedules_overview())
         return 0
@@ -66,7 +67,7 @@ def train(words: list[str]) -> int:
         check_all_used(method, recipe, chosen.preset)
     try:
         result = run_training(
-            method.name,
+            method,
             recipe,
             Settings(**_fields_of(Settings, chosen)),
             Flags(**_fields_of(Flags, chosen)),
@@ -83,11 +84,20 @@ def train(words: list[str]) -> int:
     return 0
 
 
+def _method(name: str, words: Sequence[str]) -> MethodClass:
+    """The method of a name; a run that was begun by one of the user's own says how to name it."""
+    if ":" not in name and name.lower().replace("-", "_") not in method_names():
+        run = given_options(words, ("run",)).get("run")
+        if run is not None:
+            check_method_known(str(run), name)
+    return find_method(name)
+
+
 def _go_on(method: MethodClass, run: str) -> str:
     """The command that goes on with a run."""
     alone = launch() is None
     program, option = ("fastadv", "run") if alone else ("torchrun ... -m fastadv", "run-dir")
-    return f"{program} train {method.name} --{option} {shlex.quote(run)} --resume"
+    return f"{program} train {command_name(method)} --{option} {shlex.quote(run)} --resume"
 
 
 def training_parser(
@@ -106,7 +116,7 @@ def training_parser(
     recipe_class.preset(preset)  # complains of an unknown one
     start = recipe_class.start(preset, given)
     parser = Parser(
-        prog=f"fastadv train {method.name}",
+        prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
         needs=_needs(method),
     )
@@ -186,7 +196,8 @@ def _methods_overview() -> str:
         for name in method_names()
     ]
     head = ["usage: fastadv train METHOD --data DATA --run RUN ...", "", "methods:"]
-    return "\n".join([*head, *lines, "", "`fastadv train METHOD --help` lists the options."])
+    own = "A method of your own is package.module:Class, a subclass of fastadv.trainers.Method."
+    return "\n".join([*head, *lines, "", own, "`fastadv train METHOD --help` lists the options."])
 
 
 def _schedules_overview() -> str:

@@ -10,7 +10,7 @@ from fastadv.data import load_npz
 from fastadv.data.datasets import check_source
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_choice
-from fastadv.trainers import Afs, Recipe, Settings, TrainResult, train
+from fastadv.trainers import Afs, Recipe, Settings, TrainResult, find_method, train
 from fastadv.trainers.checkpoint import (
     BEST,
     LATEST,
@@ -18,6 +18,7 @@ from fastadv.trainers.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
+from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.weights import check_no_code
 
@@ -43,7 +44,7 @@ class Flags:
 
 
 def run_training(
-    method: str,
+    method: str | MethodClass,
     recipe: Recipe,
     settings: Settings,
     flags: Flags,
@@ -62,7 +63,7 @@ def run_training(
     """The run.
 
     Args:
-        method: name of the method.
+        method: the method, or its name.
         recipe: its numbers.
         settings: how the run is kept and shown.
         flags: switches.
@@ -94,7 +95,8 @@ def run_training(
         recipe,
         data=data,
         root=root,
-        model=model or _default_model(method, data, teacher or (), teacher_model or ()),
+        model=model
+        or _default_model(find_method(method).name, data, teacher or (), teacher_model or ()),
         run_dir=run,
         extra=None if extra is None else load_npz(extra),
         teacher=teacher,

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from fastadv.imports import import_named
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18
 from fastadv.models.small_cnn import small_cnn
@@ -172,13 +173,7 @@ def _create_from_factory(
     module_name: str, attribute: str, num_classes: int, in_channels: int, options: dict[str, Any]
 ) -> nn.Module:
     label = f"{module_name}:{attribute}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"model {label!r}: no module named {error.name!r}; is its folder on PYTHONPATH?"
-        ) from error
-    factory = getattr(module, attribute, None)
+    factory = import_named(label, "model", "function")
     if not callable(factory):
         raise ImportError(f"model {label!r}: {module_name} has no function {attribute!r}")
     offered = {"num_classes": num_classes, "in_channels": in_channels}

@@ -13,6 +13,7 @@ from fastadv.attacks.objectives import LossFunction
 from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.method import AttackedT, LossResult, Method, TrainBatch, Update
 from fastadv.trainers.recipe import AdversarialRecipe
+from fastadv.trainers.returns import check_attacked, check_loss
 
 AdversarialT = TypeVar("AdversarialT", bound=AdversarialRecipe)
 
@@ -98,10 +99,13 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             return
         with self.runtime.phases("attack"):
             adv = self.attack(batch)
+            check_attacked(self, adv, batch)
 
         def loss() -> LossResult:
             with self.autocast():
-                return self.training_loss(batch, adv)
+                result = self.training_loss(batch, adv)
+            check_loss(self, result)
+            return result
 
         with self.runtime.phases("perturb"):
             moves = self._perturbation.moves(loss)

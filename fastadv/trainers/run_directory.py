@@ -112,6 +112,11 @@ class RunDirectory:
             )
         return source.get("dataset"), source.get("root")
 
+    def method_code(self) -> str | None:
+        """Return "package.module:Class" of a method that is not fastadv's own, to be shown, never imported."""
+        code = self._read_json().get("method_code") if self.exists else None
+        return code if isinstance(code, str) else None
+
     def launch(self) -> str | None:
         """Return the torchrun job that began the run or went on with it last, None if there is none."""
         return self._read_json().get("launch") if self.exists else None
@@ -209,7 +214,7 @@ class RunDirectory:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         shutil.rmtree(self.path / "worst", ignore_errors=True)
-        names = ["metrics.jsonl", "summary.csv", "eval.json"]
+        names = ["metrics.jsonl", "summary.csv", "eval.json", "mlflow_run"]
         with suppress(CheckpointError):  # a damaged run can be overwritten, too
             # Names in a run from elsewhere could lead out of its directory.
             names += [f"{name}.safetensors" for name in self.read().teachers if name.isidentifier()]
