@@ -55,7 +55,7 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
         for name, value in recorded.recipe.items()
         if name in known and _is_known(value)
     }
-    options = {**_settings(run.path / CONFIG_FILE), **recipe, "data": dataset}
+    options = {**_settings(run.path / CONFIG_FILE), **recipe, **run.reading(), "data": dataset}
     if root is not None and dataset != "digits":
         options["root"] = root
     name = recorded.model.get("name")
@@ -126,7 +126,7 @@ def saved_teachers(run_dir: str | Path) -> list[str] | None:
 def _settings(file: Path) -> dict[str, Any]:
     """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
     content = _read_config(file)
-    names = {*(f.name for f in fields(Settings)), "device", "extra"}
+    names = {*(f.name for f in fields(Settings)), "device", "extra", "workers"}
     networks = content.get("teacher_model")
     if isinstance(networks, list) and not any(names_code(name) for name in networks):
         names.add("teacher_model")

@@ -24,6 +24,7 @@ from fastadv.cli.saved_options import (
 )
 from fastadv.commands import Flags, run_training
 from fastadv.data.datasets import dataset_names
+from fastadv.data.training_folders import FOLDER
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
 from fastadv.ranks import is_first, launch
@@ -42,6 +43,10 @@ _TRAINING_OPTIONS = (
     "teacher_model",
     "device",
     "from_checkpoint",
+    "resize",
+    "crop",
+    "interpolation",
+    "workers",
 )
 
 
@@ -110,11 +115,13 @@ def training_parser(
         settings: what the user says of the preset and of the recipe's deciding fields, from which the defaults of
             the other options follow.
     """
-    given = {name: value for name, value in settings.items() if name != "preset"}
+    given = {k: v for k, v in settings.items() if k not in ("preset", "data")}
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
     recipe_class.preset(preset)  # complains of an unknown one
     start = recipe_class.start(preset, given)
+    if str(settings.get("data")).startswith(FOLDER):
+        start = {**start, "pad": 0}  # there the random crops are the data's own
     parser = Parser(
         prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
@@ -153,8 +160,8 @@ def training_parser(
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
     """What words and configs say of the preset and of the fields from which other defaults follow."""
     recipe_class = method.recipe_class
-    given = given_options(words, ("preset", *recipe_class.deciding))
-    flags = {name for name in given if isinstance(getattr(recipe_class, name), bool)}
+    given = given_options(words, ("preset", "data", *recipe_class.deciding))
+    flags = {name for name in given if isinstance(getattr(recipe_class, name, None), bool)}
     return {
         name: str(value).lower() in TRUE if name in flags else str(value)
         for name, value in given.items()
@@ -164,7 +171,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 def _needs(method: MethodClass) -> dict[str, str]:
     """What cannot be left out, and what it is; with what only the training itself would miss."""
     needs = {
-        "data": f"one of {', '.join(dataset_names())}",
+        "data": f"one of {', '.join(dataset_names())}, or folder:PATH",
         "run": "a directory for everything the run leaves",
     }
     trained = method.teachers_needed(method.recipe_class())

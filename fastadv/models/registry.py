@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fastadv.imports import import_named
+from fastadv.models.imagenet_resnet import resnet18_imagenet, resnet50
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18
 from fastadv.models.small_cnn import small_cnn
@@ -40,6 +41,8 @@ _FACTORIES: dict[str, ModelFactory] = {
     "wrn_34_10": wrn_34_10,
     "vgg16_bn": vgg16_bn,
     "small_cnn": small_cnn,
+    "resnet50": resnet50,
+    "resnet18_imagenet": resnet18_imagenet,
 }
 
 

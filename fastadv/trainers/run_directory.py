@@ -112,6 +112,23 @@ class RunDirectory:
             )
         return source.get("dataset"), source.get("root")
 
+    def reading(self) -> dict[str, int | str]:
+        """Return how pictures in folders are read: "resize", "crop" and "interpolation"; empty for other data.
+
+        Raises:
+            CheckpointError: if `run.json` is absent or damaged.
+        """
+        source = self._read_json().get("source")
+        reading = source.get("reading", {}) if isinstance(source, dict) else {}
+        kinds = {"resize": int, "crop": int, "interpolation": str}
+        if not isinstance(reading, dict) or any(
+            not isinstance(value, kinds.get(name, type(None))) for name, value in reading.items()
+        ):
+            raise CheckpointError(
+                f"{self._file}: its entry 'reading' must hold sizes, got {reading!r}"
+            )
+        return reading
+
     def method_code(self) -> str | None:
         """Return "package.module:Class" of a method that is not fastadv's own, to be shown, never imported."""
         code = self._read_json().get("method_code") if self.exists else None

@@ -219,6 +219,7 @@ def train(
         source = {
             "dataset": data if isinstance(data, str) else None,
             "root": None if root is None else str(Path(root).resolve()),
+            **(splits.source or {}),
         }
         trainer.initialise()
         check_trainable(trainer)
@@ -391,7 +392,7 @@ def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, A
 def _open_run(
     run: RunDirectory,
     description: Description,
-    source: Mapping[str, str | None],
+    source: Mapping[str, Any],
     teachers: Mapping[str, nn.Module],
     resume: bool | str,
     overwrite: bool,
@@ -494,7 +495,7 @@ def _build_loader(
         "world_size": ranks.count,
     }
     if isinstance(training, StreamedData):
-        _check_streamed(recipe, extra)
+        _check_streamed(recipe, extra, training.heeds)
         return StreamLoader(training, recipe.batch_size, **common), watched
     if recipe.holdout:
         training, watched = split_validation(training, recipe.holdout, recipe.seed)
@@ -514,13 +515,13 @@ def _build_loader(
     return loader, watched
 
 
-def _check_streamed(recipe: Recipe, extra: ImageData | None) -> None:
+def _check_streamed(recipe: Recipe, extra: ImageData | None, heeded: frozenset[str]) -> None:
     """Refuse what only images in memory can have."""
     if extra is not None:
         raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
     for name, value in wanted.items():
-        if getattr(recipe, name) != value:
+        if name not in heeded and getattr(recipe, name) != value:
             raise ValueError(
                 f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
                 f"images itself, got {getattr(recipe, name)}"
