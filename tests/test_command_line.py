@@ -128,9 +128,12 @@ def test_the_choices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         in line
     )
     line = fails(["train", "pgd_at", *RUN, "--schedule", "x"], capfd)
-    assert "Constant, Cosine, Cyclic, MultiStep, OneCycle, Piecewise, Step, got 'x'" in line
+    assert (
+        "Constant, Cosine, Cyclic, Interpolated, MultiStep, OneCycle, Piecewise, Step, got 'x'"
+        in line
+    )
     text = prints(["train", "pgd_at", "--schedule.help"], capfd)
-    assert "Half a cosine down to a floor" in text and "  Piecewise  Any factors" in text
+    assert "Half a cosine down to a floor" in text and "  Piecewise     Any factors" in text
     assert "--schedule.floor" in prints(["train", "pgd_at", "--schedule.help", "Cosine"], capfd)
     for value, kind in (
         (["--epochs", "1.5"], "a whole number"),

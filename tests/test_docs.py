@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -107,6 +109,17 @@ def test_the_document_on_analyses_names_all_of_them_and_options_that_exist(
     known = set(re.findall(r"--(\w+)", capsys.readouterr().out))
     named = set(re.findall(r"--([a-z][a-z_]+)", document))
     assert named and named <= known, named - known
+
+
+def test_the_blocks_on_own_methods_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a module would have them, so that the classes have the names that a run records."""
+    document = (ROOT / "docs" / "own_methods.md").read_text()
+    module = ModuleType("own_methods_document")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    names = vars(module)
+    for number, code in enumerate(re.findall(r"^```python\n(.*?)```", document, re.DOTALL | re.M)):
+        exec(compile(code, f"docs/own_methods.md, python block {number}", "exec"), names)
+    assert names["result"].progress.step == 8 and names["callback"].last_loss > 0
 
 
 def test_the_options_and_sections_of_the_document_on_evaluation_exist(

@@ -73,7 +73,9 @@ def test_no_official_numbers_without_published_code(name: str) -> None:
 
 
 def test_unknown_presets_are_named() -> None:
-    with pytest.raises(ValueError, match="ActRecipe must be one of paper, official, got 'code'"):
+    with pytest.raises(
+        ValueError, match="ActRecipe must be one of paper, official, imagenet, got 'code'"
+    ):
         ActRecipe.preset("code")
 
 
@@ -109,7 +111,7 @@ def test_a_config_may_name_a_preset(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["act", "--preset", "code"], "must be one of paper, official, got 'code'"),
+        (["act", "--preset", "code"], "must be one of paper, official, imagenet, got 'code'"),
         (["vfd", "--preset", "official"], "must be one of paper, got 'official'"),
     ],
 )

@@ -12,7 +12,7 @@ import yaml
 from fastadv.cli.parsing import schedule_names
 from fastadv.models.registry import names_code
 from fastadv.trainers import CheckpointError, Settings
-from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.methods import MethodClass, command_name
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.weights import check_no_code
 
@@ -37,9 +37,12 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
     run = RunDirectory(run_dir)
     recorded = run.read()
     if recorded.method != method.name:
+        code = run.method_code()
+        trust = ", if you trust that code" if code else ""
         raise ValueError(
             f"run {run_dir} was trained by {recorded.method}: resume it by "
-            f"`fastadv train {recorded.method} --run {run_dir} --resume`, got {method.name}"
+            f"`fastadv train {code or recorded.method} --run {run_dir} --resume`{trust}, "
+            f"got {command_name(method)}"
         )
     dataset, root = run.source()
     if dataset is None:
@@ -52,13 +55,28 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
         for name, value in recorded.recipe.items()
         if name in known and _is_known(value)
     }
-    options = {**_settings(run.path / CONFIG_FILE), **recipe, "data": dataset}
+    options = {**_settings(run.path / CONFIG_FILE), **recipe, **run.reading(), "data": dataset}
     if root is not None and dataset != "digits":
         options["root"] = root
     name = recorded.model.get("name")
     if name is not None and not names_code(name):
         options["model"] = name
     return options
+
+
+def check_method_known(run_dir: str, name: str) -> None:
+    """Check that a run in a directory was not begun by a method of the user's own that is called so.
+
+    Raises:
+        ValueError: if it was; the message says how to name it, as its code runs only then.
+    """
+    run = RunDirectory(run_dir)
+    if run.exists and run.read().method == name:
+        code = run.method_code() or "package.module:Class"
+        raise ValueError(
+            f"run {run_dir} was trained by {name}, a method that is not fastadv's, whose code runs only when "
+            f"you name it yourself: `fastadv train {code} --run {run_dir} --resume`, if you trust that code"
+        )
 
 
 def check_model_known(run_dir: str) -> None:
@@ -108,7 +126,7 @@ def saved_teachers(run_dir: str | Path) -> list[str] | None:
 def _settings(file: Path) -> dict[str, Any]:
     """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
     content = _read_config(file)
-    names = {*(f.name for f in fields(Settings)), "device", "extra"}
+    names = {*(f.name for f in fields(Settings)), "device", "extra", "workers"}
     networks = content.get("teacher_model")
     if isinstance(networks, list) and not any(names_code(name) for name in networks):
         names.add("teacher_model")

@@ -17,17 +17,19 @@ from fastadv.cli.parsing import FAILED, FALSE, TRUE, Parser, complain, given_opt
 from fastadv.cli.saved_options import (
     CONFIG_FILE,
     as_config,
+    check_method_known,
     check_model_known,
     saved_options,
     saved_teachers,
 )
 from fastadv.commands import Flags, run_training
 from fastadv.data.datasets import dataset_names
+from fastadv.data.training_folders import FOLDER
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
 from fastadv.ranks import is_first, launch
 from fastadv.trainers import Afs, Recipe, Settings, find_method, method_names, schedules
-from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.methods import MethodClass, command_name
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
 
@@ -41,6 +43,10 @@ _TRAINING_OPTIONS = (
     "teacher_model",
     "device",
     "from_checkpoint",
+    "resize",
+    "crop",
+    "interpolation",
+    "workers",
 )
 
 
@@ -51,7 +57,7 @@ def train(words: list[str]) -> int:
             return complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
         print(_methods_overview())
         return 0 if words else FAILED
-    method, words = find_method(words[0]), words[1:]
+    method, words = _method(words[0], words[1:]), words[1:]
     if words[-1:] == ["--schedule.help"]:
         print(_schedules_overview())
         return 0
@@ -66,7 +72,7 @@ def train(words: list[str]) -> int:
         check_all_used(method, recipe, chosen.preset)
     try:
         result = run_training(
-            method.name,
+            method,
             recipe,
             Settings(**_fields_of(Settings, chosen)),
             Flags(**_fields_of(Flags, chosen)),
@@ -104,11 +110,20 @@ def check_training(method: MethodClass, words: Sequence[str]) -> Recipe:
     return recipe
 
 
+def _method(name: str, words: Sequence[str]) -> MethodClass:
+    """The method of a name; a run that was begun by one of the user's own says how to name it."""
+    if ":" not in name and name.lower().replace("-", "_") not in method_names():
+        run = given_options(words, ("run",)).get("run")
+        if run is not None:
+            check_method_known(str(run), name)
+    return find_method(name)
+
+
 def _go_on(method: MethodClass, run: str) -> str:
     """The command that goes on with a run."""
     alone = launch() is None
     program, option = ("fastadv", "run") if alone else ("torchrun ... -m fastadv", "run-dir")
-    return f"{program} train {method.name} --{option} {shlex.quote(run)} --resume"
+    return f"{program} train {command_name(method)} --{option} {shlex.quote(run)} --resume"
 
 
 def training_parser(
@@ -121,13 +136,15 @@ def training_parser(
         settings: what the user says of the preset and of the recipe's deciding fields, from which the defaults of
             the other options follow.
     """
-    given = {name: value for name, value in settings.items() if name != "preset"}
+    given = {k: v for k, v in settings.items() if k not in ("preset", "data")}
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
     recipe_class.preset(preset)  # complains of an unknown one
     start = recipe_class.beginning(preset, given)
+    if str(settings.get("data")).startswith(FOLDER):
+        start = {**start, "pad": 0}  # there the random crops are the data's own
     parser = Parser(
-        prog=f"fastadv train {method.name}",
+        prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
         needs=_needs(method),
     )
@@ -164,8 +181,8 @@ def training_parser(
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
     """What words and configs say of the preset and of the fields from which other defaults follow."""
     recipe_class = method.recipe_class
-    given = given_options(words, ("preset", "epochs", *recipe_class.deciders()))
-    flags = {name for name in given if isinstance(getattr(recipe_class, name), bool)}
+    given = given_options(words, ("preset", "data", "epochs", *recipe_class.deciders()))
+    flags = {name for name in given if isinstance(getattr(recipe_class, name, None), bool)}
     found: dict[str, Any] = {
         name: str(value).lower() in TRUE if name in flags else str(value)
         for name, value in given.items()
@@ -178,7 +195,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 def _needs(method: MethodClass) -> dict[str, str]:
     """What cannot be left out, and what it is; with what only the training itself would miss."""
     needs = {
-        "data": f"one of {', '.join(dataset_names())}",
+        "data": f"one of {', '.join(dataset_names())}, or folder:PATH",
         "run": "a directory for everything the run leaves",
     }
     trained = method.teachers_needed(method.recipe_class())
@@ -210,7 +227,8 @@ def _methods_overview() -> str:
         for name in method_names()
     ]
     head = ["usage: fastadv train METHOD --data DATA --run RUN ...", "", "methods:"]
-    return "\n".join([*head, *lines, "", "`fastadv train METHOD --help` lists the options."])
+    own = "A method of your own is package.module:Class, a subclass of fastadv.trainers.Method."
+    return "\n".join([*head, *lines, "", own, "`fastadv train METHOD --help` lists the options."])
 
 
 def _schedules_overview() -> str:

@@ -13,6 +13,7 @@ from torch import nn
 from fastadv.data import FolderImages, HubImages, ImageData, load_hub, load_npz
 from fastadv.data.datasets import check_source, dataset_names, load_test_images
 from fastadv.data.preprocessing import Interpolation
+from fastadv.data.training_folders import FOLDER, folder_of_tests
 from fastadv.models import (
     Normalized,
     Stack,
@@ -30,7 +31,7 @@ from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.weights import ROBUST
 
 Images = ImageData | FolderImages | HubImages
-FOLDER, HUB = "folder:", "hf:"
+HUB = "hf:"
 
 # Under these names checkpoints record the accuracy on clean images, as a share or in percent.
 _ACCURACIES = (
@@ -174,6 +175,13 @@ class Reading:
         """The options that are given."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
+    def check_none(self, data: str) -> None:
+        """Refuse options for data that are no pictures."""
+        for option, value in self.given().items():
+            raise ValueError(
+                f"{option} must be left out with {data}, got {value!r}: it is for folder:PATH and hf:NAME"
+            )
+
 
 def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
     """Judge some of a stack's extractors, with their part of its merger, in place of the stack.
@@ -220,6 +228,9 @@ def images_of_run(
         raise ValueError(
             f"data must be given: {directory.path} was not trained on a data set by name"
         )
+    if data is None and name.startswith(FOLDER):
+        tests = folder_of_tests(Path(name.removeprefix(FOLDER)))
+        return FolderImages(tests, **{**directory.reading(), **reading.given()})
     if _is_named(name):
         if root is not None:
             check_source(name, root)
@@ -239,16 +250,13 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
         FileNotFoundError: if the files are not there.
         ValueError: for another name, or options that it does not take.
     """
-    if not _is_named(data) and root is not None:
-        raise ValueError(f"root must be left out with {data}, got {root!r}")
+    if not _is_named(data):
+        check_no_root(data, root)
     if data.startswith(FOLDER):
         return FolderImages(data.removeprefix(FOLDER), **reading.given())
     if data.startswith(HUB):
         return load_hub(data.removeprefix(HUB), **reading.given())
-    for option, value in reading.given().items():
-        raise ValueError(
-            f"{option} must be left out with {data}, got {value!r}: it is for folder:PATH and hf:NAME"
-        )
+    reading.check_none(data)
     if data.endswith(".npz"):
         return load_npz(data)
     if data not in dataset_names():
@@ -258,6 +266,12 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
         raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
     check_source(data, root)
     return load_test_images(data, root)
+
+
+def check_no_root(data: str, root: str | None) -> None:
+    """Refuse a folder for data that say where they are."""
+    if root is not None:
+        raise ValueError(f"root must be left out with {data}, got {root!r}")
 
 
 def _is_named(data: str) -> bool:

@@ -6,11 +6,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.data import load_npz
+from fastadv.commands.judged import Reading, check_no_root
+from fastadv.data import Splits, load_folders, load_npz
 from fastadv.data.datasets import check_source
+from fastadv.data.preprocessing import Interpolation
+from fastadv.data.training_folders import FOLDER
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_choice
-from fastadv.trainers import Afs, Recipe, Settings, TrainResult, train
+from fastadv.trainers import Afs, Recipe, Settings, TrainResult, find_method, train
 from fastadv.trainers.checkpoint import (
     BEST,
     LATEST,
@@ -18,6 +21,7 @@ from fastadv.trainers.checkpoint import (
     find_checkpoint,
     load_checkpoint,
 )
+from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.weights import check_no_code
 
@@ -43,7 +47,7 @@ class Flags:
 
 
 def run_training(
-    method: str,
+    method: str | MethodClass,
     recipe: Recipe,
     settings: Settings,
     flags: Flags,
@@ -58,28 +62,44 @@ def run_training(
     teacher_model: Sequence[str] | None = None,
     device: str | None = None,
     from_checkpoint: str | None = None,
+    resize: int | None = None,
+    crop: int | None = None,
+    interpolation: Interpolation | None = None,
+    workers: int | None = None,
 ) -> TrainResult:
     """The run.
 
     Args:
-        method: name of the method.
+        method: the method, or its name.
         recipe: its numbers.
         settings: how the run is kept and shown.
         flags: switches.
         on_start: called with the run directory when it is ready.
-        data: data set: digits, cifar10 or cifar100.
+        data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
+            pictures per class.
         run: directory for everything the run leaves.
         root: folder of the data set's official files (not for digits).
         model: network, e.g. resnet18, wrn_34_10, timm:NAME, stack:6*wrn_28_10; by default small_cnn
-            for digits and resnet18 otherwise, and for afs a stack of the networks of its extractors.
+            for digits, resnet50 for folders and resnet18 otherwise, and for afs a stack of its
+            extractors' networks.
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
             (uint8, N x H x W x C) and label; see extra_fraction.
         teacher: trained models for methods that need them.
         teacher_model: networks of these, by name.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
+        resize: with folder:PATH, pixels of the shorter side of a test picture, 256 by default.
+        crop: with folder:PATH, pixels of each side of all images, 224 by default.
+        interpolation: with folder:PATH, of the resizing, bilinear by default.
+        workers: with folder:PATH, processes that read ahead, for each process that trains; by default its share
+            of the cores, at most 8.
     """
-    check_source(data, root)
+    reading = Reading(resize, crop, interpolation, workers)
+    if data.startswith(FOLDER):
+        check_no_root(data, root)
+    else:
+        check_source(data, root)
+        reading.check_none(data)
     resume = flags.resume or from_checkpoint is not None
     if flags.allow_changes and not resume:
         raise ValueError(
@@ -89,12 +109,17 @@ def run_training(
         raise ValueError(f"from_checkpoint {from_checkpoint!r}: there is no run in {run}")
     if from_checkpoint is not None:
         check_checkpoint(RunDirectory(run), from_checkpoint)
+    images: Splits | str = data
+    if data.startswith(FOLDER):
+        numbers = {"test_images": recipe.monitor_images, "seed": recipe.seed, "flip": recipe.flip}
+        images = load_folders(data.removeprefix(FOLDER), **{**numbers, **reading.given()})
     return train(
         method,
         recipe,
-        data=data,
+        data=images,
         root=root,
-        model=model or _default_model(method, data, teacher or (), teacher_model or ()),
+        model=model
+        or _default_model(find_method(method).name, data, teacher or (), teacher_model or ()),
         run_dir=run,
         extra=None if extra is None else load_npz(extra),
         teacher=teacher,
@@ -125,7 +150,8 @@ def _default_model(method: str, data: str, teachers: Sequence[str], named: Seque
         return "stack:" + "+".join(list(named) * (len(teachers) if len(named) == 1 else 1))
     if method == Afs.name and teachers:
         return "stack:" + "+".join(_model_name(path) for path in teachers)
-    network = "small_cnn" if data == "digits" else "resnet18"
+    network = {"digits": "small_cnn"}.get(data, "resnet18")
+    network = "resnet50" if data.startswith(FOLDER) else network
     return f"stack:6*{network}" if method == Afs.name else network
 
 

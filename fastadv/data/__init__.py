@@ -14,6 +14,7 @@ from fastadv.data.loader import Loader
 from fastadv.data.npz import load_npz
 from fastadv.data.selection import split_validation, subset
 from fastadv.data.streaming import StreamedData, StreamLoader
+from fastadv.data.training_folders import load_folders
 
 __all__ = [
     "Batch",
@@ -33,6 +34,7 @@ __all__ = [
     "load_cifar100",
     "load_dataset",
     "load_digits",
+    "load_folders",
     "load_hub",
     "load_npz",
     "split_validation",

@@ -24,11 +24,11 @@ def check_source(name: str, root: str | Path | None) -> None:
     Raises:
         ValueError: for an unknown name, or a folder for digits.
     """
-    if name.startswith(("folder:", "hf:")) or name.endswith(".npz"):
+    if name.startswith("hf:") or name.endswith(".npz"):
         raise ValueError(
-            f"data must be one of {', '.join(dataset_names())} for training, got {name!r}: fastadv eval alone "
-            "takes folders, .npz files and Hugging Face's data sets. From Python, fastadv.train takes any Dataset "
-            "as StreamedData"
+            f"data must be one of {', '.join(dataset_names())} or folder:PATH for training, got {name!r}: fastadv "
+            "eval alone takes .npz files and Hugging Face's data sets. From Python, fastadv.train takes any "
+            "Dataset as StreamedData"
         )
     check_choice("data", name, dataset_names())
     if root is not None and name not in _FROM_FILES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
             ValueError: if the picture is smaller than the crop.
         """
         path = self.path(index)
-        try:
-            return picture_tensor(self.preprocessing(_decoded(path))), int(self.targets[index])
-        except ValueError as error:
-            raise type(error)(f"{path}: {error}") from error
+        with naming_picture(path):
+            return picture_tensor(self.preprocessing(decoded(path))), int(self.targets[index])
 
     @property
     def same_size_hint(self) -> str:
@@ -161,8 +160,22 @@ def _pictures(folder: Path) -> Iterator[Path]:
                 yield Path(parent, name)
 
 
-def _decoded(path: Path) -> Any:
-    """A PIL image in mode RGB."""
+@contextmanager
+def naming_picture(path: Path) -> Iterator[None]:
+    """Put a file's name before what is said of its picture."""
+    try:
+        yield
+    except ValueError as error:
+        raise type(error)(f"{path}: {error}") from error
+
+
+def decoded(path: Path) -> Any:
+    """A PIL image in mode RGB.
+
+    Raises:
+        DataFormatError: if the file is damaged, or no picture.
+        ValueError: if it has more than 8 bits per channel.
+    """
     image = import_pil()
     try:
         with image.open(path) as picture:

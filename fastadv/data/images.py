@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, cast
@@ -126,10 +126,17 @@ class ImageData:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A data set's training and test images; the former may be read while they are needed."""
+    """A data set's training and test images; the former may be read while they are needed.
+
+    Attributes:
+        train: training images.
+        test: test images.
+        source: what a run records to find the images again, JSON types; None for images without a place.
+    """
 
     train: ImageData | StreamedData
     test: ImageData
+    source: Mapping[str, Any] | None = None
 
 
 def from_tensors(

@@ -57,7 +57,7 @@ class Preprocessing:
             longer = int(self.resize * long / short)
             size = (self.resize, longer) if width <= height else (longer, self.resize)
             if size != picture.size:
-                picture = picture.resize(size, _resampling(self.interpolation))
+                picture = picture.resize(size, resampling(self.interpolation))
         if self.crop is not None:
             width, height = picture.size
             if min(width, height) < self.crop:
@@ -100,12 +100,16 @@ def picture_tensor(picture: Any) -> Tensor:
     return pixels[None] if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 
 
-def default_workers() -> int:
-    """How many processes decode where nobody says: one per core that this process may use, at most 8."""
+def default_workers(beside: int = 1) -> int:
+    """How many processes decode where nobody says: one per core that this process may use, at most 8.
+
+    Args:
+        beside: processes that share the cores, each with so many processes that decode.
+    """
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    return min(8, usable)
+    return min(8, max(1, usable // beside))
 
 
 def check_workers(workers: int | None) -> int:
@@ -125,5 +129,6 @@ def same_size_hint(preprocessing: Preprocessing) -> str:
     return ""
 
 
-def _resampling(interpolation: Interpolation) -> Any:
+def resampling(interpolation: Interpolation) -> Any:
+    """PIL's name of an interpolation."""
     return getattr(import_pil().Resampling, interpolation.upper())

@@ -33,6 +33,8 @@ class StreamedData:
         num_classes: number of classes; labels are in 0 .. num_classes - 1.
         name: what it is, for messages and logs.
         workers: processes that read ahead; with 0 images are read between the steps.
+        heeds: fields of a recipe by which the dataset itself goes, such as "flip"; with other datasets they must
+            be off, as nothing else looks at them.
         image_shape: [C, H, W] of the first image.
 
     Raises:
@@ -44,6 +46,7 @@ class StreamedData:
     num_classes: int
     name: str
     workers: int = 2
+    heeds: frozenset[str] = frozenset()
     image_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

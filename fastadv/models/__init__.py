@@ -10,6 +10,7 @@ from fastadv.models.forms import (
     in_form,
     usual_form,
 )
+from fastadv.models.imagenet_resnet import ImageNetResNet, resnet18_imagenet, resnet50
 from fastadv.models.preact_resnet import PreActResNet, preact_resnet18
 from fastadv.models.published import LoadReport, load_published_state_dict
 from fastadv.models.registry import create_model, model_names, names_code
@@ -25,6 +26,7 @@ from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
 __all__ = [
     "VGG",
     "FeatureSplit",
+    "ImageNetResNet",
     "LoadReport",
     "Normalized",
     "PreActResNet",
@@ -52,6 +54,8 @@ __all__ = [
     "preact_resnet18",
     "read_state_file",
     "resnet18",
+    "resnet18_imagenet",
+    "resnet50",
     "small_cnn",
     "usual_form",
     "vgg16_bn",

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from fastadv.imports import import_named
+from fastadv.models.imagenet_resnet import resnet18_imagenet, resnet50
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18
 from fastadv.models.small_cnn import small_cnn
@@ -41,6 +43,8 @@ _FACTORIES: dict[str, ModelFactory] = {
     "wrn_34_10": wrn_34_10,
     "vgg16_bn": vgg16_bn,
     "small_cnn": small_cnn,
+    "resnet50": resnet50,
+    "resnet18_imagenet": resnet18_imagenet,
 }
 
 
@@ -177,13 +181,7 @@ def _create_from_factory(
     module_name: str, attribute: str, num_classes: int, in_channels: int, options: dict[str, Any]
 ) -> nn.Module:
     label = f"{module_name}:{attribute}"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"model {label!r}: no module named {error.name!r}; is its folder on PYTHONPATH?"
-        ) from error
-    factory = getattr(module, attribute, None)
+    factory = import_named(label, "model", "function")
     if not callable(factory):
         raise ImportError(f"model {label!r}: {module_name} has no function {attribute!r}")
     offered = {"num_classes": num_classes, "in_channels": in_channels}

@@ -8,6 +8,7 @@ from fastadv.trainers.act import Act, ActRecipe
 from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
 from fastadv.trainers.arrest import Arrest, ArrestRecipe
+from fastadv.trainers.callbacks import Callback, RunStart
 from fastadv.trainers.checkpoint import CheckpointError
 from fastadv.trainers.fast import Fast, FastRecipe
 from fastadv.trainers.fat import Fat, FatRecipe
@@ -26,6 +27,7 @@ from fastadv.trainers.schedules import (
     Constant,
     Cosine,
     Cyclic,
+    Interpolated,
     MultiStep,
     OneCycle,
     Piecewise,
@@ -33,6 +35,7 @@ from fastadv.trainers.schedules import (
     Step,
 )
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.trackers import MlflowCallback, TensorBoardCallback, WandbCallback
 from fastadv.trainers.trades import Trades, TradesRecipe
 from fastadv.trainers.training import TrainResult, train
 from fastadv.trainers.vfd import Vfd, VfdRecipe
@@ -50,6 +53,7 @@ __all__ = [
     "Arrest",
     "ArrestRecipe",
     "Attacked",
+    "Callback",
     "CheckpointError",
     "Constant",
     "Cosine",
@@ -62,6 +66,7 @@ __all__ = [
     "FreeRecipe",
     "Hat",
     "HatRecipe",
+    "Interpolated",
     "Interrupted",
     "KdAt",
     "KdAtRecipe",
@@ -72,6 +77,7 @@ __all__ = [
     "Mart",
     "MartRecipe",
     "Method",
+    "MlflowCallback",
     "MultiStep",
     "NonFiniteLossError",
     "OneCycle",
@@ -79,11 +85,13 @@ __all__ = [
     "Progress",
     "Recipe",
     "RunInUseError",
+    "RunStart",
     "Runtime",
     "Schedule",
     "Settings",
     "Standard",
     "Step",
+    "TensorBoardCallback",
     "Trades",
     "TradesRecipe",
     "TrainBatch",
@@ -91,6 +99,7 @@ __all__ = [
     "TrainingInterrupted",
     "Vfd",
     "VfdRecipe",
+    "WandbCallback",
     "find_method",
     "load_model",
     "load_teacher",

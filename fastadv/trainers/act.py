@@ -22,11 +22,15 @@ _FIFTH_AT_60_120_AND_160 = MultiStep((59, 119, 159), 0.2)
 
 @dataclass(frozen=True, kw_only=True)
 class ActRecipe(NaturalRecipe):
-    """Numbers of the paper for CIFAR; for ImageNet weight is .5.
+    """Numbers of the paper for CIFAR.
 
     The preset "official", the authors' code (NeurAI-Lab/ACT), differs in the temperature, 4, in the attack, whose
     divergence is a sum, and in the drops of the learning rate. They come with the 60th, 120th and 160th epoch;
     those of the paper are taken to come after the 60th, 120th and 150th.
+
+    The preset "imagenet" has the paper's numbers for ImageNet and else those of the authors' script, whose batch
+    size is that of one process. The script's step size, 1, lets each step end in a corner of the ball; here it
+    is a quarter of eps.
 
     Attributes:
         weight: alpha in the paper, of each model's divergence from the other.
@@ -48,6 +52,18 @@ class ActRecipe(NaturalRecipe):
             "temperature": 4.0,
             "attack_divergence": "sum",
             "schedule": _FIFTH_AT_60_120_AND_160,
+        },
+        "imagenet": {
+            "epochs": 100,
+            "batch_size": 64,
+            "schedule": MultiStep((30, 60, 90), 0.1),
+            "weight_decay": 1e-5,
+            "weight": 0.5,
+            "temperature": 4.0,
+            "attack_divergence": "sum",
+            "eps": 2 / 255,
+            "alpha": 0.5 / 255,
+            "pad": 0,
         },
     }
 

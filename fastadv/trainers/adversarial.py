@@ -16,6 +16,7 @@ from fastadv.ops import random_start
 from fastadv.trainers.awp import WeightPerturbation
 from fastadv.trainers.method import AttackedT, LossResult, Method, TrainBatch, Update
 from fastadv.trainers.recipe import AdversarialRecipe
+from fastadv.trainers.returns import check_attacked, check_loss
 
 _MODES: dict[str, TrainMode] = {"eval": False, "train": True, "moving": "moving"}
 AdversarialT = TypeVar("AdversarialT", bound=AdversarialRecipe)
@@ -134,10 +135,13 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             return
         with self.runtime.phases("attack"):
             adv = self.attack(batch)
+            check_attacked(self, adv, batch)
 
         def loss() -> LossResult:
             with self.autocast():
-                return self.training_loss(batch, adv)
+                result = self.training_loss(batch, adv)
+            check_loss(self, result)
+            return result
 
         with self.runtime.phases("perturb"):
             moves = self._perturbation.moves(loss)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Presets
-from fastadv.trainers.schedules import Cyclic, Schedule
+from fastadv.trainers.schedules import Cyclic, Interpolated, Schedule
 
 _TRIANGLE = Cyclic(0.5, base_momentum=0.8, max_momentum=0.9)
 
@@ -19,9 +19,14 @@ class FastRecipe(AdversarialRecipe):
     """Numbers of the paper for CIFAR-10: 15 epochs of one triangle of the learning rate, a step of 1.25 eps.
 
     The top of the triangle is in the middle of the run and the momentum falls from .9 to .8 towards it, as in the
-    authors' code (locuslab/fast_adversarial). The step, below 2 eps, is to be set together with another eps. Both
-    presets have these numbers. With "official" the model is attacked in training mode, as in that code, so that
-    running statistics move twice per batch.
+    authors' code (locuslab/fast_adversarial). The step, below 2 eps, is to be set together with another eps.
+    "paper" and "official" have these numbers. With "official" the model is attacked in training mode, as in that
+    code, so that running statistics move twice per batch.
+
+    The preset "imagenet" has the numbers of that code for ImageNet with eps 4/255, and its learning rates in every
+    epoch. That code goes through 128, 224 and 288 pixels with batches of 512, 224 and 128; here a run has one size
+    and the first batch size. That code decays no weights of BatchNorm and normalises the images; here all weights
+    are decayed, and a normalisation is the model's.
     """
 
     epochs: int = 15
@@ -30,7 +35,19 @@ class FastRecipe(AdversarialRecipe):
     alpha: Number = 10 / 255
     steps: int = 1
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
+    presets: ClassVar[Presets] = {
+        "paper": {},
+        "official": {"attack_mode": "moving"},
+        "imagenet": {
+            "lr": 0.4,
+            "batch_size": 512,
+            "schedule": Interpolated((0, 1, 6, 12, 15), (0.0, 1.0, 0.1, 0.01, 0.001)),
+            "weight_decay": 1e-4,
+            "eps": 4 / 255,
+            "alpha": 5 / 255,
+            "pad": 0,
+        },
+    }
     l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 160 / 255}
 
     def __post_init__(self) -> None:

@@ -27,7 +27,11 @@ _TENTH_AFTER_40000_AND_60000 = MultiStep(
 
 @dataclass(frozen=True, kw_only=True)
 class FreeRecipe(AdversarialRecipe):
-    """Numbers of the authors' code for CIFAR-10, in which m is 8; both presets have them.
+    """Numbers of the authors' code for CIFAR-10, in which m is 8; "paper" and "official" have them.
+
+    The preset "imagenet" has those of their code for ImageNet (mahyarnajibi/FreeAdversarialTraining), in which m
+    is 4 and eps 4/255: 90 epochs and drops every 30, each divided by m and rounded up. That code normalises the
+    images; here a normalisation is the model's.
 
     Attributes:
         epochs: passes over the training images, each of which is trained on `steps` times in a row. With 26 the
@@ -45,7 +49,20 @@ class FreeRecipe(AdversarialRecipe):
     steps: int = 8
     random_start: bool = False
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {
+        "paper": {},
+        "official": {},
+        "imagenet": {
+            "epochs": 23,
+            "batch_size": 256,
+            "schedule": MultiStep((8, 16), 0.1),
+            "weight_decay": 1e-4,
+            "eps": 4 / 255,
+            "alpha": 4 / 255,
+            "steps": 4,
+            "pad": 0,
+        },
+    }
     l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 128 / 255}
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl, summary.csv and, on request, TensorBoard events."""
+"""What a run leaves to be read: metrics.jsonl and summary.csv."""
 
 from __future__ import annotations
 
@@ -72,18 +72,11 @@ class MetricsLog:
     Args:
         folder: the run directory.
         step: the step that the run continues from; later records are dropped.
-        tensorboard: also write TensorBoard events to `folder/tensorboard`.
         enabled: False to write nothing.
-
-    Raises:
-        ImportError: if TensorBoard is asked for and not installed.
     """
 
-    def __init__(
-        self, folder: Path, step: int = 0, tensorboard: bool = False, enabled: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, step: int = 0, enabled: bool = True) -> None:
         self._enabled = enabled
-        self._board: Any = None
         if not enabled:
             return
         self._file = folder / "metrics.jsonl"
@@ -91,9 +84,6 @@ class MetricsLog:
         records = [r for r in self._earlier_records() if _step_of(r) <= step]
         self._epochs = [r for r in records if r.get("kind") == "epoch"]
         write_atomically(self._file, "".join(_as_line(record) for record in records))
-        if tensorboard:
-            writer = require_tensorboard()
-            self._board = writer(str(folder / "tensorboard"), purge_step=step + 1)
 
     def _earlier_records(self) -> list[dict[str, Any]]:
         """The records of a run that is resumed, which goes on also where they cannot be read."""
@@ -122,18 +112,9 @@ class MetricsLog:
         self._epochs.append(record)
         write_atomically(self._summary, _as_csv(self._epochs))
 
-    def close(self) -> None:
-        """Flush what is not on disk yet."""
-        if self._board is not None:
-            self._board.close()
-
     def _append(self, record: dict[str, Any]) -> None:
         with naming(self._file), open(self._file, "a", encoding="utf-8") as file:
             file.write(_as_line(record))
-        if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(f"{record['kind']}/{name}", value, record["step"])
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -189,18 +170,3 @@ def _as_csv(records: list[dict[str, Any]]) -> str:
     for record in records:
         writer.writerow([_json_value(record.get(name, "")) for name in names])
     return text.getvalue()
-
-
-def require_tensorboard() -> Any:
-    """Return TensorBoard's writer class.
-
-    Raises:
-        ImportError: if TensorBoard is not installed.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard=True needs TensorBoard: pip install 'fastadv[tensorboard]'"
-        ) from error
-    return SummaryWriter

@@ -19,6 +19,7 @@ from fastadv.files import point_link, write_atomically
 from fastadv.interruption import Interrupted, StopRequest, signal_name
 from fastadv.ranks import TIMEOUT, Ranks, launch
 from fastadv.seeding import derive_seed
+from fastadv.trainers.callbacks import Callbacks, RunStart
 from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
@@ -46,7 +47,9 @@ from fastadv.trainers.optim import (
     load_optimizer_state,
     set_place,
 )
+from fastadv.trainers.returns import check_loss, check_scalars
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.trackers import tracker_names
 
 _REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
 
@@ -82,7 +85,8 @@ class Settings:
         checkpoint_minutes: minutes after which there is one in any case.
         keep: how many of the newest checkpoints stay, besides the best one.
         log_every: steps between two records in metrics.jsonl.
-        tensorboard: also write TensorBoard events.
+        tensorboard: also write TensorBoard events; short for log tensorboard.
+        log: programs that get the metrics as well, joined by commas: tensorboard, wandb, mlflow.
         timeout: where torchrun has started several processes, seconds for which one waits for another before it
             takes it for lost and ends.
     """
@@ -92,6 +96,7 @@ class Settings:
     keep: int = 2
     log_every: int = 20
     tensorboard: bool = False
+    log: str | None = None
     timeout: Number = TIMEOUT
 
     def __post_init__(self) -> None:
@@ -104,6 +109,13 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be > 0, got {value}")
+        tracker_names(self.log)
+
+    @property
+    def trackers(self) -> list[str]:
+        """Names of the programs that get the metrics."""
+        names = tracker_names(self.log)
+        return names if "tensorboard" in names or not self.tensorboard else ["tensorboard", *names]
 
 
 @dataclass
@@ -158,6 +170,7 @@ class Loop:
     meta: dict[str, Any]
     average: WeightAverage | EpochAverage | None = None
     on_step: Callable[[Progress], None] | None = None
+    callbacks: Callbacks = field(default_factory=Callbacks)
     show: bool = True
     ranks: Ranks = field(default_factory=Ranks)
     progress: Progress = field(default_factory=Progress)
@@ -213,9 +226,8 @@ class Loop:
             TrainingInterrupted: after SIGTERM or Ctrl-C.
         """
         total = self.recipe.epochs * len(self.loader)
-        settings = self.settings
         first = self.ranks.first
-        self.log = MetricsLog(self.run.path, self.progress.step, settings.tensorboard, first)
+        self.log = MetricsLog(self.run.path, self.progress.step, first)
         self.console = Console(
             self.show and first, total, self.progress.step, self.recipe.batch_size
         )
@@ -224,14 +236,25 @@ class Loop:
         repeats = _REPEATS_WITHIN if launch() else 0.0
         self._saved_at = time.monotonic()
         try:
-            with StopRequest(notice if self.show and first else None, repeats) as self._request:
+            with (
+                self.callbacks.running(),
+                StopRequest(notice if self.show and first else None, repeats) as self._request,
+            ):
+                self.callbacks.start(self._start(total))
                 self.method.train_mode()
                 while self.progress.epoch < self.recipe.epochs and not self.stopped:
                     record = self._run_epoch()
         finally:
             self.console.close()
-            self.log.close()
         return record
+
+    def _start(self, total_steps: int) -> RunStart:
+        """What callbacks are told before the first step."""
+        parts = {name: self.meta[name] for name in ("method", "recipe", "model", "data")}
+        identity = str(self.meta.get("run", ""))
+        return RunStart(
+            self.run.path, identity, **parts, step=self.progress.step, total_steps=total_steps
+        )
 
     def _run_epoch(self) -> dict[str, Any]:
         progress = self.progress
@@ -293,6 +316,7 @@ class Loop:
 
     def _update(self, result: LossResult) -> bool:
         """Move the weights along the gradient of a loss; not if something is not finite."""
+        check_loss(self.method, result)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss = self._sync.backward(result.loss)
@@ -347,21 +371,26 @@ class Loop:
 
     def _log_window(self) -> None:
         """Record the steps since the last record."""
-        self._window.add(self.method.gauges(), 1)
+        gauges = self.method.gauges()
+        check_scalars(f"{type(self.method).__name__}.gauges", "gauges", gauges)
+        self._window.add(gauges, 1)
         self._window.average(self.ranks)
         means, seconds = self._window.means(), self.method.runtime.phases.take()
         self._epoch.merge(self._window)
         self._window.clear()
         for name, value in seconds.items():
             self._seconds[name] = self._seconds.get(name, 0.0) + value
-        self.log.step(
-            step=self.progress.step,
-            epoch=self.progress.epoch + 1,
+        record = {
+            "step": self.progress.step,
+            "epoch": self.progress.epoch + 1,
             **self._circumstances(),
             **means,
-            images_per_second=self.console.take_rate(),
+            "images_per_second": self.console.take_rate(),
             **{f"seconds_{name}": value for name, value in seconds.items()},
-        )
+        }
+        self.log.step(**record)
+        with self.console.aside():
+            self.callbacks.step(record)
         self.console.show(self.progress.epoch + 1, self.recipe.epochs, means)
 
     def _circumstances(self) -> dict[str, Any]:
@@ -394,6 +423,7 @@ class Loop:
                 record["stopped_early"] = True
             self.log.epoch(**record)
             self._save(look)
+            self.callbacks.epoch(record)
         self.console.say(_epoch_line(record, self.recipe.epochs))
         if self.stopped:
             self.console.say(f"stopped: the last {progress.looks_since_best} looks were no better")

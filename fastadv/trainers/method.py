@@ -18,6 +18,7 @@ from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe
+from fastadv.trainers.returns import check_attacked
 
 _ALONE = Ranks()
 
@@ -226,6 +227,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         """
         with self.runtime.phases("attack"):
             adv = self.attack(batch)
+            check_attacked(self, adv, batch)
         with self.runtime.phases("train"):
             with self.autocast():
                 result = self.training_loss(batch, adv)

@@ -17,6 +17,7 @@ from fastadv.trainers.kd_at import KdAt
 from fastadv.trainers.lbgat import Lbgat
 from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
+from fastadv.trainers.own_method import check_method, label_of, own_method
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.standard import Standard
 from fastadv.trainers.trades import Trades
@@ -52,20 +53,38 @@ def find_method(method: str | MethodClass) -> MethodClass:
     """Return a method's class.
 
     Args:
-        method: its name ("pgd-at" is "pgd_at"), or the class itself.
+        method: its name ("pgd-at" is "pgd_at"); "package.module:Class" for a method of your own, which is imported
+            and must not come from a file; or the class itself.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or a method of your own without one.
+        ImportError: if a method of your own cannot be imported.
         TypeError: for anything else.
     """
     if isinstance(method, type) and issubclass(method, Method):
+        check_method(method)
         return method
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a subclass of Method, got {method!r}")
+    if ":" in method:
+        return own_method(method, tuple(method_names()))
     key = method.lower().replace("-", "_")
     for known in _METHODS:
         if known.name == key:
             return known
     close = difflib.get_close_matches(key, method_names(), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"method must be one of {', '.join(method_names())}, got {method!r}{hint}")
+    raise ValueError(
+        f"method must be one of {', '.join(method_names())}, or package.module:Class, got {method!r}{hint}"
+    )
+
+
+def command_name(method: MethodClass) -> str:
+    """Return how the command line names a method: by its name, or by "package.module:Class"."""
+    return method.name if method in _METHODS else label_of(method) or method.name
+
+
+def own_code(method: MethodClass) -> dict[str, str]:
+    """Return what a run records of the code of a method that is not fastadv's own."""
+    label = None if method in _METHODS else label_of(method)
+    return {} if label is None else {"method_code": label}

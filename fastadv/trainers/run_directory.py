@@ -112,6 +112,28 @@ class RunDirectory:
             )
         return source.get("dataset"), source.get("root")
 
+    def reading(self) -> dict[str, int | str]:
+        """Return how pictures in folders are read: "resize", "crop" and "interpolation"; empty for other data.
+
+        Raises:
+            CheckpointError: if `run.json` is absent or damaged.
+        """
+        source = self._read_json().get("source")
+        reading = source.get("reading", {}) if isinstance(source, dict) else {}
+        kinds = {"resize": int, "crop": int, "interpolation": str}
+        if not isinstance(reading, dict) or any(
+            not isinstance(value, kinds.get(name, type(None))) for name, value in reading.items()
+        ):
+            raise CheckpointError(
+                f"{self._file}: its entry 'reading' must hold sizes, got {reading!r}"
+            )
+        return reading
+
+    def method_code(self) -> str | None:
+        """Return "package.module:Class" of a method that is not fastadv's own, to be shown, never imported."""
+        code = self._read_json().get("method_code") if self.exists else None
+        return code if isinstance(code, str) else None
+
     def launch(self) -> str | None:
         """Return the torchrun job that began the run or went on with it last, None if there is none."""
         return self._read_json().get("launch") if self.exists else None
@@ -210,7 +232,7 @@ class RunDirectory:
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         shutil.rmtree(self.path / "worst", ignore_errors=True)
         shutil.rmtree(self.path / "analyses", ignore_errors=True)
-        names = ["metrics.jsonl", "summary.csv", "eval.json"]
+        names = ["metrics.jsonl", "summary.csv", "eval.json", "mlflow_run"]
         with suppress(CheckpointError):  # a damaged run can be overwritten, too
             # Names in a run from elsewhere could lead out of its directory.
             names += [f"{name}.safetensors" for name in self.read().teachers if name.isidentifier()]

@@ -146,6 +146,39 @@ class Piecewise(Schedule):
 
 
 @dataclass(frozen=True)
+class Interpolated(Schedule):
+    """Straight lines between any factors by epoch; after the last the rate stays.
+
+    Attributes:
+        epochs: where the lines meet, ascending from 0.
+        factors: factor on the recipe's learning rate at each of these.
+    """
+
+    epochs: tuple[int | Number, ...] = (0, 100)
+    factors: tuple[Number, ...] = (1.0, 0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_ascending("epochs", self.epochs)
+        if not self.epochs or self.epochs[0] != 0:
+            raise ValueError(f"epochs must begin with 0, got {self.epochs}")
+        if len(self.factors) != len(self.epochs):
+            raise ValueError(
+                f"factors must have one number for each of the {len(self.epochs)} epochs, "
+                f"got {len(self.factors)}"
+            )
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor on the line that the epoch is on."""
+        after = bisect.bisect_right(self.epochs, epoch)
+        if after == len(self.epochs):
+            return self.factors[-1]
+        left, right = self.epochs[after - 1], self.epochs[after]
+        share = (epoch - left) / (right - left)
+        return (1 - share) * self.factors[after - 1] + share * self.factors[after]
+
+
+@dataclass(frozen=True)
 class Cosine(Schedule):
     """Half a cosine down to a floor, step by step.
 

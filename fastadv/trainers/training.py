@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from fastadv.ops.values import check_bool
 from fastadv.ranks import Ranks, is_first, joined_ranks, launch, own_device, restarted
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
+from fastadv.trainers.callbacks import Callback, Callbacks, check_callbacks
 from fastadv.trainers.checkpoint import (
     LATEST,
     STATE_FILE,
@@ -46,14 +47,14 @@ from fastadv.trainers.checkpoint import (
 from fastadv.trainers.classes import check_classes
 from fastadv.trainers.distributed import with_synced_norms
 from fastadv.trainers.hardware import autocast_dtype, choose_device
-from fastadv.trainers.logs import require_tensorboard
 from fastadv.trainers.loop import Loop, Progress, Settings
 from fastadv.trainers.method import Method, Runtime
-from fastadv.trainers.methods import MethodClass, find_method
+from fastadv.trainers.methods import MethodClass, find_method, own_code
 from fastadv.trainers.monitor import Monitor
 from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe, as_plain
+from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.teachers import (
     Architectures,
@@ -63,6 +64,7 @@ from fastadv.trainers.teachers import (
     named_model,
     teachers_like,
 )
+from fastadv.trainers.trackers import make_trackers
 from fastadv.trainers.unused import check_all_used
 from fastadv.trainers.weights import load_teacher
 
@@ -109,6 +111,7 @@ def train(
     progress: bool = True,
     on_start: Callable[[Path], None] | None = None,
     on_step: Callable[[Progress], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a model, or go on with a run that was interrupted.
 
@@ -142,6 +145,7 @@ def train(
         progress: False for silence.
         on_start: called with `run_dir` when it is ready, before the first step; in the first process alone.
         on_step: called after each step, in every process.
+        callbacks: called with the metrics, in the first process alone; see `Callback`.
 
     Returns:
         The trained model and where things are.
@@ -153,7 +157,7 @@ def train(
         FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
         RunInUseError: if another process trains in `run_dir`; the message says which.
         OSError: if `run_dir` cannot be written.
-        ImportError: if TensorBoard is asked for and not installed.
+        ImportError: if a tracker that `settings` ask for, such as TensorBoard, is not installed.
         CheckpointError: if a checkpoint or the teacher's cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
         Interrupted: after SIGTERM or Ctrl-C.
@@ -170,9 +174,9 @@ def train(
     method_class = find_method(method)
     recipe = _checked_recipe(method_class, recipe)
     _check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
+    check_callbacks(callbacks)
     settings = settings or Settings()
-    if settings.tensorboard:
-        require_tensorboard()
+    hooks = Callbacks([*make_trackers(settings.trackers), *callbacks])
     run = RunDirectory(run_dir)
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
@@ -215,14 +219,21 @@ def train(
         source = {
             "dataset": data if isinstance(data, str) else None,
             "root": None if root is None else str(Path(root).resolve()),
+            **(splits.source or {}),
         }
         trainer.initialise()
+        check_trainable(trainer)
         for trained in trainer.trainable().values():
             ranks.share([*trained.parameters(), *trained.buffers()])
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
-        start = _open_run(run, description, source, frozen, resume, overwrite, allow_changes, ranks)
+        if ranks.first:
+            loop.callbacks = hooks
+        facts = {"versions": versions(), "launch": launch(), **own_code(method_class)}
+        start = _open_run(
+            *(run, description, source, frozen, resume, overwrite, allow_changes, ranks, facts)
+        )
         if ranks.first:
             loop.meta["run"] = run.identity()
         if start is not None:
@@ -381,12 +392,13 @@ def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, A
 def _open_run(
     run: RunDirectory,
     description: Description,
-    source: Mapping[str, str | None],
+    source: Mapping[str, Any],
     teachers: Mapping[str, nn.Module],
     resume: bool | str,
     overwrite: bool,
     allow_changes: bool,
     ranks: Ranks,
+    facts: Mapping[str, Any],
 ) -> Checkpoint | None:
     """Take possession of the run directory, and return the checkpoint to continue from, if any."""
     if ranks.first:
@@ -405,7 +417,7 @@ def _open_run(
         return start
     if clear:
         run.clear()
-    run.begin(description, {"source": dict(source), "versions": versions(), "launch": launch()})
+    run.begin(description, {"source": dict(source), **facts})
     for name, teacher in teachers.items():
         run.save_teacher(name, teacher)
     return start
@@ -483,7 +495,7 @@ def _build_loader(
         "world_size": ranks.count,
     }
     if isinstance(training, StreamedData):
-        _check_streamed(recipe, extra)
+        _check_streamed(recipe, extra, training.heeds)
         return StreamLoader(training, recipe.batch_size, **common), watched
     if recipe.holdout:
         training, watched = split_validation(training, recipe.holdout, recipe.seed)
@@ -503,13 +515,13 @@ def _build_loader(
     return loader, watched
 
 
-def _check_streamed(recipe: Recipe, extra: ImageData | None) -> None:
+def _check_streamed(recipe: Recipe, extra: ImageData | None, heeded: frozenset[str]) -> None:
     """Refuse what only images in memory can have."""
     if extra is not None:
         raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
     for name, value in wanted.items():
-        if getattr(recipe, name) != value:
+        if name not in heeded and getattr(recipe, name) != value:
             raise ValueError(
                 f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
                 f"images itself, got {getattr(recipe, name)}"

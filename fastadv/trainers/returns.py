@@ -1,0 +1,150 @@
+"""Checks of what a method returns: what was expected, and what came.
+
+They look at kinds, shapes and dtypes alone, so that no device is waited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastadv.trainers.method import Method, TrainBatch
+
+# What the loop itself writes to a record, besides `seconds_...`.
+RESERVED = frozenset(
+    {"kind", "step", "epoch", "lr", "loss", "grad_norm", "bad_steps", "images_per_second"}
+)
+
+
+def check_attacked(method: Method[Any, Any], attacked: object, batch: TrainBatch) -> None:
+    """Check what `attack` returns.
+
+    Raises:
+        TypeError: if it is no `Attacked`, or holds something else than images.
+        ValueError: if its images are not of the batch's size.
+    """
+    from fastadv.trainers.method import Attacked
+
+    where = f"{type(method).__name__}.attack"
+    if not isinstance(attacked, Attacked):
+        raise TypeError(
+            f"{where} must return Attacked(x), or a subclass of it, got {described(attacked)}"
+        )
+    x = attacked.x
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(
+            f"{where} must return Attacked(x) with x a tensor of float images, got {described(x)}"
+        )
+    if x.shape[1:] != batch.x.shape[1:]:
+        raise ValueError(
+            f"{where} must return Attacked(x) with images {_shape(batch.x)}, got {described(x)}"
+        )
+
+
+def check_loss(method: Method[Any, Any], result: object) -> None:
+    """Check what `training_loss` returns, or what `step` gives to the update.
+
+    Raises:
+        TypeError: if it is no `LossResult`, or holds something else than tensors.
+        ValueError: if the loss is no scalar or has no gradient, or a metric is no scalar or has a name taken.
+    """
+    from fastadv.trainers.method import LossResult
+
+    where = f"{type(method).__name__}.training_loss"
+    if not isinstance(result, LossResult):
+        raise TypeError(f"{where} must return LossResult(loss, metrics), got {described(result)}")
+    loss = result.loss
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise TypeError(
+            f"{where} must return LossResult(loss, metrics) with loss a scalar tensor of floats, "
+            f"got {described(loss)}"
+        )
+    if loss.shape != ():
+        raise ValueError(
+            f"{where} must return a scalar loss, such as batch.mean(losses), got {described(loss)}"
+        )
+    if not loss.requires_grad:
+        raise ValueError(
+            f"{where} must return a loss with a gradient to the trained model, got one without: was it computed "
+            "under torch.no_grad(), or from detached tensors?"
+        )
+    check_scalars(where, "metrics", result.metrics)
+
+
+def check_scalars(where: str, what: str, values: object) -> None:
+    """Check scalars that are to be logged.
+
+    Args:
+        where: the function that returned them.
+        what: what they are called.
+        values: what it returned.
+
+    Raises:
+        TypeError: if they are no mapping of names to tensors.
+        ValueError: if one is no scalar, or has a name of the loop's own.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(
+            f"{where}: {what} must be a dict of scalar tensors by name, got {described(values)}"
+        )
+    for name, value in values.items():
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: names of {what} must be text, got {name!r}")
+        if name in RESERVED or name.startswith("seconds_"):
+            raise ValueError(
+                f"{where}: {what} must not be called {name!r}, as the loop writes this itself"
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"{where}: {what}[{name!r}] must be a scalar tensor, got {described(value)}"
+            )
+        if value.shape != ():
+            raise ValueError(
+                f"{where}: {what}[{name!r}] must be a scalar, such as the mean over the batch, "
+                f"got {described(value)}"
+            )
+        if value.is_complex():
+            raise TypeError(f"{where}: {what}[{name!r}] must be real, got {described(value)}")
+
+
+def check_trainable(method: Method[Any, Any]) -> None:
+    """Check what `trainable` and `passes` return, before the first step.
+
+    Raises:
+        TypeError: if the one returns no modules by name, or the other no number.
+        ValueError: if there is no module.
+    """
+    kind, models = type(method).__name__, method.trainable()
+    good = isinstance(models, dict) and all(
+        isinstance(name, str) and isinstance(model, nn.Module) for name, model in models.items()
+    )
+    if not good:
+        raise TypeError(
+            f"{kind}.trainable must return a dict of modules by name, got {described(models)}"
+        )
+    if not models:
+        raise ValueError(f"{kind}.trainable must return at least one model, got none")
+    passes = method.passes(0)
+    if not isinstance(passes, int | float) or isinstance(passes, bool):
+        raise TypeError(
+            f"{kind}.passes must return a number of forward passes per image, got {described(passes)}"
+        )
+
+
+def described(value: object) -> str:
+    """Say what a value is: of a tensor the shape and the dtype, of anything else the kind."""
+    if isinstance(value, Tensor):
+        return f"a tensor {_shape(value)} of {str(value.dtype).removeprefix('torch.')}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    if value is None or isinstance(value, int | float | str):
+        return repr(value)
+    return f"a {type(value).__name__}"
+
+
+def _shape(value: torch.Tensor) -> str:
+    return str(list(value.shape))
