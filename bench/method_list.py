@@ -136,4 +136,6 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Fast (FGSM-RS)", "fast", step=1.25),
     Entry("Free-4", "free", _free, step=1.0),
     Entry("FAT", "fat", _fat),
+    Entry("TLA", "tla"),
+    Entry("S2O", "s2o"),
 )

@@ -34,6 +34,10 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     "lbgat": [(1, 0.02), (74, 0.1), (15, 0.01), (10, 0.001)],
     # Epochs count from 0, and the scheduler steps after each: 50 of them come before the first drop.
     "kd_at": [(50, 0.1), (100, 0.01), (50, 0.001)],
+    # Piecewise constant in the steps of 50 images, 1,000 for each epoch.
+    "tla": [(50, 0.1), (10, 0.01), (20, 0.001)],
+    # Epochs count from 1; `epoch >= 100` sets a tenth.
+    "s2o": [(99, 0.1), (50, 0.01), (51, 0.001)],
     # Epochs count from 0; those whose number plus 1 is a multiple of 3 and of 6 drop first.
     "afs": [(2, 0.1), (3, 0.01), (2, 0.001)],
     # Piecewise constant in the updates, 8 for each of 390 batches: the 13th epoch begins before the 40,000th, the

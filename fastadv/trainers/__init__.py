@@ -22,6 +22,7 @@ from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 from fastadv.trainers.run_lock import RunInUseError
+from fastadv.trainers.s2o import S2o, S2oRecipe
 from fastadv.trainers.schedules import (
     Constant,
     Cosine,
@@ -33,6 +34,7 @@ from fastadv.trainers.schedules import (
     Step,
 )
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.tla import Tla, TlaRecipe
 from fastadv.trainers.trades import Trades, TradesRecipe
 from fastadv.trainers.training import TrainResult, train
 from fastadv.trainers.vfd import Vfd, VfdRecipe
@@ -80,10 +82,14 @@ __all__ = [
     "Recipe",
     "RunInUseError",
     "Runtime",
+    "S2o",
+    "S2oRecipe",
     "Schedule",
     "Settings",
     "Standard",
     "Step",
+    "Tla",
+    "TlaRecipe",
     "Trades",
     "TradesRecipe",
     "TrainBatch",

@@ -18,7 +18,9 @@ from fastadv.trainers.lbgat import Lbgat
 from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
 from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.s2o import S2o
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.tla import Tla
 from fastadv.trainers.trades import Trades
 from fastadv.trainers.vfd import Vfd
 
@@ -40,6 +42,8 @@ _METHODS: tuple[MethodClass, ...] = (
     Free,
     Fat,
     KdAt,
+    Tla,
+    S2o,
 )
 
 

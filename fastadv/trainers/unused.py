@@ -52,4 +52,8 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         conditions.append(
             (value("base") != "hat", "with another base than hat", ["gamma", "reach"])
         )
+    if method == "s2o":
+        conditions.append(
+            (value("base") != "trades", "with another base than trades", ["beta", "start_std"])
+        )
     return {name: reason for holds, reason, names in conditions if holds for name in names}

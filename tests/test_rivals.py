@@ -1,0 +1,182 @@
+"""TLA, S2O and other rivals of the papers' tables against plain float64 versions of their losses and attacks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from test_pair_methods import ce, kl
+from torch import Tensor
+from training_helpers import make_batch, make_method, make_model, small_recipe
+
+from fastadv.ranks import Ranks
+from fastadv.trainers.method import Attacked
+from fastadv.trainers.s2o import second_order_targets
+from fastadv.trainers.tla import partners
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+DOUBLE = torch.float64
+
+
+def moved(x: Tensor) -> Tensor:
+    """Images near others, as an attack may find them."""
+    return (x + 0.05 * torch.sign(torch.sin(50 * x))).clamp(0, 1)
+
+
+def apart(u: Tensor, v: Tensor) -> float:
+    return 1 - abs(cosine(u, v))
+
+
+def cosine(u: Tensor, v: Tensor) -> float:
+    return float(((u * v).sum() / (u.norm() * v.norm())).detach())
+
+
+@pytest.mark.parametrize("positives", ["both", "own", "class"])
+def test_tla_equals_triplets_one_by_one(positives: str) -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method(
+        "tla", model, positives=positives, weight=3.0, margin=0.4, norm_weight=0.2
+    )
+    batch = make_batch(dtype=DOUBLE)
+    adv = moved(batch.x)
+    found = method.training_loss(batch, Attacked(adv))
+    clean_features, _ = method.features_and_logits(batch.x)
+    adv_features, adv_logits = method.features_and_logits(adv)
+    clean, anchors = clean_features.mean((2, 3)), adv_features.mean((2, 3))
+    rows = partners(batch.y, batch.ids, batch.seed("positives"))
+    total = 0.0
+    for i, label in enumerate(batch.y.tolist()):
+        others = [j for j, other in enumerate(batch.y.tolist()) if other != label]
+        negative = max(others, key=lambda j: cosine(anchors[i], clean[j]))
+        chosen = {"own": [i], "class": [int(rows[i])], "both": [i, int(rows[i])]}[positives]
+        for p in chosen:
+            hinge = apart(anchors[i], clean[p]) - apart(anchors[i], clean[negative]) + 0.4
+            squares = anchors[i] ** 2 + clean[p] ** 2 + clean[negative] ** 2
+            total += max(hinge, 0.0) + 0.2 * float(squares.mean())
+    wanted = float(ce(adv_logits, batch.y).mean()) + 3.0 * total / len(batch.y)
+    assert float(found.loss.detach()) == pytest.approx(wanted, rel=1e-10)
+
+
+def test_tlas_gradient_pulls_positives_as_well_as_anchors() -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("tla", model, positives="own", weight=1.0, margin=2.0)
+    batch = make_batch(dtype=DOUBLE)
+
+    def loss() -> Tensor:
+        loss: Tensor = method.training_loss(batch, Attacked(moved(batch.x))).loss
+        return loss
+
+    weight: Any = dict(model.named_parameters())["conv3.weight"]
+    (gradient,) = torch.autograd.grad(loss(), [weight])
+    with torch.no_grad():
+        place, step = (3, 2, 1, 1), 1e-6
+        weight[place] += step
+        above = loss()
+        weight[place] -= 2 * step
+        below = loss()
+    assert float(gradient[place]) == pytest.approx(float(above - below) / 2e-6, rel=1e-4)
+
+
+def test_tla_leaves_out_triplets_of_a_batch_with_one_class() -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("tla", model)
+    batch = make_batch(dtype=DOUBLE)
+    batch.y.fill_(2)
+    found = method.training_loss(batch, Attacked(batch.x))
+    logits = model(batch.x)
+    assert float(found.loss.detach()) == pytest.approx(float(ce(logits, batch.y).mean()), rel=1e-10)
+    assert float(found.metrics["triplet"]) == 0
+
+
+def test_partners_are_others_of_the_class_drawn_by_seed_and_id() -> None:
+    y = torch.tensor([0, 1, 0, 2, 1, 0, 1, 0])
+    ids = torch.arange(100, 108)
+    counts = Counter(tuple(partners(y, ids, seed).tolist()) for seed in range(40))
+    assert len(counts) > 10
+    for rows in counts:
+        assert all(y[j] == y[i] and (j != i or i == 3) for i, j in enumerate(rows))
+    order = torch.tensor([5, 2, 7, 0, 1, 3, 6, 4])  # the same images in another order
+    shuffled = partners(y[order], ids[order], 7)
+    assert torch.equal(ids[order][shuffled], ids[partners(y, ids, 7)][order])
+
+
+def slow_targets(logits: Tensor, own: float) -> Tensor:
+    classes = logits.shape[1]
+    moments = [
+        [float(sum(row[i] * row[j] for row in logits)) for j in range(classes)]
+        for i in range(classes)
+    ]
+    targets = torch.zeros(classes, classes, dtype=DOUBLE)
+    for i in range(classes):
+        largest = max(abs(m) for m in moments[i])
+        shares = [0.0 if j == i else largest - abs(moments[i][j]) for j in range(classes)]
+        for j in range(classes):
+            targets[i, j] = own if i == j else (1 - own) * shares[j] / sum(shares)
+    return targets
+
+
+@pytest.mark.parametrize(("base", "weight"), [("pgd_at", None), ("trades", None), ("trades", 0.7)])
+def test_s2o_equals_its_formula(base: str, weight: float | None) -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("s2o", model, base=base, weight=weight, own=0.3, beta=2.5)
+    batch = make_batch(dtype=DOUBLE)
+    adv = moved(batch.x)
+    found = method.training_loss(batch, Attacked(adv)).loss
+    clean_logits, adv_logits = model(batch.x), model(adv)
+    w = weight if weight is not None else {"pgd_at": 0.1, "trades": 0.3}[base]
+    wanted = (1 - w) * ce(clean_logits if base == "trades" else adv_logits, batch.y)
+    for logits in (clean_logits, adv_logits):
+        rows = slow_targets(logits.detach(), 0.3)[batch.y]
+        log_p = logits - logits.exp().sum(1, keepdim=True).log()
+        terms = torch.where(rows > 0, rows * (rows.clamp_min(1e-300).log() - log_p), 0.0)
+        wanted = wanted + w / 2 * terms.sum(1)
+    if base == "trades":
+        wanted = wanted + 2.5 * kl(clean_logits, adv_logits)
+    assert float(found.detach()) == pytest.approx(float(wanted.mean().detach()), rel=1e-10)
+
+
+def test_s2os_targets_sum_to_one_and_cover_two_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(20, 7, generator=generator)
+    targets = second_order_targets(logits, 0.2, Ranks())
+    assert torch.allclose(targets.sum(1), torch.ones(7)) and (targets >= 0).all()
+    assert torch.allclose(targets.diagonal(), torch.full((7,), 0.2))
+    two = second_order_targets(torch.tensor([[2.0, 1.0], [1.0, -3.0]]), 0.2, Ranks())
+    assert torch.allclose(two.sum(1), torch.ones(2))
+
+
+def test_s2os_moments_are_those_of_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(12, 5, generator=torch.Generator().manual_seed(1))
+
+    def all_reduce(values: Tensor) -> None:
+        values += logits[6:].T @ logits[6:]
+
+    whole = second_order_targets(logits, 0.2, Ranks())
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    part = second_order_targets(logits[:6], 0.2, Ranks(0, 2))
+    assert torch.allclose(part, whole, rtol=1e-5)
+
+
+def test_s2os_attack_starts_as_the_bases_does() -> None:
+    batch = make_batch()
+    starts = [
+        make_method("s2o", make_model(0), base=base).start_of(batch)  # type: ignore[attr-defined]
+        for base in ("pgd_at", "trades")
+    ]
+    assert starts[0] is None
+    assert 0 < float((starts[1] - batch.x).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "message"),
+    [
+        ("tla", {"margin": -1.0}, "margin must be >= 0"),
+        ("s2o", {"own": 1.5}, "own must be in 0..1, got 1.5"),
+        ("s2o", {"weight": -0.1}, "weight must be in 0..1, got -0.1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(name: str, numbers: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_recipe(name, **numbers)
