@@ -108,6 +108,14 @@ def _fat(ground: Ground) -> dict[str, Any]:
     return {"tau_epochs": (round(0.4 * ground.epochs), round(0.75 * ground.epochs))}
 
 
+def _las_at(ground: Ground) -> dict[str, Any]:
+    center = round(255 * ground.eps)
+    radii = tuple(max(round(part * center), 1) for part in (0.5, 0.75, 1.0, 1.25, 1.5))
+    sizes = tuple(max(round(part * center), 1) for part in (0.125, 0.25, 0.5))
+    choices = {"eps_choices": radii, "alpha_choices": sizes}
+    return {"strategy": "small_cnn", "strategy_every": 5, **choices}
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry("standard", "standard"),
     Entry("PGD-AT", "pgd_at"),
@@ -138,4 +146,5 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("FAT", "fat", _fat),
     Entry("TLA", "tla"),
     Entry("S2O", "s2o"),
+    Entry("LAS-AT", "las_at", _las_at),
 )

@@ -37,6 +37,8 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     # Piecewise constant in the steps of 50 images, 1,000 for each epoch.
     "tla": [(50, 0.1), (10, 0.01), (20, 0.001)],
     # Epochs count from 1; `epoch >= 100` sets a tenth.
+    # Stepped after each update: milestones at 99/110 and 104/110 of them.
+    "las_at": [(99, 0.1), (5, 0.01), (6, 0.001)],
     "s2o": [(99, 0.1), (50, 0.01), (51, 0.001)],
     # Epochs count from 0; those whose number plus 1 is a multiple of 3 and of 6 drop first.
     "afs": [(2, 0.1), (3, 0.01), (2, 0.001)],

@@ -14,6 +14,7 @@ from fastadv.trainers.fat import Fat, FatRecipe
 from fastadv.trainers.free import Free, FreeRecipe
 from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
+from fastadv.trainers.las_at import LasAt, LasAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
 from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
 from fastadv.trainers.mart import Mart, MartRecipe
@@ -67,6 +68,8 @@ __all__ = [
     "Interrupted",
     "KdAt",
     "KdAtRecipe",
+    "LasAt",
+    "LasAtRecipe",
     "Lbgat",
     "LbgatRecipe",
     "LossResult",

@@ -14,6 +14,7 @@ from fastadv.trainers.fat import Fat
 from fastadv.trainers.free import Free
 from fastadv.trainers.hat import Hat
 from fastadv.trainers.kd_at import KdAt
+from fastadv.trainers.las_at import LasAt
 from fastadv.trainers.lbgat import Lbgat
 from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
@@ -44,6 +45,7 @@ _METHODS: tuple[MethodClass, ...] = (
     KdAt,
     Tla,
     S2o,
+    LasAt,
 )
 
 

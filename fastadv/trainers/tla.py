@@ -56,7 +56,7 @@ class TlaRecipe(AdversarialRecipe):
 
 
 class Tla(AdversarialMethod[TlaRecipe, Attacked]):
-    """TLA: CE(f(x')) + 2 L summed over triplets, L = max(0, D(a, p) - D(a, n) + margin) + norm_weight |a, p, n|^2 / d.
+    """TLA: CE(f(x')) + 2 (max(0, D(a, p) - D(a, n) + margin) + norm_weight |(a, p, n)|^2 / d) for each triplet.
 
     a, p and n are pooled features of x', of a clean image of its class and of the clean image of another class
     that is nearest to x'; d is their length, and D(u, v) = 1 - |cos(u, v)|.
