@@ -180,6 +180,12 @@ def test_the_reward_is_the_mean_over_the_processes(monkeypatch: pytest.MonkeyPat
     assert summed[-1] == 3 and len(summed) == 2  # the copy's gradients, then the reward
 
 
+def test_without_noise_the_attacks_start_from_the_images() -> None:
+    method, batch = las_at(random_start=False), make_batch(dtype=DOUBLE)
+    assert torch.equal(method.start_of(batch), batch.x)
+    assert 0 < float(method.reward(batch, batch.x)) < 16
+
+
 @pytest.mark.parametrize("stop_after", [2, 3, 5])
 def test_a_resumed_run_ends_bit_for_bit(stop_after: int, tmp_path: Path) -> None:
     resumable_run("las_at", tmp_path / "whole")

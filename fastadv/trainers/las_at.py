@@ -236,7 +236,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         if self._probe is None:
             model = copy.deepcopy(self.model)
             options: dict[str, Any] = {
-                "restarts": _RESTARTS,
+                "restarts": _RESTARTS if recipe.random_start else 1,
                 "keep": "best",
                 "precision": recipe.attack_precision,
                 "engine": recipe.engine,
