@@ -108,6 +108,11 @@ def _fat(ground: Ground) -> dict[str, Any]:
     return {"tau_epochs": (round(0.4 * ground.epochs), round(0.75 * ground.epochs))}
 
 
+def _sat(ground: Ground) -> dict[str, Any]:
+    start = round(0.3 * ground.epochs)
+    return {"gap_start": start, "gap_end": max(round(0.7 * ground.epochs), start + 1)}
+
+
 def _las_at(ground: Ground) -> dict[str, Any]:
     center = round(255 * ground.eps)
     radii = tuple(max(round(part * center), 1) for part in (0.5, 0.75, 1.0, 1.25, 1.5))
@@ -146,5 +151,8 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("FAT", "fat", _fat),
     Entry("TLA", "tla"),
     Entry("S2O", "s2o"),
+    Entry("SAT", "sat", _sat),
+    # Without further images, so that what remains is its recipe.
+    Entry("RST", "rst", {"extra_fraction": 0.0}),
     Entry("LAS-AT", "las_at", _las_at),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     "kd_at": [(50, 0.1), (100, 0.01), (50, 0.001)],
     # Piecewise constant in the steps of 50 images, 1,000 for each epoch.
     "tla": [(50, 0.1), (10, 0.01), (20, 0.001)],
+    # Stepped after each epoch.
+    "sat": [(40, 0.05), (20, 0.005), (20, 0.0005), (20, 0.00005)],
     # Epochs count from 1; `epoch >= 100` sets a tenth.
     # Stepped after each update: milestones at 99/110 and 104/110 of them.
     "las_at": [(99, 0.1), (5, 0.01), (6, 0.001)],
@@ -46,7 +49,7 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     # 20th before the 60,000th.
     "free": [(13, 0.1), (7, 0.01), (6, 0.001)],
 }
-STEP_BY_STEP = {"hat", "fast"}
+STEP_BY_STEP = {"hat", "fast", "rst"}
 
 
 def spelled_out(pieces: list[tuple[int, float]]) -> list[float]:
@@ -191,3 +194,10 @@ def test_each_step_is_taken_at_its_momentum(tmp_path: Path) -> None:
     assert len(seen) == 6
     for a, b in zip(model.parameters(), slow.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rsts_cosine_has_the_rate_of_its_script_where_an_epoch_begins() -> None:
+    recipe = find_method("rst").recipe_class.preset("official")
+    theirs = [0.1 * 0.5 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]
+    assert [recipe.lr_at(epoch) for epoch in range(recipe.epochs)] == pytest.approx(theirs)
+    assert recipe.nesterov and recipe.momentum == 0.9

@@ -45,7 +45,7 @@ def test_acts_official_preset_has_the_numbers_of_its_authors_code() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["trades", "hat", "fast", "free", "fat", "kd_at", "tla", "s2o", "las_at"]
+    "name", ["trades", "hat", "fast", "free", "fat", "kd_at", "tla", "s2o", "las_at", "sat", "rst"]
 )
 def test_defaults_that_are_the_authors_code_are_its_preset(name: str) -> None:
     kind = find_method(name).recipe_class

@@ -11,6 +11,9 @@ from test_pair_methods import ce, kl
 from torch import Tensor
 from training_helpers import make_batch, make_method, make_model, small_recipe
 
+from fastadv import PGD
+from fastadv.attacks.curriculum import CurriculumPGD
+from fastadv.ops import random_start
 from fastadv.ranks import Ranks
 from fastadv.trainers.method import Attacked
 from fastadv.trainers.s2o import second_order_targets
@@ -175,8 +178,50 @@ def test_s2os_attack_starts_as_the_bases_does() -> None:
         ("tla", {"margin": -1.0}, "margin must be >= 0"),
         ("s2o", {"own": 1.5}, "own must be in 0..1, got 1.5"),
         ("s2o", {"weight": -0.1}, "weight must be in 0..1, got -0.1"),
+        ("sat", {"final_gap": 1.5}, "final_gap must be in -1..1, got 1.5"),
+        ("sat", {"gap_start": 70}, "gap_start must be >= 0 and below gap_end"),
     ],
 )
 def test_numbers_out_of_range_are_refused(name: str, numbers: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         small_recipe(name, **numbers)
+
+
+def test_sats_attack_stops_each_image_at_its_gap() -> None:
+    model, batch = make_model(0, DOUBLE).eval(), make_batch(16, dtype=DOUBLE)
+    dict(model.named_parameters())["linear.weight"].data.mul_(30)  # so that the gaps differ
+    attack = CurriculumPGD(model, 0.2, 0.03, 5, precision="fp32")
+    attack.gap = 0.3
+    found = attack(batch.x, batch.y, seed=3, sample_ids=batch.ids)
+    wanted = random_start(batch.x, 0.2, seed=3, sample_ids=batch.ids)
+    moves = 0
+    for i, label in enumerate(batch.y.tolist()):
+        x, adv = batch.x[i : i + 1], wanted[i : i + 1].clone()
+        for _ in range(5):
+            leaf = adv.clone().requires_grad_()
+            logits = model(leaf)
+            p = (logits.exp() / logits.exp().sum())[0].detach()
+            if max(float(v) for k, v in enumerate(p) if k != label) - float(p[label]) > 0.3:
+                break
+            (gradient,) = torch.autograd.grad(ce(logits, batch.y[i : i + 1]).sum(), leaf)
+            adv = torch.min(torch.max(adv + 0.03 * gradient.sign(), x - 0.2), x + 0.2).clamp(0, 1)
+            moves += 1
+        wanted[i] = adv[0]
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    assert 0 < moves < 5 * len(batch.y)
+    attack.gap = 1.0
+    plain = PGD(model, 0.2, 0.03, 5, precision="fp32")
+    assert torch.equal(attack(batch.x, batch.y, seed=3), plain(batch.x, batch.y, seed=3))
+
+
+def test_sats_gap_grows_as_in_the_authors_script() -> None:
+    recipe: Any = small_recipe("sat")
+    gap, theirs = 0.0, []
+    for epoch in range(100):
+        gap += (0.4 - 0.0) / 40 if 30 <= epoch < 70 else 0
+        theirs.append(gap)
+    assert [recipe.gap_at(epoch) for epoch in range(100)] == pytest.approx(theirs, abs=1e-12)
+    method: Any = make_method("sat", make_model(0), gap=-1.0, final_gap=1.0, gap_start=0, gap_end=2)
+    for epoch, wanted in enumerate((0.0, 1.0, 1.0)):
+        method.attack(make_batch(epoch=epoch))
+        assert method.pgd.gap == wanted

@@ -15,6 +15,7 @@ from fastadv.trainers import (
     LasAtRecipe,
     Method,
     Recipe,
+    RstRecipe,
     Runtime,
     TrainBatch,
     find_method,
@@ -53,6 +54,8 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     if kind is LasAtRecipe:
         numbers = numbers | SMALL_STRATEGY
+    if kind is RstRecipe:
+        numbers = numbers | {"extra_fraction": 0.0}
     return kind(**(numbers | changes))
 
 

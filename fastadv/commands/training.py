@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.data import load_npz
+from fastadv.data import load_extra
 from fastadv.data.datasets import check_source
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_choice
@@ -73,7 +73,8 @@ def run_training(
         model: network, e.g. resnet18, wrn_34_10, timm:NAME, stack:6*wrn_28_10; by default small_cnn
             for digits and resnet18 otherwise, and for afs a stack of the networks of its extractors.
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
-            (uint8, N x H x W x C) and label; see extra_fraction.
+            (uint8, N x H x W x C) and label, or a .pickle file with data and extrapolated_targets, as
+            those of RST are published; see extra_fraction.
         teacher: trained models for methods that need them.
         teacher_model: networks of these, by name.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
@@ -96,7 +97,7 @@ def run_training(
         root=root,
         model=model or _default_model(method, data, teacher or (), teacher_model or ()),
         run_dir=run,
-        extra=None if extra is None else load_npz(extra),
+        extra=None if extra is None else load_extra(extra),
         teacher=teacher,
         teacher_model=_one_for_all(teacher_model),
         resume=flags.resume if from_checkpoint is None else from_checkpoint,

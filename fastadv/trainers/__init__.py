@@ -22,8 +22,10 @@ from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, Train
 from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
+from fastadv.trainers.rst import Rst, RstRecipe
 from fastadv.trainers.run_lock import RunInUseError
 from fastadv.trainers.s2o import S2o, S2oRecipe
+from fastadv.trainers.sat import Sat, SatRecipe
 from fastadv.trainers.schedules import (
     Constant,
     Cosine,
@@ -83,10 +85,14 @@ __all__ = [
     "Piecewise",
     "Progress",
     "Recipe",
+    "Rst",
+    "RstRecipe",
     "RunInUseError",
     "Runtime",
     "S2o",
     "S2oRecipe",
+    "Sat",
+    "SatRecipe",
     "Schedule",
     "Settings",
     "Standard",

@@ -19,7 +19,9 @@ from fastadv.trainers.lbgat import Lbgat
 from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
 from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.rst import Rst
 from fastadv.trainers.s2o import S2o
+from fastadv.trainers.sat import Sat
 from fastadv.trainers.standard import Standard
 from fastadv.trainers.tla import Tla
 from fastadv.trainers.trades import Trades
@@ -46,6 +48,8 @@ _METHODS: tuple[MethodClass, ...] = (
     Tla,
     S2o,
     LasAt,
+    Sat,
+    Rst,
 )
 
 
