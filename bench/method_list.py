@@ -90,7 +90,7 @@ class Entry:
 
 
 _OWN_LENGTH = {"arrest", "afs", "free"}  # these fine-tune, or count epochs in another way
-_ONE_CYCLE = {"fast", "hat"}
+_ONE_CYCLE = {"fast", "hat", "n_fgsm", "grad_align", "zero_grad", "dm_at"}
 _ARREST_PARTS: dict[str, dict[str, Any]] = {
     "AFT": {"distill": False, "replay": False},
     "AFT + RGKD": {"replay": False},
@@ -152,7 +152,11 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("TLA", "tla"),
     Entry("S2O", "s2o"),
     Entry("SAT", "sat", _sat),
-    # Without further images, so that what remains is its recipe.
+    # Without further images, so that what remains are their recipes.
     Entry("RST", "rst", {"extra_fraction": 0.0}),
+    Entry("DM-AT", "dm_at", {"extra_fraction": 0.0}),
+    Entry("N-FGSM", "n_fgsm", step=1.0),
+    Entry("GradAlign", "grad_align", step=1.25),
+    Entry("ZeroGrad", "zero_grad", step=2.0),
     Entry("LAS-AT", "las_at", _las_at),
 )

@@ -13,6 +13,7 @@ from training_helpers import make_model, small_data, small_recipe
 
 from fastadv.trainers import (
     Cyclic,
+    DmAtRecipe,
     FastRecipe,
     HatRecipe,
     MultiStep,
@@ -49,7 +50,7 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     # 20th before the 60,000th.
     "free": [(13, 0.1), (7, 0.01), (6, 0.001)],
 }
-STEP_BY_STEP = {"hat", "fast", "rst"}
+STEP_BY_STEP = {"hat", "fast", "rst", "n_fgsm", "grad_align", "zero_grad", "dm_at"}
 
 
 def spelled_out(pieces: list[tuple[int, float]]) -> list[float]:
@@ -201,3 +202,36 @@ def test_rsts_cosine_has_the_rate_of_its_script_where_an_epoch_begins() -> None:
     theirs = [0.1 * 0.5 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]
     assert [recipe.lr_at(epoch) for epoch in range(recipe.epochs)] == pytest.approx(theirs)
     assert recipe.nesterov and recipe.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "top"), [("n_fgsm", 15, 0.2), ("grad_align", 12, 0.3), ("zero_grad", 15, 0.2)]
+)
+def test_one_step_methods_have_the_triangles_of_their_scripts(
+    name: str, peak: int, top: float
+) -> None:
+    recipe = find_method(name).recipe_class.preset("official")
+    assert recipe.epochs == 30
+    for step in range(30 * 7):
+        place = step / 7
+        up, down = place / peak, (30 - place) / (30 - peak)
+        assert recipe.lr_at(place) == pytest.approx(top * min(up, down), abs=1e-12)
+    if name == "n_fgsm":  # CyclicLR's own momenta
+        assert [recipe.momentum_at(e) for e in (0, 15, 30)] == pytest.approx([0.9, 0.8, 0.9])
+    else:
+        assert {recipe.momentum_at(e) for e in range(30)} == {0.9}
+
+
+def test_dm_ats_cycle_is_that_of_its_script() -> None:
+    recipe = DmAtRecipe.preset("official")
+    theirs = scheduled(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, max_lr=0.2, pct_start=0.025, total_steps=400
+        ),
+        0.2,
+        400,
+        nesterov=True,
+    )
+    for epoch in (10, 100, 200, 399):  # the script steps once for each epoch
+        assert recipe.lr_at(epoch) == pytest.approx(theirs[epoch][0], abs=1e-3)
+        assert recipe.momentum_at(epoch) == pytest.approx(theirs[epoch][1], abs=1e-3)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_pair_methods import ce, kl
+from test_resume import Interruption, assert_same_end
+from test_resume import run as resumable_run
 from torch import Tensor
 from training_helpers import make_batch, make_method, make_model, small_recipe
 
@@ -178,6 +181,12 @@ def test_s2os_attack_starts_as_the_bases_does() -> None:
         ("tla", {"margin": -1.0}, "margin must be >= 0"),
         ("s2o", {"own": 1.5}, "own must be in 0..1, got 1.5"),
         ("s2o", {"weight": -0.1}, "weight must be in 0..1, got -0.1"),
+        ("n_fgsm", {"steps": 2}, "steps must be 1 with n_fgsm, got 2"),
+        ("n_fgsm", {"random_start": False}, "random_start must be true"),
+        ("n_fgsm", {"noise": 20.0}, "noise \\* eps \\+ alpha must be <= 1"),
+        ("zero_grad", {"quantile": 1.5}, "quantile must be in 0..1, got 1.5"),
+        ("grad_align", {"lam": -1.0}, "lam must be >= 0"),
+        ("grad_align", {"compile": True}, "compile must be false"),
         ("sat", {"final_gap": 1.5}, "final_gap must be in -1..1, got 1.5"),
         ("sat", {"gap_start": 70}, "gap_start must be >= 0 and below gap_end"),
     ],
@@ -225,3 +234,110 @@ def test_sats_gap_grows_as_in_the_authors_script() -> None:
     for epoch, wanted in enumerate((0.0, 1.0, 1.0)):
         method.attack(make_batch(epoch=epoch))
         assert method.pgd.gap == wanted
+
+
+def input_gradient(model: Any, x: Tensor, y: Tensor, create_graph: bool = False) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(ce(model(leaf), y).sum(), leaf, create_graph=create_graph)
+    return gradient
+
+
+def test_n_fgsm_steps_from_its_noise_without_clipping_to_the_ball() -> None:
+    model = make_model(0, DOUBLE)
+    method: Any = make_method("n_fgsm", model, noise=1.5, alpha=0.08)
+    batch = make_batch(dtype=DOUBLE)
+    noisy = random_start(batch.x, 0.15, seed=batch.seed("attack"), sample_ids=batch.ids)
+    gradient = input_gradient(model.eval(), noisy, batch.y)
+    wanted = (noisy + 0.08 * gradient.sign()).clamp(0, 1)
+    found = method.attack(batch).x
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    assert 0.2 < float((found - batch.x).abs().max()) <= 0.23
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_zero_grad_leaves_small_gradients_alone(steps: int) -> None:
+    model = make_model(0, DOUBLE)
+    method: Any = make_method("zero_grad", model, quantile=0.6, alpha=0.1, steps=steps)
+    batch = make_batch(dtype=DOUBLE)
+    wanted = random_start(batch.x, 0.1, seed=batch.seed("attack"), sample_ids=batch.ids)
+    start = wanted.clone()
+    for _ in range(steps):
+        gradient = input_gradient(model.eval(), wanted, batch.y)
+        for row, adv, x in zip(gradient, wanted, batch.x, strict=True):
+            ranked = row.abs().flatten().sort().values
+            place = 0.6 * (len(ranked) - 1)
+            low, high = ranked[int(place)], ranked[int(place) + 1]
+            limit = low + (place - int(place)) * (high - low)
+            step = torch.where(row.abs() < limit, 0.0, row.sign())
+            adv.copy_(torch.min(torch.max(adv + 0.1 * step, x - 0.1), x + 0.1).clamp(0, 1))
+    found = method.attack(batch).x
+    assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
+    if steps == 1:
+        assert float((found == start).double().mean()) > 0.5
+
+
+def test_grad_align_equals_its_formula_and_so_do_its_gradients() -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("grad_align", model, lam=3.0)
+    batch = make_batch(dtype=DOUBLE)
+    batch.x[2] = 0.5
+    found = method.training_loss(batch, Attacked(moved(batch.x)))
+    near = random_start(batch.x, 0.1, seed=batch.seed("alignment"), sample_ids=batch.ids)
+    loss = ce(model(moved(batch.x)), batch.y).mean()
+    here = input_gradient(model, batch.x, batch.y)
+    there = input_gradient(model, near, batch.y, create_graph=True)
+    cosines = [
+        (u * v).sum() / (u.square().sum().sqrt() * v.square().sum().sqrt())
+        for u, v in zip(here, there, strict=True)
+    ]
+    wanted = loss + 3.0 * (1 - torch.stack(cosines).mean())
+    assert float(found.loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-9)
+    weights = list(model.parameters())
+    for ours, slow in zip(
+        torch.autograd.grad(found.loss, weights), torch.autograd.grad(wanted, weights), strict=True
+    ):
+        assert torch.allclose(ours, slow, rtol=1e-7, atol=1e-10)
+
+
+def test_grad_align_leaves_out_images_without_a_gradient() -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("grad_align", model, lam=3.0)
+    batch, given = make_batch(dtype=DOUBLE), method._input_gradient
+
+    def with_a_zero(x: Tensor, y: Tensor, keep: bool) -> Tensor:
+        rows = torch.ones(len(y), 1, dtype=DOUBLE)
+        rows[0] = 0
+        gradient: Tensor = given(x, y, keep) * rows
+        return gradient
+
+    whole = method.training_loss(batch, Attacked(batch.x)).metrics["misalignment"]
+    method._input_gradient = with_a_zero
+    found = method.training_loss(batch, Attacked(batch.x))
+    found.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert float(found.metrics["misalignment"]) != pytest.approx(float(whole))
+    assert 0 < float(found.metrics["misalignment"]) < 2
+
+
+def test_dm_at_is_trades_with_smoothed_labels() -> None:
+    model = make_model(0, DOUBLE).train()
+    method: Any = make_method("dm_at", model, label_smoothing=0.2, beta=2.0)
+    batch = make_batch(dtype=DOUBLE)
+    adv = moved(batch.x)
+    found = method.training_loss(batch, Attacked(adv)).loss
+    clean_logits, adv_logits = model(batch.x), model(adv)
+    log_p = clean_logits - clean_logits.exp().sum(1, keepdim=True).log()
+    smooth = 0.8 * ce(clean_logits, batch.y) - 0.2 * log_p.mean(1)
+    wanted = (smooth + 2.0 * kl(clean_logits, adv_logits)).mean()
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    "name", ["tla", "s2o", "sat", "rst", "n_fgsm", "grad_align", "zero_grad", "dm_at"]
+)
+def test_a_resumed_run_ends_bit_for_bit(name: str, tmp_path: Path) -> None:
+    resumable_run(name, tmp_path / "whole")
+    with pytest.raises(Interruption):
+        resumable_run(name, tmp_path / "cut", 3)
+    resumable_run(name, tmp_path / "cut", resume=True)
+    assert_same_end(tmp_path / "whole", tmp_path / "cut")

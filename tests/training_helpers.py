@@ -12,8 +12,10 @@ from fastadv.models import create_model, small_cnn
 from fastadv.trainers import (
     AdversarialRecipe,
     ArrestRecipe,
+    DmAtRecipe,
     LasAtRecipe,
     Method,
+    NFgsmRecipe,
     Recipe,
     RstRecipe,
     Runtime,
@@ -50,11 +52,13 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
     """A recipe of any method for `small_data`."""
     kind = find_method(method).recipe_class
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
+    if kind is NFgsmRecipe:
+        numbers = numbers | {"steps": 1}
     if kind is ArrestRecipe and changes.get("replay", True):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     if kind is LasAtRecipe:
         numbers = numbers | SMALL_STRATEGY
-    if kind is RstRecipe:
+    if kind in (RstRecipe, DmAtRecipe):
         numbers = numbers | {"extra_fraction": 0.0}
     return kind(**(numbers | changes))
 

@@ -9,9 +9,11 @@ from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
 from fastadv.trainers.arrest import Arrest, ArrestRecipe
 from fastadv.trainers.checkpoint import CheckpointError
+from fastadv.trainers.dm_at import DmAt, DmAtRecipe
 from fastadv.trainers.fast import Fast, FastRecipe
 from fastadv.trainers.fat import Fat, FatRecipe
 from fastadv.trainers.free import Free, FreeRecipe
+from fastadv.trainers.grad_align import GradAlign, GradAlignRecipe
 from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
 from fastadv.trainers.las_at import LasAt, LasAtRecipe
@@ -20,6 +22,7 @@ from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, Traini
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
+from fastadv.trainers.n_fgsm import NFgsm, NFgsmRecipe
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 from fastadv.trainers.rst import Rst, RstRecipe
@@ -42,6 +45,7 @@ from fastadv.trainers.trades import Trades, TradesRecipe
 from fastadv.trainers.training import TrainResult, train
 from fastadv.trainers.vfd import Vfd, VfdRecipe
 from fastadv.trainers.weights import load_model, load_teacher
+from fastadv.trainers.zero_grad import ZeroGrad, ZeroGradRecipe
 
 __all__ = [
     "PGDAT",
@@ -59,12 +63,16 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cyclic",
+    "DmAt",
+    "DmAtRecipe",
     "Fast",
     "FastRecipe",
     "Fat",
     "FatRecipe",
     "Free",
     "FreeRecipe",
+    "GradAlign",
+    "GradAlignRecipe",
     "Hat",
     "HatRecipe",
     "Interrupted",
@@ -80,6 +88,8 @@ __all__ = [
     "MartRecipe",
     "Method",
     "MultiStep",
+    "NFgsm",
+    "NFgsmRecipe",
     "NonFiniteLossError",
     "OneCycle",
     "Piecewise",
@@ -106,6 +116,8 @@ __all__ = [
     "TrainingInterrupted",
     "Vfd",
     "VfdRecipe",
+    "ZeroGrad",
+    "ZeroGradRecipe",
     "find_method",
     "load_model",
     "load_teacher",
