@@ -156,6 +156,17 @@ def test_the_strategy_network_moves_in_its_own_steps_alone() -> None:
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[2], seen[3])
 
 
+def test_awp_goes_around_the_models_step() -> None:
+    plain, perturbed = las_at(), las_at(awp_gamma=0.3)
+    for method in (plain, perturbed):
+        update = updating(method)
+        for step in range(2):
+            method.step(make_batch(dtype=DOUBLE, step=step), update)
+    ours, other = (m.model.state_dict() for m in (plain, perturbed))
+    assert not torch.allclose(ours["conv1.weight"], other["conv1.weight"])
+    assert perturbed.passes(0) == plain.passes(0) + 3
+
+
 def test_a_gradient_that_is_not_finite_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     method = las_at()
     before = {k: p.detach().clone() for k, p in method.strategy.named_parameters()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_awp import updating
 from test_pair_methods import ce, kl
 from test_resume import Interruption, assert_same_end
 from test_resume import run as resumable_run
@@ -297,6 +298,19 @@ def test_grad_align_equals_its_formula_and_so_do_its_gradients() -> None:
         torch.autograd.grad(found.loss, weights), torch.autograd.grad(wanted, weights), strict=True
     ):
         assert torch.allclose(ours, slow, rtol=1e-7, atol=1e-10)
+
+
+def test_grad_align_moves_statistics_three_times_and_takes_awp() -> None:
+    model = make_model(0)
+    method: Any = make_method("grad_align", model, awp_gamma=0.1, steps=1)
+    method.train_mode()
+    before = int(dict(model.named_buffers())["bn1.num_batches_tracked"])
+    weights = [p.detach().clone() for p in model.parameters()]
+    method.step(make_batch(), updating(method))
+    after = int(dict(model.named_buffers())["bn1.num_batches_tracked"])
+    assert after - before == method.bn_updates == 3
+    assert all(not torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert (method.passes(0), make_method("grad_align", model, steps=1).passes(0)) == (24, 13)
 
 
 def test_grad_align_leaves_out_images_without_a_gradient() -> None:

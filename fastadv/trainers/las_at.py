@@ -284,4 +284,4 @@ def _move(model: nn.Module, gradients: list[Tensor], lr: float) -> None:
     for weight, gradient in zip(
         (p for p in model.parameters() if p.requires_grad), gradients, strict=True
     ):
-        weight -= lr * scale * torch.where(scale > 0, gradient, 0.0)
+        weight.sub_(lr * scale * torch.where(scale > 0, gradient, 0.0))
