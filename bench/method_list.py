@@ -90,7 +90,7 @@ class Entry:
 
 
 _OWN_LENGTH = {"arrest", "afs", "free"}  # these fine-tune, or count epochs in another way
-_ONE_CYCLE = {"fast", "hat"}
+_ONE_CYCLE = {"fast", "hat", "n_fgsm", "grad_align", "zero_grad", "dm_at"}
 _ARREST_PARTS: dict[str, dict[str, Any]] = {
     "AFT": {"distill": False, "replay": False},
     "AFT + RGKD": {"replay": False},
@@ -106,6 +106,19 @@ def _free(ground: Ground) -> dict[str, Any]:
 
 def _fat(ground: Ground) -> dict[str, Any]:
     return {"tau_epochs": (round(0.4 * ground.epochs), round(0.75 * ground.epochs))}
+
+
+def _sat(ground: Ground) -> dict[str, Any]:
+    start = round(0.3 * ground.epochs)
+    return {"gap_start": start, "gap_end": max(round(0.7 * ground.epochs), start + 1)}
+
+
+def _las_at(ground: Ground) -> dict[str, Any]:
+    center = round(255 * ground.eps)
+    radii = tuple(max(round(part * center), 1) for part in (0.5, 0.75, 1.0, 1.25, 1.5))
+    sizes = tuple(max(round(part * center), 1) for part in (0.125, 0.25, 0.5))
+    choices = {"eps_choices": radii, "alpha_choices": sizes}
+    return {"strategy": "small_cnn", "strategy_every": 5, **choices}
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -136,4 +149,14 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("Fast (FGSM-RS)", "fast", step=1.25),
     Entry("Free-4", "free", _free, step=1.0),
     Entry("FAT", "fat", _fat),
+    Entry("TLA", "tla"),
+    Entry("S2O", "s2o"),
+    Entry("SAT", "sat", _sat),
+    # Without further images, so that what remains are their recipes.
+    Entry("RST", "rst", {"extra_fraction": 0.0}),
+    Entry("DM-AT", "dm_at", {"extra_fraction": 0.0}),
+    Entry("N-FGSM", "n_fgsm", step=1.0),
+    Entry("GradAlign", "grad_align", step=1.25),
+    Entry("ZeroGrad", "zero_grad", step=2.0),
+    Entry("LAS-AT", "las_at", _las_at),
 )

@@ -40,7 +40,7 @@ from fastadv.trainers.distributed import Synchroniser, with_synced_norms
 from fastadv.trainers.logs import read_records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-METHODS = ["standard", "pgd_at", "trades", "arrest", "act"]
+METHODS = ["standard", "pgd_at", "trades", "arrest", "act", "s2o", "las_at"]
 PROCESSES, STEPS = 2, 8
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "reduce", "gather", "scatter", "barrier")
 SETTINGS = Settings(checkpoint_every=3, log_every=1, keep=3)

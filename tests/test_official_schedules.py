@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from training_helpers import make_model, small_data, small_recipe
 
 from fastadv.trainers import (
     Cyclic,
+    DmAtRecipe,
     FastRecipe,
     HatRecipe,
     MultiStep,
@@ -34,13 +36,21 @@ TABLES: dict[str, list[tuple[int, float]]] = {
     "lbgat": [(1, 0.02), (74, 0.1), (15, 0.01), (10, 0.001)],
     # Epochs count from 0, and the scheduler steps after each: 50 of them come before the first drop.
     "kd_at": [(50, 0.1), (100, 0.01), (50, 0.001)],
+    # Piecewise constant in the steps of 50 images, 1,000 for each epoch.
+    "tla": [(50, 0.1), (10, 0.01), (20, 0.001)],
+    # Stepped after each epoch.
+    "sat": [(40, 0.05), (20, 0.005), (20, 0.0005), (20, 0.00005)],
+    # Epochs count from 1; `epoch >= 100` sets a tenth.
+    # Stepped after each update: milestones at 99/110 and 104/110 of them.
+    "las_at": [(99, 0.1), (5, 0.01), (6, 0.001)],
+    "s2o": [(99, 0.1), (50, 0.01), (51, 0.001)],
     # Epochs count from 0; those whose number plus 1 is a multiple of 3 and of 6 drop first.
     "afs": [(2, 0.1), (3, 0.01), (2, 0.001)],
     # Piecewise constant in the updates, 8 for each of 390 batches: the 13th epoch begins before the 40,000th, the
     # 20th before the 60,000th.
     "free": [(13, 0.1), (7, 0.01), (6, 0.001)],
 }
-STEP_BY_STEP = {"hat", "fast"}
+STEP_BY_STEP = {"hat", "fast", "rst", "n_fgsm", "grad_align", "zero_grad", "dm_at"}
 
 
 def spelled_out(pieces: list[tuple[int, float]]) -> list[float]:
@@ -185,3 +195,43 @@ def test_each_step_is_taken_at_its_momentum(tmp_path: Path) -> None:
     assert len(seen) == 6
     for a, b in zip(model.parameters(), slow.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rsts_cosine_has_the_rate_of_its_script_where_an_epoch_begins() -> None:
+    recipe = find_method("rst").recipe_class.preset("official")
+    theirs = [0.1 * 0.5 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]
+    assert [recipe.lr_at(epoch) for epoch in range(recipe.epochs)] == pytest.approx(theirs)
+    assert recipe.nesterov and recipe.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "top"), [("n_fgsm", 15, 0.2), ("grad_align", 12, 0.3), ("zero_grad", 15, 0.2)]
+)
+def test_one_step_methods_have_the_triangles_of_their_scripts(
+    name: str, peak: int, top: float
+) -> None:
+    recipe = find_method(name).recipe_class.preset("official")
+    assert recipe.epochs == 30
+    for step in range(30 * 7):
+        place = step / 7
+        up, down = place / peak, (30 - place) / (30 - peak)
+        assert recipe.lr_at(place) == pytest.approx(top * min(up, down), abs=1e-12)
+    if name == "n_fgsm":  # CyclicLR's own momenta
+        assert [recipe.momentum_at(e) for e in (0, 15, 30)] == pytest.approx([0.9, 0.8, 0.9])
+    else:
+        assert {recipe.momentum_at(e) for e in range(30)} == {0.9}
+
+
+def test_dm_ats_cycle_is_that_of_its_script() -> None:
+    recipe = DmAtRecipe.preset("official")
+    theirs = scheduled(
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(
+            o, max_lr=0.2, pct_start=0.025, total_steps=400
+        ),
+        0.2,
+        400,
+        nesterov=True,
+    )
+    for epoch in (10, 100, 200, 399):  # the script steps once for each epoch
+        assert recipe.lr_at(epoch) == pytest.approx(theirs[epoch][0], abs=1e-3)
+        assert recipe.momentum_at(epoch) == pytest.approx(theirs[epoch][1], abs=1e-3)

@@ -159,7 +159,8 @@ def test_what_is_no_number_is_refused(text: Any) -> None:
 
 def test_methods_are_found_by_name() -> None:
     later = ["trades", "mart", "alp", "hat", "vfd", "act", "lbgat", "afs", "fast"]
-    later += ["free", "fat", "kd_at"]
+    later += ["free", "fat", "kd_at", "tla", "s2o", "las_at", "sat", "rst"]
+    later += ["n_fgsm", "grad_align", "zero_grad", "dm_at"]
     assert method_names() == METHODS + later
     assert find_method("PGD-AT") is find_method("pgd_at")
     assert find_method(Standard) is Standard

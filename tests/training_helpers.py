@@ -8,12 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.data import ImageData, Splits
-from fastadv.models import small_cnn
+from fastadv.models import create_model, small_cnn
 from fastadv.trainers import (
     AdversarialRecipe,
     ArrestRecipe,
+    DmAtRecipe,
+    LasAtRecipe,
     Method,
+    NFgsmRecipe,
     Recipe,
+    RstRecipe,
     Runtime,
     TrainBatch,
     find_method,
@@ -34,14 +38,28 @@ SMALL: dict[str, Any] = {
     "seed": 3,
 }
 ATTACK: dict[str, Any] = {"eps": 0.1, "alpha": 0.05, "steps": 3, "attack_precision": "fp32"}
+SMALL_STRATEGY: dict[str, Any] = {
+    "strategy": "small_cnn",
+    "strategy_every": 2,
+    "strategy_lr": 0.1,
+    "eps_choices": (13, 26, 40),
+    "alpha_choices": (6, 12),
+    "steps_choices": (1, 2, 4),
+}
 
 
 def small_recipe(method: str, **changes: Any) -> Recipe:
     """A recipe of any method for `small_data`."""
     kind = find_method(method).recipe_class
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
+    if kind is NFgsmRecipe:
+        numbers = numbers | {"steps": 1}
     if kind is ArrestRecipe and changes.get("replay", True):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
+    if kind is LasAtRecipe:
+        numbers = numbers | SMALL_STRATEGY
+    if kind in (RstRecipe, DmAtRecipe):
+        numbers = numbers | {"extra_fraction": 0.0}
     return kind(**(numbers | changes))
 
 
@@ -87,7 +105,13 @@ def make_method(
 ) -> Method[Any, Any]:
     """A method by name on the CPU, in the precision of its tensors."""
     teachers = {} if teacher is None else {"teacher": teacher}
-    runtime = Runtime(CPU, None, PhaseTimer(CPU))
+    dtype = next(model.parameters()).dtype
+
+    def build(network: str) -> nn.Module:
+        return create_model(network, num_classes=4, in_channels=1).to(dtype)
+
+    builds = name == "las_at"
+    runtime = Runtime(CPU, None, PhaseTimer(CPU), build=build if builds else None)
     return find_method(name)(small_recipe(name, **changes), model, runtime, teachers)
 
 

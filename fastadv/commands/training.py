@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastadv.commands.judged import Reading, check_no_root
-from fastadv.data import Splits, load_folders, load_npz
+from fastadv.data import Splits, load_extra, load_folders
 from fastadv.data.datasets import check_source
 from fastadv.data.preprocessing import Interpolation
 from fastadv.data.training_folders import FOLDER
@@ -83,7 +83,8 @@ def run_training(
             for digits, resnet50 for folders and resnet18 otherwise, and for afs a stack of its
             extractors' networks.
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
-            (uint8, N x H x W x C) and label; see extra_fraction.
+            (uint8, N x H x W x C) and label, or a .pickle file with data and extrapolated_targets, as
+            those of RST are published; see extra_fraction.
         teacher: trained models for methods that need them.
         teacher_model: networks of these, by name.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
@@ -121,7 +122,7 @@ def run_training(
         model=model
         or _default_model(find_method(method).name, data, teacher or (), teacher_model or ()),
         run_dir=run,
-        extra=None if extra is None else load_npz(extra),
+        extra=None if extra is None else load_extra(extra),
         teacher=teacher,
         teacher_model=_one_for_all(teacher_model),
         resume=flags.resume if from_checkpoint is None else from_checkpoint,

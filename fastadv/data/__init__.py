@@ -12,6 +12,7 @@ from fastadv.data.hub import HubImages, load_hub
 from fastadv.data.images import ImageData, Splits, from_dataset, from_tensors
 from fastadv.data.loader import Loader
 from fastadv.data.npz import load_npz
+from fastadv.data.pseudo_labels import load_extra, load_pseudo_labels
 from fastadv.data.selection import split_validation, subset
 from fastadv.data.streaming import StreamedData, StreamLoader
 from fastadv.data.training_folders import load_folders
@@ -34,9 +35,11 @@ __all__ = [
     "load_cifar100",
     "load_dataset",
     "load_digits",
+    "load_extra",
     "load_folders",
     "load_hub",
     "load_npz",
+    "load_pseudo_labels",
     "split_validation",
     "subset",
 ]

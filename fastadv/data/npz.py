@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fastadv.data.errors import DataFormatError
 from fastadv.data.images import ImageData, from_tensors, has_channels_at
@@ -39,16 +41,39 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
             f"{path}: not a .npz archive with the arrays image and label, or damaged "
             f"({type(error).__name__}: {error}); download or write it again"
         ) from error
+    return labelled_images(path, images, labels, num_classes)
+
+
+def labelled_images(
+    path: str | os.PathLike[str],
+    images: NDArray[Any],
+    labels: NDArray[Any],
+    num_classes: int | None,
+    name: str = "image",
+) -> ImageData:
+    """Check the arrays of a file, and make images of them.
+
+    Args:
+        path: the file, for messages and as the name of the images.
+        images: uint8 [N, H, W, C].
+        labels: integers [N].
+        num_classes: number of classes; by default the largest label + 1.
+        name: what the file calls its images.
+
+    Raises:
+        DataFormatError: if they are something else.
+    """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataFormatError(
-            f"{path}: image must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
+            f"{path}: {name} must be uint8 [N, H, W, C], got {images.dtype} {list(images.shape)}"
         )
     if has_channels_at(0, images.shape[1:]):
         raise DataFormatError(
-            f"{path}: image must be [N, H, W, C], got {list(images.shape)}, which looks like [N, C, H, W]"
+            f"{path}: {name} must be [N, H, W, C], got {list(images.shape)}, which looks like [N, C, H, W]"
         )
     try:
-        pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+        # A copy, as arrays of a pickle are read-only.
+        pixels = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))
         if labels.dtype.kind in "iu":  # of any size and byte order
             labels = labels.astype(np.int64)
         return from_tensors(pixels, torch.from_numpy(labels), num_classes, os.path.basename(path))

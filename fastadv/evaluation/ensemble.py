@@ -75,7 +75,7 @@ class AutoAttack:
             ValueError: as `fastadv.evaluation.autoattack`.
         """
         self._last, seed = None, check_seed(seed)
-        y = check_batch(x, y, sample_ids, self.model)
+        y = check_batch(x, y, sample_ids, self.model, "for AutoAttack")
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
         result = autoattack(

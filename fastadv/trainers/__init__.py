@@ -10,19 +10,26 @@ from fastadv.trainers.alp import Alp, AlpRecipe
 from fastadv.trainers.arrest import Arrest, ArrestRecipe
 from fastadv.trainers.callbacks import Callback, RunStart
 from fastadv.trainers.checkpoint import CheckpointError
+from fastadv.trainers.dm_at import DmAt, DmAtRecipe
 from fastadv.trainers.fast import Fast, FastRecipe
 from fastadv.trainers.fat import Fat, FatRecipe
 from fastadv.trainers.free import Free, FreeRecipe
+from fastadv.trainers.grad_align import GradAlign, GradAlignRecipe
 from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
+from fastadv.trainers.las_at import LasAt, LasAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
 from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
+from fastadv.trainers.n_fgsm import NFgsm, NFgsmRecipe
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
+from fastadv.trainers.rst import Rst, RstRecipe
 from fastadv.trainers.run_lock import RunInUseError
+from fastadv.trainers.s2o import S2o, S2oRecipe
+from fastadv.trainers.sat import Sat, SatRecipe
 from fastadv.trainers.schedules import (
     Constant,
     Cosine,
@@ -35,11 +42,13 @@ from fastadv.trainers.schedules import (
     Step,
 )
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.tla import Tla, TlaRecipe
 from fastadv.trainers.trackers import MlflowCallback, TensorBoardCallback, WandbCallback
 from fastadv.trainers.trades import Trades, TradesRecipe
 from fastadv.trainers.training import TrainResult, train
 from fastadv.trainers.vfd import Vfd, VfdRecipe
 from fastadv.trainers.weights import load_model, load_teacher
+from fastadv.trainers.zero_grad import ZeroGrad, ZeroGradRecipe
 
 __all__ = [
     "PGDAT",
@@ -58,18 +67,24 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cyclic",
+    "DmAt",
+    "DmAtRecipe",
     "Fast",
     "FastRecipe",
     "Fat",
     "FatRecipe",
     "Free",
     "FreeRecipe",
+    "GradAlign",
+    "GradAlignRecipe",
     "Hat",
     "HatRecipe",
     "Interpolated",
     "Interrupted",
     "KdAt",
     "KdAtRecipe",
+    "LasAt",
+    "LasAtRecipe",
     "Lbgat",
     "LbgatRecipe",
     "LossResult",
@@ -79,19 +94,29 @@ __all__ = [
     "Method",
     "MlflowCallback",
     "MultiStep",
+    "NFgsm",
+    "NFgsmRecipe",
     "NonFiniteLossError",
     "OneCycle",
     "Piecewise",
     "Progress",
     "Recipe",
+    "Rst",
+    "RstRecipe",
     "RunInUseError",
     "RunStart",
     "Runtime",
+    "S2o",
+    "S2oRecipe",
+    "Sat",
+    "SatRecipe",
     "Schedule",
     "Settings",
     "Standard",
     "Step",
     "TensorBoardCallback",
+    "Tla",
+    "TlaRecipe",
     "Trades",
     "TradesRecipe",
     "TrainBatch",
@@ -100,6 +125,8 @@ __all__ = [
     "Vfd",
     "VfdRecipe",
     "WandbCallback",
+    "ZeroGrad",
+    "ZeroGradRecipe",
     "find_method",
     "load_model",
     "load_teacher",

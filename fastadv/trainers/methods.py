@@ -9,19 +9,28 @@ from fastadv.trainers.act import Act
 from fastadv.trainers.afs import Afs
 from fastadv.trainers.alp import Alp
 from fastadv.trainers.arrest import Arrest
+from fastadv.trainers.dm_at import DmAt
 from fastadv.trainers.fast import Fast
 from fastadv.trainers.fat import Fat
 from fastadv.trainers.free import Free
+from fastadv.trainers.grad_align import GradAlign
 from fastadv.trainers.hat import Hat
 from fastadv.trainers.kd_at import KdAt
+from fastadv.trainers.las_at import LasAt
 from fastadv.trainers.lbgat import Lbgat
 from fastadv.trainers.mart import Mart
 from fastadv.trainers.method import Method
+from fastadv.trainers.n_fgsm import NFgsm
 from fastadv.trainers.own_method import check_method, label_of, own_method
 from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.rst import Rst
+from fastadv.trainers.s2o import S2o
+from fastadv.trainers.sat import Sat
 from fastadv.trainers.standard import Standard
+from fastadv.trainers.tla import Tla
 from fastadv.trainers.trades import Trades
 from fastadv.trainers.vfd import Vfd
+from fastadv.trainers.zero_grad import ZeroGrad
 
 MethodClass: TypeAlias = type[Method[Any, Any]]
 
@@ -41,6 +50,15 @@ _METHODS: tuple[MethodClass, ...] = (
     Free,
     Fat,
     KdAt,
+    Tla,
+    S2o,
+    LasAt,
+    Sat,
+    Rst,
+    NFgsm,
+    GradAlign,
+    ZeroGrad,
+    DmAt,
 )
 
 

@@ -72,4 +72,8 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         if method == "lbgat" and value("base") is None:
             unused = [name for name in unused if name not in ("beta", "start_std")]
         conditions.append((True, f"with base {value('base')}", unused))
+    if method == "s2o":
+        conditions.append(
+            (value("base") != "trades", "with another base than trades", ["beta", "start_std"])
+        )
     return {name: reason for holds, reason, names in conditions if holds for name in names}

@@ -1,0 +1,44 @@
+"""PGD that goes no further than a limit of difficulty (Sitawarin et al. 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.attacks.batch import Batch
+from fastadv.attacks.pgd import PGD, StepSize
+from fastadv.losses.common import at_least_float32
+
+
+class CurriculumPGD(PGD):
+    """PGD in which an image stays where it is as soon as it is difficult enough.
+
+    The difficulty is the gap of probabilities, max over the other classes of p_j, less p_y: -1 where the model is
+    certain and right, above 0 where it is wrong. Images that stay remain in the passes, so that nothing waits for
+    the device. Arguments as in `fastadv.PGD`.
+
+    Attributes:
+        gap: the largest gap at which an image still moves; 1 is plain PGD.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.gap = 1.0
+        super().__init__(*args, **options)
+
+    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+        sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)
+        gap, own = self.gap, batch.y.long()[:, None]
+
+        def size(logits: Tensor) -> Tensor:
+            p = at_least_float32(logits).softmax(1)
+            hardest = p.scatter(1, own, -1.0).amax(1)
+            # Of size 0, not none at all, so that a start outside the ball is brought into it.
+            return torch.where(hardest - p.gather(1, own)[:, 0] <= gap, sizes, 0.0)
+
+        return size
+
+    def _graph_key(self) -> tuple[Hashable, ...]:
+        return (*super()._graph_key(), self.gap)

@@ -1,0 +1,48 @@
+"""RST: robust self-training on pseudo-labelled images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fastadv.trainers.number import Number
+from fastadv.trainers.recipe import Presets
+from fastadv.trainers.schedules import Cosine, Schedule
+from fastadv.trainers.trades import Trades, TradesRecipe
+
+_COSINE = Cosine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RstRecipe(TradesRecipe):
+    """Numbers of the authors' code for CIFAR-10 with 500,000 pseudo-labelled images; both presets have them.
+
+    The cosine goes down with each step, where the code's goes down with each epoch.
+
+    Attributes:
+        extra_fraction: part of each batch drawn from the pseudo-labelled images.
+    """
+
+    epochs: int = 200
+    batch_size: int = 256
+    schedule: Schedule = _COSINE
+    nesterov: bool = True
+    weight_decay: Number = 5e-4
+    extra_fraction: Number = 0.5
+
+    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+
+
+class Rst(Trades):
+    """RST: CE(f(x)) + 6 KL(f(x) || f(x')), TRADES, on batches of which one half has pseudo-labels.
+
+    Source: Carmon et al. 2019, equations 5 and 6 with adversarial training; recipe as in the authors' code
+    (yaircarmon/semisup-adv). The images come by `--extra FILE`, which takes the published file
+    ti_500K_pseudo_labeled.pickle. An epoch has as many steps as there are batches of the training images.
+
+    Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
+    """
+
+    name = "rst"
+    heeds = frozenset({"extra_weight"})
+    recipe_class = RstRecipe

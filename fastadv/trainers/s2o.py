@@ -1,0 +1,133 @@
+"""S2O: adversarial training with second-order statistics of the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastadv import losses
+from fastadv.losses.common import at_least_float32
+from fastadv.ranks import Ranks
+from fastadv.trainers.method import TrainBatch
+from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod, PairRecipe
+from fastadv.trainers.recipe import Presets, check_field
+from fastadv.trainers.schedules import MultiStep, Schedule
+
+# The scripts count epochs from 1 and test `epoch >= 100`, so that the 100th epoch already runs at a tenth.
+_TENTH_AT_100_AND_150 = MultiStep((99, 149), 0.1)
+_WEIGHTS = {"pgd_at": 0.1, "trades": 0.3}
+
+
+@dataclass(frozen=True, kw_only=True)
+class S2oRecipe(PairRecipe):
+    """Numbers of the authors' code, the same for both bases; both presets have them.
+
+    What "official" does not reproduce is stated at `S2o`.
+
+    Attributes:
+        base: the method to which the statistics are added, "pgd_at" or "trades".
+        beta: weight of the divergence, with base "trades".
+        weight: of the statistics' term, where that of the cross-entropy is 1 less it; by default .1 with base
+            "pgd_at" and .3 with "trades".
+        own: share of an image's own class in the targets; .2 in the code for 10 classes, .02 for 100.
+    """
+
+    epochs: int = 200
+    schedule: Schedule = _TENTH_AT_100_AND_150
+    eps: Number = 8 / 255
+    alpha: Number = 2 / 255
+    base: Literal["pgd_at", "trades"] = "pgd_at"
+    beta: Number = 6.0
+    weight: Number | None = None
+    own: Number = 0.2
+
+    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field(self, "beta", at_least=0)
+        for name in ("term_weight", "own"):
+            if not 0 <= getattr(self, name) <= 1:
+                shown = name.removeprefix("term_")
+                raise ValueError(f"{shown} must be in 0..1, got {getattr(self, name)}")
+
+    @property
+    def term_weight(self) -> float:
+        """The weight of the statistics' term, of the base where the recipe leaves it open."""
+        return _WEIGHTS[self.base] if self.weight is None else self.weight
+
+
+class S2o(PairMethod[S2oRecipe]):
+    """S2O: (1 - w) CE(f(x')) + w / 2 (KL(t || f(x)) + KL(t' || f(x'))), with soft targets t and t' of each class.
+
+    On TRADES the cross-entropy is that of f(x), and 6 KL(f(x) || f(x')) is added.
+
+    t are soft targets of each class from the second moments M = sum over the batch of f f^T: the own class has .2,
+    and another class j of the others' .8 a share in proportion to max_k |M_yk| - |M_yj|, so that classes whose
+    logits go together with those of y get little. t is of the clean logits and t' of the adversarial ones, without
+    gradient.
+
+    Source: Jin et al. 2022; the loss is that of the authors' code (Alexkael/S2O), in which this takes the place of
+    the paper's term in the correlation of the weights. What the code leaves open: where all others' shares are 0,
+    as with two classes, they are equal here; with several processes M is the sum over the global batch.
+
+    The code runs both kinds of images twice in training mode, once for the moments and once for the divergences;
+    here each runs once. With base "pgd_at" the attack starts from uniform noise, and `start_std` has no effect.
+
+    Cost per batch: 2KF for the attack (1F more on TRADES), 6F for training. Running statistics move twice (four
+    times or more in the authors' code).
+    """
+
+    name = "s2o"
+    heeds = frozenset({"extra_weight"})
+    recipe_class = S2oRecipe
+
+    def setup(self) -> None:
+        """Build the base's attack."""
+        self.attack_loss = "kl" if self.recipe.base == "trades" else "ce"
+        super().setup()
+
+    def start_of(self, batch: TrainBatch) -> Tensor | None:
+        """Return where the base's attack starts."""
+        return super().start_of(batch) if self.recipe.base == "trades" else None
+
+    def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
+        """Return the whole loss of each image."""
+        recipe, own, ranks = self.recipe, self.recipe.own, self.runtime.ranks
+        hard = clean_logits if recipe.base == "trades" else adv_logits
+        loss = (1 - recipe.term_weight) * losses.cross_entropy(hard, y, reduction="none")
+        for logits in (clean_logits, adv_logits):
+            targets = second_order_targets(logits, own, ranks)[y]
+            log_p = at_least_float32(logits).log_softmax(1)
+            apart = F.kl_div(log_p, targets, reduction="none").sum(1)
+            loss = loss + recipe.term_weight / 2 * apart
+        if recipe.base == "trades":
+            loss = loss + recipe.beta * losses.kl(clean_logits, adv_logits, reduction="none")
+        return loss
+
+
+@torch.no_grad()
+def second_order_targets(logits: Tensor, own: float, ranks: Ranks) -> Tensor:
+    """Return the soft targets of each class.
+
+    Args:
+        logits: of this process's part of the batch, [B, K].
+        own: the class's own share.
+        ranks: the processes whose parts make up the batch.
+
+    Returns:
+        [K, K], a row for each class, which sums to 1.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        values = at_least_float32(logits)
+        moments = ranks.sum(values.T @ values).abs()
+    shares = (moments.amax(1, keepdim=True) - moments).fill_diagonal_(0.0)
+    totals = shares.sum(1, keepdim=True)
+    even = torch.full_like(shares, 1 / max(len(shares) - 1, 1)).fill_diagonal_(0.0)
+    shares = torch.where(totals > 0, shares / totals, even)
+    return ((1 - own) * shares).fill_diagonal_(own)
