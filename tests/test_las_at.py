@@ -53,12 +53,12 @@ def test_each_image_is_attacked_by_its_own_strategy() -> None:
     attack = StrategicPGD(model, 0.1, 0.05, 3, precision="fp32")
     strategy = strategy_of(batch)
     start = (batch.x + 0.06 * torch.sin(90 * batch.x)).clamp(0, 1)
-    attack.follow(*strategy)
+    attack.strategy = strategy
     for _ in range(2):  # a call leaves the strategy as it was
         found = attack(batch.x, batch.y, start=start)
         wanted = slow_attack(model, batch, start, strategy)
         assert torch.allclose(found, wanted, rtol=0, atol=1e-12)
-    attack.strategy, attack.steps = None, 3
+    attack.strategy = None
     plain = PGD(model, 0.1, 0.05, 3, precision="fp32")
     assert torch.equal(attack(batch.x, batch.y, seed=1), plain(batch.x, batch.y, seed=1))
 

@@ -385,7 +385,9 @@ def test_autograd_notices_what_is_overwritten(device: str, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prepare", [torch.Tensor.detach, lambda leaf: leaf * 1, lambda leaf: leaf], ids=str
+    "prepare",
+    [torch.Tensor.detach, lambda leaf: leaf * 1, lambda leaf: leaf],
+    ids=["detached", "derived", "leaf"],
 )
 def test_in_place_needs_a_point_outside_the_graph(prepare: Callable[[Tensor], Tensor]) -> None:
     x = _images("cpu")

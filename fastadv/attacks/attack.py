@@ -22,7 +22,7 @@ from fastadv.attacks.arguments import (
     check_seed,
     check_start,
 )
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import Batch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
@@ -148,6 +148,19 @@ class Attack(Configured):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
+        return self._attack(x, y, seed, sample_ids, eps, start)
+
+    def _attack(
+        self,
+        x: Tensor,
+        y: Tensor,
+        seed: int | None,
+        sample_ids: Tensor | None,
+        eps: float | Tensor | None,
+        start: Tensor | None,
+        pace: Pace = Pace(),  # noqa: B008, it is immutable
+    ) -> Tensor:
+        """Attack a batch, as `__call__` says; the images may have a pace of their own."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
         radius = self._radius(x, eps)
@@ -183,6 +196,7 @@ class Attack(Configured):
                     partial(check_labels, y) if self.check_inputs else None,
                     None if start is None else engine.images(_usable(start)),
                     passes=self.passes,
+                    pace=pace,
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(

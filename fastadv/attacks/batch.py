@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,25 @@ class Tally:
     losses: list[Tensor] = field(default_factory=list)
 
 
+class Pace(NamedTuple):
+    """What a call gives its images in place of the attack's own.
+
+    Attributes:
+        alpha: step size, a number or [B]; None is the attack's, in proportion to the radius.
+        steps: int64 [B] on the images' device; None is the attack's.
+        most: the largest of these numbers of steps.
+    """
+
+    alpha: float | Tensor | None = None
+    steps: Tensor | None = None
+    most: int = 0
+
+    def rows(self, rows: Tensor) -> Pace:
+        """Some of the samples, by int64 indices."""
+        alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
+        return Pace(alpha, None if self.steps is None else self.steps[rows], self.most)
+
+
 @dataclass
 class Batch:
     """Images under attack, within the session of an engine.
@@ -56,6 +75,7 @@ class Batch:
         active: bool [B], false for samples that only fill the batch up: they are neither moved nor counted. None
             is all true.
         passes: through the network for one gradient, which is their mean.
+        pace: step sizes and numbers of steps of this call.
     """
 
     engine: Engine
@@ -70,6 +90,7 @@ class Batch:
     given_start: Tensor | None = None
     active: Tensor | None = None
     passes: int = 1
+    pace: Pace = Pace()  # noqa: RUF009, it is immutable
 
     def __post_init__(self) -> None:
         counts = torch.zeros(2, dtype=torch.int64, device=self.x.device)
@@ -159,6 +180,7 @@ class Batch:
             some.given_start = self.given_start[rows]
         if isinstance(self.eps, Tensor):
             some.eps = self.eps[rows]
+        some.pace = self.pace.rows(rows)
         return some
 
     def with_radius(self, eps: float | Tensor) -> Batch:
@@ -170,7 +192,15 @@ class Batch:
     def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> Batch:
         """The same attack on other tensors, which is checked by nobody and counted for itself."""
         return replace(
-            self, x=x, y=y, eps=eps, active=active, sample_ids=None, check=None, given_start=None
+            self,
+            x=x,
+            y=y,
+            eps=eps,
+            active=active,
+            sample_ids=None,
+            check=None,
+            given_start=None,
+            pace=Pace(),
         )
 
     def check_values(self, classes: int) -> None:

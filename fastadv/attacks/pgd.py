@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.batch import Batch, Pace, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import SOFT_OBJECTIVES, LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
@@ -20,6 +20,7 @@ from fastadv.attacks.soft_labels import is_soft
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
 from fastadv.engine.selection import EngineCache
+from fastadv.ops.checks import per_sample
 from fastadv.ops.values import integer, limit
 from fastadv.seeding import derive_seed
 
@@ -156,6 +157,43 @@ class PGD(Attack):
         )
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
+    @names_checked
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        *,
+        seed: int | None = None,
+        sample_ids: Tensor | None = None,
+        eps: float | Tensor | None = None,
+        start: Tensor | None = None,
+        alpha: float | Tensor | None = None,
+        steps: int | Tensor | None = None,
+    ) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            x: as in `Attack.__call__`, with all below but for the last two.
+            y: labels, or targets, [B], or soft labels [B, C].
+            seed: of the random numbers, for this call.
+            sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+            eps: radius for this call, a number or one per image [B], whose values are not checked.
+            start: images within the bounds to begin from.
+            alpha: step size for this call, a number or one per image [B], whose values are not checked; by default
+                the attack's own, in proportion to ``eps``.
+            steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
+                often as the image with the most steps, and one whose steps are made stays where it is. To know the
+                largest number waits for the device.
+
+        Returns:
+            Adversarial images [B, ...] in ``x``'s dtype and layout.
+
+        Raises:
+            TypeError: as in `fastadv.pgd_fused`.
+            ValueError: as in `fastadv.pgd_fused`.
+        """
+        return self._attack(x, y, seed, sample_ids, eps, start, pace_of(alpha, steps, x))
+
     def _perturb(self, batch: Batch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
         found = None if graphs is None else self._replay(graphs, batch, seed, alpha)
@@ -168,6 +206,8 @@ class PGD(Attack):
         obstacle = self._graph_obstacle()
         if obstacle is None and is_soft(batch.y):
             obstacle = "soft labels are not recorded"
+        if obstacle is None and batch.pace.steps is not None:
+            obstacle = "images with numbers of steps of their own are not recorded"
         if obstacle is not None:
             batch.tally.reason += f"; {obstacle}"
             return None
@@ -260,12 +300,14 @@ class PGD(Attack):
     ) -> Tensor:
         """One run of K steps from ``adv``, in place; every point but the last is offered to ``best``."""
         direction, size_at = self._direction(batch), self._size_at(batch, alpha)
-        sparsity = self.settings.sparsity
-        for _ in range(self.settings.steps):
+        sparsity, own = self.settings.sparsity, batch.pace.steps
+        for step in range(self.settings.steps if own is None else batch.pace.most):
             found = batch.gradient(adv, value_of)
             if best is not None:
                 best.offer(adv, found.value, batch.succeeded(found.logits))
             size = size_at(found.logits)
+            if own is not None:
+                size = torch.where(step < own, size, 0.0)
             if direction is None:
                 batch.step_(adv, found.grad, size, sparsity)
             else:
@@ -287,11 +329,35 @@ class PGD(Attack):
             ValueError: the attack was made with a radius of 0, so that there is no proportion.
         """
         settings = self.settings
+        if batch.pace.alpha is not None:
+            return batch.pace.alpha
         if not isinstance(batch.eps, Tensor) and batch.eps == settings.eps:
             return settings.step_size
         if settings.eps == 0:
             raise ValueError("eps must not be given to a call of an attack made with eps 0")
         return settings.step_size * (batch.eps / settings.eps)
+
+
+def pace_of(alpha: float | Tensor | None, steps: int | Tensor | None, x: Tensor) -> Pace:
+    """Check the step sizes and numbers of steps of a call."""
+    if not isinstance(x, Tensor) or (alpha is None and steps is None):
+        return Pace()
+    if alpha is not None:
+        number, values = per_sample("alpha", alpha, x)
+        alpha = number if values is None else values
+    if steps is None or x.shape[0] == 0:
+        return Pace(alpha)
+    if not isinstance(steps, Tensor):
+        steps = torch.full((x.shape[0],), integer("steps", steps, at_least=1), device=x.device)
+    if steps.dtype != torch.int64 or steps.shape != (x.shape[0],) or steps.device != x.device:
+        raise ValueError(
+            f"steps must be a number or int64 of shape ({x.shape[0]},) on the device {x.device}, got "
+            f"{steps.dtype} {tuple(steps.shape)} on {steps.device}"
+        )
+    least, most = torch.stack(steps.aminmax()).tolist()
+    if least < 0:
+        raise ValueError(f"steps must be >= 0, got {least}")
+    return Pace(alpha, steps, most)
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:

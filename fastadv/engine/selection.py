@@ -114,7 +114,7 @@ class EngineCache:
         """Warn, once."""
         if message not in self._told:
             self._told.add(message)
-            warnings.warn(message, stacklevel=6)
+            warnings.warn(message, stacklevel=7)
 
     def _live(
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str

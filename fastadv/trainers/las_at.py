@@ -193,7 +193,7 @@ class LasAt(PGDAT[LasAtRecipe]):
             for values, rows in zip(self.recipe.choices, chosen, strict=True)
         )
         assert isinstance(self.pgd, StrategicPGD)
-        self.pgd.follow(radii.to(batch.x) / 255, sizes.to(batch.x) / 255, steps)
+        self.pgd.strategy = (radii.to(batch.x) / 255, sizes.to(batch.x) / 255, steps)
 
     def train_strategy(self, batch: TrainBatch) -> None:
         """Take one step of REINFORCE; none where the gradient is not finite."""
