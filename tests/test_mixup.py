@@ -21,7 +21,7 @@ from training_helpers import (
 
 from fastadv.ops import random_start
 from fastadv.ranks import Ranks
-from fastadv.trainers import Recipe, TrainBatch, train
+from fastadv.trainers import Recipe, TrainBatch, find_method, train
 from fastadv.trainers.mixup import mixed, partners_of, share_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -143,3 +143,17 @@ def test_what_cannot_be_mixed_is_refused() -> None:
         Recipe(mixup=1.0, extra_weight=2.0)
     with pytest.raises(ValueError, match=r"mixup must be >= 0, got -1\.0"):
         Recipe(mixup=-1.0)
+
+
+@pytest.mark.parametrize("name", ["tla", "las_at", "sat", "dm_at", "trades", "s2o"])
+def test_methods_that_take_no_soft_labels_refuse_mixup(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"mixup must be 0 for {name}, whose loss takes no soft labels"
+    ):
+        make_method(name, make_model(0), mixup=1.0)
+
+
+@pytest.mark.parametrize("name", ["las_at", "n_fgsm", "zero_grad"])
+def test_methods_of_one_norm_refuse_the_other(name: str) -> None:
+    with pytest.raises(ValueError, match="norm must be 'linf' for this method, got 'l2'"):
+        find_method(name).recipe_class(norm="l2")

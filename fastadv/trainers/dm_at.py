@@ -55,6 +55,7 @@ class DmAt(Trades):
     """
 
     name = "dm_at"
+    takes_soft_labels = False
     heeds = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = DmAtRecipe
 

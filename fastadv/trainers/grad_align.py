@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastadv.losses.common import at_least_float32
-from fastadv.ops import random_start
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
@@ -69,8 +68,7 @@ class GradAlign(PGDAT[GradAlignRecipe]):
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return the cross-entropy of the attacked images and the regulariser."""
         result = super().training_loss(batch, adv)
-        noise = batch.seed("alignment")
-        near = random_start(batch.x, self.recipe.eps, seed=noise, sample_ids=batch.ids)
+        near = self.random_point(batch, "alignment")
         here = self._input_gradient(batch.x, batch.y, keep=False)
         there = self._input_gradient(near, batch.y, keep=True)
         present = (here != 0).any(1) & (there.detach() != 0).any(1)

@@ -64,6 +64,7 @@ class LasAtRecipe(AdversarialRecipe):
     robust_weight: Number = 4.0
     clean_weight: Number = 2.0
 
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
 
     def __post_init__(self) -> None:
@@ -140,6 +141,7 @@ class LasAt(PGDAT[LasAtRecipe]):
     """
 
     name = "las_at"
+    takes_soft_labels = False
     recipe_class = LasAtRecipe
     attack_class = StrategicPGD
 

@@ -125,12 +125,15 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         bn_updates: updates of the running statistics per batch.
         heeds: which of the recipe's fields "label_smoothing" and "extra_weight" the loss goes by.
             A class that defines another loss does not inherit it.
+        takes_soft_labels: whether a method that goes by "label_smoothing" can be trained on mixed labels, too: its
+            attack and all else that looks at labels take soft ones.
     """
 
     name: ClassVar[str]
     recipe_class: ClassVar[type[Recipe]]
     bn_updates: int = 1
     heeds: ClassVar[frozenset[str]] = frozenset()
+    takes_soft_labels: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -157,7 +160,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
                     f"{field_name} must be {neutral} for {self.name}, whose loss does not take it, "
                     f"got {value}"
                 )
-        if recipe.mixup and "label_smoothing" not in self.heeds:
+        if recipe.mixup and not (self.takes_soft_labels and "label_smoothing" in self.heeds):
             raise ValueError(
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )

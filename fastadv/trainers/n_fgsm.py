@@ -35,6 +35,7 @@ class NFgsmRecipe(AdversarialRecipe):
     steps: int = 1
     noise: Number = 2.0
 
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
 
     def __post_init__(self) -> None:

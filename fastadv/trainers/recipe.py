@@ -279,6 +279,7 @@ class AdversarialRecipe(Recipe):
     15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
 
     Attributes:
+        norms: of the balls that the method is defined in.
         norm: of the ball that the attack, its start and the noise stay in.
         eps: radius of the ball, in units of the 0..1 image.
         alpha: step size of the attack, likewise; in l2 the length of the whole step.
@@ -309,10 +310,15 @@ class AdversarialRecipe(Recipe):
     awp_warmup: int = 0
 
     deciding: ClassVar[tuple[str, ...]] = ("norm",)
+    norms: ClassVar[tuple[str, ...]] = ("linf", "l2")
     l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 15 / 255}
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.norm not in self.norms:
+            raise ValueError(
+                f"norm must be {' or '.join(map(repr, self.norms))} for this method, got {self.norm!r}"
+            )
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)

@@ -67,6 +67,7 @@ class Sat(PGDAT[SatRecipe]):
     """
 
     name = "sat"
+    takes_soft_labels = False
     recipe_class = SatRecipe
     attack_class = CurriculumPGD
 

@@ -31,6 +31,7 @@ class ZeroGradRecipe(AdversarialRecipe):
     steps: int = 1
     quantile: Number = 0.35
 
+    norms: ClassVar[tuple[str, ...]] = ("linf",)
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
 
     def __post_init__(self) -> None:
