@@ -19,6 +19,7 @@ from fastadv.data import Splits
 from fastadv.trainers import CheckpointError, Settings, load_model, train
 from fastadv.trainers.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from fastadv.trainers.logs import read_records
+from fastadv.trainers.sealed import read_sealed, sealed_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = ["standard", "pgd_at", "arrest"]
@@ -117,6 +118,18 @@ def test_a_run_can_be_made_longer_on_request(tmp_path: Path) -> None:
     assert longer.progress.step == 12
     # From now on that is what the run is.
     assert run("standard", tmp_path, resume=True, changes={"epochs": 3}).progress.step == 12
+
+
+def test_a_run_from_before_a_number_existed_goes_on(tmp_path: Path) -> None:
+    run("pgd_at", tmp_path)
+    file = tmp_path / "run.json"
+    content = read_sealed(file)
+    for name in ("norm", "attack_mode", "optimizer", "mixup"):
+        del content["recipe"][name]
+    file.write_text(sealed_json(content))
+    assert run("pgd_at", tmp_path, resume=True).progress.step == 8
+    with pytest.raises(ValueError, match="attack_mode: eval -> train"):
+        run("pgd_at", tmp_path, resume=True, changes={"attack_mode": "train"})
 
 
 def test_an_existing_run_is_neither_touched_nor_taken_for_another(tmp_path: Path) -> None:

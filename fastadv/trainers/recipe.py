@@ -404,6 +404,12 @@ def as_plain(value: Any) -> Any:
     return value
 
 
+def plain_defaults(kind: type[Recipe]) -> dict[str, Any]:
+    """Return the default of each field that has one, as JSON types."""
+    found = ((f.name, f.default) for f in dataclasses.fields(kind))
+    return {name: as_plain(value) for name, value in found if value is not dataclasses.MISSING}
+
+
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return one "name: old -> new" for each entry in which two plain recipes differ."""
     missing = "(not there)"

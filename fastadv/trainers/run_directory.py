@@ -175,13 +175,17 @@ class RunDirectory:
                 f"run_dir {self.path} holds checkpoints or logs but no run.json; choose another"
             )
 
-    def check_same(self, new: Description) -> None:
+    def check_same(self, new: Description, defaults: Mapping[str, Any]) -> None:
         """Check that a run to be resumed is the one that is here.
+
+        Args:
+            new: what is to be resumed.
+            defaults: the recipe's numbers that a run from before there were such numbers has.
 
         Raises:
             ValueError: naming what differs.
         """
-        changed = differences(self.read().flat(), new.flat())
+        changed = differences({**defaults, **self.read().flat()}, new.flat())
         if changed:
             raise ValueError(
                 f"run_dir {self.path} holds another run than the one to resume: "

@@ -53,7 +53,7 @@ from fastadv.trainers.methods import MethodClass, find_method, own_code
 from fastadv.trainers.monitor import Monitor
 from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
-from fastadv.trainers.recipe import Recipe, as_plain
+from fastadv.trainers.recipe import Recipe, as_plain, plain_defaults
 from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.teachers import (
@@ -231,8 +231,10 @@ def train(
         if ranks.first:
             loop.callbacks = hooks
         facts = {"versions": versions(), "launch": launch(), **own_code(method_class)}
+        defaults = plain_defaults(method_class.recipe_class)
         start = _open_run(
-            *(run, description, source, frozen, resume, overwrite, allow_changes, ranks, facts)
+            *(run, description, defaults, source, frozen, resume),
+            *(overwrite, allow_changes, ranks, facts),
         )
         if ranks.first:
             loop.meta["run"] = run.identity()
@@ -392,6 +394,7 @@ def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, A
 def _open_run(
     run: RunDirectory,
     description: Description,
+    defaults: Mapping[str, Any],
     source: Mapping[str, Any],
     teachers: Mapping[str, nn.Module],
     resume: bool | str,
@@ -408,7 +411,7 @@ def _open_run(
     clear = run.exists and overwrite
     if run.exists and not clear:
         if not allow_changes:
-            run.check_same(description)
+            run.check_same(description, defaults)
         if isinstance(resume, str) or checkpoints_in(run.checkpoints):
             which = resume if isinstance(resume, str) else LATEST
             start = load_checkpoint(find_checkpoint(run.path, which))
