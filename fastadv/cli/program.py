@@ -12,6 +12,7 @@ import fastadv
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
+from fastadv.cli.reproduce import reproduce
 from fastadv.cli.train import train
 from fastadv.cli.transfer import transfer
 from fastadv.commands.result_keeper import UnsavedResultsError
@@ -129,6 +130,7 @@ _COMMANDS = {
     "train": Command("train a model by one of the methods", train),
     "eval": Command("measure a run's accuracy under attack", evaluate),
     "transfer": Command("let models judge each other's adversarial images", transfer),
+    "reproduce": Command("reproduce a table or a figure of a paper", reproduce),
     "report": Command("compare runs in a table and a plot", report),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),
