@@ -12,6 +12,7 @@ from fastadv.reproduction.tables import Cell, Table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _CURVES = {"cifar10": ARREST_CIFAR10_CURVE, "cifar100": ARREST_CIFAR100_CURVE}
 _FEWEST = 4  # points of different clean accuracy, for a cubic
@@ -78,7 +79,7 @@ def _interval(cell: Cell) -> tuple[float, float] | None:
 
 def _lines(table: Table) -> bytes | None:
     """A line for each row over the places of the columns."""
-    _, axes = new_figure(LIGHT, 7.2, 4.8)
+    figure, axes = new_figure(LIGHT, 7.2, 4.8)
     places = [c.x if c.x is not None else i for i, c in enumerate(table.item.columns)]
     colours = numbered(row.label for row in table.item.rows)
     drawn = False
@@ -89,7 +90,7 @@ def _lines(table: Table) -> bytes | None:
             drawn = True
             axes.errorbar(
                 [x for x, _ in ours],
-                [c.mean for _, c in ours],
+                [c.mean or 0.0 for _, c in ours],
                 yerr=[_error(c) for _, c in ours] if table.seeds > 1 else None,
                 marker=MARKERS[number % len(MARKERS)],
                 color=ink,
@@ -104,7 +105,7 @@ def _lines(table: Table) -> bytes | None:
         return None
     if any(column.x is None for column in table.item.columns):
         axes.set_xticks(places, [column.label for column in table.item.columns])
-    return _finished(table, axes)
+    return _finished(table, figure, axes)
 
 
 def _error(cell: Cell) -> float:
@@ -113,7 +114,7 @@ def _error(cell: Cell) -> float:
 
 def _bars(table: Table) -> bytes | None:
     """A group of bars for each row, one for each column; the paper's figures are black strokes."""
-    _, axes = new_figure(LIGHT, max(7.2, 0.45 * len(table.item.rows) + 3), 4.8)
+    figure, axes = new_figure(LIGHT, max(7.2, 0.45 * len(table.item.rows) + 3), 4.8)
     columns = table.item.columns
     width = 0.8 / len(columns)
     if all(cell.mean is None for cells in table.cells for cell in cells):
@@ -134,13 +135,13 @@ def _bars(table: Table) -> bytes | None:
         rotation=45 if len(table.item.rows) > 4 else 0,
         ha="right" if len(table.item.rows) > 4 else "center",
     )
-    return _finished(table, axes)
+    return _finished(table, figure, axes)
 
 
-def _finished(table: Table, axes: Axes) -> bytes:
+def _finished(table: Table, figure: Figure, axes: Axes) -> bytes:
     across, up = table.item.axes
     axes.set_xlabel(across, fontsize=12, color=LIGHT.ink)
     axes.set_ylabel(up, fontsize=12, color=LIGHT.ink)
     axes.set_title(_title(table), fontsize=13, color=LIGHT.ink)
     axes.legend(frameon=False, fontsize=8, labelcolor=LIGHT.ink)
-    return png_of(axes.figure)
+    return png_of(figure)

@@ -130,10 +130,10 @@ TINY = Scale(
     "digits",
     1,
     "small_cnn",
-    {"": 3, "standard": 10, "arrest": 3, "afs": 1},
+    {"": 2, "standard": 10, "arrest": 3, "afs": 1},
     {
         "train_images": 200,
-        "batch_size": 40,
+        "batch_size": 50,
         "pad": 1,
         "flip": False,  # a mirrored digit is no digit
         "precision": "fp32",
@@ -150,7 +150,7 @@ TINY = Scale(
         "min-pgd-20": "min-pgd-2",
         "pgd-100": "pgd-25",
     },
-    test_images=50,
+    test_images=30,
 )
 SCALES = {scale.name: scale for scale in (PAPER, SMALL, TINY)}
 
