@@ -118,11 +118,11 @@ SMALL = Scale(
     "cifar10",
     1,
     "small_cnn",
-    {"": 6, "standard": 20, "arrest": 6, "afs": 2},
+    {"": 12, "standard": 30, "arrest": 8, "afs": 2},
     {"train_images": 5000, "batch_size": 128, "monitor_images": 200, "monitor_steps": 5},
     steps=5,
     test_images=1000,
-    fewer_images={"autoattack": 500},
+    fewer_images={"autoattack": 300, "min-pgd-20": 300, "cwl2-1000": 200},
 )
 TINY = Scale(
     "tiny",
