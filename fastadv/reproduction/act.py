@@ -145,37 +145,35 @@ def _figure_2() -> Item:
     )
 
 
-def _figure_3(side: str, title: str, function: str, of: str, unit: str) -> Item:
+def _figure_3(side: str, title: str, analysis: Analysis, unit: str) -> Item:
     return Item(
         "act",
         f"figure3-{side}",
         title,
         _rows(),
-        (Column(unit, Analysis(function, of)),),
-        guess="which side of figure 3 shows which analysis.",
+        (Column(unit, analysis),),
+        guess="which side of figure 3 shows which analysis. `fastadv analyse` draws its curve.",
         axes=("", unit),
     )
 
 
 def _figure_4() -> Item:
-    layers = ("first", "middle", "last")
-    columns = [
-        Column(f"{layer} layer", Analysis("frobenius_norm", options=(("layer", layer),)))
-        for layer in layers
-    ]
     return Item(
         "act",
         "figure4",
-        "Frobenius norms of the layers",
+        "Frobenius norm of the weights",
         _rows(),
-        tuple(columns),
-        guess="that figure 4 shows the norms; the paper has all layers.",
+        (Column("All layers", Analysis("frobenius", "norm of all layers")),),
+        guess="that figure 4 shows the norms. The table has that of all layers together; "
+        "`fastadv analyse OUT/runs/... --what frobenius` has each layer's.",
         axes=("", "Frobenius norm"),
     )
 
 
 def items() -> tuple[Item, ...]:
     """Return the items in the paper's order."""
+    entropy = Analysis("entropy", "mean entropy", train=True)
+    labels = Analysis("random-labels", "accuracy in the last epoch", 100.0, train=True)
     return (
         _table_1(),
         _table_2(),
@@ -183,14 +181,11 @@ def items() -> tuple[Item, ...]:
         _table_4(),
         _table_5(),
         _figure_2(),
-        _figure_3(
-            "left", "posterior entropy on training images", "posterior_entropy", "mean", "Entropy"
-        ),
+        _figure_3("left", "posterior entropy on training images", entropy, "Mean entropy"),
         _figure_3(
             "right",
             "accuracy of an MLP that fits random labels on frozen features",
-            "random_label_fit",
-            "accuracy",
+            labels,
             "Training accuracy (%)",
         ),
         _figure_4(),

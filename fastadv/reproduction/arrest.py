@@ -201,13 +201,9 @@ def _features(name: str, title: str, method: str) -> Item:
         RowSpec("AFT", _arrest(distill=False, replay=False)),
         RowSpec("ARREST", _arrest()),
     )
-    kinds = ("clean", "noisy", "adversarial")
     columns = tuple(
-        Column(
-            kind,
-            Analysis("embedding_separation", options=(("images_of", kind), ("method", method))),
-        )
-        for kind in kinds
+        Column(kind, Analysis(method, f"accuracy, {kind}", 100.0, attacked=True))
+        for kind in ("clean", "noisy", "adversarial")
     )
     return Item(
         "arrest",
@@ -215,8 +211,8 @@ def _features(name: str, title: str, method: str) -> Item:
         title,
         rows,
         columns,
-        guess="which models the figure shows; in place of the picture, how far the classes lie apart in it.",
-        axes=("", "Silhouette"),
+        guess="that it is this figure, and which models it shows. The table has the accuracy on each kind of "
+        f"image; `fastadv analyse OUT/runs/... --what {method}` draws the features of a model.",
     )
 
 

@@ -87,7 +87,17 @@ class Clock:
 
 
 def passes_of(run: Resolved) -> float:
-    """Forward passes of a training per image of the training set, counted on a small network."""
+    """Forward passes of a training per image of the training set, counted on a small network.
+
+    Where a method does not take that network, it is counted as most methods are, by the steps of its attack.
+    """
+    try:
+        return _counted(run)
+    except (ValueError, TypeError):
+        return float(run.recipe.epochs * (2 * getattr(run.recipe, "steps", 0) + 7))
+
+
+def _counted(run: Resolved) -> float:
     parts = (
         run.network.removeprefix("stack:").split("+") if run.network.startswith("stack:") else []
     )

@@ -283,45 +283,65 @@ def multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Analysis(Measure):
-    """A number of an analysis of `fastadv.evaluation.analyses`.
+    """A number that an analysis of `fastadv.evaluation.analyses` sums up.
 
     The analysis is looked up by name when it is needed, so that a cell comes alive when its analysis is there.
-    It is called as ``function(model, images, **options)`` and returns a number, or an object with an attribute.
 
     Attributes:
-        function: its name.
-        of: the attribute of what it returns; empty where it returns the number.
-        options: further arguments, by name.
+        name: of the analysis.
+        of: which number of its summary.
+        unit: what the number is multiplied by.
+        train: whether it is of training images.
+        attacked: whether it takes a radius.
     """
 
-    function: str
-    of: str = ""
-    options: tuple[tuple[str, Any], ...] = ()
+    name: str
+    of: str
+    unit: float = 1.0
+    train: bool = False
+    attacked: bool = False
 
     def measure(self, place: Place) -> Measured:
         """Return the number."""
 
-        def number() -> float:
-            function = _analysis(self.function)
+        def summary() -> dict[str, float]:
+            analyse, known = _analyses()
+            if self.name not in known:
+                raise CannotRun(f"analysis {self.name} is not there")
+            settings = {"eps": place.scale.eps(8)} if self.attacked else {}
+            images = {"train": place.shop.train_images} if self.train else {}
             try:
-                found = function(place.model(), place.images, **dict(self.options))
-                return float(getattr(found, self.of) if self.of else found)
-            except (TypeError, AttributeError) as error:
-                raise CannotRun(f"analysis {self.function} is of another form: {error}") from error
+                found = analyse(
+                    place.model(),
+                    place.images,
+                    [self.name],
+                    max_examples=place.n,
+                    device=place.device,
+                    **images,
+                    **settings,
+                )
+            except ImportError as error:
+                raise CannotRun(f"analysis {self.name} is not there: {error}") from error
+            return dict(found[self.name].summary)
 
-        title = " ".join(["analysis", self.function, self.of, *map(str, self.options)])
-        return Measured(place.kept(title, number), n=place.n)
+        numbers = place.kept(f"analysis {self.name}", summary)
+        if self.of not in numbers:
+            raise CannotRun(f"analysis {self.name} is not there with {self.of!r}")
+        n = len(place.shop.train_images) if self.train else place.n
+        return Measured(self.unit * numbers[self.of], n=n)
 
 
-def _analysis(name: str) -> Callable[..., Any]:
+def _analyses() -> tuple[Callable[..., Any], Any]:
+    """The function that analyses, and the names that it knows."""
     try:
         module = importlib.import_module(_ANALYSES)
-    except ModuleNotFoundError as error:
-        raise CannotRun(f"analysis {name} is not there") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise CannotRun(f"analysis {name} is not there")
-    return cast(Callable[..., Any], function)
+        return module.analyse, module.ANALYSES
+    except (ModuleNotFoundError, AttributeError):
+        return _nothing, ()
+
+
+def _nothing(*_: Any, **__: Any) -> Any:
+    raise NotImplementedError  # of no name that is known
 
 
 def _note(row: Row) -> str:

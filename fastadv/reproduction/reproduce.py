@@ -145,6 +145,7 @@ class Work:
 
     def table(self) -> Table:
         """Train, measure, and lay out."""
+        len(self.shop.images)  # images that are not there are told before anything else
         paper_data, published = self.item.published_on(self.shop.data)
         cells = []
         for row in self.item.rows:

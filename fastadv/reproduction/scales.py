@@ -12,6 +12,8 @@ from fastadv.ops.values import check_choice
 from fastadv.trainers import AdversarialRecipe, MultiStep, Piecewise, Recipe, Schedule, Step
 
 _EPS = 8 / 255
+# Of AWP, FAT and SAT: fields that count epochs from the start of a run.
+_EPOCH_FIELDS = ("awp_warmup", "tau_epochs", "gap_start", "gap_end")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -77,19 +79,29 @@ class Scale:
             numbers["epochs"] = epochs
             numbers["schedule"] = stretched(recipe.schedule, recipe.epochs, epochs)
             for name in _epoch_fields(recipe):
-                numbers[name] = math.ceil(getattr(recipe, name) * epochs / recipe.epochs)
+                numbers[name] = _fewer(getattr(recipe, name), epochs / recipe.epochs)
+        if self.network and hasattr(recipe, "strategy"):  # LAS-AT's second network
+            numbers["strategy"] = self.network
         if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
             numbers.update(self.attacked)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
             numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
+            if getattr(recipe, "eps_low", None) is not None:  # radii drawn from there to eps
+                numbers["eps_low"] = recipe.eps_low * self.radius  # type: ignore[attr-defined]
         return numbers
 
 
 def _epoch_fields(recipe: Recipe) -> list[str]:
     """Fields of a recipe that count epochs from the start of a run, where they have an effect."""
     fields = ["replay_epochs"] if getattr(recipe, "replay", False) else []
-    return fields + (["awp_warmup"] if getattr(recipe, "awp_warmup", 0) else [])
+    return fields + [name for name in _EPOCH_FIELDS if getattr(recipe, name, 0)]
+
+
+def _fewer(epochs: int | tuple[int, ...], ratio: float) -> int | tuple[int, ...]:
+    if isinstance(epochs, tuple):
+        return tuple(math.ceil(epoch * ratio) for epoch in epochs)
+    return math.ceil(epochs * ratio)
 
 
 def stretched(schedule: Schedule, epochs: int, to: int) -> Schedule:
@@ -118,8 +130,8 @@ SMALL = Scale(
     "cifar10",
     1,
     "small_cnn",
-    {"": 12, "standard": 30, "arrest": 8, "afs": 2},
-    {"train_images": 5000, "batch_size": 128, "monitor_images": 200, "monitor_steps": 5},
+    {"": 8, "standard": 30, "arrest": 8, "afs": 2},
+    {"train_images": 5000, "batch_size": 64, "monitor_images": 200, "monitor_steps": 5},
     steps=5,
     test_images=1000,
     fewer_images={"autoattack": 300, "min-pgd-20": 300, "cwl2-1000": 200},

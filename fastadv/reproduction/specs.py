@@ -7,9 +7,12 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from fastadv.models import model_names
+import torch
+
+from fastadv.models import create_model
 from fastadv.reproduction.scales import Scale
 from fastadv.trainers import Recipe, find_method, method_names
 from fastadv.trainers.methods import MethodClass
@@ -127,11 +130,22 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int) -> Resolved:
         raise CannotRun(f"method {run.method} takes {', '.join(missing)}, which this row has not")
     found = tuple((name, resolve(teachers[name], scale, data, seed)) for name in needed)
     network = scale.network_for(run.network)
-    if network not in model_names():
+    if not _is_model(network):
         raise CannotRun(f"model {network} is not there")
     if run.method == "afs":
         network = "stack:" + "+".join(teacher.network for _, teacher in found)
     return Resolved(method, recipe, network, data, found)
+
+
+@lru_cache
+def _is_model(name: str) -> bool:
+    """Whether a network can be made by its name; without its weights, which take memory."""
+    try:
+        with torch.device("meta"):
+            create_model(name)
+    except (ValueError, ImportError):
+        return False
+    return True
 
 
 def _recipe(method: MethodClass, changes: dict[str, Any], scale: Scale, seed: int) -> Recipe:

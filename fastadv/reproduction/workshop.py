@@ -16,7 +16,7 @@ from torch import nn
 
 from fastadv.commands import run_evaluation
 from fastadv.commands.evaluation import EVAL_FILE
-from fastadv.data import ImageData
+from fastadv.data import ImageData, load_dataset, subset
 from fastadv.data.datasets import load_test_images
 from fastadv.evaluation import load_results
 from fastadv.evaluation.attack_list import CLEAN
@@ -62,6 +62,14 @@ class Workshop:
         """The test images."""
         return load_test_images(self.data, self.root)
 
+    @cached_property
+    def train_images(self) -> ImageData:
+        """The training images, as many as test images are used."""
+        whole = load_dataset(self.data, self.root).train
+        assert isinstance(whole, ImageData)  # as data sets by name are
+        n = self.scale.test_images
+        return whole if n is None else subset(whole, min(n, len(whole)))
+
     def path(self, run: Resolved) -> Path:
         """The directory of a run."""
         return self.folder / run.name
@@ -104,6 +112,9 @@ class Workshop:
             reason = f"{run.method.name} in {run.name} diverged: {str(error).partition(';')[0]}"
             self._keep(run, _DIVERGED, reason)
             raise CannotRun(reason) from error
+        except (ValueError, TypeError) as error:
+            # Such as a layer that this scale's network has not; the other rows are none the worse for it.
+            raise CannotRun(f"method {run.method.name} refuses: {error}") from error
         self._keep(run, "seconds", time.perf_counter() - began)
 
     def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
