@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import fastadv
@@ -108,7 +109,7 @@ def is_true(reason: str) -> bool:
     if found := re.search(r"method (\w+) has no option (\w+)", reason):
         fields = fastadv.trainers.find_method(found[1]).recipe_class.__dataclass_fields__
         return found[2] not in fields
-    if re.search(r"method (vfd|rst) refuses", reason):
+    if re.search(r"method vfd refuses|method rst needs further images", reason):
         return True  # a layer that a small network has not; images that are not there
     if reason.endswith("broke no image"):
         return True  # a model that knows one class alone
@@ -309,6 +310,24 @@ def test_the_plan_trains_nothing(
     assert "nothing is left" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:the model is right on")
+def test_further_images_go_to_the_rows_that_take_them(out: Path, tmp_path: Path) -> None:
+    rows = (
+        RowSpec("AT", spec("pgd_at")),
+        RowSpec("more", spec("pgd_at", extra_fraction=0.5)),
+    )
+    table = tiny(small_item(*rows), out).table
+    assert "needs further images: --extra FILE" in table.cell("more", "Clean").reason
+    train = load_dataset("digits").train
+    file = tmp_path / "more.npz"
+    np.savez(
+        file, image=train.images[600:700].permute(0, 2, 3, 1).numpy(), label=train.labels[600:700]
+    )
+    done = reproduce(small_item(*rows), out=out, scale="tiny", extra=str(file))
+    assert done.table.cell("more", "Clean").mean is not None
+    assert len(done.trained) == 1  # plain AT does not depend on them
+
+
 def test_sizes_are_counted(out: Path) -> None:
     item = small_item(
         RowSpec("ST", spec("standard")),
@@ -343,3 +362,12 @@ def test_an_item_has_each_row_once_and_a_place_for_each_figure() -> None:
         small_item(row, row)
     with pytest.raises(ValueError, match="have no place: ST"):
         Item("arrest", "t", "t", (row,), (CLEAN,), published={"cifar10": {"ST": {"Clean": 1.0}}})
+
+
+def test_the_options_of_the_document_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    document = (Path(__file__).parents[1] / "docs" / "reproduce.md").read_text()
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--help"])
+    known = set(re.findall(r"--(\w+)", capsys.readouterr().out))
+    named = set(re.findall(r"--([a-z_]+)", document))
+    assert {"scale", "seeds", "network", "plan", "list"} <= named <= known

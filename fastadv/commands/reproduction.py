@@ -22,6 +22,7 @@ def run_reproduction(
     seeds: int | None = None,
     network: str | None = None,
     device: str | None = None,
+    extra: str | None = None,
     plan: bool = False,
     quiet: bool = False,
 ) -> str:
@@ -39,6 +40,8 @@ def run_reproduction(
         network: a network that stands for every network of the paper, such as resnet18; by default small_cnn at
             the scales small and tiny.
         device: where to train and measure, e.g. cpu or cuda:0; by default a GPU if there is one.
+        extra: a .npz file of further training images, with the arrays image (uint8, N x H x W x C) and label, for
+            rows whose method needs such: RST.
         plan: say how much is left to train and to measure, and about how long it takes; do nothing.
         quiet: show no progress.
 
@@ -48,7 +51,7 @@ def run_reproduction(
     chosen = find_scale(scale)
     check_source(data or chosen.data, root)
     if plan:
-        work = Work.of(item, out, data, root, scale, seeds, network, device, True)
+        work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
         return f"{find_item(item).heading} at scale {scale}: {work.estimate()}.\n"
 
     def tell(estimated: Estimate) -> None:
@@ -64,6 +67,7 @@ def run_reproduction(
         seeds=seeds,
         network=network,
         device=device,
+        extra=extra,
         quiet=quiet,
         on_estimate=tell,
     )

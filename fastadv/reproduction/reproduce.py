@@ -12,7 +12,7 @@ from fastadv.reproduction.cost import Estimate, estimate
 from fastadv.reproduction.measures import Accuracy, Measure
 from fastadv.reproduction.registry import find_item
 from fastadv.reproduction.scales import Scale, find_scale
-from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
+from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec
 from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
 from fastadv.reproduction.workshop import Place, Workshop
 from fastadv.reproduction.writers import write_table
@@ -47,6 +47,7 @@ def reproduce(
     seeds: int | None = None,
     network: str | None = None,
     device: str | None = None,
+    extra: str | None = None,
     quiet: bool = True,
     on_estimate: Callable[[Estimate], None] | None = None,
 ) -> Reproduced:
@@ -64,6 +65,7 @@ def reproduce(
         seeds: trainings of each row; by default those of the scale.
         network: stands for every network of the paper; by default that of the scale.
         device: where to train and measure; by default a GPU if there is one.
+        extra: a .npz file of further training images, which RST needs; see `fastadv.data.load_npz`.
         quiet: say nothing.
         on_estimate: called before the first training with the work that is left.
 
@@ -74,7 +76,7 @@ def reproduce(
         ValueError: for an unknown item, scale or data set, or a number out of range.
         Interrupted: after SIGTERM or Ctrl-C.
     """
-    work = Work.of(item, out, data, root, scale, seeds, network, device, quiet)
+    work = Work.of(item, out, data, root, scale, seeds, network, device, extra, quiet)
     if on_estimate is not None:
         on_estimate(work.estimate())
     table = work.table()
@@ -107,6 +109,7 @@ class Work:
         seeds: int | None = None,
         network: str | None = None,
         device: str | None = None,
+        extra: str | None = None,
         quiet: bool = True,
     ) -> Work:
         """Take the arguments of `reproduce`."""
@@ -115,7 +118,7 @@ class Work:
         if network is not None:
             chosen = chosen.with_network(network)
         count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
-        shop = Workshop(Path(out) / _RUNS, chosen, data or chosen.data, root, device, quiet)
+        shop = Workshop(Path(out) / _RUNS, chosen, data or chosen.data, root, device, extra, quiet)
         return cls(found, shop, count)
 
     def estimate(self) -> Estimate:
@@ -202,8 +205,7 @@ class Work:
         """The run of a cell, then the others that its measure needs."""
         run = row.run if column.network is None else row.run.on(column.network)
         specs: list[RunSpec] = [run, *_on(column).needs()]
-        scale, data = self.shop.scale, self.shop.data
-        return [resolve(one, scale, data, seed) for one in specs]
+        return [self.shop.resolve(one, seed) for one in specs]
 
     def _networks(self) -> dict[str, str]:
         names = {row.run.network for row in self.item.rows}

@@ -85,6 +85,7 @@ class Resolved:
         network: name for `create_model`.
         data: name of the data set.
         teachers: by name, the trainings of the networks that it takes.
+        extra: SHA-256 of the further images that it takes; empty without any.
     """
 
     method: MethodClass
@@ -92,6 +93,7 @@ class Resolved:
     network: str
     data: str
     teachers: tuple[tuple[str, Resolved], ...]
+    extra: str = ""
 
     @property
     def name(self) -> str:
@@ -102,6 +104,7 @@ class Resolved:
             "network": self.network,
             "data": self.data,
             "teachers": {name: teacher.name for name, teacher in self.teachers},
+            **({"extra": self.extra} if self.extra else {}),
         }
         text = json.dumps(content, sort_keys=True)
         return f"{self.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
@@ -113,8 +116,15 @@ class Resolved:
         yield self
 
 
-def resolve(run: RunSpec, scale: Scale, data: str, seed: int) -> Resolved:
+def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> Resolved:
     """Find out what a training is at a scale.
+
+    Args:
+        run: the training.
+        scale: the scale.
+        data: name of the data set.
+        seed: of the training.
+        extra: SHA-256 of further images, for the methods that take such; empty where there are none.
 
     Raises:
         CannotRun: if a method, an option, a value or a network does not exist here.
@@ -128,13 +138,16 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int) -> Resolved:
     needed = tuple(teachers) if run.method == "afs" else method.teachers_needed(recipe)
     if missing := [name for name in needed if name not in teachers]:
         raise CannotRun(f"method {run.method} takes {', '.join(missing)}, which this row has not")
-    found = tuple((name, resolve(teachers[name], scale, data, seed)) for name in needed)
+    found = tuple((name, resolve(teachers[name], scale, data, seed, extra)) for name in needed)
     network = scale.network_for(run.network)
     if not _is_model(network):
         raise CannotRun(f"model {network} is not there")
     if run.method == "afs":
         network = "stack:" + "+".join(teacher.network for _, teacher in found)
-    return Resolved(method, recipe, network, data, found)
+    if recipe.extra_fraction > 0 and not extra:
+        raise CannotRun(f"method {run.method} needs further images: --extra FILE")
+    taken = extra if recipe.extra_fraction > 0 else ""
+    return Resolved(method, recipe, network, data, found, taken)
 
 
 @lru_cache

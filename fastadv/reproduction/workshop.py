@@ -16,12 +16,12 @@ from torch import nn
 
 from fastadv.commands import run_evaluation
 from fastadv.commands.evaluation import EVAL_FILE
-from fastadv.data import ImageData, load_dataset, subset
+from fastadv.data import ImageData, load_dataset, load_npz, subset
 from fastadv.data.datasets import load_test_images
 from fastadv.evaluation import load_results
 from fastadv.evaluation.attack_list import CLEAN
 from fastadv.evaluation.report import Row
-from fastadv.files import write_atomically
+from fastadv.files import sha256_of, write_atomically
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
@@ -43,6 +43,7 @@ class Workshop:
         data: the data set.
         root: folder of its files.
         device: where to train and measure; None chooses.
+        extra: a .npz file of further training images, for the methods that take such.
         quiet: say nothing.
         trained: names of the runs that were trained, in full or in part, by this object.
         judged: how many evaluations were made by this object.
@@ -53,6 +54,7 @@ class Workshop:
     data: str
     root: str | None = None
     device: str | None = None
+    extra: str | None = None
     quiet: bool = True
     trained: list[str] = field(default_factory=list)
     judged: int = 0
@@ -61,6 +63,19 @@ class Workshop:
     def images(self) -> ImageData:
         """The test images."""
         return load_test_images(self.data, self.root)
+
+    @cached_property
+    def extra_digest(self) -> str:
+        """SHA-256 of the further images; empty without any."""
+        return "" if self.extra is None else sha256_of(Path(self.extra))
+
+    def resolve(self, run: RunSpec, seed: int) -> Resolved:
+        """Find out what a training is here.
+
+        Raises:
+            CannotRun: if something that it needs is not there.
+        """
+        return resolve(run, self.scale, self.data, seed, self.extra_digest)
 
     @cached_property
     def train_images(self) -> ImageData:
@@ -103,6 +118,7 @@ class Workshop:
                 model=run.network,
                 run_dir=self.path(run),
                 teacher={name: self.path(teacher) for name, teacher in run.teachers} or None,
+                extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
                 device=self.device,
                 progress=not self.quiet,
@@ -168,7 +184,7 @@ class Workshop:
         return found
 
     def _source(self, source: RunSpec, seed: int) -> Path:
-        return self.path(resolve(source, self.scale, self.data, seed))
+        return self.path(self.resolve(source, seed))
 
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
         """Return what was found for a run before; find it and keep it where that is not so."""
@@ -260,7 +276,7 @@ class Place:
         return self._resolved(run).name
 
     def _resolved(self, run: RunSpec) -> Resolved:
-        return resolve(run, self.scale, self.shop.data, self.seed)
+        return self.shop.resolve(run, self.seed)
 
     def kept(self, title: str, find: Callable[[], T]) -> T:
         """As `Workshop.kept`, of this model."""
