@@ -89,6 +89,7 @@ def _table_1() -> Item:
         published,
         "the paper has both data sets side by side; here --data chooses. Which angle phi its row ARREST has, is "
         "our guess, 30 degrees. Its Sum and ARDist are computed here, from its points and its curve.",
+        curve=True,
     )
 
 
@@ -174,7 +175,8 @@ def _trade_off(name: str, title: str, guess: str) -> Item:
         for data, points in _POINTS.items()
     }
     columns = (*_CLEAN_AND_AA, Column("ARDist", Together(_AA, "ardist")))
-    return Item("arrest", name, title, (*others, *ours), columns, "trade_off", published, guess)
+    rows = (*others, *ours)
+    return Item("arrest", name, title, rows, columns, "trade_off", published, guess, curve=True)
 
 
 def _figure_4() -> Item:

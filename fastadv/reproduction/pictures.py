@@ -51,6 +51,8 @@ def _trade_off(table: Table) -> bytes | None:
         return None
     comparable = table.scale == "paper" and table.paper_data == table.data
     curve = _CURVES.get(table.data) if comparable else _fitted(points)
+    if not table.item.curve:
+        curve = None
     figure = draw_trade_off(
         points,
         curve=curve,
@@ -116,7 +118,7 @@ def _bars(table: Table) -> bytes | None:
     """A group of bars for each row, one for each column; the paper's figures are black strokes."""
     figure, axes = new_figure(LIGHT, max(7.2, 0.45 * len(table.item.rows) + 3), 4.8)
     columns = table.item.columns
-    width = 0.8 / len(columns)
+    width, told = 0.8 / len(columns), False
     if all(cell.mean is None for cells in table.cells for cell in cells):
         return None
     for number, column in enumerate(columns):
@@ -125,10 +127,16 @@ def _bars(table: Table) -> bytes | None:
         heights = [math.nan if cell.mean is None else cell.mean for cell in cells]
         axes.bar(places, heights, width, color=LIGHT.colour(number), label=column.label)
         known = [(x, c.paper) for x, c in zip(places, cells, strict=True) if c.paper is not None]
+        label: str | None = f"paper ({table.paper_data})" if not told else None
         for x, value in known:
             axes.plot(
-                [x - width / 2, x + width / 2], [value, value], color=LIGHT.ink, linewidth=1.4
+                [x - width / 2, x + width / 2],
+                [value, value],
+                color=LIGHT.ink,
+                linewidth=1.4,
+                label=label,
             )
+            label, told = None, True
     axes.set_xticks(
         range(len(table.item.rows)),
         [row.label for row in table.item.rows],
@@ -143,5 +151,7 @@ def _finished(table: Table, figure: Figure, axes: Axes) -> bytes:
     axes.set_xlabel(across, fontsize=12, color=LIGHT.ink)
     axes.set_ylabel(up, fontsize=12, color=LIGHT.ink)
     axes.set_title(_title(table), fontsize=13, color=LIGHT.ink)
-    axes.legend(frameon=False, fontsize=8, labelcolor=LIGHT.ink)
+    axes.legend(
+        frameon=False, fontsize=8, labelcolor=LIGHT.ink, loc="upper left", bbox_to_anchor=(1.0, 1.0)
+    )
     return png_of(figure)

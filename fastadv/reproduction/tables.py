@@ -68,6 +68,7 @@ class Item:
         published: the paper's own figures, as far as they are known here.
         guess: what of the layout is a guess of ours; empty where nothing is.
         axes: names of the picture's axes.
+        curve: whether a trade-off is drawn with a cubic through the methods.
     """
 
     paper: str
@@ -79,6 +80,7 @@ class Item:
     published: Published = field(default_factory=dict)
     guess: str = ""
     axes: tuple[str, str] = ("", "Accuracy (%)")
+    curve: bool = False
 
     def __post_init__(self) -> None:
         for kind, labels in (
