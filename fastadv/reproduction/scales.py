@@ -130,7 +130,7 @@ SMALL = Scale(
     "cifar10",
     1,
     "small_cnn",
-    {"": 8, "standard": 30, "arrest": 8, "afs": 2},
+    {"": 6, "standard": 30, "arrest": 6, "afs": 2},
     {"train_images": 5000, "batch_size": 64, "monitor_images": 200, "monitor_steps": 5},
     steps=5,
     test_images=1000,
