@@ -13,6 +13,7 @@ from fastadv.cli.analyse import analyse
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
+from fastadv.cli.reproduce import reproduce
 from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train
 from fastadv.cli.transfer import transfer
@@ -133,6 +134,7 @@ _COMMANDS = {
     "eval": Command("measure a run's accuracy under attack", evaluate),
     "transfer": Command("let models judge each other's adversarial images", transfer),
     "analyse": Command("look into models: features, weights, entropies, curves", analyse),
+    "reproduce": Command("reproduce a table or a figure of a paper", reproduce),
     "report": Command("compare runs in a table and a plot", report),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),

@@ -1,0 +1,92 @@
+"""What `fastadv reproduce` does. The parameters are the options, the docstring their help."""
+
+from __future__ import annotations
+
+import sys
+from typing import Literal
+
+from fastadv.data.datasets import check_source
+from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
+from fastadv.reproduction.cost import Estimate
+from fastadv.reproduction.tables import NOT_AT_HAND, Item
+from fastadv.reproduction.writers import markdown
+
+
+def run_reproduction(
+    item: str,
+    *,
+    out: str,
+    data: str | None = None,
+    root: str | None = None,
+    scale: Literal["paper", "small", "tiny"] = "paper",
+    seeds: int | None = None,
+    network: str | None = None,
+    device: str | None = None,
+    extra: str | None = None,
+    plan: bool = False,
+    quiet: bool = False,
+) -> str:
+    """The table.
+
+    Args:
+        item: which table or figure, such as arrest/table2; --list shows all of them.
+        out: folder for the trained models, the tables and the pictures. What is in it is used again.
+        data: data set: digits, cifar10 or cifar100; by default that of the scale.
+        root: folder of the data set's official files (not for digits).
+        scale: paper has the papers' own settings. small is real CIFAR-10 on a processor of 2 cores: 5,000 images,
+            a small network, few epochs. tiny is digits of 8x8 pixels in seconds, to see that everything works.
+        seeds: trainings of each row, of which the table has mean, standard deviation and a 95 % interval; by
+            default 3 at the scale paper, 1 at the others.
+        network: a network that stands for every network of the paper, such as resnet18; by default small_cnn at
+            the scales small and tiny.
+        device: where to train and measure, e.g. cpu or cuda:0; by default a GPU if there is one.
+        extra: a .npz file of further training images, with the arrays image (uint8, N x H x W x C) and label, for
+            rows whose method needs such: RST.
+        plan: say how much is left to train and to measure, and about how long it takes; do nothing.
+        quiet: show no progress.
+
+    Returns:
+        The table in Markdown, and where the files are.
+    """
+    chosen = find_scale(scale)
+    check_source(data or chosen.data, root)
+    if plan:
+        work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
+        return f"{find_item(item).heading} at scale {scale}: {work.estimate()}.\n"
+
+    def tell(estimated: Estimate) -> None:
+        if not quiet:
+            print(f"{find_item(item).heading}: {estimated}", file=sys.stderr, flush=True)
+
+    done = reproduce(
+        item,
+        out=out,
+        data=data,
+        root=root,
+        scale=scale,
+        seeds=seeds,
+        network=network,
+        device=device,
+        extra=extra,
+        quiet=quiet,
+        on_estimate=tell,
+    )
+    files = "\n".join(str(path) for path in done.files)
+    text = f"{markdown(done.table)}\n{files}\n"
+    if not any(path.suffix == ".png" for path in done.files):
+        text += "There is no picture: nothing was measured, or matplotlib is not installed.\n"
+    return text
+
+
+def list_items() -> str:
+    """All items, with what of the papers' figures is known here."""
+    items = all_items()
+    width = max(map(len, items))
+    lines = [f"{name:<{width}}  {item.title}{_known(item)}" for name, item in items.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _known(item: Item) -> str:
+    if not item.published:
+        return f" (the paper's figures: {NOT_AT_HAND})"
+    return f" (the paper's figures: some {NOT_AT_HAND})" if item.lacks() else ""

@@ -1,0 +1,25 @@
+"""The tables and figures of the papers: what each needs, its figures here beside the paper's own."""
+
+from __future__ import annotations
+
+from fastadv.reproduction.registry import all_items, find_item
+from fastadv.reproduction.reproduce import Reproduced, Work, reproduce
+from fastadv.reproduction.scales import SCALES, Scale, find_scale
+from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
+
+__all__ = [
+    "SCALES",
+    "Cell",
+    "Column",
+    "Item",
+    "Measured",
+    "Reproduced",
+    "RowSpec",
+    "Scale",
+    "Table",
+    "Work",
+    "all_items",
+    "find_item",
+    "find_scale",
+    "reproduce",
+]

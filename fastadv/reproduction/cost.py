@@ -1,0 +1,157 @@
+"""About how long a reproduction takes: forward passes, counted by the methods themselves, times seconds."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fastadv.models import create_model
+from fastadv.reproduction.scales import Scale
+from fastadv.reproduction.specs import Resolved
+from fastadv.trainers import Runtime
+from fastadv.trainers.hardware import choose_device
+from fastadv.trainers.phases import PhaseTimer
+
+_TRAIN_IMAGES = {"digits": 1297, "cifar10": 50_000, "cifar100": 50_000}
+_TEST_IMAGES = {"digits": 500, "cifar10": 10_000, "cifar100": 10_000}
+# Forward passes per image of attacks whose name does not tell: half of the images withstand the first of them.
+_PASSES = {"clean": 1.0, "fgsm": 3.0, "autoattack": 4500.0, "fab-t": 1800.0, "square": 2500.0}
+_BATCH, _CPU_BATCH = 128, 16
+_STAND_IN = "small_cnn"
+_PER_STEP = {"apgd": 2.0, "apgd-t": 9.0, "min-pgd": 80.0, "cwl2": 3.0}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """The work that is left, and its time.
+
+    Attributes:
+        runs: how many trainings.
+        training: seconds.
+        evaluation: seconds.
+        device: where.
+    """
+
+    runs: int
+    training: float
+    evaluation: float
+    device: str
+
+    def __str__(self) -> str:
+        """One sentence."""
+        if self.runs == 0 and self.evaluation == 0:
+            return "nothing is left to train or to measure"
+        return (
+            f"about {_long(self.training)} for {self.runs} trainings and at most {_long(self.evaluation)} for the "
+            f"attacks, on one {self.device}, going by the time of single forward passes"
+        )
+
+
+class Clock:
+    """Times forward passes of networks, each once.
+
+    Args:
+        data: the data set, for the size of its images.
+        device: where; None chooses.
+    """
+
+    def __init__(self, data: str, device: str | None) -> None:
+        self.device = choose_device(device)
+        self._shape = (1, 8, 8) if data == "digits" else (3, 32, 32)
+        self._classes = 100 if data == "cifar100" else 10
+        self._seconds: dict[str, float] = {}
+
+    def seconds(self, network: str) -> float:
+        """Seconds of a forward pass, per image."""
+        if network.startswith("stack:"):
+            return sum(self.seconds(part) for part in network.removeprefix("stack:").split("+"))
+        if network not in self._seconds:
+            self._seconds[network] = self._timed(network)
+        return self._seconds[network]
+
+    def _timed(self, network: str) -> float:
+        model = create_model(network, self._classes, self._shape[0]).eval().to(self.device)
+        batch = _CPU_BATCH if self.device.type == "cpu" else _BATCH
+        images = torch.rand(batch, *self._shape, device=self.device)
+        seconds = 0.0
+        with torch.no_grad():
+            for _ in range(2):  # the first pass also pays for starting up
+                began = time.perf_counter()
+                model(images).sum().item()
+                seconds = time.perf_counter() - began
+        return seconds / batch
+
+
+def passes_of(run: Resolved) -> float:
+    """Forward passes of a training per image of the training set, counted on a small network.
+
+    Where a method does not take that network, it is counted as most methods are, by the steps of its attack.
+    """
+    try:
+        return _counted(run)
+    except (ValueError, TypeError):
+        return float(run.recipe.epochs * (2 * getattr(run.recipe, "steps", 0) + 7))
+
+
+def _counted(run: Resolved) -> float:
+    parts = (
+        run.network.removeprefix("stack:").split("+") if run.network.startswith("stack:") else []
+    )
+    name = "stack:" + "+".join([_STAND_IN] * len(parts)) if parts else _STAND_IN
+    model = create_model(name, 10, 1)
+    teachers = {teacher: create_model(_STAND_IN, 10, 1) for teacher, _ in run.teachers}
+    cpu = torch.device("cpu")
+    runtime = Runtime(
+        cpu, None, PhaseTimer(cpu), build=lambda other: create_model(_STAND_IN, 10, 1)
+    )
+    method = run.method(run.recipe, model, runtime, teachers)
+    return sum(method.passes(epoch) for epoch in range(run.recipe.epochs))
+
+
+def attack_passes(attack: str) -> float:
+    """About how many forward passes an attack takes per image."""
+    if attack in _PASSES:
+        return _PASSES[attack]
+    kind, *numbers = re.split(r"-(?=\d)", attack)
+    counts = [float(re.sub(r"\D", "", number)) for number in numbers]
+    steps = counts[0] if counts else 100.0
+    runs = counts[1] if len(counts) > 1 else 1.0
+    return _PER_STEP.get(kind, 2.0) * steps * runs
+
+
+def estimate(
+    missing: Iterable[Resolved],
+    attacks: Iterable[tuple[Resolved, str]],
+    scale: Scale,
+    data: str,
+    device: str | None,
+) -> Estimate:
+    """Estimate the time of trainings and attacks.
+
+    Args:
+        missing: the runs that are to be trained, each once.
+        attacks: what is to be measured: a run and the name of an attack.
+        scale: at which scale.
+        data: the data set.
+        device: where; None chooses.
+    """
+    clock, runs, training, evaluation = Clock(data, device), 0, 0.0, 0.0
+    for run in missing:
+        images = run.recipe.train_images or _TRAIN_IMAGES[data]
+        training += images * passes_of(run) * clock.seconds(run.network)
+        runs += 1
+    for run, attack in attacks:
+        images = scale.images_for(attack) or _TEST_IMAGES[data]
+        evaluation += images * attack_passes(attack) * clock.seconds(run.network)
+    return Estimate(runs, training, evaluation, clock.device.type)
+
+
+def _long(seconds: float) -> str:
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

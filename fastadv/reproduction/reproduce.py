@@ -1,0 +1,230 @@
+"""`reproduce`: train what an item needs, measure it, and lay it out as the paper does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastadv.evaluation.report import Row
+from fastadv.ops.values import integer
+from fastadv.reproduction.cost import Estimate, estimate
+from fastadv.reproduction.measures import Accuracy, Measure
+from fastadv.reproduction.registry import find_item
+from fastadv.reproduction.scales import Scale, find_scale
+from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec
+from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
+from fastadv.reproduction.workshop import Place, Workshop
+from fastadv.reproduction.writers import write_table
+
+_RUNS = "runs"
+
+
+@dataclass(frozen=True)
+class Reproduced:
+    """A table and where it is.
+
+    Attributes:
+        table: the table.
+        files: written for it.
+        trained: names of the runs that were trained now.
+        judged: how many evaluations were made now.
+    """
+
+    table: Table
+    files: tuple[Path, ...]
+    trained: tuple[str, ...]
+    judged: int
+
+
+def reproduce(
+    item: str | Item,
+    *,
+    out: str | Path,
+    data: str | None = None,
+    root: str | None = None,
+    scale: str | Scale = "paper",
+    seeds: int | None = None,
+    network: str | None = None,
+    device: str | None = None,
+    extra: str | None = None,
+    quiet: bool = True,
+    on_estimate: Callable[[Estimate], None] | None = None,
+) -> Reproduced:
+    """Reproduce a table or a figure of a paper.
+
+    Trainings that `out` has are used again, whichever item they were made for, and so are their accuracies. After
+    an interruption the same call goes on where it was.
+
+    Args:
+        item: such as "arrest/table2".
+        out: folder for the trained models and the table.
+        data: data set; by default that of the scale.
+        root: folder of its files.
+        scale: "paper", "small" or "tiny".
+        seeds: trainings of each row; by default those of the scale.
+        network: stands for every network of the paper; by default that of the scale.
+        device: where to train and measure; by default a GPU if there is one.
+        extra: a .npz file of further training images, which RST needs; see `fastadv.data.load_npz`.
+        quiet: say nothing.
+        on_estimate: called before the first training with the work that is left.
+
+    Returns:
+        The table, with the files that were written.
+
+    Raises:
+        ValueError: for an unknown item, scale or data set, or a number out of range.
+        Interrupted: after SIGTERM or Ctrl-C.
+    """
+    work = Work.of(item, out, data, root, scale, seeds, network, device, extra, quiet)
+    if on_estimate is not None:
+        on_estimate(work.estimate())
+    table = work.table()
+    files = write_table(table, Path(out) / work.item.paper / work.item.name)
+    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done for an item.
+
+    Attributes:
+        item: which.
+        shop: where its models are.
+        seeds: trainings of each row.
+    """
+
+    item: Item
+    shop: Workshop
+    seeds: int
+
+    @classmethod
+    def of(
+        cls,
+        item: str | Item,
+        out: str | Path,
+        data: str | None = None,
+        root: str | None = None,
+        scale: str | Scale = "paper",
+        seeds: int | None = None,
+        network: str | None = None,
+        device: str | None = None,
+        extra: str | None = None,
+        quiet: bool = True,
+    ) -> Work:
+        """Take the arguments of `reproduce`."""
+        found = find_item(item) if isinstance(item, str) else item
+        chosen = find_scale(scale) if isinstance(scale, str) else scale
+        if network is not None:
+            chosen = chosen.with_network(network)
+        count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
+        shop = Workshop(Path(out) / _RUNS, chosen, data or chosen.data, root, device, extra, quiet)
+        return cls(found, shop, count)
+
+    def estimate(self) -> Estimate:
+        """The time of what is left to do."""
+        runs: dict[str, Resolved] = {}
+        attacks: dict[tuple[str, str, float, str], tuple[Resolved, str]] = {}
+        for row in self.item.rows:
+            for column in self.item.columns:
+                for seed in range(self.seeds):
+                    try:
+                        needed = self._needs(row, column, seed)
+                    except CannotRun:
+                        continue
+                    for one in self.shop.missing(needed):
+                        runs[one.name] = one
+                    judged = needed[0]
+                    for accuracy in column.measure.attacks():
+                        if not self._is_known(judged, accuracy, seed):
+                            name = self.shop.scale.attack(accuracy.attack)
+                            key = (judged.name, name, accuracy.eps, str(accuracy.source))
+                            attacks[key] = judged, name
+        shop = self.shop
+        return estimate(runs.values(), attacks.values(), shop.scale, shop.data, shop.device)
+
+    def _is_known(self, run: Resolved, accuracy: Accuracy, seed: int) -> bool:
+        return accuracy in self.shop.known(run, [accuracy], seed)
+
+    def table(self) -> Table:
+        """Train, measure, and lay out."""
+        len(self.shop.images)  # images that are not there are told before anything else
+        paper_data, published = self.item.published_on(self.shop.data)
+        cells = []
+        for row in self.item.rows:
+            of_row: list[Cell] = []
+            measured = [self._row(row, seed) for seed in range(self.seeds)]
+            for number, column in enumerate(self.item.columns):
+                figure = published.get(row.label, {}).get(column.label)
+                found = [of_seed[number] for of_seed in measured]
+                reason = next((one for one in found if isinstance(one, str)), "")
+                good = (
+                    tuple(one for one in found if isinstance(one, Measured)) if not reason else ()
+                )
+                of_row.append(Cell(good, figure, reason))
+            cells.append(tuple(of_row))
+        return Table(
+            self.item,
+            tuple(cells),
+            self.shop.scale.name,
+            self.shop.data,
+            paper_data,
+            self.seeds,
+            self._networks(),
+            tuple(self._remarks()),
+        )
+
+    def _row(self, row: RowSpec, seed: int) -> list[Measured | str]:
+        """The figures of a row with one seed; in place of one that cannot be measured, the reason."""
+        ready: dict[int, Place] = {}
+        figures: list[Measured | str] = ["" for _ in self.item.columns]
+        wanted: dict[str, list[Accuracy]] = {}
+        for number, column in enumerate(self.item.columns):
+            try:
+                runs = self._needs(row, column, seed)
+                for run in runs:
+                    self.shop.ensure(run)
+            except CannotRun as reason:
+                figures[number] = f"cannot run: {reason}"
+                continue
+            ready[number] = Place(self.shop, runs[0], seed, {})
+            wanted.setdefault(runs[0].name, []).extend(_on(column).attacks())
+        rows: dict[str, dict[Accuracy, Row]] = {}
+        for number, place in ready.items():
+            name = place.run.name
+            if name not in rows:
+                rows[name] = self.shop.rows(place.run, wanted[name], seed)
+            place.found = rows[name]
+            try:
+                figures[number] = _on(self.item.columns[number]).measure(place)
+            except CannotRun as reason:
+                figures[number] = f"cannot run: {reason}"
+        return figures
+
+    def _needs(self, row: RowSpec, column: Column, seed: int) -> list[Resolved]:
+        """The run of a cell, then the others that its measure needs."""
+        run = row.run if column.network is None else row.run.on(column.network)
+        specs: list[RunSpec] = [run, *_on(column).needs()]
+        return [self.shop.resolve(one, seed) for one in specs]
+
+    def _networks(self) -> dict[str, str]:
+        names = {row.run.network for row in self.item.rows}
+        names |= {column.network for column in self.item.columns if column.network is not None}
+        return {name: self.shop.scale.network_for(name) for name in sorted(names)}
+
+    def _remarks(self) -> list[str]:
+        scale, remarks = self.shop.scale, []
+        for column in self.item.columns:
+            for accuracy in column.measure.attacks():
+                other = scale.attack(accuracy.attack)
+                if other != accuracy.attack:
+                    remarks.append(f"At this scale {other} stands for {accuracy.attack}.")
+        if scale.radius != 1:
+            remarks.append(
+                f"At this scale all radii are {scale.radius:.4g} times the paper's: 8/255 is {scale.eps(8):.4g}."
+            )
+        return list(dict.fromkeys(remarks))
+
+
+def _on(column: Column) -> Measure:
+    return column.measure if column.network is None else column.measure.on(column.network)

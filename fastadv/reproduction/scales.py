@@ -1,0 +1,177 @@
+"""How large a reproduction is: the paper's own settings, real CIFAR-10 on a processor, or digits in seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from fastadv.ops.values import check_choice
+from fastadv.trainers import AdversarialRecipe, MultiStep, Piecewise, Recipe, Schedule, Step
+
+_EPS = 8 / 255
+# Of AWP, FAT and SAT: fields that count epochs from the start of a run.
+_EPOCH_FIELDS = ("awp_warmup", "tau_epochs", "gap_start", "gap_end")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What is made smaller than in the papers.
+
+    Attributes:
+        name: on the command line.
+        about: one sentence for the help.
+        data: the data set, if the user names none.
+        seeds: how many trainings each row gets, if the user does not say.
+        network: stands for every network of the papers; None for the papers' own.
+        epochs: by method, and "" for all others; none for the papers' own.
+        numbers: fields of every recipe.
+        attacked: fields of the recipes with an attack.
+        steps: the most steps that an attack in training has; its step size grows as the steps become fewer.
+        radius: by what every radius of the papers is multiplied.
+        attacks: which attack stands for one that costs too much.
+        test_images: how many test images are attacked; None for all.
+        fewer_images: the same for single attacks.
+    """
+
+    name: str
+    about: str
+    data: str
+    seeds: int
+    network: str | None = None
+    epochs: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
+    numbers: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    attacked: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    steps: int | None = None
+    radius: float = 1.0
+    attacks: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    test_images: int | None = None
+    fewer_images: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
+
+    def with_network(self, name: str) -> Scale:
+        """The same with another network in place of the papers'."""
+        return replace(self, network=name)
+
+    def network_for(self, name: str) -> str:
+        """The network that stands for one of the papers."""
+        return self.network or name
+
+    def eps(self, of_255: float) -> float:
+        """A radius, given in units of 1/255 as the papers have it."""
+        return self.radius * of_255 / 255
+
+    def attack(self, name: str) -> str:
+        """The attack that stands for one of the papers."""
+        return self.attacks.get(name, name)
+
+    def images_for(self, attack: str) -> int | None:
+        """How many test images an attack gets."""
+        return self.fewer_images.get(attack, self.test_images)
+
+    def numbers_for(self, method: str, recipe: Recipe) -> dict[str, Any]:
+        """Fields in which a recipe differs at this scale."""
+        numbers: dict[str, Any] = dict(self.numbers)
+        if self.epochs:
+            epochs = self.epochs.get(method, self.epochs[""])
+            numbers["epochs"] = epochs
+            numbers["schedule"] = stretched(recipe.schedule, recipe.epochs, epochs)
+            for name in _epoch_fields(recipe):
+                numbers[name] = _fewer(getattr(recipe, name), epochs / recipe.epochs)
+        if self.network and hasattr(recipe, "strategy"):  # LAS-AT's second network
+            numbers["strategy"] = self.network
+        if isinstance(recipe, AdversarialRecipe):
+            steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
+            numbers.update(self.attacked)
+            numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
+            numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
+            if getattr(recipe, "eps_low", None) is not None:  # radii drawn from there to eps
+                numbers["eps_low"] = recipe.eps_low * self.radius  # type: ignore[attr-defined]
+        return numbers
+
+
+def _epoch_fields(recipe: Recipe) -> list[str]:
+    """Fields of a recipe that count epochs from the start of a run, where they have an effect."""
+    fields = ["replay_epochs"] if getattr(recipe, "replay", False) else []
+    return fields + [name for name in _EPOCH_FIELDS if getattr(recipe, name, 0)]
+
+
+def _fewer(epochs: int | tuple[int, ...], ratio: float) -> int | tuple[int, ...]:
+    if isinstance(epochs, tuple):
+        return tuple(math.ceil(epoch * ratio) for epoch in epochs)
+    return math.ceil(epochs * ratio)
+
+
+def stretched(schedule: Schedule, epochs: int, to: int) -> Schedule:
+    """A schedule that does in another number of epochs what it did in `epochs`.
+
+    Args:
+        schedule: which; those that are relative to the whole run stay as they are.
+        epochs: of the run that it was made for.
+        to: of the run that it is to be for.
+    """
+    ratio = to / epochs
+    if isinstance(schedule, MultiStep):
+        return MultiStep(tuple(m * ratio for m in schedule.milestones), schedule.gamma)
+    if isinstance(schedule, Step):
+        return Step(max(1, round(schedule.every * ratio)), schedule.gamma)
+    if isinstance(schedule, Piecewise):
+        factors = tuple(schedule.factor(epoch / ratio, epochs) for epoch in range(to))
+        return Piecewise(tuple(range(to)), factors)
+    return schedule
+
+
+PAPER = Scale("paper", "The papers' own settings.", "cifar10", 3)
+SMALL = Scale(
+    "small",
+    "Real CIFAR-10 on a processor of 2 cores: a part of the images, a small network, few epochs.",
+    "cifar10",
+    1,
+    "small_cnn",
+    {"": 6, "standard": 30, "arrest": 6, "afs": 2},
+    {"train_images": 5000, "batch_size": 64, "monitor_images": 200, "monitor_steps": 5},
+    steps=5,
+    test_images=1000,
+    fewer_images={"autoattack": 300, "min-pgd-20": 300, "cwl2-1000": 200},
+)
+TINY = Scale(
+    "tiny",
+    "Digits of 8x8 pixels in seconds, to see that everything works. The figures say nothing.",
+    "digits",
+    1,
+    "small_cnn",
+    {"": 2, "standard": 10, "arrest": 3, "afs": 1},
+    {
+        "train_images": 200,
+        "batch_size": 50,
+        "pad": 1,
+        "flip": False,  # a mirrored digit is no digit
+        "precision": "fp32",
+        "monitor_images": 20,
+        "monitor_steps": 0,
+        "monitor_every": 100,
+    },
+    {"attack_precision": "fp32", "engine": "eager"},  # nothing to prepare for runs this short
+    steps=2,
+    radius=0.1 / _EPS,  # digits bear larger perturbations; see `fastadv.demo`
+    attacks={
+        "autoattack": "apgd-ce-5",
+        "cwl2-1000": "cwl2-50",
+        "min-pgd-20": "min-pgd-2",
+        "pgd-100": "pgd-25",
+    },
+    test_images=30,
+)
+SCALES = {scale.name: scale for scale in (PAPER, SMALL, TINY)}
+
+
+def find_scale(name: str) -> Scale:
+    """Return a scale by its name.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    check_choice("scale", name, list(SCALES))
+    return SCALES[name]

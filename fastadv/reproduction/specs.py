@@ -1,0 +1,174 @@
+"""What a row of a paper's table is trained by: a method, its numbers, its network, and the networks it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from fastadv.models import create_model
+from fastadv.reproduction.scales import Scale
+from fastadv.trainers import Recipe, find_method, method_names
+from fastadv.trainers.methods import MethodClass
+from fastadv.trainers.recipe import as_plain
+
+_DIGITS = 12  # of a digest in a name
+_APART = 1000  # seeds between a training and its repetition
+
+
+class CannotRun(Exception):
+    """A row needs something that this package does not have. The message says what."""
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """A training as the paper has it, whatever the scale.
+
+    Attributes:
+        method: name of the method.
+        changes: fields of its recipe that differ from the defaults, with their values.
+        network: the paper's network, a name for `create_model`.
+        teachers: by name, the trainings of the networks that the method may need. Which it takes, it says itself.
+        repetition: 0, or the number of a further training that differs in its random numbers alone.
+    """
+
+    method: str
+    changes: tuple[tuple[str, Any], ...] = ()
+    network: str = "resnet18"
+    teachers: tuple[tuple[str, RunSpec], ...] = ()
+    repetition: int = 0
+
+    def on(self, network: str) -> RunSpec:
+        """The same with another network, also of its teachers."""
+        teachers = tuple((name, teacher.on(network)) for name, teacher in self.teachers)
+        return dataclasses.replace(self, network=network, teachers=teachers)
+
+    def changed(self, **changes: Any) -> RunSpec:
+        """The same with further fields of the recipe changed."""
+        return dataclasses.replace(
+            self, changes=tuple(sorted({**dict(self.changes), **changes}.items()))
+        )
+
+
+def spec(method: str, network: str = "resnet18", **changes: Any) -> RunSpec:
+    """A training without teachers."""
+    return RunSpec(method, tuple(sorted(changes.items())), network)
+
+
+def taught(method: str, *teachers: RunSpec, **changes: Any) -> RunSpec:
+    """A training with a "teacher" and, as the second, a "robust_teacher", on the network of the first."""
+    names = ("teacher", "robust_teacher")
+    offered = tuple(zip(names, teachers, strict=False))
+    return RunSpec(method, tuple(sorted(changes.items())), teachers[0].network, offered)
+
+
+def stack(extractors: list[RunSpec], **changes: Any) -> RunSpec:
+    """AFS over extractors."""
+    names = [f"extractor_{number}" for number in range(1, len(extractors) + 1)]
+    offered = tuple(zip(names, extractors, strict=True))
+    return RunSpec("afs", tuple(sorted(changes.items())), extractors[0].network, offered)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A training at one scale, with one seed.
+
+    Attributes:
+        method: its class.
+        recipe: all its numbers.
+        network: name for `create_model`.
+        data: name of the data set.
+        teachers: by name, the trainings of the networks that it takes.
+        extra: SHA-256 of the further images that it takes; empty without any.
+    """
+
+    method: MethodClass
+    recipe: Recipe
+    network: str
+    data: str
+    teachers: tuple[tuple[str, Resolved], ...]
+    extra: str = ""
+
+    @property
+    def name(self) -> str:
+        """A name that follows from all that the training depends on, so that the items share trainings."""
+        content = {
+            "method": self.method.name,
+            "recipe": as_plain(self.recipe),
+            "network": self.network,
+            "data": self.data,
+            "teachers": {name: teacher.name for name, teacher in self.teachers},
+            **({"extra": self.extra} if self.extra else {}),
+        }
+        text = json.dumps(content, sort_keys=True)
+        return f"{self.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+    def with_teachers(self) -> Iterator[Resolved]:
+        """All trainings that this one needs, then itself; each after those that it needs."""
+        for _, teacher in self.teachers:
+            yield from teacher.with_teachers()
+        yield self
+
+
+def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> Resolved:
+    """Find out what a training is at a scale.
+
+    Args:
+        run: the training.
+        scale: the scale.
+        data: name of the data set.
+        seed: of the training.
+        extra: SHA-256 of further images, for the methods that take such; empty where there are none.
+
+    Raises:
+        CannotRun: if a method, an option, a value or a network does not exist here.
+    """
+    if run.method not in method_names():
+        raise CannotRun(f"method {run.method} is not there")
+    method = find_method(run.method)
+    seed += _APART * run.repetition
+    recipe = _recipe(method, dict(run.changes), scale, seed)
+    teachers = dict(run.teachers)
+    needed = tuple(teachers) if run.method == "afs" else method.teachers_needed(recipe)
+    if missing := [name for name in needed if name not in teachers]:
+        raise CannotRun(f"method {run.method} takes {', '.join(missing)}, which this row has not")
+    found = tuple((name, resolve(teachers[name], scale, data, seed, extra)) for name in needed)
+    network = scale.network_for(run.network)
+    if not _is_model(network):
+        raise CannotRun(f"model {network} is not there")
+    if run.method == "afs":
+        network = "stack:" + "+".join(teacher.network for _, teacher in found)
+    if recipe.extra_fraction > 0 and not extra:
+        raise CannotRun(f"method {run.method} needs further images: --extra FILE")
+    taken = extra if recipe.extra_fraction > 0 else ""
+    return Resolved(method, recipe, network, data, found, taken)
+
+
+@lru_cache
+def _is_model(name: str) -> bool:
+    """Whether a network can be made by its name; without its weights, which take memory."""
+    try:
+        with torch.device("meta"):
+            create_model(name)
+    except (ValueError, ImportError):
+        return False
+    return True
+
+
+def _recipe(method: MethodClass, changes: dict[str, Any], scale: Scale, seed: int) -> Recipe:
+    known = {field.name for field in dataclasses.fields(method.recipe_class)}
+    for name in changes:
+        if name not in known:
+            raise CannotRun(f"method {method.name} has no option {name}")
+    try:
+        recipe = method.recipe_class(**{**changes, "seed": seed})
+    except (ValueError, TypeError) as error:
+        raise CannotRun(f"method {method.name} takes no such option: {error}") from error
+    numbers = scale.numbers_for(method.name, recipe)
+    return method.recipe_class(**{**changes, "seed": seed, **numbers})

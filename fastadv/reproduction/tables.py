@@ -1,0 +1,218 @@
+"""What a table of a paper is made of: rows, columns, and cells that hold our figure beside the paper's."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from fastadv.reproduction.specs import RunSpec
+
+if TYPE_CHECKING:
+    from fastadv.reproduction.measures import Measure
+
+Picture: TypeAlias = Literal["trade_off", "lines", "bars"]
+# Data set -> row -> column -> the paper's figure, in the unit of the column.
+Published: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
+NOT_AT_HAND = "not at hand"
+_PAPERS = {"arrest": "ARREST", "vfd": "VFD-Adv", "afs": "AFS", "act": "ACT"}
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond, that of the normal distribution is near.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+_NORMAL = 1.96
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """A row of a paper's table, or a line or point of its figure.
+
+    Attributes:
+        label: as the paper has it.
+        run: how its model is trained.
+        group: rows of one group are one colour, and one curve where the picture has curves.
+    """
+
+    label: str
+    run: RunSpec
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a paper's table, or a place on the axis of its figure.
+
+    Attributes:
+        label: as the paper has it.
+        measure: what is measured of a row's model.
+        network: the paper's network, where the table has several; None for the row's own.
+        x: place on the axis of a figure with lines.
+    """
+
+    label: str
+    measure: Measure
+    network: str | None = None
+    x: float | None = None
+
+
+@dataclass(frozen=True)
+class Item:
+    """A table or figure of a paper.
+
+    Attributes:
+        paper: "arrest", "vfd", "afs" or "act".
+        name: "table2", "figure4a".
+        title: what it shows.
+        rows: in the paper's order.
+        columns: likewise.
+        picture: how it is drawn.
+        published: the paper's own figures, as far as they are known here.
+        guess: what of the layout is a guess of ours; empty where nothing is.
+        axes: names of the picture's axes.
+        curve: whether a trade-off is drawn with a cubic through the methods.
+    """
+
+    paper: str
+    name: str
+    title: str
+    rows: tuple[RowSpec, ...]
+    columns: tuple[Column, ...]
+    picture: Picture = "bars"
+    published: Published = field(default_factory=dict)
+    guess: str = ""
+    axes: tuple[str, str] = ("", "Accuracy (%)")
+    curve: bool = False
+
+    def __post_init__(self) -> None:
+        for kind, labels in (
+            ("rows", [row.label for row in self.rows]),
+            ("columns", [column.label for column in self.columns]),
+        ):
+            if not labels or len(set(labels)) < len(labels):
+                raise ValueError(f"{kind} of {self.id} must be there, each once, got {labels}")
+        rows, columns = {row.label for row in self.rows}, {c.label for c in self.columns}
+        for values in self.published.values():
+            for row, figures in values.items():
+                if row not in rows or not figures.keys() <= columns:
+                    raise ValueError(f"published figures of {self.id} have no place: {row}")
+
+    @property
+    def id(self) -> str:
+        """Its name on the command line."""
+        return f"{self.paper}/{self.name}"
+
+    @property
+    def heading(self) -> str:
+        """Which item of which paper."""
+        kind = self.name.rstrip("0123456789abcdefghijklmnopqrstuvwxyz-") or self.name
+        number = self.name.removeprefix("table").removeprefix("figure")
+        what = {"table": "table ", "figure": "figure "}
+        prefix = next((text for word, text in what.items() if self.name.startswith(word)), "")
+        return f"{_PAPERS[self.paper]}, {prefix}{number if prefix else kind}"
+
+    def published_on(self, data: str) -> tuple[str, Mapping[str, Mapping[str, float]]]:
+        """The data set whose figures of the paper stand beside ours, and these."""
+        chosen = (
+            data if data in self.published or not self.published else next(iter(self.published))
+        )
+        return chosen, self.published.get(chosen, {})
+
+    def lacks(self) -> bool:
+        """Whether not all of the paper's figures are known here, on the data set that it is best known on."""
+        known = max((sum(map(len, v.values())) for v in self.published.values()), default=0)
+        return known < len(self.rows) * len(self.columns)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure of one trained model.
+
+    Attributes:
+        value: the figure.
+        low: lower end of its 95 % interval, where it has one.
+        high: upper end.
+        n: images that it is of; 0 where it is of none.
+        note: what is to be known of it, such as that it may be too high.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Our figure beside the paper's.
+
+    Attributes:
+        measured: by seed.
+        paper: the paper's figure; None where it is not known here.
+        reason: why there is no figure of ours.
+    """
+
+    measured: tuple[Measured, ...] = ()
+    paper: float | None = None
+    reason: str = ""
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over the seeds."""
+        return statistics.fmean(m.value for m in self.measured) if self.measured else None
+
+    @property
+    def deviation(self) -> float | None:
+        """The standard deviation over the seeds; None of one seed."""
+        values = [m.value for m in self.measured]
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval: over the images with one seed; of the mean over several seeds (Student's t)."""
+        mean, deviation = self.mean, self.deviation
+        if mean is None:
+            return None
+        if deviation is None:
+            only = self.measured[0]
+            return None if only.low is None or only.high is None else (only.low, only.high)
+        degrees = len(self.measured) - 1
+        quantile = _T[degrees - 1] if degrees <= len(_T) else _NORMAL
+        half = quantile * deviation / len(self.measured) ** 0.5
+        return mean - half, mean + half
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with our figures.
+
+    Attributes:
+        item: of which item.
+        cells: by row and column.
+        scale: its name.
+        data: the data set.
+        paper_data: the data set of the paper's figures.
+        seeds: how many.
+        networks: the network of this scale by the paper's.
+        remarks: what is to be known, one sentence each.
+    """
+
+    item: Item
+    cells: tuple[tuple[Cell, ...], ...]
+    scale: str
+    data: str
+    paper_data: str
+    seeds: int
+    networks: Mapping[str, str]
+    remarks: tuple[str, ...] = ()
+
+    def cell(self, row: str, column: str) -> Cell:
+        """A cell by its labels.
+
+        Raises:
+            KeyError: when there is no such row or column.
+        """
+        rows = [r.label for r in self.item.rows]
+        columns = [c.label for c in self.item.columns]
+        if row not in rows or column not in columns:
+            raise KeyError(f"{self.item.id} has no cell {row!r}, {column!r}")
+        return self.cells[rows.index(row)][columns.index(column)]

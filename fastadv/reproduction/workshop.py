@@ -1,0 +1,298 @@
+"""Where the models of the tables are trained and measured: what is there is used again, what stopped goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastadv.commands import run_evaluation
+from fastadv.commands.evaluation import EVAL_FILE
+from fastadv.data import ImageData, load_dataset, load_npz, subset
+from fastadv.data.datasets import load_test_images
+from fastadv.evaluation import load_results
+from fastadv.evaluation.attack_list import CLEAN
+from fastadv.evaluation.report import Row
+from fastadv.files import sha256_of, write_atomically
+from fastadv.reproduction.measures import Accuracy
+from fastadv.reproduction.scales import Scale
+from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
+from fastadv.trainers import NonFiniteLossError, load_model, train
+
+_RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
+_DIVERGED = "diverged"
+_SEED = 0  # of the attacks
+T = TypeVar("T")
+
+
+@dataclass
+class Workshop:
+    """A folder of trained models.
+
+    Attributes:
+        folder: where the runs are.
+        scale: how large they are.
+        data: the data set.
+        root: folder of its files.
+        device: where to train and measure; None chooses.
+        extra: a .npz file of further training images, for the methods that take such.
+        quiet: say nothing.
+        trained: names of the runs that were trained, in full or in part, by this object.
+        judged: how many evaluations were made by this object.
+    """
+
+    folder: Path
+    scale: Scale
+    data: str
+    root: str | None = None
+    device: str | None = None
+    extra: str | None = None
+    quiet: bool = True
+    trained: list[str] = field(default_factory=list)
+    judged: int = 0
+
+    @cached_property
+    def images(self) -> ImageData:
+        """The test images."""
+        return load_test_images(self.data, self.root)
+
+    @cached_property
+    def extra_digest(self) -> str:
+        """SHA-256 of the further images; empty without any."""
+        return "" if self.extra is None else sha256_of(Path(self.extra))
+
+    def resolve(self, run: RunSpec, seed: int) -> Resolved:
+        """Find out what a training is here.
+
+        Raises:
+            CannotRun: if something that it needs is not there.
+        """
+        return resolve(run, self.scale, self.data, seed, self.extra_digest)
+
+    @cached_property
+    def train_images(self) -> ImageData:
+        """The training images, as many as test images are used."""
+        whole = load_dataset(self.data, self.root).train
+        assert isinstance(whole, ImageData)  # as data sets by name are
+        n = self.scale.test_images
+        return whole if n is None else subset(whole, min(n, len(whole)))
+
+    def path(self, run: Resolved) -> Path:
+        """The directory of a run."""
+        return self.folder / run.name
+
+    def is_whole(self, run: Resolved) -> bool:
+        """Whether a run has been trained to its end."""
+        return "seconds" in self._record(run)
+
+    def missing(self, runs: Iterable[Resolved]) -> list[Resolved]:
+        """Those of some runs and of the runs that they need that are to be trained, in order, each once."""
+        needed = {one.name: one for run in runs for one in run.with_teachers()}
+        return [run for run in needed.values() if not self.is_whole(run)]
+
+    def ensure(self, run: Resolved) -> None:
+        """Train a run, and those that it needs, unless they are there. One that stopped half way goes on."""
+        for one in self.missing([run]):
+            self._say(f"training {one.method.name} in {self.path(one)}")
+            if (diverged := self._record(one).get(_DIVERGED)) is not None:
+                raise CannotRun(diverged)
+            self._train(one)
+
+    def _train(self, run: Resolved) -> None:
+        began = time.perf_counter()
+        self.trained.append(run.name)
+        try:
+            train(
+                run.method,
+                run.recipe,
+                data=self.data,
+                root=self.root,
+                model=run.network,
+                run_dir=self.path(run),
+                teacher={name: self.path(teacher) for name, teacher in run.teachers} or None,
+                extra=load_npz(self.extra) if run.extra and self.extra else None,
+                resume=True,
+                device=self.device,
+                progress=not self.quiet,
+            )
+        except NonFiniteLossError as error:
+            # The others of the table can still be trained, and a second try would end as this one.
+            reason = f"{run.method.name} in {run.name} diverged: {str(error).partition(';')[0]}"
+            self._keep(run, _DIVERGED, reason)
+            raise CannotRun(reason) from error
+        except (ValueError, TypeError) as error:
+            # Such as a layer that this scale's network has not; the other rows are none the worse for it.
+            raise CannotRun(f"method {run.method.name} refuses: {error}") from error
+        self._keep(run, "seconds", time.perf_counter() - began)
+
+    def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
+        """Accuracies of a trained run. What its file of results has is not measured again."""
+        wanted = list(dict.fromkeys(wanted))
+        found = self.known(run, wanted, seed)
+        groups: dict[tuple[Any, ...], list[Accuracy]] = {}
+        for one in wanted:
+            if one not in found:
+                attack = self.scale.attack(one.attack)
+                groups.setdefault((one.source, attack, self.scale.images_for(attack)), []).append(
+                    one
+                )
+        for group in _joined(groups, self.scale):
+            source, n, attacks, radii = group
+            self.judged += 1
+            run_evaluation(
+                str(self.path(run)),
+                attacks,
+                data=self.data,
+                root=self.root,
+                eps=radii,
+                max_examples=n,
+                surrogate=None if source is None else str(self._source(source, seed)),
+                device=self.device,
+                seed=_SEED,
+                quiet=self.quiet,
+                keep_images=0,
+            )
+        if groups:
+            found = self.known(run, wanted, seed)
+        return found
+
+    def known(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
+        """Accuracies of a run that its file of results has."""
+        file = self.path(run) / EVAL_FILE
+        if not file.exists():
+            return {}
+        rows = [result.row for result in load_results(file) if not result.after]
+        found: dict[Accuracy, Row] = {}
+        for one in wanted:
+            attack, eps = self.scale.attack(one.attack), self.scale.eps(one.eps)
+            n = self.scale.images_for(attack)
+            n = len(self.images) if n is None else min(n, len(self.images))
+            source = "" if one.source is None else self._source(one.source, seed).name
+            for row in rows:
+                at = row.name == CLEAN or row.distances is not None or abs(row.eps - eps) < 1e-9
+                same = row.surrogate.partition(" ")[0] == source
+                if row.name == attack and row.n == n and at and same and row.seed == _SEED:
+                    found[one] = row
+        return found
+
+    def _source(self, source: RunSpec, seed: int) -> Path:
+        return self.path(self.resolve(source, seed))
+
+    def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
+        """Return what was found for a run before; find it and keep it where that is not so."""
+        record = self._record(run)
+        if title not in record:
+            self._keep(run, title, find())
+            self.judged += 1
+        return self._record(run)[title]
+
+    def _record(self, run: Resolved) -> dict[str, Any]:
+        file = self.path(run) / _RECORD
+        if not file.exists():
+            return {}
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(
+                f"{file} is damaged: {error}; delete it, and the run is checked anew"
+            ) from error
+
+    def _keep(self, run: Resolved, title: str, value: Any) -> None:
+        content = json.dumps({**self._record(run), title: value}, indent=2)
+        write_atomically(self.path(run) / _RECORD, content + "\n")
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+@dataclass
+class Place:
+    """One trained model, and where to measure it.
+
+    Attributes:
+        shop: the folder of models.
+        run: the training.
+        seed: of the training.
+        found: accuracies that are known.
+    """
+
+    shop: Workshop
+    run: Resolved
+    seed: int
+    found: dict[Accuracy, Row]
+
+    @property
+    def scale(self) -> Scale:
+        """How large it is."""
+        return self.shop.scale
+
+    @property
+    def data(self) -> str:
+        """The name of the data set."""
+        return self.shop.data
+
+    @property
+    def images(self) -> ImageData:
+        """The test images."""
+        return self.shop.images
+
+    @property
+    def device(self) -> str | None:
+        """Where to measure."""
+        return self.shop.device
+
+    @property
+    def n(self) -> int:
+        """How many test images are used."""
+        n = self.scale.test_images
+        return len(self.images) if n is None else min(n, len(self.images))
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """[C, H, W]."""
+        return tuple(self.images.images.shape[1:])
+
+    def row(self, accuracy: Accuracy) -> Row:
+        """An accuracy of the model."""
+        return self.found[accuracy]
+
+    def model(self, run: RunSpec | None = None) -> nn.Module:
+        """The trained model, or that of another training with the same seed."""
+        resolved = self.run if run is None else self._resolved(run)
+        model = load_model(self.shop.path(resolved))
+        return model if self.device is None else model.to(torch.device(self.device))
+
+    def name_of(self, run: RunSpec) -> str:
+        """The name of another training with the same seed."""
+        return self._resolved(run).name
+
+    def _resolved(self, run: RunSpec) -> Resolved:
+        return self.shop.resolve(run, self.seed)
+
+    def kept(self, title: str, find: Callable[[], T]) -> T:
+        """As `Workshop.kept`, of this model."""
+        return self.shop.kept(self.run, title, find)
+
+    def extractor_radii(self) -> list[float]:
+        """The radii for which the extractors of a stack were trained."""
+        return [float(getattr(teacher.recipe, "eps", 0.0)) for _, teacher in self.run.teachers]
+
+
+def _joined(
+    groups: dict[tuple[Any, ...], list[Accuracy]], scale: Scale
+) -> list[tuple[RunSpec | None, int | None, list[str], list[float]]]:
+    """Which evaluations give some accuracies: source, images, attacks and radii of each."""
+    joined: dict[tuple[Any, ...], list[str]] = {}
+    for (source, attack, n), ones in groups.items():
+        radii = tuple(sorted({scale.eps(one.eps) for one in ones}))
+        joined.setdefault((source, n, radii), []).append(attack)
+    return [(source, n, attacks, list(radii)) for (source, n, radii), attacks in joined.items()]
