@@ -34,11 +34,10 @@ from fastadv.reproduction import (
 )
 from fastadv.reproduction.cost import attack_passes, passes_of
 from fastadv.reproduction.measures import Accuracy, Size
-from fastadv.reproduction.scales import stretched
 from fastadv.reproduction.specs import CannotRun, resolve, spec, stack
 from fastadv.reproduction.tables import NOT_AT_HAND
 from fastadv.reproduction.writers import markdown
-from fastadv.trainers import Cosine, MultiStep, Piecewise, load_model, method_names, methods
+from fastadv.trainers import load_model, method_names, methods
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.unused import check_all_used
 
@@ -281,13 +280,6 @@ def test_the_scale_paper_has_the_recipes_of_the_papers() -> None:
     stacked = resolve(find_item("afs/table2").rows[0].run, paper, "cifar10", 0)
     assert stacked.network == "stack:" + "+".join(["wrn_28_10"] * 6)
     assert [t.recipe.eps for _, t in stacked.teachers] == [e / 255 for e in range(3, 9)]
-
-
-def test_schedules_are_stretched() -> None:
-    assert stretched(MultiStep((75, 90), 0.1), 100, 20) == MultiStep((15.0, 18.0), 0.1)
-    slow = stretched(Piecewise((0, 10, 12), (1.0, 0.5, 0.1)), 20, 4)
-    assert [slow.factor(epoch, 4) for epoch in range(4)] == [1.0, 1.0, 0.5, 0.1]
-    assert stretched(Cosine(), 100, 10) == Cosine()
 
 
 def test_the_cost_is_that_of_the_methods() -> None:

@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any
 
 from fastadv.ops.values import check_choice
-from fastadv.trainers import AdversarialRecipe, MultiStep, Piecewise, Recipe, Schedule, Step
+from fastadv.trainers import AdversarialRecipe, Recipe
 
 _EPS = 8 / 255
 # Of AWP, FAT and SAT: fields that count epochs from the start of a run.
-_EPOCH_FIELDS = ("awp_warmup", "tau_epochs", "gap_start", "gap_end")
+_EPOCH_FIELDS = ("awp_warmup", "gap_start", "gap_end")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -77,7 +77,7 @@ class Scale:
         if self.epochs:
             epochs = self.epochs.get(method, self.epochs[""])
             numbers["epochs"] = epochs
-            numbers["schedule"] = stretched(recipe.schedule, recipe.epochs, epochs)
+            numbers["schedule"] = recipe.schedule.scaled(recipe.epochs, epochs)
             for name in _epoch_fields(recipe):
                 numbers[name] = _fewer(getattr(recipe, name), epochs / recipe.epochs)
         if self.network and hasattr(recipe, "strategy"):  # LAS-AT's second network
@@ -95,6 +95,8 @@ class Scale:
 def _epoch_fields(recipe: Recipe) -> list[str]:
     """Fields of a recipe that count epochs from the start of a run, where they have an effect."""
     fields = ["replay_epochs"] if getattr(recipe, "replay", False) else []
+    friendly = getattr(recipe, "friendly", True)  # which TRADES and MART have, and FAT always is
+    fields += ["tau_epochs"] if hasattr(recipe, "tau_epochs") and friendly else []
     return fields + [name for name in _EPOCH_FIELDS if getattr(recipe, name, 0)]
 
 
@@ -102,25 +104,6 @@ def _fewer(epochs: int | tuple[int, ...], ratio: float) -> int | tuple[int, ...]
     if isinstance(epochs, tuple):
         return tuple(math.ceil(epoch * ratio) for epoch in epochs)
     return math.ceil(epochs * ratio)
-
-
-def stretched(schedule: Schedule, epochs: int, to: int) -> Schedule:
-    """A schedule that does in another number of epochs what it did in `epochs`.
-
-    Args:
-        schedule: which; those that are relative to the whole run stay as they are.
-        epochs: of the run that it was made for.
-        to: of the run that it is to be for.
-    """
-    ratio = to / epochs
-    if isinstance(schedule, MultiStep):
-        return MultiStep(tuple(m * ratio for m in schedule.milestones), schedule.gamma)
-    if isinstance(schedule, Step):
-        return Step(max(1, round(schedule.every * ratio)), schedule.gamma)
-    if isinstance(schedule, Piecewise):
-        factors = tuple(schedule.factor(epoch / ratio, epochs) for epoch in range(to))
-        return Piecewise(tuple(range(to)), factors)
-    return schedule
 
 
 PAPER = Scale("paper", "The papers' own settings.", "cifar10", 3)
