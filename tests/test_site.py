@@ -66,7 +66,8 @@ def test_a_loop_made_fast_attacks_as_before() -> None:
     names: dict[str, Any] = {}
     exec(_blocks(LOOPS)[0], names)
     for network in ("model", "natural_model"):  # in float64, so that rounding turns no sign
-        names[network] = names[network].double().train()
+        names[network].double().train()
+    names["normalised"].double()
     names["x"] = names["x"].double()
     compared = []
     for heading, before, after in _pairs():
