@@ -3,9 +3,9 @@
     python bench/loops.py                      ResNet-18, 3x32x32, batch 32; about ten minutes on 2 cores
     python bench/loops.py --model small_cnn --rounds 1
 
-What is timed is a whole training step: the attack as in the page's block before or after, then for both the same
-loss, its backward pass, and a step of SGD in float32. Both run in this process by turns. Attacks that the page makes
-once, before the loop, are made once. Results go to bench/results/loops_*.json, and a table is printed.
+A whole training step is timed: the attack as in the page's block before or after, then for both the same loss, its
+backward pass, and a step of SGD in float32. Both run in this process by turns. Attacks that the page makes once,
+before the loop, are made once. Results go to bench/results/loops_*.json, and a table is printed.
 """
 
 from __future__ import annotations

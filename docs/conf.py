@@ -23,6 +23,7 @@ html_title = "fastadv"
 
 default_role = "py:obj"  # `fastadv.pgd_fused` in a docstring becomes a link where it can
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # 8 / 255, not .03137
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented_params"
 autodoc_default_options = {"members": True, "show-inheritance": True}
@@ -40,12 +41,20 @@ def _escaped(text: str) -> str:
     return re.sub(r"(?<=\w)_(?!\w)", r"\\_", text.replace("|", r"\|"))
 
 
+def _linked(literal: str) -> str:
+    """`fastadv.PGD` as a link to where PGD is described, `fastadv.attacks.PGD`."""
+    name = re.fullmatch(r"`fastadv\.(\w+)`", literal)
+    home = fastadv._HOMES.get(name[1]) if name else None
+    return f"`fastadv.{name[1]} <fastadv.{home}.{name[1]}>`" if home else literal
+
+
 def _escape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     """Escape the prose of a docstring; what is between backticks, and headings of sections, stay."""
     literal = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
     text = "\n".join(lines)
     parts = literal.split(text)
     parts[::2] = [_escaped(part) for part in parts[::2]]
+    parts[1::2] = [_linked(part) for part in parts[1::2]]
     lines[:] = "".join(parts).split("\n")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import re
 import shlex
 import sys
@@ -126,6 +128,22 @@ def test_the_commands_of_a_page_have_the_options_that_it_names(name: str) -> Non
 def test_there_are_commands_to_check() -> None:
     assert len(list(_commands((DOCS / "clusters.md").read_text()))) >= 4
     assert len(list(_commands((ROOT / "README.md").read_text()))) >= 5
+
+
+def test_the_benchmark_of_the_loops_takes_them_from_the_page(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    loops = importlib.import_module("loops")
+    assert list(loops.LOSSES) == [heading for heading, _, _ in loops.pairs_of(LOOPS)]
+    monkeypatch.setattr(loops, "pairs_of", lambda text: [next(iter(_pairs()))])
+    out = tmp_path / "loops.json"
+    words = ["loops.py", "--model", "small_cnn", "--batch", "2", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    loops.main()
+    times = json.loads(out.read_text())["loops"]["TRADES"]
+    assert times["before"]["median"] > 0 and times["after"]["median"] > 0
+    assert "TRADES" in capsys.readouterr().out
 
 
 def test_every_loop_that_the_page_promises_has_a_pair() -> None:
