@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint bench sanitize clean
+.PHONY: demo test lint docs bench sanitize clean
 
 demo: $(VENV)/built-run
 	$(BIN)/python -m fastadv demo --out demo_run
@@ -19,6 +19,11 @@ lint: $(VENV)/built-dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
+# Warnings are errors. Needs Python >= 3.11.
+docs: $(VENV)/built-docs
+	$(BIN)/python -m sphinx -b html -W --keep-going -n -q docs build/docs
+	@echo "open build/docs/index.html"
+
 bench: $(VENV)/built-bench
 	$(BIN)/python bench/throughput.py
 
@@ -31,6 +36,10 @@ sanitize: $(VENV)/built-dev
 $(VENV)/built-run $(VENV)/built-dev: $(VENV)/built-%: $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --group $*
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/built-docs: $(VENV)/built-dev
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 # The two attack libraries of the comparison declare dependencies that would replace torch; what they import is here.

@@ -1,0 +1,72 @@
+"""How the documentation site is built: `make docs`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import fastadv
+
+project = "fastadv"
+author = "the fastadv authors"
+copyright = author
+release = version = fastadv.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".md": "markdown", ".rst": "restructuredtext"}
+
+# Links such as attacks.md#autoattack go to headings, as on GitHub.
+myst_heading_anchors = 3
+
+html_theme = "furo"
+html_title = "fastadv"
+
+default_role = "py:obj"  # `fastadv.pgd_fused` in a docstring becomes a link where it can
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True  # 8 / 255, not .03137
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented_params"
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+# Signatures name other packages' types, whose sites are not asked; `text` in a docstring may be no name at all.
+nitpick_ignore_regex = [("py:obj", ".*"), ("py:class", ".*")]
+
+
+def _escaped(text: str) -> str:
+    """Prose with the marks escaped that reStructuredText would take for its own: |x|, x*, pgd_step_, x`."""
+    text = re.sub(r"(?<!\*)\*(?=\S)|(?<=\S)\*(?!\*)", r"\\*", text)
+    return re.sub(r"(?<=\w)_(?!\w)", r"\\_", text.replace("|", r"\|"))
+
+
+def _linked(literal: str) -> str:
+    """`fastadv.PGD` as a link to where PGD is described, `fastadv.attacks.PGD`."""
+    name = re.fullmatch(r"`fastadv\.(\w+)`", literal)
+    home = fastadv._HOMES.get(name[1]) if name else None
+    return f"`fastadv.{name[1]} <fastadv.{home}.{name[1]}>`" if home else literal
+
+
+def _escape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
+    """Escape the prose of a docstring; what is between backticks, and headings of sections, stay."""
+    literal = re.compile(r"(``.+?``|`[^`]+`)", re.DOTALL)
+    text = "\n".join(lines)
+    parts = literal.split(text)
+    parts[::2] = [_escaped(part) for part in parts[::2]]
+    parts[1::2] = [_linked(part) for part in parts[1::2]]
+    lines[:] = "".join(parts).split("\n")
+
+
+def _list_other_pages(app, docname: str, source: list[str]) -> None:
+    """Put the pages that index.md does not name in the place that it keeps for them."""
+    if docname == "index":
+        named = set(re.findall(r"^(\w+)$", source[0], re.MULTILINE))
+        others = {page.stem for page in Path(app.srcdir).glob("*.md")} - named - {"index"}
+        source[0] = source[0].replace("(others)", "\n".join(sorted(others)))
+
+
+def setup(app) -> None:
+    """Complete the list of pages, and escape docstrings before napoleon reads them."""
+    app.connect("source-read", _list_other_pages)
+    app.connect("autodoc-process-docstring", _escape_docstring, priority=100)
