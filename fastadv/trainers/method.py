@@ -36,6 +36,7 @@ class TrainBatch:
         run_seed: the recipe's seed.
         weights: of the images' losses [B], 1 in the mean over the global batch; None where all
             weigh the same.
+        run_step: within the run, counted from 0; None where a method is used without a run.
     """
 
     x: Tensor
@@ -45,6 +46,7 @@ class TrainBatch:
     step: int
     run_seed: int
     weights: Tensor | None = None
+    run_step: int | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of the images' losses [B] with their weights, a scalar."""
