@@ -129,6 +129,15 @@ def test_epochs_scale_the_schedule_however_they_are_written(
     assert Recipe(epochs=40).schedule == Recipe().schedule.scaled(100, 40)
 
 
+@pytest.mark.parametrize(("method", "argument"), [("las_at", "strategy"), ("act", "natural")])
+def test_a_further_network_that_is_unknown_is_named(
+    method: str, argument: str, tmp_path: Path
+) -> None:
+    recipe = small_recipe(method, **{argument: "nonsense"})
+    with pytest.raises(ValueError, match=f"^{argument}: name must be one of .* got 'nonsense'"):
+        train(method, recipe, data=small_data(), model="small_cnn", run_dir=tmp_path)
+
+
 def test_a_sweep_trains_a_method_of_ones_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

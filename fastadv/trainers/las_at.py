@@ -147,12 +147,9 @@ class LasAt(PGDAT[LasAtRecipe]):
     def setup(self) -> None:
         """Build the strategy network and the attack."""
         super().setup()
-        build = self.runtime.build
-        if build is None:
-            raise ValueError("Runtime.build must build the strategy network of las_at, got None")
         torch.manual_seed(derive_seed(self.recipe.seed, "strategy"))
         counts = tuple(len(values) for values in self.recipe.choices)
-        self.strategy = StrategyNetwork(build(self.recipe.strategy), counts)
+        self.strategy = StrategyNetwork(self.runtime.make("strategy", self.recipe.strategy), counts)
         self._probe: tuple[nn.Module, PGD] | None = None
 
     def trainable(self) -> dict[str, nn.Module]:

@@ -100,6 +100,21 @@ class Runtime:
     ranks: Ranks = _ALONE
     build: Callable[[str], nn.Module] | None = None
 
+    def make(self, argument: str, name: str) -> nn.Module:
+        """Make a further model by its name, given by a number of the recipe that messages then name.
+
+        Raises:
+            ValueError: for an unknown name, or where there is no run that would build it.
+        """
+        if self.build is None:
+            raise ValueError(
+                f"Runtime.build must build {argument} {name!r}, got None, as a method without a run has it"
+            )
+        try:
+            return self.build(name)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
+
 
 Update = Callable[[LossResult], bool]
 RecipeT = TypeVar("RecipeT", bound=Recipe)
