@@ -78,7 +78,9 @@ class GradAlign(PGDAT[GradAlignRecipe]):
         safe = torch.where(present[:, None], there, 1.0)
         cosines = F.cosine_similarity(here, safe, dim=1, eps=0.0)
         apart = torch.where(present, 1 - cosines, 0.0)
-        gap = batch.mean(apart) * len(present) / present.sum().clamp_min(1)
+        ranks = self.runtime.ranks
+        among = ranks.sum(present.sum().float()).clamp_min(1) / ranks.count  # of the global batch
+        gap = batch.mean(apart) * len(present) / among
         metrics = {**result.metrics, "misalignment": gap.detach()}
         return LossResult(result.loss + self.recipe.lam * gap, metrics)
 
