@@ -65,8 +65,8 @@ def test_adamw_begins_with_numbers_of_its_own(capsys: pytest.CaptureFixture[str]
         VfdRecipe(base="mart", optimizer="adamw"),
     ):
         assert (recipe.lr, recipe.weight_decay, recipe.betas) == (1e-3, 1e-2, (0.9, 0.999))
-    given = HatRecipe(optimizer="adamw", lr=0.01, betas=(0.8, 0.9), norm="l2")
-    assert (given.lr, given.weight_decay, given.betas) == (0.01, 1e-2, (0.8, 0.9))
+    given = HatRecipe(optimizer="adamw", lr=0.01, betas=(0.9, 0.9), norm="l2")
+    assert (given.lr, given.weight_decay, given.betas) == (0.01, 1e-2, (0.9, 0.9))
     assert given.eps == 128 / 255
     words = ["pgd_at", "--data", "digits", "--run", "x", "--optimizer", "adamw"]
     options = printed(capsys, *words, "--betas", "[0.8, 0.99]")

@@ -42,7 +42,7 @@ def test_the_radius_of_a_batch_is_drawn(mix: str) -> None:
             seed=batch.seed("attack"),
             sample_ids=batch.ids,
         )
-        attacked = slice(2, None) if mix == "batch" else slice(None)
+        attacked = [0, 1, 2, 4, 5, 6] if mix == "batch" else slice(None)
         assert torch.allclose(adv[attacked], expected[attacked], rtol=0, atol=1e-7)
         # An attack that fills its ball shows the radius.
         assert float((adv - batch.x).abs().max()) == pytest.approx(radius, rel=1e-4)

@@ -133,7 +133,9 @@ def test_code_of_others_is_not_named_in_a_recipe(kind: Any, name: str) -> None:
 def test_natural_networks_that_cannot_be_are_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"natural: name must be one of .* got 'small_cn'"):
         run("act", tmp_path / "a", natural="small_cn")
-    with pytest.raises(ValueError, match=r"natural must be None where Runtime\.build is None"):
+    with pytest.raises(
+        ValueError, match=r"Runtime\.build must build natural 'small_cnn', got None"
+    ):
         make_method("lbgat", make_model(0), natural="small_cnn")
     with pytest.raises(ValueError, match="natural must be None with fixed"):
         LbgatRecipe(fixed=True, natural="small_cnn")

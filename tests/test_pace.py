@@ -78,3 +78,11 @@ def test_a_wrong_pace_is_named(
     model, (x, y) = trained_small_cnn(), digits_test(6)
     with pytest.raises(error, match=message):
         fastadv.PGD(model, precision="fp32")(x, y, **arguments)
+
+
+def test_a_number_for_the_step_size_keeps_its_digits_in_float64() -> None:
+    model, (x, y) = trained_small_cnn().double(), digits_test(6)
+    attack = fastadv.PGD(model, 0.3, 0.1, 4, precision="fp32", seed=3)
+    plain = attack(x.double(), y)
+    assert torch.equal(attack(x.double(), y, steps=4), plain)
+    assert torch.equal(attack(x.double(), y, steps=torch.full((6,), 4), alpha=0.1), plain)

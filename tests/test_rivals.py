@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from test_awp import updating
 from test_pair_methods import ce, kl
 from test_resume import Interruption, assert_same_end
 from test_resume import run as resumable_run
-from torch import Tensor
+from torch import Tensor, nn
 from training_helpers import make_batch, make_method, make_model, small_recipe
 
 from fastadv import PGD
@@ -344,6 +345,43 @@ def test_dm_at_is_trades_with_smoothed_labels() -> None:
     smooth = 0.8 * ce(clean_logits, batch.y) - 0.2 * log_p.mean(1)
     wanted = (smooth + 2.0 * kl(clean_logits, adv_logits)).mean()
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-10)
+
+
+def test_grad_aligns_mean_is_over_the_global_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def parts(count: int) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = _Gate().double()
+        method: Any = make_method("grad_align", model, lam=3.0, steps=1)
+        batch = make_batch(dtype=DOUBLE)
+        batch.x[:3] = 0.0
+        found = []
+        for rank in range(count):
+            rows = slice(8 // count * rank, 8 // count * (rank + 1))
+            part = replace(batch, x=batch.x[rows], y=batch.y[rows], ids=batch.ids[rows])
+            method.runtime = replace(method.runtime, ranks=Ranks(rank, count))
+            found.append(method.training_loss(part, Attacked(part.x)).metrics["misalignment"])
+        return found
+
+    def all_reduce(present: Tensor) -> None:
+        present.fill_(5)
+
+    (whole,) = parts(1)
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
+    first, second = parts(2)
+    assert float(whole) > 0
+    torch.testing.assert_close((first + second) / 2, whole)
+
+
+class _Gate(nn.Module):
+    """Logits that do not move with an image that is dark."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = make_model(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = (x.detach().flatten(1).mean(1) > 0.3)[:, None]
+        return torch.where(bright, self.body.eval()(x), 0.0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fastadv.trainers import (
     AdversarialRecipe,
     ArrestRecipe,
     DmAtRecipe,
+    FreeRecipe,
     LasAtRecipe,
     Method,
     NFgsmRecipe,
@@ -54,6 +55,8 @@ def small_recipe(method: str, **changes: Any) -> Recipe:
     numbers = SMALL | (ATTACK if issubclass(kind, AdversarialRecipe) else {})
     if kind is NFgsmRecipe:
         numbers = numbers | {"steps": 1}
+    if kind is FreeRecipe:  # which has no passes of the attack alone
+        numbers = {name: value for name, value in numbers.items() if name != "attack_precision"}
     if kind is ArrestRecipe and changes.get("replay", True):
         numbers = numbers | {"replay_epochs": 1, "phi": 20.0}
     if kind is LasAtRecipe:

@@ -306,8 +306,8 @@ class PGD(Attack):
             if best is not None:
                 best.offer(adv, found.value, batch.succeeded(found.logits))
             size = size_at(found.logits)
-            if own is not None:
-                size = torch.where(step < own, size, 0.0)
+            if own is not None:  # in the images' precision, also where the size is a number
+                size = torch.where(step < own, _per_image(size, batch.x), 0.0)
             if direction is None:
                 batch.step_(adv, found.grad, size, sparsity)
             else:

@@ -13,6 +13,7 @@ from fastadv.commands.sweep import Launch, run_sweep
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
 from fastadv.trainers import find_method, method_names
+from fastadv.trainers.methods import command_name
 
 _EVAL = "--eval_"
 _OWN = ("grid", "out", "beside", "dry_run", *(field.name for field in fields(Launch)))
@@ -29,7 +30,7 @@ def sweep(words: list[str]) -> int:
         return complain(f"sweep needs a method{before}: {', '.join(method_names())}")
     method = find_method(words[0])
     own, training, evaluation = _sorted(words[1:])
-    options = _parser(method.name).parse_args(own)
+    options = _parser(command_name(method)).parse_args(own)
     for name, value in given_options(training, _ITS_OWN).items():
         raise ValueError(
             f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
@@ -42,7 +43,7 @@ def sweep(words: list[str]) -> int:
     for name, value in given.items():
         if name != "seed" or grid.seeds:
             raise ValueError(f"{name} must be in the grid or an option, not both, got {value!r}")
-    plan = Plan(Path(options.out), method.name, tuple(training), tuple(evaluation), grid)
+    plan = Plan(Path(options.out), command_name(method), tuple(training), tuple(evaluation), grid)
     plan = _checked(plan, given)
     launch = Launch(
         **{

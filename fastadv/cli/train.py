@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 
 from fastadv.cli.parsing import FAILED, FALSE, TRUE, Parser, complain, given_options, schedule_names
@@ -187,9 +188,17 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
         name: str(value).lower() in TRUE if name in flags else str(value)
         for name, value in given.items()
     }
-    if found.get("epochs", "").isdecimal():
-        found["epochs"] = int(found["epochs"])
+    if "epochs" in found:
+        found["epochs"] = _number(found["epochs"])
     return found
+
+
+def _number(text: str) -> Any:
+    """What the parser makes of a number, which may be written +40, 4_0 or 0x28; a word that is none as it is."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _needs(method: MethodClass) -> dict[str, str]:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fastadv.ops.values import check_choice
-from fastadv.trainers import AdversarialRecipe, Recipe
+from fastadv.trainers import AdversarialRecipe, FreeRecipe, Recipe
 
 _EPS = 8 / 255
 # Of AWP, FAT and SAT: fields that count epochs from the start of a run.
@@ -84,7 +84,8 @@ class Scale:
             numbers["strategy"] = self.network
         if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
-            numbers.update(self.attacked)
+            if not isinstance(recipe, FreeRecipe):  # which has no passes of the attack alone
+                numbers.update(self.attacked)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
             numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
             if getattr(recipe, "eps_low", None) is not None:  # radii drawn from there to eps

@@ -80,9 +80,12 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             Images [B, C, H, W] in 0..1.
         """
         recipe, seed = self.recipe, batch.seed(purpose)
+        eps = (
+            self.pgd.eps
+        )  # where a method draws the radius of a batch, this one and not the recipe's
         if recipe.norm == "l2" and recipe.l2_start == "radius":
-            return uniform_radius_start(batch.x, recipe.eps, seed=seed, sample_ids=batch.ids)
-        return random_start(batch.x, recipe.eps, recipe.norm, seed=seed, sample_ids=batch.ids)
+            return uniform_radius_start(batch.x, eps, seed=seed, sample_ids=batch.ids)
+        return random_start(batch.x, eps, recipe.norm, seed=seed, sample_ids=batch.ids)
 
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
         """Attack a batch, or some of it.

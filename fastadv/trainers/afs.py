@@ -119,15 +119,25 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         self.stack.extractors.eval()
 
     def attack(self, batch: TrainBatch) -> Attacked:
-        """Return PGD's images; with mix "batch" the first ones are clean."""
+        """Return PGD's images; with mix "batch" some of them are clean."""
         self.pgd.eps = self.radius_of(batch)
         if self.recipe.eps:
             self.pgd.alpha = self.recipe.alpha * (self.pgd.eps / self.recipe.eps)
         if self.recipe.mix == "loss":
             return Attacked(self.perturb(batch))
-        size = len(batch.y)
-        clean = int(self.recipe.weight * size)  # truncated, as in the authors' code
-        return Attacked(self.perturb(batch, torch.arange(clean, size, device=batch.y.device)))
+        rows = torch.tensor(self._attacked_places(len(batch.y)), dtype=torch.int64)
+        return Attacked(self.perturb(batch, rows.to(batch.y.device)))
+
+    def _attacked_places(self, size: int) -> list[int]:
+        """The places of this process's part of the batch that are attacked with mix "batch".
+
+        The clean ones are spread evenly over the global batch, so that they are the same whatever process has
+        them, and all processes have nearly as many. In all they are truncated, as in the authors' code.
+        """
+        weight, first = self.recipe.weight, self.runtime.ranks.rank * size
+        return [
+            i for i in range(size) if int(weight * (first + i + 1)) == int(weight * (first + i))
+        ]
 
     def radius_of(self, batch: TrainBatch) -> float:
         """Return the radius of a batch's attack, which all processes have in common."""

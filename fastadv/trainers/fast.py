@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
-from fastadv.trainers.recipe import AdversarialRecipe, Presets
+from fastadv.trainers.recipe import ONE_STEP_IN_L2, AdversarialRecipe, Presets
 from fastadv.trainers.schedules import Cyclic, Interpolated, Schedule
 
 _TRIANGLE = Cyclic(0.5, base_momentum=0.8, max_momentum=0.9)
@@ -48,7 +48,7 @@ class FastRecipe(AdversarialRecipe):
             "pad": 0,
         },
     }
-    l2_numbers: ClassVar[Mapping[str, Any]] = {"eps": 128 / 255, "alpha": 160 / 255}
+    l2_numbers: ClassVar[Mapping[str, Any]] = ONE_STEP_IN_L2
 
     def __post_init__(self) -> None:
         super().__post_init__()

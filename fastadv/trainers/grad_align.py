@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from fastadv.losses.common import at_least_float32
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
-from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
+from fastadv.trainers.recipe import ONE_STEP_IN_L2, AdversarialRecipe, Presets, check_field
 from fastadv.trainers.schedules import Cyclic, Schedule
 
 _TRIANGLE = Cyclic(0.4)
@@ -38,6 +39,7 @@ class GradAlignRecipe(AdversarialRecipe):
     lam: Number = 0.2
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    l2_numbers: ClassVar[Mapping[str, Any]] = ONE_STEP_IN_L2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,7 +78,9 @@ class GradAlign(PGDAT[GradAlignRecipe]):
         safe = torch.where(present[:, None], there, 1.0)
         cosines = F.cosine_similarity(here, safe, dim=1, eps=0.0)
         apart = torch.where(present, 1 - cosines, 0.0)
-        gap = batch.mean(apart) * len(present) / present.sum().clamp_min(1)
+        ranks = self.runtime.ranks
+        among = ranks.sum(present.sum().float()).clamp_min(1) / ranks.count  # of the global batch
+        gap = batch.mean(apart) * len(present) / among
         metrics = {**result.metrics, "misalignment": gap.detach()}
         return LossResult(result.loss + self.recipe.lam * gap, metrics)
 

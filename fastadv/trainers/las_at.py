@@ -47,7 +47,7 @@ class LasAtRecipe(AdversarialRecipe):
         steps_choices: numbers of steps.
         strategy: architecture of the strategy network, one of fastadv's names or "timm:NAME".
         strategy_lr: its learning rate, which no schedule changes.
-        strategy_every: it is trained in every so manieth step of an epoch.
+        strategy_every: it is trained in every so manieth step of the run.
         robust_weight: in the reward, of the robust accuracy after one step of training.
         clean_weight: likewise, of the clean accuracy.
     """
@@ -125,12 +125,11 @@ class LasAt(PGDAT[LasAtRecipe]):
     are those of a copy of the model after one SGD step on x', under PGD-10 with two restarts and on clean images.
 
     Source: Jia et al. 2022, equations 3 to 8; recipe as in the authors' code (jiaxiaojunQAQ/LAS-AT), whose R
-    bounds the cross-entropy by 10. Where that code differs: it counts the 20 steps through the epochs, here they
-    begin anew with each; its first gradient is at noise of 8/255 also where the radius drawn is smaller, here
-    noise is brought into the image's ball first; it attacks the copy in training mode and stops at misclassified
-    images, here in evaluation mode with the most misleading point kept; the copy's step here has the learning rate
-    at the epoch's start. The strategy network draws in evaluation mode for training the model, in training mode
-    for its own.
+    bounds the cross-entropy by 10 and counts the 20 steps through the epochs, too. Where that code differs: its
+    first gradient is at noise of 8/255 also where the radius drawn is smaller, here noise is brought into the
+    image's ball first; it attacks the copy in training mode and stops at misclassified images, here in evaluation
+    mode with the most misleading point kept; the copy's step here has the learning rate at the epoch's start. The
+    strategy network draws in evaluation mode for training the model, in training mode for its own.
 
     With several processes the reward and the gradients are those of the global batch. What is drawn depends on
     seed, epoch, step and image alone. The strategy network is part of the checkpoints. `--awp_gamma .005` is
@@ -148,12 +147,9 @@ class LasAt(PGDAT[LasAtRecipe]):
     def setup(self) -> None:
         """Build the strategy network and the attack."""
         super().setup()
-        build = self.runtime.build
-        if build is None:
-            raise ValueError("Runtime.build must build the strategy network of las_at, got None")
         torch.manual_seed(derive_seed(self.recipe.seed, "strategy"))
         counts = tuple(len(values) for values in self.recipe.choices)
-        self.strategy = StrategyNetwork(build(self.recipe.strategy), counts)
+        self.strategy = StrategyNetwork(self.runtime.make("strategy", self.recipe.strategy), counts)
         self._probe: tuple[nn.Module, PGD] | None = None
 
     def trainable(self) -> dict[str, nn.Module]:
@@ -169,7 +165,8 @@ class LasAt(PGDAT[LasAtRecipe]):
 
     def step(self, batch: TrainBatch, update: Update) -> None:
         """Train the strategy network where it is its turn, then the model."""
-        if (batch.step + 1) % self.recipe.strategy_every == 0:
+        step = batch.step if batch.run_step is None else batch.run_step
+        if (step + 1) % self.recipe.strategy_every == 0:
             with self.runtime.phases("strategy"):
                 self.train_strategy(batch)
         with self.runtime.phases("strategy"), frozen(self.strategy), torch.no_grad():

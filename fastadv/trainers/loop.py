@@ -292,7 +292,8 @@ class Loop:
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
-        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights)
+        place_in_run = self.progress.step
+        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, place_in_run)
         if self.recipe.mixup:
             classes = self._count_classes(self._batch.x)
             self._batch = mixed(self._batch, self.recipe.mixup, classes, self.ranks)

@@ -36,6 +36,7 @@ class TrainBatch:
         run_seed: the recipe's seed.
         weights: of the images' losses [B], 1 in the mean over the global batch; None where all
             weigh the same.
+        run_step: within the run, counted from 0; None where a method is used without a run.
     """
 
     x: Tensor
@@ -45,6 +46,7 @@ class TrainBatch:
     step: int
     run_seed: int
     weights: Tensor | None = None
+    run_step: int | None = None
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of the images' losses [B] with their weights, a scalar."""
@@ -97,6 +99,21 @@ class Runtime:
     phases: PhaseTimer
     ranks: Ranks = _ALONE
     build: Callable[[str], nn.Module] | None = None
+
+    def make(self, argument: str, name: str) -> nn.Module:
+        """Make a further model by its name, given by a number of the recipe that messages then name.
+
+        Raises:
+            ValueError: for an unknown name, or where there is no run that would build it.
+        """
+        if self.build is None:
+            raise ValueError(
+                f"Runtime.build must build {argument} {name!r}, got None, as a method without a run has it"
+            )
+        try:
+            return self.build(name)
+        except ValueError as error:
+            raise ValueError(f"{argument}: {error}") from error
 
 
 Update = Callable[[LossResult], bool]

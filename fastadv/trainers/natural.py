@@ -55,15 +55,11 @@ class NaturalMethod(PairMethod[NaturalT]):
         super().setup()
 
     def _build_natural(self) -> nn.Module:
-        name, build = self.recipe.natural, self.runtime.build
+        name = self.recipe.natural
         if name is None:
             return copy.deepcopy(self.model)
-        if build is None:
-            raise ValueError(
-                f"natural must be None where Runtime.build is None, which would build it, got {name!r}"
-            )
         torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
-        return build(name)
+        return self.runtime.make("natural", name)
 
     def initialise(self) -> None:
         """Draw weights of its own for a natural model that learns and is a copy of the robust one."""

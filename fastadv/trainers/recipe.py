@@ -37,6 +37,8 @@ _SYNONYMS = {
 }
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 _ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
+# Of one-step methods, whose step is 1.25 eps.
+ONE_STEP_IN_L2: Mapping[str, Any] = {"eps": 128 / 255, "alpha": 160 / 255}
 
 
 class RecipeType(ABCMeta):
@@ -198,6 +200,11 @@ class Recipe(metaclass=RecipeType):
             raise ValueError(
                 f"momentum must be left at {type(self).momentum} with a {type(self.schedule).__name__} schedule "
                 f"that cycles it, got {self.momentum}; set the schedule's base_momentum and max_momentum"
+            )
+        if cycled and self.betas[0] != type(self).betas[0]:
+            raise ValueError(
+                f"betas must begin with {type(self).betas[0]} with a {type(self.schedule).__name__} schedule that "
+                f"cycles it, got {self.betas}; set the schedule's base_momentum and max_momentum"
             )
 
     @classmethod

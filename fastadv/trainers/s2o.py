@@ -94,7 +94,9 @@ class S2o(PairMethod[S2oRecipe]):
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
         """Return where the base's attack starts."""
-        return super().start_of(batch) if self.recipe.base == "trades" else None
+        if self.recipe.base == "trades":
+            return super().start_of(batch)
+        return super(PairMethod, self).start_of(batch)  # that of PGD-AT
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return the whole loss of each image."""

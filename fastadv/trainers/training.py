@@ -61,7 +61,6 @@ from fastadv.trainers.teachers import (
     Likes,
     Teachers,
     by_name,
-    named_model,
     teachers_like,
 )
 from fastadv.trainers.trackers import make_trackers
@@ -330,7 +329,7 @@ def _model_builder(
     """Return a function that makes further models by name, which are trained like the run's own."""
 
     def build(name: str) -> nn.Module:
-        model = _on_device(named_model("natural", name, data), recipe, device)
+        model = _on_device(create_model(name, data.num_classes, data.in_channels), recipe, device)
         return with_synced_norms(model, ranks) if recipe.sync_bn else model
 
     return build

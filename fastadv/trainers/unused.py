@@ -8,6 +8,8 @@ from fastadv.trainers.bases import unused_of_base
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import Recipe
 
+_GROWING_TAU = ("fat", "trades", "mart", "rst", "dm_at")
+
 
 def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = None) -> None:
     """Refuse a number that was chosen and would be dropped in silence.
@@ -40,18 +42,32 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         (value("optimizer") == "sgd", "with optimizer sgd", ["betas"]),
         (value("optimizer") == "adamw", "with optimizer adamw", ["momentum", "nesterov"]),
         (not value("awp_gamma"), "with awp_gamma 0", ["awp_warmup"]),
+        (
+            (value("awp_warmup") or 0) >= recipe.epochs,
+            f"with an awp_warmup that lasts all {recipe.epochs} epochs",
+            ["awp_gamma"],
+        ),
+        (
+            method in _GROWING_TAU and min(value("tau_epochs"), default=0) >= recipe.epochs,
+            f"with {recipe.epochs} epochs, before the end of which tau does not grow",
+            ["tau_epochs"],
+        ),
         (value("norm") == "linf", "with norm linf", ["l2_start"]),
         (value("friendly") is False, "with friendly false", ["tau", "tau_epochs"]),
-        (value("random_start") is False, "with random_start false", ["l2_start"]),
+        (value("random_start") is False, "with random_start false", ["l2_start", "start_std"]),
         (
-            value("start_std") is not None,
+            value("start_std") is not None and value("base") != "pgd_at",
             "beside start_std, by which the attack starts",
             ["l2_start"],
         ),
     ]
     if method == "free":
         conditions.append(
-            (True, "with free, which attacks in its training passes", ["attack_mode"])
+            (
+                True,
+                "with free, which attacks in its training passes",
+                ["attack_mode", "attack_precision", "engine"],
+            )
         )
     if method == "arrest":
         conditions += [
@@ -72,6 +88,14 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         if method == "lbgat" and value("base") is None:
             unused = [name for name in unused if name not in ("beta", "start_std")]
         conditions.append((True, f"with base {value('base')}", unused))
+    if method == "sat":
+        conditions.append(
+            (
+                value("gap_start") >= recipe.epochs,
+                f"with {recipe.epochs} epochs, before the end of which the gap does not grow",
+                ["final_gap", "gap_end"],
+            )
+        )
     if method == "s2o":
         conditions.append(
             (value("base") != "trades", "with another base than trades", ["beta", "start_std"])
