@@ -64,7 +64,10 @@ def rows_of(text: str) -> list[dict[str, str]]:
 
 
 def analyse(*words: str) -> int:
-    return main(["analyse", *words, *FEW])
+    of_weights = {"frobenius", "importance", "merger-weights"}.issuperset(
+        words[words.index("--what") + 1 :]
+    )
+    return main(["analyse", *words, *(["--quiet"] if of_weights else FEW)])
 
 
 def test_the_numbers_say_what_they_are_of(
@@ -225,6 +228,10 @@ def test_a_file_of_weights_is_analysed_beside_itself(tmp_path: Path) -> None:
         (["--what", "minimum", "--train_examples", "2"], "train_examples must be left out"),
         (["--what", "minimum", "--teacher_model", "x"], "teacher_model must come with teacher"),
         (["--what", "cosine", "--teacher", "nowhere"], "nowhere: no such file or folder"),
+        (
+            ["--what", "entropy", "frobenius"],
+            "max_examples must be left out, as entropy, frobenius",
+        ),
     ],
 )
 def test_mistakes_are_told_in_a_line(
@@ -233,6 +240,14 @@ def test_mistakes_are_told_in_a_line(
     assert analyse(runs[0], *words) == 2
     assert re.search(message, " ".join(capsys.readouterr().err.split()))
     assert not (Path(runs[0]) / "analyses").exists()
+
+
+@pytest.mark.parametrize("option", [("--data", "digits"), ("--root", "x"), ("--resize", "8")])
+def test_options_of_images_are_refused_where_none_are_looked_at(
+    runs: list[str], option: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["analyse", runs[0], "--what", "frobenius", "--quiet", *option]) == 2
+    assert f"{option[0][2:]} must be left out, as frobenius" in capsys.readouterr().err
 
 
 def test_records_of_other_settings_are_not_put_into_one_picture() -> None:

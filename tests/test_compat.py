@@ -214,3 +214,63 @@ def test_wrong_inputs_are_named() -> None:
         compat.PGD(lambda x: x)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="x must be finite and within bounds"):
         attack(x + 1, y)
+
+
+def test_bytes_under_a_normalisation_are_judged_as_they_come_back(tmp_path: Path) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(24)
+    wrapped = nn.Sequential(fastadv.models.Normalized(nn.Identity(), [-2.0], [4.0]), model)
+    images = (x * 255).round().to(torch.uint8)
+    attacks = []
+    for eps in (0.02, 0.2):
+        attacks.append(short(compat.BIM, wrapped, eps=eps, alpha=eps / 2))
+        attacks[-1].set_normalization_used([0.5], [0.25])  # the two make up the identity
+
+    def right(adv: Tensor) -> Tensor:
+        return model(adv).argmax(1) == y
+
+    found = attacks[1].save([(images, y)], verbose=False, return_verbose=True)
+    adv = attacks[1](images, y)
+    assert found is not None and found[0] == pytest.approx(100 * float(right(adv).float().mean()))
+    distance = (adv - images / 255).flatten(1).norm(dim=1)[~right(adv)].mean()
+    assert found[1] == pytest.approx(float(distance), abs=1e-5)
+    assert wrapped.training and not model.training  # no mode was changed
+    together = compat.MultiAttack(attacks)(images, y)
+    weak = attacks[0](images, y)
+    broken = ~right(weak)
+    assert broken.any() and not broken.all()
+    torch.testing.assert_close(together[broken], weak[broken], rtol=0, atol=1e-5)
+    torch.testing.assert_close(together[right(together)], (images / 255)[right(together)])
+    plain = short(compat.BIM, wrapped)
+    with pytest.raises(ValueError, match="attacks must have one normalisation"):
+        compat.MultiAttack([attacks[0], plain])(images, y)
+
+
+def test_several_attacks_take_numpy_images() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(16)
+    several = compat.MultiAttack([short(compat.FGSM, model), short(compat.BIM, model)])
+    found = several(x.numpy(), y.numpy())
+    assert isinstance(found, np.ndarray) and np.array_equal(found, several(x, y).numpy())
+
+
+def test_targets_by_label_are_never_taken_for_labels() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    attack = short(compat.BIM, model)
+    attack.set_mode_targeted_by_label()
+    with pytest.raises(ValueError, match="labels must be given in the mode"):
+        attack(x)
+    with pytest.raises(ValueError, match="verbose and return_verbose must be False"):
+        attack.save([(x, y)])
+    with pytest.raises(ValueError, match="attacks must not be in the mode"):
+        compat.MultiAttack([attack, short(compat.FGSM, model)])(x, y)
+
+
+def test_attributes_that_would_have_no_effect_are_refused() -> None:
+    model = trained_small_cnn()
+    attack = short(compat.BIM, model)
+    for name, value in (("model", trained_small_cnn()), ("targeted", True), ("epss", 0.1)):
+        with pytest.raises(AttributeError, match=name):
+            setattr(attack, name, value)
+    apgd, square = short(compat.APGD, model), short(compat.Square, model)
+    apgd.n_restarts, apgd.eot_iter, square.n_queries = 2, 3, 7
+    assert (apgd.own.restarts, apgd.own.passes, square.own.queries) == (2, 3, 7)
+    assert (apgd.n_restarts, apgd.eot_iter, square.n_queries) == (2, 3, 7)

@@ -100,6 +100,13 @@ def test_both_networks_are_judged_apart(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["report", *files, "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["results"]
     assert [entry["method"] for entry in listed] == ["act", "act", "act natural", "act natural"]
+    # The run alone stands for both, its file of results for the robust network.
+    for words, lines in (([str(run)], 2), ([str(run / "eval.json")], 1)):
+        assert main(["report", *words]) == 0
+        assert len(capsys.readouterr().out.strip().splitlines()) == 1 + lines
+    (run / "eval.json").unlink()
+    assert main(["report", str(run)]) == 0
+    assert "run/natural.eval.json" in capsys.readouterr().out
 
 
 def test_refusals_of_the_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -50,7 +50,7 @@ IDS = {
     "act": "table1 table2 table3 table4 table5 figure2 figure3-left figure3-right figure4",
 }
 ALL = [f"{paper}/{name}" for paper, names in IDS.items() for name in names.split()]
-CLEAN = Column("Clean", Accuracy())
+CLEAN, PGD_20 = Column("Clean", Accuracy()), Column("PGD-20", Accuracy("pgd-20"))
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,23 @@ def test_what_is_there_is_used_again(out: Path) -> None:
     assert {file: file.read_bytes() for file in again.files} == before
     tiny("arrest/table2", out)
     assert tiny("arrest/table3", out).trained == ()  # the models of table 2
+
+
+@pytest.mark.parametrize("option", [("--norm", "l2"), ("--alpha", "0.0001")])
+def test_what_a_user_has_judged_by_other_options_gets_into_no_table(
+    out: Path, option: tuple[str, str]
+) -> None:
+    item = Item("act", "table9", "pgd-20", (RowSpec("ST", spec("standard")),), (PGD_20,))
+    first = tiny(item, out)
+    run = Work.of(item, out, scale="tiny").shop.path(
+        resolve(item.rows[0].run, find_scale("tiny"), "digits", 0)
+    )
+    words = ["--attacks", "pgd-20", "--eps", "0.1", "--max_examples", "30", "--quiet"]
+    assert main(["eval", str(run), *words, *option]) == 0
+    again = tiny(item, out)
+    assert again.judged == 0 and again.trained == ()
+    mean = again.table.cell("ST", "PGD-20").mean
+    assert mean is not None and mean == first.table.cell("ST", "PGD-20").mean < 50
 
 
 @pytest.mark.filterwarnings("ignore:the model is right on")

@@ -137,6 +137,38 @@ def test_a_plan_takes_more_points_and_refuses_another_sweep(tmp_path: Path) -> N
     assert Plan.load(tmp_path) == more
 
 
+def test_a_config_whose_text_has_changed_is_another_sweep(tmp_path: Path) -> None:
+    config = tmp_path / "options.yaml"
+    config.write_text("epochs: 2\n")
+    plan = plan_of(tmp_path / "sweep", "lr=.1", "seeds=1", training=("--config", str(config)))
+    plan.save()
+    plan.save()
+    config.write_text("epochs: 3\n")
+    with pytest.raises(ValueError, match="config must be the file as it was"):
+        plan.save()
+
+
+def test_a_method_of_ones_own_is_swept_and_each_checkpoint_has_a_table_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "swept_method.py").write_text(
+        "from fastadv.trainers.standard import Standard\n\n\n"
+        "class Swept(Standard):\n    name = 'swept'\n"
+    )
+    words = ["sweep", "swept_method:Swept", "--grid", "lr=.1", *TRAINING, *JUDGING]
+    words += ["--keep", "9", "--out", "own"]
+    assert main(words) == 0
+    checkpoints = sorted(Path("own/runs/lr=0.1,seed=0/checkpoints").glob("step_*"))
+    capsys.readouterr()
+    assert main([*words, "--eval_checkpoint", checkpoints[0].name]) == 0
+    assert "lr=0.1,seed=0: done" in capsys.readouterr().err
+    (line,) = csv.DictReader(Path("own/table.csv").read_text().splitlines())
+    assert line["seeds"] == "0"
+
+
 def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
     grid = Grid((Axis("m", ("[1,2]", "[1-2]", "a/b", "8/255")), Axis("a", ("1",))), (0,))
     names = [run.name for run in Plan(tmp_path, "standard", (), (), grid).runs]
@@ -156,6 +188,9 @@ def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
         (["--grid", "lr=.1", "--gpus_per_run", "1"], "gpus_per_run has no effect"),
         (["--grid", "lr=.1", "--jobs", "0"], "jobs must be >= 1"),
         (["--grid", "lr=.1", "--beside", "nowhere"], "no sweep in nowhere"),
+        (["--grid", "lr=.1", "--eval_network", "natural"], "eval_network must be left out"),
+        (["--grid", "lr=.1", "--eval_extractors", "1,2"], "eval_extractors must be left out"),
+        (["--grid", "lr=.1", "--eval_out", "all.json"], "eval_out must be left out"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(

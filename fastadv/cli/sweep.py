@@ -18,6 +18,16 @@ from fastadv.trainers.methods import command_name
 _EVAL = "--eval_"
 _OWN = ("grid", "out", "beside", "dry_run", *(field.name for field in fields(Launch)))
 _ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
+_OWN_FILE = (
+    "its results have a file of their own, which no sweep reads; run `fastadv eval` after it"
+)
+_NOT_JUDGED = {
+    "out": "a sweep keeps the results in its runs' directories",
+    "network": _OWN_FILE,
+    "extractors": _OWN_FILE,
+    "weights": "a sweep judges its own runs",
+    "normalise": "a sweep judges its own runs",
+}
 
 
 def sweep(words: list[str]) -> int:
@@ -135,7 +145,7 @@ def _is_negative(word: str) -> bool:
 def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
     """The plan with its seeds, once the options of every run and of the evaluation are known to be right."""
     method = find_method(plan.method)
-    evaluation_options(["RUN", *plan.evaluation])
+    _check_evaluation(plan.evaluation)
     if not plan.grid.seeds:
         default = str(method.recipe_class().seed)
         seeds = parse_grid([f"seed={given.get('seed', default)}"]).seeds
@@ -145,6 +155,14 @@ def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
         if run.seed == plan.grid.seeds[0]:  # the others have the same options
             check_training(method, [*plan.training_words(run), f"--run={run.folder}"])
     return plan
+
+
+def _check_evaluation(words: Sequence[str]) -> None:
+    """Refuse options of the evaluation that are wrong, or whose results the sweep would not find."""
+    usual, chosen = evaluation_options(["RUN"]), evaluation_options(["RUN", *words])
+    for name, reason in _NOT_JUDGED.items():
+        if chosen[name] != usual[name]:
+            raise ValueError(f"eval_{name} must be left out, as {reason}, got {chosen[name]!r}")
 
 
 def _without_seed(words: Sequence[str]) -> list[str]:

@@ -128,6 +128,13 @@ def run_analysis(
     names = distinct_names(paths)
     images: Images | None = None
     others = [path for path in [*paths, *([teacher] if teacher else [])] if not Path(path).is_dir()]
+    used = {"max_examples": "images" in needed}
+    used |= dict.fromkeys(
+        ("data", "root", *Reading().__dict__), bool(needed & {"images", "train"} or others)
+    )
+    used["checkpoint"] = any(Path(path).is_dir() for path in paths)
+    given = {"checkpoint": None if checkpoint == LATEST else checkpoint, "data": data, "root": root}
+    _check_used(used, {"max_examples": max_examples, **given, **reading.given()}, chosen)
     for path in paths:
         if Path(path).is_dir():  # a folder that is no run is told as such
             find_checkpoint(RunDirectory(path).path, checkpoint)
@@ -209,6 +216,17 @@ def _check_options(
             raise ValueError(
                 f"{name} must be left out with {names}, got {value!r}; it is for {users}"
             )
+
+
+def _check_used(
+    used: Mapping[str, bool], given: Mapping[str, object], chosen: Sequence[Analysis]
+) -> None:
+    """Refuse options that would have no effect on these models and analyses."""
+    names = ", ".join(analysis.name for analysis in chosen)
+    for name, value in given.items():
+        if value is not None and not used[name]:
+            why = "no model is a run" if name == "checkpoint" else f"{names} would not look at it"
+            raise ValueError(f"{name} must be left out, as {why}, got {value!r}")
 
 
 def _load(

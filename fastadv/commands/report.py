@@ -28,7 +28,8 @@ def run_report(
     """The report.
 
     Args:
-        runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written.
+        runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written. A
+            run stands for all its networks that were judged, RUN/eval.json for the robust one alone.
         out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
             PNG, what `fastadv analyse` found, and one model card per model and threat. By default nothing is
             written.
@@ -43,9 +44,12 @@ def run_report(
         The table as text, or JSON. Each line is of one radius, and of one checkpoint, set of images and seed.
     """
     paths = list(dict.fromkeys(runs))
-    judged = [
-        judged_run(path, name) for path, name in zip(paths, distinct_names(paths), strict=True)
-    ]
+    judged = []
+    for path, name in zip(paths, distinct_names(paths), strict=True):
+        beside = [file for file in _of_other_networks(Path(path)) if not _is_named(file, paths)]
+        if not beside or (Path(path) / EVAL_FILE).is_file():
+            judged.append(judged_run(path, name))
+        judged += [judged_run(str(file), f"{name}/{file.name}") for file in beside]
     if out is None:
         for name, value in (("robust", robust), ("eps", eps), ("norm", norm)):
             if value is not None:
@@ -66,6 +70,17 @@ def run_report(
     parts += ["\n".join(checked)] if (checked := verdicts(summary.comparison)) else []
     parts += [summary.no_plot] if out is not None and summary.no_plot else []
     return "\n\n".join(parts)
+
+
+def _of_other_networks(run: Path) -> list[Path]:
+    """Results of a run's natural network and of parts of its stack, each in a file of its own."""
+    if not run.is_dir():
+        return []
+    return [*run.glob(f"natural.{EVAL_FILE}"), *sorted(run.glob(f"extractors_*.{EVAL_FILE}"))]
+
+
+def _is_named(file: Path, paths: Sequence[str]) -> bool:
+    return file.resolve() in [Path(path).resolve() for path in paths]
 
 
 def judged_run(path: str, name: str) -> Judged:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from fastadv.commands.report import judged_run
+from fastadv.evaluation import Result
 from fastadv.evaluation.reporting import aligned, markdown, write_report
 from fastadv.fields import check_fields
 from fastadv.files import naming, write_atomically
@@ -22,6 +23,7 @@ from fastadv.sweeps.processes import Failure
 from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
 from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
+from fastadv.trainers.checkpoint import find_checkpoint
 
 _PATIENCE = 3.0  # seconds for a sweep that was killed a moment ago
 
@@ -199,7 +201,19 @@ def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
         for run in plan.runs:
             name = run.name if len(plans) == 1 else f"{curve} {run.name}"
             if run.is_finished(plan.evaluation):
-                found.append(Judgement(curve, run, judged_run(str(run.folder), name)))
+                judged = judged_run(str(run.folder), name)
+                results = tuple(_of_checkpoint(judged.results, run, plan))
+                found.append(Judgement(curve, run, replace(judged, results=results)))
             else:
                 missing.append(name)
     return found, missing
+
+
+def _of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
+    """The results of the checkpoint that the sweep judges; earlier evaluations may have judged others."""
+    # The parser of `fastadv eval` imports the commands.
+    from fastadv.cli.evaluate import evaluation_options
+
+    which = evaluation_options(["RUN", *plan.evaluation])["checkpoint"]
+    name = find_checkpoint(run.folder, which).name
+    return [result for result in results if result.subject.checkpoint == name]

@@ -22,6 +22,14 @@ from fastadv.seeding import draw_seed
 
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
+BY_LABEL = "targeted(label)"
+# What torchattacks calls a setting of ours.
+_THEIR_NAMES = {
+    "n_restarts": "restarts",
+    "n_queries": "queries",
+    "eot_iter": "passes",
+    "resc_schedule": "rescale_schedule",
+}
 
 
 class Attack:
@@ -53,17 +61,30 @@ class Attack:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("own", "model"):
             raise AttributeError(name)
-        if name in _settings_of(self.own):
-            return getattr(self.own, name)
-        hint = closest(name, _settings_of(self.own), SYNONYMS)
-        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
+        setting = _THEIR_NAMES.get(name, name)
+        if setting == "passes" or setting in _settings_of(self.own):
+            return getattr(self.own, setting)
+        raise self._no_attribute(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         own = vars(self).get("own")
-        if own is not None and name in _settings_of(own):
+        if own is None or name.startswith("_") or name == "normalization_used":
+            super().__setattr__(name, value)
+            return
+        if name in ("model", "targeted"):
+            instead = "make a new attack" if name == "model" else "call a set_mode method"
+            raise AttributeError(f"{name} of {type(self).__name__} cannot be set; {instead}")
+        name = _THEIR_NAMES.get(name, name)
+        if name == "passes":
+            own.passes = value
+        elif name in _settings_of(own):
             setattr(own, name, value)
         else:
-            super().__setattr__(name, value)
+            raise self._no_attribute(name)
+
+    def _no_attribute(self, name: str) -> AttributeError:
+        hint = closest(name, _settings_of(self.own), SYNONYMS)
+        return AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def __repr__(self) -> str:
         settings: dict[str, object] = {
@@ -97,10 +118,10 @@ class Attack:
 
         Raises:
             TypeError: as the attack in `fastadv` says, or labels of no integer kind.
-            ValueError: as the attack in `fastadv` says.
+            ValueError: as the attack in `fastadv` says, or no labels in the mode "targeted(label)".
         """
         x, back = self._taken(inputs)
-        y = self._predicted(x) if labels is None else integer_labels(labels).to(self.device)
+        y = self._labels(x, labels)
         if self._target_function is not None:
             given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
             y = self._target_function(given.to(self.device), y).to(self.device)
@@ -111,6 +132,16 @@ class Attack:
         return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in epsilons]
 
     forward = __call__
+
+    def _labels(self, x: Tensor, labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor:
+        """The labels of a call, or the model's own predictions where they are left out."""
+        if labels is not None:
+            return integer_labels(labels).to(self.device)
+        if self._mode == BY_LABEL:
+            raise ValueError(
+                f"labels must be given in the mode {BY_LABEL}, where they are the targets"
+            )
+        return self._logits(x).argmax(1)
 
     def _perturbed(self, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
         return self.own(x, y, eps=eps)
@@ -125,7 +156,7 @@ class Attack:
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
         """Take the labels of a call for the targets."""
-        self._set_mode("targeted(label)", lambda images, labels: labels)
+        self._set_mode(BY_LABEL, lambda images, labels: labels)
 
     def set_mode_targeted_by_function(
         self, target_map_function: TargetFunction, quiet: bool = False
@@ -177,7 +208,10 @@ class Attack:
             mean: per channel.
             std: per channel.
         """
-        wrapped = Normalized(self.model, mean, std).to(self.device).train(self.model.training)
+        wrapped = Normalized(self.model, mean, std).to(self.device)
+        wrapped.training = (
+            self.model.training
+        )  # of the wrapper alone: modules within keep their modes
         self.own.model = wrapped
         self.normalization_used = {"mean": wrapped.mean, "std": wrapped.std}
 
@@ -207,8 +241,13 @@ class Attack:
 
         Raises:
             OSError: the file cannot be written.
-            ValueError: an unknown ``save_type``, or no batch.
+            ValueError: an unknown ``save_type``, no batch, or accuracies in the mode "targeted(label)".
         """
+        if self._mode == BY_LABEL and (verbose or return_verbose):
+            raise ValueError(
+                f"verbose and return_verbose must be False in the mode {BY_LABEL}: its labels are targets, "
+                "from which no accuracy follows"
+            )
         check_choice("save_type", save_type, ("float", "int"))
         parts: dict[str, list[Tensor]] = {
             "adv_inputs": [],
@@ -219,7 +258,7 @@ class Attack:
         distances = []
         for inputs, labels in data_loader:
             clean = self._taken(inputs)[0]
-            adv = self._taken(cast(Tensor, self(inputs, labels)))[0]
+            adv = self._result_taken(self(inputs, labels), inputs)
             found = self._logits(adv).argmax(1)
             wrong = found != integer_labels(labels).to(found.device)
             distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
@@ -267,6 +306,12 @@ class Attack:
 
         return x, back
 
+    def _result_taken(self, adv: Images, of: Images) -> Tensor:
+        """Adversarial images in 0..1 where the model is, as a call with the images `of` has returned them."""
+        if str(of.dtype).rpartition(".")[2] == "uint8":  # then they are not normalised
+            return torch.as_tensor(adv).to(self.device)
+        return self._taken(adv)[0]
+
     def _logits(self, x: Tensor) -> Tensor:
         """The model's logits for images in 0..1, in eval mode."""
         model = cast(nn.Module, self.own.model)
@@ -278,9 +323,6 @@ class Attack:
         finally:
             for module, training in modes:
                 module.training = training
-
-    def _predicted(self, x: Tensor) -> Tensor:
-        return self._logits(x).argmax(1)
 
 
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:

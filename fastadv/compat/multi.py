@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fastadv.compat.attack import Attack, integer_labels
+from fastadv.compat.attack import BY_LABEL, Attack, Images
 
 
 class MultiAttack:
@@ -31,7 +32,9 @@ class MultiAttack:
     def __repr__(self) -> str:
         return f"MultiAttack({', '.join(map(repr, self.attacks))})"
 
-    def __call__(self, inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, inputs: Images, labels: Tensor | np.ndarray[Any, Any] | None = None
+    ) -> Images:
         """Attack a batch.
 
         Args:
@@ -39,19 +42,42 @@ class MultiAttack:
             labels: [B]; the model's own predictions where left out.
 
         Returns:
-            The adversarial images; an image that no attack has broken comes back as it was.
+            The adversarial images, as an `Attack` here returns them; an image that no attack has broken comes
+            back as it was.
+
+        Raises:
+            ValueError: an attack is in the mode "targeted(label)", or the attacks differ in their normalisation.
         """
         first = self.attacks[0]
+        self._check_modes()
         x = first._taken(inputs)[0]
-        y = first._predicted(x) if labels is None else integer_labels(labels).to(x.device)
-        found = inputs.clone().float() / 255 if inputs.dtype == torch.uint8 else inputs.clone()
+        y = first._labels(x, labels)
+        given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+        found = given.float() / 255 if given.dtype == torch.uint8 else given.clone()
         left = torch.arange(len(y), device=x.device)
         for attack in self.attacks:
             if not len(left):
                 break
-            some = left.to(inputs.device)
-            adv = cast(Tensor, attack(inputs[some], y[left]))
-            broken = attack._logits(attack._taken(adv)[0]).argmax(1) != y[left]
+            some = left.to(given.device)
+            part = given[some]
+            adv = cast(Tensor, attack(part, y[left]))
+            broken = attack._logits(attack._result_taken(adv, part)).argmax(1) != y[left]
             found[some[broken.to(some.device)]] = adv[broken.to(adv.device)]
             left = left[~broken]
-        return found
+        return cast(Images, found if isinstance(inputs, Tensor) else found.numpy())
+
+    def _check_modes(self) -> None:
+        """Refuse attacks that would take the labels or the images for something else than the others do."""
+        for attack in self.attacks:
+            if attack.get_mode() == BY_LABEL:
+                raise ValueError(
+                    f"attacks must not be in the mode {BY_LABEL}, got {type(attack).__name__}: MultiAttack needs "
+                    "the labels to tell which images are broken; set_mode_targeted_by_function takes both"
+                )
+        used = [attack.normalization_used for attack in self.attacks]
+        numbers = [
+            None if one is None else {name: part.flatten().tolist() for name, part in one.items()}
+            for one in used
+        ]
+        if any(one != numbers[0] for one in numbers):
+            raise ValueError(f"attacks must have one normalisation, got {numbers}")

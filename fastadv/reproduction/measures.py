@@ -309,13 +309,14 @@ class Analysis(Measure):
             if self.name not in known:
                 raise CannotRun(f"analysis {self.name} is not there")
             settings = {"eps": place.scale.eps(8)} if self.attacked else {}
-            images = {"train": place.shop.train_images} if self.train else {}
+            images: dict[str, Any] = {"train": place.shop.train_images} if self.train else {}
+            if "images" in known[self.name].needs:
+                images["max_examples"] = place.n
             try:
                 found = analyse(
                     place.model(),
                     place.images,
                     [self.name],
-                    max_examples=place.n,
                     device=place.device,
                     **images,
                     **settings,

@@ -18,14 +18,16 @@ from fastadv.commands import run_evaluation
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.data import ImageData, load_dataset, load_npz, subset
 from fastadv.data.datasets import load_test_images
-from fastadv.evaluation import load_results
-from fastadv.evaluation.attack_list import CLEAN
+from fastadv.evaluation import Result, load_results
+from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
+from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import Row
 from fastadv.files import sha256_of, write_atomically
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
+from fastadv.trainers.checkpoint import find_checkpoint
 
 _RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
 _DIVERGED = "diverged"
@@ -169,19 +171,38 @@ class Workshop:
         file = self.path(run) / EVAL_FILE
         if not file.exists():
             return {}
-        rows = [result.row for result in load_results(file) if not result.after]
+        name = find_checkpoint(self.path(run)).name
+        results = load_results(file)
         found: dict[Accuracy, Row] = {}
         for one in wanted:
             attack, eps = self.scale.attack(one.attack), self.scale.eps(one.eps)
             n = self.scale.images_for(attack)
             n = len(self.images) if n is None else min(n, len(self.images))
             source = "" if one.source is None else self._source(one.source, seed).name
-            for row in rows:
-                at = row.name == CLEAN or row.distances is not None or abs(row.eps - eps) < 1e-9
+            for result in results:
+                row = result.row
+                at = row.name == CLEAN or row.distances is not None or _near(row.eps, eps)
                 same = row.surrogate.partition(" ")[0] == source
-                if row.name == attack and row.n == n and at and same and row.seed == _SEED:
+                fits = row.name == attack and row.n == n and row.seed == _SEED
+                if fits and at and same and self._is_ours(result, name):
                     found[one] = row
         return found
+
+    def _is_ours(self, result: Result, checkpoint: str) -> bool:
+        """Whether `rows` would find this, and not a user's `fastadv eval` with other options."""
+        row = result.row
+        free = row.name == CLEAN or row.distances is not None  # of norm and radius
+        own_alpha = row.alpha is None or row.name.startswith("fgsm")
+        (attack,) = parse_attacks(row.name, 1.0, None)
+        usual = CarliniWagner().variant(attack) if isinstance(attack, Minimum) else ""
+        return (
+            not result.after
+            and row.variant == usual
+            and (free or result.norm == "linf")
+            and (free or own_alpha or _near(row.alpha or 0.0, row.eps / 4))
+            and result.bounds == (0.0, 1.0)
+            and (result.subject.data, result.subject.checkpoint) == (self.images.name, checkpoint)
+        )
 
     def _source(self, source: RunSpec, seed: int) -> Path:
         return self.path(self.resolve(source, seed))
@@ -285,6 +306,10 @@ class Place:
     def extractor_radii(self) -> list[float]:
         """The radii for which the extractors of a stack were trained."""
         return [float(getattr(teacher.recipe, "eps", 0.0)) for _, teacher in self.run.teachers]
+
+
+def _near(a: float, b: float) -> bool:
+    return abs(a - b) < 1e-9
 
 
 def _joined(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ _LONGEST_NAME = 200  # file systems take 255 bytes
 _STATE_FILE = "sweep_run.json"  # in a run's directory
 _EVAL_FILE = "eval.json"
 # Options that change how a run is done and not its numbers; so they may differ when a sweep goes on.
-_FREE = frozenset({"device", "root", "quiet", *(field.name for field in fields(Settings))})
+_FREE = frozenset({"device", "root", "quiet", *(one.name for one in fields(Settings))})
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Plan:
         training: options of `fastadv train` that all runs share, as words.
         evaluation: options of `fastadv eval`, as words.
         grid: the options that differ, and the seeds, of which there is at least one.
+        config: of a plan that was read, the text that the file of options had when the plan was saved.
     """
 
     folder: Path
@@ -105,6 +106,7 @@ class Plan:
     training: tuple[str, ...]
     evaluation: tuple[str, ...]
     grid: Grid
+    config: str | None = field(default=None, compare=False)
 
     @property
     def runs(self) -> list[SweepRun]:
@@ -156,8 +158,12 @@ class Plan:
         if self.method != there.method:
             raise self._other("method", self.method, there.method)
         mine, old = (_options(plan.training) for plan in (self, there))
+        if there.config is not None:  # its file may have changed since
+            old["config"] = there.config
         for name in sorted({*mine, *old} - _FREE):
             if mine.get(name) != old.get(name):
+                if name == "config" and name in mine and name in old:
+                    raise self._other(name, "a file with other options", "the file as it was")
                 raise self._other(name, mine.get(name, "nothing"), old.get(name, "nothing"))
         names = [[axis.name for axis in plan.grid.axes] for plan in (self, there)]
         if sorted(names[0]) != sorted(names[1]):
@@ -179,6 +185,7 @@ class Plan:
             "evaluation": list(self.evaluation),
             "grid": {axis.name: list(axis.values) for axis in self.grid.axes},
             "seeds": list(self.grid.seeds),
+            "config": _options(self.training).get("config"),
         }
         write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=2) + "\n")
 
@@ -206,6 +213,7 @@ class Plan:
                 tuple(map(str, content["training"])),
                 tuple(map(str, content["evaluation"])),
                 Grid(axes, tuple(map(int, content["seeds"]))),
+                content.get("config"),
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"{file}: the description of the sweep is damaged: {error}") from error

@@ -61,6 +61,13 @@ def analyse(
         if "images" in analysis.needs and data is None:
             raise ValueError(f"data must be given with {analysis.name}: images to analyse")
     needed = {need for analysis in chosen for need in analysis.needs}
+    for need, name, value in (
+        ("images", "max_examples", max_examples),
+        ("train", "train_examples", train_examples),
+    ):
+        if need not in needed and value is not None:
+            names = ", ".join(analysis.name for analysis in chosen)
+            raise ValueError(f"{name} must be left out with {names}, got {value!r}")
     return run_analyses(
         model,
         chosen,
