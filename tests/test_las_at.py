@@ -222,6 +222,7 @@ def test_a_resumed_run_ends_bit_for_bit(stop_after: int, tmp_path: Path) -> None
         ({"eps_choices": (0, 3)}, "eps_choices must be at least one number, each >= 1"),
         ({"eps_choices": (300,)}, "eps_choices must be <= 255"),
         ({"strategy_every": 0}, "strategy_every must be >= 1"),
+        ({"alpha_choices": (2, 256)}, "alpha_choices must be <= 255, in 255ths"),
         ({"strategy": "os:system"}, "strategy must be the name of a model"),
     ],
 )

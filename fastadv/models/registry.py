@@ -116,6 +116,18 @@ def stacked_names(names: str) -> list[str]:
     return found
 
 
+def check_plain_name(argument: str, name: str | None) -> None:
+    """Refuse the name of a further network that stands for code, as a run's files may not name code to import.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    if name is not None and ":" in name.removeprefix("timm:"):
+        raise ValueError(
+            f"{argument} must be the name of a model of fastadv or 'timm:NAME', got {name!r}"
+        )
+
+
 def names_code(name: str) -> bool:
     """Return whether a name stands for code that is not fastadv's or timm's own, or makes timm fetch something.
 

@@ -15,6 +15,7 @@ from fastadv.engine.frozen import frozen
 from fastadv.losses import cross_entropy
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split
+from fastadv.models.registry import check_plain_name
 from fastadv.models.split import global_average
 from fastadv.ops import random_start
 from fastadv.ops.philox import philox
@@ -76,13 +77,10 @@ class LasAtRecipe(AdversarialRecipe):
             values = getattr(self, name)
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must be at least one number, each >= 1, got {values}")
-        if max(self.eps_choices) > 255:
-            raise ValueError(f"eps_choices must be <= 255, in 255ths, got {self.eps_choices}")
-        # A run's files may not name code that is then imported.
-        if ":" in self.strategy.removeprefix("timm:"):
-            raise ValueError(
-                f"strategy must be the name of a model of fastadv or 'timm:NAME', got {self.strategy!r}"
-            )
+        for name in ("eps_choices", "alpha_choices"):
+            if max(getattr(self, name)) > 255:
+                raise ValueError(f"{name} must be <= 255, in 255ths, got {getattr(self, name)}")
+        check_plain_name("strategy", self.strategy)
 
     @property
     def choices(self) -> tuple[tuple[int, ...], ...]:

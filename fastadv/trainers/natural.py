@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fastadv.models.registry import check_plain_name
 from fastadv.seeding import derive_seed
 from fastadv.trainers.pair import PairMethod, PairRecipe
 
@@ -26,11 +27,7 @@ class NaturalRecipe(PairRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # A run's files may not name code that is then imported.
-        if self.natural is not None and ":" in self.natural.removeprefix("timm:"):
-            raise ValueError(
-                f"natural must be the name of a model of fastadv or 'timm:NAME', got {self.natural!r}"
-            )
+        check_plain_name("natural", self.natural)
 
 
 NaturalT = TypeVar("NaturalT", bound=NaturalRecipe)
