@@ -60,7 +60,7 @@ class MultiAttack:
                 break
             some = left.to(given.device)
             part = given[some]
-            adv = cast(Tensor, attack(part, y[left]))
+            adv: Tensor = attack(part, y[left])
             broken = attack._logits(attack._result_taken(adv, part)).argmax(1) != y[left]
             found[some[broken.to(some.device)]] = adv[broken.to(adv.device)]
             left = left[~broken]
