@@ -129,7 +129,7 @@ class Attack:
             y = integer_labels(found).to(self.device)
         if epsilons is None:
             return back(self._perturbed(x, y, None))
-        if isinstance(epsilons, Real | np.number):
+        if isinstance(epsilons, float | Real | np.number):
             return back(self._perturbed(x, y, number("epsilons", epsilons)))
         return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in epsilons]
 
