@@ -113,6 +113,8 @@ def test_several_radii_give_a_list() -> None:
     assert [round(float((adv - x).abs().max()), 4) for adv in found] == [0.05, 0.1]
     assert torch.equal(found[1], attack(x, y))
     assert torch.equal(found[0], attack(x, y, epsilons=0.05))
+    assert torch.equal(found[0], attack(x, y, epsilons=np.float64(0.05)))
+    assert torch.equal(attack(x, y, epsilons=np.float32(0.0625)), attack(x, y, epsilons=0.0625))
     with pytest.raises(ValueError, match="epsilons must be None for CW"):
         short(compat.CW, model)(x, y, epsilons=0.1)
 
@@ -130,6 +132,8 @@ def test_modes_choose_the_targets() -> None:
     aimed = attack(x, target)
     assert share_at(model, aimed, target) > share_at(model, plain, target) and attack.targeted
     attack.set_mode_targeted_by_function(lambda images, labels: (labels + 3) % 10)
+    assert torch.equal(attack(x, y), aimed)
+    attack.set_mode_targeted_by_function(lambda images, labels: (labels.numpy() + 3) % 10)  # type: ignore[arg-type,return-value]
     assert torch.equal(attack(x, y), aimed)
     attack.set_mode_targeted_least_likely(kth_min=2)
     logits = model(x).detach().scatter(1, y.unsqueeze(1), torch.inf)

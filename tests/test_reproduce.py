@@ -340,12 +340,16 @@ def test_further_images_go_to_the_rows_that_take_them(out: Path, tmp_path: Path)
 def test_sizes_are_counted(out: Path) -> None:
     item = small_item(
         RowSpec("ST", spec("standard")),
+        RowSpec("AFS", stack([spec("pgd_at"), spec("pgd_at", eps=4 / 255)])),
         columns=(Column("P", Size()), Column("M", Size("multiply_adds"))),
     )
     table = tiny(item, out).table
     assert table.cell("ST", "P").mean == pytest.approx(0.056554)
     # 8x8 images: 64 places of 32 filters of 9, then 16 of 64 filters of 288 and of 576, then 640 weights.
-    assert table.cell("ST", "M").mean == pytest.approx((64 * 32 * 9 + 16 * 64 * 864 + 640) / 1e9)
+    convolutions = 64 * 32 * 9 + 16 * 64 * 864
+    assert table.cell("ST", "M").mean == pytest.approx((convolutions + 640) / 1e9)
+    # The merger of two extractors has 128 x 10 weights.
+    assert table.cell("AFS", "M").mean == pytest.approx((2 * convolutions + 1280) / 1e9)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
+from numbers import Real
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -124,11 +125,12 @@ class Attack:
         y = self._labels(x, labels)
         if self._target_function is not None:
             given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
-            y = self._target_function(given.to(self.device), y).to(self.device)
-        if epsilons is None or isinstance(epsilons, (int, float)):
-            return back(
-                self._perturbed(x, y, None if epsilons is None else number("epsilons", epsilons))
-            )
+            found = self._target_function(given.to(self.device), y)
+            y = integer_labels(found).to(self.device)
+        if epsilons is None:
+            return back(self._perturbed(x, y, None))
+        if isinstance(epsilons, float | Real | np.number):
+            return back(self._perturbed(x, y, number("epsilons", epsilons)))
         return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in epsilons]
 
     forward = __call__

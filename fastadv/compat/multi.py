@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,11 +60,11 @@ class MultiAttack:
                 break
             some = left.to(given.device)
             part = given[some]
-            adv = cast(Tensor, attack(part, y[left]))
+            adv: Tensor = attack(part, y[left])
             broken = attack._logits(attack._result_taken(adv, part)).argmax(1) != y[left]
             found[some[broken.to(some.device)]] = adv[broken.to(adv.device)]
             left = left[~broken]
-        return cast(Images, found if isinstance(inputs, Tensor) else found.numpy())
+        return found if isinstance(inputs, Tensor) else found.numpy()
 
     def _check_modes(self) -> None:
         """Refuse attacks that would take the labels or the images for something else than the others do."""

@@ -8,9 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-from torch import nn
-
 from fastadv.evaluation import (
     ARREST_CIFAR10_CURVE,
     ARREST_CIFAR100_CURVE,
@@ -19,6 +16,7 @@ from fastadv.evaluation import (
     delta_z,
     trade_off_sum,
 )
+from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import Row
 from fastadv.models import Stack, importance_ratios
 from fastadv.reproduction.specs import CannotRun, RunSpec
@@ -252,33 +250,6 @@ class Size(Measure):
         if self.of == "parameters":
             return Measured(sum(p.numel() for p in model.parameters()) / 1e6)
         return Measured(multiply_adds(model, place.image_shape) / 1e9)
-
-
-def multiply_adds(model: nn.Module, shape: tuple[int, ...]) -> int:
-    """Count the multiply-adds of convolutions and linear layers in a pass of one image.
-
-    Args:
-        model: the model.
-        shape: of the image, [C, H, W].
-    """
-    total = 0
-
-    def count(module: nn.Module, _: Any, output: torch.Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Conv2d):
-            total += output[0].numel() * module.weight[0].numel()
-        elif isinstance(module, nn.Linear):
-            total += module.weight.numel()
-
-    handles = [module.register_forward_hook(count) for module in model.modules()]
-    try:
-        device = next(model.parameters()).device
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, *shape, device=device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return total
 
 
 @dataclass(frozen=True)
