@@ -165,6 +165,9 @@ def run_evaluation(
         UnsavedResultsError: when they could not be written; it holds the table.
     """
     where = own_device(choose_device(device))
+    for option, value in (("weights", weights), ("normalise", normalise)):
+        if run is not None and value is not None:
+            raise ValueError(f"{option} must be left out with a run, got {value!r}")
     recorded = None if run is None else _recorded(run, checkpoint)
     low, high = check_bounds(tuple(bounds))
     given, (norm, eps) = eps, _threat_of(recorded, norm, eps, (low, high))
@@ -181,9 +184,6 @@ def run_evaluation(
             raise ValueError(f"extractors must come with a run, got {extractors!r}")
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
-        for option, value in (("weights", weights), ("normalise", normalise)):
-            if value is not None:
-                raise ValueError(f"{option} must be left out with a run, got {value!r}")
         images = images_of_run(RunDirectory(run), data, root, reading)
         judged = model_of_run(run, checkpoint, model, EVAL_FILE, network)
         judged = judged if extractors is None else with_extractors(judged, extractors)

@@ -17,13 +17,13 @@ from fastadv.evaluation.reporting import aligned, markdown, write_report
 from fastadv.fields import check_fields
 from fastadv.files import naming, write_atomically
 from fastadv.locks import locked
+from fastadv.sweeps.judging import judged_checkpoint
 from fastadv.sweeps.local import run_locally, say
 from fastadv.sweeps.plan import PLAN_FILE, Plan, SweepRun
 from fastadv.sweeps.processes import Failure
 from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
 from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
-from fastadv.trainers.checkpoint import find_checkpoint
 
 _PATIENCE = 3.0  # seconds for a sweep that was killed a moment ago
 
@@ -211,9 +211,5 @@ def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
 
 def _of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
     """The results of the checkpoint that the sweep judges; earlier evaluations may have judged others."""
-    # The parser of `fastadv eval` imports the commands.
-    from fastadv.cli.evaluate import evaluation_options
-
-    which = evaluation_options(["RUN", *plan.evaluation])["checkpoint"]
-    name = find_checkpoint(run.folder, which).name
+    name = judged_checkpoint(plan, run)
     return [result for result in results if result.subject.checkpoint == name]
