@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -55,12 +55,16 @@ def _mart(
     return losses.cross_entropy(clean_logits, y, reduction=reduction) + beta * mart
 
 
-# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta.
-_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "alp": _alp,
-    "trades": losses.trades,
-    "mart": _mart,
-    "hat": losses.trades,
+_Loss: TypeAlias = Callable[..., Tensor]
+# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta; and its own recipe.
+_BASES: dict[str, tuple[_Loss, type[Recipe]]] = {
+    name: (loss, BASES[name].recipe_class)
+    for name, loss in (
+        ("alp", _alp),
+        ("trades", losses.trades),
+        ("mart", _mart),
+        ("hat", losses.trades),
+    )
 }
 # Where L_adv has two terms, the field of the base's recipe that weighs the second one; L_adv's beta is then 1.
 _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
@@ -117,7 +121,7 @@ class VfdRecipe(PairRecipe):
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the base's recipe."""
         base = given.get("base", cls.base)
-        if base not in _LOSSES:  # for the recipe itself to complain about
+        if base not in _BASES:  # for the recipe itself to complain about
             return {}
         own = {"beta", "weight"}  # which mean something else here
         numbers = {k: v for k, v in numbers_of_base(base, preset, cls).items() if k not in own}
@@ -140,7 +144,7 @@ class VfdRecipe(PairRecipe):
         )
 
     def _of_base(self, name: str) -> Any:
-        return getattr(BASES[self.base].recipe_class, name)
+        return getattr(_BASES[self.base][1], name)
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ class Vfd(PairMethod[VfdRecipe]):
             options["weight"] = recipe.inner_weight
         if recipe.code_constants:
             options["code_constants"] = True
-        loss = _LOSSES[recipe.base]
+        loss, _ = _BASES[recipe.base]
         return loss(clean_logits, adv_logits, y, recipe.base_weight, **options)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
