@@ -126,3 +126,27 @@ def test_callable_around_a_scripted_part_is_governed_from_the_start() -> None:
         lambda x: model(x), X, Y, eps=0.3, alpha=0.1, steps=2, random_start=False, seed=3
     )
     assert torch.equal(first, again)
+
+
+def test_module_that_calls_a_compiled_function_is_governed_from_the_start() -> None:
+    compiled = torch.compile(lambda x: x * (torch.rand_like(x) < 0.5), backend="eager")
+
+    class Calls(nn.Module):
+        def __init__(self, held: bool) -> None:
+            super().__init__()
+            self.net = net()
+            self.function = compiled if held else None
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.function(x) if self.function else compiled(x))
+
+    for model in (Calls(held=True), Calls(held=False)):
+        attack = fastadv.PGD(
+            model, eps=0.3, alpha=0.1, steps=2, random_start=False, train_mode=True
+        )
+        torch.manual_seed(7)
+        state = torch.get_rng_state()
+        first = attack(X, Y, seed=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.manual_seed(8)
+        assert torch.equal(attack(X, Y, seed=3), first)

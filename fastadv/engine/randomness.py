@@ -97,8 +97,7 @@ class DrawWatch(TorchFunctionMode):
 
 def draws_can_be_watched(model: object) -> bool:
     """Whether `DrawWatch` sees what a model draws: it sees no scripted or compiled parts, and no other threads."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    return not any(map(_hides_draws, modules)) and not _reaches_hidden_draws(model, set(), depth=4)
+    return not _reaches_hidden_draws(model, set(), depth=4)
 
 
 def _hides_draws(part: object) -> bool:
@@ -119,7 +118,13 @@ def _reaches_hidden_draws(value: object, seen: set[int], depth: int) -> bool:
     if _hides_draws(value):
         return True
     if isinstance(value, nn.Module):
-        return any(map(_hides_draws, value.modules()))
+        modules = list(value.modules())
+        seen.update(map(id, modules))
+        own = [m for m in modules if not type(m).__module__.startswith("torch.")]
+        held = [part for m in own for part in (*vars(m).values(), type(m).forward)]
+        return any(map(_hides_draws, modules)) or any(
+            _reaches_hidden_draws(part, seen, depth - 1) for part in held
+        )
     if depth == 0:
         return False
     items = _items(value)
