@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -198,7 +199,9 @@ def test_a_killed_reproduction_goes_on_where_it_was(out: Path, tmp_path: Path) -
     undisturbed = tiny("arrest/table3", out)
     command = [sys.executable, "-m", "fastadv", "reproduce", "arrest/table3", "--scale", "tiny"]
     process = subprocess.Popen(
-        [*command, "--quiet", "--out", str(tmp_path)], stdout=subprocess.DEVNULL
+        [*command, "--quiet", "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many as here: sums depend on the number
     )
     deadline = time.monotonic() + 120
     while not half_trained(tmp_path):
