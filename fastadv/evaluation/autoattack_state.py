@@ -102,9 +102,9 @@ def answers_of(model: Model, samples: Samples) -> list[list[float]] | None:
     return found[0].tolist() if _alike(*found) else None
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
     """Whether logits [B, classes] are the same up to the rounding of another machine or number of threads."""
-    if one.shape != other.shape:
+    if one is None or other is None or one.shape != other.shape:
         return False
     size = float(torch.maximum(one.abs(), other.abs()).max())
     return float((one - other).abs().max()) <= _ROUNDING * size
@@ -213,9 +213,8 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
         for part in ("model", "data")
         if getattr(kept, part) != getattr(identity, part)
     ]
-    answers = identity.answers
-    asked = not differences and there is not None and answers is not None
-    if asked and not _alike(there, torch.tensor(answers)):
+    known = there is not None and identity.answers is not None
+    if not differences and known and not _alike(there, torch.tensor(identity.answers)):
         differences.append("the model has the same weights and computes something else")
     differences += [
         f"{name} was {kept.settings.get(name)!r} and is {wanted.get(name)!r}"
