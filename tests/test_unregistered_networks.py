@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -217,6 +219,56 @@ def _exchange_layer(model: Any, x: Tensor, y: Tensor) -> Tensor:
 def test_a_callable_that_changes_the_model_past_torchs_counters_is_told(attack: Any) -> None:
     with pytest.raises(RuntimeError, match="changed the model's parameters or buffers"):
         fastadv.evaluate(net().eval(), (X, Y), [("mine", attack)], progress=False)
+
+
+def _leave_hook(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    model[4].register_forward_hook(lambda module, args, out: -out)
+    return x
+
+
+def _change_attribute(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    model[1].eps = 1e3
+    return x
+
+
+@pytest.mark.parametrize("attack", [_leave_hook, _change_attribute])
+def test_a_callable_that_changes_what_the_model_computes_is_told(attack: Any) -> None:
+    with pytest.raises(RuntimeError, match="changed what the model computes"):
+        fastadv.evaluate(net().eval(), (X, Y), [("mine", attack)], progress=False)
+
+
+class Coin(nn.Module):
+    """Turns the images of a pass over, by a generator that is told, with a probability."""
+
+    def __init__(self, toss: Callable[[], float], below: float) -> None:
+        super().__init__()
+        self.net, self.toss, self.below = net(), toss, below
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(1 - x if self.toss() < self.below else x)
+
+
+OWN = random.Random(0)
+TOSSES: dict[str, Callable[[], float]] = {
+    "torch": lambda: float(torch.rand(())),
+    "python": random.random,
+    "numpy": np.random.random,
+    "own": OWN.random,
+}
+
+
+@pytest.mark.parametrize("toss", TOSSES.values(), ids=TOSSES)
+def test_a_coin_tossed_once_for_a_pass_is_noticed_however_it_falls(toss: Any) -> None:
+    for seed in range(4):
+        random.seed(seed)
+        np.random.seed(seed)
+        OWN.seed(seed)
+        report = fastadv.evaluate(
+            Coin(toss, 0.3).eval(), (X, Y), ["fgsm"], progress=False, seed=seed
+        )
+        assert report.rows[0].status == "suspect"
+    row = fastadv.evaluate(Coin(toss, -1.0).eval(), (X, Y), ["fgsm"], progress=False).rows[0]
+    assert row.status == "ok"
 
 
 class Shifted(nn.Module):

@@ -28,6 +28,7 @@ from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
+from fastadv.engine.frozen import frozen
 from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
@@ -267,6 +268,11 @@ class Attack(Configured):
         """The engine that a call with images like ``x`` uses, with its ``name`` and ``reason``."""
         with self._alone(), _own_context(x.device):
             return self._ready(x)
+
+    def logits_of_model(self, x: Tensor) -> Tensor:
+        """The model's own logits of images, in eval mode and without a gradient."""
+        with self.held(x.device), frozen(self.model), torch.no_grad():
+            return self.model(x)
 
     @contextmanager
     def held(self, device: torch.device) -> Iterator[None]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import SYNONYMS
-from fastadv.engine.frozen import frozen
 from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.values import check_choice, closest, integer, number, shown
@@ -317,9 +316,7 @@ class Attack:
 
     def _logits(self, x: Tensor) -> Tensor:
         """The model's logits for images in 0..1, in eval mode."""
-        model = self.own.model
-        with self.own.held(x.device), frozen(model), torch.no_grad():
-            return model(x)
+        return self.own.logits_of_model(x)
 
 
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:

@@ -165,6 +165,20 @@ def shared_states() -> tuple[Any, ...]:
     return random.getstate(), _numpy_state()
 
 
+def generator_states(model: object, device: torch.device) -> tuple[Any, ...]:
+    """The states of all generators from which a model or another callable may draw.
+
+    Args:
+        model: of a module, also the generators that it owns are looked for.
+        device: on which it runs.
+    """
+    owned = dict(_own_generators(model)) if isinstance(model, nn.Module) else {}
+    torchs = [torch.get_rng_state()]
+    torchs += [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    own = [state() for _, state in owned.values()]
+    return (*shared_states(), *(state.numpy().tobytes() for state in torchs), *own)
+
+
 def _numpy_state() -> bytes:
     state: Any = np.random.get_state()
     return state[1].tobytes() + repr(state[2:]).encode()
@@ -222,6 +236,6 @@ def _items(value: Any) -> list[Any]:
         return list(value)
     if isinstance(value, types.FunctionType):
         return [_content(cell) for cell in value.__closure__ or ()]
-    if isinstance(value, types.MethodType):
+    if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # such as `generator.random`
         return [value.__self__]
     return list(vars(value).values()) if hasattr(value, "__dict__") else []

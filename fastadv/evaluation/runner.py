@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack as Method
+from fastadv.engine import randomness
 from fastadv.engine.content import content
 from fastadv.engine.layout import naming_layout
+from fastadv.evaluation.answers import answers_of, are_alike
 from fastadv.evaluation.attack_list import Foreign, Gradient
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import Progress
@@ -27,6 +29,8 @@ from fastadv.seeding import derive_seed
 # (x, y, indices of the images in the data) -> adversarial images
 Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
 _LOOKED_AT = 16  # images, to tell a random model
+_PASSES = 8  # over them
+_MOST_PASSES = 64  # where a generator moves
 
 
 @dataclass(frozen=True)
@@ -111,14 +115,21 @@ class Runner:
     def draws(self) -> bool:
         """Whether the model draws random numbers: two passes over the same images differ.
 
-        torch's generators are as before afterwards.
+        A coin that is tossed once for a pass can fall alike in several of them, so that there are more passes,
+        and many where a generator is seen to move. torch's generators are as before afterwards.
         """
         first = torch.arange(min(len(self.samples), _LOOKED_AT, self.batch_size))
         x, _ = self.samples.take(first, self.device)
         with private_generators(derive_seed(self.seed, "evaluate/draws")):
-            one, other = (logits_of(self.model, x.clone()) for _ in range(2))
-        # Kernels that add in another order from pass to pass differ by rounding alone.
-        return not torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+            before = randomness.generator_states(self.model, self.device)
+            one = logits_of(self.model, x.clone())
+            moved = randomness.generator_states(self.model, self.device) != before
+            for _ in range(1, _MOST_PASSES if moved else _PASSES):
+                # Kernels that add in another order from pass to pass differ by rounding alone.
+                other = logits_of(self.model, x.clone())
+                if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
+                    return True
+        return False
 
     def clean(self) -> Outcome:
         """Which images are classified correctly without an attack."""
@@ -223,13 +234,13 @@ class Runner:
         torch's generators are seeded per batch and restored afterwards.
 
         Raises:
-            RuntimeError: when the callable changed parameters or buffers of the model.
+            RuntimeError: when the callable changed parameters or buffers of the model, or what it computes.
         """
         (perturb,) = self.perturbations(attack, eps)
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: Foreign) -> Perturb:
-        before = _contents(self.source)
+        before, answers = _contents(self.source), answers_of(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             with private_generators(
@@ -241,6 +252,12 @@ class Runner:
             if _contents(self.source) != before:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
+                )
+            if answers is not None and not are_alike(
+                answers, answers_of(self.source, self.samples)
+            ):
+                raise RuntimeError(
+                    f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"
                 )
             return adv
 

@@ -1,0 +1,46 @@
+"""What a model says of a few images, in which everything shows that decides what it computes.
+
+A hash of weights does not see what a forward method does, nor hooks, attributes, tensors that are no buffers, and
+networks that are no submodules.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.evaluation.context import Model, device_of, private_generators
+from fastadv.evaluation.samples import Samples
+from fastadv.evaluation.verify import logits_of
+
+_ASKED = 8  # images
+_ROUNDING = 1e-3  # of the largest logit
+
+
+def answers_of(model: Model, samples: Samples) -> Tensor | None:
+    """The logits of the first few images.
+
+    Args:
+        model: in evaluation mode.
+        samples: the images.
+
+    Returns:
+        [B, classes] float32 on the CPU; None for a model that fails, or answers otherwise when it is asked again.
+    """
+    try:
+        x, _ = samples.take(torch.arange(min(len(samples), _ASKED)), device_of(model))
+        found = []
+        for _ in range(2):
+            with private_generators(0):
+                found.append(logits_of(model, x.clone()).float().cpu())
+    except Exception:  # the evaluation itself is to say what is wrong
+        return None
+    return found[0] if are_alike(*found) else None
+
+
+def are_alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether logits [B, classes] are the same up to the rounding of another machine or number of threads."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    size = float(torch.maximum(one.abs(), other.abs()).max())
+    return float((one - other).abs().max()) <= _ROUNDING * size

@@ -1,0 +1,41 @@
+"""Defences that draw by a method of a generator, kept or named without the generator itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastadv
+
+X, Y = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+METHODS: dict[str, Callable[[], Callable[[], float]]] = {
+    "random.Random": lambda: random.Random(0).random,
+    "numpy.random.Generator": lambda: np.random.default_rng(0).random,
+    "numpy.random.RandomState": lambda: np.random.RandomState(0).rand,
+}
+
+
+class Noisy(nn.Module):
+    """Adds a number that is drawn in every hundredth pass alone, but draws in each."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(1 - x if self.draw() < 0.01 else x)
+
+
+@pytest.mark.parametrize("make", METHODS.values(), ids=METHODS)
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_a_bound_method_is_seen_to_draw(make: Callable[[], Callable[[], float]]) -> None:
+    torch.manual_seed(0)
+    engine = fastadv.PGD(Noisy(make()).eval(), steps=1).engine_for(X)
+    assert engine.name == "eager" or engine.precision == "fp32"
+    assert "draws random numbers" in engine.reason
