@@ -14,11 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import fastadv
 from fastadv.cli.program import main
 from fastadv.data import load_dataset
-from fastadv.evaluation import wilson_interval
+from fastadv.evaluation import load_results, wilson_interval
 from fastadv.evaluation.metrics import ARREST_CIFAR10_POINTS
 from fastadv.reproduction import (
     Cell,
@@ -39,6 +40,7 @@ from fastadv.reproduction.specs import CannotRun, resolve, spec, stack
 from fastadv.reproduction.tables import NOT_AT_HAND
 from fastadv.reproduction.writers import markdown
 from fastadv.trainers import load_model, method_names, methods
+from fastadv.trainers.checkpoint import checkpoints_in
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.unused import check_all_used
 
@@ -353,6 +355,44 @@ def test_sizes_are_counted(out: Path) -> None:
     assert table.cell("ST", "M").mean == pytest.approx((convolutions + 640) / 1e9)
     # The merger of two extractors has 128 x 10 weights.
     assert table.cell("AFS", "M").mean == pytest.approx((2 * convolutions + 1280) / 1e9)
+
+
+def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(out: Path) -> None:
+    trained = spec("pgd_at", weight_decay=1e-4)
+    shop = Work.of(small_item(RowSpec("AT", trained)), out, scale="tiny").shop
+    run = shop.resolve(trained, 0)
+    shop.ensure(run)
+    checkpoints = shop.path(run) / "checkpoints"
+    first, last = (path.name for path in checkpoints_in(checkpoints))
+    (checkpoints / "best").unlink()
+    (checkpoints / "best").symlink_to(first)
+    item = small_item(
+        RowSpec("AT", trained),
+        RowSpec("AT, stopped early", trained.at_best()),
+        RowSpec("AFS", stack([trained.at_best()])),
+        RowSpec("AFS of the last", stack([trained])),
+    )
+    done = tiny(item, out)
+    assert (
+        len(done.trained) == 2
+    )  # the stacks; the early and the last checkpoint are of one training
+    found = {
+        result.subject.checkpoint: result.row.accuracy
+        for result in load_results(shop.path(run) / "eval.json")
+    }
+    assert 100 * found[first] == done.table.cell("AT, stopped early", "Clean").mean
+    assert 100 * found[last] == done.table.cell("AT", "Clean").mean
+    extractor = load_model(shop.path(shop.resolve(item.rows[2].run, 0))).extractors[0]
+    for of, same in ((first, True), (last, False)):
+        weights = load_model(checkpoints / of).state_dict()
+        pairs = [
+            (weights[name], value)
+            for name, value in extractor.state_dict().items()
+            if name in weights
+        ]
+        assert pairs and all(torch.equal(*pair) for pair in pairs) == same
+    again = tiny(item, out)
+    assert again.trained == () and again.judged == 0
 
 
 @pytest.mark.parametrize(

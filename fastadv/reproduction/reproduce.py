@@ -138,7 +138,7 @@ class Work:
                     for accuracy in column.measure.attacks():
                         if not self._is_known(judged, accuracy, seed):
                             name = self.shop.scale.attack(accuracy.attack)
-                            key = (judged.name, name, accuracy.eps, str(accuracy.source))
+                            key = (judged.place, name, accuracy.eps, str(accuracy.source))
                             attacks[key] = judged, name
         shop = self.shop
         return estimate(runs.values(), attacks.values(), shop.scale, shop.data, shop.device)
@@ -188,10 +188,10 @@ class Work:
                 figures[number] = f"cannot run: {reason}"
                 continue
             ready[number] = Place(self.shop, runs[0], seed, {})
-            wanted.setdefault(runs[0].name, []).extend(_on(column).attacks())
+            wanted.setdefault(runs[0].place, []).extend(_on(column).attacks())
         rows: dict[str, dict[Accuracy, Row]] = {}
         for number, place in ready.items():
-            name = place.run.name
+            name = place.run.place
             if name not in rows:
                 rows[name] = self.shop.rows(place.run, wanted[name], seed)
             place.found = rows[name]

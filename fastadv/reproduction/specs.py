@@ -15,6 +15,7 @@ import torch
 from fastadv.models import create_model
 from fastadv.reproduction.scales import Scale
 from fastadv.trainers import Recipe, find_method, method_names
+from fastadv.trainers.checkpoint import BEST, LATEST
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import as_plain
 
@@ -36,6 +37,7 @@ class RunSpec:
         network: the paper's network, a name for `create_model`.
         teachers: by name, the trainings of the networks that the method may need. Which it takes, it says itself.
         repetition: 0, or the number of a further training that differs in its random numbers alone.
+        checkpoint: which one is judged, or handed to others: "latest", or "best" where the paper stops early.
     """
 
     method: str
@@ -43,11 +45,16 @@ class RunSpec:
     network: str = "resnet18"
     teachers: tuple[tuple[str, RunSpec], ...] = ()
     repetition: int = 0
+    checkpoint: str = LATEST
 
     def on(self, network: str) -> RunSpec:
         """The same with another network, also of its teachers."""
         teachers = tuple((name, teacher.on(network)) for name, teacher in self.teachers)
         return dataclasses.replace(self, network=network, teachers=teachers)
+
+    def at_best(self) -> RunSpec:
+        """The same training, stopped early."""
+        return dataclasses.replace(self, checkpoint=BEST)
 
     def changed(self, **changes: Any) -> RunSpec:
         """The same with further fields of the recipe changed."""
@@ -86,6 +93,7 @@ class Resolved:
         data: name of the data set.
         teachers: by name, the trainings of the networks that it takes.
         extra: SHA-256 of the further images that it takes; empty without any.
+        checkpoint: which of its checkpoints counts. The training is the same, and so is its name.
     """
 
     method: MethodClass
@@ -94,6 +102,7 @@ class Resolved:
     data: str
     teachers: tuple[tuple[str, Resolved], ...]
     extra: str = ""
+    checkpoint: str = LATEST
 
     @property
     def name(self) -> str:
@@ -103,11 +112,16 @@ class Resolved:
             "recipe": as_plain(self.recipe),
             "network": self.network,
             "data": self.data,
-            "teachers": {name: teacher.name for name, teacher in self.teachers},
+            "teachers": {name: teacher.place for name, teacher in self.teachers},
             **({"extra": self.extra} if self.extra else {}),
         }
         text = json.dumps(content, sort_keys=True)
         return f"{self.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+    @property
+    def place(self) -> str:
+        """The name, followed by that of the checkpoint if it is not the latest: where the network lies."""
+        return self.name if self.checkpoint == LATEST else f"{self.name}/{self.checkpoint}"
 
     def with_teachers(self) -> Iterator[Resolved]:
         """All trainings that this one needs, then itself; each after those that it needs."""
@@ -147,7 +161,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     if recipe.extra_fraction > 0 and not extra:
         raise CannotRun(f"method {run.method} needs further images: --extra FILE")
     taken = extra if recipe.extra_fraction > 0 else ""
-    return Resolved(method, recipe, network, data, found, taken)
+    return Resolved(method, recipe, network, data, found, taken, run.checkpoint)
 
 
 @lru_cache

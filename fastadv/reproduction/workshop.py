@@ -27,7 +27,7 @@ from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
-from fastadv.trainers.checkpoint import find_checkpoint
+from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
 _RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
 _DIVERGED = "diverged"
@@ -119,7 +119,7 @@ class Workshop:
                 root=self.root,
                 model=run.network,
                 run_dir=self.path(run),
-                teacher={name: self.path(teacher) for name, teacher in run.teachers} or None,
+                teacher={name: self.folder / teacher.place for name, teacher in run.teachers} or None,
                 extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
                 device=self.device,
@@ -152,6 +152,7 @@ class Workshop:
             run_evaluation(
                 str(self.path(run)),
                 attacks,
+                checkpoint=run.checkpoint,
                 data=self.data,
                 root=self.root,
                 eps=radii,
@@ -171,7 +172,7 @@ class Workshop:
         file = self.path(run) / EVAL_FILE
         if not file.exists():
             return {}
-        name = find_checkpoint(self.path(run)).name
+        name = find_checkpoint(self.path(run), run.checkpoint).name
         results = load_results(file)
         found: dict[Accuracy, Row] = {}
         for one in wanted:
@@ -210,6 +211,7 @@ class Workshop:
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
         """Return what was found for a run before; find it and keep it where that is not so."""
         record = self._record(run)
+        title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
             self._keep(run, title, find())
             self.judged += 1
@@ -289,12 +291,12 @@ class Place:
     def model(self, run: RunSpec | None = None) -> nn.Module:
         """The trained model, or that of another training with the same seed."""
         resolved = self.run if run is None else self._resolved(run)
-        model = load_model(self.shop.path(resolved))
+        model = load_model(self.shop.folder / resolved.place)
         return model if self.device is None else model.to(torch.device(self.device))
 
     def name_of(self, run: RunSpec) -> str:
         """The name of another training with the same seed."""
-        return self._resolved(run).name
+        return self._resolved(run).place
 
     def _resolved(self, run: RunSpec) -> Resolved:
         return self.shop.resolve(run, self.seed)
