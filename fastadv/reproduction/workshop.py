@@ -119,7 +119,8 @@ class Workshop:
                 root=self.root,
                 model=run.network,
                 run_dir=self.path(run),
-                teacher={name: self.folder / teacher.place for name, teacher in run.teachers} or None,
+                teacher={name: self.folder / teacher.place for name, teacher in run.teachers}
+                or None,
                 extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
                 device=self.device,
