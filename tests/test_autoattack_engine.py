@@ -155,9 +155,9 @@ def test_attacks_of_this_package_take_the_place_of_the_references(
     result = autoattack(model, (x, y), eps=EPS, version=("square",), batch_size=32)
     assert torch.equal(result.robust, model.exactly_robust(x, y, EPS))
     assert [stage.search for stage in result.stages] == ["bf16"]
-    # 37 images in batches of 32, the last filled up to a size that an engine is proven for.
+    # 37 images in batches of 32; the last is not filled up, as every row costs 5000 passes.
     assert [size for size, _ in seen[:1]] == [32]
-    assert (8, [35, 36, 37, 38, 39, 35, 36, 37]) in seen
+    assert (5, [35, 36, 37, 38, 39]) in seen
     # Where bfloat16 has found something, float32 tries the others of the batch, too.
     left = [i for i in range(3, 35) if i not in result.fooled.tolist()]
     assert any(set(left) <= set(ids) < set(range(3, 35)) for _, ids in seen)
