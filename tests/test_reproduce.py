@@ -395,6 +395,41 @@ def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(
     assert again.trained == () and again.judged == 0
 
 
+@pytest.mark.filterwarnings("ignore:the model is right on")
+def test_pictures_in_folders_stand_for_imagenet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pictures = pytest.importorskip("PIL.Image")
+    numbers = np.random.default_rng(0)
+    for split, count in (("train", 17), ("val", 2)):
+        for label in "abc":
+            (tmp_path / "ImageNet" / split / label).mkdir(parents=True)
+            for number in range(count):
+                pixels = numbers.integers(0, 255, (40, 44, 3)).astype(np.uint8)
+                file = tmp_path / "ImageNet" / split / label / f"{number}.png"
+                pictures.fromarray(pixels).save(file)
+    for name, pixels in (("CROP", 32), ("RESIZE", 36)):  # small pictures, for a test
+        monkeypatch.setattr(f"fastadv.reproduction.images.{name}", pixels)
+    words = ["reproduce", "act/table4", "--data", f"folder:{tmp_path / 'ImageNet'}"]
+    words += ["--out", str(tmp_path / "out"), "--scale", "tiny"]
+    assert main([*words, "--plan", "true"]) == 0
+    assert "for 2 trainings" in capsys.readouterr().out
+    assert main([*words, "--quiet", "true"]) == 0
+    files = {file.suffix: file for file in (tmp_path / "out" / "act" / "table4").iterdir()}
+    assert files[".md"].name == "tiny-imagenet-1seed.md"
+    made = json.loads(files[".json"].read_text())
+    assert made["data"] == made["paper_data"] == "imagenet"
+    figures = [[cell["paper"] for cell in row] for row in made["cells"]]
+    assert figures == [[65.70, 42.36], [68.20, 44.29]]
+    assert all(
+        cell["n"] == [6] and cell["mean"] is not None for row in made["cells"] for cell in row
+    )
+    run = json.loads(next((tmp_path / "out" / "runs").glob("act-*/run.json")).read_text())
+    assert run["recipe"]["weight"] == 0.5 and run["recipe"]["pad"] == 0
+    assert main([*words, "--plan", "true"]) == 0
+    assert "nothing is left" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -9,6 +9,7 @@ from pathlib import Path
 from fastadv.evaluation.report import Row
 from fastadv.ops.values import integer
 from fastadv.reproduction.cost import Estimate, estimate
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy, Measure
 from fastadv.reproduction.registry import find_item
 from fastadv.reproduction.scales import Scale, find_scale
@@ -59,8 +60,8 @@ def reproduce(
     Args:
         item: such as "arrest/table2".
         out: folder for the trained models and the table.
-        data: data set; by default that of the scale.
-        root: folder of its files.
+        data: data set, or folder:PATH as `fastadv train` takes it; by default that of the scale.
+        root: folder of the files of a data set by name.
         scale: "paper", "small" or "tiny".
         seeds: trainings of each row; by default those of the scale.
         network: stands for every network of the paper; by default that of the scale.
@@ -118,7 +119,8 @@ class Work:
         if network is not None:
             chosen = chosen.with_network(network)
         count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
-        shop = Workshop(Path(out) / _RUNS, chosen, data or chosen.data, root, device, extra, quiet)
+        source = Source(data or chosen.data, root)
+        shop = Workshop(Path(out) / _RUNS, chosen, source, device, extra, quiet)
         return cls(found, shop, count)
 
     def estimate(self) -> Estimate:
@@ -141,7 +143,7 @@ class Work:
                             key = (judged.place, name, accuracy.eps, str(accuracy.source))
                             attacks[key] = judged, name
         shop = self.shop
-        return estimate(runs.values(), attacks.values(), shop.scale, shop.data, shop.device)
+        return estimate(runs.values(), attacks.values(), shop.scale, shop.source, shop.device)
 
     def _is_known(self, run: Resolved, accuracy: Accuracy, seed: int) -> bool:
         return accuracy in self.shop.known(run, [accuracy], seed)
@@ -149,7 +151,7 @@ class Work:
     def table(self) -> Table:
         """Train, measure, and lay out."""
         len(self.shop.images)  # images that are not there are told before anything else
-        paper_data, published = self.item.published_on(self.shop.data)
+        paper_data, published = self.item.published_on(self.shop.source.name)
         cells = []
         for row in self.item.rows:
             of_row: list[Cell] = []
@@ -167,7 +169,7 @@ class Work:
             self.item,
             tuple(cells),
             self.shop.scale.name,
-            self.shop.data,
+            self.shop.source.name,
             paper_data,
             self.seeds,
             self._networks(),

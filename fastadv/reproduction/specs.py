@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fastadv.data.training_folders import FOLDER
 from fastadv.models import create_model
 from fastadv.reproduction.scales import Scale
 from fastadv.trainers import Recipe, find_method, method_names
@@ -136,7 +137,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     Args:
         run: the training.
         scale: the scale.
-        data: name of the data set.
+        data: name of the data set, or folder:PATH.
         seed: of the training.
         extra: SHA-256 of further images, for the methods that take such; empty where there are none.
 
@@ -148,6 +149,8 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     method = find_method(run.method)
     seed += _APART * run.repetition
     recipe = _recipe(method, dict(run.changes), scale, seed)
+    if data.startswith(FOLDER):  # pictures are read one by one, and cropped as they are read
+        recipe = dataclasses.replace(recipe, train_images=None, pad=0)
     teachers = dict(run.teachers)
     needed = tuple(teachers) if run.method == "afs" else method.teachers_needed(recipe)
     if missing := [name for name in needed if name not in teachers]:
