@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
     """Run the tests of ops on a device in a process of their own; why each op that does not pass does not.
 
-    An op's tests are those in tests/test_ops.py that bear its name and look at its results, and the file of its
-    family. A test of test_ops.py that names no op counts for all; an op without a passed test does not pass.
+    An op's tests are those in tests/ops/test_ops.py that bear its name and look at its results, and the file of
+    its family. A test of test_ops.py that names no op counts for all; an op without a passed test does not pass.
     """
     cases = [case for case in CASES.values() if case.op in ops]
     files = {"test_ops.py", *(f"test_{case.family}.py" for case in cases)}
@@ -35,7 +35,7 @@ def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
         parallel = _in_parallel()
         command = [sys.executable, "-m", "pytest", "-k", chosen, *parallel]
         command += ["-m", "gpu" if device == "cuda" else "not gpu"]
-        command += [f"--junitxml={report}", *(f"tests/{name}" for name in sorted(files))]
+        command += [f"--junitxml={report}", *(f"tests/ops/{name}" for name in sorted(files))]
         threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
         finished = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True
