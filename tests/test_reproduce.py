@@ -360,7 +360,7 @@ def test_sizes_are_counted(out: Path) -> None:
     [
         (["arrest/tabel2", "--out", "x"], "did you mean 'arrest/table2'?"),
         (["arrest/table2"], "needs --out"),
-        ([], "needs item"),
+        ([], "needs ITEM"),
         (["arrest/table2", "--out", "x", "--scale", "tiny", "--seeds", "0"], "seeds must be >= 1"),
         (["arrest/table2", "--out", "x", "--scale", "tiny", "--data", "cifar10"], "root must be"),
     ],

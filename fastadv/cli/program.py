@@ -96,7 +96,7 @@ def _unknown(word: str) -> str:
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"
-    return text + closest(word, _COMMANDS)
+    return text + closest(word, [*_COMMANDS, "--help", "--version"])
 
 
 def _option(word: str) -> str:

@@ -7,8 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from fastadv.cli.evaluate import evaluation_options
-from fastadv.cli.parsing import FAILED, FALSE, Parser, complain, given_options
-from fastadv.cli.train import check_training
+from fastadv.cli.flags import FALSE, turned_off
+from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_options
+from fastadv.cli.train import check_training, training_parser
 from fastadv.commands.sweep import Launch, run_sweep
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
@@ -40,7 +41,9 @@ def sweep(words: list[str]) -> int:
         return complain(f"sweep needs a method{before}: {', '.join(method_names())}")
     method = find_method(words[0])
     own, training, evaluation = _sorted(words[1:])
-    options = _parser(command_name(method)).parse_args(own)
+    own_parser = _parser(command_name(method))
+    _check_names(training, own_parser, training_parser(method))
+    options = own_parser.parse_args(own)
     for name, value in given_options(training, _ITS_OWN).items():
         raise ValueError(
             f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
@@ -136,6 +139,16 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
                 target = training
         target.append(word)
     return own, training, evaluation
+
+
+def _check_names(words: Sequence[str], own: Parser, training: Parser) -> None:
+    """Refuse an option that neither the sweep nor `fastadv train` has, before the sweep's own are missed."""
+    known = [option for parser in (own, training) for option in parser.options()]
+    for word in words:
+        option = word.partition("=")[0]
+        named = option.startswith("--") and turned_off(option) not in known
+        if named and option not in known and not option.startswith("--schedule."):
+            own.error(f"there is no option {option}{closest_option(option, known)}")
 
 
 def _is_negative(word: str) -> bool:

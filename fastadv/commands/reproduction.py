@@ -6,6 +6,7 @@ import sys
 from typing import Literal
 
 from fastadv.data.datasets import check_source
+from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
@@ -50,6 +51,8 @@ def run_reproduction(
     """
     chosen = find_scale(scale)
     check_source(data or chosen.data, root)
+    if network is not None:
+        check_model_name("network", network)
     if plan:
         work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
         return f"{find_item(item).heading} at scale {scale}: {work.estimate()}.\n"
