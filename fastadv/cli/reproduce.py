@@ -36,7 +36,7 @@ def reproduce(words: list[str]) -> int:
     options = vars(parser.parse_args(words))
     options.pop("config")
     if options.pop("list"):
-        print(list_items(), end="")
+        print(list_items(options["json"]), end="")
         return 0
     parser.check_given(options)
     with stopped_by_signals("stopped; the same command goes on where it was"):

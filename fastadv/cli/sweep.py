@@ -10,6 +10,7 @@ from fastadv.cli.evaluate import evaluation_options
 from fastadv.cli.flags import FALSE, turned_off
 from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_options
 from fastadv.cli.train import check_training, training_parser
+from fastadv.commands.documents import as_json
 from fastadv.commands.sweep import Launch, run_sweep
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
@@ -17,7 +18,7 @@ from fastadv.trainers import find_method, method_names
 from fastadv.trainers.methods import command_name
 
 _EVAL = "--eval_"
-_OWN = ("grid", "out", "beside", "dry_run", *(field.name for field in fields(Launch)))
+_OWN = ("grid", "out", "beside", "dry_run", "json", *(field.name for field in fields(Launch)))
 _ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
 _OWN_FILE = (
     "its results have a file of their own, which no sweep reads; run `fastadv eval` after it"
@@ -71,7 +72,9 @@ def sweep(words: list[str]) -> int:
         result = run_sweep(
             plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
         )
-    print(result.text)
+    print(
+        as_json(result.content) if options.json else result.text, end="" if options.json else "\n"
+    )
     return FAILED if result.failures else 0
 
 
@@ -117,6 +120,7 @@ def _parser(method: str) -> Parser:
         "dry_run",
         "Do nothing but write the script, with slurm, or else print the trainings that are left.",
     )
+    parser.add_flag("json", "Print the table as one JSON document in place of the text.")
     return parser
 
 
