@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import fastadv
 from fastadv.cli.analyse import analyse
+from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
@@ -136,6 +137,7 @@ _COMMANDS = {
     "analyse": Command("look into models: features, weights, entropies, curves", analyse),
     "reproduce": Command("reproduce a table or a figure of a paper", reproduce),
     "report": Command("compare runs in a table and a plot", report),
+    "data": Command("check the files of a data set, or download them", data),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),
 }
