@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 
+from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
 from fastadv.ops.values import closest
 from fastadv.trainers.number import Number, parse_number
@@ -87,6 +88,8 @@ class Parser(ArgumentParser):
         self, args: Sequence[str] | None = None, *others: Any, **options: Any
     ) -> Any:
         """Parse a command line, as `ArgumentParser` does."""
+        if is_completing():
+            offer_options(self.prog, self._actions)
         words = None if args is None else with_values(args, self._actions, self.error)
         self._words = words or ()
         return super().parse_args(words, *others, **options)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import fastadv
 from fastadv.cli.analyse import analyse
+from fastadv.cli.completion import is_completing, offer, typed_words
 from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
@@ -23,6 +24,7 @@ from fastadv.interruption import Interrupted
 from fastadv.ops.values import closest
 from fastadv.trainers import method_names
 
+_PROGRAM = "fastadv"
 # What a person can put right. Anything else is a fault of ours and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
 
@@ -63,6 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if is_completing():
+        words = typed_words()
+        if not words:
+            offer(_PROGRAM, [*_COMMANDS, "--help", "--version"])
     debug = "--debug" in words
     words = [_option(word) for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from fastadv.cli.evaluate import evaluation_options
-from fastadv.cli.flags import FALSE, turned_off
+from fastadv.cli.completion import is_completing, offer, offer_options
+from fastadv.cli.evaluate import evaluation_options, evaluation_parser
+from fastadv.cli.flags import FALSE, spellings, turned_off
 from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_options
 from fastadv.cli.train import check_training, training_parser
 from fastadv.commands.documents import as_json
@@ -18,6 +20,7 @@ from fastadv.trainers import find_method, method_names
 from fastadv.trainers.methods import command_name
 
 _EVAL = "--eval_"
+_NOT_PREFIXED = ("attacks", "max_examples")
 _OWN = ("grid", "out", "beside", "dry_run", "json", *(field.name for field in fields(Launch)))
 _ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
 _OWN_FILE = (
@@ -34,6 +37,8 @@ _NOT_JUDGED = {
 
 def sweep(words: list[str]) -> int:
     """Train, judge and compare a method over a grid; the exit status."""
+    if is_completing() and not words:
+        offer("fastadv sweep", method_names())
     if not words or words[0].startswith("-"):
         if words[:1] in (["-h"], ["--help"]):
             _parser("METHOD").print_help()
@@ -43,6 +48,8 @@ def sweep(words: list[str]) -> int:
     method = find_method(words[0])
     own, training, evaluation = _sorted(words[1:])
     own_parser = _parser(command_name(method))
+    if is_completing():
+        _offer(own_parser, training_parser(method))
     _check_names(training, own_parser, training_parser(method))
     options = own_parser.parse_args(own)
     for name, value in given_options(training, _ITS_OWN).items():
@@ -135,7 +142,7 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
             name = word.lstrip("-").partition("=")[0]
             if name in _OWN or name in ("h", "help"):
                 target = own
-            elif name in ("attacks", "max_examples"):
+            elif name in _NOT_PREFIXED:
                 target = evaluation
             elif word.startswith(_EVAL):
                 target, word = evaluation, f"--{word.removeprefix(_EVAL)}"
@@ -143,6 +150,19 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
                 target = training
         target.append(word)
     return own, training, evaluation
+
+
+def _offer(own: Parser, training: Parser) -> None:
+    """Complete a word: with the options of the sweep, of `fastadv train`, and of `fastadv eval`."""
+    judging = []
+    for action in evaluation_parser()._actions:
+        if action.option_strings and action.dest not in ("help", "config", "print_config"):
+            shown = copy.copy(action)
+            shown.option_strings = [_EVAL + name[2:] for name in spellings(action)]
+            if action.dest in _NOT_PREFIXED:
+                shown.option_strings = [f"--{action.dest}"]
+            judging.append(shown)
+    offer_options(own.prog, [*own._actions, *training._actions, *judging])
 
 
 def _check_names(words: Sequence[str], own: Parser, training: Parser) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
+from fastadv.cli.completion import is_completing, offer
 from fastadv.cli.flags import FALSE, TRUE
 from fastadv.cli.parsing import FAILED, Parser, complain, given_options, schedule_names
 from fastadv.cli.saved_options import (
@@ -54,6 +55,8 @@ _TRAINING_OPTIONS = (
 
 def train(words: list[str]) -> int:
     """Train a model; the exit status."""
+    if is_completing() and not words:
+        offer("fastadv train", method_names())
     if not words or words[0].startswith("-"):
         if words and words[0] not in ("-h", "--help"):
             return complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")

@@ -331,6 +331,12 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
     return None
 
 
+def usual_attacks() -> list[str]:
+    """Return the bundles, and of each attack the name that is most in use."""
+    steps = {word: "1000" if word == "cwl2" else "20" for word in _WORDS}
+    return [word if _is_built_in(word) else f"{word}-{steps[word]}" for word in _WORDS]
+
+
 def _suggestion(name: str) -> str:
     """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
