@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from typing import Literal
 
+from fastadv.commands.documents import as_json
 from fastadv.commands.judged import check_no_root
 from fastadv.data.datasets import check_source
 from fastadv.data.training_folders import FOLDER
+from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
-from fastadv.reproduction.writers import markdown
+from fastadv.reproduction.writers import as_record, markdown
 
 
 def run_reproduction(
@@ -26,6 +29,7 @@ def run_reproduction(
     device: str | None = None,
     extra: str | None = None,
     plan: bool = False,
+    json: bool = False,
     quiet: bool = False,
 ) -> str:
     """The table.
@@ -46,19 +50,25 @@ def run_reproduction(
         extra: a .npz file of further training images, with the arrays image (uint8, N x H x W x C) and label, for
             rows whose method needs such: RST.
         plan: say how much is left to train and to measure, and about how long it takes; do nothing.
+        json: print one JSON document in place of the text, also with list and plan.
         quiet: show no progress.
 
     Returns:
-        The table in Markdown, and where the files are.
+        The table in Markdown, and where the files are; or JSON.
     """
     chosen = find_scale(scale)
     if data is not None and data.startswith(FOLDER):
         check_no_root(data, root)
     else:
         check_source(data or chosen.data, root)
+    if network is not None:
+        check_model_name("network", network)
     if plan:
         work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
-        return f"{find_item(item).heading} at scale {scale}: {work.estimate()}.\n"
+        left = work.estimate()
+        if json:
+            return as_json({"item": work.item.id, "scale": scale, **asdict(left)})
+        return f"{find_item(item).heading} at scale {scale}: {left}.\n"
 
     def tell(estimated: Estimate) -> None:
         if not quiet:
@@ -77,6 +87,10 @@ def run_reproduction(
         quiet=quiet,
         on_estimate=tell,
     )
+    if json:
+        paths = [str(path) for path in done.files]
+        trained = {"trained": list(done.trained), "evaluations": done.judged}
+        return as_json({**as_record(done.table), "files": paths, **trained})
     files = "\n".join(str(path) for path in done.files)
     text = f"{markdown(done.table)}\n{files}\n"
     if not any(path.suffix == ".png" for path in done.files):
@@ -84,9 +98,20 @@ def run_reproduction(
     return text
 
 
-def list_items() -> str:
-    """All items, with what of the papers' figures is known here."""
+def list_items(json: bool = False) -> str:
+    """All items, with what of the papers' figures is known here, as lines or as JSON."""
     items = all_items()
+    if json:
+        return as_json(
+            [
+                {
+                    "item": name,
+                    "title": item.title,
+                    "published": "no" if not item.published else "some" if item.lacks() else "all",
+                }
+                for name, item in items.items()
+            ]
+        )
     width = max(map(len, items))
     lines = [f"{name:<{width}}  {item.title}{_known(item)}" for name, item in items.items()]
     return "\n".join(lines) + "\n"

@@ -37,6 +37,7 @@ def run_transfer(
     device: str | None = None,
     seed: int = 0,
     out: str | None = None,
+    json: bool = False,
     quiet: bool = False,
 ) -> str:
     """The matrix.
@@ -65,10 +66,11 @@ def run_transfer(
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         seed: seed of all random numbers.
         out: file that the table is also written to; its name ends in .json, .csv or .md.
+        json: print the table as one JSON document.
         quiet: show no progress.
 
     Returns:
-        The matrix as text.
+        The matrix as text, or JSON.
     """
     paths = list(dict.fromkeys(models))
     if len(paths) < 2:
@@ -101,7 +103,7 @@ def run_transfer(
     )
     if out is not None:
         matrix.save(out)
-    return matrix.table()
+    return matrix.to_json() if json else matrix.table()
 
 
 def images_of_models(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
-from fastadv.ops.values import shown
+from fastadv.ops.values import nearest, shown
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
@@ -332,19 +331,25 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
     return None
 
 
+def usual_attacks() -> list[str]:
+    """Return the bundles, and of each attack the name that is most in use."""
+    steps = {word: "1000" if word == "cwl2" else "20" for word in _WORDS}
+    return [word if _is_built_in(word) else f"{word}-{steps[word]}" for word in _WORDS]
+
+
 def _suggestion(name: str) -> str:
     """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
         word, numbers = "cwl2", numbers[1:]  # the digit is its norm's
     word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
-    close = difflib.get_close_matches(word, _WORDS, n=1)
+    close = nearest(word, _WORDS)
     if not close:
         return ""
     steps = re.findall("[0-9]+", numbers)
-    if close[0] in _WITHOUT_STEPS:
+    if close in _WITHOUT_STEPS:
         steps = []
-    elif not steps and not _is_built_in(close[0]):
-        steps = ["1000" if close[0] == "cwl2" else "20"]
-    meant = "-".join([close[0], *steps])
+    elif not steps and not _is_built_in(close):
+        steps = ["1000" if close == "cwl2" else "20"]
+    meant = "-".join([close, *steps])
     return f"; did you mean {meant!r}?" if _is_built_in(meant) else ""

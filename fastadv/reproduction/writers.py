@@ -135,9 +135,14 @@ def to_csv(table: Table) -> str:
 
 
 def to_json(table: Table) -> str:
-    """All of it, with the figure of every seed."""
+    """All of it as JSON text."""
+    return json.dumps(as_record(table), indent=1) + "\n"
+
+
+def as_record(table: Table) -> dict[str, Any]:
+    """All of it as JSON types, with the figure of every seed."""
     item = table.item
-    content: dict[str, Any] = {
+    return {
         "format": _FORMAT,
         "item": item.id,
         "title": item.title,
@@ -152,7 +157,6 @@ def to_json(table: Table) -> str:
         "columns": [column.label for column in item.columns],
         "cells": [[_cell(cell) for cell in cells] for cells in table.cells],
     }
-    return json.dumps(content, indent=1) + "\n"
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

@@ -154,6 +154,27 @@ class SweepTable:
             writer.writerow([row.curve, *settings, seeds, *row.where, *numbers])
         return text.getvalue()
 
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as JSON types, with the figure of every seed in percent."""
+        return [
+            {
+                "sweep": row.curve,
+                "settings": dict(row.settings),
+                "seeds": list(row.seeds),
+                **dict(zip(("data", "n", "norm", "eps"), row.where, strict=True)),
+                "n": int(row.where[1]),
+                "accuracy": {
+                    title: {
+                        "mean": cell.mean,
+                        "deviation": cell.deviation,
+                        "values": list(cell.values),
+                    }
+                    for title, cell in row.cells.items()
+                },
+            }
+            for row in self.rows
+        ]
+
     def points(self) -> list[TradeOffPoint]:
         """The points of the plot: those of a curve from the lowest clean accuracy to the highest."""
         robust, radius = self.summary.robust, self.summary.radius

@@ -184,7 +184,7 @@ def test_resuming_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFix
             "no cifar10 at no",
         ),
         (["train", "standard", "--data", "digits", "--run", "r", "--model", "vgg"], "'vgg'"),
-        (["train", "arrest", "--data", "digits", "--run", "r"], "needs a teacher"),
+        (["train", "arrest", "--data", "digits", "--run", "r"], "needs --teacher"),
         (
             ["train", "arrest", "--data", "digits", "--run", "r", "--teacher", "t"],
             "t: no such file",

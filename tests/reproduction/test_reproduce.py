@@ -435,7 +435,7 @@ def test_pictures_in_folders_stand_for_imagenet(
     [
         (["arrest/tabel2", "--out", "x"], "did you mean 'arrest/table2'?"),
         (["arrest/table2"], "needs --out"),
-        ([], "needs item"),
+        ([], "needs ITEM"),
         (["arrest/table2", "--out", "x", "--scale", "tiny", "--seeds", "0"], "seeds must be >= 1"),
         (["arrest/table2", "--out", "x", "--scale", "tiny", "--data", "cifar10"], "root must be"),
     ],

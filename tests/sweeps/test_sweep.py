@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -218,6 +219,15 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     assert "clean %" in table and (whole / "report" / "report.html").is_file()
     assert (whole / "trade_off.png").read_bytes().startswith(b"\x89PNG")
 
+    assert main([*sweep_words(whole, "lr=.1"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert (row["settings"], row["seeds"], row["n"]) == ({"lr": "0.1"}, [0], 60)
+    assert row["accuracy"]["fgsm"]["deviation"] is None
+    assert f"{row['accuracy']['fgsm']['mean']:.2f}" in table
+    assert found["files"]["report"] == str(whole / "report" / "report.html")
+    assert (found["missing"], found["failures"]) == ([], [])
+
     process = started(sweep_words(killed, "lr=.1"), stderr=subprocess.DEVNULL)
     wait_for((killed / "runs" / "lr=0.1,seed=0" / "checkpoints" / "latest").exists)
     process.kill()
@@ -230,6 +240,9 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     (log,) = (whole / "logs").iterdir()
     content = log.read_text()
     (whole / "runs" / "lr=0.2,seed=0").write_text("a file in the way of the run")
+    assert main([*sweep_words(whole, "lr=.1,.2"), "--dry_run", "--json"]) == 0
+    left = json.loads(capsys.readouterr().out)
+    assert left["runs"] == 2 and left["left"][0].startswith("fastadv train standard --data digits")
     assert main([*sweep_words(whole, "lr=.1,.2"), "--jobs", "2"]) == 2
     failed = capsys.readouterr().out
     assert "lr=0.2,seed=0: exit status 2" in failed and "got the file" in failed
