@@ -17,7 +17,7 @@ from torch import Tensor
 from fastadv.attacks.apgd_l1 import run_l1
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.batch import AttackBatch, ValueOf
 from fastadv.attacks.best import Best, best_of_runs, where_images
 from fastadv.attacks.objectives import (
     Objective,
@@ -148,7 +148,7 @@ class APGD(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         return best_of_runs(
             self._run, batch, self._targets(batch), seed, whole=bool(self.settings.train_mode)
         )
@@ -157,7 +157,7 @@ class APGD(Attack):
         loss = self.settings.loss
         return None if loss == "ce" else f"with loss {loss!r}"
 
-    def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
+    def _targets(self, batch: AttackBatch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""
         settings = self.settings
         targets: tuple[Tensor | None, ...] = (None,)
@@ -168,14 +168,14 @@ class APGD(Attack):
             for _ in range(settings.restarts):
                 yield target
 
-    def _value_of(self, batch: Batch, target: Tensor | None) -> ValueOf:
+    def _value_of(self, batch: AttackBatch, target: Tensor | None) -> ValueOf:
         settings = self.settings
         if target is not None:
             return lambda logits: targeted_value(settings.loss, logits, batch.y, target)
         objective = Objective(settings.loss, settings.targeted)
         return lambda logits: objective(logits, batch.y)
 
-    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
+    def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
         """Algorithm 1 from one start."""
         settings, value_of = self.settings, self._value_of(batch, target)
         if settings.norm == "l1":
@@ -184,7 +184,7 @@ class APGD(Attack):
         adv = batch.start(seed)
         found = batch.gradient(adv, value_of)
         best.offer(adv, found.value, batch.succeeded(found.logits))
-        schedule = Schedule(adv, found.value, found.grad, batch.eps, settings.rho)
+        schedule = StepSizes(adv, found.value, found.grad, batch.eps, settings.rho)
         before = adv
         for step in range(1, settings.steps + 1):
             moved = _moved(batch, schedule, adv, before, 1.0 if step == 1 else MOMENTUM)
@@ -201,7 +201,7 @@ class APGD(Attack):
         return best
 
 
-class Schedule:
+class StepSizes:
     """Step sizes, and the best points to go back to, of all samples; nothing here waits for the device.
 
     Attributes:
@@ -267,7 +267,9 @@ def checkpoints(steps: int) -> dict[int, int]:
     return points
 
 
-def _moved(batch: Batch, schedule: Schedule, adv: Tensor, before: Tensor, share: float) -> Tensor:
+def _moved(
+    batch: AttackBatch, schedule: StepSizes, adv: Tensor, before: Tensor, share: float
+) -> Tensor:
     """The next point: a share of a gradient step, the rest along the last movement (algorithm 1, line 7)."""
     stepped = batch.step_(adv.clone(), schedule.grad, schedule.alpha)
     if share == 1:

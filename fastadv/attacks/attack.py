@@ -22,7 +22,7 @@ from fastadv.attacks.arguments import (
     check_seed,
     check_start,
 )
-from fastadv.attacks.batch import Batch, Pace
+from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
@@ -184,7 +184,7 @@ class Attack(Configured):
                     check_start(start)
             engine = self._ready(x)
             with engine.session(self.model, seed, current=True):
-                batch = Batch(
+                batch = AttackBatch(
                     engine,
                     engine.images(x),
                     y,
@@ -200,12 +200,12 @@ class Attack(Configured):
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
-                batch.tally.engine,
-                batch.tally.reason,
+                batch.counters.engine,
+                batch.counters.reason,
                 engine.precision,
-                batch.tally.elements,
-                batch.tally.counts,
-                tuple(batch.tally.losses),
+                batch.counters.elements,
+                batch.counters.counts,
+                tuple(batch.counters.losses),
                 outside_share(adv, x, radius, settings.norm, settings.bounds),
             )
         return adv
@@ -242,7 +242,7 @@ class Attack(Configured):
             )
 
     @abstractmethod
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         """Move the images of a batch: [B, ...] within ball and bounds, not an alias of ``batch.x``."""
 
     def _graph_obstacle(self) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch, Pace, ValueOf
+from fastadv.attacks.batch import AttackBatch, Pace, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import SOFT_OBJECTIVES, LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
@@ -194,13 +194,13 @@ class PGD(Attack):
         """
         return self._attack(x, y, seed, sample_ids, eps, start, pace_of(alpha, steps, x))
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
         found = None if graphs is None else self._replay(graphs, batch, seed, alpha)
         return self._search(batch, self._starts(batch, seed), alpha) if found is None else found
 
     def _replay(
-        self, graphs: GraphCache, batch: Batch, seed: int, alpha: float | Tensor
+        self, graphs: GraphCache, batch: AttackBatch, seed: int, alpha: float | Tensor
     ) -> Tensor | None:
         """The search as a CUDA graph, valid until the next; None where it is to be run step by step."""
         obstacle = self._graph_obstacle()
@@ -209,7 +209,7 @@ class PGD(Attack):
         if obstacle is None and batch.pace.steps is not None:
             obstacle = "images with numbers of steps of their own are not recorded"
         if obstacle is not None:
-            batch.tally.reason += f"; {obstacle}"
+            batch.counters.reason += f"; {obstacle}"
             return None
         batch.check_values(graphs.classes)
         limits = (_per_image(batch.eps, batch.x), _per_image(alpha, batch.x))
@@ -219,17 +219,17 @@ class PGD(Attack):
             x, y, eps, alpha, *starts = inputs
             recorded = batch.on(x, y, eps, active)
             adv = self._search(recorded, [start.clone() for start in starts], alpha)
-            return adv, torch.stack(recorded.tally.losses), recorded.tally.counts
+            return adv, torch.stack(recorded.counters.losses), recorded.counters.counts
 
         found = graphs.run(self._graph_key(), inputs, loop)
         if found is None:
-            batch.tally.reason += f"; {graphs.refusal}"
+            batch.counters.reason += f"; {graphs.refusal}"
             return None
         adv, losses, counts = found
-        batch.tally.engine = "graph"
-        batch.tally.elements += len(losses) * adv.numel()
-        batch.tally.losses.extend(losses.clone().unbind())
-        batch.tally.counts += counts
+        batch.counters.engine = "graph"
+        batch.counters.elements += len(losses) * adv.numel()
+        batch.counters.losses.extend(losses.clone().unbind())
+        batch.counters.counts += counts
         return adv
 
     def _graph_obstacle(self) -> str | None:
@@ -252,13 +252,15 @@ class PGD(Attack):
         kept = [name for name in names if name not in ("eps", "alpha")]
         return (type(self), self.passes, *(getattr(self.settings, name) for name in kept))
 
-    def _starts(self, batch: Batch, seed: int) -> Iterator[Tensor]:
+    def _starts(self, batch: AttackBatch, seed: int) -> Iterator[Tensor]:
         """Where the runs begin, [B, ...] each."""
         for restart in range(self.settings.restarts):
             run_seed = derive_seed(seed, "restart", restart) if restart else seed
             yield batch.start(run_seed, self.settings.random_start)
 
-    def _search(self, batch: Batch, starts: Iterable[Tensor], alpha: float | Tensor) -> Tensor:
+    def _search(
+        self, batch: AttackBatch, starts: Iterable[Tensor], alpha: float | Tensor
+    ) -> Tensor:
         """Run from every start, overwriting it, and return what is to be kept."""
         value_of = self._value_of(batch)
         keep_best = self.settings.keep == "best"
@@ -271,7 +273,7 @@ class PGD(Attack):
             best.offer(adv, value_of(logits), batch.succeeded(logits))
         return best.images
 
-    def _value_of(self, batch: Batch) -> ValueOf:
+    def _value_of(self, batch: AttackBatch) -> ValueOf:
         """The loss as a function of the logits, to be raised."""
         settings = self.settings
         objective = Objective(settings.loss, settings.targeted)
@@ -292,7 +294,7 @@ class PGD(Attack):
 
     def _run(
         self,
-        batch: Batch,
+        batch: AttackBatch,
         value_of: ValueOf,
         adv: Tensor,
         alpha: float | Tensor,
@@ -314,15 +316,15 @@ class PGD(Attack):
                 batch.step_along_(adv, direction(found.grad), size, sparsity)
         return adv
 
-    def _direction(self, batch: Batch) -> Direction | None:
+    def _direction(self, batch: AttackBatch) -> Direction | None:
         """What turns the gradients of one run into directions; None where they are the directions."""
         return None
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         """What gives the size of each step of one run, from the logits at the point it starts from."""
         return lambda logits: alpha
 
-    def _alpha(self, batch: Batch) -> float | Tensor:
+    def _alpha(self, batch: AttackBatch) -> float | Tensor:
         """The step size, in proportion where a call has its own radius.
 
         Raises:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import Best, best_of_runs
 from fastadv.attacks.leaving import is_time_to_look
 from fastadv.attacks.objectives import Objective
@@ -135,14 +135,14 @@ class Square(Attack):
             )
         return super()._radius(x, eps)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         batch = batch.rows(
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
         runs = [None] * self.settings.restarts
         return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
-    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
+    def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
         """One random search; broken images stay as they are, and leave when it is time to look."""
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()
@@ -168,7 +168,7 @@ class _Search:
         best: the images as far as they have come.
     """
 
-    def __init__(self, batch: Batch, settings: SquareSettings, seed: int) -> None:
+    def __init__(self, batch: AttackBatch, settings: SquareSettings, seed: int) -> None:
         self._batch, self._settings, self._seed = batch, settings, seed
         self._objective = Objective(settings.loss, settings.targeted)
         self._proposals = proposals_for(batch)

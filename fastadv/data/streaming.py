@@ -33,8 +33,8 @@ class StreamedData:
         num_classes: number of classes; labels are in 0 .. num_classes - 1.
         name: what it is, for messages and logs.
         workers: processes that read ahead; with 0 images are read between the steps.
-        heeds: fields of a recipe by which the dataset itself goes, such as "flip"; with other datasets they must
-            be off, as nothing else looks at them.
+        supports: fields of a recipe that the dataset itself applies, such as "flip". Of all other datasets they
+            must be off, because no other part applies them.
         image_shape: [C, H, W] of the first image.
 
     Raises:
@@ -46,7 +46,7 @@ class StreamedData:
     num_classes: int
     name: str
     workers: int = 2
-    heeds: frozenset[str] = frozenset()
+    supports: frozenset[str] = frozenset()
     image_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -150,7 +150,7 @@ def load_folders(
         training.num_classes,
         f"{name} train (random crops of {crop} pixels)",
         processes,
-        heeds=frozenset({"flip"}),
+        supports=frozenset({"flip"}),
     )
     count = len(tests) if test_images is None else min(test_images, len(tests))
     chosen = balanced_choice(tests.targets, count, seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.data.selection import evenly_spread
-from fastadv.evaluation.attack_list import Attack, Ensemble, Gradient, Minimum
+from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
 from fastadv.evaluation.context import private_generators
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.verify import predict
@@ -36,7 +36,7 @@ class Blindness:
     margin: int = 0
     n: int = 0
 
-    def note(self, attack: Attack) -> str:
+    def note(self, attack: ChosenAttack) -> str:
         """What an attack's row is to say; empty where there is nothing to say."""
         hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
         if isinstance(attack, Ensemble):
@@ -44,7 +44,7 @@ class Blindness:
             hint = (
                 "of its attacks square alone follows no gradients, and finds less than they would"
             )
-        elif isinstance(attack, Gradient):
+        elif isinstance(attack, BallAttack):
             if attack.kind == "square":
                 return ""
             by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")

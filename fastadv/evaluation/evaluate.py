@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
-    Attack,
     AttackChoice,
+    BallAttack,
+    ChosenAttack,
     Clean,
     Ensemble,
-    Gradient,
     Minimum,
     check_ensemble_asked_for,
     check_fewest_classes,
@@ -32,7 +32,7 @@ from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, format_eps, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
@@ -43,7 +43,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
-from fastadv.evaluation.work import FinishedBatches, Work
+from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 from fastadv.ranks import Ranks, group_of_caller
@@ -181,7 +181,7 @@ def evaluate(
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         ranks = group_of_caller(where) if sharded else Ranks()
-        say = Progress(progress and ranks.first)
+        say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
             facts = _facts(norm, samples.bounds, seed, eot, other)
@@ -193,7 +193,7 @@ def evaluate(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(say, ranks, finished),
+            SharedWork(say, ranks, finished),
             None if other is None else other.model,
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
@@ -275,11 +275,11 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
-def _blindness(runner: Runner, attacks: Sequence[Attack], correct: Tensor) -> Blindness:
+def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
     """Whose gradients lead nowhere, where an attack follows them."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, Gradient) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.kind != "square")
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.evaluation.attack_list import Gradient
+from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import count_blind
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import (
@@ -30,7 +30,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
-from fastadv.evaluation.work import Work
+from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name, number, shown
 
 _ROUNDING = 1e-9  # of shares of images, which are compared with each other
@@ -117,7 +117,7 @@ def masking_checks(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(Progress(progress)),
+            SharedWork(ProgressDisplay(progress)),
         )
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
@@ -186,7 +186,7 @@ def sanity_checks(
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         size = check_batch_size(batch_size)
-        work = Work(Progress(progress))
+        work = SharedWork(ProgressDisplay(progress))
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
@@ -250,7 +250,7 @@ class _Probe:
         """Accuracy, and the mean loss of the points that PGD ends at."""
         if (eps, steps) not in self._found:
             runner, left, total = self.runner, self.correct.clone(), 0.0
-            attack = Gradient(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
+            attack = BallAttack(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
             (perturb,) = runner.perturbations(attack, eps)
             audit = Audit(eps, runner.norm, runner.samples.bounds)
             for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
@@ -349,15 +349,15 @@ def _black_box(
 ) -> list[Finding]:
     """Compare Square, and PGD on a surrogate, with Auto-PGD."""
     runner, n = probe.runner, len(probe.correct)
-    white = Gradient(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
+    white = BallAttack(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
     accuracy = float(runner.gradient(white, eps, probe.correct).robust.double().mean())
     rivals: list[tuple[str, float]] = []
     if runner.samples.take(torch.tensor([0]), runner.device)[0].dim() == 4:
-        square = Gradient(f"square-{queries}", queries, None, True, kind="square", loss="cw")
+        square = BallAttack(f"square-{queries}", queries, None, True, kind="square", loss="cw")
         left = runner.gradient(square, eps, probe.correct).robust
         rivals.append((square.name, int(left.sum()) / n))
     if other is not None:
-        pgd = Gradient(f"pgd-{steps}", steps, alpha=eps / 4, random_start=True)
+        pgd = BallAttack(f"pgd-{steps}", steps, alpha=eps / 4, random_start=True)
         left = replace(runner, surrogate=other.model).gradient(pgd, eps, probe.correct).robust
         rivals.append((f"{pgd.name} made on {other.name}", int(left.sum()) / n))
     findings = []

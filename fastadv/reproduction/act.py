@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastadv.reproduction.measures import Accuracy, Analysis, SmallestPerturbation
+from fastadv.reproduction.measures import Accuracy, AnalysisMeasure, SmallestPerturbationMeasure
 from fastadv.reproduction.specs import RunSpec, spec
 from fastadv.reproduction.tables import Column, Item, RowSpec
 from fastadv.trainers import ActRecipe
@@ -54,9 +54,9 @@ def _table_1() -> Item:
 
 def _table_2() -> Item:
     columns = (
-        Column("FGSM, linf (1/255)", SmallestPerturbation("min-fgsm", 255.0)),
-        Column("PGD-20, linf (1/255)", SmallestPerturbation("min-pgd-20", 255.0)),
-        Column("C&W, l2", SmallestPerturbation("cwl2-1000")),
+        Column("FGSM, linf (1/255)", SmallestPerturbationMeasure("min-fgsm", 255.0)),
+        Column("PGD-20, linf (1/255)", SmallestPerturbationMeasure("min-pgd-20", 255.0)),
+        Column("C&W, l2", SmallestPerturbationMeasure("cwl2-1000")),
     )
     return Item(
         "act",
@@ -137,7 +137,7 @@ def _figure_2() -> Item:
     )
 
 
-def _figure_3(side: str, title: str, analysis: Analysis, unit: str) -> Item:
+def _figure_3(side: str, title: str, analysis: AnalysisMeasure, unit: str) -> Item:
     return Item(
         "act",
         f"figure3-{side}",
@@ -155,7 +155,7 @@ def _figure_4() -> Item:
         "figure4",
         "Frobenius norm of the weights",
         _rows(),
-        (Column("All layers", Analysis("frobenius", "norm of all layers")),),
+        (Column("All layers", AnalysisMeasure("frobenius", "norm of all layers")),),
         guess="that figure 4 shows the norms. The table has that of all layers together; "
         "`fastadv analyse OUT/runs/... --what frobenius` has each layer's.",
         axes=("", "Frobenius norm"),
@@ -164,8 +164,8 @@ def _figure_4() -> Item:
 
 def items() -> tuple[Item, ...]:
     """Return the items in the paper's order."""
-    entropy = Analysis("entropy", "mean entropy", train=True)
-    labels = Analysis("random-labels", "accuracy in the last epoch", 100.0, train=True)
+    entropy = AnalysisMeasure("entropy", "mean entropy", train=True)
+    labels = AnalysisMeasure("random-labels", "accuracy in the last epoch", 100.0, train=True)
     return (
         _table_1(),
         _table_2(),

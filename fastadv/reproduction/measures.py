@@ -90,7 +90,7 @@ class Accuracy(Measure):
 
 
 @dataclass(frozen=True)
-class SmallestPerturbation(Measure):
+class SmallestPerturbationMeasure(Measure):
     """Mean distance of the smallest adversarial perturbations that an attack without a ball finds.
 
     Attributes:
@@ -145,7 +145,7 @@ def together(clean: float, robust: float, of: str, data: str) -> float:
 
 
 @dataclass(frozen=True)
-class Cosine(Measure):
+class CosineMeasure(Measure):
     """Cosine similarity of the features of clean images to another model's.
 
     Attributes:
@@ -158,9 +158,9 @@ class Cosine(Measure):
         """The other model."""
         return (self.teacher,)
 
-    def on(self, network: str) -> Cosine:
+    def on(self, network: str) -> CosineMeasure:
         """The same, with the other model on the other network, too."""
-        return Cosine(self.teacher.on(network))
+        return CosineMeasure(self.teacher.on(network))
 
     def measure(self, place: Place) -> Measured:
         """Return the mean over the test images."""
@@ -253,7 +253,7 @@ class Size(Measure):
 
 
 @dataclass(frozen=True)
-class Analysis(Measure):
+class AnalysisMeasure(Measure):
     """A number that an analysis of `fastadv.evaluation.analyses` sums up.
 
     The analysis is looked up by name when it is needed, so that a cell comes alive when its analysis is there.

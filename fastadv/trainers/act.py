@@ -97,7 +97,7 @@ class Act(NaturalMethod[ActRecipe]):
     """
 
     name = "act"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = ActRecipe
     bn_updates = 1
     images_trained = 1

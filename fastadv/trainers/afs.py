@@ -78,7 +78,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     """
 
     name = "afs"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = AfsRecipe
     bn_updates = 0
 

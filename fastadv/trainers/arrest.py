@@ -109,7 +109,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     """
 
     name = "arrest"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = ArrestRecipe
 
     @classmethod

@@ -56,7 +56,7 @@ class DmAt(Trades):
 
     name = "dm_at"
     takes_soft_labels = False
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = DmAtRecipe
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ class GradAlign(PGDAT[GradAlignRecipe]):
     """
 
     name = "grad_align"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = GradAlignRecipe
     bn_updates = 3
 

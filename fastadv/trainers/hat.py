@@ -88,7 +88,7 @@ class Hat(PairMethod[HatRecipe]):
     """
 
     name = "hat"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = HatRecipe
     attack_loss = "kl"
     bn_updates = 3

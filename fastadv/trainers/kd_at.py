@@ -112,7 +112,7 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
     """
 
     name = "kd_at"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = KdAtRecipe
 
     @classmethod

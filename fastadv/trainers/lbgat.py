@@ -93,7 +93,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
     """
 
     name = "lbgat"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = LbgatRecipe
     attack_loss = "kl"
     bn_updates = 2

@@ -35,7 +35,7 @@ from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
 from fastadv.trainers.mixup import mixed
-from fastadv.trainers.monitor import Look, Monitor
+from fastadv.trainers.monitor import Monitor, Validation
 from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
     BufferGuard,
@@ -128,9 +128,9 @@ class Progress:
         step: steps done in all.
         bad_steps: steps that were not taken because something was not finite.
         bad_in_a_row: the last so many of them.
-        best_step: step of the best checkpoint so far; None before the first look.
+        best_step: step of the best checkpoint so far; None before the first validation.
         best_score: its accuracy.
-        looks_since_best: looks after that.
+        validations_since_best: validations after that.
         averaged: epochs whose last weights are in the plain average (SWA).
     """
 
@@ -141,8 +141,16 @@ class Progress:
     bad_in_a_row: int = 0
     best_step: int | None = None
     best_score: float = -1.0
-    looks_since_best: int = 0
+    validations_since_best: int = 0
     averaged: int = 0
+
+
+def _renamed(progress: dict[str, Any]) -> dict[str, Any]:
+    """A stored progress under the present names of its fields."""
+    if "looks_since_best" in progress:
+        progress = dict(progress)
+        progress["validations_since_best"] = progress.pop("looks_since_best")
+    return progress
 
 
 @dataclass
@@ -152,7 +160,7 @@ class Loop:
     Args:
         method: the method, with its models on the device.
         loader: the training images.
-        monitor: looks at the model that counts.
+        monitor: validates the model that counts.
         run: where the results go.
         settings: how the run is kept and shown.
         meta: what to record in each checkpoint.
@@ -195,9 +203,9 @@ class Loop:
 
     @property
     def stopped(self) -> bool:
-        """Whether the looks have brought nothing better for as long as the recipe has patience."""
+        """Whether the last validations, as many as the recipe's patience, brought no improvement."""
         patience = self.recipe.patience
-        return patience is not None and self.progress.looks_since_best >= patience
+        return patience is not None and self.progress.validations_since_best >= patience
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of this run."""
@@ -211,13 +219,13 @@ class Loop:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
         self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress(**_renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
         if best is not None and not (self.run.checkpoints / checkpoint_name(best)).is_dir():
             self.progress.best_step, self.progress.best_score = None, -1.0
-            self.progress.looks_since_best = 0
+            self.progress.validations_since_best = 0
 
     def train(self) -> dict[str, Any]:
         """Run to the last epoch, or until patience ends, and return the last epoch's record.
@@ -399,7 +407,7 @@ class Loop:
         return {"lr": rate, "bad_steps": self.progress.bad_steps}
 
     def _end_epoch(self) -> dict[str, Any]:
-        """Look at the model, record the epoch, and save it."""
+        """Validate the model, record the epoch, and save it."""
         progress = self.progress
         if progress.step % self.settings.log_every:
             self._log_window()
@@ -416,18 +424,20 @@ class Loop:
         self._seconds.clear()
         with self.console.aside():
             self._average_epoch()
-            look = self._look()
-            if look is not None:
-                record |= look.numbers()
-                self._judge(look)
+            validation = self._validation()
+            if validation is not None:
+                record |= validation.numbers()
+                self._judge(validation)
             if self.stopped:
                 record["stopped_early"] = True
             self.log.epoch(**record)
-            self._save(look)
+            self._save(validation)
             self.callbacks.epoch(record)
         self.console.say(_epoch_line(record, self.recipe.epochs))
         if self.stopped:
-            self.console.say(f"stopped: the last {progress.looks_since_best} looks were no better")
+            self.console.say(
+                f"stopped: the last {progress.validations_since_best} validations were no better"
+            )
         return record
 
     def _average_epoch(self) -> None:
@@ -445,19 +455,19 @@ class Loop:
                 if buffer.is_floating_point():
                     self.ranks.sum(buffer).div_(self.ranks.count)
 
-    def _look(self) -> Look | None:
+    def _validation(self) -> Validation | None:
         done = self.progress.epoch
         if done % self.recipe.monitor_every and done < self.recipe.epochs:
             return None
-        return self.monitor.look()
+        return self.monitor.validate()
 
-    def _judge(self, look: Look) -> None:
-        """Make this step's checkpoint the best one if the look at it was the best so far."""
+    def _judge(self, validation: Validation) -> None:
+        """Make this checkpoint the best one if its validation has the best score so far."""
         progress = self.progress
-        progress.looks_since_best += 1
-        if look.score > progress.best_score:
-            progress.best_step, progress.best_score = progress.step, look.score
-            progress.looks_since_best = 0
+        progress.validations_since_best += 1
+        if validation.score > progress.best_score:
+            progress.best_step, progress.best_score = progress.step, validation.score
+            progress.validations_since_best = 0
 
     def _checkpoint_due(self) -> bool:
         """Whether this rank asks for a checkpoint, by its count of steps or, the first one, by its clock."""
@@ -468,8 +478,8 @@ class Loop:
         late = minutes is not None and self.ranks.first and waited >= 60 * minutes
         return late or (every is not None and self.progress.step % every == 0)
 
-    def _save(self, look: Look | None = None) -> None:
-        """Write a checkpoint, with what the look at it has shown."""
+    def _save(self, validation: Validation | None = None) -> None:
+        """Write a checkpoint, with its validation if there was one."""
         progress = self.progress
         self._saved_at = time.monotonic()
         self._window.average(self.ranks)
@@ -487,8 +497,8 @@ class Loop:
             "epoch": self._epoch.state(),
         }
         meta = {**self.meta, "epoch": progress.epoch, "epoch_step": progress.epoch_step}
-        if look is not None:
-            meta["look"] = asdict(look)
+        if validation is not None:
+            meta["validation"] = asdict(validation)
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
         best = None if progress.best_step is None else checkpoint_name(progress.best_step)

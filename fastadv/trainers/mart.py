@@ -63,7 +63,7 @@ class Mart(FriendlyPairMethod[MartRecipe]):
     """
 
     name = "mart"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = MartRecipe
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:

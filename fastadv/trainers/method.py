@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -140,22 +141,27 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         name: what the method is called on the command line.
         recipe_class: its recipe.
         bn_updates: updates of the running statistics per batch.
-        heeds: which of the recipe's fields "label_smoothing" and "extra_weight" the loss goes by.
+        supports: the fields "label_smoothing" and "extra_weight" of the recipe that the loss supports.
             A class that defines another loss does not inherit it.
-        takes_soft_labels: whether a method that goes by "label_smoothing" can be trained on mixed labels, too: its
-            attack and all else that looks at labels take soft ones.
+        takes_soft_labels: whether a method that supports "label_smoothing" can also be trained on mixed labels.
+            Its attack and all other code that reads labels then accept soft labels.
     """
 
     name: ClassVar[str]
     recipe_class: ClassVar[type[Recipe]]
     bn_updates: int = 1
-    heeds: ClassVar[frozenset[str]] = frozenset()
+    supports: ClassVar[frozenset[str]] = frozenset()
     takes_soft_labels: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "heeds" not in vars(cls) and vars(cls).keys() & {"training_loss", "objective"}:
-            cls.heeds = frozenset()
+        if "heeds" in vars(cls):
+            warnings.warn(
+                f"{cls.__name__}.heeds is now called supports", DeprecationWarning, stacklevel=2
+            )
+            cls.supports = vars(cls)["heeds"]
+        if "supports" not in vars(cls) and vars(cls).keys() & {"training_loss", "objective"}:
+            cls.supports = frozenset()
 
     def __init__(
         self,
@@ -172,12 +178,12 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             teacher.eval().requires_grad_(False)
         for field_name, neutral in (("label_smoothing", 0), ("extra_weight", 1)):
             value = getattr(recipe, field_name)
-            if value != neutral and field_name not in self.heeds:
+            if value != neutral and field_name not in self.supports:
                 raise ValueError(
                     f"{field_name} must be {neutral} for {self.name}, whose loss does not take it, "
                     f"got {value}"
                 )
-        if recipe.mixup and not (self.takes_soft_labels and "label_smoothing" in self.heeds):
+        if recipe.mixup and not (self.takes_soft_labels and "label_smoothing" in self.supports):
             raise ValueError(
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )

@@ -44,5 +44,5 @@ class Rst(Trades):
     """
 
     name = "rst"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = RstRecipe

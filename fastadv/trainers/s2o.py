@@ -84,7 +84,7 @@ class S2o(PairMethod[S2oRecipe]):
     """
 
     name = "s2o"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = S2oRecipe
 
     def setup(self) -> None:

@@ -72,7 +72,7 @@ class Tla(AdversarialMethod[TlaRecipe, Attacked]):
 
     name = "tla"
     takes_soft_labels = False
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = TlaRecipe
     bn_updates = 2
     images_trained = 2

@@ -54,7 +54,7 @@ class Trades(FriendlyPairMethod[TradesRecipe]):
     """
 
     name = "trades"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = TradesRecipe
     attack_loss = "kl"
 

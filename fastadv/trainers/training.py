@@ -497,7 +497,7 @@ def _build_loader(
         "world_size": ranks.count,
     }
     if isinstance(training, StreamedData):
-        _check_streamed(recipe, extra, training.heeds)
+        _check_streamed(recipe, extra, training.supports)
         return StreamLoader(training, recipe.batch_size, **common), watched
     if recipe.holdout:
         training, watched = split_validation(training, recipe.holdout, recipe.seed)
@@ -517,13 +517,13 @@ def _build_loader(
     return loader, watched
 
 
-def _check_streamed(recipe: Recipe, extra: ImageData | None, heeded: frozenset[str]) -> None:
+def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
     """Refuse what only images in memory can have."""
     if extra is not None:
         raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
     for name, value in wanted.items():
-        if name not in heeded and getattr(recipe, name) != value:
+        if name not in supported and getattr(recipe, name) != value:
             raise ValueError(
                 f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
                 f"images itself, got {getattr(recipe, name)}"

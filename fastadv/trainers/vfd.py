@@ -179,7 +179,7 @@ class Vfd(PairMethod[VfdRecipe]):
     """
 
     name = "vfd"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = VfdRecipe
 
     @classmethod

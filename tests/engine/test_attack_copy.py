@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine import proof
-from fastadv.engine.engines import Gradient
+from fastadv.engine.engines import InputGradient
 from fastadv.engine.layers import CopiedConv2d, CopiedLinear
 from fastadv.models import Normalized, small_cnn
 from fastadv.models.preact_resnet import preact_resnet18
@@ -235,7 +235,7 @@ def test_a_copy_is_compared_in_full_float32(monkeypatch: pytest.MonkeyPatch) -> 
     """By TensorFloat-32 the gradients of a deep net are off by more than the comparison allows."""
     probe, seen = proof.probe, []
 
-    def watched(*arguments: Any) -> Gradient:
+    def watched(*arguments: Any) -> InputGradient:
         seen.append(torch.backends.cudnn.allow_tf32)
         return probe(*arguments)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastadv
 from fastadv import attacks
 from fastadv.attacks.apgd_pool import APGDPool, Ended
-from fastadv.engine.engines import Engine, Gradient
+from fastadv.engine.engines import Engine, InputGradient
 from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
 from fastadv.evaluation.report import Row, row_from_dict
 
@@ -43,9 +43,9 @@ class Liar(Engine):
     def logits(self, x: Tensor) -> Tensor:
         return self._engine.logits(x).roll(1, 1)
 
-    def gradient(self, x: Tensor, value_of: Any) -> Gradient:
+    def gradient(self, x: Tensor, value_of: Any) -> InputGradient:
         found = self._engine.gradient(x, value_of)
-        return Gradient(found.value, found.logits.roll(1, 1), found.grad)
+        return InputGradient(found.value, found.logits.roll(1, 1), found.grad)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from linear_model import linear_problem
 from torch import Tensor, nn
 
 from fastadv.evaluation import Report, evaluate
-from fastadv.evaluation.attack_list import Gradient, parse_attacks
+from fastadv.evaluation.attack_list import BallAttack, parse_attacks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = {"progress": False}
@@ -58,7 +58,7 @@ EXPECTED |= {
 @pytest.mark.parametrize("name", EXPECTED)
 def test_what_a_name_stands_for(name: str) -> None:
     (attack,) = parse_attacks(name, eps=0.4, alpha=None)
-    assert attack == Gradient(name, **EXPECTED[name])
+    assert attack == BallAttack(name, **EXPECTED[name])
     with pytest.raises(ValueError, match="built-in"):
         parse_attacks([(name, lambda model, x, y: x)], eps=0.4, alpha=None)
 

@@ -18,7 +18,7 @@ from training_helpers import small_recipe
 
 from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
 from fastadv.evaluation.rows import joined
-from fastadv.evaluation.work import Work, key_of
+from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.ranks import Ranks
 from fastadv.trainers import train
 
@@ -180,7 +180,7 @@ def test_keys_differ_with_what_the_values_depend_on() -> None:
 
 
 def test_images_are_shared_out_in_turn() -> None:
-    shares = [Work(ranks=Ranks(rank, 3)).own(torch.arange(7)).tolist() for rank in range(3)]
+    shares = [SharedWork(ranks=Ranks(rank, 3)).own(torch.arange(7)).tolist() for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
 
 

@@ -76,20 +76,20 @@ def test_it_is_no_fault_and_ends_a_script_with_the_shells_status(tmp_path: Path)
     assert done.returncode == 143 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("looks", [1, 2])  # of two epochs
+@pytest.mark.parametrize("validations", [1, 2])  # of two epochs
 def test_a_signal_between_epochs_waits_for_the_epochs_end(
-    looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    validations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    look, left = Monitor.look, [looks]
+    validate, left = Monitor.validate, [validations]
 
     def send(monitor: Monitor) -> Any:
         left[0] -= 1
         if left[0] == 0:
             os.kill(os.getpid(), signal.SIGTERM)
-        return look(monitor)
+        return validate(monitor)
 
-    monkeypatch.setattr(Monitor, "look", send)
-    if looks == 2:  # nothing is left to do
+    monkeypatch.setattr(Monitor, "validate", send)
+    if validations == 2:  # nothing is left to do
         assert run("standard", tmp_path).progress.epoch == 2
         return
     with pytest.raises(TrainingInterrupted, match="after step 4"):

@@ -197,14 +197,14 @@ def test_a_start_depends_on_seed_and_sample_alone() -> None:
 def test_the_run_is_watched_in_l2(tmp_path: Path) -> None:
     recipe: Any = small_recipe("pgd_at", **L2, monitor_images=24)
     model, data = make_model(), small_data()
-    look = Monitor(model, data.test, recipe, Runtime(CPU, None, PhaseTimer(CPU))).look()
+    found = Monitor(model, data.test, recipe, Runtime(CPU, None, PhaseTimer(CPU))).validate()
     x, y = data.test.images.float() / 255, data.test.labels
     adv = PGD(model, 0.8, 0.2, 2, norm="l2", precision="fp32")(
         x, y, seed=derive_seed(recipe.seed, "monitor")
     )
     with torch.no_grad():
         correct = (model.eval()(adv).argmax(1) == y).double().mean()
-    assert look.robust == pytest.approx(float(correct))
+    assert found.robust == pytest.approx(float(correct))
 
 
 def test_recipes_begin_with_the_usual_radius_in_l2() -> None:

@@ -46,7 +46,7 @@ from fastadv.trainers import (
 )
 from fastadv.trainers.arrest import Replayed
 from fastadv.trainers.logs import MetricsLog, read_records
-from fastadv.trainers.monitor import Look, Monitor
+from fastadv.trainers.monitor import Monitor, Validation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DOUBLE = torch.float64
@@ -180,7 +180,7 @@ def test_the_run_ends_when_patience_does(
 ) -> None:
     scores = [0.1, 0.3, 0.3, 0.2, 0.4, 0.1, 0.2, 0.39, 0.5]
     left = iter(scores)
-    monkeypatch.setattr(Monitor, "look", lambda self: Look(0.5, next(left)))
+    monkeypatch.setattr(Monitor, "validate", lambda self: Validation(0.5, next(left)))
     changes = {"epochs": len(scores), "patience": patience}
     result = run("pgd_at", tmp_path, changes=changes)
     looks = slow_stop(scores, patience)
