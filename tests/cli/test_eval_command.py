@@ -269,8 +269,6 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Ctrl-C is ignored in what a shell starts in the background, such as this test.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "attacking\n"

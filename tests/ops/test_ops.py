@@ -53,6 +53,11 @@ def _budget_tells_most(given: Mapping[str, Any]) -> bool:
     return bool(dtype == torch.float64 and apart)
 
 
+def _has_vectors(given: Mapping[str, Any]) -> bool:
+    arguments = _first(given["case"])
+    return any(t.dim() == 1 for t in tensors_of(arguments, list(arguments)))
+
+
 def _no_bits_are_promised(given: Mapping[str, Any]) -> bool:
     """Where the bits must be the reference's, the budget says nothing more of a CUDA kernel."""
     return given["dtype"] not in given["case"].bit_equal
@@ -260,7 +265,7 @@ def test_the_public_function_is_the_op(case: OpCase, device: str, name: str) -> 
         check_same_bits(result, wanted, case.name)
 
 
-@pytest.mark.interpreter
+@pytest.mark.interpreter(when=_has_vectors)
 @pytest.mark.parametrize(("case", "device", "name"), _parameters(PUBLIC))
 def test_vectors_may_be_strided(case: OpCase, device: str, name: str) -> None:
     """Radii, labels, ids and other arguments of one axis, such as columns of a table."""

