@@ -99,6 +99,7 @@ def test_it_equals_the_algorithm_as_printed(norm: str, eps: float) -> None:
     assert len(furthest) > 24 and (furthest <= 1e-5).float().mean() >= 0.9, furthest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("norm", "eps"), RADII)
 @pytest.mark.parametrize(("loss", "count", "slack"), [("ce", 200, 6), ("dlr-t", 100, 3)])
 @pytest.mark.filterwarnings("ignore:there are")

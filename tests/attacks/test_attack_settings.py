@@ -119,6 +119,7 @@ def test_the_function_has_the_arguments_of_the_class() -> None:
 CASES = [(kind, name) for kind in KINDS for name in arguments_of(kind) if name != "model"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=lambda c: getattr(c, "__name__", c))
 def test_a_setting_that_is_set_counts_from_the_next_call_on(kind: type[Attack], name: str) -> None:
     net, (x, y) = trained_small_cnn(), digits_test(12)

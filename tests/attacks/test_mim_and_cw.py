@@ -107,6 +107,7 @@ def two_classes() -> tuple[LinearModel, Tensor, Tensor, Tensor]:
     return model, x, logits.argmax(1), (logits[:, 0] - logits[:, 1]).abs() / normal.norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", [(0.0, 1.0), (-2.0, 6.0)])
 @pytest.mark.parametrize("targeted", [False, True])
 def test_cw_l2_finds_the_distance_from_a_plane(targeted: bool, bounds: tuple[float, float]) -> None:
@@ -128,6 +129,7 @@ def test_cw_l2_finds_the_distance_from_a_plane(targeted: bool, bounds: tuple[flo
     assert (found <= distance * 1.01 + 3e-3).all(), found - distance  # Adam hovers by its rate
 
 
+@pytest.mark.slow
 def test_cw_l2_reaches_the_margin_asked_for() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(12)
     options = dict(c=1.0, steps=60, lr=0.1, search_steps=4)

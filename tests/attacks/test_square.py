@@ -16,7 +16,7 @@ import fastadv
 from fastadv.attacks.square import SquareSettings, share_at
 from fastadv.attacks.square_proposals import _heap
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 

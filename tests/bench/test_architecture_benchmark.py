@@ -148,10 +148,12 @@ def _answer(tell: architectures.Tell) -> int:
     return 42
 
 
+@pytest.mark.slow
 def test_process_of_its_own() -> None:
     assert architectures.apart(_answer, 60, 2**40) == 42
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("work", "seconds", "memory", "why", "stage"),
     [

@@ -15,7 +15,7 @@ import evaluation
 
 from fastadv.evaluation import AutoAttackResult, Stage
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -44,8 +44,8 @@ EMPTY_FAMILIES = {"test_pgd_step": "", "test_crop_flip": ""}
         ),
         ({"test_ops": PASSES, "test_pgd_step": "def test_b(): assert 0"}, {"pgd_step": "1 of 2"}),
         (
-            {"test_ops": PASSES + "def test_every_op_has_cases(): assert 0"},
-            {"pgd_step": "has_cases", "crop_flip": "has_cases"},
+            {"test_ops": PASSES + "@pytest.mark.every_op\ndef test_c(): assert 0"},
+            {"pgd_step": "test_c", "crop_flip": "test_c"},
         ),
         ({"test_ops": PASSES.replace("'pgd_step/linf', ", "")}, {"pgd_step": "no test"}),
         ({"test_ops": "import nothing_of_that_name"}, {"pgd_step": "", "crop_flip": ""}),

@@ -23,7 +23,7 @@ from fastadv.evaluation.results import Subject
 from fastadv.models import create_model
 
 pytest.importorskip("sklearn")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 TRAIN = [
     "--data",
     "digits",

@@ -42,6 +42,8 @@ def test_help_lists_the_commands(words: list[str], capsys: pytest.CaptureFixture
         assert re.search(rf"^  {command} ", out, re.MULTILINE)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_python_m_is_the_same_program() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fastadv", "--version"], capture_output=True, text=True, check=True

@@ -251,6 +251,8 @@ def test_help_is_for_people(command: str, capfd: pytest.CaptureFixture[str]) -> 
         assert word not in text
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("words", [["info"], ["--help"], ["train"], ["train", "pgd_at", "--help"]])
 def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
@@ -260,6 +262,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     assert done.returncode == 0 and done.stderr == ""
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_nothing_is_coloured(tmp_path: Path) -> None:
     run = ["train", "standard", "--data", "digits", "--run", str(tmp_path / "r"), *QUICK[:-1]]
     for words in (["train", "pgd_at", "--help"], ["trian"], run):
@@ -278,6 +282,7 @@ def test_nothing_is_coloured(tmp_path: Path) -> None:
         assert text and b"\x1b[" not in text
 
 
+@pytest.mark.slow
 def test_going_on_takes_the_saved_options(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

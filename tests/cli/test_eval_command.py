@@ -256,6 +256,8 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
     signum: int, status: int, run: Path
@@ -267,8 +269,6 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Ctrl-C is ignored in what a shell starts in the background, such as this test.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "attacking\n"
@@ -281,6 +281,8 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
     assert names(run) == ["clean", "pgd-2"]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_two_processes_judge_one_run_at_once(run: Path) -> None:
     lines = [["eval", str(run), "--attacks", "clean", name, *FEW] for name in ("fgsm", "pgd-3")]
     processes = [

@@ -19,7 +19,7 @@ from fastadv.data import load_dataset
 from fastadv.evaluation import load_results
 from fastadv.models import Normalized, create_model, small_cnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 FEW = ("--data", "digits", "--max_examples", "60", "--device", "cpu", "--quiet")
 ATTACKS = ("--attacks", "clean", "fgsm")
 

@@ -18,7 +18,7 @@ from fastadv.evaluation.sanity import Finding, _monotone, findings_text
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.trainers import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SMALL: dict[str, Any] = {
     "steps": (1, 10),
     "eps_factors": (0.5, 1.0),

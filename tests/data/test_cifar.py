@@ -366,6 +366,8 @@ def test_where_there_is_nothing_the_origin_is_told(name, tmp_path):
         load_test_images(name, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_real_cifar10(cifar10_root):
     splits = load_dataset("cifar10", cifar10_root)
     assert splits.train.images.shape == (50_000, 3, 32, 32)

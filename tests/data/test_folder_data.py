@@ -72,6 +72,7 @@ def picture(path: Path, width: int, height: int, kind: str = "RGB") -> Path:
     return path
 
 
+@pytest.mark.processes
 def test_a_folder_is_judged_as_its_images_are(root: Path, digits: ImageData) -> None:
     data = FolderImages(root, workers=0)
     assert len(data) == N and data.num_classes == 10 and data.name == "digits8"
@@ -82,6 +83,7 @@ def test_a_folder_is_judged_as_its_images_are(root: Path, digits: ImageData) -> 
     assert correct(data, max_examples=20) == correct(colour.select(torch.arange(1, N, 3)))
 
 
+@pytest.mark.processes
 def test_the_command_line_judges_a_folder(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +174,7 @@ def test_the_interpolation_counts() -> None:
     assert bilinear.std() < np.array(original).std() / 1.5  # antialiased, not picked
 
 
+@pytest.mark.processes
 def test_sizes_that_differ_are_refused_in_words(tmp_path: Path) -> None:
     for number, size in enumerate([(40, 30), (30, 40), (40, 40)]):
         picture(tmp_path / "a" / f"{number}.png", *size)

@@ -190,6 +190,7 @@ print(refused)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("protocol", range(6))
 def test_damage_of_any_kind_is_named_and_ends_no_process(protocol: int, tmp_path: Path) -> None:
     path = tmp_path / "data_batch_1"

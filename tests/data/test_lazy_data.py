@@ -242,6 +242,7 @@ def test_what_is_kept_is_limited(digits: ImageData) -> None:
         assert data.read == expected
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("listed", [True, False])
 def test_worker_processes_read_the_same(digits: ImageData, listed: bool) -> None:
     data = Items(digits, listed)
@@ -257,6 +258,7 @@ def test_worker_processes_read_the_same(digits: ImageData, listed: bool) -> None
         assert torch.equal(y, digits.labels[indices])
 
 
+@pytest.mark.processes
 def test_what_comes_next_is_read_ahead(digits: ImageData) -> None:
     samples = as_samples(DataLoader(Items(digits), num_workers=1), (0.0, 1.0))
     source: Any = samples.source
@@ -269,6 +271,7 @@ def test_what_comes_next_is_read_ahead(digits: ImageData) -> None:
     assert len(started) == 1  # the workers were told once, and went through all
 
 
+@pytest.mark.processes
 def test_a_seeded_script_draws_the_same_with_workers(digits: ImageData) -> None:
     torch.manual_seed(3)
     as_samples(DataLoader(Items(digits), num_workers=1), (0.0, 1.0))
@@ -363,6 +366,7 @@ def test_what_is_no_data_is_refused(digits: ImageData) -> None:
         as_samples(samples, (-1.0, 1.0))
 
 
+@pytest.mark.processes
 def test_the_fingerprint_tells_data_apart(digits: ImageData) -> None:
     def fingerprint(data: Any, **more: Any) -> str:
         return as_samples(data, (0.0, 1.0), **more).fingerprint()
@@ -383,6 +387,8 @@ def test_the_fingerprint_tells_data_apart(digits: ImageData) -> None:
 # At scale
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_memory_stays_flat(tmp_path: Path) -> None:
     """Six hundred megabytes of images fill no more than a few batches and what is kept of the last ones."""
     script = Path(__file__).parents[2] / "bench" / "many_images.py"
@@ -412,6 +418,8 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 def test_workers_end_with_the_process_that_is_killed() -> None:
     process = subprocess.Popen(

@@ -17,7 +17,7 @@ from training_helpers import make_model, small_data, small_recipe, states_equal
 from fastadv.data import Splits, StreamedData, StreamLoader
 from fastadv.trainers import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 class Noisy(Dataset[Any]):

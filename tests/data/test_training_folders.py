@@ -25,7 +25,7 @@ from fastadv.trainers import ActRecipe, FastRecipe, FreeRecipe, Interpolated, lo
 from fastadv.trainers.run_directory import RunDirectory
 
 Image = pytest.importorskip("PIL.Image")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 CLASSES, PER_CLASS = 20, 4
 SIZES = ("--resize", "40", "--crop", "32", "--workers", "1")
 
@@ -58,6 +58,7 @@ def batches(data: StreamedData, epoch: int = 0, **options: Any) -> list[tuple[Te
     return [tuple(batch) for batch in StreamLoader(data, 16, seed=3, **options).epoch(epoch)]
 
 
+@pytest.mark.processes
 def test_batches_do_not_depend_on_workers_or_processes(root: Path) -> None:
     data, _ = loaded(root)
     alone = batches(data)
@@ -202,6 +203,7 @@ def test_a_cut_run_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
     assert weights(tmp_path / "cut", resume=True) == weights(tmp_path / "whole")
 
 
+@pytest.mark.processes
 def test_two_processes_train_on_it(root: Path, tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastadv"]
     words = ["--run-dir" if w == "--run" else w for w in words_for(root, tmp_path / "r2")]

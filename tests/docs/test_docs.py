@@ -25,7 +25,7 @@ BLOCKS = re.findall(
 )
 PUBLIC = sorted(set(ops.__all__) - {"REGISTRY", "backend"})
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def _assigned(code: str, names: dict[str, Any]) -> dict[str, torch.Tensor]:

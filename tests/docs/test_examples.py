@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # For each script the package that it needs, its arguments, and what it prints.
 SCRIPTS: dict[str, tuple[str, list[str], str]] = {
@@ -40,6 +42,7 @@ def test_all_examples_are_run_and_listed() -> None:
     assert sorted(listed) == sorted(names)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_example_runs(script: str, tmp_path: Path) -> None:
     package, words, shown = SCRIPTS[script]
@@ -51,6 +54,7 @@ def test_an_example_runs(script: str, tmp_path: Path) -> None:
     assert re.search(shown, run([*launcher, str(EXAMPLES / script), *words], tmp_path))
 
 
+@pytest.mark.processes
 def test_the_own_method_has_the_command_line(tmp_path: Path) -> None:
     options = "--data digits --model small_cnn --epochs 1 --train_images 64 --batch_size 32 --steps 1 --weight .1"
     words = [

@@ -18,6 +18,8 @@ TRAINING = (ROOT / "docs" / "training.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README + TRAINING, re.DOTALL)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_block_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
@@ -38,6 +40,7 @@ def test_every_method_is_in_the_table() -> None:
     assert set(table) == set(method_names())
 
 
+@pytest.mark.slow
 def test_named_options_exist() -> None:
     helps = [training_parser(find_method(method)).format_help() for method in method_names()]
     for name in re.findall(r"`--(\w+)", TRAINING):

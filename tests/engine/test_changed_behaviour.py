@@ -176,6 +176,8 @@ def test_numbers_that_the_caller_draws_do_not_matter() -> None:
         assert attack.engine_for(x) is first
 
 
+@pytest.mark.slow
+@pytest.mark.compiles
 @pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
 def test_a_function_that_torch_has_compiled() -> None:
     class Compiled(nn.Module):

@@ -112,6 +112,7 @@ def test_model_that_seeds_torch_itself_keeps_its_numbers() -> None:
     assert torch.equal(adv, (X + 0.1 * grad.sign()).clamp(0, 1))
 
 
+@pytest.mark.compiles
 def test_callable_around_a_scripted_part_is_governed_from_the_start() -> None:
     with pytest.warns(DeprecationWarning):
         model = torch.jit.script(net(dropout=0.5).train())
@@ -128,6 +129,7 @@ def test_callable_around_a_scripted_part_is_governed_from_the_start() -> None:
     assert torch.equal(first, again)
 
 
+@pytest.mark.compiles
 def test_module_that_calls_a_compiled_function_is_governed_from_the_start() -> None:
     compiled = torch.compile(lambda x: x * (torch.rand_like(x) < 0.5), backend="eager")
 

@@ -375,6 +375,8 @@ def test_features_that_a_forward_pass_keeps_are_the_callers() -> None:
     assert model.features is features
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_first_attack_does_not_wait_for_torchs_compiler_to_be_imported() -> None:
     code = """
 import sys, torch, fastadv

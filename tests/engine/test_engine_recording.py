@@ -372,6 +372,7 @@ def wrapped() -> dict[str, Callable[[nn.Module], nn.Module]]:
     }
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", wrapped())
 def test_wrappers_run_on_the_same_fused_program(name: str) -> None:
     model, x = resnet18().eval(), images(4, size=16)
@@ -425,6 +426,7 @@ def test_images_in_a_dtype_that_the_model_does_not_take_are_named(engine: str) -
     assert adv.dtype == torch.float64 and (adv != x).any()
 
 
+@pytest.mark.compiles
 def test_an_exported_program_is_attacked_in_its_one_mode() -> None:
     torch.manual_seed(0)
     model, x = randomise(Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())), images(4)

@@ -19,7 +19,7 @@ try:
 except Exception as error:  # a torchvision that does not fit torch raises RuntimeError
     pytest.skip(f"timm cannot be imported: {error}", allow_module_level=True)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 MODELS: dict[str, tuple[int, dict[str, Any]]] = {
     "resnet10t": (32, {}),
     "mobilenetv3_small_050": (32, {}),

@@ -21,7 +21,7 @@ from fastadv.evaluation.analyses import ANALYSES
 from fastadv.evaluation.analyses.pictures import images_of, picture_of
 from fastadv.models import Stack, importance_ratios
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def noisy(size: float, seed: int = 0) -> nn.Module:

@@ -17,7 +17,7 @@ from fastadv.evaluation.autoattack import merge_warnings
 
 pyautoattack = pytest.importorskip("pyautoattack")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EPS = 0.02
 FAST = ("apgd-ce", "apgd-t")
 

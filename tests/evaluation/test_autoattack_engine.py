@@ -21,7 +21,7 @@ from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evalua
 from fastadv.evaluation.report import Row, row_from_dict
 
 pyautoattack = pytest.importorskip("pyautoattack")
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 EPS = 0.02
 FAST = ("apgd-ce", "apgd-t")
 RADII = [("linf", 0.06), ("l2", 0.4)]

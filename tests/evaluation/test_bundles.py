@@ -14,7 +14,7 @@ import fastadv
 from fastadv.evaluation import evaluate
 from fastadv.evaluation.attack_list import BUNDLES, expand_bundles, parse_attacks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUIET: dict[str, Any] = {"progress": False}
 
 

@@ -18,6 +18,8 @@ from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.evaluation.transfer import transfer_matrix
 
+pytestmark = pytest.mark.slow
+
 
 class Linear(nn.Module):
     """Tells two classes by the mean of an image, at .5, in a form whose gradient can be spoilt."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastadv.evaluation import Report, evaluate
 from fastadv.evaluation.attack_list import BallAttack, parse_attacks
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUIET = {"progress": False}
 NAMES = ["fgsm", "fgsm-rs", "pgd-5", "pgd-5-2", "cw-5", "cw-5-2", "mim-5"]
 NAMES += ["apgd-ce-5", "apgd-dlr-5", "apgd-t-5", "fab-t-5", "fab-5", "square-100"]

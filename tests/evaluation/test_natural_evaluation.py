@@ -19,7 +19,7 @@ from fastadv.models import SmallCNN, create_model
 from fastadv.trainers import load_model, train
 from fastadv.trainers.checkpoint import find_checkpoint, load_checkpoint, unpack_weights
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def act_run(folder: Path, name: str = "act", **changes: Any) -> dict[str, torch.Tensor]:

@@ -95,6 +95,8 @@ def test_wrong_arguments(tmp_path):
         plot_trade_off(points(1), tmp_path / "p.pdf")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_matplotlib_is_lazy_and_its_backend_untouched(tmp_path):
     code = (
         "import sys, fastadv.evaluation, fastadv.evaluation.plots as plots\n"

@@ -86,6 +86,7 @@ def test_the_smallest_radius_of_fgsm_is_the_closed_form() -> None:
     assert some.median is not None and 0 < some.median < 1
 
 
+@pytest.mark.slow
 def test_more_steps_need_no_larger_radius() -> None:
     model, data = trained_small_cnn(), digits_test(24)
     names = ["min-fgsm", "min-pgd-10"]

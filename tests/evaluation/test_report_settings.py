@@ -23,6 +23,8 @@ from fastadv.evaluation.sanity import Finding
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 from fastadv.evaluation.trade_off import published_for, trade_off
 
+pytestmark = pytest.mark.slow
+
 
 def varied(of: Result, **changes: Any) -> Result:
     return replace(of, row=replace(of.row, **changes))

@@ -18,6 +18,8 @@ from fastadv.evaluation.comparison import Comparison, Judged
 from fastadv.evaluation.reporting import Summary
 from fastadv.trainers import train
 
+pytestmark = pytest.mark.slow
+
 
 def runs(*counts: tuple[int, int], series: str = "same", **changes: Any) -> list[Judged]:
     return [

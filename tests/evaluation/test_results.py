@@ -137,6 +137,7 @@ def test_what_stands_in_the_way_is_said_before(tmp_path: Path) -> None:
     assert "Not a directory" in str(check_destination(tmp_path / "file" / "eval.json"))
 
 
+@pytest.mark.processes
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -153,6 +154,7 @@ def add_one_by_one(file: str, seeds: list[int]) -> None:
         add_results(file, [result(replace(PGD, seed=seed))])
 
 
+@pytest.mark.processes
 def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     spawn = multiprocessing.get_context("fork")

@@ -22,6 +22,8 @@ from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.ranks import Ranks
 from fastadv.trainers import train
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("pyautoattack")
 ATTACKS = (
     *("clean", "fgsm", "pgd-3-2", "pgd-2-2runs", "apgd-ce-3", "square-20", "cwl2-5", "min-fgsm"),
@@ -80,6 +82,7 @@ def without_seconds(table: str) -> list[list[str]]:
     return [[word for word in line.split() if "." not in word] for line in table.splitlines()]
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_table_of_one(
     run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
 ) -> None:
@@ -120,6 +123,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.processes
 def test_kills_lose_one_batch_each(
     run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
 ) -> None:

@@ -15,6 +15,8 @@ from fastadv.evaluation.reporting.curves import curve_plots, draw_curves
 from fastadv.evaluation.results import Result, Subject
 from fastadv.evaluation.trade_off import trade_off
 
+pytestmark = pytest.mark.slow
+
 
 def rows(clean: int, robust: int, n: int) -> tuple[Row, Row]:
     return Row("clean", n, clean, 0.0, 0, 0.0), Row("pgd-20", n, robust, 8 / 255, 0, 0.0)

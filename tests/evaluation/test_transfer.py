@@ -25,7 +25,7 @@ from fastadv.evaluation import (
 from fastadv.evaluation.results import results_of
 from fastadv.models import small_cnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUIET: dict[str, Any] = {"progress": False}
 EPS = 0.12
 

@@ -19,7 +19,7 @@ from fastadv.evaluation.results import Result, worst_file
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.models import small_cnn
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def margins_of(model: nn.Module, adv: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 
 _FOLDER = Path(__file__).resolve().parent
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(autouse=True)

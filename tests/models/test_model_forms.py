@@ -203,6 +203,7 @@ def train_one_epoch(method: str, folder: Path, **options: Any) -> Any:
     return train(method, recipe, run_dir=folder, **(common | options))
 
 
+@pytest.mark.slow
 def test_a_teacher_from_a_file_needs_its_form(tmp_path: Path) -> None:
     teacher = made(STRIDE1, channels=1)
     file = saved(tmp_path / "theirs.pt", teacher)
@@ -276,6 +277,7 @@ def on_the_command_line(method: str, run: Path, *words: str) -> int:
     return main([*common, *quick.split(), *attack.split(), *words])
 
 
+@pytest.mark.slow
 def test_the_form_is_named_on_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -287,6 +289,7 @@ def test_the_form_is_named_on_the_command_line(
     assert on_the_command_line("hat", tmp_path / "run", *words, "--teacher-model", STRIDE1) == 0
 
 
+@pytest.mark.slow
 def test_one_name_serves_all_extractors_of_a_stack(tmp_path: Path) -> None:
     files = [saved(tmp_path / f"{i}.pt", create_model(RAW, 10, 1)) for i in range(2)]
     words = ["--teacher", *map(str, files), "--teacher_model", RAW]

@@ -349,6 +349,8 @@ def published_resnet18() -> Path:
     return path
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_published_resnet18_classifies_cifar10(cifar10_root):
     state = torch.load(published_resnet18(), map_location="cpu", weights_only=True)
     model = resnet18().eval()

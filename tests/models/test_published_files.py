@@ -313,6 +313,7 @@ def test_files_of_another_kind_are_named(content: bytes, name: str, tmp_path: Pa
         load_teacher(tmp_path / name, make_model(2))
 
 
+@pytest.mark.compiles
 def test_a_script_of_torch_is_named(tmp_path: Path) -> None:
     traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
     torch.jit.save(traced, tmp_path / "a.pt")

@@ -12,7 +12,7 @@ from fastadv import losses, ops
 from fastadv.ops.registry import REGISTRY
 from fastadv.ops.traced import SUFFIX, traced_schema
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 # More than torch.compile takes for constants before it gives up.
 NUMBERS = (0.5, 0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9, 0.25, 0.35)
@@ -74,6 +74,7 @@ def graphs() -> int:
 dynamic = pytest.mark.parametrize("dynamic", [None, True])
 
 
+@pytest.mark.compiles
 @dynamic
 @pytest.mark.parametrize("name", list(OPS))
 def test_an_op_goes_on_when_its_number_changes(name: str, dynamic: bool | None) -> None:
@@ -84,6 +85,7 @@ def test_an_op_goes_on_when_its_number_changes(name: str, dynamic: bool | None) 
     assert graphs() <= 2  # one for the first number, one for all others
 
 
+@pytest.mark.compiles
 @dynamic
 @pytest.mark.parametrize("name", list(LOSSES))
 def test_a_loss_and_its_gradients_go_on_when_its_number_changes(
@@ -105,6 +107,7 @@ def test_a_loss_and_its_gradients_go_on_when_its_number_changes(
     assert graphs() <= 2
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["trades", "kl", "hat gamma", "lbgat"])
 def test_integers_are_numbers_too(name: str) -> None:
     loss = LOSSES[name]
@@ -113,6 +116,7 @@ def test_integers_are_numbers_too(name: str) -> None:
         assert torch.equal(compiled(A, B, number), loss(A, B, number)), number
 
 
+@pytest.mark.compiles
 def test_inductor_goes_on_too() -> None:
     def training_loss(a: Tensor, b: Tensor, beta: float, eps: float) -> Tensor:
         start = ops.random_start(X, eps, seed=1)
@@ -127,6 +131,7 @@ def test_inductor_goes_on_too() -> None:
     assert graphs() <= 2
 
 
+@pytest.mark.compiles
 def test_a_number_of_a_module_may_change() -> None:
     class Objective(torch.nn.Module):
         def __init__(self) -> None:
@@ -142,6 +147,7 @@ def test_a_number_of_a_module_may_change() -> None:
         assert torch.equal(compiled(A, B, number), losses.trades(A, B, Y, number))
 
 
+@pytest.mark.compiles
 def test_a_constant_stays_one() -> None:
     """The form for numbers that change reads them on the host, which a CUDA graph must not do."""
     seen: list[str] = []
@@ -157,6 +163,7 @@ def test_a_constant_stays_one() -> None:
     assert seen == ["fastadv.random_start"]
 
 
+@pytest.mark.compiles
 def test_a_wrong_number_is_refused_where_it_changes() -> None:
     compiled = torch.compile(lambda v: losses.trades(A, B, Y, v), backend="aot_eager")
     for number in (1.0, 2.0, 3.0):
@@ -178,6 +185,7 @@ def test_every_op_with_floats_has_a_form_for_numbers_that_change(name: str) -> N
         assert [a.name for a in form._schema.arguments] == [a.name for a in schema.arguments]
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("wanted", [False, True])
 def test_the_forms_pass_torchs_own_checks(wanted: bool) -> None:
     def tensor(number: float) -> Tensor:

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_emulator.build import CSRC, build, launches, missing
-from cuda_emulator.plugin import LAUNCHED
+from cuda_emulator.build import CSRC, build, launches, missing, ops
+from cuda_emulator.plugin import LAUNCHED, REORDERED
 from paths import ROOT, environment
 
 FILES = (
@@ -27,44 +27,30 @@ FILES = (
     "test_random_start.py",
     "test_vanilla_feature_distillation.py",
 )
-# Where the bits must be the reference's, the budget says nothing more.
-TWICE = "within_budget and float32 and (pgd_step or random_start or noisy_replay or momentum)"
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"needs {missing()}")
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("cuda_emulator"))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.longest,
+    pytest.mark.processes,
+    pytest.mark.skipif(missing() is not None, reason=f"needs {missing()}"),
+]
 
 
-def _run(library: Path, seed: int, chosen: str) -> str:
-    """What pytest prints in a process where the CUDA kernels are emulated."""
+def test_every_kernel_on_the_emulator(tmp_path: Path) -> None:
+    library = build(tmp_path)
     command = [sys.executable, "-m", "pytest", "-p", "cuda_emulator.plugin"]
-    command += [f"--emulator-library={library}", f"--emulator-seed={seed}"]
-    command += ["-p", "no:cacheprovider", "--no-header", "--tb=short", "-k", chosen]
+    command += [f"--emulator-library={library}", "-p", "no:cacheprovider", "--no-header"]
+    command += ["--tb=short", *(f"tests/ops/{file}" for file in FILES)]
     done = subprocess.run(
-        [*command, *(f"tests/ops/{file}" for file in FILES)],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
+        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
-    summary = f"{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
-    assert done.returncode == 0, f"{' '.join(command)}\n{summary}"
-    return done.stdout
-
-
-def test_every_kernel_on_the_emulator(library: Path) -> None:
-    printed = _run(library, seed=0, chosen=f"not ({TWICE})")
-    launched = re.search(rf"^{LAUNCHED}(.*)$", printed, re.MULTILINE)
-    assert launched is not None, printed
+    summary = f"{' '.join(command)}\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, summary
+    launched = re.search(rf"^{LAUNCHED}(.*)$", done.stdout, re.MULTILINE)
+    assert launched is not None, summary
     assert set(launched[1].split(", ")) == launches()
-
-
-def test_in_another_order_of_threads(library: Path) -> None:
-    _run(library, seed=1, chosen="repetition")
+    reordered = re.search(rf"^{REORDERED}(\d+)$", done.stdout, re.MULTILINE)
+    assert reordered is not None and int(reordered[1]) >= 2 * len(ops()), summary
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
@@ -12,6 +13,8 @@ from op_cases.case import OpCase, mapped, replaced, tensors_of
 from op_cases.draw import Spec
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+pytestmark = pytest.mark.slow
 
 # Without those that already return the mean of the batch: squares of means are not means of squares.
 DIFFERENTIABLE = [
@@ -81,6 +84,7 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.processes
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=PROCESSES)
     whole = Losses()

@@ -143,6 +143,7 @@ def test_on_the_current_stream(case: OpCase, name: str) -> None:
         check_same_bits(result, wanted, f"{case.name}, {name}")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("case", _cases(ALL))
 def test_opcheck(case: OpCase) -> None:
     names = [a.name for a in case.registered.overload._schema.arguments]
@@ -170,11 +171,13 @@ def _check_compiled(case: OpCase, compiler: str) -> None:
             check_same_bits(traced[argument], eager[argument], case.name)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("case", _cases(PUBLIC))
 def test_compiles_to_one_graph(case: OpCase) -> None:
     _check_compiled(case, "aot_eager")
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "case", _cases([CASES["angular_distance/same-dtype"], CASES["pgd_step_/linf"]])
 )

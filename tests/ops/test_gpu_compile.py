@@ -25,6 +25,8 @@ from op_cases.draw import Spec
 
 from fastadv import kernels
 
+pytestmark = [pytest.mark.slow, pytest.mark.longest]
+
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 CUDA_FILES = sorted(path.name for path in (SOURCES / "cuda").glob("*.cu"))
 # Straight into registers, or by way of shared memory.
@@ -169,6 +171,7 @@ def _samples(case: OpCase) -> list[tuple[Shape, str]]:
     return found if case.large is None else [*found, (case.large, "contiguous")]
 
 
+@pytest.mark.processes
 @needs_triton
 @not_interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -229,6 +232,7 @@ def _nvcc(file: str, architecture: int, folder: Path) -> tuple[str, str]:
     return (target / f"{Path(file).stem}.ptx").read_text(), done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
 def test_cuda_files_for_ampere_and_hopper(tmp_path: Path) -> None:
     jobs = [(file, architecture) for file in CUDA_FILES for architecture in (80, 90)]

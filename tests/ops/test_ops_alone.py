@@ -74,6 +74,8 @@ def _foreign(lines: list[str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_every_op_runs_without_the_rest_of_the_package() -> None:
     from op_cases import CASES
 
@@ -83,10 +85,14 @@ def test_every_op_runs_without_the_rest_of_the_package() -> None:
     assert _foreign(lines) == []
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_importing_the_package_imports_the_ops_alone() -> None:
     assert _foreign(_lines("import fastadv" + LISTED)) == []
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_the_rest_is_there_on_first_use() -> None:
     program = "import fastadv; fastadv.pgd_fused; fastadv.losses.arrest; fastadv.evaluate" + LISTED
     found = _foreign(_lines(program))

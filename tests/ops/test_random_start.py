@@ -168,6 +168,7 @@ def test_no_seed_follows_torchs_generator() -> None:
     assert torch.equal(random_start(x, 0.1), first)
 
 
+@pytest.mark.compiles
 def test_no_seed_inside_compile_is_an_error_that_says_so() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: random_start(x, 0.1), fullgraph=True, backend="eager")
@@ -175,6 +176,7 @@ def test_no_seed_inside_compile_is_an_error_that_says_so() -> None:
         compiled(torch.rand(2, 3))
 
 
+@pytest.mark.compiles
 def test_a_compiled_start_takes_any_seed_without_compiling_again() -> None:
     torch._dynamo.reset()
     graphs = 0

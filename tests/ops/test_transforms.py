@@ -207,6 +207,7 @@ def test_functionalize_changes_nothing(case: OpCase) -> None:
         check_same_bits(result, wanted, case.name)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize(
     "case", _named([CASES["angular_distance/same-dtype"], CASES["linear_merger/bias"]])
 )

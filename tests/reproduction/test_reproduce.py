@@ -44,7 +44,7 @@ from fastadv.trainers.checkpoint import checkpoints_in
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.unused import check_all_used
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.longest, pytest.mark.usefixtures("one_thread")]
 
 IDS = {
     "arrest": "table1 table2 table3 table4 table5 figure1 figure3 figure4 figure5 figure6",
@@ -76,6 +76,7 @@ def test_the_list_shows_every_item(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == ALL == list(all_items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 @pytest.mark.parametrize("name", ALL)
 def test_an_item_runs_at_the_scale_tiny(name: str, out: Path) -> None:
@@ -141,6 +142,7 @@ def test_the_tables_have_the_rows_and_columns_of_the_papers() -> None:
     assert {row.label for row in find_item("arrest/table1").rows} == set(ARREST_CIFAR10_POINTS)
 
 
+@pytest.mark.slow
 def test_the_paper_s_figures_stand_beside_ours(out: Path) -> None:
     table = tiny("arrest/table2", out).table
     assert table.cell("ARREST", "AA (WRN-34-10)").paper == 50.20
@@ -152,6 +154,7 @@ def test_the_paper_s_figures_stand_beside_ours(out: Path) -> None:
     assert f"figures are {NOT_AT_HAND}" in markdown(tiny("arrest/table5", out).table)
 
 
+@pytest.mark.slow
 def test_what_is_there_is_used_again(out: Path) -> None:
     first = tiny("act/table1", out)
     before = {file: file.read_bytes() for file in first.files}
@@ -162,6 +165,7 @@ def test_what_is_there_is_used_again(out: Path) -> None:
     assert tiny("arrest/table3", out).trained == ()  # the models of table 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", [("--norm", "l2"), ("--alpha", "0.0001")])
 def test_what_a_user_has_judged_by_other_options_gets_into_no_table(
     out: Path, option: tuple[str, str]
@@ -179,6 +183,7 @@ def test_what_a_user_has_judged_by_other_options_gets_into_no_table(
     assert mean is not None and mean == first.table.cell("ST", "PGD-20").mean < 50
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 def test_a_cell_is_what_evaluate_finds(out: Path) -> None:
     scale, images = find_scale("tiny"), load_dataset("digits").test
@@ -197,6 +202,8 @@ def test_a_cell_is_what_evaluate_finds(out: Path) -> None:
     assert cell.interval == tuple(100 * end for end in wilson_interval(report.rows[0].correct, n))
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_reproduction_goes_on_where_it_was(out: Path, tmp_path: Path) -> None:
     undisturbed = tiny("arrest/table3", out)
     command = [sys.executable, "-m", "fastadv", "reproduce", "arrest/table3", "--scale", "tiny"]
@@ -227,6 +234,7 @@ def half_trained(folder: Path) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 def test_several_seeds_give_mean_deviation_and_interval(out: Path) -> None:
     item = small_item(RowSpec("AT", spec("pgd_at")))
@@ -238,6 +246,7 @@ def test_several_seeds_give_mean_deviation_and_interval(out: Path) -> None:
     assert cell.interval == pytest.approx((82 - 4.303 * 2 / 3**0.5, 82 + 4.303 * 2 / 3**0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 def test_a_row_without_its_method_says_so_and_comes_alive_with_it(
     out: Path, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +276,7 @@ def test_a_row_without_its_method_says_so_and_comes_alive_with_it(
     assert table.cell("new", "Clean").mean == table.cell("AT", "Clean").mean
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_costs_its_own_row_alone(out: Path) -> None:
     item = small_item(RowSpec("bad", spec("standard", lr=1e30)), RowSpec("good", spec("standard")))
     for _ in range(2):
@@ -312,6 +322,7 @@ def test_the_cost_is_that_of_the_methods() -> None:
     assert attack_passes("pgd-20-5") == 200 and attack_passes("clean") == 1
 
 
+@pytest.mark.slow
 def test_the_plan_trains_nothing(
     out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,6 +335,7 @@ def test_the_plan_trains_nothing(
     assert "nothing is left" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 def test_further_images_go_to_the_rows_that_take_them(out: Path, tmp_path: Path) -> None:
     rows = (
@@ -342,6 +354,7 @@ def test_further_images_go_to_the_rows_that_take_them(out: Path, tmp_path: Path)
     assert len(done.trained) == 1  # plain AT does not depend on them
 
 
+@pytest.mark.slow
 def test_sizes_are_counted(out: Path) -> None:
     item = small_item(
         RowSpec("ST", spec("standard")),

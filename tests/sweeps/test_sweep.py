@@ -149,6 +149,7 @@ def test_a_config_whose_text_has_changed_is_another_sweep(tmp_path: Path) -> Non
         plan.save()
 
 
+@pytest.mark.slow
 def test_a_method_of_ones_own_is_swept_and_each_checkpoint_has_a_table_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +210,8 @@ def test_unknown_options_of_train_and_eval_end_it(tmp_path: Path, words: list[st
         main([*sweep_words(tmp_path / "sweep", "lr=.1"), *words])
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -275,6 +278,8 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None
     assert (table.picture() or b"").startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_sigterm_lets_the_runs_save_their_checkpoints(tmp_path: Path) -> None:
     words = sweep_words(tmp_path, "seeds=1")
     words[words.index("--epochs") + 1] = "10000"  # more than it will come to
@@ -290,6 +295,8 @@ def test_sigterm_lets_the_runs_save_their_checkpoints(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / name / ".lock").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_slurm_gets_an_array_of_the_runs_that_are_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

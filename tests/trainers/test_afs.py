@@ -23,7 +23,7 @@ from fastadv.trainers.afs import Afs
 from fastadv.trainers.checkpoint import load_checkpoint
 from fastadv.trainers.phases import PhaseTimer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DOUBLE = torch.float64
 
 

@@ -19,7 +19,7 @@ from fastadv.trainers import AfsRecipe, load_model, train
 from fastadv.trainers.checkpoint import CheckpointError, find_checkpoint, load_checkpoint
 from fastadv.trainers.weights import load_teacher
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("mix", ["loss", "batch"])

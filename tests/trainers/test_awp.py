@@ -47,7 +47,7 @@ from fastadv.trainers.checkpoint import load_checkpoint
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.phases import PhaseTimer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DOUBLE = torch.float64
 Models = dict[str, Any]
 SGD: dict[str, float] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}

@@ -229,6 +229,8 @@ for step in range(1, 10**6):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("delay", [0.0, 0.004, 0.012, 0.03])
 def test_a_kill_in_the_middle_of_a_write_loses_nothing_written_before(
     tmp_path: Path, delay: float

@@ -15,7 +15,7 @@ from run_helpers import Interruption, assert_same_end, run
 from fastadv.data import DataFormatError, load_npz
 from fastadv.trainers.logs import MetricsLog, read_records
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LINES = {
     "bytes that are no text": b'{"kind": "step", "st\xa2p": 1}',

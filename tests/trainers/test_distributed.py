@@ -40,7 +40,7 @@ from fastadv.trainers import (
 from fastadv.trainers.distributed import Synchroniser, with_synced_norms
 from fastadv.trainers.logs import read_records
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 METHODS = ["standard", "pgd_at", "trades", "arrest", "act", "s2o", "las_at"]
 PROCESSES, STEPS = 2, 8
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "reduce", "gather", "scatter", "barrier")
@@ -219,6 +219,7 @@ def losses(folder: Path) -> list[float]:
     return [r["loss"] for r in read_records(folder / "metrics.jsonl") if r["kind"] == "step"]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("method", METHODS)
 def test_two_processes_have_the_loss_curve_of_one(
     method: str, together: tuple[Path, list[dict[str, Any]]], tmp_path: Path
@@ -236,12 +237,14 @@ def test_two_processes_have_the_loss_curve_of_one(
             assert records[1][name] == pytest.approx(records[0][name], rel=2e-6), name
 
 
+@pytest.mark.processes
 def test_ranks_agree_though_each_normalises_its_own_part(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
     assert states_equal(together[1][0]["plain"], together[1][1]["plain"])
 
 
+@pytest.mark.processes
 def test_no_collective_runs_in_an_attack_and_gradients_are_sent_during_the_backward_pass(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -256,6 +259,7 @@ def test_no_collective_runs_in_an_attack_and_gradients_are_sent_during_the_backw
         assert buckets > 1 and counts["backward"] == STEPS * buckets
 
 
+@pytest.mark.processes
 def test_the_first_rank_alone_writes_and_speaks(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -266,6 +270,7 @@ def test_the_first_rank_alone_writes_and_speaks(
     assert second["wrote"] == []
 
 
+@pytest.mark.processes
 def test_what_is_not_finite_on_one_rank_is_not_taken_by_any(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -278,6 +283,7 @@ def test_what_is_not_finite_on_one_rank_is_not_taken_by_any(
     assert saved["step"] == 1 and saved["epoch"] == 1
 
 
+@pytest.mark.processes
 def test_synced_batch_norm_is_batch_norm_of_the_whole(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -292,6 +298,7 @@ def test_synced_batch_norm_is_batch_norm_of_the_whole(
             torch.testing.assert_close(one, wanted)
 
 
+@pytest.mark.processes
 def test_gradients_are_means_over_the_ranks_also_where_one_has_none(
     together: tuple[Path, list[dict[str, Any]]],
 ) -> None:
@@ -322,6 +329,7 @@ run("arrest", sys.argv[1], model=make_model(0), settings=OTHER_SETTINGS, on_step
 """
 
 
+@pytest.mark.processes
 def test_a_run_goes_on_after_a_worker_was_killed(
     together: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from fastadv.trainers import (
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.unused import check_all_used
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 ATTACK: dict[str, Any] = {"eps": 0.2, "alpha": 0.05, "steps": 6, "friendly": True}
 
 

@@ -94,6 +94,8 @@ train("standard", recipe, data="digits", model="small_cnn", run_dir=sys.argv[1],
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_real_limit_of_the_system_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
     done = subprocess.run(command, capture_output=True, text=True)

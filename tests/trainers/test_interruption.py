@@ -64,6 +64,7 @@ def test_the_step_is_finished_and_resuming_is_bit_for_bit(
     assert_same_end(tmp_path / "whole", cut)
 
 
+@pytest.mark.processes
 def test_it_is_no_fault_and_ends_a_script_with_the_shells_status(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("standard", tmp_path, on_step=signal_at(1, signal.SIGINT))
@@ -167,6 +168,7 @@ def test_signals_that_follow_soon_can_belong_to_the_first(capfd: Any) -> None:
     assert capfd.readouterr().err == "Ctrl-C: stopping\n"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 7)]
 )
@@ -221,11 +223,11 @@ def start(words: list[str]) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # Ctrl-C is ignored in what a shell starts in the background, such as this test.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
     )
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize(("signum", "status"), BOTH)
 def test_from_the_command_line_it_says_how_to_go_on_without_repeating_the_options(
     signum: int, status: int, tmp_path: Path

@@ -35,7 +35,7 @@ from fastadv.models import (
 from fastadv.trainers import train
 from fastadv.trainers.vfd import Guided
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 NETWORKS: dict[str, Any] = {
     "resnet": lambda: ResNet((1, 1, 1, 1), 5, 3),
     "preact": lambda: PreActResNet((1, 1, 1, 1), 5, 3),
@@ -134,6 +134,7 @@ def test_nothing_behind_a_layer_is_computed() -> None:
     assert calls
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("name", ["vgg", "normalized", "theirs"])
 def test_the_pass_is_compiled_as_one_graph(name: str) -> None:
     model, x = made(name)

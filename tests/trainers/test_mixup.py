@@ -24,7 +24,7 @@ from fastadv.ranks import Ranks
 from fastadv.trainers import Recipe, TrainBatch, find_method, train
 from fastadv.trainers.mixup import mixed, partners_of, share_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DOUBLE = torch.float64
 
 

@@ -33,7 +33,7 @@ from fastadv.trainers import (
 from fastadv.trainers.checkpoint import find_checkpoint, load_checkpoint, unpack_weights
 from fastadv.trainers.phases import PhaseTimer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 CPU = torch.device("cpu")
 
 

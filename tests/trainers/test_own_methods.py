@@ -210,6 +210,8 @@ def test_modules_that_cannot_be_imported_are_named(
         find_method("nope")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_torchrun_trains_it_from_the_current_directory(own: str, tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastadv"]
     words = ["train", f"{own}:MixAT", "--data", "digits", "--run-dir", "r", *QUICK, "--quiet"]

@@ -23,7 +23,7 @@ from fastadv.trainers import (
 )
 from fastadv.trainers.recipe import as_plain
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BASES = ["trades", "mart", "alp", "hat"]
 # What two methods must have in common to be compared.
 COMPARED = (

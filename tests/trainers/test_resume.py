@@ -172,6 +172,8 @@ run("arrest", sys.argv[1], changes={"epochs": 500}, resume=sys.argv[2] == "resum
 """
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
     command = [sys.executable, "-c", CHILD, str(folder)]

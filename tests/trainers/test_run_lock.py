@@ -56,6 +56,8 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process.wait()
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_second_process_is_told_who_is_there(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
@@ -68,6 +70,7 @@ def test_a_second_process_is_told_who_is_there(
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
+@pytest.mark.processes
 def test_the_lock_ends_with_its_process_though_a_child_lives_on(
     tmp_path: Path, holder: subprocess.Popen[str]
 ) -> None:
@@ -117,6 +120,7 @@ def test_of_many_threads_one_gets_the_lock(tmp_path: Path) -> None:
         lock.take()
 
 
+@pytest.mark.processes
 def test_a_lock_is_not_given_back_by_a_child(tmp_path: Path) -> None:
     with RunLock(tmp_path) as lock:
         lock.take()
@@ -164,6 +168,7 @@ def test_a_stale_lock_file_of_any_content_is_taken_over(content: bytes, tmp_path
     assert not (tmp_path / ".lock").exists()
 
 
+@pytest.mark.processes
 def test_a_process_that_is_about_to_end_is_waited_for(
     tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +189,7 @@ def dead_process() -> int:
     return process.pid
 
 
+@pytest.mark.processes
 def test_what_killed_processes_left_is_deleted_at_the_next_start(tmp_path: Path) -> None:
     with pytest.raises(Interruption):
         run("standard", tmp_path, 5)
@@ -203,6 +209,7 @@ def test_what_killed_processes_left_is_deleted_at_the_next_start(tmp_path: Path)
     assert hidden == [".notes"]
 
 
+@pytest.mark.processes
 def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
     host, pid = socket.gethostname(), os.getpid()
     kept = [

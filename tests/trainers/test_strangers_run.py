@@ -134,6 +134,8 @@ def test_names_of_our_own_networks_stand_for_no_foreign_code(name: str) -> None:
     assert not names_code(name)
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_a_file_beside_the_run_is_not_taken_for_timm(trained: Path, tmp_path: Path) -> None:
     give_model_name(trained, "timm:resnet26")
     mark = tmp_path / "it ran"

@@ -475,6 +475,8 @@ def test_a_run_directory_that_cannot_be_written_is_named_before_training(tmp_pat
             run("standard", tmp_path / "locked" / "run")
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 def test_arrest_learns_on_real_images(cifar10_root: Path, tmp_path: Path) -> None:
     everything = load_dataset("cifar10", cifar10_root)
     data = Splits(subset(everything.train, 256), subset(everything.test, 64))

@@ -48,7 +48,7 @@ from fastadv.trainers.arrest import Replayed
 from fastadv.trainers.logs import MetricsLog, read_records
 from fastadv.trainers.monitor import Monitor, Validation
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DOUBLE = torch.float64
 STEPS = 4  # of an epoch of `small_data`
 
@@ -501,6 +501,7 @@ def tiny_net(seed: int = 0) -> TinyNet:
         return TinyNet()
 
 
+@pytest.mark.compiles
 @pytest.mark.skipif(
     sys.platform == "win32" or not any(map(shutil.which, ("g++", "clang++", "c++"))),
     reason="torch.compile needs a C++ compiler",
@@ -531,6 +532,7 @@ def test_a_compiled_run_computes_the_same(tmp_path: Path) -> None:
         assert torch.allclose(fast_state[name], value, rtol=1e-3, atol=1e-4), name
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_a_compiled_model_is_attacked_as_before(engine: str) -> None:
     batch, model = make_batch(), make_model(0).eval()
