@@ -14,7 +14,7 @@ _SHORTEST = len("||") + 4  # a bar shorter than this says nothing
 _USUAL = 80
 
 
-class Bar(tqdm):  # type: ignore[misc]
+class Bar(tqdm):
     """A bar on standard error.
 
     Args:
