@@ -1,4 +1,9 @@
-"""The program `fastadv`: which command is meant, and what becomes of its errors."""
+"""The program `fastadv`: which command is meant, and what becomes of its errors.
+
+The commands are told apart here and not by jsonargparse's subcommands. Those need the parsers of all commands and
+methods for each call, some fifty of them at a tenth of a second each. They could not make the defaults of a method
+follow from its other options, nor share the words of a sweep out to three parsers.
+"""
 
 from __future__ import annotations
 
@@ -130,7 +135,7 @@ def _overview() -> str:
             "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
             "Any command takes --debug, which shows the traceback of an error.",
             "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
-            "A flag stands alone or with its value: --flip, --flip false.",
+            "A flag stands alone, --quiet, and --no-flip turns off one that is on.",
         ]
     )
 

@@ -131,9 +131,9 @@ def _bar(label: str, enabled: bool) -> Iterator[Callable[[int, int], None] | Non
     if not enabled or not sys.stderr.isatty():
         yield None
         return
-    from tqdm import tqdm
+    from fastadv.bars import Bar
 
-    with tqdm(desc=label, unit="B", unit_scale=True, dynamic_ncols=True, leave=False) as bar:
+    with Bar([label], unit="B", unit_scale=True, leave=False) as bar:
 
         def advance(done: int, total: int) -> None:
             bar.total = total or None

@@ -9,7 +9,7 @@ from typing import Literal
 from fastadv.commands.judged import Images, Reading, images_named, images_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
-from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.comparison import distinct_names, distinct_paths
 from fastadv.evaluation.samples import radius_or_default
 from fastadv.evaluation.transfer import check_transferable
 from fastadv.evaluation.transfer_table import check_matrix_file
@@ -72,7 +72,7 @@ def run_transfer(
     Returns:
         The matrix as text, or JSON.
     """
-    paths = list(dict.fromkeys(models))
+    paths = distinct_paths(models)
     if len(paths) < 2:
         raise ValueError(f"models must be two or more, got {' '.join(models)!r}")
     radius = radius_or_default(eps, norm, (0.0, 1.0))

@@ -31,11 +31,9 @@ class ProgressDisplay:
         if not self.on_terminal:
             yield from items
             return
-        from tqdm import tqdm
+        from fastadv.bars import Bar
 
-        yield from tqdm(
-            items, desc=label, total=total, leave=False, dynamic_ncols=True, unit="batch"
-        )
+        yield from Bar([label], iterable=items, total=total, leave=False)
 
     @contextmanager
     def count(self, label: str, total: int) -> Iterator[Advance]:
@@ -43,13 +41,13 @@ class ProgressDisplay:
         if not self.on_terminal:
             yield lambda images, **shown: None
             return
-        from tqdm import tqdm
+        from fastadv.bars import Bar
 
-        with tqdm(desc=label, total=total, leave=False, dynamic_ncols=True, unit="image") as bar:
+        with Bar([label], total=total, leave=False) as bar:
 
             def advance(images: int, **shown: str) -> None:
                 if shown:
-                    bar.set_postfix(shown, refresh=False)
+                    bar.figures = [label, *(f"{name} {value}" for name, value in shown.items())]
                 bar.update(images)
 
             yield advance

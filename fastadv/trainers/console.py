@@ -44,15 +44,9 @@ class Console:
         self._estimated = False
         self._taken = (0, 0.0)
         if self._on_terminal:
-            from tqdm import tqdm
+            from fastadv.bars import Bar
 
-            self._bar = tqdm(
-                total=total_steps,
-                initial=done_steps,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
+            self._bar = Bar([], total=total_steps, initial=done_steps, smoothing=0.1)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -98,13 +92,15 @@ class Console:
         """
         rate = self.images_per_second()
         if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            self._bar.set_postfix_str(f"{rate:,.0f} images/s, {_in_words(metrics)}")
+            figures = sorted(_figures(metrics), key=lambda one: one.startswith("lr "))
+            self._bar.figures = [f"epoch {epoch}/{epochs}", *figures]  # the rate is left out first
+            self._bar.rest = [f"{rate:,.0f} images/s"]
+            self._bar.refresh()
         elif self.enabled and time.perf_counter() - self._said >= self._interval:
             self._said = time.perf_counter()
             left = duration(self.seconds_left())
             self.say(
-                f"epoch {epoch}/{epochs}: {_in_words(metrics)}, {rate:,.0f} images/s, {left} left"
+                f"epoch {epoch}/{epochs}: {', '.join(_figures(metrics))}, {rate:,.0f} images/s, {left} left"
             )
 
     def images_per_second(self) -> float:
@@ -135,5 +131,5 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _in_words(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+def _figures(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.3f}" for name, value in metrics.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,24 @@ def test_the_schedules_are_listed_with_their_numbers(capfd: pytest.CaptureFixtur
     words = ["--schedule", "MultiStep", "--schedule.milestones", "[75,90]"]
     config = configuration(["pgd_at", *words, "--schedule.gamma", "0.1"], capfd)
     assert config["schedule"]["init_args"] == {"milestones": [75, 90], "gamma": 0.1}  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("words", "module", "message"),
+    [
+        (["--tensorboard"], "torch.utils.tensorboard", "pip install 'fastadv[tensorboard]'"),
+        (["--log", "wandb"], "wandb", "pip install 'fastadv[wandb]'"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_told_before_the_run_begins(
+    words: list[str],
+    module: str,
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    assert message in fails(["train", "standard", *RUN, *words], capfd)
+    assert list(tmp_path.iterdir()) == []

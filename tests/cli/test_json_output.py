@@ -78,6 +78,8 @@ def test_a_report_and_a_transfer_matrix(runs: list[str], capfd: pytest.CaptureFi
     for run in runs:
         assert main(["eval", run, "--attacks", "clean", *FEW, "--quiet"]) == 0
     found = document(["report", *runs], capfd)
+    again = f"{runs[0]}/../standard/"  # is the first run
+    assert document(["report", *runs, again], capfd)["results"] == found["results"]
     assert {entry["run"] for entry in found["results"]} == {"one/standard", "two/standard"}
     found = document(["transfer", *runs, "--attack", "fgsm", *FEW], capfd)
     assert found["names"] == ["one/standard", "two/standard"] and len(found["correct"]) == 2

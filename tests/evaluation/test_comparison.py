@@ -9,7 +9,7 @@ import pytest
 
 from fastadv.commands import run_report
 from fastadv.evaluation import Report, Result, Row, Subject, add_results
-from fastadv.evaluation.comparison import Comparison, Judged, distinct_names
+from fastadv.evaluation.comparison import Comparison, Judged, distinct_names, distinct_paths
 
 WEIGHTS = Subject("at", "pgd_at", "small_cnn", "step_000010", "a1" * 32, "digits test", "b2" * 32)
 OTHERS = replace(WEIGHTS, checkpoint="step_000020", weights="c3" * 32)
@@ -125,6 +125,7 @@ def test_runs_of_one_name_are_told_apart() -> None:
     assert distinct_names(["a/at", "b/at", "trades"]) == ["a/at", "b/at", "trades"]
     assert distinct_names(["x/a/at", "y/a/at/"]) == ["x/a/at", "y/a/at"]
     assert distinct_names(["at", "./at"]) == ["at", "at"]
+    assert distinct_paths(["b/at", "at", "./b/at/", "c", "at"]) == ["b/at", "at", "c"]
 
 
 def test_a_figure_is_of_one_radius() -> None:
