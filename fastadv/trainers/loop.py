@@ -78,17 +78,17 @@ class TrainingInterrupted(Interrupted):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is kept and shown; none of it changes what is computed.
+    """Checkpoints, logs and the like, which change no result.
 
     Attributes:
-        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
-        checkpoint_minutes: minutes after which there is one in any case.
-        keep: how many of the newest checkpoints stay, besides the best one.
-        log_every: steps between two records in metrics.jsonl.
+        checkpoint_every: iterations between two checkpoints. A checkpoint is also written after each epoch.
+        checkpoint_minutes: minutes between two checkpoints.
+        keep: number of newest checkpoints to keep, besides the best checkpoint.
+        log_every: iterations between two records in metrics.jsonl.
         tensorboard: also write TensorBoard events; short for log tensorboard.
-        log: programs that get the metrics as well, joined by commas: tensorboard, wandb, mlflow.
-        timeout: where torchrun has started several processes, seconds for which one waits for another before it
-            takes it for lost and ends.
+        log: programs that also get the metrics, joined by commas: tensorboard, wandb, mlflow.
+        timeout: with several processes under torchrun, seconds that a process waits for another process. Then it
+            counts the other as lost, and ends.
     """
 
     checkpoint_every: int | None = None
@@ -120,15 +120,15 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is, and what it counts.
+    """The position and the counters of a run.
 
     Attributes:
         epoch: epochs done.
-        epoch_step: steps done in the current epoch.
-        step: steps done in all.
-        bad_steps: steps that were not taken because something was not finite.
-        bad_in_a_row: the last so many of them.
-        best_step: step of the best checkpoint so far; None before the first validation.
+        epoch_step: iterations done in the current epoch.
+        step: iterations done in all.
+        bad_steps: iterations without an update, because loss or gradient was not finite.
+        bad_in_a_row: the number of consecutive bad iterations at the end.
+        best_step: iteration of the best checkpoint so far; None before the first validation.
         best_score: its accuracy.
         validations_since_best: validations after that.
         averaged: epochs whose last weights are in the plain average (SWA).
@@ -163,10 +163,10 @@ class Loop:
         monitor: validates the model that counts.
         run: where the results go.
         settings: how the run is kept and shown.
-        meta: what to record in each checkpoint.
+        meta: facts to record in each checkpoint.
         average: average of the weights of the first trained model, if the recipe has one.
         on_step: called after each step with the run's progress.
-        show: say what is going on, on standard error.
+        show: print progress on standard error.
         ranks: the processes that train together; the first one alone writes and speaks.
     """
 
@@ -347,7 +347,7 @@ class Loop:
         return True
 
     def _reject(self, loss: float) -> None:
-        """Undo what the failed step left, and count it."""
+        """Undo the failed iteration, and count it."""
         self._guard.restore()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
