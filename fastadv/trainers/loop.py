@@ -55,7 +55,7 @@ _REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Several steps in a row had a loss or a gradient that is not finite."""
+    """Several iterations in a row had a loss or a gradient that is not finite."""
 
 
 class TrainingInterrupted(Interrupted):
@@ -240,7 +240,7 @@ class Loop:
             self.show and first, total, self.progress.step, self.recipe.batch_size
         )
         record: dict[str, Any] = {}
-        notice = "stopping after this step, with a checkpoint; once more stops at once"
+        notice = "stopping after this iteration, with a checkpoint; once more stops at once"
         repeats = _REPEATS_WITHIN if launch() else 0.0
         self._saved_at = time.monotonic()
         try:
@@ -257,7 +257,7 @@ class Loop:
         return record
 
     def _start(self, total_steps: int) -> RunStart:
-        """What callbacks are told before the first step."""
+        """The facts for callbacks before the first iteration."""
         parts = {name: self.meta[name] for name in ("method", "recipe", "model", "data")}
         identity = str(self.meta.get("run", ""))
         return RunStart(
@@ -292,7 +292,7 @@ class Loop:
         raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
-        """Take one step at its learning rate and momentum, with its own random numbers."""
+        """Run one iteration at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
         place = epoch + step / len(self.loader)
         for optimizer in self.optimizers.values():
@@ -355,12 +355,12 @@ class Loop:
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         self.console.say(
-            f"step {progress.step + 1}: loss {loss:.4g} or its gradient is not "
-            f"finite, no step taken ({progress.bad_in_a_row} in a row)"
+            f"iteration {progress.step + 1}: loss {loss:.4g} or its gradient is not "
+            f"finite, weights not updated ({progress.bad_in_a_row} in a row)"
         )
 
     def _give_up(self) -> None:
-        """Save the batch of a step that was not taken, with the weights before that step, and stop."""
+        """Save the batch of a failed iteration, with the weights before it, and stop."""
         assert self._batch is not None
         batch = {
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
@@ -374,12 +374,12 @@ class Loop:
             write_atomically(file, content.getvalue())
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
-            f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
-            f"finite; the last batch and the weights before its step are in {file}"
+            f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "
+            f"finite; the last batch and the weights before it are in {file}"
         )
 
     def _log_window(self) -> None:
-        """Record the steps since the last record."""
+        """Record the iterations since the last record."""
         gauges = self.method.gauges()
         check_scalars(f"{type(self.method).__name__}.gauges", "gauges", gauges)
         self._window.add(gauges, 1)
@@ -470,7 +470,7 @@ class Loop:
             progress.validations_since_best = 0
 
     def _checkpoint_due(self) -> bool:
-        """Whether this rank asks for a checkpoint, by its count of steps or, the first one, by its clock."""
+        """Whether this rank wants a checkpoint, by the iterations or, on the first rank, by its clock."""
         if self.progress.epoch_step == len(self.loader):
             return False  # the epoch's end saves anyway
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
@@ -516,5 +516,5 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
         if name in record:
             parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
     if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']} steps not taken")
+        parts.append(f"{record['bad_steps']} iterations without an update")
     return ", ".join(parts)
