@@ -132,8 +132,8 @@ class LasAt(PGDAT[LasAtRecipe]):
     mode for its own.
 
     With several processes the reward and the gradients refer to the global batch. The draws depend only on the
-    seed, the epoch, the iteration and the image. The strategy network is part of the checkpoints. `--awp_gamma
-    .005` is LAS-AWP.
+    seed, the epoch, the iteration and the image. The strategy network is part of the checkpoints.
+    `--awp_gamma .005` is LAS-AWP.
 
     Cost per batch: 2KF for the attack, K the longest strategy in the batch, 1F of the strategy network, 3F for
     training; in every 20th iteration another 2KF + 48F and 3F of the strategy network. Running statistics move
