@@ -66,32 +66,32 @@ class APGDSettings(AttackSettings):
 
 
 class APGD(Attack):
-    """Auto-PGD: steps of momentum whose size is halved, per sample, where they no longer help.
+    """Auto-PGD: steps with momentum, whose size is halved, per sample, where the loss no longer rises.
 
     It starts from a random point of the ball with steps of 2 eps. At checkpoints, ever closer to one another,
     a sample's step is halved and the search goes back to its best point if the loss has risen in fewer than
     ``rho`` of the steps since the last checkpoint, or if neither step size nor best loss have changed since
-    then. All of that stays on the device. Per sample the best point is returned: the one of highest loss
-    among those that reached the aim, else among all.
+    then. All of that stays on the device. Per sample the best point is returned. It has the highest loss among the
+    successful points, or among all points if no point succeeds.
 
     In l1 a step moves the elements of largest gradient, fewer the sparser the best point is, and the projection
     keeps the bounds exactly. A run goes through balls of 3, 2 and 1 times eps; there is no momentum, and ``rho``
     is not used. Source: Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image
     classifiers", ICML 2021.
 
-    Runs after the first attack only the samples that those before have left (all of them in train mode, where
-    samples depend on one another).
+    A later run attacks only the samples that withstood the earlier runs. In train mode it attacks all samples,
+    because they depend on one another.
 
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball, in the units of the images.
         steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes, in l1 up to
             steps + 3.
-        restarts: runs from different random starts, per target class where there are some.
+        restarts: runs from different random starts, for each target class if the loss has target classes.
         loss: ``"ce"``, ``"dlr"`` (at least 3 classes) or ``"cw"`` of the labels, or, one run for each of the
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
-        target_classes: how many wrong classes ``"ce-t"`` and ``"dlr-t"`` try.
-        rho: see above.
+        target_classes: number of wrong classes that ``"ce-t"`` and ``"dlr-t"`` try.
+        rho: share of steps that must raise the loss; see above.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`; not with "-t" losses.

@@ -70,23 +70,23 @@ class AttackSettings:
 class Attack(Configured):
     """An attack on one model, to be called many times: ``adv = attack(x, y)``.
 
-    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure. During
-    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens; its
-    buffers are not with ``train_mode="moving"``.
+    It holds the engine, built at the first call for the images' device and dtype, and reads the model's live
+    weights at every call. Between calls the model may be trained, moved or changed in structure. After
+    a call, and after an exception, its modes, ``requires_grad`` flags, gradients, buffers and weights are
+    restored, except the buffers with ``train_mode="moving"``.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C].
-        settings: what the attack does.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        settings: the settings of the attack.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call, which on a GPU waits for the device.
 
     Attributes:
-        model: what is attacked.
-        settings: all together. Each is also an attribute of its own, such as ``eps``, and may be set, which
-            takes effect at the next call.
-        passes: through the network for one gradient, which is their mean; 1 unless set. More are for models that
-            draw random numbers (EOT, expectation over transformations). Attacks without a gradient ignore it.
+        model: the attacked model.
+        settings: all settings. Each is also an attribute, such as ``eps``, and may be set for the next calls.
+        passes: number of passes through the network for one gradient, which is their mean; 1 unless set. More
+            passes are for models that draw random numbers (EOT, expectation over transformations). Attacks without
+            a gradient ignore it.
 
     Raises:
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
@@ -246,7 +246,7 @@ class Attack(Configured):
         """Move the images of a batch: [B, ...] within ball and bounds, not an alias of ``batch.x``."""
 
     def _graph_obstacle(self) -> str | None:
-        """Why the attack cannot be recorded as one CUDA graph; None where it can."""
+        """The reason why the attack cannot be recorded as one CUDA graph; None if it can."""
         return f"{type(self).__name__} is run step by step"
 
     def _soft_labels_obstacle(self) -> str | None:

@@ -21,7 +21,7 @@ def mean_gradient(
     Args:
         engine: computes each of them, within its session.
         x: images [B, ...].
-        value_of: logits [B, C] -> what is raised, [B] or scalar.
+        value_of: logits [B, C] -> the loss to maximise, [B] or scalar.
         passes: how many there are; one is the engine's own gradient, valid until its next call.
 
     Raises:

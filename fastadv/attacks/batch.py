@@ -21,14 +21,14 @@ ValueOf = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be ra
 
 @dataclass
 class CallCounters:
-    """What is counted during one call of an attack; counting never waits for the device.
+    """Counters of one call of an attack; counting never waits for the device.
 
     Attributes:
-        engine: name of what ran.
-        reason: why.
+        engine: name of the engine that ran.
+        reason: the reason for this engine.
         counts: int64 [2], zero and NaN elements of the gradients.
-        elements: of the gradients.
-        losses: mean value at each gradient.
+        elements: number of elements of the gradients.
+        losses: mean loss at each gradient.
     """
 
     engine: str
@@ -39,11 +39,11 @@ class CallCounters:
 
 
 class Pace(NamedTuple):
-    """What a call gives its images in place of the attack's own.
+    """Step sizes and numbers of steps of one call, in place of the attack's own.
 
     Attributes:
-        alpha: step size, a number or [B]; None is the attack's, in proportion to the radius.
-        steps: int64 [B] on the images' device; None is the attack's.
+        alpha: step size, a number or [B]; None is the attack's step size, in proportion to the radius.
+        steps: int64 [B] on the images' device; None is the attack's number.
         most: the largest of these numbers of steps.
     """
 

@@ -93,14 +93,15 @@ class FAB(Attack):
         target_classes: one run towards each of so many wrong classes, the likeliest first ("fab-t" of AutoAttack).
             None: one run, in which each step goes towards the nearest of all classes ("fab"); such a step costs a
             forward and a backward pass for every class.
-        restarts: runs, of which all but the first begin at a random point of the ball of half the radius.
+        restarts: number of runs; all but the first begin at a random point of the ball of half the radius.
         alpha_max: the largest share of the step that starts at the image, in 0..1.
-        eta: how far to go, in units of the way to the hyperplane; at least 1.
-        beta: where to go on after a crossing, as a share of the way from the image to it, in 0..1.
+        eta: length of a step, in units of the distance to the hyperplane; at least 1.
+        beta: the point from which a run continues after a crossing, as a share of the way from the image to the
+            crossing, in 0..1.
         early_stop: an image leaves the batch at the first crossing in the ball. False: no run is cut short, and
             the smallest change of all is returned.
-        batch_size: where images have left, several runs of the others share a batch of up to this size, or of the
-            size of the call's where that is larger. The results are those of one run after the other.
+        batch_size: after images have left, several runs of the other images share a batch of up to this size, or
+            of the call's batch size if it is larger. The results equal the results of one run after the other.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.

@@ -78,9 +78,9 @@ class PGDSettings(AttackSettings):
 class PGD(Attack):
     """A PGD attack on one model, to be called many times: ``adv = PGD(model)(x, y)``.
 
-    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure. ``last``
-    tells what the last call saw.
+    It holds the engine, built at the first call for the images' device and dtype, and reads the model's live
+    weights at every call. Between calls the model may be trained, moved or changed in structure. ``last``
+    describes the last call.
 
     Args:
         model: as in `pgd_fused`.
@@ -98,11 +98,12 @@ class PGD(Attack):
         train_mode: as in `pgd_fused`.
         keep: as in `pgd_fused`.
         sparsity: as in `pgd_fused`.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call. On a GPU this waits for the device
             once per call; turn it off where the data are known to be good.
 
-    Every argument is also an attribute, which may be set: ``attack.eps = 4 / 255`` holds from the next call on.
+    Every argument is also an attribute, which may be set. After ``attack.eps = 4 / 255`` the next call has that
+    radius.
 
     Raises:
         TypeError: as in `pgd_fused`.
@@ -395,16 +396,16 @@ def pgd_fused(
 ) -> Tensor:
     """Attack a batch with projected gradient descent (Madry et al. 2018, section 2.1).
 
-    The model's modes, ``requires_grad`` flags, gradients, buffers and weights are on return, or after an
-    exception, what they were. A model seen before reuses its engine, whose weights are brought up to date.
+    On return, and after an exception, the model's modes, ``requires_grad`` flags, gradients, buffers and weights
+    are unchanged. The engine of a known model is used again, with the current weights.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
             images belongs inside it.
         x: images [B, ...] within ``bounds``, floating point.
-        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to be reached. With the
-            losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from them) and callables also soft labels
-            [B, C]: probabilities, whose likeliest class counts where it matters whether an image is misclassified.
+        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to reach. With the
+            losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from the labels) and callables also soft
+            labels [B, C]: probabilities. Their likeliest class decides whether an image is misclassified.
         eps: radius of the ball, in the units of ``x``; at most the distance between two images within the bounds.
         alpha: step size, in the units of ``x``; in l2 and l1 the length of the whole step.
         steps: number of steps, at least 1.
@@ -412,31 +413,31 @@ def pgd_fused(
             as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: lowest and highest allowed value of an image.
         random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from ``x``.
-        restarts: runs from different random starts; per sample the one of highest loss (as ``keep`` has it) is
-            returned.
-        targeted: lower the loss of the classes ``y`` instead of raising it.
+        restarts: runs from different random starts; per sample the result of highest loss (or best as by ``keep``)
+            is returned.
+        targeted: minimise the loss of the classes ``y`` instead of maximising it.
         loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
             ``random_start``, since its gradient is zero at ``x``) or a callable ``(logits, y) -> [B] or scalar``.
-        precision: of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules where
-            the hardware has it. Logits, loss and images are float32 (float64 for float64 images) always.
-        engine: ``"eager"`` runs the live model; ``"compiled"`` a folded copy (with ``torch.compile`` on a GPU);
-            ``"graph"`` the same recorded as a CUDA graph, attack and all; ``"auto"`` a folded copy in narrow
-            precision, on a GPU recorded at the second call of a batch size, and the live model in fp32, whose
-            result then equals a plain loop's bit for bit.
+        precision: precision of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules
+            where the hardware has it. Logits, loss and images are float32 (float64 for float64 images) always.
+        engine: ``"eager"`` runs the live model; ``"compiled"`` runs a folded copy (with ``torch.compile``
+            on a GPU); ``"graph"`` runs the whole attack on the copy as a CUDA graph. ``"auto"`` runs a folded copy
+            in a narrow precision, on a GPU recorded at the second call of a batch size. In fp32 it runs the live
+            model, and the result equals the result of a plain loop to the bit.
         train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
-            result then depends on the others in the batch. ``"moving"`` is train mode in which every pass of the
-            attack moves BatchNorm's running statistics for good, as in the loops that do not look after them.
-        keep: which point of a run is returned: the ``"last"``, or, sample by sample, the ``"best"`` of all its
-            points, start and end included: the one of highest loss among those that reached the aim (to be
-            misclassified, or as the target), else among all. It costs one forward pass more per restart.
-        sparsity: the share of an image's elements that an l1 step leaves alone, 0 <= sparsity < 1; other norms
+            result then depends on the other samples of the batch. ``"moving"`` is train mode in which every pass
+            of the attack updates BatchNorm's running statistics for good, as in loops that do not restore them.
+        keep: the point of a run that is returned: ``"last"`` or ``"best"``. For each sample the best point has the
+            highest loss among the successful points, or among all points if no point succeeds, start and end
+            included. ``"best"`` costs one more forward pass per restart.
+        sparsity: share of an image's elements that an l1 step does not move, 0 <= sparsity < 1; other norms
             ignore it.
-        seed: of the random start; None draws one from torch's default generator.
-        sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+        seed: seed of the random start; None draws a seed from torch's default generator.
+        sample_ids: int64 [B], select the random numbers of each sample; default 0 .. B-1.
 
     Returns:
         Adversarial images [B, ...] in ``x``'s dtype and layout, inside ball and bounds. An empty batch is
-        returned as it is.
+        returned unchanged.
 
     Raises:
         TypeError: an argument of the wrong type, named in the message.

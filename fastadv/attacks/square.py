@@ -55,23 +55,24 @@ class SquareSettings(AttackSettings):
 class Square(Attack):
     """Random search: squares of an image are changed, and a change that raises the loss is kept.
 
-    It needs no gradient, so that it also tells whether a model merely hides its gradients. The defaults are those
-    of AutoAttack's standard version, which keeps the schedule of 10000 queries and stops it at 5000. Every image
+    It needs no gradient, so it also shows whether a model merely hides its gradients. The defaults come from
+    AutoAttack's standard version, which has the schedule of 10000 queries and stops at 5000. Every image
     draws squares of its own. An image leaves the batch once it is broken; with ``train_mode`` it stays, unchanged.
     Sources: Andriushchenko, Croce, Flammarion and Hein, "Square attack: a query-efficient black-box adversarial
     attack via random search", ECCV 2020; in l1 Croce and Hein, "Mind the box", ICML 2021.
 
-    The last squares are small, and so are the changes of the loss. A narrow precision rounds some of them away, so
-    that it breaks fewer images; the default is the full one.
+    The last squares are small, and so are the changes of the loss. A narrow precision rounds some of them away,
+    and breaks fewer images. The default is full precision.
 
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: as in `fastadv.pgd_fused`.
-        queries: how many points are tried for an image in a run, at least 1; each costs one forward pass.
+        queries: number of points to try for an image in a run, at least 1; each costs one forward pass.
         p_init: the share of the image that the first squares cover, above 0 and at most 1.
-        restarts: runs from different random starts; each attacks only the images that those before it have left.
-        loss: ``"cw"`` (margin) or ``"ce"``: what is raised.
-        rescale_schedule: fit the schedule by which squares shrink to ``queries``; else it is that of 10000.
+        restarts: runs from different random starts; each attacks only the images that withstood the earlier runs.
+        loss: the loss to maximise: ``"cw"`` (margin) or ``"ce"``.
+        rescale_schedule: scale the schedule by which squares shrink to ``queries``; otherwise it is the schedule
+            of 10000 queries.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`.

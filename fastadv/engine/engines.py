@@ -33,7 +33,7 @@ ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to
 
 @dataclass(frozen=True)
 class InputGradient:
-    """What one backward pass gives: value [B] or scalar, logits [B, C] and the input gradient [B, ...]."""
+    """The result of one backward pass: value [B] or scalar, logits [B, C] and the input gradient [B, ...]."""
 
     value: Tensor
     logits: Tensor

@@ -65,17 +65,17 @@ class Clean:
 
 @dataclass(frozen=True)
 class BallAttack:
-    """An attack of this package, most of which follow gradients.
+    """An attack of this package in a ball; most of these attacks follow gradients.
 
     Attributes:
-        name: as asked for.
+        name: the name that the user gave.
         steps: number of gradient steps, or of queries of Square.
-        alpha: step size, in the norm; None where the attack chooses its own.
+        alpha: step size, in the norm; None if the attack chooses its own.
         random_start: whether to start from a random point of the ball.
-        restarts: runs from different starts; an image counts as broken when one of them breaks it.
+        restarts: runs from different starts; an image counts as broken if any run breaks it.
         kind: ``"pgd"``, ``"mim"``, ``"apgd"``, ``"fab-t"``, ``"fab"`` or ``"square"``.
-        loss: what is raised, as the attack takes it.
-        runs: whole runs from different starts, of which the one that leaves the fewest images counts.
+        loss: the loss to maximise, as the attack accepts it.
+        runs: whole runs from different starts; the run of lowest accuracy counts.
     """
 
     name: str
@@ -90,10 +90,10 @@ class BallAttack:
 
 @dataclass(frozen=True)
 class Minimum:
-    """An attack without a ball: it looks for the smallest perturbation of each image.
+    """An attack without a ball: it searches for the smallest perturbation of each image.
 
     Attributes:
-        name: as asked for.
+        name: the name that the user gave.
         kind: ``"cwl2"``, the attack of Carlini and Wagner, or ``"fgsm"`` or ``"pgd"``, at the smallest radius at
             which it succeeds.
         steps: of Adam for each c, or of PGD.
@@ -115,7 +115,7 @@ class Ensemble:
 
 @dataclass(frozen=True)
 class UserAttack:
-    """A callable of the user's."""
+    """A callable from the user."""
 
     name: str
     attack: ForeignAttack
@@ -158,7 +158,7 @@ def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[Attac
 def parse_attacks(
     attacks: AttackChoice | Sequence[AttackChoice], eps: float, alpha: float | None
 ) -> list[ChosenAttack]:
-    """Turn what the user asked for into attacks.
+    """Turn the user's words into attacks.
 
     Args:
         attacks: names, bundles, or pairs of a name and a callable; one alone is taken as a list of one.

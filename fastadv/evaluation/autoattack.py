@@ -61,7 +61,7 @@ class AutoAttackResult:
         robust: [N] bool, images classified correctly without and under every attack.
         fooled: [M] int64, indices of the images for which an adversarial one was found.
         adversarial: [M, C, H, W] float32 on the CPU, these adversarial images.
-        stages: what was left after each attack.
+        stages: the number of images that withstood each attack.
         status: ``"ok"``, ``"suspect"`` after a warning, ``"invalid"`` after a violation.
         notes: the warnings and violations.
         seed: used for every batch, as the library does.

@@ -1,4 +1,4 @@
-"""Signs, looked for before the attacks, that figures will come out too high."""
+"""Signs that figures will be too high, checked before the attacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Blindness:
     Attributes:
         cross_entropy: how many there are by the cross entropy.
         margin: by the label's logit less the largest other one.
-        n: how many were looked at.
+        n: number of checked images.
     """
 
     cross_entropy: int = 0
@@ -61,7 +61,7 @@ class Blindness:
 
 
 def blindness(runner: Runner, correct: Tensor) -> Blindness:
-    """Look at the gradients of some images that are classified correctly, [N] bool."""
+    """Check the gradients of some images that are classified correctly, [N] bool."""
     indices = correct.nonzero().flatten()[: min(_LOOKED_AT, runner.batch_size)]
     if len(indices) == 0:
         return Blindness()

@@ -81,7 +81,7 @@ def evaluate(
     The model is in eval mode, frozen, in float32 without TF32 while this runs, and as before afterwards.
     Images that are classified wrongly without an attack count as wrong under every attack and are not attacked.
     Whatever an attack returns is checked independently of it: inside the ball and the bounds, finite, and
-    classified anew by the plain model.
+    classified again by the plain model.
 
     Args:
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
@@ -110,7 +110,7 @@ def evaluate(
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each. By
             default 8/255; to be given with another norm than linf or other bounds than (0, 1).
-        alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4. Without one of these attacks it is refused.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
@@ -121,8 +121,8 @@ def evaluate(
             tensors, or of a ``Dataset`` that lists its labels in ``targets`` or ``labels``.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
-            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
-            radius has a worst case of its own, and attacks without a ball are in none.
+            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all images
+            again. Each radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
             after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
@@ -133,7 +133,8 @@ def evaluate(
         engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; to be left out without it, as the
             other attacks run in float32.
         surrogate: another model, on which the adversarial images are made (black-box transfer). The judged model
-            then only says which images to attack, those that it gets right, and whether they are broken.
+            then only selects the images to attack, which it classifies correctly, and decides whether they are
+            broken.
         eot: passes through the network for each gradient, which is their mean (expectation over transformations),
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
         cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
@@ -141,7 +142,7 @@ def evaluate(
         keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
             class the model is most sure.
         sharded: whether the processes of torch's default process group share the images. All of them then call
-            this with the same arguments, and get the same report. The figures are those of one process.
+            this with the same arguments, and get the same report. The figures equal the figures of one process.
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may

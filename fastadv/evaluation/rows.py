@@ -1,4 +1,4 @@
-"""The rows of an evaluation: each attack run, and what it left as a row of the report."""
+"""The rows of an evaluation: each attack runs, and its result becomes a row of the report."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Judge:
         constants: of the attack of Carlini and Wagner.
         engine: how AutoAttack searches.
         state_dir: where AutoAttack's state is kept; with several radii, a folder of each is in it.
-        surrogate: what the model is called on which adversarial images are made; empty for the judged one.
+        surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
         blind: images whose gradient leads nowhere.
         doubt: why the surrogate is none; empty where it is one.

@@ -37,7 +37,7 @@ class Outcome:
         robust: [N] bool on the CPU; false also where the clean image is classified wrongly.
         problems: violations found, one sentence each.
         seconds: wall-clock time.
-        notes: what else is to be said, one sentence each.
+        notes: further notes, one sentence each.
     """
 
     robust: Tensor

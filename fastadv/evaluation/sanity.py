@@ -1,4 +1,4 @@
-"""Signs of gradient masking: an attack that gets weaker when it is given more is not finding what is there.
+"""Signs of gradient masking: a right attack gets no weaker with more steps or a larger radius.
 
 Source: A. Athalye, N. Carlini and D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
 section 3.1; N. Carlini et al., "On evaluating adversarial robustness", 2019, sections 3.2 and 4.
@@ -44,7 +44,7 @@ class Finding:
         check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
             ``"random"``.
         ok: whether the model behaves as one with useful gradients does.
-        message: what was seen, in one sentence.
+        message: the finding, in one sentence.
         accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
             second number is the mean loss.
     """
@@ -145,16 +145,16 @@ def sanity_checks(
 ) -> list[Finding]:
     """Check a model for signs of gradient masking.
 
-    Those of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks more
-    images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient that is
-    zero everywhere; and the model draws no random numbers.
+    The checks of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks
+    more images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient
+    that is zero everywhere; and the model draws no random numbers.
 
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``.
         eps: as in `masking_checks`; Auto-PGD, Square and the surrogate's images keep to it.
         eps_factors: as in `masking_checks`.
-        steps: as in `masking_checks`; the largest number is Auto-PGD's and that of PGD on a surrogate.
+        steps: as in `masking_checks`; Auto-PGD, and PGD on a surrogate, have the largest number.
         queries: of Square.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
@@ -211,7 +211,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
 
     Args:
         findings: what `sanity_checks` returned.
-        n: images looked at.
+        n: number of images.
         eps: radius of the ball.
         norm: of the ball.
     """

@@ -85,12 +85,12 @@ class NumberWithInterval:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What clean and robust accuracy amount to, in percent or percentage points.
+    """The trade-off of clean and robust accuracy, in percent or percentage points.
 
     Attributes:
-        sum: of the two.
-        mean: of the two.
-        ardist: ARREST's distance from the published curve; None where there is none for it.
+        sum: sum of the two accuracies.
+        mean: mean of the two accuracies.
+        ardist: ARREST's distance from the published curve; None if no curve applies.
     """
 
     sum: NumberWithInterval

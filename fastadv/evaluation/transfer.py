@@ -109,8 +109,9 @@ def transfer_matrix(
 ) -> TransferMatrix:
     """Make adversarial images on each of several models, and let every one of them judge these.
 
-    The accuracy of a pair is the one that ``evaluate(target, data, attack, surrogate=source)`` finds: among all
-    images, those that the target gets wrong without an attack included. The images are made once for all targets.
+    The accuracy of a pair equals the accuracy by ``evaluate(target, data, attack, surrogate=source)``: among all
+    images, including the images that the target misclassifies without an attack. The images are made once for all
+    targets.
 
     Args:
         models: by name, at least two, as for ``evaluate``; all with the same classes.

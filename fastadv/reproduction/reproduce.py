@@ -14,7 +14,7 @@ from fastadv.reproduction.measures import Accuracy, Measure
 from fastadv.reproduction.registry import find_item
 from fastadv.reproduction.scales import Scale, find_scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec
-from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
+from fastadv.reproduction.tables import Cell, Column, Item, MeasuredCell, PaperTable, RowSpec
 from fastadv.reproduction.workshop import Place, Workshop
 from fastadv.reproduction.writers import write_table
 
@@ -32,7 +32,7 @@ class Reproduced:
         judged: how many evaluations were made now.
     """
 
-    table: Table
+    table: PaperTable
     files: tuple[Path, ...]
     trained: tuple[str, ...]
     judged: int
@@ -148,7 +148,7 @@ class Work:
     def _is_known(self, run: Resolved, accuracy: Accuracy, seed: int) -> bool:
         return accuracy in self.shop.known(run, [accuracy], seed)
 
-    def table(self) -> Table:
+    def table(self) -> PaperTable:
         """Train, measure, and lay out."""
         len(self.shop.images)  # images that are not there are told before anything else
         paper_data, published = self.item.published_on(self.shop.source.name)
@@ -161,11 +161,13 @@ class Work:
                 found = [of_seed[number] for of_seed in measured]
                 reason = next((one for one in found if isinstance(one, str)), "")
                 good = (
-                    tuple(one for one in found if isinstance(one, Measured)) if not reason else ()
+                    tuple(one for one in found if isinstance(one, MeasuredCell))
+                    if not reason
+                    else ()
                 )
                 of_row.append(Cell(good, figure, reason))
             cells.append(tuple(of_row))
-        return Table(
+        return PaperTable(
             self.item,
             tuple(cells),
             self.shop.scale.name,
@@ -176,10 +178,10 @@ class Work:
             tuple(self._remarks()),
         )
 
-    def _row(self, row: RowSpec, seed: int) -> list[Measured | str]:
+    def _row(self, row: RowSpec, seed: int) -> list[MeasuredCell | str]:
         """The figures of a row with one seed; in place of one that cannot be measured, the reason."""
         ready: dict[int, Place] = {}
-        figures: list[Measured | str] = ["" for _ in self.item.columns]
+        figures: list[MeasuredCell | str] = ["" for _ in self.item.columns]
         wanted: dict[str, list[Accuracy]] = {}
         for number, column in enumerate(self.item.columns):
             try:

@@ -55,7 +55,7 @@ _REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Several steps in a row had a loss or a gradient that is not finite."""
+    """Several iterations in a row had a loss or a gradient that is not finite."""
 
 
 class TrainingInterrupted(Interrupted):
@@ -78,17 +78,17 @@ class TrainingInterrupted(Interrupted):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is kept and shown; none of it changes what is computed.
+    """Checkpoints, logs and the like, which change no result.
 
     Attributes:
-        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
-        checkpoint_minutes: minutes after which there is one in any case.
-        keep: how many of the newest checkpoints stay, besides the best one.
-        log_every: steps between two records in metrics.jsonl.
+        checkpoint_every: iterations between two checkpoints. A checkpoint is also written after each epoch.
+        checkpoint_minutes: minutes between two checkpoints.
+        keep: number of newest checkpoints to keep, besides the best checkpoint.
+        log_every: iterations between two records in metrics.jsonl.
         tensorboard: also write TensorBoard events; short for log tensorboard.
-        log: programs that get the metrics as well, joined by commas: tensorboard, wandb, mlflow.
-        timeout: where torchrun has started several processes, seconds for which one waits for another before it
-            takes it for lost and ends.
+        log: programs that also get the metrics, joined by commas: tensorboard, wandb, mlflow.
+        timeout: with several processes under torchrun, seconds that a process waits for another process. Then it
+            counts the other as lost, and ends.
     """
 
     checkpoint_every: int | None = None
@@ -120,15 +120,15 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is, and what it counts.
+    """The position and the counters of a run.
 
     Attributes:
         epoch: epochs done.
-        epoch_step: steps done in the current epoch.
-        step: steps done in all.
-        bad_steps: steps that were not taken because something was not finite.
-        bad_in_a_row: the last so many of them.
-        best_step: step of the best checkpoint so far; None before the first validation.
+        epoch_step: iterations done in the current epoch.
+        step: iterations done in all.
+        bad_steps: iterations without an update, because loss or gradient was not finite.
+        bad_in_a_row: the number of consecutive bad iterations at the end.
+        best_step: iteration of the best checkpoint so far; None before the first validation.
         best_score: its accuracy.
         validations_since_best: validations after that.
         averaged: epochs whose last weights are in the plain average (SWA).
@@ -163,10 +163,10 @@ class Loop:
         monitor: validates the model that counts.
         run: where the results go.
         settings: how the run is kept and shown.
-        meta: what to record in each checkpoint.
+        meta: facts to record in each checkpoint.
         average: average of the weights of the first trained model, if the recipe has one.
         on_step: called after each step with the run's progress.
-        show: say what is going on, on standard error.
+        show: print progress on standard error.
         ranks: the processes that train together; the first one alone writes and speaks.
     """
 
@@ -240,7 +240,7 @@ class Loop:
             self.show and first, total, self.progress.step, self.recipe.batch_size
         )
         record: dict[str, Any] = {}
-        notice = "stopping after this step, with a checkpoint; once more stops at once"
+        notice = "stopping after this iteration, with a checkpoint; once more stops at once"
         repeats = _REPEATS_WITHIN if launch() else 0.0
         self._saved_at = time.monotonic()
         try:
@@ -257,7 +257,7 @@ class Loop:
         return record
 
     def _start(self, total_steps: int) -> RunStart:
-        """What callbacks are told before the first step."""
+        """The facts for callbacks before the first iteration."""
         parts = {name: self.meta[name] for name in ("method", "recipe", "model", "data")}
         identity = str(self.meta.get("run", ""))
         return RunStart(
@@ -292,7 +292,7 @@ class Loop:
         raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
-        """Take one step at its learning rate and momentum, with its own random numbers."""
+        """Run one iteration at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
         place = epoch + step / len(self.loader)
         for optimizer in self.optimizers.values():
@@ -347,7 +347,7 @@ class Loop:
         return True
 
     def _reject(self, loss: float) -> None:
-        """Undo what the failed step left, and count it."""
+        """Undo the failed iteration, and count it."""
         self._guard.restore()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -355,12 +355,12 @@ class Loop:
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         self.console.say(
-            f"step {progress.step + 1}: loss {loss:.4g} or its gradient is not "
-            f"finite, no step taken ({progress.bad_in_a_row} in a row)"
+            f"iteration {progress.step + 1}: loss {loss:.4g} or its gradient is not "
+            f"finite, weights not updated ({progress.bad_in_a_row} in a row)"
         )
 
     def _give_up(self) -> None:
-        """Save the batch of a step that was not taken, with the weights before that step, and stop."""
+        """Save the batch of a failed iteration, with the weights before it, and stop."""
         assert self._batch is not None
         batch = {
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
@@ -374,12 +374,12 @@ class Loop:
             write_atomically(file, content.getvalue())
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
-            f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
-            f"finite; the last batch and the weights before its step are in {file}"
+            f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "
+            f"finite; the last batch and the weights before it are in {file}"
         )
 
     def _log_window(self) -> None:
-        """Record the steps since the last record."""
+        """Record the iterations since the last record."""
         gauges = self.method.gauges()
         check_scalars(f"{type(self.method).__name__}.gauges", "gauges", gauges)
         self._window.add(gauges, 1)
@@ -470,7 +470,7 @@ class Loop:
             progress.validations_since_best = 0
 
     def _checkpoint_due(self) -> bool:
-        """Whether this rank asks for a checkpoint, by its count of steps or, the first one, by its clock."""
+        """Whether this rank wants a checkpoint, by the iterations or, on the first rank, by its clock."""
         if self.progress.epoch_step == len(self.loader):
             return False  # the epoch's end saves anyway
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
@@ -516,5 +516,5 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
         if name in record:
             parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
     if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']} steps not taken")
+        parts.append(f"{record['bad_steps']} iterations without an update")
     return ", ".join(parts)

@@ -54,7 +54,7 @@ class TrainBatch:
         return (values if self.weights is None else values * self.weights).mean()
 
     def seed(self, purpose: str) -> int:
-        """Return the seed of one purpose in this step; use it together with `ids`."""
+        """Return the seed of one purpose in this iteration; use it together with `ids`."""
         return derive_seed(self.run_seed, purpose, self.epoch, self.step)
 
 
@@ -138,7 +138,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         teachers: frozen models by the names that `teachers_needed` returned.
 
     Attributes:
-        name: what the method is called on the command line.
+        name: name of the method on the command line.
         recipe_class: its recipe.
         bn_updates: updates of the running statistics per batch.
         supports: the fields "label_smoothing" and "extra_weight" of the recipe that the loss supports.
@@ -201,10 +201,10 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return dict.fromkeys(cls.teachers_needed(recipe), model)
 
     def setup(self) -> None:
-        """Build what the method needs besides the model: attacks, further models, checks."""
+        """Build the parts besides the model: attacks, further models, checks."""
 
     def initialise(self) -> None:
-        """Set the starting weights; those of a run that is resumed replace them afterwards."""
+        """Set the starting weights; the weights of a resumed run replace them afterwards."""
 
     def trainable(self) -> dict[str, nn.Module]:
         """Return the models that are trained, each by an optimiser of its own.
@@ -228,13 +228,13 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return {}
 
     def train_mode(self) -> None:
-        """Put the models in the modes in which a step expects them."""
+        """Put the models in the modes that an iteration expects."""
         for module in self.trainable().values():
             module.train()
 
     @abc.abstractmethod
     def attack(self, batch: TrainBatch) -> AttackedT:
-        """Return the images to train on, with what was computed on the way to them."""
+        """Return the images to train on, with any results that `training_loss` can use again."""
 
     @abc.abstractmethod
     def training_loss(self, batch: TrainBatch, adv: AttackedT) -> LossResult:
@@ -260,7 +260,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             update(result)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is carried from batch to batch besides models and optimisers, to go into checkpoints.
+        """Return the state between batches besides models and optimisers, for checkpoints.
 
         By default nothing; else tensors [B, ...] by name, B the places in this process's part of the batch.
         """

@@ -25,7 +25,7 @@ from fastadv.reproduction import (
     Cell,
     Column,
     Item,
-    Measured,
+    MeasuredCell,
     Reproduced,
     RowSpec,
     Work,
@@ -241,7 +241,7 @@ def test_several_seeds_give_mean_deviation_and_interval(out: Path) -> None:
     cell = tiny(item, out, seeds=2).table.cell("AT", "Clean")
     values = [measured.value for measured in cell.measured]
     assert len(values) == 2 and cell.mean == pytest.approx(sum(values) / 2)
-    cell = Cell(tuple(Measured(value) for value in (80.0, 82.0, 84.0)))
+    cell = Cell(tuple(MeasuredCell(value) for value in (80.0, 82.0, 84.0)))
     assert cell.deviation == 2.0
     assert cell.interval == pytest.approx((82 - 4.303 * 2 / 3**0.5, 82 + 4.303 * 2 / 3**0.5))
 

@@ -276,7 +276,7 @@ def test_what_is_not_finite_on_one_rank_is_not_taken_by_any(
 ) -> None:
     runs, found = together
     assert states_equal(found[0]["failing"], found[1]["failing"])
-    assert found[0]["error"] == found[1]["error"] and "2 steps in a row" in found[0]["error"]
+    assert found[0]["error"] == found[1]["error"] and "2 iterations in a row" in found[0]["error"]
     (file,) = (runs / "failing").glob("nonfinite_step_*.pt")
     saved = torch.load(file, weights_only=True)
     assert saved["x"].shape == (16, 1, 8, 8) and saved["ids"].unique().numel() == 16

@@ -385,7 +385,7 @@ def test_several_steps_that_are_not_finite_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Failing, "bad", frozenset({4, 5, 6}))
-    with pytest.raises(NonFiniteLossError, match="3 steps in a row") as caught:
+    with pytest.raises(NonFiniteLossError, match="3 iterations in a row") as caught:
         run(Failing, tmp_path, changes={"max_bad_steps": 3})
     (file,) = tmp_path.glob("nonfinite_step_*.pt")
     assert str(file) in str(caught.value)

@@ -641,7 +641,7 @@ def test_the_announcement_counts_extra_images(
 ) -> None:
     changes = {"epochs": 1, "extra_fraction": 0.25}
     run("standard", tmp_path, progress=True, extra=extra_data(), changes=changes)
-    assert "72 images and 4 of 10 extra images per step" in capsys.readouterr().err
+    assert "72 images and 4 of 10 extra images per iteration" in capsys.readouterr().err
 
 
 def test_some_of_the_training_images(tmp_path: Path) -> None:
