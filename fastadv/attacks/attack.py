@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv.attacks.arguments import (
     EngineName,
@@ -26,8 +26,8 @@ from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.engines import Engine, Model, unwrapped
-from fastadv.engine.frozen import lock_of
+from fastadv.engine.alone import alone_with
+from fastadv.engine.engines import Engine, Model
 from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
@@ -216,9 +216,8 @@ class Attack(Configured):
         return self._engines.ready(self.model, x, wish)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """The model's lock: other threads that attack it wait."""
-        model = self.model
-        return lock_of(unwrapped(model) if isinstance(model, nn.Module) else model)
+        """Other threads that attack the model, or another one that shares a network with it, wait."""
+        return alone_with(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.options import names_checked
+from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
     AttackChoice,
     BallAttack,
@@ -32,6 +33,7 @@ from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
 from fastadv.evaluation.minimum import CarliniWagner
+from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, format_eps, library_versions
 from fastadv.evaluation.rows import Judge
@@ -147,8 +149,9 @@ def evaluate(
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
         be too high: AutoAttack warns, the model draws random numbers and ``eot`` is 1, gradients are zero or not
-        finite, or the surrogate guesses; ``"invalid"`` when
-        AutoAttack or a callable returned inadmissible images, which then count as failed attempts.
+        finite, the surrogate guesses, or a network that the model holds unregistered is in train mode;
+        ``"invalid"`` when AutoAttack or a callable returned inadmissible images, which then count as failed
+        attempts.
 
     Raises:
         ValueError: for an unknown attack name or an argument out of range, or a model with fewer classes than the
@@ -177,7 +180,11 @@ def evaluate(
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
+    doubts = [doubt_modes(model)]
+    if other is not None:
+        doubts.append(doubt_modes(other.model, "surrogate"))
     with ExitStack() as held:
+        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
@@ -208,6 +215,8 @@ def evaluate(
             say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
         _doubt_clean(clean.robust, classes, expected)
         name = "" if other is None else other.name
+        if other is not None:
+            doubts.append(doubt_surrogate(runner, classes, name))
         judge = Judge(
             runner,
             clean,
@@ -218,7 +227,7 @@ def evaluate(
             name,
             is_random=runner.draws(),
             blind=_blindness(runner, chosen, clean.robust),
-            doubt="" if other is None else doubt_surrogate(runner, classes, name),
+            doubt="; ".join(doubt for doubt in doubts if doubt),
         )
         report = Report(
             rows=(),

@@ -51,7 +51,7 @@ class Judge:
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
         blind: images whose gradient leads nowhere.
-        doubt: why the surrogate is none; empty where it is one.
+        doubt: why the surrogate is none, or a network is not in eval mode; empty where all is well.
     """
 
     runner: Runner

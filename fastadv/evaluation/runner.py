@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack
+from fastadv.engine.content import content
 from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
@@ -229,7 +229,7 @@ class Runner:
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: UserAttack) -> Perturb:
-        before = _versions(self.source)
+        before = _contents(self.source)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             with private_generators(
@@ -238,7 +238,7 @@ class Runner:
                 adv = attack.attack(self.source, x.clone(), y.clone())
             if isinstance(self.source, nn.Module):
                 self.source.eval()
-            if _versions(self.source) != before:
+            if _contents(self.source) != before:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
@@ -363,8 +363,18 @@ def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
     return torch.where(valid.view(-1, *[1] * (x.dim() - 1)), adv, x)
 
 
-def _versions(model: Model) -> tuple[int, ...]:
-    """How often each parameter and buffer was changed in place, as torch counts it."""
+def _contents(model: Model) -> tuple[Any, ...]:
+    """What tells whether parameters and buffers have been changed, exchanged, added or taken away."""
     if not isinstance(model, nn.Module):
         return ()
-    return tuple(tensor._version for tensor in chain(model.parameters(), model.buffers()))
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
+    found = content(tensors)
+    if (
+        found is None
+    ):  # on a GPU; torch's counters do not see what is written through ``tensor.data``
+        versions = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        floats = (t.detach().double() for t in tensors if t.is_floating_point())
+        sums = tuple(str(float(t.sum())) for t in floats)  # as text NaN equals NaN
+        found = (versions, sums)
+    return (names, found)

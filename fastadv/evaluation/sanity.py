@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import count_blind
@@ -182,6 +183,7 @@ def sanity_checks(
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
     with ExitStack() as held:
+        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))

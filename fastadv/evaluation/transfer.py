@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
@@ -147,6 +148,7 @@ def transfer_matrix(
     eps, say = check_eps(eps, norm, samples), ProgressDisplay(progress)
     with ExitStack() as held:
         first, *others = models.values()
+        held.enter_context(alone_with(*models.values()))
         where = held.enter_context(evaluation_mode(first, device))
         for model in others:
             held.enter_context(evaluation_mode(model, where))

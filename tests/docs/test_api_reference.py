@@ -11,7 +11,7 @@ import pytest
 
 import fastadv
 
-API = Path(__file__).resolve().parents[1] / "docs" / "api"
+API = Path(__file__).resolve().parents[2] / "docs" / "api"
 COMMAND_LINE = {"cli", "commands"}  # their options are public, and their names are not
 PAGES = {page.stem for page in API.glob("*.md")} - {"index"}
 INDEX = (API / "index.md").read_text()

@@ -6,7 +6,7 @@ import ast
 from collections import defaultdict
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1] / "fastadv"
+PACKAGE = Path(__file__).resolve().parents[2] / "fastadv"
 
 
 def test_no_two_classes_share_a_name() -> None:
