@@ -10,7 +10,7 @@ from torch import Tensor
 from . import pgd_step_l1, pgd_step_l2
 from .launch import clip, compute_dtype, elements_to_read, launch, number, per_sample
 from .layout import batch_major, in_layout_of, same_layout, sample_size
-from .pgd_step_shared import Step, count_gradient
+from .pgd_step_shared import Step, count_gradient, linf_moved
 
 _BLOCK = 1024
 
@@ -48,8 +48,7 @@ def _step_linf(
     step = per_sample(alpha, alpha_values, sample, COMPUTE)
     centre = tl.load(x + at, live, other=0.0).to(COMPUTE)
     old = tl.load(adv + at, inside, other=0.0)
-    moved = old.to(COMPUTE) + tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
-    moved = clip(moved, centre - radius, centre + radius)
+    moved = linf_moved(old.to(COMPUTE), g, centre, radius, step)
     moved = clip(moved, number(low, COMPUTE), number(high, COMPUTE))
     tl.store(out + at, tl.where(live, moved.to(old.dtype), old), inside)
 

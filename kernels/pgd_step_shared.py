@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import double_bits
+from .launch import clip, double_bits
 
 
 @triton.jit
@@ -18,6 +18,13 @@ def count_gradient(grad, inside, counts, counts_stride):
     nans = tl.sum(((grad != grad) & inside).to(tl.int64), 0)
     tl.atomic_add(counts, zeros, sem="relaxed")
     tl.atomic_add(counts + counts_stride, nans, sem="relaxed")
+
+
+@triton.jit
+def linf_moved(adv, grad, x, radius, step):
+    """Elements after a step of the sign, in the ball."""
+    moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    return clip(moved, x - radius, x + radius)
 
 
 @dataclass(frozen=True)
