@@ -40,25 +40,6 @@ def _reference(
     return out
 
 
-def _fake(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-) -> Tensor:
-    torch._check(adv.shape == grad.shape, lambda: "grad must have the shape of adv")
-    torch._check(adv.shape == x.shape, lambda: "x must have the shape of adv")
-    return torch.empty_like(adv)
-
-
 def _reference_(
     adv: Tensor,
     grad: Tensor,
@@ -81,25 +62,6 @@ def _reference_(
     adv.copy_(_reference(adv, grad, x, *numbers, norm, low, high, sparsity, active))
 
 
-def _fake_(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-    counts: Tensor | None,
-) -> None:
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
-    _fake(adv, grad, x, *numbers, norm, low, high, sparsity, active)
-
-
 _ARGUMENTS = (
     "Tensor grad, Tensor x, float eps, float alpha, Tensor? eps_per_sample, "
     "Tensor? alpha_per_sample, str norm, float low, float high, float sparsity, Tensor? active"
@@ -109,7 +71,6 @@ _op = define(
         "pgd_step",
         f"(Tensor adv, {_ARGUMENTS}) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="pgd_step:pgd_step",
         batched=("adv", "grad", "x", "eps_per_sample", "alpha_per_sample", "active"),
     )
@@ -119,7 +80,6 @@ _op_ = define(
         "pgd_step_",
         f"(Tensor(a!) adv, {_ARGUMENTS}, Tensor(b!)? counts) -> ()",
         reference=_reference_,
-        fake=_fake_,
         triton="pgd_step:pgd_step_",
     )
 )

@@ -68,14 +68,6 @@ def _reference_(
     adv.copy_(_reference(adv, grad, x, limits, active))
 
 
-def _fake(adv: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(adv)
-
-
-def _fake_(*_: Any) -> None:
-    return None
-
-
 # `limits` has, for each image and channel, the radius, the step size, the lowest and the highest value.
 _ARGUMENTS = "Tensor grad, Tensor x, Tensor limits, Tensor? active"
 define(
@@ -83,7 +75,6 @@ define(
         "pgd_step_per_channel",
         f"(Tensor adv, {_ARGUMENTS}) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="pgd_step_per_channel:pgd_step_per_channel",
         without={"CUDA C++": _TRITON_SUFFICES},
         batched=("adv", "grad", "x", "limits", "active"),
@@ -94,7 +85,6 @@ define(
         "pgd_step_per_channel_",
         f"(Tensor(a!) adv, {_ARGUMENTS}, Tensor(b!)? counts) -> ()",
         reference=_reference_,
-        fake=_fake_,
         triton="pgd_step_per_channel:pgd_step_per_channel_",
         without={"CUDA C++": _TRITON_SUFFICES},
     )

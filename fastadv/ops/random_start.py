@@ -85,26 +85,12 @@ def _reference(
     return torch.empty_like(x).copy_(torch.where(clipped > high, high, clipped))
 
 
-def _fake(
-    x: Tensor,
-    eps: float,
-    eps_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    seed: int,
-    sample_ids: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 _op = define(
     Op(
         "random_start",
         "(Tensor x, float eps, Tensor? eps_per_sample, str norm, float low, float high, SymInt seed, "
         "Tensor? sample_ids) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="random_start:random_start",
         batched=("x", "eps_per_sample", "sample_ids"),
     )
