@@ -29,12 +29,13 @@ def linf_moved(adv, grad, x, radius, step):
 
 @dataclass(frozen=True)
 class Step:
-    """The arguments of a step that are not images."""
+    """The arguments of the two ops after the images, in the order of their schema."""
 
     eps: float
     alpha: float
     eps_values: Tensor | None
     alpha_values: Tensor | None
+    norm: str
     low: float
     high: float
     sparsity: float
@@ -55,6 +56,10 @@ class Step:
     def counters(self) -> tuple[Tensor | None, int]:
         """The counters and the distance between them."""
         return self.counts, 1 if self.counts is None else self.counts.stride(0)
+
+    def __post_init__(self) -> None:
+        if self.active is not None:
+            object.__setattr__(self, "active", self.active.contiguous())
 
     @property
     def same_for_all(self) -> bool:

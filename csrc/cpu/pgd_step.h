@@ -3,6 +3,7 @@
 
 #include "cpu/active.h"
 #include "cpu/tensor.h"
+#include "pgd_step_arguments.h"
 
 namespace fastadv {
 
@@ -78,10 +79,6 @@ void for_samples(const PgdImages& images, const PgdStep& step, const F& f) {
     }
   });
 }
-
-// The checks of a step's images, which the tensors may fail that reach an op without its public
-// function.
-void check_images(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x);
 
 // Adds the zero and NaN elements of a batch-major gradient to two counters.
 void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& counts);

@@ -124,7 +124,7 @@ at::Tensor checked_limits(const at::Tensor& limits, const at::Tensor& adv) {
   TORCH_CHECK_VALUE((limits.sizes() == at::IntArrayRef{adv.size(0), adv.size(1), 4}),
                     "limits must have shape [", adv.size(0), ", ", adv.size(1), ", 4], got ",
                     limits.sizes());
-  TORCH_CHECK_VALUE(limits.device().is_cpu(), "limits must be on the CPU, got ", limits.device());
+  check_device(limits, "limits", adv);
   const auto type = adv.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   const at::Tensor numbers = limits.to(type);
   return numbers.stride(2) == 1 && numbers.stride(1) == 4 ? numbers : numbers.contiguous();
@@ -139,7 +139,7 @@ at::Tensor pgd_step_per_channel(const at::Tensor& adv, const at::Tensor& grad, c
                                 const at::Tensor& limits, const OptionalTensor& active) {
   check_images(adv, grad, x);
   const at::Tensor numbers = checked_limits(limits, adv);
-  const Active chosen(active, adv.size(0));
+  const Active chosen(active, adv);
   return stepped(adv, grad, x,
                  [&](const PgdImages& images) { step_into(images, numbers, chosen); });
 }
@@ -149,7 +149,8 @@ void pgd_step_per_channel_(at::Tensor adv, const at::Tensor& grad, const at::Ten
                            const OptionalTensor& counts) {
   check_images(adv, grad, x);
   const at::Tensor numbers = checked_limits(limits, adv);
-  const Active chosen(active, adv.size(0));
+  const Active chosen(active, adv);
+  if (counts) check_counts(*counts, adv);
   step_in_place(adv, grad, x, chosen, counts,
                 [&](const PgdImages& images) { step_into(images, numbers, chosen); });
 }

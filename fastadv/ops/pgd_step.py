@@ -9,57 +9,25 @@ from torch import Tensor
 
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, vary
-from fastadv.ops.pgd_step_reference import take_step
+from fastadv.ops.pgd_step_reference import Numbers, add_counts, chosen, take_step
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
 
 
-def _reference(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-) -> Tensor:
+def _reference(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> Tensor:
+    step = Numbers(*numbers)
     # Written into `adv`'s own strides: a pointwise result would follow the operands' mixed layouts.
     out = torch.empty_like(adv)
     if adv.numel() == 0:
         return out
-    radius = eps if eps_per_sample is None else eps_per_sample
-    step = alpha if alpha_per_sample is None else alpha_per_sample
-    out.copy_(take_step(adv, grad, x, radius, step, norm, (low, high), sparsity))
-    if active is not None:
-        out.copy_(torch.where(checks.over_samples(active, adv), out, adv))
-    return out
+    out.copy_(take_step(adv, grad, x, step))
+    return chosen(step.active, out, adv)
 
 
-def _reference_(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-    counts: Tensor | None,
-) -> None:
-    if counts is not None:
-        seen = grad if active is None else grad[active]
-        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
-    adv.copy_(_reference(adv, grad, x, *numbers, norm, low, high, sparsity, active))
+def _reference_(adv: Tensor, grad: Tensor, x: Tensor, *numbers_and_counts: Any) -> None:
+    *numbers, counts = numbers_and_counts
+    add_counts(counts, grad, Numbers(*numbers).active)
+    adv.copy_(_reference(adv, grad, x, *numbers))
 
 
 _ARGUMENTS = (
@@ -231,16 +199,6 @@ def _checked(
     low, high = checks.check_bounds(bounds)
     eps_number, eps_tensor = checks.per_sample("eps", eps, adv)
     alpha_number, alpha_tensor = checks.per_sample("alpha", alpha, adv)
-    return "pgd_step", (
-        grad.detach(),
-        x.detach(),
-        eps_number,
-        alpha_number,
-        eps_tensor,
-        alpha_tensor,
-        norm,
-        low,
-        high,
-        sparsity,
-        active,
-    )
+    values = (eps_number, alpha_number, eps_tensor, alpha_tensor)
+    numbers = Numbers(*values, norm, low, high, sparsity, active)
+    return "pgd_step", (grad.detach(), x.detach(), *numbers)

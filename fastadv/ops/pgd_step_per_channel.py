@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.pgd_step_reference import Rows, linf
+from fastadv.ops.pgd_step_reference import Rows, add_counts, chosen, linf
 from fastadv.ops.registry import Op, define
 
 Number = float | Tensor
@@ -49,9 +49,7 @@ def _reference(
         sparsity=0.0,
     )
     out.copy_(clipped(linf(operands), limits))
-    if active is not None:
-        out.copy_(torch.where(checks.over_samples(active, adv), out, adv))
-    return out
+    return chosen(active, out, adv)
 
 
 def _reference_(
@@ -62,9 +60,7 @@ def _reference_(
     active: Tensor | None,
     counts: Tensor | None,
 ) -> None:
-    if counts is not None:
-        seen = grad if active is None else grad[active]
-        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
+    add_counts(counts, grad, active)
     adv.copy_(_reference(adv, grad, x, limits, active))
 
 

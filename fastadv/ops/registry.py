@@ -60,7 +60,7 @@ class Op:
 
     @property
     def tracing(self) -> Callable[..., Any]:
-        """The fake, or what stands for it. It checks nothing: the public functions do, and every kernel does."""
+        """The fake, or what stands for it, which checks nothing: the public functions do."""
         if self.fake is not None:
             return self.fake
         return _nothing if self.schema.endswith("-> ()") else _like_the_first
