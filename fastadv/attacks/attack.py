@@ -32,7 +32,8 @@ from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
-from fastadv.ops.values import check_bool, check_radius, integer, limit
+from fastadv.ops.pgd_step_per_channel import Bounds
+from fastadv.ops.values import check_bool, check_radius, integer, limit, shown
 from fastadv.seeding import draw_seed
 
 
@@ -56,6 +57,8 @@ class AttackSettings:
             TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
+        for name in ("eps", "alpha", "bounds"):
+            _check_no_tensor(name, getattr(self, name, None))
         object.__setattr__(self, "norm", checks.norm_name(self.norm))
         object.__setattr__(self, "bounds", checks.check_bounds(self.bounds))
         check_fields(self)
@@ -65,6 +68,17 @@ class AttackSettings:
         limit("eps", self.eps)
         if self.norm == "linf":  # in others it takes the size of an image to tell
             check_radius("eps", self.eps, self.norm, self.bounds)
+
+
+def _check_no_tensor(name: str, value: object) -> None:
+    """Refuse a tensor: settings are compared, shown and hashed."""
+    entries = value if isinstance(value, tuple | list) else (value,)
+    found = next((entry for entry in entries if isinstance(entry, Tensor)), None)
+    if found is not None:
+        raise TypeError(
+            f"{name} must be {'a number' if found is value else 'numbers'}, got {shown(found)}; attacks by steps "
+            f"take tensors, such as one per channel, with the call: attack(x, y, {name}=...)"
+        )
 
 
 class Attack(Configured):
@@ -163,7 +177,8 @@ class Attack(Configured):
         """Attack a batch, as `__call__` says; the images may have a pace of their own."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
-        radius = self._radius(x, eps)
+        bounds = self.settings.bounds if pace.bounds is None else pace.bounds
+        radius = self._radius(x, eps, bounds)
         if start is not None:
             checks.check_float("start", start)
             checks.check_same_shape("start", start, "x", x)
@@ -179,7 +194,7 @@ class Attack(Configured):
         with self._alone(), _own_context(x.device), naming_layout("x", self.model, x):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
-                check_images(x, settings.bounds)
+                check_images(x, bounds)
                 if start is not None:
                     check_start(start)
             engine = self._ready(x)
@@ -190,7 +205,7 @@ class Attack(Configured):
                     y,
                     radius,
                     settings.norm,
-                    settings.bounds,
+                    bounds,
                     settings.targeted,
                     sample_ids,
                     partial(check_labels, y) if self.check_inputs else None,
@@ -206,7 +221,7 @@ class Attack(Configured):
                 batch.counters.elements,
                 batch.counters.counts,
                 tuple(batch.counters.losses),
-                outside_share(adv, x, radius, settings.norm, settings.bounds),
+                outside_share(adv, x, radius, settings.norm, bounds),
             )
         return adv
 
@@ -274,14 +289,15 @@ class Attack(Configured):
         with self._alone(), _own_context(device):
             yield
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
-        settings = self.settings
-        eps = settings.eps if eps is None else eps
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
+        eps = self.settings.eps if eps is None else eps
         number, values = checks.per_sample("eps", eps, x)
-        if values is None:
-            check_radius("eps", number, settings.norm, settings.bounds, x.shape[1:].numel())
-            return number
-        return values
+        if values is not None:
+            return values
+        low, high = bounds
+        if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
+            check_radius("eps", number, self.settings.norm, (low, high), x.shape[1:].numel())
+        return number
 
 
 @contextmanager

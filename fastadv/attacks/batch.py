@@ -15,6 +15,7 @@ from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.ops import pgd_step_, random_start
 from fastadv.ops.checks import over_samples
+from fastadv.ops.pgd_step_per_channel import Bounds
 
 ValueOf = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
 
@@ -42,19 +43,22 @@ class Pace(NamedTuple):
     """Step sizes and numbers of steps of one call, in place of the attack's own.
 
     Attributes:
-        alpha: step size, a number or [B]; None is the attack's step size, in proportion to the radius.
+        alpha: step size, a number, [B] or [B, C, 1, ...]; None is the attack's, in proportion to the radius.
         steps: int64 [B] on the images' device; None is the attack's number.
         most: the largest of these numbers of steps.
+        bounds: lowest and highest value, numbers or tensors that broadcast over the images; None is the attack's.
     """
 
     alpha: float | Tensor | None = None
     steps: Tensor | None = None
     most: int = 0
+    bounds: Bounds | None = None
 
     def rows(self, rows: Tensor) -> Pace:
         """Some of the samples, by int64 indices."""
         alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
-        return Pace(alpha, None if self.steps is None else self.steps[rows], self.most)
+        steps = None if self.steps is None else self.steps[rows]
+        return self._replace(alpha=alpha, steps=steps)
 
 
 @dataclass
@@ -65,9 +69,9 @@ class AttackBatch:
         engine: computes logits and gradients.
         x: the clean images [B, ...] in the dtype and layout in which the attack moves them.
         y: labels, or targets, [B]; or soft ones [B, C], of which the likeliest class is to be left or reached.
-        eps: radius, a number or [B].
+        eps: radius, a number or [B]; of the attacks that move by `step_` also [B, C, 1, ...].
         norm: of the ball.
-        bounds: lowest and highest allowed value.
+        bounds: lowest and highest allowed value; of these attacks also tensors that broadcast over the images.
         targeted: whether ``y`` is to be reached rather than left.
         sample_ids: int64 [B], or None for 0 .. B-1.
         check: to be called once with the number of classes, which the first logits tell; None after it.
@@ -83,7 +87,7 @@ class AttackBatch:
     y: Tensor
     eps: float | Tensor
     norm: str
-    bounds: tuple[float, float]
+    bounds: tuple[Any, Any]
     targeted: bool
     sample_ids: Tensor | None
     check: Callable[[int], None] | None

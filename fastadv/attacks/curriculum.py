@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.pgd import PGD, StepSize
 from fastadv.losses.common import at_least_float32
+from fastadv.ops.checks import over_samples
 
 
 class CurriculumPGD(PGD):
@@ -36,7 +37,8 @@ class CurriculumPGD(PGD):
             p = at_least_float32(logits).softmax(1)
             hardest = p.scatter(1, own, -1.0).amax(1)
             # Of size 0, not none at all, so that a start outside the ball is brought into it.
-            return torch.where(hardest - p.gather(1, own)[:, 0] <= gap, sizes, 0.0)
+            moves = hardest - p.gather(1, own)[:, 0] <= gap
+            return torch.where(over_samples(moves, sizes), sizes, 0.0)
 
         return size
 

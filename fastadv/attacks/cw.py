@@ -18,6 +18,7 @@ from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings
 from fastadv.engine.engines import Model
+from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import integer, limit
 
 _INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
@@ -221,7 +222,7 @@ class CWL2(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float:
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float:
         if eps is not None:
             raise TypeError("eps must not be given to CWL2, which has no ball")
         return math.inf

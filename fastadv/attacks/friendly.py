@@ -15,6 +15,7 @@ from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Model
+from fastadv.ops.checks import over_samples
 from fastadv.ops.values import integer
 
 
@@ -114,6 +115,6 @@ class FriendlyPGD(PGD):
         def size(logits: Tensor) -> Tensor:
             left.sub_(batch.succeeded(logits).long())
             # Of size 0, not none at all, so that a start outside the ball is brought into it.
-            return torch.where(left < 0, 0.0, sizes)
+            return torch.where(over_samples(left < 0, sizes), 0.0, sizes)
 
         return size

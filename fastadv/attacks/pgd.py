@@ -20,7 +20,8 @@ from fastadv.attacks.soft_labels import is_soft
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
 from fastadv.engine.selection import EngineCache
-from fastadv.ops.checks import per_sample
+from fastadv.ops.checks import over_samples
+from fastadv.ops.pgd_step_per_channel import Bounds, image_bounds, numbers
 from fastadv.ops.values import integer, limit
 from fastadv.seeding import derive_seed
 
@@ -170,21 +171,23 @@ class PGD(Attack):
         start: Tensor | None = None,
         alpha: float | Tensor | None = None,
         steps: int | Tensor | None = None,
+        bounds: Bounds | None = None,
     ) -> Tensor:
         """Attack a batch.
 
         Args:
-            x: as in `Attack.__call__`, with all below but for the last two.
+            x: as in `Attack.__call__`, with all below but for the last three.
             y: labels, or targets, [B], or soft labels [B, C].
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
-            eps: radius for this call, a number or one per image [B], whose values are not checked.
+            eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
+                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1]. Values of tensors are not checked.
             start: images within the bounds to begin from.
-            alpha: step size for this call, a number or one per image [B], whose values are not checked; by default
-                the attack's own, in proportion to ``eps``.
+            alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
                 often as the image with the most steps, and one whose steps are made stays where it is. To know the
                 largest number waits for the device.
+            bounds: lowest and highest value of an image for this call, in linf also tensors, as ``eps``.
 
         Returns:
             Adversarial images [B, ...] in ``x``'s dtype and layout.
@@ -193,7 +196,8 @@ class PGD(Attack):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        return self._attack(x, y, seed, sample_ids, eps, start, pace_of(alpha, steps, x))
+        pace = pace_of(alpha, steps, x, bounds, self.norm)
+        return self._attack(x, y, seed, sample_ids, eps, start, pace)
 
     def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
@@ -209,6 +213,8 @@ class PGD(Attack):
             obstacle = "soft labels are not recorded"
         if obstacle is None and batch.pace.steps is not None:
             obstacle = "images with numbers of steps of their own are not recorded"
+        if obstacle is None and _has_own_numbers(batch, alpha):
+            obstacle = "bounds of a call and numbers per channel are not recorded"
         if obstacle is not None:
             batch.counters.reason += f"; {obstacle}"
             return None
@@ -310,7 +316,8 @@ class PGD(Attack):
                 best.offer(adv, found.value, batch.succeeded(found.logits))
             size = size_at(found.logits)
             if own is not None:  # in the images' precision, also where the size is a number
-                size = torch.where(step < own, _per_image(size, batch.x), 0.0)
+                size = _per_image(size, batch.x)
+                size = torch.where(over_samples(step < own, size), size, 0.0)
             if direction is None:
                 batch.step_(adv, found.grad, size, sparsity)
             else:
@@ -324,6 +331,11 @@ class PGD(Attack):
     def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         """What gives the size of each step of one run, from the logits at the point it starts from."""
         return lambda logits: alpha
+
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
+        if isinstance(eps, Tensor):
+            return numbers("eps", eps, self.norm, x)
+        return super()._radius(x, eps, bounds)
 
     def _alpha(self, batch: AttackBatch) -> float | Tensor:
         """The step size, in proportion where a call has its own radius.
@@ -341,15 +353,22 @@ class PGD(Attack):
         return settings.step_size * (batch.eps / settings.eps)
 
 
-def pace_of(alpha: float | Tensor | None, steps: int | Tensor | None, x: Tensor) -> Pace:
-    """Check the step sizes and numbers of steps of a call."""
-    if not isinstance(x, Tensor) or (alpha is None and steps is None):
+def pace_of(
+    alpha: float | Tensor | None,
+    steps: int | Tensor | None,
+    x: Tensor,
+    bounds: Bounds | None = None,
+    norm: str = "linf",
+) -> Pace:
+    """Check the step sizes, numbers of steps and bounds of a call."""
+    if not isinstance(x, Tensor) or (alpha is None and steps is None and bounds is None):
         return Pace()
     if alpha is not None:
-        number, values = per_sample("alpha", alpha, x)
-        alpha = number if values is None else values
+        alpha = numbers("alpha", alpha, norm, x)
+    if bounds is not None:
+        bounds = image_bounds(bounds, norm, x)
     if steps is None or x.shape[0] == 0:
-        return Pace(alpha)
+        return Pace(alpha, bounds=bounds)
     if not isinstance(steps, Tensor):
         steps = torch.full((x.shape[0],), integer("steps", steps, at_least=1), device=x.device)
     if steps.dtype != torch.int64 or steps.shape != (x.shape[0],) or steps.device != x.device:
@@ -360,11 +379,17 @@ def pace_of(alpha: float | Tensor | None, steps: int | Tensor | None, x: Tensor)
     least, most = torch.stack(steps.aminmax()).tolist()
     if least < 0:
         raise ValueError(f"steps must be >= 0, got {least}")
-    return Pace(alpha, steps, most)
+    return Pace(alpha, steps, most, bounds)
+
+
+def _has_own_numbers(batch: AttackBatch, alpha: float | Tensor) -> bool:
+    """Whether the numbers are others than the attack's bounds, and one radius and one step size per image."""
+    per_channel = any(isinstance(n, Tensor) and n.dim() > 1 for n in (batch.eps, alpha))
+    return per_channel or batch.pace.bounds is not None
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
-    """A number, or one per image, as a tensor [B]."""
+    """A number as a tensor [B]; a tensor as it is."""
     return value if isinstance(value, Tensor) else x.new_full((x.shape[0],), value)
 
 

@@ -17,6 +17,7 @@ from fastadv.attacks.objectives import Objective
 from fastadv.attacks.options import Setting
 from fastadv.attacks.square_proposals import proposals_for
 from fastadv.engine.engines import Model
+from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.philox import WORDS, philox
 from fastadv.ops.values import check_bool, integer, number
 
@@ -129,12 +130,12 @@ class Square(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
         if x.dim() != 4:
             raise ValueError(
                 f"x must have shape [B, C, H, W] for Square, whose changes are squares, got {tuple(x.shape)}"
             )
-        return super()._radius(x, eps)
+        return super()._radius(x, eps, bounds)
 
     def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         batch = batch.rows(

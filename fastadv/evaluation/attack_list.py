@@ -47,13 +47,25 @@ STOPS_EARLY = (
     "that goes on, such as pgd-20"
 )
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
-_KNOWN = (
-    "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, pgd-K-Rruns, mim-K, "
-    "cw-K, cw-K-R, cw-K-Rruns, apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), fab-t, fab, square "
-    "(each also with steps or queries: square-1000), autoattack, cwl2-K, cwl2-K-S, min-fgsm, min-pgd-K, the "
-    "bundles quick, standard and strong, "
-    "or a pair (name, callable(model, x, y) -> adversarial images)"
-)
+# The names, and the attacks that they stand for: in messages, in the help of the command line, and in
+# docs/evaluation.md.
+NAMES = {
+    "clean": "no attack",
+    "fgsm, fgsm-rs": "one step; with a random start",
+    "pgd-K, cw-K, mim-K": "K steps of PGD, of PGD on the margin, with momentum",
+    "pgd-K-R, cw-K-R": "R restarts: an image is broken if one of them breaks it",
+    "pgd-K-Rruns, cw-K-Rruns": "R whole runs: the run that leaves the fewest images counts",
+    "apgd-ce, apgd-dlr, apgd-t": "Auto-PGD of 100 steps; apgd-ce-K for K",
+    "fab-t, fab": "100 steps; fab-t-K for K",
+    "square": "5000 queries; square-N for N",
+    "autoattack": "the standard version",
+    "cwl2-K, cwl2-K-S": (
+        "Carlini and Wagner in l2, K steps of Adam for one c, or for each of S values of c; no ball"
+    ),
+    "min-fgsm, min-pgd-K": "the smallest radius at which FGSM or PGD of K steps succeeds; no ball",
+    **{name: ", ".join(attacks) for name, attacks in BUNDLES.items()},
+}
+_KNOWN = f"{', '.join(NAMES)}, or a pair (name, callable(model, x, y) -> adversarial images)"
 
 
 @dataclass(frozen=True)

@@ -90,26 +90,10 @@ def evaluate(
         data: an ``ImageData``; a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]); a map-style
             ``Dataset`` of pairs (image, label), whose images are read when they are attacked; or a ``DataLoader``,
             whose Dataset is then read in its own order by the loader's worker processes. See docs/evaluation.md.
-        attacks: names or pairs, one row of the report each:
-
-            * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a
-              random start (Wong et al. 2020);
-            * ``"pgd-K"``, K steps of size alpha from a random start; ``"pgd-K-R"``, R of these, an image
-              counting as wrong if one of them succeeds; ``"pgd-K-Rruns"``, R whole runs, of which the one that
-              leaves the fewest images counts; ``"cw-K"``, ``"cw-K-R"``, ``"cw-K-Rruns"``, the same on the margin
-              of Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
-            * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
-              of 100 steps, or ``"apgd-ce-K"`` and so on of K;
-            * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
-              nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
-            * ``"autoattack"``, the standard version, on the images that are classified correctly;
-            * ``"cwl2-K"``, the attack of Carlini and Wagner in l2, K steps of Adam for one c, or ``"cwl2-K-S"``,
-              for each of S values of c; ``"min-fgsm"``, ``"min-pgd-K"``, the smallest radius at which FGSM or PGD
-              succeeds. These have no ball: an image is broken at whatever distance, and the row tells the
-              distances;
-            * ``"quick"``: clean, fgsm, pgd-20; ``"standard"``: clean, autoattack; ``"strong"``: clean, pgd-100-10,
-              cw-100-10, apgd-ce, apgd-t, fab-t, square;
-            * ``(name, callable(model, x, y) -> adv)``.
+        attacks: names, or pairs ``(name, callable(model, x, y) -> adv)``; one row of the report each. All names,
+            with the attacks that they stand for, are in docs/evaluation.md and in
+            `fastadv.evaluation.attack_list.NAMES`: ``"clean"``, ``"fgsm"``, ``"pgd-20"`` for 20 steps,
+            ``"pgd-20-10"`` with 10 restarts, ``"autoattack"`` and others, and bundles such as ``"standard"``.
         eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each. By
             default 8/255; to be given with another norm than linf or other bounds than (0, 1).
         alpha: step size of PGD, C&W and MIM; by default eps / 4. Without one of these attacks it is refused.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.attack_list import BUNDLES, expand_bundles, parse_attacks
+from fastadv.evaluation.attack_list import BUNDLES, NAMES, expand_bundles, parse_attacks
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUIET: dict[str, Any] = {"progress": False}
@@ -179,3 +180,19 @@ def test_eot_is_refused_by_name(name: str) -> None:
         evaluate(model, data, ["clean", "fgsm", name], eps=0.1, eot=3, **QUIET)
     with pytest.raises(ValueError, match="eot must"):
         evaluate(model, data, "fgsm", eps=0.1, eot=0, **QUIET)
+
+
+def test_the_names_are_listed_in_the_document_as_in_the_source() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    table = page.split("## Attacks by name")[1].split("\n\n")[1].splitlines()[2:]
+    found = dict(line.replace("`", "").strip("| ").split(" | ") for line in table)
+    assert found == NAMES
+
+
+def test_every_name_of_the_list_is_an_attack_or_a_bundle() -> None:
+    numbers = str.maketrans({"K": "3", "R": "2", "N": "9", "S": "2"})
+    names = [name.translate(numbers) for names in NAMES for name in names.split(", ")]
+    assert {a.name for a in parse_attacks([n for n in names if n not in BUNDLES], 0.1, None)} == (
+        set(names) - set(BUNDLES)
+    )
+    assert set(BUNDLES) <= set(names)

@@ -21,6 +21,7 @@ torch.manual_seed(0)
 X, GRAD = torch.rand(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
 ADV = (X + 0.05 * GRAD).clamp(0, 1)
 A, B, C, Y = torch.randn(4, 10), torch.randn(4, 10), torch.randn(4, 10), torch.arange(4)
+SCALE = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
 FEATURES, TEACHER, DISTANCE = torch.randn(4, 6, 2, 2), torch.randn(4, 6, 2, 2), torch.rand(4)
 
 Call = Callable[[float], Tensor]
@@ -32,6 +33,10 @@ OPS: dict[str, Call] = {
     "pgd_step sparsity": lambda v: ops.pgd_step(ADV, GRAD, X, 2.0, 1.0, "l1", sparsity=v),
     "pgd_step bounds": lambda v: ops.pgd_step(ADV, GRAD, X, 0.1, 0.05, bounds=(-v, 1 + v)),
     "pgd_step_": lambda v: ops.pgd_step_(ADV.clone(), GRAD, X, eps=v, alpha=0.01),
+    "pgd_step per channel": lambda v: ops.pgd_step(
+        ADV, GRAD, X, v * SCALE, v / 4, bounds=(-v, 1 + SCALE)
+    ),
+    "random_start per channel": lambda v: ops.random_start(X, v * SCALE, bounds=(-v, 1), seed=0),
     "random_start": lambda v: ops.random_start(X, v, seed=0),
     "noisy_replay tau": lambda v: ops.noisy_replay(X, ADV, DISTANCE, v, 0.1, seed=0),
     "noisy_replay eps": lambda v: ops.noisy_replay(X, ADV, DISTANCE, 0.5, v, seed=0),

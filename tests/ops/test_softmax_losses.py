@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from op_cases import CASES
 from op_cases.running import places
 from torch import Tensor
 
@@ -15,8 +16,16 @@ from fastadv.ops.softmax_losses import KINDS, softmax_losses
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 everywhere = pytest.mark.parametrize(("device", "name"), places("softmax_losses"))
-PAIRS = ("kl", "trades", "mart", "alp", "act")
 kinds = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def test_every_kind_has_cases() -> None:
+    found = {
+        CASES[name].arguments.keywords["kind"]
+        for name in CASES
+        if name.startswith("softmax_losses/")
+    }
+    assert found == set(KINDS)
 
 
 def _logits(device: str, *shape: int, seed: int = 0) -> Tensor:
@@ -31,8 +40,10 @@ def _labels(device: str, batch: int, classes: int) -> Tensor:
 def _values_and_gradients(
     kind: str, a: Tensor, b: Tensor, y: Tensor, weight: float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    leaves = [t.detach().clone().requires_grad_() for t in ((a, b) if kind in PAIRS else (a,))]
-    labels = None if kind == "kl" else y
+    leaves = [
+        t.detach().clone().requires_grad_() for t in ((a, b) if KINDS[kind].takes_other else (a,))
+    ]
+    labels = y if KINDS[kind].takes_labels else None
     values = softmax_losses(kind, *leaves, y=labels, weight=weight, reduction="none")
     return values.detach(), list(torch.autograd.grad(values.sum(), leaves))
 
@@ -140,7 +151,7 @@ def test_half_precision_is_computed_in_float32(device: str, name: str, kind: str
 
 
 @everywhere
-@pytest.mark.parametrize("kind", PAIRS)
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.takes_other])
 def test_logits_of_two_dtypes(device: str, name: str, kind: str) -> None:
     a, b, y = _logits(device, 4, 7), _logits(device, 4, 7, seed=1).bfloat16(), _labels(device, 4, 7)
     with backend(name):
@@ -154,11 +165,12 @@ def test_logits_of_two_dtypes(device: str, name: str, kind: str) -> None:
 @kinds
 def test_the_mean_is_the_mean(device: str, name: str, kind: str) -> None:
     a, b, y = _logits(device, 40, 7), _logits(device, 40, 7, seed=1), _labels(device, 40, 7)
-    arguments = ((a, b) if kind in PAIRS else (a, None), None if kind == "kl" else y)
+    known = KINDS[kind]
+    arguments = ((a, b if known.takes_other else None), y if known.takes_labels else None)
     with backend(name):
         each = softmax_losses(kind, *arguments[0], arguments[1], weight=0.7, reduction="none")
         mean = softmax_losses(kind, *arguments[0], arguments[1], weight=0.7)
-    assert each.shape == ((40, 2) if kind == "act" else (40,))
+    assert each.shape == (40, *known.per_sample)
     torch.testing.assert_close(mean, each.mean(0))
 
 
@@ -329,7 +341,7 @@ def test_gradients_per_sample_by_torch_func() -> None:
 
 
 @pytest.mark.parametrize("name", ["native", "reference"])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "kl"])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.takes_labels])
 @pytest.mark.parametrize("label", [-1, 4, 1000])
 def test_a_label_that_is_no_class_is_named(kind: str, name: str, label: int) -> None:
     a, y = _logits("cpu", 3, 4), torch.tensor([0, label, 1])
@@ -337,4 +349,4 @@ def test_a_label_that_is_no_class_is_named(kind: str, name: str, label: int) -> 
         backend(name),
         pytest.raises(IndexError, match=f"y must lie in 0 .. 3, got {label} at sample 1"),
     ):
-        softmax_losses(kind, a, *((a,) if kind in PAIRS else ()), y=y)
+        softmax_losses(kind, a, *((a,) if KINDS[kind].takes_other else ()), y=y)
