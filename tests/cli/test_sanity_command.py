@@ -151,7 +151,7 @@ def test_a_loss_that_falls_as_eps_grows_is_found() -> None:
 
 def test_wrong_arguments_are_refused() -> None:
     model, x, y = linear_problem(classes=2, n=4)
-    for arguments in ({"eps": 0.0}, {"queries": 0}, {"norm": "l1"}, {"eot": 0}, {"slack": 2.0}):
+    for arguments in ({"eps": 0.0}, {"queries": 0}, {"norm": "l3"}, {"eot": 0}, {"slack": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
             sanity_checks(model, (x, y), progress=False, **arguments)  # type: ignore[arg-type]
 

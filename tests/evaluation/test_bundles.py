@@ -183,7 +183,7 @@ def test_eot_is_refused_by_name(name: str) -> None:
 
 
 def test_the_names_are_listed_in_the_document_as_in_the_source() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
     table = page.split("## Attacks by name")[1].split("\n\n")[1].splitlines()[2:]
     found = dict(line.replace("`", "").strip("| ").split(" | ") for line in table)
     assert found == NAMES
