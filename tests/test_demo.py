@@ -14,7 +14,7 @@ from fastadv import demo
 from fastadv.commands import run_evaluation
 from fastadv.trainers import AdversarialRecipe, Recipe, load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_recipes_change_only_what_small_images_need() -> None:

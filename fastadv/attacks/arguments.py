@@ -40,7 +40,7 @@ def check_batch(
         y: labels.
         sample_ids: or None.
         model: the model.
-        soft_obstacle: why the attack takes no soft labels; None where it does.
+        soft_obstacle: the reason why the attack accepts no soft labels; None if it accepts them.
 
     Returns:
         The labels in int64, soft ones in float32 or float64.

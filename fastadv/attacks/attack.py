@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv.attacks.arguments import (
     EngineName,
@@ -22,12 +22,12 @@ from fastadv.attacks.arguments import (
     check_seed,
     check_start,
 )
-from fastadv.attacks.batch import Batch, Pace
+from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.engines import Engine, Model, unwrapped
-from fastadv.engine.frozen import lock_of
+from fastadv.engine.alone import alone_with
+from fastadv.engine.engines import Engine, Model
 from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
@@ -70,23 +70,23 @@ class AttackSettings:
 class Attack(Configured):
     """An attack on one model, to be called many times: ``adv = attack(x, y)``.
 
-    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure. During
-    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens; its
-    buffers are not with ``train_mode="moving"``.
+    It holds the engine, built at the first call for the images' device and dtype, and reads the model's live
+    weights at every call. Between calls the model may be trained, moved or changed in structure. After
+    a call, and after an exception, its modes, ``requires_grad`` flags, gradients, buffers and weights are
+    restored, except the buffers with ``train_mode="moving"``.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C].
-        settings: what the attack does.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        settings: the settings of the attack.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call, which on a GPU waits for the device.
 
     Attributes:
-        model: what is attacked.
-        settings: all together. Each is also an attribute of its own, such as ``eps``, and may be set, which
-            takes effect at the next call.
-        passes: through the network for one gradient, which is their mean; 1 unless set. More are for models that
-            draw random numbers (EOT, expectation over transformations). Attacks without a gradient ignore it.
+        model: the attacked model.
+        settings: all settings. Each is also an attribute, such as ``eps``, and may be set for the next calls.
+        passes: number of passes through the network for one gradient, which is their mean; 1 unless set. More
+            passes are for models that draw random numbers (EOT, expectation over transformations). Attacks without
+            a gradient ignore it.
 
     Raises:
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
@@ -184,7 +184,7 @@ class Attack(Configured):
                     check_start(start)
             engine = self._ready(x)
             with engine.session(self.model, seed, current=True):
-                batch = Batch(
+                batch = AttackBatch(
                     engine,
                     engine.images(x),
                     y,
@@ -200,12 +200,12 @@ class Attack(Configured):
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
-                batch.tally.engine,
-                batch.tally.reason,
+                batch.counters.engine,
+                batch.counters.reason,
                 engine.precision,
-                batch.tally.elements,
-                batch.tally.counts,
-                tuple(batch.tally.losses),
+                batch.counters.elements,
+                batch.counters.counts,
+                tuple(batch.counters.losses),
                 outside_share(adv, x, radius, settings.norm, settings.bounds),
             )
         return adv
@@ -216,9 +216,8 @@ class Attack(Configured):
         return self._engines.ready(self.model, x, wish)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """The model's lock: other threads that attack it wait."""
-        model = self.model
-        return lock_of(unwrapped(model) if isinstance(model, nn.Module) else model)
+        """Other threads that attack the model, or another one that shares a network with it, wait."""
+        return alone_with(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)
@@ -242,11 +241,11 @@ class Attack(Configured):
             )
 
     @abstractmethod
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         """Move the images of a batch: [B, ...] within ball and bounds, not an alias of ``batch.x``."""
 
     def _graph_obstacle(self) -> str | None:
-        """Why the attack cannot be recorded as one CUDA graph; None where it can."""
+        """The reason why the attack cannot be recorded as one CUDA graph; None if it can."""
         return f"{type(self).__name__} is run step by step"
 
     def _soft_labels_obstacle(self) -> str | None:

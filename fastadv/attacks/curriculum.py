@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.pgd import PGD, StepSize
 from fastadv.losses.common import at_least_float32
 
@@ -28,7 +28,7 @@ class CurriculumPGD(PGD):
         self.gap = 1.0
         super().__init__(*args, **options)
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)
         gap, own = self.gap, batch.y.long()[:, None]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
@@ -107,7 +107,7 @@ class FriendlyPGD(PGD):
         )
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.x.shape[:1], alpha)
         left = torch.full_like(hard(batch.y), self.tau)
 

@@ -40,7 +40,6 @@ from fastadv.evaluation.context import Model
 from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import format_eps, library_versions
 from fastadv.evaluation.samples import as_samples, radius_or_default
-from fastadv.evaluation.sanity import NORMS
 from fastadv.evaluation.sanity_file import (
     SanityResult,
     add_sanity_result,
@@ -49,7 +48,7 @@ from fastadv.evaluation.sanity_file import (
 )
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_bounds, check_choice, norm_name
+from fastadv.ops.values import check_bounds, norm_name
 from fastadv.ranks import is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
@@ -154,7 +153,7 @@ def run_evaluation(
             (expectation over transformations). It is meant for models that draw random numbers.
         cw_c: the constant c of cwl2-K, by default 1; of cwl2-K-S the first of the S values, by default .001.
         cw_lr: learning rate of cwl2-K and cwl2-K-S.
-        sanity: after the attacks, look for signs of gradient masking on the first 200 images; in linf and l2 only.
+        sanity: after the attacks, look for signs of gradient masking on the first 200 images.
             The findings are printed, and kept beside the results in a file whose name ends in .sanity.json.
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         seed: seed of all random numbers.
@@ -184,8 +183,6 @@ def run_evaluation(
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
-    if sanity:
-        check_choice("norm", norm, NORMS)  # before hours are spent
     if run is None:
         if network != ROBUST:
             raise ValueError(f"network must come with a run, got {network!r}")

@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import Literal
 
 from fastadv.commands.documents import as_json
+from fastadv.commands.judged import check_no_root
 from fastadv.data.datasets import check_source
+from fastadv.data.training_folders import FOLDER
 from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
@@ -35,7 +37,8 @@ def run_reproduction(
     Args:
         item: which table or figure, such as arrest/table2; --list shows all of them.
         out: folder for the trained models, the tables and the pictures. What is in it is used again.
-        data: data set: digits, cifar10 or cifar100; by default that of the scale.
+        data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
+            pictures per class; by default that of the scale.
         root: folder of the data set's official files (not for digits).
         scale: paper has the papers' own settings. small is real CIFAR-10 on a processor of 2 cores: 5,000 images,
             a small network, few epochs. tiny is digits of 8x8 pixels in seconds, to see that everything works.
@@ -54,7 +57,10 @@ def run_reproduction(
         The table in Markdown, and where the files are; or JSON.
     """
     chosen = find_scale(scale)
-    check_source(data or chosen.data, root)
+    if data is not None and data.startswith(FOLDER):
+        check_no_root(data, root)
+    else:
+        check_source(data or chosen.data, root)
     if network is not None:
         check_model_name("network", network)
     if plan:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import SYNONYMS
+from fastadv.engine.frozen import frozen
 from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.values import check_choice, closest, integer, number, shown
@@ -316,15 +317,9 @@ class Attack:
 
     def _logits(self, x: Tensor) -> Tensor:
         """The model's logits for images in 0..1, in eval mode."""
-        model = cast(nn.Module, self.own.model)
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            with torch.no_grad():
-                return cast(Tensor, model(x))
-        finally:
-            for module, training in modes:
-                module.training = training
+        model = self.own.model
+        with self.own.held(x.device), frozen(model), torch.no_grad():
+            return model(x)
 
 
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
 
     Raises:
         FileNotFoundError: if there is nothing at root, or a file is missing.
-        DataFormatError: if a file is not what it should be.
+        DataFormatError: if the content of a file is wrong.
     """
     verify = check_bool("verify", verify)
     folder, is_binary = find_folder(layout, Path(root).expanduser())

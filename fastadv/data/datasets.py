@@ -70,7 +70,7 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
 def load_test_images(name: str, root: str | Path | None = None, verify: bool = True) -> ImageData:
     """Load the test images of a data set by name, for which no file of the training images need be there.
 
-    The arguments and the errors are those of `load_dataset`.
+    The arguments and the errors are as in `load_dataset`.
     """
     check_choice("name", name, dataset_names())
     if name == "digits":

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 from torch import nn
 
+from fastadv.engine.networks import networks_of, parts_of
 from fastadv.engine.randomness import DrawWatch
 
 
@@ -27,9 +26,11 @@ def frozen(
 
     Inside, no parameter requires grad, so that an attack computes input gradients only. On leaving, every
     module has its own mode back, every parameter its own ``requires_grad``, and every buffer its own value.
+    All but the mode also holds for networks that the model runs without having registered them, and for those of
+    another callable; see `fastadv.engine.networks`. Their mode is the caller's.
 
     Args:
-        model: an ``nn.Module``; of any other callable only the random numbers are governed.
+        model: an ``nn.Module``, or another callable.
         train_mode: run in train instead of eval mode.
         keep_buffers: put the buffers back on leaving.
         freeze_parameters: whether parameters stop to require grad.
@@ -48,14 +49,16 @@ def frozen(
                     "once on a batch of images first"
                 )
     with ExitStack() as stack:
-        if isinstance(model, nn.Module):
-            stack.enter_context(_kept_modes(model, freeze_parameters))
+        parts = parts_of(networks_of(model))
+        if parts:
+            stack.enter_context(_kept_modes(parts, freeze_parameters))
             if keep_buffers:
-                stack.enter_context(_kept_buffers(model))
-            with suppress(NotImplementedError):  # exported programs have one mode alone
-                model.train(train_mode)
+                stack.enter_context(_kept_buffers(parts))
+            if isinstance(model, nn.Module):
+                with suppress(NotImplementedError):  # exported programs have one mode alone
+                    model.train(train_mode)
             if freeze_parameters:
-                for parameter in model.parameters():
+                for parameter in _parameters_of(parts):
                     parameter.requires_grad_(False)
         if seed is not None:
             seeded = _forked_at_first_draw if watch else _forked_random_state
@@ -63,22 +66,16 @@ def frozen(
         yield
 
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_locks_of_locks = threading.Lock()
-
-
-def lock_of(model: object) -> threading.RLock:
-    """The lock under which one thread at a time attacks a module; another callable has none of its own."""
-    if not isinstance(model, nn.Module):
-        return threading.RLock()
-    with _locks_of_locks:
-        return _locks.setdefault(model, threading.RLock())
+def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of modules, each once."""
+    found = [p for part in parts for p in part.parameters(recurse=False)]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 @contextmanager
-def _kept_modes(model: nn.Module, parameters: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    wanted = [(p, p.requires_grad) for p in model.parameters()] if parameters else []
+def _kept_modes(parts: Sequence[nn.Module], parameters: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in parts]
+    wanted = [(p, p.requires_grad) for p in _parameters_of(parts)] if parameters else []
     try:
         yield
     finally:
@@ -89,9 +86,9 @@ def _kept_modes(model: nn.Module, parameters: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_buffers(model: nn.Module) -> Iterator[None]:
+def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
     """Keep the buffers' identities and values, also where a module updates them in eval mode."""
-    modules = [(module, dict(module._buffers.items())) for module in model.modules()]
+    modules = [(module, dict(module._buffers.items())) for module in parts]
     saved = [
         (module, name, buffer, buffer.clone())
         for module, buffers in modules

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine import randomness
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
-from fastadv.engine.recording import Op, Recording, Ref, item, refs
+from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import Looks, WatchedSize, watched
 
 
@@ -210,7 +210,7 @@ class Recorder(TorchFunctionMode):
         single = isinstance(result, Tensor)
         if single and not written and id(result) in self._places:
             return  # the function has returned its argument
-        op = Op(
+        op = RecordedOp(
             func,
             *before,
             place,
@@ -253,7 +253,9 @@ class Recorder(TorchFunctionMode):
             if isinstance(part, Tensor):
                 args = (Ref(place), number)
                 grad = torch.is_grad_enabled()
-                self.recording.ops.append(Op(item, args, {}, where, grad, False, part.dim()))
+                self.recording.ops.append(
+                    RecordedOp(item, args, {}, where, grad, False, part.dim())
+                )
                 self._add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")

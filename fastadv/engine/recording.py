@@ -22,7 +22,7 @@ class Ref(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Op:
+class RecordedOp:
     """One call of a torch function.
 
     Attributes:
@@ -62,7 +62,7 @@ class Recording:
         looks: as in `Looks.seen`, what the model's code compared sizes with.
     """
 
-    ops: list[Op] = field(default_factory=list)
+    ops: list[RecordedOp] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     depends: list[bool] = field(default_factory=list)
     overwritten: set[int] = field(default_factory=set)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastadv.engine.content import content
 from fastadv.engine.holding import held
 from fastadv.engine.recorder import Recorder, storage_of
-from fastadv.engine.recording import Op, Recording, item
+from fastadv.engine.recording import RecordedOp, Recording, item
 
 # Functions of their arguments alone, built into torch. All others run.
 _COSTLY = frozenset(
@@ -103,7 +103,7 @@ def _is_torchs(function: Any) -> bool:
 class _Repeat(Recorder):
     """Records, and takes the results of costly operations from an earlier recording of the same images."""
 
-    def __init__(self, images: Tensor, ops: list[Op], results: dict[int, Tensor]) -> None:
+    def __init__(self, images: Tensor, ops: list[RecordedOp], results: dict[int, Tensor]) -> None:
         super().__init__(images)
         self._ops, self._results = ops, results
 

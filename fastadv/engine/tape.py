@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.recording import Op, Recording, Ref, refs
+from fastadv.engine.recording import RecordedOp, Recording, Ref, refs
 
 _VARIES = "its operations depend on the number of images, or change from call to call"
 
@@ -44,7 +44,7 @@ class Tape:
             number does.
     """
 
-    ops: tuple[Op, ...]
+    ops: tuple[RecordedOp, ...]
     dynamic: tuple[bool, ...]
     output: int
     external: tuple[Any, ...]
@@ -97,7 +97,7 @@ def tape_of(first: Recording, second: Recording) -> Tape:
             raise DependsOnBatch(_VARIES)
         args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), sizes)
         merged.append(
-            Op(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
+            RecordedOp(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
         )
     if not same_tensors(first, second):
         raise DependsOnBatch(_VARIES)
@@ -141,7 +141,7 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _tape(
     recording: Recording,
-    ops: tuple[Op, ...],
+    ops: tuple[RecordedOp, ...],
     only_batch: int | None,
     looks: tuple[float | None, ...] | None,
 ) -> Tape:
@@ -160,7 +160,7 @@ def _tape(
     )
 
 
-def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
+def _dynamic(recording: Recording, ops: tuple[RecordedOp, ...]) -> tuple[bool, ...]:
     """Which values are computed anew: those that depend on the images, on their number, or are overwritten."""
     dynamic = list(recording.depends)
     computed = {op.place for op in ops}
@@ -178,7 +178,7 @@ def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
     return tuple(dynamic)
 
 
-def _same_head(a: Op, b: Op) -> bool:
+def _same_head(a: RecordedOp, b: RecordedOp) -> bool:
     """Whether two ops call one function in the same way, whatever their arguments."""
     return (
         (a.function is b.function or a.function == b.function)

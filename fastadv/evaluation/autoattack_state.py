@@ -18,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.evaluation.context import Model
+from fastadv.evaluation.context import Model, device_of, private_generators
 from fastadv.evaluation.samples import Samples
+from fastadv.evaluation.verify import logits_of
 from fastadv.files import write_atomically
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_ASKED = 8  # images whose logits are compared
+_ROUNDING = 1e-3  # of the largest logit
 
 
 @dataclass(frozen=True)
@@ -34,11 +37,13 @@ class Fingerprint:
         model: SHA-256 of the structure, parameters and buffers.
         data: SHA-256 of images and labels.
         settings: everything else that the result depends on.
+        answers: what `answers_of` says of the model; None where nothing is known.
     """
 
     model: str
     data: str
     settings: dict[str, Any]
+    answers: list[list[float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,35 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     Raises:
         TypeError: when the model is not a module: the state of another callable could not be told apart.
     """
-    return Fingerprint(hash_model(model), samples.fingerprint(), settings)
+    answers = answers_of(model, samples)
+    return Fingerprint(hash_model(model), samples.fingerprint(), settings, answers)
+
+
+def answers_of(model: Model, samples: Samples) -> list[list[float]] | None:
+    """The logits of the first few images, in which everything shows that decides what a model computes.
+
+    A hash does not see what a forward method does, nor tensors and networks that a module holds unregistered.
+
+    Returns:
+        [B][classes]; None for a model that fails, or answers otherwise when it is asked again.
+    """
+    try:
+        x, _ = samples.take(torch.arange(min(len(samples), _ASKED)), device_of(model))
+        found = []
+        for _ in range(2):
+            with private_generators(0):
+                found.append(logits_of(model, x.clone()).float().cpu())
+    except Exception:  # the evaluation itself is to say what is wrong
+        return None
+    return found[0].tolist() if _alike(*found) else None
+
+
+def _alike(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether logits [B, classes] are the same up to the rounding of another machine or number of threads."""
+    if one is None or other is None or one.shape != other.shape:
+        return False
+    size = float(torch.maximum(one.abs(), other.abs()).max())
+    return float((one - other).abs().max()) <= _ROUNDING * size
 
 
 class StateFolder:
@@ -164,7 +197,9 @@ class AutoAttackState(StateFolder):
 def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
     try:
         found = json.loads(manifest.read_text(encoding="utf-8"))
-        kept = Fingerprint(found["model"], found["data"], found["settings"])
+        # Earlier versions recorded no answers.
+        kept = Fingerprint(found["model"], found["data"], found["settings"], found.get("answers"))
+        there = None if kept.answers is None else torch.tensor(kept.answers, dtype=torch.float32)
         version = found["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest} cannot be read ({error!r}); use a new state_dir") from error
@@ -178,6 +213,9 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
         for part in ("model", "data")
         if getattr(kept, part) != getattr(identity, part)
     ]
+    known = there is not None and identity.answers is not None
+    if not differences and known and not _alike(there, torch.tensor(identity.answers)):
+        differences.append("the model has the same weights and computes something else")
     differences += [
         f"{name} was {kept.settings.get(name)!r} and is {wanted.get(name)!r}"
         for name in sorted(kept.settings.keys() | wanted.keys())

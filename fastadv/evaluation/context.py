@@ -9,6 +9,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.alone import alone_with
 from fastadv.engine.frozen import frozen
 from fastadv.float32 import full_float32
 from fastadv.ops.values import check_device, shown
@@ -24,10 +25,11 @@ def evaluation_mode(
 
     Frozen parameters make attacks cheaper and keep those that call ``backward()`` from adding to ``.grad``.
     On exit every module has its own training flag again, every parameter its ``requires_grad``, the model its
-    device and torch its precision settings.
+    device and torch its precision settings. Networks that the model runs without having registered them, such as
+    those in a closure, are held likewise. Other threads that evaluate or attack them wait.
 
     Args:
-        model: a module; any other callable is taken as it is.
+        model: a module, or any other callable.
         device: where to evaluate; by default where the model's parameters are, else the CPU.
 
     Yields:
@@ -43,11 +45,13 @@ def evaluation_mode(
         # First, so that a model moved inside a caller's inference mode gets ordinary parameters.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        home = _device_of(model)
+        home = device_of(model)
         target = check_device(device) if device is not None else home
         if isinstance(model, nn.Module):
             check_float32(model)
-            stack.enter_context(frozen(model))
+        stack.enter_context(alone_with(model))
+        stack.enter_context(frozen(model))
+        if isinstance(model, nn.Module):
             assert_eval(model)
             if target != home:
                 stack.callback(model.to, home)
@@ -80,7 +84,8 @@ def assert_eval(model: Model) -> None:
                 )
 
 
-def _device_of(model: Model) -> torch.device:
+def device_of(model: Model) -> torch.device:
+    """Where a module is; the CPU for other callables."""
     if isinstance(model, nn.Module):
         for tensor in chain(model.parameters(), model.buffers()):
             return tensor.device

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.options import names_checked
+from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
-    Attack,
     AttackChoice,
+    BallAttack,
+    ChosenAttack,
     Clean,
     Ensemble,
-    Gradient,
     Minimum,
     check_ensemble_asked_for,
     check_fewest_classes,
@@ -32,7 +33,8 @@ from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, format_eps, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
@@ -43,7 +45,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
-from fastadv.evaluation.work import FinishedBatches, Work
+from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 from fastadv.ranks import Ranks, group_of_caller
@@ -81,7 +83,7 @@ def evaluate(
     The model is in eval mode, frozen, in float32 without TF32 while this runs, and as before afterwards.
     Images that are classified wrongly without an attack count as wrong under every attack and are not attacked.
     Whatever an attack returns is checked independently of it: inside the ball and the bounds, finite, and
-    classified anew by the plain model.
+    classified again by the plain model.
 
     Args:
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
@@ -110,7 +112,7 @@ def evaluate(
             * ``(name, callable(model, x, y) -> adv)``.
         eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each. By
             default 8/255; to be given with another norm than linf or other bounds than (0, 1).
-        alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4. Without one of these attacks it is refused.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
@@ -121,8 +123,8 @@ def evaluate(
             tensors, or of a ``Dataset`` that lists its labels in ``targets`` or ``labels``.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
-            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
-            radius has a worst case of its own, and attacks without a ball are in none.
+            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all images
+            again. Each radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
             after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
@@ -133,7 +135,8 @@ def evaluate(
         engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; to be left out without it, as the
             other attacks run in float32.
         surrogate: another model, on which the adversarial images are made (black-box transfer). The judged model
-            then only says which images to attack, those that it gets right, and whether they are broken.
+            then only selects the images to attack, which it classifies correctly, and decides whether they are
+            broken.
         eot: passes through the network for each gradient, which is their mean (expectation over transformations),
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
         cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
@@ -141,13 +144,14 @@ def evaluate(
         keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
             class the model is most sure.
         sharded: whether the processes of torch's default process group share the images. All of them then call
-            this with the same arguments, and get the same report. The figures are those of one process.
+            this with the same arguments, and get the same report. The figures equal the figures of one process.
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
         be too high: AutoAttack warns, the model draws random numbers and ``eot`` is 1, gradients are zero or not
-        finite, or the surrogate guesses; ``"invalid"`` when
-        AutoAttack or a callable returned inadmissible images, which then count as failed attempts.
+        finite, the surrogate guesses, or a network that the model holds unregistered is in train mode;
+        ``"invalid"`` when AutoAttack or a callable returned inadmissible images, which then count as failed
+        attempts.
 
     Raises:
         ValueError: for an unknown attack name or an argument out of range, or a model with fewer classes than the
@@ -176,12 +180,16 @@ def evaluate(
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
+    doubts = [doubt_modes(model)]
+    if other is not None:
+        doubts.append(doubt_modes(other.model, "surrogate"))
     with ExitStack() as held:
+        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         ranks = group_of_caller(where) if sharded else Ranks()
-        say = Progress(progress and ranks.first)
+        say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
             facts = _facts(norm, samples.bounds, seed, eot, other)
@@ -193,7 +201,7 @@ def evaluate(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(say, ranks, finished),
+            SharedWork(say, ranks, finished),
             None if other is None else other.model,
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
@@ -207,6 +215,8 @@ def evaluate(
             say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
         _doubt_clean(clean.robust, classes, expected)
         name = "" if other is None else other.name
+        if other is not None:
+            doubts.append(doubt_surrogate(runner, classes, name))
         judge = Judge(
             runner,
             clean,
@@ -217,7 +227,7 @@ def evaluate(
             name,
             is_random=runner.draws(),
             blind=_blindness(runner, chosen, clean.robust),
-            doubt="" if other is None else doubt_surrogate(runner, classes, name),
+            doubt="; ".join(doubt for doubt in doubts if doubt),
         )
         report = Report(
             rows=(),
@@ -275,11 +285,11 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
-def _blindness(runner: Runner, attacks: Sequence[Attack], correct: Tensor) -> Blindness:
+def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
     """Whose gradients lead nowhere, where an attack follows them."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, Gradient) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.kind != "square")
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()

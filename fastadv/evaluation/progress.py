@@ -19,7 +19,7 @@ class Advance(Protocol):
         """Say that so many more images are done, and what else the bar shows."""
 
 
-class Progress:
+class ProgressDisplay:
     """Progress on standard error, which keeps standard output free for the report."""
 
     def __init__(self, enabled: bool = True) -> None:

@@ -130,7 +130,7 @@ def check_plain_name(argument: str, name: str | None) -> None:
 def names_code(name: str) -> bool:
     """Return whether a name stands for code that is not fastadv's or timm's own, or makes timm fetch something.
 
-    Such a name is good only where the user gives it: what a file says must not decide which code is run.
+    Such a name is accepted only from the user. A file must not decide which code runs.
 
     Args:
         name: what `create_model` takes.

@@ -46,11 +46,11 @@ def check_layer(model: nn.Module, layer: str, role: str = "model") -> None:
     Args:
         model: the network.
         layer: a name of `layer_names`, or "last", which any network with the feature split has.
-        role: what the network is called in messages.
+        role: the network's name in messages.
 
     Raises:
         TypeError: if the network cannot be cut before its pooling, and the layer is "last".
-        ValueError: if it has no such layer; the message lists those that it has.
+        ValueError: if it has no such layer; the message lists its layers.
     """
     names = layer_names(model)
     if layer in names or (layer == LAST and len(names) > 1):

@@ -123,7 +123,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """One figure of one trained model.
 
     Attributes:
@@ -151,7 +151,7 @@ class Cell:
         reason: why there is no figure of ours.
     """
 
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[MeasuredCell, ...] = ()
     paper: float | None = None
     reason: str = ""
 
@@ -182,7 +182,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table with our figures.
 
     Attributes:

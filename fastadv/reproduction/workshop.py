@@ -16,18 +16,19 @@ from torch import nn
 
 from fastadv.commands import run_evaluation
 from fastadv.commands.evaluation import EVAL_FILE
-from fastadv.data import ImageData, load_dataset, load_npz, subset
-from fastadv.data.datasets import load_test_images
+from fastadv.data import ImageData, load_npz
+from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import Row
 from fastadv.files import sha256_of, write_atomically
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
-from fastadv.trainers.checkpoint import find_checkpoint
+from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
 _RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
 _DIVERGED = "diverged"
@@ -42,8 +43,7 @@ class Workshop:
     Attributes:
         folder: where the runs are.
         scale: how large they are.
-        data: the data set.
-        root: folder of its files.
+        source: the images.
         device: where to train and measure; None chooses.
         extra: a .npz file of further training images, for the methods that take such.
         quiet: say nothing.
@@ -53,18 +53,17 @@ class Workshop:
 
     folder: Path
     scale: Scale
-    data: str
-    root: str | None = None
+    source: Source
     device: str | None = None
     extra: str | None = None
     quiet: bool = True
     trained: list[str] = field(default_factory=list)
     judged: int = 0
 
-    @cached_property
-    def images(self) -> ImageData:
+    @property
+    def images(self) -> ImageData | FolderImages:
         """The test images."""
-        return load_test_images(self.data, self.root)
+        return self.source.tests
 
     @cached_property
     def extra_digest(self) -> str:
@@ -77,15 +76,12 @@ class Workshop:
         Raises:
             CannotRun: if something that it needs is not there.
         """
-        return resolve(run, self.scale, self.data, seed, self.extra_digest)
+        return resolve(run, self.scale, self.source.data, seed, self.extra_digest)
 
     @cached_property
     def train_images(self) -> ImageData:
         """The training images, as many as test images are used."""
-        whole = load_dataset(self.data, self.root).train
-        assert isinstance(whole, ImageData)  # as data sets by name are
-        n = self.scale.test_images
-        return whole if n is None else subset(whole, min(n, len(whole)))
+        return self.source.first_train_images(self.scale.test_images)
 
     def path(self, run: Resolved) -> Path:
         """The directory of a run."""
@@ -115,11 +111,12 @@ class Workshop:
             train(
                 run.method,
                 run.recipe,
-                data=self.data,
-                root=self.root,
+                data=self.source.for_training(run.recipe),
+                root=self.source.root,
                 model=run.network,
                 run_dir=self.path(run),
-                teacher={name: self.path(teacher) for name, teacher in run.teachers} or None,
+                teacher={name: self.folder / teacher.place for name, teacher in run.teachers}
+                or None,
                 extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
                 device=self.device,
@@ -152,8 +149,9 @@ class Workshop:
             run_evaluation(
                 str(self.path(run)),
                 attacks,
-                data=self.data,
-                root=self.root,
+                checkpoint=run.checkpoint,
+                data=None if self.source.is_folder else self.source.data,
+                root=self.source.root,
                 eps=radii,
                 max_examples=n,
                 surrogate=None if source is None else str(self._source(source, seed)),
@@ -171,7 +169,7 @@ class Workshop:
         file = self.path(run) / EVAL_FILE
         if not file.exists():
             return {}
-        name = find_checkpoint(self.path(run)).name
+        name = find_checkpoint(self.path(run), run.checkpoint).name
         results = load_results(file)
         found: dict[Accuracy, Row] = {}
         for one in wanted:
@@ -210,6 +208,7 @@ class Workshop:
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
         """Return what was found for a run before; find it and keep it where that is not so."""
         record = self._record(run)
+        title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
             self._keep(run, title, find())
             self.judged += 1
@@ -259,10 +258,10 @@ class Place:
     @property
     def data(self) -> str:
         """The name of the data set."""
-        return self.shop.data
+        return self.shop.source.name
 
     @property
-    def images(self) -> ImageData:
+    def images(self) -> ImageData | FolderImages:
         """The test images."""
         return self.shop.images
 
@@ -280,7 +279,7 @@ class Place:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """[C, H, W]."""
-        return tuple(self.images.images.shape[1:])
+        return self.shop.source.image_shape
 
     def row(self, accuracy: Accuracy) -> Row:
         """An accuracy of the model."""
@@ -289,12 +288,12 @@ class Place:
     def model(self, run: RunSpec | None = None) -> nn.Module:
         """The trained model, or that of another training with the same seed."""
         resolved = self.run if run is None else self._resolved(run)
-        model = load_model(self.shop.path(resolved))
+        model = load_model(self.shop.folder / resolved.place)
         return model if self.device is None else model.to(torch.device(self.device))
 
     def name_of(self, run: RunSpec) -> str:
         """The name of another training with the same seed."""
-        return self._resolved(run).name
+        return self._resolved(run).place
 
     def _resolved(self, run: RunSpec) -> Resolved:
         return self.shop.resolve(run, self.seed)

@@ -39,7 +39,7 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PointCell:
     """What the seeds of one point say of one attack.
 
     Attributes:
@@ -65,7 +65,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PointRow:
     """A point of the grid, judged on some images at some radius.
 
     Attributes:
@@ -82,7 +82,7 @@ class Row:
     seeds: tuple[int, ...]
     where: tuple[str, str, str, str]
     radius: tuple[str, float]
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, PointCell]
 
     @property
     def label(self) -> str:
@@ -210,18 +210,20 @@ class SweepTable:
         title = f"{self.summary.plot_title}\nmeans and deviations over seeds"
         return png_of(draw_trade_off(points, title=title, robust_label=robust))
 
-    def _row(self, curve: str, settings: dict[str, str], lines: Sequence[tuple[int, Line]]) -> Row:
+    def _row(
+        self, curve: str, settings: dict[str, str], lines: Sequence[tuple[int, Line]]
+    ) -> PointRow:
         line = lines[0][1]
         described = self.summary.comparison.describe(line)
         norm, eps = (line.norm, format_eps(line.eps)) if line.norm else ("-", "-")
         cells = {
-            title: Cell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
+            title: PointCell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
             for title in self.attacks
             if all(title in one.cells for _, one in lines)
         }
         seeds = tuple(seed for seed, _ in lines)
         where = (described["data"], str(line.n), norm, eps)
-        return Row(curve, settings, seeds, where, line.radius, cells)
+        return PointRow(curve, settings, seeds, where, line.radius, cells)
 
 
 def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
@@ -236,7 +238,7 @@ def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _bar(cell: Cell) -> tuple[float, float] | None:
+def _bar(cell: PointCell) -> tuple[float, float] | None:
     """One deviation to either side."""
     deviation = cell.deviation
     if deviation is None:

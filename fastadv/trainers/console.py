@@ -56,7 +56,7 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def step_done(self) -> None:
-        """Count a step."""
+        """Count an iteration."""
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
@@ -69,7 +69,7 @@ class Console:
             self._estimated = True
             self.say(
                 f"expected: about {duration(self.seconds_left())} for the remaining "
-                f"{self._left - self._done:,} steps, at {self.images_per_second():,.0f} images/s"
+                f"{self._left - self._done:,} iterations, at {self.images_per_second():,.0f} images/s"
             )
 
     @contextmanager
@@ -104,7 +104,7 @@ class Console:
             )
 
     def images_per_second(self) -> float:
-        """Return the mean rate of this process's training steps."""
+        """Return the mean rate of this process's iterations."""
         return self._done * self._batch_size / max(self._seconds, 1e-9)
 
     def take_rate(self) -> float:
@@ -114,7 +114,7 @@ class Console:
         return (self._done - steps) * self._batch_size / max(self._seconds - seconds, 1e-9)
 
     def seconds_left(self) -> float:
-        """Estimate the rest of the run from what the steps so far took, with all between them."""
+        """Estimate the rest of the run from the time of the iterations so far, with all work between them."""
         spent = self._seconds + self._aside
         return (self._left - self._done) * spent / max(self._done, 1)
 

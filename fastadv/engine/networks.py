@@ -1,0 +1,148 @@
+"""Find the networks that a model runs: itself, and those that it holds or names without registering them.
+
+A network in a plain list, in a closure or in a global variable is no submodule. `eval()` and `parameters()` do not
+reach it, and yet its mode and its buffers decide what the model computes.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+_DEEPEST = 4  # steps from the model to a network that it holds
+_MOST = 2000  # objects that are looked at
+_LONGEST = 64  # a longer container holds data
+# What torch itself keeps in a module, beside what the module's own code keeps.
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+_SIMPLE = frozenset((bool, int, float, str, type(None), Tensor))
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, type, types.ModuleType)
+
+
+def networks_of(model: object) -> list[nn.Module]:
+    """The networks that a model or another callable runs, as far as they can be found.
+
+    Returns:
+        The model, if it is a module; then modules that belong to none of the ones before them.
+    """
+    found = [model] if isinstance(model, nn.Module) else []
+    known = {id(part) for network in found for part in modules_of(network)}
+    for network in _Search().hidden(model):
+        if id(network) not in known:
+            found.append(network)
+            known.update(id(part) for part in modules_of(network))
+    return found
+
+
+def parts_of(networks: list[nn.Module]) -> list[nn.Module]:
+    """All modules of some networks, each once."""
+    return list({id(part): part for network in networks for part in modules_of(network)}.values())
+
+
+def modules_of(network: nn.Module) -> list[nn.Module]:
+    """As `torch.nn.Module.modules`, in a fraction of its time."""
+    found = {id(network): network}
+    waiting = [network]
+    while waiting:
+        children = waiting.pop()._modules
+        if not isinstance(children, dict):  # of a scripted module
+            return list(network.modules())
+        for child in children.values():
+            if child is not None and id(child) not in found:
+                found[id(child)] = child
+                waiting.append(child)
+    return list(found.values())
+
+
+class _Search:
+    """One search, which looks at no object twice."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+
+    def hidden(self, value: object, depth: int = _DEEPEST) -> Iterator[nn.Module]:
+        """Modules within an object, which is none itself; of a module those that are not registered."""
+        if isinstance(value, nn.Module):
+            parts = modules_of(value)
+            self._seen.update(map(id, parts))
+            for part in parts:
+                for item in _held_by(part):
+                    yield from self._at(item, depth - 1)
+        else:
+            yield from self._at(value, depth)
+
+    def _at(self, value: object, depth: int) -> Iterator[nn.Module]:
+        # What a weak proxy stands for may be gone, and belongs to somebody else.
+        if type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN):
+            return
+        if id(value) in self._seen or len(self._seen) >= _MOST:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            yield value
+            yield from self.hidden(value, depth)
+        elif depth > 0:
+            for item in _items(value):
+                yield from self._at(item, depth - 1)
+
+
+def _held_by(module: nn.Module) -> list[object]:
+    """What a module's own code keeps in it or names. torch's modules hide nothing unless they are patched."""
+    attributes, kind = vars(module), type(module)
+    if (kind.__module__ or "").startswith("torch."):
+        return [attributes["forward"]] if "forward" in attributes else []
+    own = [v for name, v in attributes.items() if type(v) not in _SIMPLE and name not in _TORCHS]
+    return [*own, kind.forward]
+
+
+def _items(value: Any) -> list[object]:
+    """The parts of a container, of a function or of a plain object."""
+    if isinstance(value, dict):
+        return list(value.values()) if len(value) <= _LONGEST else []
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return list(value) if len(value) <= _LONGEST else []
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if isinstance(value, types.MethodType):
+        return [value.__func__, value.__self__]
+    if isinstance(value, types.FunctionType):
+        return _named_by(value)
+    if not hasattr(value, "__dict__"):
+        return []
+    call = vars(type(value)).get("__call__")
+    return [*vars(value).values(), *([call] if isinstance(call, types.FunctionType) else [])]
+
+
+def _named_by(function: types.FunctionType) -> list[object]:
+    """Variables of the functions around it, defaults, and global variables of its code."""
+    if (function.__module__ or "").startswith("torch."):
+        return []
+    found: list[object] = [
+        *(function.__defaults__ or ()),
+        *(function.__kwdefaults__ or {}).values(),
+    ]
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # not assigned yet
+            continue
+    found.extend(_globals_of(function.__code__, function.__globals__))
+    if "__wrapped__" in vars(function):
+        found.append(vars(function)["__wrapped__"])
+    return found
+
+
+def _globals_of(code: types.CodeType, names: dict[str, Any]) -> Iterator[object]:
+    """The global variables that code reads, the functions within it included, apart from plain ones."""
+    mentioned = {name for name in code.co_names if not isinstance(names.get(name), _PLAIN)}
+    if mentioned:  # some as attributes
+        read = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
+        yield from (names[name] for name in mentioned & read)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _globals_of(constant, names)

@@ -1,0 +1,45 @@
+"""Tell where a network is judged in another mode than the caller may think."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from fastadv.engine.networks import modules_of, networks_of
+from fastadv.evaluation.context import Model
+
+
+def doubt_modes(model: Model, argument: str = "model") -> str:
+    """Warn of train mode that evaluation does not end, or does end though it seems to be wanted.
+
+    To be called before the model is held in evaluation mode.
+
+    Args:
+        model: a module or another callable.
+        argument: what the model is called in the warning.
+
+    Returns:
+        What every row is to say; empty where no figure is in doubt.
+    """
+    if isinstance(model, nn.Module) and not model.training:
+        inside = next((name for name, part in model.named_modules() if part.training), None)
+        if inside is not None:
+            warnings.warn(
+                f"{argument} is judged in eval mode as a whole, though its {inside!r} is in train mode; where "
+                "that is part of a defence, let its forward ask for it, such as by F.dropout(x, p, training=True)",
+                stacklevel=4,
+            )
+    hidden = [network for network in networks_of(model) if network is not model]
+    training = [network for network in hidden if any(part.training for part in modules_of(network))]
+    if not training:
+        return ""
+    doubt = (
+        f"the {argument} runs a {type(training[0]).__name__} that is in train mode, where BatchNorm goes by the "
+        "batch and dropout is on"
+    )
+    warnings.warn(
+        f"{doubt}; evaluation does not reach what is in a closure or a plain list, so call its eval() before",
+        stacklevel=4,
+    )
+    return doubt
