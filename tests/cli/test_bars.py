@@ -71,6 +71,8 @@ def drawn() -> dict[int, list[str]]:
     }
 
 
+@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("width", [60, 40, 120])
 def test_the_figures_stay_on_a_narrow_terminal(drawn: dict[int, list[str]], width: int) -> None:
     assert "a line that stays" in drawn[width]  # not behind a bar
