@@ -19,7 +19,7 @@ from fastadv.bars import columns, fitted
 # A bar of a training and two of an evaluation, drawn as the library draws them, at three widths.
 PROGRAM = r"""
 import os, time
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.trainers.console import Console
 
 def draw():
@@ -29,12 +29,12 @@ def draw():
         if step == 30:
             console.show(100, 100, {"lr": 0.1, "loss": 1.2345, "distance": 0.25, "replayed": 0.125})
     console.close()
-    with Progress().count("autoattack apgd-t", 1000) as advance:
+    with ProgressDisplay().count("autoattack apgd-t", 1000) as advance:
         advance(10, right="45.2 %")
         time.sleep(0.2)  # the bar is drawn again
-        Progress().line("a line that stays")
+        ProgressDisplay().line("a line that stays")
         advance(200, right="44.0 %")
-    for _ in Progress().bar(range(3), "pgd-20", 3):
+    for _ in ProgressDisplay().bar(range(3), "pgd-20", 3):
         pass
 
 if __name__ == "__main__":
