@@ -16,7 +16,7 @@ from jsonargparse.typing import register_type
 
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
-from fastadv.ops.values import closest
+from fastadv.ops.values import closest, nearest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
@@ -77,6 +77,7 @@ class Parser(ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.color = False  # Python 3.14 would colour the help
         self._needs = needs or {}
         self._words: Sequence[str] = ()
 
@@ -158,8 +159,8 @@ def closest_option(option: str, known: Iterable[str]) -> str:
         option: with its dashes.
         known: the options that there are, with theirs.
     """
-    names = [name.removeprefix("--") for name in known]
-    return closest(option.removeprefix("--"), names).replace("mean '", "mean '--")
+    meant = nearest(option.removeprefix("--"), [name.removeprefix("--") for name in known])
+    return f"; did you mean '--{meant}'?" if meant else ""
 
 
 def _list(known: Sequence[str]) -> str:

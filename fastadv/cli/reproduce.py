@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastadv.cli.parsing import Parser
+from fastadv.cli.parsing import FAILED, Parser
 from fastadv.commands.reproduction import list_items, run_reproduction
 from fastadv.interruption import stopped_by_signals
 
@@ -40,5 +40,6 @@ def reproduce(words: list[str]) -> int:
         return 0
     parser.check_given(options)
     with stopped_by_signals("stopped; the same command goes on where it was"):
-        print(run_reproduction(**options), end="")
-    return 0
+        result = run_reproduction(**options)
+    print(result.text, end="")
+    return FAILED if result.failures else 0

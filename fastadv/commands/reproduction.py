@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from fastadv.commands.documents import as_json
@@ -15,6 +15,19 @@ from fastadv.reproduction import Work, all_items, find_item, find_scale, reprodu
 from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
 from fastadv.reproduction.writers import as_record, markdown
+
+
+@dataclass(frozen=True)
+class ReproductionResult:
+    """What a reproduction has come to.
+
+    Attributes:
+        text: for people, or one JSON document.
+        failures: the trainings that were refused though nothing that they need is missing.
+    """
+
+    text: str
+    failures: tuple[str, ...] = ()
 
 
 def run_reproduction(
@@ -31,7 +44,7 @@ def run_reproduction(
     plan: bool = False,
     json: bool = False,
     quiet: bool = False,
-) -> str:
+) -> ReproductionResult:
     """The table.
 
     Args:
@@ -67,8 +80,10 @@ def run_reproduction(
         work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
         left = work.estimate()
         if json:
-            return as_json({"item": work.item.id, "scale": scale, **asdict(left)})
-        return f"{find_item(item).heading} at scale {scale}: {left}.\n"
+            planned = as_json({"item": work.item.id, "scale": scale, **asdict(left)})
+        else:
+            planned = f"{find_item(item).heading} at scale {scale}: {left}.\n"
+        return ReproductionResult(planned)
 
     def tell(estimated: Estimate) -> None:
         if not quiet:
@@ -90,12 +105,16 @@ def run_reproduction(
     if json:
         paths = [str(path) for path in done.files]
         trained = {"trained": list(done.trained), "evaluations": done.judged}
-        return as_json({**as_record(done.table), "files": paths, **trained})
+        trained["failures"] = list(done.failures)
+        document = as_json({**as_record(done.table), "files": paths, **trained})
+        return ReproductionResult(document, done.failures)
     files = "\n".join(str(path) for path in done.files)
     text = f"{markdown(done.table)}\n{files}\n"
     if not any(path.suffix == ".png" for path in done.files):
         text += "There is no picture: nothing was measured, or matplotlib is not installed.\n"
-    return text
+    if done.failures:
+        text += "\n".join(["failed; the same command tries them again:", *done.failures]) + "\n"
+    return ReproductionResult(text, done.failures)
 
 
 def list_items(json: bool = False) -> str:

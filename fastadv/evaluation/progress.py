@@ -57,8 +57,8 @@ class ProgressDisplay:
         if not self.enabled:
             return
         if self.on_terminal:
-            from tqdm import tqdm
+            from fastadv.bars import Bar
 
-            tqdm.write(text, file=sys.stderr)
+            Bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)

@@ -30,12 +30,14 @@ class Reproduced:
         files: written for it.
         trained: names of the runs that were trained now.
         judged: how many evaluations were made now.
+        failures: trainings that were refused for another reason than a limit of the scale.
     """
 
     table: PaperTable
     files: tuple[Path, ...]
     trained: tuple[str, ...]
     judged: int
+    failures: tuple[str, ...] = ()
 
 
 def reproduce(
@@ -82,7 +84,8 @@ def reproduce(
         on_estimate(work.estimate())
     table = work.table()
     files = write_table(table, Path(out) / work.item.paper / work.item.name)
-    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged)
+    failures = tuple(dict.fromkeys(work.shop.failures))
+    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged, failures)
 
 
 @dataclass(frozen=True)

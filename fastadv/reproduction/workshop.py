@@ -23,6 +23,7 @@ from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import Row
 from fastadv.files import sha256_of, write_atomically
+from fastadv.models.stages import MissingLayerError
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
@@ -49,6 +50,8 @@ class Workshop:
         quiet: say nothing.
         trained: names of the runs that were trained, in full or in part, by this object.
         judged: how many evaluations were made by this object.
+        failures: trainings that were refused, and why. It is a limit of the scale and no failure that a network
+            which stands for the paper's lacks a layer.
     """
 
     folder: Path
@@ -59,6 +62,7 @@ class Workshop:
     quiet: bool = True
     trained: list[str] = field(default_factory=list)
     judged: int = 0
+    failures: list[str] = field(default_factory=list)
 
     @property
     def images(self) -> ImageData | FolderImages:
@@ -128,8 +132,11 @@ class Workshop:
             self._keep(run, _DIVERGED, reason)
             raise CannotRun(reason) from error
         except (ValueError, TypeError) as error:
-            # Such as a layer that this scale's network has not; the other rows are none the worse for it.
-            raise CannotRun(f"method {run.method.name} refuses: {error}") from error
+            # The other rows can still be trained.
+            reason = f"method {run.method.name} refuses: {error}"
+            if not (isinstance(error, MissingLayerError) and self.scale.network is not None):
+                self.failures.append(f"{run.name}: {reason}")
+            raise CannotRun(reason) from error
         self._keep(run, "seconds", time.perf_counter() - began)
 
     def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:

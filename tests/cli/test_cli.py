@@ -161,7 +161,7 @@ def test_resuming_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFix
     assert "seed: 0 -> 9" in one_line(capfd.readouterr().err)
     assert fingerprint(tmp_path / "checkpoints") == before
     assert train_quickly("standard", tmp_path, "--resume") == 0
-    assert "continued after epoch 1 step 0" in capfd.readouterr().err
+    assert "continued after epoch 1 iteration 0" in capfd.readouterr().err
     assert train_quickly("standard", tmp_path, "--overwrite", "--seed", "9") == 0
     assert json.loads((tmp_path / "run.json").read_text())["recipe"]["seed"] == 9
 

@@ -10,7 +10,7 @@ from test_command_line import fails
 
 from fastadv.cli import main
 
-DOCUMENT = (Path(__file__).resolve().parents[1] / "docs" / "command_line.md").read_text()
+DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "command_line.md").read_text()
 FOREIGN = {"shell"}  # of register-python-argcomplete
 
 

@@ -12,6 +12,7 @@ import pytest
 from fastadv.trainers import method_names
 
 pytest.importorskip("argcomplete")
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 # Each line of the input is a command line with the cursor at its end. One process answers all of them.
 PROGRAM = r"""

@@ -11,7 +11,7 @@ import pytest
 from fastadv.cli import main
 from fastadv.evaluation import Report
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUICK = (
     *("--data", "digits", "--epochs", "1", "--train_images", "64", "--batch_size", "32"),
     *("--pad", "1", "--no-flip", "--monitor_images", "16", "--precision", "fp32", "--device=cpu"),
