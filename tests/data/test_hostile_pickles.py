@@ -92,7 +92,6 @@ HOSTILE = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 @pytest.mark.parametrize("protocol", [0, 2, 5])
 def test_no_file_chooses_what_memory_is_read(name: str, protocol: int, tmp_path: Path) -> None:
