@@ -31,6 +31,7 @@ def reference_adversarial(loss: str, steps: int, x: Tensor, y: Tensor) -> Tensor
         return attack.perturb(x.clone(), y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "count", "slack"), [("ce", 200, 10), ("dlr-t", 100, 5)])
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_finds_as_many_as_the_reference(loss: str, count: int, slack: int) -> None:
@@ -45,6 +46,7 @@ def test_it_finds_as_many_as_the_reference(loss: str, count: int, slack: int) ->
         assert attack.last.outside_share == 0 and largest_change(adv, x, "l1") > 0.99 * EPS
 
 
+@pytest.mark.slow
 def test_it_is_stronger_than_pgd() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(200)
     options: dict[str, Any] = dict(norm="l1", seed=0, precision="fp32")

@@ -91,6 +91,7 @@ def test_without_early_leaving_it_gives_what_the_attack_gives(
         assert torch.equal(model(found).argmax(1) == y, model(expected).argmax(1) == y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_images_leave_once_broken_and_the_batch_stays_full(precision: Any) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(150)
@@ -127,6 +128,7 @@ def test_the_batches_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(keeper.broken) + len(keeper.ended) >= 70
 
 
+@pytest.mark.slow
 def test_the_order_and_the_size_do_not_decide_what_breaks() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(60)
     attack = fastadv.APGD(model, 0.06, 20, precision="fp32", engine="eager")

@@ -27,6 +27,7 @@ def reference_attack(norm: str, steps: int, eps: float, targeted: bool) -> Any:
     return library.FABAttack_PT(model, **common, seed=0, device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target_classes", [9, None])
 @pytest.mark.parametrize("norm", RADIUS)
 def test_it_breaks_the_images_that_the_reference_breaks(
@@ -132,6 +133,7 @@ def test_broken_images_leave_at_once_and_runs_attack_what_is_left() -> None:
     assert sizes == [64] * 17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_runs_that_share_a_batch_find_what_they_find_alone(norm: str) -> None:
     model, (x, y) = trained_small_cnn().double(), digits_test(12)

@@ -302,6 +302,7 @@ def test_targeted_restarts_keep_the_lowest_loss() -> None:
     assert (loss[1] <= loss[0]).all() and (loss[1] < loss[0]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 0.5)])
 def test_bf16_is_as_strong_as_a_plain_fp32_loop(norm: str, eps: float, engine: str) -> None:

@@ -281,6 +281,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Any:
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_a_run_reports_every_candidate(results: Any, tmp_path: Path) -> None:
     import op_plot
     import op_report

@@ -20,6 +20,7 @@ import strength
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_runs_and_its_counts_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

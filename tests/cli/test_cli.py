@@ -122,6 +122,7 @@ def test_config_file_command_line_and_fractions_work_together(
     assert config["schedule"]["init_args"] == {"starts": [0, 5], "factors": [1.0, 0.5]}
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_compared(
     standard_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -335,6 +335,7 @@ def test_a_run_goes_on_without_its_config_and_without_its_teacher(
     assert "config.yaml: not a config" in fails(go_on, capfd)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_networks_of_its_teachers(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

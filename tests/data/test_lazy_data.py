@@ -88,6 +88,7 @@ def images_of(data: Any, **more: Any) -> Tensor:
 # What may be given
 
 
+@pytest.mark.slow
 def test_every_form_of_data_is_judged_alike(digits: ImageData) -> None:
     expected = correct(digits)
     assert expected[0] > expected[1] > 0

@@ -64,6 +64,7 @@ def _pairs() -> Iterator[tuple[str, str, str]]:
             yield heading, blocks[0], blocks[1]
 
 
+@pytest.mark.slow
 def test_a_loop_made_fast_attacks_as_before() -> None:
     """In full precision it gives the same images where both begin at the same ones."""
     names: dict[str, Any] = {}

@@ -108,6 +108,7 @@ def test_folded_logits_of_foreign_models_equal_the_live_ones(name: str) -> None:
     assert_copy_equals(made(COPIED[name]), images(4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_bf16_agrees_with_fp32_on_our_models(name: str) -> None:
     make, size = OURS[name]

@@ -192,6 +192,7 @@ class Deep(nn.Module):
         return self.fc(self.body(x).mean((2, 3)))
 
 
+@pytest.mark.slow
 def test_gradients_of_a_rough_network_are_the_networks() -> None:
     torch.manual_seed(0)
     model, x = Deep(), images(8)

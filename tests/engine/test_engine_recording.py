@@ -160,6 +160,7 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", COPIED)
 def test_it_is_copied_with_its_gradient(name: str) -> None:

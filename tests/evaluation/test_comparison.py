@@ -153,6 +153,7 @@ def test_points_of_one_run_are_told_apart() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_files_of_results_are_compared_and_plotted_at_one_radius(tmp_path: Path) -> None:
     for name, subject in (("one", WEIGHTS), ("two", OTHERS)):
         add_results(

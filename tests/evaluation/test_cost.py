@@ -86,6 +86,7 @@ def branching() -> nn.Module:
     return Branching()
 
 
+@pytest.mark.slow
 def test_results_and_reports_have_both_sizes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

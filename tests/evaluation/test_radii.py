@@ -101,6 +101,7 @@ def test_more_steps_need_no_larger_radius() -> None:
     assert one.curve[0][1] <= fgsm.accuracy
 
 
+@pytest.mark.slow
 def test_carlini_and_wagner_without_a_ball() -> None:
     model, data = trained_small_cnn(), digits_test(40)
     names = ["clean", "cwl2-30", "cwl2-30-5"]

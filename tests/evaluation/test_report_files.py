@@ -103,6 +103,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_every_file_is_there_and_whole(written: Path) -> None:
     names = sorted(path.relative_to(written).as_posix() for path in written.rglob("*.*"))
     plots = [name for name in names if name.endswith(".png")]

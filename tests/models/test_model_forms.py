@@ -221,6 +221,7 @@ def test_a_teacher_from_a_file_needs_its_form(tmp_path: Path) -> None:
     train_one_epoch("arrest", run, resume=True, **options)
 
 
+@pytest.mark.slow
 def test_finetuning_wants_the_form_of_the_teacher(tmp_path: Path) -> None:
     options: dict[str, Any] = {"teacher": saved(tmp_path / "t.pt", made(RAW, channels=1))}
     options["teacher_model"] = [RAW]
@@ -230,6 +231,7 @@ def test_finetuning_wants_the_form_of_the_teacher(tmp_path: Path) -> None:
     assert form_of(load_model(result.run_dir)) == RAW
 
 
+@pytest.mark.slow
 def test_a_run_of_a_module_records_its_form(tmp_path: Path) -> None:
     run = tmp_path / "run"
     train_one_epoch("standard", run, model=made(RAW, channels=1))

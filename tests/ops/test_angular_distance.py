@@ -169,6 +169,7 @@ def test_the_switch_carries_no_gradient() -> None:
     assert not replayed.requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("leaves", ["u", "v", "uv"])
 def test_gradients_too_large_for_the_caches(leaves: str) -> None:
     """From 16 MB on the CPU kernel writes past the caches, in blocks that samples do not align with."""

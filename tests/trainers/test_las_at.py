@@ -197,6 +197,7 @@ def test_without_noise_the_attacks_start_from_the_images() -> None:
     assert 0 < float(method.reward(batch, batch.x)) < 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [2, 3, 5])
 def test_a_resumed_run_ends_bit_for_bit(stop_after: int, tmp_path: Path) -> None:
     resumable_run("las_at", tmp_path / "whole")

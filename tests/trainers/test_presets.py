@@ -141,6 +141,7 @@ def test_wrong_presets_are_one_line_on_the_command_line(
     assert message in line
 
 
+@pytest.mark.slow
 def test_a_run_records_the_numbers_and_not_the_preset(tmp_path: Path) -> None:
     run, again = tmp_path / "run", tmp_path / "again"
     assert train_quickly("act", run, "--preset", "official", "--weight", "0.7", "--quiet") == 0
