@@ -1,4 +1,4 @@
-"""The steps of a program (see `fastadv.engine.cpu_program`), and what they share during a pass."""
+"""The steps of a program (see `fastadv.engine.cpu_program`), and their shared data during a pass."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ class WorkRecorder(Protocol):
 class CudaRecorder:
     """Records the kernels that a function launches as a CUDA graph.
 
-    All graphs are recorded on one stream and share a pool of memory: what a loop computes on its way is written
-    anew by every replay, and one loop's replay may overwrite that of another.
+    All graphs are recorded on one stream and share a pool of memory: every replay overwrites the
+    intermediate results of its loop, and may overwrite the intermediate results of other loops.
 
     Args:
         device: the CUDA device.

@@ -2,7 +2,7 @@
 
 An engine is prepared once for a model and used for many batches. ``session()`` brings the weights up to date and
 holds the model still; inside it ``logits`` and ``gradient`` are called as often as the attack needs. Which engine
-serves, and whether it still computes what the model does, is decided in `fastadv.engine.selection`.
+serves, and whether it still agrees with the model, is decided in `fastadv.engine.selection`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _by_backward(
 
 
 def check_logits(logits: object, batch: int) -> None:
-    """Check what the model returned.
+    """Check the model's result.
 
     Raises:
         TypeError: no tensor.

@@ -1,4 +1,4 @@
-"""Whether an engine computes what the live model does: logits and gradients of a few images, compared."""
+"""The proof that an engine agrees with the live model: it compares logits and gradients of a few images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Evidence:
 
     Attributes:
         images: [B, ...].
-        values: what was differentiated.
+        values: the differentiated values.
         gradients: of each value, with the logits.
     """
 

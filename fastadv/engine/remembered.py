@@ -1,4 +1,4 @@
-"""See at little cost that a model is still what it was when its copy was proven.
+"""See at little cost that a model has not changed since the proof of its copy.
 
 A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
 convolution would give the same numbers again. So the model runs on the images of that recording. All of its own
@@ -89,7 +89,7 @@ class Remembered:
 
 
 def _is_torchs(function: Any) -> bool:
-    """Whether what a function computes depends on its arguments alone.
+    """Whether the result of a function depends only on its arguments.
 
     Operators and autograd functions that others have added to torch may look at whatever they like.
     """

@@ -1,4 +1,4 @@
-"""The tables and figures of the papers: what each needs, its figures here beside the paper's own."""
+"""The tables and figures of the papers: trainings, measurements, and the paper's figures beside ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""About how long a reproduction takes: forward passes, counted by the methods themselves, times seconds."""
+"""The estimated time of a reproduction: the methods' numbers of forward passes, times the seconds of one pass."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def estimate(
 
     Args:
         missing: the runs that are to be trained, each once.
-        attacks: what is to be measured: a run and the name of an attack.
+        attacks: the missing measurements: a run and the name of an attack.
         scale: at which scale.
         source: the images.
         device: where; None chooses.

@@ -1,4 +1,4 @@
-"""What is measured of a trained model for a cell of a table."""
+"""Measurements of a trained model for a cell of a table."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Accuracy(Measure):
     Attributes:
         attack: a name as `evaluate` takes it.
         eps: radius in units of 1/255.
-        source: training of the model on which the adversarial images are made; None is the judged model itself.
+        source: training of the model on which the adversarial images are made; None for the judged model itself.
     """
 
     attack: str = "clean"
@@ -95,7 +95,7 @@ class SmallestPerturbationMeasure(Measure):
 
     Attributes:
         attack: its name.
-        unit: what the distances are multiplied by; 255 for linf.
+        unit: factor of the distances; 255 for linf.
     """
 
     attack: str
@@ -263,7 +263,7 @@ class AnalysisMeasure(Measure):
     Attributes:
         name: of the analysis.
         of: which number of its summary.
-        unit: what the number is multiplied by.
+        unit: factor of the number.
         train: whether it is of training images.
         attacked: whether it takes a radius.
     """

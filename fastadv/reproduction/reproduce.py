@@ -62,11 +62,11 @@ def reproduce(
     Args:
         item: such as "arrest/table2".
         out: folder for the trained models and the table.
-        data: data set, or folder:PATH as `fastadv train` takes it; by default that of the scale.
+        data: data set, or folder:PATH as `fastadv train` takes it; by default the scale's data set.
         root: folder of the files of a data set by name.
         scale: "paper", "small" or "tiny".
-        seeds: trainings of each row; by default those of the scale.
-        network: stands for every network of the paper; by default that of the scale.
+        seeds: number of trainings of each row; by default the scale's number.
+        network: replaces every network of the paper; by default the scale's network.
         device: where to train and measure; by default a GPU if there is one.
         extra: a .npz file of further training images, which RST needs; see `fastadv.data.load_npz`.
         quiet: say nothing.
@@ -127,7 +127,7 @@ class Work:
         return cls(found, shop, count)
 
     def estimate(self) -> Estimate:
-        """The time of what is left to do."""
+        """The time of the remaining work."""
         runs: dict[str, Resolved] = {}
         attacks: dict[tuple[str, str, float, str], tuple[Resolved, str]] = {}
         for row in self.item.rows:

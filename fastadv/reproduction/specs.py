@@ -1,4 +1,4 @@
-"""What a row of a paper's table is trained by: a method, its numbers, its network, and the networks it needs."""
+"""The training of a row of a paper's table: a method, its numbers, its network, and the networks it needs."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class Resolved:
 
 
 def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> Resolved:
-    """Find out what a training is at a scale.
+    """Return the details of a training at a scale.
 
     Args:
         run: the training.

@@ -1,4 +1,4 @@
-"""Where the models of the tables are trained and measured: what is there is used again, what stopped goes on."""
+"""Training and measuring of the models of the tables; existing results are used, stopped runs continue."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Workshop:
         return "" if self.extra is None else sha256_of(Path(self.extra))
 
     def resolve(self, run: RunSpec, seed: int) -> Resolved:
-        """Find out what a training is here.
+        """Return the details of a training here.
 
         Raises:
             CannotRun: if something that it needs is not there.

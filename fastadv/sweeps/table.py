@@ -40,7 +40,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class PointCell:
-    """What the seeds of one point say of one attack.
+    """The accuracies of one point under one attack, over the seeds.
 
     Attributes:
         values: in percent, one per seed.
@@ -55,7 +55,7 @@ class PointCell:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation of the sample; None of one value."""
+        """The standard deviation of the sample; None for a single value."""
         return mean_and_deviation(list(self.values))[1] if len(self.values) > 1 else None
 
     def __str__(self) -> str:
@@ -94,7 +94,7 @@ class SweepTable:
     """The results of one sweep, or of several.
 
     Args:
-        judgements: the finished runs, at least one; those of one point beside each other.
+        judgements: the finished runs, at least one; runs of one point stand together.
 
     Attributes:
         summary: of the same runs, for a report.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine.recorder import record
-from fastadv.engine.watched_size import Looks, WatchedSize, watched
+from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 
 class Rules:
@@ -106,12 +106,12 @@ def test_sizes_that_decide_nothing_are_no_look() -> None:
             return windows.view(n, -1)[:, :10]
 
     recording = record(Reshaping(), torch.rand(3, 3, 8, 8), careful=True)
-    assert recording.looks == []
+    assert recording.comparisons == []
 
 
 def test_torch_takes_watched_sizes_for_integers() -> None:
-    looks, x = Looks(), torch.rand(3, 4, 8, 8)
-    shape = watched(x.shape, looks)
+    comparisons, x = SizeComparisons(), torch.rand(3, 4, 8, 8)
+    shape = watched(x.shape, comparisons)
     n, c, h, w = shape
     assert isinstance(n, WatchedSize)
     assert x.view(n, -1).shape == (3, 256)
@@ -119,9 +119,9 @@ def test_torch_takes_watched_sizes_for_integers() -> None:
     assert x.reshape(shape).shape == x.shape
     assert nn.functional.interpolate(x, size=(h * 2, w)).shape == (3, 4, 16, 8)
     assert list(range(n)) == [0, 1, 2]
-    looks.on = False
+    comparisons.on = False
     assert n * 2 > 5
-    assert looks.seen == []
-    looks.on = True
+    assert comparisons.seen == []
+    comparisons.on = True
     assert n * 2 > 5
-    assert looks.seen == [1]
+    assert comparisons.seen == [1]
