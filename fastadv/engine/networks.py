@@ -71,7 +71,7 @@ class _NetworkSearch:
             parts = modules_of(value)
             self._seen.update(map(id, parts))
             for part in parts:
-                for item in _held_by(part):
+                for item in held_by(part):
                     yield from self._at(item, depth - 1)
         else:
             yield from self._at(value, depth)
@@ -87,11 +87,11 @@ class _NetworkSearch:
             yield value
             yield from self.hidden(value, depth)
         elif depth > 0:
-            for item in _items(value):
+            for item in items_of(value):
                 yield from self._at(item, depth - 1)
 
 
-def _held_by(module: nn.Module) -> list[object]:
+def held_by(module: nn.Module) -> list[object]:
     """What a module's own code keeps in it or names. torch's modules hide nothing unless they are patched."""
     attributes, kind = vars(module), type(module)
     if (kind.__module__ or "").startswith("torch."):
@@ -100,7 +100,7 @@ def _held_by(module: nn.Module) -> list[object]:
     return [*own, kind.forward]
 
 
-def _items(value: Any) -> list[object]:
+def items_of(value: Any) -> list[object]:
     """The parts of a container, of a function or of a plain object."""
     if isinstance(value, dict):
         return list(value.values()) if len(value) <= _LONGEST else []

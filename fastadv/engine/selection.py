@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
+from fastadv.engine.counters import plain_state
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
@@ -49,6 +50,7 @@ _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
 _CALLS = 8  # in which a model must do the same, to be copied
+_COUNTED_CALLS = 64  # if it counts them
 
 
 class Wish(NamedTuple):
@@ -298,10 +300,14 @@ def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
 def _is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
     """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
     with held(model):
-        for _ in range(_CALLS):
+        before, calls, done = plain_state(model), _CALLS, 0
+        while done < calls:
             recording = remembered.again(model)
             if recording is None or not tape.describes(recording):
                 return False
+            done += 1
+            if done == 1 and plain_state(model) != before:
+                calls = _COUNTED_CALLS
     return True
 
 

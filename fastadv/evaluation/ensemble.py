@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from fastadv.attacks.options import names_checked
 from fastadv.attacks.rounding import round_towards
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack
 from fastadv.evaluation.context import Model
+from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.samples import radius_or_default
 from fastadv.seeding import draw_seed
 
@@ -78,6 +80,7 @@ class AutoAttack:
         y = check_batch(x, y, sample_ids, self.model, "for AutoAttack")
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
+        doubt = doubt_modes(self.model)
         result = autoattack(
             self.model,
             (x, y),
@@ -91,6 +94,9 @@ class AutoAttack:
             seed=seed,
             sample_ids=sample_ids,
         )
+        if doubt:
+            status = "suspect" if result.status == "ok" else result.status
+            result = replace(result, status=status, notes=(*result.notes, doubt))
         short = x.dtype in (torch.float16, torch.bfloat16)
         adv = x.detach().float() if short else x.detach().clone()
         adv[result.fooled.to(x.device)] = result.adversarial.to(x.device, adv.dtype)

@@ -20,6 +20,7 @@ from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import count_blind
+from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
@@ -183,6 +184,7 @@ def sanity_checks(
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
     with ExitStack() as held:
+        doubt_modes(model)
         held.enter_context(alone_with(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:

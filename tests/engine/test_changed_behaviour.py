@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -56,19 +57,22 @@ class TakesTurns(nn.Module):
         self.members = nn.ModuleList([net(), net()])
         self.every, self.counter = every, counter
         self.calls, self.shared = 0, SimpleNamespace(calls=0)
+        self.turns = itertools.cycle([0] * every + [1] * every) if counter == "iterator" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.counter == "attribute":
             self.calls += 1
             calls = self.calls
+        elif self.turns is not None:
+            return self.members[next(self.turns)](x)
         else:
             self.shared.calls += 1
             calls = self.shared.calls
         return self.members[calls // self.every % 2](x)
 
 
-@pytest.mark.parametrize("counter", ["attribute", "object"])
-@pytest.mark.parametrize("every", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("counter", ["attribute", "object", "iterator"])
+@pytest.mark.parametrize("every", [1, 2, 3, 5, 7, 12, 50])
 @pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
 def test_members_that_take_turns_run_live(every: int, counter: str) -> None:
     attack = fastadv.PGD(TakesTurns(every, counter), steps=1)

@@ -92,6 +92,15 @@ def test_a_figure_of_a_network_in_train_mode_is_suspect(wrap: Any) -> None:
     assert row.status == "ok"
 
 
+def test_autoattack_on_a_network_in_train_mode_is_suspect() -> None:
+    network = net().train()
+    attack = fastadv.AutoAttack(lambda x: network(x), 0.1, version=["apgd-ce"])
+    with pytest.warns(UserWarning, match="train mode"):
+        attack(X[:4], Y[:4], seed=0)
+    assert attack.last.status == "suspect" and "train mode" in attack.last.notes[-1]
+    assert all(part.training for part in network.modules())
+
+
 def test_a_layer_in_train_mode_that_evaluation_switches_off_is_told() -> None:
     model = nn.Sequential(nn.Dropout(0.5), net()).eval()
     model[0].train()
