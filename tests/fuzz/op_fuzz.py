@@ -133,7 +133,7 @@ def _check_special_values(
     backward = case.registered.backward_of is not None
     names = [
         n for n in arguments
-        if n not in case.shared and not n.endswith("_per_sample") and (n == "grad" or not backward)
+        if n not in case.shared and not n.endswith(("_per_sample", "limits")) and (n == "grad" or not backward)
         and any(t.is_floating_point() and t.numel() for t in tensors_of(arguments, [n]))
     ]  # fmt: skip
     if not names:
