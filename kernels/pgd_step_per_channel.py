@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit(do_not_specialize=["parts"])
-def _step(
+def _step_per_channel(
     out,
     adv,
     grad,
@@ -74,7 +74,7 @@ def _step_into(
         limits = limits.contiguous()
     parts = triton.cdiv(size, _BLOCK)
     launch(
-        _step,
+        _step_per_channel,
         adv.shape[0] * parts,
         adv,
         out,

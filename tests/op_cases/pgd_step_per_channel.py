@@ -122,7 +122,8 @@ _CASE = OpCase(
     bit_equal=DTYPES,
     shapes=SHAPES,
     operations=8,
-    bench_shapes=IMAGE_BENCH_SHAPES,
+    bench_shapes=IMAGE_BENCH_SHAPES[:1],
+    bench_compiled=False,
     bad=_BAD,
 )
 
@@ -149,6 +150,6 @@ CASES = (
     _CASE,
     _variant("per-image", per_image=True),
     _variant("masked", masked=True),
-    _in_place("in-place", counts=False),
+    dataclasses.replace(_in_place("in-place", counts=False), bench_shapes=_CASE.bench_shapes),
     _in_place("masked-counts", per_image=True, masked=True, counts=True),
 )

@@ -38,6 +38,7 @@ WIDE_STORE = re.compile(r"st\.global\.(v4\.[buf]32|v2\.[buf]64)")
 # Triton kernels that read images or features, and those that write them.
 TRITON_READERS = {
     "_step_linf",
+    "_step_per_channel",
     "_step_l2",
     "_step_l1",
     "_update_samples",
@@ -62,7 +63,7 @@ TRITON_READERS = {
 TRITON_READERS |= {"_merge", "_features_backward", "_weight_backward"}
 TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
 TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows", "_gradients", "_map_gradient"}
-TRITON_WRITERS |= {"_step_l1", "_update_samples", "_update_parts"}
+TRITON_WRITERS |= {"_step_per_channel", "_step_l1", "_update_samples", "_update_parts"}
 # No momentum in half precision.
 TRITON_WIDE = {"_update_samples", "_norms_of_parts", "_update_parts"}
 # Three interleaved channels in a tile of four: Triton goes element by element.
@@ -184,7 +185,7 @@ def test_triton_kernels_for_hopper(
     for case in CASES.values():
         for shape, layout in _samples(case) if dtype in case.dtypes else ():
             launches.found.clear()
-            case.registered.triton_function()(**case.arguments(Spec(shape, dtype, layout)))
+            case.registered.triton_function()(*case.arguments(Spec(shape, dtype, layout)).values())
             assert launches.found, f"{case.name} launched nothing"
             for kernel, arguments, settings in launches.found:
                 names.add(kernel.__name__)
@@ -208,7 +209,7 @@ def test_logits_of_one_class(kind: str, monkeypatch: pytest.MonkeyPatch) -> None
     """To a kernel an integer that is 1 is a constant, which lacks the methods of other integers."""
     launches = Launches(monkeypatch)
     case = CASES[f"softmax_losses/{kind}"]
-    case.registered.triton_function()(**case.arguments(Spec((8, 1))))
+    case.registered.triton_function()(*case.arguments(Spec((8, 1))).values())
     for kernel, arguments, settings in launches.found:
         _compiled(_source(kernel, arguments, settings), settings)
 
