@@ -5,13 +5,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
 
-.PHONY: demo test lint docs bench sanitize clean
+.PHONY: demo test quick check lint docs bench sanitize clean
 
 demo: $(VENV)/built-run
 	$(BIN)/python -m fastadv demo --out demo_run
 
+# Whole files go to a worker, as their tests share what they have trained. WORKERS=0 runs everything in one process.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/built-dev
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+quick: $(VENV)/built-dev
+	$(PYTEST) --quick
+
+check: lint quick
 
 lint: $(VENV)/built-dev
 	$(BIN)/ruff check .

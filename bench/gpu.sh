@@ -76,7 +76,7 @@ prepare() {
         while read -r file; do
           note "left out, as jsonargparse is not installed: $file"
           command+=("--ignore=$file")
-        done < <(cd "$work" && grep -l 'fastadv\.cli' tests/test_*.py)
+        done < <(cd "$work" && grep -rl --include='*.py' -e 'fastadv\.cli' -e command_helpers tests)
       fi
       ;;
     memcheck | racecheck)

@@ -13,29 +13,30 @@ from pathlib import Path
 
 from op_rows import CASES
 
-FOR_ALL = "has_cases or uninitialised"  # the tests of test_ops.py that name no op
-# What says nothing about results, and takes longest: how ops trace, and how they refuse arguments.
-LEFT_OUT = "opcheck or compiles_to_one_graph or inductor_runs_it or bad_arguments"
+# Marks of tests; see pyproject.toml. What says nothing about results, and takes longest, is left out.
+FOR_ALL = "every_op"
+LEFT_OUT = "compiles or refusals"
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
     """Run the tests of ops on a device in a process of their own; why each op that does not pass does not.
 
-    An op's tests are those in tests/test_ops.py that bear its name and look at its results, and the file of its
-    family. A test of test_ops.py that names no op counts for all; an op without a passed test does not pass.
+    An op's tests are those in tests/ops/test_ops.py that bear its name and look at its results, and the file of
+    its family. A test marked `every_op` counts for all; an op without a passed test does not pass.
     """
     cases = [case for case in CASES.values() if case.op in ops]
     files = {"test_ops.py", *(f"test_{case.family}.py" for case in cases)}
     named = " or ".join(f"[{op}/" for op in sorted({case.op for case in cases}))
     families = " or ".join(sorted(files - {"test_ops.py"}))
-    chosen = f"(({named}) and not ({LEFT_OUT})) or {families} or {FOR_ALL}"
+    chosen = f"{named} or {families} or {FOR_ALL}"  # which looks for marks as well as for names
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         parallel = _in_parallel()
         command = [sys.executable, "-m", "pytest", "-k", chosen, *parallel]
-        command += ["-m", "gpu" if device == "cuda" else "not gpu"]
-        command += [f"--junitxml={report}", *(f"tests/{name}" for name in sorted(files))]
+        place = "gpu" if device == "cuda" else "not gpu"
+        command += ["-m", f"{place} and not ({LEFT_OUT})"]
+        command += [f"--junitxml={report}", *(f"tests/ops/{name}" for name in sorted(files))]
         threads = {"OMP_NUM_THREADS": "1"} if parallel else {}
         finished = subprocess.run(
             command, cwd=ROOT, env={**os.environ, **threads}, capture_output=True, text=True

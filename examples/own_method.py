@@ -35,7 +35,7 @@ class LogitSqueezing(AdversarialMethod[LogitSqueezingRecipe, Attacked]):
 
     name = "logit_squeezing"
     recipe_class = LogitSqueezingRecipe
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
 
     def attack(self, batch: TrainBatch) -> Attacked:
         """Return PGD's images."""

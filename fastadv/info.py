@@ -10,15 +10,22 @@ import torch
 
 from fastadv.ops.registry import SOURCES
 
-_PACKAGES = (
-    "torch",
-    "triton",
-    "numpy",
-    "safetensors",
-    "jsonargparse",
-    "pyautoattack",
-    "matplotlib",
-)
+_PACKAGES = ("torch", "triton", "numpy", "safetensors", "jsonargparse")
+# What each package is for that can be left out.
+_EXTRAS = {
+    "matplotlib": "plots",
+    "scikit-learn": "digits, t-SNE",
+    "pyautoattack": "eval --engine reference",
+    "pillow": "folders of pictures",
+    "datasets": "hf: data",
+    "timm": "timm: models",
+    "umap-learn": "UMAP",
+    "tensorboard": "train --tensorboard",
+    "wandb": "train --log wandb",
+    "mlflow": "train --log mlflow",
+    "ray": "sweep --launcher ray",
+    "argcomplete": "completion on Tab",
+}
 
 
 def collect() -> dict[str, Any]:
@@ -26,8 +33,9 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dictionary that ``json.dumps`` takes: ``fastadv``, ``python``, ``platform``, ``packages``,
-        ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for each op its ``owner`` by device type, and
-        ``missing``, why it lacks an implementation, for those it lacks here.
+        ``extras`` (None for what is not installed), ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for
+        each op its ``owner`` by the type of device, of devices that are there, and ``missing``, why it lacks an
+        implementation, for those it lacks here.
     """
     from fastadv import _C, __version__
     from fastadv.engine import cpu_convolution as convolution
@@ -41,6 +49,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
+        "extras": {name: _version(name) for name in _EXTRAS},
         "native": dict(_C.build_info()),
         "cpu": {
             "name": _cpu_name(),
@@ -53,7 +62,7 @@ def collect() -> dict[str, Any]:
         },
         "ops": {
             op.name: {
-                "owner": {name: op.owner(name) for name in ("cpu", "cuda")},
+                "owner": {name: op.owner(name) for name in devices},
                 "missing": op.missing(),
             }
             for op in REGISTRY.values()
@@ -68,18 +77,27 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
         facts: from `collect`.
         ops: add the table of ops by backend.
     """
-    native, cpu = facts["native"], facts["cpu"]
+    native, cpu, gpus = facts["native"], facts["cpu"], facts["gpus"]
+    versions = {name: version or "not installed" for name, version in facts["packages"].items()}
+    if facts["packages"]["triton"] and not gpus:
+        versions["triton"] += ", without a GPU to work on"
+    there = [f"{name} {version}" for name, version in facts["extras"].items() if version]
+    lacking = [
+        f"{name} ({_EXTRAS[name]})" for name, version in facts["extras"].items() if not version
+    ]
     rows = [
         ("fastadv", facts["fastadv"]),
         ("python", f"{facts['python']} on {facts['platform']}"),
-        *((name, version or "not installed") for name, version in facts["packages"].items()),
+        *versions.items(),
+        ("extras", ", ".join(there) or "none installed"),
+        *([("not installed", ", ".join(lacking))] if lacking else []),
         ("processor", f"{cpu['name']}, {cpu['threads']} threads"),
         ("SIMD level", native["simd"]),
         ("own convolution", "yes" if cpu["winograd convolution"] else "no (needs AVX512-BF16)"),
-        ("GPUs", ", ".join(facts["gpus"]) or "none"),
+        ("GPUs", ", ".join(gpus) or "none that torch can use"),
         ("attack precision", ", ".join(f"{d}: {p}" for d, p in facts["precision"].items())),
         ("native part", f"built with {native['compiler']} against torch {native['torch']}"),
-        ("CUDA kernels", "built" if native["cuda"] else "not built"),
+        ("CUDA kernels", _cuda_kernels(native["cuda"], bool(gpus))),
         ("op owners", _owners(facts["ops"])),
     ]
     width = max(len(name) for name, _ in rows)
@@ -87,10 +105,16 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
     return "\n".join([*lines, "", *_op_table(facts["ops"])] if ops else lines)
 
 
+def _cuda_kernels(built: bool, has_gpu: bool) -> str:
+    if not built:
+        return "not built"
+    return "built" if has_gpu else "built, without a GPU to run on"
+
+
 def _owners(ops: dict[str, Any]) -> str:
     """Which backend owns how many ops, by device."""
     parts = []
-    for device in ("cpu", "cuda"):
+    for device in next(iter(ops.values()))["owner"]:
         owners = [entry["owner"][device] for entry in ops.values()]
         counts = ", ".join(f"{owners.count(name)} {name}" for name in sorted(set(owners)))
         parts.append(f"{device}: {counts}")
@@ -103,9 +127,9 @@ def _op_table(ops: dict[str, Any]) -> list[str]:
     rows = []
     for name, entry in ops.items():
         cells = [_cell(entry["missing"].get(source), reasons) for source in SOURCES]
-        owner = entry["owner"]
-        rows.append([name, "yes", *cells, owner["cpu"], owner["cuda"]])
-    header = ["op", "reference", *SOURCES, "owner on CPU", "owner on CUDA"]
+        rows.append([name, "yes", *cells, *entry["owner"].values()])
+    devices = next(iter(ops.values()))["owner"]
+    header = ["op", "reference", *SOURCES, *(f"owner on {name.upper()}" for name in devices)]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [
         "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -10,7 +12,7 @@ from torch import Tensor
 from . import pgd_step_l1, pgd_step_l2
 from .launch import clip, compute_dtype, elements_to_read, launch, number, per_sample
 from .layout import batch_major, in_layout_of, same_layout, sample_size
-from .pgd_step_shared import Step, count_gradient
+from .pgd_step_shared import Step, count_gradient, linf_moved
 
 _BLOCK = 1024
 
@@ -48,8 +50,7 @@ def _step_linf(
     step = per_sample(alpha, alpha_values, sample, COMPUTE)
     centre = tl.load(x + at, live, other=0.0).to(COMPUTE)
     old = tl.load(adv + at, inside, other=0.0)
-    moved = old.to(COMPUTE) + tl.where(g > 0, step, tl.where(g < 0, -step, 0.0))
-    moved = clip(moved, centre - radius, centre + radius)
+    moved = linf_moved(old.to(COMPUTE), g, centre, radius, step)
     moved = clip(moved, number(low, COMPUTE), number(high, COMPUTE))
     tl.store(out + at, tl.where(live, moved.to(old.dtype), old), inside)
 
@@ -80,57 +81,22 @@ def _linf_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) ->
 _INTO = {"linf": _linf_into, "l2": pgd_step_l2.step_into, "l1": pgd_step_l1.step_into}
 
 
-def _step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, norm: str, step: Step) -> None:
-    _INTO[norm](out, adv, in_layout_of(grad, adv), in_layout_of(x, adv), step)
+def _step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> None:
+    _INTO[step.norm](out, adv, in_layout_of(grad, adv), in_layout_of(x, adv), step)
 
 
-def _contiguous(active: Tensor | None) -> Tensor | None:
-    return None if active is None else active.contiguous()
-
-
-def pgd_step(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-) -> Tensor:
+def pgd_step(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> Tensor:
     """The op ``fastadv::pgd_step``."""
     source = batch_major(adv)
     out = torch.empty_like(adv)
     to = out if same_layout(out, source) else torch.empty_like(source)
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample, low, high, sparsity)
-    step = Step(*numbers, _contiguous(active))
-    _step_into(to, source, grad, x, norm, step)
+    _step_into(to, source, grad, x, Step(*numbers))
     return out if to is out else out.copy_(to)
 
 
-def pgd_step_(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-    counts: Tensor | None,
-) -> None:
-    """The op ``fastadv::pgd_step_``."""
+def pgd_step_(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> None:
+    """The op ``fastadv::pgd_step_``, whose last argument are the counts."""
     at_hand = batch_major(adv)
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample, low, high, sparsity)
-    step = Step(*numbers, _contiguous(active), counts)
-    _step_into(at_hand, at_hand, grad, x, norm, step)
+    _step_into(at_hand, at_hand, grad, x, Step(*numbers))
     if at_hand is not adv:
         adv.copy_(at_hand)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import double_bits
+from .launch import clip, double_bits
 
 
 @triton.jit
@@ -20,14 +20,22 @@ def count_gradient(grad, inside, counts, counts_stride):
     tl.atomic_add(counts + counts_stride, nans, sem="relaxed")
 
 
+@triton.jit
+def linf_moved(adv, grad, x, radius, step):
+    """Elements after a step of the sign, in the ball."""
+    moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
+    return clip(moved, x - radius, x + radius)
+
+
 @dataclass(frozen=True)
 class Step:
-    """The arguments of a step that are not images."""
+    """The arguments of the two ops after the images, in the order of their schema."""
 
     eps: float
     alpha: float
     eps_values: Tensor | None
     alpha_values: Tensor | None
+    norm: str
     low: float
     high: float
     sparsity: float
@@ -48,6 +56,10 @@ class Step:
     def counters(self) -> tuple[Tensor | None, int]:
         """The counters and the distance between them."""
         return self.counts, 1 if self.counts is None else self.counts.stride(0)
+
+    def __post_init__(self) -> None:
+        if self.active is not None:
+            object.__setattr__(self, "active", self.active.contiguous())
 
     @property
     def same_for_all(self) -> bool:

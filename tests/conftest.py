@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +15,53 @@ import pytest
 import torch
 
 _UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
+
+
+QUICK_LEAVES_OUT = ("gpu", "slow", "processes", "compiles", "other_dtype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    left_out = ", ".join(QUICK_LEAVES_OUT)
+    text = f"leave out the tests marked {left_out}; the others run with their first and last parameters"
+    parser.addoption("--quick", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make workers of pytest-xdist share the cores, and Ctrl-C reach the tests that send it."""
+    if _is_worker(config) and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+        torch.set_num_threads(1)
+    # A shell starts its background jobs with Ctrl-C ignored, and they hand that on to what they start.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Choose the quick tests; have workers begin with the files that take longest, to end together."""
+    if config.getoption("--quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+    if _is_worker(config):
+        longest = {item.path for item in items if item.get_closest_marker("longest")}
+        items.sort(key=lambda item: item.path not in longest)  # the order is kept otherwise
+
+
+def quick(items: list[pytest.Item]) -> set[pytest.Item]:
+    """The tests that `--quick` keeps."""
+    chosen = set()
+    by_function: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not any(item.get_closest_marker(mark) for mark in QUICK_LEAVES_OUT):
+            by_function.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for alike in by_function.values():
+        whole = alike[0].get_closest_marker("whole")
+        chosen.update(alike if whole else (alike[0], alike[-1]))
+    return chosen
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    return hasattr(config, "workerinput")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from fastadv import demo
 from fastadv.commands import run_evaluation
 from fastadv.trainers import AdversarialRecipe, Recipe, load_model
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_recipes_change_only_what_small_images_need() -> None:
@@ -34,10 +35,16 @@ def test_the_demo_runs_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(demo, "_IMAGES", 6)
     quick = partial(run_evaluation, attacks=("clean", "pgd-2"))  # AutoAttack takes its time
     monkeypatch.setattr(demo, "run_evaluation", quick)
-    for _ in range(2):
-        text = demo.run_demo(str(tmp_path), quiet=True)
+    for matplotlib in (False, True):
+        with monkeypatch.context() as patch:
+            if not matplotlib:
+                loaded = [name for name in sys.modules if name.startswith("matplotlib.")]
+                for name in ("matplotlib", *loaded):
+                    patch.setitem(sys.modules, name, None)
+            text = demo.run_demo(str(tmp_path), quiet=True)
         for name in full:
             assert f"\n{name} " in text
             load_model(tmp_path / name)
-        assert (tmp_path / "trade_off.png").is_file()
+        assert (tmp_path / "trade_off.png").is_file() == matplotlib
+        assert ("There is no report and no plot: plots need matplotlib" in text) != matplotlib
         assert re.search("clean % +pgd-2 %", text)

@@ -82,3 +82,29 @@ def test_every_gap_in_the_table_has_its_reason(monkeypatch: pytest.MonkeyPatch) 
 def test_triton_counts_where_it_is_installed() -> None:
     installed = importlib.util.find_spec("triton") is not None
     assert all(("Triton" in op.missing()) != installed for op in REGISTRY.values() if op.triton)
+
+
+def test_only_what_is_there_is_said_to_own_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(info.torch.cuda, "device_count", lambda: 0)
+    facts = info.collect()
+    assert all(set(entry["owner"]) == {"cpu"} for entry in facts["ops"].values())
+    text = info.render(facts, ops=True)
+    assert "cuda:" not in text and "owner on CUDA" not in text
+    assert re.search("GPUs +none that torch can use", text)
+    facts["native"]["cuda"] = True  # as a build for GPUs says of itself on a machine without one
+    assert "built, without a GPU to run on" in info.render(facts)
+
+
+def test_extras_are_told_by_whether_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package in ("wandb", "timm", "triton"):
+            raise info.importlib.metadata.PackageNotFoundError(package)
+        return "9.8.7"
+
+    monkeypatch.setattr(info.importlib.metadata, "version", version)
+    lines = dict(
+        re.split(" {2,}", line, maxsplit=1) for line in info.render(info.collect()).splitlines()
+    )
+    assert "matplotlib 9.8.7" in lines["extras"] and "wandb" not in lines["extras"]
+    assert lines["not installed"] == "timm (timm: models), wandb (train --log wandb)"
+    assert lines["triton"] == "not installed" and lines["numpy"] == "9.8.7"

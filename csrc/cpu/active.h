@@ -9,16 +9,8 @@ namespace fastadv {
 
 class Active {
  public:
-  Active(const OptionalTensor& active, int64_t batch) {
-    if (!active) return;
-    TORCH_CHECK_TYPE(active->scalar_type() == at::kBool, "active must be a bool tensor, got ",
-                     active->scalar_type());
-    TORCH_CHECK_VALUE(active->sizes() == at::IntArrayRef{batch}, "active must have shape [", batch,
-                      "], got ", active->sizes());
-    TORCH_CHECK_VALUE(active->device().is_cpu(), "active must be on the CPU, got ",
-                      active->device());
-    values_ = active->contiguous();
-  }
+  Active(const OptionalTensor& active, const at::Tensor& like)
+      : values_(checked_active(active, like)) {}
   bool all() const { return !values_.defined(); }
   bool operator[](int64_t sample) const { return all() || values_.const_data_ptr<bool>()[sample]; }
 

@@ -50,12 +50,8 @@ void run(const at::Tensor& momentum, const at::Tensor& grad, double decay, const
 
 void momentum_update_(at::Tensor momentum, const at::Tensor& grad, double decay,
                       const OptionalTensor& active) {
-  TORCH_CHECK_VALUE(momentum.dim() > 0,
-                    "momentum must have a batch axis, got a tensor without axes");
-  TORCH_CHECK_TYPE(momentum.scalar_type() == at::kFloat || momentum.scalar_type() == at::kDouble,
-                   "momentum must be float32 or float64, got ", momentum.scalar_type());
-  check_shape(grad, "grad", momentum, "momentum");
-  const Active chosen(active, momentum.size(0));
+  check_momentum(momentum, grad);
+  const Active chosen(active, momentum);
   const at::Tensor at_hand = batch_major(momentum);
   const at::Tensor g = in_layout_of(grad, at_hand);
   dispatch_float(g.scalar_type(), "grad", [&](auto t) {

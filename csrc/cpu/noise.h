@@ -129,11 +129,4 @@ inline const int64_t* ids_pointer(const at::Tensor& ids) {
   return ids.defined() ? ids.const_data_ptr<int64_t>() : nullptr;
 }
 
-inline at::Tensor checked_ids(const OptionalTensor& ids, int64_t batch) {
-  if (!ids) return {};
-  TORCH_CHECK_VALUE(ids->scalar_type() == at::kLong && ids->sizes() == at::IntArrayRef{batch},
-                    "sample_ids must be int64 of shape [", batch, "], got ", ids->sizes());
-  return ids->contiguous();
-}
-
 }  // namespace fastadv

@@ -9,15 +9,10 @@ namespace {
 at::Tensor noisy_replay(const at::Tensor& x, const at::Tensor& adv, const at::Tensor& distance,
                         double tau, double eps, const OptionalTensor& eps_per_sample, double low,
                         double high, int64_t seed, const OptionalTensor& sample_ids) {
-  TORCH_CHECK_VALUE(x.dim() > 0, "x must have a batch axis, got a tensor without axes");
-  check_shape(adv, "adv", x, "x");
-  TORCH_CHECK_TYPE(adv.scalar_type() == x.scalar_type(), "adv must have the dtype of x, ",
-                   x.scalar_type(), ", got ", adv.scalar_type());
+  check_replay(x, adv, distance);
   const int64_t batch = x.size(0), size = sample_size(x);
-  TORCH_CHECK_VALUE(distance.sizes() == at::IntArrayRef{batch}, "distance must have shape [", batch,
-                    "], got ", distance.sizes());
-  const PerSample radius(eps, eps_per_sample, batch, "eps_per_sample");
-  const at::Tensor ids = checked_ids(sample_ids, batch);
+  const PerSample radius(eps, eps_per_sample, x, "eps_per_sample");
+  const at::Tensor ids = checked_ids(sample_ids, x);
   const at::Tensor replayed = distance.gt(tau).contiguous();
   at::Tensor out = at::empty_like(x);
   auto layout = sample_layout(x);

@@ -3,6 +3,7 @@
 
 #include "cpu/active.h"
 #include "cpu/tensor.h"
+#include "pgd_step_arguments.h"
 
 namespace fastadv {
 
@@ -28,6 +29,21 @@ template <class C>
 FASTADV_INLINE C clip(C v, C low, C high) {
   v = v < low ? low : v;
   return v > high ? high : v;
+}
+
+// One element of the linf step.
+template <class C, class V>
+FASTADV_INLINE C linf_moved(C adv, V grad, C x, const Limits<C>& limits) {
+  const C step = grad > 0 ? limits.alpha : (grad < 0 ? -limits.alpha : C(0));
+  return clip(clip(adv + step, x - limits.eps, x + limits.eps), limits.low, limits.high);
+}
+
+template <class T, class G>
+FASTADV_CLONES void step_linf(T* out, const T* adv, const G* grad, const T* x,
+                              Limits<Compute<T>> limits, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    store(out[i], linf_moved(load(adv[i]), load(grad[i]), load(x[i]), limits));
+  }
 }
 
 // The images of one step: batch-major and of one layout; `out` may be `adv`.
@@ -62,6 +78,32 @@ void for_samples(const PgdImages& images, const PgdStep& step, const F& f) {
       }
     }
   });
+}
+
+// Adds the zero and NaN elements of a batch-major gradient to two counters.
+void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& counts);
+
+// The step as an op that returns its result, and as one that writes into `adv`: `into` does it on
+// the batch-major images of one layout.
+template <class F>
+at::Tensor stepped(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,
+                   const F& into) {
+  const at::Tensor from = batch_major(adv);
+  at::Tensor out = at::empty_like(adv);
+  const bool direct = same_layout(out, from);
+  const at::Tensor to = direct ? out : at::empty_like(from);
+  into(PgdImages{to, from, in_layout_of(grad, from), in_layout_of(x, from)});
+  return direct ? out : out.copy_(to);
+}
+
+template <class F>
+void step_in_place(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,
+                   const Active& active, const OptionalTensor& counts, const F& into) {
+  const at::Tensor at_hand = batch_major(adv);
+  const at::Tensor g = in_layout_of(grad, at_hand);
+  if (counts) add_counts(g, active, *counts);
+  into(PgdImages{at_hand, at_hand, g, in_layout_of(x, at_hand)});
+  if (!at_hand.is_same(adv)) adv.copy_(at_hand);
 }
 
 void pgd_step_l2(const PgdImages& images, const PgdStep& step);

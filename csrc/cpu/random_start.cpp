@@ -84,12 +84,11 @@ void ball_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key
 at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& eps_per_sample,
                         c10::string_view norm, double low, double high, int64_t seed,
                         const OptionalTensor& sample_ids) {
-  TORCH_CHECK_VALUE(x.dim() > 0, "x must have a batch axis, got a tensor without axes");
-  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2" || norm == "l1",
-                    "norm must be one of linf, l2, l1, got ", norm);
+  check_batched(x, "x");
+  check_norm(norm);
   const int64_t batch = x.size(0), size = sample_size(x);
-  const PerSample radius(eps, eps_per_sample, batch, "eps_per_sample");
-  const at::Tensor ids = checked_ids(sample_ids, batch);
+  const PerSample radius(eps, eps_per_sample, x, "eps_per_sample");
+  const at::Tensor ids = checked_ids(sample_ids, x);
   at::Tensor out = at::empty_like(x);
   auto layout = sample_layout(x);
   if (layout && !same_layout(out, x)) layout.reset();

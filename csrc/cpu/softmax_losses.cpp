@@ -137,24 +137,25 @@ void run(const Operands& o) {
   });
 }
 
-// What a kind of loss needs, and the function that computes it.
+// What a kind of loss needs, how many losses a sample has, and the function that computes them. The
+// same as in KINDS of fastadv/ops/softmax_losses.py.
 struct Kind {
   c10::string_view name;
   bool takes_other, takes_labels;
-  int64_t fewest_classes;
+  int64_t fewest_classes, losses;
   void (*run)(const Operands&);
 };
 
 constexpr Kind kKinds[] = {
-    {"cross_entropy", false, true, 1, run<CrossEntropy>},
-    {"boosted_cross_entropy", false, true, 2, run<BoostedCrossEntropy>},
-    {"cw", false, true, 2, run<Margin>},
-    {"dlr", false, true, 3, run<LogitsRatio>},
-    {"kl", true, false, 1, run<Divergence>},
-    {"trades", true, true, 1, run<Trades>},
-    {"mart", true, true, 2, run<Mart>},
-    {"alp", true, true, 1, run<LogitPairing>},
-    {"act", true, true, 1, run<Cooperative>},
+    {"cross_entropy", false, true, 1, 1, run<CrossEntropy>},
+    {"boosted_cross_entropy", false, true, 2, 1, run<BoostedCrossEntropy>},
+    {"cw", false, true, 2, 1, run<Margin>},
+    {"dlr", false, true, 3, 1, run<LogitsRatio>},
+    {"kl", true, false, 1, 1, run<Divergence>},
+    {"trades", true, true, 1, 1, run<Trades>},
+    {"mart", true, true, 2, 1, run<Mart>},
+    {"alp", true, true, 1, 1, run<LogitPairing>},
+    {"act", true, true, 1, 2, run<Cooperative>},
 };
 
 const Kind& kind_of(c10::string_view name) {
@@ -169,10 +170,11 @@ void check(const Kind& kind, const at::Tensor& logits, const OptionalTensor& oth
   TORCH_CHECK_VALUE(logits.dim() == 2 && logits.size(1) >= kind.fewest_classes,
                     "logits must have shape [B, C] with C >= ", kind.fewest_classes, ", got ",
                     logits.sizes());
-  TORCH_CHECK_VALUE(other.has_value() == kind.takes_other, "other must be given for kl, trades, ",
-                    "mart, alp and act alone, and was ", other ? "" : "not ", "for ", kind.name);
+  TORCH_CHECK_VALUE(other.has_value() == kind.takes_other, "other must ",
+                    kind.takes_other ? "be given" : "be None", " for ", kind.name);
   if (other) check_shape(*other, "other", logits, "logits");
-  TORCH_CHECK_VALUE(y.has_value() == kind.takes_labels, "y must be given unless for kl");
+  TORCH_CHECK_VALUE(y.has_value() == kind.takes_labels, "y must ",
+                    kind.takes_labels ? "be given" : "be None", " for ", kind.name);
   TORCH_CHECK_VALUE(!y || (y->scalar_type() == at::kLong && y->dim() == 1 &&
                            y->size(0) == logits.size(0) && y->device().is_cpu()),
                     "y must be int64 of shape [", logits.size(0), "] on the CPU");
@@ -200,7 +202,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> softmax_losses(
   const auto options = logits.options()
                            .dtype(type == at::kDouble ? at::kDouble : at::kFloat)
                            .memory_format(std::nullopt);
-  const int64_t batch = logits.size(0), pair = kind.name == "act" ? 2 : 1;
+  const int64_t batch = logits.size(0), pair = kind.losses;
   const bool write = wanted, write_other = other_wanted && other;
   Operands o{logits.to(type).contiguous(),
              other ? other->to(type).contiguous() : at::Tensor(),

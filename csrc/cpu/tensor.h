@@ -1,4 +1,4 @@
-// Host side of the CPU ops: dtype dispatch, argument checks and threads.
+// Host side of the CPU ops: dtype dispatch, numbers per sample and threads.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "checks.h"
 #include "cpu/simd.h"
 #include "layout.h"
 
@@ -36,21 +37,13 @@ T* data(const at::Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-inline void check_shape(const at::Tensor& t, const char* name, const at::Tensor& like,
-                        const char* like_name) {
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ",
-                    like.sizes(), ", got ", t.sizes());
-  TORCH_CHECK_VALUE(t.device().is_cpu(), name, " must be on the CPU, got ", t.device());
-}
-
 // One number per sample: either the same for all or read from a tensor [B].
 class PerSample {
  public:
-  PerSample(double number, const OptionalTensor& values, int64_t batch, const char* name)
+  PerSample(double number, const OptionalTensor& values, const at::Tensor& like, const char* name)
       : number_(number) {
     if (!values) return;
-    TORCH_CHECK_VALUE(values->sizes() == at::IntArrayRef{batch}, name, " must have shape [", batch,
-                      "], got ", values->sizes());
+    check_per_sample(*values, name, like);
     values_ = values->to(at::kDouble).contiguous();
   }
   double operator[](int64_t sample) const {

@@ -9,10 +9,7 @@ namespace {
 void momentum_update_(at::Tensor momentum, const at::Tensor& grad, double decay,
                       const OptionalTensor& active) {
   const c10::cuda::CUDAGuard guard(momentum.device());
-  check_batched(momentum, "momentum");
-  TORCH_CHECK_TYPE(momentum.scalar_type() == at::kFloat || momentum.scalar_type() == at::kDouble,
-                   "momentum must be float32 or float64, got ", momentum.scalar_type());
-  check_shape(grad, "grad", momentum, "momentum");
+  check_momentum(momentum, grad);
   const at::Tensor chosen = checked_active(active, momentum);
   const at::Tensor at_hand = batch_major(momentum), g = in_layout_of(grad, at_hand);
   MomentumUpdate update{at_hand.data_ptr(),

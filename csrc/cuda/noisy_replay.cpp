@@ -22,10 +22,7 @@ at::Tensor noisy_replay(const at::Tensor& x, const at::Tensor& adv, const at::Te
                         double tau, double eps, const OptionalTensor& eps_per_sample, double low,
                         double high, int64_t seed, const OptionalTensor& sample_ids) {
   const c10::cuda::CUDAGuard guard(x.device());
-  check_batched(x, "x");
-  check_shape(adv, "adv", x, "x");
-  TORCH_CHECK_TYPE(adv.scalar_type() == x.scalar_type(), "adv must have the dtype of x, ",
-                   x.scalar_type(), ", got ", adv.scalar_type());
+  check_replay(x, adv, distance);
   const NoiseTensors t(x, eps, eps_per_sample, low, high, seed, sample_ids);
   const at::Tensor attacked = in_layout_of(adv, t.from);
   const PerSample far = per_sample(distance, "distance", x);

@@ -8,8 +8,7 @@ at::Tensor random_start(const at::Tensor& x, double eps, const OptionalTensor& e
                         c10::string_view norm, double low, double high, int64_t seed,
                         const OptionalTensor& sample_ids) {
   const c10::cuda::CUDAGuard guard(x.device());
-  TORCH_CHECK_VALUE(norm == "linf" || norm == "l2" || norm == "l1",
-                    "norm must be one of linf, l2, l1, got ", norm);
+  check_norm(norm);
   const Ball ball = norm == "linf" ? Ball::kLinf : norm == "l2" ? Ball::kL2 : Ball::kL1;
   const NoiseTensors t(x, eps, eps_per_sample, low, high, seed, sample_ids);
   const at::Tensor space = workspace(random_start_workspace(t.noise, ball), at::kLong, x);

@@ -1,4 +1,4 @@
-// Host side of the CUDA ops: argument checks, and at::Tensor as the launchers take it.
+// Host side of the CUDA ops: at::Tensor as the launchers take it.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,6 +12,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "checks.h"
 #include "cuda/arguments.h"
 #include "layout.h"
 
@@ -41,28 +42,6 @@ inline at::ScalarType compute_dtype(std::initializer_list<at::Tensor> tensors) {
   return at::kFloat;
 }
 
-inline void check_batched(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.dim() > 0, name, " must have a batch axis, got a tensor without axes");
-}
-
-inline void check_device(const at::Tensor& t, const char* name, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on the device ", like.device(),
-                    ", got ", t.device());
-}
-
-inline void check_shape(const at::Tensor& t, const char* name, const at::Tensor& like,
-                        const char* like_name) {
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes(), name, " must have the shape of ", like_name, ", ",
-                    like.sizes(), ", got ", t.sizes());
-  check_device(t, name, like);
-}
-
-inline void check_per_sample(const at::Tensor& t, const char* name, const at::Tensor& like) {
-  TORCH_CHECK_VALUE(t.sizes() == like.sizes().slice(0, 1), name, " must have shape [", like.size(0),
-                    "], got ", t.sizes());
-  check_device(t, name, like);
-}
-
 // One number per sample, read from a tensor [B] of any float dtype and stride.
 inline PerSample per_sample(const at::Tensor& values, const char* name, const at::Tensor& like) {
   check_per_sample(values, name, like);
@@ -73,24 +52,6 @@ inline PerSample per_sample(double number, const OptionalTensor& values, const c
                             const at::Tensor& like) {
   if (values) return per_sample(*values, name, like);
   return {number, nullptr, Dtype::kDouble, 0};
-}
-
-// int64 sample ids, contiguous; undefined for the default.
-inline at::Tensor checked_ids(const OptionalTensor& ids, const at::Tensor& like) {
-  if (!ids) return {};
-  TORCH_CHECK_VALUE(ids->scalar_type() == at::kLong, "sample_ids must be int64, got ",
-                    ids->scalar_type());
-  check_per_sample(*ids, "sample_ids", like);
-  return ids->contiguous();
-}
-
-// bool per sample, contiguous; undefined for all.
-inline at::Tensor checked_active(const OptionalTensor& active, const at::Tensor& like) {
-  if (!active) return {};
-  TORCH_CHECK_TYPE(active->scalar_type() == at::kBool, "active must be a bool tensor, got ",
-                   active->scalar_type());
-  check_per_sample(*active, "active", like);
-  return active->contiguous();
 }
 
 // A workspace of `count` elements, from torch's allocator so that a graph can capture it.

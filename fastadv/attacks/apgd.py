@@ -17,7 +17,7 @@ from torch import Tensor
 from fastadv.attacks.apgd_l1 import run_l1
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.batch import AttackBatch, ValueOf
 from fastadv.attacks.best import Best, best_of_runs, where_images
 from fastadv.attacks.objectives import (
     Objective,
@@ -66,32 +66,32 @@ class APGDSettings(AttackSettings):
 
 
 class APGD(Attack):
-    """Auto-PGD: steps of momentum whose size is halved, per sample, where they no longer help.
+    """Auto-PGD: steps with momentum, whose size is halved, per sample, where the loss no longer rises.
 
     It starts from a random point of the ball with steps of 2 eps. At checkpoints, ever closer to one another,
     a sample's step is halved and the search goes back to its best point if the loss has risen in fewer than
     ``rho`` of the steps since the last checkpoint, or if neither step size nor best loss have changed since
-    then. All of that stays on the device. Per sample the best point is returned: the one of highest loss
-    among those that reached the aim, else among all.
+    then. All of that stays on the device. Per sample the best point is returned. It has the highest loss among the
+    successful points, or among all points if no point succeeds.
 
     In l1 a step moves the elements of largest gradient, fewer the sparser the best point is, and the projection
     keeps the bounds exactly. A run goes through balls of 3, 2 and 1 times eps; there is no momentum, and ``rho``
     is not used. Source: Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks on image
     classifiers", ICML 2021.
 
-    Runs after the first attack only the samples that those before have left (all of them in train mode, where
-    samples depend on one another).
+    A later run attacks only the samples that withstood the earlier runs. In train mode it attacks all samples,
+    because they depend on one another.
 
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball, in the units of the images.
         steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes, in l1 up to
             steps + 3.
-        restarts: runs from different random starts, per target class where there are some.
+        restarts: runs from different random starts, for each target class if the loss has target classes.
         loss: ``"ce"``, ``"dlr"`` (at least 3 classes) or ``"cw"`` of the labels, or, one run for each of the
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
-        target_classes: how many wrong classes ``"ce-t"`` and ``"dlr-t"`` try.
-        rho: see above.
+        target_classes: number of wrong classes that ``"ce-t"`` and ``"dlr-t"`` try.
+        rho: share of steps that must raise the loss; see above.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`; not with "-t" losses.
@@ -148,7 +148,7 @@ class APGD(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         return best_of_runs(
             self._run, batch, self._targets(batch), seed, whole=bool(self.settings.train_mode)
         )
@@ -157,7 +157,7 @@ class APGD(Attack):
         loss = self.settings.loss
         return None if loss == "ce" else f"with loss {loss!r}"
 
-    def _targets(self, batch: Batch) -> Iterator[Tensor | None]:
+    def _targets(self, batch: AttackBatch) -> Iterator[Tensor | None]:
         """For each run the wrong classes [B] it aims at, or None."""
         settings = self.settings
         targets: tuple[Tensor | None, ...] = (None,)
@@ -168,14 +168,14 @@ class APGD(Attack):
             for _ in range(settings.restarts):
                 yield target
 
-    def _value_of(self, batch: Batch, target: Tensor | None) -> ValueOf:
+    def _value_of(self, batch: AttackBatch, target: Tensor | None) -> ValueOf:
         settings = self.settings
         if target is not None:
             return lambda logits: targeted_value(settings.loss, logits, batch.y, target)
         objective = Objective(settings.loss, settings.targeted)
         return lambda logits: objective(logits, batch.y)
 
-    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
+    def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
         """Algorithm 1 from one start."""
         settings, value_of = self.settings, self._value_of(batch, target)
         if settings.norm == "l1":
@@ -184,7 +184,7 @@ class APGD(Attack):
         adv = batch.start(seed)
         found = batch.gradient(adv, value_of)
         best.offer(adv, found.value, batch.succeeded(found.logits))
-        schedule = Schedule(adv, found.value, found.grad, batch.eps, settings.rho)
+        schedule = StepSizes(adv, found.value, found.grad, batch.eps, settings.rho)
         before = adv
         for step in range(1, settings.steps + 1):
             moved = _moved(batch, schedule, adv, before, 1.0 if step == 1 else MOMENTUM)
@@ -201,7 +201,7 @@ class APGD(Attack):
         return best
 
 
-class Schedule:
+class StepSizes:
     """Step sizes, and the best points to go back to, of all samples; nothing here waits for the device.
 
     Attributes:
@@ -267,7 +267,9 @@ def checkpoints(steps: int) -> dict[int, int]:
     return points
 
 
-def _moved(batch: Batch, schedule: Schedule, adv: Tensor, before: Tensor, share: float) -> Tensor:
+def _moved(
+    batch: AttackBatch, schedule: StepSizes, adv: Tensor, before: Tensor, share: float
+) -> Tensor:
     """The next point: a share of a gradient step, the rest along the last movement (algorithm 1, line 7)."""
     stepped = batch.step_(adv.clone(), schedule.grad, schedule.alpha)
     if share == 1:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch, ValueOf
+from fastadv.attacks.batch import AttackBatch, ValueOf
 from fastadv.attacks.best import Best, where_images
 from fastadv.attacks.projections import to_l1_ball
 from fastadv.ops import random_start
@@ -25,7 +25,7 @@ _LEAST = 0.1  # of the first step size
 _SPARSER = 0.95  # a smaller share of the elements than this: the step size starts again
 
 
-def run_l1(batch: Batch, value_of: ValueOf, steps: int, seed: int) -> Best:
+def run_l1(batch: AttackBatch, value_of: ValueOf, steps: int, seed: int) -> Best:
     """One run from one start: larger balls first, each from the best point of the last."""
     point, best = _start(batch, seed), Best()
     for factor, count in zip(_RADII, steps_by_radius(steps), strict=True):
@@ -41,7 +41,7 @@ def steps_by_radius(steps: int) -> tuple[int, int, int]:
     return wide, wide, steps - 2 * wide
 
 
-def _start(batch: Batch, seed: int) -> Tensor:
+def _start(batch: AttackBatch, seed: int) -> Tensor:
     """The given start, or the image with Gaussian noise as wide as the bounds."""
     if batch.given_start is not None:
         return batch.given_start
@@ -59,11 +59,11 @@ def _start(batch: Batch, seed: int) -> Tensor:
     return batch.x + noise
 
 
-def _projected(batch: Batch, point: Tensor) -> Tensor:
+def _projected(batch: AttackBatch, point: Tensor) -> Tensor:
     return to_l1_ball(point, batch.x, batch.eps, batch.bounds)
 
 
-def _search(batch: Batch, value_of: ValueOf, steps: int, adv: Tensor) -> tuple[Tensor, Best]:
+def _search(batch: AttackBatch, value_of: ValueOf, steps: int, adv: Tensor) -> tuple[Tensor, Best]:
     """The steps in one ball: the point of highest value, and the best in the sense of the attack."""
     best, found = Best(), batch.gradient(adv, value_of)
     best.offer(adv, found.value, batch.succeeded(found.logits))
@@ -96,7 +96,7 @@ class SparseSchedule:
         best: the points of highest value, [B, ...].
     """
 
-    def __init__(self, batch: Batch, adv: Tensor, value: Tensor, grad: Tensor) -> None:
+    def __init__(self, batch: AttackBatch, adv: Tensor, value: Tensor, grad: Tensor) -> None:
         self._x = batch.x
         self._first_alpha = torch.zeros_like(value, dtype=adv.dtype) + batch.eps
         self.alpha = self._first_alpha

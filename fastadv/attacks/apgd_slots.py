@@ -183,7 +183,7 @@ class Slots:
     def _check(
         self, grad: Tensor, checked: Tensor, since: Tensor, rho: float
     ) -> tuple[Tensor, Tensor]:
-        """As `Schedule.check`, for some rows: the gradients and points from which to go on."""
+        """As `StepSizes.check`, for some rows: the gradients and points from which to go on."""
         too_few = self.rises < rho * since
         stuck = ~self.halved & (self.best_value <= self.value_then)
         back = checked & (too_few | stuck)

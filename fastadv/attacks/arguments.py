@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks.soft_labels import check_probabilities, check_soft_labels, is_soft
 from fastadv.ops import checks
+from fastadv.ops.pgd_step_per_channel import Bounds
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 EngineName = Literal["auto", "eager", "compiled", "graph"]
@@ -40,7 +41,7 @@ def check_batch(
         y: labels.
         sample_ids: or None.
         model: the model.
-        soft_obstacle: why the attack takes no soft labels; None where it does.
+        soft_obstacle: the reason why the attack accepts no soft labels; None if it accepts them.
 
     Returns:
         The labels in int64, soft ones in float32 or float64.
@@ -72,12 +73,15 @@ def check_batch(
     return labels
 
 
-def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
+def check_images(x: Tensor, bounds: Bounds) -> None:
     """Check the values of the images; on a GPU this waits for the device once.
 
     Raises:
         ValueError: an image is not finite or outside the bounds.
     """
+    if any(isinstance(bound, Tensor) for bound in bounds):
+        _check_within(x, bounds)
+        return
     low, high = x.aminmax()
     found = torch.stack((low.double(), high.double())).tolist()
     limits = torch.tensor(bounds, dtype=x.dtype, device="cpu")  # as the images can have them
@@ -86,6 +90,18 @@ def check_images(x: Tensor, bounds: tuple[float, float]) -> None:
         raise ValueError(
             f"x must be finite and within bounds {tuple(bounds)}, got values from {found[0]:.9g} to "
             f"{found[1]:.9g}; normalisation belongs inside the model"
+        )
+
+
+def _check_within(x: Tensor, bounds: Bounds) -> None:
+    """`check_images` where a bound is a tensor; the rounding of a normalisation may lead a little out of it."""
+    low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in bounds)
+    slack = 4 * torch.finfo(x.dtype).eps * torch.maximum(low.abs(), high.abs())
+    outside = int((~((x >= low - slack) & (x <= high + slack))).sum())  # NaN among them
+    if outside:
+        raise ValueError(
+            f"x must be finite and within bounds, which differ by channel, got {outside} of {x.numel()} elements "
+            "that are not"
         )
 
 

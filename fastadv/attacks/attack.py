@@ -22,7 +22,7 @@ from fastadv.attacks.arguments import (
     check_seed,
     check_start,
 )
-from fastadv.attacks.batch import Batch, Pace
+from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
@@ -33,7 +33,8 @@ from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache, Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
-from fastadv.ops.values import check_bool, check_radius, integer, limit
+from fastadv.ops.pgd_step_per_channel import Bounds
+from fastadv.ops.values import check_bool, check_radius, integer, limit, shown
 from fastadv.seeding import draw_seed
 
 
@@ -57,6 +58,8 @@ class AttackSettings:
             TypeError: a field of another type.
             ValueError: a value out of range or an unknown word.
         """
+        for name in ("eps", "alpha", "bounds"):
+            _check_no_tensor(name, getattr(self, name, None))
         object.__setattr__(self, "norm", checks.norm_name(self.norm))
         object.__setattr__(self, "bounds", checks.check_bounds(self.bounds))
         check_fields(self)
@@ -68,26 +71,37 @@ class AttackSettings:
             check_radius("eps", self.eps, self.norm, self.bounds)
 
 
+def _check_no_tensor(name: str, value: object) -> None:
+    """Refuse a tensor: settings are compared, shown and hashed."""
+    entries = value if isinstance(value, tuple | list) else (value,)
+    found = next((entry for entry in entries if isinstance(entry, Tensor)), None)
+    if found is not None:
+        raise TypeError(
+            f"{name} must be {'a number' if found is value else 'numbers'}, got {shown(found)}; attacks by steps "
+            f"take tensors, such as one per channel, with the call: attack(x, y, {name}=...)"
+        )
+
+
 class Attack(Configured):
     """An attack on one model, to be called many times: ``adv = attack(x, y)``.
 
-    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure. During
-    one, its modes, ``requires_grad`` flags, gradients, buffers and weights are put back whatever happens; its
-    buffers are not with ``train_mode="moving"``.
+    It holds the engine, built at the first call for the images' device and dtype, and reads the model's live
+    weights at every call. Between calls the model may be trained, moved or changed in structure. After
+    a call, and after an exception, its modes, ``requires_grad`` flags, gradients, buffers and weights are
+    restored, except the buffers with ``train_mode="moving"``.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C].
-        settings: what the attack does.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        settings: the settings of the attack.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call, which on a GPU waits for the device.
 
     Attributes:
-        model: what is attacked.
-        settings: all together. Each is also an attribute of its own, such as ``eps``, and may be set, which
-            takes effect at the next call.
-        passes: through the network for one gradient, which is their mean; 1 unless set. More are for models that
-            draw random numbers (EOT, expectation over transformations). Attacks without a gradient ignore it.
+        model: the attacked model.
+        settings: all settings. Each is also an attribute, such as ``eps``, and may be set for the next calls.
+        passes: number of passes through the network for one gradient, which is their mean; 1 unless set. More
+            passes are for models that draw random numbers (EOT, expectation over transformations). Attacks without
+            a gradient ignore it.
 
     Raises:
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
@@ -164,7 +178,8 @@ class Attack(Configured):
         """Attack a batch, as `__call__` says; the images may have a pace of their own."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
-        radius = self._radius(x, eps)
+        bounds = self.settings.bounds if pace.bounds is None else pace.bounds
+        radius = self._radius(x, eps, bounds)
         if start is not None:
             checks.check_float("start", start)
             checks.check_same_shape("start", start, "x", x)
@@ -180,18 +195,18 @@ class Attack(Configured):
         with self._alone(), _own_context(x.device), naming_layout("x", self.model, x):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
-                check_images(x, settings.bounds)
+                check_images(x, bounds)
                 if start is not None:
                     check_start(start)
             engine = self._ready(x)
             with engine.session(self.model, seed, current=True):
-                batch = Batch(
+                batch = AttackBatch(
                     engine,
                     engine.images(x),
                     y,
                     radius,
                     settings.norm,
-                    settings.bounds,
+                    bounds,
                     settings.targeted,
                     sample_ids,
                     partial(check_labels, y) if self.check_inputs else None,
@@ -201,13 +216,13 @@ class Attack(Configured):
                 )
                 adv = round_towards(self._perturb(batch, seed), x)
             self._last = AttackReport(
-                batch.tally.engine,
-                batch.tally.reason,
+                batch.counters.engine,
+                batch.counters.reason,
                 engine.precision,
-                batch.tally.elements,
-                batch.tally.counts,
-                tuple(batch.tally.losses),
-                outside_share(adv, x, radius, settings.norm, settings.bounds),
+                batch.counters.elements,
+                batch.counters.counts,
+                tuple(batch.counters.losses),
+                outside_share(adv, x, radius, settings.norm, bounds),
             )
         return adv
 
@@ -242,11 +257,11 @@ class Attack(Configured):
             )
 
     @abstractmethod
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         """Move the images of a batch: [B, ...] within ball and bounds, not an alias of ``batch.x``."""
 
     def _graph_obstacle(self) -> str | None:
-        """Why the attack cannot be recorded as one CUDA graph; None where it can."""
+        """The reason why the attack cannot be recorded as one CUDA graph; None if it can."""
         return f"{type(self).__name__} is run step by step"
 
     def _soft_labels_obstacle(self) -> str | None:
@@ -280,14 +295,15 @@ class Attack(Configured):
         with self._alone(), _own_context(device):
             yield
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
-        settings = self.settings
-        eps = settings.eps if eps is None else eps
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
+        eps = self.settings.eps if eps is None else eps
         number, values = checks.per_sample("eps", eps, x)
-        if values is None:
-            check_radius("eps", number, settings.norm, settings.bounds, x.shape[1:].numel())
-            return number
-        return values
+        if values is not None:
+            return values
+        low, high = bounds
+        if not (isinstance(low, Tensor) or isinstance(high, Tensor)):
+            check_radius("eps", number, self.settings.norm, (low, high), x.shape[1:].numel())
+        return number
 
 
 @contextmanager

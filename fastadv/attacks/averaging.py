@@ -10,18 +10,18 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fastadv.engine.engines import Engine, Gradient
+from fastadv.engine.engines import Engine, InputGradient
 
 
 def mean_gradient(
     engine: Engine, x: Tensor, value_of: Callable[[Tensor], Tensor], passes: int
-) -> Gradient:
+) -> InputGradient:
     """The mean of several gradients and values, with the logits of the last pass.
 
     Args:
         engine: computes each of them, within its session.
         x: images [B, ...].
-        value_of: logits [B, C] -> what is raised, [B] or scalar.
+        value_of: logits [B, C] -> the loss to maximise, [B] or scalar.
         passes: how many there are; one is the engine's own gradient, valid until its next call.
 
     Raises:
@@ -37,4 +37,4 @@ def mean_gradient(
         found = engine.gradient(x, value_of)
         value += found.value
         grad += found.grad
-    return Gradient(value / passes, found.logits, grad / passes)
+    return InputGradient(value / passes, found.logits, grad / passes)

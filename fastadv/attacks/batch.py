@@ -12,23 +12,24 @@ from torch import Tensor
 
 from fastadv.attacks.averaging import mean_gradient
 from fastadv.attacks.soft_labels import hard
-from fastadv.engine.engines import Engine, Gradient
+from fastadv.engine.engines import Engine, InputGradient
 from fastadv.ops import pgd_step_, random_start
 from fastadv.ops.checks import over_samples
+from fastadv.ops.pgd_step_per_channel import Bounds
 
 ValueOf = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to be raised
 
 
 @dataclass
-class Tally:
-    """What is counted during one call of an attack; counting never waits for the device.
+class CallCounters:
+    """Counters of one call of an attack; counting never waits for the device.
 
     Attributes:
-        engine: name of what ran.
-        reason: why.
+        engine: name of the engine that ran.
+        reason: the reason for this engine.
         counts: int64 [2], zero and NaN elements of the gradients.
-        elements: of the gradients.
-        losses: mean value at each gradient.
+        elements: number of elements of the gradients.
+        losses: mean loss at each gradient.
     """
 
     engine: str
@@ -39,35 +40,38 @@ class Tally:
 
 
 class Pace(NamedTuple):
-    """What a call gives its images in place of the attack's own.
+    """Step sizes and numbers of steps of one call, in place of the attack's own.
 
     Attributes:
-        alpha: step size, a number or [B]; None is the attack's, in proportion to the radius.
-        steps: int64 [B] on the images' device; None is the attack's.
+        alpha: step size, a number, [B] or [B, C, 1, ...]; None is the attack's, in proportion to the radius.
+        steps: int64 [B] on the images' device; None is the attack's number.
         most: the largest of these numbers of steps.
+        bounds: lowest and highest value, numbers or tensors that broadcast over the images; None is the attack's.
     """
 
     alpha: float | Tensor | None = None
     steps: Tensor | None = None
     most: int = 0
+    bounds: Bounds | None = None
 
     def rows(self, rows: Tensor) -> Pace:
         """Some of the samples, by int64 indices."""
         alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
-        return Pace(alpha, None if self.steps is None else self.steps[rows], self.most)
+        steps = None if self.steps is None else self.steps[rows]
+        return self._replace(alpha=alpha, steps=steps)
 
 
 @dataclass
-class Batch:
+class AttackBatch:
     """Images under attack, within the session of an engine.
 
     Attributes:
         engine: computes logits and gradients.
         x: the clean images [B, ...] in the dtype and layout in which the attack moves them.
         y: labels, or targets, [B]; or soft ones [B, C], of which the likeliest class is to be left or reached.
-        eps: radius, a number or [B].
+        eps: radius, a number or [B]; of the attacks that move by `step_` also [B, C, 1, ...].
         norm: of the ball.
-        bounds: lowest and highest allowed value.
+        bounds: lowest and highest allowed value; of these attacks also tensors that broadcast over the images.
         targeted: whether ``y`` is to be reached rather than left.
         sample_ids: int64 [B], or None for 0 .. B-1.
         check: to be called once with the number of classes, which the first logits tell; None after it.
@@ -83,7 +87,7 @@ class Batch:
     y: Tensor
     eps: float | Tensor
     norm: str
-    bounds: tuple[float, float]
+    bounds: tuple[Any, Any]
     targeted: bool
     sample_ids: Tensor | None
     check: Callable[[int], None] | None
@@ -94,7 +98,7 @@ class Batch:
 
     def __post_init__(self) -> None:
         counts = torch.zeros(2, dtype=torch.int64, device=self.x.device)
-        self.tally = Tally(self.engine.name, self.engine.reason, counts)
+        self.counters = CallCounters(self.engine.name, self.engine.reason, counts)
 
     def logits(self, adv: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
@@ -102,7 +106,7 @@ class Batch:
         self.check_values(logits.shape[1])
         return logits
 
-    def gradient(self, adv: Tensor, value_of: ValueOf) -> Gradient:
+    def gradient(self, adv: Tensor, value_of: ValueOf) -> InputGradient:
         """Value, logits and input gradient at ``adv``; the gradient is valid until the next call."""
 
         def value_of_checked(logits: Tensor) -> Tensor:
@@ -110,8 +114,8 @@ class Batch:
             return value_of(logits)
 
         found = mean_gradient(self.engine, adv, value_of_checked, self.passes)
-        self.tally.elements += adv.numel()
-        self.tally.losses.append(self._mean(found.value))
+        self.counters.elements += adv.numel()
+        self.counters.losses.append(self._mean(found.value))
         return found
 
     def start(self, seed: int, random: bool = True) -> Tensor:
@@ -131,7 +135,7 @@ class Batch:
         if self.norm == "l1":
             self.count(grad)
             return self.step_along_(adv, grad, alpha, sparsity)
-        return self._step_(adv, grad, alpha, active=self.active, counts=self.tally.counts)
+        return self._step_(adv, grad, alpha, active=self.active, counts=self.counters.counts)
 
     def step_along_(
         self, adv: Tensor, direction: Tensor, alpha: float | Tensor, sparsity: float = 0.95
@@ -162,19 +166,19 @@ class Batch:
         if self.active is not None:
             active = over_samples(self.active, grad)
             zero, nan = zero & active, nan & active
-        self.tally.counts += torch.stack((zero.sum(), nan.sum()))
+        self.counters.counts += torch.stack((zero.sum(), nan.sum()))
 
     def succeeded(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them, [B] bool; NaN logits are no success."""
         reached = logits.argmax(1) == hard(self.y)
         return (reached if self.targeted else ~reached) & ~logits.isnan().any(1)
 
-    def rows(self, rows: Tensor) -> Batch:
+    def rows(self, rows: Tensor) -> AttackBatch:
         """Some of the samples, by int64 indices; they keep their random numbers, and are counted here."""
         ids = self.sample_ids
         if ids is None:
             ids = torch.arange(self.x.shape[0], device=self.x.device)
-        some = copy.copy(self)  # shares the tally
+        some = copy.copy(self)  # shares the counters
         some.x, some.y, some.sample_ids = self.x[rows], self.y[rows], ids[rows]
         if self.given_start is not None:
             some.given_start = self.given_start[rows]
@@ -183,13 +187,13 @@ class Batch:
         some.pace = self.pace.rows(rows)
         return some
 
-    def with_radius(self, eps: float | Tensor) -> Batch:
+    def with_radius(self, eps: float | Tensor) -> AttackBatch:
         """The same samples in another ball; they are counted here."""
-        other = copy.copy(self)  # shares the tally
+        other = copy.copy(self)  # shares the counters
         other.eps = eps
         return other
 
-    def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> Batch:
+    def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> AttackBatch:
         """The same attack on other tensors, which is checked by nobody and counted for itself."""
         return replace(
             self,

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.seeding import derive_seed
 
 
@@ -75,11 +75,11 @@ class Best:
 
 
 # A search on a batch, towards wrong classes [B] or none in particular, with a seed.
-Run: TypeAlias = Callable[[Batch, Tensor | None, int], Best]
+Run: TypeAlias = Callable[[AttackBatch, Tensor | None, int], Best]
 
 
 def best_of_runs(
-    run: Run, batch: Batch, targets: Iterable[Tensor | None], seed: int, *, whole: bool
+    run: Run, batch: AttackBatch, targets: Iterable[Tensor | None], seed: int, *, whole: bool
 ) -> Tensor:
     """The best images of several runs with random numbers of their own, [B, ...].
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.pgd import PGD, StepSize
 from fastadv.losses.common import at_least_float32
+from fastadv.ops.checks import over_samples
 
 
 class CurriculumPGD(PGD):
@@ -28,7 +29,7 @@ class CurriculumPGD(PGD):
         self.gap = 1.0
         super().__init__(*args, **options)
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.y.shape, alpha)
         gap, own = self.gap, batch.y.long()[:, None]
 
@@ -36,7 +37,8 @@ class CurriculumPGD(PGD):
             p = at_least_float32(logits).softmax(1)
             hardest = p.scatter(1, own, -1.0).amax(1)
             # Of size 0, not none at all, so that a start outside the ball is brought into it.
-            return torch.where(hardest - p.gather(1, own)[:, 0] <= gap, sizes, 0.0)
+            moves = hardest - p.gather(1, own)[:, 0] <= gap
+            return torch.where(over_samples(moves, sizes), sizes, 0.0)
 
         return size
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings
 from fastadv.engine.engines import Model
+from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import integer, limit
 
 _INSIDE = 0.999999  # of the way to a bound: at the bound itself the inverse of tanh is infinite
@@ -221,12 +222,12 @@ class CWL2(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float:
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float:
         if eps is not None:
             raise TypeError("eps must not be given to CWL2, which has no ball")
         return math.inf
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         if batch.given_start is not None:
             raise ValueError("start must be None for CWL2, which begins at the images")
         ones = torch.ones(batch.x.shape[0], dtype=batch.x.dtype, device=batch.x.device)
@@ -242,7 +243,7 @@ class CWL2(Attack):
             c = torch.where(high.isfinite(), (low + high) / 2, c * 10)
         return best
 
-    def _minimise(self, batch: Batch, c: Tensor) -> tuple[Tensor, Tensor]:
+    def _minimise(self, batch: AttackBatch, c: Tensor) -> tuple[Tensor, Tensor]:
         """Adam for one c per sample: the nearest images that succeeded, and their squared distances, else inf."""
         settings, x = self.settings, batch.x
         low, high = settings.bounds

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import Best, where_images
 from fastadv.attacks.leaving import is_time_to_look
 from fastadv.attacks.objectives import likeliest_wrong_classes, logit_difference
@@ -93,14 +93,15 @@ class FAB(Attack):
         target_classes: one run towards each of so many wrong classes, the likeliest first ("fab-t" of AutoAttack).
             None: one run, in which each step goes towards the nearest of all classes ("fab"); such a step costs a
             forward and a backward pass for every class.
-        restarts: runs, of which all but the first begin at a random point of the ball of half the radius.
+        restarts: number of runs; all but the first begin at a random point of the ball of half the radius.
         alpha_max: the largest share of the step that starts at the image, in 0..1.
-        eta: how far to go, in units of the way to the hyperplane; at least 1.
-        beta: where to go on after a crossing, as a share of the way from the image to it, in 0..1.
+        eta: length of a step, in units of the distance to the hyperplane; at least 1.
+        beta: the point from which a run continues after a crossing, as a share of the way from the image to the
+            crossing, in 0..1.
         early_stop: an image leaves the batch at the first crossing in the ball. False: no run is cut short, and
             the smallest change of all is returned.
-        batch_size: where images have left, several runs of the others share a batch of up to this size, or of the
-            size of the call's where that is larger. The results are those of one run after the other.
+        batch_size: after images have left, several runs of the other images share a batch of up to this size, or
+            of the call's batch size if it is larger. The results equal the results of one run after the other.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
@@ -163,7 +164,7 @@ class FAB(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         batch = batch.rows(
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
@@ -176,7 +177,9 @@ class FAB(Attack):
             runs = runs[count:]
         return batch.project_(where_images(best.succeeded, best.images, batch.x))
 
-    def _runs(self, batch: Batch, clean: Tensor, seed: int) -> Iterator[tuple[Tensor, int | None]]:
+    def _runs(
+        self, batch: AttackBatch, clean: Tensor, seed: int
+    ) -> Iterator[tuple[Tensor, int | None]]:
         """For each run the classes that it may go to, [B, 1] or all, and the seed of a random start."""
         count, others = self.settings.target_classes, clean.shape[1] - 1
         classes = likeliest_wrong_classes(clean, batch.y, others if count is None else count)
@@ -185,13 +188,13 @@ class FAB(Attack):
             for restart in range(1, self.settings.restarts):
                 yield some, derive_seed(seed, "restart", number, restart)
 
-    def _runs_at_once(self, batch: Batch, rows: Tensor) -> int:
+    def _runs_at_once(self, batch: AttackBatch, rows: Tensor) -> int:
         if not self._leaves:  # the best run of each image counts, and BatchNorm may mix images
             return 1
         return max(1, max(batch.x.shape[0], self.batch_size or 0) // rows.numel())
 
     def _run_together(
-        self, batch: Batch, best: Best, rows: Tensor, runs: list[tuple[Tensor, int | None]]
+        self, batch: AttackBatch, best: Best, rows: Tensor, runs: list[tuple[Tensor, int | None]]
     ) -> None:
         """Carry out runs of some images side by side; for each image the first run that succeeds counts."""
         some = batch.rows(rows)
@@ -204,7 +207,7 @@ class FAB(Attack):
                 return
             best.merge(found.rows(number * len(rows) + open_), rows[open_])
 
-    def _start(self, batch: Batch, seed: int | None) -> Tensor:
+    def _start(self, batch: AttackBatch, seed: int | None) -> Tensor:
         """Where a run begins: the given start, the images, or a random point near them."""
         if seed is None or batch.given_start is not None:
             return batch.start(0, random=False)
@@ -212,7 +215,7 @@ class FAB(Attack):
         ids = batch.sample_ids
         return random_start(batch.x, radius, batch.norm, batch.bounds, seed, sample_ids=ids)
 
-    def _run(self, batch: Batch, classes: Tensor, adv: Tensor) -> Best:
+    def _run(self, batch: AttackBatch, classes: Tensor, adv: Tensor) -> Best:
         """Algorithm 1 from one start, on a batch that images leave."""
         rows, best, result = torch.arange(batch.x.shape[0], device=batch.x.device), Best(), Best()
         for step in range(1, self.settings.steps + 1):
@@ -244,7 +247,7 @@ class FAB(Attack):
             return (~best.succeeded).nonzero().flatten()
         return torch.arange(best.value.shape[0], device=best.value.device)
 
-    def _step(self, batch: Batch, adv: Tensor, normal: Tensor, gap: Tensor) -> Tensor:
+    def _step(self, batch: AttackBatch, adv: Tensor, normal: Tensor, gap: Tensor) -> Tensor:
         """The next point (algorithm 1, line 9), from a hyperplane ``normal . (z - adv) = gap``."""
         settings, x = self.settings, batch.x
         from_image = (normal.double() * (adv - x)).flatten(1).sum(1) + gap
@@ -258,7 +261,7 @@ class FAB(Attack):
         return moved.clamp(*settings.bounds)
 
 
-def _nearest_boundary(batch: Batch, adv: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_boundary(batch: AttackBatch, adv: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest of the linearised boundaries between the labels and other classes [B, K].
 
     Returns:
@@ -280,7 +283,7 @@ def _nearest_boundary(batch: Batch, adv: Tensor, classes: Tensor) -> tuple[Tenso
     return normal, gap
 
 
-def _offer(best: Best, batch: Batch, adv: Tensor, crossed: Tensor) -> None:
+def _offer(best: Best, batch: AttackBatch, adv: Tensor, crossed: Tensor) -> None:
     """Keep the crossings [B] that are nearer than what is known; one in the ball is a success."""
     distance = _lengths(adv - batch.x, batch.norm)
     value = torch.where(crossed, -distance, -torch.inf)

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Model
+from fastadv.ops.checks import over_samples
 from fastadv.ops.values import integer
 
 
@@ -107,13 +108,13 @@ class FriendlyPGD(PGD):
         )
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.x.shape[:1], alpha)
         left = torch.full_like(hard(batch.y), self.tau)
 
         def size(logits: Tensor) -> Tensor:
             left.sub_(batch.succeeded(logits).long())
             # Of size 0, not none at all, so that a start outside the ball is brought into it.
-            return torch.where(left < 0, 0.0, sizes)
+            return torch.where(over_samples(left < 0, sizes), 0.0, sizes)
 
         return size

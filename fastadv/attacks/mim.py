@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD, Direction, Keep, PGDSettings
@@ -106,7 +106,7 @@ class MIM(PGD):
         )
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
-    def _direction(self, batch: Batch) -> Direction:
+    def _direction(self, batch: AttackBatch) -> Direction:
         momentum = torch.zeros_like(batch.x)
 
         def direction(grad: Tensor) -> Tensor:

@@ -30,27 +30,27 @@ def minimum_perturbation(
 ) -> Tensor:
     """Bisect for the smallest eps at which an attack succeeds, each image for itself.
 
-    A success is one of the live model in eval mode and in the precision of its weights, whatever the attack
-    computed in. Bisection takes success to be monotone in eps; where it is not, one of the radii is found at
-    which it begins. Images that need no attack have 0. Only images that ``max_eps`` breaks are attacked again.
+    The live model decides about success, in eval mode and in the precision of its weights, whatever the precision
+    of the attack. Bisection assumes that success is monotone in eps. Otherwise it finds one of the radii at which
+    success begins. Images that need no attack have 0. Only images that ``max_eps`` breaks are attacked again.
 
     Args:
         attack: any attack on an eps-ball, such as ``fastadv.PGD(model, eps, alpha, steps)``; its own eps
-            matters only as that to which its step size belongs, which changes in proportion.
+            only sets the ratio of the step size to the radius.
         x: images [B, ...] within the bounds of the attack.
         y: labels, or targets, [B], int64 or another integer dtype.
-        max_eps: largest radius tried, in the units of ``x``, > 0.
+        max_eps: largest radius to try, in the units of ``x``, > 0.
         iterations: bisections; the result is at most ``max_eps / 2**iterations`` too large.
-        seed: of every call of the attack; None takes the attack's own, or draws one.
+        seed: seed of every call of the attack; None takes the attack's own seed, or draws a seed.
         sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
-        judge: the model whose answers count; None is the attacked one.
+        judge: the model that decides about success; None is the attacked model.
 
     Returns:
         [B] float32 (float64 for float64 images): radii at which the attack succeeded, inf where it did not at
         ``max_eps``.
 
     Raises:
-        TypeError: ``attack`` is none of this package's, or has no eps.
+        TypeError: ``attack`` is no attack of this package, or has no eps.
         ValueError: ``max_eps`` is not positive or ``iterations`` below 1, or as the attack says.
     """
     if not isinstance(attack, Attack):

@@ -1,7 +1,7 @@
 """What makes an attack's settings its attributes, and answers arguments and attributes that it does not have.
 
 ``attack.eps = 4 / 255`` changes the settings, with all of their checks, from the next call on. A name that is no
-setting is refused, in construction and in assignment, with the one that was probably meant.
+setting is refused, in construction and in assignment. The error names the likely one.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Checked(Generic[T]):
 
 
 class AttackType(ABCMeta):
-    """The type of the attack classes: looks at the arguments' names before an attack is made."""
+    """The type of the attack classes: checks the arguments' names before an attack is made."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         """Make an attack.
@@ -112,7 +112,7 @@ class AttackType(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor, which the call above would hide from ``help`` and editors."""
+        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
         return signature_of(cls)
 
 
@@ -152,7 +152,7 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
     """Refuse arguments that an attack does not have.
 
     Raises:
-        TypeError: naming the first one, and what was probably meant.
+        TypeError: naming the first unknown name, and the likely one.
     """
     parameters, ordered, takes_any = _parameters_of(kind)
     for name in named:
@@ -176,7 +176,7 @@ def _parameters_of(kind: Hashable) -> tuple[tuple[str, ...], tuple[str, ...], bo
 
 
 def names_checked(function: Function) -> Function:
-    """Let a function answer a keyword that it does not have with the one that was probably meant."""
+    """Make a function refuse an unknown keyword with an error that names the likely one."""
     known = list(inspect.signature(function).parameters)
     what = "a call of an attack" if function.__name__ == "__call__" else function.__name__
 

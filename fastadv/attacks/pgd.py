@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch, Pace, ValueOf
+from fastadv.attacks.batch import AttackBatch, Pace, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import SOFT_OBJECTIVES, LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
@@ -20,7 +20,8 @@ from fastadv.attacks.soft_labels import is_soft
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
 from fastadv.engine.engines import Model
 from fastadv.engine.selection import EngineCache
-from fastadv.ops.checks import per_sample
+from fastadv.ops.checks import over_samples
+from fastadv.ops.pgd_step_per_channel import Bounds, image_bounds, numbers
 from fastadv.ops.values import integer, limit
 from fastadv.seeding import derive_seed
 
@@ -78,9 +79,9 @@ class PGDSettings(AttackSettings):
 class PGD(Attack):
     """A PGD attack on one model, to be called many times: ``adv = PGD(model)(x, y)``.
 
-    It holds the engine, built at the first call for the images' device and dtype, and brings the model's live
-    weights over at every call. Between calls the model may be trained, moved or changed in structure. ``last``
-    tells what the last call saw.
+    It holds the engine, built at the first call for the images' device and dtype, and reads the model's live
+    weights at every call. Between calls the model may be trained, moved or changed in structure. ``last``
+    describes the last call.
 
     Args:
         model: as in `pgd_fused`.
@@ -98,11 +99,12 @@ class PGD(Attack):
         train_mode: as in `pgd_fused`.
         keep: as in `pgd_fused`.
         sparsity: as in `pgd_fused`.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call. On a GPU this waits for the device
             once per call; turn it off where the data are known to be good.
 
-    Every argument is also an attribute, which may be set: ``attack.eps = 4 / 255`` holds from the next call on.
+    Every argument is also an attribute, which may be set. After ``attack.eps = 4 / 255`` the next call has that
+    radius.
 
     Raises:
         TypeError: as in `pgd_fused`.
@@ -169,21 +171,23 @@ class PGD(Attack):
         start: Tensor | None = None,
         alpha: float | Tensor | None = None,
         steps: int | Tensor | None = None,
+        bounds: Bounds | None = None,
     ) -> Tensor:
         """Attack a batch.
 
         Args:
-            x: as in `Attack.__call__`, with all below but for the last two.
+            x: as in `Attack.__call__`, with all below but for the last three.
             y: labels, or targets, [B], or soft labels [B, C].
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
-            eps: radius for this call, a number or one per image [B], whose values are not checked.
+            eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
+                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1]. Values of tensors are not checked.
             start: images within the bounds to begin from.
-            alpha: step size for this call, a number or one per image [B], whose values are not checked; by default
-                the attack's own, in proportion to ``eps``.
+            alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
                 often as the image with the most steps, and one whose steps are made stays where it is. To know the
                 largest number waits for the device.
+            bounds: lowest and highest value of an image for this call, in linf also tensors, as ``eps``.
 
         Returns:
             Adversarial images [B, ...] in ``x``'s dtype and layout.
@@ -192,15 +196,16 @@ class PGD(Attack):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        return self._attack(x, y, seed, sample_ids, eps, start, pace_of(alpha, steps, x))
+        pace = pace_of(alpha, steps, x, bounds, self.norm)
+        return self._attack(x, y, seed, sample_ids, eps, start, pace)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
         found = None if graphs is None else self._replay(graphs, batch, seed, alpha)
         return self._search(batch, self._starts(batch, seed), alpha) if found is None else found
 
     def _replay(
-        self, graphs: GraphCache, batch: Batch, seed: int, alpha: float | Tensor
+        self, graphs: GraphCache, batch: AttackBatch, seed: int, alpha: float | Tensor
     ) -> Tensor | None:
         """The search as a CUDA graph, valid until the next; None where it is to be run step by step."""
         obstacle = self._graph_obstacle()
@@ -208,8 +213,10 @@ class PGD(Attack):
             obstacle = "soft labels are not recorded"
         if obstacle is None and batch.pace.steps is not None:
             obstacle = "images with numbers of steps of their own are not recorded"
+        if obstacle is None and _has_own_numbers(batch, alpha):
+            obstacle = "bounds of a call and numbers per channel are not recorded"
         if obstacle is not None:
-            batch.tally.reason += f"; {obstacle}"
+            batch.counters.reason += f"; {obstacle}"
             return None
         batch.check_values(graphs.classes)
         limits = (_per_image(batch.eps, batch.x), _per_image(alpha, batch.x))
@@ -219,17 +226,17 @@ class PGD(Attack):
             x, y, eps, alpha, *starts = inputs
             recorded = batch.on(x, y, eps, active)
             adv = self._search(recorded, [start.clone() for start in starts], alpha)
-            return adv, torch.stack(recorded.tally.losses), recorded.tally.counts
+            return adv, torch.stack(recorded.counters.losses), recorded.counters.counts
 
         found = graphs.run(self._graph_key(), inputs, loop)
         if found is None:
-            batch.tally.reason += f"; {graphs.refusal}"
+            batch.counters.reason += f"; {graphs.refusal}"
             return None
         adv, losses, counts = found
-        batch.tally.engine = "graph"
-        batch.tally.elements += len(losses) * adv.numel()
-        batch.tally.losses.extend(losses.clone().unbind())
-        batch.tally.counts += counts
+        batch.counters.engine = "graph"
+        batch.counters.elements += len(losses) * adv.numel()
+        batch.counters.losses.extend(losses.clone().unbind())
+        batch.counters.counts += counts
         return adv
 
     def _graph_obstacle(self) -> str | None:
@@ -252,13 +259,15 @@ class PGD(Attack):
         kept = [name for name in names if name not in ("eps", "alpha")]
         return (type(self), self.passes, *(getattr(self.settings, name) for name in kept))
 
-    def _starts(self, batch: Batch, seed: int) -> Iterator[Tensor]:
+    def _starts(self, batch: AttackBatch, seed: int) -> Iterator[Tensor]:
         """Where the runs begin, [B, ...] each."""
         for restart in range(self.settings.restarts):
             run_seed = derive_seed(seed, "restart", restart) if restart else seed
             yield batch.start(run_seed, self.settings.random_start)
 
-    def _search(self, batch: Batch, starts: Iterable[Tensor], alpha: float | Tensor) -> Tensor:
+    def _search(
+        self, batch: AttackBatch, starts: Iterable[Tensor], alpha: float | Tensor
+    ) -> Tensor:
         """Run from every start, overwriting it, and return what is to be kept."""
         value_of = self._value_of(batch)
         keep_best = self.settings.keep == "best"
@@ -271,7 +280,7 @@ class PGD(Attack):
             best.offer(adv, value_of(logits), batch.succeeded(logits))
         return best.images
 
-    def _value_of(self, batch: Batch) -> ValueOf:
+    def _value_of(self, batch: AttackBatch) -> ValueOf:
         """The loss as a function of the logits, to be raised."""
         settings = self.settings
         objective = Objective(settings.loss, settings.targeted)
@@ -292,7 +301,7 @@ class PGD(Attack):
 
     def _run(
         self,
-        batch: Batch,
+        batch: AttackBatch,
         value_of: ValueOf,
         adv: Tensor,
         alpha: float | Tensor,
@@ -307,22 +316,28 @@ class PGD(Attack):
                 best.offer(adv, found.value, batch.succeeded(found.logits))
             size = size_at(found.logits)
             if own is not None:  # in the images' precision, also where the size is a number
-                size = torch.where(step < own, _per_image(size, batch.x), 0.0)
+                size = _per_image(size, batch.x)
+                size = torch.where(over_samples(step < own, size), size, 0.0)
             if direction is None:
                 batch.step_(adv, found.grad, size, sparsity)
             else:
                 batch.step_along_(adv, direction(found.grad), size, sparsity)
         return adv
 
-    def _direction(self, batch: Batch) -> Direction | None:
+    def _direction(self, batch: AttackBatch) -> Direction | None:
         """What turns the gradients of one run into directions; None where they are the directions."""
         return None
 
-    def _size_at(self, batch: Batch, alpha: float | Tensor) -> StepSize:
+    def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         """What gives the size of each step of one run, from the logits at the point it starts from."""
         return lambda logits: alpha
 
-    def _alpha(self, batch: Batch) -> float | Tensor:
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
+        if isinstance(eps, Tensor):
+            return numbers("eps", eps, self.norm, x)
+        return super()._radius(x, eps, bounds)
+
+    def _alpha(self, batch: AttackBatch) -> float | Tensor:
         """The step size, in proportion where a call has its own radius.
 
         Raises:
@@ -338,15 +353,22 @@ class PGD(Attack):
         return settings.step_size * (batch.eps / settings.eps)
 
 
-def pace_of(alpha: float | Tensor | None, steps: int | Tensor | None, x: Tensor) -> Pace:
-    """Check the step sizes and numbers of steps of a call."""
-    if not isinstance(x, Tensor) or (alpha is None and steps is None):
+def pace_of(
+    alpha: float | Tensor | None,
+    steps: int | Tensor | None,
+    x: Tensor,
+    bounds: Bounds | None = None,
+    norm: str = "linf",
+) -> Pace:
+    """Check the step sizes, numbers of steps and bounds of a call."""
+    if not isinstance(x, Tensor) or (alpha is None and steps is None and bounds is None):
         return Pace()
     if alpha is not None:
-        number, values = per_sample("alpha", alpha, x)
-        alpha = number if values is None else values
+        alpha = numbers("alpha", alpha, norm, x)
+    if bounds is not None:
+        bounds = image_bounds(bounds, norm, x)
     if steps is None or x.shape[0] == 0:
-        return Pace(alpha)
+        return Pace(alpha, bounds=bounds)
     if not isinstance(steps, Tensor):
         steps = torch.full((x.shape[0],), integer("steps", steps, at_least=1), device=x.device)
     if steps.dtype != torch.int64 or steps.shape != (x.shape[0],) or steps.device != x.device:
@@ -357,11 +379,17 @@ def pace_of(alpha: float | Tensor | None, steps: int | Tensor | None, x: Tensor)
     least, most = torch.stack(steps.aminmax()).tolist()
     if least < 0:
         raise ValueError(f"steps must be >= 0, got {least}")
-    return Pace(alpha, steps, most)
+    return Pace(alpha, steps, most, bounds)
+
+
+def _has_own_numbers(batch: AttackBatch, alpha: float | Tensor) -> bool:
+    """Whether the numbers are others than the attack's bounds, and one radius and one step size per image."""
+    per_channel = any(isinstance(n, Tensor) and n.dim() > 1 for n in (batch.eps, alpha))
+    return per_channel or batch.pace.bounds is not None
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
-    """A number, or one per image, as a tensor [B]."""
+    """A number as a tensor [B]; a tensor as it is."""
     return value if isinstance(value, Tensor) else x.new_full((x.shape[0],), value)
 
 
@@ -393,16 +421,16 @@ def pgd_fused(
 ) -> Tensor:
     """Attack a batch with projected gradient descent (Madry et al. 2018, section 2.1).
 
-    The model's modes, ``requires_grad`` flags, gradients, buffers and weights are on return, or after an
-    exception, what they were. A model seen before reuses its engine, whose weights are brought up to date.
+    On return, and after an exception, the model's modes, ``requires_grad`` flags, gradients, buffers and weights
+    are unchanged. The engine of a known model is used again, with the current weights.
 
     Args:
         model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
             images belongs inside it.
         x: images [B, ...] within ``bounds``, floating point.
-        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to be reached. With the
-            losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from them) and callables also soft labels
-            [B, C]: probabilities, whose likeliest class counts where it matters whether an image is misclassified.
+        y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to reach. With the
+            losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from the labels) and callables also soft
+            labels [B, C]: probabilities. Their likeliest class decides whether an image is misclassified.
         eps: radius of the ball, in the units of ``x``; at most the distance between two images within the bounds.
         alpha: step size, in the units of ``x``; in l2 and l1 the length of the whole step.
         steps: number of steps, at least 1.
@@ -410,31 +438,31 @@ def pgd_fused(
             as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: lowest and highest allowed value of an image.
         random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from ``x``.
-        restarts: runs from different random starts; per sample the one of highest loss (as ``keep`` has it) is
-            returned.
-        targeted: lower the loss of the classes ``y`` instead of raising it.
+        restarts: runs from different random starts; per sample the result of highest loss (or best as by ``keep``)
+            is returned.
+        targeted: minimise the loss of the classes ``y`` instead of maximising it.
         loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
             ``random_start``, since its gradient is zero at ``x``) or a callable ``(logits, y) -> [B] or scalar``.
-        precision: of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules where
-            the hardware has it. Logits, loss and images are float32 (float64 for float64 images) always.
-        engine: ``"eager"`` runs the live model; ``"compiled"`` a folded copy (with ``torch.compile`` on a GPU);
-            ``"graph"`` the same recorded as a CUDA graph, attack and all; ``"auto"`` a folded copy in narrow
-            precision, on a GPU recorded at the second call of a batch size, and the live model in fp32, whose
-            result then equals a plain loop's bit for bit.
+        precision: precision of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules
+            where the hardware has it. Logits, loss and images are float32 (float64 for float64 images) always.
+        engine: ``"eager"`` runs the live model; ``"compiled"`` runs a folded copy (with ``torch.compile``
+            on a GPU); ``"graph"`` runs the whole attack on the copy as a CUDA graph. ``"auto"`` runs a folded copy
+            in a narrow precision, on a GPU recorded at the second call of a batch size. In fp32 it runs the live
+            model, and the result equals the result of a plain loop to the bit.
         train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
-            result then depends on the others in the batch. ``"moving"`` is train mode in which every pass of the
-            attack moves BatchNorm's running statistics for good, as in the loops that do not look after them.
-        keep: which point of a run is returned: the ``"last"``, or, sample by sample, the ``"best"`` of all its
-            points, start and end included: the one of highest loss among those that reached the aim (to be
-            misclassified, or as the target), else among all. It costs one forward pass more per restart.
-        sparsity: the share of an image's elements that an l1 step leaves alone, 0 <= sparsity < 1; other norms
+            result then depends on the other samples of the batch. ``"moving"`` is train mode in which every pass
+            of the attack updates BatchNorm's running statistics for good, as in loops that do not restore them.
+        keep: the point of a run that is returned: ``"last"`` or ``"best"``. For each sample the best point has the
+            highest loss among the successful points, or among all points if no point succeeds, start and end
+            included. ``"best"`` costs one more forward pass per restart.
+        sparsity: share of an image's elements that an l1 step does not move, 0 <= sparsity < 1; other norms
             ignore it.
-        seed: of the random start; None draws one from torch's default generator.
-        sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
+        seed: seed of the random start; None draws a seed from torch's default generator.
+        sample_ids: int64 [B], select the random numbers of each sample; default 0 .. B-1.
 
     Returns:
         Adversarial images [B, ...] in ``x``'s dtype and layout, inside ball and bounds. An empty batch is
-        returned as it is.
+        returned unchanged.
 
     Raises:
         TypeError: an argument of the wrong type, named in the message.

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastadv.ops.pgd_step_per_channel import Bounds
+
 _SLACK = 1e-6  # of eps: the rounding of a norm over some thousand float32 elements
 
 
@@ -72,41 +74,44 @@ class AttackReport:
         )
 
 
-def outside_share(
-    adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds: tuple[float, float]
-) -> Tensor:
+def outside_share(adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds: Bounds) -> Tensor:
     """Share of elements outside the eps-ball around ``x`` or the bounds; NaN is outside.
 
     Args:
         adv: what an attack returns [B, ...].
         x: the clean images [B, ...], in the dtype of ``adv``.
-        eps: radius, a number or [B].
+        eps: radius, a number, [B] or in linf [B, C, 1, ...].
         norm: ``"linf"``: element by element and exactly, in the arithmetic of the attack; ``"l2"`` and ``"l1"``:
             image by image, with a slack of 1e-6 of eps, and of the norm that the rounding of every element to the
             dtype of the arithmetic can have.
-        bounds: lowest and highest allowed value.
+        bounds: lowest and highest allowed value; in linf also tensors that broadcast over the images.
 
     Returns:
         A scalar on the device of ``adv``.
     """
     wide = torch.promote_types(adv.dtype, torch.float32)
-    low, high = torch.tensor(
-        bounds, dtype=adv.dtype, device="cpu"
-    ).tolist()  # as the images can have them
+    low, high = (_as_images_have(bound, adv.dtype) for bound in bounds)
     a, c = adv.to(wide), x.to(wide)
     inside = (a >= low) & (a <= high)
     per_image = (-1, *[1] * (x.dim() - 1))
     if norm == "linf":
-        radius = eps.view(per_image) if isinstance(eps, Tensor) else eps
+        radius = eps.view(per_image) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
         inside &= (a >= c - radius) & (a <= c + radius)
     else:
         order = 2 if norm == "l2" else 1
-        slack = x[:1].numel() ** (1 / order) * _rounding(wide, bounds)
+        slack = x[:1].numel() ** (1 / order) * _rounding(wide, low, high)
         length = torch.linalg.vector_norm((a - c).flatten(1), order, dim=1, dtype=torch.float64)
         inside &= (length <= eps * (1 + _SLACK) + slack).view(per_image)
     return (~inside).float().mean()
 
 
-def _rounding(dtype: torch.dtype, bounds: tuple[float, float]) -> float:
+def _as_images_have(bound: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A bound rounded to the dtype of the images."""
+    if isinstance(bound, Tensor):
+        return bound.to(dtype)
+    return torch.tensor(bound, dtype=dtype, device="cpu").item()
+
+
+def _rounding(dtype: torch.dtype, *bounds: float | Tensor) -> float:
     """By how much rounding to ``dtype`` can move an element of an image."""
-    return torch.finfo(dtype).eps / 2 * max(abs(bound) for bound in bounds)
+    return torch.finfo(dtype).eps / 2 * max(abs(float(bound)) for bound in bounds)

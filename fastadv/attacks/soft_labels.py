@@ -40,7 +40,7 @@ def check_soft_labels(y: Tensor, batch: int, obstacle: str | None) -> Tensor:
     Args:
         y: soft labels.
         batch: B.
-        obstacle: why the attack takes class indices alone; None where it takes soft labels.
+        obstacle: the reason why the attack accepts only class indices; None if it accepts soft labels.
 
     Raises:
         ValueError: it does not, or there is another number of them.

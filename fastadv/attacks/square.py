@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import Best, best_of_runs
 from fastadv.attacks.leaving import is_time_to_look
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.options import Setting
 from fastadv.attacks.square_proposals import proposals_for
 from fastadv.engine.engines import Model
+from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.philox import WORDS, philox
 from fastadv.ops.values import check_bool, integer, number
 
@@ -55,23 +56,24 @@ class SquareSettings(AttackSettings):
 class Square(Attack):
     """Random search: squares of an image are changed, and a change that raises the loss is kept.
 
-    It needs no gradient, so that it also tells whether a model merely hides its gradients. The defaults are those
-    of AutoAttack's standard version, which keeps the schedule of 10000 queries and stops it at 5000. Every image
+    It needs no gradient, so it also shows whether a model merely hides its gradients. The defaults come from
+    AutoAttack's standard version, which has the schedule of 10000 queries and stops at 5000. Every image
     draws squares of its own. An image leaves the batch once it is broken; with ``train_mode`` it stays, unchanged.
     Sources: Andriushchenko, Croce, Flammarion and Hein, "Square attack: a query-efficient black-box adversarial
     attack via random search", ECCV 2020; in l1 Croce and Hein, "Mind the box", ICML 2021.
 
-    The last squares are small, and so are the changes of the loss. A narrow precision rounds some of them away, so
-    that it breaks fewer images; the default is the full one.
+    The last squares are small, and so are the changes of the loss. A narrow precision rounds some of them away,
+    and breaks fewer images. The default is full precision.
 
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: as in `fastadv.pgd_fused`.
-        queries: how many points are tried for an image in a run, at least 1; each costs one forward pass.
+        queries: number of points to try for an image in a run, at least 1; each costs one forward pass.
         p_init: the share of the image that the first squares cover, above 0 and at most 1.
-        restarts: runs from different random starts; each attacks only the images that those before it have left.
-        loss: ``"cw"`` (margin) or ``"ce"``: what is raised.
-        rescale_schedule: fit the schedule by which squares shrink to ``queries``; else it is that of 10000.
+        restarts: runs from different random starts; each attacks only the images that withstood the earlier runs.
+        loss: the loss to maximise: ``"cw"`` (margin) or ``"ce"``.
+        rescale_schedule: scale the schedule by which squares shrink to ``queries``; otherwise it is the schedule
+            of 10000 queries.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`.
@@ -128,21 +130,21 @@ class Square(Attack):
         )
         super().__init__(model, chosen, seed, check_inputs)
 
-    def _radius(self, x: Tensor, eps: float | Tensor | None) -> float | Tensor:
+    def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:
         if x.dim() != 4:
             raise ValueError(
                 f"x must have shape [B, C, H, W] for Square, whose changes are squares, got {tuple(x.shape)}"
             )
-        return super()._radius(x, eps)
+        return super()._radius(x, eps, bounds)
 
-    def _perturb(self, batch: Batch, seed: int) -> Tensor:
+    def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         batch = batch.rows(
             torch.arange(batch.x.shape[0], device=batch.x.device)
         )  # names the samples
         runs = [None] * self.settings.restarts
         return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
-    def _run(self, batch: Batch, target: Tensor | None, seed: int) -> Best:
+    def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
         """One random search; broken images stay as they are, and leave when it is time to look."""
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()
@@ -168,7 +170,7 @@ class _Search:
         best: the images as far as they have come.
     """
 
-    def __init__(self, batch: Batch, settings: SquareSettings, seed: int) -> None:
+    def __init__(self, batch: AttackBatch, settings: SquareSettings, seed: int) -> None:
         self._batch, self._settings, self._seed = batch, settings, seed
         self._objective = Objective(settings.loss, settings.targeted)
         self._proposals = proposals_for(batch)

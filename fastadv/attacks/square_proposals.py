@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.projections import to_l1_ball
 from fastadv.ops.checks import over_samples
 
@@ -34,7 +34,7 @@ class Proposals(ABC):
     first_words: int
     next_words: int
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: AttackBatch) -> None:
         self._batch = batch
         _, self._channels, self._height, self._width = batch.x.shape
 
@@ -62,7 +62,7 @@ class Proposals(ABC):
 class Squares(Proposals):
     """linf: every element is eps above or below the image's; a square takes one sign per channel."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: AttackBatch) -> None:
         super().__init__(batch)
         self.first_words = self._channels * self._width
         self.next_words = 2 + _words_for(self._channels)
@@ -86,7 +86,7 @@ class Squares(Proposals):
 class Bumps(Proposals):
     """l2 and l1: a square takes over the change in another, as a bump with halves of opposite signs."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: AttackBatch) -> None:
         super().__init__(batch)
         self._order = 1 if batch.norm == "l1" else 2
         self._bumps: dict[int, Tensor] = {}
@@ -166,7 +166,7 @@ class Bumps(Proposals):
         return self._bumps[side]
 
 
-def proposals_for(batch: Batch) -> Proposals:
+def proposals_for(batch: AttackBatch) -> Proposals:
     """The points to try in the batch's norm."""
     return Squares(batch) if batch.norm == "linf" else Bumps(batch)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.pgd import PGD, Direction
 from fastadv.losses.common import at_least_float32
 
@@ -26,7 +26,7 @@ class ZeroGradPGD(PGD):
         self.quantile = 0.35
         super().__init__(*args, **options)
 
-    def _direction(self, batch: Batch) -> Direction:
+    def _direction(self, batch: AttackBatch) -> Direction:
         def direction(grad: Tensor) -> Tensor:
             batch.count(grad)
             sizes = at_least_float32(grad).abs()

@@ -17,6 +17,10 @@ def analyse(words: list[str]) -> int:
         description="Look into one or more models: their features, weights, entropies, and how their robustness "
         "changes. Numbers (CSV, JSON) and pictures (PNG) are kept in the folder analyses of each run, and "
         "`fastadv report --out` shows them.",
+        needs={
+            "models": "one or more run directories, files of weights (with --model), or module:function",
+            "what": f"one or more of {', '.join(ANALYSES)}",
+        },
     )
     parser.add_argument(
         "models",

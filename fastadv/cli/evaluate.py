@@ -7,6 +7,7 @@ from typing import Any
 
 from fastadv.cli.parsing import Parser, with_lists
 from fastadv.commands import DEFAULT_ATTACKS, run_evaluation
+from fastadv.evaluation.attack_list import NAMES
 from fastadv.interruption import stopped_by_signals
 from fastadv.ranks import is_first
 from fastadv.trainers.number import Number
@@ -28,12 +29,8 @@ def evaluation_parser() -> Parser:
         "--attacks",
         nargs="+",
         default=list(DEFAULT_ATTACKS),
-        help="What to run, in this order. K is a number of steps, R of restarts, N of queries, S of constants. "
-        "Without an attack: clean. In a ball: fgsm, fgsm-rs, pgd-K, cw-K, mim-K; pgd-K-R and cw-K-R, with R "
-        "restarts; pgd-K-Rruns and cw-K-Rruns, R whole runs, of which the lowest accuracy counts; apgd-ce, "
-        "apgd-dlr, apgd-t, fab-t, fab, or each with -K; square, square-N; autoattack. Without a ball: cwl2-K, "
-        "cwl2-K-S, min-fgsm, min-pgd-K. Several at once: quick (clean fgsm pgd-20), standard (clean autoattack), "
-        "strong (clean pgd-100-10 cw-100-10 apgd-ce apgd-t fab-t square).",
+        help="What to run, in this order. K is a number of steps, R of restarts or runs, N of queries, S of "
+        f"constants. {'. '.join(f'{names}: {what}' for names, what in NAMES.items())}.",
     )
     parser.add_argument(
         "--normalise",

@@ -13,6 +13,9 @@ def report(words: list[str]) -> int:
     parser = Parser(
         prog="fastadv report",
         description="Compare the results of `fastadv eval`: print tables, and with --out write a report.",
+        needs={
+            "runs": "one or more run directories that `fastadv eval` has judged, or its files (.json)"
+        },
     )
     parser.add_argument(
         "runs",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
+from argparse import Action
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,13 +14,14 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import register_type
 
-from fastadv.ops.values import closest
+from fastadv.cli.completion import is_completing, offer_options
+from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
+from fastadv.ops.values import closest, nearest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
 FAILED = 2
 _PROGRAM = "fastadv"
-TRUE, FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _KINDS = {
     "int": "a whole number",
     "bool": "true or false",
@@ -37,7 +39,21 @@ register_type(
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Keeps the paragraphs of a description."""
+    """Keeps the paragraphs of a description, and shows flags as such."""
+
+    def _format_usage(self, usage: str | None, actions: Any, *args: Any, **kwargs: Any) -> str:
+        switches = [as_switch(action) for action in actions]
+        return super()._format_usage(usage, switches, *args, **kwargs)
+
+    def _format_action_invocation(self, action: Action) -> str:
+        if is_flag(action):
+            return ", ".join(spellings(action))
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: Action) -> str:
+        if is_flag(action):
+            return f"{action.help or ''} (default: {str(bool(action.default)).lower()})"
+        return super()._get_help_string(action)
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = (textwrap.fill(part, width) for part in text.split("\n\n"))
@@ -49,7 +65,8 @@ class Parser(ArgumentParser):
 
     Args:
         args: as `ArgumentParser` has them.
-        needs: options that cannot be left out, and what each is; named together when one is missing.
+        needs: what cannot be left out, and what each is, by its name without dashes. All that are missing are
+            named together.
         kwargs: as `ArgumentParser` has them.
     """
 
@@ -60,7 +77,9 @@ class Parser(ArgumentParser):
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
+        self.color = False  # Python 3.14 would colour the help
         self._needs = needs or {}
+        self._words: Sequence[str] = ()
 
     def add_flag(self, name: str, text: str, group: Any = None) -> None:
         """Add an option that is false by default, and true where it stands without a value."""
@@ -70,40 +89,17 @@ class Parser(ArgumentParser):
         self, args: Sequence[str] | None = None, *others: Any, **options: Any
     ) -> Any:
         """Parse a command line, as `ArgumentParser` does."""
-        words = None if args is None else self._with_values(args)
+        if is_completing():
+            offer_options(self.prog, self._actions)
+        words = None if args is None else with_values(args, self._actions, self.error)
+        self._words = words or ()
         return super().parse_args(words, *others, **options)
 
-    def _with_values(self, words: Sequence[str]) -> list[str]:
-        """Write every flag with its value: `--flip` is `--flip=true`."""
-        flags = {
-            option
-            for action in self._actions
-            if getattr(action, "_typehint", None) is bool
-            for option in action.option_strings
-        }
-        takes_words = any(not action.option_strings for action in self._actions)
-        spelled: list[str] = []
-        rest = list(words)
-        while rest:
-            word = rest.pop(0)
-            name, equals, value = word.partition("=")
-            if name in flags:
-                if not equals and rest and self._is_value(rest[0], takes_words):
-                    value = rest.pop(0)
-                elif not equals:
-                    value = "true"
-                word = f"{name}={self._truth(name, value)}"
-            spelled.append(word)
-        return spelled
-
-    def _is_value(self, word: str, takes_words: bool) -> bool:
-        """Whether the word after a flag belongs to it: true or false, or else where nothing else can be meant."""
-        return word.lower() in TRUE + FALSE or not (word.startswith("-") or takes_words)
-
-    def _truth(self, name: str, value: str) -> str:
-        if value.lower() not in TRUE + FALSE:
-            self.error(f'option "{name[2:]}" must be true or false, got {value!r}')
-        return "true" if value.lower() in TRUE else "false"
+    def check_given(self, options: Any) -> None:
+        """Require what cannot be left out, also of options that the parser itself does not require."""
+        missing = [name for name in self._needs if options[name] is None]
+        if missing:
+            self.error(self._missing(missing))
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line and exit with status 2."""
@@ -118,37 +114,53 @@ class Parser(ArgumentParser):
         if found := re.match("(?:the following )?arguments are required: (.*)", text):
             return self._missing(found[1].split(", "))
         if found := re.match("Option '(.*)' is not accepted", text):
-            known = sorted({*self._names()} - {"help"})
+            names = (option[2:].rpartition(".")[2] for option in self.options())
+            known = sorted({*names} - {"help"})
             return f"there is no option {found[1]!r}{closest(found[1], known) or _list(known)}"
         if found := re.match('(option ".*?"|argument --[a-z_.]+|--[a-z_.]+): (.*)', text):
             return found[1] + _expectation(found[2])
         return text
 
     def _missing(self, names: Sequence[str]) -> str:
-        """Say what is missing, and what each option that is needed is."""
-        text = f"needs {' and '.join(self._spelled(name) for name in names)}"
-        explained = [f"--{name} ({what})" for name, what in self._needs.items()]
-        return f"{text}; what it takes: {', '.join(explained)}" if explained else text
+        """Say what is missing, and what each of it is."""
+        given = given_options(self._words, tuple(self._needs))
+        wanted = [n for n in self._needs if n not in given and (n in names or f"--{n}" in self)]
+        missing = [*wanted, *(name for name in names if name not in wanted)]
+        spelled = [self._spelled(name) for name in missing]
+        first = ", ".join(spelled[:-1])
+        text = f"needs {first} and {spelled[-1]}" if first else f"needs {spelled[-1]}"
+        explained = [f"{self._spelled(name)} is {self._needs[name]}" for name in wanted]
+        return "; ".join([text, *explained])
 
-    def _names(self) -> Iterable[str]:
+    def __contains__(self, option: object) -> bool:
+        """Whether there is an option of that name."""
+        return any(option in action.option_strings for action in self._actions)
+
+    def options(self) -> Iterable[str]:
+        """Return all options, also those that turn a flag off."""
         for action in self._actions:
-            for option in action.option_strings:
-                if option.startswith("--"):
-                    yield option[2:].rpartition(".")[2]
+            names = spellings(action) if is_flag(action) else action.option_strings
+            yield from (name for name in names if name.startswith("--"))
 
     def _spelled(self, name: str) -> str:
         """The name of an argument as it stands on the command line."""
-        return (
-            f"--{name}"
-            if any(f"--{name}" in a.option_strings for a in self._actions)
-            else name.upper()
-        )
+        return f"--{name}" if f"--{name}" in self else name.upper()
 
     def _meant(self, words: Sequence[str]) -> str:
         """What may have been meant by the first of some words that is an option."""
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
-        known = [o for action in self._actions for o in action.option_strings if o.startswith("--")]
-        return closest(options[0], known) if options else ""
+        return closest_option(options[0], self.options()) if options else ""
+
+
+def closest_option(option: str, known: Iterable[str]) -> str:
+    """Return the end of a message about an unknown option, as `closest` does; what begins options counts little.
+
+    Args:
+        option: with its dashes.
+        known: the options that there are, with theirs.
+    """
+    meant = nearest(option.removeprefix("--"), [name.removeprefix("--") for name in known])
+    return f"; did you mean '--{meant}'?" if meant else ""
 
 
 def _list(known: Sequence[str]) -> str:
@@ -244,6 +256,8 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
             found |= {name: content[name] for name in names if content.get(name) is not None}
         elif option.startswith("--") and option[2:] in names:
             found[option[2:]] = value
+        elif turned_off(option)[2:] in names:
+            found[turned_off(option)[2:]] = "false"
     return found
 
 

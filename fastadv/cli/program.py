@@ -1,4 +1,9 @@
-"""The program `fastadv`: which command is meant, and what becomes of its errors."""
+"""The program `fastadv`: which command is meant, and what becomes of its errors.
+
+The commands are told apart here and not by jsonargparse's subcommands. Those need the parsers of all commands and
+methods for each call, some fifty of them at a tenth of a second each. They could not make the defaults of a method
+follow from its other options, nor share the words of a sweep out to three parsers.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,8 @@ from dataclasses import dataclass
 
 import fastadv
 from fastadv.cli.analyse import analyse
+from fastadv.cli.completion import is_completing, offer, typed_words
+from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
 from fastadv.cli.parsing import complain
@@ -22,6 +29,7 @@ from fastadv.interruption import Interrupted
 from fastadv.ops.values import closest
 from fastadv.trainers import method_names
 
+_PROGRAM = "fastadv"
 # What a person can put right. Anything else is a fault of ours and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
 
@@ -62,6 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if is_completing():
+        words = typed_words()
+        if not words:
+            offer(_PROGRAM, [*_COMMANDS, "--help", "--version"])
     debug = "--debug" in words
     words = [_option(word) for word in words if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
@@ -96,7 +108,7 @@ def _unknown(word: str) -> str:
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"
-    return text + closest(word, _COMMANDS)
+    return text + closest(word, [*_COMMANDS, "--help", "--version"])
 
 
 def _option(word: str) -> str:
@@ -123,7 +135,7 @@ def _overview() -> str:
             "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
             "Any command takes --debug, which shows the traceback of an error.",
             "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
-            "A flag stands alone or with its value: --flip, --flip false.",
+            "A flag stands alone, --quiet, and --no-flip turns off one that is on.",
         ]
     )
 
@@ -136,6 +148,7 @@ _COMMANDS = {
     "analyse": Command("look into models: features, weights, entropies, curves", analyse),
     "reproduce": Command("reproduce a table or a figure of a paper", reproduce),
     "report": Command("compare runs in a table and a plot", report),
+    "data": Command("check the files of a data set, or download them", data),
     "info": Command("say what this installation can do", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),
 }

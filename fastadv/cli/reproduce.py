@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastadv.cli.parsing import FAILED, Parser, complain
+from fastadv.cli.parsing import FAILED, Parser
 from fastadv.commands.reproduction import list_items, run_reproduction
 from fastadv.interruption import stopped_by_signals
 
@@ -14,6 +14,10 @@ def reproduce(words: list[str]) -> int:
         description="Reproduce a table or a figure of the papers of ARREST, VFD-Adv, AFS and ACT: train what is "
         "missing, measure it, and write the table as the paper lays it out, beside the paper's own figures, with "
         "a picture. After an interruption the same command goes on where it was.",
+        needs={
+            "item": "a table or a figure such as arrest/table2; --list shows all",
+            "out": "a folder for the trained models, the tables and the pictures",
+        },
     )
     parser.add_argument(
         "item", nargs="?", help="Which table or figure, such as arrest/table2; --list shows all."
@@ -32,12 +36,10 @@ def reproduce(words: list[str]) -> int:
     options = vars(parser.parse_args(words))
     options.pop("config")
     if options.pop("list"):
-        print(list_items(), end="")
+        print(list_items(options["json"]), end="")
         return 0
-    for name, what in (("item", "such as arrest/table2; --list shows all"), ("out", "a folder")):
-        if options[name] is None:
-            complain(f"reproduce needs {'--' * (name == 'out')}{name}, {what}")
-            return FAILED
+    parser.check_given(options)
     with stopped_by_signals("stopped; the same command goes on where it was"):
-        print(run_reproduction(**options), end="")
-    return 0
+        result = run_reproduction(**options)
+    print(result.text, end="")
+    return FAILED if result.failures else 0

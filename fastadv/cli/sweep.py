@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 
-from fastadv.cli.evaluate import evaluation_options
-from fastadv.cli.parsing import FAILED, FALSE, Parser, complain, given_options
-from fastadv.cli.train import check_training
+from fastadv.cli.completion import is_completing, offer, offer_options
+from fastadv.cli.evaluate import evaluation_options, evaluation_parser
+from fastadv.cli.flags import FALSE, spellings, turned_off
+from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_options
+from fastadv.cli.train import check_training, training_parser
+from fastadv.commands.documents import as_json
 from fastadv.commands.sweep import Launch, run_sweep
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
@@ -16,7 +20,8 @@ from fastadv.trainers import find_method, method_names
 from fastadv.trainers.methods import command_name
 
 _EVAL = "--eval_"
-_OWN = ("grid", "out", "beside", "dry_run", *(field.name for field in fields(Launch)))
+_NOT_PREFIXED = ("attacks", "max_examples")
+_OWN = ("grid", "out", "beside", "dry_run", "json", *(field.name for field in fields(Launch)))
 _ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
 _OWN_FILE = (
     "its results have a file of their own, which no sweep reads; run `fastadv eval` after it"
@@ -32,6 +37,8 @@ _NOT_JUDGED = {
 
 def sweep(words: list[str]) -> int:
     """Train, judge and compare a method over a grid; the exit status."""
+    if is_completing() and not words:
+        offer("fastadv sweep", method_names())
     if not words or words[0].startswith("-"):
         if words[:1] in (["-h"], ["--help"]):
             _parser("METHOD").print_help()
@@ -40,7 +47,11 @@ def sweep(words: list[str]) -> int:
         return complain(f"sweep needs a method{before}: {', '.join(method_names())}")
     method = find_method(words[0])
     own, training, evaluation = _sorted(words[1:])
-    options = _parser(command_name(method)).parse_args(own)
+    own_parser = _parser(command_name(method))
+    if is_completing():
+        _offer(own_parser, training_parser(method))
+    _check_names(training, own_parser, training_parser(method))
+    options = own_parser.parse_args(own)
     for name, value in given_options(training, _ITS_OWN).items():
         raise ValueError(
             f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
@@ -68,7 +79,9 @@ def sweep(words: list[str]) -> int:
         result = run_sweep(
             plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
         )
-    print(result.text)
+    print(
+        as_json(result.content) if options.json else result.text, end="" if options.json else "\n"
+    )
     return FAILED if result.failures else 0
 
 
@@ -114,6 +127,7 @@ def _parser(method: str) -> Parser:
         "dry_run",
         "Do nothing but write the script, with slurm, or else print the trainings that are left.",
     )
+    parser.add_flag("json", "Print the table as one JSON document in place of the text.")
     return parser
 
 
@@ -128,7 +142,7 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
             name = word.lstrip("-").partition("=")[0]
             if name in _OWN or name in ("h", "help"):
                 target = own
-            elif name in ("attacks", "max_examples"):
+            elif name in _NOT_PREFIXED:
                 target = evaluation
             elif word.startswith(_EVAL):
                 target, word = evaluation, f"--{word.removeprefix(_EVAL)}"
@@ -136,6 +150,29 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
                 target = training
         target.append(word)
     return own, training, evaluation
+
+
+def _offer(own: Parser, training: Parser) -> None:
+    """Complete a word: with the options of the sweep, of `fastadv train`, and of `fastadv eval`."""
+    judging = []
+    for action in evaluation_parser()._actions:
+        if action.option_strings and action.dest not in ("help", "config", "print_config"):
+            shown = copy.copy(action)
+            shown.option_strings = [_EVAL + name[2:] for name in spellings(action)]
+            if action.dest in _NOT_PREFIXED:
+                shown.option_strings = [f"--{action.dest}"]
+            judging.append(shown)
+    offer_options(own.prog, [*own._actions, *training._actions, *judging])
+
+
+def _check_names(words: Sequence[str], own: Parser, training: Parser) -> None:
+    """Refuse an option that neither the sweep nor `fastadv train` has, before the sweep's own are missed."""
+    known = [option for parser in (own, training) for option in parser.options()]
+    for word in words:
+        option = word.partition("=")[0]
+        named = option.startswith("--") and turned_off(option) not in known
+        if named and option not in known and not option.startswith("--schedule."):
+            own.error(f"there is no option {option}{closest_option(option, known)}")
 
 
 def _is_negative(word: str) -> bool:

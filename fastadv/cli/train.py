@@ -14,7 +14,9 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-from fastadv.cli.parsing import FAILED, FALSE, TRUE, Parser, complain, given_options, schedule_names
+from fastadv.cli.completion import is_completing, offer
+from fastadv.cli.flags import FALSE, TRUE
+from fastadv.cli.parsing import FAILED, Parser, complain, given_options, schedule_names
 from fastadv.cli.saved_options import (
     CONFIG_FILE,
     as_config,
@@ -53,13 +55,15 @@ _TRAINING_OPTIONS = (
 
 def train(words: list[str]) -> int:
     """Train a model; the exit status."""
+    if is_completing() and not words:
+        offer("fastadv train", method_names())
     if not words or words[0].startswith("-"):
         if words and words[0] not in ("-h", "--help"):
             return complain(f"train needs a method before {words[0]}: {', '.join(method_names())}")
         print(_methods_overview())
         return 0 if words else FAILED
     method, words = _method(words[0], words[1:]), words[1:]
-    if words[-1:] == ["--schedule.help"]:
+    if _asks_for_schedules(words):
         print(_schedules_overview())
         return 0
     saved = _saved(method, words)
@@ -71,6 +75,7 @@ def train(words: list[str]) -> int:
     recipe = method.recipe_class(**_fields_of(method.recipe_class, chosen))
     if not saved:
         check_all_used(method, recipe, chosen.preset)
+        parser.check_given(options)
     try:
         result = run_training(
             method,
@@ -147,7 +152,7 @@ def training_parser(
     parser = Parser(
         prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
-        needs=_needs(method),
+        needs=_needs(method, _begun(recipe_class, {**start, **given})),
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
@@ -180,13 +185,13 @@ def training_parser(
 
 
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
-    """What words and configs say of the preset and of the fields from which other defaults follow."""
+    """What words and configs say of the preset, of the recipe's flags, and of the fields that decide on others."""
     recipe_class = method.recipe_class
-    given = given_options(words, ("preset", "data", "epochs", *recipe_class.deciders()))
-    flags = {name for name in given if isinstance(getattr(recipe_class, name, None), bool)}
+    flags = {f.name for f in fields(recipe_class) if isinstance(f.default, bool)}
+    names = ("preset", "data", "epochs", *recipe_class.deciders(), *flags)
     found: dict[str, Any] = {
         name: str(value).lower() in TRUE if name in flags else str(value)
-        for name, value in given.items()
+        for name, value in given_options(words, names).items()
     }
     if "epochs" in found:
         found["epochs"] = _number(found["epochs"])
@@ -201,13 +206,22 @@ def _number(text: str) -> Any:
         return text
 
 
-def _needs(method: MethodClass) -> dict[str, str]:
+def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
+    """The recipe as far as it is known; the method's own where something is wrong, which the parser then tells."""
+    known = {f.name for f in fields(recipe_class)} - {"epochs", "schedule"}
+    try:
+        return recipe_class(**{name: value for name, value in numbers.items() if name in known})
+    except (TypeError, ValueError):
+        return recipe_class()
+
+
+def _needs(method: MethodClass, recipe: Recipe) -> dict[str, str]:
     """What cannot be left out, and what it is; with what only the training itself would miss."""
     needs = {
         "data": f"one of {', '.join(dataset_names())}, or folder:PATH",
         "run": "a directory for everything the run leaves",
     }
-    trained = method.teachers_needed(method.recipe_class())
+    trained = method.teachers_needed(recipe)
     if trained or method is Afs:
         several = len(trained) > 1 or method is Afs
         needs["teacher"] = "trained networks" if several else "a trained network"
@@ -240,21 +254,42 @@ def _methods_overview() -> str:
     return "\n".join([*head, *lines, "", own, "`fastadv train METHOD --help` lists the options."])
 
 
+def _asks_for_schedules(words: Sequence[str]) -> bool:
+    """Whether `--schedule.help` stands without the name of a schedule."""
+    if "--schedule.help" not in words:
+        return False
+    following = words[words.index("--schedule.help") + 1 :][:1]
+    return not following or following[0].startswith("-")
+
+
 def _schedules_overview() -> str:
+    """The schedules, each with its options and the numbers that these have where they are not given."""
     width = max(map(len, schedule_names()))
-    lines = [
-        f"  {name:<{width}}  {(inspect.getdoc(getattr(schedules, name)) or '').splitlines()[0]}"
-        for name in schedule_names()
-    ]
+    lines = []
+    for name in schedule_names():
+        kind = getattr(schedules, name)
+        lines.append(f"  {name:<{width}}  {(inspect.getdoc(kind) or '').splitlines()[0]}")
+        lines += [
+            f"  {'':<{width}}    --schedule.{field.name} {_as_word(field.default)}"
+            for field in fields(kind)
+        ]
     return "\n".join(
         [
             "--schedule NAME is how the learning rate changes over the run; NAME is one of",
             "",
             *lines,
             "",
-            "`--schedule.help NAME` lists the options of one, such as --schedule.gamma.",
+            "The numbers are those of a schedule by itself. A method begins with its own schedule, which",
+            "`fastadv train METHOD --help` shows. `--schedule.help NAME` explains the options of one.",
         ]
     )
+
+
+def _as_word(value: object) -> str:
+    """A number, or several, as the command line takes them."""
+    if isinstance(value, tuple):
+        return f"[{','.join(map(str, value))}]"
+    return "null" if value is None else str(value)
 
 
 def _fields_of(kind: type[Any], options: Namespace) -> dict[str, Any]:

@@ -13,6 +13,9 @@ def transfer(words: list[str]) -> int:
         description="Make adversarial images on each of several models, and measure the accuracy of all the "
         "models on them. This prints one table: a row is the model on which the images were made, a column the "
         "model that classifies them.",
+        needs={
+            "models": "two or more run directories, files of weights (with --model), or module:function"
+        },
     )
     parser.add_argument(
         "models",

@@ -24,7 +24,7 @@ from fastadv.evaluation.analyses.groups import AnalysisGroup, grouped, number_te
 from fastadv.evaluation.analyses.pictures import images_of, picture_of
 from fastadv.evaluation.analyses.records import AnalysisRecord, analyses_folder
 from fastadv.evaluation.analyses.registry import check_needs, find_analyses
-from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.comparison import distinct_names, distinct_paths
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.reporting import aligned
 from fastadv.evaluation.samples import Samples, as_samples
@@ -124,7 +124,7 @@ def run_analysis(
     needed = {need for analysis in chosen for need in analysis.needs}
     _check_options(needed, chosen, teacher, teacher_model, train_data, train_examples)
     where, reading = choose_device(device), Reading(resize, crop, interpolation, workers)
-    paths = list(dict.fromkeys(models))
+    paths = distinct_paths(models)
     names = distinct_names(paths)
     images: Images | None = None
     others = [path for path in [*paths, *([teacher] if teacher else [])] if not Path(path).is_dir()]

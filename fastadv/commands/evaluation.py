@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from fastadv.commands.documents import as_json
 from fastadv.commands.judged import (
     Images,
     JudgedModel,
@@ -38,11 +40,15 @@ from fastadv.evaluation.context import Model
 from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import format_eps, library_versions
 from fastadv.evaluation.samples import as_samples, radius_or_default
-from fastadv.evaluation.sanity import NORMS
-from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, sanity_file_of
+from fastadv.evaluation.sanity_file import (
+    SanityResult,
+    add_sanity_result,
+    sanity_entry,
+    sanity_file_of,
+)
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_bounds, check_choice, norm_name
+from fastadv.ops.values import check_bounds, norm_name
 from fastadv.ranks import is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
@@ -93,6 +99,7 @@ def run_evaluation(
     out: str | None = None,
     quiet: bool = False,
     keep_images: int = 16,
+    json: bool = False,
     command: str = "",
 ) -> str:
     """The evaluation.
@@ -146,7 +153,7 @@ def run_evaluation(
             (expectation over transformations). It is meant for models that draw random numbers.
         cw_c: the constant c of cwl2-K, by default 1; of cwl2-K-S the first of the S values, by default .001.
         cw_lr: learning rate of cwl2-K and cwl2-K-S.
-        sanity: after the attacks, look for signs of gradient masking on the first 200 images; in linf and l2 only.
+        sanity: after the attacks, look for signs of gradient masking on the first 200 images.
             The findings are printed, and kept beside the results in a file whose name ends in .sanity.json.
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         seed: seed of all random numbers.
@@ -156,10 +163,11 @@ def run_evaluation(
         quiet: show no progress.
         keep_images: how many adversarial images of each attack to keep, in the folder worst beside the results.
             Those are kept of whose wrong class the model is most sure. 0 keeps no image.
+        json: print the results as one JSON document in place of the table.
         command: the command line, for the record.
 
     Returns:
-        The table. Its results have been added to the file, each as soon as its attack ended.
+        The table, or JSON. Its results have been added to the file, each as soon as its attack ended.
 
     Raises:
         UnsavedResultsError: when they could not be written; it holds the table.
@@ -175,8 +183,6 @@ def run_evaluation(
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
-    if sanity:
-        check_choice("norm", norm, NORMS)  # before hours are spent
     if run is None:
         if network != ROBUST:
             raise ValueError(f"network must come with a run, got {network!r}")
@@ -201,7 +207,12 @@ def run_evaluation(
         multiply_adds=_cost(module, samples.source.shape),
     )
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
-    keeper = ResultKeeper(judged.results if out is None else Path(out), subject, command)
+    keeper = ResultKeeper(
+        judged.results if out is None else Path(out),
+        subject,
+        command,
+        Report.to_json if json else Report.table,
+    )
     if not quiet and is_first():
         keeper.warn()
         if judged.others:
@@ -267,8 +278,9 @@ def run_evaluation(
             sharded=ranks.count > 1,
         )
         text = report.table() + _about_radius(given, radii[0], norm, report, recorded)
+        checked = None
         if sanity and ranks.first:
-            text += "\n" + _sanity(
+            checked, found = _sanity(
                 module,
                 images,
                 subject,
@@ -284,10 +296,21 @@ def run_evaluation(
                 eot=eot,
                 progress=not quiet,
             )
+            text += "\n" + found
+        if json:
+            text = as_json(_document(report, subject, keeper.file, checked))
         ranks.wait()
         if ranks.first:
             keeper.close(text)
     return text
+
+
+def _document(
+    report: Report, subject: Subject, file: Path, checked: SanityResult | None
+) -> dict[str, Any]:
+    """The results of one evaluation as JSON types."""
+    found = None if checked is None else sanity_entry(checked)
+    return {**report.to_dict(), "subject": asdict(subject), "file": str(file), "sanity": found}
 
 
 def _cost(model: nn.Module, shape: Sequence[int]) -> int:
@@ -317,8 +340,10 @@ def _surrogate(
     return Surrogate(found.model, name), digest[:8]
 
 
-def _sanity(network: Model, images: Images, subject: Subject, file: Path, **settings: Any) -> str:
-    """Look for signs of gradient masking, keep what is found, and return it in words."""
+def _sanity(
+    network: Model, images: Images, subject: Subject, file: Path, **settings: Any
+) -> tuple[SanityResult, str]:
+    """Look for signs of gradient masking, keep what is found, and return it, with its words."""
     findings = sanity_checks(network, images, **settings)
     other = settings["surrogate"]
     result = SanityResult(
@@ -335,8 +360,8 @@ def _sanity(network: Model, images: Images, subject: Subject, file: Path, **sett
     try:
         add_sanity_result(file, result)
     except (OSError, ValueError) as error:
-        return result.text() + f"These findings could not be kept: {error}\n"
-    return result.text()
+        print(f"note: the findings on gradient masking are not kept: {error}", file=sys.stderr)
+    return result, result.text()
 
 
 def _given_model(

@@ -10,7 +10,7 @@ from typing import Literal
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.evaluation import Subject, load_results
 from fastadv.evaluation.analyses.records import analyses_folder, load_records
-from fastadv.evaluation.comparison import Comparison, Judged, distinct_names
+from fastadv.evaluation.comparison import Comparison, Judged, distinct_names, distinct_paths
 from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, write_report
 from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
 from fastadv.trainers.number import Number
@@ -43,7 +43,7 @@ def run_report(
     Returns:
         The table as text, or JSON. Each line is of one radius, and of one checkpoint, set of images and seed.
     """
-    paths = list(dict.fromkeys(runs))
+    paths = distinct_paths(runs)
     judged = []
     for path, name in zip(paths, distinct_names(paths), strict=True):
         beside = [file for file in _of_other_networks(Path(path)) if not _is_named(file, paths)]

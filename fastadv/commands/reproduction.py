@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from fastadv.commands.documents import as_json
+from fastadv.commands.judged import check_no_root
 from fastadv.data.datasets import check_source
+from fastadv.data.training_folders import FOLDER
+from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
-from fastadv.reproduction.writers import markdown
+from fastadv.reproduction.writers import as_record, markdown
+
+
+@dataclass(frozen=True)
+class ReproductionResult:
+    """What a reproduction has come to.
+
+    Attributes:
+        text: for people, or one JSON document.
+        failures: the trainings that were refused though nothing that they need is missing.
+    """
+
+    text: str
+    failures: tuple[str, ...] = ()
 
 
 def run_reproduction(
@@ -24,14 +42,16 @@ def run_reproduction(
     device: str | None = None,
     extra: str | None = None,
     plan: bool = False,
+    json: bool = False,
     quiet: bool = False,
-) -> str:
+) -> ReproductionResult:
     """The table.
 
     Args:
         item: which table or figure, such as arrest/table2; --list shows all of them.
         out: folder for the trained models, the tables and the pictures. What is in it is used again.
-        data: data set: digits, cifar10 or cifar100; by default that of the scale.
+        data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
+            pictures per class; by default that of the scale.
         root: folder of the data set's official files (not for digits).
         scale: paper has the papers' own settings. small is real CIFAR-10 on a processor of 2 cores: 5,000 images,
             a small network, few epochs. tiny is digits of 8x8 pixels in seconds, to see that everything works.
@@ -43,16 +63,27 @@ def run_reproduction(
         extra: a .npz file of further training images, with the arrays image (uint8, N x H x W x C) and label, for
             rows whose method needs such: RST.
         plan: say how much is left to train and to measure, and about how long it takes; do nothing.
+        json: print one JSON document in place of the text, also with list and plan.
         quiet: show no progress.
 
     Returns:
-        The table in Markdown, and where the files are.
+        The table in Markdown, and where the files are; or JSON.
     """
     chosen = find_scale(scale)
-    check_source(data or chosen.data, root)
+    if data is not None and data.startswith(FOLDER):
+        check_no_root(data, root)
+    else:
+        check_source(data or chosen.data, root)
+    if network is not None:
+        check_model_name("network", network)
     if plan:
         work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
-        return f"{find_item(item).heading} at scale {scale}: {work.estimate()}.\n"
+        left = work.estimate()
+        if json:
+            planned = as_json({"item": work.item.id, "scale": scale, **asdict(left)})
+        else:
+            planned = f"{find_item(item).heading} at scale {scale}: {left}.\n"
+        return ReproductionResult(planned)
 
     def tell(estimated: Estimate) -> None:
         if not quiet:
@@ -71,16 +102,35 @@ def run_reproduction(
         quiet=quiet,
         on_estimate=tell,
     )
+    if json:
+        paths = [str(path) for path in done.files]
+        trained = {"trained": list(done.trained), "evaluations": done.judged}
+        trained["failures"] = list(done.failures)
+        document = as_json({**as_record(done.table), "files": paths, **trained})
+        return ReproductionResult(document, done.failures)
     files = "\n".join(str(path) for path in done.files)
     text = f"{markdown(done.table)}\n{files}\n"
     if not any(path.suffix == ".png" for path in done.files):
         text += "There is no picture: nothing was measured, or matplotlib is not installed.\n"
-    return text
+    if done.failures:
+        text += "\n".join(["failed; the same command tries them again:", *done.failures]) + "\n"
+    return ReproductionResult(text, done.failures)
 
 
-def list_items() -> str:
-    """All items, with what of the papers' figures is known here."""
+def list_items(json: bool = False) -> str:
+    """All items, with what of the papers' figures is known here, as lines or as JSON."""
     items = all_items()
+    if json:
+        return as_json(
+            [
+                {
+                    "item": name,
+                    "title": item.title,
+                    "published": "no" if not item.published else "some" if item.lacks() else "all",
+                }
+                for name, item in items.items()
+            ]
+        )
     width = max(map(len, items))
     lines = [f"{name:<{width}}  {item.title}{_known(item)}" for name, item in items.items()]
     return "\n".join(lines) + "\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime, timezone
@@ -37,6 +37,7 @@ class ResultKeeper:
         file: where the results go.
         subject: what is judged.
         command: the command line, which is recorded with the results; empty where there is none.
+        render: makes text of the results so far, where they are to be printed.
 
     Attributes:
         file: the same.
@@ -45,7 +46,13 @@ class ResultKeeper:
         ValueError: for a name that does not end in .json, or a file that is there and holds no results.
     """
 
-    def __init__(self, file: Path, subject: Subject, command: str = "") -> None:
+    def __init__(
+        self,
+        file: Path,
+        subject: Subject,
+        command: str = "",
+        render: Callable[[Report], str] = Report.table,
+    ) -> None:
         if file.suffix != ".json":
             raise ValueError(f"out must be a file that ends in .json, got {str(file)!r}")
         self.file = file
@@ -53,6 +60,7 @@ class ResultKeeper:
         self._failure = check_destination(file)
         self._so_far: Report | None = None
         self._command = command
+        self._render = render
         self._results: list[Result] = []
 
     def __enter__(self) -> ResultKeeper:
@@ -64,7 +72,7 @@ class ResultKeeper:
         if self._failure is None:
             print(f"the results so far are in {self.file}", file=sys.stderr)
         else:
-            print(self._so_far.table(), end="", flush=True)
+            print(self._render(self._so_far), end="", flush=True)
             print(f"note: {self._complaint()}", file=sys.stderr)
 
     def warn(self) -> None:

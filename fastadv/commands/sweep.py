@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fastadv.commands.report import judged_run
 from fastadv.evaluation import Result
@@ -73,10 +73,12 @@ class SweepResult:
     Attributes:
         text: for people.
         failures: the runs that did not end as they should.
+        content: the same for scripts, as JSON types.
     """
 
     text: str
     failures: tuple[Failure, ...] = ()
+    content: dict[str, Any] = field(default_factory=dict)
 
 
 def run_sweep(
@@ -104,7 +106,7 @@ def run_sweep(
     others = [Plan.load(Path(folder)) for folder in beside]  # before hours are spent
     plan.check()
     if dry_run and launch.launcher != "slurm":
-        return SweepResult(_commands(plan))
+        return _commands(plan)
     with naming(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
     with locked(plan.folder / PLAN_FILE, _PATIENCE):
@@ -113,7 +115,7 @@ def run_sweep(
         say(quiet, f"{len(plan.runs)} runs, {len(left)} of them left to do")
         failures: list[Failure] = []
         if left and launch.launcher == "slurm":
-            return SweepResult(_hand_to_slurm(plan, left, launch, dry_run))
+            return _hand_to_slurm(plan, left, launch, dry_run)
         if left and launch.launcher == "ray":
             failures = run_on_ray(
                 plan,
@@ -126,10 +128,10 @@ def run_sweep(
             )
         elif left:
             failures = run_locally(plan, left, launch.jobs or 1, quiet)
-        return SweepResult(_tabulate([plan, *others], failures), tuple(failures))
+        return _tabulate([plan, *others], failures)
 
 
-def _commands(plan: Plan) -> str:
+def _commands(plan: Plan) -> SweepResult:
     """The trainings that are left, as command lines."""
     lines = [
         shlex.join(
@@ -137,10 +139,13 @@ def _commands(plan: Plan) -> str:
         )
         for run in plan.unfinished()
     ]
-    return "\n".join([f"{len(plan.runs)} runs, {len(lines)} of them left to do", *lines])
+    text = "\n".join([f"{len(plan.runs)} runs, {len(lines)} of them left to do", *lines])
+    return SweepResult(text, content={"runs": len(plan.runs), "left": lines})
 
 
-def _hand_to_slurm(plan: Plan, left: Sequence[SweepRun], launch: Launch, dry_run: bool) -> str:
+def _hand_to_slurm(
+    plan: Plan, left: Sequence[SweepRun], launch: Launch, dry_run: bool
+) -> SweepResult:
     script = write_script(
         plan,
         left,
@@ -149,48 +154,55 @@ def _hand_to_slurm(plan: Plan, left: Sequence[SweepRun], launch: Launch, dry_run
         cpus=launch.cpus_per_run,
         options=launch.slurm,
     )
+    handed = {"script": str(script), "runs": len(left)}
     if dry_run:
-        return f"written: {script}, for {len(left)} runs"
+        return SweepResult(f"written: {script}, for {len(left)} runs", content=handed)
     job = submit(script)
-    return (
+    return SweepResult(
         f"submitted: job {job}, {SCRIPT_FILE} in {plan.folder}, for {len(left)} runs\n"
-        "next: when it has ended, the same command prints the table"
+        "next: when it has ended, the same command prints the table",
+        content={**handed, "job": job},
     )
 
 
-def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> str:
+def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> SweepResult:
     """Write the table, the plot and the report of all runs that are finished; the table and what is missing."""
     plan = plans[0]
     judgements, missing = _judgements(plans)
     parts = []
+    rows: list[dict[str, Any]] = []
+    files: dict[str, str] = {}
     if judgements:
         results = SweepTable(judgements)
         table = results.table()
+        rows = results.records()
         write_atomically(plan.folder / "table.csv", results.csv())
         title = f"Sweep of {' and '.join(dict.fromkeys(one.method for one in plans))}"
         write_atomically(plan.folder / "table.md", markdown([table], title))
         parts.append(aligned([table.heading, *table.rows]) + "\n\n" + "\n".join(table.notes))
-        parts.append(_pictures(plan, results))
+        files, why_not = _pictures(plan, results)
+        parts.append("\n".join([*(f"{name}: {path}" for name, path in files.items()), *why_not]))
     if missing:
         parts.append("not in the table: " + ", ".join(missing))
+    texts = [failure.text() for failure in failures]
     if failures:
-        parts.append("failed; the same command tries them again:")
-        parts += [failure.text() for failure in failures]
-    return "\n\n".join(parts)
+        parts += ["failed; the same command tries them again:", *texts]
+    content = {"rows": rows, "files": files, "missing": missing, "failures": texts}
+    return SweepResult("\n\n".join(parts), tuple(failures), content)
 
 
-def _pictures(plan: Plan, results: SweepTable) -> str:
-    """Write the plot and the report, and say where they are."""
-    lines = [f"table: {plan.folder / 'table.csv'}"]
+def _pictures(plan: Plan, results: SweepTable) -> tuple[dict[str, str], list[str]]:
+    """Write the plot and the report: where these and the table are, and why one is not there."""
+    files = {"table": str(plan.folder / "table.csv")}
     try:
         picture = results.picture()
         if picture is not None:
-            lines.append(f"plot: {write_atomically(plan.folder / 'trade_off.png', picture)}")
+            files["plot"] = str(write_atomically(plan.folder / "trade_off.png", picture))
         write_report(results.summary, plan.folder / "report")
-        lines.append(f"report: {plan.folder / 'report' / 'report.html'}")
+        files["report"] = str(plan.folder / "report" / "report.html")
     except ImportError as error:
-        lines.append(f"There is no plot and no report: {error}")
-    return "\n".join(lines)
+        return files, [f"There is no plot and no report: {error}"]
+    return files, []
 
 
 def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:

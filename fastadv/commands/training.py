@@ -12,6 +12,7 @@ from fastadv.data.datasets import check_source
 from fastadv.data.preprocessing import Interpolation
 from fastadv.data.training_folders import FOLDER
 from fastadv.fields import check_fields
+from fastadv.models.registry import check_model_name
 from fastadv.ops.values import check_choice
 from fastadv.trainers import Afs, Recipe, Settings, TrainResult, find_method, train
 from fastadv.trainers.checkpoint import (
@@ -101,6 +102,10 @@ def run_training(
     else:
         check_source(data, root)
         reading.check_none(data)
+    if model is not None:
+        check_model_name("model", model)
+    for name in teacher_model or ():
+        check_model_name("teacher_model", name)
     resume = flags.resume or from_checkpoint is not None
     if flags.allow_changes and not resume:
         raise ValueError(

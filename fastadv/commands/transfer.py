@@ -9,7 +9,7 @@ from typing import Literal
 from fastadv.commands.judged import Images, Reading, images_named, images_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
-from fastadv.evaluation.comparison import distinct_names
+from fastadv.evaluation.comparison import distinct_names, distinct_paths
 from fastadv.evaluation.samples import radius_or_default
 from fastadv.evaluation.transfer import check_transferable
 from fastadv.evaluation.transfer_table import check_matrix_file
@@ -37,6 +37,7 @@ def run_transfer(
     device: str | None = None,
     seed: int = 0,
     out: str | None = None,
+    json: bool = False,
     quiet: bool = False,
 ) -> str:
     """The matrix.
@@ -65,12 +66,13 @@ def run_transfer(
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         seed: seed of all random numbers.
         out: file that the table is also written to; its name ends in .json, .csv or .md.
+        json: print the table as one JSON document.
         quiet: show no progress.
 
     Returns:
-        The matrix as text.
+        The matrix as text, or JSON.
     """
-    paths = list(dict.fromkeys(models))
+    paths = distinct_paths(models)
     if len(paths) < 2:
         raise ValueError(f"models must be two or more, got {' '.join(models)!r}")
     radius = radius_or_default(eps, norm, (0.0, 1.0))
@@ -101,7 +103,7 @@ def run_transfer(
     )
     if out is not None:
         matrix.save(out)
-    return matrix.table()
+    return matrix.to_json() if json else matrix.table()
 
 
 def images_of_models(

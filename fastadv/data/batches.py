@@ -36,7 +36,7 @@ class Batches(ABC):
     no sample for it.
 
     Args:
-        name: what the data are called.
+        name: the name of the data.
         count: number of samples.
         batch_size: size of the global batch, over all ranks.
         seed: governs the order.
@@ -91,7 +91,7 @@ class Batches(ABC):
 
         Args:
             epoch: number of the epoch, from 0.
-            start_step: skip so many batches; the rest are what they would have been anyway.
+            start_step: number of batches to skip; the others do not change.
 
         Raises:
             TypeError: if one of them is no integer.
@@ -132,10 +132,10 @@ class Batches(ABC):
 
         Args:
             ids: indices of the images [B].
-            extra_weight: weight of an extra image's loss; that of another is 1.
+            extra_weight: weight of an extra image's loss; all other images have weight 1.
 
         Returns:
-            float32 [B]; None where all weigh the same.
+            float32 [B]; None if all weights are equal.
         """
         if extra_weight == 1 or not self.extra_per_batch:
             return None

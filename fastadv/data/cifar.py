@@ -47,10 +47,10 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
 
     Raises:
         FileNotFoundError: if there is nothing at root, or a file is missing.
-        DataFormatError: if a file is not what it should be.
+        DataFormatError: if the content of a file is wrong.
     """
     verify = check_bool("verify", verify)
-    folder, is_binary = _find_folder(layout, Path(root).expanduser())
+    folder, is_binary = find_folder(layout, Path(root).expanduser())
     return Splits(
         train=_read_split(layout, layout.train, "train", folder, is_binary, verify),
         test=_read_split(layout, layout.test, "test", folder, is_binary, verify),
@@ -60,12 +60,20 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
 def read_cifar_test(layout: CifarLayout, root: str | Path, verify: bool = True) -> ImageData:
     """Read the test images alone, with the arguments and the errors of `read_cifar`."""
     verify = check_bool("verify", verify)
-    folder, is_binary = _find_folder(layout, Path(root).expanduser())
+    folder, is_binary = find_folder(layout, Path(root).expanduser())
     return _read_split(layout, layout.test, "test", folder, is_binary, verify)
 
 
-def _find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
-    """The folder with the files, and whether they are in the binary layout."""
+def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
+    """Return the folder with the files, and whether they are in the binary layout.
+
+    Args:
+        layout: which data set.
+        root: that folder or its parent.
+
+    Raises:
+        FileNotFoundError: if none of the files is there; the message says how they must lie.
+    """
     candidates = (
         (root / layout.binary_folder, layout.train.binary_files + layout.test.binary_files, True),
         (root, layout.train.binary_files + layout.test.binary_files, True),
@@ -94,6 +102,35 @@ def _state_of(layout: CifarLayout, root: Path) -> str:
     return f" (found {', '.join(archives)}: unpack it first)" if archives else ""
 
 
+def read_file(
+    path: Path, layout: CifarLayout, split: SplitLayout, is_binary: bool, verify: bool
+) -> Records:
+    """Read one file.
+
+    Args:
+        path: the file.
+        layout: which data set.
+        split: which of its splits.
+        is_binary: whether the file is in the binary layout.
+        verify: check the MD5 of a file in the python layout, where it is known.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        DataFormatError: if it is not what it should be.
+    """
+    require_file(path, (layout.describe_binary if is_binary else layout.describe_python)(split))
+    if is_binary:
+        return read_binary(path, layout, split)
+    if verify and split.python_md5 is not None:
+        check_file_md5(path, split.python_md5)  # before anything in it is interpreted
+    return read_python(path, layout, split)
+
+
+def files_of(split: SplitLayout, is_binary: bool) -> tuple[str, ...]:
+    """Return the names of a split's files in one of the layouts."""
+    return split.binary_files if is_binary else split.python_files
+
+
 def _read_split(
     layout: CifarLayout,
     split: SplitLayout,
@@ -102,16 +139,10 @@ def _read_split(
     is_binary: bool,
     verify: bool,
 ) -> ImageData:
-    parts: list[Records] = []
-    for name in split.binary_files if is_binary else split.python_files:
-        path = folder / name
-        require_file(path, (layout.describe_binary if is_binary else layout.describe_python)(split))
-        if is_binary:
-            parts.append(read_binary(path, layout, split))
-            continue
-        if verify and split.python_md5 is not None:
-            check_file_md5(path, split.python_md5)  # before anything in it is interpreted
-        parts.append(read_python(path, layout, split))
+    parts = [
+        read_file(folder / name, layout, split, is_binary, verify)
+        for name in files_of(split, is_binary)
+    ]
     records = concatenate(parts)
     if verify:
         check_content(records, layout, split, split_name, folder)

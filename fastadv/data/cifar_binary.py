@@ -15,7 +15,7 @@ def read_binary(path: Path, layout: CifarLayout, split: SplitLayout) -> Records:
     """Read one file.
 
     Raises:
-        DataFormatError: if its size or a label is not what the layout says.
+        DataFormatError: if its size or a label contradicts the layout.
     """
     expected = layout.describe_binary(split)
     size = path.stat().st_size

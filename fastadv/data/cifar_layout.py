@@ -45,6 +45,7 @@ class CifarLayout:
         python_folder: folder of the python layout inside its archive.
         train: files of the training split.
         test: files of the test split.
+        archive_md5: MD5 of the official archive of the binary layout, as its page has it.
     """
 
     name: str
@@ -55,6 +56,17 @@ class CifarLayout:
     python_folder: str
     train: SplitLayout
     test: SplitLayout
+    archive_md5: str = ""
+
+    @property
+    def archive(self) -> str:
+        """Name of the official archive of the binary layout."""
+        return f"{self.stem}-binary.tar.gz"
+
+    @property
+    def archive_url(self) -> str:
+        """Where the official archive of the binary layout is to be had."""
+        return f"{OFFICIAL_PAGE.rpartition('/')[0]}/{self.archive}"
 
     @property
     def stem(self) -> str:
@@ -151,6 +163,7 @@ CIFAR10 = CifarLayout(
         records=10_000,
         digest="8a4044811e1cf6e86667d733fa84d212",
     ),
+    archive_md5="c32a1d4ab5d03f1284b67883e8d87530",
 )
 
 CIFAR100 = CifarLayout(
@@ -172,4 +185,5 @@ CIFAR100 = CifarLayout(
         records=10_000,
         python_md5="f0ef6b0ae62326f3e7ffdfab6717acfc",
     ),
+    archive_md5="03b5dce01913d631647c71ecec9e9cb8",
 )

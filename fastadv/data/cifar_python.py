@@ -19,7 +19,7 @@ def read_python(path: Path, layout: CifarLayout, split: SplitLayout) -> Records:
 
     Raises:
         DataFormatError: if it is no such pickle, wants anything but arrays and plain values, or
-            its contents are not what the layout says.
+            its content contradicts the layout.
     """
     expected = layout.describe_python(split)
     content = _unpickle(path, expected)

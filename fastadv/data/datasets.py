@@ -18,6 +18,16 @@ def dataset_names() -> list[str]:
     return ["digits", *_FROM_FILES]
 
 
+def layout_of(name: str) -> CifarLayout:
+    """Return what the files of a data set look like.
+
+    Raises:
+        ValueError: for a data set that has no files, or an unknown name.
+    """
+    check_choice("name", name, list(_FROM_FILES))
+    return _FROM_FILES[name]
+
+
 def check_source(name: str, root: str | Path | None) -> None:
     """Check the name of a data set, and that a folder of its files is given only where it has files.
 
@@ -60,7 +70,7 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
 def load_test_images(name: str, root: str | Path | None = None, verify: bool = True) -> ImageData:
     """Load the test images of a data set by name, for which no file of the training images need be there.
 
-    The arguments and the errors are those of `load_dataset`.
+    The arguments and the errors are as in `load_dataset`.
     """
     check_choice("name", name, dataset_names())
     if name == "digits":

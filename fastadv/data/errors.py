@@ -1,4 +1,4 @@
-"""The error for data that is there but not what it should be."""
+"""The error for data files with wrong content."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
         interpolation: of the resizing, which is antialiased as PIL's and torchvision's is.
         workers: processes that decode when a model is evaluated on this data; by default one per core, at most 8.
-        name: what it is called in reports; by default the folder's name.
+        name: the name in reports; by default the folder's name.
 
     Attributes:
         classes: names of the classes.

@@ -28,7 +28,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
     Args:
         dataset: a ``datasets.Dataset`` with a column image or img and one label, labels or fine_label.
-        name: what it is called in reports.
+        name: the name in reports.
         resize: pixels of the shorter side; by default the size is left as it is.
         crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
         interpolation: of the resizing, which is antialiased.

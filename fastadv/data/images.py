@@ -32,7 +32,7 @@ class ImageData:
         images: uint8 [N, C, H, W], 0..255.
         labels: int64 [N], each in 0 .. num_classes - 1; other integers become int64.
         num_classes: number of classes.
-        name: what it is, for messages and logs, e.g. "cifar10 train".
+        name: the name for messages and logs, e.g. "cifar10 train".
 
     Raises:
         TypeError: if a dtype is another one, or num_classes no integer.
@@ -91,14 +91,14 @@ class ImageData:
         )
 
     def joined(self, other: ImageData, name: str) -> ImageData:
-        """Return these images and then those of `other`, whose labels are of the same classes.
+        """Return these images followed by the images of `other`, which have the same classes.
 
         Args:
             other: images of the same size.
-            name: what to call `other` in messages.
+            name: the name of `other` in messages.
 
         Raises:
-            ValueError: if it has images of another shape, or a label that is none of the classes here.
+            ValueError: if it has images of another shape, or a label outside of these classes.
         """
         if other.images.shape[1:] != self.images.shape[1:]:
             raise ValueError(
@@ -131,7 +131,7 @@ class Splits:
     Attributes:
         train: training images.
         test: test images.
-        source: what a run records to find the images again, JSON types; None for images without a place.
+        source: the record by which a run finds the images again, JSON types; None for images without a place.
     """
 
     train: ImageData | StreamedData
@@ -149,7 +149,7 @@ def from_tensors(
             the nearest of the 256 levels.
         labels: [N], any integer dtype.
         num_classes: number of classes; by default the largest label + 1.
-        name: what to call it in messages.
+        name: the name in messages.
 
     Returns:
         The data; uint8 images and int64 labels are not copied.
@@ -195,7 +195,7 @@ def from_dataset(
         dataset: items (image, label); an image is a tensor [C, H, W] as `from_tensors` takes it,
             or a PIL image or array [H, W] or [H, W, C] of uint8. All have one size.
         num_classes: number of classes; by default the largest label + 1.
-        name: what to call it in messages; by default the dataset's class.
+        name: the name in messages; by default the dataset's class.
 
     Raises:
         ValueError: if the dataset is empty, its images differ in shape, or a label is no class index.

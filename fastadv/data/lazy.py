@@ -37,7 +37,7 @@ class LazyData:
 
     Attributes:
         dataset: of items as `fastadv.data.items.read_item` takes them.
-        name: what it is called in reports.
+        name: the name in reports.
         num_classes: where it says so.
         workers: processes that read.
         options: further arguments of the DataLoader that reads.
@@ -51,7 +51,7 @@ class LazyData:
 
 
 def as_lazy(data: Any) -> LazyData | None:
-    """Wrap what has its images one by one; None for anything else, such as tensors.
+    """Wrap data that give their images one by one; return None for other data, such as tensors.
 
     Args:
         data: a map-style torch Dataset, any other object with ``len`` and items that is no list, or a

@@ -23,16 +23,16 @@ class Loader(Batches):
     epoch, its index) alone, as the order does on (seed, epoch).
 
     With extra images each training batch takes a fixed number of them and fewer of the data. They
-    come in a random order of their own, anew in each epoch and as often as it takes, at random
-    places in the batch. Their ids follow those of the data.
+    come in a random order of their own, a new one in each epoch, as often as needed, at random
+    places in the batch. Their ids follow the ids of the data.
 
     Args:
         data: the images.
         batch_size: size of the global batch, over all ranks.
         seed: governs shuffling and augmentation.
-        train: shuffle, augment and drop an incomplete last batch; otherwise none of these.
+        train: shuffle, augment and drop an incomplete last batch.
         pad: random crop after padding by so many pixels; 0 for none. Training only.
-        mode: what to pad with, "constant" (zeros) or "reflect".
+        mode: padding, "constant" (zeros) or "reflect".
         flip: mirror images at random. Training only.
         device: where data and batches live; None for where the data are.
         channels_last: memory format of the batches.

@@ -58,7 +58,7 @@ def labelled_images(
         images: uint8 [N, H, W, C].
         labels: integers [N].
         num_classes: number of classes; by default the largest label + 1.
-        name: what the file calls its images.
+        name: the name of the images in the file.
 
     Raises:
         DataFormatError: if they are something else.

@@ -1,4 +1,4 @@
-"""Pseudo-labelled images in a pickle, the form in which those of robust self-training are published."""
+"""Pseudo-labelled images in a pickle, the published form of robust self-training's images."""
 
 from __future__ import annotations
 

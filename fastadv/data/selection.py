@@ -19,7 +19,7 @@ def subset(data: ImageData, n: int, seed: int = 0) -> ImageData:
     of any smaller n.
 
     Args:
-        data: what to choose from.
+        data: the images to choose from.
         n: how many, 0 .. len(data).
         seed: which choice.
 
@@ -38,7 +38,7 @@ def split_validation(data: ImageData, n: int, seed: int = 0) -> tuple[ImageData,
     """Hold out n images, as evenly over the classes as the data allow.
 
     Args:
-        data: what to split, usually a training set.
+        data: the images to split, usually a training set.
         n: how many to hold out, 0 .. len(data).
         seed: which split.
 

@@ -23,7 +23,7 @@ _NUMPY_SEEDS = 2**32
 
 @dataclass(frozen=True, eq=False)
 class StreamedData:
-    """Labelled training images too many for the memory, such as those of ImageNet.
+    """Labelled training images that do not fit into memory, such as ImageNet.
 
     Attributes:
         dataset: a map-style Dataset of items (image, label); an image is a uint8 tensor [C, H, W] or picture
@@ -31,10 +31,10 @@ class StreamedData:
             crops and the like are the dataset's own transforms. Their random numbers come from torch, numpy or
             random, which are seeded for each item by (seed of the run, epoch, index).
         num_classes: number of classes; labels are in 0 .. num_classes - 1.
-        name: what it is, for messages and logs.
-        workers: processes that read ahead; with 0 images are read between the steps.
-        heeds: fields of a recipe by which the dataset itself goes, such as "flip"; with other datasets they must
-            be off, as nothing else looks at them.
+        name: the name for messages and logs.
+        workers: processes that read ahead; with 0 images are read between the iterations.
+        supports: fields of a recipe that the dataset itself applies, such as "flip". Of all other datasets they
+            must be off, because no other part applies them.
         image_shape: [C, H, W] of the first image.
 
     Raises:
@@ -46,7 +46,7 @@ class StreamedData:
     num_classes: int
     name: str
     workers: int = 2
-    heeds: frozenset[str] = frozenset()
+    supports: frozenset[str] = frozenset()
     image_shape: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Training on pictures in folders, as those of ImageNet: random crops, read while they are needed."""
+"""Training on pictures in folders, such as ImageNet: random crops, read during the run."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RandomCrops(Dataset[tuple[Tensor, int]]):
 
     Args:
         pictures: the folder.
-        size: pixels of each side of what comes out.
+        size: pixels of each side of the result.
         flip: mirror at random.
         interpolation: of the resizing, which is antialiased.
     """
@@ -117,7 +117,7 @@ def load_folders(
     """Take pictures in folders, ROOT/train/CLASS/ and ROOT/val/CLASS/, for training.
 
     Training pictures are read while they are needed, by worker processes, as `RandomCrops`. Test pictures are
-    resized and cut in the middle, and those that are chosen stay in memory.
+    resized and cropped in the middle, and the chosen pictures stay in memory.
 
     Args:
         root: the folder that holds `train` and `val` (or `validation`, `valid`, `test`).
@@ -150,7 +150,7 @@ def load_folders(
         training.num_classes,
         f"{name} train (random crops of {crop} pixels)",
         processes,
-        heeds=frozenset({"flip"}),
+        supports=frozenset({"flip"}),
     )
     count = len(tests) if test_images is None else min(test_images, len(tests))
     chosen = balanced_choice(tests.targets, count, seed)
@@ -175,7 +175,7 @@ def folder_of_tests(root: Path) -> Path:
 
 
 def _check_same_classes(training: FolderImages, tests: FolderImages) -> None:
-    """Refuse test folders whose numbers would be those of other classes."""
+    """Refuse test folders that would get the numbers of other classes."""
     if training.classes != tests.classes:
         differing = sorted(set(training.classes) ^ set(tests.classes))
         raise ValueError(

@@ -1,1 +1,1 @@
-"""How logits and input gradients are computed: the live model, or a faster copy of it."""
+"""The attack engine: it computes logits and input gradients, by the live model or a faster copy."""

@@ -1,4 +1,4 @@
-"""Whether tensors still hold what they held: their shapes, their places in memory order, a hash of their bytes."""
+"""Whether tensors have changed: their shapes, their places in memory order, a hash of their bytes."""
 
 from __future__ import annotations
 

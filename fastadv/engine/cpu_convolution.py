@@ -1,4 +1,4 @@
-"""Schemas of what the CPU programs of the attack engine are made of; the code is in csrc/cpu.
+"""Schemas of the native operations of the attack engine's CPU programs; the code is in csrc/cpu.
 
 These are parts of the engine, not ops for users: they take packed filters and write into given memory. All
 images are dense channels-last bfloat16 [B, C, H, W]; every optional argument may be None.

@@ -33,8 +33,8 @@ from fastadv.engine.cpu_steps import (
     Pass,
     PlainStep,
     PoolStep,
+    ProgramStep,
     ScaleShiftStep,
-    Step,
 )
 from fastadv.engine.layers import CopiedConv2d, CopiedLinear, CopiedScaleShift
 from fastadv.engine.recording import item
@@ -91,7 +91,7 @@ class Program:
         return run.gradient(self._input) if run.has_gradient(self._input) else None
 
 
-def fused_steps(copy: AttackCopy) -> list[Step]:
+def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
     """Cover a copy's graph with steps, as few as the fused ones allow, in an order in which they can run."""
     module = copy.graph_module
     nodes = [node for node in module.graph.nodes if node.op.startswith("call")]
@@ -100,7 +100,7 @@ def fused_steps(copy: AttackCopy) -> list[Step]:
         node: module.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"
     }
     covered: set[fx.Node] = set()
-    steps: list[Step] = []
+    steps: list[ProgramStep] = []
     # Our own convolution adds a residual for nothing, so it takes an addition before any other may.
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
     for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):

@@ -1,4 +1,4 @@
-"""The steps of a program (see `fastadv.engine.cpu_program`), and what they share during a pass."""
+"""The steps of a program (see `fastadv.engine.cpu_program`), and their shared data during a pass."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _as_buffer(t: Tensor) -> Tensor:
     return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
-class Step(ABC):
+class ProgramStep(ABC):
     """One step of a program: what computes ``node`` from ``inputs`` (repeated where used twice).
 
     Attributes:
@@ -135,7 +135,7 @@ class Step(ABC):
         """Pass the node's gradient on to its inputs, in reverse order of `inputs`."""
 
 
-class ConvStep(Step):
+class ConvStep(ProgramStep):
     """``relu(conv(x) + residual)``, the ReLU and the residual optional."""
 
     def __init__(
@@ -178,7 +178,7 @@ class ConvStep(Step):
         run.arrive(self._x, emit)
 
 
-class ScaleShiftStep(Step):
+class ScaleShiftStep(ProgramStep):
     """``relu(x * scale + shift)`` per channel, the ReLU optional."""
 
     def __init__(self, node: fx.Node, part: CopiedScaleShift, x: fx.Node, relu: bool) -> None:
@@ -207,7 +207,7 @@ class ScaleShiftStep(Step):
         run.arrive(self._x, emit)
 
 
-class PlainStep(Step):
+class PlainStep(ProgramStep):
     """Any other node, as it stands, differentiated by autograd."""
 
     def __init__(self, node: fx.Node, copy: AttackCopy) -> None:
@@ -266,7 +266,7 @@ class PlainStep(Step):
                 run.arrive_tensor(source, part)
 
 
-class ItemStep(Step):
+class ItemStep(ProgramStep):
     """One of several results of another step."""
 
     def __init__(self, node: fx.Node, source: fx.Node, number: int) -> None:
@@ -322,7 +322,7 @@ class PoolStep(PlainStep):
         run.arrive(self._x, emit)
 
 
-class LinearStep(Step):
+class LinearStep(ProgramStep):
     """A linear layer too small for bfloat16 to pay, such as most classifiers, in float32."""
 
     def __init__(self, node: fx.Node, part: CopiedLinear, x: fx.Node) -> None:

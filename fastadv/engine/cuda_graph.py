@@ -27,25 +27,25 @@ _WARM_UPS = 2
 Loop = Callable[[tuple[Tensor, ...], Tensor], tuple[Tensor, ...]]
 
 
-class Recording(Protocol):
+class ReplayableWork(Protocol):
     """Work that can be done again on the memory on which it was recorded."""
 
     def replay(self) -> None:
         """Do the work, in the order of the current stream."""
 
 
-class Recorder(Protocol):
+class WorkRecorder(Protocol):
     """Records work."""
 
-    def record(self, work: Callable[[], None]) -> Recording:
+    def record(self, work: Callable[[], None]) -> ReplayableWork:
         """Record what ``work`` does to tensors that exist before it; it may be run, several times, or not."""
 
 
 class CudaRecorder:
     """Records the kernels that a function launches as a CUDA graph.
 
-    All graphs are recorded on one stream and share a pool of memory: what a loop computes on its way is written
-    anew by every replay, and one loop's replay may overwrite that of another.
+    All graphs are recorded on one stream and share a pool of memory: every replay overwrites the
+    intermediate results of its loop, and may overwrite the intermediate results of other loops.
 
     Args:
         device: the CUDA device.
@@ -119,7 +119,7 @@ def _zeros_like(t: Tensor, size: int) -> Tensor:
 class _Recorded:
     inputs: _Inputs
     outputs: tuple[Tensor, ...]
-    recording: Recording
+    recording: ReplayableWork
 
 
 class GraphCache:
@@ -132,7 +132,7 @@ class GraphCache:
             be run as it is, so that a single call pays for no recording, and a failure is told once.
     """
 
-    def __init__(self, recorder: Recorder, classes: int, required: bool) -> None:
+    def __init__(self, recorder: WorkRecorder, classes: int, required: bool) -> None:
         self.classes = classes
         self.refusal = ""  # why the last `run` returned None
         self._recorder, self._required = recorder, required

@@ -2,7 +2,7 @@
 
 An engine is prepared once for a model and used for many batches. ``session()`` brings the weights up to date and
 holds the model still; inside it ``logits`` and ``gradient`` are called as often as the attack needs. Which engine
-serves, and whether it still computes what the model does, is decided in `fastadv.engine.selection`.
+serves, and whether it still agrees with the model, is decided in `fastadv.engine.selection`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ ValueOfLogits = Callable[[Tensor], Tensor]  # logits [B, C] -> [B] or scalar, to
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """What one backward pass gives: value [B] or scalar, logits [B, C] and the input gradient [B, ...]."""
+class InputGradient:
+    """The result of one backward pass: value [B] or scalar, logits [B, C] and the input gradient [B, ...]."""
 
     value: Tensor
     logits: Tensor
@@ -76,7 +76,7 @@ class Engine(ABC):
         check_logits(logits, x.shape[0])
         return logits
 
-    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> Gradient:
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
         """Value, logits and the gradient of the summed value with respect to ``x``.
 
         In fp16 each sample's gradient comes out scaled by a positive number of its own; the steps of
@@ -91,7 +91,7 @@ class Engine(ABC):
 
     def _differentiated(
         self, x: Tensor, value_of: ValueOfLogits, differentiate: Callable[..., Any]
-    ) -> Gradient:
+    ) -> InputGradient:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = self._forward(leaf)
@@ -107,7 +107,7 @@ class Engine(ABC):
                 value = value_of(logits)
                 found = differentiate(value.sum(), leaf, allow_unused=True)
         _check_gradient(found[0] is not None)
-        return Gradient(value.detach(), logits.detach(), found[0])
+        return InputGradient(value.detach(), logits.detach(), found[0])
 
 
 def _by_backward(
@@ -122,7 +122,7 @@ def _by_backward(
 
 
 def check_logits(logits: object, batch: int) -> None:
-    """Check what the model returned.
+    """Check the model's result.
 
     Raises:
         TypeError: no tensor.
@@ -324,7 +324,7 @@ class ProgramEngine(EngineOnCopy):
         check_logits(logits, x.shape[0])
         return logits.float()
 
-    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> Gradient:
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
         """As in `Engine.gradient`; ``grad`` is bfloat16 and valid until the engine's next call."""
         output, run = self._program.forward(x)
         check_logits(output, x.shape[0])
@@ -332,7 +332,7 @@ class ProgramEngine(EngineOnCopy):
         grad = self._program.backward(run, at_logits)
         _check_gradient(grad is not None)
         assert grad is not None
-        return Gradient(value, output.float(), grad)
+        return InputGradient(value, output.float(), grad)
 
 
 def _channels_last(x: Tensor) -> Tensor:

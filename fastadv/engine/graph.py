@@ -22,7 +22,7 @@ from fastadv.engine.layers import (
     instance_norm,
 )
 from fastadv.engine.packed_convolution import ConvShape
-from fastadv.engine.recording import Op, Recording, Ref, refs
+from fastadv.engine.recording import RecordedOp, Recording, Ref, refs
 from fastadv.engine.tape import BatchNumber, Tape
 
 
@@ -87,14 +87,14 @@ class _Builder:
         self._uses[tape.output] = self._uses.get(tape.output, 0) + 1
         self._convolutions: dict[int, tuple[Part, Ref, Ref | None]] = {}  # by place of the result
 
-    def add(self, op: Op) -> None:
+    def add(self, op: RecordedOp) -> None:
         """Emit one op."""
         if not op.with_gradient or not (
             self._add_convolution(op) or self._add_norm(op) or self._add_linear(op)
         ):
             self._add_generic(op)
 
-    def _add_convolution(self, op: Op) -> bool:
+    def _add_convolution(self, op: RecordedOp) -> bool:
         if op.function is not torch.conv2d:
             return False
         call = _bound(op, _CONV2D)
@@ -125,7 +125,7 @@ class _Builder:
             groups=groups,
         )
 
-    def _norm_behind(self, place: int) -> Op | None:
+    def _norm_behind(self, place: int) -> RecordedOp | None:
         """The BatchNorm that alone uses a convolution's result."""
         if self._uses.get(place, 0) != 1 or place == self._tape.output:
             return None
@@ -134,7 +134,7 @@ class _Builder:
         call = self._norm_call(user)
         return user if call is not None and call["input"] == Ref(place) else None
 
-    def _norm_call(self, op: Op) -> dict[str, Any] | None:
+    def _norm_call(self, op: RecordedOp) -> dict[str, Any] | None:
         """The arguments of a BatchNorm of eval mode whose tensors are the model's; None for other ops."""
         if op.function is F.batch_norm:
             call = _bound(op, tuple(inspect.signature(F.batch_norm).parameters))
@@ -147,7 +147,7 @@ class _Builder:
         plain = mean is not None and var is not None and self._is_constant(*tensors)
         return call if plain and not call.get("training", False) and op.with_gradient else None
 
-    def _add_norm(self, op: Op) -> bool:
+    def _add_norm(self, op: RecordedOp) -> bool:
         call = self._norm_call(op)
         if call is None or op.result_dim != 4:
             return False
@@ -171,7 +171,7 @@ class _Builder:
         self._part(module, op, call["input"], lambda r: (norm(r),))
         return True
 
-    def _add_linear(self, op: Op) -> bool:
+    def _add_linear(self, op: RecordedOp) -> bool:
         if op.function is not F.linear:
             return False
         call = _bound(op, _LINEAR)
@@ -186,14 +186,18 @@ class _Builder:
         return True
 
     def _part(
-        self, module: nn.Module, op: Op, source: Ref, values: Callable[[Recording], tuple[Any, ...]]
+        self,
+        module: nn.Module,
+        op: RecordedOp,
+        source: Ref,
+        values: Callable[[Recording], tuple[Any, ...]],
     ) -> Part:
         part = Part(f"part{len(self.parts)}", module, values)
         self.parts.append(part)
         self.nodes[op.place] = self.graph.call_module(part.name, (self._node(source),))
         return part
 
-    def _add_generic(self, op: Op) -> None:
+    def _add_generic(self, op: RecordedOp) -> None:
         """Any other function; layers of torch.nn.functional keep their weights in the copy's dtype."""
         function: Any = instance_norm if op.function is F.instance_norm else op.function
         name = getattr(function, "__name__", "")
@@ -223,7 +227,7 @@ class _Builder:
                 kwargs = {**kwargs, "inplace": False}
             self.nodes[op.place] = self.graph.call_function(function, args, kwargs)
 
-    def _weights_of_layer(self, op: Op, name: str) -> list[tuple[int | str, Ref]]:
+    def _weights_of_layer(self, op: RecordedOp, name: str) -> list[tuple[int | str, Ref]]:
         """The weights of a call that is a layer rather than arithmetic, with their places in the call."""
         if _is_method(op.function) or name in _ARITHMETIC or name in ("__get__", "item", "apply"):
             return []
@@ -234,7 +238,9 @@ class _Builder:
                 found.append((where, value))
         return found
 
-    def _add_layer(self, op: Op, function: Any, weights: list[tuple[int | str, Ref]]) -> None:
+    def _add_layer(
+        self, op: RecordedOp, function: Any, weights: list[tuple[int | str, Ref]]
+    ) -> None:
         live = [self._recording.values[ref.place] for _, ref in weights]
         own = [where for where, _ in weights]
         references = [ref for _, ref in weights]
@@ -245,7 +251,7 @@ class _Builder:
         kwargs = {k: self._argument(v) for k, v in op.kwargs.items() if k not in own}
         self.nodes[op.place] = self.graph.call_module(part.name, args, kwargs)
 
-    def _add_written(self, op: Op, name: str) -> None:
+    def _add_written(self, op: RecordedOp, name: str) -> None:
         """An op that writes in place, as one that returns what it would have written."""
         args, kwargs = self._argument(op.args), self._argument(op.kwargs)
         if kwargs.get("inplace") or (name in _INPLACE_ARGUMENT and len(args) > 1):
@@ -363,7 +369,7 @@ def _is_method(function: Any) -> bool:
     return hasattr(function, "__objclass__") or getattr(Tensor, name, None) is function
 
 
-def _bound(op: Op, names: tuple[str, ...]) -> dict[str, Any]:
+def _bound(op: RecordedOp, names: tuple[str, ...]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(names, op.args, strict=False)), **op.kwargs}
 

@@ -1,4 +1,4 @@
-"""What a model says to images whose channels come last, in words that tell what to do."""
+"""Errors of models that do not accept channels-last images, with advice."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def naming_layout(name: str, model: Model, x: Tensor) -> Iterator[None]:
     are and of those with the channels moved.
 
     Args:
-        name: what the caller calls the images.
+        name: the caller's name for the images.
         model: what may fail.
         x: its images.
 

@@ -32,7 +32,7 @@ def networks_of(model: object) -> list[nn.Module]:
     """
     found = [model] if isinstance(model, nn.Module) else []
     known = {id(part) for network in found for part in modules_of(network)}
-    for network in _Search().hidden(model):
+    for network in _NetworkSearch().hidden(model):
         if id(network) not in known:
             found.append(network)
             known.update(id(part) for part in modules_of(network))
@@ -59,7 +59,7 @@ def modules_of(network: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
-class _Search:
+class _NetworkSearch:
     """One search, which looks at no object twice."""
 
     def __init__(self) -> None:

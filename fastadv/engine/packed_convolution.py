@@ -116,7 +116,7 @@ def _in_blocks(filters: Tensor) -> Tensor:
 
 
 @dataclass
-class Grid:
+class TapGroup:
     """The results that share their taps: where they lie and what they read."""
 
     taps: list[tuple[int, int]]  # in the filter
@@ -136,7 +136,7 @@ class GatherKernel(Kernel):
         self._backward = backward
         self._steps = (1, stride) if backward else (stride, 1)
         origins = [(i, j) for i in range(stride) for j in range(stride)] if backward else [(0, 0)]
-        self._grids = [_grid(conv, origin, backward) for origin in origins]
+        self._groups = [_tap_group(conv, origin, backward) for origin in origins]
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""
@@ -144,16 +144,16 @@ class GatherKernel(Kernel):
             weight = weight * scale[:, None, None, None]
         if self._backward:
             weight = weight.transpose(0, 1)
-        for grid in self._grids:
-            if grid.taps:
-                filters = torch.cat([weight[:, :, i, j] for i, j in grid.taps], dim=1)
-                grid.packed.copy_(_in_blocks(filters))
+        for group in self._groups:
+            if group.taps:
+                filters = torch.cat([weight[:, :, i, j] for i, j in group.taps], dim=1)
+                group.packed.copy_(_in_blocks(filters))
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
         out = memory.take(shape)
         height, width = out.shape[2:]
-        for g in self._grids:
+        for g in self._groups:
             if g.origin[0] < height and g.origin[1] < width:
                 where = (g.rows, g.columns, self._steps, g.origin)
                 self._convolve(out, x, g.packed, *where, *epilogue)
@@ -167,13 +167,13 @@ class TileKernel(GatherKernel):
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""
-        for grid in self._grids:
-            taps = [i * weight.shape[3] + j for i, j in grid.taps]
+        for group in self._groups:
+            taps = [i * weight.shape[3] + j for i, j in group.taps]
             if taps:
-                _OPS.conv_amx_pack_(grid.packed, weight, scale, taps, self._backward)
+                _OPS.conv_amx_pack_(group.packed, weight, scale, taps, self._backward)
 
 
-def _grid(conv: ConvShape, origin: tuple[int, int], backward: bool) -> Grid:
+def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
         _taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
@@ -184,7 +184,7 @@ def _grid(conv: ConvShape, origin: tuple[int, int], backward: bool) -> Grid:
     into, outof = conv.in_channels, conv.out_channels
     rows, depth = (into, outof) if backward else (outof, into)
     padded = -(-rows // convolution.VECTOR) * convolution.VECTOR
-    return Grid(
+    return TapGroup(
         taps=[(down[0], right[0]) for down, right in pairs],
         rows=[down[1] for down, _ in pairs],
         columns=[right[1] for _, right in pairs],

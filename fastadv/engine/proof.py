@@ -1,4 +1,4 @@
-"""Whether an engine computes what the live model does: logits and gradients of a few images, compared."""
+"""The proof that an engine agrees with the live model: it compares logits and gradients of a few images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastadv.engine.engines import Engine, EngineOnCopy, Gradient, ValueOfLogits
+from fastadv.engine.engines import Engine, EngineOnCopy, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.recording import Recording
 
@@ -43,13 +43,13 @@ class Evidence:
 
     Attributes:
         images: [B, ...].
-        values: what was differentiated.
+        values: the differentiated values.
         gradients: of each value, with the logits.
     """
 
     images: Tensor
     values: tuple[ValueOfLogits, ...]
-    gradients: tuple[Gradient, ...]
+    gradients: tuple[InputGradient, ...]
 
     def tells(self) -> bool:
         """Whether these gradients can tell a right copy from a wrong one."""
@@ -84,16 +84,16 @@ def evidence_of(recording: Recording) -> Evidence:
         )
         if grad is None:
             raise Unrecordable("its logits have no gradient in the images")
-        gradients.append(Gradient(value.detach(), wide.detach(), grad))
+        gradients.append(InputGradient(value.detach(), wide.detach(), grad))
     return Evidence(recording.images.detach(), values, tuple(gradients))
 
 
-def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> Gradient:
+def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> InputGradient:
     """An engine's logits and gradient."""
     return engine.gradient(images, value_of)
 
 
-def difference(found: Gradient, wanted: Gradient, precision: str) -> str | None:
+def difference(found: InputGradient, wanted: InputGradient, precision: str) -> str | None:
     """In words, how logits or gradients of a few images differ from the live ones; None where they do not."""
     fault = difference_of_logits(found.logits, wanted.logits, precision)
     if fault is not None:

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine import randomness
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
-from fastadv.engine.recording import Op, Recording, Ref, item, refs
-from fastadv.engine.watched_size import Looks, WatchedSize, watched
+from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
+from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 
 def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
@@ -103,7 +103,7 @@ class Recorder(TorchFunctionMode):
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
         self._model_storages: set[int] = set()
         self._inside = 0  # of autograd functions, which are recorded as one op
-        self._looks = Looks()
+        self._comparisons = SizeComparisons()
         self._refusal = ""
         self._device = images.device.type
         self._knows_autocast = torch.amp.is_autocast_available(self._device)
@@ -117,8 +117,8 @@ class Recorder(TorchFunctionMode):
         self._add(batch, depends=True)
         with self:
             result = model(batch)
-        self._looks.on = False  # the model may keep sizes
-        recording.looks = self._looks.seen
+        self._comparisons.on = False  # the model may keep sizes
+        recording.comparisons = self._comparisons.seen
         if self._refusal:  # the model may have caught the exception
             raise Unrecordable(self._refusal)
         if not isinstance(result, Tensor):
@@ -143,7 +143,7 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
             found = func(*args, **kwargs)
-            return watched(found, self._looks) if func.__self__.__name__ == "shape" else found
+            return watched(found, self._comparisons) if func.__self__.__name__ == "shape" else found
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
         operands = _tensors(args)
@@ -163,20 +163,20 @@ class Recorder(TorchFunctionMode):
         if not made and not written:
             self._check_what_is_read(name, operands)
             if name in _SIZES:
-                return watched(result, self._looks)
+                return watched(result, self._comparisons)
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
-                self._looks.note(result)
+                self._comparisons.note(result)
         elif name not in _NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
 
     def _enter(self) -> None:
         self._inside += 1
-        self._looks.on = False
+        self._comparisons.on = False
 
     def _leave(self) -> None:
         self._inside -= 1
-        self._looks.on = self._inside == 0
+        self._comparisons.on = self._inside == 0
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of torch; the next recorded op is its."""
@@ -210,7 +210,7 @@ class Recorder(TorchFunctionMode):
         single = isinstance(result, Tensor)
         if single and not written and id(result) in self._places:
             return  # the function has returned its argument
-        op = Op(
+        op = RecordedOp(
             func,
             *before,
             place,
@@ -253,7 +253,9 @@ class Recorder(TorchFunctionMode):
             if isinstance(part, Tensor):
                 args = (Ref(place), number)
                 grad = torch.is_grad_enabled()
-                self.recording.ops.append(Op(item, args, {}, where, grad, False, part.dim()))
+                self.recording.ops.append(
+                    RecordedOp(item, args, {}, where, grad, False, part.dim())
+                )
                 self._add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")

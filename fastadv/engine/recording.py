@@ -2,7 +2,8 @@
 
 Two recordings that are equal describe the same network, and this is how a copy is proven at every use. Results
 that do not depend on the images (weights, and what the forward pass derives from weights) are taken from the
-recording as they are. So a copy gets what the live model has just used. See `fastadv.engine.recorder`.
+recording without changes. So a copy gets the weights that the live model has just used. See
+`fastadv.engine.recorder`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Ref(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Op:
+class RecordedOp:
     """One call of a torch function.
 
     Attributes:
@@ -59,10 +60,10 @@ class Recording:
         gradients: whether the autograd graph was kept.
         autocast: whether the forward pass enters autocast.
         own_functions: whether it calls an autograd function of its own.
-        looks: as in `Looks.seen`, what the model's code compared sizes with.
+        comparisons: comparisons of sizes by the model's code, as in `SizeComparisons.seen`.
     """
 
-    ops: list[Op] = field(default_factory=list)
+    ops: list[RecordedOp] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     depends: list[bool] = field(default_factory=list)
     overwritten: set[int] = field(default_factory=set)
@@ -72,7 +73,7 @@ class Recording:
     gradients: bool = True
     autocast: bool = False
     own_functions: bool = False
-    looks: list[float] = field(default_factory=list)
+    comparisons: list[float] = field(default_factory=list)
 
     def external(self) -> list[int]:
         """Places of the tensors that no op computes, the images aside."""

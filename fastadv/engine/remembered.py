@@ -1,4 +1,4 @@
-"""See at little cost that a model is still what it was when its copy was proven.
+"""See at little cost that a model has not changed since the proof of its copy.
 
 A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
 convolution would give the same numbers again. So the model runs on the images of that recording. All of its own
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fastadv.engine.content import content
 from fastadv.engine.holding import held
 from fastadv.engine.recorder import Recorder, storage_of
-from fastadv.engine.recording import Op, Recording, item
+from fastadv.engine.recording import RecordedOp, Recording, item
 
 # Functions of their arguments alone, built into torch. All others run.
 _COSTLY = frozenset(
@@ -89,7 +89,7 @@ class Remembered:
 
 
 def _is_torchs(function: Any) -> bool:
-    """Whether what a function computes depends on its arguments alone.
+    """Whether the result of a function depends only on its arguments.
 
     Operators and autograd functions that others have added to torch may look at whatever they like.
     """
@@ -103,7 +103,7 @@ def _is_torchs(function: Any) -> bool:
 class _Repeat(Recorder):
     """Records, and takes the results of costly operations from an earlier recording of the same images."""
 
-    def __init__(self, images: Tensor, ops: list[Op], results: dict[int, Tensor]) -> None:
+    def __init__(self, images: Tensor, ops: list[RecordedOp], results: dict[int, Tensor]) -> None:
         super().__init__(images)
         self._ops, self._results = ops, results
 

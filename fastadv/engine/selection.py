@@ -1,4 +1,4 @@
-"""Which engine attacks a model, and the proof, at every use, that it computes what the model does.
+"""The choice of an engine for a model, and the proof, at every use, that it computes the same as the model.
 
 A copy is made from recordings of the live model (`fastadv.engine.recorder`). Before every attack a few images go
 through the live model again. The operations recorded then must be those that the copy was made of, the weights are

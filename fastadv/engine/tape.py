@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.recording import Op, Recording, Ref, refs
+from fastadv.engine.recording import RecordedOp, Recording, Ref, refs
 
 _VARIES = "its operations depend on the number of images, or change from call to call"
 
@@ -40,23 +40,23 @@ class Tape:
         only_batch: the one batch size that the tape holds for; None where it holds for all.
         own_functions: as in `Recording`.
         autocast: as in `Recording`.
-        looks: as in `Recording`, None in place of each that depends on the batch size; None for all where their
-            number does.
+        comparisons: as in `Recording`, None in place of each that depends on the batch size; None for all where
+            their number does.
     """
 
-    ops: tuple[Op, ...]
+    ops: tuple[RecordedOp, ...]
     dynamic: tuple[bool, ...]
     output: int
     external: tuple[Any, ...]
     only_batch: int | None
     own_functions: bool
     autocast: bool
-    looks: tuple[float | None, ...] | None
+    comparisons: tuple[float | None, ...] | None
 
     @property
     def decides_by_batch(self) -> bool:
         """Whether the model's code may decide by the batch size, so that few images do not tell for many."""
-        return self.looks is None or None in self.looks
+        return self.comparisons is None or None in self.comparisons
 
     def describes(self, recording: Recording) -> bool:
         """Whether the network of a recording is this one."""
@@ -65,7 +65,7 @@ class Tape:
             return False
         if self.output != recording.output or self.autocast != recording.autocast:
             return False
-        if self.external != _external(recording) or not self._looks_alike(recording.looks):
+        if self.external != _external(recording) or not self._compares_alike(recording.comparisons):
             return False
         return all(
             _same_head(mine, theirs)
@@ -74,11 +74,12 @@ class Tape:
             for mine, theirs in zip(self.ops, recording.ops, strict=True)
         )
 
-    def _looks_alike(self, looks: list[float]) -> bool:
-        if self.looks is None:
+    def _compares_alike(self, comparisons: list[float]) -> bool:
+        if self.comparisons is None:
             return True
-        return len(looks) == len(self.looks) and all(
-            mine in (None, theirs) for mine, theirs in zip(self.looks, looks, strict=True)
+        return len(comparisons) == len(self.comparisons) and all(
+            mine in (None, theirs)
+            for mine, theirs in zip(self.comparisons, comparisons, strict=True)
         )
 
 
@@ -97,11 +98,13 @@ def tape_of(first: Recording, second: Recording) -> Tape:
             raise DependsOnBatch(_VARIES)
         args, kwargs = _merged((a.args, a.kwargs), (b.args, b.kwargs), sizes)
         merged.append(
-            Op(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
+            RecordedOp(a.function, args, kwargs, a.place, a.with_gradient, a.writes, a.result_dim)
         )
     if not same_tensors(first, second):
         raise DependsOnBatch(_VARIES)
-    return _tape(first, tuple(merged), None, _merged_looks(first.looks, second.looks))
+    return _tape(
+        first, tuple(merged), None, _merged_comparisons(first.comparisons, second.comparisons)
+    )
 
 
 def same_tensors(first: Recording, second: Recording) -> bool:
@@ -122,7 +125,7 @@ def tape_for_one_size(recording: Recording) -> Tape:
     return _tape(recording, tuple(recording.ops), recording.images.shape[0], None)
 
 
-def _merged_looks(one: list[float], other: list[float]) -> tuple[float | None, ...] | None:
+def _merged_comparisons(one: list[float], other: list[float]) -> tuple[float | None, ...] | None:
     if len(one) != len(other):
         return None
     return tuple(a if a == b else None for a, b in zip(one, other, strict=True))
@@ -141,9 +144,9 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _tape(
     recording: Recording,
-    ops: tuple[Op, ...],
+    ops: tuple[RecordedOp, ...],
     only_batch: int | None,
-    looks: tuple[float | None, ...] | None,
+    comparisons: tuple[float | None, ...] | None,
 ) -> Tape:
     dynamic = _dynamic(recording, ops)
     if not dynamic[recording.output]:
@@ -156,11 +159,11 @@ def _tape(
         only_batch,
         recording.own_functions,
         recording.autocast,
-        looks,
+        comparisons,
     )
 
 
-def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
+def _dynamic(recording: Recording, ops: tuple[RecordedOp, ...]) -> tuple[bool, ...]:
     """Which values are computed anew: those that depend on the images, on their number, or are overwritten."""
     dynamic = list(recording.depends)
     computed = {op.place for op in ops}
@@ -178,7 +181,7 @@ def _dynamic(recording: Recording, ops: tuple[Op, ...]) -> tuple[bool, ...]:
     return tuple(dynamic)
 
 
-def _same_head(a: Op, b: Op) -> bool:
+def _same_head(a: RecordedOp, b: RecordedOp) -> bool:
     """Whether two ops call one function in the same way, whatever their arguments."""
     return (
         (a.function is b.function or a.function == b.function)

@@ -1,7 +1,7 @@
-"""Notice that a model's own code looks at a size, such as the number of images, and what it compares it with.
+"""Notice the comparisons of sizes, such as the number of images, in a model's own code.
 
 A rule such as ``if x.shape[0] >= 64`` leaves no trace among the operations of a few images. So a recording hands
-the model its sizes as `WatchedSize`, integers that note each look at them.
+the model its sizes as `WatchedSize`, integers that note each comparison.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 
-class Looks:
-    """What a model's code has looked at.
+class SizeComparisons:
+    """The comparisons of sizes by a model's code.
 
     Attributes:
-        seen: by look, the size, or how far it is from the number with which it was compared.
-        on: whether looks are noted now; torch's own code does not count.
+        seen: for each comparison, the size, or its distance from the number with which it was compared.
+        on: whether comparisons are noted now; torch's own code does not count.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Looks:
         self.on = True
 
     def note(self, value: float) -> None:
-        """Add a look."""
+        """Add a comparison."""
         if self.on:
             self.seen.append(value)
 
@@ -32,13 +32,13 @@ class Looks:
 class WatchedSize(int):
     """An integer that notes when code decides by it; sums and products of it do so, too."""
 
-    _looks: Looks
+    _comparisons: SizeComparisons
 
     @staticmethod
-    def of(value: int, looks: Looks) -> WatchedSize:
+    def of(value: int, comparisons: SizeComparisons) -> WatchedSize:
         """Watch a size."""
         made = WatchedSize(value)
-        made._looks = looks
+        made._comparisons = comparisons
         return made
 
     def plain(self) -> int:
@@ -49,12 +49,12 @@ class WatchedSize(int):
         return int, (self.plain(),)
 
 
-def watched(result: Any, looks: Looks) -> Any:
+def watched(result: Any, comparisons: SizeComparisons) -> Any:
     """Sizes, as torch returned them, to be handed to the model."""
     if type(result) is int:
-        return WatchedSize.of(result, looks)
+        return WatchedSize.of(result, comparisons)
     if isinstance(result, tuple):
-        return torch.Size([WatchedSize.of(value, looks) for value in result])
+        return torch.Size([WatchedSize.of(value, comparisons) for value in result])
     return result
 
 
@@ -64,11 +64,11 @@ def _computes(name: str) -> Any:
     def method(self: WatchedSize, *others: Any) -> Any:
         result = plain(self, *others)
         if type(result) is int:
-            return WatchedSize.of(result, self._looks)
+            return WatchedSize.of(result, self._comparisons)
         if isinstance(result, tuple):
-            return tuple(WatchedSize.of(part, self._looks) for part in result)
+            return tuple(WatchedSize.of(part, self._comparisons) for part in result)
         if result is not NotImplemented:
-            self._looks.note(self.plain())  # a float, which is not watched
+            self._comparisons.note(self.plain())  # a float, which is not watched
         return result
 
     return method
@@ -79,7 +79,7 @@ def _compares(name: str) -> Any:
 
     def method(self: WatchedSize, other: Any) -> Any:
         if isinstance(other, (int, float)):
-            self._looks.note(
+            self._comparisons.note(
                 int.__sub__(self, other) if isinstance(other, int) else self.plain() - other
             )
         return plain(self, other)
@@ -91,7 +91,7 @@ def _shows(name: str) -> Any:
     plain = getattr(int, name)
 
     def method(self: WatchedSize, *others: Any) -> Any:
-        self._looks.note(self.plain())
+        self._comparisons.note(self.plain())
         return plain(self, *others)
 
     return method

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.evaluation.context import Model
-from fastadv.ops.values import shown
+from fastadv.ops.values import nearest, shown
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
@@ -48,13 +47,25 @@ STOPS_EARLY = (
     "that goes on, such as pgd-20"
 )
 _FEWEST_CLASSES = {"dlr": 3, "dlr-t": 4}  # by loss
-_KNOWN = (
-    "clean, fgsm, fgsm-rs, pgd-K for any K >= 1 (pgd-20, say), pgd-K-R with R restarts, pgd-K-Rruns, mim-K, "
-    "cw-K, cw-K-R, cw-K-Rruns, apgd-ce, apgd-dlr, apgd-t (each also with steps: apgd-ce-50), fab-t, fab, square "
-    "(each also with steps or queries: square-1000), autoattack, cwl2-K, cwl2-K-S, min-fgsm, min-pgd-K, the "
-    "bundles quick, standard and strong, "
-    "or a pair (name, callable(model, x, y) -> adversarial images)"
-)
+# The names, and the attacks that they stand for: in messages, in the help of the command line, and in
+# docs/evaluation.md.
+NAMES = {
+    "clean": "no attack",
+    "fgsm, fgsm-rs": "one step; with a random start",
+    "pgd-K, cw-K, mim-K": "K steps of PGD, of PGD on the margin, with momentum",
+    "pgd-K-R, cw-K-R": "R restarts: an image is broken if one of them breaks it",
+    "pgd-K-Rruns, cw-K-Rruns": "R whole runs: the run that leaves the fewest images counts",
+    "apgd-ce, apgd-dlr, apgd-t": "Auto-PGD of 100 steps; apgd-ce-K for K",
+    "fab-t, fab": "100 steps; fab-t-K for K",
+    "square": "5000 queries; square-N for N",
+    "autoattack": "the standard version",
+    "cwl2-K, cwl2-K-S": (
+        "Carlini and Wagner in l2, K steps of Adam for one c, or for each of S values of c; no ball"
+    ),
+    "min-fgsm, min-pgd-K": "the smallest radius at which FGSM or PGD of K steps succeeds; no ball",
+    **{name: ", ".join(attacks) for name, attacks in BUNDLES.items()},
+}
+_KNOWN = f"{', '.join(NAMES)}, or a pair (name, callable(model, x, y) -> adversarial images)"
 
 
 @dataclass(frozen=True)
@@ -65,18 +76,18 @@ class Clean:
 
 
 @dataclass(frozen=True)
-class Gradient:
-    """An attack of this package, most of which follow gradients.
+class BallAttack:
+    """An attack of this package in a ball; most of these attacks follow gradients.
 
     Attributes:
-        name: as asked for.
+        name: the name that the user gave.
         steps: number of gradient steps, or of queries of Square.
-        alpha: step size, in the norm; None where the attack chooses its own.
+        alpha: step size, in the norm; None if the attack chooses its own.
         random_start: whether to start from a random point of the ball.
-        restarts: runs from different starts; an image counts as broken when one of them breaks it.
+        restarts: runs from different starts; an image counts as broken if any run breaks it.
         kind: ``"pgd"``, ``"mim"``, ``"apgd"``, ``"fab-t"``, ``"fab"`` or ``"square"``.
-        loss: what is raised, as the attack takes it.
-        runs: whole runs from different starts, of which the one that leaves the fewest images counts.
+        loss: the loss to maximise, as the attack accepts it.
+        runs: whole runs from different starts; the run of lowest accuracy counts.
     """
 
     name: str
@@ -91,10 +102,10 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Minimum:
-    """An attack without a ball: it looks for the smallest perturbation of each image.
+    """An attack without a ball: it searches for the smallest perturbation of each image.
 
     Attributes:
-        name: as asked for.
+        name: the name that the user gave.
         kind: ``"cwl2"``, the attack of Carlini and Wagner, or ``"fgsm"`` or ``"pgd"``, at the smallest radius at
             which it succeeds.
         steps: of Adam for each c, or of PGD.
@@ -115,14 +126,14 @@ class Ensemble:
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A callable of the user's."""
+class UserAttack:
+    """A callable from the user."""
 
     name: str
     attack: ForeignAttack
 
 
-Attack = Clean | Gradient | Minimum | Ensemble | Foreign
+ChosenAttack = Clean | BallAttack | Minimum | Ensemble | UserAttack
 
 
 def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[AttackChoice]:
@@ -158,8 +169,8 @@ def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[Attac
 
 def parse_attacks(
     attacks: AttackChoice | Sequence[AttackChoice], eps: float, alpha: float | None
-) -> list[Attack]:
-    """Turn what the user asked for into attacks.
+) -> list[ChosenAttack]:
+    """Turn the user's words into attacks.
 
     Args:
         attacks: names, bundles, or pairs of a name and a callable; one alone is taken as a list of one.
@@ -189,12 +200,12 @@ def parse_attacks(
     return parsed
 
 
-def _takes_alpha(attack: Attack) -> bool:
+def _takes_alpha(attack: ChosenAttack) -> bool:
     """Whether the attack has steps of a size that can be chosen."""
-    return isinstance(attack, Gradient) and _PGD_NAME.fullmatch(attack.name) is not None
+    return isinstance(attack, BallAttack) and _PGD_NAME.fullmatch(attack.name) is not None
 
 
-def check_ensemble_asked_for(attacks: Sequence[Attack], name: str, given: bool) -> bool:
+def check_ensemble_asked_for(attacks: Sequence[ChosenAttack], name: str, given: bool) -> bool:
     """Refuse an option of AutoAttack's where there is none.
 
     Args:
@@ -217,21 +228,21 @@ def check_ensemble_asked_for(attacks: Sequence[Attack], name: str, given: bool) 
     return asked
 
 
-def check_fewest_classes(attacks: Sequence[Attack], classes: int) -> None:
+def check_fewest_classes(attacks: Sequence[ChosenAttack], classes: int) -> None:
     """Require that the loss of every attack is defined for this number of classes.
 
     Raises:
         ValueError: naming the first whose loss is not.
     """
     for attack in attacks:
-        fewest = _FEWEST_CLASSES.get(attack.loss, 2) if isinstance(attack, Gradient) else 2
+        fewest = _FEWEST_CLASSES.get(attack.loss, 2) if isinstance(attack, BallAttack) else 2
         if classes < fewest:
             raise ValueError(
                 f"{attack.name} needs at least {fewest} classes, the model has {classes}"
             )
 
 
-def check_passes(attacks: Sequence[Attack], passes: int) -> None:
+def check_passes(attacks: Sequence[ChosenAttack], passes: int) -> None:
     """Require that every attack can follow the mean of several gradients, where that is asked for.
 
     Raises:
@@ -252,20 +263,20 @@ def check_passes(attacks: Sequence[Attack], passes: int) -> None:
         )
 
 
-def averages(attack: Attack) -> bool:
+def averages(attack: ChosenAttack) -> bool:
     """Whether an attack can follow the mean of several gradients."""
-    return isinstance(attack, Gradient) and attack.kind in ("pgd", "mim", "apgd")
+    return isinstance(attack, BallAttack) and attack.kind in ("pgd", "mim", "apgd")
 
 
-def stops_early(attack: Attack) -> bool:
+def stops_early(attack: ChosenAttack) -> bool:
     """Whether an attack takes no step beyond what breaks an image, or goes back to the boundary."""
     kinds = ("fab", "fab-t", "square", "cwl2")
     return isinstance(attack, Ensemble) or (
-        isinstance(attack, (Gradient, Minimum)) and attack.kind in kinds
+        isinstance(attack, (BallAttack, Minimum)) and attack.kind in kinds
     )
 
 
-def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
+def _parse_one(choice: AttackChoice, eps: float, step: float) -> ChosenAttack:
     if isinstance(choice, str):
         return _parse_name(choice, eps, step)
     if (
@@ -277,7 +288,7 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> Attack:
         name, attack = choice
         if _is_built_in(name):
             raise ValueError(f"attacks: {name!r} is the name of a built-in attack, choose another")
-        return Foreign(name, attack)
+        return UserAttack(name, attack)
     raise TypeError(f"attacks must hold names or pairs (name, callable), got {choice!r}")
 
 
@@ -285,7 +296,7 @@ def _is_built_in(name: str) -> bool:
     return name in BUNDLES or _find(name, 0.0, 0.0) is not None
 
 
-def _parse_name(name: str, eps: float, step: float) -> Attack:
+def _parse_name(name: str, eps: float, step: float) -> ChosenAttack:
     found = _find(name, eps, step)
     if found is None:
         raise ValueError(
@@ -294,35 +305,35 @@ def _parse_name(name: str, eps: float, step: float) -> Attack:
     return found
 
 
-def _find(name: str, eps: float, step: float) -> Attack | None:
+def _find(name: str, eps: float, step: float) -> ChosenAttack | None:
     """The attack of a name, None for an unknown one."""
     if name == CLEAN:
         return Clean()
     if name == AUTOATTACK:
         return Ensemble()
     if name == "fgsm":
-        return Gradient(name, steps=1, alpha=eps, random_start=False)
+        return BallAttack(name, steps=1, alpha=eps, random_start=False)
     if name == "fgsm-rs":
-        return Gradient(name, steps=1, alpha=FGSM_RS_STEP * eps, random_start=True)
+        return BallAttack(name, steps=1, alpha=FGSM_RS_STEP * eps, random_start=True)
     match = _PGD_NAME.fullmatch(name)
     if match and not (match[1] == "mim" and match[3]):
         kind, steps, repeats = match[1], int(match[2]), int(match[3] or 1)
         restarts, runs = (1, repeats) if match[4] else (repeats, 1)
         if kind == "mim":
-            return Gradient(name, steps, step, random_start=False, kind="mim")
+            return BallAttack(name, steps, step, random_start=False, kind="mim")
         loss = "cw" if kind == "cw" else "ce"
-        return Gradient(name, steps, step, True, restarts=restarts, loss=loss, runs=runs)
+        return BallAttack(name, steps, step, True, restarts=restarts, loss=loss, runs=runs)
     match = _APGD_NAME.fullmatch(name)
     if match:
         loss = "dlr-t" if match[1] == "t" else match[1]
         steps = int(match[2] or _APGD_STEPS)
-        return Gradient(name, steps, None, random_start=True, kind="apgd", loss=loss)
+        return BallAttack(name, steps, None, random_start=True, kind="apgd", loss=loss)
     match = _SEARCH_NAME.fullmatch(name)
     if match:
         kind, steps = match[1], int(match[2] or _SEARCH_STEPS[match[1]])
         if kind == "square":
-            return Gradient(name, steps, None, random_start=True, kind=kind, loss="cw")
-        return Gradient(name, steps, None, random_start=False, kind=kind)
+            return BallAttack(name, steps, None, random_start=True, kind=kind, loss="cw")
+        return BallAttack(name, steps, None, random_start=False, kind=kind)
     match = _CW_L2_NAME.fullmatch(name)
     if match:
         return Minimum(name, "cwl2", int(match[1]), int(match[2] or 1))
@@ -332,19 +343,25 @@ def _find(name: str, eps: float, step: float) -> Attack | None:
     return None
 
 
+def usual_attacks() -> list[str]:
+    """Return the bundles, and of each attack the name that is most in use."""
+    steps = {word: "1000" if word == "cwl2" else "20" for word in _WORDS}
+    return [word if _is_built_in(word) else f"{word}-{steps[word]}" for word in _WORDS]
+
+
 def _suggestion(name: str) -> str:
     """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
         word, numbers = "cwl2", numbers[1:]  # the digit is its norm's
     word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
-    close = difflib.get_close_matches(word, _WORDS, n=1)
+    close = nearest(word, _WORDS)
     if not close:
         return ""
     steps = re.findall("[0-9]+", numbers)
-    if close[0] in _WITHOUT_STEPS:
+    if close in _WITHOUT_STEPS:
         steps = []
-    elif not steps and not _is_built_in(close[0]):
-        steps = ["1000" if close[0] == "cwl2" else "20"]
-    meant = "-".join([close[0], *steps])
+    elif not steps and not _is_built_in(close):
+        steps = ["1000" if close == "cwl2" else "20"]
+    meant = "-".join([close, *steps])
     return f"; did you mean {meant!r}?" if _is_built_in(meant) else ""

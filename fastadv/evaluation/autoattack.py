@@ -34,7 +34,7 @@ from fastadv.evaluation.autoattack_state import (
     hash_tensors,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import REFERENCE, Stage, Status, library_versions
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import (
@@ -44,7 +44,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.verify import Violations
-from fastadv.evaluation.work import Work
+from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import check_choice, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
@@ -61,7 +61,7 @@ class AutoAttackResult:
         robust: [N] bool, images classified correctly without and under every attack.
         fooled: [M] int64, indices of the images for which an adversarial one was found.
         adversarial: [M, C, H, W] float32 on the CPU, these adversarial images.
-        stages: what was left after each attack.
+        stages: the number of images that withstood each attack.
         status: ``"ok"``, ``"suspect"`` after a warning, ``"invalid"`` after a violation.
         notes: the warnings and violations.
         seed: used for every batch, as the library does.
@@ -156,7 +156,7 @@ def autoattack(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(Progress(progress)),
+            SharedWork(ProgressDisplay(progress)),
         )
         passes = RAND_PASSES if version == "rand" else 1
         return _run(_hunt(runner, attacks, eps, engine, ids, state_dir, passes), attacks)

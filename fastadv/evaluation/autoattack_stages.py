@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fastadv.attacks import APGD, FAB, Square
@@ -164,17 +163,8 @@ class OwnSearch(BatchSearch):
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
-        return self._by(self._narrow, x, y, self._hunt.ids_of(indices)), []
-
-    def _by(self, attack: Attack, x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
-        """Attack a batch. One that is not full is filled up, as an engine is proven for each size."""
-        size = self._hunt.runner.batch_size
-        while size // 2 >= max(len(x), 8):
-            size //= 2
-        rows = torch.arange(size, device=x.device) % len(x)
-        if attack is self._wide or size <= len(x):
-            rows = rows[: len(x)]
-        return attack(x[rows], y[rows], seed=self._seed, sample_ids=ids[rows])[: len(x)]
+        ids = self._hunt.ids_of(indices)
+        return self._narrow(x, y, seed=self._seed, sample_ids=ids), []
 
     def _again(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
@@ -190,7 +180,8 @@ class OwnSearch(BatchSearch):
         if len(rows) == 0:
             return 0, time.perf_counter() - begun
         some = indices[rows]
-        tried = self._by(self._wide, x[chosen], y[chosen], self._hunt.ids_of(some))
+        ids = self._hunt.ids_of(some)
+        tried = self._wide(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
         adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
         return int(fooled[rows].sum()), time.perf_counter() - begun
 

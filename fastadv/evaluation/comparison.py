@@ -275,6 +275,14 @@ def radius_text(norm: str, eps: float) -> str:
     return f"at {format_eps(eps)} {norm}"
 
 
+def distinct_paths(paths: Sequence[str]) -> list[str]:
+    """Return paths as they were given, each place once: "run", "./run" and "run/" are one."""
+    found: dict[Path, str] = {}
+    for path in paths:
+        found.setdefault(Path(path).resolve(), path)
+    return list(found.values())
+
+
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """Return the shortest ends of paths that tell them apart: "a/arrest" and "b/arrest", else "arrest"."""
     parts = [Path(path).resolve().parts for path in paths]

@@ -22,8 +22,8 @@ class Distances:
     Attributes:
         norm: in which the distances are.
         broken: images that the attack broke, at whatever distance.
-        mean: of their distances; None where none was broken.
-        median: of their distances; None where none was broken.
+        mean: mean of their distances; None if no image was broken.
+        median: median of their distances; None if no image was broken.
         curve: (radius, share of all images that are classified correctly and not broken within it).
     """
 

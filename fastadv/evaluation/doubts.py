@@ -1,4 +1,4 @@
-"""Signs, looked for before the attacks, that figures will come out too high."""
+"""Signs that figures will be too high, checked before the attacks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.data.selection import evenly_spread
-from fastadv.evaluation.attack_list import Attack, Ensemble, Gradient, Minimum
+from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
 from fastadv.evaluation.context import private_generators
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.verify import predict
@@ -29,14 +29,14 @@ class Blindness:
     Attributes:
         cross_entropy: how many there are by the cross entropy.
         margin: by the label's logit less the largest other one.
-        n: how many were looked at.
+        n: number of checked images.
     """
 
     cross_entropy: int = 0
     margin: int = 0
     n: int = 0
 
-    def note(self, attack: Attack) -> str:
+    def note(self, attack: ChosenAttack) -> str:
         """What an attack's row is to say; empty where there is nothing to say."""
         hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
         if isinstance(attack, Ensemble):
@@ -44,7 +44,7 @@ class Blindness:
             hint = (
                 "of its attacks square alone follows no gradients, and finds less than they would"
             )
-        elif isinstance(attack, Gradient):
+        elif isinstance(attack, BallAttack):
             if attack.kind == "square":
                 return ""
             by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
@@ -61,7 +61,7 @@ class Blindness:
 
 
 def blindness(runner: Runner, correct: Tensor) -> Blindness:
-    """Look at the gradients of some images that are classified correctly, [N] bool."""
+    """Check the gradients of some images that are classified correctly, [N] bool."""
     indices = correct.nonzero().flatten()[: min(_LOOKED_AT, runner.batch_size)]
     if len(indices) == 0:
         return Blindness()

@@ -36,7 +36,7 @@ class AutoAttack:
         version: ``"standard"``, ``"rand"`` or a list of attacks, as in `fastadv.evaluation.autoattack`.
         batch_size: images per pass.
         engine: ``"auto"``, ``"fp32"`` or ``"reference"``, as in `fastadv.evaluation.autoattack`.
-        seed: of every call that names none; None draws one per call from torch's default generator.
+        seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
     """
 
     def __init__(

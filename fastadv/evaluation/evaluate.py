@@ -16,11 +16,11 @@ from torch import Tensor
 from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
-    Attack,
     AttackChoice,
+    BallAttack,
+    ChosenAttack,
     Clean,
     Ensemble,
-    Gradient,
     Minimum,
     check_ensemble_asked_for,
     check_fewest_classes,
@@ -34,7 +34,7 @@ from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import doubt_modes
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, format_eps, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
@@ -45,7 +45,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
-from fastadv.evaluation.work import FinishedBatches, Work
+from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
 from fastadv.ranks import Ranks, group_of_caller
@@ -83,36 +83,20 @@ def evaluate(
     The model is in eval mode, frozen, in float32 without TF32 while this runs, and as before afterwards.
     Images that are classified wrongly without an attack count as wrong under every attack and are not attacked.
     Whatever an attack returns is checked independently of it: inside the ball and the bounds, finite, and
-    classified anew by the plain model.
+    classified again by the plain model.
 
     Args:
         model: a float32 module, or any callable from images [B, ...] to logits [B, classes].
         data: an ``ImageData``; a pair (images [N, ...] uint8 or float within ``bounds``, labels [N]); a map-style
             ``Dataset`` of pairs (image, label), whose images are read when they are attacked; or a ``DataLoader``,
             whose Dataset is then read in its own order by the loader's worker processes. See docs/evaluation.md.
-        attacks: names or pairs, one row of the report each:
-
-            * ``"clean"``; ``"fgsm"``, one step of size eps from the image; ``"fgsm-rs"``, one of 1.25 eps from a
-              random start (Wong et al. 2020);
-            * ``"pgd-K"``, K steps of size alpha from a random start; ``"pgd-K-R"``, R of these, an image
-              counting as wrong if one of them succeeds; ``"pgd-K-Rruns"``, R whole runs, of which the one that
-              leaves the fewest images counts; ``"cw-K"``, ``"cw-K-R"``, ``"cw-K-Rruns"``, the same on the margin
-              of Carlini and Wagner; ``"mim-K"``, with momentum, from the image (Dong et al. 2018);
-            * ``"apgd-ce"``, ``"apgd-dlr"`` (3 classes), ``"apgd-t"`` (4 classes; DLR towards 9 classes), Auto-PGD
-              of 100 steps, or ``"apgd-ce-K"`` and so on of K;
-            * ``"fab-t"``, ``"fab"``, the boundary attack of 100 steps towards each of 9 classes or towards the
-              nearest of all; ``"square"``, random search of 5000 queries; each also with K steps or queries;
-            * ``"autoattack"``, the standard version, on the images that are classified correctly;
-            * ``"cwl2-K"``, the attack of Carlini and Wagner in l2, K steps of Adam for one c, or ``"cwl2-K-S"``,
-              for each of S values of c; ``"min-fgsm"``, ``"min-pgd-K"``, the smallest radius at which FGSM or PGD
-              succeeds. These have no ball: an image is broken at whatever distance, and the row tells the
-              distances;
-            * ``"quick"``: clean, fgsm, pgd-20; ``"standard"``: clean, autoattack; ``"strong"``: clean, pgd-100-10,
-              cw-100-10, apgd-ce, apgd-t, fab-t, square;
-            * ``(name, callable(model, x, y) -> adv)``.
+        attacks: names, or pairs ``(name, callable(model, x, y) -> adv)``; one row of the report each. All names,
+            with the attacks that they stand for, are in docs/evaluation.md and in
+            `fastadv.evaluation.attack_list.NAMES`: ``"clean"``, ``"fgsm"``, ``"pgd-20"`` for 20 steps,
+            ``"pgd-20-10"`` with 10 restarts, ``"autoattack"`` and others, and bundles such as ``"standard"``.
         eps: radius of the ball in the norm, in the units of the images; of several each attack is run at each. By
             default 8/255; to be given with another norm than linf or other bounds than (0, 1).
-        alpha: step size of PGD, C&W and MIM; by default eps / 4. It must be left out where there is none of these.
+        alpha: step size of PGD, C&W and MIM; by default eps / 4. Without one of these attacks it is refused.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as other libraries write it: "Linf", "L2", np.inf, 2.
         bounds: smallest and largest value of an image; uint8 images are scaled to them.
         batch_size: images per pass. This package's attacks do not depend on it beyond rounding; the reference's
@@ -123,8 +107,8 @@ def evaluate(
             tensors, or of a ``Dataset`` that lists its labels in ``targets`` or ``labels``.
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
-            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all anew. Each
-            radius has a worst case of its own, and attacks without a ball are in none.
+            is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all images
+            again. Each radius has a worst case of its own, and attacks without a ball are in none.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
             after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
@@ -135,7 +119,8 @@ def evaluate(
         engine: how AutoAttack searches, as in `fastadv.evaluation.autoattack`; to be left out without it, as the
             other attacks run in float32.
         surrogate: another model, on which the adversarial images are made (black-box transfer). The judged model
-            then only says which images to attack, those that it gets right, and whether they are broken.
+            then only selects the images to attack, which it classifies correctly, and decides whether they are
+            broken.
         eot: passes through the network for each gradient, which is their mean (expectation over transformations),
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
         cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
@@ -143,7 +128,7 @@ def evaluate(
         keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
             class the model is most sure.
         sharded: whether the processes of torch's default process group share the images. All of them then call
-            this with the same arguments, and get the same report. The figures are those of one process.
+            this with the same arguments, and get the same report. The figures equal the figures of one process.
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
@@ -188,7 +173,7 @@ def evaluate(
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         ranks = group_of_caller(where) if sharded else Ranks()
-        say = Progress(progress and ranks.first)
+        say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
             facts = _facts(norm, samples.bounds, seed, eot, other)
@@ -200,7 +185,7 @@ def evaluate(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(say, ranks, finished),
+            SharedWork(say, ranks, finished),
             None if other is None else other.model,
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
@@ -284,11 +269,11 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
-def _blindness(runner: Runner, attacks: Sequence[Attack], correct: Tensor) -> Blindness:
+def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
     """Whose gradients lead nowhere, where an attack follows them."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, Gradient) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.kind != "square")
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()

@@ -176,7 +176,7 @@ def smallest_radii(
         largest: radius tried.
         seed: of the attack.
         sample_ids: [B], which random numbers each image gets.
-        judge: the model whose answers count; None is the attacked one.
+        judge: the model that decides about success; None is the attacked model.
 
     Returns:
         [B] float32: 0 for images that need no attack, infinite for those that are not broken at any radius tried.

@@ -19,7 +19,7 @@ class Advance(Protocol):
         """Say that so many more images are done, and what else the bar shows."""
 
 
-class Progress:
+class ProgressDisplay:
     """Progress on standard error, which keeps standard output free for the report."""
 
     def __init__(self, enabled: bool = True) -> None:
@@ -31,11 +31,9 @@ class Progress:
         if not self.on_terminal:
             yield from items
             return
-        from tqdm import tqdm
+        from fastadv.bars import Bar
 
-        yield from tqdm(
-            items, desc=label, total=total, leave=False, dynamic_ncols=True, unit="batch"
-        )
+        yield from Bar([label], iterable=items, total=total, leave=False)
 
     @contextmanager
     def count(self, label: str, total: int) -> Iterator[Advance]:
@@ -43,13 +41,13 @@ class Progress:
         if not self.on_terminal:
             yield lambda images, **shown: None
             return
-        from tqdm import tqdm
+        from fastadv.bars import Bar
 
-        with tqdm(desc=label, total=total, leave=False, dynamic_ncols=True, unit="image") as bar:
+        with Bar([label], total=total, leave=False) as bar:
 
             def advance(images: int, **shown: str) -> None:
                 if shown:
-                    bar.set_postfix(shown, refresh=False)
+                    bar.figures = [label, *(f"{name} {value}" for name, value in shown.items())]
                 bar.update(images)
 
             yield advance
@@ -59,8 +57,8 @@ class Progress:
         if not self.enabled:
             return
         if self.on_terminal:
-            from tqdm import tqdm
+            from fastadv.bars import Bar
 
-            tqdm.write(text, file=sys.stderr)
+            Bar.write(text, file=sys.stderr)
         else:
             print(text, file=sys.stderr, flush=True)

@@ -58,13 +58,13 @@ class Row:
         n: images evaluated.
         correct: images classified correctly under the attack.
         eps: radius of the ball, 0 without an attack and for an attack without a ball.
-        seed: what the random numbers followed from.
+        seed: seed of the random numbers.
         seconds: wall-clock time.
         alpha: step size, where the attack has one.
         steps: number of steps, where the attack has one.
         status: ``"ok"``, ``"suspect"`` (may be too high) or ``"invalid"``.
         notes: warnings and violations, one sentence each.
-        stages: for an ensemble, what was left after each of its attacks.
+        stages: for an ensemble, the images that withstood each of its attacks.
         search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
             ``"reference"``.
         variant: what sets the attack apart from others of its name, such as a constant of its own.
@@ -132,7 +132,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """All rows of one evaluation and what they have in common.
+    """All rows of one evaluation and their common facts.
 
     Attributes:
         rows: one per attack, in the order asked for.

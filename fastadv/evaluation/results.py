@@ -29,7 +29,7 @@ class Subject:
     Attributes:
         run: name of the run directory.
         method: how the model was trained.
-        network: what the model is called.
+        network: the name of the model.
         checkpoint: name of the checkpoint.
         weights: SHA-256 of the weights that were judged.
         data: name of the images, with their split.
@@ -57,8 +57,8 @@ class Result:
     """The accuracy of one model under one attack, with all that it depends on.
 
     Attributes:
-        subject: what was judged.
-        row: the attack and what it left.
+        subject: the judged model and data.
+        row: the attack and its result.
         norm: of the perturbations.
         bounds: range of image values.
         batch_size: images per pass.
@@ -206,13 +206,13 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
 
 
 def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path:
-    """Add results to those of a file. A result takes the place of one of the same key; no other is lost.
+    """Add results to a file. A result replaces a result with the same key. No other result is lost.
 
     The file is read and written under a lock, so that processes which add at the same time lose nothing.
 
     Args:
         path: a file of results, or where one shall be; missing folders are made.
-        results: what to add.
+        results: the results to add.
 
     Returns:
         The path written.

@@ -1,4 +1,4 @@
-"""The rows of an evaluation: each attack run, and what it left as a row of the report."""
+"""The rows of an evaluation: each attack runs, and its result becomes a row of the report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
-    Attack,
+    BallAttack,
+    ChosenAttack,
     Clean,
     Ensemble,
-    Foreign,
-    Gradient,
     Minimum,
+    UserAttack,
     averages,
     stops_early,
 )
@@ -48,7 +48,7 @@ class Judge:
         constants: of the attack of Carlini and Wagner.
         engine: how AutoAttack searches.
         state_dir: where AutoAttack's state is kept; with several radii, a folder of each is in it.
-        surrogate: what the model is called on which adversarial images are made; empty for the judged one.
+        surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
         blind: images whose gradient leads nowhere.
         doubt: why the surrogate is none, or a network is not in eval mode; empty where all is well.
@@ -65,7 +65,7 @@ class Judge:
     blind: Blindness
     doubt: str
 
-    def row(self, attack: Attack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
+    def row(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         """Run one attack.
 
         Args:
@@ -77,7 +77,7 @@ class Judge:
             Its row, and the images that are left after it, [N] bool.
         """
         row, robust = self._run(attack, eps, left)
-        if isinstance(attack, Gradient) and self.runner.passes > 1:
+        if isinstance(attack, BallAttack) and self.runner.passes > 1:
             row = replace(row, variant=f"EOT {self.runner.passes}")
         if self.surrogate and not isinstance(attack, Clean):
             early = (STOPS_EARLY,) if stops_early(attack) else ()
@@ -90,7 +90,7 @@ class Judge:
                 row = replace(row, status=status, notes=(*row.notes, doubt))
         return row, robust
 
-    def _of_random_model(self, attack: Attack, row: Row) -> Row:
+    def _of_random_model(self, attack: ChosenAttack, row: Row) -> Row:
         """Say what randomness does to a row: what follows one gradient each time finds too little."""
         note = _RANDOM
         weak = averages(attack) and self.runner.passes == 1
@@ -101,7 +101,7 @@ class Judge:
         status = "suspect" if weak and row.status == "ok" else row.status
         return replace(row, status=status, notes=(*row.notes, note))
 
-    def _run(self, attack: Attack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
+    def _run(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         if isinstance(attack, Clean):
             return self._row_of(attack, self.clean, 0.0), self.clean.robust
         if isinstance(attack, Ensemble):
@@ -109,15 +109,15 @@ class Judge:
         if isinstance(attack, Minimum):
             return self._minimum(attack)
         left = self.clean.robust if left is None else left
-        if isinstance(attack, Gradient):
+        if isinstance(attack, BallAttack):
             outcome = self.runner.gradient(attack, eps, left)
             row = self._row_of(attack, outcome, eps)
             return replace(row, alpha=attack.alpha, steps=attack.steps), outcome.robust
-        assert isinstance(attack, Foreign)
+        assert isinstance(attack, UserAttack)
         outcome = self.runner.foreign(attack, eps, left)
         return self._row_of(attack, outcome, eps), outcome.robust
 
-    def _row_of(self, attack: Attack, outcome: Outcome, eps: float) -> Row:
+    def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
         return Row(
             name=attack.name,
             n=len(self.runner.samples),

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
-from fastadv.attacks.attack import Attack as Method
+from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
 from fastadv.engine.content import content
 from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.answers import answers_of, are_alike
-from fastadv.evaluation.attack_list import Foreign, Gradient
+from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import Audit, logits_of
-from fastadv.evaluation.work import Work, key_of
+from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
 
@@ -41,7 +41,7 @@ class Outcome:
         robust: [N] bool on the CPU; false also where the clean image is classified wrongly.
         problems: violations found, one sentence each.
         seconds: wall-clock time.
-        notes: what else is to be said, one sentence each.
+        notes: further notes, one sentence each.
     """
 
     robust: Tensor
@@ -73,13 +73,13 @@ class Runner:
     batch_size: int
     device: torch.device
     seed: int
-    work: Work = field(default_factory=Work)
+    work: SharedWork = field(default_factory=SharedWork)
     surrogate: Model | None = None
     passes: int = 1
     worst: WorstKeeper = field(default_factory=WorstKeeper)
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> ProgressDisplay:
         """What is said meanwhile."""
         return self.work.progress
 
@@ -143,7 +143,7 @@ class Runner:
         correct = self.collect("clean", key_of("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
-    def gradient(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
+    def gradient(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
         """Run an attack of this package on the images that are classified correctly.
 
         A restart attacks only the images that those before it have left; a whole run attacks them all.
@@ -155,9 +155,9 @@ class Runner:
             return self._lowest_run(attack, eps, correct)
         return self._in_turn(attack, self.perturbations(attack, eps), eps, correct)
 
-    def perturbations(self, attack: Gradient | Foreign, eps: float) -> list[Perturb]:
+    def perturbations(self, attack: BallAttack | UserAttack, eps: float) -> list[Perturb]:
         """What makes adversarial images, one for each restart or whole run of an attack."""
-        if isinstance(attack, Foreign):
+        if isinstance(attack, UserAttack):
             return [self._foreign(attack)]
         method = self._make(attack, eps)
         # Whole runs begin where restarts of the same number do, so that one can be held against the other.
@@ -169,7 +169,7 @@ class Runner:
 
     def _in_turn(
         self,
-        attack: Gradient,
+        attack: BallAttack,
         perturbations: Sequence[Perturb],
         eps: float,
         correct: Tensor,
@@ -187,7 +187,7 @@ class Runner:
             outcome = replace(found, seconds=outcome.seconds + found.seconds)
         return outcome
 
-    def _lowest_run(self, attack: Gradient, eps: float, correct: Tensor) -> Outcome:
+    def _lowest_run(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
         """The whole run that leaves the fewest images."""
         runs = [
             self._in_turn(attack, [perturb], eps, correct, number)
@@ -201,13 +201,13 @@ class Runner:
         seconds = sum(run.seconds for run in runs)
         return replace(runs[left.index(min(left))], seconds=seconds, notes=(note,))
 
-    def _make(self, attack: Gradient, eps: float) -> Method:
+    def _make(self, attack: BallAttack, eps: float) -> Attack:
         """The attack, on the source's own operations and in float32."""
         method = self._bare(attack, eps)
         method.passes = self.passes
         return method
 
-    def _bare(self, attack: Gradient, eps: float) -> Method:
+    def _bare(self, attack: BallAttack, eps: float) -> Attack:
         common: dict[str, Any] = dict(
             norm=self.norm,
             bounds=self.samples.bounds,
@@ -228,7 +228,7 @@ class Runner:
             return MIM(self.source, eps, attack.alpha, attack.steps, **common)
         return PGD(self.source, eps, attack.alpha, attack.steps, attack.random_start, **common)
 
-    def foreign(self, attack: Foreign, eps: float, correct: Tensor) -> Outcome:
+    def foreign(self, attack: UserAttack, eps: float, correct: Tensor) -> Outcome:
         """Run a callable of the user's on the images that are classified correctly.
 
         torch's generators are seeded per batch and restored afterwards.
@@ -239,7 +239,7 @@ class Runner:
         (perturb,) = self.perturbations(attack, eps)
         return self._attack(attack.name, None, perturb, eps, correct)
 
-    def _foreign(self, attack: Foreign) -> Perturb:
+    def _foreign(self, attack: UserAttack) -> Perturb:
         before, answers = _contents(self.source), answers_of(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ class Runner:
         share: float = 1.0,
         again: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """As `Work.collect`; a bar shows the mean of the values, of images that are this share of all."""
+        """As `SharedWork.collect`; a bar shows the mean of the values, of images that are this share of all."""
         self.samples.source.expect(self.work.own(indices))
         return self.work.collect(
             name,
@@ -367,7 +367,7 @@ class Runner:
         )
 
 
-def _perturbed(method: Method, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+def _perturbed(method: Attack, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
     # Noise by image index: the result does not depend on how the images are batched.
     return method(x, y, seed=seed, sample_ids=indices.to(x.device))
 

@@ -28,7 +28,7 @@ class Samples:
             ``bounds``.
         labels: [N] int64.
         bounds: smallest and largest value of an image given to the model.
-        name: what the data is called in reports.
+        name: the name of the data in reports.
         num_classes: of the data set, where it says so.
     """
 
@@ -80,7 +80,7 @@ class Samples:
 
 
 def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None = None) -> Samples:
-    """Check what a user calls data and wrap it.
+    """Check a user's data and wrap them.
 
     Args:
         data: an object with ``images`` and ``labels`` (``fastadv.data.ImageData``), a pair of tensors (images,
@@ -171,7 +171,7 @@ def radius_or_default(eps: R | None, norm: str, bounds: tuple[float, float]) -> 
     """The radius that is given, or several; by default 8/255, which is for linf and images in 0..1 alone.
 
     Raises:
-        ValueError: none is given for another norm or other bounds.
+        ValueError: it is missing for another norm or other bounds.
     """
     if eps is not None:
         return eps

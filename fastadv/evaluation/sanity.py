@@ -1,4 +1,4 @@
-"""Signs of gradient masking: an attack that gets weaker when it is given more is not finding what is there.
+"""Signs of gradient masking: a right attack gets no weaker with more steps or a larger radius.
 
 Source: A. Athalye, N. Carlini and D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
 section 3.1; N. Carlini et al., "On evaluating adversarial robustness", 2019, sections 3.2 and 4.
@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine.alone import alone_with
-from fastadv.evaluation.attack_list import Gradient
+from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import count_blind
 from fastadv.evaluation.modes import doubt_modes
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import (
@@ -32,10 +32,10 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
-from fastadv.evaluation.work import Work
-from fastadv.ops.values import check_choice, integer, limit, norm_name, number, shown
+from fastadv.evaluation.work import SharedWork
+from fastadv.ops.values import integer, limit, norm_name, number, shown
 
-NORMS = ("linf", "l2")
+_ROUNDING = 1e-9  # of shares of images, which are compared with each other
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Finding:
         check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
             ``"random"``.
         ok: whether the model behaves as one with useful gradients does.
-        message: what was seen, in one sentence.
+        message: the finding, in one sentence.
         accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
             second number is the mean loss.
     """
@@ -89,7 +89,7 @@ def masking_checks(
         eps: radius at which the number of steps is varied; by default 8/255, in linf within bounds (0, 1) alone.
         eps_factors: eps is varied by these, in increasing order, at the largest number of steps.
         steps: numbers of steps, in increasing order.
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         slack: by how much, as a fraction of the images, accuracy may rise before a check fails, and how much may
             be left when eps is unbounded.
@@ -107,7 +107,6 @@ def masking_checks(
         ValueError: for an argument out of range.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
-    check_choice("norm", norm, NORMS)
     eps = radius_or_default(eps, norm, bounds)
     _check_arguments(eps, eps_factors, steps, slack)
     samples = as_samples(data, bounds, max_examples)
@@ -120,7 +119,7 @@ def masking_checks(
             check_batch_size(batch_size),
             where,
             seed,
-            Work(Progress(progress)),
+            SharedWork(ProgressDisplay(progress)),
         )
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
@@ -148,18 +147,18 @@ def sanity_checks(
 ) -> list[Finding]:
     """Check a model for signs of gradient masking.
 
-    Those of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks more
-    images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient that is
-    zero everywhere; and the model draws no random numbers.
+    The checks of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks
+    more images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient
+    that is zero everywhere; and the model draws no random numbers.
 
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``.
         eps: as in `masking_checks`; Auto-PGD, Square and the surrogate's images keep to it.
         eps_factors: as in `masking_checks`.
-        steps: as in `masking_checks`; the largest number is Auto-PGD's and that of PGD on a surrogate.
+        steps: as in `masking_checks`; Auto-PGD, and PGD on a surrogate, have the largest number.
         queries: of Square.
-        norm: ``"linf"`` or ``"l2"``.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
         slack: as in `masking_checks`, for every check; of the loss, by which part of its largest value it may
             fall.
@@ -179,7 +178,6 @@ def sanity_checks(
         ValueError: for an argument out of range.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
-    check_choice("norm", norm, NORMS)
     eps = radius_or_default(eps, norm, bounds)
     _check_arguments(eps, eps_factors, steps, slack)
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
@@ -192,7 +190,7 @@ def sanity_checks(
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         size = check_batch_size(batch_size)
-        work = Work(Progress(progress))
+        work = SharedWork(ProgressDisplay(progress))
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
@@ -217,7 +215,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
 
     Args:
         findings: what `sanity_checks` returned.
-        n: images looked at.
+        n: number of images.
         eps: radius of the ball.
         norm: of the ball.
     """
@@ -237,7 +235,7 @@ class _Probe:
 
     def __init__(self, runner: Runner, correct: Tensor) -> None:
         self.runner, self.correct = runner, correct
-        self.clean = float(correct.float().mean())
+        self.clean = float(correct.double().mean())
         self._found: dict[tuple[float, int], tuple[float, float]] = {}
 
     def accuracy(self, eps: float, steps: int) -> float:
@@ -256,7 +254,7 @@ class _Probe:
         """Accuracy, and the mean loss of the points that PGD ends at."""
         if (eps, steps) not in self._found:
             runner, left, total = self.runner, self.correct.clone(), 0.0
-            attack = Gradient(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
+            attack = BallAttack(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
             (perturb,) = runner.perturbations(attack, eps)
             audit = Audit(eps, runner.norm, runner.samples.bounds)
             for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
@@ -269,7 +267,7 @@ class _Probe:
                     f"{attack.name} returned inadmissible images: {'; '.join(problems)}"
                 )
             mean = total / max(int(self.correct.sum()), 1)
-            self._found[eps, steps] = float(left.float().mean()), mean
+            self._found[eps, steps] = float(left.double().mean()), mean
         return self._found[eps, steps]
 
     def _loss(self, x: Tensor, y: Tensor) -> float:
@@ -306,8 +304,8 @@ def _of_pgd(
 def _everything(runner: Runner) -> float:
     """The radius of a ball that holds any image."""
     samples = runner.samples
-    width = samples.bounds[1] - samples.bounds[0]
-    return width * (math.prod(samples.image_shape) ** 0.5 if runner.norm == "l2" else 1.0)
+    width, elements = samples.bounds[1] - samples.bounds[0], math.prod(samples.image_shape)
+    return width * {"linf": 1.0, "l2": elements**0.5, "l1": float(elements)}[runner.norm]
 
 
 def _random(runner: Runner) -> Finding:
@@ -355,20 +353,20 @@ def _black_box(
 ) -> list[Finding]:
     """Compare Square, and PGD on a surrogate, with Auto-PGD."""
     runner, n = probe.runner, len(probe.correct)
-    white = Gradient(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
-    accuracy = float(runner.gradient(white, eps, probe.correct).robust.float().mean())
+    white = BallAttack(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
+    accuracy = float(runner.gradient(white, eps, probe.correct).robust.double().mean())
     rivals: list[tuple[str, float]] = []
     if runner.samples.take(torch.tensor([0]), runner.device)[0].dim() == 4:
-        square = Gradient(f"square-{queries}", queries, None, True, kind="square", loss="cw")
+        square = BallAttack(f"square-{queries}", queries, None, True, kind="square", loss="cw")
         left = runner.gradient(square, eps, probe.correct).robust
         rivals.append((square.name, int(left.sum()) / n))
     if other is not None:
-        pgd = Gradient(f"pgd-{steps}", steps, alpha=eps / 4, random_start=True)
+        pgd = BallAttack(f"pgd-{steps}", steps, alpha=eps / 4, random_start=True)
         left = replace(runner, surrogate=other.model).gradient(pgd, eps, probe.correct).robust
         rivals.append((f"{pgd.name} made on {other.name}", int(left.sum()) / n))
     findings = []
     for name, found in rivals:
-        ok = found >= accuracy - slack
+        ok = found >= accuracy - slack - _ROUNDING
         message = (
             f"{name} leaves {100 * found:.2f} %, Auto-PGD of {steps} steps {100 * accuracy:.2f} %"
             + ("" if ok else ": an attack without the model's gradients is the stronger one")
@@ -401,7 +399,7 @@ def _monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: floa
         if point[1] - lowest[1] > worst:
             worst, where = point[1] - lowest[1], (lowest, point)
         lowest = min(lowest, point, key=lambda p: p[1])
-    ok = worst <= slack
+    ok = worst <= slack + _ROUNDING
     if where is None:
         message = f"robust accuracy does not rise with {check}"
     else:
@@ -414,6 +412,6 @@ def _monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: floa
 
 
 def _unbounded(eps: float, accuracy: float, slack: float) -> Finding:
-    ok = accuracy <= slack
+    ok = accuracy <= slack + _ROUNDING
     message = f"{100 * accuracy:.2f} % are still right when any image is allowed (eps {eps:.4g})"
     return Finding("unbounded", ok, message, ((eps, accuracy),))

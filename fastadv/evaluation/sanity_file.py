@@ -22,13 +22,13 @@ class SanityResult:
     """The findings on one model, with all that they depend on.
 
     Attributes:
-        subject: what was judged.
+        subject: the judged model and data.
         findings: of the checks.
-        n: images looked at.
+        n: number of images.
         eps: radius of the ball.
         norm: of the ball.
         seed: of everything random.
-        surrogate: what the surrogate is called; empty without one.
+        surrogate: the name of the surrogate; empty without one.
         eot: passes for each gradient.
         bounds: range of image values.
     """

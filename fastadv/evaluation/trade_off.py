@@ -65,7 +65,7 @@ def published_for(result: Result) -> Published | None:
 
 
 @dataclass(frozen=True)
-class Measure:
+class NumberWithInterval:
     """A number with its 95 % interval.
 
     Attributes:
@@ -85,17 +85,17 @@ class Measure:
 
 @dataclass(frozen=True)
 class TradeOff:
-    """What clean and robust accuracy amount to, in percent or percentage points.
+    """The trade-off of clean and robust accuracy, in percent or percentage points.
 
     Attributes:
-        sum: of the two.
-        mean: of the two.
-        ardist: ARREST's distance from the published curve; None where there is none for it.
+        sum: sum of the two accuracies.
+        mean: mean of the two accuracies.
+        ardist: ARREST's distance from the published curve; None if no curve applies.
     """
 
-    sum: Measure
-    mean: Measure
-    ardist: Measure | None = None
+    sum: NumberWithInterval
+    mean: NumberWithInterval
+    ardist: NumberWithInterval | None = None
 
 
 def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
@@ -124,7 +124,9 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
     covariance = (c * (1 - c), r * (1 - c), r * (1 - r))
     at = (100 * clean.accuracy, 100 * robust.accuracy)
 
-    def measure(of: Callable[[float, float], float], least: float, most: float) -> Measure:
+    def measure(
+        of: Callable[[float, float], float], least: float, most: float
+    ) -> NumberWithInterval:
         value = of(*at)
         by_clean = (of(at[0] + _SMALL, at[1]) - of(at[0] - _SMALL, at[1])) / (2 * _SMALL)
         by_robust = (of(at[0], at[1] + _SMALL) - of(at[0], at[1] - _SMALL)) / (2 * _SMALL)
@@ -134,7 +136,7 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
             + by_robust**2 * covariance[2]
         )
         half = 100 * _Z * math.sqrt(max(variance, 0.0) / (clean.n + 3 * more))
-        return Measure(value, max(value - half, least), min(value + half, most))
+        return NumberWithInterval(value, max(value - half, least), min(value + half, most))
 
     return TradeOff(
         measure(trade_off_sum, 0.0, 200.0),

@@ -15,18 +15,18 @@ from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
+    BallAttack,
     Clean,
     Ensemble,
-    Foreign,
-    Gradient,
     Minimum,
+    UserAttack,
     check_fewest_classes,
     parse_attacks,
     stops_early,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import seems_to_guess
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
 from fastadv.evaluation.runner import Runner, admissible_or_clean
@@ -38,7 +38,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit
-from fastadv.evaluation.work import Work
+from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name
 
 
@@ -73,7 +73,7 @@ def as_surrogate(surrogate: Surrogate | Model | None) -> Surrogate | None:
 
 def check_transferable(
     attack: AttackChoice, eps: float, alpha: float | None
-) -> Gradient | Ensemble | Foreign:
+) -> BallAttack | Ensemble | UserAttack:
     """Require an attack in a ball, run once per image or with restarts.
 
     Raises:
@@ -84,7 +84,7 @@ def check_transferable(
     if (
         len(parsed) > 1
         or isinstance(found, (Clean, Minimum))
-        or (isinstance(found, Gradient) and found.runs > 1)
+        or (isinstance(found, BallAttack) and found.runs > 1)
     ):
         name = attack if isinstance(attack, str) else attack[0]
         raise ValueError(
@@ -110,8 +110,9 @@ def transfer_matrix(
 ) -> TransferMatrix:
     """Make adversarial images on each of several models, and let every one of them judge these.
 
-    The accuracy of a pair is the one that ``evaluate(target, data, attack, surrogate=source)`` finds: among all
-    images, those that the target gets wrong without an attack included. The images are made once for all targets.
+    The accuracy of a pair equals the accuracy by ``evaluate(target, data, attack, surrogate=source)``: among all
+    images, including the images that the target misclassifies without an attack. The images are made once for all
+    targets.
 
     Args:
         models: by name, at least two, as for ``evaluate``; all with the same classes.
@@ -144,7 +145,7 @@ def transfer_matrix(
     alpha = None if alpha is None else limit("alpha", alpha)
     chosen = check_transferable(attack, eps, alpha)
     samples = as_samples(data, bounds, max_examples)
-    eps, say = check_eps(eps, norm, samples), Progress(progress)
+    eps, say = check_eps(eps, norm, samples), ProgressDisplay(progress)
     with ExitStack() as held:
         first, *others = models.values()
         held.enter_context(alone_with(*models.values()))
@@ -152,7 +153,7 @@ def transfer_matrix(
         for model in others:
             held.enter_context(evaluation_mode(model, where))
         runners = [
-            Runner(model, samples, norm, check_batch_size(batch_size), where, seed, Work(say))
+            Runner(model, samples, norm, check_batch_size(batch_size), where, seed, SharedWork(say))
             for model in models.values()
         ]
         classes = _check_classes(list(models), runners, chosen)
@@ -183,7 +184,7 @@ def transfer_matrix(
         norm=norm,
         bounds=samples.bounds,
         seed=seed,
-        alpha=chosen.alpha if isinstance(chosen, Gradient) else None,
+        alpha=chosen.alpha if isinstance(chosen, BallAttack) else None,
         data=samples.name,
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
@@ -192,7 +193,7 @@ def transfer_matrix(
 
 
 def _check_classes(
-    names: Sequence[str], runners: Sequence[Runner], attack: Gradient | Ensemble | Foreign
+    names: Sequence[str], runners: Sequence[Runner], attack: BallAttack | Ensemble | UserAttack
 ) -> int:
     """Require that all models have the same classes, and return their number."""
     classes = [runner.check_labels() for runner in runners]
@@ -206,7 +207,7 @@ def _check_classes(
 
 
 def _judged(
-    attack: Gradient | Ensemble | Foreign,
+    attack: BallAttack | Ensemble | UserAttack,
     eps: float,
     source: Runner,
     targets: Sequence[Runner],
@@ -231,6 +232,6 @@ def _judged(
             for flags, target in zip(robust, targets, strict=True):
                 flags[indices] &= (target.predicted(adv, attack.name, indices) == y).cpu()
     problems = audit.problems()
-    if problems and isinstance(attack, Gradient):
+    if problems and isinstance(attack, BallAttack):
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
     return robust, problems

@@ -1,4 +1,4 @@
-"""Independent checks of what an attack returned: in the ball, in the box, finite, and what the model says."""
+"""Independent checks of an attack's result: in the ball, in the bounds, finite, and the model's predictions."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class Audit:
 
         Args:
             x: clean images [B, ...].
-            adv: what the attack made of them, same shape.
+            adv: their adversarial images, same shape.
 
         Returns:
             [B] bool, true where the adversarial image is admissible.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastadv.evaluation.autoattack_state import Fingerprint, StateFolder
-from fastadv.evaluation.progress import Progress
+from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.verify import Audit, Violations
 from fastadv.files import write_atomically
 from fastadv.ranks import Ranks
@@ -78,7 +78,7 @@ def key_of(name: str, *facts: object) -> str:
 
 
 @dataclass(frozen=True)
-class Work:
+class SharedWork:
     """How an evaluation goes through images.
 
     Attributes:
@@ -87,7 +87,7 @@ class Work:
         finished: keeps the batches that are done; None keeps nothing.
     """
 
-    progress: Progress = field(default_factory=lambda: Progress(False))
+    progress: ProgressDisplay = field(default_factory=lambda: ProgressDisplay(False))
     ranks: Ranks = field(default_factory=Ranks)
     finished: FinishedBatches | None = None
 

@@ -1,4 +1,4 @@
-"""The worst adversarial images of an attack: those of which the model is most sure, and wrong."""
+"""The worst adversarial images of an attack: the model is wrong about them with the highest confidence."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _ARRAYS = (
 
 @dataclass(frozen=True)
 class WorstImages:
-    """Images that an attack broke, the one of which the model is most sure first.
+    """Images that an attack broke, ordered by the model's confidence in the wrong class.
 
-    The order is by the margin: the probability of the predicted class less that of the label.
+    The order is by the margin: the probability of the predicted class minus the probability of the label.
 
     Attributes:
         originals: [M, ...] float32 within the bounds of the evaluation, on the CPU.

@@ -271,7 +271,7 @@ def _batch_of(name: str, logits: Tensor) -> int:
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    """Logarithms of the softmax in the dtype of computation, of which none is infinite."""
+    """Logarithms of the softmax in the dtype of computation, all finite."""
     log_p = at_least_float32(logits).log_softmax(1)
     return log_p.clamp(min=LOWEST[log_p.dtype])
 
@@ -385,7 +385,7 @@ def hat(
         adv_logits: f(x'), [B, C].
         helper_logits: f(x_h) of the helper examples `x_h = x + 2 (x' - x)`, [B, C].
         y: labels [B], int64 or another integer dtype.
-        helper_y: y_h, what the standard model takes x' for, [B], int64.
+        helper_y: y_h, the standard model's predictions for x', [B], int64.
         beta: weight of the divergence.
         gamma: weight of the helper examples.
         reduction: "mean" over the batch or "none".

@@ -34,7 +34,7 @@ class PlainBlock(nn.Module):
 class BottleneckBlock(nn.Module):
     """A 1x1, a 3x3 and a 1x1 convolution with BatchNorm and a skip, [B, C, H, W] -> [B, 4 C', H', W'].
 
-    The stride is that of the 3x3 convolution, as in torchvision and timm, and not of the first one as in He et al.
+    The 3x3 convolution has the stride, as in torchvision and timm. In He et al. the first convolution has it.
     """
 
     expansion: ClassVar[int] = 4
@@ -69,7 +69,7 @@ class ImageNetResNet(SplitModel):
     Convolutions begin with He's normal weights.
 
     Args:
-        block: what the stages are made of.
+        block: the class of the stages' blocks.
         blocks: number of blocks in each of the four stages.
         num_classes: number of logits.
         in_channels: channels of the images.

@@ -49,7 +49,7 @@ class PreActBlock(nn.Module):
 class PreActResNet(SplitModel):
     """Pre-activation residual network (He et al., 2016, arXiv:1603.05027) in its CIFAR form.
 
-    State-dict names are those of the widely published CIFAR form (`conv1`,
+    State-dict names follow the widely published CIFAR form (`conv1`,
     `layer1.0.bn1`, `layer2.0.shortcut.0`, `linear`). Two variants circulate: with a last BatchNorm
     and ReLU (`bn`), as in the paper and in the code of Rice et al. (2020) and AWP, and without.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -23,7 +22,7 @@ from fastadv.models.small_cnn import small_cnn
 from fastadv.models.stack import Stack
 from fastadv.models.vgg import vgg16_bn
 from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
-from fastadv.ops.values import integer, shown
+from fastadv.ops.values import closest, integer, shown
 
 ModelFactory = Callable[..., nn.Module]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
@@ -131,7 +130,7 @@ def check_plain_name(argument: str, name: str | None) -> None:
 def names_code(name: str) -> bool:
     """Return whether a name stands for code that is not fastadv's or timm's own, or makes timm fetch something.
 
-    Such a name is good only where the user gives it: what a file says must not decide which code is run.
+    Such a name is accepted only from the user. A file must not decide which code runs.
 
     Args:
         name: what `create_model` takes.
@@ -162,17 +161,32 @@ def _timm_is_beside() -> bool:
     return Path.cwd().resolve() in (file.parent, file.parent.parent)
 
 
-def _own_factory(name: str) -> ModelFactory:
+def check_model_name(argument: str, name: str) -> None:
+    """Check the name of a model, as far as neither timm nor code of the user's is needed for that.
+
+    Args:
+        argument: what the name is called in messages.
+        name: what `create_model` takes.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    source, colon, rest = name.partition(":")
+    names = stacked_names(rest) if source == "stack" else [] if colon else [name]
+    for one in names:
+        if ":" not in one:
+            _own_factory(one, argument)
+
+
+def _own_factory(name: str, argument: str = "name") -> ModelFactory:
     key = name.lower().replace("-", "_")
     if key in _FACTORIES:
         return _FACTORIES[key]
     if size := _WIDE.fullmatch(key):
         return partial(WideResNet, int(size["depth"]), int(size["widen"]))
-    close = difflib.get_close_matches(key, _FACTORIES, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
     raise ValueError(
-        f"name must be one of {', '.join(_FACTORIES)}, 'wrn_DEPTH_WIDTH', 'timm:NAME', 'stack:NAME+NAME' or "
-        f"'package.module:function', got {name!r}; {hint}".rstrip("; ")
+        f"{argument} must be one of {', '.join(_FACTORIES)}, 'wrn_DEPTH_WIDTH', 'timm:NAME', 'stack:NAME+NAME' or "
+        f"'package.module:function', got {name!r}{closest(name, _FACTORIES)}"
     )
 
 

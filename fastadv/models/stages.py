@@ -40,17 +40,21 @@ def layer_names(model: nn.Module) -> tuple[str, ...]:
     return LAST, LOGITS
 
 
+class MissingLayerError(ValueError):
+    """A network has no layer of the name that was asked for."""
+
+
 def check_layer(model: nn.Module, layer: str, role: str = "model") -> None:
     """Check that a network has a layer.
 
     Args:
         model: the network.
         layer: a name of `layer_names`, or "last", which any network with the feature split has.
-        role: what the network is called in messages.
+        role: the network's name in messages.
 
     Raises:
         TypeError: if the network cannot be cut before its pooling, and the layer is "last".
-        ValueError: if it has no such layer; the message lists those that it has.
+        MissingLayerError: if it has no such layer; the message lists its layers.
     """
     names = layer_names(model)
     if layer in names or (layer == LAST and len(names) > 1):
@@ -58,7 +62,7 @@ def check_layer(model: nn.Module, layer: str, role: str = "model") -> None:
     if layer == LAST:
         check_feature_split(model)
     inside = type(_inside(model)).__name__
-    raise ValueError(
+    raise MissingLayerError(
         f"layer must be one of {', '.join(dict.fromkeys((*names, LAST)))} of the {role}, a {inside}, got {layer!r}"
     )
 

@@ -18,8 +18,8 @@ class VGG(SplitModel):
     """VGG (Simonyan and Zisserman, 2014) with BatchNorm and one linear classifier.
 
     The last 2x2 max pooling belongs to the head: on 32x32 images it is the global pooling, and
-    the feature map before it is [B, 512, 2, 2]. On larger images a mean over what it leaves
-    follows. State-dict names are those of the widely published CIFAR form: `features.N` and
+    the feature map before it is [B, 512, 2, 2]. On larger images a mean over its output
+    follows. State-dict names follow the widely published CIFAR form: `features.N` and
     `classifier`.
 
     Args:

@@ -42,7 +42,7 @@ class WideBlock(nn.Module):
 
 
 class WideStage(nn.Module):
-    """A run of `count` blocks, the first of which changes the width and the resolution."""
+    """A run of `count` blocks; the first one changes the width and the resolution."""
 
     def __init__(self, in_planes: int, planes: int, count: int, stride: int, dropout: float):
         super().__init__()

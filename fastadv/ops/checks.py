@@ -83,6 +83,10 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
 
     Returns:
         ``(number, None)`` or ``(0.0, tensor [B] in the dtype of computation)``.
+
+    Raises:
+        TypeError: it is neither a number nor a dense tensor of real numbers.
+        ValueError: a number is negative or not finite, or a tensor has neither one element nor one per sample.
     """
     if not isinstance(value, Tensor):
         return limit(name, value), None
@@ -90,13 +94,20 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
     if value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
     batch = like.shape[0]
-    if value.numel() != 1 and value.shape != (batch,):
+    if not is_per_sample(value, like):
         raise ValueError(
             f"{name} must be a number or a tensor of shape ({batch},), got {tuple(value.shape)}"
         )
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
     return 0.0, value.detach().to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
+
+
+def is_per_sample(value: Tensor, like: Tensor) -> bool:
+    """Whether a tensor has one number for all samples, or one per sample: [B] or [B, 1, ..., 1]."""
+    if value.numel() == 1 or value.shape == like.shape[:1]:
+        return True
+    return value.dim() == like.dim() and value.shape[0] == like.shape[0] == value.numel()
 
 
 def class_labels(name: str, value: Tensor, batch: int) -> Tensor:

@@ -27,16 +27,11 @@ def _reference_(momentum: Tensor, grad: Tensor, decay: float, active: Tensor | N
     momentum.copy_(updated)
 
 
-def _fake_(momentum: Tensor, grad: Tensor, decay: float, active: Tensor | None) -> None:
-    torch._check(momentum.shape == grad.shape, lambda: "grad must have the shape of momentum")
-
-
 _op = define(
     Op(
         "momentum_update_",
         "(Tensor(a!) momentum, Tensor grad, float decay, Tensor? active) -> ()",
         reference=_reference_,
-        fake=_fake_,
         triton="momentum_update:momentum_update_",
     )
 )

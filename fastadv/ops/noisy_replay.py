@@ -29,31 +29,12 @@ def _reference(
     return torch.empty_like(x).copy_(torch.where(replayed, noisy, adv))
 
 
-def _fake(
-    x: Tensor,
-    adv: Tensor,
-    distance: Tensor,
-    tau: float,
-    eps: float,
-    eps_per_sample: Tensor | None,
-    low: float,
-    high: float,
-    seed: int,
-    sample_ids: Tensor | None,
-) -> Tensor:
-    torch._check(adv.shape == x.shape, lambda: "adv must have the shape of x")
-    torch._check(adv.dtype == x.dtype, lambda: "adv must have the dtype of x")
-    torch._check(distance.shape == x.shape[:1], lambda: "distance must have shape [B]")
-    return torch.empty_like(x)
-
-
 _op = define(
     Op(
         "noisy_replay",
         "(Tensor x, Tensor adv, Tensor distance, float tau, float eps, Tensor? eps_per_sample, float low, "
         "float high, SymInt seed, Tensor? sample_ids) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="noisy_replay:noisy_replay",
         batched=("x", "adv", "distance", "eps_per_sample", "sample_ids"),
     )

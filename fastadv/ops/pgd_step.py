@@ -8,95 +8,26 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.pgd_step_reference import take_step
+from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, vary
+from fastadv.ops.pgd_step_reference import Numbers, add_counts, chosen, take_step
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
 
 
-def _reference(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-) -> Tensor:
+def _reference(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> Tensor:
+    step = Numbers(*numbers)
     # Written into `adv`'s own strides: a pointwise result would follow the operands' mixed layouts.
     out = torch.empty_like(adv)
     if adv.numel() == 0:
         return out
-    radius = eps if eps_per_sample is None else eps_per_sample
-    step = alpha if alpha_per_sample is None else alpha_per_sample
-    out.copy_(take_step(adv, grad, x, radius, step, norm, (low, high), sparsity))
-    if active is not None:
-        out.copy_(torch.where(checks.over_samples(active, adv), out, adv))
-    return out
+    out.copy_(take_step(adv, grad, x, step))
+    return chosen(step.active, out, adv)
 
 
-def _fake(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-) -> Tensor:
-    torch._check(adv.shape == grad.shape, lambda: "grad must have the shape of adv")
-    torch._check(adv.shape == x.shape, lambda: "x must have the shape of adv")
-    return torch.empty_like(adv)
-
-
-def _reference_(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-    counts: Tensor | None,
-) -> None:
-    if counts is not None:
-        seen = grad if active is None else grad[active]
-        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
-    adv.copy_(_reference(adv, grad, x, *numbers, norm, low, high, sparsity, active))
-
-
-def _fake_(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float,
-    alpha: float,
-    eps_per_sample: Tensor | None,
-    alpha_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    sparsity: float,
-    active: Tensor | None,
-    counts: Tensor | None,
-) -> None:
-    numbers = (eps, alpha, eps_per_sample, alpha_per_sample)
-    _fake(adv, grad, x, *numbers, norm, low, high, sparsity, active)
+def _reference_(adv: Tensor, grad: Tensor, x: Tensor, *numbers_and_counts: Any) -> None:
+    *numbers, counts = numbers_and_counts
+    add_counts(counts, grad, Numbers(*numbers).active)
+    adv.copy_(_reference(adv, grad, x, *numbers))
 
 
 _ARGUMENTS = (
@@ -108,7 +39,6 @@ _op = define(
         "pgd_step",
         f"(Tensor adv, {_ARGUMENTS}) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="pgd_step:pgd_step",
         batched=("adv", "grad", "x", "eps_per_sample", "alpha_per_sample", "active"),
     )
@@ -118,7 +48,6 @@ _op_ = define(
         "pgd_step_",
         f"(Tensor(a!) adv, {_ARGUMENTS}, Tensor(b!)? counts) -> ()",
         reference=_reference_,
-        fake=_fake_,
         triton="pgd_step:pgd_step_",
     )
 )
@@ -131,7 +60,7 @@ def pgd_step(
     eps: float | Tensor,
     alpha: float | Tensor,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     *,
     sparsity: float = 0.95,
     active: Tensor | None = None,
@@ -161,11 +90,13 @@ def pgd_step(
         adv: the current point [B, ...], any dense layout.
         grad: gradient of the loss to be raised, [B, ...]; its dtype may differ from ``adv``'s.
         x: centre of the ball [B, ...], in ``adv``'s dtype.
-        eps: radius, in the units of ``x``; a number or a tensor [B].
-        alpha: step size, in the units of ``x``; a number or a tensor [B]. In l1 it is the length of the whole
-            step, not of its elements.
+        eps: radius, in the units of ``x``; a number or a tensor [B]. In linf also a tensor per channel, for images
+            [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1].
+        alpha: step size, in the units of ``x``; as ``eps``. In l1 it is the length of the whole step, not of its
+            elements.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``, also as "Linf", "L2", np.inf, 2 and the like.
-        bounds: lowest and highest allowed value; ``x`` should lie within, else clipping can leave the ball.
+        bounds: lowest and highest allowed value; ``x`` should lie within, else clipping can leave the ball. In
+            linf each may be a tensor, as ``eps``.
         sparsity: the share of elements that an l1 step leaves alone, 0 <= sparsity < 1; other norms ignore it.
         active: bool [B]; where False the sample is returned as it is in ``adv``, and its elements of ``grad``
             and ``x`` do not matter. None is all True.
@@ -177,10 +108,10 @@ def pgd_step(
         TypeError: a tensor is not floating point, ``x`` has another dtype than ``adv``, eps, alpha or sparsity is
             no number, or ``active`` is no bool tensor.
         ValueError: shapes or devices differ, eps or alpha is negative or not finite, unknown norm, bounds
-            in the wrong order, sparsity out of range.
+            in the wrong order, a tensor per channel in l2 or l1, sparsity out of range.
     """
-    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
-    return call("pgd_step", adv.detach(), *arguments)
+    name, arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
+    return call(name, adv.detach(), *arguments)
 
 
 def pgd_step_(
@@ -190,7 +121,7 @@ def pgd_step_(
     eps: float | Tensor,
     alpha: float | Tensor,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     *,
     sparsity: float = 0.95,
     active: Tensor | None = None,
@@ -219,11 +150,11 @@ def pgd_step_(
         TypeError: as in `pgd_step`, or ``counts`` is no tensor.
         ValueError: as in `pgd_step`, or ``counts`` is not a contiguous int64 tensor [2] on the device of ``adv``.
     """
-    arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
+    name, arguments = _checked(adv, grad, x, eps, alpha, norm, bounds, sparsity, active)
     checks.check_written("adv", adv)
     if counts is not None:
         _check_counts(counts, adv)
-    call("pgd_step_", adv, *arguments, counts)
+    call(f"{name}_", adv, *arguments, counts)
     # A graph that has saved what is overwritten here must not be run backward.
     torch.autograd.graph.increment_version(adv if counts is None else (adv, counts))
     return adv
@@ -246,11 +177,11 @@ def _checked(
     eps: float | Tensor,
     alpha: float | Tensor,
     norm: str,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     sparsity: float,
     active: Tensor | None,
-) -> tuple[Any, ...]:
-    """The arguments of the raw op from ``grad`` on."""
+) -> tuple[str, tuple[Any, ...]]:
+    """The op to call, and its arguments from ``grad`` on."""
     for name, value in (("adv", adv), ("grad", grad), ("x", x)):
         checks.check_float(name, value)
     checks.check_same_shape("grad", grad, "adv", adv)
@@ -258,23 +189,16 @@ def _checked(
     if x.dtype != adv.dtype:
         raise TypeError(f"x must have the dtype of adv, {adv.dtype}, got {x.dtype}")
     norm = checks.norm_name(norm)
-    low, high = checks.check_bounds(bounds)
-    eps_number, eps_tensor = checks.per_sample("eps", eps, adv)
-    alpha_number, alpha_tensor = checks.per_sample("alpha", alpha, adv)
     sparsity = checks.number("sparsity", sparsity)
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     checks.check_active(active, adv)
-    return (
-        grad.detach(),
-        x.detach(),
-        eps_number,
-        alpha_number,
-        eps_tensor,
-        alpha_tensor,
-        norm,
-        low,
-        high,
-        sparsity,
-        active,
-    )
+    if vary(eps, alpha, bounds, adv):
+        limits = channel_limits(eps, alpha, bounds, norm, adv)
+        return "pgd_step_per_channel", (grad.detach(), x.detach(), limits, active)
+    low, high = checks.check_bounds(bounds)
+    eps_number, eps_tensor = checks.per_sample("eps", eps, adv)
+    alpha_number, alpha_tensor = checks.per_sample("alpha", alpha, adv)
+    values = (eps_number, alpha_number, eps_tensor, alpha_tensor)
+    numbers = Numbers(*values, norm, low, high, sparsity, active)
+    return "pgd_step", (grad.detach(), x.detach(), *numbers)

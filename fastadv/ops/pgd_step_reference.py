@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,20 @@ from torch import Tensor
 from fastadv.ops import checks
 
 _FRACTION = 52  # bits of a double's fraction
+
+
+class Numbers(NamedTuple):
+    """The arguments of the two ops after the images, in the order of their schema."""
+
+    eps: float
+    alpha: float
+    eps_per_sample: Tensor | None
+    alpha_per_sample: Tensor | None
+    norm: str
+    low: float
+    high: float
+    sparsity: float
+    active: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -167,37 +182,42 @@ def sum_bits(size: int) -> int:
 NORMS = {"linf": linf, "l2": l2, "l1": l1}
 
 
-def take_step(
-    adv: Tensor,
-    grad: Tensor,
-    x: Tensor,
-    eps: float | Tensor,
-    alpha: float | Tensor,
-    norm: str,
-    bounds: tuple[float, float],
-    sparsity: float,
-) -> Tensor:
+def take_step(adv: Tensor, grad: Tensor, x: Tensor, step: Numbers) -> Tensor:
     """The stepped, projected and clipped points, in the dtype of computation and the shape of ``adv``.
 
-    ``eps`` and ``alpha`` are numbers or tensors [B] in the dtype of computation; no tensor may be empty.
+    No tensor may be empty; ``active`` does not matter.
     """
     dtype = checks.accumulate_dtype(adv)
     operands = Rows(
         checks.rows(adv).to(dtype),
         checks.rows(grad).to(checks.accumulate_dtype(grad)),
         checks.rows(x).to(dtype),
-        _column(eps, adv),
-        _column(alpha, adv),
-        sparsity,
+        _column(step.eps, step.eps_per_sample, adv),
+        _column(step.alpha, step.alpha_per_sample, adv),
+        step.sparsity,
     )
-    moved = NORMS[norm](operands)
-    low, high = bounds
-    clipped = torch.where(moved < low, low, moved)
-    return torch.where(clipped > high, high, clipped).view(adv.shape)
+    moved = NORMS[step.norm](operands)
+    clipped = torch.where(moved < step.low, step.low, moved)
+    return torch.where(clipped > step.high, step.high, clipped).view(adv.shape)
 
 
-def _column(value: float | Tensor, like: Tensor) -> Tensor:
+def chosen(active: Tensor | None, stepped: Tensor, adv: Tensor) -> Tensor:
+    """``stepped``, in which the samples that are not active have been put back to where they were."""
+    if active is not None:
+        stepped.copy_(torch.where(checks.over_samples(active, adv), stepped, adv))
+    return stepped
+
+
+def add_counts(counts: Tensor | None, grad: Tensor, active: Tensor | None) -> None:
+    """Add the numbers of zero and of NaN gradient elements of the active samples, if they are asked for."""
+    if counts is not None:
+        seen = grad if active is None else grad[active]
+        counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))
+
+
+def _column(number: float, values: Tensor | None, like: Tensor) -> Tensor:
+    """The number of each sample [B, 1] in the dtype of computation."""
     dtype = checks.accumulate_dtype(like)
-    if isinstance(value, Tensor):
-        return value.to(dtype).view(-1, 1)
-    return torch.full((like.shape[0], 1), value, dtype=dtype, device=like.device)
+    if values is not None:
+        return values.to(dtype).view(-1, 1)
+    return torch.full((like.shape[0], 1), number, dtype=dtype, device=like.device)

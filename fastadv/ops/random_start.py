@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
+from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, clipped, radii, vary
 from fastadv.ops.philox import random_words, symmetric_uniform
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
@@ -84,26 +85,12 @@ def _reference(
     return torch.empty_like(x).copy_(torch.where(clipped > high, high, clipped))
 
 
-def _fake(
-    x: Tensor,
-    eps: float,
-    eps_per_sample: Tensor | None,
-    norm: str,
-    low: float,
-    high: float,
-    seed: int,
-    sample_ids: Tensor | None,
-) -> Tensor:
-    return torch.empty_like(x)
-
-
 _op = define(
     Op(
         "random_start",
         "(Tensor x, float eps, Tensor? eps_per_sample, str norm, float low, float high, SymInt seed, "
         "Tensor? sample_ids) -> Tensor",
         reference=_reference,
-        fake=_fake,
         triton="random_start:random_start",
         batched=("x", "eps_per_sample", "sample_ids"),
     )
@@ -114,7 +101,7 @@ def random_start(
     x: Tensor,
     eps: float | Tensor,
     norm: str = "linf",
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
     seed: int | None = None,
     *,
     sample_ids: Tensor | None = None,
@@ -129,9 +116,10 @@ def random_start(
 
     Args:
         x: images [B, ...], any dense layout.
-        eps: radius, in the units of ``x``; a number or a tensor [B].
+        eps: radius, in the units of ``x``; a number or a tensor [B], in linf also one per channel as in
+            `pgd_step`.
         norm: as in `pgd_step`.
-        bounds: lowest and highest allowed value.
+        bounds: lowest and highest allowed value, as in `pgd_step`.
         seed: the key of the numbers; None draws one from torch's default generator.
         sample_ids: int64 [B], which numbers each sample gets; default 0 .. B-1.
 
@@ -145,10 +133,21 @@ def random_start(
     """
     checks.check_float("x", x)
     norm = checks.norm_name(norm)
-    low, high = checks.check_bounds(bounds)
-    eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     checks.check_sample_ids(sample_ids, x)
     seed = checks.check_seed(draw_seed() if seed is None else seed)
+    if vary(eps, 0.0, bounds, x):
+        limits = channel_limits(eps, 0.0, bounds, norm, x)
+        return _start_per_channel(x.detach(), limits, seed, sample_ids)
+    low, high = checks.check_bounds(bounds)
+    eps_number, eps_tensor = checks.per_sample("eps", eps, x)
     return call(
         "random_start", x.detach(), eps_number, eps_tensor, norm, low, high, seed, sample_ids
     )
+
+
+def _start_per_channel(x: Tensor, limits: Tensor, seed: int, sample_ids: Tensor | None) -> Tensor:
+    """The linf start with numbers per channel: the op's noise in a ball of radius 1, scaled in plain torch."""
+    origin = torch.zeros_like(x, dtype=limits.dtype)
+    unit = call("random_start", origin, 1.0, None, "linf", -1.0, 1.0, seed, sample_ids)
+    moved = x.to(limits.dtype) + unit * radii(limits, x)
+    return torch.empty_like(x).copy_(clipped(moved, limits))

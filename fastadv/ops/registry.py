@@ -32,7 +32,8 @@ class Op:
         name: the op's name in ``torch.ops.fastadv``.
         schema: its arguments and results in torch's schema language.
         reference: the plain torch implementation.
-        fake: shapes, dtypes and strides of the results, for tracing.
+        fake: shapes, dtypes and strides of the results, for tracing. By default an op without results writes to
+            its arguments and has nothing to tell, and the result of another is like its first argument.
         triton: where the Triton implementation is, as ``"file:function"`` below ``fastadv.kernels``; None
             where there is none.
         backward_of: the op whose gradient this one computes, None for a forward op.
@@ -46,7 +47,7 @@ class Op:
     name: str
     schema: str
     reference: Callable[..., Any]
-    fake: Callable[..., Any]
+    fake: Callable[..., Any] | None = None
     triton: str | None = None
     backward_of: str | None = None
     without: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -56,6 +57,13 @@ class Op:
     def qualified_name(self) -> str:
         """The name with its namespace, as ``torch.library`` takes it."""
         return f"{NAMESPACE}::{self.name}"
+
+    @property
+    def tracing(self) -> Callable[..., Any]:
+        """The fake, or what stands for it, which checks nothing: the public functions do."""
+        if self.fake is not None:
+            return self.fake
+        return _nothing if self.schema.endswith("-> ()") else _like_the_first
 
     @property
     def overload(self) -> torch._ops.OpOverload:
@@ -106,6 +114,14 @@ class Op:
             ) from error
 
 
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _like_the_first(first: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(first)
+
+
 REGISTRY: dict[str, Op] = {}
 _TRITON_OWNED: set[str] = set()
 _TRACED: dict[str, Op] = {}  # by the op's name
@@ -128,7 +144,7 @@ def define(op: Op) -> Op:
         raise ValueError(f"op name must be new, got {op.name!r} a second time")
     torch.library.define(op.qualified_name, op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(op.qualified_name, "default", op.reference)
-    torch.library.register_fake(op.qualified_name, op.fake)
+    torch.library.register_fake(op.qualified_name, op.tracing)
     transforms.install(op, _LIBRARY)
     if op.backward_of is not None:
         register_gradient(op, _no_second_derivative(op))
@@ -148,7 +164,7 @@ def _define_traced(op: Op) -> None:
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     torch.library.define(form.qualified_name, form.schema, tags=tags)
     torch.library.impl(form.qualified_name, "default", form.reference)
-    torch.library.register_fake(form.qualified_name, form.fake)
+    torch.library.register_fake(form.qualified_name, form.tracing)
     transforms.install(form, _LIBRARY)
     _TRACED[op.name] = form
 

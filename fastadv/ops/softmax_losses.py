@@ -77,6 +77,7 @@ def _best_other(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _cross_entropy(
     logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float
 ) -> Result:
+    """``-log p_y``, its target smoothed by ``weight``."""
     rows, classes = _Rows(logits), logits.shape[1]
     losses = rows.cross_entropy(y)
     gradient = rows.cross_entropy_gradient(y)
@@ -103,10 +104,12 @@ def _boosted(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _boosted_cross_entropy(
     logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float
 ) -> Result:
+    """``-log p_y - log(1 - max_{k != y} p_k)``."""
     return *_boosted(logits, y), None
 
 
 def _cw(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """``max_{k != y} z_k - z_y``."""
     value, best = _best_other(logits, y)
     losses = value - _at(logits, y)
     gradient = _one_hot(best, logits) - _one_hot(y, logits)
@@ -114,6 +117,7 @@ def _cw(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: fl
 
 
 def _dlr(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """The margin of ``"cw"`` over the largest less the third largest logit."""
     value, best = _best_other(logits, y)
     margin, toward = value - _at(logits, y), _one_hot(best, logits) - _one_hot(y, logits)
     order = torch.argsort(logits, dim=1, descending=True, stable=True)
@@ -125,6 +129,7 @@ def _dlr(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: f
 
 
 def _kl(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """``T^2 KL(p || q)``, both at the temperature T."""
     p, q = _Rows(logits, temperature), _Rows(other, temperature)
     divergence = _divergence(p, q)
     gradient = temperature * _divergence_gradient(p, q, divergence)
@@ -132,6 +137,7 @@ def _kl(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: fl
 
 
 def _trades(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """``-log p_y + weight KL(p || q)``."""
     p, q = _Rows(logits), _Rows(other)
     divergence = _divergence(p, q)
     gradient = p.cross_entropy_gradient(y) + weight * _divergence_gradient(p, q, divergence)
@@ -139,6 +145,7 @@ def _trades(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature
 
 
 def _mart(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """Boosted cross-entropy of q ``+ weight KL(p || q) (1 - p_y)``."""
     p, q = _Rows(logits), _Rows(other)
     boosted, other_gradient = _boosted(other, y)
     divergence = _divergence(p, q)
@@ -152,6 +159,7 @@ def _mart(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: 
 
 
 def _alp(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """``(-log p_y - log q_y) / 2 + weight mean_k (z_k - z'_k)^2``."""
     p, q = _Rows(logits), _Rows(other)
     apart = logits - other
     pairing = apart.square().mean(1)
@@ -162,6 +170,7 @@ def _alp(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: f
 
 
 def _act(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: float) -> Result:
+    """``(1 - weight) (-log p_y) + weight T^2 KL(q || p)``, and the same with p and q exchanged."""
     pairs = []
     soft = _Rows(logits, temperature), _Rows(other, temperature)
     for student, (own, teacher) in zip((logits, other), (soft, soft[::-1]), strict=True):
@@ -183,14 +192,22 @@ class Kind:
         takes_other: whether there is a second kind of logits.
         takes_labels: whether there are labels.
         fewest_classes: the loss needs.
+        losses: of a sample; of two, each has a gradient in its own kind of logits alone.
     """
 
     formula: Callable[[Tensor, Tensor, Tensor, float, float], Result]
     takes_other: bool = False
     takes_labels: bool = True
     fewest_classes: int = 1
+    losses: int = 1
+
+    @property
+    def per_sample(self) -> tuple[int, ...]:
+        """The shape of a sample's losses."""
+        return () if self.losses == 1 else (self.losses,)
 
 
+# The kinds, here and in csrc/cpu/softmax_losses.cpp. Tests and benchmarks go through these.
 KINDS = {
     "cross_entropy": Kind(_cross_entropy),
     "boosted_cross_entropy": Kind(_boosted_cross_entropy, fewest_classes=2),
@@ -200,7 +217,7 @@ KINDS = {
     "trades": Kind(_trades, takes_other=True),
     "mart": Kind(_mart, takes_other=True, fewest_classes=2),
     "alp": Kind(_alp, takes_other=True),
-    "act": Kind(_act, takes_other=True),
+    "act": Kind(_act, takes_other=True, losses=2),
 }
 
 
@@ -229,7 +246,7 @@ def _reference(
     wanted: bool,
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    formula, dtype = _fitting(kind, other, y).formula, _compute_dtype(logits, other)
+    known, dtype = _fitting(kind, other, y), _compute_dtype(logits, other)
     batch = logits.shape[0]
     a = logits.to(dtype)
     b = a if other is None else other.to(dtype)
@@ -237,9 +254,9 @@ def _reference(
     if labels.device.type == "cpu" and not _in_transform():
         _check_range(labels, logits.shape[1])
     if batch == 0:
-        losses, gradient, other_gradient = _empty(a, kind, other is not None)
+        losses, gradient, other_gradient = _empty(a, known)
     else:
-        losses, gradient, other_gradient = formula(a, b, labels, weight, temperature)
+        losses, gradient, other_gradient = known.formula(a, b, labels, weight, temperature)
     if mean:
         losses = losses.mean(0)
         gradient = None if gradient is None else gradient / batch
@@ -260,10 +277,10 @@ def _check_range(y: Tensor, classes: int) -> None:
         )
 
 
-def _empty(logits: Tensor, kind: str, two: bool) -> Result:
-    losses = logits.new_empty((0, 2) if kind == "act" else (0,))
+def _empty(logits: Tensor, kind: Kind) -> Result:
     rows = logits.new_empty(logits.shape)
-    return losses, rows, rows.clone() if two else None
+    other_rows = rows.clone() if kind.takes_other else None
+    return logits.new_empty((0, *kind.per_sample)), rows, other_rows
 
 
 def _compute_dtype(logits: Tensor, other: Tensor | None) -> torch.dtype:
@@ -282,9 +299,8 @@ def _fake(
     other_wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     torch._check(logits.dim() == 2, lambda: "logits must have shape [B, C]")
-    _fitting(kind, other, y)
+    pair = _fitting(kind, other, y).per_sample
     dtype = _compute_dtype(logits, other)
-    pair = (2,) if kind == "act" else ()
     batch, classes = logits.shape
     columns = classes if wanted else 0, classes if other_wanted and other is not None else 0
     return (
@@ -339,7 +355,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.dtypes = logits.dtype, (logits if other is None else other).dtype
-    ctx.pair = kind == "act"
+    ctx.pair = KINDS[kind].losses == 2
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -391,31 +407,21 @@ def softmax_losses(
 ) -> Tensor:
     """One of the losses on logits, for the functions of `fastadv.losses`, whose docstrings give sources.
 
-    With p = softmax(logits) and q = softmax(other), for each sample:
-
-    * ``"cross_entropy"``: ``-log p_y``, its target smoothed by ``weight``;
-    * ``"boosted_cross_entropy"``: ``-log p_y - log(1 - max_{k != y} p_k)``;
-    * ``"cw"``: ``max_{k != y} z_k - z_y``;
-    * ``"dlr"``: that over the largest less the third largest logit;
-    * ``"kl"``: ``T^2 KL(p || q)``, both at the temperature T;
-    * ``"trades"``: ``-log p_y + weight KL(p || q)``;
-    * ``"mart"``: boosted cross-entropy of q ``+ weight KL(p || q) (1 - p_y)``;
-    * ``"alp"``: ``(-log p_y - log q_y) / 2 + weight mean_k (z_k - z'_k)^2``;
-    * ``"act"``: ``(1 - weight) (-log p_y) + weight T^2 KL(q || p)`` and the same with p and q exchanged; each has
-      a gradient in its own model's logits alone.
-
     Args:
-        kind: one of the above.
+        kind: one of `KINDS`. The docstring of its formula says what it is, with p = softmax(logits) and
+            q = softmax(other).
         logits: z, [B, C], float32, float64, bfloat16 or float16.
         other: z', [B, C], for the kinds that have a q; its dtype may differ.
-        y: labels [B], of any integer dtype, for all kinds but ``"kl"``. On a GPU a label out of range gives NaN.
-        weight: the weight in the formulas above.
+        y: labels [B], of any integer dtype, for the kinds that take labels. On a GPU a label out of range gives
+            NaN.
+        weight: in these formulas.
         temperature: T, above 0.
         reduction: ``"mean"`` over the batch, or ``"none"``.
         names: the arguments' names in messages.
 
     Returns:
-        A scalar, or [B]; for ``"act"`` [2] or [B, 2]. float32, or float64 if an argument is.
+        A scalar, or [B]; of a kind with two losses, ``"act"``, [2] or [B, 2]. float32, or float64 if an argument
+        is.
 
     Raises:
         TypeError: logits are not floating point, ``y`` holds no integers, or a number is none.

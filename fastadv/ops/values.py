@@ -204,10 +204,16 @@ def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = N
 
     Neither case counts nor whether parts are joined by a hyphen or an underscore.
     """
+    meant = nearest(word, known, synonyms)
+    return f"; did you mean {meant!r}?" if meant else ""
+
+
+def nearest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
+    """Return the known word that an unknown one is nearest to, as `closest` says it; "" where no word is near."""
     by_key = {_key(one): one for one in known}
     meant = _key((synonyms or {}).get(word, ""))
     near = [meant] if meant in by_key else difflib.get_close_matches(_key(word), by_key, n=1)
-    return f"; did you mean {by_key[near[0]]!r}?" if near else ""
+    return by_key[near[0]] if near else ""
 
 
 def _key(word: str) -> str:

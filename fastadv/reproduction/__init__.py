@@ -1,22 +1,22 @@
-"""The tables and figures of the papers: what each needs, its figures here beside the paper's own."""
+"""The tables and figures of the papers: trainings, measurements, and the paper's figures beside ours."""
 
 from __future__ import annotations
 
 from fastadv.reproduction.registry import all_items, find_item
 from fastadv.reproduction.reproduce import Reproduced, Work, reproduce
 from fastadv.reproduction.scales import SCALES, Scale, find_scale
-from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
+from fastadv.reproduction.tables import Cell, Column, Item, MeasuredCell, PaperTable, RowSpec
 
 __all__ = [
     "SCALES",
     "Cell",
     "Column",
     "Item",
-    "Measured",
+    "MeasuredCell",
+    "PaperTable",
     "Reproduced",
     "RowSpec",
     "Scale",
-    "Table",
     "Work",
     "all_items",
     "find_item",

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from fastadv.evaluation.metrics import ARREST_CIFAR10_POINTS, ARREST_CIFAR100_POINTS
-from fastadv.reproduction.measures import Accuracy, Analysis, Cosine, Together, together
+from fastadv.reproduction.measures import (
+    Accuracy,
+    AnalysisMeasure,
+    CosineMeasure,
+    Together,
+    together,
+)
 from fastadv.reproduction.specs import RunSpec, spec, taught
 from fastadv.reproduction.tables import Column, Item, RowSpec
 
@@ -122,7 +128,7 @@ def _table_3() -> Item:
         "table3",
         "cosine similarity of the features of clean images to the standard model's",
         (RowSpec("AT", spec("pgd_at")), *_parts("resnet18")),
-        (Column("Cosine similarity", Cosine(_standard())),),
+        (Column("Cosine similarity", CosineMeasure(_standard())),),
         published={"cifar10": {row: {"Cosine similarity": v} for row, v in _TABLE_3.items()}},
         guess="that the network is a ResNet-18.",
         axes=("", "Cosine similarity"),
@@ -204,7 +210,7 @@ def _features(name: str, title: str, method: str) -> Item:
         RowSpec("ARREST", _arrest()),
     )
     columns = tuple(
-        Column(kind, Analysis(method, f"accuracy, {kind}", 100.0, attacked=True))
+        Column(kind, AnalysisMeasure(method, f"accuracy, {kind}", 100.0, attacked=True))
         for kind in ("clean", "noisy", "adversarial")
     )
     return Item(

@@ -1,4 +1,4 @@
-"""About how long a reproduction takes: forward passes, counted by the methods themselves, times seconds."""
+"""The estimated time of a reproduction: the methods' numbers of forward passes, times the seconds of one pass."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from fastadv.models import create_model
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import Resolved
 from fastadv.trainers import Runtime
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.phases import PhaseTimer
 
-_TRAIN_IMAGES = {"digits": 1297, "cifar10": 50_000, "cifar100": 50_000}
-_TEST_IMAGES = {"digits": 500, "cifar10": 10_000, "cifar100": 10_000}
 # Forward passes per image of attacks whose name does not tell: half of the images withstand the first of them.
 _PASSES = {"clean": 1.0, "fgsm": 3.0, "autoattack": 4500.0, "fab-t": 1800.0, "square": 2500.0}
 _BATCH, _CPU_BATCH = 128, 16
@@ -55,14 +54,13 @@ class Clock:
     """Times forward passes of networks, each once.
 
     Args:
-        data: the data set, for the size of its images.
+        source: the images, for their size.
         device: where; None chooses.
     """
 
-    def __init__(self, data: str, device: str | None) -> None:
+    def __init__(self, source: Source, device: str | None) -> None:
         self.device = choose_device(device)
-        self._shape = (1, 8, 8) if data == "digits" else (3, 32, 32)
-        self._classes = 100 if data == "cifar100" else 10
+        self._shape, self._classes = source.image_shape, source.num_classes
         self._seconds: dict[str, float] = {}
 
     def seconds(self, network: str) -> float:
@@ -127,25 +125,25 @@ def estimate(
     missing: Iterable[Resolved],
     attacks: Iterable[tuple[Resolved, str]],
     scale: Scale,
-    data: str,
+    source: Source,
     device: str | None,
 ) -> Estimate:
     """Estimate the time of trainings and attacks.
 
     Args:
         missing: the runs that are to be trained, each once.
-        attacks: what is to be measured: a run and the name of an attack.
+        attacks: the missing measurements: a run and the name of an attack.
         scale: at which scale.
-        data: the data set.
+        source: the images.
         device: where; None chooses.
     """
-    clock, runs, training, evaluation = Clock(data, device), 0, 0.0, 0.0
+    clock, runs, training, evaluation = Clock(source, device), 0, 0.0, 0.0
     for run in missing:
-        images = run.recipe.train_images or _TRAIN_IMAGES[data]
+        images = run.recipe.train_images or source.train_count
         training += images * passes_of(run) * clock.seconds(run.network)
         runs += 1
     for run, attack in attacks:
-        images = scale.images_for(attack) or _TEST_IMAGES[data]
+        images = scale.images_for(attack) or source.test_count
         evaluation += images * attack_passes(attack) * clock.seconds(run.network)
     return Estimate(runs, training, evaluation, clock.device.type)
 

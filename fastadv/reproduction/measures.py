@@ -1,4 +1,4 @@
-"""What is measured of a trained model for a cell of a table."""
+"""Measurements of a trained model for a cell of a table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import Row
 from fastadv.models import Stack, importance_ratios
 from fastadv.reproduction.specs import CannotRun, RunSpec
-from fastadv.reproduction.tables import Measured
+from fastadv.reproduction.tables import MeasuredCell
 
 if TYPE_CHECKING:
     from fastadv.reproduction.workshop import Place
@@ -44,7 +44,7 @@ class Measure(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Measure it.
 
         Args:
@@ -62,7 +62,7 @@ class Accuracy(Measure):
     Attributes:
         attack: a name as `evaluate` takes it.
         eps: radius in units of 1/255.
-        source: training of the model on which the adversarial images are made; None is the judged model itself.
+        source: training of the model on which the adversarial images are made; None for the judged model itself.
     """
 
     attack: str = "clean"
@@ -82,20 +82,20 @@ class Accuracy(Measure):
         source = None if self.source is None else self.source.on(network)
         return Accuracy(self.attack, self.eps, source)
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the accuracy with Wilson's interval."""
         row = place.row(self)
         low, high = row.interval
-        return Measured(100 * row.accuracy, 100 * low, 100 * high, row.n, _note(row))
+        return MeasuredCell(100 * row.accuracy, 100 * low, 100 * high, row.n, _note(row))
 
 
 @dataclass(frozen=True)
-class SmallestPerturbation(Measure):
+class SmallestPerturbationMeasure(Measure):
     """Mean distance of the smallest adversarial perturbations that an attack without a ball finds.
 
     Attributes:
         attack: its name.
-        unit: what the distances are multiplied by; 255 for linf.
+        unit: factor of the distances; 255 for linf.
     """
 
     attack: str
@@ -105,12 +105,12 @@ class SmallestPerturbation(Measure):
         """The attack, whose row has the distances."""
         return (Accuracy(self.attack),)
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the mean over the images that the attack broke."""
         row = place.row(Accuracy(self.attack))
         if row.distances is None or row.distances.mean is None:
             raise CannotRun(f"{self.attack} broke no image")
-        return Measured(self.unit * row.distances.mean, n=row.distances.broken, note=_note(row))
+        return MeasuredCell(self.unit * row.distances.mean, n=row.distances.broken, note=_note(row))
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class Together(Measure):
         """Both accuracies."""
         return (Accuracy(), self.robust)
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the number, in percentage points."""
         clean, robust = Accuracy().measure(place), self.robust.measure(place)
         value = together(clean.value, robust.value, self.of, place.data)
-        return Measured(value, n=robust.n, note=robust.note)
+        return MeasuredCell(value, n=robust.n, note=robust.note)
 
 
 def together(clean: float, robust: float, of: str, data: str) -> float:
@@ -145,7 +145,7 @@ def together(clean: float, robust: float, of: str, data: str) -> float:
 
 
 @dataclass(frozen=True)
-class Cosine(Measure):
+class CosineMeasure(Measure):
     """Cosine similarity of the features of clean images to another model's.
 
     Attributes:
@@ -158,11 +158,11 @@ class Cosine(Measure):
         """The other model."""
         return (self.teacher,)
 
-    def on(self, network: str) -> Cosine:
+    def on(self, network: str) -> CosineMeasure:
         """The same, with the other model on the other network, too."""
-        return Cosine(self.teacher.on(network))
+        return CosineMeasure(self.teacher.on(network))
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the mean over the test images."""
 
         def cosine() -> float:
@@ -171,7 +171,9 @@ class Cosine(Measure):
                 place.model(), other, place.images, max_examples=place.n, device=place.device
             )
 
-        return Measured(place.kept(f"cosine to {place.name_of(self.teacher)}", cosine), n=place.n)
+        return MeasuredCell(
+            place.kept(f"cosine to {place.name_of(self.teacher)}", cosine), n=place.n
+        )
 
 
 @dataclass(frozen=True)
@@ -186,15 +188,15 @@ class Importance(Measure):
     number: int
     of: str = "share"
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the figure of the extractor."""
         stack = cast(Stack, place.model())
         if self.number > len(stack.widths):
             raise CannotRun(f"the stack has {len(stack.widths)} extractors")
         if self.of == "share":
-            return Measured(100 * importance_ratios(stack)[self.number - 1])
+            return MeasuredCell(100 * importance_ratios(stack)[self.number - 1])
         blocks = stack.merger.weight.detach().abs().split(stack.widths, dim=1)
-        return Measured(float(blocks[self.number - 1].mean()))
+        return MeasuredCell(float(blocks[self.number - 1].mean()))
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class DeltaZOf(Measure):
     number: int
     of: str = "delta_z"
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the figure of an extractor; a curvature is that at its radius."""
 
         def found() -> list[float]:
@@ -231,7 +233,7 @@ class DeltaZOf(Measure):
         at = self.number - (1 if self.of == "delta_z" else 2)
         if not 0 <= at < len(values):
             raise CannotRun("there is no curvature at the first and the last radius")
-        return Measured(values[at], n=place.n)
+        return MeasuredCell(values[at], n=place.n)
 
 
 @dataclass(frozen=True)
@@ -244,16 +246,16 @@ class Size(Measure):
 
     of: str = "parameters"
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Count."""
         model = place.model()
         if self.of == "parameters":
-            return Measured(sum(p.numel() for p in model.parameters()) / 1e6)
-        return Measured(multiply_adds(model, place.image_shape) / 1e9)
+            return MeasuredCell(sum(p.numel() for p in model.parameters()) / 1e6)
+        return MeasuredCell(multiply_adds(model, place.image_shape) / 1e9)
 
 
 @dataclass(frozen=True)
-class Analysis(Measure):
+class AnalysisMeasure(Measure):
     """A number that an analysis of `fastadv.evaluation.analyses` sums up.
 
     The analysis is looked up by name when it is needed, so that a cell comes alive when its analysis is there.
@@ -261,7 +263,7 @@ class Analysis(Measure):
     Attributes:
         name: of the analysis.
         of: which number of its summary.
-        unit: what the number is multiplied by.
+        unit: factor of the number.
         train: whether it is of training images.
         attacked: whether it takes a radius.
     """
@@ -272,7 +274,7 @@ class Analysis(Measure):
     train: bool = False
     attacked: bool = False
 
-    def measure(self, place: Place) -> Measured:
+    def measure(self, place: Place) -> MeasuredCell:
         """Return the number."""
 
         def summary() -> dict[str, float]:
@@ -300,7 +302,7 @@ class Analysis(Measure):
         if self.of not in numbers:
             raise CannotRun(f"analysis {self.name} is not there with {self.of!r}")
         n = len(place.shop.train_images) if self.train else place.n
-        return Measured(self.unit * numbers[self.of], n=n)
+        return MeasuredCell(self.unit * numbers[self.of], n=n)
 
 
 def _analyses() -> tuple[Callable[..., Any], Any]:

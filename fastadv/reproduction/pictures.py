@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fastadv.evaluation import ARREST_CIFAR10_CURVE, ARREST_CIFAR100_CURVE, Cubic, fit_cubic
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, new_figure, numbered, png_of
 from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
-from fastadv.reproduction.tables import Cell, Table
+from fastadv.reproduction.tables import Cell, PaperTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ _CURVES = {"cifar10": ARREST_CIFAR10_CURVE, "cifar100": ARREST_CIFAR100_CURVE}
 _FEWEST = 4  # points of different clean accuracy, for a cubic
 
 
-def picture(table: Table) -> bytes | None:
+def picture(table: PaperTable) -> bytes | None:
     """Draw a table.
 
     Returns:
@@ -31,11 +31,11 @@ def picture(table: Table) -> bytes | None:
         return None
 
 
-def _title(table: Table) -> str:
+def _title(table: PaperTable) -> str:
     return f"{table.item.heading} ({table.scale}, {table.data})"
 
 
-def _trade_off(table: Table) -> bytes | None:
+def _trade_off(table: PaperTable) -> bytes | None:
     """The first two columns against each other, with the cubic through the points and the paper's own curve."""
     points, published = [], {}
     for row, cells in zip(table.item.rows, table.cells, strict=True):
@@ -79,7 +79,7 @@ def _interval(cell: Cell) -> tuple[float, float] | None:
     return max(min(interval[0], cell.mean), 0.0), min(max(interval[1], cell.mean), 100.0)
 
 
-def _lines(table: Table) -> bytes | None:
+def _lines(table: PaperTable) -> bytes | None:
     """A line for each row over the places of the columns."""
     figure, axes = new_figure(LIGHT, 7.2, 4.8)
     places = [c.x if c.x is not None else i for i, c in enumerate(table.item.columns)]
@@ -114,7 +114,7 @@ def _error(cell: Cell) -> float:
     return 0.0 if cell.deviation is None else cell.deviation
 
 
-def _bars(table: Table) -> bytes | None:
+def _bars(table: PaperTable) -> bytes | None:
     """A group of bars for each row, one for each column; the paper's figures are black strokes."""
     figure, axes = new_figure(LIGHT, max(7.2, 0.45 * len(table.item.rows) + 3), 4.8)
     columns = table.item.columns
@@ -146,7 +146,7 @@ def _bars(table: Table) -> bytes | None:
     return _finished(table, figure, axes)
 
 
-def _finished(table: Table, figure: Figure, axes: Axes) -> bytes:
+def _finished(table: PaperTable, figure: Figure, axes: Axes) -> bytes:
     across, up = table.item.axes
     axes.set_xlabel(across, fontsize=12, color=LIGHT.ink)
     axes.set_ylabel(up, fontsize=12, color=LIGHT.ink)

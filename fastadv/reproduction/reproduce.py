@@ -9,11 +9,12 @@ from pathlib import Path
 from fastadv.evaluation.report import Row
 from fastadv.ops.values import integer
 from fastadv.reproduction.cost import Estimate, estimate
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy, Measure
 from fastadv.reproduction.registry import find_item
 from fastadv.reproduction.scales import Scale, find_scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec
-from fastadv.reproduction.tables import Cell, Column, Item, Measured, RowSpec, Table
+from fastadv.reproduction.tables import Cell, Column, Item, MeasuredCell, PaperTable, RowSpec
 from fastadv.reproduction.workshop import Place, Workshop
 from fastadv.reproduction.writers import write_table
 
@@ -29,12 +30,14 @@ class Reproduced:
         files: written for it.
         trained: names of the runs that were trained now.
         judged: how many evaluations were made now.
+        failures: trainings that were refused for another reason than a limit of the scale.
     """
 
-    table: Table
+    table: PaperTable
     files: tuple[Path, ...]
     trained: tuple[str, ...]
     judged: int
+    failures: tuple[str, ...] = ()
 
 
 def reproduce(
@@ -59,11 +62,11 @@ def reproduce(
     Args:
         item: such as "arrest/table2".
         out: folder for the trained models and the table.
-        data: data set; by default that of the scale.
-        root: folder of its files.
+        data: data set, or folder:PATH as `fastadv train` takes it; by default the scale's data set.
+        root: folder of the files of a data set by name.
         scale: "paper", "small" or "tiny".
-        seeds: trainings of each row; by default those of the scale.
-        network: stands for every network of the paper; by default that of the scale.
+        seeds: number of trainings of each row; by default the scale's number.
+        network: replaces every network of the paper; by default the scale's network.
         device: where to train and measure; by default a GPU if there is one.
         extra: a .npz file of further training images, which RST needs; see `fastadv.data.load_npz`.
         quiet: say nothing.
@@ -81,7 +84,8 @@ def reproduce(
         on_estimate(work.estimate())
     table = work.table()
     files = write_table(table, Path(out) / work.item.paper / work.item.name)
-    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged)
+    failures = tuple(dict.fromkeys(work.shop.failures))
+    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged, failures)
 
 
 @dataclass(frozen=True)
@@ -118,11 +122,12 @@ class Work:
         if network is not None:
             chosen = chosen.with_network(network)
         count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
-        shop = Workshop(Path(out) / _RUNS, chosen, data or chosen.data, root, device, extra, quiet)
+        source = Source(data or chosen.data, root)
+        shop = Workshop(Path(out) / _RUNS, chosen, source, device, extra, quiet)
         return cls(found, shop, count)
 
     def estimate(self) -> Estimate:
-        """The time of what is left to do."""
+        """The time of the remaining work."""
         runs: dict[str, Resolved] = {}
         attacks: dict[tuple[str, str, float, str], tuple[Resolved, str]] = {}
         for row in self.item.rows:
@@ -138,18 +143,18 @@ class Work:
                     for accuracy in column.measure.attacks():
                         if not self._is_known(judged, accuracy, seed):
                             name = self.shop.scale.attack(accuracy.attack)
-                            key = (judged.name, name, accuracy.eps, str(accuracy.source))
+                            key = (judged.place, name, accuracy.eps, str(accuracy.source))
                             attacks[key] = judged, name
         shop = self.shop
-        return estimate(runs.values(), attacks.values(), shop.scale, shop.data, shop.device)
+        return estimate(runs.values(), attacks.values(), shop.scale, shop.source, shop.device)
 
     def _is_known(self, run: Resolved, accuracy: Accuracy, seed: int) -> bool:
         return accuracy in self.shop.known(run, [accuracy], seed)
 
-    def table(self) -> Table:
+    def table(self) -> PaperTable:
         """Train, measure, and lay out."""
         len(self.shop.images)  # images that are not there are told before anything else
-        paper_data, published = self.item.published_on(self.shop.data)
+        paper_data, published = self.item.published_on(self.shop.source.name)
         cells = []
         for row in self.item.rows:
             of_row: list[Cell] = []
@@ -159,25 +164,27 @@ class Work:
                 found = [of_seed[number] for of_seed in measured]
                 reason = next((one for one in found if isinstance(one, str)), "")
                 good = (
-                    tuple(one for one in found if isinstance(one, Measured)) if not reason else ()
+                    tuple(one for one in found if isinstance(one, MeasuredCell))
+                    if not reason
+                    else ()
                 )
                 of_row.append(Cell(good, figure, reason))
             cells.append(tuple(of_row))
-        return Table(
+        return PaperTable(
             self.item,
             tuple(cells),
             self.shop.scale.name,
-            self.shop.data,
+            self.shop.source.name,
             paper_data,
             self.seeds,
             self._networks(),
             tuple(self._remarks()),
         )
 
-    def _row(self, row: RowSpec, seed: int) -> list[Measured | str]:
+    def _row(self, row: RowSpec, seed: int) -> list[MeasuredCell | str]:
         """The figures of a row with one seed; in place of one that cannot be measured, the reason."""
         ready: dict[int, Place] = {}
-        figures: list[Measured | str] = ["" for _ in self.item.columns]
+        figures: list[MeasuredCell | str] = ["" for _ in self.item.columns]
         wanted: dict[str, list[Accuracy]] = {}
         for number, column in enumerate(self.item.columns):
             try:
@@ -188,10 +195,10 @@ class Work:
                 figures[number] = f"cannot run: {reason}"
                 continue
             ready[number] = Place(self.shop, runs[0], seed, {})
-            wanted.setdefault(runs[0].name, []).extend(_on(column).attacks())
+            wanted.setdefault(runs[0].place, []).extend(_on(column).attacks())
         rows: dict[str, dict[Accuracy, Row]] = {}
         for number, place in ready.items():
-            name = place.run.name
+            name = place.run.place
             if name not in rows:
                 rows[name] = self.shop.rows(place.run, wanted[name], seed)
             place.found = rows[name]

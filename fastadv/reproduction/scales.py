@@ -1,4 +1,4 @@
-"""How large a reproduction is: the paper's own settings, real CIFAR-10 on a processor, or digits in seconds."""
+"""The scales of a reproduction: the paper's own settings, real CIFAR-10 on a processor, or digits in seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row of a paper's table is trained by: a method, its numbers, its network, and the networks it needs."""
+"""The training of a row of a paper's table: a method, its numbers, its network, and the networks it needs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
+from fastadv.data.training_folders import FOLDER
 from fastadv.models import create_model
 from fastadv.reproduction.scales import Scale
 from fastadv.trainers import Recipe, find_method, method_names
+from fastadv.trainers.checkpoint import BEST, LATEST
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import as_plain
 
@@ -36,6 +38,7 @@ class RunSpec:
         network: the paper's network, a name for `create_model`.
         teachers: by name, the trainings of the networks that the method may need. Which it takes, it says itself.
         repetition: 0, or the number of a further training that differs in its random numbers alone.
+        checkpoint: which one is judged, or handed to others: "latest", or "best" where the paper stops early.
     """
 
     method: str
@@ -43,11 +46,16 @@ class RunSpec:
     network: str = "resnet18"
     teachers: tuple[tuple[str, RunSpec], ...] = ()
     repetition: int = 0
+    checkpoint: str = LATEST
 
     def on(self, network: str) -> RunSpec:
         """The same with another network, also of its teachers."""
         teachers = tuple((name, teacher.on(network)) for name, teacher in self.teachers)
         return dataclasses.replace(self, network=network, teachers=teachers)
+
+    def at_best(self) -> RunSpec:
+        """The same training, stopped early."""
+        return dataclasses.replace(self, checkpoint=BEST)
 
     def changed(self, **changes: Any) -> RunSpec:
         """The same with further fields of the recipe changed."""
@@ -86,6 +94,7 @@ class Resolved:
         data: name of the data set.
         teachers: by name, the trainings of the networks that it takes.
         extra: SHA-256 of the further images that it takes; empty without any.
+        checkpoint: which of its checkpoints counts. The training is the same, and so is its name.
     """
 
     method: MethodClass
@@ -94,6 +103,7 @@ class Resolved:
     data: str
     teachers: tuple[tuple[str, Resolved], ...]
     extra: str = ""
+    checkpoint: str = LATEST
 
     @property
     def name(self) -> str:
@@ -103,11 +113,16 @@ class Resolved:
             "recipe": as_plain(self.recipe),
             "network": self.network,
             "data": self.data,
-            "teachers": {name: teacher.name for name, teacher in self.teachers},
+            "teachers": {name: teacher.place for name, teacher in self.teachers},
             **({"extra": self.extra} if self.extra else {}),
         }
         text = json.dumps(content, sort_keys=True)
         return f"{self.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
+
+    @property
+    def place(self) -> str:
+        """The name, followed by that of the checkpoint if it is not the latest: where the network lies."""
+        return self.name if self.checkpoint == LATEST else f"{self.name}/{self.checkpoint}"
 
     def with_teachers(self) -> Iterator[Resolved]:
         """All trainings that this one needs, then itself; each after those that it needs."""
@@ -117,12 +132,12 @@ class Resolved:
 
 
 def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> Resolved:
-    """Find out what a training is at a scale.
+    """Return the details of a training at a scale.
 
     Args:
         run: the training.
         scale: the scale.
-        data: name of the data set.
+        data: name of the data set, or folder:PATH.
         seed: of the training.
         extra: SHA-256 of further images, for the methods that take such; empty where there are none.
 
@@ -134,6 +149,8 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     method = find_method(run.method)
     seed += _APART * run.repetition
     recipe = _recipe(method, dict(run.changes), scale, seed)
+    if data.startswith(FOLDER):  # pictures are read one by one, and cropped as they are read
+        recipe = dataclasses.replace(recipe, train_images=None, pad=0)
     teachers = dict(run.teachers)
     needed = tuple(teachers) if run.method == "afs" else method.teachers_needed(recipe)
     if missing := [name for name in needed if name not in teachers]:
@@ -147,7 +164,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     if recipe.extra_fraction > 0 and not extra:
         raise CannotRun(f"method {run.method} needs further images: --extra FILE")
     taken = extra if recipe.extra_fraction > 0 else ""
-    return Resolved(method, recipe, network, data, found, taken)
+    return Resolved(method, recipe, network, data, found, taken, run.checkpoint)
 
 
 @lru_cache

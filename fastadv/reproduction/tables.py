@@ -1,4 +1,4 @@
-"""What a table of a paper is made of: rows, columns, and cells that hold our figure beside the paper's."""
+"""The parts of a paper's table: rows, columns, and cells with our figure and the paper's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Column:
 
     Attributes:
         label: as the paper has it.
-        measure: what is measured of a row's model.
+        measure: the measurement of a row's model.
         network: the paper's network, where the table has several; None for the row's own.
         x: place on the axis of a figure with lines.
     """
@@ -61,7 +61,7 @@ class Item:
     Attributes:
         paper: "arrest", "vfd", "afs" or "act".
         name: "table2", "figure4a".
-        title: what it shows.
+        title: the title of the picture or table.
         rows: in the paper's order.
         columns: likewise.
         picture: how it is drawn.
@@ -102,7 +102,7 @@ class Item:
 
     @property
     def heading(self) -> str:
-        """Which item of which paper."""
+        """The paper and the item."""
         kind = self.name.rstrip("0123456789abcdefghijklmnopqrstuvwxyz-") or self.name
         number = self.name.removeprefix("table").removeprefix("figure")
         what = {"table": "table ", "figure": "figure "}
@@ -123,7 +123,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCell:
     """One figure of one trained model.
 
     Attributes:
@@ -131,7 +131,7 @@ class Measured:
         low: lower end of its 95 % interval, where it has one.
         high: upper end.
         n: images that it is of; 0 where it is of none.
-        note: what is to be known of it, such as that it may be too high.
+        note: a remark, such as that the figure may be too high.
     """
 
     value: float
@@ -151,7 +151,7 @@ class Cell:
         reason: why there is no figure of ours.
     """
 
-    measured: tuple[Measured, ...] = ()
+    measured: tuple[MeasuredCell, ...] = ()
     paper: float | None = None
     reason: str = ""
 
@@ -162,7 +162,7 @@ class Cell:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation over the seeds; None of one seed."""
+        """The standard deviation over the seeds; None for a single seed."""
         values = [m.value for m in self.measured]
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -182,18 +182,18 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table with our figures.
 
     Attributes:
-        item: of which item.
+        item: the item of the table.
         cells: by row and column.
         scale: its name.
         data: the data set.
         paper_data: the data set of the paper's figures.
         seeds: how many.
         networks: the network of this scale by the paper's.
-        remarks: what is to be known, one sentence each.
+        remarks: remarks, one sentence each.
     """
 
     item: Item

@@ -1,4 +1,4 @@
-"""Where the models of the tables are trained and measured: what is there is used again, what stopped goes on."""
+"""Training and measuring of the models of the tables; existing results are used, stopped runs continue."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from torch import nn
 
 from fastadv.commands import run_evaluation
 from fastadv.commands.evaluation import EVAL_FILE
-from fastadv.data import ImageData, load_dataset, load_npz, subset
-from fastadv.data.datasets import load_test_images
+from fastadv.data import ImageData, load_npz
+from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import Row
 from fastadv.files import sha256_of, write_atomically
+from fastadv.models.stages import MissingLayerError
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
 from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
-from fastadv.trainers.checkpoint import find_checkpoint
+from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
 _RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
 _DIVERGED = "diverged"
@@ -42,29 +44,30 @@ class Workshop:
     Attributes:
         folder: where the runs are.
         scale: how large they are.
-        data: the data set.
-        root: folder of its files.
+        source: the images.
         device: where to train and measure; None chooses.
         extra: a .npz file of further training images, for the methods that take such.
         quiet: say nothing.
         trained: names of the runs that were trained, in full or in part, by this object.
         judged: how many evaluations were made by this object.
+        failures: trainings that were refused, and why. It is a limit of the scale and no failure that a network
+            which stands for the paper's lacks a layer.
     """
 
     folder: Path
     scale: Scale
-    data: str
-    root: str | None = None
+    source: Source
     device: str | None = None
     extra: str | None = None
     quiet: bool = True
     trained: list[str] = field(default_factory=list)
     judged: int = 0
+    failures: list[str] = field(default_factory=list)
 
-    @cached_property
-    def images(self) -> ImageData:
+    @property
+    def images(self) -> ImageData | FolderImages:
         """The test images."""
-        return load_test_images(self.data, self.root)
+        return self.source.tests
 
     @cached_property
     def extra_digest(self) -> str:
@@ -72,20 +75,17 @@ class Workshop:
         return "" if self.extra is None else sha256_of(Path(self.extra))
 
     def resolve(self, run: RunSpec, seed: int) -> Resolved:
-        """Find out what a training is here.
+        """Return the details of a training here.
 
         Raises:
             CannotRun: if something that it needs is not there.
         """
-        return resolve(run, self.scale, self.data, seed, self.extra_digest)
+        return resolve(run, self.scale, self.source.data, seed, self.extra_digest)
 
     @cached_property
     def train_images(self) -> ImageData:
         """The training images, as many as test images are used."""
-        whole = load_dataset(self.data, self.root).train
-        assert isinstance(whole, ImageData)  # as data sets by name are
-        n = self.scale.test_images
-        return whole if n is None else subset(whole, min(n, len(whole)))
+        return self.source.first_train_images(self.scale.test_images)
 
     def path(self, run: Resolved) -> Path:
         """The directory of a run."""
@@ -115,11 +115,12 @@ class Workshop:
             train(
                 run.method,
                 run.recipe,
-                data=self.data,
-                root=self.root,
+                data=self.source.for_training(run.recipe),
+                root=self.source.root,
                 model=run.network,
                 run_dir=self.path(run),
-                teacher={name: self.path(teacher) for name, teacher in run.teachers} or None,
+                teacher={name: self.folder / teacher.place for name, teacher in run.teachers}
+                or None,
                 extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
                 device=self.device,
@@ -131,8 +132,11 @@ class Workshop:
             self._keep(run, _DIVERGED, reason)
             raise CannotRun(reason) from error
         except (ValueError, TypeError) as error:
-            # Such as a layer that this scale's network has not; the other rows are none the worse for it.
-            raise CannotRun(f"method {run.method.name} refuses: {error}") from error
+            # The other rows can still be trained.
+            reason = f"method {run.method.name} refuses: {error}"
+            if not (isinstance(error, MissingLayerError) and self.scale.network is not None):
+                self.failures.append(f"{run.name}: {reason}")
+            raise CannotRun(reason) from error
         self._keep(run, "seconds", time.perf_counter() - began)
 
     def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
@@ -152,8 +156,9 @@ class Workshop:
             run_evaluation(
                 str(self.path(run)),
                 attacks,
-                data=self.data,
-                root=self.root,
+                checkpoint=run.checkpoint,
+                data=None if self.source.is_folder else self.source.data,
+                root=self.source.root,
                 eps=radii,
                 max_examples=n,
                 surrogate=None if source is None else str(self._source(source, seed)),
@@ -171,7 +176,7 @@ class Workshop:
         file = self.path(run) / EVAL_FILE
         if not file.exists():
             return {}
-        name = find_checkpoint(self.path(run)).name
+        name = find_checkpoint(self.path(run), run.checkpoint).name
         results = load_results(file)
         found: dict[Accuracy, Row] = {}
         for one in wanted:
@@ -210,6 +215,7 @@ class Workshop:
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
         """Return what was found for a run before; find it and keep it where that is not so."""
         record = self._record(run)
+        title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
             self._keep(run, title, find())
             self.judged += 1
@@ -259,10 +265,10 @@ class Place:
     @property
     def data(self) -> str:
         """The name of the data set."""
-        return self.shop.data
+        return self.shop.source.name
 
     @property
-    def images(self) -> ImageData:
+    def images(self) -> ImageData | FolderImages:
         """The test images."""
         return self.shop.images
 
@@ -280,7 +286,7 @@ class Place:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """[C, H, W]."""
-        return tuple(self.images.images.shape[1:])
+        return self.shop.source.image_shape
 
     def row(self, accuracy: Accuracy) -> Row:
         """An accuracy of the model."""
@@ -289,12 +295,12 @@ class Place:
     def model(self, run: RunSpec | None = None) -> nn.Module:
         """The trained model, or that of another training with the same seed."""
         resolved = self.run if run is None else self._resolved(run)
-        model = load_model(self.shop.path(resolved))
+        model = load_model(self.shop.folder / resolved.place)
         return model if self.device is None else model.to(torch.device(self.device))
 
     def name_of(self, run: RunSpec) -> str:
         """The name of another training with the same seed."""
-        return self._resolved(run).name
+        return self._resolved(run).place
 
     def _resolved(self, run: RunSpec) -> Resolved:
         return self.shop.resolve(run, self.seed)

@@ -10,12 +10,12 @@ from typing import Any
 
 from fastadv.files import write_atomically
 from fastadv.reproduction.pictures import picture
-from fastadv.reproduction.tables import NOT_AT_HAND, Cell, Table
+from fastadv.reproduction.tables import NOT_AT_HAND, Cell, PaperTable
 
 _FORMAT = 1
 
 
-def write_table(table: Table, folder: Path) -> list[Path]:
+def write_table(table: PaperTable, folder: Path) -> list[Path]:
     """Write a table and its picture. The names hold scale, data and seeds, so that others stay.
 
     Args:
@@ -45,7 +45,7 @@ def write_table(table: Table, folder: Path) -> list[Path]:
     ]
 
 
-def markdown(table: Table) -> str:
+def markdown(table: PaperTable) -> str:
     """The table as the paper lays it out, with the paper's figure under "paper" right of ours."""
     item = table.item
     networks = {
@@ -69,13 +69,13 @@ def markdown(table: Table) -> str:
     return "\n".join([*head, *lines, *(["", *notes] if notes else [])]) + "\n"
 
 
-def _unit(table: Table) -> str:
+def _unit(table: PaperTable) -> str:
     if table.seeds == 1:
         return "In brackets: the 95 % interval over the test images."
     return "Mean ± standard deviation over the trainings; in brackets the 95 % interval of the mean (Student's t)."
 
 
-def _paper_note(table: Table) -> str:
+def _paper_note(table: PaperTable) -> str:
     if not table.item.published:
         return f"The paper's figures are {NOT_AT_HAND}."
     other = table.paper_data != table.data
@@ -108,7 +108,7 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _notes(table: Table) -> list[str]:
+def _notes(table: PaperTable) -> list[str]:
     notes = list(table.remarks)
     if table.item.guess:
         notes.append(f"Layout: {table.item.guess}")
@@ -118,7 +118,7 @@ def _notes(table: Table) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def to_csv(table: Table) -> str:
+def to_csv(table: PaperTable) -> str:
     """One line per cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -134,10 +134,15 @@ def to_csv(table: Table) -> str:
     return text.getvalue()
 
 
-def to_json(table: Table) -> str:
-    """All of it, with the figure of every seed."""
+def to_json(table: PaperTable) -> str:
+    """All of it as JSON text."""
+    return json.dumps(as_record(table), indent=1) + "\n"
+
+
+def as_record(table: PaperTable) -> dict[str, Any]:
+    """All of it as JSON types, with the figure of every seed."""
     item = table.item
-    content: dict[str, Any] = {
+    return {
         "format": _FORMAT,
         "item": item.id,
         "title": item.title,
@@ -152,7 +157,6 @@ def to_json(table: Table) -> str:
         "columns": [column.label for column in item.columns],
         "cells": [[_cell(cell) for cell in cells] for cells in table.cells],
     }
-    return json.dumps(content, indent=1) + "\n"
 
 
 def _cell(cell: Cell) -> dict[str, Any]:

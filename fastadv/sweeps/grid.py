@@ -1,4 +1,4 @@
-"""The grid of a sweep: which options take which values, and the seeds."""
+"""The grid of a sweep: the options with their values, and the seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoint of its runs a sweep judges."""
+"""The checkpoint that a sweep judges."""
 
 from __future__ import annotations
 

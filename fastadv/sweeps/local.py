@@ -24,7 +24,7 @@ def run_locally(plan: Plan, runs: Sequence[SweepRun], jobs: int, quiet: bool) ->
 
     Args:
         plan: the sweep.
-        runs: those that are left.
+        runs: the unfinished runs.
         jobs: how many at once.
         quiet: say nothing meanwhile.
 

@@ -1,4 +1,4 @@
-"""What a sweep is: its runs, their names and directories, and the file that describes it."""
+"""The plan of a sweep: its runs, their names and directories, and the file that describes it."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Plan:
         method: name of the method that is trained.
         training: options of `fastadv train` that all runs share, as words.
         evaluation: options of `fastadv eval`, as words.
-        grid: the options that differ, and the seeds, of which there is at least one.
+        grid: the options that differ, and at least one seed.
         config: of a plan that was read, the text that the file of options had when the plan was saved.
     """
 
@@ -110,7 +110,7 @@ class Plan:
 
     @property
     def runs(self) -> list[SweepRun]:
-        """All runs; those that differ in their seed alone stand together."""
+        """All runs; runs that differ only in their seed stand together."""
         return [
             self._run(settings, seed)
             for settings in self.grid.settings()

@@ -1,4 +1,4 @@
-"""Starting the processes of a sweep's runs, and what is told of those that failed."""
+"""Starting the processes of a sweep's runs, and the report on failed runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def start(
         folder: the sweep's directory.
         name: of the run.
         log: where its output is added.
-        environment: variables to set beside those of this process.
+        environment: variables to set in addition to this process's variables.
         directory: where it runs; by default the current directory.
     """
     log.parent.mkdir(parents=True, exist_ok=True)

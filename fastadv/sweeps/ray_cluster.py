@@ -43,7 +43,7 @@ def run_on_ray(
 
     Args:
         plan: the sweep.
-        runs: those that are left.
+        runs: the unfinished runs.
         address: of the cluster; by default the one this machine belongs to, else this machine alone.
         jobs: how many at once; None for as many as the cluster has room for.
         gpus: of each run; by default 1 where the cluster has any.

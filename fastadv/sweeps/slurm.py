@@ -34,7 +34,7 @@ def write_script(
 
     Args:
         plan: the sweep.
-        runs: those that are left, at least one.
+        runs: the unfinished runs, at least one.
         jobs: how many at once; None for as many as the cluster has room for.
         gpus: of each run.
         cpus: of each run.

@@ -39,8 +39,8 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Cell:
-    """What the seeds of one point say of one attack.
+class PointCell:
+    """The accuracies of one point under one attack, over the seeds.
 
     Attributes:
         values: in percent, one per seed.
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation of the sample; None of one value."""
+        """The standard deviation of the sample; None for a single value."""
         return mean_and_deviation(list(self.values))[1] if len(self.values) > 1 else None
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class PointRow:
     """A point of the grid, judged on some images at some radius.
 
     Attributes:
@@ -82,7 +82,7 @@ class Row:
     seeds: tuple[int, ...]
     where: tuple[str, str, str, str]
     radius: tuple[str, float]
-    cells: Mapping[str, Cell]
+    cells: Mapping[str, PointCell]
 
     @property
     def label(self) -> str:
@@ -94,7 +94,7 @@ class SweepTable:
     """The results of one sweep, or of several.
 
     Args:
-        judgements: the finished runs, at least one; those of one point beside each other.
+        judgements: the finished runs, at least one; runs of one point stand together.
 
     Attributes:
         summary: of the same runs, for a report.
@@ -154,6 +154,27 @@ class SweepTable:
             writer.writerow([row.curve, *settings, seeds, *row.where, *numbers])
         return text.getvalue()
 
+    def records(self) -> list[dict[str, Any]]:
+        """The rows as JSON types, with the figure of every seed in percent."""
+        return [
+            {
+                "sweep": row.curve,
+                "settings": dict(row.settings),
+                "seeds": list(row.seeds),
+                **dict(zip(("data", "n", "norm", "eps"), row.where, strict=True)),
+                "n": int(row.where[1]),
+                "accuracy": {
+                    title: {
+                        "mean": cell.mean,
+                        "deviation": cell.deviation,
+                        "values": list(cell.values),
+                    }
+                    for title, cell in row.cells.items()
+                },
+            }
+            for row in self.rows
+        ]
+
     def points(self) -> list[TradeOffPoint]:
         """The points of the plot: those of a curve from the lowest clean accuracy to the highest."""
         robust, radius = self.summary.robust, self.summary.radius
@@ -189,18 +210,20 @@ class SweepTable:
         title = f"{self.summary.plot_title}\nmeans and deviations over seeds"
         return png_of(draw_trade_off(points, title=title, robust_label=robust))
 
-    def _row(self, curve: str, settings: dict[str, str], lines: Sequence[tuple[int, Line]]) -> Row:
+    def _row(
+        self, curve: str, settings: dict[str, str], lines: Sequence[tuple[int, Line]]
+    ) -> PointRow:
         line = lines[0][1]
         described = self.summary.comparison.describe(line)
         norm, eps = (line.norm, format_eps(line.eps)) if line.norm else ("-", "-")
         cells = {
-            title: Cell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
+            title: PointCell(tuple(100 * one.cells[title].row.accuracy for _, one in lines))
             for title in self.attacks
             if all(title in one.cells for _, one in lines)
         }
         seeds = tuple(seed for seed, _ in lines)
         where = (described["data"], str(line.n), norm, eps)
-        return Row(curve, settings, seeds, where, line.radius, cells)
+        return PointRow(curve, settings, seeds, where, line.radius, cells)
 
 
 def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
@@ -215,7 +238,7 @@ def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
     ]
 
 
-def _bar(cell: Cell) -> tuple[float, float] | None:
+def _bar(cell: PointCell) -> tuple[float, float] | None:
     """One deviation to either side."""
     deviation = cell.deviation
     if deviation is None:

@@ -25,18 +25,18 @@ class ActRecipe(NaturalRecipe):
     """Numbers of the paper for CIFAR.
 
     The preset "official", the authors' code (NeurAI-Lab/ACT), differs in the temperature, 4, in the attack, whose
-    divergence is a sum, and in the drops of the learning rate. They come with the 60th, 120th and 160th epoch;
-    those of the paper are taken to come after the 60th, 120th and 150th.
+    divergence is a sum, and in the drops of the learning rate. There they come with the 60th, 120th and 160th
+    epoch. The paper's drops are read as after the 60th, 120th and 150th.
 
-    The preset "imagenet" has the paper's numbers for ImageNet and else those of the authors' script, whose batch
-    size is that of one process. The script's step size, 1, lets each step end in a corner of the ball; here it
-    is a quarter of eps.
+    The preset "imagenet" has the paper's numbers for ImageNet, and the authors' script supplies the others. Its
+    batch size is per process. With the script's step size, 1, each step ends in a corner of the ball. Here the
+    step size is a quarter of eps.
 
     Attributes:
-        weight: alpha in the paper, of each model's divergence from the other.
-        temperature: of the divergences in training; 4 in the authors' code.
-        attack_divergence: what the attack adds to (1 - weight) CE of an image: weight KL, or, with "sum", weight B
-            KL as in the authors' code, where the attack depends on the batch size B.
+        weight: weight of each model's divergence from the other, alpha in the paper.
+        temperature: temperature of the divergences in training; 4 in the authors' code.
+        attack_divergence: the second term of the attack's loss, besides (1 - weight) CE. "mean" is weight KL.
+            "sum" is weight B KL as in the authors' code, where the attack depends on the batch size B.
     """
 
     epochs: int = 200
@@ -76,7 +76,7 @@ class ActRecipe(NaturalRecipe):
 
 @dataclass(frozen=True)
 class Concurrent(Attacked):
-    """Adversarial images, with what the natural model's training pass gave.
+    """Adversarial images, with the result of the natural model's training pass.
 
     Attributes:
         natural_logits: F(x) [B, C], with gradient.
@@ -88,16 +88,16 @@ class Concurrent(Attacked):
 class Act(NaturalMethod[ActRecipe]):
     """ACT: L_G = (1 - a) CE(G(x')) + a KL(F(x) || G(x')) and L_F = (1 - a) CE(F(x)) + a KL(G(x') || F(x)).
 
-    Source: Arani et al. 2020, algorithm 1. The robust model G sees adversarial images, which maximise L_G, the
-    natural model F clean ones; each divergence teaches the first model by the second as it is. Both have
-    optimisers of their own and are updated together; G is what is evaluated. During the attack G is in evaluation
-    mode, F in training mode: its logits are those of its one training pass, as in the authors' code.
+    Source: Arani et al. 2020, algorithm 1. The robust model G sees adversarial images, which maximise L_G. The
+    natural model F sees clean images. In each divergence the second model teaches the first, without a gradient of
+    its own. Each model has its own optimiser, and both are updated together. G is evaluated. During the attack G
+    is in evaluation mode. The attack uses the logits of F's one training pass, as in the authors' code.
 
     Cost per batch: 2KF for the attack, 6F for training. Running statistics of each model move once.
     """
 
     name = "act"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = ActRecipe
     bn_updates = 1
     images_trained = 1
@@ -129,7 +129,7 @@ class Act(NaturalMethod[ActRecipe]):
             self._natural_logits = None
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
-        """Return L_G + L_F, of which each has a gradient in its own model alone."""
+        """Return L_G + L_F. Each term has a gradient only in its own model."""
         recipe = self.recipe
         pair = losses.act(
             adv_logits, clean_logits, y, recipe.weight, recipe.temperature, reduction="none"

@@ -27,12 +27,13 @@ class AfsRecipe(AdversarialRecipe):
     of 100 and trains for 7 epochs, with drops of the learning rate after 2 and 5.
 
     Attributes:
-        weight: alpha in the paper, of the clean images' cross-entropy; 1 - weight is the attacked images'.
-        mix: what the weights apply to: with "loss" both terms are taken of every image; with "batch", as in the
-            authors' code, that part of each batch stays clean, rounded down, and only the rest is attacked, which
-            is the same in expectation and costs less.
-        eps_low: draw the radius of each batch's attack uniformly from eps_low to eps, its step size in proportion;
-            by default every batch has eps. The draw depends on the seed, the epoch and the step alone.
+        weight: weight of the clean images' cross-entropy, alpha in the paper. The adversarial images have 1 -
+            weight.
+        mix: "loss" computes both terms for every image. "batch", as in the authors' code, keeps a part `weight` of
+            each batch clean, rounded down, and attacks the others. Its expectation is the same, and it costs less.
+        eps_low: draw the radius of each batch's attack uniformly from eps_low to eps, with the step size in
+            proportion. By default every batch has eps. The draw depends only on the seed, the epoch and the
+            iteration.
     """
 
     epochs: int = 5
@@ -70,15 +71,15 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
 
     Source: Liu and Zhao 2021, equations 1 to 4; recipe of the paper. The model is a stack, such as
     "stack:6*wrn_28_10", and each of its extractors gets the weights of a trained network. They stay in evaluation
-    mode; only the merger, whose weights start at random, is trained. The attack starts from uniform noise and
-    stays in 0..1 at every step; the authors' code starts from triangular noise and clips at the end.
+    mode. Only the merger is trained. Its weights start at random. The attack starts from uniform noise and
+    stays in 0..1 at every step. The authors' code starts from triangular noise and clips at the end.
 
     Cost per batch, F being a pass of the whole stack: 2KF for the attack and 2F for the features of x and x'; with
-    mix "batch" (1 - weight) 2KF and 1F. The merger's own cost is nothing beside it. No running statistics move.
+    mix "batch" (1 - weight) 2KF and 1F. The merger's own cost is negligible. No running statistics move.
     """
 
     name = "afs"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = AfsRecipe
     bn_updates = 0
 
@@ -166,7 +167,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         return self.stack.merge(pooled)
 
     def passes(self, epoch: int) -> float:
-        """Return the attack's cost, of the attacked part, and that of the features."""
+        """Return the cost of the attack, for the attacked part, and the cost of the features."""
         both = self.recipe.mix == "loss"
         attacked = 1 if both else 1 - self.recipe.weight
         features = (2 if both else 1) * (1 + self.perturbs_weights(epoch))

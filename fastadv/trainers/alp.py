@@ -42,7 +42,7 @@ class Alp(PairMethod[AlpRecipe]):
     """
 
     name = "alp"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = AlpRecipe
     bn_updates = 1
 

@@ -1,4 +1,4 @@
-"""What a run says before it starts: what will be done, what it costs, where it goes."""
+"""The plan that a run prints before it starts: the work, the cost, and where the results go."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def announcement(loop: Loop, model_name: str | None) -> str:
 
     Args:
         loop: the run.
-        model_name: what the model is called, if it was made by name.
+        model_name: the name of the model, if it was made by name.
     """
     recipe, loader = loop.recipe, loop.loader
     runtime = loop.method.runtime
@@ -34,13 +34,13 @@ def announcement(loop: Loop, model_name: str | None) -> str:
     precision = "float32" if runtime.autocast_dtype is None else str(runtime.autocast_dtype)[6:]
     where = f"{runtime.device}" + f" x {loop.ranks.count}" * (loop.ranks.count > 1)
     done = loop.progress
-    begun = f", continued after epoch {done.epoch} step {done.epoch_step}" if done.step else ""
+    begun = f", continued after epoch {done.epoch} iteration {done.epoch_step}" if done.step else ""
     return "\n".join(
         [
             f"{loop.method.name} on {loader.name} ({_images(loader)}) with "
             f"{model_name or type(model).__name__} ({size:,} parameters), on {where} in "
             f"{precision}{begun}",
-            f"  work: {recipe.epochs} epochs of {len(loop.loader):,} steps of "
+            f"  work: {recipe.epochs} epochs of {len(loop.loader):,} iterations of "
             f"{recipe.batch_size} images; per image {_passes(loop)}",
             f"  time: about {duration(_expected_seconds(loop))}, going by one batch",
             *_optimizer_line(loop),
@@ -54,12 +54,12 @@ def announcement(loop: Loop, model_name: str | None) -> str:
 
 def _images(loader: Batches) -> str:
     extra, few = loader.extra_count, loader.extra_per_batch
-    some = f" and {few} of {extra:,} extra images per step" if extra else ""
+    some = f" and {few} of {extra:,} extra images per iteration" if extra else ""
     return f"{loader.first_extra:,} images{some}"
 
 
 def _expected_seconds(loop: Loop) -> float:
-    """Time a forward pass and a step of the attack, and multiply; looks and checkpoints come on top.
+    """Time a forward pass and a step of the attack, and multiply; validations and checkpoints come on top.
 
     Both run in evaluation mode on the first batch and leave the model as it was.
     """

@@ -32,20 +32,20 @@ class ArrestRecipe(AdversarialRecipe):
     """Numbers of the ARREST paper, section 5.1, with the parts and rivals of its tables 2 and 4 and figure 4.
 
     Attributes:
-        finetune: start from the standard weights (AFT); otherwise from fresh ones.
+        finetune: start from the standard weights (AFT); otherwise from random weights.
         distill: keep the model close to the standard one (RGKD).
         replay: do not attack images whose features have drifted (NR).
-        distance: what the distillation makes small: "angular", the angular distance of features, or one of its
-            rivals: "mse", their mean squared difference; "attention", the distance of their attention maps;
-            "logits_mse", the mean squared difference of logits, LBGAT's loss, which table 4 has; "logits_kl",
+        distance: distance that the distillation minimises. "angular" is the angular distance of features. Its
+            rivals are "mse", the mean squared difference of features; "attention", the distance of attention maps;
+            "logits_mse", the mean squared difference of logits, LBGAT's loss, as in table 4; and "logits_kl",
             Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
         temperature: T of "logits_kl".
-        replay_with: how drifted images are trained on: with "noise", a random point of the ball, or "clean", as
-            they are.
+        replay_with: replacement of drifted images: "noise", a random point of the ball, or "clean", the clean
+            image.
         lam: weight of the distillation, lambda; the default is meant for the angular distance.
         phi: angle in degrees beyond which features count as drifted; tau = 1 - cos(phi). The
             paper has 30, 37.5 and 45 for CIFAR-10, 30, 32.5 and 35 for CIFAR-100.
-        replay_epochs: epochs from the start in which there is replay.
+        replay_epochs: number of epochs from the start with replay.
     """
 
     epochs: int = 20
@@ -95,13 +95,13 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     """ARREST: CE(f(x')) + lam * angular(h(x'), h_std(x)), with noisy replay.
 
     Source: Suzuki et al., "ARREST", equations 3 to 5. In the first `replay_epochs` epochs an image
-    whose features are further than tau from the standard model's is not attacked but gets uniform
-    noise of the same size. All parts off is PGD-AT with this recipe.
+    gets uniform noise of the same size instead of an attack, if its features are further than tau from the
+    features of the standard model. With all parts off the method is PGD-AT with this recipe.
 
-    What the paper leaves open: the teacher, the drift and the attack are computed in evaluation
-    mode; the attack starts from uniform noise; replayed noise is clipped to 0..1; inputs are not
-    normalised. Of the rivals: attention maps are those of the features before pooling alone. For logits, table 4
-    cites LBGAT, whose loss is their squared difference; the KL divergence, at temperature 4, is the most common.
+    Choices where the paper leaves something open: the teacher, the drift and the attack are computed in
+    evaluation mode. The attack starts from uniform noise. Replayed noise is clipped to 0..1. Inputs are not
+    normalised. Attention maps are taken only from the features before pooling. For logits, table 4 cites LBGAT,
+    whose loss is their squared difference. The KL divergence, at temperature 4, is the most common alternative.
 
     Cost per batch: 2KF for the attack of the images that are not replayed, 1F of the teacher for
     both replay and distillation, 1F of the model for the drift while there is replay, 3F for
@@ -109,7 +109,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     """
 
     name = "arrest"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = ArrestRecipe
 
     @classmethod
@@ -187,7 +187,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
             return features, teacher.forward_head(features) if wanted else None
 
     def _distance(self, features: Tensor, logits: Tensor, adv: Replayed) -> Tensor:
-        """Return each image's distance from what the standard model makes of it clean, [B]."""
+        """Return each image's distance from the standard model's features of the clean image, [B]."""
         recipe = self.recipe
         if recipe.distance == "logits_kl":
             assert adv.teacher_logits is not None

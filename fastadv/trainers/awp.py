@@ -1,4 +1,4 @@
-"""AWP: a training step at adversarially perturbed weights."""
+"""AWP: training at adversarially perturbed weights."""
 
 from __future__ import annotations
 

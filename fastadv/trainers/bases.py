@@ -27,14 +27,15 @@ BASES: dict[str, type[PGDAT[Any]] | type[PairMethod[Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AroundRecipe(PairRecipe):
-    """Numbers of a method around a base that are the base's own, with the base's names.
+    """Options of the base, under the base's names, in the recipe of a method around it.
 
     Attributes:
-        beta: weight of the divergence, with base "trades", "hat" or "mart"; by default that of the base's recipe.
-        weight: of the logit pairing, with base "alp"; by default .5.
+        beta: weight of the divergence, with base "trades", "hat" or "mart"; by default the beta of the base's
+            recipe.
+        weight: weight of the logit pairing, with base "alp"; by default .5.
         code_constants: add the small constants of MART's code, with base "mart".
         gamma: weight of the helper examples, with base "hat"; by default .5.
-        reach: how far beyond x' they lie, in units of x' - x, with base "hat"; by default 2.
+        reach: distance of the helper examples from x, in units of x' - x, with base "hat"; by default 2.
     """
 
     beta: Number = 0.0
@@ -75,7 +76,7 @@ def build_base(
         recipe: of the method around it, whose fields of the same names hold the base's numbers.
         model: the model that is trained.
         runtime: device, precision and timer of the method around it.
-        teachers: its frozen models, of which HAT needs "teacher".
+        teachers: its frozen models; HAT needs "teacher".
     """
     kind = BASES[base]
     needed = kind.teachers_needed(recipe)
@@ -84,7 +85,7 @@ def build_base(
 
 
 def base_losses(base: BaseMethod, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
-    """Return what a base makes of a batch: f(x') [B, C], and the base's loss of each image [B]."""
+    """Return the results of a base for a batch: f(x') [B, C], and the base's loss of each image [B]."""
     if isinstance(base, PairMethod):
         clean_logits, adv_logits = base.logits(batch, adv)
         return adv_logits, base.image_losses(batch, adv, clean_logits, adv_logits)

@@ -42,9 +42,9 @@ class RunStart:
 
 
 class Callback:
-    """Base of callbacks; override what is needed.
+    """Base class of callbacks; override the functions that you need.
 
-    All functions are called in the first process alone, whose metrics are those of all processes. A callback does
+    All functions are called only in the first process. Its metrics are means over all processes. A callback does
     not change a run: random numbers that it draws are not missing elsewhere, and the metrics are its own copy.
 
     An exception ends the run, as one anywhere else: it can be resumed from its last checkpoint. `on_end` of all
@@ -52,7 +52,7 @@ class Callback:
     """
 
     def on_start(self, run: RunStart) -> None:
-        """Called once, before the first step, when the run directory is ready."""
+        """Called once, before the first iteration, when the run directory is ready."""
 
     def on_step(self, metrics: Metrics) -> None:
         """Called with each record of steps in metrics.jsonl: every `log_every` steps, and at an epoch's end.

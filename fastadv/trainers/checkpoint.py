@@ -1,4 +1,4 @@
-"""Checkpoints that survive a kill at any moment and never pass for what they are not.
+"""Checkpoints that survive a kill at any moment, and notice any damage or exchange.
 
 A checkpoint is a directory `step_000123` with
 
@@ -84,7 +84,7 @@ def save_checkpoint(
         step: steps done; a checkpoint of the same step is replaced.
         weights: tensors by name.
         train_state: tensors, numbers, text, and dicts and lists of them.
-        meta: what else to record, JSON types.
+        meta: further facts to record, JSON types.
 
     Returns:
         The checkpoint's directory.

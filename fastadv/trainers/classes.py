@@ -1,4 +1,4 @@
-"""Whether a model has a logit for every class of the data, found out before the first step."""
+"""Whether a model has a logit for every class of the data, checked before the first iteration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastadv.engine.frozen import frozen
 def check_classes(
     model: nn.Module, splits: Splits, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Require as many logits as the training and test images have classes, by a look at two images.
+    """Require as many logits as the training and test images have classes, checked on two images.
 
     Args:
         model: the model to be trained, on its device.

@@ -44,15 +44,9 @@ class Console:
         self._estimated = False
         self._taken = (0, 0.0)
         if self._on_terminal:
-            from tqdm import tqdm
+            from fastadv.bars import Bar
 
-            self._bar = tqdm(
-                total=total_steps,
-                initial=done_steps,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-            )
+            self._bar = Bar([], total=total_steps, initial=done_steps, smoothing=0.1)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
@@ -62,7 +56,7 @@ class Console:
             print(text, file=sys.stderr, flush=True)
 
     def step_done(self) -> None:
-        """Count a step."""
+        """Count an iteration."""
         now = time.perf_counter()
         self._seconds += now - self._since
         self._since = now
@@ -75,7 +69,7 @@ class Console:
             self._estimated = True
             self.say(
                 f"expected: about {duration(self.seconds_left())} for the remaining "
-                f"{self._left - self._done:,} steps, at {self.images_per_second():,.0f} images/s"
+                f"{self._left - self._done:,} iterations, at {self.images_per_second():,.0f} images/s"
             )
 
     @contextmanager
@@ -98,17 +92,19 @@ class Console:
         """
         rate = self.images_per_second()
         if self._bar is not None:
-            self._bar.set_description(f"epoch {epoch}/{epochs}", refresh=False)
-            self._bar.set_postfix_str(f"{rate:,.0f} images/s, {_in_words(metrics)}")
+            figures = sorted(_figures(metrics), key=lambda one: one.startswith("lr "))
+            self._bar.figures = [f"epoch {epoch}/{epochs}", *figures]  # the rate is left out first
+            self._bar.rest = [f"{rate:,.0f} images/s"]
+            self._bar.refresh()
         elif self.enabled and time.perf_counter() - self._said >= self._interval:
             self._said = time.perf_counter()
             left = duration(self.seconds_left())
             self.say(
-                f"epoch {epoch}/{epochs}: {_in_words(metrics)}, {rate:,.0f} images/s, {left} left"
+                f"epoch {epoch}/{epochs}: {', '.join(_figures(metrics))}, {rate:,.0f} images/s, {left} left"
             )
 
     def images_per_second(self) -> float:
-        """Return the mean rate of this process's training steps."""
+        """Return the mean rate of this process's iterations."""
         return self._done * self._batch_size / max(self._seconds, 1e-9)
 
     def take_rate(self) -> float:
@@ -118,7 +114,7 @@ class Console:
         return (self._done - steps) * self._batch_size / max(self._seconds - seconds, 1e-9)
 
     def seconds_left(self) -> float:
-        """Estimate the rest of the run from what the steps so far took, with all between them."""
+        """Estimate the rest of the run from the time of the iterations so far, with all work between them."""
         spent = self._seconds + self._aside
         return (self._left - self._done) * spent / max(self._done, 1)
 
@@ -135,5 +131,5 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def _in_words(metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+def _figures(metrics: Mapping[str, float]) -> list[str]:
+    return [f"{name} {value:.3f}" for name, value in metrics.items()]

@@ -20,11 +20,11 @@ _ONE_CYCLE = OneCycle(peak=0.025, base_momentum=0.85, max_momentum=0.95)
 class DmAtRecipe(TradesRecipe):
     """Numbers of the authors' code for WRN-28-10 on CIFAR-10 with a million generated images, in both presets.
 
-    What "official" does not reproduce is stated at `DmAt`.
+    `DmAt` states the differences of "official" from that code.
 
     Attributes:
         extra_fraction: part of each batch drawn from the generated images.
-        ema_decay: of the average of the weights, tau.
+        ema_decay: decay of the average of the weights, tau.
     """
 
     epochs: int = 400
@@ -44,19 +44,19 @@ class DmAtRecipe(TradesRecipe):
 
 
 class DmAt(Trades):
-    """DM-AT: CE(f(x)) with smoothed labels + 5 KL(f(x) || f(x')), of whose weights an average is evaluated.
+    """DM-AT: CE(f(x)) with smoothed labels + 5 KL(f(x) || f(x')); an average of the weights is evaluated.
 
     Source: Wang et al. 2023, on the recipe of Rebuffi et al. 2021; numbers as in the authors' code
-    (wzekai99/DM-Improves-AT). The generated images come by `--extra FILE.npz`, their labels with them. What
-    differs from that code: there the model has SiLU in place of ReLU, BatchNorm's momentum is .01, the attack sees
-    the statistics of its batch, the rate changes with each epoch, and the average begins after .025 of the run.
+    (wzekai99/DM-Improves-AT). `--extra FILE.npz` gives the generated images and their labels. Differences: in
+    that code the model has SiLU instead of ReLU, BatchNorm's momentum is .01, the attack uses the statistics of
+    its batch, the learning rate changes with each epoch, and the average begins after .025 of the run.
 
     Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
     """
 
     name = "dm_at"
     takes_soft_labels = False
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = DmAtRecipe
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:

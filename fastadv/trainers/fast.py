@@ -18,15 +18,15 @@ _TRIANGLE = Cyclic(0.5, base_momentum=0.8, max_momentum=0.9)
 class FastRecipe(AdversarialRecipe):
     """Numbers of the paper for CIFAR-10: 15 epochs of one triangle of the learning rate, a step of 1.25 eps.
 
-    The top of the triangle is in the middle of the run and the momentum falls from .9 to .8 towards it, as in the
-    authors' code (locuslab/fast_adversarial). The step, below 2 eps, is to be set together with another eps.
-    "paper" and "official" have these numbers. With "official" the model is attacked in training mode, as in that
-    code, so that running statistics move twice per batch.
+    The top of the triangle is in the middle of the run. The momentum falls from .9 to .8 towards it, as in the
+    authors' code (locuslab/fast_adversarial). Set the step, which must be below 2 eps, together with eps. "paper"
+    and "official" have these numbers. With "official" the model is attacked in training mode, as in that code, so
+    running statistics move twice per batch.
 
     The preset "imagenet" has the numbers of that code for ImageNet with eps 4/255, and its learning rates in every
-    epoch. That code goes through 128, 224 and 288 pixels with batches of 512, 224 and 128; here a run has one size
-    and the first batch size. That code decays no weights of BatchNorm and normalises the images; here all weights
-    are decayed, and a normalisation is the model's.
+    epoch. That code uses 128, 224 and 288 pixels in turn, with batches of 512, 224 and 128. Here a run has one
+    image size and the first batch size. That code applies no weight decay to BatchNorm's weights, and normalises
+    the images. Here weight decay applies to all weights, and a normalisation is part of the model.
     """
 
     epochs: int = 15

@@ -22,8 +22,9 @@ class FatRecipe(AdversarialRecipe):
     """Numbers of the authors' code; both presets have them.
 
     Attributes:
-        tau: in the first epoch; steps that the attack takes from misclassified points before it leaves an image.
-        tau_epochs: epochs, ascending, after each of which tau grows by 1.
+        tau: in the first epoch, number of steps from misclassified points after which the attack stops for an
+            image.
+        tau_epochs: epochs, ascending; tau grows by 1 after each of them.
     """
 
     epochs: int = 120

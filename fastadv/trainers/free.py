@@ -29,15 +29,16 @@ _TENTH_AFTER_40000_AND_60000 = MultiStep(
 class FreeRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10, in which m is 8; "paper" and "official" have them.
 
-    The preset "imagenet" has those of their code for ImageNet (mahyarnajibi/FreeAdversarialTraining), in which m
-    is 4 and eps 4/255: 90 epochs and drops every 30, each divided by m and rounded up. That code normalises the
-    images; here a normalisation is the model's.
+    The preset "imagenet" has the numbers of their code for ImageNet (mahyarnajibi/FreeAdversarialTraining), in
+    which m is 4 and eps 4/255: 90 epochs and drops every 30, each divided by m and rounded up. That code
+    normalises the images. Here a normalisation is part of the model.
 
     Attributes:
-        epochs: passes over the training images, each of which is trained on `steps` times in a row. With 26 the
-            updates are as many as in 26 * 8 = 208 epochs of other methods; for another m, divide 208 by it.
+        epochs: passes over the training images. Each batch is used `steps` times in a row. With 26 epochs the run
+            has as many updates as 26 * 8 = 208 epochs of other methods. For another m, divide 208 by m.
         alpha: step size of the perturbation; eps in the paper, to be set with another eps.
-        steps: m, how often each batch is replayed; each replay is a step of the attack and one of the optimiser.
+        steps: number of replays of each batch, m; each replay is a step of the attack and an update of the
+            weights.
         random_start: must be false: the perturbation starts from 0 and is never reset.
         awp_gamma: must be 0.
     """

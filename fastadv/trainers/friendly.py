@@ -14,13 +14,13 @@ from fastadv.trainers.recipe import check_field
 
 @dataclass(frozen=True, kw_only=True)
 class FriendlyPairRecipe(PairRecipe):
-    """What TRADES and MART take from FAT, whose paper calls the results FAT for TRADES and FAT for MART.
+    """Options of TRADES and MART that come from FAT. Its paper calls the results FAT for TRADES and FAT for MART.
 
     Attributes:
         friendly: attack with `fastadv.attacks.FriendlyPGD` in place of PGD.
-        tau: of a friendly attack in the first epoch; steps that the attack takes from misclassified points before
-            it leaves an image.
-        tau_epochs: epochs, ascending, after each of which tau grows by 1.
+        tau: for a friendly attack in the first epoch, number of steps from misclassified points after which the
+            attack stops for an image.
+        tau_epochs: epochs, ascending; tau grows by 1 after each of them.
     """
 
     friendly: bool = False

@@ -25,7 +25,7 @@ class GradAlignRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10 at eps 8/255; both presets have them.
 
     Attributes:
-        alpha: size of the step; 1.25 eps in the code, to be set with another eps.
+        alpha: size of the step; 1.25 eps in the code. Set it together with eps.
         lam: weight of the regulariser, lambda.
         compile: must be false: torch.compile does not differentiate twice.
     """
@@ -51,19 +51,20 @@ class GradAlignRecipe(AdversarialRecipe):
 class GradAlign(PGDAT[GradAlignRecipe]):
     """GradAlign: CE(f(x')) + .2 (1 - cos(g(x), g(x + u))), g the input gradient of CE, u uniform in the ball.
 
-    x' is one step from the image itself, clipped to the ball. The mean of the cosine is over images neither of
-    whose gradients is 0.
+    x' is one step from the image itself, clipped to the ball. The mean of the cosine leaves out images with a
+    gradient of 0.
 
     Source: Andriushchenko and Flammarion 2020, equation 5; recipe as in the authors' code
-    (tml-epfl/understanding-fast-adv-training), in which no gradient flows through g(x). It attacks the model in
-    training mode; here it is evaluation mode, and training mode for both gradients of the regulariser.
+    (tml-epfl/understanding-fast-adv-training), in which no gradient flows through g(x). That code attacks
+    the model in training mode. Here the attack uses evaluation mode. Both gradients of the regulariser use
+    training mode.
 
     Cost per batch: 2F for the attack, 3F for training, about 8F for the regulariser. Running statistics move three
     times: by x', x and x + u.
     """
 
     name = "grad_align"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = GradAlignRecipe
     bn_updates = 3
 

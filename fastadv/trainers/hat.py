@@ -54,7 +54,7 @@ class Helped(Attacked):
 
     Attributes:
         helper: x + reach (x' - x), not clipped, [B, C, H, W].
-        helper_y: what the standard model takes x' for, [B] int64.
+        helper_y: the standard model's prediction for x', [B] int64.
     """
 
     helper: Tensor
@@ -73,7 +73,7 @@ def helper_examples(
         reach: how far beyond, in units of x' - x.
 
     Returns:
-        x + reach (x' - x), not clipped, [B, C, H, W], and what the standard model takes x' for, [B] int64.
+        x + reach (x' - x), not clipped, [B, C, H, W], and the standard model's prediction for x', [B] int64.
     """
     return torch.lerp(x, adv, reach), standard(adv).argmax(1)
 
@@ -88,7 +88,7 @@ class Hat(PairMethod[HatRecipe]):
     """
 
     name = "hat"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = HatRecipe
     attack_loss = "kl"
     bn_updates = 3
@@ -112,7 +112,7 @@ class Hat(PairMethod[HatRecipe]):
     def image_losses(
         self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
     ) -> Tensor:
-        """Return TRADES' loss and that of the helper examples, which pass the model here."""
+        """Return TRADES' loss and the loss of the helper examples, which pass the model here."""
         assert isinstance(adv, Helped)
         helper = losses.cross_entropy(self.model(adv.helper), adv.helper_y, reduction="none")
         return self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper

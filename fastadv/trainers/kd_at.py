@@ -31,18 +31,19 @@ _PGD_AT = "pgd_at"
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class KdAtRecipe(AroundRecipe):
-    """Numbers of the authors' code, which both presets have; around another base than PGD-AT, those of the base.
+    """Numbers of the authors' code, which both presets have. Around another base than PGD-AT the base's numbers.
 
     So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ in the distillation
     alone.
 
     Attributes:
         base: the method that is smoothed: "pgd_at", "trades", "mart", "alp" or "hat".
-        label_weight: of the base's loss, which is the cross-entropy with the labels for PGD-AT.
-        standard_weight: of the distillation from the standard teacher; with 0 there is no such teacher, except
-            for HAT's helper examples.
-        robust_weight: of the distillation from the robust teacher; with 0 there is no such teacher.
-        temperature: of both distillations.
+        label_weight: weight of the base's loss, which is the cross-entropy with the labels for PGD-AT.
+        standard_weight: weight of the distillation from the standard teacher. With 0 the method needs no standard
+            teacher, except for HAT's helper examples.
+        robust_weight: weight of the distillation from the robust teacher. With 0 the method needs no robust
+            teacher.
+        temperature: temperature of both distillations.
     """
 
     epochs: int = 200
@@ -67,7 +68,7 @@ class KdAtRecipe(AroundRecipe):
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the numbers of the preset, or around another base than PGD-AT those of the base."""
+        """Return the numbers of the preset, or of the base if it is another base than PGD-AT."""
         base = given.get("base", _PGD_AT)
         if (
             base == _PGD_AT or base not in BASES
@@ -78,12 +79,12 @@ class KdAtRecipe(AroundRecipe):
 
 @dataclass(frozen=True)
 class Taught(Attacked):
-    """Adversarial images, with what the teachers take them for.
+    """Adversarial images, with the teachers' logits for them.
 
     Attributes:
-        standard_logits: of the standard teacher [B, C]; None where it does not teach.
-        robust_logits: of the robust teacher [B, C]; None where there is none.
-        of_base: what the base's attack handed over; None where that is the images alone.
+        standard_logits: logits of the standard teacher [B, C]; None if it does not teach.
+        robust_logits: logits of the robust teacher [B, C]; None without a robust teacher.
+        of_base: the result of the base's attack; None if it has only images.
     """
 
     standard_logits: Tensor | None
@@ -94,25 +95,25 @@ class Taught(Attacked):
 class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
     """KD-AT: .3 L_base + .1 KD(f(x'), T_std(x')) + .6 KD(f(x'), T_adv(x')), KD at temperature 2.
 
-    L_base is the loss of `base` as that method has it alone, with its numbers and its attack: CE(f(x')) for
-    PGD-AT, which is KD-AT as its paper has it; CE(f(x)) + beta KL(f(x) || f(x')) for TRADES, and so on. Teachers
-    teach f(x') alone. With `label_weight` 1 and `robust_weight` 0 it is a base and the distillation from a
-    standard model.
+    L_base is the whole loss of `base`, with its numbers and its attack. For PGD-AT it is CE(f(x')), which gives
+    the KD-AT of the paper. For TRADES it is CE(f(x)) + beta KL(f(x) || f(x')), and so on. The teachers teach only
+    f(x'). With `label_weight` 1 and `robust_weight` 0 the loss is a base and the distillation from a standard
+    model.
 
     Source: Chen et al. 2021, "Robust overfitting may be mitigated by properly learned smoothening", equation 2;
     recipe as in the authors' code (VITA-Group/Alleviate-Robust-Overfitting). Its two teachers are the "teacher",
-    after standard training, and the "robust_teacher", after PGD-AT; both see the adversarial images. KD is T^2 KL:
-    the authors' T^2 cross-entropy with softened targets is larger by the teachers' entropy and has the same
-    gradient. Their code attacks the model in training mode; here it is evaluation mode, as in all methods. The
-    averaging of weights that the paper adds is a matter of the recipe. The tables of VFD-Adv have KD around other
-    bases than PGD-AT; how it enters their losses is our choice.
+    after standard training, and the "robust_teacher", after PGD-AT. Both see the adversarial images. KD is T^2 KL.
+    The authors use T^2 cross-entropy with softened targets, which differs by the teachers' entropy and has the
+    same gradient. Their code attacks the model in training mode. Here the attack uses evaluation mode, as in all
+    methods. The paper's averaging of the weights is an option of the recipe. The tables of VFD-Adv have KD around
+    other bases than PGD-AT. The form of these losses is our choice.
 
-    Cost per batch: the base's, (2K + 3)F for PGD-AT, and 1F of each teacher. Running statistics move as often as
-    those of the base.
+    Cost per batch: the cost of the base, (2K + 3)F for PGD-AT, and 1F of each teacher. Running statistics move as
+    often as in the base.
     """
 
     name = "kd_at"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = KdAtRecipe
 
     @classmethod

@@ -48,7 +48,7 @@ class LasAtRecipe(AdversarialRecipe):
         steps_choices: numbers of steps.
         strategy: architecture of the strategy network, one of fastadv's names or "timm:NAME".
         strategy_lr: its learning rate, which no schedule changes.
-        strategy_every: it is trained in every so manieth step of the run.
+        strategy_every: iterations of the run between two updates of the strategy network.
         robust_weight: in the reward, of the robust accuracy after one step of training.
         clean_weight: likewise, of the clean accuracy.
     """
@@ -118,23 +118,26 @@ class StrategyNetwork(nn.Module):
 class LasAt(PGDAT[LasAtRecipe]):
     """LAS-AT: CE(f(x')) with smoothed labels, x' by PGD whose radius, step size and steps a network draws.
 
-    In every 20th step the strategy network is trained before the model, by REINFORCE: its loss is - R times the
-    log probability of the strategies it drew. The reward R = CE(f(x')) + 4 A_robust + 2 A_clean; the accuracies
-    are those of a copy of the model after one SGD step on x', under PGD-10 with two restarts and on clean images.
+    In every 20th iteration the strategy network is trained before the model, by REINFORCE. Its loss is - R times
+    the log probability of the strategies it drew. The reward is R = CE(f(x')) + 4 A_robust + 2 A_clean. The two
+    accuracies are measured on a copy of the model after one SGD step on x': under PGD-10 with two restarts, and on
+    clean images.
 
     Source: Jia et al. 2022, equations 3 to 8; recipe as in the authors' code (jiaxiaojunQAQ/LAS-AT), whose R
-    bounds the cross-entropy by 10 and counts the 20 steps through the epochs, too. Where that code differs: its
-    first gradient is at noise of 8/255 also where the radius drawn is smaller, here noise is brought into the
-    image's ball first; it attacks the copy in training mode and stops at misclassified images, here in evaluation
-    mode with the most misleading point kept; the copy's step here has the learning rate at the epoch's start. The
-    strategy network draws in evaluation mode for training the model, in training mode for its own.
+    bounds the cross-entropy by 10 and which also counts the 20 iterations across epochs. Differences: in that code
+    the first gradient is at noise of 8/255 even if the drawn radius is smaller. Here the noise is projected on the
+    image's ball first. That code attacks the copy in training mode and stops at misclassified images. Here the
+    attack uses evaluation mode and keeps the point of highest loss. The copy's step has the learning rate of the
+    epoch's start here. The strategy network draws in evaluation mode for the model's training, and in training
+    mode for its own.
 
-    With several processes the reward and the gradients are those of the global batch. What is drawn depends on
-    seed, epoch, step and image alone. The strategy network is part of the checkpoints. `--awp_gamma .005` is
-    LAS-AWP.
+    With several processes the reward and the gradients refer to the global batch. The draws depend only on the
+    seed, the epoch, the iteration and the image. The strategy network is part of the checkpoints.
+    `--awp_gamma .005` is LAS-AWP.
 
     Cost per batch: 2KF for the attack, K the longest strategy in the batch, 1F of the strategy network, 3F for
-    training; in every 20th step another 2KF + 48F and 3F of the strategy network. Running statistics move once.
+    training; in every 20th iteration another 2KF + 48F and 3F of the strategy network. Running statistics move
+    once.
     """
 
     name = "las_at"
@@ -184,7 +187,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         ]
 
     def _follow(self, chosen: list[Tensor], batch: TrainBatch) -> None:
-        """Let the attack follow what was chosen."""
+        """Make the attack use the drawn strategies."""
         radii, sizes, steps = (
             torch.tensor(values, device=batch.x.device)[rows]
             for values, rows in zip(self.recipe.choices, chosen, strict=True)
@@ -193,7 +196,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         self.pgd.strategy = (radii.to(batch.x) / 255, sizes.to(batch.x) / 255, steps)
 
     def train_strategy(self, batch: TrainBatch) -> None:
-        """Take one step of REINFORCE; none where the gradient is not finite."""
+        """Take one step of REINFORCE, unless the gradient is not finite."""
         self.strategy.train()
         with self.autocast():
             logits = self.strategy(batch.x)
@@ -275,7 +278,7 @@ class LasAt(PGDAT[LasAtRecipe]):
 
 @torch.no_grad()
 def _move(model: nn.Module, gradients: list[Tensor], lr: float) -> None:
-    """Take a step of SGD along gradients whose norm is made at most 1; none where it is not finite."""
+    """Take a step of SGD along gradients clipped to norm 1, unless the norm is not finite."""
     norm = nn.utils.get_total_norm(gradients)
     scale = torch.where(torch.isfinite(norm), (_LARGEST_NORM / (norm + 1e-6)).clamp_max(1), 0.0)
     for weight, gradient in zip(

@@ -1,4 +1,4 @@
-"""LBGAT: a robust model guided by the logits of a natural one, which learns beside it or is fixed."""
+"""LBGAT: the logits of a natural model guide a robust model; the natural model is trained, too, or fixed."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ _SLOW_FIRST_EPOCH = Piecewise((0, 1, 75, 90), (0.2, 1.0, 0.1, 0.01))
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class LbgatRecipe(NaturalRecipe, AroundRecipe):
-    """Numbers of the authors' code, whose attack is that of TRADES; around a base, those of the base.
+    """Numbers of the authors' code, which has the attack of TRADES. Around a base the base's numbers.
 
-    The preset "official" also has its natural model, a ResNet-18 whose second stage has stride 1. BGAT, for which
-    there is no code, has the numbers of TRADES' own recipe, whichever of them are not given.
+    The preset "official" also has its natural model, a ResNet-18 whose second stage has stride 1. BGAT has no
+    published code. It starts from the numbers of TRADES' own recipe.
 
     Attributes:
-        base: a method that is guided: "pgd_at", "trades", "mart", "alp" or "hat", whose whole loss is added; by
-            default none, and beta times the divergence is all that is added, as in the paper.
-        beta: weight of the divergence between clean and adversarial logits; 0 or 6 in the paper, by default that
-            of the base where there is one.
-        fixed: guide by a frozen standard model (BGAT) instead of one that learns beside.
+        base: the guided method: "pgd_at", "trades", "mart", "alp" or "hat". Its whole loss is added. Without a
+            base only beta times the divergence is added, as in the paper.
+        beta: weight of the divergence between clean and adversarial logits; 0 or 6 in the paper. With a base the
+            default is the base's beta.
+        fixed: guide by a frozen standard model (BGAT) instead of a natural model that is trained.
     """
 
     epochs: int = 100
@@ -67,7 +67,7 @@ class LbgatRecipe(NaturalRecipe, AroundRecipe):
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the numbers of the preset, or of the base, or with a fixed guide and no base those of TRADES."""
+        """Return the numbers of the preset, of the base, or of TRADES for a fixed guide without a base."""
         base, fixed = given.get("base"), given.get("fixed") is True
         if base in BASES:
             own = {} if fixed else super().start(preset, given)
@@ -80,20 +80,20 @@ class LbgatRecipe(NaturalRecipe, AroundRecipe):
 class Lbgat(NaturalMethod[LbgatRecipe]):
     """LBGAT: mean squared difference of f(x') and T(x), CE(T(x)), and beta KL(f(x) || f(x')).
 
-    Around a `base` the last term is the loss of the base as that method has it alone, with its numbers, its attack
-    and its order of passes: (f(x') - T(x))^2 + CE(T(x)) + L_base, and without the second term for BGAT.
+    With a `base` the last term is the whole loss of the base, with its numbers, its attack and its order of
+    passes: (f(x') - T(x))^2 + CE(T(x)) + L_base. BGAT has no second term.
 
     Source: Cui et al. 2021; recipe as in the authors' code (dvlab-research/LBGAT). The natural model T learns from
-    both terms, with an optimiser of its own whose numbers are the same; with `fixed` it is a teacher, and the
-    first and last terms remain. The attack raises TRADES' divergence, also where beta is 0. The passes are
-    in that code's order: f(x'), then f(x). Where beta is 0 the latter serves BatchNorm's running statistics alone.
+    both terms. It has an optimiser of its own with the same numbers. With `fixed` it is a teacher, and the first
+    and last terms remain. The attack maximises TRADES' divergence, even if beta is 0. The order of passes is as in
+    that code: f(x'), then f(x). If beta is 0, f(x) serves only BatchNorm's running statistics.
 
     Cost per batch: 2KF and 1F for the attack, 3F for f(x'), 3F for T (1F where it is fixed), 3F for f(x) (1F where
     beta is 0). Running statistics move twice, first by the adversarial images; T's once.
     """
 
     name = "lbgat"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = LbgatRecipe
     attack_loss = "kl"
     bn_updates = 2
@@ -122,7 +122,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
             self.bn_updates, self.images_trained = base.bn_updates, base.images_trained
 
     def attack(self, batch: TrainBatch) -> Attacked:
-        """Return the images of TRADES' attack, or what the base's attack gives."""
+        """Return the images of TRADES' attack, or the result of the base's attack."""
         return super().attack(batch) if self.base is None else self.base.attack(batch)
 
     def gauges(self) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         return LossResult(batch.mean(loss), metrics)
 
     def _divergence(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor | None]:
-        """Return f(x'), and beta times the divergence of each image; None where beta is 0."""
+        """Return f(x'), and beta times the divergence of each image, or None if beta is 0."""
         beta = self.recipe.beta
         adv_logits = self.model(adv.x)
         with torch.set_grad_enabled(beta != 0):
@@ -164,7 +164,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         return adv_logits, beta * losses.kl(clean_logits, adv_logits, reduction="none")
 
     def passes(self, epoch: int) -> float:
-        """Return the robust model's cost and that of T; AWP repeats all forward passes."""
+        """Return the cost of the robust model and of T; AWP repeats all forward passes."""
         natural = (1 if self.recipe.fixed else 3) + self.perturbs_weights(epoch)
         if self.base is not None:
             return self.base.passes(epoch) + natural

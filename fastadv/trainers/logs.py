@@ -93,18 +93,18 @@ class MetricsLog:
             aside = self._file.with_suffix(".unreadable")
             os.replace(self._file, aside)
             warnings.warn(
-                f"{self._file}: cannot be read ({error.strerror}); kept as {aside.name}, and begun anew",
+                f"{self._file}: cannot be read ({error.strerror}); kept as {aside.name}, and a new one begun",
                 stacklevel=2,
             )
             return []
 
     def step(self, **values: Any) -> None:
-        """Record what was measured over the last few steps."""
+        """Record the measurements of the last iterations."""
         if self._enabled:
             self._append({"kind": "step", **values})
 
     def epoch(self, **values: Any) -> None:
-        """Record an epoch, and write the summary anew."""
+        """Record an epoch, and write the summary again."""
         if not self._enabled:
             return
         record = {"kind": "epoch", **values}
@@ -146,7 +146,7 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def _step_of(record: Mapping[str, Any]) -> float:
-    """The step of a record, 0 where it has none; not a number where it is none."""
+    """The iteration of a record: 0 without an entry, not a number where the entry is no number."""
     step = record.get("step", 0)
     return step if isinstance(step, int | float) else math.nan
 

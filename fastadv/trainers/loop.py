@@ -35,7 +35,7 @@ from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
 from fastadv.trainers.mixup import mixed
-from fastadv.trainers.monitor import Look, Monitor
+from fastadv.trainers.monitor import Monitor, Validation
 from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
     BufferGuard,
@@ -55,7 +55,7 @@ _REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
 
 
 class NonFiniteLossError(ArithmeticError):
-    """Several steps in a row had a loss or a gradient that is not finite."""
+    """Several iterations in a row had a loss or a gradient that is not finite."""
 
 
 class TrainingInterrupted(Interrupted):
@@ -78,17 +78,17 @@ class TrainingInterrupted(Interrupted):
 
 @dataclass(frozen=True)
 class Settings:
-    """How a run is kept and shown; none of it changes what is computed.
+    """Checkpoints, logs and the like, which change no result.
 
     Attributes:
-        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
-        checkpoint_minutes: minutes after which there is one in any case.
-        keep: how many of the newest checkpoints stay, besides the best one.
-        log_every: steps between two records in metrics.jsonl.
+        checkpoint_every: iterations between two checkpoints. A checkpoint is also written after each epoch.
+        checkpoint_minutes: minutes between two checkpoints.
+        keep: number of newest checkpoints to keep, besides the best checkpoint.
+        log_every: iterations between two records in metrics.jsonl.
         tensorboard: also write TensorBoard events; short for log tensorboard.
-        log: programs that get the metrics as well, joined by commas: tensorboard, wandb, mlflow.
-        timeout: where torchrun has started several processes, seconds for which one waits for another before it
-            takes it for lost and ends.
+        log: programs that also get the metrics, joined by commas: tensorboard, wandb, mlflow.
+        timeout: with several processes under torchrun, seconds that a process waits for another process. Then it
+            counts the other as lost, and ends.
     """
 
     checkpoint_every: int | None = None
@@ -120,17 +120,17 @@ class Settings:
 
 @dataclass
 class Progress:
-    """Where a run is, and what it counts.
+    """The position and the counters of a run.
 
     Attributes:
         epoch: epochs done.
-        epoch_step: steps done in the current epoch.
-        step: steps done in all.
-        bad_steps: steps that were not taken because something was not finite.
-        bad_in_a_row: the last so many of them.
-        best_step: step of the best checkpoint so far; None before the first look.
+        epoch_step: iterations done in the current epoch.
+        step: iterations done in all.
+        bad_steps: iterations without an update, because loss or gradient was not finite.
+        bad_in_a_row: the number of consecutive bad iterations at the end.
+        best_step: iteration of the best checkpoint so far; None before the first validation.
         best_score: its accuracy.
-        looks_since_best: looks after that.
+        validations_since_best: validations after that.
         averaged: epochs whose last weights are in the plain average (SWA).
     """
 
@@ -141,8 +141,16 @@ class Progress:
     bad_in_a_row: int = 0
     best_step: int | None = None
     best_score: float = -1.0
-    looks_since_best: int = 0
+    validations_since_best: int = 0
     averaged: int = 0
+
+
+def _renamed(progress: dict[str, Any]) -> dict[str, Any]:
+    """A stored progress under the present names of its fields."""
+    if "looks_since_best" in progress:
+        progress = dict(progress)
+        progress["validations_since_best"] = progress.pop("looks_since_best")
+    return progress
 
 
 @dataclass
@@ -152,13 +160,13 @@ class Loop:
     Args:
         method: the method, with its models on the device.
         loader: the training images.
-        monitor: looks at the model that counts.
+        monitor: validates the model that counts.
         run: where the results go.
         settings: how the run is kept and shown.
-        meta: what to record in each checkpoint.
+        meta: facts to record in each checkpoint.
         average: average of the weights of the first trained model, if the recipe has one.
         on_step: called after each step with the run's progress.
-        show: say what is going on, on standard error.
+        show: print progress on standard error.
         ranks: the processes that train together; the first one alone writes and speaks.
     """
 
@@ -195,9 +203,9 @@ class Loop:
 
     @property
     def stopped(self) -> bool:
-        """Whether the looks have brought nothing better for as long as the recipe has patience."""
+        """Whether the last validations, as many as the recipe's patience, brought no improvement."""
         patience = self.recipe.patience
-        return patience is not None and self.progress.looks_since_best >= patience
+        return patience is not None and self.progress.validations_since_best >= patience
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go back to a checkpoint of this run."""
@@ -211,13 +219,13 @@ class Loop:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
         self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress(**_renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
         if best is not None and not (self.run.checkpoints / checkpoint_name(best)).is_dir():
             self.progress.best_step, self.progress.best_score = None, -1.0
-            self.progress.looks_since_best = 0
+            self.progress.validations_since_best = 0
 
     def train(self) -> dict[str, Any]:
         """Run to the last epoch, or until patience ends, and return the last epoch's record.
@@ -232,7 +240,7 @@ class Loop:
             self.show and first, total, self.progress.step, self.recipe.batch_size
         )
         record: dict[str, Any] = {}
-        notice = "stopping after this step, with a checkpoint; once more stops at once"
+        notice = "stopping after this iteration, with a checkpoint; once more stops at once"
         repeats = _REPEATS_WITHIN if launch() else 0.0
         self._saved_at = time.monotonic()
         try:
@@ -249,7 +257,7 @@ class Loop:
         return record
 
     def _start(self, total_steps: int) -> RunStart:
-        """What callbacks are told before the first step."""
+        """The facts for callbacks before the first iteration."""
         parts = {name: self.meta[name] for name in ("method", "recipe", "model", "data")}
         identity = str(self.meta.get("run", ""))
         return RunStart(
@@ -284,7 +292,7 @@ class Loop:
         raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
-        """Take one step at its learning rate and momentum, with its own random numbers."""
+        """Run one iteration at its learning rate and momentum, with its own random numbers."""
         epoch, step = self.progress.epoch, self.progress.epoch_step
         place = epoch + step / len(self.loader)
         for optimizer in self.optimizers.values():
@@ -339,7 +347,7 @@ class Loop:
         return True
 
     def _reject(self, loss: float) -> None:
-        """Undo what the failed step left, and count it."""
+        """Undo the failed iteration, and count it."""
         self._guard.restore()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
@@ -347,12 +355,12 @@ class Loop:
         progress.bad_steps += 1
         progress.bad_in_a_row += 1
         self.console.say(
-            f"step {progress.step + 1}: loss {loss:.4g} or its gradient is not "
-            f"finite, no step taken ({progress.bad_in_a_row} in a row)"
+            f"iteration {progress.step + 1}: loss {loss:.4g} or its gradient is not "
+            f"finite, weights not updated ({progress.bad_in_a_row} in a row)"
         )
 
     def _give_up(self) -> None:
-        """Save the batch of a step that was not taken, with the weights before that step, and stop."""
+        """Save the batch of a failed iteration, with the weights before it, and stop."""
         assert self._batch is not None
         batch = {
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
@@ -366,12 +374,12 @@ class Loop:
             write_atomically(file, content.getvalue())
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
-            f"{self.progress.bad_in_a_row} steps in a row had a loss or a gradient that is not "
-            f"finite; the last batch and the weights before its step are in {file}"
+            f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "
+            f"finite; the last batch and the weights before it are in {file}"
         )
 
     def _log_window(self) -> None:
-        """Record the steps since the last record."""
+        """Record the iterations since the last record."""
         gauges = self.method.gauges()
         check_scalars(f"{type(self.method).__name__}.gauges", "gauges", gauges)
         self._window.add(gauges, 1)
@@ -399,7 +407,7 @@ class Loop:
         return {"lr": rate, "bad_steps": self.progress.bad_steps}
 
     def _end_epoch(self) -> dict[str, Any]:
-        """Look at the model, record the epoch, and save it."""
+        """Validate the model, record the epoch, and save it."""
         progress = self.progress
         if progress.step % self.settings.log_every:
             self._log_window()
@@ -416,18 +424,20 @@ class Loop:
         self._seconds.clear()
         with self.console.aside():
             self._average_epoch()
-            look = self._look()
-            if look is not None:
-                record |= look.numbers()
-                self._judge(look)
+            validation = self._validation()
+            if validation is not None:
+                record |= validation.numbers()
+                self._judge(validation)
             if self.stopped:
                 record["stopped_early"] = True
             self.log.epoch(**record)
-            self._save(look)
+            self._save(validation)
             self.callbacks.epoch(record)
         self.console.say(_epoch_line(record, self.recipe.epochs))
         if self.stopped:
-            self.console.say(f"stopped: the last {progress.looks_since_best} looks were no better")
+            self.console.say(
+                f"stopped: the last {progress.validations_since_best} validations were no better"
+            )
         return record
 
     def _average_epoch(self) -> None:
@@ -445,22 +455,22 @@ class Loop:
                 if buffer.is_floating_point():
                     self.ranks.sum(buffer).div_(self.ranks.count)
 
-    def _look(self) -> Look | None:
+    def _validation(self) -> Validation | None:
         done = self.progress.epoch
         if done % self.recipe.monitor_every and done < self.recipe.epochs:
             return None
-        return self.monitor.look()
+        return self.monitor.validate()
 
-    def _judge(self, look: Look) -> None:
-        """Make this step's checkpoint the best one if the look at it was the best so far."""
+    def _judge(self, validation: Validation) -> None:
+        """Make this checkpoint the best one if its validation has the best score so far."""
         progress = self.progress
-        progress.looks_since_best += 1
-        if look.score > progress.best_score:
-            progress.best_step, progress.best_score = progress.step, look.score
-            progress.looks_since_best = 0
+        progress.validations_since_best += 1
+        if validation.score > progress.best_score:
+            progress.best_step, progress.best_score = progress.step, validation.score
+            progress.validations_since_best = 0
 
     def _checkpoint_due(self) -> bool:
-        """Whether this rank asks for a checkpoint, by its count of steps or, the first one, by its clock."""
+        """Whether this rank wants a checkpoint, by the iterations or, on the first rank, by its clock."""
         if self.progress.epoch_step == len(self.loader):
             return False  # the epoch's end saves anyway
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes
@@ -468,8 +478,8 @@ class Loop:
         late = minutes is not None and self.ranks.first and waited >= 60 * minutes
         return late or (every is not None and self.progress.step % every == 0)
 
-    def _save(self, look: Look | None = None) -> None:
-        """Write a checkpoint, with what the look at it has shown."""
+    def _save(self, validation: Validation | None = None) -> None:
+        """Write a checkpoint, with its validation if there was one."""
         progress = self.progress
         self._saved_at = time.monotonic()
         self._window.average(self.ranks)
@@ -487,8 +497,8 @@ class Loop:
             "epoch": self._epoch.state(),
         }
         meta = {**self.meta, "epoch": progress.epoch, "epoch_step": progress.epoch_step}
-        if look is not None:
-            meta["look"] = asdict(look)
+        if validation is not None:
+            meta["validation"] = asdict(validation)
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
         best = None if progress.best_step is None else checkpoint_name(progress.best_step)
@@ -506,5 +516,5 @@ def _epoch_line(record: dict[str, Any], epochs: int) -> str:
         if name in record:
             parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
     if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']} steps not taken")
+        parts.append(f"{record['bad_steps']} iterations without an update")
     return ", ".join(parts)

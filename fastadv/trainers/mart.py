@@ -29,9 +29,9 @@ _FAT = {
 class MartRecipe(FriendlyPairRecipe):
     """Numbers of the authors' code for ResNet-18; for WRN-34-10: lr .1, weight decay 7e-4, beta 6, 90 epochs.
 
-    The preset "official" adds the small constants of that code. What else it does not reproduce is stated at
-    `PairMethod`. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
-    zjfheart/Friendly-Adversarial-Training), which takes over the small constants.
+    The preset "official" adds the small constants of that code. `PairMethod` states the remaining
+    differences. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
+    zjfheart/Friendly-Adversarial-Training), which uses the small constants, too.
 
     Attributes:
         beta: weight of the divergence.
@@ -63,7 +63,7 @@ class Mart(FriendlyPairMethod[MartRecipe]):
     """
 
     name = "mart"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = MartRecipe
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class TrainBatch:
         return (values if self.weights is None else values * self.weights).mean()
 
     def seed(self, purpose: str) -> int:
-        """Return the seed of one purpose in this step; use it together with `ids`."""
+        """Return the seed of one purpose in this iteration; use it together with `ids`."""
         return derive_seed(self.run_seed, purpose, self.epoch, self.step)
 
 
@@ -137,25 +138,30 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         teachers: frozen models by the names that `teachers_needed` returned.
 
     Attributes:
-        name: what the method is called on the command line.
+        name: name of the method on the command line.
         recipe_class: its recipe.
         bn_updates: updates of the running statistics per batch.
-        heeds: which of the recipe's fields "label_smoothing" and "extra_weight" the loss goes by.
+        supports: the fields "label_smoothing" and "extra_weight" of the recipe that the loss supports.
             A class that defines another loss does not inherit it.
-        takes_soft_labels: whether a method that goes by "label_smoothing" can be trained on mixed labels, too: its
-            attack and all else that looks at labels take soft ones.
+        takes_soft_labels: whether a method that supports "label_smoothing" can also be trained on mixed labels.
+            Its attack and all other code that reads labels then accept soft labels.
     """
 
     name: ClassVar[str]
     recipe_class: ClassVar[type[Recipe]]
     bn_updates: int = 1
-    heeds: ClassVar[frozenset[str]] = frozenset()
+    supports: ClassVar[frozenset[str]] = frozenset()
     takes_soft_labels: ClassVar[bool] = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "heeds" not in vars(cls) and vars(cls).keys() & {"training_loss", "objective"}:
-            cls.heeds = frozenset()
+        if "heeds" in vars(cls):
+            warnings.warn(
+                f"{cls.__name__}.heeds is now called supports", DeprecationWarning, stacklevel=2
+            )
+            cls.supports = vars(cls)["heeds"]
+        if "supports" not in vars(cls) and vars(cls).keys() & {"training_loss", "objective"}:
+            cls.supports = frozenset()
 
     def __init__(
         self,
@@ -172,12 +178,12 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             teacher.eval().requires_grad_(False)
         for field_name, neutral in (("label_smoothing", 0), ("extra_weight", 1)):
             value = getattr(recipe, field_name)
-            if value != neutral and field_name not in self.heeds:
+            if value != neutral and field_name not in self.supports:
                 raise ValueError(
                     f"{field_name} must be {neutral} for {self.name}, whose loss does not take it, "
                     f"got {value}"
                 )
-        if recipe.mixup and not (self.takes_soft_labels and "label_smoothing" in self.heeds):
+        if recipe.mixup and not (self.takes_soft_labels and "label_smoothing" in self.supports):
             raise ValueError(
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )
@@ -195,10 +201,10 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return dict.fromkeys(cls.teachers_needed(recipe), model)
 
     def setup(self) -> None:
-        """Build what the method needs besides the model: attacks, further models, checks."""
+        """Build the parts besides the model: attacks, further models, checks."""
 
     def initialise(self) -> None:
-        """Set the starting weights; those of a run that is resumed replace them afterwards."""
+        """Set the starting weights; the weights of a resumed run replace them afterwards."""
 
     def trainable(self) -> dict[str, nn.Module]:
         """Return the models that are trained, each by an optimiser of its own.
@@ -222,13 +228,13 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return {}
 
     def train_mode(self) -> None:
-        """Put the models in the modes in which a step expects them."""
+        """Put the models in the modes that an iteration expects."""
         for module in self.trainable().values():
             module.train()
 
     @abc.abstractmethod
     def attack(self, batch: TrainBatch) -> AttackedT:
-        """Return the images to train on, with what was computed on the way to them."""
+        """Return the images to train on, with any results that `training_loss` can use again."""
 
     @abc.abstractmethod
     def training_loss(self, batch: TrainBatch, adv: AttackedT) -> LossResult:
@@ -254,7 +260,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             update(result)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is carried from batch to batch besides models and optimisers, to go into checkpoints.
+        """Return the state between batches besides models and optimisers, for checkpoints.
 
         By default nothing; else tensors [B, ...] by name, B the places in this process's part of the batch.
         """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, TypeAlias
 
+from fastadv.ops.values import closest
 from fastadv.trainers.act import Act
 from fastadv.trainers.afs import Afs
 from fastadv.trainers.alp import Alp
@@ -90,10 +90,10 @@ def find_method(method: str | MethodClass) -> MethodClass:
     for known in _METHODS:
         if known.name == key:
             return known
-    close = difflib.get_close_matches(key, method_names(), n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
+    known_names = method_names()
     raise ValueError(
-        f"method must be one of {', '.join(method_names())}, or package.module:Class, got {method!r}{hint}"
+        f"method must be one of {', '.join(known_names)}, or package.module:Class, got {method!r}"
+        f"{closest(method, known_names)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""A quick look at the accuracy while a run goes on, clean and under PGD."""
+"""Validation during a run: the clean accuracy and the accuracy under PGD."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _ALONE = Ranks()
 
 
 @dataclass(frozen=True)
-class Look:
+class Validation:
     """Accuracies at one moment, fractions.
 
     Attributes:
-        clean: on the images as they are.
+        clean: on the clean images.
         robust: under PGD; None for methods without an eps.
-        drift: mean angular distance of the features from the teacher's, on the images as they
-            are; None without a teacher whose features are comparable.
+        drift: mean angular distance of the features from the teacher's features, on the clean
+            images; None without a teacher whose features are comparable.
     """
 
     clean: float
@@ -38,11 +38,11 @@ class Look:
 
     @property
     def score(self) -> float:
-        """What the best checkpoint is chosen by."""
+        """The score that chooses the best checkpoint."""
         return self.clean if self.robust is None else self.robust
 
     def numbers(self) -> dict[str, float]:
-        """Return what was measured, by the names in the records."""
+        """Return the measured numbers by their names in the records."""
         numbers = {
             "clean_accuracy": self.clean,
             "robust_accuracy": self.robust,
@@ -55,11 +55,11 @@ class Monitor:
     """Measures a model on the same images and with the same noise every time.
 
     Args:
-        model: the model to look at, as it will be at each call.
+        model: the model to validate, with its weights at each call.
         data: the images.
         recipe: gives eps, the number of steps, batch size and seed.
         runtime: device and precision.
-        teacher: the frozen model whose features the model's are compared with, if there is one.
+        teacher: the frozen model with whose features the features of the model are compared, if there is one.
         ranks: the processes that share the work; all get the same result.
     """
 
@@ -105,11 +105,11 @@ class Monitor:
 
     @property
     def images(self) -> int:
-        """How many images it looks at."""
+        """The number of images for validation."""
         return len(self._loader.data)
 
-    def look(self) -> Look:
-        """Measure the model as it is now."""
+    def validate(self) -> Validation:
+        """Measure the model with its current weights."""
         device = self._runtime.device
         clean, robust, drift = (
             torch.zeros((), device=device, dtype=torch.float64) for _ in range(3)
@@ -123,7 +123,7 @@ class Monitor:
                 robust += self._correct(x, batch.y)
         sums = self._ranks.sum(torch.stack((clean, robust, drift)))
         means = (sums / self.images).tolist()
-        return Look(
+        return Validation(
             means[0],
             means[1] if self._attack else None,
             means[2] if self._teacher else None,

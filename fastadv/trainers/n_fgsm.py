@@ -22,7 +22,7 @@ class NFgsmRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
     Attributes:
-        alpha: size of the step; eps in the paper, to be set with another eps.
+        alpha: size of the step; eps in the paper. Set it together with eps.
         steps: must be 1.
         random_start: must be true.
         noise: radius of the uniform noise, in units of eps.

@@ -19,8 +19,8 @@ class NaturalRecipe(PairRecipe):
     """Numbers of a method with a natural model beside the robust one.
 
     Attributes:
-        natural: architecture of a natural model that learns, one of fastadv's names or "timm:NAME"; by default
-            that of the robust model.
+        natural: architecture of the trained natural model, one of fastadv's names or "timm:NAME"; by default the
+            architecture of the robust model.
     """
 
     natural: str | None = None
@@ -70,7 +70,7 @@ class NaturalMethod(PairMethod[NaturalT]):
 
 
 def _reset_parameters(model: nn.Module) -> None:
-    """Draw all weights anew, as each class does on creation: layers first, then what their owners change."""
+    """Draw all weights again, as each class does on creation: layers first, then the changes by their owners."""
     for module in reversed(list(model.modules())):
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

@@ -22,7 +22,7 @@ _TENTH_AT_75_90_AND_100 = MultiStep((74, 89, 99), 0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class PairRecipe(AdversarialRecipe):
-    """Numbers that TRADES and its descendants share, those of their authors' code, whose 75th epoch is at a tenth.
+    """Numbers that TRADES and its descendants share, from their authors' code, whose 75th epoch is at a tenth.
 
     Attributes:
         start_std: standard deviation of the Gaussian noise from which the attack starts, in units of the 0..1

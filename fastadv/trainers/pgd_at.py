@@ -18,7 +18,7 @@ class PGDAT(AdversarialMethod[AdversarialT, Attacked]):
     """
 
     name = "pgd_at"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = AdversarialRecipe
 
     def attack(self, batch: TrainBatch) -> Attacked:

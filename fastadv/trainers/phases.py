@@ -1,4 +1,4 @@
-"""Seconds per phase of a training step, on the CPU and on CUDA without stopping the stream."""
+"""Seconds per phase of a training iteration, on the CPU and on CUDA without stopping the stream."""
 
 from __future__ import annotations
 

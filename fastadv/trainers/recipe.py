@@ -1,4 +1,4 @@
-"""Recipes: everything that decides what a training run computes."""
+"""Recipes: all numbers and choices that determine the result of a training run."""
 
 from __future__ import annotations
 
@@ -61,66 +61,65 @@ class RecipeType(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """That of the constructor, which the call above would hide from ``help`` and editors."""
+        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe(metaclass=RecipeType):
-    """Numbers that every method has. The defaults are those of standard training in the papers.
+    """Numbers that every method has. The defaults are the numbers of standard training in the papers.
 
     Attributes:
         presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
         deciding: fields by which `beginning` chooses the numbers that a recipe begins with.
         epochs: passes over the training images.
-        batch_size: images per step; the incomplete last batch of an epoch is dropped.
+        batch_size: images per iteration; the incomplete last batch of an epoch is dropped.
         lr: learning rate that the schedule scales.
         schedule: how the learning rate changes over the run; the default scales in proportion with the epochs.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
         optimizer: "sgd" or "adamw" (Loshchilov and Hutter 2019). With AdamW a recipe begins with PyTorch's
-            learning rate and weight decay for it, .001 and .01, whichever of them are not given.
-        momentum: of SGD; a schedule that cycles the momentum has its own numbers for it.
+            default learning rate and weight decay for it, .001 and .01, unless they are given.
+        momentum: momentum of SGD; a schedule that cycles the momentum has its own numbers for it.
         nesterov: Nesterov's form of the momentum.
-        betas: of AdamW: how slowly its averages of the gradient and of its square change. A schedule that cycles
-            the momentum cycles the first one.
-        weight_decay: on all parameters; part of the gradient in SGD, beside it in AdamW.
+        betas: decay of AdamW's averages of the gradient and of its square. A schedule that cycles the momentum
+            cycles the first beta.
+        weight_decay: weight decay of all parameters; in SGD it is part of the gradient, in AdamW it is decoupled.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
         label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
-            methods that compare the logits of clean and attacked images do not take it.
-        mixup: alpha of mixup (Zhang et al. 2018): each image is mixed with another one of its batch, and its label
-            alike, by a share from the Beta(alpha, alpha) distribution; 0 is none. For methods that take
-            `label_smoothing`.
-        ema_decay: decay per step of a moving average of the weights, which is then what is
-            monitored and evaluated; none by default.
+            methods that compare the logits of clean and adversarial images do not support it.
+        mixup: alpha of mixup (Zhang et al. 2018). Each image and its label are mixed with another image of the
+            batch and its label. The ratio is drawn from the Beta(alpha, alpha) distribution. 0 turns mixup off.
+            Only methods that support `label_smoothing` support it.
+        ema_decay: decay per iteration of a moving average of the weights, which is then validated and
+            evaluated. By default there is no average.
         swa_start: first epoch, counted from 1, whose last weights go into a plain average over
-            the ends of epochs (SWA), which is from then on what is monitored and evaluated. Its
-            BatchNorm statistics are taken anew from the training images: 1F more per image.
+            the ends of epochs (SWA). From then on this average is validated and evaluated. Its
+            BatchNorm statistics are computed again from the training images: 1F more per image.
         pad: pixels of padding for the random crop; 0 turns the crop off.
-        pad_mode: what the padding holds.
+        pad_mode: content of the padding.
         flip: random horizontal flips.
         extra_fraction: part of each batch drawn from extra images, such as synthetic ones (Carmon
-            et al. 2019). An epoch has as many steps as without them, so that it takes only as
-            many of the training images as there is place for.
-        extra_weight: weight of an extra image's loss, where that of a training image is 1; the
-            weighted losses are divided by the mean weight.
-        precision: of the training passes. "auto" is bfloat16 autocast where the hardware has fast
+            et al. 2019). An epoch has as many iterations as without them, so it does not use all training images.
+        extra_weight: weight of an extra image's loss. The weight of a training image is 1. The weighted losses
+            are divided by the mean weight.
+        precision: precision of the training passes. "auto" is bfloat16 autocast where the hardware has fast
             bfloat16, else float32. Weights, losses and images are float32 in any case.
         channels_last: memory layout of images and weights.
         compile: run the trained models through torch.compile, which takes minutes at the start.
-        seed: of everything random in the run.
-        train_images: train on so many of the training images, evenly over the classes; on all by default.
-        holdout: training images set aside to choose the best checkpoint by. With 0 it is chosen by
-            test images, as the papers do, so its test accuracy is then slightly optimistic.
-        monitor_images: how many of those images are looked at.
-        monitor_steps: PGD steps of that look (for methods with an eps).
-        monitor_every: epochs between two looks.
-        patience: looks without a new best after which the run ends early (against robust
-            overfitting, Rice et al. 2020); set `holdout` too, else test images decide it.
-        max_bad_steps: consecutive steps with a non-finite loss after which the run stops.
-        sync_bn: where several processes train together, BatchNorm's mean and variance are those of the global
-            batch; otherwise each normalises by its own part, and the statistics of the first are kept.
+        seed: seed of all random numbers of the run.
+        train_images: number of training images to use, evenly over the classes; all by default.
+        holdout: number of training images set aside for validation, which chooses the best checkpoint. With 0
+            test images choose it, as in the papers, and its test accuracy is then slightly optimistic.
+        monitor_images: number of images for validation.
+        monitor_steps: steps of PGD in a validation (for methods with an eps).
+        monitor_every: epochs between two validations.
+        patience: number of validations without an improvement after which the run ends early (against robust
+            overfitting, Rice et al. 2020). Set `holdout` too, because otherwise test images decide it.
+        max_bad_steps: consecutive iterations with a non-finite loss after which the run stops.
+        sync_bn: with several processes, compute BatchNorm's mean and variance over the global batch. Otherwise
+            each process normalises by its own part of the batch, and the statistics of the first process are kept.
     """
 
     epochs: int = 100
@@ -229,7 +228,7 @@ class Recipe(metaclass=RecipeType):
 
     @classmethod
     def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what a recipe begins with: the numbers of `start`, but for those of the threat and the optimiser.
+        """Return the first numbers of a recipe: of `start`, then of the threat and the optimiser.
 
         For another number of epochs the schedule is scaled, so that the learning rate drops at the same parts of
         the run.
@@ -248,7 +247,7 @@ class Recipe(metaclass=RecipeType):
 
     @classmethod
     def deciders(cls) -> tuple[str, ...]:
-        """Return the fields of `deciding`, those of the base classes included."""
+        """Return the fields of `deciding`, including the base classes' fields."""
         names = [name for kind in cls.__mro__ for name in vars(kind).get("deciding", ())]
         return tuple(dict.fromkeys(names))
 
@@ -263,7 +262,7 @@ class Recipe(metaclass=RecipeType):
 
         Args:
             preset: one of `presets`.
-            given: fields that the caller sets; only those in `deciding` are looked at.
+            given: fields that the caller sets; only the fields in `deciding` are used.
         """
         return dict(cls.presets[preset])
 
@@ -287,21 +286,22 @@ class AdversarialRecipe(Recipe):
 
     Attributes:
         norms: of the balls that the method is defined in.
-        norm: of the ball that the attack, its start and the noise stay in.
+        norm: norm of the ball for the attack, its start and the noise.
         eps: radius of the ball, in units of the 0..1 image.
-        alpha: step size of the attack, likewise; in l2 the length of the whole step.
-        steps: steps of the attack, K.
+        alpha: step size of the attack, in the same units; in l2 the length of the whole step.
+        steps: number of steps of the attack, K.
         random_start: start the attack from a random point of the ball.
-        l2_start: how this point is drawn in l2. "ball" is uniform in the ball. "radius" has a uniform direction
-            and a uniform distance, as in robust_overfitting, and so is nearer to the image.
-        attack_mode: mode of the model that is attacked: "eval"; "train", in which an image's attack depends on its
-            batch and BatchNorm's running statistics are put back afterwards; or "moving", in which every pass of
-            the attack moves them, as in robust_overfitting and AWP-AT.
-        attack_precision: of the attack's passes, as `precision`.
+        l2_start: how the random start is drawn in l2. "ball" is uniform in the ball. "radius" has a uniform
+            direction and a uniform distance, as in robust_overfitting, and so is nearer to the image.
+        attack_mode: mode of the model during the attack. "eval" is evaluation mode. "train" is training mode, in
+            which an image's attack depends on its batch; BatchNorm's running statistics are restored afterwards.
+            "moving" is training mode in which every pass of the attack updates them, as in robust_overfitting and
+            AWP-AT.
+        attack_precision: precision of the attack's passes, as `precision`.
         engine: how the attack is run; see `fastadv.pgd_fused`.
-        awp_gamma: size of AWP's perturbation of the weights relative to them, 0 for none; its paper has .01 for
-            PGD-AT and .005 for TRADES. It adds the cost of one more training pass.
-        awp_warmup: epochs from the start without it.
+        awp_gamma: size of AWP's perturbation of the weights, relative to the weights. 0 turns AWP off. Its paper
+            has .01 for PGD-AT and .005 for TRADES. AWP costs one more training pass.
+        awp_warmup: epochs from the start without AWP.
     """
 
     norm: Literal["linf", "l2"] = "linf"
@@ -344,7 +344,7 @@ class AdversarialRecipe(Recipe):
 
 
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
-    """Keep `dataclasses.replace` from changing what the numbers of a recipe depend on.
+    """Keep `dataclasses.replace` from changing a field on which other numbers of the recipe depend.
 
     It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
     every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells which

@@ -1,6 +1,6 @@
-"""Checks of what a method returns: what was expected, and what came.
+"""Checks of the values that a method returns.
 
-They look at kinds, shapes and dtypes alone, so that no device is waited for.
+They read only kinds, shapes and dtypes, so they wait for no device.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def check_scalars(where: str, what: str, values: object) -> None:
 
     Args:
         where: the function that returned them.
-        what: what they are called.
-        values: what it returned.
+        what: the name of the values in messages.
+        values: the returned values.
 
     Raises:
         TypeError: if they are no mapping of names to tensors.

@@ -17,7 +17,7 @@ _COSINE = Cosine()
 class RstRecipe(TradesRecipe):
     """Numbers of the authors' code for CIFAR-10 with 500,000 pseudo-labelled images; both presets have them.
 
-    The cosine goes down with each step, where the code's goes down with each epoch.
+    The cosine falls with each iteration. In the code it falls with each epoch.
 
     Attributes:
         extra_fraction: part of each batch drawn from the pseudo-labelled images.
@@ -34,15 +34,15 @@ class RstRecipe(TradesRecipe):
 
 
 class Rst(Trades):
-    """RST: CE(f(x)) + 6 KL(f(x) || f(x')), TRADES, on batches of which one half has pseudo-labels.
+    """RST: CE(f(x)) + 6 KL(f(x) || f(x')), TRADES, on batches in which one half has pseudo-labels.
 
     Source: Carmon et al. 2019, equations 5 and 6 with adversarial training; recipe as in the authors' code
-    (yaircarmon/semisup-adv). The images come by `--extra FILE`, which takes the published file
-    ti_500K_pseudo_labeled.pickle. An epoch has as many steps as there are batches of the training images.
+    (yaircarmon/semisup-adv). `--extra FILE` gives the images. It reads the published file
+    ti_500K_pseudo_labeled.pickle. An epoch has as many iterations as the training images have batches.
 
     Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
     """
 
     name = "rst"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = RstRecipe

@@ -1,4 +1,4 @@
-"""A run's directory: who may write to it, and what it says the run is."""
+"""A run's directory: its lock, and the description of the run."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class RunDirectory:
         return self._file.is_file()
 
     def read(self) -> Description:
-        """Return what the run here is.
+        """Return the description of the run.
 
         Raises:
             CheckpointError: if `run.json` is absent or damaged.
@@ -98,7 +98,7 @@ class RunDirectory:
         return Description(**{field.name: content[field.name] for field in fields(Description)})
 
     def source(self) -> tuple[str | None, str | None]:
-        """Return name and folder of the data set; None for what was not given by name.
+        """Return name and folder of the data set; None for a part without a name.
 
         Raises:
             CheckpointError: if `run.json` is absent or damaged.
@@ -179,7 +179,7 @@ class RunDirectory:
         """Check that a run to be resumed is the one that is here.
 
         Args:
-            new: what is to be resumed.
+            new: the description of the resumed run.
             defaults: the recipe's numbers that a run from before there were such numbers has.
 
         Raises:
@@ -209,8 +209,8 @@ class RunDirectory:
         """Write `run.json`.
 
         Args:
-            description: what the run is.
-            facts: what else is worth recording.
+            description: the description of the run.
+            facts: further facts to record.
 
         Raises:
             OSError: if it cannot be written; the message names it.
@@ -230,7 +230,7 @@ class RunDirectory:
         write_atomically(self.teacher_file(name), save(state, metadata=metadata))
 
     def clear(self) -> None:
-        """Delete what a run leaves; anything else in the directory stays."""
+        """Delete a run's files; other files in the directory stay."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)

@@ -27,13 +27,13 @@ _WEIGHTS = {"pgd_at": 0.1, "trades": 0.3}
 class S2oRecipe(PairRecipe):
     """Numbers of the authors' code, the same for both bases; both presets have them.
 
-    What "official" does not reproduce is stated at `S2o`.
+    `S2o` states the differences of "official" from that code.
 
     Attributes:
         base: the method to which the statistics are added, "pgd_at" or "trades".
         beta: weight of the divergence, with base "trades".
-        weight: of the statistics' term, where that of the cross-entropy is 1 less it; by default .1 with base
-            "pgd_at" and .3 with "trades".
+        weight: weight w of the statistics' term. The cross-entropy has 1 - w. The default is .1 with base "pgd_at"
+            and .3 with "trades".
         own: share of an image's own class in the targets; .2 in the code for 10 classes, .02 for 100.
     """
 
@@ -58,33 +58,35 @@ class S2oRecipe(PairRecipe):
 
     @property
     def term_weight(self) -> float:
-        """The weight of the statistics' term, of the base where the recipe leaves it open."""
+        """The weight of the statistics' term; by default the weight for the base."""
         return _WEIGHTS[self.base] if self.weight is None else self.weight
 
 
 class S2o(PairMethod[S2oRecipe]):
     """S2O: (1 - w) CE(f(x')) + w / 2 (KL(t || f(x)) + KL(t' || f(x'))), with soft targets t and t' of each class.
 
-    On TRADES the cross-entropy is that of f(x), and 6 KL(f(x) || f(x')) is added.
+    With base "trades" the cross-entropy is CE(f(x)), and 6 KL(f(x) || f(x')) is added.
 
-    t are soft targets of each class from the second moments M = sum over the batch of f f^T: the own class has .2,
-    and another class j of the others' .8 a share in proportion to max_k |M_yk| - |M_yj|, so that classes whose
-    logits go together with those of y get little. t is of the clean logits and t' of the adversarial ones, without
-    gradient.
+    The soft targets t of each class come from the second moments M = sum over the batch of f f^T. The own class
+    has .2. The other classes share .8, class j in proportion to max_k |M_yk| - |M_yj|. So a class gets little if
+    its logits vary together with the logits of y. t uses the clean logits and t' the adversarial logits, both
+    without gradient.
 
-    Source: Jin et al. 2022; the loss is that of the authors' code (Alexkael/S2O), in which this takes the place of
-    the paper's term in the correlation of the weights. What the code leaves open: where all others' shares are 0,
-    as with two classes, they are equal here; with several processes M is the sum over the global batch.
+    Source: Jin et al. 2022; the loss follows the authors' code (Alexkael/S2O), in which it replaces the paper's
+    term in the correlation of the weights. Choices where the code leaves something open: if the shares of all
+    other classes are 0, as with two classes, they are equal here. With several processes M is the sum over the
+    global batch.
 
-    The code runs both kinds of images twice in training mode, once for the moments and once for the divergences;
-    here each runs once. With base "pgd_at" the attack starts from uniform noise, and `start_std` has no effect.
+    The code runs both kinds of images twice in training mode, once for the moments and once for the divergences.
+    Here each kind runs once. With base "pgd_at" the attack starts from uniform noise, and `start_std` has no
+    effect.
 
     Cost per batch: 2KF for the attack (1F more on TRADES), 6F for training. Running statistics move twice (four
     times or more in the authors' code).
     """
 
     name = "s2o"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = S2oRecipe
 
     def setup(self) -> None:

@@ -20,11 +20,12 @@ class SatRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
     Attributes:
-        gap: the largest gap of probabilities at which an image is still attacked, in the first epochs: that of the
-            most probable other class less that of its own, from -1 to 1.
+        gap: the largest gap of probabilities at which the attack on an image goes on, in the first epochs. The gap
+            is the probability of the most probable other class minus the probability of the image's own class,
+            from -1 to 1.
         final_gap: the same in the last epochs.
         gap_start: epochs before the gap begins to grow.
-        gap_end: epochs after which it stays; in between it grows by the same amount with each epoch.
+        gap_end: epochs after which the gap stays constant. In between it grows by the same amount with each epoch.
     """
 
     epochs: int = 100

@@ -1,4 +1,4 @@
-"""JSON files that notice when their content is not what was written: `run.json` and `meta.json`.
+"""JSON files with a hash of their own content, which shows any change: `run.json` and `meta.json`.
 
 Each has an entry "sha256", the hash of all other entries, so that a damaged file is refused and not believed.
 Files of format 1, which fastadv wrote before, have none.

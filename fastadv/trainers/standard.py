@@ -15,7 +15,7 @@ class Standard(Method[Recipe, Attacked]):
     """
 
     name = "standard"
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = Recipe
 
     def attack(self, batch: TrainBatch) -> Attacked:

@@ -1,4 +1,4 @@
-"""Which frozen models a method gets: as callers name them, and of which kind each is."""
+"""The frozen models of a method: their names, and the kind of each."""
 
 from __future__ import annotations
 

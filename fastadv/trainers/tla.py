@@ -27,14 +27,14 @@ _TENTH_AFTER_50_AND_60 = MultiStep((50, 60), 0.1)
 class TlaRecipe(AdversarialRecipe):
     """Numbers of the authors' code for training on CIFAR-10 from scratch; both presets have them.
 
-    What "official" does not reproduce is stated at `Tla`.
+    `Tla` states the differences of "official" from that code.
 
     Attributes:
-        weight: of each triplet's loss, lambda_1; 2 for CIFAR-10.
-        margin: by which an adversarial image must be nearer to the positive than to the negative, alpha.
-        norm_weight: of the mean square of the features inside a triplet's loss, lambda_2.
-        positives: which clean images are positives: "own", the image that was attacked; "class", another image of
-            its class; or "both", as two triplets.
+        weight: weight of each triplet's loss, lambda_1; 2 for CIFAR-10.
+        margin: margin by which an adversarial image must be nearer to the positive than to the negative, alpha.
+        norm_weight: weight of the mean square of the features inside a triplet's loss, lambda_2.
+        positives: the clean images that are positives: "own", the attacked image; "class", another image of its
+            class; or "both", as two triplets.
     """
 
     epochs: int = 80
@@ -63,16 +63,16 @@ class Tla(AdversarialMethod[TlaRecipe, Attacked]):
 
     Source: Mao et al. 2019, equations 1 to 4; triplets, numbers and the norm's form as in the authors' code
     (columbia/Metric_Learning_Adversarial_Robustness). That code searches the negative among ten further batches,
-    in evaluation mode, and draws the second positive from all images. Here both are of the same batch, of which
-    each process searches its own part, by the features of the training pass. An image whose part of the batch has
-    no other class has no triplet, and one that is alone in its class is its own second positive.
+    in evaluation mode, and draws the second positive from all images. Here both come from the same batch. Each
+    process searches its own part, by the features of the training pass. An image has no triplet if its part of the
+    batch has no other class. An image that is alone in its class is its own second positive.
 
     Cost per batch: 2KF for the attack, 6F for training. Running statistics move twice, first by the clean images.
     """
 
     name = "tla"
     takes_soft_labels = False
-    heeds = frozenset({"label_smoothing", "extra_weight"})
+    supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = TlaRecipe
     bn_updates = 2
     images_trained = 2
@@ -143,8 +143,8 @@ def nearest_of_other_classes(anchors: Tensor, clean: Tensor, y: Tensor) -> tuple
 def partners(y: Tensor, ids: Tensor, seed: int) -> Tensor:
     """Draw, for each image of a batch, another one of its class; the image itself where there is none.
 
-    Each image gets a random number that depends on the seed and its id alone. Its partner is the one of its class
-    with the next larger number, the smallest coming after the largest.
+    Each image gets a random number that depends on the seed and its id alone. Its partner is the image of its
+    class with the next larger number, the smallest coming after the largest.
 
     Args:
         y: labels [B].

@@ -23,9 +23,9 @@ class Tracker(Callback, abc.ABC):
     the first failure is a warning, and `metrics.jsonl` has all records.
 
     Attributes:
-        title: what the program is called.
-        module: what is imported.
-        package: what is installed.
+        title: name of the program.
+        module: name of the module to import.
+        package: name of the package to install.
     """
 
     title: ClassVar[str]
@@ -97,7 +97,7 @@ class TensorBoardCallback(Tracker):
         self._writer: Any = None
 
     def on_start(self, run: RunStart) -> None:
-        """Open the file; events of steps that are taken anew are hidden."""
+        """Open the file; events of repeated iterations are hidden."""
         folder = str(run.run_dir / "tensorboard")
         self._writer = self.program.SummaryWriter(folder, purge_step=run.step + 1)
 
@@ -107,7 +107,7 @@ class TensorBoardCallback(Tracker):
             self._writer.add_scalar(name, value, step)
 
     def close(self, finished: bool) -> None:
-        """Write what is not on disk yet."""
+        """Write the events that are not on disk yet."""
         if self._writer is not None:
             self._writer.close()
 

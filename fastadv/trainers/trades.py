@@ -25,8 +25,8 @@ _FAT = {
 class TradesRecipe(FriendlyPairRecipe):
     """Numbers of the authors' code, which both presets have.
 
-    What "official" does not reproduce is stated at `Trades` and its base. The preset "fat" has the numbers of FAT
-    for TRADES (Zhang et al. 2020, zjfheart/Friendly-Adversarial-Training).
+    `Trades` and its base class state the differences of "official" from that code. The preset "fat" has the
+    numbers of FAT for TRADES (Zhang et al. 2020, zjfheart/Friendly-Adversarial-Training).
 
     Attributes:
         beta: weight of the divergence, 1 / lambda in the paper.
@@ -54,7 +54,7 @@ class Trades(FriendlyPairMethod[TradesRecipe]):
     """
 
     name = "trades"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = TradesRecipe
     attack_loss = "kl"
 

@@ -80,7 +80,7 @@ class TrainResult:
         checkpoint: the last checkpoint.
         best_checkpoint: the one with the best monitored accuracy.
         record: the last epoch's record, as in metrics.jsonl; empty if nothing was left to do.
-        progress: what was counted.
+        progress: the counters of the run.
     """
 
     model: nn.Module
@@ -121,7 +121,7 @@ def train(
 
     Args:
         method: a name such as "arrest", or a subclass of `Method`.
-        recipe: the method's numbers; by default those of its paper.
+        recipe: the method's numbers; by default its paper's numbers.
         data: training and test images, or a name for `load_dataset`. Training images may be `StreamedData`,
             which are read while they are needed.
         model: a name for `create_model`, or a module, which is then trained in place.
@@ -188,7 +188,7 @@ def train(
         run.lock.check()
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    aside = "stopped between steps; resuming goes on from the last checkpoint, or begins anew"
+    aside = "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
     with (
         stopped_by_signals(aside),
         run.lock,
@@ -497,7 +497,7 @@ def _build_loader(
         "world_size": ranks.count,
     }
     if isinstance(training, StreamedData):
-        _check_streamed(recipe, extra, training.heeds)
+        _check_streamed(recipe, extra, training.supports)
         return StreamLoader(training, recipe.batch_size, **common), watched
     if recipe.holdout:
         training, watched = split_validation(training, recipe.holdout, recipe.seed)
@@ -517,13 +517,13 @@ def _build_loader(
     return loader, watched
 
 
-def _check_streamed(recipe: Recipe, extra: ImageData | None, heeded: frozenset[str]) -> None:
+def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
     """Refuse what only images in memory can have."""
     if extra is not None:
         raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
     for name, value in wanted.items():
-        if name not in heeded and getattr(recipe, name) != value:
+        if name not in supported and getattr(recipe, name) != value:
             raise ValueError(
                 f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
                 f"images itself, got {getattr(recipe, name)}"

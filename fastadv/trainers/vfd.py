@@ -48,7 +48,7 @@ def _mart(
     code_constants: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """CE(f(x)) + beta MART(f(x), f(x')), in which the weight is that of the divergence."""
+    """CE(f(x)) + beta MART(f(x), f(x')); `weight` is the weight of the divergence."""
     mart = losses.mart(
         clean_logits, adv_logits, y, weight, code_constants=code_constants, reduction=reduction
     )
@@ -73,22 +73,22 @@ _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class VfdRecipe(PairRecipe):
-    """Numbers of the base's own recipe, whichever of them are not given: epochs, learning rate, radius and others.
+    """Options that are not given have the numbers of the base's recipe: epochs, learning rate, radius and others.
 
     So `fastadv train mart` and `fastadv train vfd --base mart` differ in the distillation and L_clean alone.
 
     Attributes:
-        base: the method that is distilled into: "alp", "trades", "mart" or "hat".
+        base: the method to which the distillation is added: "alp", "trades", "mart" or "hat".
         beta: weight of the base's adversarial loss L_adv, 1 to 6 in the paper on TRADES; by default TRADES 6,
             HAT 2.5, ALP and MART 1.
-        weight: inside L_adv, of ALP's pairing or MART's divergence; by default that of the base's own recipe: .5
-            and 5. The other bases have none.
+        weight: weight of ALP's pairing or MART's divergence inside L_adv; by default the number of the base's
+            recipe, .5 and 5. The other bases have no such weight.
         code_constants: add the small constants of MART's code, with base "mart".
         lam: weight of the distillation, lambda; 0 to .04 in the paper.
-        layer: k, whose features are distilled: "layer1", "layer2", ... are the maps behind the network's stages,
-            "last" is the map before pooling, and "logits" are the logits.
+        layer: the layer k of the distilled features. "layer1", "layer2", ... are the maps after the network's
+            stages, "last" is the map before pooling, and "logits" are the logits.
         gamma: weight of the helper examples, with base "hat".
-        reach: how far beyond x' they lie, in units of x' - x, with base "hat".
+        reach: distance of the helper examples from x, in units of x' - x, with base "hat".
     """
 
     epochs: int = TradesRecipe.epochs  # the default base's; others' come by way of `start`
@@ -149,7 +149,7 @@ class VfdRecipe(PairRecipe):
 
 @dataclass(frozen=True)
 class Guided(Attacked):
-    """Adversarial images with what the vanilla model says.
+    """Adversarial images with the features of the vanilla model.
 
     Attributes:
         vanilla_features: of the clean images, at the recipe's layer: [B, C, H, W], or logits [B, K].
@@ -165,21 +165,22 @@ class Guided(Attacked):
 class Vfd(PairMethod[VfdRecipe]):
     """VFD-Adv: CE(f(x)) + beta L_adv + lam (||h(x') - h_v(x)|| + ||h(x) - h_v(x)||), h_v a frozen standard model.
 
-    h is the map before pooling, or what another `layer` gives; norms are L2, not squared, of all of an image's h.
+    h is the map before pooling, or the output of another `layer`. Norms are L2 norms of an image's whole h, not
+    squared.
 
-    L_adv is the adversarial part of a base's loss: KL(f(x) || f(x')) of TRADES and HAT, which keeps its helper
-    examples beside; CE(f(x')) and .5 times the pairing of ALP; all of MART's loss.
+    L_adv is the adversarial part of a base's loss: KL(f(x) || f(x')) for TRADES and HAT, CE(f(x')) and .5 times
+    the pairing for ALP, the whole loss for MART. HAT keeps its helper examples as well.
 
-    Source: the VFD-Adv paper, equations 5 and 6 and algorithm 1; no code of its authors is known. What it leaves
-    open: which part of ALP and MART is L_adv; training starts from fresh weights, the attack is the base's, and
-    every base passes clean and adversarial images one after the other.
+    Source: the VFD-Adv paper, equations 5 and 6 and algorithm 1; no code of its authors is known. Choices where
+    the paper leaves something open: the part of ALP and MART that is L_adv. Training starts from random weights.
+    The attack is the base's attack. Every base passes clean and adversarial images one after the other.
 
-    Cost per batch: the base's, and up to 1F of the vanilla model, which runs as far as the layer. Running
-    statistics move as often as the base's.
+    Cost per batch: the cost of the base, and up to 1F of the vanilla model, which runs as far as the layer.
+    Running statistics move as often as in the base.
     """
 
     name = "vfd"
-    heeds = frozenset({"extra_weight"})
+    supports = frozenset({"extra_weight"})
     recipe_class = VfdRecipe
 
     @classmethod

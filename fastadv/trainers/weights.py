@@ -152,7 +152,7 @@ def check_no_code(name: Any, path: str | os.PathLike[str], argument: str = "mode
     """Refuse to build a model by a recorded name that stands for code.
 
     Args:
-        name: what a run says its model is.
+        name: the name of the model in a run.
         path: where it says so.
         argument: by which the user can give the name.
 

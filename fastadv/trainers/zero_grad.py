@@ -19,9 +19,9 @@ class ZeroGradRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
     Attributes:
-        alpha: size of the step; 2 eps in the paper, to be set with another eps.
-        quantile: of the gradient's magnitudes in each image, below which pixels do not move; .35 for CIFAR-10, .45
-            for CIFAR-100, .7 for SVHN.
+        alpha: size of the step; 2 eps in the paper. Set it together with eps.
+        quantile: quantile of the gradient's magnitudes in each image. Pixels below it do not move. The code has
+            .35 for CIFAR-10, .45 for CIFAR-100 and .7 for SVHN.
     """
 
     epochs: int = 30
@@ -41,11 +41,11 @@ class ZeroGradRecipe(AdversarialRecipe):
 
 
 class ZeroGrad(PGDAT[ZeroGradRecipe]):
-    """ZeroGrad: CE(f(x')), x' one step of 2 eps from uniform noise that leaves pixels of small gradient alone.
+    """ZeroGrad: CE(f(x')), x' one step of 2 eps from uniform noise that does not move pixels of small gradient.
 
     Source: Golgooni et al. 2021, algorithm 1; recipe as in the authors' code
-    (rohban-lab/catastrophic_overfitting). That code attacks the model in training mode, so that running statistics
-    move twice per batch; here it is evaluation mode. MultiGrad is left out.
+    (rohban-lab/catastrophic_overfitting). That code attacks the model in training mode, so running statistics
+    move twice per batch. Here the attack uses evaluation mode. MultiGrad is left out.
 
     Cost per batch: 2F for the attack, 3F for training. Running statistics move once.
     """

@@ -90,7 +90,8 @@ def build(folder: Path, csrc: Path = CSRC) -> Path:
 
 def _rewritten(csrc: Path) -> Iterator[tuple[str, str]]:
     """Names in csrc and texts of the sources in plain C++."""
-    yield "layout.h", (csrc / "layout.h").read_text()
+    for path in csrc.glob("*.h"):
+        yield path.name, path.read_text()
     for path in (csrc / "cuda").glob("*.h"):
         text = re.sub(r"#include <c10/cuda/\w+\.h>", '#include "torch_cuda.h"', path.read_text())
         yield f"cuda/{path.name}", text

@@ -1,27 +1,32 @@
 """A pytest plugin: on CPU tensors the ops of csrc/cuda run their CUDA kernels, emulated.
 
-Of the tests it keeps those that run such an op on the backend "native".
+Of the tests it keeps those that run such an op on the backend "native", for the parameters that `when` of the mark
+`emulator` accepts where a test has that mark. Those marked `other_order` run a second time, with the threads of a
+block in another order.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
+from marks import accepted, parameters
 
 import fastadv.ops  # noqa: F401  defines the ops
 from cuda_emulator.build import ops
 
 LAUNCHED = "emulated kernels: "
+REORDERED = "tests in another order: "
+FIRST, SECOND = 0, 1  # seeds of the order of threads
+_reordered: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulator-library", help="what cuda_emulator.build.build() returned")
-    parser.addoption("--emulator-seed", type=int, default=0, help="of the order of threads")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.ops.load_library(config.getoption("--emulator-library"))
-    torch.ops.cuda_emulator.seed(config.getoption("--emulator-seed"))
+    torch.ops.cuda_emulator.seed(FIRST)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,15 +34,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        native = (parameters.get("device"), parameters.get("name")) == ("cpu", "native")
-        case = parameters.get("case")
+        given, mark = parameters(item), item.get_closest_marker("emulator")
+        native = (given.get("device"), given.get("name")) == ("cpu", "native")
+        case = given.get("case")
         runs_a_kernel = native and (case is None or case.op in emulated)
-        (kept if runs_a_kernel else others).append(item)
+        chosen = runs_a_kernel and (mark is None or accepted(item, mark))
+        (kept if chosen else others).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=others)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    """Runs after pytest's own, hence a second time."""
+    if item.get_closest_marker("other_order"):
+        torch.ops.cuda_emulator.seed(SECOND)
+        try:
+            item.runtest()
+        finally:
+            torch.ops.cuda_emulator.seed(FIRST)
+        _reordered.append(item.name)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     launched = torch.ops.cuda_emulator.launched_kernels()
     terminalreporter.write_line(LAUNCHED + ", ".join(launched))
+    terminalreporter.write_line(f"{REORDERED}{len(_reordered)}")

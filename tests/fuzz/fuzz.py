@@ -3,7 +3,7 @@
     python tests/fuzz/fuzz.py --minutes 30 --seed 0 [--only ops|attacks|engine] [--case M]
 
 The parts take turns until the time is over. Each failure is printed with the line that repeats it; the exit status
-is 1 if there was one. tests/test_fuzz.py runs the first cases of each part.
+is 1 if there was one. tests/fuzz/test_fuzz.py runs the first cases of each part.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+_HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_HERE.parent / "helpers")]
 
 import attack_fuzz  # noqa: E402
 import engine_fuzz  # noqa: E402

@@ -54,7 +54,7 @@ def random_shape(rng: random.Random, case: OpCase, at_least: int = 0) -> Shape:
         shape = tuple(rng.choices(sizes, k=axes))
         if case.family == "crop_flip" and min(shape[1:]) == 0:
             continue
-        if case.family == "attention_map_distance" and axes == 1:
+        if case.family in ("attention_map_distance", "pgd_step_per_channel") and axes == 1:
             continue
         if math.prod(shape) <= 3 * _MOST and math.prod(shape[1:]) <= _MOST:
             return shape
@@ -133,7 +133,7 @@ def _check_special_values(
     backward = case.registered.backward_of is not None
     names = [
         n for n in arguments
-        if n not in case.shared and not n.endswith("_per_sample") and (n == "grad" or not backward)
+        if n not in case.shared and not n.endswith(("_per_sample", "limits")) and (n == "grad" or not backward)
         and any(t.is_floating_point() and t.numel() for t in tensors_of(arguments, [n]))
     ]  # fmt: skip
     if not names:

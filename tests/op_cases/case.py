@@ -129,7 +129,7 @@ class OpCase:
 
     @property
     def family(self) -> str:
-        """The file that defines the op; its own tests are in tests/test_<family>.py."""
+        """The file that defines the op; its own tests are in tests/ops/test_<family>.py."""
         return self.registered.reference.__module__.rpartition(".")[2]
 
     @property

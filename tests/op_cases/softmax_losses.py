@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import losses
+from fastadv.ops.softmax_losses import KINDS
 from op_cases.case import Arguments, Bad, OpCase
 from op_cases.draw import Draw, Spec
 
 WEIGHT, TEMPERATURE = 0.3, 2.0
-PAIRS = ("kl", "trades", "mart", "alp", "act")
 _SHAPES = ((3, 10), (0, 10), (1, 3), (2, 33), (5, 130), (4, 1000))
 _LARGE = (300, 1003)
 LOGIT_BENCH_SHAPES = ((128, 10), (128, 100), (512, 1000))
@@ -32,8 +32,8 @@ def _arguments(
     y = draw.integers(0, spec.shape[1])
     return {
         "logits": pair[0],
-        "other": pair[1] if kind in PAIRS else None,
-        "y": None if kind == "kl" else y,
+        "other": pair[1] if KINDS[kind].takes_other else None,
+        "y": y if KINDS[kind].takes_labels else None,
         "kind": kind,
         "weight": weight,
         "temperature": temperature,

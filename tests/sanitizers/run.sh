@@ -30,7 +30,7 @@ cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTADV_SANITIZE="$
   -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > /dev/null
 cmake --build "$build" -j "${JOBS:-2}"
 
-export LD_PRELOAD=$preload PYTHONPATH=$PWD:$PWD/tests PYTHONDONTWRITEBYTECODE=1
+export LD_PRELOAD=$preload PYTHONPATH=$PWD:$PWD/tests:$PWD/tests/helpers PYTHONDONTWRITEBYTECODE=1
 # Leaks are not looked for: Python and torch keep much until the process ends. Without halt_on_error undefined
 # behaviour is reported and the exit status stays 0.
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1
@@ -38,9 +38,10 @@ export TSAN_OPTIONS=suppressions=$PWD/tests/sanitizers/thread.supp:halt_on_error
 
 case $kind in
 address)
-  tests=(tests/test_ops.py tests/test_convolution.py tests/test_program.py tests/test_crop_flip.py tests/test_loader.py
-    tests/test_pgd_step.py tests/test_softmax_losses.py tests/test_remembered.py tests/test_attack_l1.py tests/test_fuzz.py
-    -k "not compile and not inductor and not opcheck")
+  tests=(tests/ops/test_ops.py tests/ops/test_crop_flip.py tests/ops/test_pgd_step.py tests/ops/test_softmax_losses.py
+    tests/engine/test_convolution.py tests/engine/test_program.py tests/engine/test_remembered.py
+    tests/data/test_loader.py tests/attacks/test_attack_l1.py tests/fuzz/test_fuzz.py
+    -m "not compiles")
   ;;
 thread)
   tests=(tests/sanitizers/threads.py)

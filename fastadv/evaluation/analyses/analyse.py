@@ -41,7 +41,7 @@ def analyse(
         max_examples: use only so many of `data`, as for ``evaluate``.
         train_examples: use only so many of `train`.
         device: as for ``evaluate``.
-        settings: fields of `AnalysisSettings`, such as ``eps=8 / 255``; those that no chosen analysis uses are
+        settings: fields of `AnalysisSettings`, such as ``eps=8 / 255``; fields that no chosen analysis uses are
             refused.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an analysis of a model is: what it needs, what it computes, how its numbers are drawn."""
+"""The base class of analyses: needs, computation, and drawing of the numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Measured:
         columns: names of the columns.
         rows: as many cells each as there are columns; None where there is no number.
         summary: the numbers that matter most, by name.
-        notes: what else is to be said, one sentence each.
+        notes: further notes, one sentence each.
         originals: [M, C, H, W] float32 in 0..1, where pictures belong to the numbers.
         adversarials: the same images after an attack.
     """
@@ -121,7 +121,7 @@ class Analysis(abc.ABC):
     """Base of the analyses.
 
     Attributes:
-        name: what it is called on the command line.
+        name: its name on the command line.
         title: heading of its picture.
         needs: what must be there.
         uses: the settings on which its numbers depend.

@@ -24,7 +24,7 @@ class AnalysisParts:
         plots: the pictures, by the name of their file.
         tables: the numbers that matter most, and all of them where they are few.
         files: all numbers as CSV, by the name of their file.
-        notes: what else is to be said.
+        notes: further notes.
     """
 
     plots: dict[str, Plot]

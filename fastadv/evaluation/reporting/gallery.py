@@ -49,7 +49,7 @@ class Gallery:
     """The worst images of one result.
 
     Attributes:
-        run: what the model is called.
+        run: the name of the model.
         attack: the column of the table.
         norm: of the perturbation.
         eps: its radius; None for an attack without a ball.

@@ -90,7 +90,7 @@ def page(
         tables: the first one is the one that matters most.
         plots: in their order.
         galleries: worst images of attacks.
-        notes: what else is to be said.
+        notes: further notes.
         analyses: pictures and tables of what analyses found.
     """
     body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(subtitle)}</p>"]

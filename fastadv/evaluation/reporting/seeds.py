@@ -1,4 +1,4 @@
-"""Runs that differ in the seed of their training alone, and what they come to on average."""
+"""Runs that differ only in the seed of their training, and their mean."""
 
 from __future__ import annotations
 

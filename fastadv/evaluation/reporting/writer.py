@@ -29,7 +29,7 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
     Everything is made before the first file is written.
 
     Args:
-        summary: what to report.
+        summary: the content of the report.
         folder: where; it is made where it is not there.
 
     Returns:

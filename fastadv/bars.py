@@ -1,0 +1,67 @@
+"""A bar of progress that keeps its figures on a narrow terminal: what does not fit is left out from the right."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+_PERCENT = len(" 100%")
+_SHORTEST = len("||") + 4  # a bar shorter than this says nothing
+_USUAL = 80
+
+
+class Bar(tqdm):
+    """A bar on standard error.
+
+    Args:
+        figures: what it shows, the most important first.
+        options: as tqdm has them.
+
+    Attributes:
+        figures: the same, which may be changed while it runs.
+        rest: what is shown right of the bar and the time that is left, where there is room.
+    """
+
+    def __init__(self, figures: Sequence[str], **options: Any) -> None:
+        self.figures = list(figures)
+        self.rest: list[str] = []
+        super().__init__(file=sys.stderr, dynamic_ncols=True, **options)
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What tqdm writes the line from."""
+        found = super().format_dict
+        width = columns(self.fp) - 1  # the last column would break the line on some terminals
+        head = fitted(self.figures, width - _PERCENT)
+        layout = "{desc} {percentage:3.0f}%" if found.get("total") else "{desc} {n_fmt}"
+        room = width - len(head) - _PERCENT - _SHORTEST
+        if found.get("total") and room >= 0:
+            tail = fitted(["", "{remaining} left", *self.rest], room)
+            layout += "|{bar}|" + tail.replace(", ", " ", 1)
+        return {**found, "ncols": width, "prefix": head, "bar_format": layout}
+
+
+def fitted(parts: Sequence[str], width: int) -> str:
+    """Join as many parts with commas as a width has room for; of the first one as much as fits."""
+    text = ""
+    for number, part in enumerate(parts):
+        longer = f"{text}, {part}" if number else part
+        if number and len(longer) > width:
+            break
+        text = longer
+    return text[: max(width, 0)]
+
+
+def columns(stream: Any) -> int:
+    """Return the width of a terminal: what COLUMNS of the environment says, else the terminal itself."""
+    given = os.environ.get("COLUMNS", "")
+    if given.isdecimal() and int(given) > 0:
+        return int(given)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _USUAL
+    except (AttributeError, OSError, ValueError):
+        return _USUAL

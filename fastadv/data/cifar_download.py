@@ -1,0 +1,150 @@
+"""Fetching the official archive of CIFAR, and unpacking from it what is read and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import tarfile
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from fastadv.data.cifar_layout import CifarLayout, SplitLayout
+from fastadv.data.errors import DataFormatError
+from fastadv.files import naming, remove, remove_leftovers, sync_path, temporary_beside
+
+_BLOCK = 1 << 20
+_PATIENCE = 60.0  # seconds without a byte
+_SCHEMES = ("https", "http", "file")
+
+
+def download_cifar(
+    layout: CifarLayout,
+    root: Path,
+    url: str | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Download the archive of the binary layout, check it, and unpack the files that `read_cifar` reads.
+
+    Nothing is at its place before it is whole. A process that is killed leaves hidden files, which the next
+    download deletes. Of the archive only plain files of known names and sizes are taken, and its paths decide
+    nothing.
+
+    Args:
+        layout: which data set.
+        root: folder in which that of the files is made; it is made itself where it is missing.
+        url: of the archive, with https, http or file; by default the official one.
+        on_bytes: called with how many bytes are there and how many there will be, 0 where nobody says.
+
+    Returns:
+        The folder of the files.
+
+    Raises:
+        FileExistsError: if the folder is there; what is in it is left alone.
+        ConnectionError: if the archive cannot be fetched.
+        DataFormatError: if it is not the official archive.
+        OSError: if something cannot be written.
+        ValueError: for another kind of address.
+    """
+    source = layout.archive_url if url is None else url
+    if urlsplit(source).scheme not in _SCHEMES:
+        raise ValueError(f"url must begin with https:, http: or file:, got {source!r}")
+    folder = root / layout.binary_folder
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} is there already, and is left as it is; move it away, and try again"
+        )
+    with naming(root):
+        root.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(root)
+    archive, unpacked = temporary_beside(root / layout.archive), temporary_beside(folder)
+    try:
+        found = _fetch(source, archive, root / layout.archive, layout, on_bytes)
+        if found != layout.archive_md5:
+            raise DataFormatError(
+                f"{source} is not the official archive of {layout.name}: MD5 {found}, expected "
+                f"{layout.archive_md5}; nothing is kept of it"
+            )
+        with naming(folder):
+            unpacked.mkdir()
+            _unpack(archive, unpacked, layout, source)
+            os.replace(unpacked, folder)
+            sync_path(root)
+    finally:
+        remove(archive)
+        remove(unpacked)
+    return folder
+
+
+def _fetch(
+    source: str,
+    archive: Path,
+    final: Path,
+    layout: CifarLayout,
+    on_bytes: Callable[[int, int], None] | None,
+) -> str:
+    """Write what is at an address to a file; its MD5."""
+    digest, done = hashlib.md5(usedforsecurity=False), 0
+    with naming(final), open(archive, "xb") as file:
+        try:
+            with urllib.request.urlopen(source, timeout=_PATIENCE) as answer:
+                total = int(answer.headers.get("Content-Length") or 0)
+                while block := answer.read(_BLOCK):
+                    digest.update(block)
+                    file.write(block)
+                    done += len(block)
+                    if on_bytes is not None:
+                        on_bytes(done, total)
+        except (
+            urllib.error.URLError,
+            http.client.HTTPException,
+            ConnectionError,
+            TimeoutError,
+        ) as error:
+            raise _unreachable(source, error, layout) from error
+    if done < total:
+        raise _unreachable(source, f"it ended after {done:,} of {total:,} bytes", layout)
+    return digest.hexdigest()
+
+
+def _unreachable(source: str, why: object, layout: CifarLayout) -> ConnectionError:
+    reason = why.reason if type(why) is urllib.error.URLError else why
+    return ConnectionError(
+        f"{source} cannot be downloaded: {reason}. Without a network, fetch {layout.archive} on another machine, "
+        "copy it here, and unpack it with tar -xzf"
+    )
+
+
+def _unpack(archive: Path, folder: Path, layout: CifarLayout, source: str) -> None:
+    """Write the files that are read to a folder."""
+    wanted: dict[str, SplitLayout] = {
+        f"{layout.binary_folder}/{name}": split
+        for split in (layout.train, layout.test)
+        for name in split.binary_files
+    }
+    try:
+        with tarfile.open(archive, "r:gz") as content:
+            for member in content:
+                split = wanted.get(member.name.removeprefix("./"))
+                if split is None:
+                    continue
+                stream = content.extractfile(member) if member.isreg() else None
+                if stream is None or member.size != layout.binary_size(split):
+                    raise DataFormatError(
+                        f"{source}: {member.name} has {member.size:,} bytes; expected a plain file of "
+                        f"{layout.binary_size(split):,}"
+                    )
+                del wanted[member.name.removeprefix("./")]
+                target = folder / member.name.rpartition("/")[2]
+                with open(target, "xb") as file:
+                    while block := stream.read(_BLOCK):
+                        file.write(block)
+                    file.flush()
+                    os.fsync(file.fileno())
+    except (tarfile.TarError, EOFError) as error:
+        raise DataFormatError(f"{source} cannot be unpacked: {error}") from error
+    if wanted:
+        raise DataFormatError(f"{source} has no {', '.join(wanted)}")

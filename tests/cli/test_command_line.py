@@ -1,0 +1,422 @@
+"""The first things typed: what is missing or mistyped is said, flags are flags, and no option is dropped."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_helpers import fingerprint
+from training_helpers import small_recipe
+
+from fastadv.cli import main
+from fastadv.commands import Flags
+from fastadv.models import create_model
+from fastadv.ops.values import check_choice, closest
+from fastadv.trainers import Settings, method_names, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+RUN = ["--data", "digits", "--run", "r"]
+QUICK = [
+    "--epochs",
+    "1",
+    "--train_images",
+    "64",
+    "--batch_size",
+    "32",
+    "--monitor_images",
+    "16",
+    "--pad",
+    "1",
+    "--quiet",
+]
+
+
+def fails(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    """The single line with which a command fails."""
+    try:
+        status = main(words)
+    except SystemExit as exit_:
+        status = int(str(exit_.code))
+    out, err = capfd.readouterr()
+    assert status == 2 and out == "", out
+    (line,) = err.splitlines()
+    return str(line)
+
+
+def prints(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+    try:
+        status = main(words)
+    except SystemExit as exit_:
+        status = int(str(exit_.code))
+    out, err = capfd.readouterr()
+    assert status == 0 and err == "", err
+    return str(out)
+
+
+def program(*words: str) -> list[str]:
+    return [sys.executable, "-m", "fastadv", *words]
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_method_alone_says_what_it_needs(method: str, capfd: pytest.CaptureFixture[str]) -> None:
+    line = fails(["train", method], capfd)
+    wants = method in ("arrest", "hat", "vfd", "kd_at", "afs")
+    assert f"needs {'--data, --run and --teacher' if wants else '--data and --run'}" in line
+    assert "digits, cifar10, cifar100" in line and "a directory" in line
+    assert ("--teacher" in line) == wants
+
+
+def test_what_is_given_is_not_missing(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "needs --run and --teacher;" in fails(["train", "arrest", "--data", "digits"], capfd)
+    (tmp_path / "r.yaml").write_text("run: r\n")
+    line = fails(["train", "arrest", "--config", str(tmp_path / "r.yaml")], capfd)
+    assert "needs --data and --teacher;" in line
+    assert "run must be given, or model" in fails(["eval"], capfd)
+    assert "needs RUNS" in fails(["report"], capfd)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["trian", "arrest"], "'train'"),
+        (["reprot", "r"], "'report'"),
+        (["pgd-at", *RUN], "'train pgd-at'"),
+        (["train", "arest", *RUN], "'arrest'"),
+        (["train", "pgd_at", *RUN, "--epoch", "3"], "'--epochs'"),
+        (["train", "pgd_at", *RUN, "--learning-rate", "3", "--momentun=1"], None),
+        (["train", "pgd_at", *RUN, "--batchsize=3"], "'--batch_size'"),
+        (["train", "pgd_at", *RUN, "--Quiet"], "'--quiet'"),
+        (["eval", "r", "--atacks", "clean"], "'--attacks'"),
+        (["report", "r", "--ouput", "x"], None),
+        (["info", "--op"], "'--ops'"),
+        (["demo", "--outt", "x"], "'--out'"),
+        (["train", "arrest", *RUN, "--distance", "angulr"], "'angular'"),
+        (["train", "pgd_at", *RUN, "--precision", "BF16"], "'bf16'"),
+        (["train", "act", *RUN, "--preset", "offcial"], "'official'"),
+        (["train", "pgd_at", *RUN, "--model", "resnet81"], "'resnet18'"),
+        (["train", "pgd_at", "--data", "cifar-10", "--run", "r"], "'cifar10'"),
+        (["train", "pgd_at", *RUN, "--schedule", "Cosin"], "'Cosine'"),
+        (["train", "pgd_at", *RUN, "--schedule", "multistep"], "'MultiStep'"),
+        (["train", "pgd_at", *RUN, "--schedule", "Cosine", "--schedule.flor", "0"], "'floor'"),
+        (["train", "pgd_at", *RUN, "--schedule.help", "Cosin"], "'Cosine'"),
+    ],
+)
+def test_a_mistyped_word_gets_a_suggestion(
+    words: list[str],
+    meant: str | None,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = fails(words, capfd)
+    assert meant is None or f"did you mean {meant}?" in line
+    assert not {"zip(", "typing.", "<class"} & set(line.split("'")) and "typing." not in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_choices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
+    line = fails(["train", "arrest", *RUN, "--distance", "x"], capfd)
+    assert (
+        "\"distance\" must be one of angular, mse, attention, logits_mse, logits_kl, got 'x'"
+        in line
+    )
+    line = fails(["train", "pgd_at", *RUN, "--schedule", "x"], capfd)
+    assert (
+        "Constant, Cosine, Cyclic, Interpolated, MultiStep, OneCycle, Piecewise, Step, got 'x'"
+        in line
+    )
+    text = prints(["train", "pgd_at", "--schedule.help"], capfd)
+    assert "Half a cosine down to a floor" in text and "  Piecewise     Any factors" in text
+    assert "--schedule.floor" in prints(["train", "pgd_at", "--schedule.help", "Cosine"], capfd)
+    for value, kind in (
+        (["--epochs", "1.5"], "a whole number"),
+        (["--patience", "soon"], "a whole number"),
+        (["--clip_grad_norm", "x"], "a number or a fraction such as 8/255"),
+        (["--flip", "maybe"], "true or false"),
+        (["--schedule.milestones", "3"], "a list such as [75,90]"),
+    ):
+        assert f"must be {kind}, got '{value[1]}'" in fails(
+            ["train", "pgd_at", *RUN, *value], capfd
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "flip", "nesterov"),
+    [
+        ([], True, False),
+        (["--flip", "--nesterov"], True, True),
+        (["--flip", "false"], False, False),
+        (["--flip=False", "--nesterov", "TRUE"], False, True),
+        (["--flip", "no", "--nesterov=on"], False, True),
+        (["--no-such", "--flip"], None, None),
+    ],
+)
+def test_flags_stand_alone_or_with_a_value(
+    words: list[str],
+    flip: bool | None,
+    nesterov: bool | None,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", "pgd_at", *RUN, *words, "--print_config"]
+    if flip is None:
+        assert "--no_such" in fails(command, capfd)
+        return
+    config = yaml.safe_load(prints(command, capfd))
+    assert (config["flip"], config["nesterov"]) == (flip, nesterov)
+
+
+def test_text_in_a_config_never_turns_a_flag_around(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text("flip: 'false'\nnesterov: 'yes'\nquiet: 'no'\n")
+    command = ["train", "pgd_at", *RUN, "--config", str(file), "--print_config"]
+    config = yaml.safe_load(prints(command, capfd))
+    assert (config["flip"], config["nesterov"], config["quiet"]) == (False, True, False)
+    file.write_text("flip: 2\n")
+    assert "must be true or false" in fails(command, capfd)
+    for make in (lambda: Flags(overwrite="false"), lambda: Settings(tensorboard="false")):
+        with pytest.raises(TypeError, match="must be True or False, got 'false'"):
+            make()  # type: ignore[no-untyped-call]
+    with pytest.raises(TypeError, match="overwrite must be True or False"):
+        train("standard", data="digits", model="small_cnn", run_dir=tmp_path, overwrite="no")  # type: ignore[arg-type]
+
+
+def test_switches_take_a_value_too(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    run = ["train", "standard", "--data", "digits", "--run", str(tmp_path / "r"), *QUICK]
+    assert main([*run, "--resume", "false"]) == 0
+    assert main([*run, "--overwrite", "--resume=no"]) == 0
+    before = fingerprint(tmp_path / "r")
+    assert main([*run, "--overwrite", "false"]) == 2
+    assert fingerprint(tmp_path / "r") == before
+    # A flag before the name of a run takes it for no value.
+    words = [
+        "eval",
+        "--worst_case",
+        str(tmp_path / "r"),
+        "--attacks",
+        "clean",
+        "--max_examples",
+        "9",
+    ]
+    assert main([*words, "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pgd_at", "--root", "x"], "root must be left out with digits"),
+        (["pgd_at", "--teacher", "x"], "takes no frozen model"),
+        (["pgd_at", "--allow_changes"], "allow_changes must come with resume"),
+        (["pgd_at", "--from_checkpoint", "step_000004"], "there is no run in"),
+        (["pgd_at", "--extra_fraction", "0.5"], "extra_fraction must be 0"),
+        (["pgd_at", "--awp_warmup", "3"], "awp_warmup has no effect with awp_gamma 0"),
+        (["pgd_at", "--pad", "0", "--pad_mode", "reflect"], "pad_mode has no effect with pad 0"),
+        (["free", "--random_start"], "random_start must be false with free"),
+        (["arrest", "--temperature", "2"], "temperature has no effect without distance logits_kl"),
+        (["arrest", "--distill", "false", "--lam", "2"], "lam has no effect with distill false"),
+        (["arrest", "--replay", "no", "--phi", "45"], "phi has no effect with replay false"),
+        (["vfd", "--reach", "3"], "reach has no effect with another base than hat"),
+    ],
+)
+def test_an_option_that_would_be_dropped_is_refused(
+    words: list[str],
+    message: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert message in fails(["train", *words, *RUN], capfd).replace("takes only", "takes no")
+
+
+def test_numbers_as_a_preset_has_them_are_no_choice(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["train", "arrest", *RUN, "--temperature", "4", "--awp_warmup", "0"]
+    assert "needs --teacher;" in fails(words, capfd)
+
+
+@pytest.mark.parametrize("command", ["train standard", "eval", "report", "info", "demo"])
+def test_help_is_for_people(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = prints([*command.split(), "--help"], capfd)
+    for word in ("Args:", "Returns:", "Raises:", "Attributes:", "store_true"):
+        assert word not in text
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.parametrize("words", [["info"], ["--help"], ["train"], ["train", "pgd_at", "--help"]])
+def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(program(*words), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.processes
+def test_nothing_is_coloured(tmp_path: Path) -> None:
+    run = ["train", "standard", "--data", "digits", "--run", str(tmp_path / "r"), *QUICK[:-1]]
+    for words in (["train", "pgd_at", "--help"], ["trian"], run):
+        master, slave = pty.openpty()
+        environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"}
+        process = subprocess.Popen(program(*words), stdout=slave, stderr=slave, env=environment)
+        os.close(slave)
+        text = b""
+        try:
+            while part := os.read(master, 4096):
+                text += part
+        except OSError:  # so Linux says that the other end is closed
+            pass
+        process.wait()
+        os.close(master)
+        assert text and b"\x1b[" not in text
+
+
+@pytest.mark.slow
+def test_going_on_takes_the_saved_options(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "r"
+    options = [
+        "--schedule",
+        "Piecewise",
+        "--schedule.starts",
+        "[0,1]",
+        "--schedule.factors",
+        "[1,1/2]",
+    ]
+    options += ["--lr", "1/20", "--keep", "5", "--model", "resnet18", "--checkpoint_minutes", "7"]
+    first = ["train", "standard", "--data", "digits", "--run", str(run), *QUICK, *options]
+    assert main(first) == 0
+    before = fingerprint(run / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "standard", "--run", "r", "--resume", "--quiet"]) == 0
+    assert fingerprint(run / "checkpoints") == before
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["keep"] == 5 and config["checkpoint_minutes"] == 7
+    capfd.readouterr()
+    go_on = ["train", "standard", "--run", "r", "--resume"]
+    assert "epochs: 1 -> 2" in fails([*go_on, "--epochs", "2", "--quiet"], capfd)
+    assert main([*go_on, "--epochs", "2", "--allow_changes", "--quiet", "--keep", "4"]) == 0
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["epochs"] == 2 and config["keep"] == 4
+    capfd.readouterr()
+    line = fails(["train", "pgd_at", "--run", "r", "--resume"], capfd)
+    assert "was trained by standard" in line and "fastadv train standard --run r --resume" in line
+    assert "did you mean 'latest'" in fails([*go_on, "--from_checkpoint", "lastest"], capfd)
+
+
+def test_a_run_goes_on_without_its_config_and_without_its_teacher(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for method, more in (("standard", []), ("arrest", ["--teacher", str(tmp_path / "standard")])):
+        words = ["--data", "digits", "--run", str(tmp_path / method), *QUICK, *more]
+        assert main(["train", method, *words]) == 0
+    capfd.readouterr()
+    config = tmp_path / "arrest" / "config.yaml"
+    (tmp_path / "standard").rename(tmp_path / "gone")
+    go_on = ["train", "arrest", "--run", str(tmp_path / "arrest"), "--resume", "--quiet"]
+    assert main(go_on) == 0
+    assert yaml.safe_load(config.read_text())["teacher"] == [str(tmp_path / "standard")]
+    config.unlink()
+    assert main(go_on) == 0
+    capfd.readouterr()
+    config.write_text("keep: [")
+    assert "config.yaml: not a config" in fails(go_on, capfd)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_the_networks_of_its_teachers(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(create_model("small_cnn", 10, 1).state_dict(), tmp_path / "teacher.pt")
+    run = tmp_path / "r"
+    words = ["--data", "digits", "--run", str(run), "--model", "stack:2*small_cnn", *QUICK]
+    words += ["--teacher", *[str(tmp_path / "teacher.pt")] * 2, "--teacher_model", "small_cnn"]
+    assert main(["train", "kd_at", *words]) == 0
+    (tmp_path / "teacher.pt").unlink()
+    go_on = ["train", "kd_at", "--run", str(run), "--resume", "--quiet"]
+    assert main(go_on) == 0
+    config = run / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    assert content["teacher_model"] == ["small_cnn"]
+    config.write_text(yaml.safe_dump({**content, "teacher_model": ["their_network:make"]}))
+    capfd.readouterr()
+    assert (
+        main(go_on) == 2
+    )  # the name is not taken from there, and the weights do not fit the model
+    assert "state has no entry that fits Stack" in capfd.readouterr().err
+    assert "their_network" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["010", "1e3", "null"])
+def test_a_run_may_be_called_what_yaml_takes_for_something_else(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "standard", "--data", "digits", "--run", name, *QUICK]) == 0
+    assert main(["train", "standard", "--run", name, "--resume", "--quiet"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_going_on_imports_nothing_that_the_run_names(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "ran"
+    own = "from fastadv.models import small_cnn\ndef make(num_classes, in_channels):\n"
+    own += "    return small_cnn(num_classes, in_channels)\n"
+    (tmp_path / "their_network.py").write_text(own)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run = tmp_path / "r"
+    recipe = small_recipe("standard", epochs=1, train_images=64)
+    options = {"data": "digits", "run_dir": run, "device": "cpu", "progress": False}
+    train("standard", recipe, model="their_network:make", **options)  # type: ignore[arg-type]
+    del sys.modules["their_network"]
+    (tmp_path / "their_network.py").write_text(f"open({str(marker)!r}, 'w')\n{own}")
+    (run / "config.yaml").write_text(
+        "model: their_network:make\nschedule: {class_path: their_network.Schedule}\nkeep: 3\n"
+    )
+    go_on = ["train", "standard", "--run", str(run), "--resume", "--quiet"]
+    line = fails(go_on, capfd)
+    assert "code runs only when you name it" in line and "--model their_network:make" in line
+    assert not marker.exists() and "their_network" not in sys.modules
+    assert main([*go_on, "--model", "their_network:make"]) == 0
+    assert marker.exists()
+
+
+def test_a_run_from_python_that_the_command_line_has_no_options_for(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from fastadv.data import load_dataset
+    from fastadv.models import small_cnn
+
+    recipe = small_recipe("standard", epochs=1, train_images=64)
+    digits = load_dataset("digits")
+    for name, options in (
+        ("data", {"data": digits, "model": "small_cnn"}),
+        ("model", {"data": "digits", "model": small_cnn(10, 1)}),
+    ):
+        run = tmp_path / name
+        train("standard", recipe, run_dir=run, device="cpu", progress=False, **options)  # type: ignore[arg-type]
+        line = fails(["train", "standard", "--run", str(run), "--resume"], capfd)
+        assert "begun in Python" in line and "resume it there" in line
+
+
+def test_suggestions() -> None:
+    assert closest("Resnet-18", ["resnet18", "resnet_18"]) == "; did you mean 'resnet_18'?"
+    assert closest("zebra", ["resnet18"]) == ""
+    check_choice("norm", "l2", ["linf", "l2"])
+    with pytest.raises(
+        ValueError, match=r"norm must be one of linf, l2, got 'L2'; did you mean 'l2'\?"
+    ):
+        check_choice("norm", "L2", ["linf", "l2"])

@@ -1,0 +1,60 @@
+"""Every public name is in the reference: `__all__` of each package, against the pages in docs/api."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastadv
+
+API = Path(__file__).resolve().parents[2] / "docs" / "api"
+COMMAND_LINE = {"cli", "commands"}  # their options are public, and their names are not
+PAGES = {page.stem for page in API.glob("*.md")} - {"index"}
+INDEX = (API / "index.md").read_text()
+
+
+def _packages() -> dict[str, list[str]]:
+    """The public names of each package that has a list of them."""
+    found = {}
+    for one in sorted((API.parents[1] / "fastadv").glob("*/__init__.py")):
+        package = one.parent.name
+        if package not in COMMAND_LINE:
+            names = getattr(importlib.import_module(f"fastadv.{package}"), "__all__", None)
+            if names is not None:
+                found[package] = list(names)
+    return found
+
+
+PACKAGES = _packages()
+
+
+def test_every_public_package_has_a_page_in_the_contents() -> None:
+    assert set(PACKAGES) == PAGES
+    contents = re.search(r"```\{toctree\}\n(.*?)```", INDEX, re.DOTALL)
+    assert contents is not None and set(contents[1].split()) == PAGES
+
+
+def _has_docstring(value: Any) -> bool:
+    """Whether autodoc finds words for it; a constant has only the words of its class."""
+    named = hasattr(value, "__name__") and value.__module__.startswith("fastadv.")
+    return named and bool(value.__doc__)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_name_is_described(package: str) -> None:
+    """By its docstring, without which autodoc leaves it out, or in words on the page."""
+    page = (API / f"{package}.md").read_text()
+    module = importlib.import_module(f"fastadv.{package}")
+    assert f".. automodule:: fastadv.{package}\n" in page
+    in_words = set(re.findall(r"py:data:: (\w+)\n\n   \S", page))
+    names = set(PACKAGES[package])
+    assert {name for name in names - in_words if not _has_docstring(getattr(module, name))} == set()
+
+
+def test_every_attribute_of_fastadv_is_in_the_table() -> None:
+    listed = re.findall(r"^\| (`.*?) \|", INDEX, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(listed))) == set(fastadv.__all__)

@@ -1,0 +1,466 @@
+"""What a recording can take, what it refuses, and in which words: other people's ways to write a network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from attack_helpers import images, randomise
+from foreign_models import Pooled, conv
+from test_engine_proof import gradient, live_gradient, worst_cosine
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastadv
+from fastadv.engine.recorder import record
+from fastadv.engine.selection import tape_now
+from fastadv.models import create_model, resnet18, small_cnn
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Y = torch.arange(8) % 4
+
+
+class Written(nn.Module):
+    """A network whose forward pass is a function of the module and the images."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **attributes: Any) -> None:
+        super().__init__()
+        self.net = Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())
+        self.conv = conv(3, 8)
+        self.fc = nn.Linear(8, 4)
+        self.register_buffer("mean", torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1))
+        self.register_buffer("flag", torch.tensor(True))
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.own_forward = forward
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.own_forward(self, x)
+
+
+class _Swish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, beta: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.beta = beta
+        return x * torch.sigmoid(beta * x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        s = torch.sigmoid(ctx.beta * x)
+        return grad * (s + ctx.beta * x * s * (1 - s)), None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Rounds with a gradient of its own, in the newer form of a separate context."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.round(8 * x) / 8
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def on_device(m: Any, x: Tensor) -> Tensor:
+    assert x.dim() == 4 and x.shape[-1] == 8
+    return m.net(x - (m.mean.cuda() if x.is_cuda else m.mean))
+
+
+def loops(m: Any, x: Tensor) -> Tensor:
+    parts = [part * (1 + i) for i, part in enumerate(x.split(1, dim=1))]
+    total = torch.zeros(x.size(0), 4)
+    for i in range(x.shape[1]):
+        total = total + m.net(torch.cat([parts[i]] * 3, 1))
+    return total
+
+
+def flattens(m: Any, x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    tokens = x.view(batch * channels, height * width).reshape(batch, channels, height, width)
+    return m.net(tokens) + torch.arange(batch)[:, None].float() * 0
+
+
+def filled(m: Any, x: Tensor) -> Tensor:
+    out = torch.zeros(len(x), 3, 8, 8)
+    out[:, 0] = x[:, 0] * 2
+    out[:, 1:] = x[:, 1:] - 0.5
+    return m.net(out)
+
+
+def without_gradient(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        fixed = m.fc(m.conv(x).relu().mean((2, 3))).sigmoid()
+    return m.net(x) * fixed
+
+
+def kept(m: Any, x: Tensor) -> Tensor:
+    m.features = m.net.body(x)
+    return m.net.fc(m.features.mean((2, 3)))
+
+
+def in_autocast(m: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return m.net(x)
+
+
+def several(m: Any, x: Tensor) -> Tensor:
+    a, b, c = x.unbind(1)
+    low, high = torch.aminmax(m.conv(torch.stack([a, c, b], 1)), dim=3)
+    return m.fc((low + high).mean(2)) + m.net(x)
+
+
+COPIED: dict[str, Callable[[], nn.Module]] = {
+    "branches on shape and device": lambda: Written(on_device),
+    "loops over parts and channels": lambda: Written(loops),
+    "views that count the images": lambda: Written(flattens),
+    "written part by part": lambda: Written(filled),
+    "autograd function": lambda: Written(lambda m, x: m.net(_Swish.apply(x, 1.5))),
+    "autograd function with its own context": lambda: Written(
+        lambda m, x: m.net(_StraightThrough.apply(x))
+    ),
+    "the value of a parameter": lambda: Written(lambda m, x: m.net(x * m.scale.item())),
+    "a branch on a buffer": lambda: Written(lambda m, x: m.net(x if m.flag else 1 - x)),
+    "checkpointing": lambda: Written(
+        lambda m, x: m.net.fc(
+            checkpoint(m.net.body, x, use_reentrant=False).mean((2, 3))  # type: ignore[union-attr]
+        )
+    ),
+    "a part without gradient": lambda: Written(without_gradient),
+    "numbers of numpy": lambda: Written(lambda m, x: m.net(x * np.float32(0.5) - np.int64(1))),
+    "an operator with a gradient in Python": lambda: create_model("stack:2*small_cnn", 4, 3),
+    "features kept": lambda: Written(kept),
+    "several results": lambda: Written(several),
+    "autocast within": lambda: Written(in_autocast),
+    "numpy attributes": lambda: Written(
+        lambda m, x: m.net(x - torch.from_numpy(m.array)), array=np.full((3, 1, 1), 0.3, "f")
+    ),
+    "old weight_norm": lambda: Pooled(
+        nn.utils.weight_norm(conv(3, 8)), nn.BatchNorm2d(8), nn.ReLU()
+    ),
+    "DataParallel within": lambda: nn.Sequential(
+        nn.Identity(), nn.DataParallel(Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU()))
+    ),
+    "compiled within": lambda: nn.Sequential(
+        nn.Identity(), torch.compile(Pooled(conv(3, 8), nn.ReLU()), backend="aot_eager")
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", COPIED)
+def test_it_is_copied_with_its_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = randomise(COPIED[name]()), images(8)
+    attack = fastadv.PGD(model, steps=2, precision="bf16", engine="compiled")
+    adv = attack(x, Y)
+    assert attack.last.engine == "compiled" and attack.last.precision == "bf16"
+    assert (adv != x).any()
+    assert worst_cosine(gradient(attack, model, x, Y), live_gradient(model, x, Y)) > 0.95
+    for size in (1, 5):  # other batch sizes need no other engine
+        assert (
+            worst_cosine(
+                gradient(attack, model, x[:size], Y[:size]),
+                live_gradient(model, x[:size], Y[:size]),
+            )
+            > 0.9
+        )
+
+
+def test_what_bfloat16_has_not_is_copied_in_float32() -> None:
+    """Complex numbers."""
+    torch.manual_seed(0)
+    model = Written(
+        lambda m, x: m.fc(torch.complex(m.conv(x), m.conv(x.flip(3))).abs().mean((2, 3)))
+    )
+    attack, x = fastadv.PGD(model.eval(), steps=2), images(8)
+    attack(x, Y)
+    assert attack.last.engine == "compiled" and attack.last.precision == "fp32"
+    assert worst_cosine(gradient(attack, model, x, Y), live_gradient(model, x, Y)) > 0.95
+
+
+def alternates(m: Any, x: Tensor) -> Tensor:
+    m.calls += 1
+    return m.net(x if m.calls % 2 else x.flip(3))
+
+
+def test_a_model_that_acts_on_the_number_of_its_calls_runs_live() -> None:
+    with pytest.warns(UserWarning, match="change from call to call"):
+        fastadv.PGD(Written(alternates, calls=0), steps=1)(images(4), Y[:4])
+
+
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_lazy_modules_must_have_their_weights(precision: str) -> None:
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(4))
+    attack = fastadv.PGD(model, steps=1, precision=precision)
+    with pytest.raises(ValueError, match=r"'0.weight' without a shape; call the model once"):
+        attack(images(4), Y[:4])
+    model(images(1))
+    attack(images(4), Y[:4])
+
+
+class PythonsRandom:
+    def __init__(self) -> None:
+        self.rng = random.Random(0)
+
+
+FLIPS: dict[str, tuple[Callable[[Any], float], dict[str, Any]]] = {
+    "Python's random": (lambda m: random.random(), {}),
+    "numpy's random": (lambda m: np.random.rand(), {}),
+    "an own random.Random": (lambda m: m.holder.rng.random(), {"holder": PythonsRandom()}),
+    "an own numpy generator": (lambda m: m.rng.random(), {"rng": np.random.default_rng(0)}),
+    "an own RandomState": (lambda m: m.rng.rand(), {"rng": np.random.RandomState(0)}),
+    "the system's": (lambda m: random.SystemRandom().random(), {}),
+    "torch": (lambda m: float(torch.rand(())), {}),
+    "an own torch generator": (
+        lambda m: float(torch.rand((), generator=m.rng)),
+        {"rng": torch.Generator()},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLIPS)
+def test_a_random_defence_is_attacked_as_it_is_and_says_so(name: str) -> None:
+    draw, attributes = FLIPS[name]
+    seen: list[bool] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        seen.append(draw(m) < 0.5)
+        return m.net(x.flip(3) if seen[-1] else x)
+
+    for seed in range(4):
+        random.seed(seed), np.random.seed(seed)
+        model = randomise(Written(forward, **attributes))
+        attack = fastadv.PGD(model, steps=10, random_start=False)
+        with pytest.warns(UserWarning, match=r"eager engine: .*draws random numbers"):
+            attack(images(4), Y[:4])
+        assert len(set(seen[-10:])) == 2  # both draws, within one attack
+
+
+def test_random_layers_of_torch_are_seen_and_dropout_of_eval_mode_is_none() -> None:
+    noisy = Written(lambda m, x: m.net(x + 0.1 * torch.randn_like(x)))
+    dropping = Written(lambda m, x: m.net(F.dropout(x, 0.5)))
+    gumbel = Written(lambda m, x: F.gumbel_softmax(m.net(x)))
+    for model in (noisy, dropping, gumbel):
+        with pytest.warns(UserWarning, match="draws random numbers"):
+            fastadv.PGD(model, steps=1)(images(4), Y[:4])
+    quiet = Written(lambda m, x: m.net(F.dropout(x, 0.5, m.training)))
+    attack = fastadv.PGD(quiet, steps=1, precision="bf16")
+    attack(images(4), Y[:4])
+    assert attack.last.engine == "compiled"
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+
+
+def writes_buffer(m: Any, x: Tensor) -> Tensor:
+    m.mean.mul_(0.9)
+    return m.net(x - m.mean)
+
+
+def mixes_images(m: Any, x: Tensor) -> Tensor:
+    return m.net(x) if len(x) > 6 else m.net(1 - x)
+
+
+def exchanges_data(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    x.data = x.data.clamp(0.2, 0.8)
+    return m.net(x)
+
+
+def clamps_data(m: Any, x: Tensor) -> Tensor:
+    x = x * 1
+    x.data.clamp_(0.2, 0.8)
+    return m.net(x)
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "scripted": (scripted, "cannot be seen"),
+    "scripted part": (lambda: nn.Sequential(nn.Identity(), scripted()), "cannot be seen"),
+    "reads the images": (
+        lambda: Written(lambda m, x: m.net(x if x.mean() > 0.1 else 1 - x)),
+        "looks at values",
+    ),
+    "through numpy": (
+        lambda: Written(lambda m, x: m.net(torch.from_numpy(x.detach().numpy() + 0) + x)),
+        "looks at values",
+    ),
+    "writes into a buffer": (lambda: Written(writes_buffer), "writes into the model's own"),
+    "data exchanged": (lambda: Written(exchanges_data), "exchanges the data"),
+    "data written": (lambda: Written(clamps_data), "changes part of a tensor in place"),
+    "code handed to an autograd function": (
+        lambda: Written(
+            lambda m, x: m.net.fc(checkpoint(m.net.body, x, use_reentrant=True).mean((2, 3)))
+        ),
+        "hands code of its own",
+    ),
+    "gradients of its own": (
+        lambda: Written(
+            lambda m, x: (
+                m.net(x) + torch.autograd.grad(m.net(x).sum(), x, create_graph=True)[0].sum()
+            )
+        ),
+        "gradients of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_copied_runs_live_and_is_said(name: str) -> None:
+    torch.manual_seed(0)
+    make, reason = REFUSED[name]
+    model, x = make().eval(), images(4)
+    attack = fastadv.PGD(model, steps=2)
+    with pytest.warns(UserWarning, match=f"eager engine: .*{reason}"):
+        attack(x, Y[:4])
+    leaf = x.clone().requires_grad_()
+    F.cross_entropy(model(leaf), Y[:4], reduction="sum").backward()
+    assert leaf.grad is not None
+    assert worst_cosine(gradient(attack, model, x, Y[:4]), leaf.grad) > 0.9
+    with pytest.raises(ValueError, match=f"got 'compiled': .*{reason}"):
+        fastadv.PGD(model, engine="compiled")(x, Y[:4])
+
+
+def test_a_branch_on_the_number_of_images_is_followed() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Written(mixes_images)), images(8)
+    attack = fastadv.PGD(model, precision="bf16")
+    for size in (4, 8, 5, 7, 4, 8):
+        part, y = x[:size], Y[:size]
+        assert worst_cosine(gradient(attack, model, part, y), live_gradient(model, part, y)) > 0.95
+
+
+def test_a_model_for_one_batch_size_alone_is_copied_for_it() -> None:
+    torch.manual_seed(0)
+    model = randomise(Written(lambda m, x: m.net(x.view(8, 3, 8, 8))))
+    attack, x = fastadv.PGD(model, precision="bf16", steps=2), images(8)
+    attack(x, Y)
+    assert attack.last.engine == "compiled"
+    assert worst_cosine(gradient(attack, model, x, Y), live_gradient(model, x, Y)) > 0.95
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["auto", "fp32"])
+def test_models_with_weights_in_16_bits_are_attacked(dtype: torch.dtype, precision: str) -> None:
+    torch.manual_seed(0)
+    model, x = randomise(small_cnn(4, 3)).to(dtype), images(8).to(dtype)
+    attack = fastadv.PGD(model, 0.1, 0.03, 3, precision=precision)
+    adv = attack(x, Y)
+    assert adv.dtype == dtype and (adv != x).any() and attack.last.outside_share == 0
+
+
+def wrapped() -> dict[str, Callable[[nn.Module], nn.Module]]:
+    return {
+        "DataParallel": nn.DataParallel,
+        "AveragedModel": torch.optim.swa_utils.AveragedModel,
+        "torch.compile": lambda m: torch.compile(m, backend="aot_eager"),
+        "both": lambda m: nn.DataParallel(torch.compile(m, backend="aot_eager")),
+    }
+
+
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", wrapped())
+def test_wrappers_run_on_the_same_fused_program(name: str) -> None:
+    model, x = resnet18().eval(), images(4, size=16)
+    plain = fastadv.PGD(model, precision="bf16", steps=1)
+    attack = fastadv.PGD(wrapped()[name](model).eval(), precision="bf16", steps=1)
+    engines: list[Any] = [a.engine_for(x) for a in (plain, attack)]
+    kinds = [[type(step) for step in engine._program._steps] for engine in engines]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(attack(x, Y[:4], seed=0), plain(x, Y[:4], seed=0))
+
+
+def test_a_quantisation_aware_model_is_attacked_and_its_observers_left_alone() -> None:
+    torch.manual_seed(0)
+    from torch.ao.quantization import FakeQuantize
+
+    model = nn.Sequential(FakeQuantize(), Pooled(conv(3, 8), nn.ReLU()))
+    x = images(8)
+    model(x)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    with pytest.warns(UserWarning, match="eager engine"):
+        fastadv.PGD(model.eval(), steps=2)(x * 0.5, Y)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
+def test_autocast_within_the_forward_equals_the_plain_loop_in_fp32() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Written(in_autocast)), images(8)
+    found = gradient(fastadv.PGD(model, precision="fp32"), model, x, Y)
+    assert torch.equal(found, live_gradient(model, x, Y))
+    with pytest.raises(ValueError, match="got 'compiled': its forward enters autocast"):
+        fastadv.PGD(model, precision="fp32", engine="compiled")(x, Y)
+
+
+def test_a_recording_holds_what_the_model_did() -> None:
+    model, x = small_cnn(10, 3), images(4)
+    tape, recording = tape_now(model, x)
+    assert tape.describes(recording) and tape.only_batch is None
+    assert tape.describes(record(model, images(7), careful=False))
+    parameters = {id(p) for p in model.parameters()}
+    assert parameters <= {id(t) for t in recording.values}
+
+
+@pytest.mark.parametrize("engine", ["auto", "compiled"])
+def test_images_in_a_dtype_that_the_model_does_not_take_are_named(engine: str) -> None:
+    model, x = small_cnn(4, 3), images(4)
+    words = r"x must have a dtype that the model takes.*float32, got torch.float64"
+    with pytest.raises(TypeError, match=words):
+        fastadv.PGD(model, steps=1, engine=engine)(x.double(), Y[:4])
+    casts = Written(lambda m, x: m.net(x.float()))
+    adv = fastadv.PGD(casts, steps=1, engine=engine)(x.double(), Y[:4])
+    assert adv.dtype == torch.float64 and (adv != x).any()
+
+
+@pytest.mark.compiles
+def test_an_exported_program_is_attacked_in_its_one_mode() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Pooled(conv(3, 8), nn.BatchNorm2d(8), nn.ReLU())), images(4)
+    program = torch.export.export(model, (x,)).module()
+    attack = fastadv.PGD(program, precision="bf16")
+    assert worst_cosine(gradient(attack, program, x, Y[:4]), live_gradient(model, x, Y[:4])) > 0.95
+
+
+def test_a_single_image_has_its_own_proof() -> None:
+    """torch's gradient of instance_norm for one image depends on the layout of the gradient that comes in."""
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 16), nn.InstanceNorm2d(16, affine=True), nn.Flatten(2))
+    model.append(nn.Linear(64, 4)).append(nn.Flatten()).append(nn.Linear(64, 4))
+    for size in (1, 2, 5):
+        x, attack = images(size), fastadv.PGD(model.eval(), precision="bf16", engine="compiled")
+        found, wanted = gradient(attack, model, x, Y[:size]), live_gradient(model, x, Y[:size])
+        assert worst_cosine(found, wanted) > 0.95
+        one = gradient(attack, model, x[:1], Y[:1])
+        assert worst_cosine(one, wanted[:1]) > 0.95
+
+
+@pytest.mark.parametrize("kind", [fastadv.PGD, fastadv.MIM, fastadv.APGD])
+def test_a_start_outside_the_ball_is_brought_into_it_before_points_are_ranked(kind: Any) -> None:
+    model, x = small_cnn(4, 3), images(4)
+    options: dict[str, Any] = {} if kind is fastadv.APGD else {"keep": "best"}
+    attack = kind(model, eps=0.06, steps=2, **options)
+    adv = attack(x, Y[:4], start=1 - x)
+    assert attack.last.outside_share == 0 and float((adv - x).abs().max()) <= 0.06 + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_result_has_the_layout_of_the_images(dtype: torch.dtype) -> None:
+    model, x = small_cnn(4, 3), images(4).to(dtype)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        adv = fastadv.PGD(model, steps=1)(given, Y[:4])
+        assert adv.stride() == given.stride() and adv.dtype == dtype

@@ -1,0 +1,398 @@
+"""AutoAttack: against a closed form and the library's own loop, its state on disk, and its side effects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+
+import pytest
+import torch
+from linear_model import linear_problem
+from torch import nn
+
+from fastadv.evaluation import autoattack, evaluate
+from fastadv.evaluation.autoattack import merge_warnings
+
+pyautoattack = pytest.importorskip("pyautoattack")
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+EPS = 0.02
+FAST = ("apgd-ce", "apgd-t")
+
+
+@pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
+def test_the_standard_version_agrees_with_the_closed_form(engine):
+    # apgd-t and fab-t try every other class, and for a linear model each class alone is a convex problem.
+    model, x, y = linear_problem(classes=5, n=40, wrong=4)
+    exact = model.exactly_robust(x, y, EPS)
+    result = autoattack(model, (x, y), eps=EPS, batch_size=16, engine=engine)
+    assert torch.equal(result.robust, exact)
+    assert 0 < int(exact.sum()) < 36
+    assert [stage.name for stage in result.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
+    assert result.stages[-1].correct == int(exact.sum())
+    assert (result.status, result.notes, result.seed, result.batch_size) == ("ok", (), 0, 16)
+
+    assert (result.search == engine) == (engine != "auto")
+
+    adversarial = result.adversarial
+    assert len(result.fooled) == len(adversarial) == 36 - int(exact.sum())
+    assert (adversarial - x[result.fooled]).abs().max() <= EPS + 1e-6
+    assert (model(adversarial).argmax(1) != y[result.fooled]).all()
+
+
+def test_evaluate_reports_it():
+    model, x, y = linear_problem(classes=4, n=12)
+    report = evaluate(
+        model, (x, y), ("clean", "autoattack"), eps=EPS, batch_size=12, progress=False
+    )
+    row = report["autoattack"]
+    assert row.correct == int(model.exactly_robust(x, y, EPS).sum()) == row.stages[-1].correct
+    assert (row.n, row.status, row.eps) == (12, "ok", EPS)
+    assert report.versions["pyautoattack"] and report.batch_size == 12
+
+
+def test_the_library_itself_finds_the_same_images():
+    model, x, y = linear_problem(classes=6, n=30, wrong=3)
+    ours = autoattack(
+        model, (x, y), eps=EPS, version=FAST, batch_size=8, seed=3, engine="reference"
+    )
+    library = pyautoattack.AutoAttack(model, eps=EPS, seed=3, version="standard")
+    library.attacks_to_run = list(FAST)
+    library.apgd_targeted.n_target_classes = 5
+    with _side_effects_undone():
+        adversarial, _ = library.run_standard_evaluation(x, y, batch_size=8)
+    changed = (adversarial != x).flatten(1).any(1)
+    assert torch.equal(changed.nonzero().flatten(), ours.fooled.sort().values)
+    assert torch.equal(adversarial[ours.fooled], ours.adversarial)
+
+
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.08), ("l1", 0.4)])
+def test_other_norms(norm, eps):
+    model, x, y = linear_problem(classes=4, n=16)
+    result = autoattack(model, (x, y), eps=eps, norm=norm, version=("apgd-ce", "apgd-t", "fab-t"))
+    order = {"l2": 2, "l1": 1}[norm]
+    size = torch.linalg.vector_norm(
+        (result.adversarial - x[result.fooled]).flatten(1), order, dim=1
+    )
+    assert result.status == "ok"
+    assert 0 < len(result.fooled) < 16
+    assert (size <= eps + 1e-4).all()
+
+
+def test_other_bounds():
+    model, x, y = linear_problem(classes=4, n=20)
+    unit = autoattack(model, (x, y), eps=EPS, version=FAST)
+    wide = autoattack(_Shifted(model), (4 * x - 2, y), eps=4 * EPS, bounds=(-2, 2), version=FAST)
+    assert torch.equal(unit.robust, wide.robust)
+    assert (wide.adversarial - (4 * x - 2)[wide.fooled]).abs().max() <= 4 * EPS + 4e-6
+
+
+def test_the_seed_decides():
+    model, x, y = linear_problem(classes=4, n=6)
+    runs = [
+        autoattack(model, (x, y), eps=0.1, version=("square",), seed=seed) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(runs[0].adversarial, runs[1].adversarial)
+    assert not torch.equal(runs[0].adversarial, runs[2].adversarial)
+
+
+@pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, engine):
+    n = 30 if engine == "reference" else 60  # in a pool a batch of images takes longer
+    model, x, y = linear_problem(classes=4, n=n, wrong=2)
+    settings = {"eps": EPS, "version": FAST, "batch_size": 8, "engine": engine}
+    counts = []
+    with _counted(model, counts):
+        whole = autoattack(model, (x, y), **settings)
+    finished = []
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), _stopped_after(model, len(counts) // 3):
+            autoattack(model, (x, y), state_dir=tmp_path, **settings)
+        finished.append(len(list(tmp_path.glob("*.pt"))))
+    assert 0 < finished[0] < finished[1]
+
+    counts.clear()
+    with _counted(model, counts):
+        resumed = autoattack(model, (x, y), state_dir=tmp_path, **settings)
+        needed = len(counts)
+        again = autoattack(model, (x, y), state_dir=tmp_path, **settings)
+    for result in (resumed, again):
+        assert torch.equal(result.robust, whole.robust)
+        assert torch.equal(result.fooled, whole.fooled)
+        if engine == "reference":  # of several images that break one, an engine may find another
+            assert torch.equal(result.adversarial, whole.adversarial)
+        assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
+        assert (result.stages, result.status, result.notes) == (
+            whole.stages,
+            whole.status,
+            whole.notes,
+        )
+    # The engine's proof of a new model takes some passes.
+    assert len(counts) - needed < 40, "a finished run must attack nothing again"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_evaluate_resumes_too(tmp_path):
+    model, x, y = linear_problem(classes=4, n=10)
+    arguments = {"eps": EPS, "progress": False, "state_dir": tmp_path}
+    first = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]
+    counts = []
+    with _counted(model, counts):
+        second = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]
+    assert second.correct == first.correct and second.stages == first.stages
+    assert len(counts) < 40  # the proof of the engine, and the clean images
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("weights", "other model"),
+        ("buffer", "other model"),
+        ("images", "other data"),
+        ("labels", "other data"),
+        ("eps", r"eps was 0\.02 and is 0\.03"),
+        ("seed", "seed was 0 and is 1"),
+        ("batch_size", "batch_size was 256 and is 5"),
+        ("version", "attacks was"),
+    ],
+)
+def test_the_state_of_another_run_is_refused(tmp_path, change, message):
+    model, x, y = linear_problem(classes=4, n=6)
+    model.register_buffer("scale", torch.ones(1), persistent=False)
+    settings = {"eps": EPS, "version": ("apgd-ce",), "seed": 0, "batch_size": 256}
+    autoattack(model, (x, y), state_dir=tmp_path, **settings)
+    with torch.no_grad():
+        if change == "weights":
+            model.linear.weight[0, 0] += 1e-3
+        elif change == "buffer":
+            model.scale += 1
+        elif change == "images":
+            x = x.clone()
+            x[5, 0, 0, 0] = 0.5
+        elif change == "labels":
+            y = y.clone()
+            y[5] = (y[5] + 1) % 4
+        else:
+            settings[change] = {"eps": 0.03, "seed": 1, "batch_size": 5, "version": FAST}[change]
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match=message):
+        autoattack(model, (x, y), state_dir=tmp_path, **settings)
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
+
+
+def test_a_damaged_or_foreign_state_is_refused(tmp_path):
+    model, x, y = linear_problem(classes=4, n=6)
+    settings = {"eps": EPS, "version": ("apgd-ce",), "state_dir": tmp_path}
+    autoattack(model, (x, y), **settings)
+    (batch,) = tmp_path.glob("*.pt")
+    batch.write_bytes(batch.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"apgd-ce-00000\.pt cannot be read .* delete it"):
+        autoattack(model, (x, y), **settings)
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
+    with pytest.raises(ValueError, match="has format 0"):
+        autoattack(model, (x, y), **settings)
+    manifest.unlink()
+    with pytest.raises(ValueError, match=r"no manifest\.json"):
+        autoattack(model, (x, y), **settings)
+    with pytest.raises(TypeError, match="state_dir needs a torch module"):
+        autoattack(lambda images: model(images), (x, y), **settings)
+
+
+def test_nothing_is_left_behind_in_the_process():
+    model, x, y = linear_problem(classes=4, n=8)
+    model.train()
+    model.linear.weight.grad = torch.ones_like(model.linear.weight)
+
+    def trace(frame, event, argument):
+        return None
+
+    old_trace = sys.gettrace()
+    torch.manual_seed(11)
+    generator = torch.random.get_rng_state()
+    handlers = list(logging.getLogger("auto-attack").handlers)
+    sys.settrace(trace)
+    try:
+        result = autoattack(model, (x, y), eps=EPS, version=("apgd-ce", "fab-t"))
+        assert sys.gettrace() is trace
+    finally:
+        sys.settrace(old_trace)
+    assert result.status == "ok"
+    assert torch.equal(torch.random.get_rng_state(), generator)
+    assert logging.getLogger("auto-attack").handlers == handlers
+    assert torch.equal(model.linear.weight.grad, torch.ones_like(model.linear.weight))
+    assert model.linear.bias.grad is None
+    assert model.training and model.linear.weight.requires_grad
+
+
+def test_a_dynamic_model_is_suspect_and_the_next_model_is_not():
+    model, x, y = linear_problem(classes=4, n=8)
+    dynamic = autoattack(_Dynamic(model), (x, y), eps=EPS, version=("apgd-ce",))
+    assert dynamic.status == "suspect"
+    assert any("dynamic defense" in note for note in dynamic.notes)
+    assert autoattack(model, (x, y), eps=EPS, version=("apgd-ce",)).status == "ok"
+
+
+def test_the_library_used_before_does_not_matter(monkeypatch):
+    model, x, y = linear_problem(classes=4, n=8)
+    monkeypatch.setitem(pyautoattack.checks.funcs, "grad", 5)
+    assert autoattack(model, (x, y), eps=EPS, version=("apgd-ce",)).status == "ok"
+    assert pyautoattack.checks.funcs["grad"] == 5
+
+
+def test_warnings_of_the_library_make_a_result_suspect():
+    model, x, y = linear_problem(classes=4, n=8)
+    noisy = autoattack(_Noisy(model), (x, y), eps=EPS, version=("apgd-ce",))
+    assert noisy.status == "suspect" and any("randomized" in note for note in noisy.notes)
+    softmax = autoattack(nn.Sequential(model, nn.Softmax(1)), (x, y), eps=EPS, version=("apgd-ce",))
+    assert softmax.status == "suspect" and any("probability" in note for note in softmax.notes)
+    assert not any("flags_doc" in note for note in softmax.notes)
+
+
+def test_square_beating_the_gradient_attacks_is_suspect():
+    model, x, _ = linear_problem(classes=4, n=20)
+    masked = _Masked(model)
+    y = masked(x).argmax(1)
+    result = autoattack(masked, (x, y), eps=0.1, version=("apgd-ce", "apgd-t", "square"))
+    assert result.stages[0].correct > result.stages[2].correct
+    assert result.status == "suspect"
+    text = " ".join(result.notes)
+    assert "Square Attack has decreased" in text and "zero gradient" in text
+
+
+def test_violations_are_found_independently(monkeypatch):
+    model, x, y = linear_problem(classes=4, n=10)
+    monkeypatch.setattr(pyautoattack.autopgd_base.APGDAttack, "perturb", lambda self, x, y: 1 - x)
+    result = autoattack(model, (x, y), eps=EPS, version=("apgd-ce",), engine="reference")
+    assert result.status == "invalid"
+    assert "10 images outside the linf ball" in result.notes[0]
+    assert result.robust.all() and len(result.fooled) == 0
+
+
+def test_it_says_what_to_install(monkeypatch):
+    model, x, y = linear_problem(classes=4, n=4)
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    with pytest.raises(ImportError, match="pip install pyautoattack"):
+        evaluate(model, (x, y), ("clean", "autoattack"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("classes", "arguments", "message"),
+    [
+        (3, {}, "apgd-t needs at least 4 classes, the model has 3"),
+        (2, {"version": ("apgd-dlr",)}, "apgd-dlr needs at least 3 classes"),
+        (4, {"version": "plus"}, "version must be 'standard' or a list"),
+        (4, {"version": ("apgd",)}, "version must be one of apgd-ce"),
+        (4, {"version": ()}, "at least one attack"),
+        (4, {"version": ("fab", "fab")}, "none twice"),
+        (4, {"seed": -1}, "seed must be in"),
+        (4, {"eps": -1.0}, "eps must be"),
+        (4, {"norm": "linfinity"}, "norm must be one of"),
+    ],
+)
+def test_wrong_arguments(classes, arguments, message):
+    model, x, y = linear_problem(classes=classes, n=4)
+    with pytest.raises(ValueError, match=message):
+        autoattack(model, (x, y), **arguments)
+
+
+def test_images_must_have_four_axes():
+    model, x, y = linear_problem(classes=4, n=4)
+    with pytest.raises(ValueError, match=r"images \[N, C, H, W\]"):
+        autoattack(model, (x.flatten(1), y))
+
+
+def test_no_image_left_to_attack():
+    model, x, y = linear_problem(classes=4, n=4, wrong=4)
+    result = autoattack(model, (x, y), eps=EPS)
+    assert not result.robust.any() and len(result.fooled) == 0 and result.status == "ok"
+    assert result.adversarial.shape == (0, 1, 8, 8)
+
+
+def test_two_classes_with_the_attacks_that_allow_it():
+    model, x, y = linear_problem(classes=2, n=30)
+    result = autoattack(model, (x, y), eps=0.01, version=("apgd-ce", "fab-t"))
+    assert torch.equal(result.robust, model.exactly_robust(x, y, 0.01))
+
+
+def test_warnings_that_differ_in_numbers_are_merged():
+    messages = ["there are 3 points", "other", "there are 12 points", "there are 1 points"]
+    assert merge_warnings(messages) == ["there are 3 points (2 more like this)", "other"]
+
+
+class _Shifted(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((x + 2) / 4)
+
+
+class _Noisy(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) + 0.1 * torch.randn(len(x), 4)
+
+
+class _Dynamic(nn.Module):
+    """Takes a gradient of its own at inference."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        with torch.enable_grad():
+            probe = torch.zeros(1, requires_grad=True)
+            torch.autograd.grad(probe.sum(), probe)
+        return self.model(x)
+
+
+class _Masked(nn.Module):
+    """A staircase before the model: its gradient is zero."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((x * 50).round() / 50)
+
+
+@contextlib.contextmanager
+def _side_effects_undone():
+    """The library's own loop unsets the trace function and trips its counters."""
+    trace, counts = sys.gettrace(), dict(pyautoattack.checks.funcs)
+    with torch.random.fork_rng():
+        yield
+    sys.settrace(trace)
+    pyautoattack.checks.funcs.update(counts)
+
+
+@contextlib.contextmanager
+def _counted(model, counts):
+    handle = model.register_forward_hook(lambda *_: counts.append(1))
+    yield
+    handle.remove()
+
+
+@contextlib.contextmanager
+def _stopped_after(model, calls):
+    left = [calls]
+
+    def stop(*_):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,333 @@
+"""AutoAttack on the engine: what it finds, who confirms it, and what its figures depend on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from attack_helpers import digits_test, trained_small_cnn
+from linear_model import linear_problem
+from torch import Tensor, nn
+
+import fastadv
+from fastadv import attacks
+from fastadv.attacks.apgd_pool import APGDPool, Ended
+from fastadv.engine.engines import Engine, InputGradient
+from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
+from fastadv.evaluation.report import Row, row_from_dict
+
+pyautoattack = pytest.importorskip("pyautoattack")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+EPS = 0.02
+FAST = ("apgd-ce", "apgd-t")
+RADII = [("linf", 0.06), ("l2", 0.4)]
+
+
+class Liar(Engine):
+    """An engine that takes every image for broken whose plain logits say that it is not."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.name, self.precision, self.reason = engine.name, engine.precision, engine.reason
+
+    def session(self, *arguments: Any, **options: Any) -> Any:
+        return self._engine.session(*arguments, **options)
+
+    def images(self, x: Tensor) -> Tensor:
+        return self._engine.images(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        return self._engine.logits(x).roll(1, 1)
+
+    def gradient(self, x: Tensor, value_of: Any) -> InputGradient:
+        found = self._engine.gradient(x, value_of)
+        return InputGradient(found.value, found.logits.roll(1, 1), found.grad)
+
+
+@pytest.fixture
+def lying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All engines in another precision than float32 lie."""
+    honest = fastadv.APGD.engine_for
+
+    def engine_for(self: Any, x: Tensor) -> Engine:
+        engine = honest(self, x)
+        return engine if engine.precision == "fp32" else Liar(engine)
+
+    monkeypatch.setattr(attacks.Attack, "engine_for", engine_for)
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: True)
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine runs in bfloat16, also where the hardware has none."""
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: True)
+
+
+def test_it_is_called_as_the_other_attacks_are(narrow: None) -> None:
+    model, x, y = linear_problem(classes=5, n=40, wrong=4)
+    attack = AutoAttack(model, eps=EPS, norm="Linf", version=FAST, batch_size=16, seed=1)
+    assert fastadv.AutoAttack is AutoAttack
+    with pytest.raises(RuntimeError, match="last must be read after a call"):
+        attack.last  # noqa: B018
+    adv = attack(x, y)
+    exact = model.exactly_robust(x, y, EPS)
+    right = model(x).argmax(1) == y
+    assert torch.equal(model(adv).argmax(1) == y, exact)
+    assert torch.equal(attack.last.robust, exact) and attack.last.search == "bf16"
+    assert torch.equal((adv != x).flatten(1).any(1), right & ~exact)
+    assert (adv - x).abs().max() <= EPS + 1e-6
+    short = attack(x.bfloat16(), y)
+    assert short.dtype == torch.bfloat16
+    assert (short.float() - x.bfloat16().float()).abs().max() <= EPS
+    with pytest.raises(TypeError, match=r"sample_id.* did you mean"):
+        attack(x, y, sample_id=None)
+
+
+@pytest.mark.parametrize(("norm", "eps"), RADII)
+@pytest.mark.filterwarnings("ignore:there are")
+def test_it_leaves_as_many_images_as_the_reference(norm: str, eps: float, narrow: None) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(40)
+    settings: dict[str, Any] = dict(eps=eps, norm=norm, version=FAST, batch_size=40)
+    expected = autoattack(model, (x, y), engine="reference", **settings)
+    for engine in ("fp32", "auto"):
+        result = autoattack(model, (x, y), engine=engine, **settings)
+        assert abs(int(result.robust.sum()) - int(expected.robust.sum())) <= 1
+        assert 8 < int(result.robust.sum()) < 36
+        assert result.status == "ok" and [stage.name for stage in result.stages] == list(FAST)
+        with torch.no_grad():
+            assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
+        assert all((stage.refinement_seconds > 0) == (engine == "auto") for stage in result.stages)
+
+
+def test_nothing_counts_that_float32_does_not_confirm(lying: None) -> None:
+    model, x, y = linear_problem(classes=5, n=40, wrong=4)
+    exact = model.exactly_robust(x, y, EPS)
+    result = autoattack(model, (x, y), eps=EPS, version=FAST, batch_size=16)
+    assert result.search == "bf16" and result.status == "ok"
+    assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
+    # The engine's own finds are worthless here: what is broken was found by going on in float32.
+    assert torch.equal(result.robust, exact) and 0 < int(exact.sum()) < 36
+    assert sum(stage.unconfirmed for stage in result.stages) >= 36
+    assert sum(stage.refined for stage in result.stages) > 0
+
+
+def test_it_depends_on_neither_batches_nor_order() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(30)
+    settings: dict[str, Any] = dict(eps=0.06, version=("apgd-ce", "apgd-dlr"), engine="fp32")
+    first = autoattack(model, (x, y), batch_size=30, **settings)
+    small = autoattack(model, (x, y), batch_size=7, **settings)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    turned = autoattack(model, (x[order], y[order]), batch_size=16, sample_ids=order, **settings)
+    assert torch.equal(first.robust, small.robust)
+    assert torch.equal(first.robust[order], turned.robust)
+    assert torch.equal(first.fooled.sort().values, small.fooled.sort().values)
+    assert [stage.correct for stage in first.stages] == [stage.correct for stage in turned.stages]
+
+
+seen: list[tuple[int, list[int]]] = []  # sizes and ids of the batches that it was given
+
+
+class Square(attacks.APGD):
+    """Stands for an attack that this package may have one day."""
+
+    def __init__(self, model: Any, eps: float, queries: int, **options: Any) -> None:
+        assert queries == 5000
+        super().__init__(model, eps, 20, loss="dlr-t", **options)
+
+    def __call__(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+        seen.append((len(x), options["sample_ids"].tolist()))
+        return super().__call__(x, y, **options)
+
+
+@pytest.mark.parametrize("lie", [False, True])
+def test_attacks_of_this_package_take_the_place_of_the_references(
+    lie: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    request.getfixturevalue("lying" if lie else "narrow")
+    seen.clear()
+    own = autoattack_stages.BY_BATCH["square"]
+    monkeypatch.setitem(autoattack_stages.BY_BATCH, "square", replace(own, kind=Square))
+    model, x, y = linear_problem(classes=4, n=40, wrong=3)
+    result = autoattack(model, (x, y), eps=EPS, version=("square",), batch_size=32)
+    assert torch.equal(result.robust, model.exactly_robust(x, y, EPS))
+    assert [stage.search for stage in result.stages] == ["bf16"]
+    # 37 images in batches of 32; the last is not filled up, as every row costs 5000 passes.
+    assert [size for size, _ in seen[:1]] == [32]
+    assert (5, [35, 36, 37, 38, 39]) in seen
+    # Where bfloat16 has found something, float32 tries the others of the batch, too.
+    left = [i for i in range(3, 35) if i not in result.fooled.tolist()]
+    assert any(set(left) <= set(ids) < set(range(3, 35)) for _, ids in seen)
+    wide = autoattack(model, (x, y), eps=EPS, version=("square",), engine="fp32")
+    assert [stage.search for stage in wide.stages] == ["fp32"]
+    reference = autoattack(model, (x, y), eps=EPS, version=("square",), engine="reference")
+    assert [stage.search for stage in reference.stages] == ["reference"]
+
+
+def test_in_l1_auto_pgd_searches_here(narrow: None) -> None:
+    model, x, y = linear_problem(classes=6, n=12, wrong=2)
+    settings: dict[str, Any] = dict(eps=0.4, norm="l1", version=FAST, batch_size=16)
+    found = autoattack(model, (x, y), **settings)
+    assert found.search == "bf16" and [stage.search for stage in found.stages] == ["bf16"] * 2
+    reference = autoattack(model, (x, y), engine="reference", **settings)
+    assert 0 < int(reference.robust.sum()) < 10
+    assert int(found.robust.sum()) <= int(reference.robust.sum())
+    moved = (found.adversarial - x[found.fooled]).flatten(1).abs().sum(1)
+    assert moved.max() <= 0.4 * (1 + 1e-5)
+
+
+def test_in_l1_auto_pgd_has_the_restarts_and_targets_of_the_reference() -> None:
+    own = autoattack_stages.BY_BATCH_L1
+    assert own["apgd-ce"].settings["restarts"] == own["apgd-dlr"].settings["restarts"] == 5
+    assert own["apgd-t"].settings["target_classes"] == 5
+    assert "restarts" not in own["apgd-t"].settings
+    library = pyautoattack.AutoAttack(torch.nn.Flatten(), eps=1.0, norm="L1", device="cpu")
+    assert library.apgd.n_restarts == 5 and library.apgd_targeted.n_target_classes == 5
+    assert library.apgd_targeted.n_restarts == 1 and library.apgd.n_iter == 100
+
+
+def test_in_l1_the_reference_attacks_random_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.autoattack"], "RAND_PASSES", 2)
+    model, x, y = linear_problem(classes=4, n=3)
+    result = autoattack(model, (x, y), eps=0.4, norm="l1", version="rand")
+    assert result.search == "reference"
+
+
+def test_images_outside_the_ball_make_a_result_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: Any, runs: Any, take: Any, referee: Any, ids: Any = None) -> None:
+        runs = list(runs)
+        x, _ = take(torch.tensor([run.image for run in runs]))
+        assert not any(referee.confirm([run.image for run in runs], 1 - x))
+        referee.end([Ended(run, one, 0.0, True, 0.1, 1) for run, one in zip(runs, x, strict=True)])
+
+    monkeypatch.setattr(APGDPool, "run", run)
+    model, x, y = linear_problem(classes=4, n=10)
+    result = autoattack(model, (x, y), eps=EPS, version=("apgd-ce",), engine="fp32")
+    assert result.status == "invalid" and "10 images outside the linf ball" in result.notes[0]
+    assert result.robust.all() and len(result.fooled) == 0
+
+
+def test_a_state_belongs_to_one_way_of_searching(tmp_path: Path, narrow: None) -> None:
+    model, x, y = linear_problem(classes=4, n=6)
+    settings: dict[str, Any] = dict(eps=EPS, version=("apgd-ce",), state_dir=tmp_path)
+    autoattack(model, (x, y), **settings)
+    with pytest.raises(ValueError, match="search was 'bf16' and is 'fp32'"):
+        autoattack(model, (x, y), engine="fp32", **settings)
+    with pytest.raises(ValueError, match="search was 'bf16' and is None"):
+        autoattack(model, (x, y), engine="reference", **settings)
+    with pytest.raises(ValueError, match="sample_ids was None"):
+        autoattack(model, (x, y), sample_ids=torch.arange(6) + 1, **settings)
+
+
+def test_a_row_says_how_it_was_found(narrow: None) -> None:
+    model, x, y = linear_problem(classes=4, n=8)
+    report = evaluate(model, (x, y), ["clean", "autoattack"], eps=EPS, progress=False)
+    row = report["autoattack"]
+    assert row.search == "bf16" and report["clean"].search == ""
+    table = report.table()
+    assert "autoattack: apgd-ce, apgd-t" in table and " searched in bfloat16" in table
+    assert "the plain model in float32 has confirmed every adversarial image" in table
+    assert "float32 steps after these searches broke" in table
+    entry = report.to_dict()["rows"][1]
+    assert row_from_dict(entry) == row
+    entry.pop("search")  # as earlier versions wrote it
+    entry["stages"] = [{"name": one["name"], "correct": one["correct"]} for one in entry["stages"]]
+    old = row_from_dict(entry)
+    assert old.search == "reference" and old.stages[0].search == "reference"
+
+
+def test_the_search_is_part_of_a_results_key() -> None:
+    from fastadv.evaluation.results import Result, Subject
+
+    keys = {
+        Result(
+            Subject(),
+            Row("autoattack", 10, 5, EPS, 0, 1.0, search=search),
+            "linf",
+            (0.0, 1.0),
+            256,
+            "cpu",
+            {},
+        ).key
+        for search in ("bf16", "fp32", "reference")
+    }
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
+def test_evaluate_hands_the_choice_on(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def stop(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.rows"], "autoattack", stop)
+    model, x, y = linear_problem(classes=4, n=12, wrong=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            model,
+            (x, y),
+            ["fgsm", "autoattack"],
+            eps=EPS,
+            engine=engine,
+            worst_case=True,
+            progress=False,
+        )
+    assert asked["engine"] == engine
+    assert set(asked["sample_ids"].tolist()) < set(range(2, 12))  # the indices in the data
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"engine": "bf16"}, "engine must be one of"),
+        ({"sample_ids": torch.arange(3)}, r"sample_ids must be an int64 tensor of shape \(4,\)"),
+        ({"sample_ids": [0, 1, 2, 3]}, "sample_ids must be an int64 tensor"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Any], message: str) -> None:
+    model, x, y = linear_problem(classes=4, n=4)
+    with pytest.raises(ValueError, match=message):
+        autoattack(model, (x, y), **change)
+    with pytest.raises(ValueError, match="engine must be one of"):
+        evaluate(model, (x, y), "clean", engine="compiled")
+
+
+def test_a_callable_is_searched_in_float32() -> None:
+    model, x, y = linear_problem(classes=4, n=8)
+    result = autoattack(lambda images: model(images), (x, y), eps=EPS, version=("apgd-ce",))
+    assert result.search == "fp32"
+
+
+class Noisy(nn.Module):
+    """Logits and gradients that are right on average only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x + 0.02 * torch.randn_like(x))
+
+
+@pytest.mark.parametrize("engine", ["auto", "reference"])
+@pytest.mark.filterwarnings("ignore:fastadv attacks")
+def test_models_that_draw_random_numbers_have_a_version(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["fastadv.evaluation.autoattack"], "RAND_PASSES", 4)
+    model, x, y = linear_problem(classes=4, n=12, wrong=2)
+    calls: list[int] = []
+    noisy = Noisy(model).eval()
+    noisy.register_forward_hook(lambda *_: calls.append(1))
+    result = autoattack(noisy, (x, y), eps=EPS, version="rand", engine=engine)
+    assert [stage.name for stage in result.stages] == ["apgd-ce", "apgd-dlr"]
+    assert result.status == "ok" and len(calls) > 4 * 100
+    exact = model.exactly_robust(x, y, EPS)
+    assert int((result.robust != exact).sum()) <= 4
+    plain = autoattack(noisy, (x, y), eps=EPS, version=("apgd-ce",), engine=engine)
+    assert plain.status == "suspect" and "randomized" in plain.notes[0]

@@ -1,0 +1,221 @@
+"""Figures that would come out too high must say so, or be refused."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fastadv import AutoAttack
+from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
+from fastadv.evaluation.attack_list import Ensemble
+from fastadv.evaluation.autoattack import autoattack
+from fastadv.evaluation.autoattack_state import hash_model
+from fastadv.evaluation.doubts import Blindness
+from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
+from fastadv.evaluation.transfer import transfer_matrix
+
+pytestmark = pytest.mark.slow
+
+
+class Linear(nn.Module):
+    """Tells two classes by the mean of an image, at .5, in a form whose gradient can be spoilt."""
+
+    def __init__(self, spoilt: str = "", classes: int = 2) -> None:
+        super().__init__()
+        self.spoilt, self.classes = spoilt, classes
+        self.scale = nn.Parameter(torch.tensor(20.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.spoilt == "rounded":
+            x = (x * 255).round() / 255
+        score = self.scale * (x.flatten(1).mean(1) - 0.5)
+        if self.spoilt == "nan":
+            score = score + 0 * (x.flatten(1).sum(1) * 0).sqrt()
+        columns = [-score, score, *[score - 100] * (self.classes - 2)]
+        return torch.stack(columns, 1)
+
+
+def bright_or_dark(n: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
+    labels = torch.arange(n) % 2
+    images = 0.4 + 0.2 * labels.float().view(-1, 1, 1, 1).expand(n, 1, 4, 4)
+    return images.contiguous(), labels
+
+
+FOLLOW_GRADIENTS = ["fgsm", "pgd-3", "cw-3", "mim-3", "apgd-ce-5", "fab-5", "min-fgsm", "cwl2-5"]
+
+
+@pytest.mark.parametrize("spoilt", ["rounded", "nan"])
+def test_gradients_that_lead_nowhere_make_rows_suspect(spoilt: str) -> None:
+    attacks = [*FOLLOW_GRADIENTS, "square-50"]
+    report = evaluate(Linear(spoilt), bright_or_dark(), attacks, eps=0.2, progress=False)
+    status = {row.name: row.status for row in report.rows}
+    assert {name: "suspect" for name in FOLLOW_GRADIENTS} | {"square-50": "ok"} == status
+    note = report.rows[0].notes[-1]
+    assert "gradient of 64 of 64 images is zero everywhere or not finite" in note
+
+
+def test_gradients_that_lead_somewhere_raise_no_doubt() -> None:
+    report = evaluate(Linear(), bright_or_dark(), FOLLOW_GRADIENTS, eps=0.2, progress=False)
+    assert {row.status for row in report.rows} == {"ok"}
+
+
+def test_surrogate_that_guesses_makes_rows_suspect() -> None:
+    surrogate = Linear()
+    surrogate.scale.data.zero_()
+    with pytest.warns(UserWarning, match=r"surrogate Linear is right on 40 of 80 clean images"):
+        report = evaluate(
+            Linear(),
+            bright_or_dark(),
+            ["clean", "square-5"],
+            eps=0.2,
+            surrogate=surrogate,
+            progress=False,
+        )
+    assert [row.status for row in report.rows] == ["ok", "suspect"]
+
+
+def test_step_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"alpha must be > 0, got 0"):
+        evaluate(Linear(), bright_or_dark(), "pgd-3", eps=0.2, alpha=0, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"norm": "l2"}, "norm l2"), ({"bounds": (0.0, 255.0)}, "bounds 0 255")],
+)
+def test_default_radius_is_for_linf_and_images_in_0_1(settings: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=f"eps must be given with {named}"):
+        evaluate(Linear(), bright_or_dark(), "pgd-3", progress=False, **settings)
+
+
+def test_first_of_tensors_that_lie_class_by_class_are_of_all_classes() -> None:
+    images, labels = bright_or_dark()
+    order = labels.argsort(stable=True)
+    last = nn.Linear(16, 2)
+    last.weight.data.zero_()
+    last.bias.data = torch.tensor([1.0, 0.0])
+    constant = nn.Sequential(nn.Flatten(), last)
+    report = evaluate(
+        constant, (images[order], labels[order]), "clean", max_examples=20, progress=False
+    )
+    assert (report.rows[0].correct, report.rows[0].n) == (10, 20)
+
+
+def test_results_of_networks_that_share_weights_are_kept_side_by_side() -> None:
+    row = Row("pgd-20", 100, 50, 0.03, 0, 1.0)
+    keys = {
+        Result(
+            Subject(network=network, weights="w", checkpoint="best.pt", data="d", images="i"),
+            row,
+            "linf",
+            (0.0, 1.0),
+            10,
+            "cpu",
+            {},
+        ).key
+        for network in ("plain", "defended")
+    }
+    assert len(keys) == 2
+
+
+def test_plain_attributes_of_a_model_are_part_of_its_identity() -> None:
+    assert hash_model(Linear()) == hash_model(Linear())
+    assert hash_model(Linear()) != hash_model(Linear("rounded"))
+
+
+def test_default_radius_of_other_entries_is_for_linf_alone() -> None:
+    model, data = Linear(), bright_or_dark()
+    with pytest.raises(ValueError, match="eps must be given with norm l2"):
+        AutoAttack(model, norm="l2")
+    with pytest.raises(ValueError, match="eps must be given with norm l1"):
+        autoattack(model, data, norm="l1")
+    with pytest.raises(ValueError, match="eps must be given with bounds -1 1"):
+        sanity_checks(model, data, bounds=(-1.0, 1.0))
+    with pytest.raises(ValueError, match="eps must be given with norm l2"):
+        transfer_matrix({"a": model, "b": Linear()}, data, norm="l2")
+
+
+def test_transfer_tells_which_model_guesses() -> None:
+    guess = Linear()
+    guess.scale.data.zero_()
+    models = {"good": Linear(), "guess": guess}
+    matrix = transfer_matrix(models, bright_or_dark(), "fgsm", eps=0.2, progress=False)
+    assert [note for note in matrix.notes if "seems to guess" in note] == [
+        "guess seems to guess, so that what is made on it says nothing of the others"
+    ]
+
+
+def test_findings_within_other_bounds_are_kept_side_by_side(tmp_path: Path) -> None:
+    file = tmp_path / "eval.sanity.json"
+    subject = Subject(network="plain", weights="w")
+    for bounds in ((0.0, 1.0), (-1.0, 1.0)):
+        add_sanity_result(file, SanityResult(subject, (), 10, 0.1, "linf", bounds=bounds))
+    assert [one.bounds for one in load_sanity_results(file)] == [(0.0, 1.0), (-1.0, 1.0)]
+
+
+def test_state_of_another_version_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = Linear(), bright_or_dark()
+    settings: dict[str, Any] = {"eps": 0.2, "progress": False, "state_dir": tmp_path}
+    evaluate(model, data, "pgd-3", **settings)
+    module = sys.modules["fastadv.evaluation.evaluate"]
+    monkeypatch.setattr(module, "library_versions", lambda: {"fastadv": "0.0.1"})
+    with pytest.raises(ValueError, match=r"versions was .* and is {'fastadv': '0.0.1'}"):
+        evaluate(model, data, "pgd-3", **settings)
+
+
+class Darkening(DataLoader[Any]):
+    """Changes the batches that it reads, as loaders which normalise on the GPU do."""
+
+    def __iter__(self) -> Any:
+        return ((images - 0.4, labels) for images, labels in super().__iter__())
+
+
+def test_loader_that_changes_its_batches_is_read_as_it_gives_them() -> None:
+    loader = Darkening(TensorDataset(*bright_or_dark()), batch_size=16)
+    with pytest.warns(UserWarning, match="about as many as by guessing"):
+        report = evaluate(Linear(), loader, "clean", progress=False)
+    assert (report.rows[0].correct, report.rows[0].n) == (40, 80)
+
+
+def test_worst_images_outlast_an_interruption(tmp_path: Path) -> None:
+    model, data = Linear(), bright_or_dark()
+    settings: dict[str, Any] = dict(
+        eps=0.2, batch_size=16, keep_images=5, progress=False, state_dir=tmp_path
+    )
+    whole = evaluate(model, data, "pgd-3", **settings).rows[0].worst
+    finished = sorted((tmp_path / "batches").glob("pgd-3-*.json"))
+    assert len(finished) == 5
+    finished[0].unlink()  # as if the attack had been interrupted in one batch
+    resumed = evaluate(model, data, "pgd-3", **settings).rows[0].worst
+    assert whole is not None and resumed is not None and len(whole) == 5
+    assert torch.equal(whole.indices, resumed.indices)
+    assert torch.equal(whole.adversarials, resumed.adversarials)
+
+
+def test_an_image_that_whole_runs_break_several_times_is_kept_once() -> None:
+    report = evaluate(
+        Linear(), bright_or_dark(), "pgd-3-3runs", eps=0.2, keep_images=100, progress=False
+    )
+    worst = report.rows[0].worst
+    assert worst is not None and sorted(worst.indices.tolist()) == list(range(80))
+
+
+def test_masking_checks_find_gradients_that_are_not_finite() -> None:
+    images, labels = bright_or_dark(8)
+    findings = sanity_checks(
+        Linear("nan"), (images, labels), eps=0.05, eps_factors=(1.0,), steps=(1, 2), queries=5
+    )
+    (gradients,) = (finding for finding in findings if finding.check == "gradients")
+    assert not gradients.ok and gradients.message.startswith("8 of the 8 images")
+
+
+def test_autoattack_is_in_doubt_where_differences_of_logits_lead_nowhere() -> None:
+    note = Blindness(cross_entropy=0, margin=5, n=10).note(Ensemble())
+    assert note.startswith("the gradient of 5 of 10 images") and "square alone" in note
+    assert Blindness(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""

@@ -1,0 +1,212 @@
+"""An evaluation by several processes, and one that is killed: the table of one undisturbed process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from attack_helpers import digits_test, trained_small_cnn
+from linear_model import linear_problem
+from training_helpers import small_recipe
+
+from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
+from fastadv.evaluation.rows import joined
+from fastadv.evaluation.work import SharedWork, key_of
+from fastadv.ranks import Ranks
+from fastadv.trainers import train
+
+pytestmark = pytest.mark.slow
+
+pytest.importorskip("pyautoattack")
+ATTACKS = (
+    *("clean", "fgsm", "pgd-3-2", "pgd-2-2runs", "apgd-ce-3", "square-20", "cwl2-5", "min-fgsm"),
+    "autoattack",
+)
+WORDS = (
+    *("--attacks", *ATTACKS, "--engine", "fp32", "--eps", "0.2", "--max-examples", "30"),
+    *("--batch-size", "8", "--device", "cpu", "--quiet"),
+)
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "at"
+    options = {"data": "digits", "model": "small_cnn", "device": "cpu", "progress": False}
+    train("pgd_at", small_recipe("pgd_at", epochs=1, train_images=64), run_dir=folder, **options)
+    return folder
+
+
+def results(file: Path) -> list[Result]:
+    from fastadv.evaluation import load_results
+
+    return [
+        replace(one, row=replace(one.row, seconds=0.0), date="", command="", worst_file="")
+        for one in load_results(file)
+    ]
+
+
+def judge(run: Path, out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    words = [
+        sys.executable,
+        *launcher,
+        "-m",
+        "fastadv",
+        "eval",
+        str(run),
+        *WORDS,
+        "--out",
+        str(out),
+    ]
+    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], str]:
+    out = tmp_path_factory.mktemp("alone") / "eval.json"
+    done = judge(run, out)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in out.parent.iterdir()) == ["eval.json", "worst"]
+    return results(out), done.stdout
+
+
+def without_seconds(table: str) -> list[list[str]]:
+    """The words of each line but those with a point, which are seconds and percentages."""
+    return [[word for word in line.split() if "." not in word] for line in table.splitlines()]
+
+
+@pytest.mark.processes
+def test_two_processes_give_the_table_of_one(
+    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = judge(run, tmp_path / "eval.json", *launcher)
+    assert done.returncode == 0, done.stderr
+    assert results(tmp_path / "eval.json") == undisturbed[0]
+    assert without_seconds(done.stdout) == without_seconds(undisturbed[1])  # printed once
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "worst"]
+    rows = {one.row.name: one.row for one in undisturbed[0]}
+    assert rows["clean"].correct > rows["pgd-3-2"].correct >= rows["autoattack"].correct
+    assert [stage.name for stage in rows["autoattack"].stages] == [
+        *("apgd-ce", "apgd-t", "fab-t", "square")
+    ]
+
+
+CHILD = """
+import os, signal, sys
+from fastadv.evaluation.work import FinishedBatches
+from fastadv.evaluation.autoattack_state import AutoAttackState
+from fastadv.cli import main
+
+limit, count = int(sys.argv[1]), [0]
+
+def counting(save):
+    def counted(*arguments):
+        if count[0] == limit:
+            os.kill(os.getpid(), signal.SIGKILL)  # the batch that has just been attacked is lost
+        count[0] += 1
+        save(*arguments)
+    return counted
+
+for kind in (FinishedBatches, AutoAttackState):
+    kind.save = counting(kind.save)
+status = main(sys.argv[2:])
+print(f"{count[0]} batches", file=sys.stderr)
+sys.exit(status)
+"""
+
+
+@pytest.mark.processes
+def test_kills_lose_one_batch_each(
+    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
+) -> None:
+    out = tmp_path / "eval.json"
+    words = ["eval", str(run), *WORDS, "--out", str(out)]
+
+    def attempt(limit: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", CHILD, str(limit), *words],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    limits = (6, 4)
+    for limit in limits:
+        assert attempt(limit).returncode == -signal.SIGKILL
+    done = attempt(10**6)
+    assert done.returncode == 0, done.stderr
+    assert results(out) == undisturbed[0]
+    batches = int(done.stderr.split()[-2])
+    alone = tmp_path / "alone.json"
+    words[-1] = str(alone)
+    assert int(attempt(10**6).stderr.split()[-2]) == batches + sum(limits)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone.json", "eval.json", "worst"]
+
+
+def test_finished_batches_belong_to_one_evaluation(tmp_path: Path) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(16)
+    settings = {"progress": False, "batch_size": 8, "device": "cpu", "state_dir": tmp_path}
+    report = evaluate(model, (x, y), ["clean", "pgd-2"], **settings)
+    files = sorted((tmp_path / "batches").glob("pgd-2-*.json"))
+    assert len(files) == -(-report["clean"].correct // 8)
+    again = evaluate(model, (x, y), ["clean", "pgd-2"], **settings)
+    assert [row.correct for row in again.rows] == [row.correct for row in report.rows]
+    with pytest.raises(ValueError, match="belongs to another run: other data"):
+        evaluate(model, (1 - x, y), ["clean", "pgd-2"], **settings)
+    with pytest.raises(ValueError, match="seed was 0 and is 1"):
+        evaluate(model, (x, y), ["clean", "pgd-2"], seed=1, **settings)
+    with pytest.raises(TypeError, match="state_dir needs a torch module as model"):
+        evaluate(lambda images: model(images), (x, y), ["clean"], **settings)
+    # What a file holds is used, and a damaged one is named.
+    count = len(json.loads(files[0].read_text())["values"])
+    files[0].write_text(json.dumps({"values": [0.0] * count, "violations": {}}))
+    changed = evaluate(model, (x, y), ["clean", "pgd-2"], **settings)
+    assert changed["pgd-2"].correct < report["pgd-2"].correct
+    for damage in ("", "{}", '{"values": [1.0], "violations": {}}', '{"values": "a"}'):
+        files[0].write_text(damage)
+        with pytest.raises(ValueError, match=f"{files[0].name} cannot be read"):
+            evaluate(model, (x, y), ["clean", "pgd-2"], **settings)
+
+
+def test_keys_differ_with_what_the_values_depend_on() -> None:
+    keys = {key_of("pgd-2", *facts) for facts in ((), (1,), (1.0,), (1, 2), ("1",))}
+    assert len(keys) == 5 and all(key.startswith("pgd-2-") for key in keys)
+    assert "/" not in key_of("a/b\\c:d")
+
+
+def test_images_are_shared_out_in_turn() -> None:
+    shares = [SharedWork(ranks=Ranks(rank, 3)).own(torch.arange(7)).tolist() for rank in range(3)]
+    assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def test_without_a_process_group_nothing_is_shared() -> None:
+    model, x, y = linear_problem(classes=4, n=4)
+    with pytest.raises(ValueError, match="sharded must be False without a process group"):
+        evaluate(model, (x, y), "clean", sharded=True, progress=False)
+
+
+def test_the_results_of_processes_are_joined() -> None:
+    def result(correct: int, status: str, *notes: str) -> AutoAttackResult:
+        empty = torch.empty(0)
+        stages = (Stage("apgd-ce", correct + 1, "bf16", 1, 2, 3.0, 0.5), Stage("square", correct))
+        return AutoAttackResult(
+            *(empty, empty, empty, stages, status, notes, 0, 8, 2.0 * correct, "bf16")
+        )
+
+    one, other = result(3, "ok"), result(5, "suspect", "7 runs began blind")
+    assert joined([one]) is one
+    both = joined([one, other, replace(other, notes=("9 runs began blind",))])
+    assert [stage.correct for stage in both.stages] == [16, 13]
+    assert (both.stages[0].refined, both.stages[0].unconfirmed) == (3, 6)
+    assert (both.status, both.seconds, both.search) == ("suspect", 10.0, "bf16")
+    assert both.notes == ("7 runs began blind (1 more like this)",)
+    assert joined([one, replace(one, status="invalid"), other]).status == "invalid"

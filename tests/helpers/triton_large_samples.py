@@ -1,0 +1,72 @@
+"""Samples that several Triton programs share; run by test_triton.py under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from op_cases import CASES
+from op_cases.budget import check_budget, check_same_bits
+from op_cases.case import OpCase
+from op_cases.draw import Spec
+from op_cases.running import run
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.interpreter,
+]
+
+LARGE = 40_001  # elements: three parts, the last of them short
+# With the number of samples: one where the interpreter takes many seconds for it, and another case has two.
+CHOSEN = (
+    ("pgd_step/l2", torch.float32, 2),
+    ("pgd_step/l2", torch.float64, 1),
+    ("pgd_step/l1", torch.float32, 1),
+    ("momentum_update_/same-dtype", torch.float32, 2),
+    ("random_start/l2", torch.float32, 2),
+    ("random_start/l1", torch.float32, 1),
+    ("angular_distance/same-dtype", torch.float32, 2),
+    ("replay_mask/same-dtype", torch.float64, 2),
+    ("euclidean_distance/norm", torch.float32, 2),
+    ("vanilla_feature_distillation/same-dtype", torch.float64, 2),
+)
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "samples"),
+    [pytest.param(CASES[name], dtype, samples, id=name) for name, dtype, samples in CHOSEN],
+)
+def test_parts_of_a_sample_add_up(case: OpCase, dtype: torch.dtype, samples: int) -> None:
+    spec = Spec((samples, LARGE), dtype)
+    results = run(case, case.arguments(spec), "triton")
+    check_budget(case, case.arguments(spec), results, f"triton, {spec}")
+    if dtype in case.bit_equal:
+        for result, expected in zip(
+            results, run(case, case.arguments(spec), "reference"), strict=True
+        ):
+            check_same_bits(result, expected, f"{case.name}, {spec}")
+
+
+def test_attention_maps_of_several_blocks() -> None:
+    case = CASES["attention_map_distance/more-channels"]
+    spec = Spec((2, 3, 1500))
+    results = run(case, case.arguments(spec), "triton")
+    check_budget(case, case.arguments(spec), results, f"triton, {spec}")
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20, 20), (1, 70, 2, 6)], ids=str)
+def test_noise_on_channels_last_images_of_several_blocks(shape: tuple[int, ...]) -> None:
+    """Of pixels, or of channels."""
+    case = CASES["random_start/linf"]
+    arguments = case.arguments(Spec(shape, layout="channels_last"))
+    (expected,) = run(case, arguments, "reference")
+    check_same_bits(run(case, arguments, "triton")[0], expected, str(shape))
+
+
+def test_64_bit_seeds_and_sample_ids() -> None:
+    case = CASES["random_start/linf"]
+    arguments = case.arguments(Spec((3, 3, 7, 9)))
+    for seed in (2**63 - 1, -(2**63), -1, 1 << 40):
+        ids = torch.tensor([-(2**63), 2**63 - 1, (1 << 40) + 5])
+        given = {**arguments, "seed": seed, "sample_ids": ids}
+        (expected,) = run(case, given, "reference")
+        check_same_bits(run(case, given, "triton")[0], expected, f"seed {seed}")

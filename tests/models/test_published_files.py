@@ -1,0 +1,329 @@
+"""State dicts as others publish them: wrappings, copies, companions, suffixes."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import os
+import pathlib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from training_helpers import make_model, states_equal
+
+from fastadv.models import (
+    Normalized,
+    StateFileError,
+    load_published_state_dict,
+    read_state_file,
+    small_cnn,
+)
+from fastadv.trainers import CheckpointError, load_teacher
+
+State = dict[str, Tensor]
+MEAN, STD = (0.4,), (0.2,)
+
+
+def under(state: State, *prefixes: str) -> State:
+    return {prefix + name: value for prefix in prefixes for name, value in state.items()}
+
+
+def optimizer_state() -> dict[str, Any]:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+WRAPPINGS: dict[str, Callable[[State], dict[str, Any]]] = {
+    "the model and the attacker's": lambda s: {
+        "model": under(s, "module.model.", "module.attacker.model.")
+    },
+    "under no prefix and one": lambda s: under(s, "", "ema."),
+    "an average": lambda s: {"n_averaged": torch.tensor(7), **under(s, "module.")},
+    "an average in a container": lambda s: {
+        "swa_state_dict": {"n_averaged": torch.tensor(7), **under(s, "module.")}
+    },
+    "ema_state_dict": lambda s: {"ema_state_dict": s},
+    "a key of one's own": lambda s: {"my_best_net": under(s, "module.")},
+    "deep inside": lambda s: {"checkpoint": {"last": {"weights": s}}, "epoch": 3},
+    "twice, equal": lambda s: {"state_dict": s, "ema_state_dict": under(s, "module.")},
+    "counted by thop": lambda s: {
+        **s,
+        "total_ops": torch.zeros(1),
+        "conv1.total_params": torch.zeros(1),
+    },
+    "with an optimiser": lambda s: {"net": s, "optimizer": optimizer_state()},
+    "with numbers": lambda s: {"state_dict": s, "best": np.float64(93.2), "n": np.int64(3)},
+}
+
+
+@pytest.mark.parametrize("name", WRAPPINGS)
+def test_wrappings_load_completely(name: str) -> None:
+    source = make_model(1)
+    target = make_model(2)
+    report = load_published_state_dict(target, WRAPPINGS[name](source.state_dict()))
+    assert report.complete
+    assert states_equal(target.state_dict(), source.state_dict())
+
+
+def test_averaged_models_of_torch_load() -> None:
+    average = AveragedModel(make_model(1))
+    average.update_parameters(make_model(2))
+    target = make_model(3)
+    report = load_published_state_dict(target, average.state_dict())
+    assert report.ignored == ["n_averaged"]
+    assert states_equal(target.state_dict(), average.module.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"state_dict": make_model(1).state_dict(), "ema_state_dict": make_model(2).state_dict()},
+        under(make_model(1).state_dict(), "model.") | under(make_model(2).state_dict(), "ema."),
+        {
+            "state_dict": make_model(1).state_dict(),
+            "ema": {name: value for name, value in make_model(2).named_parameters()},
+        },
+    ],
+    ids=["containers", "prefixes", "parameters alone"],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_sets_of_weights_that_differ_are_refused(state: dict[str, Any], strict: bool) -> None:
+    target = make_model(3)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=r"several sets .* differ, state.* and state"):
+        load_published_state_dict(target, state, strict=strict)
+    assert states_equal(target.state_dict(), before)
+
+
+def test_a_set_for_another_network_does_not_matter() -> None:
+    source = make_model(1)
+    other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict()
+    target = make_model(2)
+    load_published_state_dict(target, {"discriminator": other, "classifier": source.state_dict()})
+    assert states_equal(target.state_dict(), source.state_dict())
+
+
+# Normalisation
+
+
+def normalised() -> Normalized:
+    return Normalized(make_model(1), MEAN, STD)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("mean", "std"),
+        ("normalize.mean", "normalize.std"),
+        ("module.normalizer.new_mean", "module.normalizer.new_std"),
+        ("mu", "sigma"),
+    ],
+)
+def test_a_teacher_normalises_as_its_file_says(names: tuple[str, str], tmp_path: Path) -> None:
+    source = normalised().eval()
+    constants = dict(zip(names, (source.mean, source.std), strict=True))
+    torch.save({"net": under(source.model.state_dict(), "model.") | constants}, tmp_path / "a.pt")
+    teacher = load_teacher(tmp_path / "a.pt", make_model(2))
+    assert isinstance(teacher, Normalized)
+    x = torch.rand(4, 1, 8, 8)
+    assert torch.equal(teacher(x), source(x))
+    assert torch.equal(load_teacher(tmp_path / "a.pt", Normalized(make_model(2)))(x), source(x))
+    # What a run keeps of its teacher is read back the same.
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    assert torch.equal(load_teacher(tmp_path / "teacher.safetensors", make_model(2))(x), source(x))
+
+
+def test_a_normalisation_that_changes_nothing_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    state = {**make_model(1).state_dict(), "mean": torch.zeros(1), "std": torch.ones(1)}
+    torch.save(state, tmp_path / "a.pt")
+    assert type(load_teacher(tmp_path / "a.pt", make_model(2))) is type(make_model(2))
+
+
+@pytest.mark.parametrize(
+    "constants", [{"mean": list(MEAN), "std": STD}, {"mu": torch.tensor(MEAN), "sigma": [STD[0]]}]
+)
+def test_constants_beside_the_weights_count(constants: dict[str, Any], tmp_path: Path) -> None:
+    source = normalised().eval()
+    torch.save({"state_dict": source.model.state_dict(), **constants}, tmp_path / "a.pt")
+    x = torch.rand(4, 1, 8, 8)
+    torch.testing.assert_close(load_teacher(tmp_path / "a.pt", make_model(2))(x), source(x))
+    with pytest.raises(ValueError, match="normalises its inputs"):
+        load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("scores", [{"mean": 0.87, "std": 0.01}, {"mean": torch.tensor(0.87)}])
+def test_scores_are_no_normalisation(scores: dict[str, Any]) -> None:
+    state = {"state_dict": make_model(1).state_dict(), **scores}
+    assert load_published_state_dict(make_model(2), state).mean is None
+
+
+def test_one_number_for_all_channels_and_one_for_each_go_together() -> None:
+    network = small_cnn()
+    state = {
+        **network.state_dict(),
+        "mean": torch.tensor([0.4, 0.5, 0.6]),
+        "std": torch.tensor(0.5),
+    }
+    target = Normalized(small_cnn())
+    load_published_state_dict(target, state)
+    assert target.mean.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
+    assert target.std.flatten().tolist() == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("constants", "words"),
+    [
+        ({"mean": torch.tensor(125.3), "std": torch.tensor(63.0)}, "images in 0..255"),
+        ({"mean": torch.tensor(0.5), "std": torch.tensor(0.0)}, "std must be > 0"),
+        ({"mean": torch.tensor(float("nan"))}, "mean must be one finite number"),
+        ({"a.mean": torch.tensor(0.5), "b.mean": torch.tensor(0.4)}, "normalises with two means"),
+        ({"mean": torch.zeros(512)}, "1 unexpected: mean"),
+    ],
+)
+def test_a_normalisation_that_cannot_be_is_refused(constants: State, words: str) -> None:
+    target = Normalized(make_model(2))
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        load_published_state_dict(target, {**make_model(1).state_dict(), **constants})
+    assert states_equal(target.state_dict(), before)
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    "name", ["w.pt", "w.t7", "w.pt.best", "w.pth.tar", "w.ckpt", "w.bin", "w", "w.2024-01-01"]
+)
+@pytest.mark.parametrize("form", ["new", "old", "safetensors"])
+def test_a_file_of_any_suffix_is_read(name: str, form: str, tmp_path: Path) -> None:
+    source, path = make_model(1), tmp_path / name
+    if form == "safetensors":
+        save_file(source.state_dict(), path)
+    else:
+        state = {"net": under(source.state_dict(), "module.")}
+        torch.save(state, path, _use_new_zipfile_serialization=form == "new")
+    assert states_equal(load_teacher(path, make_model(2)).state_dict(), source.state_dict())
+    target = make_model(2)
+    load_published_state_dict(target, path)
+    assert states_equal(target.state_dict(), source.state_dict())
+
+
+COMPANIONS: dict[str, Any] = {
+    "numbers of numpy": [np.float64(93.2), np.int32(7), np.bool_(True)],
+    "an array": np.zeros((3, 4)),
+    "an array of objects": np.array([{}, None], object),
+    "options": argparse.Namespace(lr=0.1, depth=28),
+    "a path": pathlib.PurePosixPath("runs/a"),
+    "a set": {1, 2},
+    "a generator's state": np.random.RandomState(0).get_state(),
+    "a pickled module": nn.Linear(2, 2),
+    "a function": argparse.ArgumentParser,
+}
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+def test_what_lies_beside_the_weights_does_not_matter(name: str, tmp_path: Path) -> None:
+    source = make_model(1)
+    torch.save({"state_dict": source.state_dict(), "beside": COMPANIONS[name]}, tmp_path / "a.pt")
+    teacher = load_teacher(tmp_path / "a.pt", make_model(2))
+    assert states_equal(teacher.state_dict(), source.state_dict())
+    # Nothing is left for others to load by.
+    with pytest.raises(pickle.UnpicklingError):
+        torch.save(argparse.Namespace(), tmp_path / "b.pt")
+        torch.load(tmp_path / "b.pt", weights_only=True)
+
+
+def test_weights_in_a_dict_with_defaults_are_found(tmp_path: Path) -> None:
+    state = collections.defaultdict(list, make_model(1).state_dict())
+    for new in (True, False):
+        torch.save({"model": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
+        load_teacher(tmp_path / "a.pt", make_model(2))
+
+
+class Trap:
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.parts = function, arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.parts
+
+
+def raise_alarm(path: str) -> None:
+    Path(path).touch()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_nothing_in_a_file_is_run(new: bool, tmp_path: Path) -> None:
+    mark, state = str(tmp_path / "it ran"), make_model(1).state_dict()
+    for trap in (
+        Trap(raise_alarm, mark),
+        Trap(exec, f"open({mark!r}, 'w')"),
+        Trap(np.ndarray, (4,), "O", b"AAAAAAA\0" * 4),
+    ):
+        torch.save(
+            {"state_dict": state, "beside": trap},
+            tmp_path / "a.pt",
+            _use_new_zipfile_serialization=new,
+        )
+        load_teacher(tmp_path / "a.pt", make_model(2))
+    torch.save(
+        {"state_dict": state, "beside": Trap(os.system, f"touch '{mark}'")},
+        tmp_path / "a.pt",
+        _use_new_zipfile_serialization=new,
+    )
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be read .*posix\.system"):
+        load_teacher(tmp_path / "a.pt", make_model(2))
+    assert not (tmp_path / "it ran").exists()
+
+
+def test_a_pickled_module_is_named(tmp_path: Path) -> None:
+    for content, words in (
+        (make_model(1), r"an object of fastadv\.models\.small_cnn\.SmallCNN; open it where"),
+        ({"net": make_model(1)}, r"'net' is an object of fastadv\.models\.small_cnn\.SmallCNN"),
+        ({"epoch": 3}, r"got a mapping with \['epoch'\]"),
+        ([1, 2], "got list"),
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"a\.pt: state must map names to tensors, got"):
+            load_teacher(tmp_path / "a.pt", make_model(2))
+        with pytest.raises(TypeError, match=words):
+            load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"text", b"PK\x03\x04", b"\x80\x02}", b"\x05\0\0\0\0\0\0\0{", bytes(1000)]
+)
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.t7"])
+def test_files_of_another_kind_are_named(content: bytes, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StateFileError, match=f"{name}: cannot be read as a file of weights"):
+        read_state_file(tmp_path / name)
+    with pytest.raises(CheckpointError, match=f"{name}: cannot be read"):
+        load_teacher(tmp_path / name, make_model(2))
+
+
+@pytest.mark.compiles
+def test_a_script_of_torch_is_named(tmp_path: Path) -> None:
+    traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    torch.jit.save(traced, tmp_path / "a.pt")
+    with pytest.raises(StateFileError, match=r"a\.pt: .*torchscript"):
+        read_state_file(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    for name in ("a.pt", "run"):
+        with pytest.raises(FileNotFoundError, match=f"{name}: no such file"):
+            load_teacher(tmp_path / name, make_model(2))
+    with pytest.raises(FileNotFoundError, match=r"a\.pt: no such file"):
+        load_published_state_dict(make_model(2), tmp_path / "a.pt")

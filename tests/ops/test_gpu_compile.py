@@ -1,0 +1,266 @@
+"""What can be known about the GPU kernels without a GPU: that they compile, and into what.
+
+Every Triton kernel is compiled for sm_90 as the ops launch it, every CUDA C++ file for sm_80 and sm_90; none may
+spill registers, and those that move images must do it 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_cases import CASES
+from op_cases.case import OpCase, Shape
+from op_cases.draw import Spec
+
+from fastadv import kernels
+
+pytestmark = [pytest.mark.slow, pytest.mark.longest]
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+CUDA_FILES = sorted(path.name for path in (SOURCES / "cuda").glob("*.cu"))
+# Straight into registers, or by way of shared memory.
+WIDE_LOAD = re.compile(
+    r"ld\.global\.(v4\.[buf]32|v2\.[buf]64)|cp\.async\.cg\.shared\.global .*, 0x10,"
+)
+WIDE_STORE = re.compile(r"st\.global\.(v4\.[buf]32|v2\.[buf]64)")
+
+# Triton kernels that read images or features, and those that write them.
+TRITON_READERS = {
+    "_step_linf",
+    "_step_per_channel",
+    "_step_l2",
+    "_step_l1",
+    "_update_samples",
+    "_norms_of_parts",
+    "_update_parts",
+    "_largest_parts",
+    "_sum_parts",
+    "_write_parts",
+    "_start",
+    "_replay",
+    "_distance",
+    "_moments_of_parts",
+    "_backward",
+    "_rows",
+    "_scale_rows",
+    "_norms",
+    "_squares_of_parts",
+    "_gradients",
+    "_maps",
+    "_map_gradient",
+}
+TRITON_READERS |= {"_merge", "_features_backward", "_weight_backward"}
+TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
+TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows", "_gradients", "_map_gradient"}
+TRITON_WRITERS |= {"_step_per_channel", "_step_l1", "_update_samples", "_update_parts"}
+# No momentum in half precision.
+TRITON_WIDE = {"_update_samples", "_norms_of_parts", "_update_parts"}
+# Three interleaved channels in a tile of four: Triton goes element by element.
+TRITON_NARROW = {("_start", "channels_last"), ("_replay", "channels_last")}
+TRITON_NARROW |= {("_maps", "channels_last"), ("_map_gradient", "channels_last")}
+
+CUDA_READERS = ("step_linf", "step_l2", "step_l1", "largest_parts", "sum_parts", "write_parts")
+CUDA_READERS += ("update_samples", "norms_of_parts", "update_parts")
+CUDA_READERS += ("start", "replay", "sums_of_samples", "sums_of_parts", "backward")
+CUDA_READERS += ("difference_gradients",)
+CUDA_WRITERS = ("step_linf", "step_l2", "step_l1", "write_parts", "start", "replay", "backward")
+CUDA_WRITERS += ("update_samples", "update_parts", "difference_gradients")
+# The same bits as every other backend.
+CUDA_EXACT = ("step_linf", "step_l2", "step_l1", "write_parts", "start", "replay")
+CUDA_EXACT += ("update_samples", "update_parts")
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+not_interpreted = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="triton runs its interpreter"
+)
+
+
+class Launches:
+    """The launches of the Triton kernels, kept instead of carried out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        for found in pkgutil.iter_modules(kernels.__path__):
+            module = importlib.import_module(f"fastadv.kernels.{found.name}")
+            if found.name != "launch" and hasattr(module, "launch"):
+                monkeypatch.setattr(module, "launch", self._keep)
+
+    def _keep(
+        self, kernel: Any, programs: int, like: Any, *arguments: Any, **settings: Any
+    ) -> None:
+        assert programs > 0
+        self.found.append((kernel, arguments, settings))
+
+
+def _source(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Any:
+    """The kernel with the types, constants and alignments that Triton derives from the arguments."""
+    from triton.compiler import ASTSource
+
+    values = dict(zip(kernel.arg_names, arguments, strict=False))
+    values |= {name: value for name, value in settings.items() if name in kernel.arg_names}
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        name, value = parameter.name, values[parameter.name]
+        if isinstance(value, torch.Tensor):
+            signature[name] = _pointer(value)
+            aligned[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple) and not parameter.is_constexpr:
+            signature[name] = tuple(_pointer(t) for t in value)
+            aligned |= {(index, i): [["tt.divisibility", 16]] for i in range(len(value))}
+        elif parameter.is_constexpr or value is None:
+            signature[name], constants[name] = "constexpr", value
+        elif parameter.do_not_specialize or value != 1:
+            signature[name] = parameter.annotation_type or ("i32" if value < 2**31 else "i64")
+            if not parameter.do_not_specialize and value % 16 == 0:
+                aligned[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[name] = "constexpr", 1
+    return ASTSource(kernel, signature, constants, aligned)
+
+
+def _pointer(t: torch.Tensor) -> str:
+    from triton._utils import canonicalize_dtype
+
+    return "*" + ("i1" if t.dtype == torch.bool else canonicalize_dtype(t.dtype))
+
+
+def _compiled(source: Any, settings: dict[str, Any]) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": settings.get("num_warps", 4), "enable_fp_fusion": False}
+    options["maxnreg"] = settings.get("maxnreg")
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _stack_bytes(cubin: bytes, folder: Path) -> int:
+    """Bytes of local memory per thread, which is where registers are spilled to."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [str(tool), "--dump-resource-usage", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.findall(r"(?:STACK|LOCAL):(\d+)", done.stdout)
+    assert found, f"cuobjdump reports no resources: {done.stdout}"
+    return sum(map(int, found))
+
+
+def _samples(case: OpCase) -> list[tuple[Shape, str]]:
+    """Shapes and layouts in which an op's Triton kernels are compiled: of images or features, or of logits."""
+    if case.registered.triton is None:
+        return []
+    found = [((8, 1024), "contiguous")]
+    if len(case.shapes[0]) == 4:
+        found = [((8, 3, 32, 32), "contiguous"), ((8, 3, 32, 32), "channels_last")]
+    return found if case.large is None else [*found, (case.large, "contiguous")]
+
+
+@pytest.mark.processes
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_triton_kernels_for_hopper(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    launches = Launches(monkeypatch)
+    done: set[str] = set()
+    names: set[str] = set()
+    for case in CASES.values():
+        for shape, layout in _samples(case) if dtype in case.dtypes else ():
+            launches.found.clear()
+            case.registered.triton_function()(*case.arguments(Spec(shape, dtype, layout)).values())
+            assert launches.found, f"{case.name} launched nothing"
+            for kernel, arguments, settings in launches.found:
+                names.add(kernel.__name__)
+                source = _source(kernel, arguments, settings)
+                label = f"{kernel.__name__} of {case.name} in {dtype}, {layout}"
+                if source.hash() not in done:
+                    done.add(source.hash())
+                    binary = _compiled(source, settings).asm
+                    assert _stack_bytes(binary["cubin"], tmp_path) == 0, f"{label} spills registers"
+                    if shape[-1] % 16 == 0:  # odd rows cannot be read in 16 bytes
+                        _check_widths(binary["ptx"], kernel.__name__, layout, label)
+    missing = (TRITON_READERS | TRITON_WRITERS) - names
+    absent = {"_largest_parts"} | (TRITON_WIDE if dtype == torch.bfloat16 else set())
+    assert missing <= absent, "kernels were renamed: correct the lists above"
+
+
+@needs_triton
+@not_interpreted
+@pytest.mark.parametrize("kind", ["cross_entropy", "alp"])
+def test_logits_of_one_class(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To a kernel an integer that is 1 is a constant, which lacks the methods of other integers."""
+    launches = Launches(monkeypatch)
+    case = CASES[f"softmax_losses/{kind}"]
+    case.registered.triton_function()(*case.arguments(Spec((8, 1))).values())
+    for kernel, arguments, settings in launches.found:
+        _compiled(_source(kernel, arguments, settings), settings)
+
+
+def _check_widths(ptx: str, name: str, layout: str, label: str) -> None:
+    if (name, layout) in TRITON_NARROW:
+        return
+    assert name not in TRITON_READERS or WIDE_LOAD.search(ptx), f"{label}: no 16-byte load"
+    assert name not in TRITON_WRITERS or WIDE_STORE.search(ptx), f"{label}: no 16-byte store"
+
+
+def _nvcc(file: str, architecture: int, folder: Path) -> tuple[str, str]:
+    """PTX and resource report of one file, compiled as CMakeLists.txt has it compiled."""
+    target = folder / f"{file}.sm_{architecture}"
+    target.mkdir()
+    command = ["nvcc", "-cubin", "-O3", "-std=c++20", "-fmad=false", f"-arch=sm_{architecture}"]
+    command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(target), "-I", str(SOURCES)]
+    command += [str(SOURCES / "cuda" / file), "-o", str(target / "kernels.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return (target / f"{Path(file).stem}.ptx").read_text(), done.stderr
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+def test_cuda_files_for_ampere_and_hopper(tmp_path: Path) -> None:
+    jobs = [(file, architecture) for file in CUDA_FILES for architecture in (80, 90)]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        outputs = list(pool.map(lambda job: _nvcc(*job, tmp_path), jobs))
+    seen: set[str] = set()
+    for (file, architecture), (ptx, report) in zip(jobs, outputs, strict=True):
+        label = f"{file}, sm_{architecture}"
+        spilled = sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+        assert spilled == 0, f"{label} spills registers:\n{report}"
+        for entry in re.split(r"\.entry ", ptx)[1:]:
+            seen.add(_check_cuda_kernel(entry, label))
+    assert seen >= set(CUDA_READERS), "kernels were renamed: correct the lists above"
+
+
+def _check_cuda_kernel(entry: str, label: str) -> str:
+    """Check one kernel's PTX, which begins with its mangled name; return its name."""
+    mangled = re.match(r"\w+", entry)
+    names = "|".join(CUDA_READERS)
+    template = re.search(rf"\d({names})I(\w+)", mangled[0]) if mangled else None
+    if template is None:
+        return "none of the listed"
+    name, arguments = template[1], template[2]
+    label = f"{label}: {name}<{arguments}>"
+    exact = name in CUDA_EXACT
+    assert not exact or "fma.rn.f32" not in entry, f"{label} contracts products and sums"
+    if "Li0E" not in arguments:  # the template for any layout goes element by element
+        assert WIDE_LOAD.search(entry), f"{label}: no 16-byte load"
+        assert name not in CUDA_WRITERS or WIDE_STORE.search(entry), f"{label}: no 16-byte store"
+    return name
