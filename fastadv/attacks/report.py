@@ -109,7 +109,8 @@ def _as_images_have(bound: float | Tensor, dtype: torch.dtype) -> float | Tensor
     """A bound rounded to the dtype of the images."""
     if isinstance(bound, Tensor):
         return bound.to(dtype)
-    return torch.tensor(bound, dtype=dtype, device="cpu").tolist()
+    (rounded,) = torch.tensor([bound], dtype=dtype, device="cpu").tolist()
+    return float(rounded)
 
 
 def _rounding(dtype: torch.dtype, *bounds: float | Tensor) -> float:
