@@ -99,7 +99,7 @@ def outside_share(adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds
         inside &= (a >= c - radius) & (a <= c + radius)
     else:
         order = 2 if norm == "l2" else 1
-        slack = x[:1].numel() ** (1 / order) * _rounding(wide, low, high)
+        slack = x[:1].numel() ** (1 / order) * _rounding(wide, *bounds)
         length = torch.linalg.vector_norm((a - c).flatten(1), order, dim=1, dtype=torch.float64)
         inside &= (length <= eps * (1 + _SLACK) + slack).view(per_image)
     return (~inside).float().mean()
@@ -109,7 +109,8 @@ def _as_images_have(bound: float | Tensor, dtype: torch.dtype) -> float | Tensor
     """A bound rounded to the dtype of the images."""
     if isinstance(bound, Tensor):
         return bound.to(dtype)
-    return torch.tensor(bound, dtype=dtype, device="cpu").item()
+    (rounded,) = torch.tensor([bound], dtype=dtype, device="cpu").tolist()
+    return float(rounded)
 
 
 def _rounding(dtype: torch.dtype, *bounds: float | Tensor) -> float:
