@@ -29,10 +29,10 @@ def collect() -> dict[str, Any]:
         ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for each op its ``owner`` by device type, and
         ``missing``, why it lacks an implementation, for those it lacks here.
     """
-    from fastadv import _C, __version__
+    from fastadv import __version__
     from fastadv.engine import cpu_convolution as convolution
     from fastadv.engine.precision import fast_bf16
-    from fastadv.ops import REGISTRY
+    from fastadv.ops import NATIVE, REGISTRY
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
@@ -41,7 +41,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
-        "native": dict(_C.build_info()),
+        "native": {**NATIVE.build_info(), "problem": NATIVE.problem},
         "cpu": {
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),
@@ -69,17 +69,20 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
         ops: add the table of ops by backend.
     """
     native, cpu = facts["native"], facts["cpu"]
+    built = ""
+    if not native["problem"]:
+        built = f"built with {native['compiler']} against torch {native['torch']}"
     rows = [
         ("fastadv", facts["fastadv"]),
         ("python", f"{facts['python']} on {facts['platform']}"),
         *((name, version or "not installed") for name, version in facts["packages"].items()),
         ("processor", f"{cpu['name']}, {cpu['threads']} threads"),
-        ("SIMD level", native["simd"]),
+        *([("SIMD level", native["simd"])] if built else []),
         ("own convolution", "yes" if cpu["winograd convolution"] else "no (needs AVX512-BF16)"),
         ("GPUs", ", ".join(facts["gpus"]) or "none"),
         ("attack precision", ", ".join(f"{d}: {p}" for d, p in facts["precision"].items())),
-        ("native part", f"built with {native['compiler']} against torch {native['torch']}"),
-        ("CUDA kernels", "built" if native["cuda"] else "not built"),
+        ("native part", built or f"not in use: {native['problem']}"),
+        ("CUDA kernels", "built" if native.get("cuda") else "not built"),
         ("op owners", _owners(facts["ops"])),
     ]
     width = max(len(name) for name, _ in rows)

@@ -13,7 +13,6 @@ TESTS = Path(__file__).resolve().parent
 # fastadv.seeding is where a seed comes from that the caller does not give; kernels are the ops' own.
 BELONGING = (
     "fastadv",
-    "fastadv._C",
     "fastadv.kernels",
     "fastadv.ops",
     "fastadv.seeding",

@@ -12,7 +12,7 @@ struct Counts {
 };
 
 template <class T, class G>
-FASTADV_CLONES void step_linf(T* out, const T* adv, const G* grad, const T* x,
+FASTADV_INLINE void step_linf(T* out, const T* adv, const G* grad, const T* x,
                               Limits<Compute<T>> limits, int64_t n) {
   using C = Compute<T>;
   for (int64_t i = 0; i < n; ++i) {
@@ -25,7 +25,7 @@ FASTADV_CLONES void step_linf(T* out, const T* adv, const G* grad, const T* x,
 }
 
 template <class G>
-FASTADV_CLONES Counts count_gradient(const G* grad, int64_t n) {
+FASTADV_INLINE Counts count_gradient(const G* grad, int64_t n) {
   int64_t zeros = 0, nans = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto g = load(grad[i]);
@@ -46,7 +46,8 @@ void run_linf(const PgdImages& images, const PgdStep& step) {
     parallel_over_samples(batch, size, [&](int64_t sample, int64_t begin, int64_t end) {
       const int64_t at = sample * size + begin;
       if (step.active[sample]) {
-        step_linf(out + at, adv + at, grad + at, x + at, step.limits<C>(sample), end - begin);
+        const auto limits = step.limits<C>(sample);
+        FASTADV_DISPATCH(step_linf(out + at, adv + at, grad + at, x + at, limits, end - begin));
       } else {
         copy_elements(out + at, adv + at, end - begin);
       }
@@ -55,7 +56,8 @@ void run_linf(const PgdImages& images, const PgdStep& step) {
   }
   const auto limits = step.limits<C>(0);
   at::parallel_for(0, batch * size, kGrain, [&](int64_t begin, int64_t end) {
-    step_linf(out + begin, adv + begin, grad + begin, x + begin, limits, end - begin);
+    FASTADV_DISPATCH(
+        step_linf(out + begin, adv + begin, grad + begin, x + begin, limits, end - begin));
   });
 }
 
@@ -75,7 +77,8 @@ void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& 
     using G = decltype(t);
     parallel_over_samples(grad.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
       if (!active[sample]) return;
-      const Counts found = count_gradient(data<G>(grad) + sample * size + begin, end - begin);
+      const G* g = data<G>(grad) + sample * size + begin;
+      const Counts found = FASTADV_DISPATCH(count_gradient(g, end - begin));
       zeros += found.zeros;
       nans += found.nans;
     });

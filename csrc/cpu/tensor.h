@@ -1,13 +1,13 @@
 // Host side of the CPU ops: dtype dispatch, argument checks and threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "layout.h"
 
