@@ -10,7 +10,7 @@
 # summary.txt and the benchmarks' results.
 #
 # It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark,
-# pybind11, scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
+# scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
 set -uo pipefail
 
 readonly TOTAL=540 # seconds

@@ -10,7 +10,12 @@ loads nothing else.
 from __future__ import annotations
 
 import importlib
+from pkgutil import extend_path
 from typing import TYPE_CHECKING, Any
+
+# Where Python runs in the checkout and the package is installed as well, the checkout's modules are taken. The
+# compiled part and the kernels lie in the installed package alone.
+__path__ = extend_path(__path__, __name__)
 
 from fastadv import ops
 from fastadv.ops import backend

@@ -37,10 +37,10 @@ def collect() -> dict[str, Any]:
         each op its ``owner`` by the type of device, of devices that are there, and ``missing``, why it lacks an
         implementation, for those it lacks here.
     """
-    from fastadv import _C, __version__
+    from fastadv import __version__
     from fastadv.engine import cpu_convolution as convolution
     from fastadv.engine.precision import fast_bf16
-    from fastadv.ops import REGISTRY
+    from fastadv.ops import NATIVE, REGISTRY
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     devices = ["cpu", "cuda"] if gpus else ["cpu"]
@@ -50,7 +50,7 @@ def collect() -> dict[str, Any]:
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in _PACKAGES},
         "extras": {name: _version(name) for name in _EXTRAS},
-        "native": dict(_C.build_info()),
+        "native": {**NATIVE.build_info(), "problem": NATIVE.problem},
         "cpu": {
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),
@@ -85,6 +85,9 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
     lacking = [
         f"{name} ({_EXTRAS[name]})" for name, version in facts["extras"].items() if not version
     ]
+    built = ""
+    if not native["problem"]:
+        built = f"built with {native['compiler']} against torch {native['torch']}"
     rows = [
         ("fastadv", facts["fastadv"]),
         ("python", f"{facts['python']} on {facts['platform']}"),
@@ -92,12 +95,12 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
         ("extras", ", ".join(there) or "none installed"),
         *([("not installed", ", ".join(lacking))] if lacking else []),
         ("processor", f"{cpu['name']}, {cpu['threads']} threads"),
-        ("SIMD level", native["simd"]),
+        *([("SIMD level", native["simd"])] if built else []),
         ("own convolution", "yes" if cpu["winograd convolution"] else "no (needs AVX512-BF16)"),
         ("GPUs", ", ".join(gpus) or "none that torch can use"),
         ("attack precision", ", ".join(f"{d}: {p}" for d, p in facts["precision"].items())),
-        ("native part", f"built with {native['compiler']} against torch {native['torch']}"),
-        ("CUDA kernels", _cuda_kernels(native["cuda"], bool(gpus))),
+        ("native part", built or f"not in use: {native['problem']}"),
+        ("CUDA kernels", _cuda_kernels(bool(native.get("cuda")), bool(gpus))),
         ("op owners", _owners(facts["ops"])),
     ]
     width = max(len(name) for name, _ in rows)

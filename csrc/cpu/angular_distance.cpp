@@ -10,7 +10,7 @@ namespace {
 using Moments = std::array<double, 3>;  // u.v, u.u, v.v
 
 template <class T>
-FASTADV_CLONES Moments moments_of(const T* u, const T* v, int64_t n) {
+FASTADV_INLINE Moments moments_of(const T* u, const T* v, int64_t n) {
   using C = Compute<T>;
   return sums<C, 3>(n, [&](int64_t i) {
     const C a = load(u[i]), b = load(v[i]);
@@ -23,7 +23,7 @@ template <class T>
 void fill_moments(const at::Tensor& u, const at::Tensor& v, const at::Tensor& moments) {
   const T *a = data<T>(u), *b = data<T>(v);
   const auto sums = sums_of_samples<3>(u.size(0), sample_size(u), [&](int64_t at, int64_t count) {
-    return moments_of(a + at, b + at, count);
+    return FASTADV_DISPATCH(moments_of(a + at, b + at, count));
   });
   Compute<T>* out = data<Compute<T>>(moments);
   for (const Moments& of_sample : sums) {
@@ -81,13 +81,13 @@ struct Slopes {
 };
 
 template <class T>
-FASTADV_CLONES void combine(T* out, const T* own, const T* other, Compute<T> along,
+FASTADV_INLINE void combine(T* out, const T* own, const T* other, Compute<T> along,
                             Compute<T> across, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(out[i], along * load(own[i]) + across * load(other[i]));
 }
 
 template <class T>
-FASTADV_CLONES void combine_both(T* out_u, T* out_v, const T* u, const T* v, Slopes<Compute<T>> s,
+FASTADV_INLINE void combine_both(T* out_u, T* out_v, const T* u, const T* v, Slopes<Compute<T>> s,
                                  int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Compute<T> a = load(u[i]), b = load(v[i]);
@@ -107,7 +107,7 @@ void fill_both(const at::Tensor& of_u, const at::Tensor& of_v, const at::Tensor&
     const T *a = data<T>(u) + at, *b = data<T>(v) + at;
     write_blocks<2>(std::array{data<T>(of_u) + at, data<T>(of_v) + at}, end - begin, streamed,
                     [&, s = slopes(sample)](const auto& to, int64_t first, int64_t n) {
-                      combine_both(to[0], to[1], a + first, b + first, s, n);
+                      FASTADV_DISPATCH(combine_both(to[0], to[1], a + first, b + first, s, n));
                     });
   });
 }
@@ -123,7 +123,7 @@ void fill_one(const at::Tensor& out, const at::Tensor& own, const at::Tensor& ot
     const T *a = data<T>(own) + at, *b = data<T>(other) + at;
     write_blocks<1>(std::array{data<T>(out) + at}, end - begin, streamed,
                     [&, s = slopes(sample)](const auto& to, int64_t first, int64_t n) {
-                      combine(to[0], a + first, b + first, s.*along, s.across, n);
+                      FASTADV_DISPATCH(combine(to[0], a + first, b + first, s.*along, s.across, n));
                     });
   });
 }

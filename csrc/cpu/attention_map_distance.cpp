@@ -32,7 +32,7 @@ Planes planes_of(const Features& features) {
 
 // The sums over the channels of u^2 at `count` <= kTile positions that lie side by side.
 template <class T>
-FASTADV_CLONES void map_of_planes(Compute<T>* map, const T* u, int64_t channels, int64_t positions,
+FASTADV_INLINE void map_of_planes(Compute<T>* map, const T* u, int64_t channels, int64_t positions,
                                   int64_t count) {
   using C = Compute<T>;
   double total[kTile] = {};
@@ -57,7 +57,7 @@ FASTADV_CLONES void map_of_planes(Compute<T>* map, const T* u, int64_t channels,
 // The same where the channels of a position lie side by side. Lanes are added up before they go to
 // double, unlike in sums(): that is once per few hundred channels, of which there may be no more.
 template <class T>
-FASTADV_CLONES void map_of_pixels(Compute<T>* map, const T* u, int64_t channels, int64_t count) {
+FASTADV_INLINE void map_of_pixels(Compute<T>* map, const T* u, int64_t channels, int64_t count) {
   using C = Compute<T>;
   const int64_t whole = channels / kLanes * kLanes;
   for (int64_t p = 0; p < count; ++p, u += channels) {
@@ -91,11 +91,13 @@ void fill_maps(const at::Tensor& maps, const Planes& u) {
     Compute<T>* map = data<Compute<T>>(maps) + sample * u.positions;
     const T* from = data<T>(u.tensor) + sample * u.sample_size();
     if (u.pixels) {
-      map_of_pixels(map + begin, from + begin * u.channels, u.channels, end - begin);
+      FASTADV_DISPATCH(
+          map_of_pixels(map + begin, from + begin * u.channels, u.channels, end - begin));
       return;
     }
     for (int64_t p = begin; p < end; p += kTile) {
-      map_of_planes(map + p, from + p, u.channels, u.positions, std::min(kTile, end - p));
+      FASTADV_DISPATCH(
+          map_of_planes(map + p, from + p, u.channels, u.positions, std::min(kTile, end - p)));
     }
   };
   parallel_over_samples(u.batch, u.positions, fill, grain);
@@ -114,7 +116,7 @@ at::Tensor maps_of(const Planes& u) {
 inline double divisor(double norm) { return norm == 0 ? 1 : norm; }
 
 template <class C>
-FASTADV_CLONES std::array<double, 2> map_squares(const C* a, const C* b, int64_t n) {
+FASTADV_INLINE std::array<double, 2> map_squares(const C* a, const C* b, int64_t n) {
   return sums<double, 2>(n, [&](int64_t i) {
     const double x = a[i], y = b[i];
     return std::array<double, 2>{x * x, y * y};
@@ -122,7 +124,7 @@ FASTADV_CLONES std::array<double, 2> map_squares(const C* a, const C* b, int64_t
 }
 
 template <class C>
-FASTADV_CLONES double map_distance(const C* a, const C* b, double norm_a, double norm_b,
+FASTADV_INLINE double map_distance(const C* a, const C* b, double norm_a, double norm_b,
                                    int64_t n) {
   const auto sum = sums<double, 1>(n, [&](int64_t i) {
     const double d = a[i] / norm_a - b[i] / norm_b;
@@ -139,9 +141,10 @@ void fill_distances(const at::Tensor& distance, const at::Tensor& norms, const a
   at::parallel_for(0, u_map.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const C *a = data<C>(u_map) + i * positions, *b = data<C>(v_map) + i * positions;
-      const auto squares = map_squares(a, b, positions);
+      const auto squares = FASTADV_DISPATCH(map_squares(a, b, positions));
       const double norm_a = std::sqrt(squares[0]), norm_b = std::sqrt(squares[1]);
-      data<C>(distance)[i] = C(map_distance(a, b, divisor(norm_a), divisor(norm_b), positions));
+      data<C>(distance)[i] =
+          C(FASTADV_DISPATCH(map_distance(a, b, divisor(norm_a), divisor(norm_b), positions)));
       data<C>(norms)[2 * i] = C(norm_a);
       data<C>(norms)[2 * i + 1] = C(norm_b);
     }
@@ -171,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_map_distanc
 // The gradient in u is slope(p) * u at each position p. For unit vectors A, B at distance d,
 // (A (A.B) - B) / d = (A - B) / d - A d / 2, which does not cancel where A.B is almost 1.
 template <class C>
-FASTADV_CLONES void slopes(C* out, const C* a, const C* b, double norm_a, double norm_b,
+FASTADV_INLINE void slopes(C* out, const C* a, const C* b, double norm_a, double norm_b,
                            double distance, double grad, int64_t n) {
   const bool nothing = distance == 0 || norm_a == 0 || norm_b == 0;
   const double weight = nothing ? 0 : 2 * grad / norm_a, d = nothing ? 1 : distance;
@@ -184,7 +187,7 @@ FASTADV_CLONES void slopes(C* out, const C* a, const C* b, double norm_a, double
 
 // out = slope * u for `count` elements of [C, P] from one at `position` on.
 template <class T>
-FASTADV_CLONES void scale_planes(T* out, const T* u, const Compute<T>* slopes, int64_t position,
+FASTADV_INLINE void scale_planes(T* out, const T* u, const Compute<T>* slopes, int64_t position,
                                  int64_t positions, int64_t count) {
   for (int64_t i = 0; i < count; position = 0) {
     const int64_t n = std::min(positions - position, count - i);
@@ -195,7 +198,7 @@ FASTADV_CLONES void scale_planes(T* out, const T* u, const Compute<T>* slopes, i
 
 // The same in [P, C], from one of `channel` on; the first slope is that element's.
 template <class T>
-FASTADV_CLONES void scale_pixels(T* out, const T* u, const Compute<T>* slopes, int64_t channel,
+FASTADV_INLINE void scale_pixels(T* out, const T* u, const Compute<T>* slopes, int64_t channel,
                                  int64_t channels, int64_t count) {
   for (int64_t i = 0; i < count; channel = 0) {
     const int64_t n = std::min(channels - channel, count - i);
@@ -213,8 +216,9 @@ void fill_slopes(const at::Tensor& out, const at::Tensor& grad, const at::Tensor
   parallel_over_samples(out.size(0), positions, [&](int64_t sample, int64_t begin, int64_t end) {
     const int64_t at = sample * positions + begin;
     const C* norm = data<C>(norms) + 2 * sample;
-    slopes(data<C>(out) + at, data<C>(a) + at, data<C>(b) + at, norm[0], norm[1],
-           data<C>(distance)[sample], data<C>(grad)[sample], end - begin);
+    const C of_sample = data<C>(distance)[sample], slope = data<C>(grad)[sample];
+    FASTADV_DISPATCH(slopes(data<C>(out) + at, data<C>(a) + at, data<C>(b) + at, norm[0], norm[1],
+                            of_sample, slope, end - begin));
   });
 }
 
@@ -225,17 +229,18 @@ void fill_gradient(const at::Tensor& out, const Planes& u, const at::Tensor& slo
   parallel_over_samples(u.batch, size, [&](int64_t sample, int64_t begin, int64_t end) {
     const T* from = data<T>(u.tensor) + sample * size + begin;
     const Compute<T>* of_sample = data<Compute<T>>(slopes) + sample * u.positions;
-    write_blocks<1>(std::array{data<T>(out) + sample * size + begin}, end - begin, streamed,
-                    [&](const auto& to, int64_t first, int64_t n) {
-                      const int64_t at = begin + first;
-                      if (u.pixels) {
-                        scale_pixels(to[0], from + first, of_sample + at / u.channels,
-                                     at % u.channels, u.channels, n);
-                      } else {
-                        scale_planes(to[0], from + first, of_sample, at % u.positions, u.positions,
-                                     n);
-                      }
-                    });
+    write_blocks<1>(
+        std::array{data<T>(out) + sample * size + begin}, end - begin, streamed,
+        [&](const auto& to, int64_t first, int64_t n) {
+          const int64_t at = begin + first;
+          if (u.pixels) {
+            FASTADV_DISPATCH(scale_pixels(to[0], from + first, of_sample + at / u.channels,
+                                          at % u.channels, u.channels, n));
+          } else {
+            FASTADV_DISPATCH(
+                scale_planes(to[0], from + first, of_sample, at % u.positions, u.positions, n));
+          }
+        });
   });
 }
 

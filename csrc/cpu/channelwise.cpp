@@ -8,7 +8,7 @@ namespace {
 
 // Runs of channels: memory of a channels-last tensor is rows of C values.
 template <bool has_add, bool has_mask, bool relu>
-FASTADV_CLONES void affine_rows(BFloat16* out, const BFloat16* x, const float* scale,
+FASTADV_INLINE void affine_rows(BFloat16* out, const BFloat16* x, const float* scale,
                                 const float* shift, const BFloat16* add, const BFloat16* mask,
                                 int64_t rows, int64_t channels) {
   for (int64_t row = 0; row < rows; ++row) {
@@ -24,7 +24,7 @@ FASTADV_CLONES void affine_rows(BFloat16* out, const BFloat16* x, const float* s
 }
 
 template <bool has_add, bool has_mask>
-FASTADV_CLONES void merge_run(BFloat16* out, const BFloat16* x, const BFloat16* add,
+FASTADV_INLINE void merge_run(BFloat16* out, const BFloat16* x, const BFloat16* add,
                               const BFloat16* mask, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     float v = load(x[i]);
@@ -35,7 +35,7 @@ FASTADV_CLONES void merge_run(BFloat16* out, const BFloat16* x, const BFloat16* 
 }
 
 // The means over the pixels of one image, [C].
-FASTADV_CLONES void mean_rows(float* means, const BFloat16* x, int64_t pixels, int64_t channels) {
+FASTADV_INLINE void mean_rows(float* means, const BFloat16* x, int64_t pixels, int64_t channels) {
   for (int64_t c = 0; c < channels; ++c) means[c] = 0;
   for (int64_t row = 0; row < pixels; ++row) {
     for (int64_t c = 0; c < channels; ++c) means[c] += load(x[row * channels + c]);
@@ -45,7 +45,7 @@ FASTADV_CLONES void mean_rows(float* means, const BFloat16* x, int64_t pixels, i
 
 // Gives every pixel of one image its part of the gradient in the means, `share` [C].
 template <bool has_add, bool has_mask>
-FASTADV_CLONES void spread_rows(BFloat16* out, const float* share, const BFloat16* add,
+FASTADV_INLINE void spread_rows(BFloat16* out, const float* share, const BFloat16* add,
                                 const BFloat16* mask, int64_t pixels, int64_t channels) {
   for (int64_t row = 0; row < pixels; ++row) {
     const int64_t at = row * channels;
@@ -84,10 +84,11 @@ void channel_affine_(at::Tensor out, const at::Tensor& x, const at::Tensor& scal
         t->scalar_type() == at::kFloat && t->is_contiguous() && t->numel() == channels,
         "scale and shift must be float32 of shape [", channels, "], got ", t->sizes());
   }
-  const auto run = add ? (mask ? &affine_rows<true, true, false> : &affine_rows<true, false, false>)
-                   : mask ? &affine_rows<false, true, false>
-                   : relu ? &affine_rows<false, false, true>
-                          : &affine_rows<false, false, false>;
+  const auto run = add    ? (mask ? dispatched<affine_rows<true, true, false>>
+                                  : dispatched<affine_rows<true, false, false>>)
+                   : mask ? dispatched<affine_rows<false, true, false>>
+                   : relu ? dispatched<affine_rows<false, false, true>>
+                          : dispatched<affine_rows<false, false, false>>;
   TORCH_CHECK_VALUE(!(relu && (add || mask)), "relu cannot be combined with add or mask");
   auto* to = static_cast<BFloat16*>(out.data_ptr());
   const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
@@ -107,8 +108,9 @@ void merge_gradients_(at::Tensor out, const at::Tensor& x, const OptionalTensor&
   check_like(out, "out", x);
   if (add) check_like(*add, "add", x);
   if (mask) check_like(*mask, "mask", x);
-  const auto run = add ? (mask ? &merge_run<true, true> : &merge_run<true, false>)
-                       : (mask ? &merge_run<false, true> : &merge_run<false, false>);
+  const auto run =
+      add ? (mask ? dispatched<merge_run<true, true>> : dispatched<merge_run<true, false>>)
+          : (mask ? dispatched<merge_run<false, true>> : dispatched<merge_run<false, false>>);
   auto* to = static_cast<BFloat16*>(out.data_ptr());
   const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
   const BFloat16 *a = pointer(add), *m = pointer(mask);
@@ -143,7 +145,7 @@ void pixel_means_(at::Tensor out, const at::Tensor& x) {
   float* means = out.data_ptr<float>();
   const auto* from = static_cast<const BFloat16*>(x.const_data_ptr());
   for_images(x, [&](int64_t image, int64_t at) {
-    mean_rows(means + image * channels, from + at, pixels, channels);
+    FASTADV_DISPATCH(mean_rows(means + image * channels, from + at, pixels, channels));
   });
 }
 
@@ -155,8 +157,9 @@ void spread_pixel_means_(at::Tensor out, const at::Tensor& gradient, const Optio
   check_means(gradient, "gradient", out);
   if (add) check_like(*add, "add", out);
   if (mask) check_like(*mask, "mask", out);
-  const auto run = add ? (mask ? &spread_rows<true, true> : &spread_rows<true, false>)
-                       : (mask ? &spread_rows<false, true> : &spread_rows<false, false>);
+  const auto run =
+      add ? (mask ? dispatched<spread_rows<true, true>> : dispatched<spread_rows<true, false>>)
+          : (mask ? dispatched<spread_rows<false, true>> : dispatched<spread_rows<false, false>>);
   const int64_t channels = out.size(1), pixels = out.size(2) * out.size(3);
   auto* to = static_cast<BFloat16*>(out.data_ptr());
   const float* from = gradient.const_data_ptr<float>();

@@ -64,7 +64,7 @@ FASTADV_AVX512 void multiply(float* m, const uint16_t* v, const uint16_t* filter
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const __m512bh input = (__m512bh)_mm512_set1_epi32(*(const int32_t*)(v + r * channels + c));
+      const __m512bh input = conv::broadcast_pair(*(const int32_t*)(v + r * channels + c));
 #pragma GCC unroll 4
       for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
     }

@@ -85,7 +85,7 @@ FASTADV_AVX512 void multiply(uint16_t* out, const Places& places, int64_t place,
       for (int r = 0; r < rows; ++r) {
         int32_t pair;
         std::memcpy(&pair, from[r] + c, sizeof(pair));
-        const __m512bh input = (__m512bh)_mm512_set1_epi32(pair);
+        const __m512bh input = conv::broadcast_pair(pair);
 #pragma GCC unroll 4
         for (int n = 0; n < vectors; ++n) sum[r][n] = _mm512_dpbf16_ps(sum[r][n], input, filter[n]);
       }

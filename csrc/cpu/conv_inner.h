@@ -34,6 +34,16 @@ FASTADV_AVX512_INLINE void store_bf16(uint16_t* p, __m512 v) {
 
 FASTADV_AVX512_INLINE __m512 constant(float value) { return _mm512_set1_ps(value); }
 
+// Two bfloat16 numbers in every lane. Clang 16 crashes where it sees through the broadcast; Clang
+// 19 does not.
+FASTADV_AVX512_INLINE __m512bh broadcast_pair(int32_t pair) {
+  __m512i lanes = _mm512_set1_epi32(pair);
+#if defined(__clang__) && __clang_major__ < 19
+  asm("" : "+v"(lanes));
+#endif
+  return (__m512bh)lanes;
+}
+
 // How many of the remaining rows to multiply together: 6 x 4 sums fill the registers; a remainder
 // is spread so that no group is tiny.
 inline int64_t next_rows(int64_t remaining) {

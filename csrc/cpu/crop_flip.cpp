@@ -35,7 +35,7 @@ struct Geometry {
 // count pixels, source and result each with a stride of its own. The division is IEEE, as in every
 // other backend.
 template <class T>
-FASTADV_CLONES void scale_run(T* to, const uint8_t* from, int64_t count, int64_t to_stride,
+FASTADV_INLINE void scale_run(T* to, const uint8_t* from, int64_t count, int64_t to_stride,
                               int64_t from_stride) {
   for (int64_t i = 0; i < count; ++i) {
     store(to[i * to_stride], Compute<T>(float(from[i * from_stride]) / 255.0f));
@@ -43,12 +43,12 @@ FASTADV_CLONES void scale_run(T* to, const uint8_t* from, int64_t count, int64_t
 }
 
 template <class T>
-FASTADV_CLONES void scale_forward(T* to, const uint8_t* from, int64_t count) {
+FASTADV_INLINE void scale_forward(T* to, const uint8_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(to[i], Compute<T>(float(from[i]) / 255.0f));
 }
 
 template <class T>
-FASTADV_CLONES void scale_mirrored(T* to, const uint8_t* from, int64_t count) {
+FASTADV_INLINE void scale_mirrored(T* to, const uint8_t* from, int64_t count) {
   for (int64_t i = 0; i < count; ++i) store(to[i], Compute<T>(float(from[-i]) / 255.0f));
 }
 
@@ -75,9 +75,11 @@ void crop_row(T* to, const uint8_t* row, const Window& window, const Geometry& g
   T* inner = to + first * g.to_column;
   const int64_t count = last - first;
   if (g.to_column == 1 && g.from_column == 1) {
-    window.mirrored ? scale_mirrored(inner, start, count) : scale_forward(inner, start, count);
+    window.mirrored ? FASTADV_DISPATCH(scale_mirrored(inner, start, count))
+                    : FASTADV_DISPATCH(scale_forward(inner, start, count));
   } else {
-    scale_run(inner, start, count, g.to_column, window.mirrored ? -g.from_column : g.from_column);
+    const int64_t from_stride = window.mirrored ? -g.from_column : g.from_column;
+    FASTADV_DISPATCH(scale_run(inner, start, count, g.to_column, from_stride));
   }
 }
 

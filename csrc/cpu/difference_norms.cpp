@@ -11,7 +11,7 @@ namespace {
 
 // |u - v|^2
 template <class T>
-FASTADV_CLONES std::array<double, 1> square_sum(const T* u, const T* v, int64_t n) {
+FASTADV_INLINE std::array<double, 1> square_sum(const T* u, const T* v, int64_t n) {
   using C = Compute<T>;
   return sums<C, 1>(n, [&](int64_t i) {
     const C d = load(u[i]) - load(v[i]);
@@ -21,7 +21,7 @@ FASTADV_CLONES std::array<double, 1> square_sum(const T* u, const T* v, int64_t 
 
 // |u - v|^2 and |w - v|^2
 template <class T>
-FASTADV_CLONES std::array<double, 2> square_sums(const T* u, const T* w, const T* v, int64_t n) {
+FASTADV_INLINE std::array<double, 2> square_sums(const T* u, const T* w, const T* v, int64_t n) {
   using C = Compute<T>;
   return sums<C, 2>(n, [&](int64_t i) {
     const C center = load(v[i]), a = load(u[i]) - center, b = load(w[i]) - center;
@@ -31,13 +31,13 @@ FASTADV_CLONES std::array<double, 2> square_sums(const T* u, const T* w, const T
 
 // slope * (u - v)
 template <class T>
-FASTADV_CLONES void difference(T* out, const T* u, const T* v, Compute<T> slope, int64_t n) {
+FASTADV_INLINE void difference(T* out, const T* u, const T* v, Compute<T> slope, int64_t n) {
   for (int64_t i = 0; i < n; ++i) store(out[i], slope * (load(u[i]) - load(v[i])));
 }
 
 // slope * (u - v) and its negative
 template <class T>
-FASTADV_CLONES void opposite_differences(T* out_u, T* out_v, const T* u, const T* v,
+FASTADV_INLINE void opposite_differences(T* out_u, T* out_v, const T* u, const T* v,
                                          Compute<T> slope, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Compute<T> gradient = slope * (load(u[i]) - load(v[i]));
@@ -48,7 +48,7 @@ FASTADV_CLONES void opposite_differences(T* out_u, T* out_v, const T* u, const T
 
 // slope_u * (u - v) and slope_w * (w - v)
 template <class T>
-FASTADV_CLONES void two_differences(T* out_u, T* out_w, const T* u, const T* w, const T* v,
+FASTADV_INLINE void two_differences(T* out_u, T* out_w, const T* u, const T* w, const T* v,
                                     Compute<T> slope_u, Compute<T> slope_w, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Compute<T> center = load(v[i]);
@@ -81,7 +81,7 @@ void fill_difference(const at::Tensor& out, const at::Tensor& u, const at::Tenso
     const T *a = data<T>(u) + at, *b = data<T>(v) + at;
     write_blocks<1>(std::array{data<T>(out) + at}, count, streamed,
                     [&, s = slope(sample)](const auto& to, int64_t first, int64_t n) {
-                      difference(to[0], a + first, b + first, s, n);
+                      FASTADV_DISPATCH(difference(to[0], a + first, b + first, s, n));
                     });
   });
 }
@@ -98,7 +98,7 @@ at::Tensor euclidean_distance(const at::Tensor& u, const at::Tensor& v, bool squ
     using T = decltype(t);
     const T *a = data<T>(pair[0]), *b = data<T>(pair[1]);
     const auto sums = sums_of_samples<1>(u.size(0), sample_size(u), [&](int64_t at, int64_t count) {
-      return square_sum(a + at, b + at, count);
+      return FASTADV_DISPATCH(square_sum(a + at, b + at, count));
     });
     Compute<T>* out = data<Compute<T>>(distance);
     for (const auto& sum : sums) *out++ = Compute<T>(squared ? sum[0] : std::sqrt(sum[0]));
@@ -113,10 +113,11 @@ void fill_opposite(const at::Tensor& out_u, const at::Tensor& out_v, const at::T
   const bool streamed = int64_t(2 * out_u.nbytes()) >= kStreamedBytes;
   over_elements(u, [&](int64_t sample, int64_t at, int64_t count) {
     const T *a = data<T>(u) + at, *b = data<T>(v) + at;
-    write_blocks<2>(std::array{data<T>(out_u) + at, data<T>(out_v) + at}, count, streamed,
-                    [&, s = slope(sample)](const auto& to, int64_t first, int64_t n) {
-                      opposite_differences(to[0], to[1], a + first, b + first, s, n);
-                    });
+    write_blocks<2>(
+        std::array{data<T>(out_u) + at, data<T>(out_v) + at}, count, streamed,
+        [&, s = slope(sample)](const auto& to, int64_t first, int64_t n) {
+          FASTADV_DISPATCH(opposite_differences(to[0], to[1], a + first, b + first, s, n));
+        });
   });
 }
 
@@ -156,9 +157,10 @@ std::tuple<at::Tensor, at::Tensor> vanilla_feature_distillation(const at::Tensor
   dispatch_float(features[0].scalar_type(), "f_adv", [&](auto t) {
     using T = decltype(t);
     const T *a = data<T>(features[0]), *b = data<T>(features[1]), *c = data<T>(features[2]);
-    const auto sums = sums_of_samples<2>(
-        f_adv.size(0), sample_size(f_adv),
-        [&](int64_t at, int64_t count) { return square_sums(a + at, b + at, c + at, count); });
+    const auto sums =
+        sums_of_samples<2>(f_adv.size(0), sample_size(f_adv), [&](int64_t at, int64_t count) {
+          return FASTADV_DISPATCH(square_sums(a + at, b + at, c + at, count));
+        });
     Compute<T>*to = data<Compute<T>>(loss), *norm = data<Compute<T>>(norms);
     for (const auto& sum : sums) {
       const double of_adv = std::sqrt(sum[0]), of_clean = std::sqrt(sum[1]);
@@ -181,8 +183,8 @@ void fill_two(const at::Tensor& out_adv, const at::Tensor& out_clean,
     const auto of_adv = slope(sample, 0), of_clean = slope(sample, 1);
     write_blocks<2>(std::array{data<T>(out_adv) + at, data<T>(out_clean) + at}, count, streamed,
                     [&](const auto& to, int64_t first, int64_t n) {
-                      two_differences(to[0], to[1], a + first, b + first, c + first, of_adv,
-                                      of_clean, n);
+                      FASTADV_DISPATCH(two_differences(to[0], to[1], a + first, b + first,
+                                                       c + first, of_adv, of_clean, n));
                     });
   });
 }

@@ -10,7 +10,7 @@ namespace fastadv {
 namespace {
 
 template <class G>
-FASTADV_CLONES double l1_norm(const G* grad, int64_t n) {
+FASTADV_INLINE double l1_norm(const G* grad, int64_t n) {
   return double_sums<1>(n, [&](int64_t i) __attribute__((always_inline)) {
     return std::array<double, 1>{std::abs(double(load(grad[i])))};
   })[0];
@@ -25,7 +25,7 @@ double factor_of(double norm) {
 }
 
 template <class C, class G>
-FASTADV_CLONES void update(C* momentum, const G* grad, C decay, double factor, int64_t n) {
+FASTADV_INLINE void update(C* momentum, const G* grad, C decay, double factor, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const C added = factor == 0 ? C(0) : C(double(load(grad[i])) * factor);
     momentum[i] = decay * momentum[i] + added;
@@ -42,8 +42,8 @@ void run(const at::Tensor& momentum, const at::Tensor& grad, double decay, const
   at::parallel_for(0, momentum.size(0), grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!active[i]) continue;
-      const double factor = factor_of<C>(l1_norm(g + i * size, size));
-      update(m + i * size, g + i * size, C(decay), factor, size);
+      const double factor = factor_of<C>(FASTADV_DISPATCH(l1_norm(g + i * size, size)));
+      FASTADV_DISPATCH(update(m + i * size, g + i * size, C(decay), factor, size));
     }
   });
 }

@@ -50,7 +50,7 @@ FASTADV_INLINE void philox_blocks(uint32_t* words, uint64_t first, const Key& ke
 }
 
 // kChunk words from logical index `begin` (a multiple of kChunk) on.
-inline FASTADV_CLONES void fill_words(uint32_t* words, int64_t begin, Key key) {
+FASTADV_INLINE void fill_words(uint32_t* words, int64_t begin, Key key) {
   for (int64_t i = 0; i < kChunk; i += kWords * kBlocks) {
     philox_blocks(words + i, uint64_t(begin + i) / kWords, key);
   }
@@ -93,7 +93,7 @@ struct NoiseLimits {
 };
 
 template <class T>
-FASTADV_CLONES void add_linf_noise(T* out, const T* x, const uint32_t* words, int64_t count,
+FASTADV_INLINE void add_linf_noise(T* out, const T* x, const uint32_t* words, int64_t count,
                                    int64_t stride, NoiseLimits limits) {
   using C = Compute<T>;
   const C eps = C(limits.eps), low = C(limits.low), high = C(limits.high);
@@ -112,11 +112,11 @@ void linf_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key
   uint32_t words[kChunk];
   const int64_t size = layout.planes * layout.plane_size;
   for (int64_t begin = 0; begin < size; begin += kChunk) {
-    fill_words(words, begin, key);
+    FASTADV_DISPATCH(fill_words(words, begin, key));
     for_runs(layout, begin, std::min(begin + kChunk, size),
              [&](int64_t index, int64_t offset, int64_t count) {
-               add_linf_noise(out + offset, x + offset, words + (index - begin), count,
-                              layout.element_stride, limits);
+               FASTADV_DISPATCH(add_linf_noise(out + offset, x + offset, words + (index - begin),
+                                               count, layout.element_stride, limits));
              });
   }
 }

@@ -12,7 +12,7 @@ struct Counts {
 };
 
 template <class G>
-FASTADV_CLONES Counts count_gradient(const G* grad, int64_t n) {
+FASTADV_INLINE Counts count_gradient(const G* grad, int64_t n) {
   int64_t zeros = 0, nans = 0;
   for (int64_t i = 0; i < n; ++i) {
     const auto g = load(grad[i]);
@@ -33,7 +33,8 @@ void run_linf(const PgdImages& images, const PgdStep& step) {
     parallel_over_samples(batch, size, [&](int64_t sample, int64_t begin, int64_t end) {
       const int64_t at = sample * size + begin;
       if (step.active[sample]) {
-        step_linf(out + at, adv + at, grad + at, x + at, step.limits<C>(sample), end - begin);
+        const auto limits = step.limits<C>(sample);
+        FASTADV_DISPATCH(step_linf(out + at, adv + at, grad + at, x + at, limits, end - begin));
       } else {
         copy_elements(out + at, adv + at, end - begin);
       }
@@ -42,7 +43,8 @@ void run_linf(const PgdImages& images, const PgdStep& step) {
   }
   const auto limits = step.limits<C>(0);
   at::parallel_for(0, batch * size, kGrain, [&](int64_t begin, int64_t end) {
-    step_linf(out + begin, adv + begin, grad + begin, x + begin, limits, end - begin);
+    FASTADV_DISPATCH(
+        step_linf(out + begin, adv + begin, grad + begin, x + begin, limits, end - begin));
   });
 }
 
@@ -65,8 +67,7 @@ struct Cpu {
   static at::Tensor step(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,
                          const PgdStepArguments& a) {
     const PgdStep step = made_step(adv, a);
-    return stepped(adv, grad, x,
-                   [&](const PgdImages& images) { step_into(images, step, a.norm); });
+    return stepped(adv, grad, x, [&](const PgdImages& images) { step_into(images, step, a.norm); });
   }
   static void step_(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,
                     const PgdStepArguments& a, const OptionalTensor& counts) {
@@ -85,7 +86,8 @@ void add_counts(const at::Tensor& grad, const Active& active, const at::Tensor& 
     using G = decltype(t);
     parallel_over_samples(grad.size(0), size, [&](int64_t sample, int64_t begin, int64_t end) {
       if (!active[sample]) return;
-      const Counts found = count_gradient(data<G>(grad) + sample * size + begin, end - begin);
+      const G* g = data<G>(grad) + sample * size + begin;
+      const Counts found = FASTADV_DISPATCH(count_gradient(g, end - begin));
       zeros += found.zeros;
       nans += found.nans;
     });

@@ -39,7 +39,7 @@ FASTADV_INLINE C linf_moved(C adv, V grad, C x, const Limits<C>& limits) {
 }
 
 template <class T, class G>
-FASTADV_CLONES void step_linf(T* out, const T* adv, const G* grad, const T* x,
+FASTADV_INLINE void step_linf(T* out, const T* adv, const G* grad, const T* x,
                               Limits<Compute<T>> limits, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     store(out[i], linf_moved(load(adv[i]), load(grad[i]), load(x[i]), limits));

@@ -104,7 +104,7 @@ void pad(C* distance, int64_t n) {
 
 // |moved - x| of every element, padded with zeros; returns the largest, but for NaN.
 template <class T, class G>
-FASTADV_CLONES Compute<T> fill_distances(Compute<T>* distance, const T* adv, const G* grad,
+FASTADV_INLINE Compute<T> fill_distances(Compute<T>* distance, const T* adv, const G* grad,
                                          const T* x, Bits<G> threshold, Compute<T> share,
                                          int64_t n) {
   using C = Compute<T>;
@@ -156,7 +156,7 @@ FASTADV_INLINE void load_doubles(Doubles& to, const C* from) {
 // Sum and number of the distances that exceed theta, NaN among them. `distance` is padded with
 // zeros to a multiple of kLanes.
 template <class C>
-FASTADV_CLONES Excess sum_above(const C* distance, double theta, double grid, int64_t n) {
+FASTADV_INLINE Excess sum_above(const C* distance, double theta, double grid, int64_t n) {
   constexpr int kVectors = 4;
   Doubles total[kVectors] = {};
   Mask count[kVectors] = {};
@@ -193,21 +193,21 @@ template <class C>
 double soft_threshold(C* distance, C largest, double radius, int64_t n) {
   if (!std::isfinite(largest)) return 0;
   const double grid = summation_grid(largest, n);
-  Excess now = sum_above(distance, 0, grid, n);
+  Excess now = FASTADV_DISPATCH(sum_above(distance, 0, grid, n));
   if (!(now.total > radius && std::isfinite(now.total))) return 0;
   if (radius == 0) return HUGE_VAL;
   double theta = 0;
   while (true) {
     if (now.count < n / 2) n = keep_above(distance, theta, grid, n);  // theta only grows
     theta = (now.total - radius) / double(now.count);
-    const Excess next = sum_above(distance, theta, grid, n);
+    const Excess next = FASTADV_DISPATCH(sum_above(distance, theta, grid, n));
     if (next.count == 0 || next.count >= now.count) return theta;
     now = next;
   }
 }
 
 template <class T, class G>
-FASTADV_CLONES void write_moved(T* out, const T* adv, const G* grad, Bits<G> threshold,
+FASTADV_INLINE void write_moved(T* out, const T* adv, const G* grad, Bits<G> threshold,
                                 Compute<T> share, Limits<Compute<T>> limits, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     store(out[i], clip(moved<T, G>(adv[i], grad[i], threshold, share), limits.low, limits.high));
@@ -215,7 +215,7 @@ FASTADV_CLONES void write_moved(T* out, const T* adv, const G* grad, Bits<G> thr
 }
 
 template <class T, class G>
-FASTADV_CLONES void write_projected(T* out, const T* adv, const G* grad, const T* x,
+FASTADV_INLINE void write_projected(T* out, const T* adv, const G* grad, const T* x,
                                     Bits<G> threshold, Compute<T> share, double theta,
                                     Limits<Compute<T>> limits, int64_t n) {
   using C = Compute<T>;
@@ -237,12 +237,13 @@ void step_l1(T* out, const T* adv, const G* grad, const T* x, Limits<Compute<T>>
   const Chosen<G> chosen = choose(static_cast<Bits<G>*>(scratch), grad, n, k);
   const C share = chosen.count ? C(double(limits.alpha) / double(chosen.count)) : C(0);
   C* distance = static_cast<C*>(scratch);
-  const C largest = fill_distances(distance, adv, grad, x, chosen.threshold, share, n);
+  const C largest =
+      FASTADV_DISPATCH(fill_distances(distance, adv, grad, x, chosen.threshold, share, n));
   const double theta = soft_threshold(distance, largest, limits.eps, n);
   if (theta > 0) {
-    write_projected(out, adv, grad, x, chosen.threshold, share, theta, limits, n);
+    FASTADV_DISPATCH(write_projected(out, adv, grad, x, chosen.threshold, share, theta, limits, n));
   } else {
-    write_moved(out, adv, grad, chosen.threshold, share, limits, n);
+    FASTADV_DISPATCH(write_moved(out, adv, grad, chosen.threshold, share, limits, n));
   }
 }
 

@@ -18,7 +18,7 @@ FASTADV_INLINE double scaled(G grad, double scale) {
   return load(grad);
 }
 
-FASTADV_CLONES double scale_of(const double* grad, int64_t n) {
+FASTADV_INLINE double scale_of(const double* grad, int64_t n) {
   double largest = 0;
   for (int64_t i = 0; i < n; ++i) {
     const double magnitude = std::abs(grad[i]);
@@ -28,12 +28,12 @@ FASTADV_CLONES double scale_of(const double* grad, int64_t n) {
 }
 
 template <class G>
-double scale_of(const G*, int64_t) {
+FASTADV_INLINE double scale_of(const G*, int64_t) {
   return 1;
 }
 
 template <class T, class G>
-FASTADV_CLONES std::array<double, 3> products(const T* adv, const G* grad, const T* x, double scale,
+FASTADV_INLINE std::array<double, 3> products(const T* adv, const G* grad, const T* x, double scale,
                                               int64_t n) {
   return double_sums<3>(n, [&](int64_t i) __attribute__((always_inline)) {
     const double g = scaled(grad[i], scale);
@@ -61,7 +61,7 @@ Projection<C> projection_of(const std::array<double, 3>& sums, const Limits<C>& 
 }
 
 template <class T, class G>
-FASTADV_CLONES void write(T* out, const T* adv, const G* grad, const T* x, double scale,
+FASTADV_INLINE void write(T* out, const T* adv, const G* grad, const T* x, double scale,
                           Projection<Compute<T>> p, Limits<Compute<T>> limits, int64_t n) {
   using C = Compute<T>;
   for (int64_t i = 0; i < n; ++i) {
@@ -80,9 +80,10 @@ void pgd_step_l2(const PgdImages& images, const PgdStep& step) {
     using G = decltype(g);
     for_samples<T, G>(images, step,
                       [size](T* out, const T* adv, const G* grad, const T* x, auto limits) {
-                        const double scale = scale_of(grad, size);
-                        const auto p = projection_of(products(adv, grad, x, scale, size), limits);
-                        write(out, adv, grad, x, scale, p, limits, size);
+                        const double scale = FASTADV_DISPATCH(scale_of(grad, size));
+                        const auto sums = FASTADV_DISPATCH(products(adv, grad, x, scale, size));
+                        const auto p = projection_of(sums, limits);
+                        FASTADV_DISPATCH(write(out, adv, grad, x, scale, p, limits, size));
                       });
   });
 }

@@ -61,7 +61,7 @@ class Tile {
 };
 
 template <class T, class G, class C = Compute<T>>
-FASTADV_CLONES void step_elements(T* out, const T* adv, const G* grad, const T* x, const C* eps,
+FASTADV_INLINE void step_elements(T* out, const T* adv, const G* grad, const T* x, const C* eps,
                                   const C* alpha, const C* low, const C* high, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const Limits<C> limits{eps[i], alpha[i], low[i], high[i]};
@@ -72,13 +72,13 @@ FASTADV_CLONES void step_elements(T* out, const T* adv, const G* grad, const T* 
 // What is done to elements `begin` to `end` of a sample whose first ones are at these addresses:
 // run by run, or tile by tile.
 template <class T, class G>
-void step_runs(T* out, const T* adv, const G* grad, const T* x,
-               const Numbers<Compute<T>>& numbers, int64_t sample, int64_t run, int64_t begin,
-               int64_t end) {
+void step_runs(T* out, const T* adv, const G* grad, const T* x, const Numbers<Compute<T>>& numbers,
+               int64_t sample, int64_t run, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end;) {
     const int64_t channel = i / run % numbers.channels();
     const int64_t length = std::min(end, i / run * run + run) - i;
-    step_linf(out + i, adv + i, grad + i, x + i, numbers.at(sample, channel), length);
+    const auto limits = numbers.at(sample, channel);
+    FASTADV_DISPATCH(step_linf(out + i, adv + i, grad + i, x + i, limits, length));
     i += length;
   }
 }
@@ -88,8 +88,9 @@ void step_tiles(T* out, const T* adv, const G* grad, const T* x, const Tile<Comp
                 int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end;) {
     const int64_t from = i % tile.size(), length = std::min(end - i, tile.size() - from);
-    step_elements(out + i, adv + i, grad + i, x + i, tile.eps() + from, tile.alpha() + from,
-                  tile.low() + from, tile.high() + from, length);
+    FASTADV_DISPATCH(step_elements(out + i, adv + i, grad + i, x + i, tile.eps() + from,
+                                   tile.alpha() + from, tile.low() + from, tile.high() + from,
+                                   length));
     i += length;
   }
 }
@@ -131,8 +132,9 @@ at::Tensor checked_limits(const at::Tensor& limits, const at::Tensor& adv) {
 }
 
 void step_into(const PgdImages& images, const at::Tensor& limits, const Active& active) {
-  dispatch_step(images,
-                [&](auto t, auto g) { step_batch<decltype(t), decltype(g)>(images, limits, active); });
+  dispatch_step(images, [&](auto t, auto g) {
+    step_batch<decltype(t), decltype(g)>(images, limits, active);
+  });
 }
 
 at::Tensor pgd_step_per_channel(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,

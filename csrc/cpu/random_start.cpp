@@ -24,7 +24,7 @@ struct BallDraw {
 };
 
 template <class Ball>
-FASTADV_CLONES BallDraw measure(const uint32_t* direction, const uint32_t* radius, int64_t n) {
+FASTADV_INLINE BallDraw measure(const uint32_t* direction, const uint32_t* radius, int64_t n) {
   int64_t sum = 0;
   uint32_t largest = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -40,10 +40,11 @@ BallDraw measure_sample(int64_t size, Key key) {
   BallDraw all;
   for (int64_t begin = 0; begin < size; begin += kChunk) {
     key.stream = 0;
-    fill_words(direction, begin, key);
+    FASTADV_DISPATCH(fill_words(direction, begin, key));
     key.stream = kRadiusStream;
-    fill_words(radius, begin, key);
-    const BallDraw part = measure<Ball>(direction, radius, std::min<int64_t>(kChunk, size - begin));
+    FASTADV_DISPATCH(fill_words(radius, begin, key));
+    const int64_t count = std::min<int64_t>(kChunk, size - begin);
+    const BallDraw part = FASTADV_DISPATCH(measure<Ball>(direction, radius, count));
     all.sum += part.sum;
     all.largest = std::max(all.largest, part.largest);
   }
@@ -51,7 +52,7 @@ BallDraw measure_sample(int64_t size, Key key) {
 }
 
 template <class Ball, class T>
-FASTADV_CLONES void add_direction(T* out, const T* x, const uint32_t* words, int64_t count,
+FASTADV_INLINE void add_direction(T* out, const T* x, const uint32_t* words, int64_t count,
                                   int64_t stride, Compute<T> scale, NoiseLimits limits) {
   using C = Compute<T>;
   const C low = C(limits.low), high = C(limits.high);
@@ -72,12 +73,13 @@ void ball_noise_sample(T* out, const T* x, const SampleLayout& layout, const Key
   const C scale = draw.sum ? C(share * limits.eps / Ball::length(draw.sum)) : C(0);
   uint32_t words[kChunk];
   for (int64_t begin = 0; begin < size; begin += kChunk) {
-    fill_words(words, begin, key);
-    for_runs(layout, begin, std::min(begin + kChunk, size),
-             [&](int64_t index, int64_t offset, int64_t count) {
-               add_direction<Ball>(out + offset, x + offset, words + (index - begin), count,
-                                   layout.element_stride, scale, limits);
-             });
+    FASTADV_DISPATCH(fill_words(words, begin, key));
+    for_runs(
+        layout, begin, std::min(begin + kChunk, size),
+        [&](int64_t index, int64_t offset, int64_t count) {
+          FASTADV_DISPATCH(add_direction<Ball>(out + offset, x + offset, words + (index - begin),
+                                               count, layout.element_stride, scale, limits));
+        });
   }
 }
 

@@ -7,39 +7,80 @@
 #include <cstdint>
 #include <type_traits>
 
-// A function marked FASTADV_CLONES is compiled once per SIMD level, and the loader picks the widest
-// that the processor has. What it calls must be FASTADV_INLINE, or it stays at the baseline.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
-    __GNUC__ >= 12
-#define FASTADV_HAS_CLONES 1
-#ifdef __SANITIZE_THREAD__  // which is not ready yet when the loader asks what picks a clone
-#define FASTADV_CLONES
-#else
-#define FASTADV_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
-#endif
-#else
-#define FASTADV_HAS_CLONES 0
-#define FASTADV_CLONES
-#endif
+#define FASTADV_INLINE inline __attribute__((always_inline))
 
-// A function marked FASTADV_AVX512_ONLY may be called where `has_avx512` alone. So may what is
-// inlined into it, which is how vectors of 64 bytes become registers.
-#if FASTADV_HAS_CLONES
-#define FASTADV_AVX512_ONLY __attribute__((target("arch=x86-64-v4")))
+// The SIMD levels that a kernel is compiled for besides the compiler's baseline: the vector units
+// of x86-64-v3 and of x86-64-v4, spelled out because not every compiler knows those names here.
+#if defined(__x86_64__) && defined(__linux__)
+#define FASTADV_HAS_SIMD_LEVELS 1
+#define FASTADV_AVX2_ONLY __attribute__((target("avx2,bmi,bmi2,fma")))
+#define FASTADV_AVX512_ONLY \
+  __attribute__((target("avx2,bmi,bmi2,fma,avx512f,avx512bw,avx512cd,avx512dq,avx512vl")))
 #else
+#define FASTADV_HAS_SIMD_LEVELS 0
+#define FASTADV_AVX2_ONLY
 #define FASTADV_AVX512_ONLY
 #endif
-#define FASTADV_INLINE inline __attribute__((always_inline))
+
+// Evaluates a call in code of the widest SIMD level that the processor has. The function called,
+// and what it calls, must be FASTADV_INLINE, or it stays at the baseline. `target_clones` would ask
+// for less writing, but Clang refuses it on templates, and GCC 11 does not know the levels.
+#define FASTADV_DISPATCH(...) \
+  ::fastadv::at_simd_level([&]() __attribute__((always_inline)) { return __VA_ARGS__; })
 
 namespace fastadv {
 
-inline bool has_avx512() {
-#if FASTADV_HAS_CLONES
-  return __builtin_cpu_supports("x86-64-v4");
+enum class SimdLevel { kBaseline, kAvx2, kAvx512 };
+
+inline SimdLevel detect_simd_level() {
+#if FASTADV_HAS_SIMD_LEVELS
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") &&
+        __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))) {
+    return SimdLevel::kBaseline;
+  }
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl")
+             ? SimdLevel::kAvx512
+             : SimdLevel::kAvx2;
 #else
-  return false;
+  return SimdLevel::kBaseline;
 #endif
 }
+
+inline const SimdLevel kSimdLevel = detect_simd_level();
+
+inline bool has_avx512() { return kSimdLevel == SimdLevel::kAvx512; }
+
+template <class F>
+FASTADV_AVX2_ONLY __attribute__((noinline)) auto with_avx2(const F& f) {
+  return f();
+}
+
+template <class F>
+FASTADV_AVX512_ONLY __attribute__((noinline)) auto with_avx512(const F& f) {
+  return f();
+}
+
+template <class F>
+FASTADV_INLINE auto at_simd_level(const F& f) {
+#if FASTADV_HAS_SIMD_LEVELS
+  if (kSimdLevel == SimdLevel::kAvx512) return with_avx512(f);
+  if (kSimdLevel == SimdLevel::kAvx2) return with_avx2(f);
+#endif
+  return f();
+}
+
+// A pointer to a function whose calls go through FASTADV_DISPATCH.
+template <auto function>
+struct Dispatched;
+template <class... Args, void (*function)(Args...)>
+struct Dispatched<function> {
+  static void call(Args... args) { FASTADV_DISPATCH(function(args...)); }
+};
+template <auto function>
+constexpr auto dispatched = &Dispatched<function>::call;
 
 struct BFloat16 {
   uint16_t bits;

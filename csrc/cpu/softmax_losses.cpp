@@ -37,7 +37,7 @@ FASTADV_INLINE Logits<C> load_row(C* to, const T* from, const C* gradient, int c
 }
 
 template <class T, class C>
-FASTADV_CLONES void scale_row(T* to, const C* from, C factor, int classes) {
+FASTADV_INLINE void scale_row(T* to, const C* from, C factor, int classes) {
   for (int i = 0; i < classes; ++i) store(to[i], factor * from[i]);
 }
 
@@ -55,12 +55,7 @@ using Narrow = Vector<C, 32>;
 using Wide = Vector<float, 64>;
 
 template <class Kind, class T>
-FASTADV_CLONES void compute(Row<Narrow<Compute<T>>>& row, const T* logits, const T* other) {
-  compute_row<Kind>(row, logits, other);
-}
-
-template <class Kind, class T>
-FASTADV_AVX512_ONLY void compute(Row<Wide>& row, const T* logits, const T* other) {
+FASTADV_AVX512_ONLY void compute_wide_row(Row<Wide>& row, const T* logits, const T* other) {
   compute_row<Kind>(row, logits, other);
 }
 
@@ -113,7 +108,11 @@ void run_rows(const Operands& o, int64_t begin, int64_t end) {
   C* losses = data<C>(o.losses);
   for (int64_t i = begin; i < end; ++i) {
     row.y = label(y, i, classes);
-    compute<Kind>(row, logits, other);
+    if constexpr (std::is_same_v<V, Wide>) {
+      compute_wide_row<Kind>(row, logits, other);
+    } else {
+      FASTADV_DISPATCH(compute_row<Kind>(row, logits, other));
+    }
     losses[i * per_sample] = row.loss;
     if (per_sample == 2) losses[2 * i + 1] = row.other_loss;
     logits = next_row(logits, classes);
@@ -245,7 +244,8 @@ at::Tensor softmax_losses_backward(const at::Tensor& grad, const at::Tensor& gra
     T* to = data<T>(out);
     at::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        scale_row(to + i * classes, in + i * classes, slope[i * stride], int(classes));
+        const C factor = slope[i * stride];
+        FASTADV_DISPATCH(scale_row(to + i * classes, in + i * classes, factor, int(classes)));
       }
     });
   };

@@ -5,7 +5,8 @@
 // that ten classes cost little more than one SIMD register. The arithmetic is written on vectors V,
 // because the compiler's own vectorisation gives up on these loops: of 32 bytes, which it carries
 // out in the registers of each SIMD level, or of 64 for AVX-512 alone, as it takes them apart badly
-// elsewhere. All of it is inlined into functions marked FASTADV_CLONES or FASTADV_AVX512_ONLY.
+// elsewhere. All of it is inlined into calls of FASTADV_DISPATCH or functions marked
+// FASTADV_AVX512_ONLY.
 #pragma once
 
 #include <algorithm>

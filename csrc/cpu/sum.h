@@ -12,7 +12,8 @@ constexpr int kLanes = 32;  // partial sums, the same at every SIMD level: all g
 constexpr int64_t kRun = 8 * kLanes;  // terms added in the dtype of computation, then in double
 
 // N sums at once over the elements 0 .. n - 1; terms(i) is a std::array<C, N>. For use in functions
-// marked FASTADV_CLONES. Float sums of many like terms would all round the same way and drift.
+// called through FASTADV_DISPATCH. Float sums of many like terms would all round the same way and
+// drift.
 template <class C, size_t N, class F>
 FASTADV_INLINE std::array<double, N> sums(int64_t n, const F& terms) {
   double total[N][kLanes] = {};

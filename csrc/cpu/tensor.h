@@ -1,7 +1,6 @@
 // Host side of the CPU ops: dtype dispatch, numbers per sample and threads.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -9,6 +8,7 @@
 #include <algorithm>
 
 #include "checks.h"
+#include "cpu/parallel.h"
 #include "cpu/simd.h"
 #include "layout.h"
 

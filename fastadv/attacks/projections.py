@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastadv.ops import NATIVE
 from fastadv.ops.checks import rows
 
 # The equation of `level`, and `to_hyperplane` in linf and l2; on the CPU in csrc/cpu/projections.cpp.
@@ -24,6 +25,10 @@ torch.library.define(
     "(Tensor points, Tensor normal, Tensor gap, bool linf, float low, float high) -> Tensor",
 )
 _COMPILED = (torch.float32, torch.float64)
+
+
+def _is_compiled(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and NATIVE.library is not None
 
 
 def level(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
@@ -38,7 +43,7 @@ def level(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
     Returns:
         [B, 1] float64, infinite where the left side never reaches the target.
     """
-    if amounts.device.type == "cpu":
+    if _is_compiled(amounts):
         return torch.ops.fastadv.water_level(amounts, caps, target)
     return level_by_sorting(amounts, caps, target)
 
@@ -83,7 +88,7 @@ def to_hyperplane(
     Returns:
         delta [B, ...] in the dtype of ``points``.
     """
-    if points.device.type == "cpu" and points.dtype in _COMPILED and norm != "l1":
+    if _is_compiled(points) and points.dtype in _COMPILED and norm != "l1":
         flat, towards = rows(points), rows(normal).to(points.dtype)
         way = torch.ops.fastadv.hyperplane_way(flat, towards, gap, norm == "linf", *bounds)
         return way.view(points.shape)

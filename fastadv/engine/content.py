@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.ops import NATIVE
+
 torch.library.define("fastadv::content_hash", "(Tensor[] tensors) -> Tensor")
 
 
@@ -18,9 +20,10 @@ def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     autograd version counter would not do: writing through ``tensor.data`` leaves it alone.
 
     Returns:
-        None where a tensor is no ordinary one of the CPU, so that nothing is known about it.
+        None where a tensor is no ordinary one of the CPU, so that nothing is known about it. Likewise without the
+        compiled part, which computes the hashes.
     """
-    if not all(_is_ordinary(t) for t in tensors):
+    if NATIVE.library is None or not all(_is_ordinary(t) for t in tensors):
         return None
     dense = [t.detach() if _is_dense(t) else t.detach().contiguous() for t in tensors]
     hashes = torch.ops.fastadv.content_hash(dense).tolist()

@@ -29,6 +29,8 @@ from __future__ import annotations
 
 import torch
 
+from fastadv.ops import NATIVE
+
 POINTS = 36  # products per tile of F(4x4, 3x3)
 VECTOR = 16  # output channels are packed in multiples of this
 WIDE = 64  # and, for the gathering kernel, in blocks of this
@@ -69,14 +71,19 @@ torch.library.define(
 )
 
 
+def available() -> bool:
+    """Whether the operations above can run: they are in the compiled part alone."""
+    return NATIVE.library is not None
+
+
 def supported(in_channels: int, out_channels: int) -> bool:
     """Whether this processor has our 3x3 convolution for these channels."""
-    return torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
+    return available() and torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
 
 
 def amx_serves(in_channels: int) -> bool:
     """Whether this processor has our convolution by AMX for these channels."""
-    return has_amx() and torch.ops.fastadv.conv_amx_supported(in_channels)
+    return available() and has_amx() and torch.ops.fastadv.conv_amx_supported(in_channels)
 
 
 def onednn_available() -> bool:

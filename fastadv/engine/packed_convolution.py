@@ -297,7 +297,7 @@ def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) ->
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
-    if device.type != "cpu":
+    if device.type != "cpu" or not convolution.available():
         return None
     if _worth_tiles(conv, source, backward):
         return TileKernel(conv, backward)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastadv.ops import softmax_losses as _softmax_losses  # noqa: F401  registers the losses of fastadv.losses
+import fastadv
+from fastadv.ops import native
+from fastadv.ops import softmax_losses as _softmax_losses  # registers the losses of fastadv.losses
 from fastadv.ops.angular_distance import angular_distance, replay_mask
 from fastadv.ops.attention_map_distance import attention_map_distance
 from fastadv.ops.backend import backend
@@ -34,18 +36,8 @@ __all__ = [
 ]
 
 
-def _load_native() -> None:
-    """Load the compiled kernels; the schemas above exist by now."""
-    try:
-        import fastadv._C  # noqa: F401
-    except ImportError as error:
-        import torch
-
-        raise ImportError(
-            "fastadv's compiled part could not be loaded. Build it against the torch in use "
-            f"({torch.__version__}) with `pip install --no-build-isolation .`. The loader said: {error}"
-        ) from error
-
-
-_load_native()
+# The schemas exist by now.
+NATIVE = native.load(fastadv.__path__)
+if NATIVE.library is None:
+    _softmax_losses.register_python_gradient()
 claim_cuda_for_triton()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastadv.ops import checks, transforms
-from fastadv.ops.registry import Op, define, register_traced_gradient
+from fastadv.ops.registry import Op, define, register_gradient, register_traced_gradient
 from fastadv.ops.traced import call, changes
 
 # Shifted logits are kept above this, so that differences of finite logits stay finite: [dtype of computation].
@@ -348,7 +348,7 @@ define(
 )
 
 
-# Under torch.func, which has no use for gradients registered in C++.
+# Under torch.func, which has no use for gradients registered in C++, and without the compiled part.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, other, _, kind, *_ = inputs
     ctx.save_for_backward(*output[1:])
@@ -372,6 +372,16 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 transforms.GRADIENTS["softmax_losses"] = transforms.Gradient(_backward, _setup_context)
 register_traced_gradient(_op, _backward, _setup_context)
+
+
+_python_gradient = False
+
+
+def register_python_gradient() -> None:
+    """Give the losses their gradient where no compiled part is there to do so."""
+    global _python_gradient
+    register_gradient(_op, _backward, _setup_context)
+    _python_gradient = True
 
 
 def _in_transform() -> bool:
@@ -446,7 +456,8 @@ def softmax_losses(
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
     # Autograd in C++ asks for the gradients that it needs by itself; in Python they must be there.
-    wanted = _in_transform() or (changes(weight, temperature) and torch.is_grad_enabled())
+    in_python = _python_gradient or changes(weight, temperature)
+    wanted = _in_transform() or (in_python and torch.is_grad_enabled())
     losses: Tensor
     losses, _, _ = call(
         "softmax_losses",

@@ -47,7 +47,7 @@ def _imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
     parts = {name.split(".")[1] for name in found if name.startswith("fastadv.")}
-    return parts - {"_C", "__version__"}
+    return parts - {"__version__"}
 
 
 FLOORS = _floors()

@@ -71,11 +71,11 @@ def sync_debug_mode() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
 def test_who_owns_the_op(name: str) -> None:
-    from fastadv import _C
+    from fastadv.ops import NATIVE
 
     op = REGISTRY[name]
     in_cuda = "CUDA C++" not in op.without
-    expected = "native" if _C.build_info()["cuda"] and in_cuda else "triton"
+    expected = "native" if NATIVE.build_info()["cuda"] and in_cuda else "triton"
     assert op.owner("cuda") == (expected if op.triton or expected == "native" else "reference")
 
 

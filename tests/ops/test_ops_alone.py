@@ -11,7 +11,6 @@ from paths import ROOT, environment
 # fastadv.seeding is where a seed comes from that the caller does not give; kernels are the ops' own.
 BELONGING = (
     "fastadv",
-    "fastadv._C",
     "fastadv.kernels",
     "fastadv.ops",
     "fastadv.seeding",

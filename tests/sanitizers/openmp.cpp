@@ -2,10 +2,10 @@
 // sees them begin and end, so that what a parallel region does is ordered before and after, and two
 // threads within it are not. The real runtime is built without the sanitizer, and its barriers are
 // unknown to it.
-#include <ATen/Parallel.h>
-
 #include <thread>
 #include <vector>
+
+#include "cpu/parallel.h"
 
 namespace {
 

@@ -6,35 +6,43 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-_NAME = "fastadv._C"
+_PACKAGE = "fastadv"
 
 
 class _Finder:
-    """Finds the compiled part at one path, and nothing else."""
+    """Finds the package as usual, with one more folder, looked through first."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self._path) if name == _NAME else None
+        if name != _PACKAGE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        assert spec is not None and spec.submodule_search_locations is not None
+        spec.submodule_search_locations.insert(0, str(self._folder))
+        return spec
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--native-library", help="the compiled part to be used")
+    parser.addoption("--native-library", type=Path, help="the compiled part to be used")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    assert _NAME not in sys.modules, "the package has been imported before"
-    sys.meta_path.insert(0, _Finder(config.getoption("--native-library")))  # type: ignore[arg-type]
+    assert _PACKAGE not in sys.modules, "the package has been imported before"
+    sys.meta_path.insert(0, _Finder(config.getoption("--native-library").parent))  # type: ignore[arg-type]
 
 
-def pytest_report_header() -> str:
-    import fastadv._C
+def pytest_report_header(config: pytest.Config) -> str:
+    from fastadv.ops import NATIVE
 
-    return f"compiled part: {fastadv._C.__file__}"
+    assert NATIVE.path == config.getoption("--native-library"), NATIVE
+    return f"compiled part: {NATIVE.path}"

@@ -27,7 +27,7 @@ thread)
 esac
 
 cmake -S . -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTADV_SANITIZE="$kind" -DFASTADV_CUDA=OFF \
-  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > /dev/null
+  -DPython_EXECUTABLE="$("$python" -c 'import sys; print(sys.executable)')" > /dev/null
 cmake --build "$build" -j "${JOBS:-2}"
 
 export LD_PRELOAD=$preload PYTHONPATH=$PWD:$PWD/tests:$PWD/tests/helpers PYTHONDONTWRITEBYTECODE=1
@@ -48,5 +48,5 @@ thread)
   ;;
 esac
 [ $# -gt 0 ] && tests=("$@")
-exec "$python" -m pytest -p sanitizers.plugin --native-library "$(echo "$PWD/$build"/_C.*.so)" -p no:cacheprovider -s \
+exec "$python" -m pytest -p sanitizers.plugin --native-library "$(echo "$PWD/$build"/libfastadv_torch*.so)" -p no:cacheprovider -s \
   -x "${tests[@]}"
