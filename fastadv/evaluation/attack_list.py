@@ -53,7 +53,7 @@ NAMES = {
     "clean": "no attack",
     "fgsm, fgsm-rs": "one step; with a random start",
     "pgd-K, cw-K, mim-K": "K steps of PGD, of PGD on the margin, with momentum",
-    "pgd-K-R, cw-K-R": "R restarts: an image is broken if one of them breaks it",
+    "pgd-K-R, cw-K-R": "R restarts: an image is broken if any restart breaks it",
     "pgd-K-Rruns, cw-K-Rruns": "R whole runs: the run that leaves the fewest images counts",
     "apgd-ce, apgd-dlr, apgd-t": "Auto-PGD of 100 steps; apgd-ce-K for K",
     "fab-t, fab": "100 steps; fab-t-K for K",

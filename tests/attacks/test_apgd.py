@@ -10,7 +10,7 @@ from attack_zoo import WAYS
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.attacks.apgd import Schedule, checkpoints
+from fastadv.attacks.apgd import StepSizes, checkpoints
 from fastadv.attacks.objectives import (
     dlr_targeted_objective,
     likeliest_wrong_classes,
@@ -144,10 +144,10 @@ def test_the_checkpoints_are_those_of_the_paper() -> None:
     assert list(checkpoints(1)) == [1]
 
 
-def course(values: list[list[float]], rho: float = 0.75) -> tuple[Schedule, Tensor]:
+def course(values: list[list[float]], rho: float = 0.75) -> tuple[StepSizes, Tensor]:
     """A schedule that has seen these values [steps + 1][B]; the points are the numbers of the steps."""
     points = [torch.full((len(v), 1), float(step)) for step, v in enumerate(values)]
-    schedule = Schedule(points[0], torch.tensor(values[0]), points[0], 0.5, rho)
+    schedule = StepSizes(points[0], torch.tensor(values[0]), points[0], 0.5, rho)
     for point, value in zip(points[1:], values[1:], strict=True):
         schedule.note(point, torch.tensor(value), 10 * point)
     return schedule, points[-1]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import fastadv
 from fastadv.attacks.apgd_l1 import SparseSchedule, steps_by_radius
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EPS = 1.3
@@ -93,7 +93,7 @@ def schedule(changed: list[int], grad: Tensor, value: list[float]) -> tuple[Spar
     """A schedule of images with ten elements, of which some have been changed."""
     x = torch.full((len(changed), 10), 0.5)
     adv = x + 0.1 * (torch.arange(10) < torch.tensor(changed)[:, None])
-    batch = Batch(
+    batch = AttackBatch(
         _Nothing(),
         x,
         torch.zeros(len(changed)).long(),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.attacks import Attack
-from fastadv.attacks.batch import Batch
+from fastadv.attacks.batch import AttackBatch
 from fastadv.engine import cuda_graph as graph
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cuda_graph import GraphCache, padded_size
@@ -354,7 +354,9 @@ def test_a_recorded_attack_copies_nothing_from_the_host(
     for kind in (fastadv.PGD, fastadv.MIM):
         for norm in ("linf", "l2", "l1"):
             attack = kind(model, steps=2, norm=norm, **{"random_start": True, **options})
-            batch = Batch(engine, engine.images(x), y, eps, norm, (0.0, 1.0), False, None, None)
+            batch = AttackBatch(
+                engine, engine.images(x), y, eps, norm, (0.0, 1.0), False, None, None
+            )
             with Devices() as devices:
                 attack._search(batch.on(batch.x, y, eps, eps > 0), [batch.x, batch.x.clone()], eps)
             assert devices.types == {"meta"}

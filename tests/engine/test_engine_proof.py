@@ -453,8 +453,8 @@ def test_the_first_use_of_an_engine_finds_what_later_uses_find() -> None:
 
 @pytest.mark.parametrize("spoil", [0.0, torch.nan, torch.inf])
 def test_a_gradient_lost_for_one_image_is_a_difference(spoil: float) -> None:
-    live = proof.Gradient(torch.zeros(3), torch.randn(3, 4), torch.randn(3, 2, 5, 5))
-    found = proof.Gradient(live.value, live.logits, live.grad.clone())
+    live = proof.InputGradient(torch.zeros(3), torch.randn(3, 4), torch.randn(3, 2, 5, 5))
+    found = proof.InputGradient(live.value, live.logits, live.grad.clone())
     assert proof.difference(found, live, "bf16") is None
     found.grad[1] = spoil
     assert "cosine" in str(proof.difference(found, live, "bf16"))
