@@ -147,7 +147,8 @@ def _column(name: str, value: Number, norm: str, like: Tensor) -> Tensor:
         number = checks.number(name, value) if is_bound else checks.limit(name, value)
         if is_bound and not -math.inf < number < math.inf:
             raise ValueError(f"{name} must be finite, got {number}")
-        return torch.full((1, 1), number, dtype=dtype, device=like.device)
+        # Not torch.full, for which torch.compile makes a graph of each number.
+        return torch.zeros((1, 1), dtype=dtype, device=like.device) + number
     checks.check_tensor(name, value)
     if value.is_complex():
         raise TypeError(f"{name} must hold real numbers, got {value.dtype}")

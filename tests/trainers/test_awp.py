@@ -304,7 +304,7 @@ def test_a_run_with_awp_keeps_its_weights_where_no_step_is_taken(tmp_path: Path)
 
 def test_the_weights_saved_with_a_failed_batch_are_not_perturbed(tmp_path: Path) -> None:
     states: list[dict[str, Tensor]] = []
-    with pytest.raises(NonFiniteLossError, match="the last batch and the weights before its step"):
+    with pytest.raises(NonFiniteLossError, match="the last batch and the weights before it"):
         failing_run(make_model(0), tmp_path, states, max_bad_steps=1)
     (file,) = tmp_path.glob("nonfinite_step_*.pt")
     assert states_equal(torch.load(file, weights_only=True)["weights"]["model"], states[-1])

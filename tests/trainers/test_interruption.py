@@ -114,7 +114,7 @@ def test_before_the_first_step_it_stops_at_once(tmp_path: Path) -> None:
     def send(_: Path) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.raises(Interrupted, match="resuming goes on from the last checkpoint, or begins"):
+    with pytest.raises(Interrupted, match="resuming goes on from the last checkpoint, or starts"):
         run("standard", tmp_path, on_start=send)
     assert run("standard", tmp_path, resume=True).progress.step == 8
 
