@@ -18,7 +18,13 @@ from fastadv.models.resnet import ResNet, resnet18
 from fastadv.models.small_cnn import SmallCNN, small_cnn
 from fastadv.models.split import FeatureSplit, Normalized, SplitModel, check_feature_split
 from fastadv.models.stack import Stack, importance_ratios
-from fastadv.models.stages import check_layer, layer_and_logits, layer_names, layer_output
+from fastadv.models.stages import (
+    MissingLayerError,
+    check_layer,
+    layer_and_logits,
+    layer_names,
+    layer_output,
+)
 from fastadv.models.state_files import StateFileError, read_state_file
 from fastadv.models.vgg import VGG, vgg16_bn
 from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
@@ -28,6 +34,7 @@ __all__ = [
     "FeatureSplit",
     "ImageNetResNet",
     "LoadReport",
+    "MissingLayerError",
     "Normalized",
     "PreActResNet",
     "ResNet",

@@ -23,7 +23,7 @@ from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.report import Row
 from fastadv.files import sha256_of, write_atomically
-from fastadv.models.stages import MissingLayerError
+from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
