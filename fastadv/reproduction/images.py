@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from fastadv.data import ImageData, Splits, load_dataset, load_folders, subset
-from fastadv.data.datasets import load_test_images
+from fastadv.data.datasets import dataset_names, load_test_images
 from fastadv.data.folder import FolderImages
 from fastadv.data.training_folders import CROP, FOLDER, RESIZE, folder_of_tests
 from fastadv.reproduction.specs import CannotRun
@@ -38,8 +38,15 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What the data set is called in tables and in the names of files; of a folder it is the folder's name."""
-        return self._folder.resolve().name.lower() if self.is_folder else self.data
+        """The data set's name in tables and in the names of files.
+
+        Pictures are called by their folder's name. A folder that is named like a data set gets a longer name, so
+        that its tables do not replace the data set's.
+        """
+        if not self.is_folder:
+            return self.data
+        name = self._folder.resolve().name.lower()
+        return f"folder-{name}" if name in dataset_names() else name
 
     @property
     def _folder(self) -> Path:

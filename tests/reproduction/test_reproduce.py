@@ -35,6 +35,7 @@ from fastadv.reproduction import (
     reproduce,
 )
 from fastadv.reproduction.cost import attack_passes, passes_of
+from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy, Size
 from fastadv.reproduction.specs import CannotRun, resolve, spec, stack
 from fastadv.reproduction.tables import NOT_AT_HAND
@@ -406,6 +407,11 @@ def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(
         assert pairs and all(torch.equal(*pair) for pair in pairs) == same
     again = tiny(item, out)
     assert again.trained == () and again.judged == 0
+
+
+def test_pictures_in_a_folder_named_like_a_data_set_have_tables_of_their_own() -> None:
+    names = [Source(data).name for data in ("cifar10", "folder:a/CIFAR10", "folder:b/ImageNet")]
+    assert names == ["cifar10", "folder-cifar10", "imagenet"]
 
 
 @pytest.mark.filterwarnings("ignore:the model is right on")
