@@ -140,7 +140,13 @@ def _length(t: Tensor) -> Tensor:
 
 
 def _counting_formula(counts: Tensor | None, **arguments: object) -> tuple[Tensor, ...]:
-    results = _formula(**arguments)
+    return with_counts(_formula(**arguments), counts, arguments)
+
+
+def with_counts(
+    results: tuple[Tensor, ...], counts: Tensor | None, arguments: Arguments
+) -> tuple[Tensor, ...]:
+    """The results of a step, and then the counters of its gradient's zero and NaN elements, if it has them."""
     if counts is None:
         return results
     grad, active = arguments["grad"], arguments["active"]

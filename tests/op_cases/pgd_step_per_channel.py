@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadv.ops import pgd_step, pgd_step_
 from op_cases.case import DTYPES, IMAGE_BENCH_SHAPES, SMALL_SHAPES, Arguments, Bad, OpCase
 from op_cases.draw import Draw, Spec
+from op_cases.pgd_step import with_counts
 
 EPS, ALPHA = 8 / 255, 2 / 255
 # The last one has many channels with few places each, whose numbers change from element to element.
@@ -69,12 +70,7 @@ def _formula(
 
 
 def _counting_formula(counts: Tensor | None, **arguments: Tensor | None) -> tuple[Tensor, ...]:
-    results = _formula(**arguments)
-    if counts is None:
-        return results
-    grad, active = arguments["grad"], arguments["active"]
-    grad = grad if active is None else grad[active]
-    return (*results, counts + torch.stack(((grad == 0).sum(), grad.isnan().sum())))
+    return with_counts(_formula(**arguments), counts, arguments)
 
 
 def _scale(limits: Tensor, **_: object) -> tuple[float, ...]:
