@@ -387,9 +387,8 @@ def _contents(model: Model) -> tuple[Any, ...]:
     named = [*model.named_parameters(), *model.named_buffers()]
     names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
     found = content(tensors)
-    if (
-        found is None
-    ):  # on a GPU; torch's counters do not see what is written through ``tensor.data``
+    if found is None:  # on a GPU
+        # torch's counters do not see a write through ``tensor.data``, so the sums are compared, too.
         versions = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
         floats = (t.detach().double() for t in tensors if t.is_floating_point())
         sums = tuple(str(float(t.sum())) for t in floats)  # as text NaN equals NaN
