@@ -4,6 +4,7 @@
     python bench/evaluation.py --data cifar10 --root DATA   200 test images of CIFAR-10
     python bench/evaluation.py --run RUN                    a network of yours: a run directory or a checkpoint
     python bench/evaluation.py --weights FILE               a ResNet-18 of yours
+    python bench/evaluation.py --seeds 0 1 2                three times; seeds of earlier runs stay in the file
     python bench/evaluation.py --attacks apgd-ce apgd-t     without the attacks that the reference runs for all
     python bench/evaluation.py --quick                      one epoch, 16 images, Auto-PGD alone: does it run
 
@@ -11,20 +12,22 @@ Without --run a network is first trained by PGD-AT, with the recipe of `methods.
 process. The images are split into parts. Each part is searched by all before the next is, each time in another
 order. Parts should have several batches, as the pool of fastadv is not full at the end of each.
 
-An image counts as robust if the plain float32 network is right on it and on what the search returned, which must
-lie in ball and bounds. Results go to bench/results.
+An image counts as robust if the plain float32 network is right on it and on the image that the search returned,
+which must lie in ball and bounds. "alone" counts images that one of two searches breaks and the other leaves.
+Results go to bench/results.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import machine, machine_line, text_table, write_json
+from evaluation_found import REFERENCE, Found, Part, table
+from measure import machine, machine_line, write_json
 from method_list import GROUNDS
 from strength import trained_network
 from torch import Tensor, nn
@@ -37,34 +40,7 @@ from fastadv.evaluation.verify import Audit, predict
 from fastadv.trainers import load_model
 
 RESULTS = Path(__file__).parent / "results"
-SEARCHES = {"pyautoattack": "reference", "fastadv float32": "fp32", "fastadv engine": "auto"}
-
-
-@dataclass(frozen=True)
-class Found:
-    """What one search found on n images.
-
-    Attributes:
-        search: its name.
-        ran: what the search says that it ran in.
-        seconds: of all parts.
-        parts: seconds of each part.
-        stages: for each attack, seconds and images left.
-        refined: images found by float32 steps after a narrower search, and the seconds of these steps.
-        robust: images left.
-        alone: images that no other search has broken.
-    """
-
-    search: str
-    ran: str
-    n: int
-    seconds: float
-    parts: list[float]
-    stages: dict[str, dict[str, float]]
-    refined: int
-    refinement_seconds: float
-    robust: int
-    alone: int
+SEARCHES = {REFERENCE: "reference", "fastadv float32": "fp32", "fastadv engine": "auto"}
 
 
 def search_all(
@@ -74,16 +50,20 @@ def search_all(
     parts: int,
     settings: dict[str, Any],
     names: list[str],
-) -> dict[str, list[tuple[float, AutoAttackResult]]]:
-    """Seconds and result of every search on every part."""
-    results: dict[str, list[tuple[float, AutoAttackResult]]] = {name: [] for name in names}
+) -> list[Found]:
+    """Every search on every part, with one seed."""
+    results: dict[str, list[Part]] = {name: [] for name in names}
     for number, rows in enumerate(torch.arange(len(x)).chunk(parts)):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             begun = time.perf_counter()
             found = autoattack(model, (x[rows], y[rows]), engine=SEARCHES[name], **settings)
-            results[name].append((time.perf_counter() - begun, found))
+            results[name].append(Part(rows, time.perf_counter() - begun, found))
             check(model, x[rows], y[rows], found, settings)
-    return results
+            told = ", ".join(f"{s.name} {s.seconds:.1f} s, {s.correct} left" for s in found.stages)
+            print(
+                f"{name}, seed {settings['seed']}, part {number + 1} of {parts}: {told}", flush=True
+            )
+    return [Found.of(name, settings["seed"], found) for name, found in results.items()]
 
 
 def check(
@@ -102,57 +82,23 @@ def check(
         raise RuntimeError(f"a search returned images that are not adversarial; {audit.problems()}")
 
 
-def summary_of(results: dict[str, list[tuple[float, AutoAttackResult]]]) -> list[Found]:
-    """The searches side by side."""
-    robust = {
-        name: torch.cat([found.robust for _, found in parts]) for name, parts in results.items()
-    }
-    rows = []
-    for name, parts in results.items():
-        others = torch.stack([flags for other, flags in robust.items() if other != name])
-        stages: dict[str, dict[str, float]] = {}
-        for _, found in parts:
-            for stage in found.stages:
-                entry = stages.setdefault(stage.name, {"seconds": 0.0, "left": 0})
-                entry["seconds"] += stage.seconds
-                entry["left"] += stage.correct
-        every = [stage for _, found in parts for stage in found.stages]
-        seconds = [seconds for seconds, _ in parts]
-        rows.append(
-            Found(
-                name,
-                parts[0][1].search,
-                len(robust[name]),
-                sum(seconds),
-                seconds,
-                stages,
-                sum(stage.refined for stage in every),
-                sum(stage.refinement_seconds for stage in every),
-                int(robust[name].sum()),
-                int((~robust[name] & others.all(0)).sum()),
-            )
-        )
-    return rows
+def kept(path: Path, facts: dict[str, Any], rows: list[Found]) -> list[Found]:
+    """The rows of a results file that new ones do not replace, and the new ones.
 
-
-def table_of(rows: list[Found]) -> str:
-    """As text."""
-    header = ["search", "ran in", "seconds", "times as fast", "robust %", "found alone"]
-    lines = []
-    for row in rows:
-        speed = f"{rows[0].seconds / row.seconds:.2f}"
-        accuracy = f"{100 * row.robust / row.n:.2f}"
-        lines.append([row.search, row.ran, f"{row.seconds:.1f}", speed, accuracy, str(row.alone)])
-    text = text_table(header, lines)
-    for row in rows:
-        stages = (
-            f"{name} {entry['seconds']:.1f} s, {entry['left']} left"
-            for name, entry in row.stages.items()
-        )
-        text += f"\n{row.search}: {'; '.join(stages)}"
-        if row.refinement_seconds:
-            text += f"; float32 steps found {row.refined} in {row.refinement_seconds:.1f} s"
-    return text
+    Raises:
+        SystemExit: the file is of another network, of other settings or of another machine.
+    """
+    if not path.exists():
+        return rows
+    old = json.loads(path.read_text())
+    for name, value in facts.items():
+        before = old[name]["cpu"] if name == "machine" else old[name]
+        if before != (value["cpu"] if name == "machine" else value):
+            raise SystemExit(f"{path} has another {name}; choose another --name: {before}")
+    new = {(row.search, row.seed) for row in rows}
+    earlier = [Found.read(row) for row in old["results"]]
+    every = [row for row in earlier if (row.search, row.seed) not in new] + rows
+    return sorted(every, key=lambda row: (list(SEARCHES).index(row.search), row.seed))
 
 
 def main() -> None:
@@ -175,7 +121,7 @@ def main() -> None:
         help="what is compared, the first with the others",
     )
     parser.add_argument("--norm", choices=("linf", "l2", "l1"), default="linf")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--name", help="added to the name of the results' file")
     parser.add_argument("--eps", type=float, help="by default the radius of the data set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -199,33 +145,39 @@ def main() -> None:
         "norm": options.norm,
         "version": attacks,
         "batch_size": options.batch,
-        "seed": options.seed,
     }
-    with evaluation_mode(model, options.device) as device:
-        x = (data.test.images[:count].float() / 255).to(device)
-        y = data.test.labels[:count].to(device)
-        # So that no search pays for what a process does once.
-        for engine in (SEARCHES[name] for name in options.searches):
-            autoattack(model, (x[:2], y[:2]), engine=engine, **{**settings, "version": ["apgd-ce"]})
-        rows = summary_of(search_all(model, x, y, options.parts, settings, options.searches))
-    facts = machine(device)
+    out = options.out or (None if options.quick else RESULTS)
+    name = f"evaluation_{ground.data}" + (f"_{options.name}" if options.name else "")
     given = options.weights or options.run
     source = "PGD-AT as in methods.py" if given is None else given.name
     network = f"{type(model).__name__} from {source}"
-    print(f"{ground.data}, {network}, {options.norm} {settings['eps']:.3g}, {len(x)} test images")
-    print(f"{machine_line(facts)}\n")
-    print(table_of(rows))
-    out = options.out or (None if options.quick else RESULTS)
-    if out is not None:
-        content = {
-            "machine": facts,
+    with evaluation_mode(model, options.device) as device:
+        facts = {
+            "machine": machine(device),
             "data": ground.data,
             "network": network,
             "settings": settings,
-            "results": [asdict(row) for row in rows],
+            "images": count,
         }
-        name = f"evaluation_{ground.data}" + (f"_{options.name}" if options.name else "")
-        write_json(out / f"{name}.json", content)
+        print(
+            f"{ground.data}, {network}, {options.norm} {settings['eps']:.3g}, {count} test images"
+        )
+        print(f"{machine_line(facts['machine'])}\n", flush=True)
+        x = (data.test.images[:count].float() / 255).to(device)
+        y = data.test.labels[:count].to(device)
+        # So that no search pays for what a process does once.
+        for search in options.searches:
+            engine = SEARCHES[search]
+            autoattack(model, (x[:2], y[:2]), engine=engine, **{**settings, "version": ["apgd-ce"]})
+        rows: list[Found] = []
+        for seed in options.seeds:
+            seeded = {**settings, "seed": seed}
+            rows += search_all(model, x, y, options.parts, seeded, options.searches)
+            if out is not None:
+                every = kept(out / f"{name}.json", facts, rows)
+                content = {**facts, "results": [row.to_dict() for row in every]}
+                write_json(out / f"{name}.json", content)
+    print(f"\n{table(rows if out is None else every)}")
 
 
 if __name__ == "__main__":

@@ -12,36 +12,54 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import evaluation
+from evaluation_found import REFERENCE, Found, Part, missed, table
 
 from fastadv.evaluation import AutoAttackResult, Stage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
-def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_it_runs_and_keeps_the_seeds_of_earlier_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     pytest.importorskip("pyautoattack")
     words = ["evaluation.py", "--quick", "--attacks", "apgd-ce", "--out", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", words)
-    evaluation.main()
+    for seed in ("0", "1"):
+        monkeypatch.setattr(sys, "argv", [*words, "--seeds", seed])
+        evaluation.main()
     found = json.loads((tmp_path / "evaluation_digits.json").read_text())
-    assert [row["search"] for row in found["results"]] == list(evaluation.SEARCHES)
+    expected = [(search, seed) for search in evaluation.SEARCHES for seed in (0, 1)]
+    assert [(row["search"], row["seed"]) for row in found["results"]] == expected
     for row in found["results"]:
-        assert row["n"] == 16 and row["robust"] == row["stages"]["apgd-ce"]["left"]
+        assert row["n"] == 16 and len(row["attacks"][0]["left"]) <= 16
         assert row["seconds"] == pytest.approx(sum(row["parts"])) and len(row["parts"]) == 2
-    assert "found alone" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "it alone" in shown and "that it breaks with another" in shown
+    monkeypatch.setattr(sys, "argv", [*words, "--eps", "0.01"])
+    with pytest.raises(SystemExit, match="another settings; choose another --name"):
+        evaluation.main()
 
 
-def test_an_image_that_one_search_alone_has_broken_counts_for_it() -> None:
-    def result(*robust: bool) -> list[tuple[float, AutoAttackResult]]:
-        flags = torch.tensor(robust)
-        stages = (Stage("apgd-ce", int(flags.sum()), seconds=1.0),)
-        nothing = torch.empty(0)
-        return [(2.0, AutoAttackResult(flags, nothing, nothing, stages, "ok", (), 0, 4, 2.0))]
+def result(robust: list[bool], fooled: list[int], correct: list[int]) -> AutoAttackResult:
+    stages = tuple(Stage(f"attack {i}", n, seconds=1.0) for i, n in enumerate(correct))
+    rows, images = torch.tensor(fooled), torch.empty(0)
+    return AutoAttackResult(torch.tensor(robust), rows, images, stages, "ok", (), 0, 4, 2.0)
 
-    rows = evaluation.summary_of(
-        {"a": result(False, True, False), "b": result(False, True, True), "c": result(*[True] * 3)}
-    )
-    assert [(row.robust, row.alone) for row in rows] == [(1, 1), (2, 0), (3, 0)]
+
+def test_what_each_attack_leaves_is_told_from_the_order_of_the_broken_images() -> None:
+    # Image 0 was never right. The first attack breaks 3 and 1, the second 4; image 2 is left.
+    part = Part(torch.tensor([10, 11, 12, 13, 14]), 2.0, result([0, 0, 1, 0, 0], [3, 1, 4], [2, 1]))
+    found = Found.of("a", 0, [part])
+    assert [attack.left for attack in found.attacks] == [[12, 14], [12]]
+    assert found.robust == {12} and found.n == 5
+
+
+def test_images_that_one_search_alone_breaks_are_counted() -> None:
+    rows = torch.arange(3)
+    one = Found.of(REFERENCE, 0, [Part(rows, 6.0, result([1, 0, 0], [1, 2], [1]))])
+    other = Found.of("b", 0, [Part(rows, 2.0, result([0, 1, 1], [0], [2]))])
+    assert missed(other, by=one) == 2 and missed(one, by=other) == 1
+    assert "3.00" in table([one, other])
 
 
 def test_claims_are_held_against_the_network() -> None:
