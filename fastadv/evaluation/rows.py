@@ -127,7 +127,7 @@ class Judge:
             seconds=outcome.seconds,
             status="invalid" if outcome.problems else "ok",
             notes=(*outcome.problems, *outcome.notes),
-            worst=self.runner.worst.take(attack.name),
+            worst=self.runner.take_worst(attack.name),
         )
 
     def _minimum(self, attack: Minimum) -> tuple[Row, Tensor]:
@@ -166,7 +166,7 @@ class Judge:
             seconds=whole.seconds,
             search=whole.search,
             status=whole.status,
-            worst=None if result is None else self._worst(attack, indices, result),
+            worst=self._worst(attack, indices, result),
         )
         if runner.surrogate is None:
             if result is not None:
@@ -184,8 +184,10 @@ class Judge:
         return replace(row, correct=int(robust.sum())), robust
 
     def _worst(
-        self, attack: Ensemble, indices: Tensor, result: AutoAttackResult
+        self, attack: Ensemble, indices: Tensor, result: AutoAttackResult | None
     ) -> WorstImages | None:
+        if result is None:  # this process had no image, but others may have had some
+            return self.runner.take_worst(attack.name)
         return self.runner.worst_of(attack.name, indices, result.fooled, result.adversarial)
 
     def _state_of(self, eps: float) -> str | os.PathLike[str] | None:

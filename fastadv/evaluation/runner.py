@@ -322,7 +322,7 @@ class Runner:
     def worst_of(
         self, name: str, attacked: Tensor, fooled: Tensor, adversarial: Tensor
     ) -> WorstImages | None:
-        """The worst of the images that an ensemble broke, where any are to be kept.
+        """The worst of the images that an ensemble broke, where any are to be kept; to be called by all ranks.
 
         Args:
             name: of the attack.
@@ -336,7 +336,14 @@ class Runner:
                 x, y = self.samples.take(indices, self.device)
                 adv = adversarial[part].to(self.device)
                 self.worst.see(name, x, adv, y, self.logits_of(adv, name, indices), indices)
-        return self.worst.take(name)
+        return self.take_worst(name)
+
+    def take_worst(self, name: str) -> WorstImages | None:
+        """Hand over the worst images of an attack, of all ranks; to be called by all of them."""
+        own = self.worst.take(name)
+        if not self.worst.keep:
+            return None
+        return self.worst.worst_of_all(self.work.ranks.gather_objects(own))
 
     def batches(self, label: str, indices: Tensor) -> Iterator[Tensor]:
         """The indices of images batch by batch, with a bar."""

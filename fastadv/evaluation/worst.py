@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,17 +130,23 @@ class WorstKeeper:
         """Take the worst of one batch, which `see` returned."""
         if attack != self._attack:
             self._attack, self._worst = attack, None
-        if self._worst is not None:
-            old = self._worst
-            pairs = ((getattr(old, name), getattr(new, name)) for name in _ARRAYS)
-            new = WorstImages(*(torch.cat(pair) for pair in pairs))
-        self._worst = new._first(self.keep)
+        parts = [new] if self._worst is None else [self._worst, new]
+        self._worst = _together(parts)._first(self.keep)
 
     def take(self, attack: str) -> WorstImages | None:
         """Hand over what has been kept of an attack and forget it; None where it broke no image."""
         worst = self._worst if attack == self._attack else None
         self._attack, self._worst = "", None
         return worst if worst is not None and len(worst) else None
+
+    def worst_of_all(self, parts: Sequence[WorstImages | None]) -> WorstImages | None:
+        """The worst of what several processes have kept of one attack; None where no image was broken."""
+        found = [part for part in parts if part is not None]
+        return _together(found)._first(self.keep) if found else None
+
+
+def _together(parts: Sequence[WorstImages]) -> WorstImages:
+    return WorstImages(*(torch.cat([getattr(part, name) for part in parts]) for name in _ARRAYS))
 
 
 def _broken(

@@ -19,6 +19,7 @@ from training_helpers import small_recipe
 from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
 from fastadv.evaluation.rows import joined
 from fastadv.evaluation.work import SharedWork, key_of
+from fastadv.evaluation.worst import WorstImages
 from fastadv.ranks import Ranks
 from fastadv.trainers import train
 
@@ -69,12 +70,22 @@ def judge(run: Path, out: Path, *launcher: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.fixture(scope="module")
-def undisturbed(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Result], str]:
+def undisturbed(
+    run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Result], str, list[WorstImages]]:
     out = tmp_path_factory.mktemp("alone") / "eval.json"
     done = judge(run, out)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.parent.iterdir()) == ["eval.json", "worst"]
-    return results(out), done.stdout
+    return results(out), done.stdout, worst(out)
+
+
+def worst(out: Path) -> list[WorstImages]:
+    """The worst images of each row, where there are some."""
+    from fastadv.evaluation import load_results
+
+    files = [out.parent / one.worst_file for one in load_results(out) if one.worst_file]
+    return [WorstImages.load(file) for file in files]
 
 
 def without_seconds(table: str) -> list[list[str]]:
@@ -84,7 +95,7 @@ def without_seconds(table: str) -> list[list[str]]:
 
 @pytest.mark.processes
 def test_two_processes_give_the_table_of_one(
-    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
+    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str, list[WorstImages]]
 ) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = judge(run, tmp_path / "eval.json", *launcher)
@@ -92,6 +103,15 @@ def test_two_processes_give_the_table_of_one(
     assert results(tmp_path / "eval.json") == undisturbed[0]
     assert without_seconds(done.stdout) == without_seconds(undisturbed[1])  # printed once
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "worst"]
+    found = worst(tmp_path / "eval.json")
+    assert [one.indices.tolist() for one in found] == [
+        one.indices.tolist() for one in undisturbed[2]
+    ]
+    assert any(
+        len({i % 2 for i in one.indices.tolist()}) == 2 for one in found
+    )  # of both processes
+    for one, other in zip(found, undisturbed[2], strict=True):
+        assert (one.adversarials - other.adversarials).abs().max() < 1e-4
     rows = {one.row.name: one.row for one in undisturbed[0]}
     assert rows["clean"].correct > rows["pgd-3-2"].correct >= rows["autoattack"].correct
     assert [stage.name for stage in rows["autoattack"].stages] == [
@@ -125,7 +145,7 @@ sys.exit(status)
 
 @pytest.mark.processes
 def test_kills_lose_one_batch_each(
-    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str]
+    run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str, list[WorstImages]]
 ) -> None:
     out = tmp_path / "eval.json"
     words = ["eval", str(run), *WORDS, "--out", str(out)]
