@@ -34,8 +34,8 @@ _DISTANCES = (
     "vanilla_feature_distillation/same-dtype",
     "attention_map_distance/same-channels",
 )
-# Autograd itself takes longer for one node, forward and backward, than a third of the usual code (NOTES.md, losses on
-# logits, 12). So nothing can be three times as fast as that code here.
+# Autograd itself takes longer for one node, forward and backward, than a third of the usual code (NOTES.md, losses
+# on logits, 12). So nothing can be three times as fast as that code here.
 _AT_AUTOGRADS_FLOOR = {(k, s) for k in ("cross_entropy", "cw") for s in ("128x10", "128x100")}
 _LOSSES = ("cross_entropy", "kl", "trades", "mart", "alp", "boosted_cross_entropy", "cw", "dlr")
 
