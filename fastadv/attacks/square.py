@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -15,16 +16,21 @@ from fastadv.attacks.best import Best, best_of_runs
 from fastadv.attacks.leaving import is_time_to_look
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.options import Setting
+from fastadv.attacks.square_ahead import (
+    DRAWN_AT_ONCE,
+    AcceptedShare,
+    AheadSearch,
+    queries_at_once,
+    words_of_queries,
+)
 from fastadv.attacks.square_proposals import proposals_for
 from fastadv.engine.engines import Model
 from fastadv.ops.pgd_step_per_channel import Bounds
-from fastadv.ops.philox import WORDS, philox
 from fastadv.ops.values import check_bool, integer, number
 
 Loss = Literal["cw", "ce"]
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of the share, after so many queries
 _FULL_SCHEDULE = 10000  # queries for which these are made
-_DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
 
 
 @dataclass(frozen=True)
@@ -145,10 +151,14 @@ class Square(Attack):
         return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
     def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
-        """One random search; broken images stay as they are, and leave when it is time to look."""
+        """One random search; broken images stay as they are, and leave when it is time to look.
+
+        Few images go on with several queries in a pass, where each image's logits are its own.
+        """
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()
         result.merge(search.best)
+        independent = not settings.train_mode and batch.engine.draws_nothing
         for query in range(1, settings.queries):
             if not settings.train_mode and is_time_to_look(query, batch.x.device):
                 going = (~search.best.succeeded).nonzero().flatten()
@@ -158,6 +168,9 @@ class Square(Attack):
                         return result
                     rows = rows[going]
                     search.keep(going)
+                if independent and search.is_worth_looking_ahead():
+                    search.ahead(query).carry_out(result, rows)
+                    return result
             search.step(query)
         result.merge(search.best, rows)
         return result
@@ -174,7 +187,12 @@ class _Search:
         self._batch, self._settings, self._seed = batch, settings, seed
         self._objective = Objective(settings.loss, settings.targeted)
         self._proposals = proposals_for(batch)
-        self._words = self._draw(1, self._proposals.first_words, stream=0)
+        self._accepted = AcceptedShare()
+        self._changed: int | Tensor = 0  # images, by so many points tried
+        self._tried = 0
+        ids = batch.sample_ids
+        assert ids is not None
+        self._words = words_of_queries(seed, ids, -1, 1, self._proposals.first_words)
         self.best = Best()
         if batch.given_start is not None:
             self._try(batch.start(seed))
@@ -183,11 +201,10 @@ class _Search:
 
     def step(self, query: int) -> None:
         """Try another point for every image, from the random words of this query, 1 or more."""
-        number = (query - 1) % _DRAWN_AT_ONCE
+        number = (query - 1) % DRAWN_AT_ONCE
         if number == 0:
-            count = min(_DRAWN_AT_ONCE, self._settings.queries - query)
-            stream = 1 + (query - 1) // _DRAWN_AT_ONCE
-            self._words = self._draw(count, self._proposals.next_words, stream)
+            count = min(DRAWN_AT_ONCE, self._settings.queries - query)
+            self._words = self._draw((query - 1) // DRAWN_AT_ONCE, count)
         share = share_at(query - 1, self._settings)
         self._try(self._proposals.next(self.best.images, self._words[:, number], share))
 
@@ -197,19 +214,41 @@ class _Search:
         self._batch, self._words = self._batch.rows(rows), self._words[rows]
         self._proposals = proposals_for(self._batch)
 
+    def is_worth_looking_ahead(self) -> bool:
+        """Whether several queries of an image are worth one pass; called when it is time to look."""
+        self._accepted.see(int(self._changed), self._tried)
+        self._changed, self._tried = 0, 0
+        return queries_at_once(self._batch.x, self._accepted) > 1
+
+    def ahead(self, query: int) -> AheadSearch:
+        """The rest of the search from this query on, with several queries in a pass."""
+        return AheadSearch(
+            self._batch,
+            self.best,
+            self._objective,
+            partial(share_at, settings=self._settings),
+            self._seed,
+            query,
+            self._settings.queries,
+            self._accepted,
+        )
+
     def _try(self, adv: Tensor) -> None:
         logits = self._batch.logits(adv)
         succeeded = self._batch.succeeded(logits)
         if hasattr(self.best, "succeeded"):
             succeeded = succeeded & ~self.best.succeeded
+        before = getattr(self.best, "value", None)
         self.best.offer(adv, self._objective(logits, self._batch.y), succeeded)
+        if before is not None:
+            self._changed = self._changed + (self.best.value != before).sum()
+            self._tried += len(adv)
 
-    def _draw(self, points: int, words: int, stream: int) -> Tensor:
-        """Random words for some points of each image, [B, points, words] int64."""
+    def _draw(self, block: int, queries: int) -> Tensor:
+        """Random words for the first queries of a block, [B, queries, words] int64."""
         ids = self._batch.sample_ids
         assert ids is not None
-        drawn = philox(self._seed, ids, -(-points * words // WORDS), stream)
-        return drawn[:, : points * words].view(-1, points, words)
+        return words_of_queries(self._seed, ids, block, queries, self._proposals.next_words)
 
 
 def share_at(query: int, settings: SquareSettings) -> float:

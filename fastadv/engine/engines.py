@@ -47,6 +47,7 @@ class Engine(ABC):
     precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
+    draws_nothing = True  # a module in eval mode whose passes draw no random numbers
     _narrow_range = False  # computes in float16
 
     @abstractmethod
@@ -180,6 +181,7 @@ class EagerEngine(Engine):
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
+        self.draws_nothing = draws == "never"
         self._model: Model | None = None
         self._weights = torch.float32
 

@@ -18,21 +18,21 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
 
 
-def philox(seed: int, sample_ids: Tensor, blocks: int, stream: int = 0) -> Tensor:
+def philox(seed: int, sample_ids: Tensor, blocks: int, stream: int | Tensor = 0) -> Tensor:
     """The first blocks of random words of each sample.
 
     Args:
         seed: the key, 64 bits.
         sample_ids: [B] int64.
         blocks: how many blocks of four words.
-        stream: separates draws of one seed with different uses.
+        stream: separates draws of one seed with different uses; a number for all samples, or int64 [B].
 
     Returns:
         [B, 4 * blocks] int64 with values in 0 .. 2**32 - 1.
     """
     batch, device = sample_ids.shape[0], sample_ids.device
     c0 = torch.arange(blocks, dtype=torch.int64, device=device).expand(batch, blocks)
-    c1 = torch.full_like(c0, stream)
+    c1 = torch.as_tensor(stream, device=device).view(-1, 1).expand(batch, blocks)
     c2 = (sample_ids & _MASK)[:, None].expand(batch, blocks)
     c3 = (sample_ids >> 32 & _MASK)[:, None].expand(batch, blocks)
     words = philox_block((c0, c1, c2, c3), (seed & _MASK, seed >> 32 & _MASK))

@@ -131,6 +131,47 @@ def test_broken_images_leave_at_once_and_the_budget_holds() -> None:
     assert len(sizes) < 100
 
 
+def counted(model: nn.Module) -> tuple[nn.Module, list[int]]:
+    """The model as a module that notes the sizes of its batches."""
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    return model, sizes
+
+
+@pytest.mark.parametrize("norm", RADIUS)
+@pytest.mark.parametrize("queries", [70, 331])
+def test_looking_ahead_changes_no_result(
+    norm: str, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (x, y), ids = digits_test(24), torch.arange(500, 524)
+    model, sizes = counted(trained_small_cnn().double())
+    attack = fastadv.Square(model, RADIUS[norm], queries, norm=norm, seed=3)
+    ahead = attack(x.double(), y, sample_ids=ids)
+    passes, points = len(sizes), sum(sizes)
+    monkeypatch.setattr(fastadv.attacks.square, "queries_at_once", lambda *_: 1)
+    sizes.clear()
+    plain = attack(x.double(), y, sample_ids=ids)
+    left = int((model(plain).argmax(1) == y).sum())
+    assert 0 < left < 24
+    torch.testing.assert_close(ahead, plain, rtol=0, atol=1e-12)
+    assert passes < len(sizes) / (2 if queries > 300 else 1) and points < 1.3 * sum(sizes)
+
+
+def test_only_modules_that_draw_nothing_are_asked_ahead() -> None:
+    """A callable may count its queries, and a model that draws gives other logits at every pass."""
+    (x, y), model = digits_test(4), trained_small_cnn()
+    call, sizes = watched(model)
+    fastadv.Square(call, 0.01, 300, seed=0)(x, y)
+    assert len(sizes) == 300
+    noisy, sizes = counted(nn.Sequential(nn.Dropout(0.2).train(), model))
+    noisy.eval()
+    noisy[0].forward = lambda images: images + 1e-3 * torch.randn_like(images)
+    attack = fastadv.Square(noisy, 0.01, 300, seed=0)
+    sizes.clear()
+    attack(x, y)
+    assert max(sizes) <= 4 and len(sizes) >= 300
+
+
 def test_restarts_attack_only_what_is_left() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(64)
     call, sizes = watched(model)
