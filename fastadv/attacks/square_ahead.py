@@ -92,6 +92,9 @@ class AheadSearch:
         accepted: what is known of the share of queries that change an image.
     """
 
+    _words: Tensor  # [B, queries, words], from the first query of a block
+    _first: list[int]  # number of this block, by image
+
     def __init__(
         self,
         batch: AttackBatch,
