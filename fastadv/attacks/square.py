@@ -158,7 +158,7 @@ class Square(Attack):
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()
         result.merge(search.best)
-        independent = not settings.train_mode and batch.engine.draws_nothing
+        independent = not settings.train_mode and batch.engine.any_batch
         for query in range(1, settings.queries):
             if not settings.train_mode and is_time_to_look(query, batch.x.device):
                 going = (~search.best.succeeded).nonzero().flatten()

@@ -47,7 +47,7 @@ class Engine(ABC):
     precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
-    draws_nothing = True  # a module in eval mode whose passes draw no random numbers
+    any_batch = True  # the passes draw no random numbers and are the same for every number of images
     _narrow_range = False  # computes in float16
 
     @abstractmethod
@@ -181,7 +181,7 @@ class EagerEngine(Engine):
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
-        self.draws_nothing = draws == "never"
+        self.any_batch = draws == "never"
         self._model: Model | None = None
         self._weights = torch.float32
 
@@ -265,6 +265,7 @@ class EngineOnCopy(Engine):
     def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
         self.precision, self.reason = precision, reason
         self._careful = tape.own_functions
+        self.any_batch = tape.only_batch is None and not tape.decides_by_batch
         images = recording.images.detach()
         self._example = (images[:2] if tape.only_batch is None else images).clone()
 

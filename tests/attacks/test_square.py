@@ -13,6 +13,7 @@ from linear_model import linear_problem
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.square import SquareSettings, share_at
 from fastadv.attacks.square_proposals import _heap
 
@@ -170,6 +171,29 @@ def test_only_modules_that_draw_nothing_are_asked_ahead() -> None:
     sizes.clear()
     attack(x, y)
     assert max(sizes) <= 4 and len(sizes) >= 300
+
+
+@pytest.mark.parametrize("has_rule", [False, True])
+def test_a_model_with_a_rule_on_the_number_of_images_is_not_asked_ahead(
+    has_rule: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Rule(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = trained_small_cnn()
+
+        def forward(self, images: Tensor) -> Tensor:
+            logits = self.net(images)
+            return -logits if has_rule and len(images) >= 40 else logits
+
+    sizes: list[int] = []
+    logits = AttackBatch.logits
+    monkeypatch.setattr(
+        AttackBatch, "logits", lambda batch, adv: sizes.append(len(adv)) or logits(batch, adv)
+    )
+    x, y = digits_test(8)
+    fastadv.Square(Rule(), 0.01, 300, precision="bf16", engine="compiled", seed=0)(x, y)
+    assert (max(sizes) <= 8) == has_rule
 
 
 def test_restarts_attack_only_what_is_left() -> None:
