@@ -199,13 +199,17 @@ class AheadSearch:
     def _points(self, words: Tensor) -> Tensor:
         """The point of each query, made from its image as it is now."""
         base = self._best.images.repeat_interleave(self._ahead, dim=0)
+        last = self._end - 1
+        # Squares only become smaller.
+        largest = self._share_at(min(self._queries) - 1)
+        smallest = self._share_at(min(max(self._queries) + self._ahead - 1, last) - 1)
+        if largest == smallest:
+            return self._proposals.next(base, words, largest)
         shares = [
-            self._share_at(min(query + number, self._end - 1) - 1)
+            self._share_at(min(query + number, last) - 1)
             for query in self._queries
             for number in range(self._ahead)
         ]
-        if len(set(shares)) == 1:
-            return self._proposals.next(base, words, shares[0])
         points = torch.empty_like(base)
         for share in dict.fromkeys(shares):
             some = [row for row, own in enumerate(shares) if own == share]
