@@ -127,7 +127,7 @@ class APGD(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
         precision: Precision = "auto",
-        engine: Literal["auto", "eager", "compiled"] = "auto",
+        engine: Literal["auto", "fixed", "eager", "compiled"] = "auto",
         train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,

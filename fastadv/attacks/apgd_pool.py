@@ -348,7 +348,8 @@ def _sizes(attack: APGD, size: int) -> list[int]:
 
     A copy is proven at each size that it sees, so it gets few. The live model may have any.
     """
-    live = attack.engine == "eager" or (attack.engine == "auto" and attack.precision == "fp32")
+    free = attack.engine in ("auto", "fixed")
+    live = attack.engine == "eager" or (free and attack.precision == "fp32")
     if live:
         return list(range(size, 0, -1)) if size <= _SMALLEST else _eighths(size)
     sizes = [size]

@@ -13,7 +13,7 @@ from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-EngineName = Literal["auto", "eager", "compiled", "graph"]
+EngineName = Literal["auto", "fixed", "eager", "compiled", "graph"]
 TrainMode = bool | Literal["moving"]
 
 

@@ -203,7 +203,7 @@ class CWL2(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
-        engine: Literal["auto", "eager", "compiled"] = "auto",
+        engine: Literal["auto", "fixed", "eager", "compiled"] = "auto",
         train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,

@@ -141,7 +141,7 @@ class FAB(Attack):
         norm: str = "linf",
         bounds: tuple[float, float] = (0.0, 1.0),
         precision: Literal["auto", "fp32", "bf16"] = "fp32",
-        engine: Literal["auto", "eager", "compiled"] = "auto",
+        engine: Literal["auto", "fixed", "eager", "compiled"] = "auto",
         train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,

@@ -115,7 +115,7 @@ class Square(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),
         targeted: bool = False,
         precision: Precision = "fp32",
-        engine: Literal["auto", "eager", "compiled"] = "auto",
+        engine: Literal["auto", "fixed", "eager", "compiled"] = "auto",
         train_mode: TrainMode = False,
         seed: int | None = None,
         check_inputs: bool = True,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,15 @@ class Program:
         self._uses: dict[fx.Node, int] = defaultdict(int)
         for node in (self._output, *(source for step in self._steps for source in step.inputs)):
             self._uses[node] += 1
+
+    @property
+    def steps(self) -> Sequence[ProgramStep]:
+        """In the order in which they run forward."""
+        return self._steps
+
+    def release(self) -> None:
+        """Let go of the memory kept between passes."""
+        self._memory = Memory()
 
     def forward(self, x: Tensor) -> tuple[Any, Pass]:
         """Logits in the copy's dtype, and the pass for `backward` to go on with."""

@@ -121,7 +121,10 @@ class ProgramStep(ABC):
 
     Attributes:
         rectifies: the step ends in a ReLU, so that its gradient is masked where its result is 0.
+        is_known_to_win: it was never seen slower than torch's operations, so that nobody need measure.
     """
+
+    is_known_to_win = False
 
     def __init__(self, node: fx.Node, inputs: list[fx.Node], rectifies: bool = False) -> None:
         self.node, self.inputs, self.rectifies = node, inputs, rectifies
@@ -145,6 +148,7 @@ class ConvStep(ProgramStep):
         assert conv.packed is not None
         self._conv, self._packed = conv, conv.packed
         self._x, self._residual = x, residual
+        self.is_known_to_win = None not in (conv.packed.forward, conv.packed.backward)
 
     def forward(self, run: Pass) -> None:
         """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
@@ -180,6 +184,8 @@ class ConvStep(ProgramStep):
 
 class ScaleShiftStep(ProgramStep):
     """``relu(x * scale + shift)`` per channel, the ReLU optional."""
+
+    is_known_to_win = True
 
     def __init__(self, node: fx.Node, part: CopiedScaleShift, x: fx.Node, relu: bool) -> None:
         super().__init__(node, [x], relu)
@@ -269,6 +275,8 @@ class PlainStep(ProgramStep):
 class ItemStep(ProgramStep):
     """One of several results of another step."""
 
+    is_known_to_win = True
+
     def __init__(self, node: fx.Node, source: fx.Node, number: int) -> None:
         super().__init__(node, [source])
         self._source, self._number = source, number
@@ -289,6 +297,8 @@ class PoolStep(PlainStep):
         whole: whether the node pools images of this shape as a whole.
         flat: the result is [B, C], not [B, C, 1, 1].
     """
+
+    is_known_to_win = True
 
     def __init__(
         self, node: fx.Node, copy: AttackCopy, whole: Callable[[torch.Size], bool], flat: bool
@@ -324,6 +334,8 @@ class PoolStep(PlainStep):
 
 class LinearStep(ProgramStep):
     """A linear layer too small for bfloat16 to pay, such as most classifiers, in float32."""
+
+    is_known_to_win = True
 
     def __init__(self, node: fx.Node, part: CopiedLinear, x: fx.Node) -> None:
         super().__init__(node, [x])

@@ -8,7 +8,7 @@ serves, and whether it still agrees with the model, is decided in `fastadv.engin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, cast
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
+from fastadv.engine.cpu_steps import ProgramStep
 from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
 from fastadv.engine.holding import is_compiled_wrapper
@@ -274,6 +275,9 @@ class EngineOnCopy(Engine):
         self.remembered = None
         self._copy.refresh(recording)
 
+    def rest(self) -> None:
+        """Give memory back that the next use takes anew."""
+
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Bring the live weights over, unless they are here."""
@@ -285,6 +289,38 @@ class EngineOnCopy(Engine):
     def images(self, x: Tensor) -> Tensor:
         """As in `Engine.images`, channels-last."""
         return _channels_last(super().images(x))
+
+
+class LiveEngine(EagerEngine):
+    """The live model in a narrow precision, which runs because it is faster than a copy that is right.
+
+    Args:
+        precision: of the passes.
+        reason: why no copy runs.
+        channels_last: run on channels-last images, which some models' own code cannot take.
+    """
+
+    remembered: Remembered | None = None  # what it was proven with
+
+    def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
+        super().__init__(precision, reason, draws="never")
+        self._channels_last = channels_last
+
+    def refresh(self, recording: Recording) -> None:
+        """It has the live weights."""
+        self.remembered = None
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Freeze the network itself, which was measured without the wrappers around it."""
+        inner = unwrapped(model) if isinstance(model, nn.Module) else model
+        with super().session(inner, seed, current):
+            yield
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last where the model takes that."""
+        images = super().images(x)
+        return _channels_last(images) if self._channels_last else images
 
 
 class CopyEngine(EngineOnCopy):
@@ -320,6 +356,15 @@ class ProgramEngine(EngineOnCopy):
         super().__init__(tape, recording, "bf16", reason)
         self._copy = AttackCopy(tape, recording, torch.bfloat16, pack=True)
         self._program = Program(self._copy)
+
+    @property
+    def steps(self) -> Sequence[ProgramStep]:
+        """The program's, in the order in which they run forward."""
+        return self._program.steps
+
+    def rest(self) -> None:
+        """As in `EngineOnCopy.rest`."""
+        self._program.release()
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastadv.engine.engines import Engine, EngineOnCopy, InputGradient, ValueOfLogits
+from fastadv.engine.engines import Engine, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.recording import Recording
 
@@ -27,12 +27,13 @@ def objectives(logits: Tensor) -> tuple[ValueOfLogits, ...]:
         logits: of the live model [B, C]; they say which two classes.
     """
     if logits.shape[1] < 2:
-        return (_weighted_sum,)
+        return (weighted_sum,)
     first, second = logits.detach().topk(2, dim=1).indices.split(1, dim=1)
-    return _weighted_sum, lambda z: (z.gather(1, first) - z.gather(1, second)).squeeze(1)
+    return weighted_sum, lambda z: (z.gather(1, first) - z.gather(1, second)).squeeze(1)
 
 
-def _weighted_sum(logits: Tensor) -> Tensor:
+def weighted_sum(logits: Tensor) -> Tensor:
+    """A value of logits [B, C] with a gradient in each of them, [B]."""
     weights = torch.linspace(-1, 1, logits.shape[1], device=logits.device, dtype=logits.dtype)
     return logits @ weights
 
@@ -127,8 +128,8 @@ def difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str |
     return None
 
 
-def agrees(engine: EngineOnCopy, recording: Recording, with_gradient: bool) -> bool:
-    """Whether a copy's logits are the live model's; where the recording has a graph, also the gradients."""
+def agrees(engine: Engine, recording: Recording, with_gradient: bool) -> bool:
+    """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients."""
     images = recording.images.detach()
     try:
         if with_gradient and recording.gradients:

@@ -4,7 +4,7 @@ A copy is made from recordings of the live model (`fastadv.engine.recorder`). Be
 through the live model again. The operations recorded then must be those that the copy was made of, the weights are
 taken from them, and the copy's logits must be the model's. Where they are not, a copy is built anew, in the
 narrowest precision whose gradients are the model's. Where no copy is right, the live model runs, and a warning
-says why.
+says why. Where several engines are right, `fastadv.engine.choice` says which one runs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine import proof, randomness
+from fastadv.engine import choice, proof, randomness
+from fastadv.engine.choice import Contender
 from fastadv.engine.counters import plain_state
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
@@ -28,6 +29,7 @@ from fastadv.engine.engines import (
     EagerEngine,
     Engine,
     EngineOnCopy,
+    LiveEngine,
     Model,
     ProgramEngine,
     ValueOfLogits,
@@ -60,15 +62,37 @@ class Wish(NamedTuple):
     engine: str
     train_mode: bool | str
 
+    @property
+    def is_free(self) -> bool:
+        """Whether the engine is left to us."""
+        return self.engine in ("auto", "fixed")
+
 
 @dataclass
 class _Copy:
-    """An engine on a copy: the operations it is made of, and the batch sizes at which they were the model's."""
+    """An engine on a copy: the operations it is made of, and the batch sizes at which they were the model's.
+
+    Attributes:
+        tape: the operations.
+        engine: the first that was found right.
+        reason: why it was taken.
+        evidence: whether the images told anything about gradients.
+        sizes: the batch sizes.
+        chosen: what runs in its place, or itself, and the reason, by group of batch sizes.
+    """
 
     tape: Tape
     engine: EngineOnCopy
-    evidence: bool  # whether the images told anything about gradients
+    reason: str
+    evidence: bool
     sizes: set[int] = field(default_factory=set)
+    chosen: dict[int, tuple[Contender, str]] = field(default_factory=dict)
+
+    def engine_for(self, batch: int) -> Contender:
+        """The engine that runs batches of this size."""
+        engine, reason = self.chosen.get(choice.group_of(batch), (self.engine, self.reason))
+        engine.reason = reason
+        return engine
 
 
 class EngineCache:
@@ -104,9 +128,9 @@ class EngineCache:
                     return self._copy(unwrapped(model), as_model_takes(model, x), precision, wish)
             except Unrecordable as error:
                 obstacle = str(error)
-                if wish.engine == "auto":
+                if wish.is_free:
                     self._tell(f"fastadv attacks this model with the eager engine: {obstacle}")
-        if wish.engine not in ("auto", "eager"):
+        if not wish.is_free and wish.engine != "eager":
             raise ValueError(
                 f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
             )
@@ -143,7 +167,7 @@ class EngineCache:
         while len(self._copies) > _KINDS:
             del self._copies[next(iter(self._copies))]
         if kept:
-            found = self._proven(model, x, kept, kind)
+            found = self._proven(model, x, kept, kind, precision, wish)
             if found is not None:
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
@@ -152,10 +176,18 @@ class EngineCache:
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
-        return made.engine
+        if precision not in parted:
+            _choose(made, model, x, precision, wish)
+        return made.engine_for(x.shape[0])
 
     def _proven(
-        self, model: nn.Module, x: Tensor, kept: list[_Copy], kind: Hashable
+        self,
+        model: nn.Module,
+        x: Tensor,
+        kept: list[_Copy],
+        kind: Hashable,
+        precision: str,
+        wish: Wish,
     ) -> Engine | None:
         """The kept copy whose operations and logits are the model's; None where there is none."""
         batch, states = x.shape[0], randomness.shared_states()
@@ -165,10 +197,10 @@ class EngineCache:
             copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
         )
         careful = any(copy.tape.own_functions for copy in kept)
-        same = next((copy for copy in known if few and _unchanged(copy, model)), None)
+        same = next((copy for copy in known if few and _unchanged(copy, model, batch)), None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
-            return _used(kept, same)
+            return _used(kept, same, batch)
         for size in dict.fromkeys((_PROBES if few else batch, batch)):
             if size <= _PROBES:
                 recording = record(model, _finite(x[:size]), careful=careful)
@@ -178,37 +210,88 @@ class EngineCache:
                 record(model, _finite(x[:_PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
-                copy.engine.refresh(recording)
-                if not proof.agrees(copy.engine, recording, with_gradient=batch not in copy.sizes):
+                engine, is_new = copy.engine_for(batch), batch not in copy.sizes
+                engine.refresh(recording)
+                with engine.session(model, 0, current=True):
+                    agrees = proof.agrees(engine, recording, with_gradient=is_new)
+                if not agrees:
                     kept.remove(copy)
-                    self._parted[kind, copy.engine.precision] += 1
+                    self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                copy.engine.remembered = Remembered.of(recording) if size == _PROBES else None
-                return _used(kept, copy)
+                engine.remembered = Remembered.of(recording) if size == _PROBES else None
+                if is_new and self._parted[kind, precision] < _CHANCES:
+                    _choose(copy, model, x, precision, wish)
+                return _used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
 
 
-def _used(kept: list[_Copy], copy: _Copy) -> Engine:
+def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
     """The engine of one of the copies kept, which the next use then tries first."""
     kept.remove(copy)
     kept.insert(0, copy)
-    return copy.engine
+    return copy.engine_for(batch)
 
 
-def _unchanged(copy: _Copy, model: nn.Module) -> bool:
+def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> None:
+    """Let a copy have the fastest engine for batches of this size, where that is not known beforehand.
+
+    The copy's own engine has the model's weights.
+    """
+    first, group = copy.engine, choice.group_of(x.shape[0])
+    on_cpu = x.device.type == "cpu" and precision == "bf16"
+    if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
+        return
+    if not choice.is_open(first):
+        return
+    whole = copy.tape.only_batch is not None
+    images = _finite(x if whole else x[: choice.IMAGES])
+    few = images if whole else images[:_PROBES]
+    recording = record(model, few, careful=copy.tape.own_functions)
+    evidence = proof.evidence_of(recording)
+
+    def fault_of(engine: Contender) -> str | None:
+        with engine.session(model, 0, current=True):
+            return evidence.against(engine)
+
+    rivals: dict[str, Callable[[], Contender]] = {
+        choice.LIVE: partial(_live_rival, model, few, precision)
+    }
+    if first.precision == precision:
+        rivals[choice.COPY] = partial(CopyEngine, copy.tape, recording, precision, "", False)
+    key = choice.key_of(copy.tape, x, precision)
+    found, engine = choice.settled(key, model, images, first, rivals, fault_of)
+    copy.chosen[group] = engine, f"{copy.reason}; {found}"
+    if engine is not first:
+        engine.remembered = first.remembered
+        first.rest()
+
+
+def _live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
+    """The live model, on channels-last images unless its own code fails on them."""
+    engine = LiveEngine(precision, "", channels_last=True)
+    try:
+        with engine.session(model, 0, current=True):
+            engine.logits(engine.images(images))
+    except Exception:
+        return LiveEngine(precision, "", channels_last=False)
+    return engine
+
+
+def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
     """Whether a copy was proven before and the model, weights included, has not changed since.
 
     Then its logits and gradients are right without another comparison.
     """
-    remembered, copy.engine.remembered = copy.engine.remembered, None
+    engine = copy.engine_for(batch)
+    remembered, engine.remembered = engine.remembered, None
     if remembered is None or not copy.evidence:
         return False
     recording = remembered.repeated(model)
     if recording is None or not copy.tape.describes(recording):
         return False
-    copy.engine.remembered = remembered
+    engine.remembered = remembered
     return True
 
 
@@ -240,7 +323,7 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
         return "train mode needs the live model"
     if not isinstance(model, nn.Module):
         return "it is a plain callable"
-    if wish.engine == "auto" and _narrowest(wish, model, x) == "fp32":
+    if wish.is_free and _narrowest(wish, model, x) == "fp32":
         return "in fp32 the model's own operations run, bit for bit"
     return None
 
@@ -276,7 +359,7 @@ def _build(
             engine.remembered = remembered
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, live.tells(), {x.shape[0]})
+            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
 
@@ -366,7 +449,7 @@ def candidates(
 ) -> Iterator[Callable[[], EngineOnCopy]]:
     """What may run a copy, the narrowest precision first."""
     device = recording.images.device
-    reason = "asked for" if wish.engine != "auto" else "the model can be copied"
+    reason = "the model can be copied" if wish.is_free else "asked for"
     if tape.autocast and precision == "fp32":
         raise Unrecordable("its forward enters autocast")
     if device.type == "cpu" and precision == "bf16":

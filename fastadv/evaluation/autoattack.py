@@ -234,7 +234,10 @@ def _hunt(
     )
     common: dict[str, Any] = dict(norm=runner.norm, bounds=samples.bounds, check_inputs=False)
     wide = APGD(runner.model, eps, APGD_STEPS, precision="fp32", engine="eager", **common)
-    narrow = wide if engine == "fp32" else APGD(runner.model, eps, APGD_STEPS, **common)
+    # Nothing is measured, so that a resumed, repeated or shared evaluation runs the same engine.
+    narrow = (
+        wide if engine == "fp32" else APGD(runner.model, eps, APGD_STEPS, engine="fixed", **common)
+    )
     search = REFERENCE
     if engine != "reference" and (passes == 1 or runner.norm in NORMS):
         x, _ = samples.take(samples.batches(runner.batch_size)[0], runner.device)

@@ -158,6 +158,7 @@ class OwnSearch(BatchSearch):
             norm=runner.norm,
             bounds=runner.samples.bounds,
             precision=precision,
+            engine="fixed",
             **own.settings,
             **({"batch_size": runner.batch_size} if own.kind is FAB else {}),
         )

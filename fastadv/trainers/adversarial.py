@@ -55,7 +55,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             norm=recipe.norm,
             loss=self.attack_loss,
             precision=recipe.attack_precision,
-            engine=recipe.engine,
+            engine=recipe.attack_engine,
             train_mode=_MODES[recipe.attack_mode],
             check_inputs=False,  # images and labels of an ImageData are in range
         )

@@ -239,7 +239,7 @@ class LasAt(PGDAT[LasAtRecipe]):
                 "restarts": _RESTARTS if recipe.random_start else 1,
                 "keep": "best",
                 "precision": recipe.attack_precision,
-                "engine": recipe.engine,
+                "engine": recipe.attack_engine,
                 "check_inputs": False,
             }
             attack = PGD(

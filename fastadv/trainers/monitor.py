@@ -99,7 +99,7 @@ class Monitor:
                 recipe.monitor_steps,
                 norm=recipe.norm,
                 precision=recipe.attack_precision,
-                engine=recipe.engine,
+                engine=recipe.attack_engine,
                 check_inputs=False,
             )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
+from fastadv.attacks.arguments import EngineName
 from fastadv.attacks.options import SYNONYMS
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_radius, closest
@@ -298,7 +299,8 @@ class AdversarialRecipe(Recipe):
             "moving" is training mode in which every pass of the attack updates them, as in robust_overfitting and
             AWP-AT.
         attack_precision: precision of the attack's passes, as `precision`.
-        engine: how the attack is run; see `fastadv.pgd_fused`.
+        engine: how the attack is run; see `fastadv.pgd_fused`. "auto" measures nothing in training, so that a run
+            can be repeated and resumed to the bit.
         awp_gamma: size of AWP's perturbation of the weights, relative to the weights. 0 turns AWP off. Its paper
             has .01 for PGD-AT and .005 for TRADES. AWP costs one more training pass.
         awp_warmup: epochs from the start without AWP.
@@ -336,6 +338,11 @@ class AdversarialRecipe(Recipe):
             )
         if self.norm == "linf":  # in l2 it takes the size of an image to tell
             check_radius("eps", self.eps, "linf", (0.0, 1.0))
+
+    @property
+    def attack_engine(self) -> EngineName:
+        """The engine of the attack, chosen in a fixed order where it is "auto"."""
+        return "fixed" if self.engine == "auto" else self.engine
 
     @classmethod
     def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,198 @@
+"""The choice among engines that are right: by measurement, where nobody knows beforehand which is the fastest.
+
+Most steps of a convolutional network's program are fused, and such a program wins. So nothing is timed there, and
+the choice is the same in every process. Of other networks the engines that are right are timed on a few images of
+the batch, and the fastest runs. Equal networks get one choice for the whole process, so that a second attack, a
+second model or a second run neither measures again nor computes anything else than the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine import proof
+from fastadv.engine.cpu_steps import PlainStep, ProgramStep
+from fastadv.engine.engines import CopyEngine, EngineOnCopy, LiveEngine, ProgramEngine
+from fastadv.engine.tape import Tape
+
+Contender = EngineOnCopy | LiveEngine
+
+COPY, LIVE = "copy", "live model under autocast"
+
+_OTHER_STEPS = 0.1  # of a program, up to which it is known to win
+IMAGES = 8  # on which engines are timed
+_ROUNDS = 3
+_SECONDS = 1.0  # after which there is no further round
+_SHORT = (
+    0.002  # seconds of a pass: the engines of smaller networks differ by less than they scatter
+)
+_CLEARLY = 0.97  # of the first engine's time, at most, to take its place
+_KEPT = 256  # choices
+
+seconds: Callable[[], float] = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was measured, and what runs.
+
+    Attributes:
+        name: of the engine that runs.
+        images: how many the engines were timed on.
+        milliseconds: of a gradient pass, by engine.
+        faults: of engines that were faster and wrong, in words.
+    """
+
+    name: str
+    images: int
+    milliseconds: Mapping[str, float]
+    faults: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """In words, for `AttackReport.reason`."""
+        times = ", ".join(
+            f"{name} {ms:.3g} ms{f' ({self.faults[name]})' if name in self.faults else ''}"
+            for name, ms in self.milliseconds.items()
+        )
+        return f"measured on {self.images} image{'s' if self.images > 1 else ''}: {times}"
+
+
+def name_of(engine: Contender) -> str:
+    """An engine in the words of `Choice`."""
+    if isinstance(engine, LiveEngine):
+        return LIVE
+    kind = "fused program" if isinstance(engine, ProgramEngine) else COPY
+    return kind if engine.precision == "bf16" else f"{kind} in {engine.precision}"
+
+
+def group_of(batch: int) -> int:
+    """Batch sizes of one group share a choice; the work of few images is another than that of many."""
+    return min(batch, IMAGES) if batch <= 2 else IMAGES
+
+
+def is_open(engine: Contender) -> bool:
+    """Whether another engine may be faster than this one, the first that was found right."""
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    if not isinstance(engine, ProgramEngine):
+        return isinstance(engine, CopyEngine)
+    steps = [step for step in engine.steps if not _is_free(step)]
+    return sum(not step.is_known_to_win for step in steps) > _OTHER_STEPS * len(steps)
+
+
+# They move no element.
+_FREE = frozenset(
+    ("flatten", "view", "reshape", "squeeze", "unsqueeze", "size", "getattr", "getitem", "detach", "dropout")
+)  # fmt: skip
+
+
+def _is_free(step: ProgramStep) -> bool:
+    if type(step) is not PlainStep:
+        return False
+    target = step.node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return name in _FREE
+
+
+def key_of(tape: Tape, x: Tensor, precision: str) -> Hashable:
+    """What a choice holds for: the network's operations, the images, and the threads that compute."""
+    digest = hashlib.sha256(repr((tape.ops, tape.external)).encode()).hexdigest()
+    return digest, x.shape[1:], x.dtype, group_of(x.shape[0]), precision, torch.get_num_threads()
+
+
+_choices: dict[Hashable, Choice] = {}
+
+
+def settled(
+    key: Hashable,
+    model: nn.Module,
+    x: Tensor,
+    first: Contender,
+    rivals: Mapping[str, Callable[[], Contender]],
+    fault_of: Callable[[Contender], str | None],
+) -> tuple[Choice, Contender]:
+    """The choice that was made in this process, or a new one, and its engine.
+
+    Args:
+        key: what the choice holds for, of `key_of`.
+        model: the live model.
+        x: images of the batch to measure on [B, ...].
+        first: an engine that is right and has the model's weights.
+        rivals: builds the others, by the names that `name_of` gives them.
+        fault_of: in words, what is wrong with an engine; None where it is right. Asked of what is to run.
+    """
+    choice, engine = _choices.get(key), None
+    if choice is None:
+        new, engine = _measured(model, x, first, rivals, fault_of)
+        while len(_choices) >= _KEPT:
+            del _choices[next(iter(_choices))]
+        choice = _choices.setdefault(key, new)  # another thread may have been faster
+        if choice is new:
+            return choice, engine
+    if choice.name not in rivals:
+        return choice, first
+    try:
+        engine = rivals[choice.name]()
+        fault = fault_of(engine)
+    except Exception as error:  # as when it was measured
+        fault = str(error)
+    if fault is None and engine is not None:
+        return choice, engine
+    return replace(choice, name=name_of(first), faults={choice.name: f"{fault}"}), first
+
+
+def _measured(
+    model: nn.Module,
+    x: Tensor,
+    first: Contender,
+    rivals: Mapping[str, Callable[[], Contender]],
+    fault_of: Callable[[Contender], str | None],
+) -> tuple[Choice, Contender]:
+    name, engines = name_of(first), {name_of(first): first}
+    times = times_of(engines, model, x)
+    if times[name] >= _SHORT:
+        for other, make in rivals.items():
+            try:
+                engines[other] = make()
+                times_of({other: engines[other]}, model, x, rounds=0)
+            except Exception:  # it may fail in any way that the model's own code allows
+                engines.pop(other, None)
+        times = times_of(engines, model, x)
+    milliseconds = {other: 1e3 * spent for other, spent in times.items()}
+    faults: dict[str, str] = {}
+    for other in sorted(times, key=lambda other: times[other]):
+        if times[other] > _CLEARLY * times[name]:
+            break
+        fault = fault_of(engines[other])
+        if fault is None:
+            return Choice(other, len(x), milliseconds, faults), engines[other]
+        faults[other] = fault
+    return Choice(name, len(x), milliseconds, faults), first
+
+
+def times_of(
+    engines: Mapping[str, Contender], model: nn.Module, images: Tensor, rounds: int = _ROUNDS
+) -> dict[str, float]:
+    """Seconds of a gradient pass of each engine, the best of some rounds by turns, after one for nothing."""
+    best = dict.fromkeys(engines, float("inf"))
+    with ExitStack() as stack:
+        for engine in engines.values():
+            stack.enter_context(engine.session(model, 0, current=True))
+        shown = {name: engine.images(images) for name, engine in engines.items()}
+        began = seconds()
+        for number in range(rounds + 1):
+            for name, engine in engines.items():
+                before = seconds()
+                engine.gradient(shown[name], proof.weighted_sum)
+                if number:
+                    best[name] = min(best[name], seconds() - before)
+            if number and seconds() - began > _SECONDS:
+                break
+    return best

@@ -1,0 +1,242 @@
+"""The choice among engines that are right: what is measured, when, and what it changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attack_helpers import images, randomise, trained_small_cnn
+from test_attack_copy import cosine
+from torch import Tensor, nn
+
+import fastadv
+from fastadv.engine import choice
+from fastadv.engine.engines import CopyEngine, Engine, InputGradient, LiveEngine, ProgramEngine
+from fastadv.evaluation import autoattack
+from fastadv.trainers import AdversarialRecipe
+
+Y = torch.arange(8) % 4
+
+
+class Mixed(nn.Module):
+    """Most of its steps are none that a program fuses, nor any that it is known to win."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.InstanceNorm2d(16, affine=True)
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = torch.tanh(self.norm(self.conv(x)))
+        return self.fc(torch.sigmoid(z).square().mean((2, 3)))
+
+
+class Clock:
+    """A clock that moves only as engines compute: by so many seconds for a gradient of each kind."""
+
+    def __init__(self) -> None:
+        self.now, self.passes = 0.0, 0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def slowed(self, method: Callable[..., InputGradient], spent: float) -> Any:
+        def gradient(engine: Engine, x: Tensor, value_of: Any) -> InputGradient:
+            self.now, self.passes = self.now + spent, self.passes + 1
+            return method(engine, x, value_of)
+
+        return gradient
+
+
+@pytest.fixture(autouse=True)
+def bf16_is_fast_and_no_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: True)
+    monkeypatch.setattr(choice, "_choices", {})
+
+
+@pytest.fixture
+def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float, float], Clock]:
+    """Sets the milliseconds of a pass of program, copy and live model."""
+
+    def set_times(program: float, copy: float, live: float) -> Clock:
+        clock = Clock()
+        monkeypatch.setattr(choice, "seconds", clock)
+        kinds: tuple[tuple[Any, float], ...] = (
+            (ProgramEngine, program),
+            (CopyEngine, copy),
+            (LiveEngine, live),
+        )
+        for kind, milliseconds in kinds:
+            method = ProgramEngine.gradient if kind is ProgramEngine else Engine.gradient
+            monkeypatch.setattr(kind, "gradient", clock.slowed(method, milliseconds / 1e3))
+        return clock
+
+    return set_times
+
+
+def model_and_images() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return randomise(Mixed()), images(8)
+
+
+def narrow(attack: fastadv.PGD, x: Tensor) -> Engine:
+    engine = attack.engine_for(x)
+    assert engine.precision == "bf16"
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("program", "copy", "live", "kind"),
+    [
+        (41.0, 37.0, 35.0, LiveEngine),
+        (41.0, 34.0, 35.0, CopyEngine),
+        (30.0, 37.0, 35.0, ProgramEngine),
+        (41.0, 42.0, 40.5, ProgramEngine),  # faster by less than 3 %
+    ],
+)
+def test_the_fastest_runs_and_the_reason_says_what_was_measured(
+    takes: Any, program: float, copy: float, live: float, kind: type[Engine]
+) -> None:
+    takes(program, copy, live)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model, steps=2)
+    attack(x, Y)
+    assert type(narrow(attack, x)) is kind
+    assert attack.last.reason == (
+        f"the model can be copied; measured on 8 images: fused program {program:g} ms, "
+        f"live model under autocast {live:g} ms, copy {copy:g} ms"
+    )
+    assert attack.last.engine == ("eager" if kind is LiveEngine else "compiled")
+
+
+@pytest.mark.parametrize("live", [10.0, 90.0])
+def test_what_was_chosen_follows_the_live_weights(takes: Any, live: float) -> None:
+    takes(100.0, 50.0, live)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model, steps=1)
+    first = narrow(attack, x)
+    for _ in range(2):
+        assert narrow(attack, x) is first  # nothing has changed
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        assert narrow(attack, x) is first
+        with first.session(model, 0, current=True):
+            found = first.gradient(first.images(x), lambda z: z[:, 0])
+        leaf = x.clone().requires_grad_()
+        (wanted,) = torch.autograd.grad(model(leaf)[:, 0].sum(), leaf)
+        assert cosine(found.grad, wanted) > 0.98
+
+
+def test_a_change_of_the_model_is_seen_where_the_live_model_runs(takes: Any) -> None:
+    takes(100.0, 50.0, 10.0)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model, steps=1)
+    assert type(narrow(attack, x)) is LiveEngine
+    model.forward = lambda x: Mixed.forward(model, x) + torch.rand(1)  # type: ignore[method-assign]
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        assert attack.engine_for(x).reason.startswith("its forward draws random numbers")
+
+
+def test_a_faster_engine_that_is_wrong_does_not_run(
+    takes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes(41.0, 37.0, 35.0)
+    honest = LiveEngine.gradient
+
+    def wrong(self: LiveEngine, x: Tensor, value_of: Any) -> InputGradient:
+        found = honest(self, x, value_of)
+        return InputGradient(found.value, found.logits, -found.grad)
+
+    monkeypatch.setattr(LiveEngine, "gradient", wrong)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model)
+    engine = narrow(attack, x)
+    assert type(engine) is CopyEngine
+    assert "autocast 35 ms (the gradient's cosine with the live model's is -1.00)" in engine.reason
+
+
+def test_equal_networks_have_one_choice_and_equal_results(takes: Any) -> None:
+    takes(41.0, 37.0, 35.0)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model, steps=3, seed=0)
+    first, reason = attack(x, Y), attack.last.reason
+    clock = takes(1.0, 99.0, 99.0)
+    twin, _ = model_and_images()
+    again = fastadv.PGD(twin, steps=3, seed=0)
+    assert torch.equal(again(x, Y), first) and again.last.reason == reason
+    assert torch.equal(fastadv.pgd_fused(twin, x, Y, steps=3, seed=0), first)
+    assert clock.now < 1.5  # nothing was measured: 2 attacks of 3 steps, and their proofs
+
+
+def test_one_image_has_a_choice_of_its_own(takes: Any) -> None:
+    takes(41.0, 37.0, 35.0)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model)
+    assert type(narrow(attack, x)) is LiveEngine
+    takes(5.0, 9.0, 9.0)
+    assert type(narrow(attack, x[:1])) is ProgramEngine
+    assert "measured on 1 image: fused program 5 ms" in narrow(attack, x[:1]).reason
+    assert type(narrow(attack, x)) is LiveEngine
+    assert "measured on 8 images: fused program 41 ms" in narrow(attack, x).reason
+
+
+def test_engines_of_passes_that_take_no_time_are_not_compared(takes: Any) -> None:
+    takes(1.0, 0.5, 0.5)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model)
+    engine = narrow(attack, x)
+    assert type(engine) is ProgramEngine
+    assert engine.reason == "the model can be copied; measured on 8 images: fused program 1 ms"
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise AssertionError("something was measured")
+
+
+def test_nothing_is_measured_of_a_fused_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "settled", refuse)
+    attack = fastadv.PGD(trained_small_cnn())
+    engine = narrow(attack, torch.rand(8, 1, 8, 8))
+    assert type(engine) is ProgramEngine and engine.reason == "the model can be copied"
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Flatten())
+    with pytest.raises(AssertionError, match="measured"):  # no kernel for its gradient
+        fastadv.PGD(nn.Sequential(grouped, nn.Linear(128, 4)).eval()).engine_for(images(8))
+
+
+@pytest.mark.parametrize("pin", ["fixed", "compiled", "deterministic"])
+def test_the_choice_can_be_pinned(pin: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "settled", refuse)
+    model, x = model_and_images()
+    engine: Any = "auto" if pin == "deterministic" else pin
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(pin == "deterministic")
+    try:
+        assert type(narrow(fastadv.PGD(model, engine=engine), x)) is ProgramEngine
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def test_training_runs_the_same_engine_in_every_process() -> None:
+    assert AdversarialRecipe().engine == "auto" and AdversarialRecipe().attack_engine == "fixed"
+    assert AdversarialRecipe(engine="eager").attack_engine == "eager"
+
+
+def test_a_resumed_evaluation_runs_the_engine_of_its_first_part(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Since neither part measures."""
+    pytest.importorskip("pyautoattack")
+    monkeypatch.setattr(choice, "settled", refuse)
+    module = sys.modules[autoattack.__module__]  # of the same name as the function
+    monkeypatch.setattr(module, "APGD_STEPS", 4)
+    model, x = model_and_images()
+    y = model.eval()(x).argmax(1)
+    options: dict[str, Any] = dict(eps=0.03, version=["apgd-ce"], batch_size=4)
+    whole = autoattack(model, (x, y), **options)
+    for _ in range(2):  # the second goes on from the first
+        kept = autoattack(model, (x, y), state_dir=tmp_path, **options)
+        assert torch.equal(kept.adversarial, whole.adversarial)
