@@ -258,7 +258,7 @@ def _build(
     few = None if tape.only_batch else _few(model, x, tape)
     evidence = (live,) if few is None else (live, proof.evidence_of(few))
     remembered = None if few is None else Remembered.of(few)
-    if remembered is not None and not _is_steady(model, tape, remembered):
+    if remembered is not None and not is_steady(model, tape, remembered):
         raise Unrecordable("its operations change from call to call")
     failures = []
     for make in candidates(tape, recording, precision, wish):
@@ -297,7 +297,7 @@ def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
     return None
 
 
-def _is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
+def is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
     """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
     with held(model):
         before, calls, done = plain_state(model), _CALLS, 0

@@ -16,6 +16,7 @@ from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
 from fastadv.ops import noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.frozen_forward import features_of
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field
@@ -182,7 +183,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         """Return the standard model's features and, where they are distilled, its logits."""
         teacher = cast(Any, self.teachers["teacher"])
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            features = teacher.forward_features(x)
+            features = self.teacher_output("teacher", x, features_of)
             wanted = self.recipe.distill and self.recipe.distance in _DISTANCES_OF_LOGITS
             return features, teacher.forward_head(features) if wanted else None
 

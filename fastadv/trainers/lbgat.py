@@ -142,7 +142,9 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
             adv_logits, own = self._divergence(batch, adv)
         else:
             adv_logits, own = base_losses(self.base, batch, adv)
-        with torch.set_grad_enabled(not self.recipe.fixed):
+        if self.recipe.fixed:
+            natural_logits = self.teacher_output("teacher", batch.x)
+        else:
             natural_logits = self.natural(batch.x)
         loss = self.objective(natural_logits, adv_logits, batch.y)
         if own is not None:
