@@ -259,12 +259,18 @@ class EngineOnCopy(Engine):
     remembered: Remembered | None = None  # what the copy was proven with, its weights included
     _copy: AttackCopy
     _example: Tensor
+    tape: Tape  # the operations of the copy
 
     def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
         self.precision, self.reason = precision, reason
-        self._careful = tape.own_functions
+        self.tape, self._careful = tape, tape.own_functions
         images = recording.images.detach()
         self._example = (images[:2] if tape.only_batch is None else images).clone()
+
+    @property
+    def copy(self) -> AttackCopy:
+        """The copy, with the weights of the last refresh."""
+        return self._copy
 
     def refresh(self, recording: Recording) -> None:
         """Bring over the weights that the live model has used."""

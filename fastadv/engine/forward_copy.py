@@ -70,7 +70,9 @@ class ForwardCopy:
                 self._copy = AttackCopy(self._tape, recording, dtype, pack=pack)
                 self._run = ForwardPass(self._copy) if pack else self._under_torch
                 found = self._run(_laid_out(recording.images.detach()))
-            except Exception as error:  # a copy may fail in any way that the model's own code allows
+            except (
+                Exception
+            ) as error:  # a copy may fail in any way that the model's own code allows
                 raise Unrecordable(f"its copy fails: {error}") from error
             precision = next(name for name, own in COMPUTE_DTYPES.items() if own == dtype)
             fault = proof.difference_of_results(found, recording.logits.detach(), precision)

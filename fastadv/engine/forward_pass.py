@@ -38,7 +38,7 @@ class ForwardPass:
         self._input = next(node for node in nodes if node.op == "placeholder")
         self._constants = {node: str(node.target) for node in nodes if node.op == "get_attr"}
         self._steps = _leading_to(self._wanted, fused_steps(copy))
-        if self._steps[-1:] and self._steps[-1].node is not self._wanted:
+        if not self._steps or self._steps[-1].node is not self._wanted:
             raise ValueError("no step computes the node")
         self._last_uses = {
             source: number for number, step in enumerate(self._steps) for source in step.inputs

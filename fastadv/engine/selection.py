@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ from fastadv.engine.holding import held
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import draws_nothing, record, recorded
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Remembered
+from fastadv.engine.remembered import Changes, Remembered
 from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
 
@@ -69,6 +70,7 @@ class _Copy:
     engine: EngineOnCopy
     evidence: bool  # whether the images told anything about gradients
     sizes: set[int] = field(default_factory=set)
+    changes: Changes = field(default_factory=Changes)
 
 
 class EngineCache:
@@ -78,12 +80,23 @@ class EngineCache:
         self._copies: dict[Hashable, list[_Copy]] = {}
         self._autocast_is_right: dict[Hashable, bool] = {}
         self._told: set[str] = set()
+        self._still = False
+        self._settled: _Copy | None = None  # proven since the model stands still
         # How often copies of a kind and precision were found to part from the model in use.
         self._parted: Counter[Hashable] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are empty: engines are built where they are used."""
         return EngineCache, ()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within, the model does not change, so that one proof of a copy serves for all uses."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still, self._settled = False, None
 
     def ready(self, model: Model, x: Tensor, wish: Wish) -> Engine:
         """The engine for images like ``x``, proven and with the model's current weights.
@@ -145,6 +158,7 @@ class EngineCache:
         if kept:
             found = self._proven(model, x, kept, kind)
             if found is not None:
+                self._settled = kept[0] if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
         made = _build(model, x, precision, wish, parted)
@@ -152,6 +166,7 @@ class EngineCache:
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
+        self._settled = made if self._still else None
         return made.engine
 
     def _proven(
@@ -165,7 +180,8 @@ class EngineCache:
             copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
         )
         careful = any(copy.tape.own_functions for copy in kept)
-        same = next((copy for copy in known if few and _unchanged(copy, model)), None)
+        proven = (c for c in known if few and (c is self._settled or _unchanged(c, model)))
+        same = next(proven, None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
             return _used(kept, same)
@@ -184,7 +200,8 @@ class EngineCache:
                     self._parted[kind, copy.engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                copy.engine.remembered = Remembered.of(recording) if size == _PROBES else None
+                worth = size == _PROBES and copy.changes.worth_remembering(recording)
+                copy.engine.remembered = Remembered.of(recording) if worth else None
                 return _used(kept, copy)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
@@ -203,12 +220,13 @@ def _unchanged(copy: _Copy, model: nn.Module) -> bool:
     Then its logits and gradients are right without another comparison.
     """
     remembered, copy.engine.remembered = copy.engine.remembered, None
-    if remembered is None or not copy.evidence:
+    if remembered is None or not copy.evidence or copy.changes.are_certain():
         return False
     recording = remembered.repeated(model)
     if recording is None or not copy.tape.describes(recording):
         return False
     copy.engine.remembered = remembered
+    copy.changes.used()
     return True
 
 
