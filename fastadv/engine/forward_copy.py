@@ -30,6 +30,7 @@ from fastadv.float32 import full_float32
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
 _PROVEN = 4  # images on which a copy is compared with its model
 _SEED = 20
+_PACKED_ON = ("cpu",)  # devices with kernels of our own for convolutions in bfloat16
 
 
 class ForwardCopy:
@@ -65,7 +66,7 @@ class ForwardCopy:
             remembered = Remembered.of(recording)
             if remembered is not None and not is_steady(self._whole, self._tape, remembered):
                 raise Unrecordable("its operations change from call to call")
-            pack = x.device.type == "cpu" and dtype == torch.bfloat16
+            pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
             try:
                 self._copy = AttackCopy(self._tape, recording, dtype, pack=pack)
                 self._run = ForwardPass(self._copy) if pack else self._under_torch
