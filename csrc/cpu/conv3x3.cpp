@@ -33,12 +33,15 @@ void conv3x3_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalTe
       conv3x3_supported(in, out), "weight's input channels (backward: output channels) ",
       "must be multiples of 16 on a processor with AVX512-BF16, got ", weight.sizes());
   conv::check_packed(packed, conv3x3::kPoints * in * conv::padded(out));
-  const at::Tensor w = weight.to(at::kFloat).contiguous();
+  const bool last = !weight.is_contiguous() && weight.is_contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor wide = weight.to(at::kFloat), w = last ? wide : wide.contiguous();
+  const int64_t tap = last ? c : 1, channel = last ? 1 : 9;
   const at::Tensor s = scale ? scale->to(at::kFloat).contiguous() : at::Tensor();
   const float* factors = s.defined() ? s.const_data_ptr<float>() : nullptr;
   const float* source = w.const_data_ptr<float>();
-  const Filters filters = backward ? Filters{source, 9, 9 * c, true, factors, true, in, out}
-                                   : Filters{source, 9 * c, 9, false, factors, false, in, out};
+  const Filters filters =
+      backward ? Filters{source, channel, 9 * c, tap, true, factors, true, in, out}
+               : Filters{source, 9 * c, channel, tap, false, factors, false, in, out};
   auto* to = static_cast<uint16_t*>(packed.data_ptr());
   at::parallel_for(0, conv::padded(out) / conv::kVector, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

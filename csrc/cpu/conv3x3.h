@@ -36,7 +36,7 @@ int64_t scratch_bytes(const Shape& shape, int64_t tiles);
 // points at 3x3 floats. The result is [36][blocks of 64 out][in / 2][64][2], out padded to vectors.
 struct Filters {
   const float* weight;
-  int64_t out_stride, in_stride;  // in floats
+  int64_t out_stride, in_stride, tap_stride;  // in floats
   bool rotated;                   // turned by 180 degrees, for the gradient
   const float* scale;             // per output channel of the forward convolution; null = 1
   bool scale_by_input;            // the forward's output channels are this one's input channels

@@ -251,7 +251,7 @@ FASTADV_AVX512_INLINE void transform_sixteen(__m512 (&u)[6][6], const Filters& f
   __m512 g[3][3];
   for (int k = 0; k < 9; ++k) {
     const int from = f.rotated ? 8 - k : k;
-    const __m512 taps = _mm512_mask_i32gather_ps(constant(0), live, places, base + from, 4);
+    const __m512 taps = _mm512_mask_i32gather_ps(constant(0), live, places, base + from * f.tap_stride, 4);
     g[k / 3][k % 3] = _mm512_mul_ps(scale, taps);
   }
   __m512 half[6][3];

@@ -202,31 +202,50 @@ bool supported() {
   return answer;
 }
 
+// The filters of 16 output channels and 32 inputs at a tap, forward: an output channel's inputs lie
+// side by side.
+FASTADV_AMX static void pack_rows(uint16_t* tile, const Filters& f, int64_t first, int64_t c,
+                                  int64_t tap, int64_t real) {
+  const __m512i pairs = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192,
+                                          208, 224, 240);
+  for (int64_t o = 0; o < conv::kVector; ++o) {
+    __m512i row = _mm512_setzero_si512();
+    if (o < real) {
+      const float* from = f.weight + ((first + o) * f.size + tap) * f.in_channels + c;
+      const __m512 by = _mm512_set1_ps(f.scale ? f.scale[first + o] : 1);
+      row = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + 16), by),
+                                         _mm512_mul_ps(_mm512_loadu_ps(from), by));
+    }
+    _mm512_i32scatter_epi32(tile + 2 * o, pairs, row, 4);
+  }
+}
+
+// The same backward: an input channel's outputs lie side by side.
+FASTADV_AMX static void pack_columns(uint16_t* tile, const Filters& f, int64_t first, int64_t c,
+                                     int64_t tap, int64_t real) {
+  const __mmask16 mask = __mmask16((1u << real) - 1);
+  for (int64_t k = 0; k < kDepth; k += 2) {
+    __m512i halves[2];
+    for (int64_t side = 0; side < 2; ++side) {
+      const int64_t in = c + k + side;
+      const float* from = f.weight + (in * f.size + tap) * f.out_channels + first;
+      const __m512 by = _mm512_set1_ps(f.scale ? f.scale[in] : 1);
+      const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from), by);
+      halves[side] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
+    }
+    _mm512_storeu_si512(tile + k * conv::kVector,
+                        _mm512_or_si512(halves[0], _mm512_slli_epi32(halves[1], 16)));
+  }
+}
+
 FASTADV_AMX void pack(uint16_t* packed, const Filters& f, int64_t out) {
   const int64_t tiles = std::min(conv::padded(f.out_channels) - out, kBlock) / conv::kVector;
-  const int64_t row = f.backward ? f.out_channels : f.in_channels;  // C
-  const int64_t out_stride = f.backward ? f.size : row * f.size;
-  const int64_t in_stride = f.backward ? row * f.size : f.size;
   for (int64_t t = 0; t < f.tap_count; ++t) {
     for (int64_t c = 0; c < f.in_channels; c += kDepth) {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t first = out + tile * conv::kVector;
         const int64_t real = std::clamp<int64_t>(f.out_channels - first, 0, conv::kVector);
-        for (int64_t o = 0; o < conv::kVector; ++o) {
-          uint16_t* to = packed + 2 * o;
-          if (o >= real) {
-            for (int64_t k = 0; k < kDepth; ++k) to[k / 2 * kDepth + k % 2] = 0;
-            continue;
-          }
-          const float* from = f.weight + (first + o) * out_stride + c * in_stride + f.taps[t];
-          const float by_out = f.scale && !f.backward ? f.scale[first + o] : 1;
-          for (int64_t k = 0; k < kDepth; ++k) {
-            const float by_in = f.scale && f.backward ? f.scale[c + k] : by_out;
-            const __m128 value = _mm_set_ss(from[k * in_stride] * by_in);
-            to[k / 2 * kDepth + k % 2] =
-                uint16_t(_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(value), 0));
-          }
-        }
+        (f.backward ? pack_columns : pack_rows)(packed, f, first, c, f.taps[t], real);
         packed += kTile;
       }
     }

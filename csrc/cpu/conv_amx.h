@@ -37,7 +37,7 @@ struct Plan {
 
 // Filters [K, C, height * width] of a convolution, or, backward, of its gradient in the input.
 struct Filters {
-  const float* weight;
+  const float* weight;                // [K][height * width][C]
   const float* scale;                 // per K; null = 1
   int64_t out_channels, in_channels;  // of the results and inputs: K and C, backward C and K
   int64_t size;                       // height * width

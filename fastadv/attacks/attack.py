@@ -284,6 +284,10 @@ class Attack(Configured):
         with self._alone(), _own_context(x.device):
             return self._ready(x)
 
+    def unchanged(self) -> AbstractContextManager[None]:
+        """A context in which the caller does not change the model, so that one proof serves for several calls."""
+        return self._engines.still()
+
     def logits_of_model(self, x: Tensor) -> Tensor:
         """The model's own logits of images, in eval mode and without a gradient."""
         with self.held(x.device), frozen(self.model), torch.no_grad():

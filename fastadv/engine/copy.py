@@ -44,6 +44,7 @@ class AttackCopy(nn.Module):
         self.graph_module.graph.eliminate_dead_code()
         self.graph_module.recompile()
         self.batch_node = constants.batch_node
+        self.nodes = constants.nodes
         self._autocast = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self._logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._parts: list[Part] = parts

@@ -48,7 +48,9 @@ class Engine(ABC):
     precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
-    any_batch = True  # the passes draw no random numbers and are the same for every number of images
+    any_batch = (
+        True  # the passes draw no random numbers and are the same for every number of images
+    )
     _narrow_range = False  # computes in float16
 
     @abstractmethod
@@ -262,13 +264,19 @@ class EngineOnCopy(Engine):
     remembered: Remembered | None = None  # what the copy was proven with, its weights included
     _copy: AttackCopy
     _example: Tensor
+    tape: Tape  # the operations of the copy
 
     def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
         self.precision, self.reason = precision, reason
-        self._careful = tape.own_functions
+        self.tape, self._careful = tape, tape.own_functions
         self.any_batch = tape.only_batch is None and not tape.decides_by_batch
         images = recording.images.detach()
         self._example = (images[:2] if tape.only_batch is None else images).clone()
+
+    @property
+    def copy(self) -> AttackCopy:
+        """The copy, with the weights of the last refresh."""
+        return self._copy
 
     def refresh(self, recording: Recording) -> None:
         """Bring over the weights that the live model has used."""

@@ -42,6 +42,7 @@ class Constants:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
     batch_node: fx.Node | None = None  # the number of images, where an operation needs it
+    nodes: dict[int, fx.Node] = field(default_factory=dict)  # by place, what computes that tensor
 
 
 def graph_of(
@@ -58,6 +59,9 @@ def graph_of(
             builder.add(op)
     builder.graph.output(builder.nodes[tape.output])
     builder.graph.lint()
+    builder.constants.nodes = {
+        place: node for place, node in builder.nodes.items() if place not in builder.folded
+    }
     return builder.graph, builder.parts, builder.constants
 
 
@@ -86,6 +90,7 @@ class _Builder:
                 self._uses[ref.place] = self._uses.get(ref.place, 0) + 1
         self._uses[tape.output] = self._uses.get(tape.output, 0) + 1
         self._convolutions: dict[int, tuple[Part, Ref, Ref | None]] = {}  # by place of the result
+        self.folded: set[int] = set()  # places of results into whose node a norm was folded
 
     def add(self, op: RecordedOp) -> None:
         """Emit one op."""
@@ -164,6 +169,7 @@ class _Builder:
             part, weight, bias = self._convolutions[source]
             folded = Part(part.name, part.module, lambda r: (*_values(r, weight, bias), norm(r)))
             self.parts[self.parts.index(part)] = folded
+            self.folded.add(source)
             self.nodes[op.place] = self.nodes[source]
             return True
         mean = self._recording.values[tensors[0].place]  # type: ignore[union-attr]

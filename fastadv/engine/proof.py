@@ -110,11 +110,18 @@ def difference(found: InputGradient, wanted: InputGradient, precision: str) -> s
 
 def difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str | None:
     """As `difference`, of logits [B, C] alone."""
+    return difference_of_results(found, wanted, precision, "logits")
+
+
+def difference_of_results(
+    found: Tensor, wanted: Tensor, precision: str, name: str = "features"
+) -> str | None:
+    """As `difference`, of any results [B, ...] alone, which the words call ``name``."""
     if found.shape != wanted.shape:
-        return f"its copy's logits have shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
-    a, b = found.double(), wanted.double()
+        return f"its copy's {name} have shape {tuple(found.shape)}, not {tuple(wanted.shape)}"
+    a, b = found.double().flatten(1), wanted.double().flatten(1)
     if bool((a.isfinite().all(1) != b.isfinite().all(1)).any()):
-        return "its copy's logits are not finite where the live model's are, or the reverse"
+        return f"its copy's {name} are not finite where the live model's are, or the reverse"
     a, b = a.nan_to_num(0, 0, 0), b.nan_to_num(0, 0, 0)
     # Logits of an image next to a decision boundary have hardly any differences.
     level = 0.1 * b.norm(dim=1)
@@ -124,7 +131,7 @@ def difference_of_logits(found: Tensor, wanted: Tensor, precision: str) -> str |
         min=float(spread.mean())
     )
     if float(distance.max()) > LOGITS[precision]:
-        return f"its copy computes other logits, {100 * float(distance.max()):.3g} % off"
+        return f"its copy computes other {name}, {100 * float(distance.max()):.3g} % off"
     return None
 
 

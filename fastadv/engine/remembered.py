@@ -10,6 +10,7 @@ if all weights that they use have the recorded content, bit for bit.
 from __future__ import annotations
 
 import types
+import weakref
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _COSTLY = frozenset(
      F.scaled_dot_product_attention, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__)
 )  # fmt: skip
 _MOST_BYTES = 2**26  # of results that are kept
+_MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
 
 
 class Remembered:
@@ -98,6 +100,37 @@ def _is_torchs(function: Any) -> bool:
     if isinstance(function, (types.FunctionType, types.MethodType)):
         return function is item or function.__module__.startswith("torch.")
     return True  # built in
+
+
+class Changes:
+    """Whether a model's weights have changed since the last proof of its copy, as far as torch counts it.
+
+    In training they have at every use. A look at torch's counters then saves the pass that `Remembered` repeats,
+    and the hash of all weights is not taken for nothing. Writing past the counters is seen by that pass.
+    """
+
+    def __init__(self) -> None:
+        self._versions: list[tuple[weakref.ref[Tensor], int]] = []
+        self._wasted = 0  # proofs in a row that were remembered for nothing
+
+    def are_certain(self) -> bool:
+        """Whether a tensor of the last proof has been written to."""
+        for place, version in self._versions:
+            tensor = place()
+            if tensor is not None and tensor._version != version:
+                return True
+        return False
+
+    def used(self) -> None:
+        """Note that a remembered proof has served."""
+        self._wasted = -1  # the next change is none that comes too early
+
+    def worth_remembering(self, recording: Recording) -> bool:
+        """Note a new proof; whether one like it is likely to serve again."""
+        self._wasted = self._wasted + 1 if self.are_certain() else 0
+        tensors = (recording.values[place] for place in recording.external())
+        self._versions = [(weakref.ref(t), t._version) for t in tensors if not t.is_inference()]
+        return self._wasted < _MOST_WASTED
 
 
 class _Repeat(Recorder):

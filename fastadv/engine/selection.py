@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,7 +43,7 @@ from fastadv.engine.holding import held
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import draws_nothing, record, recorded
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Remembered
+from fastadv.engine.remembered import Changes, Remembered
 from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
 from fastadv.float32 import full_float32
 
@@ -78,6 +79,7 @@ class _Copy:
         reason: why it was taken.
         evidence: whether the images told anything about gradients.
         sizes: the batch sizes.
+        changes: of the weights since the last proof.
         chosen: what runs in its place, or itself, and the reason, by group of batch sizes.
     """
 
@@ -86,6 +88,7 @@ class _Copy:
     reason: str
     evidence: bool
     sizes: set[int] = field(default_factory=set)
+    changes: Changes = field(default_factory=Changes)
     chosen: dict[int, tuple[Contender, str]] = field(default_factory=dict)
 
     def engine_for(self, batch: int) -> Contender:
@@ -102,12 +105,23 @@ class EngineCache:
         self._copies: dict[Hashable, list[_Copy]] = {}
         self._autocast_is_right: dict[Hashable, bool] = {}
         self._told: set[str] = set()
+        self._still = False
+        self._settled: Engine | None = None  # proven since the model stands still
         # How often copies of a kind and precision were found to part from the model in use.
         self._parted: Counter[Hashable] = Counter()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are empty: engines are built where they are used."""
         return EngineCache, ()
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Within, the model does not change, so that one proof of a copy serves for all uses."""
+        self._still = True
+        try:
+            yield
+        finally:
+            self._still, self._settled = False, None
 
     def ready(self, model: Model, x: Tensor, wish: Wish) -> Engine:
         """The engine for images like ``x``, proven and with the model's current weights.
@@ -169,6 +183,7 @@ class EngineCache:
         if kept:
             found = self._proven(model, x, kept, kind, precision, wish)
             if found is not None:
+                self._settled = found if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
         made = _build(model, x, precision, wish, parted)
@@ -178,7 +193,9 @@ class EngineCache:
         del kept[_COPIES:]
         if precision not in parted:
             _choose(made, model, x, precision, wish)
-        return made.engine_for(x.shape[0])
+        engine = made.engine_for(x.shape[0])
+        self._settled = engine if self._still else None
+        return engine
 
     def _proven(
         self,
@@ -197,7 +214,12 @@ class EngineCache:
             copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
         )
         careful = any(copy.tape.own_functions for copy in kept)
-        same = next((copy for copy in known if few and _unchanged(copy, model, batch)), None)
+        proven = (
+            c
+            for c in known
+            if few and (c.engine_for(batch) is self._settled or _unchanged(c, model, batch))
+        )
+        same = next(proven, None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
             return _used(kept, same, batch)
@@ -219,7 +241,8 @@ class EngineCache:
                     self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                engine.remembered = Remembered.of(recording) if size == _PROBES else None
+                worth = size == _PROBES and copy.changes.worth_remembering(recording)
+                engine.remembered = Remembered.of(recording) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
                     _choose(copy, model, x, precision, wish)
                 return _used(kept, copy, batch)
@@ -286,12 +309,13 @@ def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
     """
     engine = copy.engine_for(batch)
     remembered, engine.remembered = engine.remembered, None
-    if remembered is None or not copy.evidence:
+    if remembered is None or not copy.evidence or copy.changes.are_certain():
         return False
     recording = remembered.repeated(model)
     if recording is None or not copy.tape.describes(recording):
         return False
     engine.remembered = remembered
+    copy.changes.used()
     return True
 
 
@@ -341,7 +365,7 @@ def _build(
     few = None if tape.only_batch else _few(model, x, tape)
     evidence = (live,) if few is None else (live, proof.evidence_of(few))
     remembered = None if few is None else Remembered.of(few)
-    if remembered is not None and not _is_steady(model, tape, remembered):
+    if remembered is not None and not is_steady(model, tape, remembered):
         raise Unrecordable("its operations change from call to call")
     failures = []
     for make in candidates(tape, recording, precision, wish):
@@ -380,7 +404,7 @@ def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
     return None
 
 
-def _is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
+def is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
     """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
     with held(model):
         before, calls, done = plain_state(model), _CALLS, 0

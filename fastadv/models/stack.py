@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -81,12 +81,7 @@ class Stack(SplitModel):
 
     def pooled_features(self, x: Tensor) -> list[Tensor]:
         """Return the pooled features of every extractor, n tensors [B, d_i]."""
-        return [
-            cast(Any, extractor).forward_head(
-                cast(Any, extractor).forward_features(x), pre_logits=True
-            )
-            for extractor in self.extractors
-        ]
+        return _pooled(self.extractors, x)
 
     def merge(self, pooled: Sequence[Tensor]) -> Tensor:
         """Return the logits [B, num_classes] of pooled features, n tensors [B, d_i]."""
@@ -106,6 +101,20 @@ class Stack(SplitModel):
         """Return logits, or the pooled vectors [B, d_1 + ... + d_n] with `pre_logits`."""
         pooled = global_average(features)
         return pooled if pre_logits else self.merge([pooled])
+
+
+def _pooled(extractors: Iterable[Any], x: Tensor) -> list[Tensor]:
+    return [part.forward_head(part.forward_features(x), pre_logits=True) for part in extractors]
+
+
+def pooled_side_by_side(extractors: nn.Module, x: Tensor) -> Tensor:
+    """Return the pooled features of extractors as one tensor [B, d_1 + ... + d_n].
+
+    Args:
+        extractors: the `extractors` of a `Stack`.
+        x: images [B, C, H, W].
+    """
+    return torch.cat(_pooled(cast("Iterable[Any]", extractors), x), 1)
 
 
 def _width(extractor: nn.Module) -> int:

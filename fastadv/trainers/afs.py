@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models import Stack, copy_weights
+from fastadv.models.stack import pooled_side_by_side
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
@@ -100,7 +102,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     def setup(self) -> None:
         """Freeze the extractors and build the attack."""
         self.stack.extractors.requires_grad_(False)
-        self._pooled_features = self.stack.pooled_features
+        self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         super().setup()
 
     def initialise(self) -> None:
@@ -112,7 +114,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
     def compile(self) -> None:
         """Let torch.compile make the extractors' pass, which is all that costs."""
         super().compile()
-        self._pooled_features = torch.compile(self.stack.pooled_features)
+        self._compiled = torch.compile(self.stack.pooled_features)
 
     def train_mode(self) -> None:
         """Leave the extractors in evaluation mode."""
@@ -162,9 +164,13 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         return LossResult(torch.lerp(loss, clean_loss, self.recipe.weight), metrics)
 
     def _logits(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            pooled = self._pooled_features(x)
-        return self.stack.merge(pooled)
+        stack = self.stack
+        if self._compiled is not None:
+            with torch.no_grad():
+                parts = self._compiled(x)
+            return stack.merge(parts)
+        pooled = self.frozen_output("extractors", stack.extractors, x, pooled_side_by_side)
+        return stack.merge(pooled.split(stack.widths, 1))
 
     def passes(self, epoch: int) -> float:
         """Return the cost of the attack, for the attacked part, and the cost of the features."""

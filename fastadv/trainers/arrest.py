@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fastadv import losses
 from fastadv.attacks.best import where_images
+from fastadv.engine.feature_tap import FeatureTap
 from fastadv.engine.frozen import frozen
 from fastadv.losses.common import at_least_float32
 from fastadv.models import check_feature_split, copy_weights
 from fastadv.ops import noisy_replay, replay_mask
 from fastadv.trainers.adversarial import AdversarialMethod
+from fastadv.trainers.frozen_forward import features_of
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field
@@ -121,6 +123,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
     def setup(self) -> None:
         """Build the attack and check that the models can be cut before their pooling."""
         super().setup()
+        self._tap = FeatureTap()
         if self.recipe.distill or self.recipe.replay:
             check_feature_split(self.model)
             check_feature_split(self.teachers["teacher"])
@@ -132,6 +135,10 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
 
     def attack(self, batch: TrainBatch) -> Replayed:
         """Return PGD's images, or noise where the features have drifted."""
+        with self.pgd.unchanged():  # between the drift and the attack
+            return self._attacked(batch)
+
+    def _attacked(self, batch: TrainBatch) -> Replayed:
         replaying = self._replaying(batch.epoch)
         if not (replaying or self.recipe.distill):
             return Replayed(self.perturb(batch))
@@ -182,7 +189,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         """Return the standard model's features and, where they are distilled, its logits."""
         teacher = cast(Any, self.teachers["teacher"])
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            features = teacher.forward_features(x)
+            features = self.teacher_output("teacher", x, features_of)
             wanted = self.recipe.distill and self.recipe.distance in _DISTANCES_OF_LOGITS
             return features, teacher.forward_head(features) if wanted else None
 
@@ -200,5 +207,11 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         return losses.feature_distance(features, adv.teacher_features, recipe.distance)
 
     def _drifting_features(self, x: Tensor) -> Tensor:
+        """Return the model's features in evaluation mode, if possible by the copy that is to be attacked."""
+        if self.runtime.autocast_dtype == torch.bfloat16 and self.recipe.attack_mode == "eval":
+            with self.pgd.held(x.device):
+                found = self._tap.features(self.pgd.engine_for(x), self.model, x)
+            if found is not None:
+                return found
         with frozen(self.model), torch.no_grad(), self.autocast():
             return cast(Any, self.model).forward_features(x)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv import losses
 from fastadv.trainers.method import Attacked, TrainBatch
@@ -62,12 +64,12 @@ class Helped(Attacked):
 
 
 def helper_examples(
-    standard: nn.Module, x: Tensor, adv: Tensor, reach: float
+    standard: Callable[[Tensor], Tensor], x: Tensor, adv: Tensor, reach: float
 ) -> tuple[Tensor, Tensor]:
     """Return the helper examples behind adversarial images, and their labels by the standard model.
 
     Args:
-        standard: the standard model.
+        standard: the standard model's logits of images.
         x: clean images [B, C, H, W].
         adv: x', adversarial images [B, C, H, W].
         reach: how far beyond, in units of x' - x.
@@ -101,7 +103,7 @@ class Hat(PairMethod[HatRecipe]):
 
     def attack(self, batch: TrainBatch) -> Helped:
         """Return PGD's images and the helper examples behind them."""
-        x, standard = self.perturb(batch), self.teachers["teacher"]
+        x, standard = self.perturb(batch), partial(self.teacher_output, "teacher")
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             return Helped(x, *helper_examples(standard, batch.x, x, self.recipe.reach))
 

@@ -137,7 +137,7 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
         recipe = self.recipe
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             standard, robust = (
-                self.teachers[name](adv.x) if weight else None
+                self.teacher_output(name, adv.x) if weight else None
                 for name, weight in (
                     ("teacher", recipe.standard_weight),
                     ("robust_teacher", recipe.robust_weight),

@@ -142,8 +142,8 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
             adv_logits, own = self._divergence(batch, adv)
         else:
             adv_logits, own = base_losses(self.base, batch, adv)
-        with torch.set_grad_enabled(not self.recipe.fixed):
-            natural_logits = self.natural(batch.x)
+        fixed, x = self.recipe.fixed, batch.x
+        natural_logits = self.teacher_output("teacher", x) if fixed else self.natural(x)
         loss = self.objective(natural_logits, adv_logits, batch.y)
         if own is not None:
             loss = loss + own

@@ -17,6 +17,7 @@ from fastadv.losses import cross_entropy
 from fastadv.losses.common import at_least_float32
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
+from fastadv.trainers.frozen_forward import FrozenForward, Output, logits_of
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_attacked
@@ -188,6 +189,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
                 f"mixup must be 0 for {self.name}, whose loss takes no soft labels, got {recipe.mixup}"
             )
         self._split_pass = _features_and_logits
+        self._frozen: dict[tuple[str, Output], FrozenForward] = {}
         self.setup()
 
     @classmethod
@@ -291,6 +293,36 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             target = y.to(wide.dtype) * (1 - smoothing) + smoothing / y.shape[1]
             return soft_cross_entropy(wide, target)
         return cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
+
+    def teacher_output(self, name: str, x: Tensor, output: Output = logits_of) -> Tensor:
+        """Run a frozen model without gradients, where possible by a copy that is faster; see `FrozenForward`.
+
+        Args:
+            name: of the frozen model.
+            x: images [B, C, H, W].
+            output: what is wanted of the model, a function of the model and the images, always the same object:
+                by default the logits, or `features_of` for the map before pooling.
+
+        Returns:
+            The result of `output`, in float32 or in the dtype of the run's passes.
+        """
+        return self.frozen_output(name, self.teachers[name], x, output)
+
+    def frozen_output(self, name: str, model: nn.Module, x: Tensor, output: Output) -> Tensor:
+        """As `teacher_output`, of any model in evaluation mode whose weights stand still.
+
+        Args:
+            name: what the model is called in messages.
+            model: the model, always the same by this name.
+            x: images [B, C, H, W].
+            output: as there.
+        """
+        found = self._frozen.get((name, output))
+        if found is None:
+            found = FrozenForward(name, model, output, self.runtime.autocast_dtype)
+            self._frozen[name, output] = found
+        with torch.no_grad(), self.autocast():
+            return found(x)
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the trained model once: the map before pooling [B, C, H, W] and logits [B, K]."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv import losses
 from fastadv.losses.common import Reduction, at_least_float32, reduced
@@ -53,6 +54,10 @@ def _mart(
         clean_logits, adv_logits, y, weight, code_constants=code_constants, reduction=reduction
     )
     return losses.cross_entropy(clean_logits, y, reduction=reduction) + beta * mart
+
+
+def _layer_of(model: nn.Module, x: Tensor, layer: str) -> Tensor:
+    return layer_output(model, layer, x)
 
 
 _Loss: TypeAlias = Callable[..., Tensor]
@@ -196,6 +201,7 @@ class Vfd(PairMethod[VfdRecipe]):
         check_layer(self.model, self.recipe.layer)
         check_layer(self.teachers["teacher"], self.recipe.layer, "teacher")
         self._layer_pass = layer_and_logits
+        self._vanilla_layer = partial(_layer_of, layer=self.recipe.layer)
 
     def compile(self) -> None:
         """Let torch.compile make the pass that gives the layer's features as well."""
@@ -204,9 +210,9 @@ class Vfd(PairMethod[VfdRecipe]):
 
     def attack(self, batch: TrainBatch) -> Guided:
         """Return PGD's images, the vanilla features, and HAT's helper examples."""
-        x, vanilla = self.perturb(batch), self.teachers["teacher"]
+        x, vanilla = self.perturb(batch), partial(self.teacher_output, "teacher")
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            features = layer_output(vanilla, self.recipe.layer, batch.x)
+            features = vanilla(batch.x, self._vanilla_layer)
             if self.recipe.base != "hat":
                 return Guided(x, features)
             return Guided(x, features, *helper_examples(vanilla, batch.x, x, self.recipe.reach))

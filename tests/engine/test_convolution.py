@@ -77,6 +77,14 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 
 
 @needs_kernel
+@pytest.mark.parametrize("backward", [False, True])
+def test_packed_filters_do_not_depend_on_the_layout_of_the_weights(backward: bool) -> None:
+    weight, scale = torch.randn(32, 48, 3, 3), torch.rand(32)
+    last = weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pack(weight, scale, backward), pack(last, scale, backward))
+
+
+@needs_kernel
 @pytest.mark.parametrize("shape", SHAPES)
 def test_convolution_equals_the_direct_sum(shape: tuple[int, ...]) -> None:
     b, c, k, h, w = shape
@@ -216,6 +224,20 @@ def test_tile_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
         x.shape, weight, gradient.double(), stride, padding, dilation
     )
     assert relative(at_input, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
+
+
+@needs_amx
+@pytest.mark.parametrize("backward", [False, True])
+def test_packed_tiles_do_not_depend_on_the_layout_of_the_weights(backward: bool) -> None:
+    conv = ConvShape(64, 96, (3, 3), (2, 2), (1, 1))
+    weight, scale = torch.randn(96, 64, 3, 3), torch.rand(96)
+    groups = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        kernel = TileKernel(conv, backward)
+        kernel.refresh(weight.contiguous(memory_format=layout), scale)
+        groups.append([group.packed for group in kernel._groups])
+    for one, other in zip(*groups, strict=True):
+        assert torch.equal(one, other)
 
 
 @needs_amx

@@ -303,3 +303,35 @@ def test_every_kind_of_images_has_its_own_memory() -> None:
         )
     kept = list(attack._engines._copies.values())
     assert len(kept) == 2 and all(copies[0].engine.remembered for copies in kept)
+
+
+def test_a_model_that_is_trained_is_not_remembered_for_nothing(
+    monkeypatch: pytest.MonkeyPatch, refreshed: list[int]
+) -> None:
+    model = randomise(Net()).eval()
+    attack = fastadv.PGD(model, 8 / 255, 2 / 255, 1, precision="bf16", engine="compiled")
+    hashed: list[int] = []
+    plain = remembered.content
+    monkeypatch.setattr(
+        remembered, "content", lambda tensors: hashed.append(len(tensors)) or plain(tensors)
+    )
+
+    def use(change: bool) -> None:
+        if change:
+            with torch.no_grad():
+                model.first.weight.mul_(1.01)
+        attack.engine_for(images(8))
+
+    use(False)
+    for _ in range(4):
+        use(True)
+    refreshed.clear(), hashed.clear()
+    use(True)
+    assert len(refreshed) == 1 and not hashed
+    use(False)  # it stands still again
+    use(False)
+    assert len(refreshed) == 2 and hashed
+    with torch.no_grad():
+        model.first.weight.data.mul_(1.01)  # past torch's counters
+    use(False)
+    assert len(refreshed) == 3

@@ -1,0 +1,190 @@
+"""The forward pass of a frozen model, by a copy: BatchNorm folded, weights narrow and packed once, no autograd.
+
+A copy is made for one result of a model, such as its logits or the map before pooling. It is made once, from
+recordings of the model, and proven against the model on images made up for this. So the outcome depends only on
+the model and the shape of the images, and is the same when a run is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastadv.engine import proof
+from fastadv.engine.alone import alone_with
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.engines import unwrapped
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.forward_pass import ForwardPass
+from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.precision import COMPUTE_DTYPES
+from fastadv.engine.recorder import record
+from fastadv.engine.remembered import Remembered
+from fastadv.engine.selection import is_steady, tape_now
+from fastadv.float32 import full_float32
+
+Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
+_PROVEN = 4  # images on which a copy is compared with its model
+_SEED = 20
+_PACKED_ON = ("cpu",)  # devices with kernels of our own for convolutions in bfloat16
+
+
+class ForwardCopy:
+    """One result of a model that stands still.
+
+    Args:
+        model: the model, in evaluation mode.
+        output: what is wanted of it.
+        x: images [B, ...] like the ones to come. Only their shape, dtype and device count.
+        dtype: of the copy's passes, bfloat16 or float16.
+
+    Raises:
+        Unrecordable: no copy computes this; the message says why.
+    """
+
+    def __init__(self, model: nn.Module, output: Output, x: Tensor, dtype: torch.dtype) -> None:
+        self._model = model
+        self._whole = _OutputOf(unwrapped(model), output)
+        self._sizes: dict[int, bool] = {}
+        with _apart(x.device), alone_with(model), full_float32():
+            self._standstill = _Standstill(model)
+            images = probe_images(x)
+            try:
+                self._tape, recording = tape_now(self._whole, images)
+            except Unrecordable:
+                raise
+            except Exception as error:
+                raise Unrecordable(f"recording it fails: {error}") from error
+            if self._tape.only_batch is not None or self._tape.decides_by_batch:
+                raise Unrecordable("what it does depends on the number of images")
+            if self._tape.autocast:
+                raise Unrecordable("its forward enters autocast")
+            remembered = Remembered.of(recording)
+            if remembered is not None and not is_steady(self._whole, self._tape, remembered):
+                raise Unrecordable("its operations change from call to call")
+            pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
+            try:
+                self._copy = AttackCopy(self._tape, recording, dtype, pack=pack)
+                self._run = ForwardPass(self._copy) if pack else self._under_torch
+                found = self._run(_laid_out(recording.images.detach()))
+            except (
+                Exception
+            ) as error:  # a copy may fail in any way that the model's own code allows
+                raise Unrecordable(f"its copy fails: {error}") from error
+            precision = next(name for name, own in COMPUTE_DTYPES.items() if own == dtype)
+            fault = proof.difference_of_results(found, recording.logits.detach(), precision)
+            if fault is not None:
+                raise Unrecordable(fault)
+            _without_gradients(self._copy)
+            self._sizes[x.shape[0]] = True
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model still has the weights and modes that were copied."""
+        return self._standstill.holds(self._model)
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether the model does the same with this number of images, which is recorded once for each number."""
+        size = x.shape[0]
+        if size not in self._sizes:
+            with _apart(x.device), alone_with(self._model), full_float32():
+                images = probe_images(x)
+                recording = record(self._whole, images, careful=False, gradients=False)
+            self._sizes[size] = self._tape.describes(recording)
+        return self._sizes[size]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for images [B, ...]; maps are in the copy's dtype and channels-last."""
+        with torch.no_grad(), _apart(x.device):
+            found: Tensor = self._run(_laid_out(x.detach().float()))
+        return found
+
+    def _under_torch(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), self._copy.autocast(x.device):
+            found: Tensor = self._copy.graph_module(x)
+        return found
+
+
+class _OutputOf(nn.Module):
+    """A model that returns another result than its own."""
+
+    def __init__(self, model: nn.Module, output: Output) -> None:
+        super().__init__()
+        self.model = model
+        self._output = output
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result."""
+        return self._output(self.model, x)
+
+
+def probe_images(x: Tensor) -> Tensor:
+    """Images of a shape, dtype and device, in 0..1: four different ones by turns, coarse and fine noise.
+
+    Args:
+        x: images [B, ...] of which only these are taken.
+    """
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    shape = (_PROVEN, *x.shape[1:])
+    images = torch.rand(shape, generator=generator, device="cpu")
+    if len(shape) == 4:
+        height, width = (max(1, size // 8) for size in shape[2:])
+        coarse = torch.rand((*shape[:2], height, width), generator=generator, device="cpu")
+        coarse = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=False)
+        images[::2] = coarse[::2]
+    rows = torch.arange(x.shape[0], device="cpu") % _PROVEN
+    return _laid_out(images[rows].to(x.device, torch.float32))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+class _Standstill:
+    """Tells whether a model has other weights, buffers or modes than when this was made.
+
+    Torch counts the changes of a tensor. Buffers are compared as well, since processes that train together write
+    into them what is there already.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = [(p, _version(p)) for p in model.parameters()]
+        self._buffers = [(b, _version(b), b.clone()) for b in model.buffers()]
+        self._modes = [(module, module.training) for module in model.modules()]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model is as it was."""
+        parameters, buffers = list(model.parameters()), list(model.buffers())
+        if len(parameters) != len(self._parameters) or len(buffers) != len(self._buffers):
+            return False
+        if [(module, module.training) for module in model.modules()] != self._modes:
+            return False
+        return all(
+            p is then and _version(p) == version
+            for p, (then, version) in zip(parameters, self._parameters, strict=True)
+        ) and all(
+            b is then and (_version(b) == version or torch.equal(b, value))
+            for b, (then, version, value) in zip(buffers, self._buffers, strict=True)
+        )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _without_gradients(copy: AttackCopy) -> None:
+    """Free the filters of the gradients' convolutions, which no forward pass reads."""
+    for module in copy.graph_module.modules():
+        if isinstance(module, CopiedConv2d) and module.packed is not None:
+            module.packed.backward = None
+
+
+@contextmanager
+def _apart(device: torch.device) -> Iterator[None]:
+    """Leave the caller's autocast and inference mode: recordings and copies have their own precision."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,70 @@
+"""The passes of frozen models in training: teachers and extractors, which stand still for the whole run."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.forward_copy import ForwardCopy, Output
+
+
+def logits_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Return a model's result for images [B, C, H, W], its logits [B, K]."""
+    return cast(Tensor, model(x))
+
+
+def features_of(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the map before pooling [B, C', H', W'] of a model with the feature split."""
+    return cast(Tensor, cast(Any, model).forward_features(x))
+
+
+class FrozenForward:
+    """One result of a frozen model.
+
+    In a run in bfloat16 a copy of the model computes it, made at the first call: see `ForwardCopy`. A model that
+    cannot be copied, or whose copy computes something else, runs as it is, with one warning that says why. In
+    float32 the model runs as it is, so that the results are the plain ones to the bit.
+
+    Args:
+        name: what the model is called in messages.
+        model: the model, in evaluation mode.
+        output: what is wanted of it.
+        dtype: of the run's passes; None is float32.
+
+    Attributes:
+        reason: why the model runs as it is; None where a copy runs, and before the first call.
+    """
+
+    def __init__(
+        self, name: str, model: nn.Module, output: Output, dtype: torch.dtype | None
+    ) -> None:
+        self._name, self._model, self._output, self._dtype = name, model, output, dtype
+        self._copy: ForwardCopy | None = None
+        self.reason: str | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the result for images [B, C, H, W]; called without gradients and under the run's autocast."""
+        copy = self._ready(x)
+        return self._output(self._model, x) if copy is None else copy(x)
+
+    def _ready(self, x: Tensor) -> ForwardCopy | None:
+        """The copy, made anew if the model has changed; None where the model runs as it is."""
+        if self._dtype is None or self.reason is not None or x.shape[0] == 0:
+            return None
+        if any(module.training for module in self._model.modules()):
+            return None
+        if self._copy is None or not self._copy.is_current:
+            try:
+                self._copy = None  # its memory is free before the next one takes as much
+                self._copy = ForwardCopy(self._model, self._output, x, self._dtype)
+            except Unrecordable as error:
+                self.reason = str(error)
+                warnings.warn(
+                    f"fastadv runs the frozen model {self._name!r} as it is, not a faster copy: {error}",
+                    stacklevel=2,
+                )
+        return self._copy if self._copy is not None and self._copy.serves(x) else None
