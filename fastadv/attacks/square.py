@@ -29,7 +29,7 @@ _DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
 
 @dataclass(frozen=True)
 class SquareSettings(AttackSettings):
-    """What a Square attack does, checked on creation. Fields as in `Square`."""
+    """The settings of a Square attack, checked on creation. Fields as in `Square`."""
 
     queries: int = 5000
     p_init: float = 0.8

@@ -79,7 +79,7 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _seeded_order(n: int, seed: int) -> list[int]:
-    """Return the indices below n in the order of their hashes. Every evaluation on a data set asks for it again."""
+    """Return the indices below n in the order of their hashes, which every evaluation on a data set asks for."""
     keys = [derive_seed(seed, "choice", index) for index in range(n)]
     return sorted(range(n), key=keys.__getitem__)
 
