@@ -34,7 +34,7 @@ MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the l
 
 @dataclass(frozen=True)
 class APGDSettings(AttackSettings):
-    """What an APGD attack does, checked on creation. Fields as in `APGD`."""
+    """The settings of an APGD attack, checked on creation. Fields as in `APGD`."""
 
     steps: int = 100
     restarts: int = 1

@@ -55,7 +55,7 @@ class Ended:
 
     Attributes:
         run: the run.
-        point: its worst case [...]: a misclassified point where one was found, else that of highest value.
+        point: its worst case [...]: a misclassified point where one was found, else the point of highest value.
         value: of this point.
         succeeded: whether the engine takes the point for misclassified.
         alpha: the step size, there where it succeeded, else the last one.
@@ -237,7 +237,7 @@ class _Work:
         self._refill()
 
     def _judge(self, rows: list[int]) -> None:
-        """Ask the referee about those of the rows that the engine takes for broken."""
+        """Ask the referee about the rows that the engine takes for broken."""
         flags = self._slots.succeeded.tolist()
         rows = [row for row in rows if self._runs[row] is not None and flags[row]]
         if not rows:

@@ -30,7 +30,7 @@ class Slots:
     Attributes:
         x: the clean images [S, ...].
         y: their labels [S] int64.
-        target: the wrong classes aimed at, [S] int64; without meaning where the loss aims at none.
+        target: the wrong classes aimed at, [S] int64; without meaning where the loss aims at no class.
         adv: the points to be looked at next, [S, ...].
         before: the points from which these were reached, [S, ...].
         best: the points of highest value, to which a run goes back, [S, ...].

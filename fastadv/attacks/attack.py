@@ -40,7 +40,7 @@ from fastadv.seeding import draw_seed
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """What all attacks have in common, checked on creation. Fields as in `fastadv.pgd_fused`."""
+    """The settings that all attacks have in common, checked on creation. Fields as in `fastadv.pgd_fused`."""
 
     eps: float = 8 / 255
     _: KW_ONLY
@@ -270,7 +270,7 @@ class Attack(Configured):
 
     @property
     def last(self) -> AttackReport:
-        """What the last call saw: gradients, losses, engine, and a check of its result.
+        """The facts of the last call: gradients, losses, engine, and a check of its result.
 
         Raises:
             RuntimeError: there was no call, or the last one failed.

@@ -87,7 +87,7 @@ def best_of_runs(
         run: the search.
         batch: the images under attack.
         targets: for each run, of which there is at least one, the wrong classes [B] it aims at, or None.
-        seed: of the first run; those of the others are derived from it.
+        seed: of the first run; the seeds of the other runs are derived from it.
         whole: run on all samples each time, as samples need that depend on one another. Otherwise each run attacks
             only the samples that those before it have left.
     """

@@ -36,7 +36,7 @@ class CurriculumPGD(PGD):
         def size(logits: Tensor) -> Tensor:
             p = at_least_float32(logits).softmax(1)
             hardest = p.scatter(1, own, -1.0).amax(1)
-            # Of size 0, not none at all, so that a start outside the ball is brought into it.
+            # Of size 0, and not left out, so that a start outside the ball is brought into it.
             moves = hardest - p.gather(1, own)[:, 0] <= gap
             return torch.where(over_samples(moves, sizes), sizes, 0.0)
 

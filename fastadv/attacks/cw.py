@@ -28,7 +28,7 @@ _BETAS, _ADAM_EPS = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class CWSettings(PGDSettings):
-    """What `CW` does, checked on creation. Fields as there."""
+    """The settings of `CW`, checked on creation. It has the same fields."""
 
     loss: str | LossFunction = field(default="cw", init=False)
 
@@ -119,7 +119,7 @@ class CW(PGD):
 
 @dataclass(frozen=True)
 class CWL2Settings(AttackSettings):
-    """What `CWL2` does, checked on creation. Fields as there."""
+    """The settings of `CWL2`, checked on creation. It has the same fields."""
 
     eps: float = field(default=math.inf, init=False)
     norm: str = field(default="l2", init=False)

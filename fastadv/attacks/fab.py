@@ -38,7 +38,7 @@ _START_RADIUS = 0.5  # of eps, the ball in which restarts begin
 
 @dataclass(frozen=True)
 class FABSettings(AttackSettings):
-    """What a FAB attack does, checked on creation. Fields as in `FAB`."""
+    """The settings of a FAB attack, checked on creation. Fields as in `FAB`."""
 
     steps: int = 100
     target_classes: int | None = 9

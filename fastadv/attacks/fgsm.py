@@ -16,7 +16,7 @@ FGSM_RS_STEP = 1.25  # of eps
 
 @dataclass(frozen=True)
 class FGSMSettings(PGDSettings):
-    """What `FGSM` does, checked on creation. Fields as there; the others are fixed."""
+    """The settings of `FGSM`, checked on creation. It has the same fields; the other settings are fixed."""
 
     alpha: float = field(default=0.0, init=False)
     steps: int = field(default=1, init=False)
@@ -86,7 +86,7 @@ class FGSM(PGD):
 
 @dataclass(frozen=True)
 class FGSMRSSettings(PGDSettings):
-    """What `FGSMRS` does, checked on creation. Fields as there; the others are fixed."""
+    """The settings of `FGSMRS`, checked on creation. It has the same fields; the other settings are fixed."""
 
     alpha: float | None = None  # type: ignore[assignment]  # else a number, as everywhere
     steps: int = field(default=1, init=False)

@@ -21,7 +21,7 @@ from fastadv.ops.values import integer
 
 @dataclass(frozen=True)
 class FriendlyPGDSettings(PGDSettings):
-    """What `FriendlyPGD` does, checked on creation. Fields as there."""
+    """The settings of `FriendlyPGD`, checked on creation. It has the same fields."""
 
     tau: int = 0
 
@@ -114,7 +114,7 @@ class FriendlyPGD(PGD):
 
         def size(logits: Tensor) -> Tensor:
             left.sub_(batch.succeeded(logits).long())
-            # Of size 0, not none at all, so that a start outside the ball is brought into it.
+            # Of size 0, and not left out, so that a start outside the ball is brought into it.
             return torch.where(over_samples(left < 0, sizes), 0.0, sizes)
 
         return size

@@ -20,7 +20,7 @@ from fastadv.ops.values import limit
 
 @dataclass(frozen=True)
 class MIMSettings(PGDSettings):
-    """What `MIM` does, checked on creation. Fields as there."""
+    """The settings of `MIM`, checked on creation. It has the same fields."""
 
     random_start: bool = False
     decay: float = 1.0

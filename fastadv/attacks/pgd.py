@@ -32,7 +32,7 @@ StepSize = Callable[[Tensor], float | Tensor]  # logits [B, C] -> how far, a num
 
 @dataclass(frozen=True)
 class PGDSettings(AttackSettings):
-    """What a PGD attack does, checked on creation. Fields as in `pgd_fused`."""
+    """The settings of a PGD attack, checked on creation. Fields as in `pgd_fused`."""
 
     alpha: float = 2 / 255
     steps: int = 10

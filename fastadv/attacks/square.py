@@ -35,7 +35,7 @@ _FULL_SCHEDULE = 10000  # queries for which these are made
 
 @dataclass(frozen=True)
 class SquareSettings(AttackSettings):
-    """What a Square attack does, checked on creation. Fields as in `Square`."""
+    """The settings of a Square attack, checked on creation. Fields as in `Square`."""
 
     queries: int = 5000
     p_init: float = 0.8

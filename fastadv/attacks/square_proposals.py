@@ -2,7 +2,7 @@
 
 Every image has a place and signs of its own, made from its own random words. Source: Andriushchenko, Croce,
 Flammarion and Hein, "Square attack: a query-efficient black-box adversarial attack via random search", ECCV 2020,
-algorithms 2 and 3; the l1 form is that of Croce and Hein, "Mind the box", ICML 2021.
+algorithms 2 and 3; the l1 form is from Croce and Hein, "Mind the box", ICML 2021.
 """
 
 from __future__ import annotations

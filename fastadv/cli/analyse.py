@@ -36,7 +36,7 @@ def analyse(words: list[str]) -> int:
         + "; ".join(f"{name} ({one.title})" for name, one in ANALYSES.items())
         + ".",
     )
-    parser.add_flag("anew", "Compute what is there already once more.")
+    parser.add_flag("anew", "Compute analyses again that are there already.")
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(run_analysis, skip={"models", "what", "anew", "quiet", "command"})
     spelled = words
@@ -46,5 +46,5 @@ def analyse(words: list[str]) -> int:
     options.pop("config")
     with stopped_by_signals("stopped; the same command goes on after the last analysis that ended"):
         text = run_analysis(**options, command=shlex.join(["fastadv", "analyse", *words]))
-    print(text)
+    print(text, end="")
     return 0

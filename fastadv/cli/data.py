@@ -12,8 +12,8 @@ def data(words: list[str]) -> int:
     """Look at the files of a data set; the exit status."""
     parser = Parser(
         prog="fastadv data",
-        description="Say where the files of a data set are to be had and how they must lie, check what is there, "
-        "and download it where there is a network. The exit status is 0 where the data set can be used.",
+        description="Say where to get the files of a data set and how they must lie, check the files that are "
+        "there, and download them where there is a network. The exit status is 0 where the data set can be used.",
         needs={"name": f"one of {', '.join(dataset_names())}"},
     )
     parser.add_argument("name", help=f"Data set: {', '.join(dataset_names())}.")

@@ -29,7 +29,7 @@ def evaluation_parser() -> Parser:
         "--attacks",
         nargs="+",
         default=list(DEFAULT_ATTACKS),
-        help="What to run, in this order. K is a number of steps, R of restarts or runs, N of queries, S of "
+        help="Attacks to run, in this order. K is a number of steps, R of restarts or runs, N of queries, S of "
         f"constants. {'. '.join(f'{names}: {what}' for names, what in NAMES.items())}.",
     )
     parser.add_argument(

@@ -35,9 +35,12 @@ def info(words: list[str]) -> int:
 
     from fastadv import info as facts_of
 
-    parser = Parser(prog="fastadv info", description="Say what this installation can do.")
+    parser = Parser(
+        prog="fastadv info",
+        description="Show versions, devices, kernels and engines.",
+    )
     parser.add_flag("ops", "List every op and its backends.")
-    parser.add_flag("json", "Print JSON, which has them in any case.")
+    parser.add_flag("json", "Print JSON. It lists the ops in any case.")
     options = parser.parse_args(words)
     facts = facts_of.collect()
     print(json.dumps(facts, indent=2) if options.json else facts_of.render(facts, options.ops))

@@ -149,6 +149,6 @@ _COMMANDS = {
     "reproduce": Command("reproduce a table or a figure of a paper", reproduce),
     "report": Command("compare runs in a table and a plot", report),
     "data": Command("check the files of a data set, or download them", data),
-    "info": Command("say what this installation can do", info),
+    "info": Command("show versions, devices, kernels and engines", info),
     "demo": Command("train and compare three models on small images, in minutes", demo),
 }

@@ -30,7 +30,7 @@ def reproduce(words: list[str]) -> int:
         "--out",
         type=str,
         default=None,
-        help="Folder for the trained models, the tables and the pictures. What is in it is used again.",
+        help="Folder for the trained models, the tables and the pictures. Its models and results are used again.",
     )
     parser.add_function_arguments(run_reproduction, skip={"item", "out", "plan", "quiet"})
     options = vars(parser.parse_args(words))

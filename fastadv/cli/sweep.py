@@ -107,7 +107,7 @@ def _parser(method: str) -> Parser:
         metavar="NAME=VALUES",
         help="Options of `fastadv train` and their values: numbers, fractions or words between commas, or a range "
         "FIRST:LAST:STEP with both ends, such as lr=.1,.05 eps=2/255:8/255:2/255. seeds=3 is for the seeds 0, 1 "
-        "and 2, seed=4,7 for those two.",
+        "and 2, seed=4,7 for the seeds 4 and 7.",
     )
     parser.add_argument("--out", required=True, help="Directory of the sweep.")
     parser.add_argument(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from fastadv.commands.documents import as_json
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
 from fastadv.commands.surrogates import model_by_word
@@ -70,6 +71,7 @@ def run_analysis(
     device: str | None = None,
     out: str | None = None,
     anew: bool = False,
+    json: bool = False,
     quiet: bool = False,
     command: str = "",
 ) -> str:
@@ -86,7 +88,7 @@ def run_analysis(
         data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
         train_data: the training set, for entropy and random-labels: digits, cifar10 or cifar100, a .npz file,
             folder:PATH or hf:NAME:SPLIT. By default the training images of the data set by name.
-        root: folder that holds the files of cifar10 or cifar100; by default the one of the first run.
+        root: folder that holds the files of cifar10 or cifar100; by default the folder of the first run.
         resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
             by default pictures are not resized.
         crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the
@@ -99,7 +101,7 @@ def run_analysis(
         eps: radius of the attack in linf, for steps-curve, tsne, umap and delta-z; by default 8/255.
         alpha: step size of PGD, for eps-curve, steps-curve, tsne and umap; by default a quarter of the radius.
         steps: steps of PGD, for eps-curve, tsne, umap, minimum and delta-z; by default 20.
-        radii: radii of eps-curve, ascending; by default 13 of them from 1/255 to 100/255.
+        radii: radii of eps-curve, ascending; by default 13 radii from 1/255 to 100/255.
         step_counts: numbers of steps of steps-curve, ascending; by default 1 2 5 10 20 50 100.
         max_eps: largest radius that minimum tries; by default .5.
         pictures: images that minimum shows; by default 8.
@@ -110,14 +112,15 @@ def run_analysis(
         batch_size: images per pass; by default 256.
         seed: seed of all random numbers.
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
-        out: folder that the numbers and the pictures of all models together are written to. By default each model
-            has its own alone, in the folder analyses of its run.
-        anew: compute what is there already once more.
+        out: folder for numbers and pictures of all models together. Each model's own lie in the folder analyses
+            of its run in any case.
+        anew: compute analyses again that are there already.
+        json: print the numbers of all models as one JSON document in place of the text.
         quiet: show no progress.
         command: the command line, for the record.
 
     Returns:
-        The numbers that matter most, and where all of them are.
+        The numbers that matter most, and the folders with all numbers; or JSON.
     """
     chosen = find_analyses(what)
     settings = _settings(chosen, dict(locals()), seed)
@@ -157,22 +160,42 @@ def run_analysis(
         for analysis in chosen:
             check_needs(analysis, one.model, standard is not None, train is not None)
     common = _Common(chosen, settings, samples, train_samples, standard, command, anew, quiet)
-    records, folders = {}, []
+    records: dict[str, list[AnalysisRecord]] = {}
+    folders: list[Path] = []
     for name, one in zip(names, loaded, strict=True):
         folder = analyses_folder(one.results)
         records[name] = common.analyse(name, replace(one, model=one.model.to(where)), folder)
         folders.append(folder)
         one.model.cpu()  # out of the way of the next
     groups = grouped(records)
-    text = "\n\n".join(_told(group) for group in groups)
-    text += "\n\nnumbers and pictures: " + ", ".join(map(str, dict.fromkeys(folders)))
     missing = [common.missing]
     if out is not None:
         missing += [_write_together(group, Path(out)) for group in groups]
+    obstacles = list(dict.fromkeys(filter(None, missing)))
+    if json:
+        return as_json(_document(records, folders, out, obstacles))
+    text = "\n\n".join(_told(group) for group in groups)
+    text += "\n\nnumbers and pictures: " + ", ".join(map(str, dict.fromkeys(folders)))
+    if out is not None:
         text += f"\nof all models together: {out}"
-    for line in dict.fromkeys(filter(None, missing)):
+    for line in obstacles:
         text += f"\nno picture was drawn: {line}"
-    return text
+    return text + "\n"
+
+
+def _document(
+    records: Mapping[str, list[AnalysisRecord]],
+    folders: Sequence[Path],
+    out: str | None,
+    obstacles: list[str],
+) -> dict[str, Any]:
+    """All numbers and the facts that they depend on as JSON types."""
+    found = [
+        {"model": name, "file": str(record.path(folder)), **record.to_dict()}
+        for (name, of_model), folder in zip(records.items(), folders, strict=True)
+        for record in of_model
+    ]
+    return {"analyses": found, "together": out, "no_picture": obstacles}
 
 
 def _settings(chosen: Sequence[Analysis], options: dict[str, Any], seed: int) -> AnalysisSettings:

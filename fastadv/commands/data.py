@@ -46,7 +46,7 @@ def run_data(
     Args:
         name: digits, cifar10 or cifar100.
         root: folder with the official files, or in which the official archive was unpacked. All files are read.
-            Their sizes, numbers of records and labels are checked, and that the content is the genuine one.
+            Their sizes, numbers of records, labels and digests are checked.
         download: where there are no files, download the official archive of the binary layout, check its MD5, and
             unpack it.
         url: with download, address of the same archive elsewhere; it may begin with file:.

@@ -123,7 +123,7 @@ def run_evaluation(
         data: digits, cifar10 or cifar100, of which the test images are used; a .npz file with the arrays image
             (uint8, N x H x W x C) and label; folder:PATH, with one folder of pictures per class in PATH; or
             hf:NAME or hf:NAME:SPLIT, which Hugging Face's datasets reads. By default the data set of the run.
-        root: folder that holds the files of cifar10 or cifar100; by default the one of the run.
+        root: folder that holds the files of cifar10 or cifar100; by default the folder of the run.
         resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
             by default pictures are not resized.
         crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the
@@ -135,7 +135,7 @@ def run_evaluation(
             run at each of them. By default 8/255 in linf, whatever the run was trained with, and in l2
             the radius of a run that was trained in l2. Otherwise it must be given with norm l2 or l1, and with
             other bounds than 0 1.
-        norm: norm of the ball; by default that in which the run was trained, linf without a run.
+        norm: norm of the ball. By default the norm in which the run was trained; linf without a run.
         bounds: smallest and largest value of an image as the model takes it, to which the data are scaled; eps is
             in these units.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
@@ -148,7 +148,7 @@ def run_evaluation(
             adversarial image is confirmed in float32. fp32: in float32 throughout. reference: by pyautoattack.
         surrogate: another model, on which the adversarial images are made (black-box transfer): a run directory, a
             file of weights, or module:function, which returns a trained model.
-        surrogate_model: the network of a surrogate that is a file of weights; its names are those of model.
+        surrogate_model: the network of a surrogate that is a file of weights. model takes the same names.
         eot: number of passes through the network for each gradient. The attack follows the mean of their gradients
             (expectation over transformations). It is meant for models that draw random numbers.
         cw_c: the constant c of cwl2-K, by default 1; of cwl2-K-S the first of the S values, by default .001.
@@ -162,7 +162,7 @@ def run_evaluation(
             in the current folder.
         quiet: show no progress.
         keep_images: how many adversarial images of each attack to keep, in the folder worst beside the results.
-            Those are kept of whose wrong class the model is most sure. 0 keeps no image.
+            The model is most sure of the wrong classes of the images that are kept. 0 keeps no image.
         json: print the results as one JSON document in place of the table.
         command: the command line, for the record.
 

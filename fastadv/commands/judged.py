@@ -268,6 +268,23 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
     return load_test_images(data, root)
 
 
+def check_training_images(data: str, root: str | None) -> None:
+    """Refuse images for training that are not there, before anything else is done.
+
+    Args:
+        data: digits, cifar10, cifar100 or folder:PATH.
+        root: folder of the files of a data set by name.
+
+    Raises:
+        FileNotFoundError: if the files are not there.
+        ValueError: for another name, or a root that is missing or of no use.
+    """
+    if data.startswith(FOLDER):
+        check_no_root(data, root)
+    else:
+        check_source(data, root)
+
+
 def check_no_root(data: str, root: str | None) -> None:
     """Refuse a folder for data that say where they are."""
     if root is not None:

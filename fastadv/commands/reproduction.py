@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 from fastadv.commands.documents import as_json
-from fastadv.commands.judged import check_no_root
-from fastadv.data.datasets import check_source
-from fastadv.data.training_folders import FOLDER
+from fastadv.commands.judged import check_training_images
 from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
@@ -48,20 +46,20 @@ def run_reproduction(
     """The table.
 
     Args:
-        item: which table or figure, such as arrest/table2; --list shows all of them.
-        out: folder for the trained models, the tables and the pictures. What is in it is used again.
+        item: which table or figure, such as arrest/table2; --list shows all.
+        out: folder for the trained models, the tables and the pictures. Its models and results are used again.
         data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
-            pictures per class; by default that of the scale.
+            pictures per class; by default the data set of the scale.
         root: folder of the data set's official files (not for digits).
         scale: paper has the papers' own settings. small is real CIFAR-10 on a processor of 2 cores: 5,000 images,
             a small network, few epochs. tiny is digits of 8x8 pixels in seconds, to see that everything works.
-        seeds: trainings of each row, of which the table has mean, standard deviation and a 95 % interval; by
+        seeds: number of trainings of each row. The table has mean, standard deviation and 95 % interval. By
             default 3 at the scale paper, 1 at the others.
         network: a network that stands for every network of the paper, such as resnet18; by default small_cnn at
             the scales small and tiny.
         device: where to train and measure, e.g. cpu or cuda:0; by default a GPU if there is one.
         extra: a .npz file of further training images, with the arrays image (uint8, N x H x W x C) and label, for
-            rows whose method needs such: RST.
+            rows whose method needs further images, which is RST.
         plan: say how much is left to train and to measure, and about how long it takes; do nothing.
         json: print one JSON document in place of the text, also with list and plan.
         quiet: show no progress.
@@ -70,10 +68,7 @@ def run_reproduction(
         The table in Markdown, and where the files are; or JSON.
     """
     chosen = find_scale(scale)
-    if data is not None and data.startswith(FOLDER):
-        check_no_root(data, root)
-    else:
-        check_source(data or chosen.data, root)
+    check_training_images(data or chosen.data, root)
     if network is not None:
         check_model_name("network", network)
     if plan:

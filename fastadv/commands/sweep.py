@@ -36,10 +36,10 @@ class Launch:
         launcher: local, on this machine; ray, on a Ray cluster; slurm, as an array of Slurm.
         jobs: how many runs go on at once; by default one on this machine, and on a cluster as many as it has
             room for.
-        gpus_per_run: with ray and slurm, GPUs of each run; with ray also a part of one, such as .5. By default
+        gpus_per_run: with ray and slurm, GPUs of each run; with ray also a part of a GPU, such as .5. By default
             ray gives one where the cluster has any, and slurm gives 0.
         cpus_per_run: with ray and slurm, processors of each run.
-        ray_address: with ray, the address of the cluster; by default the one that this machine belongs to.
+        ray_address: with ray, the address of the cluster; by default the cluster of this machine.
         slurm: with slurm, further options of sbatch without their dashes, such as partition=gpu time=12:00:00.
     """
 

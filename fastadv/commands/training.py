@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.commands.judged import Reading, check_no_root
+from fastadv.commands.judged import Reading, check_training_images
 from fastadv.data import Splits, load_extra, load_folders
-from fastadv.data.datasets import check_source
 from fastadv.data.preprocessing import Interpolation
 from fastadv.data.training_folders import FOLDER
 from fastadv.fields import check_fields
@@ -97,10 +96,8 @@ def run_training(
             of the cores, at most 8.
     """
     reading = Reading(resize, crop, interpolation, workers)
-    if data.startswith(FOLDER):
-        check_no_root(data, root)
-    else:
-        check_source(data, root)
+    check_training_images(data, root)
+    if not data.startswith(FOLDER):
         reading.check_none(data)
     if model is not None:
         check_model_name("model", model)

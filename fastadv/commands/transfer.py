@@ -48,7 +48,7 @@ def run_transfer(
         model: the network of all models that are files of weights: a name such as resnet18, timm:NAME, or
             module:function, whose code then runs.
         data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
-        root: folder that holds the files of cifar10 or cifar100; by default the one of the first run.
+        root: folder that holds the files of cifar10 or cifar100; by default the folder of the first run.
         resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
             by default pictures are not resized.
         crop: with folder: or hf: data, the number of pixels of each side of the square that is cut out of the

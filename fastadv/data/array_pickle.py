@@ -51,7 +51,7 @@ def read_arrays(content: bytes) -> Any:
         wrote is bytes.
 
     Raises:
-        PickleContentError: if it is damaged, or holds anything else; the message says what.
+        PickleContentError: if it is damaged, or holds anything else, which the message names.
     """
     try:
         value = _Machine(content).run()

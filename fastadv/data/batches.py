@@ -46,7 +46,7 @@ class Batches(ABC):
         world_size: number of processes.
 
     Attributes:
-        first_extra: index of the first extra sample, which is their number where there is none.
+        first_extra: index of the first extra sample, which is their number where there is no extra sample.
         extra_count: number of extra samples.
         extra_per_batch: extra samples in a global batch.
 

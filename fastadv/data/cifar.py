@@ -72,7 +72,7 @@ def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
         root: that folder or its parent.
 
     Raises:
-        FileNotFoundError: if none of the files is there; the message says how they must lie.
+        FileNotFoundError: if not one of the files is there; the message says how they must lie.
     """
     candidates = (
         (root / layout.binary_folder, layout.train.binary_files + layout.test.binary_files, True),

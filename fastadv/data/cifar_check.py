@@ -13,7 +13,7 @@ from fastadv.data.errors import DataFormatError
 
 @dataclass(frozen=True)
 class FileState:
-    """What is found of one file.
+    """The findings on one file.
 
     Attributes:
         name: of the file.
@@ -28,11 +28,11 @@ class FileState:
 
 @dataclass(frozen=True)
 class SourceState:
-    """What is found of a data set.
+    """The findings on a data set.
 
     Attributes:
-        folder: where its files are; None where there are none.
-        files: each of them; empty where there are none.
+        folder: where its files are; None without files.
+        files: the finding on each file.
         problems: what else is wrong: that there are no files, or that their content is not the genuine one.
     """
 

@@ -35,7 +35,7 @@ def download_cifar(
 
     Args:
         layout: which data set.
-        root: folder in which that of the files is made; it is made itself where it is missing.
+        root: folder in which the folder of the files is made; both are made where they are missing.
         url: of the archive, with https, http or file; by default the official one.
         on_bytes: called with how many bytes are there and how many there will be, 0 where nobody says.
 

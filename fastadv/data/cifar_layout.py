@@ -39,7 +39,7 @@ class CifarLayout:
     Attributes:
         name: the data set's name, e.g. "cifar10".
         num_classes: classes of the label that is used (CIFAR-100: the fine one).
-        num_coarse: coarse classes, whose label byte comes first in a record; 0 for none.
+        num_coarse: coarse classes, whose label byte comes first in a record; 0 where records have no such byte.
         label_key: key of the labels in the python layout.
         binary_folder: folder of the binary layout inside its archive.
         python_folder: folder of the python layout inside its archive.
@@ -143,7 +143,7 @@ def require_file(path: Path, expected: str) -> None:
         raise FileNotFoundError(f"{path} is missing; expected there: {expected}")
 
 
-# The digests are those of the genuine sets: they do not depend on the order of the records.
+# The digests belong to the genuine sets. They do not depend on the order of the records.
 CIFAR10 = CifarLayout(
     name="cifar10",
     num_classes=10,

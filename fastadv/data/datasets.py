@@ -79,7 +79,7 @@ def load_test_images(name: str, root: str | Path | None = None, verify: bool = T
 
 
 def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]:
-    """What the files of a data set look like, and where they are."""
+    """The form of the files of a data set, and their places."""
     if root is None:
         raise ValueError(
             f"root must be the folder that holds the files of {name}, got None: --root DATA on the command line. "

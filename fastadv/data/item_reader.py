@@ -22,7 +22,7 @@ _UNKNOWN = -1  # neither a checksum nor a label
 
 @dataclass
 class _Chunk:
-    """What a worker has read.
+    """The items that a worker has read.
 
     Attributes:
         indices: of the items, up to the one that failed.

@@ -31,7 +31,7 @@ class Loader(Batches):
         batch_size: size of the global batch, over all ranks.
         seed: governs shuffling and augmentation.
         train: shuffle, augment and drop an incomplete last batch.
-        pad: random crop after padding by so many pixels; 0 for none. Training only.
+        pad: random crop after padding by so many pixels; 0 turns it off. Training only.
         mode: padding, "constant" (zeros) or "reflect".
         flip: mirror images at random. Training only.
         device: where data and batches live; None for where the data are.
@@ -46,7 +46,7 @@ class Loader(Batches):
         data: the images and then the extra ones, on the device.
 
     Raises:
-        TypeError: if a number is none, or a flag neither True nor False.
+        TypeError: if a number is of another type, or a flag neither True nor False.
         ValueError: if the data are empty, a number is out of range, or no full batch fits.
     """
 
@@ -105,7 +105,7 @@ class Loader(Batches):
         return order.to(self.data.labels.device)
 
     def _with_extra(self, order: Tensor, seed: int) -> Tensor:
-        """Give each batch its extra images: the order of the data -> that of the epoch."""
+        """Give each batch its extra images: the order of the data -> the order of the epoch."""
         generator = torch.Generator().manual_seed(seed)
         steps, few = len(self), self.extra_per_batch
         others = self.batch_size - few

@@ -18,7 +18,7 @@ _INTERPOLATIONS = ("bilinear", "bicubic")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture, as PIL and torchvision do it.
+    """The steps from a picture to a tensor, as PIL and torchvision do it.
 
     Attributes:
         resize: pixels of the shorter side; None leaves the size as it is.

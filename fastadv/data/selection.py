@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -64,8 +66,7 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
     n, seed = integer("n", n), integer("seed", seed)
     if not 0 <= n <= len(labels):
         raise ValueError(f"n must be in 0 .. {len(labels)} (the size of the data), got {n}")
-    keys = [derive_seed(seed, "choice", index) for index in range(len(labels))]
-    order = sorted(range(len(labels)), key=keys.__getitem__)
+    order = _seeded_order(len(labels), seed)
     turns: list[tuple[int, int, int]] = []  # (turn, class, index)
     taken: dict[int, int] = {}
     classes: list[int] = labels.tolist()
@@ -74,6 +75,13 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
         taken[classes[index]] = turn + 1
         turns.append((turn, classes[index], index))
     return torch.tensor(sorted(index for _, _, index in sorted(turns)[:n]), dtype=torch.int64)
+
+
+@lru_cache(maxsize=8)
+def _seeded_order(n: int, seed: int) -> list[int]:
+    """Return the indices below n in the order of their hashes, which every evaluation on a data set asks for."""
+    keys = [derive_seed(seed, "choice", index) for index in range(n)]
+    return sorted(range(n), key=keys.__getitem__)
 
 
 def evenly_spread(n: int, count: int) -> Tensor:

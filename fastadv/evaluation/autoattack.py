@@ -55,7 +55,7 @@ _MAX_SEED = 2**63
 
 @dataclass(frozen=True)
 class AutoAttackResult:
-    """What AutoAttack found.
+    """The findings of AutoAttack.
 
     Attributes:
         robust: [N] bool, images classified correctly without and under every attack.

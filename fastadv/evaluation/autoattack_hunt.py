@@ -26,7 +26,7 @@ class Refinement:
 
     Attributes:
         steps: of Auto-PGD; they are the last ones of a run.
-        targets: how many runs of an image are carried on, those of highest value.
+        targets: how many runs of an image are carried on: the runs of highest value.
     """
 
     steps: int = 5

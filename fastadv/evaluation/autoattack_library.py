@@ -110,7 +110,7 @@ class ReferenceAttacks:
     def check_model(self, x: Tensor, y: Tensor) -> list[str]:
         """Run the library's checks of the kind of model: random, unless it may be, dynamic, without logits.
 
-        Also fits the number of target classes to that of the model: the library's 9 is an index error below 10.
+        Also fits the number of target classes to the model's classes: the library's 9 is an index error below 10.
 
         Args:
             x: images [B, C, H, W].

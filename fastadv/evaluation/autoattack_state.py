@@ -50,7 +50,7 @@ class BatchRecord:
 
     Attributes:
         indices: [B] int64, the images attacked.
-        fooled: [M] int64, those of them that are now classified wrongly.
+        fooled: [M] int64, the images among them that are now classified wrongly.
         adversarial: [M, ...] float32, their adversarial images.
         violations: counts of what was wrong with the returned images, fields of ``Violations``.
         warnings: what the attack warned of.

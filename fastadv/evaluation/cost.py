@@ -19,14 +19,14 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
     """Count the multiplications, each with its addition, of one pass of one image.
 
     Counted are convolutions, matrix products, attention and the merger of a stack, as PyTorch carries them out.
-    What goes element by element, such as BatchNorm and ReLU, is not, as in the figures of papers.
+    Operations by element, such as BatchNorm and ReLU, do not count, as in the figures of papers.
 
     Args:
         model: the network; the pass is in evaluation mode.
         shape: of one image, [C, H, W].
 
     Raises:
-        ValueError: if the shape is not that of an image.
+        ValueError: if the shape is no image's.
         Exception: whatever the network raises for such an image.
     """
     size = [integer("shape", length, at_least=1) for length in shape]

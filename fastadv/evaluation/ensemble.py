@@ -105,7 +105,7 @@ class AutoAttack:
 
     @property
     def last(self) -> AutoAttackResult:
-        """What the last call has found.
+        """The findings of the last call.
 
         Raises:
             RuntimeError: there was no call, or the last one failed.

@@ -125,8 +125,8 @@ def evaluate(
             for models that draw random numbers: for FGSM, PGD, C&W in a ball, MIM and Auto-PGD.
         cw_c: c of ``"cwl2-K"``; by default 1, and .001 to begin with where several are tried.
         cw_lr: learning rate of ``"cwl2-K"``.
-        keep_images: how many adversarial images each attack's row keeps as ``row.worst``, those of whose wrong
-            class the model is most sure.
+        keep_images: how many adversarial images each attack's row keeps as ``row.worst``: the images of whose
+            wrong class the model is most sure.
         sharded: whether the processes of torch's default process group share the images. All of them then call
             this with the same arguments, and get the same report. The figures equal the figures of one process.
 
@@ -260,7 +260,7 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     """The radii of an evaluation, each once.
 
     Raises:
-        ValueError: there are none, one is there twice, or one is no radius.
+        ValueError: the list is empty, has a radius twice, or has a number that is no radius.
     """
     values = eps if isinstance(eps, (list, tuple)) else [eps]
     radii = [limit("eps", value) for value in values]

@@ -69,7 +69,7 @@ class Cubic:
         """Check that there are four numbers.
 
         Raises:
-            TypeError: one is none.
+            TypeError: one is of another type.
         """
         check_fields(self)
 

@@ -29,7 +29,7 @@ _BISECTIONS = 10
 
 @dataclass(frozen=True)
 class CarliniWagner:
-    """What `cwl2` is run with.
+    """The settings with which `cwl2` is run.
 
     Attributes:
         c: weight of the margin against the squared distance; None is 1 where one value is tried, and .001 as the
@@ -63,7 +63,7 @@ class CarliniWagner:
 
 
 def norm_of(attack: Minimum, norm: str) -> str:
-    """The norm in which an attack measures distances: its own, or that of the evaluation."""
+    """The norm in which an attack measures distances: its own, or the norm of the evaluation."""
     return "l2" if attack.kind == "cwl2" else norm
 
 

@@ -20,7 +20,7 @@ def doubt_modes(model: Model, argument: str = "model") -> str:
         argument: what the model is called in the warning.
 
     Returns:
-        What every row is to say; empty where no figure is in doubt.
+        The note of every row; empty where no figure is in doubt.
     """
     if isinstance(model, nn.Module) and not model.training:
         inside = next((name for name, part in model.named_modules() if part.training), None)

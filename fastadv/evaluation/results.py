@@ -24,7 +24,7 @@ _REPORT_FORMAT = 1  # files from before results were collected hold the report o
 
 @dataclass(frozen=True)
 class Subject:
-    """What an evaluation judged. What a file does not tell is empty.
+    """The model and the images of an evaluation. Facts that a file does not tell are empty.
 
     Attributes:
         run: name of the run directory.
@@ -111,7 +111,7 @@ class Result:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the accuracy depends on; a result replaces one of the same key."""
+        """All that the accuracy depends on; a result replaces an earlier result of the same key."""
         row = self.row
         if self.is_clean:
             return (*self.judged, row.name, self.bounds)
@@ -233,7 +233,7 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         merged = {result.key: result for result in there}
         for result in results:
             old = merged.get(result.key)
-            if old is not None and not result.worst_file:  # its images are still those of this key
+            if old is not None and not result.worst_file:  # its images still belong to this key
                 result = replace(result, worst_file=old.worst_file)
             merged[result.key] = result
         rows = [result.to_dict() for result in merged.values()]

@@ -35,7 +35,7 @@ _MOST_PASSES = 64  # where a generator moves
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack left of a model's accuracy.
+    """The part of a model's accuracy that an attack left.
 
     Attributes:
         robust: [N] bool on the CPU; false also where the clean image is classified wrongly.

@@ -203,7 +203,7 @@ def sanity_checks(
 
 
 def verdict_of(findings: Sequence[Finding]) -> str:
-    """What all findings come to, in words."""
+    """The sum of all findings, in words."""
     failed = sum(not finding.ok for finding in findings)
     if failed == 0:
         return "no sign, which proves nothing"
@@ -214,7 +214,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
     """All findings in words, one line each below a heading.
 
     Args:
-        findings: what `sanity_checks` returned.
+        findings: the result of `sanity_checks`.
         n: number of images.
         eps: radius of the ball.
         norm: of the ball.

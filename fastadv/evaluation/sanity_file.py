@@ -45,7 +45,7 @@ class SanityResult:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What the findings depend on; a result replaces one of the same key."""
+        """All that the findings depend on; a result replaces an earlier result of the same key."""
         subject = self.subject
         model = (subject.network, subject.weights, subject.checkpoint)
         judged = (*model, subject.data, subject.images, self.n)
@@ -78,7 +78,7 @@ def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
 
 
 def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Path:
-    """Add findings to those of a file, in the place of earlier ones of the same key.
+    """Add findings to a file, in the place of earlier findings of the same key.
 
     Raises:
         ValueError: when the file is there and damaged; it stays as it is.

@@ -40,7 +40,7 @@ class Published:
     points: dict[str, tuple[float, float]]
 
     def covers(self, clean: float) -> bool:
-        """Whether a clean accuracy in percent lies among those of the published points."""
+        """Whether a clean accuracy in percent lies in the range of the published points."""
         known = [point[0] for point in self.points.values()]
         return min(known) <= clean <= max(known)
 
@@ -104,7 +104,7 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
     Both are of the same images, and an image that is wrong without an attack is wrong under it. So their errors
     are not independent: the intervals follow from the shares of images that are robust, right without an attack
     alone, and wrong, by the delta method. To these counts z^2 / 3 each is added for the variance, as Agresti and
-    Coull do for one share, so that the interval is none too narrow near 0 and 1.
+    Coull do for one share, so that the interval is not too narrow near 0 and 1.
 
     Args:
         clean: accuracy without an attack.

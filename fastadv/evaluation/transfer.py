@@ -26,6 +26,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import seems_to_guess
+from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
@@ -146,6 +147,8 @@ def transfer_matrix(
     chosen = check_transferable(attack, eps, alpha)
     samples = as_samples(data, bounds, max_examples)
     eps, say = check_eps(eps, norm, samples), ProgressDisplay(progress)
+    notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
+    notes += _doubts(models)
     with ExitStack() as held:
         first, *others = models.values()
         held.enter_context(alone_with(*models.values()))
@@ -159,7 +162,6 @@ def transfer_matrix(
         classes = _check_classes(list(models), runners, chosen)
         clean = [runner.clean().robust for runner in runners]
         rows: list[tuple[int, ...]] = []
-        notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
         notes += [
             f"{name} seems to guess, so that what is made on it says nothing of the others"
             for name, right in zip(models, clean, strict=True)
@@ -190,6 +192,14 @@ def transfer_matrix(
         notes=tuple(notes),
         versions=library_versions(),
     )
+
+
+def _doubts(models: Mapping[str, Model]) -> list[str]:
+    """Warn of the models whose mode puts figures in doubt."""
+    found = []
+    for name, model in models.items():
+        found.append(doubt_modes(model, f"model {name}"))
+    return [doubt for doubt in found if doubt]
 
 
 def _check_classes(

@@ -132,7 +132,7 @@ class Audit:
         return finite & ~far & ~out
 
     def problems(self) -> list[str]:
-        """One sentence per kind of violation; empty when there was none."""
+        """One sentence per kind of violation; empty without violations."""
         found, sentences = self.found, []
         if found.non_finite:
             sentences.append(f"{found.non_finite} images with values that are not finite")

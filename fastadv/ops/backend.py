@@ -24,7 +24,7 @@ def backend(name: str) -> Iterator[None]:
         name: ``"native"`` (C++ on CPU tensors, CUDA C++ on CUDA tensors), ``"triton"`` or ``"reference"``.
 
     Raises:
-        ValueError: ``name`` is none of these.
+        ValueError: ``name`` is another word.
         RuntimeError: from an op in the block, when the forced backend does not have it.
     """
     if name not in BACKENDS:

@@ -172,7 +172,7 @@ def linear_merger(features: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
     Args:
         features: n >= 1 tensors [B, d_i], one per extractor; the widths d_i may differ.
         weight: [C, d_1 + ... + d_n], the layout of ``torch.nn.Linear``, in the order of ``features``.
-        bias: [C], or None for none.
+        bias: [C], or None.
 
     Returns:
         [B, C] in the dtype of the arguments, contiguous.

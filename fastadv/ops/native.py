@@ -36,7 +36,7 @@ class Native:
     problem: str = ""
 
     def build_info(self) -> dict[str, Any]:
-        """What the library was built with: ``torch``, ``compiler``, ``simd`` and ``cuda``; empty without one."""
+        """The build of the library: ``torch``, ``compiler``, ``simd`` and ``cuda``; empty without one."""
         if self.library is None:
             return {}
         facts: dict[str, Any] = {}

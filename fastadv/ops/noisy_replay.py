@@ -54,7 +54,7 @@ def noisy_replay(
 ) -> Tensor:
     """Per sample ``adv`` where distance <= tau, and ``clip(x + U(-eps, eps), bounds)`` where it is larger.
 
-    Source: ARREST, equation 5. The noise is that of `random_start` for the same seed and sample ids. A NaN
+    Source: ARREST, equation 5. `random_start` draws the same noise for the same seed and sample ids. A NaN
     distance keeps ``adv``.
 
     Args:

@@ -84,7 +84,7 @@ def l2(rows: Rows) -> Tensor:
 def _scaled(grad: Tensor) -> Tensor:
     """The gradient in float64; one that is float64 itself over its largest magnitude.
 
-    In float64 squares of float32 numbers neither vanish nor overflow; those of float64 numbers can.
+    In float64 squares of float32 numbers neither vanish nor overflow; squares of float64 numbers can.
     """
     if grad.dtype != torch.float64:
         return grad.double()

@@ -101,7 +101,7 @@ class Op:
         """Import and return the Triton implementation.
 
         Raises:
-            RuntimeError: the op has none, or triton cannot be imported.
+            RuntimeError: the op has no Triton kernel, or triton cannot be imported.
         """
         if self.triton is None:
             raise RuntimeError(f"op {self.name} has no triton implementation")

@@ -434,7 +434,7 @@ def softmax_losses(
         is.
 
     Raises:
-        TypeError: logits are not floating point, ``y`` holds no integers, or a number is none.
+        TypeError: logits are not floating point, ``y`` holds no integers, or a number is of another type.
         ValueError: unknown kind or reduction, shapes or devices differ, ``y`` is not [B], too few classes, a
             weight that is negative or not finite, a temperature that is not finite and above 0.
         IndexError: on the CPU, a label that is no class.

@@ -25,7 +25,7 @@ def traced_schema(schema: str) -> str | None:
 
 
 def traced_reference(overload: torch._ops.OpOverload) -> Callable[..., Any]:
-    """What the second form of an op does, on every device."""
+    """The work of the second form of an op, on every device."""
     is_float = [str(argument.type) == "float" for argument in overload._schema.arguments]
 
     def run(*arguments: Any) -> Any:

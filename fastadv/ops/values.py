@@ -29,7 +29,7 @@ def shown(value: object) -> str:
 
 
 def number(name: str, value: object) -> float:
-    """Require a number, and return it as a float; a tensor, a flag or the text "8/255" is none.
+    """Require a number, and return it as a float; a tensor, a flag or the text "8/255" is not a number.
 
     Raises:
         TypeError: it is no number.
@@ -72,7 +72,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """Require one of several words.
 
     Raises:
-        ValueError: it is none of them; the message has the word that may have been meant.
+        ValueError: it is another word; the message has the word that may have been meant.
     """
     if not (isinstance(value, str) and value in choices):
         hint = closest(value, choices) if isinstance(value, str) else ""
@@ -146,7 +146,7 @@ def check_device(device: torch.device | str) -> torch.device:
     """The device of a name.
 
     Raises:
-        ValueError: torch knows none of that name.
+        ValueError: torch knows no device of that name.
     """
     try:
         return torch.device(device)
@@ -160,7 +160,7 @@ def norm_name(norm: object) -> str:
     """The norm's name, "linf", "l2" or "l1", also of what other libraries call it: "Linf", "L_2", 2, np.inf.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: it is another word.
     """
     if isinstance(norm, str):
         if norm in NORMS:
@@ -176,7 +176,7 @@ def norm_name(norm: object) -> str:
 def check_radius(
     name: str, eps: float, norm: str, bounds: tuple[float, float], elements: int = 1
 ) -> None:
-    """Refuse a radius beyond that of the ball which holds every image: it was meant in other units.
+    """Refuse a radius whose ball holds more than every image. It was meant in other units.
 
     Args:
         name: the argument.

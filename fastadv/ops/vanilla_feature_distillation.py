@@ -123,8 +123,8 @@ def vanilla_feature_distillation(
 
     Source: VFD-Adv, equation 5. The norms are per sample, over all axes but the first. The gradient of a norm
     is taken as 0 where the norm is 0; NaN features give NaN for their sample. Gradients flow to ``f_adv`` and
-    ``f_clean``, each computed only where it is needed, and none to ``f_vanilla``, which both directions read
-    once. There is no second derivative. The range of float32 is that of `euclidean_distance`.
+    ``f_clean``, each computed only where it is needed. ``f_vanilla`` gets no gradient. Both directions read it
+    once. There is no second derivative. float32 has the same range as in `euclidean_distance`.
 
     Args:
         f_adv: the trained model's features of the attacked images [B, ...], any dense layout, float32,

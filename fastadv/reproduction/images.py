@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +19,7 @@ _TRAIN_IMAGES = {"digits": 1297, "cifar10": 50_000, "cifar100": 50_000}
 _TEST_IMAGES = {"digits": 500, "cifar10": 10_000, "cifar100": 10_000}
 _SHAPES = {"digits": (1, 8, 8)}
 _CLASSES = {"cifar100": 100}
+_DIGITS = 8  # of a digest in a name
 
 
 @dataclass(frozen=True)
@@ -38,15 +41,23 @@ class Source:
 
     @property
     def name(self) -> str:
-        """The data set's name in tables and in the names of files.
+        """The data set's name in tables.
 
         Pictures are called by their folder's name. A folder that is named like a data set gets a longer name, so
-        that its tables do not replace the data set's.
+        that its tables do not pass for tables of the data set.
         """
         if not self.is_folder:
             return self.data
         name = self._folder.resolve().name.lower()
         return f"folder-{name}" if name in dataset_names() else name
+
+    @property
+    def file_name(self) -> str:
+        """The data set's name in names of files, where a digest tells folders of the same name apart."""
+        if not self.is_folder:
+            return self.name
+        place = os.fsencode(self._folder.resolve())
+        return f"{self.name}-{hashlib.sha256(place).hexdigest()[:_DIGITS]}"
 
     @property
     def _folder(self) -> Path:

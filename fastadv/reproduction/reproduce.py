@@ -83,7 +83,8 @@ def reproduce(
     if on_estimate is not None:
         on_estimate(work.estimate())
     table = work.table()
-    files = write_table(table, Path(out) / work.item.paper / work.item.name)
+    folder = Path(out) / work.item.paper / work.item.name
+    files = write_table(table, folder, work.shop.source.file_name)
     failures = tuple(dict.fromkeys(work.shop.failures))
     return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged, failures)
 

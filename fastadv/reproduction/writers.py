@@ -15,12 +15,13 @@ from fastadv.reproduction.tables import NOT_AT_HAND, Cell, PaperTable
 _FORMAT = 1
 
 
-def write_table(table: PaperTable, folder: Path) -> list[Path]:
+def write_table(table: PaperTable, folder: Path, data: str) -> list[Path]:
     """Write a table and its picture. The names hold scale, data and seeds, so that others stay.
 
     Args:
         table: the table.
         folder: of its item.
+        data: the data set in the files' names.
 
     Returns:
         The files.
@@ -28,7 +29,7 @@ def write_table(table: PaperTable, folder: Path) -> list[Path]:
     Raises:
         OSError: when one cannot be written.
     """
-    name = f"{table.scale}-{table.data}-{table.seeds}{'seed' if table.seeds == 1 else 'seeds'}"
+    name = f"{table.scale}-{data}-{table.seeds}{'seed' if table.seeds == 1 else 'seeds'}"
     others = sorted({network for network in table.networks.values()})
     if table.scale == "paper" or others != ["small_cnn"]:
         name += f"-{others[0] if len(others) == 1 else 'several'}"

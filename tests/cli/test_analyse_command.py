@@ -95,6 +95,21 @@ def test_the_numbers_say_what_they_are_of(
     assert cosine.measured.summary["mean cosine"] < 0.999
 
 
+def test_json_has_all_numbers_of_all_models(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--what", "frobenius", "minimum", "--max_eps", "0.5", "--steps", "2", "--json"]
+    assert analyse(*runs, *options) == 0
+    found = json.loads(capsys.readouterr().out)
+    of = [(one["model"], one["measured"]["analysis"]) for one in found["analyses"]]
+    assert of == [(name, what) for name in ("std", "other") for what in ("frobenius", "minimum")]
+    for one in found["analyses"]:
+        record = AnalysisRecord.load(Path(one["file"]))
+        assert [tuple(row) for row in one["measured"]["rows"]] == list(record.measured.rows)
+        assert one["subject"]["weights"] == record.subject.weights and one["n"] == record.n
+    assert found["together"] is None and isinstance(found["no_picture"], list)
+
+
 def test_nothing_is_lost_and_what_is_there_is_not_computed_again(
     runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -253,7 +253,7 @@ def test_help_is_for_people(command: str, capfd: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.slow
 @pytest.mark.processes
-@pytest.mark.parametrize("words", [["info"], ["--help"], ["train"], ["train", "pgd_at", "--help"]])
+@pytest.mark.parametrize("words", [["info"], ["train", "pgd_at", "--help"]])
 def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -266,7 +266,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
 @pytest.mark.processes
 def test_nothing_is_coloured(tmp_path: Path) -> None:
     run = ["train", "standard", "--data", "digits", "--run", str(tmp_path / "r"), *QUICK[:-1]]
-    for words in (["train", "pgd_at", "--help"], ["trian"], run):
+    for words in (["train", "pgd_at", "--help"], run):
         master, slave = pty.openpty()
         environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"}
         process = subprocess.Popen(program(*words), stdout=slave, stderr=slave, env=environment)

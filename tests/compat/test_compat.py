@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastadv
 from fastadv import compat
+from fastadv.engine.alone import alone_with
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = [getattr(compat, n) for n in compat.__all__ if n not in ("Attack", "MultiAttack")]
@@ -40,6 +42,24 @@ def test_defaults_and_arguments_are_those_of_torchattacks() -> None:
                 continue
             assert name in own, f"{kind.__name__} lacks {name}"
             assert own[name].default == argument.default, f"{kind.__name__}.{name}"
+
+
+def test_the_models_own_predictions_wait_while_another_thread_has_the_model() -> None:
+    model, x = trained_small_cnn(), digits_test(4)[0]
+    entered = threading.Event()
+    model.register_forward_hook(lambda *_: entered.set())
+    attacks = [
+        short(compat.BIM, model),
+        compat.MultiAttack([short(compat.BIM, model), short(compat.FGSM, model)]),
+    ]
+    with alone_with(model):
+        threads = [threading.Thread(target=attack, args=(x,), daemon=True) for attack in attacks]
+        for thread in threads:
+            thread.start()
+        assert not entered.wait(timeout=0.3)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert entered.is_set()
 
 
 @pytest.mark.parametrize("kind", EVERY)

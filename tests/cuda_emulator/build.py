@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import platform
 import re
@@ -13,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+from compiled import kept, version_of
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -62,11 +62,12 @@ def launches(csrc: Path = CSRC) -> set[str]:
     return {f"{p.name}: {m['name']}" for p in paths for m in _LAUNCH.finditer(p.read_text())}
 
 
-def build(folder: Path, csrc: Path = CSRC) -> Path:
-    """Compile the library, or take what an earlier call in the folder compiled from the same sources.
+def build(folder: Path, results: Path, csrc: Path = CSRC) -> Path:
+    """Compile the library, or take what an earlier call compiled from the same sources.
 
     Args:
-        folder: where sources, objects and the library go.
+        folder: where sources in plain C++ go.
+        results: where objects and the library go.
         csrc: the sources.
 
     Raises:
@@ -80,12 +81,14 @@ def build(folder: Path, csrc: Path = CSRC) -> Path:
     units = [sources / "cuda" / HOSTS, *sorted((sources / "cuda").glob("*.cu"))]
     units += sorted(HERE.glob("*.cpp"))
     with ThreadPoolExecutor(COMPILERS) as pool:
-        objects = list(pool.map(lambda unit: _compiled(unit, folder), units))
-    library = folder / f"cuda_emulator-{_digest(str(objects))}.so"
-    if not library.is_file():
-        where = Path(torch.__file__).parent / "lib"
-        _run(["g++", "-shared", "-o", library, *objects, f"-L{where}", "-ltorch_cpu", "-lc10"])
-    return library
+        objects = list(pool.map(lambda unit: _compiled(unit, folder, results), units))
+    where = Path(torch.__file__).parent / "lib"
+    inputs: list[str | Path] = [*objects, f"-L{where}", "-ltorch_cpu", "-lc10"]
+    return kept(
+        results / "cuda_emulator.so",
+        [str(inputs), version_of("g++")],
+        lambda library: _run(["g++", "-shared", "-o", library, *inputs]),
+    )
 
 
 def _rewritten(csrc: Path) -> Iterator[tuple[str, str]]:
@@ -129,28 +132,24 @@ def _host_side(path: Path) -> str:
     return text.replace("namespace {", f"namespace of_{path.stem} {{")
 
 
-def _compiled(unit: Path, folder: Path) -> Path:
+def _compiled(unit: Path, folder: Path, results: Path) -> Path:
     torch_headers = Path(torch.__file__).parent / "include"
     command: list[str | Path] = ["g++", "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-w"]
     command += ["-fvisibility=hidden", "-ffp-contract=off"]  # as nvcc is called with -fmad=false
     command += ["-U_FORTIFY_SOURCE"]  # its longjmp does not leave a stack
     command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    command += [f"-I{HERE}", f"-I{folder / 'csrc'}"]
     if unit.suffix == ".cu":
         command += ["-include", "emulator.h"]
-    for headers in (torch_headers, torch_headers / "torch/csrc/api/include", _cuda_headers()):
-        command += ["-isystem", str(headers)]
-    ours = sorted([*HERE.glob("*.h"), *folder.glob("csrc/**/*.h"), *folder.glob("csrc/**/*.cuh")])
-    texts = "".join(path.read_text() for path in (*ours, unit))
-    compiled = folder / f"{unit.stem}-{_digest(str(command), torch.__version__, texts)}.o"
-    if not compiled.is_file():
-        _run([*command, "-c", "-o", compiled, unit])
-    return compiled
-
-
-def _digest(*texts: str) -> str:
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    for place in (torch_headers, torch_headers / "torch/csrc/api/include", _cuda_headers()):
+        command += ["-isystem", str(place)]
+    headers = [path for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)]
+    ours = [path.read_text() for path in sorted([*HERE.glob("*.h"), *headers, unit])]
+    return kept(
+        results / f"{unit.stem}.o",
+        [str(command), version_of("g++"), torch.__version__, *ours],
+        lambda made: _run([*command, f"-I{HERE}", f"-I{folder / 'csrc'}", "-c", "-o", made, unit]),
+    )
 
 
 def _run(command: list[str | Path]) -> None:

@@ -103,6 +103,23 @@ def test_autoattack_on_a_network_in_train_mode_is_suspect() -> None:
     assert all(part.training for part in network.modules())
 
 
+def test_a_matrix_and_an_analysis_of_a_network_in_train_mode_say_so() -> None:
+    hiding, plain = Hiding(net().train()), net().eval()
+    with pytest.warns(
+        UserWarning, match="the model hidden runs a Sequential that is in train mode"
+    ):
+        matrix = fastadv.evaluation.transfer_matrix(
+            {"hidden": hiding, "plain": plain}, (X, Y), "fgsm", eps=0.1, progress=False
+        )
+    assert any("model hidden runs" in note for note in matrix.notes)
+    assert not any("plain runs" in note for note in matrix.notes)
+    with pytest.warns(UserWarning, match="the model runs a Sequential that is in train mode"):
+        found = fastadv.evaluation.analyse(hiding, (X, Y), ["eps-curve"], radii=[0.1], steps=1)
+    assert any("in train mode" in note for note in found["eps-curve"].notes)
+    found = fastadv.evaluation.analyse(plain, (X, Y), ["eps-curve"], radii=[0.1], steps=1)
+    assert not any("in train mode" in note for note in found["eps-curve"].notes)
+
+
 def test_a_layer_in_train_mode_that_evaluation_switches_off_is_told() -> None:
     model = nn.Sequential(nn.Dropout(0.5), net()).eval()
     model[0].train()

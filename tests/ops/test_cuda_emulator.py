@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from compiled import FOLDER
 from cuda_emulator.build import CSRC, build, launches, missing, ops
 from cuda_emulator.plugin import LAUNCHED, REORDERED
 from paths import ROOT, environment
@@ -37,7 +38,7 @@ pytestmark = [
 
 
 def test_every_kernel_on_the_emulator(tmp_path: Path) -> None:
-    library = build(tmp_path)
+    library = build(tmp_path, FOLDER / "cuda_emulator")
     command = [sys.executable, "-m", "pytest", "-p", "cuda_emulator.plugin"]
     command += [f"--emulator-library={library}", "-p", "no:cacheprovider", "--no-header"]
     command += ["--tb=short", *(f"tests/ops/{file}" for file in FILES)]
@@ -71,4 +72,4 @@ def test_an_unknown_form_is_refused(tmp_path: Path, file: str, known: str, unkno
     assert known in text
     source.write_text(text.replace(known, unknown))
     with pytest.raises(ValueError, match=re.escape(file)):
-        build(tmp_path / "built", sources)
+        build(tmp_path / "built", tmp_path / "results", sources)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import pkgutil
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import FOLDER, kept, version_of
 from op_cases import CASES
 from op_cases.case import OpCase, Shape
 from op_cases.draw import Spec
@@ -223,14 +225,26 @@ def _check_widths(ptx: str, name: str, layout: str, label: str) -> None:
 
 def _nvcc(file: str, architecture: int, folder: Path) -> tuple[str, str]:
     """PTX and resource report of one file, compiled as CMakeLists.txt has it compiled."""
-    target = folder / f"{file}.sm_{architecture}"
-    target.mkdir()
     command = ["nvcc", "-cubin", "-O3", "-std=c++20", "-fmad=false", f"-arch=sm_{architecture}"]
-    command += ["-Xptxas", "-v", "--keep", "--keep-dir", str(target), "-I", str(SOURCES)]
-    command += [str(SOURCES / "cuda" / file), "-o", str(target / "kernels.cubin")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
-    return (target / f"{Path(file).stem}.ptx").read_text(), done.stderr
+    command += ["-Xptxas", "-v"]
+    source = SOURCES / "cuda" / file
+
+    def compile_it(made: Path) -> None:
+        target = folder / f"{file}.sm_{architecture}"
+        target.mkdir()
+        words = [*command, "--keep", "--keep-dir", str(target), "-I", str(SOURCES), str(source)]
+        words += ["-o", str(target / "kernels.cubin")]
+        done = subprocess.run(words, capture_output=True, text=True)
+        assert done.returncode == 0, f"{' '.join(words)}\n{done.stderr}"
+        ptx = (target / f"{Path(file).stem}.ptx").read_text()
+        made.write_text(json.dumps([ptx, done.stderr]))
+
+    headers = [path for pattern in ("*.h", "*.cuh") for path in SOURCES.rglob(pattern)]
+    texts = [path.read_text() for path in sorted([*headers, source])]
+    name = f"{Path(file).stem}.sm_{architecture}.json"
+    made = kept(FOLDER / "nvcc" / name, [str(command), version_of("nvcc"), *texts], compile_it)
+    ptx, report = json.loads(made.read_text())
+    return ptx, report
 
 
 @pytest.mark.processes

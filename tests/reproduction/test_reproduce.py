@@ -412,6 +412,11 @@ def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(
 def test_pictures_in_a_folder_named_like_a_data_set_have_tables_of_their_own() -> None:
     names = [Source(data).name for data in ("cifar10", "folder:a/CIFAR10", "folder:b/ImageNet")]
     assert names == ["cifar10", "folder-cifar10", "imagenet"]
+    files = [
+        Source(data).file_name for data in ("cifar10", "folder:a/b", "folder:c/b", "folder:./a/b")
+    ]
+    assert files[0] == "cifar10" and files[1] == files[3] != files[2]
+    assert all(re.fullmatch("b-[0-9a-f]{8}", name) for name in files[1:])
 
 
 @pytest.mark.filterwarnings("ignore:the model is right on")
@@ -435,7 +440,7 @@ def test_pictures_in_folders_stand_for_imagenet(
     assert "for 2 trainings" in capsys.readouterr().out
     assert main([*words, "--quiet", "true"]) == 0
     files = {file.suffix: file for file in (tmp_path / "out" / "act" / "table4").iterdir()}
-    assert files[".md"].name == "tiny-imagenet-1seed.md"
+    assert re.fullmatch(r"tiny-imagenet-[0-9a-f]{8}-1seed\.md", files[".md"].name)
     made = json.loads(files[".json"].read_text())
     assert made["data"] == made["paper_data"] == "imagenet"
     figures = [[cell["paper"] for cell in row] for row in made["cells"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fastadv.evaluation.analyses.analysis import Analysis, AnalysisContext, Meas
 from fastadv.evaluation.analyses.registry import check_needs, check_settings_used, find_analyses
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
+from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import closest, shown
 
@@ -45,7 +46,7 @@ def analyse(
             refused.
 
     Returns:
-        What each analysis found, by its name, in the order of `what`.
+        The findings of each analysis, by its name, in the order of `what`.
 
     Raises:
         ImportError: when a library is missing, before anything is computed.
@@ -89,7 +90,7 @@ def settings_of(chosen: Sequence[Analysis], given: dict[str, Any]) -> AnalysisSe
     Raises:
         ImportError: when a library of one of them is missing.
         TypeError: for an unknown setting, or a value of another type.
-        ValueError: for a value out of range, or a setting that none of them uses.
+        ValueError: for a value out of range, or a setting that no chosen analysis uses.
     """
     known = [field.name for field in fields(AnalysisSettings)]
     for name in given:
@@ -125,13 +126,21 @@ def run_analyses(
         on_measured: called after each.
 
     Returns:
-        What each found, by its name.
+        The findings of each analysis, by its name.
     """
     found = {}
+    doubts: list[str] = []
+    if any({"images", "train"} & set(analysis.needs) for analysis in chosen):
+        doubts.append(doubt_modes(model))
+        doubts += [] if teacher is None else [doubt_modes(teacher, "teacher")]
     with evaluation_mode(model, device) as where:
         context = AnalysisContext(model, where, settings, samples, train, teacher)
         for analysis in chosen:
-            found[analysis.name] = analysis.compute(context)
+            measured = analysis.compute(context)
+            if {"images", "train"} & set(analysis.needs):
+                notes = (*measured.notes, *(f"{doubt}." for doubt in doubts if doubt))
+                measured = replace(measured, notes=notes)
+            found[analysis.name] = measured
             if on_measured is not None:
                 on_measured(found[analysis.name])
     return found

@@ -26,7 +26,7 @@ Cell = str | int | float | None
 
 @dataclass(frozen=True)
 class Measured:
-    """What an analysis found of one model.
+    """The findings of an analysis on one model.
 
     Attributes:
         analysis: its name.
@@ -74,7 +74,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class AnalysisContext:
-    """What an analysis works on.
+    """The model and the images that an analysis works on.
 
     Attributes:
         model: the model, in float32.

@@ -17,7 +17,7 @@ _RADII = ("eps", "alpha", "max_eps", "radii", "extractor_eps")
 
 @dataclass(frozen=True)
 class AnalysisGroup:
-    """What one analysis found of several models on the same images and with the same settings.
+    """The findings of one analysis on several models, on the same images and with the same settings.
 
     Attributes:
         records: by what each model is called.
@@ -47,7 +47,7 @@ class AnalysisGroup:
 
     @property
     def pictured(self) -> list[dict[str, Measured]]:
-        """What each picture shows: all models together, or one model each."""
+        """The contents of each picture: all models together, or one model each."""
         found = self.found
         return [found] if ANALYSES[self.analysis].shared else [{n: one} for n, one in found.items()]
 

@@ -28,7 +28,7 @@ _IMAGES = ("originals", "adversarials")
 
 @dataclass(frozen=True)
 class AnalysisRecord:
-    """What an analysis found of one model, with all that it depends on.
+    """The findings of an analysis on one model, with all that they depend on.
 
     Attributes:
         measured: the numbers.
@@ -57,7 +57,7 @@ class AnalysisRecord:
 
     @property
     def common(self) -> tuple[Any, ...]:
-        """What records must agree in for one picture to show them."""
+        """The facts in which records must agree for one picture to show them."""
         subject = self.subject
         settings = tuple(sorted((name, str(value)) for name, value in self.settings.items()))
         return (
@@ -95,7 +95,7 @@ class AnalysisRecord:
             np.savez_compressed(content, **arrays)
             write_atomically(self.path(folder, ".npz"), content.getvalue())
         write_atomically(self.path(folder, ".csv"), self.measured.to_csv(self.facts()))
-        text = json.dumps({"format": _FORMAT, **self._to_dict()}, indent=1, allow_nan=False)
+        text = json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
         return write_atomically(self.path(folder), text + "\n")
 
     def facts(self) -> dict[str, Any]:
@@ -112,7 +112,8 @@ class AnalysisRecord:
             **{f"version of {name}": value for name, value in self.versions.items()},
         }
 
-    def _to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, as JSON types."""
         measured = replace(self.measured, originals=None, adversarials=None)
         content = asdict(replace(self, measured=measured))
         for name in _IMAGES:
