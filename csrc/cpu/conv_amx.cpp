@@ -3,35 +3,21 @@
 #include "cpu/conv_amx.h"
 
 #if defined(__x86_64__) && defined(__linux__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstddef>
 #include <cstring>
+#include <limits>
 
 #include "cpu/conv_inner.h"
 
 #define FASTADV_AMX \
-  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prfchw")))
+#define FASTADV_AMX_INLINE inline FASTADV_AMX __attribute__((always_inline))
 
 namespace fastadv::conv_amx {
 namespace {
 
-constexpr int64_t kRows = 16;             // of a tile: images
-constexpr int64_t kTile = 512;            // bfloat16 numbers of a tile
-constexpr int64_t kInputBytes = 1 << 20;  // of a part: half of the second-level cache
-
-constexpr int kAskForPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM of arch_prctl
-constexpr int kTileData = 18;              // the state component that holds the tiles
-
-bool ask() {
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (!conv::supported() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  const bool bf16 = d >> 22 & 1, tiles = d >> 24 & 1;
-  return bf16 && tiles && syscall(SYS_arch_prctl, kAskForPermission, kTileData) == 0;
-}
+constexpr int64_t kTile = 512;    // bfloat16 numbers of a tile
+constexpr int64_t kAhead = 1024;  // bfloat16 numbers from what is copied to what is asked for
 
 struct alignas(64) Configuration {
   uint8_t palette = 1, start_row = 0;
@@ -44,52 +30,123 @@ struct alignas(64) Configuration {
 // the others.
 constinit const Configuration kConfiguration;
 
-// Where a place's taps read, and with which filters.
-struct Taps {
-  const uint16_t** inputs;
-  int64_t* filters;  // in tiles of 32 input channels, from the block's first
-  int64_t count;
+// What finishes whole blocks of sums, some rows at a time, while the next are multiplied. Tile
+// instructions leave little room for others, so there is no test in it.
+struct Finish {
+  alignas(64) float sums[2 * kRows * kBlock];
+  alignas(64) float bias[kBlock];
+  float floor;  // 0 where negative results become 0
+  uint16_t* out;  // like the others, at the group's first result and the block's first channel
+  const uint16_t *add, *mask;
+  const Row *row, *end;
+
+  void start(const Tiles& tiles) {
+    row = tiles.rows;
+    end = row + tiles.count;
+  }
 };
 
-int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+FASTADV_AMX_INLINE __m512 widen(const uint16_t* p) {
+  const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(v), 16));
+}
 
-// The memory of a part.
-struct Scratch {
-  uint16_t* inputs;  // [rows][width][images][pixel]
-  float* sums;       // [places of a row][images][32]
-  Taps taps;
+// Finishes the next `count` rows.
+template <bool has_add, bool has_mask>
+FASTADV_AMX_INLINE void finish_rows(Finish& f, int64_t count) {
+  const __m512 floor = _mm512_set1_ps(f.floor);
+  const Row* const last = std::min(f.row + count, f.end);
+  for (; f.row < last; ++f.row) {
+    const int64_t at = f.row->result;
+    const float* sums = f.sums + f.row->sums;
+    __m512 low = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(f.bias));
+    __m512 high = _mm512_add_ps(_mm512_load_ps(sums + conv::kVector),
+                                _mm512_load_ps(f.bias + conv::kVector));
+    if constexpr (has_add) {
+      low = _mm512_add_ps(low, widen(f.add + at));
+      high = _mm512_add_ps(high, widen(f.add + at + conv::kVector));
+    }
+    low = _mm512_max_ps(floor, low);
+    high = _mm512_max_ps(floor, high);
+    __m512i narrow = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if constexpr (has_mask) {
+      // Of bfloat16 numbers the bits 1 to 0x7f80 are those above 0.
+      const __m512i less = _mm512_sub_epi16(_mm512_loadu_si512(f.mask + at), _mm512_set1_epi16(1));
+      const __mmask32 positive = _mm512_cmplt_epu16_mask(less, _mm512_set1_epi16(0x7f80));
+      narrow = _mm512_maskz_mov_epi16(positive, narrow);
+    }
+    _mm512_storeu_si512(f.out + at, narrow);
+  }
+}
+
+// Asks for the memory that `finish_rows` will read and write for the next rows.
+template <bool has_add, bool has_mask>
+FASTADV_AMX_INLINE void prefetch_rows(const Finish& f, const Row*& row, int64_t count) {
+  for (const Row* const last = std::min(row + count, f.end); row < last; ++row) {
+    __builtin_prefetch(f.out + row->result, 1);
+    if constexpr (has_add) __builtin_prefetch(f.add + row->result);
+    if constexpr (has_mask) __builtin_prefetch(f.mask + row->result);
+  }
+}
+
+// Memory that will be needed later, asked for some lines at a time while tiles are multiplied.
+struct Ahead {
+  const uint16_t *at = nullptr, *end = nullptr;
+  int64_t share = 0;  // elements at every step
+
+  void start(const uint16_t* from, const uint16_t* to, int64_t steps) {
+    at = from;
+    end = to;
+    share = (((to - from) / kDepth + steps - 1) / std::max<int64_t>(steps, 1)) * kDepth;
+  }
 };
 
-// sums[images][32] = the inputs under the taps times the filters of up to 32 channels; `next` is
-// how far it is to the inputs of the second tile. Tiles 0 to 3 hold sums, 4 and 5 inputs, 6 and 7
-// filters.
-template <bool two_rows, bool two_columns>
-FASTADV_AMX void multiply(float* sums, const Taps& taps, int64_t next, const uint16_t* filters,
-                          const Plan& plan) {
+FASTADV_AMX_INLINE void prefetch_share(Ahead& ahead) {
+  const uint16_t* const last = std::min(ahead.at + ahead.share, ahead.end);
+  for (; ahead.at < last; ahead.at += kDepth) _mm_prefetch(ahead.at, _MM_HINT_T1);
+}
+
+// The sums of `coming` = the inputs under the taps times the filters of up to 32 channels, while
+// `before` finishes earlier sums. Tiles 0 to 3 hold sums, 4 and 5 inputs, 6 and 7 filters.
+template <bool has_add, bool has_mask, bool two_rows, bool two_columns>
+FASTADV_AMX void multiply(Finish& coming, Finish& before, Ahead& ahead, const Tiles& tiles,
+                          const uint16_t* input, const uint16_t* filter, const Plan& plan) {
   constexpr int64_t kStep = two_columns ? 2 * kTile : kTile;
   constexpr int64_t kTileRow = 64, kSumRow = kBlock * 4;
   const int64_t channels = plan.shape.in_channels, input_bytes = plan.pixel * 2;
+  const int64_t next = tiles.next - tiles.input, depth = plan.shape.taps * kStep;
+  const Tap* const begin = plan.taps.data() + tiles.first_tap;
+  const Tap* const end = begin + tiles.taps;
+  const int64_t steps = std::max<int64_t>(tiles.taps * (channels / kDepth), 1);
+  const int64_t share = (2 * kRows + steps - 1) / steps;
+  const Row* row = coming.row;
+  input += tiles.input;
   _tile_zero(0);
   if constexpr (two_columns) _tile_zero(1);
   if constexpr (two_rows) _tile_zero(2);
   if constexpr (two_rows && two_columns) _tile_zero(3);
-  for (int64_t t = 0; t < taps.count; ++t) {
-    const uint16_t *input = taps.inputs[t], *filter = filters + taps.filters[t] * kStep;
-    for (int64_t c = 0; c < channels; c += kDepth, filter += kStep) {
-      _tile_loadd(6, filter, kTileRow);
-      _tile_loadd(4, input + c, input_bytes);
+  for (int64_t c = 0; c < channels; c += kDepth, filter += depth, input += kDepth) {
+    for (const Tap* tap = begin; tap < end; ++tap) {
+      const uint16_t *from = input + tap->input, *by = filter + tap->filter * kStep;
+      _tile_loadd(6, by, kTileRow);
+      _tile_loadd(4, from, input_bytes);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (two_columns) {
-        _tile_loadd(7, filter + kTile, kTileRow);
+        _tile_loadd(7, by + kTile, kTileRow);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (two_rows) {
-        _tile_loadd(5, input + next + c, input_bytes);
+        _tile_loadd(5, from + next, input_bytes);
         _tile_dpbf16ps(2, 5, 6);
       }
       if constexpr (two_rows && two_columns) _tile_dpbf16ps(3, 5, 7);
+      finish_rows<has_add, has_mask>(before, share);
+      prefetch_rows<has_add, has_mask>(coming, row, share);
+      prefetch_share(ahead);
     }
   }
+  finish_rows<has_add, has_mask>(before, 2 * kRows);  // where there is no tap
+  float* const sums = coming.sums;
   _tile_stored(0, sums, kSumRow);
   if constexpr (two_columns) _tile_stored(1, sums + conv::kVector, kSumRow);
   if constexpr (two_rows) _tile_stored(2, sums + kRows * kBlock, kSumRow);
@@ -98,97 +155,99 @@ FASTADV_AMX void multiply(float* sums, const Taps& taps, int64_t next, const uin
   }
 }
 
-// One part: its first image and row of results, and how many there are.
-struct Part {
-  int64_t image, images, row, rows;
+// The forms of `multiply` and `finish_rows` for one kind of epilogue.
+struct Forms {
+  decltype(&multiply<false, false, true, true>) multiply[2][2];  // by pair, by two columns
+  void (*finish)(Finish&, int64_t);
 };
 
-// Lays out the inputs of a part, images innermost; the row of input 0 may lie outside the image.
-FASTADV_AMX void fill(uint16_t* inputs, const uint16_t* x, const Part& part, const Plan& plan) {
+template <bool has_add, bool has_mask>
+constexpr Forms kForms{{{multiply<has_add, has_mask, false, false>,
+                         multiply<has_add, has_mask, false, true>},
+                        {multiply<has_add, has_mask, true, false>,
+                         multiply<has_add, has_mask, true, true>}},
+                       [](Finish& f, int64_t count) FASTADV_AMX {
+                         finish_rows<has_add, has_mask>(f, count);
+                       }};
+
+const Forms& forms_for(const conv::Epilogue& epilogue) {
+  if (epilogue.add) return epilogue.mask ? kForms<true, true> : kForms<true, false>;
+  return epilogue.mask ? kForms<false, true> : kForms<false, false>;
+}
+
+// Finishes the sums of a block that lacks channels, or of a group that lacks images: its results
+// end at `limit`.
+FASTADV_AMX void finish_partly(Finish& f, const conv::Epilogue& epilogue, uint16_t* out, int64_t at,
+                               int64_t limit, int64_t channel, int64_t channels) {
+  for (; f.row < f.end; ++f.row) {
+    if (f.row->result >= limit) continue;
+    for (int64_t c = channel; c < std::min(channel + kBlock, channels); c += conv::kVector) {
+      const __m512 sums = _mm512_load_ps(f.sums + f.row->sums + c - channel);
+      conv::finish(out, sums, epilogue, at + f.row->result + c, c, conv::lanes(channels - c));
+    }
+  }
+}
+
+FASTADV_AMX_INLINE void copy(uint16_t* to, const uint16_t* from, int64_t channels) {
+  for (int64_t c = 0; c < channels; c += kDepth) {
+    _mm_prefetch(from + c + kAhead, _MM_HINT_T0);
+    _mm512_store_si512(to + c, _mm512_loadu_si512(from + c));
+  }
+}
+
+// Zeros for `count` places of all images.
+FASTADV_AMX void clear(uint16_t* to, int64_t count, const Plan& plan) {
+  for (int64_t i = 0; i < count * plan.place(); i += kDepth) {
+    _mm512_store_si512(to + i, _mm512_setzero_si512());
+  }
+}
+
+// Lays out the inputs of a strip of a group, place by place, images innermost.
+FASTADV_AMX void fill(uint16_t* inputs, const uint16_t* x, int64_t group, const Strip& strip,
+                      const Plan& plan) {
   const Shape& shape = plan.shape;
-  const int64_t channels = shape.in_channels, width = shape.in_width;
-  const int64_t first = part.row * shape.in_step + plan.first_tap;
-  const int64_t count = (part.rows - 1) * shape.in_step + plan.tap_rows;
-  const int64_t begin = std::max<int64_t>(first, 0), end = std::min(first + count, shape.in_height);
-  const int64_t step = plan.images * plan.pixel;
-  for (int64_t n = 0; n < part.images; ++n) {
-    const uint16_t* image = x + (part.image + n) * shape.in_height * width * channels;
-    for (int64_t i = begin; i < end; ++i) {
-      const uint16_t* from = image + i * width * channels;
-      uint16_t* to = inputs + (i - first) * width * step + n * plan.pixel;
-      for (int64_t j = 0; j < width; ++j, from += channels, to += step) {
-        for (int64_t c = 0; c < channels; c += kDepth) {
-          _mm512_store_si512(to + c, _mm512_loadu_si512(from + c));
+  const int64_t channels = shape.in_channels, width = shape.in_width, step = shape.in_step;
+  const int64_t first = strip.row * step + plan.first_tap;
+  const int64_t rows = std::min(plan.rows, shape.grid_height() - strip.row);
+  const int64_t count = (rows - 1) * step + plan.tap_rows;
+  const int64_t image = group * plan.layout.images;
+  const int64_t images = std::min(plan.layout.images, shape.batch - image);
+  const int64_t row = plan.columns * step, place = plan.place();
+  for (int64_t i = 0; i < count; ++i) {
+    if (first + i < 0 || first + i >= shape.in_height) {
+      clear(inputs + i * row * place, plan.layout.whole_rows ? plan.after : row, plan);
+    }
+  }
+  const int64_t top = std::max<int64_t>(first, 0), past = std::min(first + count, shape.in_height);
+  for (int64_t phase = 0; phase < step; ++phase) {
+    // The columns of the image are p * step + phase - left for p in [begin, end).
+    const int64_t before = std::max<int64_t>(plan.left - phase, 0);
+    const int64_t columns = std::max<int64_t>(width + plan.left - phase, 0);
+    const int64_t begin = std::min((before + step - 1) / step, plan.columns);
+    const int64_t end = std::clamp((columns + step - 1) / step, begin, plan.columns);
+    const int64_t column = begin * step + phase - plan.left;
+    uint16_t* const rows_at = inputs + (phase * plan.columns - first * row) * place;
+    for (int64_t i = top; i < past; ++i) {
+      uint16_t* to = rows_at + i * row * place;
+      clear(to, begin, plan);
+      clear(to + end * place, plan.columns - end, plan);
+    }
+    for (int64_t n = 0; n < images; ++n) {
+      for (int64_t i = top; i < past; ++i) {
+        const int64_t line = ((image + n) * shape.in_height + i) * width;
+        const uint16_t* from = x + (line + column) * channels;
+        uint16_t* to = rows_at + (i * row + begin) * place + n * plan.pixel;
+        if (step == 1 && place == channels) {
+          copy(to, from, (end - begin) * channels);
+        } else {
+          for (int64_t p = begin; p < end; ++p, to += place, from += step * channels) {
+            copy(to, from, channels);
+          }
         }
       }
     }
   }
-}
-
-// The taps of the place (i, j) that lie in the image.
-void find_taps(Taps& taps, const uint16_t* inputs, const Part& part, const Plan& plan, int64_t i,
-               int64_t j) {
-  const Shape& shape = plan.shape;
-  const int64_t first = part.row * shape.in_step + plan.first_tap;
-  const int64_t tiles = shape.in_channels / kDepth;
-  taps.count = 0;
-  for (int64_t t = 0; t < shape.taps; ++t) {
-    const int64_t row = i * shape.in_step + shape.tap_rows[t];
-    const int64_t column = j * shape.in_step + shape.tap_columns[t];
-    if (row < 0 || row >= shape.in_height || column < 0 || column >= shape.in_width) continue;
-    const int64_t place = (row - first) * shape.in_width + column;
-    taps.inputs[taps.count] = inputs + place * plan.images * plan.pixel;
-    taps.filters[taps.count++] = t * tiles;
-  }
-}
-
-// Whether the place right of (i, j) has the same taps in the image.
-bool same_taps_next(const Shape& shape, int64_t j) {
-  for (int64_t t = 0; t < shape.taps; ++t) {
-    const int64_t column = j * shape.in_step + shape.tap_columns[t], next = column + shape.in_step;
-    const bool inside = column >= 0 && column < shape.in_width;
-    if (inside != (next >= 0 && next < shape.in_width)) return false;
-  }
-  return true;
-}
-
-// Finishes the sums of one row of places, [places][images][32], image by image.
-FASTADV_AMX void finish_row(uint16_t* out, const float* sums, const Part& part, int64_t i,
-                            int64_t channel, int64_t columns, const Plan& plan,
-                            const conv::Epilogue& epilogue) {
-  const Shape& shape = plan.shape;
-  const int64_t width = shape.grid_width(), row = i * shape.out_step + shape.out_row;
-  for (int64_t n = 0; n < part.images; ++n) {
-    const int64_t line = ((part.image + n) * shape.out_height + row) * shape.out_width;
-    for (int64_t j = 0; j < width; ++j) {
-      const int64_t at = (line + j * shape.out_step + shape.out_column) * shape.out_channels;
-      const float* from = sums + (j * plan.images + n) * kBlock;
-      for (int64_t c = 0; c < columns; c += conv::kVector) {
-        const __mmask16 live = conv::lanes(shape.out_channels - channel - c);
-        conv::finish(out, _mm512_load_ps(from + c), epilogue, at + channel + c, channel + c, live);
-      }
-    }
-  }
-}
-
-template <bool two_columns>
-FASTADV_AMX void multiply_row(Scratch& scratch, const uint16_t* filters, const Part& part,
-                              const Plan& plan, int64_t i) {
-  const Shape& shape = plan.shape;
-  const int64_t width = shape.grid_width(), place = plan.images * kBlock;
-  const int64_t right = shape.in_step * plan.images * plan.pixel;
-  for (int64_t j = 0; j < width; ++j) {
-    find_taps(scratch.taps, scratch.inputs, part, plan, i, j);
-    float* sums = scratch.sums + j * place;
-    if (part.images > kRows) {
-      multiply<true, two_columns>(sums, scratch.taps, kRows * plan.pixel, filters, plan);
-    } else if (plan.images == kRows && j + 1 < width && same_taps_next(shape, j)) {
-      multiply<true, two_columns>(sums, scratch.taps, right, filters, plan);
-      ++j;
-    } else {
-      multiply<false, two_columns>(sums, scratch.taps, 0, filters, plan);
-    }
-  }
+  clear(inputs + count * row * place, plan.after, plan);
 }
 
 // GCC ignores the target of a constructor, so these are functions.
@@ -197,119 +256,95 @@ FASTADV_AMX void release() { _tile_release(); }
 
 }  // namespace
 
-bool supported() {
-  static const bool answer = ask();
-  return answer;
-}
-
-// The filters of 16 output channels and 32 inputs at a tap, forward: an output channel's inputs lie
-// side by side.
-FASTADV_AMX static void pack_rows(uint16_t* tile, const Filters& f, int64_t first, int64_t c,
-                                  int64_t tap, int64_t real) {
-  const __m512i pairs = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192,
-                                          208, 224, 240);
-  for (int64_t o = 0; o < conv::kVector; ++o) {
-    __m512i row = _mm512_setzero_si512();
-    if (o < real) {
-      const float* from = f.weight + ((first + o) * f.size + tap) * f.in_channels + c;
-      const __m512 by = _mm512_set1_ps(f.scale ? f.scale[first + o] : 1);
-      row = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + 16), by),
-                                         _mm512_mul_ps(_mm512_loadu_ps(from), by));
-    }
-    _mm512_i32scatter_epi32(tile + 2 * o, pairs, row, 4);
-  }
-}
-
-// The same backward: an input channel's outputs lie side by side.
-FASTADV_AMX static void pack_columns(uint16_t* tile, const Filters& f, int64_t first, int64_t c,
-                                     int64_t tap, int64_t real) {
-  const __mmask16 mask = __mmask16((1u << real) - 1);
-  for (int64_t k = 0; k < kDepth; k += 2) {
-    __m512i halves[2];
-    for (int64_t side = 0; side < 2; ++side) {
-      const int64_t in = c + k + side;
-      const float* from = f.weight + (in * f.size + tap) * f.out_channels + first;
-      const __m512 by = _mm512_set1_ps(f.scale ? f.scale[in] : 1);
-      const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from), by);
-      halves[side] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));
-    }
-    _mm512_storeu_si512(tile + k * conv::kVector,
-                        _mm512_or_si512(halves[0], _mm512_slli_epi32(halves[1], 16)));
-  }
-}
-
-FASTADV_AMX void pack(uint16_t* packed, const Filters& f, int64_t out) {
-  const int64_t tiles = std::min(conv::padded(f.out_channels) - out, kBlock) / conv::kVector;
-  for (int64_t t = 0; t < f.tap_count; ++t) {
-    for (int64_t c = 0; c < f.in_channels; c += kDepth) {
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = out + tile * conv::kVector;
-        const int64_t real = std::clamp<int64_t>(f.out_channels - first, 0, conv::kVector);
-        (f.backward ? pack_columns : pack_rows)(packed, f, first, c, f.taps[t], real);
-        packed += kTile;
-      }
-    }
-  }
-}
-
-Plan::Plan(const Shape& of, int64_t threads) : shape(of), first_tap(0), tap_rows(1) {
-  if (shape.taps > 0) {
-    const auto [low, high] = std::minmax_element(shape.tap_rows, shape.tap_rows + shape.taps);
-    first_tap = *low;
-    tap_rows = *high - *low + 1;
-  }
-  // At multiples of 1024 bytes a tile's rows meet in few sets of the first-level cache.
-  pixel = shape.in_channels % 512 == 0 ? shape.in_channels + kDepth : shape.in_channels;
-  // Few places of a row have neighbours with the same taps; then a second tile is of other images.
-  images = shape.grid_width() < 16 && shape.batch > kRows ? 2 * kRows : kRows;
-  const int64_t row_bytes = shape.in_width * images * pixel * 2, height = shape.grid_height();
-  const int64_t held =
-      (kInputBytes / std::max<int64_t>(row_bytes, 1) - tap_rows) / shape.in_step + 1;
-  rows = std::clamp<int64_t>(held, 1, height);
-  // All threads get alike numbers of parts.
-  const int64_t wanted = groups() * ((height + rows - 1) / rows);
-  const int64_t even = (wanted + threads - 1) / threads * threads;
-  parts_per_group = std::clamp<int64_t>(even / groups(), 1, height);
-  rows = (height + parts_per_group - 1) / parts_per_group;
-  parts_per_group = (height + rows - 1) / rows;
-}
-
-int64_t Plan::scratch_bytes() const {
-  const int64_t in_rows = (rows - 1) * shape.in_step + tap_rows;
-  return aligned(in_rows * shape.in_width * images * pixel * 2) +
-         aligned(shape.grid_width() * images * kBlock * 4) + aligned(shape.taps * 16);
-}
-
 FASTADV_AMX void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed,
                           const Plan& plan, const conv::Epilogue& epilogue, int64_t number,
                           void* memory) {
   const Shape& shape = plan.shape;
-  const int64_t image = number / plan.parts_per_group * plan.images;
-  const int64_t row = number % plan.parts_per_group * plan.rows;
-  const Part part{image, std::min(plan.images, shape.batch - image), row,
-                  std::min(plan.rows, shape.grid_height() - row)};
-  auto* bytes = static_cast<std::byte*>(memory);
-  Scratch scratch;
-  scratch.sums = reinterpret_cast<float*>(bytes);
-  bytes += aligned(shape.grid_width() * plan.images * kBlock * 4);
-  scratch.taps.inputs = reinterpret_cast<const uint16_t**>(bytes);
-  scratch.taps.filters = reinterpret_cast<int64_t*>(bytes + shape.taps * 8);
-  scratch.inputs = reinterpret_cast<uint16_t*>(bytes + aligned(shape.taps * 16));
-  fill(scratch.inputs, x, part, plan);
+  const int64_t strips = int64_t(plan.strips.size());
+  const Strip& strip = plan.strips[number % strips];
+  const int64_t group = number / strips % plan.group_ranges * plan.groups_per_range;
+  const int64_t groups = std::min(plan.groups_per_range, plan.groups() - group);
+  const int64_t block = number / strips / plan.group_ranges * plan.blocks_per_range;
+  const int64_t last_block = std::min(block + plan.blocks_per_range, plan.blocks());
   const int64_t channels = conv::padded(shape.out_channels);
+  const int64_t image = shape.out_height * shape.out_width * shape.out_channels;
+  auto* room = static_cast<uint16_t*>(memory);
+  const int64_t input_image = shape.in_height * shape.in_width * shape.in_channels;
+  const int64_t from_group = plan.layout.images * input_image;
+  const int64_t to_group = plan.layout.images * image;
+  const int64_t whole = plan.direct ? plan.results / to_group : 0;  // read where they lie
+  if (plan.direct && group + groups > whole) {
+    const int64_t skipped = (whole * shape.in_height + strip.row) * shape.in_width;
+    const int64_t all = plan.results / shape.out_channels;
+    const int64_t places = std::clamp<int64_t>(all - skipped, 0, plan.rows * shape.in_width);
+    std::memcpy(room, x + skipped * shape.in_channels, size_t(places * shape.in_channels * 2));
+  }
   configure();
-  for (int64_t channel = 0; channel < channels; channel += kBlock) {
-    const int64_t columns = std::min(channels - channel, kBlock);
-    const uint16_t* filters = packed + channel * shape.depth();
-    for (int64_t i = row; i < row + part.rows; ++i) {
-      if (columns == kBlock) {
-        multiply_row<true>(scratch, filters, part, plan, i);
-      } else {
-        multiply_row<false>(scratch, filters, part, plan, i);
+  const Forms& forms = forms_for(epilogue);
+  Finish finish[2];  // of the block at work and the one before, by turns
+  int64_t turn = 0;
+  for (Finish& f : finish) {
+    f.floor = epilogue.relu ? 0 : -std::numeric_limits<float>::infinity();
+    f.row = f.end = nullptr;
+    std::fill_n(f.bias, kBlock, 0.0f);
+  }
+  Ahead ahead;
+  const auto compute = [&](int64_t g, const Tiles& tiles, int64_t b) FASTADV_AMX {
+    const int64_t channel = b * kBlock, at = (group + g) * to_group;
+    const uint16_t* input = plan.tiles_first ? room : room + g * plan.group_elements;
+    if (plan.direct) {
+      input = group + g < whole ? x + (group + g) * from_group + strip.row * plan.row() : room;
+    }
+    Finish &coming = finish[turn], &before = finish[1 - turn];
+    turn = 1 - turn;
+    coming.start(tiles);
+    const int64_t first = at + channel;
+    coming.out = out + first;
+    if (epilogue.add) coming.add = epilogue.add + first;
+    if (epilogue.mask) coming.mask = epilogue.mask + first;
+    const int64_t limit = plan.results - at;
+    const bool complete = limit >= to_group && channel + kBlock <= shape.out_channels;
+    if (!complete) coming.end = coming.row;
+    if (complete && epilogue.bias) {
+      std::memcpy(coming.bias, epilogue.bias + channel, sizeof(coming.bias));
+    }
+    const bool two_columns = channels - channel > conv::kVector;
+    forms.multiply[tiles.pair][two_columns](coming, before, ahead, tiles, input,
+                                            packed + channel * shape.depth(), plan);
+    if (!complete) {
+      coming.start(tiles);
+      finish_partly(coming, epilogue, out, at, limit, channel, shape.out_channels);
+    }
+  };
+  const Tiles *begin = plan.tiles.data() + strip.first, *end = begin + strip.count;
+  const int64_t steps = strip.count * shape.depth() / kDepth;  // of a group and block
+  if (plan.tiles_first) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t next = (group + g + 1) * plan.layout.images;
+      if (next < shape.batch && strips == 1 && !plan.direct) {
+        const int64_t images = std::min(plan.layout.images, shape.batch - next);
+        const uint16_t* from = x + next * input_image;
+        ahead.start(from, from + images * input_image, steps * (last_block - block));
       }
-      finish_row(out, scratch.sums, part, i, channel, columns, plan, epilogue);
+      if (!plan.direct) fill(room, x, group + g, strip, plan);
+      for (const Tiles* tiles = begin; tiles < end; ++tiles) {
+        for (int64_t b = block; b < last_block; ++b) compute(g, *tiles, b);
+      }
+    }
+  } else {
+    for (int64_t g = 0; g < groups && !plan.direct; ++g) {
+      fill(room + g * plan.group_elements, x, group + g, strip, plan);
+    }
+    for (int64_t b = block; b < last_block; ++b) {
+      const uint16_t* from = packed + (b + 1) * kBlock * shape.depth();
+      const int64_t columns = std::clamp<int64_t>(channels - (b + 1) * kBlock, 0, kBlock);
+      ahead.start(from, from + columns * shape.depth(), steps * groups);
+      for (int64_t g = 0; g < groups; ++g) {
+        for (const Tiles* tiles = begin; tiles < end; ++tiles) compute(g, *tiles, b);
+      }
     }
   }
+  forms.finish(finish[1 - turn], 2 * kRows);
   release();
 }
 
@@ -319,10 +354,6 @@ FASTADV_AMX void convolve(uint16_t* out, const uint16_t* x, const uint16_t* pack
 
 namespace fastadv::conv_amx {
 
-bool supported() { return false; }
-Plan::Plan(const Shape& of, int64_t) : shape(of) {}
-int64_t Plan::scratch_bytes() const { return 0; }
-void pack(uint16_t*, const Filters&, int64_t) {}
 void convolve(uint16_t*, const uint16_t*, const uint16_t*, const Plan&, const conv::Epilogue&,
               int64_t, void*) {}
 

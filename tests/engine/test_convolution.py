@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -183,17 +184,23 @@ def test_gathering_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
 
 # in, out, kernel, stride, padding, dilation, height, width, images
 TILED = [
-    (32, 32, 3, 1, 1, 1, 4, 4, 33),  # two tiles of images, of which the second has one
+    (32, 32, 3, 1, 1, 1, 4, 4, 33),  # images together, of which the last group has one
     (64, 80, 3, 1, 1, 1, 5, 7, 20),  # a last tile of 16 output channels
     (32, 48, 3, 2, 1, 1, 8, 6, 3),
-    (64, 7, 3, 1, 1, 1, 3, 18, 16),  # few output channels; neighbours in wide rows share a pass
+    (64, 7, 3, 1, 1, 1, 3, 18, 16),  # few output channels
     (32, 64, 1, 2, 0, 1, 7, 9, 17),
     (32, 32, 1, 1, 0, 1, 1, 1, 5),
+    (64, 96, 1, 1, 0, 1, 9, 13, 17),  # inputs read where they lie, but the last
     (32, 32, 5, 1, 2, 1, 2, 2, 9),  # taps beyond both borders
     (32, 64, 3, 3, 0, 1, 7, 20, 2),
     (96, 32, 3, 1, 2, 2, 6, 17, 4),
     (512, 32, 3, 1, 1, 1, 3, 3, 2),  # rows laid out apart
+    (512, 192, 3, 1, 1, 1, 4, 4, 9),  # more filters than are kept: channels outermost
     (32, 32, 7, 2, 3, 1, 40, 37, 16),  # several parts
+    (64, 64, 3, 1, 1, 1, 32, 32, 3),  # two tiles of one row
+    (32, 64, 3, 1, 1, 1, 16, 16, 1),  # two rows
+    (32, 32, 3, 1, 1, 1, 14, 14, 1),  # a tile goes on in the next row
+    (32, 32, 3, 1, 0, 1, 9, 9, 1),
 ]
 needs_amx = pytest.mark.skipif(not convolution.amx_serves(32), reason="this processor has no AMX")
 
@@ -214,6 +221,8 @@ def test_tile_kernel_in_both_directions(geometry: tuple[int, ...]) -> None:
     assert relative(out, F.relu(plain + bias[:, None, None] + add.double())) < 0.01
     run(forward, out, x, None, None, mask, False)
     assert relative(out, torch.where(mask > 0, plain, 0.0)) < 0.01
+    run(forward, out, x)
+    assert relative(out, plain) < 0.01
     if k % 32:
         return
     backward, at_input = TileKernel(conv, backward=True), poisoned(*x.shape)
@@ -238,6 +247,58 @@ def test_packed_tiles_do_not_depend_on_the_layout_of_the_weights(backward: bool)
         groups.append([group.packed for group in kernel._groups])
     for one, other in zip(*groups, strict=True):
         assert torch.equal(one, other)
+
+
+@needs_amx
+@pytest.mark.parametrize("k", [64, 40])
+def test_every_epilogue_of_tiles(k: int) -> None:
+    """Exactly: sums of small integers are exact, and so is the one rounding."""
+    drawn = torch.Generator().manual_seed(0)
+
+    def integers(*shape: int) -> Tensor:
+        values = torch.randint(-3, 4, shape, generator=drawn).bfloat16()
+        return values.contiguous(memory_format=torch.channels_last)
+
+    x, weight, bias = integers(5, 32, 8, 8), integers(k, 32, 3, 3).float(), torch.randn(k).round()
+    add, mask = integers(5, k, 8, 8), integers(5, k, 8, 8)
+    mask[0, :, 0] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, torch.inf, -torch.inf, torch.nan, 1.0])
+    kernel = TileKernel(nn.Conv2d(32, k, 3, padding=1), backward=False)
+    kernel.refresh(weight, None)
+    plain = F.conv2d(x.double(), weight.double(), padding=1)
+    for some in itertools.product((False, True), repeat=4):
+        parts = [
+            part if used else None for part, used in zip((bias, add, mask), some, strict=False)
+        ]
+        wanted = plain if parts[0] is None else plain + bias[:, None, None]
+        wanted = wanted if parts[1] is None else wanted + add
+        wanted = F.relu(wanted) if some[3] else wanted
+        wanted = wanted if parts[2] is None else torch.where(mask > 0, wanted, 0.0)
+        found = run(kernel, poisoned(5, k, 8, 8), x, *parts, some[3])
+        assert torch.equal(found, wanted.bfloat16()), some
+
+
+@needs_amx
+@pytest.mark.parametrize("geometry", [(64, 3, 17), (32, 1, 21), (512, 3, 4)])
+def test_tiles_stay_inside_their_tensors(geometry: tuple[int, int, int]) -> None:
+    """What lies around the images and results is neither used nor changed."""
+    c, kernel_size, size = geometry
+    k, images = 48, 3
+    kernel = TileKernel(nn.Conv2d(c, k, kernel_size, padding=kernel_size // 2), backward=False)
+    kernel.refresh(torch.randn(k, c, kernel_size, kernel_size), None)
+
+    def amid(value: float, channels: int) -> tuple[Tensor, Tensor]:
+        count = images * size * size * channels
+        room = torch.full((count + 2 * 4096,), value, dtype=torch.bfloat16)
+        inner = room[4096:-4096].view(images, size, size, channels).permute(0, 3, 1, 2)
+        return room, inner
+
+    x = narrow((images, c, size, size), 0)
+    (_, inside), (room, out) = amid(torch.nan, c), amid(7.0, k)
+    inside.copy_(x)
+    run(kernel, out, inside)
+    assert torch.equal(out, run(kernel, poisoned(images, k, size, size), x))
+    assert not out.isnan().any()
+    assert (room[:4096] == 7).all() and (room[-4096:] == 7).all()
 
 
 @needs_amx
