@@ -157,13 +157,13 @@ def _call(
         return None
     if input.device.type != "cpu" or torch.get_autocast_dtype("cpu") != _BF16:
         return None
-    pairs = [
+    pairs: Any = [
         tuple(n) if isinstance(n, (tuple, list)) else (n, n) for n in (stride, padding, dilation)
     ]
     if any(len(pair) != 2 for pair in pairs) or input.shape[1] != weight.shape[1]:
         return None
-    into, outof = weight.shape[1], weight.shape[0]
-    return _Call(input, weight, bias, ConvShape(into, outof, tuple(weight.shape[2:]), *pairs))
+    outof, into, height, width = weight.shape
+    return _Call(input, weight, bias, ConvShape(into, outof, (height, width), *pairs))
 
 
 def _kernels(shape: ConvShape) -> tuple[Kernel | None, Kernel | None]:
@@ -207,7 +207,7 @@ class _Convolution(torch.autograd.Function):
         return kernel.run(_Fresh(), result_shape(shape, x), narrow, Epilogue(wide))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         plan, wanted = ctx.plan, ctx.needs_input_grad
         at_bias = gradient.float().sum((0, 2, 3)) if ctx.has_bias and wanted[2] else None
