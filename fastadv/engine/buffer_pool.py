@@ -14,6 +14,7 @@ class Memory:
     def __init__(self) -> None:
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
+        self._batches: tuple[int, ...] = ()  # of the last two kinds of passes
 
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """A buffer with arbitrary contents."""
@@ -24,11 +25,12 @@ class Memory:
         return buffer
 
     def reset(self, batch: int) -> None:
-        """Take every buffer back; drop those of other batch sizes."""
+        """Take every buffer back; keep those of this batch size and of the one before, such as the proof's."""
         for key, buffer in self._taken:
             self._free[key].append(buffer)
         self._taken.clear()
-        for key in [key for key in self._free if key[0] != batch]:
+        self._batches = (batch, *[other for other in self._batches if other != batch][:1])
+        for key in [key for key in self._free if key[0] not in self._batches]:
             del self._free[key]
 
 

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
 from fastadv.engine.cpu_steps import ProgramStep
 from fastadv.engine.cuda_graph import GraphCache
 from fastadv.engine.frozen import frozen
-from fastadv.engine.holding import is_compiled_wrapper
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fastadv.engine.compiled_parts import is_compiled_wrapper
+from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
 
@@ -63,10 +63,7 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
 
     torch has one such switch for the whole process; it is touched for models with compiled parts only.
     """
-    compiled = any(
-        is_compiled_wrapper(m) or m._compiled_call_impl is not None for m in model.modules()
-    )
-    if not compiled:
+    if not has_compiled_parts(model):
         yield
         return
     with torch.compiler.set_stance("force_eager"):

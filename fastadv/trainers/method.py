@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.soft_labels import hard, is_soft, soft_cross_entropy
+from fastadv.engine.compiled_parts import has_compiled_parts
+from fastadv.engine.training_convolution import TrainingConvolutions
 from fastadv.losses import cross_entropy
 from fastadv.losses.common import at_least_float32
 from fastadv.ranks import Ranks
@@ -190,6 +192,9 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             )
         self._split_pass = _features_and_logits
         self._frozen: dict[tuple[str, Output], FrozenForward] = {}
+        fast = runtime.device.type == "cpu" and runtime.autocast_dtype == torch.bfloat16
+        fast = fast and not has_compiled_parts(model)
+        self._convolutions = TrainingConvolutions() if fast else None
         self.setup()
 
     @classmethod
@@ -218,6 +223,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     def compile(self) -> None:
         """Let torch.compile make the passes of the trained models, which keep their state dicts."""
+        self._convolutions = None  # the compiler has its own
         for module in self.trainable().values():
             module.compile()
         self._split_pass = torch.compile(_features_and_logits)
@@ -277,8 +283,9 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context in which this run's passes compute."""
-        dtype = self.runtime.autocast_dtype
-        return torch.autocast(self.runtime.device.type, dtype=dtype, enabled=dtype is not None)
+        device, dtype = self.runtime.device.type, self.runtime.autocast_dtype
+        context = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
+        return context if self._convolutions is None else _both(context, self._convolutions)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
         """Return the cross-entropy of each image [B], its labels smoothed as the recipe has it.
@@ -327,6 +334,12 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Run the trained model once: the map before pooling [B, C, H, W] and logits [B, K]."""
         return self._split_pass(self.model, x)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
 
 
 def _features_and_logits(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:

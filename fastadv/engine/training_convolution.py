@@ -1,0 +1,267 @@
+"""Convolutions of a training pass on the CPU in bfloat16, each direction by the fastest kernel that serves it.
+
+oneDNN, which torch calls, is slow with AMX for many channels and small maps. There our packed convolutions compute
+the result and the gradient in the input, and one matrix product the gradient in the weights. Without AMX the
+gradient in the input is by Winograd's convolution. All else is torch's own.
+
+A context watches the calls of `torch.conv2d`, so that any model's convolutions are served and no module changes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.packed_convolution import (
+    ConvShape,
+    Epilogue,
+    Kernel,
+    TileKernel,
+    WinogradKernel,
+    make_kernel,
+    result_shape,
+)
+
+_BF16 = torch.bfloat16
+_FEW_PIXELS = 64  # of a result; then AMX computes the gradient in the weights faster as one product
+_MANY_CHANNELS = 128
+_MANY_OUTPUTS = 256
+
+
+class _Fresh(Memory):
+    """Results that are the caller's own."""
+
+    def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        """A new tensor with arbitrary contents."""
+        return torch.empty(
+            tuple(shape), dtype=_BF16, memory_format=torch.channels_last, device="cpu"
+        )
+
+
+class _Filters:
+    """The filters of one weight, packed for one direction when they are needed."""
+
+    def __init__(self, kernel: Kernel | None) -> None:
+        self.kernel = kernel
+        self._packed_at: tuple[int, int] | None = None
+
+    def ready(self, weight: Tensor, use: int) -> Kernel | None:
+        """The kernel with the weight as it is in the use of this number."""
+        if self.kernel is not None and self._packed_at != (use, weight._version):
+            self.kernel.refresh(weight.detach(), None)
+            self._packed_at = (use, weight._version)
+        return self.kernel
+
+
+@dataclass
+class _Layer:
+    """What serves the convolutions with one weight."""
+
+    weight: weakref.ref[Tensor]
+    shape: ConvShape
+    forward: _Filters
+    backward: _Filters
+
+
+class _Plan(NamedTuple):
+    """One call of a convolution."""
+
+    layer: _Layer
+    use: int
+    product: bool  # whether the gradient in the weights is one matrix product
+
+
+class TrainingConvolutions(TorchFunctionMode):
+    """Within, convolutions with trained weights under autocast to bfloat16 on the CPU are the fastest here.
+
+    Weights are packed once within one context, unless they change. The object may be entered again and again; it
+    keeps the memory for the packed filters.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._layers: dict[int, _Layer] = {}  # by id of the weight
+        self._use = 0
+
+    def __enter__(self) -> Any:
+        """Begin a pass, whose weights may have changed since the last one in any way."""
+        self._use += 1
+        return super().__enter__()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one function of torch."""
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():  # which has convolutions of its own
+            return func(*args, **kwargs)
+        if func is torch.conv2d and torch.is_autocast_enabled("cpu") and not _is_watched():
+            call = _call(*args, **kwargs)
+            plan = None if call is None else self._plan(*call)
+            if call is not None and plan is not None:
+                return _Convolution.apply(call.x, call.weight, call.bias, plan)
+        return func(*args, **kwargs)
+
+    def _plan(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape
+    ) -> _Plan | None:
+        """What serves a convolution; None where torch's own is as good."""
+        layer = self._layers.get(id(weight))
+        if layer is None or layer.weight() is not weight or layer.shape != shape:
+            self._layers = {k: v for k, v in self._layers.items() if v.weight() is not None}
+            layer = _Layer(weakref.ref(weight), shape, *map(_Filters, _kernels(shape)))
+            self._layers[id(weight)] = layer
+        product = _worth_a_product(shape, x)
+        if layer.forward.kernel is None and layer.backward.kernel is None and not product:
+            return None
+        return _Plan(layer, self._use, product)
+
+
+def _is_watched() -> bool:
+    """Whether somebody keeps account of what autograd saves, as activation checkpointing does.
+
+    It runs the forward pass once more outside of this context, and expects the same there.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+class _Call(NamedTuple):
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    shape: ConvShape
+
+
+def _call(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> _Call | None:
+    """The call of a convolution that may be served."""
+    trained = type(weight) is nn.Parameter and weight.requires_grad and torch.is_grad_enabled()
+    if not trained or groups != 1 or isinstance(padding, str) or type(input) is not Tensor:
+        return None
+    if weight.dtype != torch.float32 or weight.dim() != 4 or input.dim() != 4 or not input.numel():
+        return None
+    if input.device.type != "cpu" or torch.get_autocast_dtype("cpu") != _BF16:
+        return None
+    pairs: Any = [
+        tuple(n) if isinstance(n, (tuple, list)) else (n, n) for n in (stride, padding, dilation)
+    ]
+    if any(len(pair) != 2 for pair in pairs) or input.shape[1] != weight.shape[1]:
+        return None
+    outof, into, height, width = weight.shape
+    return _Call(input, weight, bias, ConvShape(into, outof, (height, width), *pairs))
+
+
+def _kernels(shape: ConvShape) -> tuple[Kernel | None, Kernel | None]:
+    """Our kernels for the result and for the gradient in the input, where they are faster than oneDNN's.
+
+    Their filters are packed for every step. As measured, that pays for Winograd's kernel, and for tiles with many
+    channels. Winograd's computes gradients alone: for results its rounding is coarse, and all gradients suffer.
+    """
+    if not convolution.available():
+        return None, None
+    forward, backward = (make_kernel(shape, backward=way) for way in (False, True))
+    if not isinstance(forward, TileKernel):
+        forward = None
+    many = shape.out_channels >= _MANY_OUTPUTS
+    if not (isinstance(backward, WinogradKernel) or (isinstance(backward, TileKernel) and many)):
+        backward = None
+    return forward, backward
+
+
+def _worth_a_product(shape: ConvShape, x: Tensor) -> bool:
+    if not convolution.has_amx() or shape.dilation != (1, 1):
+        return False
+    _, _, height, width = result_shape(shape, x)
+    many = shape.in_channels >= _MANY_CHANNELS and shape.out_channels >= _MANY_OUTPUTS
+    return many and 0 < height * width <= _FEW_PIXELS
+
+
+class _Convolution(torch.autograd.Function):
+    """conv2d(x, weight) + bias in bfloat16, of images [B, C, H, W] and a weight in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+        shape = plan.layer.shape
+        narrow = _narrow(x)
+        ctx.save_for_backward(x, weight)
+        ctx.plan, ctx.dtype, ctx.has_bias = plan, x.dtype, bias is not None
+        kernel = plan.layer.forward.ready(weight, plan.use)
+        if kernel is None:
+            return _narrow(F.conv2d(narrow, weight.to(_BF16), _cast(bias, _BF16), *shape[3:]))
+        wide = _cast(bias, torch.float32)
+        return kernel.run(_Fresh(), result_shape(shape, x), narrow, Epilogue(wide))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        plan, wanted = ctx.plan, ctx.needs_input_grad
+        at_bias = gradient.float().sum((0, 2, 3)) if ctx.has_bias and wanted[2] else None
+        if torch.is_grad_enabled():  # the gradient is to be differentiated
+            found = _by_torch(gradient, x, weight, plan.layer.shape, (wanted[0], wanted[1]))
+            return _cast(found[0], ctx.dtype), _cast(found[1], weight.dtype), at_bias, None
+        gradient, narrow = _narrow(gradient), _narrow(x)
+        at_x = at_weight = None
+        kernel = plan.layer.backward.ready(weight, plan.use) if wanted[0] else None
+        if kernel is not None:
+            at_x = kernel.run(_Fresh(), tuple(x.shape), gradient, Epilogue())
+        product = plan.product and wanted[1]
+        if product:
+            at_weight = _product(gradient, narrow, plan.layer.shape)
+        rest = (wanted[0] and kernel is None, wanted[1] and not product)
+        if any(rest):
+            found = _by_torch(gradient, narrow, weight, plan.layer.shape, rest)
+            at_x = found[0] if rest[0] else at_x
+            at_weight = found[1] if rest[1] else at_weight
+        return _cast(at_x, ctx.dtype), _cast(at_weight, weight.dtype), at_bias, None
+
+
+def _by_torch(
+    gradient: Tensor, x: Tensor, weight: Tensor, shape: ConvShape, wanted: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients in the images and in the weights, as far as they are wanted."""
+    found = torch.ops.aten.convolution_backward(
+        gradient.to(_BF16), x.to(_BF16), weight.to(_BF16), None, *shape[3:6], False, (0, 0), 1,
+        (*wanted, False),
+    )  # fmt: skip
+    return found[0], found[1]
+
+
+def _product(gradient: Tensor, x: Tensor, shape: ConvShape) -> Tensor:
+    """The gradient in the weights, of all places of all images at once: [K, C, h, w], channels-last."""
+    (height, width), (down, right), (top, left) = shape.kernel_size, shape.stride, shape.padding
+    images = x.permute(0, 2, 3, 1)
+    if top or left:
+        images = F.pad(images, (0, 0, left, left, top, top))
+    rows, columns = gradient.shape[2:]
+    batch, row, column, channel = images.stride()
+    windows = images.as_strided(
+        (x.shape[0], rows, columns, height, width, shape.in_channels),
+        (batch, row * down, column * right, row, column, channel),
+    ).reshape(-1, height * width * shape.in_channels)
+    # In memory as it is multiplied: oneDNN takes twice as long for a transposed view.
+    places = gradient.permute(0, 2, 3, 1).reshape(-1, shape.out_channels).t().contiguous()
+    found = (places @ windows).view(-1, height, width, shape.in_channels)
+    return found.permute(0, 3, 1, 2)
+
+
+def _narrow(x: Tensor) -> Tensor:
+    return x.to(_BF16).contiguous(memory_format=torch.channels_last)
+
+
+def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if tensor is None else tensor.to(dtype)
