@@ -114,6 +114,28 @@ TIMM = (
     "xcit_tiny_12_p16_224",
 )
 
+# Of these, the networks that `architecture_speed.py` times: what users train, in sizes that take seconds.
+SPEED = (
+    "resnet18",
+    "preact_resnet18",
+    "wrn_28_10",
+    "vgg16_bn",
+    "stack:resnet18+small_cnn",
+    *(
+        f"timm:{name}"
+        for name in (
+            "convmixer_768_32", "convnext_tiny", "convnextv2_nano", "cspdarknet53", "deit3_small_patch16_224",
+            "deit_small_patch16_224", "densenet121", "dla34", "dm_nfnet_f0", "edgenext_small",
+            "efficientformer_l1", "efficientnet_b0", "efficientnetv2_rw_t", "eva02_tiny_patch14_224",
+            "ghostnet_100", "hrnet_w18_small", "inception_v3", "levit_128s", "mixer_s32_224", "mnasnet_100",
+            "mobilenetv2_100", "mobilenetv3_large_100", "mobilevit_s", "pit_s_224", "poolformer_s12",
+            "regnetx_002", "regnety_004", "repvgg_b0", "res2net50_26w_4s", "resnet50", "resnext50_32x4d",
+            "seresnet50", "swin_tiny_patch4_window7_224", "vgg16_bn", "vit_small_patch16_224",
+            "xcit_tiny_12_p16_224",
+        )
+    ),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Built:

@@ -108,15 +108,21 @@ class AttackBatch:
 
     def gradient(self, adv: Tensor, value_of: ValueOf) -> InputGradient:
         """Value, logits and input gradient at ``adv``; the gradient is valid until the next call."""
+        if self.check is not None:
+            value_of = self._checked(value_of)
+        found = mean_gradient(self.engine, adv, value_of, self.passes)
+        self.counters.elements += adv.numel()
+        self.counters.losses.append(self._mean(found.value))
+        return found
+
+    def _checked(self, value_of: ValueOf) -> ValueOf:
+        """A value that first checks images and labels, now that the logits tell the number of classes."""
 
         def value_of_checked(logits: Tensor) -> Tensor:
             self.check_values(logits.shape[1])
             return value_of(logits)
 
-        found = mean_gradient(self.engine, adv, value_of_checked, self.passes)
-        self.counters.elements += adv.numel()
-        self.counters.losses.append(self._mean(found.value))
-        return found
+        return value_of_checked
 
     def start(self, seed: int, random: bool = True) -> Tensor:
         """The given start, in the ball; else a random point of the ball, or the image: [B, ...]."""

@@ -68,6 +68,46 @@ class Objective:
         return self._sign * _NAMED[self._loss](logits, y)
 
 
+class LabelCrossEntropy:
+    """The cross-entropy of one batch's labels, [B], to be raised, with its gradient by formula.
+
+    Value and gradient have the bits of `Objective` and of its gradient by autograd.
+
+    Args:
+        y: labels, or targets, [B] int64.
+        targeted: lower it instead.
+    """
+
+    def __init__(self, y: Tensor, targeted: bool) -> None:
+        self._y, self._objective = y, Objective("ce", targeted)
+        self._sign = -1.0 if targeted else 1.0
+        self._at_logarithms = y.new_empty(0)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The value."""
+        return self._objective(logits, self._y)
+
+    def value_and_gradient(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient of its sum at the logits [B, C] float32, both without a graph."""
+        logarithms = F.log_softmax(logits, 1)
+        value = F.nll_loss(logarithms, self._y, reduction="none")
+        if self._at_logarithms.shape != logits.shape:  # it is the same at every step
+            self._at_logarithms = _at_logarithms(logarithms, self._y, self._sign)
+        gradient = torch.ops.aten._log_softmax_backward_data(
+            self._at_logarithms, logarithms, 1, logits.dtype
+        )
+        return (value if self._sign > 0 else -value), gradient
+
+
+def _at_logarithms(logarithms: Tensor, y: Tensor, sign: float) -> Tensor:
+    """The gradient of the signed sum of the negative log-likelihoods at the logarithms [B, C]."""
+    with torch.enable_grad():
+        leaf = logarithms.detach().requires_grad_()
+        value = sign * F.nll_loss(leaf, y, reduction="none")
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+    return gradient
+
+
 def _checked_value(value: object, logits: Tensor) -> Tensor:
     batch = logits.shape[0]
     if not isinstance(value, Tensor):

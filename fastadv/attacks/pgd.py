@@ -14,7 +14,12 @@ from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
 from fastadv.attacks.batch import AttackBatch, Pace, ValueOf
 from fastadv.attacks.best import Best
-from fastadv.attacks.objectives import SOFT_OBJECTIVES, LossFunction, Objective
+from fastadv.attacks.objectives import (
+    SOFT_OBJECTIVES,
+    LabelCrossEntropy,
+    LossFunction,
+    Objective,
+)
 from fastadv.attacks.options import Setting, names_checked
 from fastadv.attacks.soft_labels import is_soft
 from fastadv.engine.cuda_graph import MOST_GRADIENTS, GraphCache
@@ -283,6 +288,8 @@ class PGD(Attack):
     def _value_of(self, batch: AttackBatch) -> ValueOf:
         """The loss as a function of the logits, to be raised."""
         settings = self.settings
+        if settings.loss == "ce" and not is_soft(batch.y):
+            return LabelCrossEntropy(batch.y, settings.targeted)
         objective = Objective(settings.loss, settings.targeted)
         compares = objective.needs_clean_logits and not is_soft(batch.y)
         clean_logits = batch.logits(batch.x) if compares else None

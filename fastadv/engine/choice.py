@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine import proof
@@ -87,7 +88,8 @@ def is_open(engine: Contender) -> bool:
     return sum(not step.is_known_to_win for step in steps) > _OTHER_STEPS * len(steps)
 
 
-# They move no element.
+# They move no element, or take as long in a program as elsewhere, and little beside convolutions.
+_POOLS = (F.max_pool2d, torch.max_pool2d)
 _FREE = frozenset(
     ("flatten", "view", "reshape", "squeeze", "unsqueeze", "size", "getattr", "getitem", "detach", "dropout")
 )  # fmt: skip
@@ -98,7 +100,7 @@ def _is_free(step: ProgramStep) -> bool:
         return False
     target = step.node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name in _FREE
+    return name in _FREE or target in _POOLS
 
 
 def key_of(tape: Tape, x: Tensor, precision: str) -> Hashable:

@@ -18,6 +18,7 @@ from fastadv.engine.packed_convolution import (
     GatherKernel,
     Kernel,
     OneDNNKernel,
+    SmallMapKernel,
     TileKernel,
     WinogradKernel,
     make_kernel,
@@ -302,6 +303,36 @@ def test_tiles_stay_inside_their_tensors(geometry: tuple[int, int, int]) -> None
 
 
 @needs_amx
+@pytest.mark.parametrize(("size", "kind"), [(4, TileKernel), (8, OneDNNKernel)])
+def test_little_work_is_done_by_tiles_whatever_the_company(
+    size: int, kind: type[Kernel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conv = nn.Conv2d(64, 64, 3, padding=1)
+    ran: list[type[Kernel]] = []
+    for own in (TileKernel, OneDNNKernel):
+        plain_run = own.run
+        monkeypatch.setattr(
+            own, "run", lambda self, *a, run=plain_run: ran.append(type(self)) or run(self, *a)
+        )
+    for backward in (False, True):
+        kernel = make_kernel(conv, backward)
+        assert isinstance(kernel, SmallMapKernel)
+        kernel.refresh(conv.weight.detach(), None)
+        x = narrow((17, 64, size, size), 0)
+        whole = run(kernel, poisoned(*x.shape), x)
+        wide, weight = x.double(), conv.weight.detach().double()
+        wanted = (
+            torch.nn.grad.conv2d_input(x.shape, weight, wide, padding=1)
+            if backward
+            else F.conv2d(wide, weight, padding=1)
+        )
+        assert relative(whole, wanted) < 0.01
+        for rows in (slice(0, 1), slice(5, 14)):
+            assert torch.equal(run(kernel, poisoned(*x[rows].shape), x[rows]), whole[rows])
+    assert set(ran) == {kind}
+
+
+@needs_amx
 def test_tiles_depend_neither_on_threads_nor_on_company() -> None:
     kernel, x = (
         TileKernel(nn.Conv2d(64, 48, 3, padding=1), backward=False),
@@ -463,6 +494,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "grouped": (32, 32, 3, {"groups": 2}),
         "two strides": (32, 32, 3, {"stride": (1, 2)}),
         "patches": (32, 32, 4, {"stride": 4}),
+        "more channels": (256, 256, 3, {"padding": 1}),
         "many channels": (512, 512, 3, {"padding": 1}),
         "many, strided": (128, 256, 3, {"padding": 1, "stride": 2}),
         "many, pointwise": (512, 512, 1, {}),
@@ -480,17 +512,19 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
         "patches": [GatherKernel, GatherKernel],
+        "more channels": [WinogradKernel, WinogradKernel],
         "many channels": [WinogradKernel, WinogradKernel],
         "many, strided": [GatherKernel, GatherKernel],
         "many, pointwise": [GatherKernel, GatherKernel],
     }
     assert found[True] == {
-        "winograd": [OneDNNKernel, OneDNNKernel],
-        "strided": [OneDNNKernel, TileKernel],
-        "first": [OneDNNKernel, OneDNNKernel],
+        "winograd": [SmallMapKernel, SmallMapKernel],
+        "strided": [SmallMapKernel, TileKernel],
+        "first": [OneDNNKernel, SmallMapKernel],
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
         "patches": [GatherKernel, TileKernel],
+        "more channels": [OneDNNKernel, OneDNNKernel],
         "many channels": [TileKernel, TileKernel],
         "many, strided": [TileKernel, TileKernel],
         "many, pointwise": [OneDNNKernel, OneDNNKernel],
