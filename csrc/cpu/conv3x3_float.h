@@ -8,13 +8,16 @@ namespace fastadv::conv3x3 {
 
 using FloatEpilogue = conv::EpilogueOf<float>;
 
+// Output channels whose products of one task are kept together. The transformed inputs are read
+// once for all of them.
+constexpr int64_t kFloatSpan = 256;
+
 // The same for each kind of vector.
 struct FloatKernel {
   int lanes;  // input channels come in multiples of them
-  // Output channels are multiplied in blocks of as many. Filters are packed as [36][blocks of wide
-  // out][in][wide], out padded to 16; the last block may be narrower.
-  int wide;
-  // Transforms the filters of 16 output channels from `out` on and all input channels.
+  // Transforms the filters of 16 output channels from `out` on and all input channels. They are
+  // packed as [36][blocks of 64 out][in][64], for AVX2 in blocks of 16, out padded to 16. The last
+  // block may be narrower.
   void (*transform_filters)(float* packed, const Filters& filters, int64_t out);
   // Computes the tiles [first, first + count) of all images.
   void (*convolve)(float* out, const float* x, const float* packed, const Shape& shape,

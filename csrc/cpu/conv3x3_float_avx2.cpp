@@ -13,7 +13,7 @@ constexpr int kVectors = 2;  // 6 x 2 sums fill 12 of the 16 registers
 #include "cpu/conv3x3_float_inner.h"
 
 namespace fastadv::conv3x3 {
-const FloatKernel kFloatAvx2{kLanes, kBlock, transform_filters, convolve};
+const FloatKernel kFloatAvx2{kLanes, transform_filters, convolve};
 }
 #else
 namespace fastadv::conv3x3 {

@@ -14,7 +14,7 @@ constexpr int kVectors = 4;  // 6 x 4 sums fill 24 of the 32 registers
 #include "cpu/conv3x3_float_inner.h"
 
 namespace fastadv::conv3x3 {
-const FloatKernel kFloatAvx512{kLanes, kBlock, transform_filters, convolve};
+const FloatKernel kFloatAvx512{kLanes, transform_filters, convolve};
 }
 #else
 namespace fastadv::conv3x3 {

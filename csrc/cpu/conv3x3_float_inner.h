@@ -35,6 +35,9 @@ namespace {
 
 constexpr int kRows = 6;  // of tiles multiplied together
 constexpr int64_t kBlock = kVectors * kLanes;
+// Steps over input channels by which filters are read ahead: they come from the memory farthest
+// away, and once for many tiles. A quarter of the time with 256 channels and more.
+constexpr int64_t kAhead = 16;
 
 // m[rows][vectors * kLanes] = v[rows][channels] times a block of filters [channels][vectors *
 // kLanes].
@@ -49,7 +52,10 @@ FASTADV_LEVEL void multiply(float* m, const float* v, const float* filters, int6
   for (int64_t c = 0; c < channels; ++c) {
     V filter[vectors];
 #pragma GCC unroll 4
-    for (int n = 0; n < vectors; ++n) filter[n] = load(filters + (c * vectors + n) * kLanes);
+    for (int n = 0; n < vectors; ++n) {
+      filter[n] = load(filters + (c * vectors + n) * kLanes);
+      __builtin_prefetch(filters + ((c + kAhead) * vectors + n) * kLanes);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V input = constant(v[r * channels + c]);
@@ -92,24 +98,36 @@ void multiply_block(float* m, const float* v, const float* filters, int64_t chan
   }
 }
 
+// Channels of the block that begins at `block`.
+inline int64_t width_of(int64_t block, int64_t channels) {
+  return channels - block < kBlock ? channels - block : kBlock;
+}
+
 void convolve(float* out, const float* x, const float* packed, const Shape& shape,
               const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch) {
   const int64_t in = shape.in_channels, channels = conv::padded(shape.out_channels);
   float* m = static_cast<float*>(scratch);
-  float* v = m + kPoints * count * kBlock;
+  const int64_t span = channels < kFloatSpan ? channels : kFloatSpan;
+  float* v = m + kPoints * count * span;
   for (int64_t t = 0; t < count; ++t) {
     gather_tile(v + t * in, count * in, x, shape, place_of(shape, first + t));
   }
-  for (int64_t channel = 0; channel < channels; channel += kBlock) {
-    const int64_t width = channels - channel < kBlock ? channels - channel : kBlock;
+  for (int64_t begin = 0; begin < channels; begin += span) {
+    const int64_t wide = channels - begin < span ? channels - begin : span;
     for (int64_t point = 0; point < kPoints; ++point) {
-      const float* filters = packed + (point * channels + channel) * in;
-      float* products = m + point * count * width;
-      multiply_block(products, v + point * count * in, filters, in, count, width);
+      for (int64_t block = 0; block < wide; block += kBlock) {
+        const float* filters = packed + (point * channels + begin + block) * in;
+        float* products = m + (point * wide + block) * count;
+        multiply_block(products, v + point * count * in, filters, in, count, width_of(block, wide));
+      }
     }
     for (int64_t t = 0; t < count; ++t) {
-      scatter_tile(out, m + t * width, count * width, width, shape, place_of(shape, first + t),
-                   channel, epilogue);
+      const TilePlace place = place_of(shape, first + t);
+      for (int64_t block = 0; block < wide; block += kBlock) {
+        const int64_t width = width_of(block, wide);
+        scatter_tile(out, m + block * count + t * width, count * wide, width, shape, place,
+                     begin + block, epilogue);
+      }
     }
   }
 }
@@ -118,7 +136,7 @@ FASTADV_LEVEL void transform_filters(float* packed, const Filters& f, int64_t fi
   const int64_t channels = conv::padded(f.out_channels);
   for (int64_t out = first; out < first + conv::kVector; out += kLanes) {
     const int64_t block = out / kBlock * kBlock;
-    const int64_t width = channels - block < kBlock ? channels - block : kBlock;
+    const int64_t width = width_of(block, channels);
     for (int64_t in = 0; in < f.in_channels; ++in) {
       V u[6][6];
       transform_taps(u, f, out, in);
