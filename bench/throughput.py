@@ -4,6 +4,12 @@
     python bench/throughput.py --quick         under a minute: fewer rounds, nothing that compiles
     python bench/throughput.py --model wrn_28_10 --batch 16 --only attack
     python bench/throughput.py --model small_cnn --image 1x8x8 --batch 128 --only attack
+    python bench/throughput.py --precision fp32                the attack in float32, everybody's and ours
+
+For a processor without bfloat16, or with AVX2 alone, run the last one as
+    FASTADV_MAX_CPU_ISA=AVX512 ONEDNN_MAX_CPU_ISA=AVX512_CORE python bench/throughput.py --precision fp32
+    FASTADV_MAX_CPU_ISA=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 \
+        python bench/throughput.py --precision fp32
 
 Every arrangement runs in this process, interleaved round by round (see `measure.py`). GFLOP/s count
 2 F per attack step and 3 F per training pass, F one forward pass: an arrangement that spends 3 F on a step
@@ -24,6 +30,7 @@ from typing import Any
 
 import torch
 from arrangements import ATTACKS, COMPILED, GPU_ATTACKS, GPU_STEPS, STEPS, Run, Task
+from float32_arrangements import FLOAT32_ATTACKS, FLOAT32_COMPILED
 from measure import (
     PeakMemory,
     Seconds,
@@ -37,6 +44,7 @@ from measure import (
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fastadv.engine.precision import isa_limit
 from fastadv.models import create_model
 
 OURS = "fastadv"
@@ -83,13 +91,14 @@ def build_all(
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
     for name, build in builders.items():
-        if quick and name in COMPILED:
+        compiles = name in COMPILED or name in FLOAT32_COMPILED
+        if quick and compiles:
             missing[name] = "left out by --quick"
             continue
         say(f"preparing {name}")
         peak = PeakMemory(task.device)
         # What neither compiles nor keeps memory is warm after one step, on a twin of its own.
-        lasting = name in COMPILED or name.startswith(OURS)
+        lasting = compiles or name.startswith(OURS)
         start = time.perf_counter()
         try:
             with peak:
@@ -111,7 +120,7 @@ def build_all(
             )
             continue
         seconds = time.perf_counter() - start
-        if name in COMPILED:  # the compiler's own memory is not the arrangement's
+        if compiles:  # the compiler's own memory is not the arrangement's
             peak = PeakMemory(task.device)
             with peak:
                 runs[name]()
@@ -140,14 +149,14 @@ def compare(
     return {"title": title, "flops": flops, "rows": rows, "missing": missing}
 
 
-def breakdown(task: Task, rounds: int) -> dict[str, Seconds]:
+def breakdown(task: Task, rounds: int, precision: str) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and what comes once per attack."""
     import fastadv
     from fastadv.engine.engines import unwrapped
     from fastadv.engine.recorder import record
     from fastadv.ops import pgd_step_
 
-    attack = fastadv.PGD(task.model, precision="bf16", engine="compiled")
+    attack = fastadv.PGD(task.model, precision=precision, engine="compiled")
     engine: Any = attack.engine_for(task.x)
     program = getattr(engine, "_program", None)
     if program is None:
@@ -255,10 +264,17 @@ def parse_arguments() -> Any:
     )
     parser.add_argument("--rounds", type=int, default=None, help=rounds)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("bf16", "fp32"), default="bf16", help="fp32: the attack in float32"
+    )
     parser.add_argument("--only", choices=("attack", "training"), help="one of the two tables")
     parser.add_argument("--quick", action="store_true", help="under a minute on 2 cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
+    if args.precision == "fp32":
+        if args.only == "training":
+            parser.error("--precision fp32 compares attacks; leave out --only training")
+        args.only = "attack"
     if args.quick:
         args.steps = min(args.steps, 3)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -278,7 +294,9 @@ def main() -> None:
     facts = machine(device)
     print(f"{machine_line(facts)}\n")
     kind = args.model if args.image == (3, 32, 32) else f"{args.model}_{image}"
-    stem = f"throughput_{device.type}_{kind}_b{args.batch}{'_quick' if args.quick else ''}"
+    kind += "_fp32" if args.precision == "fp32" else ""
+    limit = f"_{isa_limit()}".lower() if isa_limit() else ""
+    stem = f"throughput_{device.type}{limit}_{kind}_b{args.batch}{'_quick' if args.quick else ''}"
     parts: list[dict[str, Any]] = []
     content = {
         "machine": facts,
@@ -297,13 +315,17 @@ def main() -> None:
     attacks, steps = ATTACKS, STEPS
     if device.type == "cuda":
         attacks, steps = {**ATTACKS, **GPU_ATTACKS}, {**STEPS, **GPU_STEPS}
+    if args.precision == "fp32":
+        attacks = FLOAT32_ATTACKS
     if args.only != "training":
         add(compare(f"PGD-{k} attack, {shape}", attacks, task, 2 * k * flops, args))
     if args.only != "attack":
         title = f"ARREST training step, K = {k}, {shape}"
         add(compare(title, steps, task, (2 * k + 3) * flops, args))
     if device.type == "cpu":
-        content["breakdown"] = {name: s.to_dict() for name, s in breakdown(task, 5).items()}
+        content["breakdown"] = {
+            name: s.to_dict() for name, s in breakdown(task, 5, args.precision).items()
+        }
         write_json(args.out / f"{stem}.json", content)
     for name, seconds in content["breakdown"].items():
         print(f"{name:<42} {seconds['median'] * 1e3:8.2f} ms")

@@ -55,6 +55,7 @@ def collect() -> dict[str, Any]:
             "name": _cpu_name(),
             "threads": torch.get_num_threads(),
             "winograd convolution": convolution.supported(64, 64),
+            "winograd convolution in float32": convolution.float_lanes() > 0,
         },
         "gpus": gpus,
         "precision": {
@@ -96,7 +97,7 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
         *([("not installed", ", ".join(lacking))] if lacking else []),
         ("processor", f"{cpu['name']}, {cpu['threads']} threads"),
         *([("SIMD level", native["simd"])] if built else []),
-        ("own convolution", "yes" if cpu["winograd convolution"] else "no (needs AVX512-BF16)"),
+        ("own convolution", _own_convolution(cpu)),
         ("GPUs", ", ".join(gpus) or "none that torch can use"),
         ("attack precision", ", ".join(f"{d}: {p}" for d, p in facts["precision"].items())),
         ("native part", built or f"not in use: {native['problem']}"),
@@ -106,6 +107,14 @@ def render(facts: dict[str, Any], ops: bool = False) -> str:
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     return "\n".join([*lines, "", *_op_table(facts["ops"])] if ops else lines)
+
+
+def _own_convolution(cpu: dict[str, Any]) -> str:
+    if cpu["winograd convolution"]:
+        return "yes"
+    if cpu["winograd convolution in float32"]:
+        return "in float32 (bfloat16 needs AVX512-BF16)"
+    return "no (needs AVX2)"
 
 
 def _cuda_kernels(built: bool, has_gpu: bool) -> str:

@@ -37,9 +37,9 @@ int64_t scratch_bytes(const Shape& shape, int64_t tiles);
 struct Filters {
   const float* weight;
   int64_t out_stride, in_stride, tap_stride;  // in floats
-  bool rotated;                   // turned by 180 degrees, for the gradient
-  const float* scale;             // per output channel of the forward convolution; null = 1
-  bool scale_by_input;            // the forward's output channels are this one's input channels
+  bool rotated;                               // turned by 180 degrees, for the gradient
+  const float* scale;   // per output channel of the forward convolution; null = 1
+  bool scale_by_input;  // the forward's output channels are this one's input channels
   int64_t in_channels, out_channels;
 };
 void transform_filters(uint16_t* packed, const Filters& filters, int64_t out);

@@ -10,12 +10,14 @@ constexpr int kVector = 16;
 
 // In this order: + bias[c], + add, max(0, .), 0 where mask <= 0. Pointers may be null. `add` and
 // `mask` are laid out as the result.
-struct Epilogue {
+template <class Stored>
+struct EpilogueOf {
   const float* bias;
-  const uint16_t* add;
-  const uint16_t* mask;
+  const Stored* add;
+  const Stored* mask;
   bool relu;
 };
+using Epilogue = EpilogueOf<uint16_t>;  // of bfloat16
 
 // Whether this processor has AVX512-BF16.
 bool supported();

@@ -7,13 +7,15 @@
 #include <cstring>
 
 #include "cpu/conv_inner.h"
+#include "cpu/isa_limit.h"
 
 namespace fastadv::conv {
 
 bool supported() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  return isa_limit() == IsaLimit::kNone && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
 }
 
 }  // namespace fastadv::conv

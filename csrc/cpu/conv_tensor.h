@@ -7,33 +7,44 @@
 
 namespace fastadv::conv {
 
-inline void check_dense(const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == sizes &&
+// Images and filters are stored as floats, or as the bits of bfloat16.
+template <class Stored>
+constexpr at::ScalarType kDtype = std::is_same_v<Stored, float> ? at::kFloat : at::kBFloat16;
+template <class Stored>
+constexpr const char* kName = std::is_same_v<Stored, float> ? "float32" : "bfloat16";
+
+template <class Stored = uint16_t>
+void check_dense(const at::Tensor& t, const char* name, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.scalar_type() == kDtype<Stored> && t.sizes() == sizes &&
                         t.is_contiguous(at::MemoryFormat::ChannelsLast),
-                    name, " must be channels-last bfloat16 of shape ", sizes, ", got ",
+                    name, " must be channels-last ", kName<Stored>, " of shape ", sizes, ", got ",
                     t.scalar_type(), " of shape ", t.sizes());
 }
 
-inline void check_packed(const at::Tensor& packed, int64_t elements) {
-  TORCH_CHECK_VALUE(
-      packed.scalar_type() == at::kBFloat16 && packed.is_contiguous() && packed.numel() == elements,
-      "packed must be bfloat16 with ", elements, " elements for these channels, got ",
-      packed.numel());
+template <class Stored = uint16_t>
+void check_packed(const at::Tensor& packed, int64_t elements) {
+  TORCH_CHECK_VALUE(packed.scalar_type() == kDtype<Stored> && packed.is_contiguous() &&
+                        packed.numel() == elements,
+                    "packed must be ", kName<Stored>, " with ", elements,
+                    " elements for these channels, got ", packed.numel());
 }
 
-inline const uint16_t* bits(const OptionalTensor& t) {
-  return t ? static_cast<const uint16_t*>(t->const_data_ptr()) : nullptr;
+template <class Stored>
+const Stored* stored(const OptionalTensor& t) {
+  return t ? static_cast<const Stored*>(t->const_data_ptr()) : nullptr;
 }
 
 // The epilogue of a result, its tensors checked.
-inline Epilogue make_epilogue(const at::Tensor& out, const OptionalTensor& bias,
-                              const OptionalTensor& add, const OptionalTensor& mask, bool relu) {
-  if (add) check_dense(*add, "add", out.sizes());
-  if (mask) check_dense(*mask, "mask", out.sizes());
+template <class Stored = uint16_t>
+EpilogueOf<Stored> make_epilogue(const at::Tensor& out, const OptionalTensor& bias,
+                                 const OptionalTensor& add, const OptionalTensor& mask, bool relu) {
+  if (add) check_dense<Stored>(*add, "add", out.sizes());
+  if (mask) check_dense<Stored>(*mask, "mask", out.sizes());
   TORCH_CHECK_VALUE(!bias || (bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
                               bias->numel() == out.size(1)),
                     "bias must be float32 of shape [", out.size(1), "]");
-  return {bias ? bias->const_data_ptr<float>() : nullptr, bits(add), bits(mask), relu};
+  return {bias ? bias->const_data_ptr<float>() : nullptr, stored<Stored>(add), stored<Stored>(mask),
+          relu};
 }
 
 // Splits `total` units into tasks of about `wanted`, the same number for every thread. Results do

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cpu/isa_limit.h"
+
 #define FASTADV_INLINE inline __attribute__((always_inline))
 
 // The SIMD levels that a kernel is compiled for besides the compiler's baseline: the vector units
@@ -39,9 +41,9 @@ inline SimdLevel detect_simd_level() {
         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))) {
     return SimdLevel::kBaseline;
   }
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                 __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-                 __builtin_cpu_supports("avx512vl")
+  return isa_limit() >= IsaLimit::kAvx512 && __builtin_cpu_supports("avx512f") &&
+                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
+                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
              ? SimdLevel::kAvx512
              : SimdLevel::kAvx2;
 #else

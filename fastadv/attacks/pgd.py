@@ -451,13 +451,15 @@ def pgd_fused(
         loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
             ``random_start``, since its gradient is zero at ``x``) or a callable ``(logits, y) -> [B] or scalar``.
         precision: precision of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules
-            where the hardware has it. Logits, loss and images are float32 (float64 for float64 images) always.
+            where the hardware has it, else fp32. Logits, loss and images are float32 (float64 for float64 images)
+            always.
         engine: ``"eager"`` runs the live model; ``"compiled"`` runs a folded copy (with ``torch.compile``
             on a GPU); ``"graph"`` runs the whole attack on the copy as a CUDA graph. ``"auto"`` runs a folded
             copy in a narrow precision, on a GPU recorded at the second call of a batch size. On the CPU it
-            measures where another engine may be faster, and runs the fastest that is right. In fp32 it runs the
-            live model, and the result equals the result of a plain loop to the bit. ``"fixed"`` is ``"auto"``
-            without measuring, so that every process runs the same engine.
+            measures where another engine may be faster, and runs the fastest that is right. With
+            ``precision="fp32"`` it runs the live model, and the result equals the result of a plain loop to the
+            bit. Where ``precision="auto"`` comes to fp32, it runs a folded copy on a CPU, and the live model on a
+            GPU. ``"fixed"`` is ``"auto"`` without measuring, so that every process runs the same engine.
         train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
             result then depends on the other samples of the batch. ``"moving"`` is train mode in which every pass
             of the attack updates BatchNorm's running statistics for good, as in loops that do not restore them.

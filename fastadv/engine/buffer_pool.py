@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 class Memory:
-    """Channels-last bfloat16 buffers, handed out during a pass and all taken back at its end."""
+    """Channels-last buffers of one dtype, handed out during a pass and all taken back at its end."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.dtype = dtype
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
         self._batches: tuple[int, ...] = ()  # of the last two kinds of passes
@@ -20,7 +21,7 @@ class Memory:
         """A buffer with arbitrary contents."""
         key = tuple(shape)
         free = self._free[key]
-        buffer = free.pop() if free else _new_buffer(key)
+        buffer = free.pop() if free else self._new(key)
         self._taken.append((key, buffer))
         return buffer
 
@@ -33,6 +34,5 @@ class Memory:
         for key in [key for key in self._free if key[0] not in self._batches]:
             del self._free[key]
 
-
-def _new_buffer(shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16, memory_format=torch.channels_last, device="cpu")
+    def _new(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last, device="cpu")

@@ -27,7 +27,7 @@ class AttackCopy(nn.Module):
         recording: of the model as it is now.
         dtype: of weights and activations; logits come out in float32, or in float64 for a float64 copy.
         pack: hold convolutions in the form of our own CPU kernel where it serves. Such a copy is run by
-            `fastadv.engine.cpu_program.Program`, not called.
+            `fastadv.engine.cpu_program.Program`, not called. For bfloat16 and float32.
 
     Raises:
         Unrecordable: with the reason, when the model cannot be copied.
@@ -45,6 +45,7 @@ class AttackCopy(nn.Module):
         self.graph_module.recompile()
         self.batch_node = constants.batch_node
         self.nodes = constants.nodes
+        self.dtype = dtype
         self._autocast = dtype if dtype in (torch.bfloat16, torch.float16) else None
         self._logits_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._parts: list[Part] = parts

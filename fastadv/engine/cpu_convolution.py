@@ -1,7 +1,8 @@
 """Schemas of the native operations of the attack engine's CPU programs; the code is in csrc/cpu.
 
 These are parts of the engine, not ops for users: they take packed filters and write into given memory. All
-images are dense channels-last bfloat16 [B, C, H, W]; every optional argument may be None.
+images are dense channels-last [B, C, H, W], in bfloat16 if nothing else is said. Every optional argument may be
+None.
 
 * ``conv3x3_supported(in_channels, out_channels)``: whether this processor and these channels are served:
   AVX512-BF16, and input channels in multiples of 16.
@@ -9,6 +10,11 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
   the convolution or, ``backward``, for its gradient in the input.
 * ``conv3x3_(out, x, packed, bias, add, mask, relu)``: stride 1, padding 1, by Winograd's F(4x4, 3x3);
   ``out = where(mask > 0, relu(conv(x) + bias + add), 0)``.
+* ``conv3x3_float_lanes()``: the width of this processor's vectors for the next two, in floats: 16 with AVX-512, 8
+  with AVX2, 0 where they cannot run.
+* ``conv3x3_float_pack_(packed, weight, scale, backward, lanes)`` and
+  ``conv3x3_float_(out, x, packed, bias, add, mask, relu, lanes)``: as the two above, in float32, for input
+  channels in multiples of ``lanes``.
 * ``conv_gather_(out, x, packed, tap_rows, tap_columns, steps, origin, bias, add, mask, relu)``: any kernel
   and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
   The same last pass as above.
@@ -17,6 +23,9 @@ images are dense channels-last bfloat16 [B, C, H, W]; every optional argument ma
 * ``conv_amx_pack_(packed, weight, scale, taps, backward)``: pack the ``taps`` of filters [K, C, h, w], places in
   h * w, times ``scale`` [K], for ``conv_amx_``.
 * ``conv_amx_``: as ``conv_gather_``, by AMX.
+
+The next four take images in bfloat16 or in float32.
+
 * ``channel_affine_(out, x, scale, shift, add, mask, relu)``: ``out = where(mask > 0, relu(x * scale + shift),
   0) + add`` with ``scale`` and ``shift`` [C].
 * ``merge_gradients_(out, x, add, mask)``: ``out = where(mask > 0, x + add, 0)``.
@@ -29,6 +38,7 @@ from __future__ import annotations
 
 import torch
 
+from fastadv.engine.precision import isa_limit
 from fastadv.ops import NATIVE
 
 POINTS = 36  # products per tile of F(4x4, 3x3)
@@ -45,6 +55,16 @@ torch.library.define(
     "fastadv::conv3x3_",
     "(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, Tensor? add, Tensor? mask, bool relu)"
     " -> ()",
+)
+torch.library.define("fastadv::conv3x3_float_lanes", "() -> int")
+torch.library.define(
+    "fastadv::conv3x3_float_pack_",
+    "(Tensor(a!) packed, Tensor weight, Tensor? scale, bool backward, int lanes) -> ()",
+)
+torch.library.define(
+    "fastadv::conv3x3_float_",
+    "(Tensor(a!) out, Tensor x, Tensor packed, Tensor? bias, Tensor? add, Tensor? mask, bool relu, "
+    "int lanes) -> ()",
 )
 torch.library.define(
     "fastadv::conv_amx_pack_",
@@ -81,17 +101,23 @@ def supported(in_channels: int, out_channels: int) -> bool:
     return available() and torch.ops.fastadv.conv3x3_supported(in_channels, out_channels)
 
 
+def float_lanes() -> int:
+    """The width of the vectors, in floats, of our 3x3 convolution in float32; 0 where there is none."""
+    return int(torch.ops.fastadv.conv3x3_float_lanes()) if available() else 0
+
+
 def amx_serves(in_channels: int) -> bool:
     """Whether this processor has our convolution by AMX for these channels."""
     return available() and has_amx() and torch.ops.fastadv.conv_amx_supported(in_channels)
 
 
-def onednn_available() -> bool:
-    """Whether oneDNN is there and computes in bfloat16 on this processor."""
-    available = torch.backends.mkldnn.is_available()
-    return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+def onednn_available(dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether oneDNN is there and computes in this dtype, bfloat16 or float32, on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def has_amx() -> bool:
     """Whether the processor multiplies matrices of bfloat16 by AMX, many times as fast as by AVX512-BF16."""
-    return torch.cpu._is_amx_tile_supported()
+    return isa_limit() is None and torch.cpu._is_amx_tile_supported()

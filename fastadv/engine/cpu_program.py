@@ -56,7 +56,7 @@ class Program:
         module = copy.graph_module
         nodes = list(module.graph.nodes)
         self._module = module
-        self._memory = Memory()
+        self._memory = Memory(copy.dtype)
         self._steps = fused_steps(copy)
         self._constants = {node: str(node.target) for node in nodes if node.op == "get_attr"}
         self._input = next(node for node in nodes if node.op == "placeholder")

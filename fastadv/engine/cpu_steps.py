@@ -65,8 +65,8 @@ class Pass:
         """Add a contribution that a fused step can compute together with the sum and the mask."""
         before, mask = self._gradients.get(node), self._mask(node)
         self._gradients[node] = emit(
-            None if before is None else _as_buffer(before),
-            None if mask is None else _as_buffer(mask),
+            None if before is None else _as_buffer(before, self.memory.dtype),
+            None if mask is None else _as_buffer(mask, self.memory.dtype),
         )
 
     def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
@@ -86,7 +86,7 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
     if before is None and mask is None:
         return new
     operands = [t for t in (new, before, mask) if t is not None]
-    if all(_is_buffer(t) for t in operands):
+    if all(_is_buffer(t, memory.dtype) for t in operands):
         out = memory.take(new.shape)
         _OPS.merge_gradients_(out, new, before, mask)
         return out
@@ -104,16 +104,12 @@ def _like(gradient: Tensor, result: Tensor) -> Tensor:
     return torch.empty_like(result).copy_(gradient)
 
 
-def _is_buffer(t: Tensor) -> bool:
-    return (
-        t.dtype == torch.bfloat16
-        and t.dim() == 4
-        and t.is_contiguous(memory_format=torch.channels_last)
-    )
+def _is_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    return t.dtype == dtype and t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _as_buffer(t: Tensor) -> Tensor:
-    return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
+def _as_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return t.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
 class ProgramStep(ABC):
@@ -152,22 +148,23 @@ class ConvStep(ProgramStep):
 
     def forward(self, run: Pass) -> None:
         """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
-        x, packed = _as_buffer(run.values[self._x]), self._packed
+        dtype = run.memory.dtype
+        x, packed = _as_buffer(run.values[self._x], dtype), self._packed
         residual = None if self._residual is None else run.values[self._residual]
         if packed.forward is not None:
             shape = packed.result_shape(x)
-            residual = None if residual is None else _as_buffer(residual.expand(shape))
+            residual = None if residual is None else _as_buffer(residual.expand(shape), dtype)
             epilogue = Epilogue(packed.bias, residual, relu=self.rectifies)
             out = packed.forward.run(run.memory, shape, x, epilogue)
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
-            out = _as_buffer(out.relu_() if self.rectifies else out)
+            out = _as_buffer(out.relu_() if self.rectifies else out, dtype)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """The gradient's convolution into the input; the gradient itself into the residual."""
-        gradient = _as_buffer(run.gradient(self.node))
+        gradient = _as_buffer(run.gradient(self.node), run.memory.dtype)
         if self._residual is not None:
             shape = run.values[self._residual].shape  # smaller where the addition broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
@@ -194,14 +191,15 @@ class ScaleShiftStep(ProgramStep):
 
     def forward(self, run: Pass) -> None:
         """One pass."""
-        x, part = _as_buffer(run.values[self._x]), self._part
+        x, part = _as_buffer(run.values[self._x], run.memory.dtype), self._part
         out = run.memory.take(x.shape)
         _OPS.channel_affine_(out, x, part.scale, part.shift, None, None, self.rectifies)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """Scale, and add what came from other users; a mask needs a pass of its own."""
-        gradient, scale = _as_buffer(run.gradient(self.node)), self._part.scale
+        gradient = _as_buffer(run.gradient(self.node), run.memory.dtype)
+        scale = self._part.scale
 
         def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
             out = run.memory.take(gradient.shape)
@@ -291,7 +289,7 @@ class ItemStep(ProgramStep):
 
 
 class PoolStep(PlainStep):
-    """The mean over height and width of a bfloat16 map, in float32; other inputs are left to autograd.
+    """The mean over height and width of a map of the program's dtype, in float32; autograd has what is left.
 
     Args:
         whole: whether the node pools images of this shape as a whole.
@@ -309,7 +307,7 @@ class PoolStep(PlainStep):
     def forward(self, run: Pass) -> None:
         """Sum the pixels."""
         x = run.values[self._x]
-        if not (_is_buffer(x) and self._whole(x.shape)):
+        if not (_is_buffer(x, run.memory.dtype) and self._whole(x.shape)):
             super().forward(run)
             return
         means = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)

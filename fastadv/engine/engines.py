@@ -366,11 +366,13 @@ class CopyEngine(EngineOnCopy):
 
 
 class ProgramEngine(EngineOnCopy):
-    """Runs the attack copy as a program of fused steps: bfloat16 on the CPU."""
+    """Runs the attack copy as a program of fused steps: bfloat16 or float32 on the CPU."""
 
-    def __init__(self, tape: Tape, recording: Recording, reason: str) -> None:
-        super().__init__(tape, recording, "bf16", reason)
-        self._copy = AttackCopy(tape, recording, torch.bfloat16, pack=True)
+    def __init__(
+        self, tape: Tape, recording: Recording, reason: str, precision: str = "bf16"
+    ) -> None:
+        super().__init__(tape, recording, precision, reason)
+        self._copy = AttackCopy(tape, recording, COMPUTE_DTYPES[precision], pack=True)
         self._program = Program(self._copy)
 
     @property
@@ -386,17 +388,17 @@ class ProgramEngine(EngineOnCopy):
         """Logits [B, C] without gradient."""
         logits, _ = self._program.forward(x)
         check_logits(logits, x.shape[0])
-        return logits.float()
+        return logits.to(torch.float32, copy=True)
 
     def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
-        """As in `Engine.gradient`; ``grad`` is bfloat16 and valid until the engine's next call."""
+        """As in `Engine.gradient`; ``grad`` is in the program's dtype and valid until the engine's next call."""
         output, run = self._program.forward(x)
         check_logits(output, x.shape[0])
         value, at_logits = _at_logits(output, value_of)
         grad = self._program.backward(run, at_logits)
         _check_gradient(grad is not None)
         assert grad is not None
-        return InputGradient(value, output.float(), grad)
+        return InputGradient(value, output.to(torch.float32, copy=True), grad)
 
 
 def _channels_last(x: Tensor) -> Tensor:

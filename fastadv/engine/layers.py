@@ -68,7 +68,9 @@ class CopiedConv2d(nn.Module):
 
     def pack(self) -> None:
         """Keep the weights in the forms of our own kernels, as far as they serve."""
-        self.packed = PackedConv2d(self.shape, self.bias is not None, self.weight.device)
+        self.packed = PackedConv2d(
+            self.shape, self.bias is not None, self.weight.device, self.weight.dtype
+        )
         if self.packed.forward is not None and self.packed.backward is not None:
             self.weight = self.weight.new_empty(0)  # `forward` would read weights gone stale
 

@@ -1,7 +1,8 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
-Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, oneDNN's
-what is left. On processors with AMX the tile kernel serves many channels and strided gradients, oneDNN's the rest.
+In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough
+channels, oneDNN's what is left. On processors with AMX the tile kernel serves many channels and strided gradients,
+oneDNN's the rest. In float32 Winograd's kernel serves 3x3 convolutions of stride 1, oneDNN's the rest.
 Gradients that are no convolutions stay with torch.
 """
 
@@ -53,7 +54,7 @@ class Epilogue(NamedTuple):
 
     Attributes:
         bias: float32 [K].
-        add: channels-last bfloat16 [B, K, H, W].
+        add: channels-last [B, K, H, W], in the dtype of the images.
         mask: likewise.
         relu: whether negative values become 0.
     """
@@ -78,7 +79,7 @@ class Kernel(ABC):
         Args:
             memory: where the result may be put.
             shape: of the result [B, K, H, W].
-            x: channels-last bfloat16 [B, C, H, W].
+            x: channels-last [B, C, H, W], in the dtype that the kernel was made for.
             epilogue: what is done with it before it is stored.
         """
 
@@ -101,6 +102,34 @@ class WinogradKernel(Kernel):
         """As in `Kernel.run`."""
         out = memory.take(shape)
         _OPS.conv3x3_(out, x, self._packed, *epilogue)
+        return out
+
+
+class WinogradFloatKernel(Kernel):
+    """As `WinogradKernel`, in float32.
+
+    Args:
+        out_channels: of the result.
+        in_channels: of what is convolved, in multiples of ``lanes``.
+        backward: whether it is the gradient in the input.
+        lanes: the width of the vectors, as `fastadv.engine.cpu_convolution.float_lanes` gives it.
+    """
+
+    def __init__(self, out_channels: int, in_channels: int, backward: bool, lanes: int) -> None:
+        padded = -(-out_channels // convolution.VECTOR) * convolution.VECTOR
+        self._packed = torch.empty(
+            convolution.POINTS * padded * in_channels, dtype=torch.float32, device="cpu"
+        )
+        self._backward, self._lanes = backward, lanes
+
+    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
+        """As in `Kernel.refresh`."""
+        _OPS.conv3x3_float_pack_(self._packed, weight, scale, self._backward, self._lanes)
+
+    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
+        """As in `Kernel.run`."""
+        out = memory.take(shape)
+        _OPS.conv3x3_float_(out, x, self._packed, *epilogue, self._lanes)
         return out
 
 
@@ -206,12 +235,14 @@ def _taps_along(
 class OneDNNKernel(Kernel):
     """oneDNN's convolution, or, at stride 1, its gradient as the convolution with rotated filters."""
 
-    def __init__(self, conv: ConvShape, backward: bool) -> None:
+    def __init__(
+        self, conv: ConvShape, backward: bool, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         padding = list(conv.padding)
         if backward:
             reach = zip(conv.dilation, conv.kernel_size, padding, strict=True)
             padding = [d * (k - 1) - p for d, k, p in reach]
-        self._backward = backward
+        self._backward, self._dtype = backward, dtype
         self._groups = conv.groups
         self._geometry = (padding, conv.stride, conv.dilation, conv.groups)
         self._filters = torch.empty(0, device="cpu")
@@ -220,7 +251,7 @@ class OneDNNKernel(Kernel):
         """As in `Kernel.refresh`, but in new memory, which is oneDNN's own."""
         if scale is not None:
             weight = weight * scale[:, None, None, None]
-        narrow = weight.to(torch.bfloat16)
+        narrow = weight.to(self._dtype)
         if self._backward:  # a view is left to the reordering, which copies in any case
             narrow = narrow.flip(2, 3).transpose(0, 1)
         self._filters = torch.ops.mkldnn._reorder_convolution_weight(narrow, *self._geometry)
@@ -300,10 +331,16 @@ def on_wider_images(
 class PackedConv2d:
     """Both directions of a convolution; a direction that no kernel serves is None."""
 
-    def __init__(self, conv: ConvShape, has_bias: bool, device: torch.device = _CPU) -> None:
+    def __init__(
+        self,
+        conv: ConvShape,
+        has_bias: bool,
+        device: torch.device = _CPU,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         self._conv = conv
-        self.forward = make_kernel(conv, backward=False, device=device)
-        self.backward = make_kernel(conv, backward=True, device=device)
+        self.forward = make_kernel(conv, backward=False, device=device, dtype=dtype)
+        self.backward = make_kernel(conv, backward=True, device=device, dtype=dtype)
         self.bias: Tensor | None = None
         if has_bias:
             self.bias = torch.empty(conv.out_channels, dtype=torch.float32, device=device)
@@ -321,19 +358,25 @@ class PackedConv2d:
         return result_shape(self._conv, x)
 
 
-def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) -> Kernel | None:
+def make_kernel(
+    conv: ConvShape,
+    backward: bool,
+    device: torch.device = _CPU,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Kernel | None:
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
     if device.type != "cpu" or not convolution.available():
         return None
+    if dtype != torch.bfloat16:
+        return _float_kernel(conv, backward) if dtype == torch.float32 else None
     if _worth_tiles(conv, source, backward):
         return TileKernel(conv, backward)
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
     patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
     if conv.groups == 1 and (patches or not convolution.has_amx()):
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
+        if _is_3x3(conv) and convolution.supported(source, result):
             return WinogradKernel(result, source, backward)
         if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
             return GatherKernel(conv, backward)
@@ -343,6 +386,24 @@ def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) ->
     if few and conv.kernel_size != (1, 1) and _tiles_serve(conv, source):
         return SmallMapKernel(conv, backward)
     return OneDNNKernel(conv, backward)
+
+
+def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
+    """As `make_kernel`, in float32."""
+    into, outof = conv.in_channels, conv.out_channels
+    source, result = (outof, into) if backward else (into, outof)
+    lanes = convolution.float_lanes()
+    if lanes and conv.groups == 1 and _is_3x3(conv) and source % lanes == 0:
+        return WinogradFloatKernel(result, source, backward, lanes)
+    if not convolution.onednn_available(torch.float32) or (backward and not _rotatable(conv)):
+        return None
+    return OneDNNKernel(conv, backward, torch.float32)
+
+
+def _is_3x3(conv: ConvShape) -> bool:
+    """Whether Winograd's tiles fit: 3x3, and everything else 1."""
+    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return shape == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 def _rotatable(conv: ConvShape) -> bool:

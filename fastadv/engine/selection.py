@@ -347,7 +347,8 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
         return "train mode needs the live model"
     if not isinstance(model, nn.Module):
         return "it is a plain callable"
-    if wish.is_free and _narrowest(wish, model, x) == "fp32":
+    free = wish.precision == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
+    if wish.is_free and not free and _narrowest(wish, model, x) == "fp32":
         return "in fp32 the model's own operations run, bit for bit"
     return None
 
@@ -472,15 +473,18 @@ def candidates(
     tape: Tape, recording: Recording, precision: str, wish: Wish
 ) -> Iterator[Callable[[], EngineOnCopy]]:
     """What may run a copy, the narrowest precision first."""
-    device = recording.images.device
+    images = recording.images
     reason = "the model can be copied" if wish.is_free else "asked for"
     if tape.autocast and precision == "fp32":
         raise Unrecordable("its forward enters autocast")
-    if device.type == "cpu" and precision == "bf16":
-        yield partial(ProgramEngine, tape, recording, reason)
+    # Programs are for bfloat16 and float32; images in float64 get copies in float64.
+    programs = {"bf16", "fp32"} if images.dtype != torch.float64 else {"bf16"}
     for own in dict.fromkeys((precision, "fp32")):
-        if not (tape.autocast and own == "fp32"):
-            yield partial(_under_autograd, tape, recording, own, reason, wish)
+        if tape.autocast and own == "fp32":
+            continue
+        if images.device.type == "cpu" and own in programs:
+            yield partial(ProgramEngine, tape, recording, reason, own)
+        yield partial(_under_autograd, tape, recording, own, reason, wish)
 
 
 def _under_autograd(

@@ -1,0 +1,23 @@
+// csrc/cpu/conv3x3_float.h for AVX-512. Kept apart from torch's headers, so that none of their
+// inline functions is compiled for a processor that may not be there.
+#include "cpu/conv3x3_float.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#define FASTADV_LEVEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define FASTADV_LEVEL_INLINE \
+  inline __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline))
+#include "cpu/vector_avx512.h"
+
+namespace fastadv::conv3x3 {
+constexpr int kVectors = 4;  // 6 x 4 sums fill 24 of the 32 registers
+}
+#include "cpu/conv3x3_float_inner.h"
+
+namespace fastadv::conv3x3 {
+const FloatKernel kFloatAvx512{kLanes, transform_filters, convolve};
+}
+#else
+namespace fastadv::conv3x3 {
+const FloatKernel kFloatAvx512{};
+}
+#endif

@@ -1,0 +1,152 @@
+// The loops of csrc/cpu/conv3x3_float.h for one kind of vector. The includer also defines kVectors,
+// the vectors of output channels multiplied together.
+#pragma once
+
+#include "cpu/conv3x3_float.h"
+
+namespace fastadv::conv {
+namespace {
+
+FASTADV_LEVEL_INLINE vec::V read(const float* p, const vec::Live& live) {
+  return vec::all(live) ? vec::load(p) : vec::load(p, live);
+}
+
+// As for bfloat16 in csrc/cpu/conv_inner.h.
+FASTADV_LEVEL_INLINE void finish(float* out, vec::V value, const EpilogueOf<float>& epilogue,
+                                 int64_t at, int64_t channel, const vec::Live& live) {
+  if (epilogue.bias) value = vec::add(value, read(epilogue.bias + channel, live));
+  if (epilogue.add) value = vec::add(value, read(epilogue.add + at, live));
+  if (epilogue.relu) value = vec::at_least_zero(value);
+  if (epilogue.mask) value = vec::where_positive(read(epilogue.mask + at, live), value);
+  if (vec::all(live)) {
+    vec::store(out + at, value);
+  } else {
+    vec::store(out + at, value, live);
+  }
+}
+
+}  // namespace
+}  // namespace fastadv::conv
+
+#include "cpu/conv3x3_tiles.h"
+
+namespace fastadv::conv3x3 {
+namespace {
+
+constexpr int kRows = 6;  // of tiles multiplied together
+constexpr int64_t kBlock = kVectors * kLanes;
+// Steps over input channels by which filters are read ahead: they come from the memory farthest
+// away, and once for many tiles. A quarter of the time with 256 channels and more.
+constexpr int64_t kAhead = 16;
+
+// m[rows][vectors * kLanes] = v[rows][channels] times a block of filters [channels][vectors *
+// kLanes].
+template <int rows, int vectors>
+FASTADV_LEVEL void multiply(float* m, const float* v, const float* filters, int64_t channels) {
+  V sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) sum[r][n] = zero();
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    V filter[vectors];
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) {
+      filter[n] = load(filters + (c * vectors + n) * kLanes);
+      __builtin_prefetch(filters + ((c + kAhead) * vectors + n) * kLanes);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V input = constant(v[r * channels + c]);
+#pragma GCC unroll 4
+      for (int n = 0; n < vectors; ++n) sum[r][n] = fmadd(input, filter[n], sum[r][n]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r) {
+#pragma GCC unroll 4
+    for (int n = 0; n < vectors; ++n) store(m + (r * vectors + n) * kLanes, sum[r][n]);
+  }
+}
+
+using Multiply = void (*)(float*, const float*, const float*, int64_t);
+
+template <int vectors>
+constexpr Multiply kMultiply[kRows] = {multiply<1, vectors>, multiply<2, vectors>,
+                                       multiply<3, vectors>, multiply<4, vectors>,
+                                       multiply<5, vectors>, multiply<6, vectors>};
+
+inline Multiply multiply_of(int64_t rows, int64_t vectors) {
+  if constexpr (kVectors == 4) {
+    if (vectors == 4) return kMultiply<4>[rows - 1];
+    if (vectors == 3) return kMultiply<3>[rows - 1];
+    if (vectors == 1) return kMultiply<1>[rows - 1];
+  }
+  return kMultiply<2>[rows - 1];
+}
+
+void multiply_block(float* m, const float* v, const float* filters, int64_t channels, int64_t rows,
+                    int64_t width) {
+  while (rows > 0) {
+    // A remainder is spread, so that no group is tiny.
+    const int64_t groups = (rows + kRows - 1) / kRows, now = (rows + groups - 1) / groups;
+    multiply_of(now, width / kLanes)(m, v, filters, channels);
+    m += now * width;
+    v += now * channels;
+    rows -= now;
+  }
+}
+
+// Channels of the block that begins at `block`.
+inline int64_t width_of(int64_t block, int64_t channels) {
+  return channels - block < kBlock ? channels - block : kBlock;
+}
+
+void convolve(float* out, const float* x, const float* packed, const Shape& shape,
+              const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch) {
+  const int64_t in = shape.in_channels, channels = conv::padded(shape.out_channels);
+  float* m = static_cast<float*>(scratch);
+  const int64_t span = channels < kFloatSpan ? channels : kFloatSpan;
+  float* v = m + kPoints * count * span;
+  for (int64_t t = 0; t < count; ++t) {
+    gather_tile(v + t * in, count * in, x, shape, place_of(shape, first + t));
+  }
+  for (int64_t begin = 0; begin < channels; begin += span) {
+    const int64_t wide = channels - begin < span ? channels - begin : span;
+    for (int64_t point = 0; point < kPoints; ++point) {
+      for (int64_t block = 0; block < wide; block += kBlock) {
+        const float* filters = packed + (point * channels + begin + block) * in;
+        float* products = m + (point * wide + block) * count;
+        multiply_block(products, v + point * count * in, filters, in, count, width_of(block, wide));
+      }
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const TilePlace place = place_of(shape, first + t);
+      for (int64_t block = 0; block < wide; block += kBlock) {
+        const int64_t width = width_of(block, wide);
+        scatter_tile(out, m + block * count + t * width, count * wide, width, shape, place,
+                     begin + block, epilogue);
+      }
+    }
+  }
+}
+
+FASTADV_LEVEL void transform_filters(float* packed, const Filters& f, int64_t first) {
+  const int64_t channels = conv::padded(f.out_channels);
+  for (int64_t out = first; out < first + conv::kVector; out += kLanes) {
+    const int64_t block = out / kBlock * kBlock;
+    const int64_t width = width_of(block, channels);
+    for (int64_t in = 0; in < f.in_channels; ++in) {
+      V u[6][6];
+      transform_taps(u, f, out, in);
+      for (int point = 0; point < kPoints; ++point) {
+        store(packed + (point * channels + block) * f.in_channels + in * width + out - block,
+              u[point / 6][point % 6]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastadv::conv3x3
