@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_recognition import rows_steps
 from fastadv.engine.cpu_steps import (
     ConvStep,
     ItemStep,
@@ -105,7 +106,10 @@ def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
     for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):
         steps.append(_conv_step(node, parts, covered))
+    steps.extend(rows_steps(copy, nodes, parts, covered))
     for node in nodes:
+        if node in covered:
+            continue
         part = parts.get(node)
         if isinstance(part, CopiedScaleShift):
             relu = _only_user(node, lambda user: _is_relu(user, parts))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
@@ -32,6 +32,7 @@ class Pass:
         self.memory = memory
         self.values: dict[fx.Node, Any] = {}
         self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
+        self.kept: dict[fx.Node, Any] = {}  # what a fused step's backward needs of its forward
         self._gradients: dict[fx.Node, Tensor] = {}
         self._items: dict[fx.Node, dict[int, Tensor]] = {}
         self._masked = masked
@@ -69,6 +70,12 @@ class Pass:
             None if mask is None else _as_buffer(mask),
         )
 
+    def arrive_sum(self, node: fx.Node, emit: Callable[[Tensor | None], Tensor]) -> None:
+        """Add a contribution that a fused step can compute together with the sum; operands have any layout."""
+        before, mask = self._gradients.get(node), self._mask(node)
+        total = emit(before)
+        self._gradients[node] = _merged(self.memory, total, None, mask)
+
     def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
         """Add a contribution that exists already; it is not written to."""
         mask, before = self._mask(node), self._gradients.get(node)
@@ -94,7 +101,7 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
     return total if mask is None else total * (mask > 0)
 
 
-def _like(gradient: Tensor, result: Tensor) -> Tensor:
+def laid_out_like(gradient: Tensor, result: Tensor) -> Tensor:
     """The gradient in the dtype and layout of the result, as autograd itself would have it.
 
     Some backward functions of torch go by the result's layout alone, such as that of instance_norm at batch 1.
@@ -219,7 +226,8 @@ class PlainStep(ProgramStep):
         leaves: dict[fx.Node, Any] = {}
         for source in self.inputs:
             value = run.values[source]
-            if isinstance(value, Tensor) and value.is_floating_point():
+            images = source.op != "get_attr"  # constants need no gradient
+            if images and isinstance(value, Tensor) and value.is_floating_point():
                 value = value.detach().requires_grad_()
             leaves[source] = value
         with torch.enable_grad(), self._autocast(torch.device("cpu")):
@@ -234,6 +242,10 @@ class PlainStep(ProgramStep):
         inputs = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
         run.tapes[self.node] = (results, inputs)
 
+    def part(self) -> nn.Module:
+        """The layer that the node calls."""
+        return self._module.get_submodule(str(self.node.target))
+
     def _call(self, leaves: dict[fx.Node, Any]) -> Any:
         node = self.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: leaves[n])
@@ -241,7 +253,7 @@ class PlainStep(ProgramStep):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return self._module.get_submodule(str(node.target))(*args, **kwargs)
+        return self.part()(*args, **kwargs)
 
     def backward(self, run: Pass) -> None:
         """Autograd through the one node; inputs that carry no gradient get none."""
@@ -253,7 +265,9 @@ class PlainStep(ProgramStep):
         leaves = list(inputs.values())
         arrived = run.gradients_of_items(self.node)
         values = [results[number] for number in arrived if results[number].requires_grad]
-        gradients = [_like(g, results[n]) for n, g in arrived.items() if results[n].requires_grad]
+        gradients = [
+            laid_out_like(g, results[n]) for n, g in arrived.items() if results[n].requires_grad
+        ]
         parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if values:
             parts = torch.autograd.grad(values, leaves, gradients, allow_unused=True)

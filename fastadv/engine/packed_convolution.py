@@ -1,8 +1,8 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, oneDNN's
-what is left. On processors with AMX the tile kernel serves many channels and strided gradients, oneDNN's the rest.
-Gradients that are no convolutions stay with torch.
+what is left. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel serves many
+channels and strided gradients, oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ class TileKernel(GatherKernel):
 def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
-        _taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
+        taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
                     origin[a], backward)
         for a in (0, 1)
     ]  # fmt: skip
@@ -193,7 +193,7 @@ def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapG
     )
 
 
-def _taps_along(
+def taps_along(
     size: int, stride: int, padding: int, dilation: int, origin: int, backward: bool
 ) -> list[tuple[int, int]]:
     """Along one axis, the taps and how far from the place each of them reads."""
@@ -295,10 +295,14 @@ class PackedConv2d:
 
 def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) -> Kernel | None:
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
+    from fastadv.engine import depthwise  # which needs this module
+
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
     if device.type != "cpu" or not convolution.available():
         return None
+    if depthwise.serves(conv, backward):
+        return depthwise.DepthwiseKernel(conv, backward)
     if _worth_tiles(conv, source, backward):
         return TileKernel(conv, backward)
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.

@@ -1,0 +1,175 @@
+// Host side of the passes over rows of channels. Schemas: fastadv/engine/cpu_channels.py.
+#include "cpu/rows.h"
+
+#include "cpu/conv_tensor.h"
+
+namespace fastadv {
+namespace {
+
+using rows::Activation;
+
+void check_processor() {
+  TORCH_CHECK_VALUE(conv::supported(), "this operation needs a processor with AVX512-BF16");
+}
+
+// Dense bfloat16, in any order of axes that `like` has too.
+void check_narrow(const at::Tensor& t, const char* name, const at::Tensor& like) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 && t.sizes() == like.sizes() &&
+                        t.strides() == like.strides() && t.is_non_overlapping_and_dense(),
+                    name, " must be dense bfloat16 with the shape and strides of x, ", like.sizes(),
+                    ", got ", t.scalar_type(), " of shape ", t.sizes());
+}
+
+uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
+const uint16_t* bits(const at::Tensor& t) {
+  return static_cast<const uint16_t*>(t.const_data_ptr());
+}
+
+Activation activation(int64_t kind) {
+  TORCH_CHECK_VALUE(kind >= 0 && kind < int64_t(Activation::kCount), "kind must be 0 .. ",
+                    int64_t(Activation::kCount) - 1, ", got ", kind);
+  return Activation(kind);
+}
+
+void activation_(at::Tensor out, const at::Tensor& x, int64_t kind) {
+  check_processor();
+  check_narrow(x, "x", x);
+  check_narrow(out, "out", x);
+  const Activation f = activation(kind);
+  at::parallel_for(0, x.numel(), kGrain, [&, to = bits(out), from = bits(x)](int64_t begin,
+                                                                             int64_t end) {
+    rows::activate(to + begin, from + begin, end - begin, f);
+  });
+}
+
+void activation_backward_(at::Tensor out, const at::Tensor& gradient, const at::Tensor& x,
+                          int64_t kind) {
+  check_processor();
+  check_narrow(x, "x", x);
+  check_narrow(out, "out", x);
+  check_narrow(gradient, "gradient", x);
+  const Activation f = activation(kind);
+  at::parallel_for(
+      0, x.numel(), kGrain,
+      [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin, int64_t end) {
+        rows::activate_backward(to + begin, g + begin, from + begin, end - begin, f);
+      });
+}
+
+rows::Norm norm_of(const at::Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias,
+                   double eps) {
+  TORCH_CHECK_VALUE(x.dim() >= 1 && x.is_contiguous(), "x must be contiguous [..., C], got ",
+                    x.sizes());
+  const int64_t channels = x.size(-1);
+  for (const OptionalTensor* t : {&weight, &bias}) {
+    TORCH_CHECK_VALUE(!*t || ((*t)->scalar_type() == at::kFloat && (*t)->is_contiguous() &&
+                              (*t)->numel() == channels),
+                      "weight and bias must be contiguous float32 of shape [", channels, "]");
+  }
+  return {channels, weight ? weight->const_data_ptr<float>() : nullptr,
+          bias ? bias->const_data_ptr<float>() : nullptr, float(eps)};
+}
+
+void check_statistics(const at::Tensor& statistics, int64_t count) {
+  TORCH_CHECK_VALUE(statistics.scalar_type() == at::kFloat && statistics.is_contiguous() &&
+                        statistics.numel() == 2 * count,
+                    "statistics must be contiguous float32 of shape [", count, ", 2], got ",
+                    statistics.sizes());
+}
+
+int64_t row_grain(int64_t channels) { return std::max<int64_t>(1, kGrain / 2 / channels); }
+
+void rows_norm_(at::Tensor out, at::Tensor statistics, const at::Tensor& x,
+                const OptionalTensor& weight, const OptionalTensor& bias, double eps) {
+  check_processor();
+  const rows::Norm norm = norm_of(x, weight, bias, eps);
+  check_narrow(x, "x", x);
+  check_narrow(out, "out", x);
+  if (x.numel() == 0) return;
+  const int64_t count = x.numel() / norm.channels;
+  check_statistics(statistics, count);
+  float* kept = statistics.data_ptr<float>();
+  at::parallel_for(0, count, row_grain(norm.channels),
+                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
+                     const int64_t at = begin * norm.channels;
+                     rows::layer_norm(to + at, kept + 2 * begin, from + at, norm, end - begin);
+                   });
+}
+
+void rows_norm_backward_(at::Tensor out, const at::Tensor& gradient, const at::Tensor& x,
+                         const at::Tensor& statistics, const OptionalTensor& weight,
+                         const OptionalTensor& add) {
+  check_processor();
+  const rows::Norm norm = norm_of(x, weight, std::nullopt, 0);
+  check_narrow(x, "x", x);
+  check_narrow(out, "out", x);
+  check_narrow(gradient, "gradient", x);
+  if (add) check_narrow(*add, "add", x);
+  if (x.numel() == 0) return;
+  const int64_t count = x.numel() / norm.channels;
+  check_statistics(statistics, count);
+  const float* kept = statistics.const_data_ptr<float>();
+  const uint16_t* more = conv::bits(add);
+  at::parallel_for(0, count, row_grain(norm.channels),
+                   [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin,
+                                                                           int64_t end) {
+                     const int64_t at = begin * norm.channels;
+                     rows::layer_norm_backward(to + at, g + at, from + at, kept + 2 * begin,
+                                               more ? more + at : nullptr, norm, end - begin);
+                   });
+}
+
+// Calls f(image) for the images of a channels-last map with gates [B, C].
+template <class F>
+void for_gates(const at::Tensor& x, const at::Tensor& gate, const F& f) {
+  check_processor();
+  TORCH_CHECK_VALUE(x.dim() == 4, "x must have axes [B, C, H, W], got ", x.sizes());
+  conv::check_dense(x, "x", x.sizes());
+  TORCH_CHECK_VALUE(gate.scalar_type() == at::kBFloat16 && gate.is_contiguous() &&
+                        gate.sizes() == at::IntArrayRef({x.size(0), x.size(1)}),
+                    "gate must be contiguous bfloat16 of shape [", x.size(0), ", ", x.size(1),
+                    "], got ", gate.sizes());
+  at::parallel_for(0, x.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t image = begin; image < end; ++image) f(image);
+  });
+}
+
+void channel_gate_(at::Tensor out, const at::Tensor& x, const at::Tensor& gate) {
+  conv::check_dense(out, "out", x.sizes());
+  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+  for_gates(x, gate, [&, to = bits(out), from = bits(x), g = bits(gate)](int64_t image) {
+    const int64_t at = image * pixels * channels;
+    rows::gate(to + at, from + at, g + image * channels, pixels, channels);
+  });
+}
+
+void channel_gate_backward_(at::Tensor out, at::Tensor sums, const at::Tensor& gradient,
+                            const at::Tensor& x, const at::Tensor& gate) {
+  conv::check_dense(out, "out", x.sizes());
+  conv::check_dense(gradient, "gradient", x.sizes());
+  TORCH_CHECK_VALUE(sums.scalar_type() == at::kFloat && sums.is_contiguous() &&
+                        sums.sizes() == gate.sizes(),
+                    "sums must be contiguous float32 of shape ", gate.sizes(), ", got ",
+                    sums.sizes());
+  const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
+  float* into = sums.data_ptr<float>();
+  for_gates(x, gate,
+            [&, to = bits(out), by = bits(gradient), from = bits(x), g = bits(gate)](int64_t image) {
+              const int64_t at = image * pixels * channels;
+              rows::gate_backward(to + at, into + image * channels, by + at, from + at,
+                                  g + image * channels, pixels, channels);
+            });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
+  m.impl("activation_", &activation_);
+  m.impl("activation_backward_", &activation_backward_);
+  m.impl("rows_norm_", &rows_norm_);
+  m.impl("rows_norm_backward_", &rows_norm_backward_);
+  m.impl("channel_gate_", &channel_gate_);
+  m.impl("channel_gate_backward_", &channel_gate_backward_);
+}
+
+}  // namespace fastadv

@@ -1,0 +1,50 @@
+// Passes over rows of channels in bfloat16 for processors with AVX512-BF16: activations, LayerNorm
+// and gates per channel, each with its gradient. The inner loops, without torch.
+#pragma once
+
+#include <cstdint>
+
+namespace fastadv::rows {
+
+enum class Activation : int64_t {
+  kGelu,
+  kGeluTanh,
+  kSilu,
+  kHardswish,
+  kHardsigmoid,
+  kSigmoid,
+  kRelu6,
+  kCount
+};
+
+// out = f(x).
+void activate(uint16_t* out, const uint16_t* x, int64_t count, Activation kind);
+
+// out = gradient * f'(x).
+void activate_backward(uint16_t* out, const uint16_t* gradient, const uint16_t* x, int64_t count,
+                       Activation kind);
+
+struct Norm {
+  int64_t channels;
+  const float *weight, *bias;  // [channels]; null = 1 and 0
+  float eps;
+};
+
+// Normalises `count` rows, and keeps the mean and 1 / deviation of each in `statistics` [count, 2].
+void layer_norm(uint16_t* out, float* statistics, const uint16_t* x, const Norm& norm,
+                int64_t count);
+
+// Its gradient in x. `add`, if not null, is added.
+void layer_norm_backward(uint16_t* out, const uint16_t* gradient, const uint16_t* x,
+                         const float* statistics, const uint16_t* add, const Norm& norm,
+                         int64_t count);
+
+// out = x * gate, for one image of `pixels` rows; `gate` [channels].
+void gate(uint16_t* out, const uint16_t* x, const uint16_t* gate, int64_t pixels,
+          int64_t channels);
+
+// out = gradient * gate, and sums[c] = the sum over pixels of gradient * x.
+void gate_backward(uint16_t* out, float* sums, const uint16_t* gradient, const uint16_t* x,
+                   const uint16_t* gate, int64_t pixels, int64_t channels);
+
+}  // namespace fastadv::rows
