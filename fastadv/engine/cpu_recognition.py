@@ -138,7 +138,7 @@ def _activation_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
         approximate = others[0] if others else "none"
         kind = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(approximate))
     elif node.target is F.hardtanh:
-        limits = {"min_val": -1.0, "max_val": 1.0}
+        limits: dict[str, Any] = {"min_val": -1.0, "max_val": 1.0}
         limits |= dict(zip(limits, node.args[1:3], strict=False))
         limits |= {k: v for k, v in node.kwargs.items() if k in limits}
         kind = "relu6" if tuple(limits.values()) == (0, 6) else None

@@ -295,7 +295,7 @@ class PackedConv2d:
 
 def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) -> Kernel | None:
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
-    from fastadv.engine import depthwise  # which needs this module
+    from fastadv.engine import depthwise, patches  # which need this module
 
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
@@ -303,11 +303,13 @@ def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) ->
         return None
     if depthwise.serves(conv, backward):
         return depthwise.DepthwiseKernel(conv, backward)
+    if convolution.has_amx() and convolution.onednn_available() and patches.serves(conv, backward):
+        return patches.PatchGradientKernel(conv) if backward else patches.PatchKernel(conv)
     if _worth_tiles(conv, source, backward):
         return TileKernel(conv, backward)
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
-    patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
-    if conv.groups == 1 and (patches or not convolution.has_amx()):
+    of_patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
+    if conv.groups == 1 and (of_patches or not convolution.has_amx()):
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
         if shape == ((3, 3), (1, 1), (1, 1), (1, 1)) and convolution.supported(source, result):
             return WinogradKernel(result, source, backward)
