@@ -205,6 +205,92 @@ def vit_s() -> nn.Module:
     return ViT(224, 16, 384, 12, 6)
 
 
+class WindowAttention(nn.Module):
+    """Attention within windows of 7 x 7, moved by `shift`, with a bias per pair of places."""
+
+    def __init__(self, dim: int, heads: int, size: int, shift: int) -> None:
+        super().__init__()
+        self.heads, self.shift = heads, shift
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.table = nn.Parameter(torch.randn(13 * 13, heads) * 0.02)
+        places = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij"))
+        apart = (places.flatten(1)[:, :, None] - places.flatten(1)[:, None]) + 6
+        self.register_buffer("pairs", apart[0] * 13 + apart[1])
+        self.register_buffer("mask", self._mask(size) if shift else None)
+
+    def _mask(self, size: int) -> Tensor:
+        """[windows, 49, 49]: pairs of places that a shift has brought together from opposite borders."""
+        along = torch.zeros(size)
+        along[-7:] = 1
+        along[-self.shift :] = 2
+        region = (along[:, None] * 3 + along).view(size // 7, 7, size // 7, 7).transpose(1, 2)
+        flat = region.reshape(-1, 49)
+        return torch.where(flat[:, :, None] == flat[:, None], 0.0, -100.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        if self.shift:
+            x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
+        x = x.view(b, h // 7, 7, w // 7, 7, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 49, c)
+        qkv = self.qkv(x).reshape(-1, 49, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table[self.pairs.view(-1)].view(49, 49, -1).permute(2, 0, 1).unsqueeze(0)
+        if self.mask is not None:
+            mask = self.mask[None, :, None].expand(b, -1, self.heads, -1, -1)
+            bias = bias + mask.reshape(-1, self.heads, 49, 49)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        x = self.proj(x.transpose(1, 2).reshape(-1, 49, c))
+        x = x.view(b, h // 7, w // 7, 7, 7, c).permute(0, 1, 3, 2, 4, 5).reshape(b, h, w, c)
+        return torch.roll(x, (self.shift, self.shift), (1, 2)) if self.shift else x
+
+
+class SwinBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, size: int, shift: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = WindowAttention(dim, heads, size, shift)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerging(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.reduce = nn.LayerNorm(4 * dim), nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, c = x.shape
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 4, 2, 5).flatten(3)
+        return self.reduce(self.norm(x))
+
+
+class ChannelsToTheEnd(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class MeanOfPlaces(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2))
+
+
+def swin_t() -> nn.Module:
+    layers: list[nn.Module] = [nn.Conv2d(3, 96, 4, 4), ChannelsToTheEnd(), nn.LayerNorm(96)]
+    dim, size = 96, 56
+    for stage, (depth, heads) in enumerate(zip((2, 2, 6, 2), (3, 6, 12, 24), strict=True)):
+        if stage:
+            layers.append(PatchMerging(dim))
+            dim, size = 2 * dim, size // 2
+        layers += [
+            SwinBlock(dim, heads, size, 3 if place % 2 and size > 7 else 0)
+            for place in range(depth)
+        ]
+    return nn.Sequential(*layers, nn.LayerNorm(dim), MeanOfPlaces(), nn.Linear(dim, 1000))
+
+
 class Bottleneck(nn.Module):
     def __init__(self, into: int, width: int, stride: int) -> None:
         super().__init__()
@@ -238,6 +324,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "efficientnet_b0": efficientnet_b0,
     "densenet121": densenet121,
     "vit_s": vit_s,
+    "swin_t": swin_t,
     "resnet50": resnet50,
 }
 

@@ -161,6 +161,48 @@ void channel_gate_backward_(at::Tensor out, at::Tensor sums, const at::Tensor& g
             });
 }
 
+// The number of tokens of contiguous scores [..., N].
+int64_t tokens_of(const at::Tensor& scores) {
+  check_processor();
+  TORCH_CHECK_VALUE(scores.scalar_type() == at::kBFloat16 && scores.dim() == 3 &&
+                        scores.is_contiguous() && scores.size(2) <= rows::kMostTokens,
+                    "scores must be contiguous bfloat16 [heads, M, N] with N at most ",
+                    rows::kMostTokens, ", got ", scores.scalar_type(), " of shape ",
+                    scores.sizes());
+  return scores.size(2);
+}
+
+void attention_weights_(at::Tensor scores, const OptionalTensor& mask, double scale) {
+  const int64_t n = tokens_of(scores);
+  if (scores.numel() == 0) return;
+  if (mask) {
+    TORCH_CHECK_VALUE(mask->scalar_type() == at::kBFloat16 && mask->is_contiguous() &&
+                          mask->dim() == 3 && mask->size(1) == scores.size(1) &&
+                          mask->size(2) == n && mask->size(0) > 0 &&
+                          scores.size(0) % mask->size(0) == 0,
+                      "mask must be contiguous bfloat16 [heads or a divisor, M, N], got ",
+                      mask->scalar_type(), " of shape ", mask->sizes());
+  }
+  const uint16_t* more = conv::bits(mask);
+  const int64_t mask_rows = mask ? mask->size(0) * mask->size(1) : 1;
+  at::parallel_for(0, scores.numel() / n, row_grain(n),
+                   [&, to = bits(scores)](int64_t begin, int64_t end) {
+                     rows::attention_weights(to + begin * n, more, mask_rows, float(scale), begin,
+                                             end - begin, n);
+                   });
+}
+
+void attention_weights_backward_(at::Tensor gradient, const at::Tensor& weights, double scale) {
+  const int64_t n = tokens_of(gradient);
+  check_narrow(weights, "weights", gradient);
+  if (gradient.numel() == 0) return;
+  at::parallel_for(0, gradient.numel() / n, row_grain(n),
+                   [&, to = bits(gradient), from = bits(weights)](int64_t begin, int64_t end) {
+                     rows::attention_weights_backward(to + begin * n, from + begin * n,
+                                                      float(scale), end - begin, n);
+                   });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
@@ -170,6 +212,8 @@ TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("rows_norm_backward_", &rows_norm_backward_);
   m.impl("channel_gate_", &channel_gate_);
   m.impl("channel_gate_backward_", &channel_gate_backward_);
+  m.impl("attention_weights_", &attention_weights_);
+  m.impl("attention_weights_backward_", &attention_weights_backward_);
 }
 
 }  // namespace fastadv

@@ -47,4 +47,15 @@ void gate(uint16_t* out, const uint16_t* x, const uint16_t* gate, int64_t pixels
 void gate_backward(uint16_t* out, float* sums, const uint16_t* gradient, const uint16_t* x,
                    const uint16_t* gate, int64_t pixels, int64_t channels);
 
+constexpr int64_t kMostTokens = 1024;  // of a row of attention weights
+
+// scores = softmax(scores * scale + mask) for `count` rows of n; row r of the mask, if not null, is
+// r modulo `mask_rows`.
+void attention_weights(uint16_t* scores, const uint16_t* mask, int64_t mask_rows, float scale,
+                       int64_t first_row, int64_t count, int64_t n);
+
+// gradient = the gradient in the scores, given the one in the weights.
+void attention_weights_backward(uint16_t* gradient, const uint16_t* weights, float scale,
+                                int64_t count, int64_t n);
+
 }  // namespace fastadv::rows

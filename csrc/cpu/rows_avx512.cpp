@@ -36,15 +36,19 @@ FASTADV_AVX512_INLINE __m512 clamped(__m512 x, float low, float high) {
   return _mm512_max_ps(constant(low), _mm512_min_ps(constant(high), x));
 }
 
-// 1 / (1 + e^-x), its relative error below 2e-4: bfloat16 has 4e-3.
-FASTADV_AVX512_INLINE __m512 sigmoid(__m512 x) {
-  const __m512 exponent = _mm512_mul_ps(clamped(x, -87.0f, 87.0f), constant(-1.44269504f));
-  const __m512 n =
-      _mm512_roundscale_ps(exponent, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  // 2^r for |r| <= 1/2.
+// 2^x, its relative error below 1e-4: bfloat16 has 4e-3.
+FASTADV_AVX512_INLINE __m512 power_of_two(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   constexpr float kPowers[] = {1.0f, 0.69314718f, 0.24022651f, 0.05550411f, 0.00961813f};
-  const __m512 power = polynomial(kPowers, _mm512_sub_ps(exponent, n));
-  return _mm512_rcp14_ps(_mm512_add_ps(constant(1.0f), _mm512_scalef_ps(power, n)));
+  return _mm512_scalef_ps(polynomial(kPowers, _mm512_sub_ps(x, n)), n);
+}
+
+constexpr float kLog2e = 1.44269504f;
+
+// 1 / (1 + e^-x).
+FASTADV_AVX512_INLINE __m512 sigmoid(__m512 x) {
+  const __m512 e = power_of_two(_mm512_mul_ps(clamped(x, -87.0f, 87.0f), constant(-kLog2e)));
+  return _mm512_rcp14_ps(_mm512_add_ps(constant(1.0f), e));
 }
 
 // 1/2 + x P(x^2) for |x| <= 4.5, and as at the ends beyond. P's argument is mapped to -1 .. 1.
@@ -276,6 +280,54 @@ FASTADV_AVX512 void gate_rows_backward(uint16_t* out, float* sums, const uint16_
   }
 }
 
+FASTADV_AVX512 void softmax_rows(uint16_t* scores, const uint16_t* mask, int64_t mask_rows,
+                                 float scale, int64_t first_row, int64_t count, int64_t n) {
+  alignas(64) float row[kMostTokens + kVector];
+  const __m512 lowest = constant(-3.0e38f);
+  for (int64_t r = 0; r < count; ++r, scores += n) {
+    const uint16_t* more = mask ? mask + (first_row + r) % mask_rows * n : nullptr;
+    __m512 largest = lowest;
+    for (int64_t c = 0; c < n; c += kVector) {
+      const __mmask16 live = lanes(n - c);
+      __m512 value = _mm512_mul_ps(load_bf16(scores + c, live), constant(scale * kLog2e));
+      if (more) value = _mm512_fmadd_ps(load_bf16(more + c, live), constant(kLog2e), value);
+      value = _mm512_mask_mov_ps(lowest, live, value);
+      largest = _mm512_max_ps(largest, value);
+      _mm512_store_ps(row + c, value);
+    }
+    const __m512 top = constant(_mm512_reduce_max_ps(largest));
+    __m512 total = _mm512_setzero_ps();
+    for (int64_t c = 0; c < n; c += kVector) {
+      const __m512 e = power_of_two(
+          _mm512_max_ps(constant(-126.0f), _mm512_sub_ps(_mm512_load_ps(row + c), top)));
+      total = _mm512_add_ps(total, _mm512_maskz_mov_ps(lanes(n - c), e));
+      _mm512_store_ps(row + c, e);
+    }
+    const __m512 inverse = constant(1.0f / _mm512_reduce_add_ps(total));
+    for (int64_t c = 0; c < n; c += kVector) {
+      put(scores + c, _mm512_mul_ps(_mm512_load_ps(row + c), inverse), lanes(n - c));
+    }
+  }
+}
+
+FASTADV_AVX512 void softmax_rows_backward(uint16_t* gradient, const uint16_t* weights,
+                                          float scale, int64_t count, int64_t n) {
+  for (int64_t r = 0; r < count; ++r, gradient += n, weights += n) {
+    __m512 along = _mm512_setzero_ps();
+    for (int64_t c = 0; c < n; c += kVector) {
+      const __mmask16 live = lanes(n - c);
+      along = _mm512_fmadd_ps(load_bf16(gradient + c, live), load_bf16(weights + c, live), along);
+    }
+    const __m512 mean = constant(_mm512_reduce_add_ps(along));
+    for (int64_t c = 0; c < n; c += kVector) {
+      const __mmask16 live = lanes(n - c);
+      const __m512 apart = _mm512_sub_ps(load_bf16(gradient + c, live), mean);
+      const __m512 share = _mm512_mul_ps(load_bf16(weights + c, live), constant(scale));
+      put(gradient + c, _mm512_mul_ps(apart, share), live);
+    }
+  }
+}
+
 }  // namespace
 
 void activate(uint16_t* out, const uint16_t* x, int64_t count, Activation kind) {
@@ -308,6 +360,16 @@ void gate_backward(uint16_t* out, float* sums, const uint16_t* gradient, const u
   gate_rows_backward(out, sums, gradient, x, gate, pixels, channels);
 }
 
+void attention_weights(uint16_t* scores, const uint16_t* mask, int64_t mask_rows, float scale,
+                       int64_t first_row, int64_t count, int64_t n) {
+  softmax_rows(scores, mask, mask_rows, scale, first_row, count, n);
+}
+
+void attention_weights_backward(uint16_t* gradient, const uint16_t* weights, float scale,
+                                int64_t count, int64_t n) {
+  softmax_rows_backward(gradient, weights, scale, count, n);
+}
+
 }  // namespace fastadv::rows
 
 #else
@@ -322,6 +384,9 @@ void layer_norm_backward(uint16_t*, const uint16_t*, const uint16_t*, const floa
 void gate(uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t) {}
 void gate_backward(uint16_t*, float*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t,
                    int64_t) {}
+
+void attention_weights(uint16_t*, const uint16_t*, int64_t, float, int64_t, int64_t, int64_t) {}
+void attention_weights_backward(uint16_t*, const uint16_t*, float, int64_t, int64_t) {}
 
 }  // namespace fastadv::rows
 

@@ -15,6 +15,10 @@ processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W],
 * ``channel_gate_(out, x, gate)``: ``out = x * gate``, with ``gate`` bfloat16 [B, C].
 * ``channel_gate_backward_(out, sums, gradient, x, gate)``: ``out = gradient * gate``; ``sums`` [B, C] float32 is
   the gradient in the gate.
+* ``attention_weights_(scores, mask, scale)``: ``scores = softmax(scores * scale + mask)``, contiguous [heads, M,
+  N], N at most `MOST_TOKENS`; ``mask`` is None or [a divisor of heads, M, N], repeated.
+* ``attention_weights_backward_(gradient, weights, scale)``: the gradient in the scores, in place of the one in the
+  weights.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from fastadv.engine import cpu_convolution as convolution
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "hardswish", "hardsigmoid", "sigmoid", "relu6")
+MOST_TOKENS = 1024  # of a row of attention weights
 BLOCK = 32  # channels that the depthwise convolution computes together
 
 torch.library.define("fastadv::conv_depthwise_serves", "(int tap_columns, int in_step) -> bool")
@@ -51,6 +56,13 @@ torch.library.define("fastadv::channel_gate_", "(Tensor(a!) out, Tensor x, Tenso
 torch.library.define(
     "fastadv::channel_gate_backward_",
     "(Tensor(a!) out, Tensor(b!) sums, Tensor gradient, Tensor x, Tensor gate) -> ()",
+)
+torch.library.define(
+    "fastadv::attention_weights_", "(Tensor(a!) scores, Tensor? mask, float scale) -> ()"
+)
+torch.library.define(
+    "fastadv::attention_weights_backward_",
+    "(Tensor(a!) gradient, Tensor weights, float scale) -> ()",
 )
 
 

@@ -14,10 +14,10 @@ from fastadv.engine import cpu_channels
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_steps import ProgramStep
+from fastadv.engine.cpu_steps_attention import AttentionStep, UnbindStep
 from fastadv.engine.cpu_steps_rows import (
     ActivationStep,
     AliasStep,
-    AttentionStep,
     GateStep,
     LayerNormStep,
     PermuteStep,
@@ -41,6 +41,7 @@ _ACTIVATIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
     "sigmoid": "sigmoid",
 }
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 _NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 
 
@@ -63,7 +64,8 @@ def rows_steps(
             _norm_step(node, part, copy)
             or _activation_step(node, copy)
             or _view_step(node, copy)
-            or _attention_step(node, copy)
+            or _attention_step(node, part, copy)
+            or _unbind_step(node, copy)
             or _pair_step(node, copy)
         )
         if step is not None:
@@ -174,15 +176,41 @@ def _order(node: fx.Node) -> tuple[int, ...] | None:
     return order if sorted(order) == list(range(len(order))) else None
 
 
-def _attention_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
-    if node.target is not F.scaled_dot_product_attention:
+def _attention_step(node: fx.Node, part: nn.Module | None, copy: AttackCopy) -> ProgramStep | None:
+    layer = part if isinstance(part, CopiedFunction) else None
+    if (layer.function if layer else node.target) is not F.scaled_dot_product_attention:
         return None
-    allowed = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None}
-    plain = all(k in allowed and v == allowed[k] for k, v in node.kwargs.items())
-    inputs = list(node.args)
-    if not plain or len(inputs) != 3 or len(set(node.all_input_nodes)) != 3:
+    call = {**dict(zip(_ATTENTION, node.args, strict=False)), **node.kwargs}
+    allowed = {"dropout_p": 0.0, "is_causal": False, "scale": None}
+    three = [call.pop(name, None) for name in ("query", "key", "value")]
+    mask: Any = call.pop("attn_mask", None)
+    if any(k not in allowed or v != allowed[k] for k, v in call.items()):
         return None
-    return AttentionStep(node, copy)
+    if not all(isinstance(t, fx.Node) for t in three) or len(set(three)) != 3 or mask in three:
+        return None
+    if layer:
+        if [_ATTENTION[n] if isinstance(n, int) else n for n in layer.names] != ["attn_mask"]:
+            return None
+        mask = "weight0"
+    elif mask is not None and _may_have_gradient(mask):
+        return None
+    return AttentionStep(node, copy, tuple(three), mask)  # type: ignore[arg-type]
+
+
+def _may_have_gradient(node: Any) -> bool:
+    """Whether a value depends on the images other than on their sizes."""
+    if not isinstance(node, fx.Node) or node.op == "placeholder":
+        return True
+    if node.target == "size" or (node.target is getattr and node.args[1] == "shape"):
+        return False
+    return any(_may_have_gradient(source) for source in node.all_input_nodes)
+
+
+def _unbind_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
+    if not _is_call(node, (torch.unbind, "unbind")) or len(node.all_input_nodes) != 1:
+        return None
+    axis = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return UnbindStep(node, copy, axis) if isinstance(axis, int) else None
 
 
 def _pair_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:

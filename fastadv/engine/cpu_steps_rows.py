@@ -7,7 +7,6 @@ it runs as a `PlainStep` does.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
 
 from fastadv.engine.buffer_pool import Memory
@@ -327,46 +326,3 @@ class GateStep(PlainStep):
             if several and fits and wide.is_contiguous(memory_format=torch.channels_last):
                 return x, gate
         return None
-
-
-class AttentionStep(PlainStep):
-    """``softmax(q k^T / sqrt(d)) v`` by products of whole matrices.
-
-    torch's kernel for one pass over blocks has a gradient that takes many times as long for few tokens.
-    """
-
-    def forward(self, run: Pass) -> None:
-        """Two products; the weights are kept."""
-        values = [run.values[source] for source in self.inputs]
-        if not all(is_narrow(t) and t.dim() == 4 for t in values) or not self._fits(*values):
-            super().forward(run)
-            return
-        q, k, v = (t.flatten(0, 1) for t in values)
-        scale = q.shape[-1] ** -0.5
-        scores = torch.bmm(q, k.transpose(1, 2)).mul_(scale)
-        weights = F.softmax(scores, dim=-1)
-        out = torch.bmm(weights, v)
-        run.values[self.node] = out.view(*values[0].shape[:3], v.shape[-1])
-        run.kept[self.node] = q, k, v, weights, scale
-
-    def backward(self, run: Pass) -> None:
-        """Four products."""
-        if self.node in run.tapes:
-            super().backward(run)
-            return
-        q, k, v, weights, scale = run.kept[self.node]
-        gradient = run.gradient(self.node).to(q.dtype).flatten(0, 1)
-        at_v = torch.bmm(weights.transpose(1, 2), gradient)
-        at_weights = torch.bmm(gradient, v.transpose(1, 2))
-        scores = torch._softmax_backward_data(at_weights, weights, -1, weights.dtype).mul_(scale)
-        at_q, at_k = torch.bmm(scores, k), torch.bmm(scores.transpose(1, 2), q)
-        for source, found in zip(reversed(self.inputs), (at_v, at_k, at_q), strict=True):
-            run.arrive_tensor(source, found.view(run.values[source].shape))
-
-    def _fits(self, q: Tensor, k: Tensor, v: Tensor) -> bool:
-        """Whether the heads match, and the weights of all pairs of tokens take little memory."""
-        matching = q.shape[:2] == k.shape[:2] == v.shape[:2] and k.shape[2] == v.shape[2]
-        return matching and q.shape[2] * k.shape[2] <= _MOST_PAIRS
-
-
-_MOST_PAIRS = 1024**2

@@ -158,6 +158,25 @@ def test_gates_and_their_gradients(shape: tuple[int, ...]) -> None:
     assert relative(sums, (gradient.double() * x.double()).sum((2, 3))) < 1e-5
 
 
+@pytest.mark.parametrize("masks", [None, 1, 2, 6])
+@pytest.mark.parametrize("tokens", [1, 16, 49, 197])
+def test_attention_weights_and_their_gradient(tokens: int, masks: int | None) -> None:
+    scores = narrow(6, 5, tokens, scale=4.0)
+    mask = None if masks is None else narrow(masks, 5, tokens, seed=1)
+    if mask is not None:
+        mask[:, :, tokens // 2 + 1 :] = -1e9  # hidden tokens
+    leaf = scores.double().requires_grad_()
+    added = 0 if mask is None else mask.double().repeat(6 // mask.shape[0], 1, 1)
+    wanted = torch.softmax(leaf * 0.3 + added, -1)
+    weights = scores.clone()
+    OPS.attention_weights_(weights, mask, 0.3)
+    assert (weights.double() - wanted).abs().le(0.006 * wanted + 1e-6).all()
+    gradient = narrow(6, 5, tokens, seed=2)
+    (slope,) = torch.autograd.grad(wanted, leaf, gradient.double())
+    OPS.attention_weights_backward_(gradient, weights, 0.3)
+    assert (gradient.double() - slope).abs().max() < 0.01 * slope.abs().max() + 2e-3
+
+
 def test_wrong_tensors_are_refused() -> None:
     x = narrow(2, 16, 4, 4)
     with pytest.raises(ValueError, match="out must be dense bfloat16"):
@@ -169,6 +188,10 @@ def test_wrong_tensors_are_refused() -> None:
         OPS.rows_norm_(torch.empty_like(rows), torch.empty(4), rows, None, None, 1e-5)
     with pytest.raises(ValueError, match="gate must be contiguous bfloat16"):
         OPS.channel_gate_(torch.empty_like(x), x, narrow(2, 8))
+    with pytest.raises(ValueError, match="mask must be contiguous bfloat16"):
+        OPS.attention_weights_(narrow(6, 5, 7), narrow(4, 5, 7), 1.0)
+    with pytest.raises(ValueError, match="with N at most 1024"):
+        OPS.attention_weights_(narrow(1, 1, 1025), None, 1.0)
     with pytest.raises(ValueError, match="packed must be float32 with"):
         OPS.conv_depthwise_(x.clone(), x, torch.empty(3), (-1, -1), (3, 3), (1, 1), (0, 0),
                             None, None, None, False)  # fmt: skip

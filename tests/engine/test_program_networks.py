@@ -19,10 +19,10 @@ import imagenet_nets as nets
 from fastadv.engine import cpu_channels
 from fastadv.engine.cpu_program import Program, fused_steps
 from fastadv.engine.cpu_steps import PlainStep
+from fastadv.engine.cpu_steps_attention import AttentionStep, UnbindStep
 from fastadv.engine.cpu_steps_rows import (
     ActivationStep,
     AliasStep,
-    AttentionStep,
     GateStep,
     LayerNormStep,
     RowsLinearStep,
@@ -87,6 +87,14 @@ def vit() -> nn.Module:
     return model
 
 
+def swin() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 2, 2), nets.ChannelsToTheEnd(), nets.SwinBlock(16, 2, 14, 0),
+        nets.SwinBlock(16, 2, 14, 3), nets.PatchMerging(16), nets.MeanOfPlaces(),
+        nn.Linear(32, 5),
+    )  # fmt: skip
+
+
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[type, int]]] = {
     "convnext": (
         convnext,
@@ -97,8 +105,15 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[type, int]]] = {
     "silu": (lambda: mobile(nn.SiLU, nn.Sigmoid, 1), {ActivationStep: 6, GateStep: 1}),
     "relu6": (lambda: mobile(nn.ReLU6, nn.Sigmoid), {ActivationStep: 6, GateStep: 1}),
     "dense": (dense, {}),
-    "vit": (vit, {AttentionStep: 2, LayerNormStep: 5, ActivationStep: 2, SumStep: 4}),
+    "swin": (swin, {AttentionStep: 2, UnbindStep: 2, LayerNormStep: 5, SumStep: 4}),
+    "vit": (
+        vit,
+        {AttentionStep: 2, UnbindStep: 2, LayerNormStep: 5, ActivationStep: 2, SumStep: 4},
+    ),
 }
+
+
+SIZES = {"vit": (9, 9), "swin": (28, 28)}
 
 
 def settled(model: nn.Module) -> nn.Module:
@@ -138,7 +153,7 @@ def test_gradient_and_steps(name: str) -> None:
     torch.manual_seed(1)
     build, wanted = NETWORKS[name]
     model = settled(build())
-    x = torch.rand(3, 3, 9, 9) if name == "vit" else torch.rand(3, 3, 12, 14)
+    x = torch.rand(3, 3, *SIZES.get(name, (12, 14)))
     copy = copy_of(model, x, torch.bfloat16, pack=True)
     kinds = [type(step) for step in fused_steps(copy)]
     assert {kind: kinds.count(kind) for kind in wanted} == wanted
@@ -184,7 +199,11 @@ class Odd(nn.Module):
         elif self.variant == "scaled attention":
             a = F.scaled_dot_product_attention(a, b, a + b, scale=0.3)
         elif self.variant == "grouped heads":
-            a = F.scaled_dot_product_attention(a, b[:, :1], b[:, :1])
+            a = F.scaled_dot_product_attention(a, b[:, :1], b[:, :1] * 2)
+        elif self.variant == "attention with a mask of the images":
+            a = F.scaled_dot_product_attention(a, b, a + b, attn_mask=b.mean(1, keepdim=True))
+        elif self.variant == "some of the slices":
+            a = torch.stack([a, b, a + b], 2).unbind(2)[1] * a
         elif self.variant == "product":
             a = a * b
         elif self.variant == "scale of all":
@@ -203,7 +222,7 @@ class Odd(nn.Module):
 ODD = (
     "norm over three axes", "norm across memory", "masked attention", "scaled attention",
     "grouped heads", "product", "scale of all", "scale of places", "hardtanh", "sum of shapes",
-    "strided",
+    "strided", "attention with a mask of the images", "some of the slices",
 )  # fmt: skip
 
 
