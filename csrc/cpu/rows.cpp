@@ -161,6 +161,62 @@ void channel_gate_backward_(at::Tensor out, at::Tensor sums, const at::Tensor& g
             });
 }
 
+// Checks the first channels of a channels-last map, and one with these channels alone; returns how
+// far apart the rows of the former lie.
+int64_t row_stride(const at::Tensor& part, const char* name, const at::Tensor& whole) {
+  check_processor();
+  TORCH_CHECK_VALUE(part.dim() == 4 && part.scalar_type() == at::kBFloat16 &&
+                        part.sizes() == whole.sizes(),
+                    name, " must be bfloat16 of shape ", whole.sizes(), ", got ",
+                    part.scalar_type(), " of shape ", part.sizes());
+  const int64_t pixels = part.size(2) * part.size(3);
+  const int64_t stride = part.size(3) > 1   ? part.stride(3)
+                         : part.size(2) > 1 ? part.stride(2)
+                                            : part.stride(0);
+  const bool rows = part.stride(1) == 1 && stride >= part.size(1) &&
+                    (part.size(2) == 1 || part.stride(2) == stride * part.size(3)) &&
+                    (part.size(0) == 1 || part.stride(0) == stride * pixels);
+  TORCH_CHECK_VALUE(part.numel() == 0 || rows, name,
+                    " must be the first channels of a channels-last map, got strides ",
+                    part.strides());
+  return stride;
+}
+
+void check_channels(const at::Tensor& t, const char* name, int64_t channels) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == channels,
+                    name, " must be contiguous float32 of shape [", channels, "], got ", t.sizes());
+}
+
+void strided_affine_(at::Tensor out, const at::Tensor& x, const at::Tensor& scale,
+                     const at::Tensor& shift, bool relu) {
+  const int64_t stride = row_stride(x, "x", out), channels = out.size(1);
+  conv::check_dense(out, "out", x.sizes());
+  check_channels(scale, "scale", channels);
+  check_channels(shift, "shift", channels);
+  if (out.numel() == 0) return;
+  at::parallel_for(0, out.numel() / channels, row_grain(channels),
+                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
+                     rows::strided_affine(to + begin * channels, from + begin * stride, stride,
+                                          scale.const_data_ptr<float>(),
+                                          shift.const_data_ptr<float>(), relu, end - begin,
+                                          channels);
+                   });
+}
+
+void strided_scale_(at::Tensor total, const at::Tensor& gradient, const at::Tensor& scale,
+                    bool add) {
+  const int64_t stride = row_stride(total, "total", gradient), channels = gradient.size(1);
+  conv::check_dense(gradient, "gradient", total.sizes());
+  check_channels(scale, "scale", channels);
+  if (total.numel() == 0) return;
+  at::parallel_for(0, total.numel() / channels, row_grain(channels),
+                   [&, to = bits(total), from = bits(gradient)](int64_t begin, int64_t end) {
+                     rows::strided_scale(to + begin * stride, stride, from + begin * channels,
+                                         scale.const_data_ptr<float>(), add, end - begin,
+                                         channels);
+                   });
+}
+
 // The number of tokens of contiguous scores [..., N].
 int64_t tokens_of(const at::Tensor& scores) {
   check_processor();
@@ -212,6 +268,8 @@ TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("rows_norm_backward_", &rows_norm_backward_);
   m.impl("channel_gate_", &channel_gate_);
   m.impl("channel_gate_backward_", &channel_gate_backward_);
+  m.impl("strided_affine_", &strided_affine_);
+  m.impl("strided_scale_", &strided_scale_);
   m.impl("attention_weights_", &attention_weights_);
   m.impl("attention_weights_backward_", &attention_weights_backward_);
 }

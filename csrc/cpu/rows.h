@@ -47,6 +47,16 @@ void gate(uint16_t* out, const uint16_t* x, const uint16_t* gate, int64_t pixels
 void gate_backward(uint16_t* out, float* sums, const uint16_t* gradient, const uint16_t* x,
                    const uint16_t* gate, int64_t pixels, int64_t channels);
 
+// out = x * scale + shift, and then max(0, .) if `relu`, for `count` rows of `channels`. Rows of x
+// lie `stride` elements apart, those of out side by side.
+void strided_affine(uint16_t* out, const uint16_t* x, int64_t stride, const float* scale,
+                    const float* shift, bool relu, int64_t count, int64_t channels);
+
+// total = gradient * scale, plus what it was before if `add`. Rows of total lie `stride` elements
+// apart.
+void strided_scale(uint16_t* total, int64_t stride, const uint16_t* gradient, const float* scale,
+                   bool add, int64_t count, int64_t channels);
+
 constexpr int64_t kMostTokens = 1024;  // of a row of attention weights
 
 // scores = softmax(scores * scale + mask) for `count` rows of n; row r of the mask, if not null, is

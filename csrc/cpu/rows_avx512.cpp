@@ -328,7 +328,46 @@ FASTADV_AVX512 void softmax_rows_backward(uint16_t* gradient, const uint16_t* we
   }
 }
 
+FASTADV_AVX512 void affine_rows(uint16_t* out, const uint16_t* x, int64_t stride,
+                                const float* scale, const float* shift, bool relu, int64_t count,
+                                int64_t channels) {
+  const __m512 least = constant(relu ? 0.0f : -__builtin_inff());
+  for (int64_t row = 0; row < count; ++row, x += stride, out += channels) {
+    for (int64_t c = 0; c < channels; c += kVector) {
+      const __mmask16 live = lanes(channels - c);
+      const __m512 value = _mm512_fmadd_ps(load_bf16(x + c, live),
+                                           _mm512_maskz_loadu_ps(live, scale + c),
+                                           _mm512_maskz_loadu_ps(live, shift + c));
+      put(out + c, _mm512_max_ps(least, value), live);
+    }
+  }
+}
+
+FASTADV_AVX512 void scale_rows(uint16_t* total, int64_t stride, const uint16_t* gradient,
+                               const float* scale, bool add, int64_t count, int64_t channels) {
+  for (int64_t row = 0; row < count; ++row, total += stride, gradient += channels) {
+    for (int64_t c = 0; c < channels; c += kVector) {
+      const __mmask16 live = lanes(channels - c);
+      const __m512 before = add ? load_bf16(total + c, live) : _mm512_setzero_ps();
+      put(total + c,
+          _mm512_fmadd_ps(load_bf16(gradient + c, live), _mm512_maskz_loadu_ps(live, scale + c),
+                          before),
+          live);
+    }
+  }
+}
+
 }  // namespace
+
+void strided_affine(uint16_t* out, const uint16_t* x, int64_t stride, const float* scale,
+                    const float* shift, bool relu, int64_t count, int64_t channels) {
+  affine_rows(out, x, stride, scale, shift, relu, count, channels);
+}
+
+void strided_scale(uint16_t* total, int64_t stride, const uint16_t* gradient, const float* scale,
+                   bool add, int64_t count, int64_t channels) {
+  scale_rows(total, stride, gradient, scale, add, count, channels);
+}
 
 void activate(uint16_t* out, const uint16_t* x, int64_t count, Activation kind) {
   kForward[int64_t(kind)](out, nullptr, x, count);
@@ -385,6 +424,9 @@ void gate(uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t) {}
 void gate_backward(uint16_t*, float*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t,
                    int64_t) {}
 
+void strided_affine(uint16_t*, const uint16_t*, int64_t, const float*, const float*, bool, int64_t,
+                    int64_t) {}
+void strided_scale(uint16_t*, int64_t, const uint16_t*, const float*, bool, int64_t, int64_t) {}
 void attention_weights(uint16_t*, const uint16_t*, int64_t, float, int64_t, int64_t, int64_t) {}
 void attention_weights_backward(uint16_t*, const uint16_t*, float, int64_t, int64_t) {}
 

@@ -15,6 +15,10 @@ processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W],
 * ``channel_gate_(out, x, gate)``: ``out = x * gate``, with ``gate`` bfloat16 [B, C].
 * ``channel_gate_backward_(out, sums, gradient, x, gate)``: ``out = gradient * gate``; ``sums`` [B, C] float32 is
   the gradient in the gate.
+* ``strided_affine_(out, x, scale, shift, relu)``: ``out = relu(x * scale + shift)``, the ReLU optional; x is the
+  first channels of a map, and ``scale`` and ``shift`` are float32 [C].
+* ``strided_scale_(total, gradient, scale, add)``: ``total = gradient * scale``, plus what it was if ``add``;
+  ``total`` is the first channels of a map.
 * ``attention_weights_(scores, mask, scale)``: ``scores = softmax(scores * scale + mask)``, contiguous [heads, M,
   N], N at most `MOST_TOKENS`; ``mask`` is None or [a divisor of heads, M, N], repeated.
 * ``attention_weights_backward_(gradient, weights, scale)``: the gradient in the scores, in place of the one in the
@@ -56,6 +60,14 @@ torch.library.define("fastadv::channel_gate_", "(Tensor(a!) out, Tensor x, Tenso
 torch.library.define(
     "fastadv::channel_gate_backward_",
     "(Tensor(a!) out, Tensor(b!) sums, Tensor gradient, Tensor x, Tensor gate) -> ()",
+)
+torch.library.define(
+    "fastadv::strided_affine_",
+    "(Tensor(a!) out, Tensor x, Tensor scale, Tensor shift, bool relu) -> ()",
+)
+torch.library.define(
+    "fastadv::strided_scale_",
+    "(Tensor(a!) total, Tensor gradient, Tensor scale, bool add) -> ()",
 )
 torch.library.define(
     "fastadv::attention_weights_", "(Tensor(a!) scores, Tensor? mask, float scale) -> ()"

@@ -106,7 +106,11 @@ def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
     for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):
         steps.append(_conv_step(node, parts, covered))
-    steps.extend(rows_steps(copy, nodes, parts, covered))
+    steps.extend(
+        rows_steps(
+            copy, nodes, parts, covered, lambda n: _only_user(n, lambda u: _is_relu(u, parts))
+        )
+    )
     for node in nodes:
         if node in covered:
             continue

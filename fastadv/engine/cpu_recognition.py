@@ -15,6 +15,7 @@ from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_steps import ProgramStep
 from fastadv.engine.cpu_steps_attention import AttentionStep, UnbindStep
+from fastadv.engine.cpu_steps_dense import dense_steps
 from fastadv.engine.cpu_steps_rows import (
     ActivationStep,
     AliasStep,
@@ -46,12 +47,24 @@ _NORM = ("input", "normalized_shape", "weight", "bias", "eps")
 
 
 def rows_steps(
-    copy: AttackCopy, nodes: list[fx.Node], parts: dict[fx.Node, nn.Module], covered: set[fx.Node]
+    copy: AttackCopy,
+    nodes: list[fx.Node],
+    parts: dict[fx.Node, nn.Module],
+    covered: set[fx.Node],
+    relu_behind: Callable[[fx.Node], fx.Node | None],
 ) -> list[ProgramStep]:
-    """Steps for nodes that are not covered yet; they are covered then. No steps where the processor has none."""
+    """Steps for nodes that are not covered yet; they are covered then. No steps where the processor has none.
+
+    Args:
+        copy: whose graph it is.
+        nodes: of the graph.
+        parts: the layers that nodes call.
+        covered: nodes that have a step.
+        relu_behind: the ReLU that alone uses a node.
+    """
     if not (cpu_channels.available() and convolution.onednn_available() and copy.is_narrow):
         return []
-    steps: list[ProgramStep] = []
+    steps = dense_steps(nodes, parts, covered, relu_behind)
     for node in nodes:
         if node in covered:
             continue

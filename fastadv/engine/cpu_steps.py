@@ -33,6 +33,9 @@ class Pass:
         self.values: dict[fx.Node, Any] = {}
         self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
         self.kept: dict[fx.Node, Any] = {}  # what a fused step's backward needs of its forward
+        self.blocks: dict[
+            Any, Any
+        ] = {}  # what several steps share, by an object that stands for them
         self._gradients: dict[fx.Node, Tensor] = {}
         self._items: dict[fx.Node, dict[int, Tensor]] = {}
         self._masked = masked
@@ -66,8 +69,8 @@ class Pass:
         """Add a contribution that a fused step can compute together with the sum and the mask."""
         before, mask = self._gradients.get(node), self._mask(node)
         self._gradients[node] = emit(
-            None if before is None else _as_buffer(before),
-            None if mask is None else _as_buffer(mask),
+            None if before is None else as_buffer(before),
+            None if mask is None else as_buffer(mask),
         )
 
     def arrive_sum(self, node: fx.Node, emit: Callable[[Tensor | None], Tensor]) -> None:
@@ -119,7 +122,8 @@ def _is_buffer(t: Tensor) -> bool:
     )
 
 
-def _as_buffer(t: Tensor) -> Tensor:
+def as_buffer(t: Tensor) -> Tensor:
+    """A map in the dtype and layout of a program's buffers."""
     return t.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
 
 
@@ -155,22 +159,22 @@ class ConvStep(ProgramStep):
 
     def forward(self, run: Pass) -> None:
         """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
-        x, packed = _as_buffer(run.values[self._x]), self._packed
+        x, packed = as_buffer(run.values[self._x]), self._packed
         residual = None if self._residual is None else run.values[self._residual]
         if packed.forward is not None:
             shape = packed.result_shape(x)
-            residual = None if residual is None else _as_buffer(residual.expand(shape))
+            residual = None if residual is None else as_buffer(residual.expand(shape))
             epilogue = Epilogue(packed.bias, residual, relu=self.rectifies)
             out = packed.forward.run(run.memory, shape, x, epilogue)
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
-            out = _as_buffer(out.relu_() if self.rectifies else out)
+            out = as_buffer(out.relu_() if self.rectifies else out)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """The gradient's convolution into the input; the gradient itself into the residual."""
-        gradient = _as_buffer(run.gradient(self.node))
+        gradient = as_buffer(run.gradient(self.node))
         if self._residual is not None:
             shape = run.values[self._residual].shape  # smaller where the addition broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
@@ -195,14 +199,14 @@ class ScaleShiftStep(ProgramStep):
 
     def forward(self, run: Pass) -> None:
         """One pass."""
-        x, part = _as_buffer(run.values[self._x]), self._part
+        x, part = as_buffer(run.values[self._x]), self._part
         out = run.memory.take(x.shape)
         _OPS.channel_affine_(out, x, part.scale, part.shift, None, None, self.rectifies)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """Scale, and add what came from other users; a mask needs a pass of its own."""
-        gradient, scale = _as_buffer(run.gradient(self.node)), self._part.scale
+        gradient, scale = as_buffer(run.gradient(self.node)), self._part.scale
 
         def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
             out = run.memory.take(gradient.shape)

@@ -158,6 +158,26 @@ def test_gates_and_their_gradients(shape: tuple[int, ...]) -> None:
     assert relative(sums, (gradient.double() * x.double()).sum((2, 3))) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(2, 24, 5, 3), (1, 16, 1, 7), (3, 33, 4, 1), (2, 7, 1, 1)])
+def test_passes_over_the_first_channels_of_a_map(shape: tuple[int, ...]) -> None:
+    batch, channels, *size = shape
+    whole, gradient = narrow(batch, channels + 9, *size), narrow(*shape, seed=1)
+    scale, shift = torch.randn(channels), torch.randn(channels)
+    x, out = whole[:, :channels], torch.empty_like(gradient)
+    wide = (t[:, None, None].double() for t in (scale, shift))
+    by_channel, added = wide
+    OPS.strided_affine_(out, x, scale, shift, False)
+    assert relative(out, x.double() * by_channel + added) < 0.005
+    OPS.strided_affine_(out, x, scale, shift, True)
+    assert relative(out, F.relu(x.double() * by_channel + added)) < 0.005
+    before = whole.clone(memory_format=torch.channels_last)
+    OPS.strided_scale_(x, gradient, scale, True)
+    assert relative(x, before[:, :channels].double() + gradient.double() * by_channel) < 0.005
+    OPS.strided_scale_(x, gradient, scale, False)
+    assert relative(x, gradient.double() * by_channel) < 0.005
+    assert torch.equal(whole[:, channels:], before[:, channels:])
+
+
 @pytest.mark.parametrize("masks", [None, 1, 2, 6])
 @pytest.mark.parametrize("tokens", [1, 16, 49, 197])
 def test_attention_weights_and_their_gradient(tokens: int, masks: int | None) -> None:

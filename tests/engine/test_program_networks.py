@@ -20,6 +20,7 @@ from fastadv.engine import cpu_channels
 from fastadv.engine.cpu_program import Program, fused_steps
 from fastadv.engine.cpu_steps import PlainStep
 from fastadv.engine.cpu_steps_attention import AttentionStep, UnbindStep
+from fastadv.engine.cpu_steps_dense import DenseNormStep
 from fastadv.engine.cpu_steps_rows import (
     ActivationStep,
     AliasStep,
@@ -104,7 +105,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[type, int]]] = {
     "hardswish": (lambda: mobile(nn.Hardswish, nn.Hardsigmoid), {ActivationStep: 6, GateStep: 1}),
     "silu": (lambda: mobile(nn.SiLU, nn.Sigmoid, 1), {ActivationStep: 6, GateStep: 1}),
     "relu6": (lambda: mobile(nn.ReLU6, nn.Sigmoid), {ActivationStep: 6, GateStep: 1}),
-    "dense": (dense, {}),
+    "dense": (dense, {DenseNormStep: 6}),
     "swin": (swin, {AttentionStep: 2, UnbindStep: 2, LayerNormStep: 5, SumStep: 4}),
     "vit": (
         vit,
@@ -185,6 +186,7 @@ class Odd(nn.Module):
         self.variant = variant
         self.stem, self.other = nn.Conv2d(3, 16, 3), nn.Conv2d(3, 16, 3)
         self.rows, self.last = nn.Linear(16, 16), nn.Linear(16, 5)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(32), nn.BatchNorm2d(64)])
         self.number, self.grid = nn.Parameter(torch.rand(1)), nn.Parameter(torch.rand(10, 16))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +204,11 @@ class Odd(nn.Module):
             a = F.scaled_dot_product_attention(a, b[:, :1], b[:, :1] * 2)
         elif self.variant == "attention with a mask of the images":
             a = F.scaled_dot_product_attention(a, b, a + b, attn_mask=b.mean(1, keepdim=True))
+        elif self.variant == "concatenations that branch":
+            c = F.relu(self.norms[0](torch.cat([a, b], 1)))
+            d = F.relu(self.norms[1](torch.cat([a, b, c], 1)))
+            e = self.norms[1](torch.cat([a, b, c * 2], 1))
+            a = a * d[:, :16] + e[:, 16:32] + self.norms[0](torch.cat([a, d[:, :16]], 1))[:, 16:]
         elif self.variant == "some of the slices":
             a = torch.stack([a, b, a + b], 2).unbind(2)[1] * a
         elif self.variant == "product":
@@ -222,14 +229,14 @@ class Odd(nn.Module):
 ODD = (
     "norm over three axes", "norm across memory", "masked attention", "scaled attention",
     "grouped heads", "product", "scale of all", "scale of places", "hardtanh", "sum of shapes",
-    "strided", "attention with a mask of the images", "some of the slices",
+    "strided", "attention with a mask of the images", "some of the slices", "concatenations that branch",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("variant", ODD)
 def test_what_only_looks_alike_runs_as_it_stands(variant: str) -> None:
     torch.manual_seed(3)
-    model, x = Odd(variant).eval(), torch.rand(2, 3, 12, 12)
+    model, x = settled(Odd(variant)), torch.rand(2, 3, 12, 12)
     copy = copy_of(model, x, torch.bfloat16, pack=True)
     if variant in ("masked attention", "scaled attention", "hardtanh", "scale of all"):
         assert PlainStep in [type(step) for step in fused_steps(copy)]
