@@ -57,6 +57,11 @@ class AttackCopy(nn.Module):
         self.eval()
         self.refresh(recording)
 
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it computes in bfloat16."""
+        return self._autocast == torch.bfloat16
+
     @torch.no_grad()
     def refresh(self, recording: Recording) -> None:
         """Copy the weights and statistics that the live model has used into the copy's own memory."""

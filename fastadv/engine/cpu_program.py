@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_recognition import rows_steps
 from fastadv.engine.cpu_steps import (
     ConvStep,
     ItemStep,
@@ -73,7 +74,7 @@ class Program:
 
     def release(self) -> None:
         """Let go of the memory kept between passes."""
-        self._memory = Memory()
+        self._memory = Memory(self._memory.dtype)
 
     def forward(self, x: Tensor) -> tuple[Any, Pass]:
         """Logits in the copy's dtype, and the pass for `backward` to go on with."""
@@ -114,7 +115,15 @@ def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
     for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):
         steps.append(_conv_step(node, parts, covered))
+    if copy.dtype == torch.bfloat16:
+        steps.extend(
+            rows_steps(
+                copy, nodes, parts, covered, lambda n: _only_user(n, lambda u: _is_relu(u, parts))
+            )
+        )
     for node in nodes:
+        if node in covered:
+            continue
         part = parts.get(node)
         if isinstance(part, CopiedScaleShift):
             relu = _only_user(node, lambda user: _is_relu(user, parts))

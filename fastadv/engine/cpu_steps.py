@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
@@ -32,6 +32,10 @@ class Pass:
         self.memory = memory
         self.values: dict[fx.Node, Any] = {}
         self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
+        self.kept: dict[fx.Node, Any] = {}  # what a fused step's backward needs of its forward
+        self.blocks: dict[
+            Any, Any
+        ] = {}  # what several steps share, by an object that stands for them
         self._gradients: dict[fx.Node, Tensor] = {}
         self._items: dict[fx.Node, dict[int, Tensor]] = {}
         self._masked = masked
@@ -65,9 +69,15 @@ class Pass:
         """Add a contribution that a fused step can compute together with the sum and the mask."""
         before, mask = self._gradients.get(node), self._mask(node)
         self._gradients[node] = emit(
-            None if before is None else _as_buffer(before, self.memory.dtype),
-            None if mask is None else _as_buffer(mask, self.memory.dtype),
+            None if before is None else as_buffer(before, self.memory.dtype),
+            None if mask is None else as_buffer(mask, self.memory.dtype),
         )
+
+    def arrive_sum(self, node: fx.Node, emit: Callable[[Tensor | None], Tensor]) -> None:
+        """Add a contribution that a fused step can compute together with the sum; operands have any layout."""
+        before, mask = self._gradients.get(node), self._mask(node)
+        total = emit(before)
+        self._gradients[node] = _merged(self.memory, total, None, mask)
 
     def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
         """Add a contribution that exists already; it is not written to."""
@@ -94,7 +104,7 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
     return total if mask is None else total * (mask > 0)
 
 
-def _like(gradient: Tensor, result: Tensor) -> Tensor:
+def laid_out_like(gradient: Tensor, result: Tensor) -> Tensor:
     """The gradient in the dtype and layout of the result, as autograd itself would have it.
 
     Some backward functions of torch go by the result's layout alone, such as that of instance_norm at batch 1.
@@ -108,7 +118,8 @@ def _is_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
     return t.dtype == dtype and t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _as_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def as_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A map in the dtype and layout of a program's buffers."""
     return t.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -149,22 +160,22 @@ class ConvStep(ProgramStep):
     def forward(self, run: Pass) -> None:
         """Convolve, add and rectify in one pass if our convolution serves, else in torch's passes."""
         dtype = run.memory.dtype
-        x, packed = _as_buffer(run.values[self._x], dtype), self._packed
+        x, packed = as_buffer(run.values[self._x], dtype), self._packed
         residual = None if self._residual is None else run.values[self._residual]
         if packed.forward is not None:
             shape = packed.result_shape(x)
-            residual = None if residual is None else _as_buffer(residual.expand(shape), dtype)
+            residual = None if residual is None else as_buffer(residual.expand(shape), dtype)
             epilogue = Epilogue(packed.bias, residual, relu=self.rectifies)
             out = packed.forward.run(run.memory, shape, x, epilogue)
         else:
             out = self._conv(x)
             out = out if residual is None else out.add_(residual)
-            out = _as_buffer(out.relu_() if self.rectifies else out, dtype)
+            out = as_buffer(out.relu_() if self.rectifies else out, dtype)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """The gradient's convolution into the input; the gradient itself into the residual."""
-        gradient = _as_buffer(run.gradient(self.node), run.memory.dtype)
+        gradient = as_buffer(run.gradient(self.node), run.memory.dtype)
         if self._residual is not None:
             shape = run.values[self._residual].shape  # smaller where the addition broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
@@ -191,14 +202,14 @@ class ScaleShiftStep(ProgramStep):
 
     def forward(self, run: Pass) -> None:
         """One pass."""
-        x, part = _as_buffer(run.values[self._x], run.memory.dtype), self._part
+        x, part = as_buffer(run.values[self._x], run.memory.dtype), self._part
         out = run.memory.take(x.shape)
         _OPS.channel_affine_(out, x, part.scale, part.shift, None, None, self.rectifies)
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
         """Scale, and add what came from other users; a mask needs a pass of its own."""
-        gradient = _as_buffer(run.gradient(self.node), run.memory.dtype)
+        gradient = as_buffer(run.gradient(self.node), run.memory.dtype)
         scale = self._part.scale
 
         def emit(add: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -223,7 +234,8 @@ class PlainStep(ProgramStep):
         leaves: dict[fx.Node, Any] = {}
         for source in self.inputs:
             value = run.values[source]
-            if isinstance(value, Tensor) and value.is_floating_point():
+            images = source.op != "get_attr"  # constants need no gradient
+            if images and isinstance(value, Tensor) and value.is_floating_point():
                 value = value.detach().requires_grad_()
             leaves[source] = value
         with torch.enable_grad(), self._autocast(torch.device("cpu")):
@@ -238,6 +250,10 @@ class PlainStep(ProgramStep):
         inputs = {n: v for n, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
         run.tapes[self.node] = (results, inputs)
 
+    def part(self) -> nn.Module:
+        """The layer that the node calls."""
+        return self._module.get_submodule(str(self.node.target))
+
     def _call(self, leaves: dict[fx.Node, Any]) -> Any:
         node = self.node
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: leaves[n])
@@ -245,7 +261,7 @@ class PlainStep(ProgramStep):
             return node.target(*args, **kwargs)  # type: ignore[operator]
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return self._module.get_submodule(str(node.target))(*args, **kwargs)
+        return self.part()(*args, **kwargs)
 
     def backward(self, run: Pass) -> None:
         """Autograd through the one node; inputs that carry no gradient get none."""
@@ -257,7 +273,9 @@ class PlainStep(ProgramStep):
         leaves = list(inputs.values())
         arrived = run.gradients_of_items(self.node)
         values = [results[number] for number in arrived if results[number].requires_grad]
-        gradients = [_like(g, results[n]) for n, g in arrived.items() if results[n].requires_grad]
+        gradients = [
+            laid_out_like(g, results[n]) for n, g in arrived.items() if results[n].requires_grad
+        ]
         parts: tuple[Tensor | None, ...] = (None,) * len(leaves)
         if values:
             parts = torch.autograd.grad(values, leaves, gradients, allow_unused=True)

@@ -152,6 +152,7 @@ class CopiedLinear(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None
         self.small = False
+        self.generation = 0  # how often the weights have been copied
         own = torch.empty_like(weight, dtype=dtype).detach()
         self.register_buffer("weight", own, persistent=False)
         bias = own.new_empty(weight.shape[0]) if has_bias else None
@@ -165,6 +166,7 @@ class CopiedLinear(nn.Module):
 
     def refresh(self, weight: Tensor, bias: Tensor | None) -> None:
         """Copy the live weights."""
+        self.generation += 1
         self.weight.copy_(weight)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
@@ -192,7 +194,7 @@ class CopiedFunction(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self._function, self._names, self._dtype = function, names, dtype
+        self.function, self.names, self._dtype = function, names, dtype
         for number, weight in enumerate(weights):
             wide = function in _MIXED_NORMS and weight.device.type == "cpu"
             kept = torch.promote_types(dtype, torch.float32) if wide else dtype
@@ -208,13 +210,13 @@ class CopiedFunction(nn.Module):
         """Call the function with the weights in their places."""
         full = [_cast(a, self._dtype) for a in args]
         named = {k: _cast(v, self._dtype) for k, v in kwargs.items()}
-        for number, name in enumerate(self._names):
+        for number, name in enumerate(self.names):
             weight = self.get_buffer(f"weight{number}")
             if isinstance(name, int):
                 full[name] = weight
             else:
                 named[name] = weight
-        return self._function(*full, **named)
+        return self.function(*full, **named)
 
 
 def instance_norm(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -1,9 +1,9 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
 In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough
-channels, oneDNN's what is left. On processors with AMX the tile kernel serves many channels and strided gradients,
-oneDNN's the rest. In float32 Winograd's kernel serves 3x3 convolutions of stride 1, oneDNN's the rest.
-Gradients that are no convolutions stay with torch.
+channels, oneDNN's what is left. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
+serves many channels and strided gradients, oneDNN's the rest. In float32 Winograd's kernel serves 3x3 convolutions
+of stride 1, oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class TileKernel(GatherKernel):
 def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
-        _taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
+        taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
                     origin[a], backward)
         for a in (0, 1)
     ]  # fmt: skip
@@ -222,7 +222,7 @@ def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapG
     )
 
 
-def _taps_along(
+def taps_along(
     size: int, stride: int, padding: int, dilation: int, origin: int, backward: bool
 ) -> list[tuple[int, int]]:
     """Along one axis, the taps and how far from the place each of them reads."""
@@ -365,17 +365,23 @@ def make_kernel(
     dtype: torch.dtype = torch.bfloat16,
 ) -> Kernel | None:
     """The kernel for one direction of a convolution, the fastest of those that serve it on this processor."""
+    from fastadv.engine import depthwise, patches  # which need this module
+
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
     if device.type != "cpu" or not convolution.available():
         return None
     if dtype != torch.bfloat16:
         return _float_kernel(conv, backward) if dtype == torch.float32 else None
+    if depthwise.serves(conv, backward):
+        return depthwise.DepthwiseKernel(conv, backward)
+    if convolution.has_amx() and convolution.onednn_available() and patches.serves(conv, backward):
+        return patches.PatchGradientKernel(conv) if backward else patches.PatchKernel(conv)
     if _worth_tiles(conv, source, backward):
         return TileKernel(conv, backward)
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
-    patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
-    if conv.groups == 1 and (patches or not convolution.has_amx()):
+    of_patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
+    if conv.groups == 1 and (of_patches or not convolution.has_amx()):
         if _is_3x3(conv) and convolution.supported(source, result):
             return WinogradKernel(result, source, backward)
         if convolution.supported(convolution.VECTOR, 1) and _worth_gathering(conv, source, result):
