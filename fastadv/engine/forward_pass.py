@@ -43,7 +43,7 @@ class ForwardPass:
         self._last_uses = {
             source: number for number, step in enumerate(self._steps) for source in step.inputs
         }
-        self._memory = _Recycled()
+        self._memory = _RecycledMemory()
 
     def __call__(self, x: Tensor) -> Any:
         """The node's value for images in the copy's layout; it is the caller's own."""
@@ -77,7 +77,7 @@ def _leading_to(wanted: fx.Node, steps: list[ProgramStep]) -> list[ProgramStep]:
     return chosen[::-1]
 
 
-class _Recycled(Memory):
+class _RecycledMemory(Memory):
     """Buffers that are handed out again once no value lies in them any more."""
 
     def __init__(self) -> None:

@@ -36,7 +36,7 @@ _MANY_CHANNELS = 128
 _MANY_OUTPUTS = 256
 
 
-class _Fresh(Memory):
+class _FreshMemory(Memory):
     """Results that are the caller's own."""
 
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
@@ -46,7 +46,7 @@ class _Fresh(Memory):
         )
 
 
-class _Filters:
+class _PackedFilters:
     """The filters of one weight, packed for one direction when they are needed."""
 
     def __init__(self, kernel: Kernel | None) -> None:
@@ -62,19 +62,19 @@ class _Filters:
 
 
 @dataclass
-class _Layer:
+class _ServedConv:
     """What serves the convolutions with one weight."""
 
     weight: weakref.ref[Tensor]
     shape: ConvShape
-    forward: _Filters
-    backward: _Filters
+    forward: _PackedFilters
+    backward: _PackedFilters
 
 
-class _Plan(NamedTuple):
+class _ConvPlan(NamedTuple):
     """One call of a convolution."""
 
-    layer: _Layer
+    layer: _ServedConv
     use: int
     product: bool  # whether the gradient in the weights is one matrix product
 
@@ -88,7 +88,7 @@ class TrainingConvolutions(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._layers: dict[int, _Layer] = {}  # by id of the weight
+        self._layers: dict[int, _ServedConv] = {}  # by id of the weight
         self._use = 0
 
     def __enter__(self) -> Any:
@@ -107,22 +107,22 @@ class TrainingConvolutions(TorchFunctionMode):
             call = _call(*args, **kwargs)
             plan = None if call is None else self._plan(*call)
             if call is not None and plan is not None:
-                return _Convolution.apply(call.x, call.weight, call.bias, plan)
+                return _FastConv2d.apply(call.x, call.weight, call.bias, plan)
         return func(*args, **kwargs)
 
     def _plan(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape
-    ) -> _Plan | None:
+    ) -> _ConvPlan | None:
         """What serves a convolution; None where torch's own is as good."""
         layer = self._layers.get(id(weight))
         if layer is None or layer.weight() is not weight or layer.shape != shape:
             self._layers = {k: v for k, v in self._layers.items() if v.weight() is not None}
-            layer = _Layer(weakref.ref(weight), shape, *map(_Filters, _kernels(shape)))
+            layer = _ServedConv(weakref.ref(weight), shape, *map(_PackedFilters, _kernels(shape)))
             self._layers[id(weight)] = layer
         product = _worth_a_product(shape, x)
         if layer.forward.kernel is None and layer.backward.kernel is None and not product:
             return None
-        return _Plan(layer, self._use, product)
+        return _ConvPlan(layer, self._use, product)
 
 
 def _is_watched() -> bool:
@@ -133,7 +133,7 @@ def _is_watched() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-class _Call(NamedTuple):
+class _TrainedConv(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -148,7 +148,7 @@ def _call(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> _Call | None:
+) -> _TrainedConv | None:
     """The call of a convolution that may be served."""
     trained = type(weight) is nn.Parameter and weight.requires_grad and torch.is_grad_enabled()
     if not trained or groups != 1 or isinstance(padding, str) or type(input) is not Tensor:
@@ -163,7 +163,7 @@ def _call(
     if any(len(pair) != 2 for pair in pairs) or input.shape[1] != weight.shape[1]:
         return None
     outof, into, height, width = weight.shape
-    return _Call(input, weight, bias, ConvShape(into, outof, (height, width), *pairs))
+    return _TrainedConv(input, weight, bias, ConvShape(into, outof, (height, width), *pairs))
 
 
 def _kernels(shape: ConvShape) -> tuple[Kernel | None, Kernel | None]:
@@ -191,11 +191,13 @@ def _worth_a_product(shape: ConvShape, x: Tensor) -> bool:
     return many and 0 < height * width <= _FEW_PIXELS
 
 
-class _Convolution(torch.autograd.Function):
+class _FastConv2d(torch.autograd.Function):
     """conv2d(x, weight) + bias in bfloat16, of images [B, C, H, W] and a weight in float32."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _Plan) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: _ConvPlan
+    ) -> Tensor:
         shape = plan.layer.shape
         narrow = _narrow(x)
         ctx.save_for_backward(x, weight)
@@ -204,7 +206,7 @@ class _Convolution(torch.autograd.Function):
         if kernel is None:
             return _narrow(F.conv2d(narrow, weight.to(_BF16), _cast(bias, _BF16), *shape[3:]))
         wide = _cast(bias, torch.float32)
-        return kernel.run(_Fresh(), result_shape(shape, x), narrow, Epilogue(wide))
+        return kernel.run(_FreshMemory(), result_shape(shape, x), narrow, Epilogue(wide))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -218,7 +220,7 @@ class _Convolution(torch.autograd.Function):
         at_x = at_weight = None
         kernel = plan.layer.backward.ready(weight, plan.use) if wanted[0] else None
         if kernel is not None:
-            at_x = kernel.run(_Fresh(), tuple(x.shape), gradient, Epilogue())
+            at_x = kernel.run(_FreshMemory(), tuple(x.shape), gradient, Epilogue())
         product = plan.product and wanted[1]
         if product:
             at_weight = _product(gradient, narrow, plan.layer.shape)

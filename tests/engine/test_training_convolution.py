@@ -140,7 +140,7 @@ def test_all_else_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     def served(*args: object) -> None:
         raise AssertionError("served")
 
-    monkeypatch.setattr(training_convolution._Convolution, "apply", served)
+    monkeypatch.setattr(training_convolution._FastConv2d, "apply", served)
     conv, x = make_conv(SHAPES[3])
     with TrainingConvolutions():
         assert torch.equal(conv(x), F.conv2d(x, conv.weight, conv.bias, 1, 1))  # no autocast

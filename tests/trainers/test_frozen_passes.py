@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from run_helpers import Interruption, assert_same_end, run
 from training_helpers import make_batch, make_model, small_recipe
 
+from fastadv.engine.engines import EngineOnCopy
 from fastadv.models import create_model
+from fastadv.ops import angular_distance
 from fastadv.trainers import Runtime, find_method
+from fastadv.trainers.frozen_forward import features_of
 from fastadv.trainers.phases import PhaseTimer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,3 +78,30 @@ def test_a_resumed_run_with_copies_ends_bit_for_bit_where_it_would_have(tmp_path
     torch.manual_seed(7)
     run("arrest", tmp_path / "cut", resume=True, changes=changes)
     assert_same_end(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_arrest_step_proves_its_copy_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    u, v = (features_of(make_model(seed).eval(), make_batch().x) for seed in (0, 1))
+    middle = math.degrees(math.acos(1 - float(angular_distance(u, v).detach().median()) - 1e-6))
+    changes = {"attack_precision": "bf16", "engine": "compiled", "replay_epochs": 2, "phi": middle}
+    method = method_in(torch.bfloat16, "arrest", changes)
+    shares: list[float] = []
+
+    def update(result: Any) -> bool:
+        shares.append(float(result.metrics["replayed"]))
+        with torch.no_grad():
+            for parameter in method.model.parameters():
+                parameter.mul_(1.0001)
+        return True
+
+    refreshed: list[int] = []
+    plain = EngineOnCopy.refresh
+    monkeypatch.setattr(
+        EngineOnCopy, "refresh", lambda self, of: refreshed.append(1) or plain(self, of)
+    )
+    method.model.eval()  # so that the statistics, and with them the drift, stay
+    for _ in range(3):
+        refreshed.clear()
+        method.step(make_batch(), update)
+    assert 0 < shares[-1] < 1  # the attack has another number of images than the drift
+    assert len(refreshed) == 1
