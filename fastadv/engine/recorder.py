@@ -266,6 +266,8 @@ class Recorder(TorchFunctionMode):
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
+        if value.__class__ in _KEPT:
+            return value  # as most arguments are
         if isinstance(value, Tensor):
             return Ref(self._place(value))
         if isinstance(value, (tuple, list)):
@@ -358,6 +360,7 @@ def draws_nothing(model: nn.Module, images: Tensor) -> bool:
 
 _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
               torch.memory_format)  # fmt: skip
+_KEPT = frozenset((*_ARGUMENTS, bool))
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 _SIZES = frozenset(("size", "numel", "nelement"))
