@@ -3,36 +3,68 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 
 class Memory:
-    """Channels-last buffers of one dtype, handed out during a pass and all taken back at its end."""
+    """Channels-last buffers of one dtype, handed out during a pass and all taken back at its end.
+
+    Activations stay until then, since the backward pass reads them. A gradient's buffer can be taken back earlier.
+    """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
         self._batches: tuple[int, ...] = ()  # of the last two kinds of passes
+        # Of gradients, by the address of their storage.
+        self._gradients: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._is_backward = False
 
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """A buffer with arbitrary contents."""
         key = tuple(shape)
         free = self._free[key]
         buffer = free.pop() if free else self._new(key)
-        self._taken.append((key, buffer))
+        if self._is_backward:
+            self._gradients[_address(buffer)] = key, buffer
+        else:
+            self._taken.append((key, buffer))
         return buffer
+
+    def begin_backward(self) -> None:
+        """What is taken from now on holds gradients."""
+        self._is_backward = True
+
+    def give_back(self, gradient: Tensor, others: Iterable[Tensor]) -> None:
+        """Take the buffer of a gradient back that nobody reads any more; what others share stays taken.
+
+        Args:
+            gradient: any tensor.
+            others: all gradients that will be read.
+        """
+        address = _address(gradient)
+        if address in self._gradients and all(_address(other) != address for other in others):
+            key, buffer = self._gradients.pop(address)
+            self._free[key].append(buffer)
 
     def reset(self, batch: int) -> None:
         """Take every buffer back; keep those of this batch size and of the one before, such as the proof's."""
-        for key, buffer in self._taken:
+        for key, buffer in (*self._taken, *self._gradients.values()):
             self._free[key].append(buffer)
         self._taken.clear()
+        self._gradients.clear()
+        self._is_backward = False
         self._batches = (batch, *[other for other in self._batches if other != batch][:1])
         for key in [key for key in self._free if key[0] not in self._batches]:
             del self._free[key]
 
     def _new(self, shape: tuple[int, ...]) -> Tensor:
         return torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last, device="cpu")
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

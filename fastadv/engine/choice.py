@@ -25,7 +25,7 @@ from fastadv.engine.tape import Tape
 
 Contender = EngineOnCopy | LiveEngine
 
-COPY, LIVE = "copy", "live model under autocast"
+PROGRAM, COPY, LIVE = "fused program", "copy", "live model under autocast"
 
 _OTHER_STEPS = 0.1  # of a program, up to which it is known to win
 IMAGES = 8  # on which engines are timed
@@ -69,7 +69,7 @@ def name_of(engine: Contender) -> str:
     """An engine in the words of `Choice`."""
     if isinstance(engine, LiveEngine):
         return LIVE
-    kind = "fused program" if isinstance(engine, ProgramEngine) else COPY
+    kind = PROGRAM if isinstance(engine, ProgramEngine) else COPY
     return kind if engine.precision == "bf16" else f"{kind} in {engine.precision}"
 
 

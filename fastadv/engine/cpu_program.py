@@ -90,11 +90,13 @@ class Program:
 
     def backward(self, run: Pass, logits_gradient: Tensor) -> Tensor | None:
         """The gradient in the images, given the one in the logits; None if the logits are detached."""
+        self._memory.begin_backward()
         with torch.no_grad():
             run.arrive_tensor(self._output, logits_gradient)
             for step in reversed(self._steps):
                 if run.has_gradient(step.node):
                     step.backward(run)
+                    run.forget(step.node)
                     continue
                 for source in reversed(step.inputs):
                     run.arrive_nothing(source)

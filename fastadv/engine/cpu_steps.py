@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,6 +53,18 @@ class Pass:
         """The gradient of each result of a node with several, by number; a single result is number 0."""
         return self._items.get(node) or {0: self._gradients[node]}
 
+    def forget(self, node: fx.Node) -> None:
+        """Let go of the gradient at a node, which has been passed on."""
+        gradient, items = self._gradients.pop(node, None), self._items.pop(node, {})
+        for gone in (gradient, *items.values()):
+            self._give_back(gone)
+
+    def _waiting(self) -> Iterator[Tensor]:
+        """The gradients that are still to be passed on."""
+        yield from self._gradients.values()
+        for items in self._items.values():
+            yield from items.values()
+
     def arrive_item(self, node: fx.Node, number: int, gradient: Tensor) -> None:
         """Add a contribution to one of several results of a node."""
         self._remaining[node] -= 1
@@ -72,6 +84,7 @@ class Pass:
             None if before is None else as_buffer(before, self.memory.dtype),
             None if mask is None else as_buffer(mask, self.memory.dtype),
         )
+        self._give_back(before)
 
     def arrive_sum(self, node: fx.Node, emit: Callable[[Tensor | None], Tensor]) -> None:
         """Add a contribution that a fused step can compute together with the sum; operands have any layout."""
@@ -83,6 +96,12 @@ class Pass:
         """Add a contribution that exists already; it is not written to."""
         mask, before = self._mask(node), self._gradients.get(node)
         self._gradients[node] = _merged(self.memory, gradient, before, mask)
+        self._give_back(before)
+
+    def _give_back(self, gradient: Tensor | None) -> None:
+        """Let go of the memory of a gradient that is not needed any more, unless another one shares it."""
+        if gradient is not None:
+            self.memory.give_back(gradient, self._waiting())
 
     def _mask(self, node: fx.Node) -> Tensor | None:
         """The activation whose sign masks the gradient, once its last contribution is here."""

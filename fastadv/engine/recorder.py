@@ -10,6 +10,7 @@ import functools
 import inspect
 import sys
 import types
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
@@ -98,7 +99,8 @@ class Recorder(TorchFunctionMode):
     def __init__(self, images: Tensor, gradients: bool = True) -> None:
         super().__init__()
         self.recording = Recording(gradients=gradients)
-        self._places: dict[int, int] = {}  # by id; `values` keeps the tensors, so ids stay theirs
+        self._places: dict[int, int] = {}  # by id; `values` keeps most tensors, so ids stay theirs
+        self._watched: list[weakref.ref[Tensor]] = []  # the others
         self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
         self._model_storages: set[int] = set()
@@ -231,16 +233,31 @@ class Recorder(TorchFunctionMode):
         if len({id(t) for t in written}) > 1 or not args or args[0] is not target:
             raise self._refuse(f"its forward writes into several tensors at once ({name})")
         self.recording.overwritten.add(self._places[id(target)])
-        self._stale |= self._by_storage[storage_of(target)] - {id(target)}
+        self._stale.update(self._by_storage[storage_of(target)] - {id(target)})
 
     def _add(self, tensor: Tensor, depends: bool) -> int:
         """Give a tensor the next place."""
         recording = self.recording
-        recording.values.append(tensor)
+        is_kept = recording.gradients or not depends
+        recording.values.append(tensor if is_kept else _NOTHING)
         recording.depends.append(depends)
         self._places[id(tensor)] = place = len(recording.values) - 1
-        self._by_storage.setdefault(storage_of(tensor), set()).add(id(tensor))
+        sharing = self._by_storage.setdefault(storage_of(tensor), set())
+        sharing.add(id(tensor))
+        if not is_kept:
+            self._forget_with(tensor, sharing)
         return place
+
+    def _forget_with(self, tensor: Tensor, sharing: set[int]) -> None:
+        """Forget a tensor when the model lets go of it: then others may have its id."""
+        places, stale, own = self._places, self._stale, id(tensor)
+
+        def forget(_: object) -> None:
+            places.pop(own, None)
+            sharing.discard(own)
+            stale.discard(own)
+
+        self._watched.append(weakref.ref(tensor, forget))
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind that of the tuple itself."""
@@ -266,6 +283,8 @@ class Recorder(TorchFunctionMode):
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
+        if value.__class__ in _KEPT:
+            return value  # as most arguments are
         if isinstance(value, Tensor):
             return Ref(self._place(value))
         if isinstance(value, (tuple, list)):
@@ -358,6 +377,8 @@ def draws_nothing(model: nn.Module, images: Tensor) -> bool:
 
 _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
               torch.memory_format)  # fmt: skip
+_NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
+_KEPT = frozenset((*_ARGUMENTS, bool))
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 _SIZES = frozenset(("size", "numel", "nelement"))

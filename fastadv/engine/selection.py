@@ -281,7 +281,7 @@ def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish
     rivals: dict[str, Callable[[], Contender]] = {
         choice.LIVE: partial(_live_rival, model, few, precision)
     }
-    if first.precision == precision:
+    if choice.name_of(first) == choice.PROGRAM:
         rivals[choice.COPY] = partial(CopyEngine, copy.tape, recording, precision, "", False)
     key = choice.key_of(copy.tape, x, precision)
     found, engine = choice.settled(key, model, images, first, rivals, fault_of)

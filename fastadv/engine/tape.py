@@ -194,6 +194,8 @@ def _same_head(a: RecordedOp, b: RecordedOp) -> bool:
 
 def _same(mine: Any, theirs: Any, batch: int) -> bool:
     """Whether recorded arguments are those of the tape at this batch size."""
+    if mine.__class__ in _COMPARABLE and mine.__class__ is theirs.__class__:
+        return bool(mine == theirs)  # as most arguments can be
     if isinstance(mine, BatchNumber):
         return type(theirs) is int and theirs == mine.at(batch)
     if type(mine) is not type(theirs):
@@ -210,6 +212,9 @@ def _same(mine: Any, theirs: Any, batch: int) -> bool:
             for part in ("start", "stop", "step")
         )
     return _same_number(mine, theirs)
+
+
+_COMPARABLE = frozenset((int, bool, str, type(None), Ref))
 
 
 def _same_number(mine: Any, theirs: Any) -> bool:

@@ -112,6 +112,23 @@ def test_the_fastest_runs_and_the_reason_says_what_was_measured(
     assert attack.last.engine == ("eager" if kind is LiveEngine else "compiled")
 
 
+def test_a_copy_that_no_program_serves_is_measured_against_the_live_model(
+    takes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes(0.0, 37.0, 35.0)
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no program")
+
+    monkeypatch.setattr(ProgramEngine, "__init__", broken)
+    model, x = model_and_images()
+    engine = narrow(fastadv.PGD(model), x)
+    assert type(engine) is LiveEngine
+    assert engine.reason.endswith(
+        "measured on 8 images: copy 37 ms, live model under autocast 35 ms"
+    )
+
+
 @pytest.mark.parametrize("live", [10.0, 90.0])
 def test_what_was_chosen_follows_the_live_weights(takes: Any, live: float) -> None:
     takes(100.0, 50.0, live)

@@ -464,3 +464,33 @@ def test_the_result_has_the_layout_of_the_images(dtype: torch.dtype) -> None:
     for given in (x, x.contiguous(memory_format=torch.channels_last)):
         adv = fastadv.PGD(model, steps=1)(given, Y[:4])
         assert adv.stride() == given.stride() and adv.dtype == dtype
+
+
+class Passing(nn.Module):
+    """Lets go of activations on its way, and writes to views of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.convs:
+            x = layer(x).relu_()
+            first, rest = x.split((1, 2), 1)
+            x = torch.cat((first * 2, rest), 1).mul_(0.5)
+        return x.mean(3).flatten(1)
+
+
+def test_a_recording_of_a_whole_batch_keeps_no_activations() -> None:
+    torch.manual_seed(0)
+    model, x = Passing().eval(), images(16)
+    whole = record(model, x, careful=False, gradients=False)
+    few = record(model, x[:2], careful=False)
+    for place, depends in enumerate(whole.depends):
+        assert (whole.values[place].numel() == 0) == (depends or few.values[place].numel() == 0)
+    assert torch.equal(whole.logits, model(x))
+    tape, _ = tape_now(model, x)
+    assert tape.describes(whole) and tape.describes(few)
+    attack = fastadv.PGD(model, precision="bf16", engine="compiled", steps=1)
+    for size in (16, 5, 9):  # each is recorded as a whole
+        attack(images(size), torch.zeros(size, dtype=torch.int64))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ import torch.nn.functional as F
 from attack_helpers import copy_of, refresh
 from torch import Tensor, nn
 
+from fastadv.engine import buffer_pool
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine import packed_convolution as packed
+from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.cpu_program import Program, fused_steps
 from fastadv.engine.cpu_steps import ConvStep, LinearStep, PlainStep, PoolStep
 from fastadv.engine.cpu_steps_rows import ReshapeStep, RowsLinearStep
@@ -116,6 +119,42 @@ def test_gradient_with_the_kernels_for_amx(variant: str, monkeypatch) -> None:
     monkeypatch.setattr(convolution, "has_amx", lambda: True)
     torch.manual_seed(1)
     agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_memory_of_gradients_that_is_given_back_is_not_read(variant: str, monkeypatch) -> None:
+    plain, given = Memory.give_back, []
+
+    def give_back(self: Memory, gradient: Tensor, others: Any) -> None:
+        before = len(self._gradients)
+        plain(self, gradient, others)
+        if len(self._gradients) < before:
+            given.append(gradient.fill_(torch.nan))
+
+    monkeypatch.setattr(Memory, "give_back", give_back)
+    torch.manual_seed(1)
+    agree(settle(Block(variant)), torch.rand(4, 3, 10, 10))
+    assert given
+
+
+def test_a_deep_network_needs_the_gradients_of_two_layers_at_a_time(monkeypatch) -> None:
+    made, new = [], buffer_pool._new_buffer
+
+    def counted(shape: tuple[int, ...]) -> Tensor:
+        made.append(new(shape))
+        return made[-1]
+
+    monkeypatch.setattr(buffer_pool, "_new_buffer", counted)
+    layers = [nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()) for _ in range(6)]
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), *layers, nn.Flatten(), nn.Linear(1024, 5))
+    x = torch.rand(2, 3, 4, 4)
+    program = Program(copy_of(model.eval(), x, torch.bfloat16, pack=True))
+    output, run = program.forward(x)
+    forward = len(made)
+    for _ in range(2):
+        assert program.backward(run, torch.ones_like(output)) is not None
+        assert len(made) <= forward + 4  # two, with masks of their own, and the images'
+        output, run = program.forward(x)
 
 
 @pytest.mark.parametrize("variant", ["plain", "residual", "broadcast"])
