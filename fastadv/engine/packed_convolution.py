@@ -398,9 +398,10 @@ def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
     """As `make_kernel`, in float32."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
-    lanes = convolution.float_lanes()
-    if lanes and conv.groups == 1 and _is_3x3(conv) and source % lanes == 0:
-        return WinogradFloatKernel(result, source, backward, lanes)
+    if conv.groups == 1 and _is_3x3(conv):
+        for lanes in (16, 8):
+            if lanes <= convolution.float_lanes() and source % lanes == 0:
+                return WinogradFloatKernel(result, source, backward, lanes)
     if not convolution.onednn_available(torch.float32) or (backward and not _rotatable(conv)):
         return None
     return OneDNNKernel(conv, backward, torch.float32)

@@ -123,8 +123,8 @@ def autoattack(
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.
         engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it;
-            ``"fp32"``: the same in float32 throughout; ``"reference"``: everything by pyautoattack, in float32, as
-            with ``"rand"`` in l1.
+            ``"fp32"``: the same on the plain model in float32; ``"reference"``: everything by pyautoattack, in
+            float32, as with ``"rand"`` in l1.
         sample_ids: int64 [N], which random numbers each image gets, by default its index; the reference's attacks
             do not know them.
 
@@ -241,13 +241,15 @@ def _hunt(
     search = REFERENCE
     if engine != "reference" and (passes == 1 or runner.norm in NORMS):
         x, _ = samples.take(samples.batches(runner.batch_size)[0], runner.device)
-        search = FP32 if engine == "fp32" else narrow.engine_for(x).precision
-    if search == FP32:
-        narrow = wide
+        searcher = (wide if engine == "fp32" else narrow).engine_for(x)
+        search = searcher.precision
+        if search == FP32 and searcher.name == "eager":
+            narrow = wide
     state = None
     if state_dir is not None:
         settings = _settings(runner, attacks, eps, search, ids)
         settings |= {"passes": passes} if passes > 1 else {}
+        settings |= {"on": "a copy"} if search == FP32 and narrow is not wide else {}
         state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
     return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes)
 

@@ -42,7 +42,8 @@ class Hunt:
         eps: radius of the ball.
         library: the attacks of the reference implementation.
         search: ``"reference"``, or the precision in which this package searches, such as ``"bf16"``.
-        narrow: Auto-PGD in this precision.
+        narrow: Auto-PGD in this precision, on a copy of the model where there is one; ``wide`` itself where the
+            search is on the plain model in float32.
         wide: Auto-PGD on the plain model in float32.
         state: where finished batches are kept, if anywhere.
         sample_ids: which random numbers each image gets, int64 [N] on the CPU; None is its index.
@@ -63,8 +64,8 @@ class Hunt:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the search has another precision than the judge."""
-        return self.search not in (FP32, REFERENCE)
+        """Whether the search has other logits than the judge: another precision, or a copy of the model."""
+        return self.search != REFERENCE and self.narrow is not self.wide
 
     def audit(self) -> Audit:
         """A new count of violations."""

@@ -175,7 +175,8 @@ class OwnSearch(BatchSearch):
         begun = time.perf_counter()
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         chosen = ~fooled
-        if not (self._own.thorough and bool(fooled.any())):
+        thorough = self._own.thorough and self._hunt.search != FP32
+        if not (thorough and bool(fooled.any())):
             chosen &= self._claims(found, y).cpu()
         rows = chosen.nonzero().flatten()
         if len(rows) == 0:

@@ -170,6 +170,9 @@ def test_three_by_three_has_winograds_kernel_in_both_directions() -> None:
     conv = nn.Conv2d(32, 48, 3, padding=1)
     for backward in (False, True):
         assert isinstance(make_kernel(conv, backward, dtype=torch.float32), WinogradFloatKernel)
+    assert isinstance(
+        make_kernel(nn.Conv2d(24, 8, 3, padding=1), False, dtype=torch.float32), WinogradFloatKernel
+    )
     conv = nn.Conv2d(3, 48, 3, padding=1)  # three channels fill no vector
     assert isinstance(make_kernel(conv, False, dtype=torch.float32), OneDNNKernel)
     assert isinstance(make_kernel(conv, True, dtype=torch.float32), WinogradFloatKernel)

@@ -103,6 +103,31 @@ def test_it_leaves_as_many_images_as_the_reference(norm: str, eps: float, narrow
         assert all((stage.refinement_seconds > 0) == (engine == "auto") for stage in result.stages)
 
 
+def test_without_bf16_it_searches_on_a_copy_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
+    model, (x, y) = trained_small_cnn(), digits_test(20)
+    engines: set[str] = set()
+    honest = fastadv.APGD.engine_for
+
+    def engine_for(self: Any, x: Tensor) -> Engine:
+        engine = honest(self, x)
+        engines.add(engine.name)
+        return engine
+
+    monkeypatch.setattr(attacks.Attack, "engine_for", engine_for)
+    settings: dict[str, Any] = dict(eps=0.06, version=("apgd-ce",), batch_size=20)
+    result = autoattack(model, (x, y), **settings)
+    assert "compiled" in engines
+    assert result.search == "fp32" and [stage.search for stage in result.stages] == ["fp32"]
+    with torch.no_grad():
+        assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
+    engines.clear()
+    live = autoattack(model, (x, y), engine="fp32", **settings)
+    assert engines == {"eager"}
+    assert abs(int(result.robust.sum()) - int(live.robust.sum())) <= 1
+    assert 2 < int(result.robust.sum()) < 19
+
+
 def test_nothing_counts_that_float32_does_not_confirm(lying: None) -> None:
     model, x, y = linear_problem(classes=5, n=40, wrong=4)
     exact = model.exactly_robust(x, y, EPS)
