@@ -1,8 +1,8 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, oneDNN's
-what is left. On processors with AMX the tile kernel serves many channels and strided gradients, oneDNN's the rest.
-Gradients that are no convolutions stay with torch.
+what is left. On processors with AMX the tile kernel serves all ungrouped convolutions of input channels in multiples
+of 32, oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
@@ -299,8 +299,8 @@ def make_kernel(conv: ConvShape, backward: bool, device: torch.device = _CPU) ->
     source, result = (outof, into) if backward else (into, outof)
     if device.type != "cpu" or not convolution.available():
         return None
-    if _worth_tiles(conv, source, backward):
-        return TileKernel(conv, backward)
+    if conv.groups == 1 and conv.stride[0] == conv.stride[1] and convolution.amx_serves(source):
+        return TileKernel(conv, backward)  # faster than oneDNN's at every size measured
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
     patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
     if conv.groups == 1 and (patches or not convolution.has_amx()):
@@ -319,20 +319,6 @@ def _rotatable(conv: ConvShape) -> bool:
     reach = zip(conv.dilation, conv.kernel_size, conv.padding, strict=True)
     plain = conv.groups == 1 and conv.stride == (1, 1)
     return plain and all(d * (k - 1) >= p for d, k, p in reach)
-
-
-def _worth_tiles(conv: ConvShape, source: int, backward: bool) -> bool:
-    """Whether our kernel for AMX can, and is faster than oneDNN's, as measured on an Emerald Rapids.
-
-    oneDNN's takes four times as long for many channels, but reads what has few channels with less copying. Of
-    strided convolutions it has no gradient in the input.
-    """
-    strided = conv.stride[0] > 1
-    if conv.groups > 1 or conv.stride[0] != conv.stride[1] or not convolution.amx_serves(source):
-        return False
-    if backward and strided:
-        return True
-    return conv.kernel_size != (1, 1) and source >= (128 if strided else 512)
 
 
 def _worth_gathering(conv: ConvShape, source: int, result: int) -> bool:

@@ -444,6 +444,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "many channels": (512, 512, 3, {"padding": 1}),
         "many, strided": (128, 256, 3, {"padding": 1, "stride": 2}),
         "many, pointwise": (512, 512, 1, {}),
+        "half tiles": (48, 64, 3, {"padding": 1}),
     }
     found = {}
     for amx in (False, True):
@@ -461,17 +462,19 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "many channels": [WinogradKernel, WinogradKernel],
         "many, strided": [GatherKernel, GatherKernel],
         "many, pointwise": [GatherKernel, GatherKernel],
+        "half tiles": [WinogradKernel, WinogradKernel],
     }
     assert found[True] == {
-        "winograd": [OneDNNKernel, OneDNNKernel],
-        "strided": [OneDNNKernel, TileKernel],
-        "first": [OneDNNKernel, OneDNNKernel],
+        "winograd": [TileKernel, TileKernel],
+        "strided": [TileKernel, TileKernel],
+        "first": [OneDNNKernel, TileKernel],
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
-        "patches": [GatherKernel, TileKernel],
+        "patches": [TileKernel, TileKernel],
         "many channels": [TileKernel, TileKernel],
         "many, strided": [TileKernel, TileKernel],
-        "many, pointwise": [OneDNNKernel, OneDNNKernel],
+        "many, pointwise": [TileKernel, TileKernel],
+        "half tiles": [OneDNNKernel, TileKernel],
     }
 
 
