@@ -1,8 +1,8 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, oneDNN's
-what is left. On processors with AMX the tile kernel serves all ungrouped convolutions of input channels in multiples
-of 32, oneDNN's the rest. Gradients that are no convolutions stay with torch.
+what is left. On processors with AMX the tile kernel serves all ungrouped convolutions whose input channels are
+multiples of 32, oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
