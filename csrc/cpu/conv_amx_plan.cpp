@@ -8,9 +8,9 @@
 namespace fastadv::conv_amx {
 namespace {
 
-constexpr int64_t kInputBytes = 768 << 10;  // of a part: well in the second-level cache
-constexpr int64_t kFilterBytes = 1280 << 10;  // that the rest of the second-level cache holds
-constexpr int64_t kDirectRows = 16;         // of 32 places: a strip of inputs read where they lie
+constexpr int64_t kInputBytes = 1100 << 10;   // of a part: half of the second-level cache
+constexpr int64_t kFilterBytes = 1280 << 10;  // that the rest of it holds
+constexpr int64_t kDirectRows = 16;  // of 32 places: a strip of inputs read where they lie
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
@@ -69,13 +69,14 @@ int64_t common(const std::vector<bool>& a, const std::vector<bool>& b) {
   return count;
 }
 
-int64_t columns_of_zeros(const Shape& shape) {
+// Columns of a row with its zeros, for tiles that go on in the next row.
+int64_t columns_of_rows(const Shape& shape) {
   int64_t left = 0, right = 0;
   for (int64_t t = 0; t < shape.taps; ++t) {
     left = std::max(left, -shape.tap_columns[t]);
     right = std::max(right, shape.grid_width() + shape.tap_columns[t] - shape.in_width);
   }
-  return std::max(left, right);
+  return std::max(shape.in_width + std::max(left, right), shape.grid_width());
 }
 
 // Processor cycles, about, as measured on an Emerald Rapids: two tiles of inputs and two of filters
@@ -90,7 +91,7 @@ double cost(const Shape& shape, const Layout& layout) {
   const auto [near, far] = std::minmax_element(shape.tap_columns, shape.tap_columns + shape.taps);
   const int64_t tap_rows = *high - *low + 1, span = *far - *near, images = layout.images;
   if (!layout.whole_rows) {
-    const int64_t columns = shape.in_width + columns_of_zeros(shape);
+    const int64_t columns = columns_of_rows(shape);
     const int64_t places = (shape.grid_height() - 1) * columns + shape.grid_width();
     const int64_t tiles = up(places, kRows);
     const double products = kPair * double(tiles) + (kAlone - kPair) * double(tiles % 2);
@@ -185,7 +186,7 @@ void Plan::place_inputs() {
     right = std::max<int64_t>(0, last + 1 - width);
   }
   // At step 1 the zeros after a row are those before the next one.
-  columns = step == 1 ? width + std::max(left, right) : up(left + last + 1, step);
+  columns = step == 1 ? columns_of_rows(shape) : up(left + last + 1, step);
   after = step == 1 ? std::min(left, right) : 0;
 }
 

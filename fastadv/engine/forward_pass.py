@@ -43,7 +43,7 @@ class ForwardPass:
         self._last_uses = {
             source: number for number, step in enumerate(self._steps) for source in step.inputs
         }
-        self._memory = _RecycledMemory()
+        self._memory = _RecycledMemory(copy.dtype)
 
     def __call__(self, x: Tensor) -> Any:
         """The node's value for images in the copy's layout; it is the caller's own."""
@@ -80,8 +80,8 @@ def _leading_to(wanted: fx.Node, steps: list[ProgramStep]) -> list[ProgramStep]:
 class _RecycledMemory(Memory):
     """Buffers that are handed out again once no value lies in them any more."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
         self._batch = 0
         self._spare: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._handed: dict[int, Tensor] = {}  # by address

@@ -2,8 +2,9 @@
 
 In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough
 channels, oneDNN's what is left. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
-serves many channels and strided gradients, oneDNN's the rest. In float32 Winograd's kernel serves 3x3 convolutions
-of stride 1, oneDNN's the rest. Gradients that are no convolutions stay with torch.
+serves all ungrouped convolutions whose input channels are multiples of 32, oneDNN's the rest. In float32
+Winograd's kernel serves 3x3 convolutions of stride 1, oneDNN's the rest. Gradients that are no convolutions stay
+with torch.
 """
 
 from __future__ import annotations
@@ -283,34 +284,6 @@ class OneDNNKernel(Kernel):
         return masked
 
 
-class SmallMapKernel(Kernel):
-    """oneDNN's convolution, and our own for AMX where an image has little to do, as measured on an Emerald Rapids.
-
-    There ours takes a fifth to three quarters of oneDNN's time, whose calls cost 40 microseconds each. On maps
-    of 8 x 8 it also wins with more channels, from 16 images on. But the kernel must not depend on the number of
-    images: an image's result would depend on its company.
-    """
-
-    _PLACES, PRODUCTS, _TILE = 64, 2**17, 32
-
-    def __init__(self, conv: ConvShape, backward: bool) -> None:
-        self._large, self._small = OneDNNKernel(conv, backward), TileKernel(conv, backward)
-        sides = (conv.in_channels, conv.out_channels)
-        self._products = max(sides[0], self._TILE) * max(sides[1], self._TILE)
-
-    def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
-        """As in `Kernel.refresh`."""
-        self._large.refresh(weight, scale)
-        self._small.refresh(weight, scale)
-
-    def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
-        """As in `Kernel.run`."""
-        places = shape[2] * shape[3]
-        is_little = places <= self._PLACES and places * self._products <= self.PRODUCTS
-        kernel = self._small if is_little else self._large
-        return kernel.run(memory, shape, x, epilogue)
-
-
 def misread(x: Tensor, shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether oneDNN's convolution of channels-last ``x``, with a result [B, K, H, W], goes wrong on a CPU.
 
@@ -377,8 +350,8 @@ def make_kernel(
         return depthwise.DepthwiseKernel(conv, backward)
     if convolution.has_amx() and convolution.onednn_available() and patches.serves(conv, backward):
         return patches.PatchGradientKernel(conv) if backward else patches.PatchKernel(conv)
-    if _worth_tiles(conv, source, backward):
-        return TileKernel(conv, backward)
+    if conv.groups == 1 and conv.stride[0] == conv.stride[1] and convolution.amx_serves(source):
+        return TileKernel(conv, backward)  # faster than oneDNN's at every size measured
     # oneDNN's bfloat16 convolutions of patches, whose stride is their size, are wrong at some shapes.
     of_patches = conv.stride == conv.kernel_size and conv.stride[0] > 1
     if conv.groups == 1 and (of_patches or not convolution.has_amx()):
@@ -388,9 +361,6 @@ def make_kernel(
             return GatherKernel(conv, backward)
     if not convolution.onednn_available() or (backward and not _rotatable(conv)):
         return None
-    few = source * result <= SmallMapKernel.PRODUCTS // 4  # some map has so few places
-    if few and conv.kernel_size != (1, 1) and _tiles_serve(conv, source):
-        return SmallMapKernel(conv, backward)
     return OneDNNKernel(conv, backward)
 
 
@@ -418,26 +388,6 @@ def _rotatable(conv: ConvShape) -> bool:
     reach = zip(conv.dilation, conv.kernel_size, conv.padding, strict=True)
     plain = conv.groups == 1 and conv.stride == (1, 1)
     return plain and all(d * (k - 1) >= p for d, k, p in reach)
-
-
-def _worth_tiles(conv: ConvShape, source: int, backward: bool) -> bool:
-    """Whether our kernel for AMX can, and is faster than oneDNN's, as measured on an Emerald Rapids.
-
-    oneDNN's takes four times as long for many channels, but reads what has few channels with less copying. Of
-    strided convolutions it has no gradient in the input.
-    """
-    strided = conv.stride[0] > 1
-    if not _tiles_serve(conv, source):
-        return False
-    if backward and strided:
-        return True
-    return conv.kernel_size != (1, 1) and source >= (128 if strided else 512)
-
-
-def _tiles_serve(conv: ConvShape, source: int) -> bool:
-    """Whether our kernel for AMX can run a convolution of so many input channels."""
-    square = conv.groups == 1 and conv.stride[0] == conv.stride[1]
-    return square and convolution.amx_serves(source)
 
 
 def _worth_gathering(conv: ConvShape, source: int, result: int) -> bool:
