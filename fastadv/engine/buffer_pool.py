@@ -11,8 +11,8 @@ from torch import Tensor
 class Memory:
     """Channels-last bfloat16 buffers, handed out during a pass and all taken back at its end.
 
-    A pass of fewer images uses the first part of each buffer. So the two images of a proof do not cost the buffers of
-    the attack.
+    A pass of fewer images uses the first part of each buffer. So the two images of a proof do not cost the attack
+    its buffers.
     """
 
     def __init__(self) -> None:
