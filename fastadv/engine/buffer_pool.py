@@ -13,27 +13,31 @@ class Memory:
     """Channels-last buffers of one dtype, handed out during a pass and all taken back at its end.
 
     Activations stay until then, since the backward pass reads them. A gradient's buffer can be taken back earlier.
+    A pass of fewer images uses the first part of each buffer. So the two images of a proof do not cost the attack
+    its buffers.
     """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
-        self._batches: tuple[int, ...] = ()  # of the last two kinds of passes
+        self._most = 0  # images of a pass
         # Of gradients, by the address of their storage.
         self._gradients: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._is_backward = False
 
     def take(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
         """A buffer with arbitrary contents."""
-        key = tuple(shape)
+        key = tuple(shape[1:])
         free = self._free[key]
-        buffer = free.pop() if free else self._new(key)
+        while free and free[-1].shape[0] < shape[0]:
+            free.pop()
+        buffer = free.pop() if free else self._new(shape)
         if self._is_backward:
             self._gradients[_address(buffer)] = key, buffer
         else:
             self._taken.append((key, buffer))
-        return buffer
+        return buffer if buffer.shape[0] == shape[0] else buffer[: shape[0]]
 
     def begin_backward(self) -> None:
         """What is taken from now on holds gradients."""
@@ -52,18 +56,20 @@ class Memory:
             self._free[key].append(buffer)
 
     def reset(self, batch: int) -> None:
-        """Take every buffer back; keep those of this batch size and of the one before, such as the proof's."""
+        """Take every buffer back; drop them if they are for fewer images."""
         for key, buffer in (*self._taken, *self._gradients.values()):
             self._free[key].append(buffer)
         self._taken.clear()
         self._gradients.clear()
         self._is_backward = False
-        self._batches = (batch, *[other for other in self._batches if other != batch][:1])
-        for key in [key for key in self._free if key[0] not in self._batches]:
-            del self._free[key]
+        if batch > self._most:
+            self._free.clear()
+            self._most = batch
 
-    def _new(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last, device="cpu")
+    def _new(self, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return torch.empty(
+            tuple(shape), dtype=self.dtype, memory_format=torch.channels_last, device="cpu"
+        )
 
 
 def _address(tensor: Tensor) -> int:

@@ -115,17 +115,15 @@ def dense_steps(
     for chain in chains.values():
         if len(chain) < 2:
             continue
-        block, before = Block(), 0
+        block, taken = Block(), 0
         for node, joined in chain:
             (norm,) = node.users
             relu = relu_behind(norm)
             part = parts[norm]
             assert isinstance(part, CopiedScaleShift)
-            steps.append(
-                DenseNormStep(relu or norm, block, part, joined[before:], relu is not None)
-            )
+            steps.append(DenseNormStep(relu or norm, block, part, joined[taken:], relu is not None))
             covered.update({node, norm, relu or norm})
-            before = len(joined)
+            taken = len(joined)
     return steps
 
 

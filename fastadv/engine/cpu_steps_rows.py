@@ -15,7 +15,6 @@ from fastadv.engine.cpu_steps import Pass, PlainStep, ProgramStep, laid_out_like
 from fastadv.engine.layers import CopiedLinear
 
 _OPS = torch.ops.fastadv
-_ONEDNN = torch.ops.mkldnn
 
 
 def is_narrow(value: object) -> bool:
@@ -188,14 +187,14 @@ class RowsLinearStep(ProgramStep):
             weight = weight * wide[:, None]
             bias = None if bias is None else bias * wide
         narrow = weight.bfloat16()
-        reorder = _ONEDNN._reorder_linear_weight
+        reorder = torch.ops.mkldnn._reorder_linear_weight
         self._weights = reorder(narrow.contiguous()), reorder(narrow.t().contiguous())
         self._bias = None if bias is None else bias.bfloat16()
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     rows = x.to(torch.bfloat16).contiguous()
-    product: Tensor = _ONEDNN._linear_pointwise(rows, packed, bias, "none", [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
     return product
 
 

@@ -248,7 +248,7 @@ def test_memory_is_reused_and_results_repeat() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     smaller = program_gradient(program, x[:3], y[:3])
     assert torch.equal(smaller[1], first[1][:3])
-    assert all(key[0] == 3 for key, _ in program._memory._taken)
+    assert {b.data_ptr() for _, b in program._memory._taken} <= buffers  # their first parts
 
 
 def test_weights_follow_the_live_model() -> None:
