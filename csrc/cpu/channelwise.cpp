@@ -57,11 +57,15 @@ FASTADV_INLINE void spread_rows(T* out, const float* share, const T* add, const 
   }
 }
 
+void check_dtype(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name,
+                    " must be bfloat16 or float32, got ", t.scalar_type());
+}
+
 void check_images(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() == 4 && t.is_contiguous(at::MemoryFormat::ChannelsLast), name,
                     " must be channels-last [B, C, H, W], got ", t.sizes());
-  TORCH_CHECK_VALUE(t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kFloat, name,
-                    " must be bfloat16 or float32, got ", t.scalar_type());
+  check_dtype(t, name);
 }
 
 const char* name_of(at::ScalarType dtype) { return dtype == at::kFloat ? "float32" : "bfloat16"; }
@@ -124,7 +128,8 @@ void channel_affine_(at::Tensor out, const at::Tensor& x, const at::Tensor& scal
 
 void merge_gradients_(at::Tensor out, const at::Tensor& x, const OptionalTensor& add,
                       const OptionalTensor& mask) {
-  check_images(x, "x");
+  check_dtype(x, "x");  // of any shape, without gaps
+  check_like(x, "x", x);
   check_like(out, "out", x);
   if (add) check_like(*add, "add", x);
   if (mask) check_like(*mask, "mask", x);

@@ -109,7 +109,7 @@ void rows_norm_backward_(at::Tensor out, const at::Tensor& gradient, const at::T
   const int64_t count = x.numel() / norm.channels;
   check_statistics(statistics, count);
   const float* kept = statistics.const_data_ptr<float>();
-  const uint16_t* more = conv::bits(add);
+  const uint16_t* more = conv::stored<uint16_t>(add);
   at::parallel_for(0, count, row_grain(norm.channels),
                    [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin,
                                                                            int64_t end) {
@@ -239,7 +239,7 @@ void attention_weights_(at::Tensor scores, const OptionalTensor& mask, double sc
                       "mask must be contiguous bfloat16 [heads or a divisor, M, N], got ",
                       mask->scalar_type(), " of shape ", mask->sizes());
   }
-  const uint16_t* more = conv::bits(mask);
+  const uint16_t* more = conv::stored<uint16_t>(mask);
   const int64_t mask_rows = mask ? mask->size(0) * mask->size(1) : 1;
   at::parallel_for(0, scores.numel() / n, row_grain(n),
                    [&, to = bits(scores)](int64_t begin, int64_t end) {

@@ -91,6 +91,7 @@ class Pass:
         before, mask = self._gradients.get(node), self._mask(node)
         total = emit(before)
         self._gradients[node] = _merged(self.memory, total, None, mask)
+        self._give_back(before)
 
     def arrive_tensor(self, node: fx.Node, gradient: Tensor) -> None:
         """Add a contribution that exists already; it is not written to."""

@@ -148,6 +148,8 @@ class RowsLinearStep(ProgramStep):
         scale: a constant by which each result is multiplied afterwards, or None.
     """
 
+    is_known_to_win = True
+
     def __init__(
         self, node: fx.Node, part: CopiedLinear, x: fx.Node, scale: fx.Node | None = None
     ) -> None:
@@ -201,11 +203,13 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 class SumStep(PlainStep):
     """``x + y`` of two maps or rows of one shape, in one pass. The sum is in bfloat16 if one of them is."""
 
+    is_known_to_win = True
+
     def forward(self, run: Pass) -> None:
         """One pass."""
         x, y = (run.values[source] for source in self.inputs)
         fit = is_rounded(x) and is_rounded(y) and (is_narrow(x) or is_narrow(y))
-        if not (fit and x.shape == y.shape and is_dense(x)):
+        if not (fit and x.dim() > 1 and x.shape == y.shape and is_dense(x)):
             super().forward(run)
             return
         x = x.to(torch.bfloat16)
@@ -230,6 +234,8 @@ class PermuteStep(PlainStep):
         inverse: the order of the result's axes that gives the input's.
     """
 
+    is_known_to_win = True
+
     def __init__(
         self, node: fx.Node, copy: AttackCopy, x: fx.Node, inverse: tuple[int, ...]
     ) -> None:
@@ -252,6 +258,8 @@ class ReshapeStep(PlainStep):
         x: the input, the first argument; others are numbers.
     """
 
+    is_known_to_win = True
+
     def __init__(self, node: fx.Node, copy: AttackCopy, x: fx.Node) -> None:
         super().__init__(node, copy)
         self._x = x
@@ -272,6 +280,8 @@ class ReshapeStep(PlainStep):
 
 class AliasStep(ProgramStep):
     """What another step has computed already."""
+
+    is_known_to_win = True
 
     def __init__(self, node: fx.Node, source: fx.Node) -> None:
         super().__init__(node, [source])

@@ -77,7 +77,7 @@ def _recorded(model: nn.Module, images: Tensor) -> tuple[Recording, Tensor]:
     """
     results: list[Tensor] = []
     with _watched(model, results):
-        recording = record(model, images, careful=False, gradients=False)
+        recording = record(model, images, careful=False)  # which keeps all results
     if len(results) != 1:
         raise Unrecordable(f"its forward calls forward_features {len(results)} times")
     return recording, results[0]

@@ -303,6 +303,7 @@ def test_each_convolution_has_its_kernel(monkeypatch) -> None:
         "grouped": [OneDNNKernel, nothing],
         "two strides": [OneDNNKernel, nothing],
         "patches": [PatchKernel, PatchGradientKernel],
+        "more channels": [TileKernel, TileKernel],
         "many channels": [TileKernel, TileKernel],
         "many, strided": [TileKernel, TileKernel],
         "many, pointwise": [TileKernel, TileKernel],

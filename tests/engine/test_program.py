@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from attack_helpers import copy_of, refresh
 from torch import Tensor, nn
 
-from fastadv.engine import buffer_pool
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine import packed_convolution as packed
 from fastadv.engine.buffer_pool import Memory
@@ -138,13 +137,13 @@ def test_memory_of_gradients_that_is_given_back_is_not_read(variant: str, monkey
 
 
 def test_a_deep_network_needs_the_gradients_of_two_layers_at_a_time(monkeypatch) -> None:
-    made, new = [], buffer_pool._new_buffer
+    made, new = [], Memory._new
 
-    def counted(shape: tuple[int, ...]) -> Tensor:
-        made.append(new(shape))
+    def counted(memory: Memory, shape: tuple[int, ...]) -> Tensor:
+        made.append(new(memory, shape))
         return made[-1]
 
-    monkeypatch.setattr(buffer_pool, "_new_buffer", counted)
+    monkeypatch.setattr(Memory, "_new", counted)
     layers = [nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.ReLU()) for _ in range(6)]
     model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), *layers, nn.Flatten(), nn.Linear(1024, 5))
     x = torch.rand(2, 3, 4, 4)
