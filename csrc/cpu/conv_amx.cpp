@@ -9,8 +9,10 @@
 
 #include "cpu/conv_inner.h"
 
-#define FASTADV_AMX \
-  __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,prfchw")))
+#define FASTADV_AMX                                                             \
+  __attribute__((                                                               \
+      target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16," \
+             "prfchw")))
 #define FASTADV_AMX_INLINE inline FASTADV_AMX __attribute__((always_inline))
 
 namespace fastadv::conv_amx {
@@ -35,7 +37,7 @@ constinit const Configuration kConfiguration;
 struct Finish {
   alignas(64) float sums[2 * kRows * kBlock];
   alignas(64) float bias[kBlock];
-  float floor;  // 0 where negative results become 0
+  float floor;    // 0 where negative results become 0
   uint16_t* out;  // like the others, at the group's first result and the block's first channel
   const uint16_t *add, *mask;
   const Row *row, *end;
@@ -60,8 +62,8 @@ FASTADV_AMX_INLINE void finish_rows(Finish& f, int64_t count) {
     const int64_t at = f.row->result;
     const float* sums = f.sums + f.row->sums;
     __m512 low = _mm512_add_ps(_mm512_load_ps(sums), _mm512_load_ps(f.bias));
-    __m512 high = _mm512_add_ps(_mm512_load_ps(sums + conv::kVector),
-                                _mm512_load_ps(f.bias + conv::kVector));
+    __m512 high =
+        _mm512_add_ps(_mm512_load_ps(sums + conv::kVector), _mm512_load_ps(f.bias + conv::kVector));
     if constexpr (has_add) {
       low = _mm512_add_ps(low, widen(f.add + at));
       high = _mm512_add_ps(high, widen(f.add + at + conv::kVector));
@@ -162,13 +164,10 @@ struct Forms {
 };
 
 template <bool has_add, bool has_mask>
-constexpr Forms kForms{{{multiply<has_add, has_mask, false, false>,
-                         multiply<has_add, has_mask, false, true>},
-                        {multiply<has_add, has_mask, true, false>,
-                         multiply<has_add, has_mask, true, true>}},
-                       [](Finish& f, int64_t count) FASTADV_AMX {
-                         finish_rows<has_add, has_mask>(f, count);
-                       }};
+constexpr Forms kForms{
+    {{multiply<has_add, has_mask, false, false>, multiply<has_add, has_mask, false, true>},
+     {multiply<has_add, has_mask, true, false>, multiply<has_add, has_mask, true, true>}},
+    [](Finish& f, int64_t count) FASTADV_AMX { finish_rows<has_add, has_mask>(f, count); }};
 
 const Forms& forms_for(const conv::Epilogue& epilogue) {
   if (epilogue.add) return epilogue.mask ? kForms<true, true> : kForms<true, false>;

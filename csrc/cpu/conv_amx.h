@@ -69,12 +69,12 @@ struct Plan {
 
   Shape shape;
   Layout layout;
-  bool direct;      // the inputs are read where they lie
-  int64_t results;  // elements of all results
-  int64_t pixel;    // elements from an image's place to that of the next image
-  int64_t left;     // columns of zeros before a row
-  int64_t columns;  // of a row with its zeros, for every remainder modulo the step
-  int64_t after;    // columns of zeros after the last row
+  bool direct;                  // the inputs are read where they lie
+  int64_t results;              // elements of all results
+  int64_t pixel;                // elements from an image's place to that of the next image
+  int64_t left;                 // columns of zeros before a row
+  int64_t columns;              // of a row with its zeros, for every remainder modulo the step
+  int64_t after;                // columns of zeros after the last row
   int64_t first_tap, tap_rows;  // the lowest row of a tap, and the rows of taps from there on
   int64_t rows;                 // of results of a strip, at most
   int64_t group_elements;       // of the inputs of a group and strip

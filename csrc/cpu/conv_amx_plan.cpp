@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kInputBytes = 1100 << 10;   // of a part: half of the second-level cache
 constexpr int64_t kFilterBytes = 1280 << 10;  // that the rest of it holds
-constexpr int64_t kDirectRows = 16;  // of 32 places: a strip of inputs read where they lie
+constexpr int64_t kDirectRows = 16;           // of 32 places: a strip of inputs read where they lie
 
 int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
@@ -103,8 +103,8 @@ double cost(const Shape& shape, const Layout& layout) {
   const std::vector<int64_t> tall = sizes(rows), wide = sizes(columns);
   // Two neighbours in a row read less than two in different rows.
   const int64_t across = std::max(2 * kRows / images, int64_t(1)) + span;
-  const int64_t lines = columns.of.size() > 1 ? tap_rows * across * images
-                                              : (tap_rows + 1) * (kRows + span * images);
+  const int64_t lines =
+      columns.of.size() > 1 ? tap_rows * across * images : (tap_rows + 1) * (kRows + span * images);
   double total = 0;
   for (size_t a = 0; a < tall.size(); ++a) {
     for (size_t b = 0; b < wide.size(); ++b) {

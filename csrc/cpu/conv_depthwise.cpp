@@ -22,10 +22,10 @@ void check_two(at::IntArrayRef numbers, const char* name, int64_t least) {
 Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
                at::IntArrayRef first_tap, at::IntArrayRef taps, at::IntArrayRef steps,
                at::IntArrayRef origin) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0) &&
-                        x.size(1) == out.size(1),
-                    "x and out must have axes [B, C, H, W] and one B and C, got ", x.sizes(),
-                    " and ", out.sizes());
+  TORCH_CHECK_VALUE(
+      x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0) && x.size(1) == out.size(1),
+      "x and out must have axes [B, C, H, W] and one B and C, got ", x.sizes(), " and ",
+      out.sizes());
   check_two(first_tap, "first_tap", std::numeric_limits<int32_t>::min());
   check_two(taps, "taps", 1);
   check_two(steps, "steps", 1);
@@ -37,13 +37,13 @@ Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& pac
                     " and ", steps);
   conv::check_dense(x, "x", x.sizes());
   conv::check_dense(out, "out", out.sizes());
-  const Shape shape{x.size(0),    x.size(1), x.size(2),    x.size(3),    out.size(2),
-                    out.size(3),  steps[0],  steps[1],     origin[0],    origin[1],
-                    first_tap[0], first_tap[1], taps[0], taps[1]};
+  const Shape shape{x.size(0),    x.size(1),    x.size(2), x.size(3), out.size(2),
+                    out.size(3),  steps[0],     steps[1],  origin[0], origin[1],
+                    first_tap[0], first_tap[1], taps[0],   taps[1]};
   const int64_t elements = shape.blocks() * kBlock * taps[0] * taps[1];
-  TORCH_CHECK_VALUE(packed.scalar_type() == at::kFloat && packed.is_contiguous() &&
-                        packed.numel() == elements,
-                    "packed must be float32 with ", elements, " elements, got ", packed.numel());
+  TORCH_CHECK_VALUE(
+      packed.scalar_type() == at::kFloat && packed.is_contiguous() && packed.numel() == elements,
+      "packed must be float32 with ", elements, " elements, got ", packed.numel());
   return shape;
 }
 
@@ -68,7 +68,8 @@ void conv_depthwise_(at::Tensor out, const at::Tensor& x, const at::Tensor& pack
     epilogue.bias = blocks.data();
   }
   const int64_t height = shape.grid_height();
-  const int64_t work = std::max<int64_t>(1, shape.grid_width() * shape.channels * taps[0] * taps[1]);
+  const int64_t work =
+      std::max<int64_t>(1, shape.grid_width() * shape.channels * taps[0] * taps[1]);
   auto* to = static_cast<uint16_t*>(out.data_ptr());
   const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
   const float* filters = packed.const_data_ptr<float>();

@@ -30,8 +30,8 @@ struct Shape {
 bool serves(int64_t tap_columns, int64_t in_step);
 
 // Computes one row of the grid of one image. Filters are packed as [blocks of 32
-// channels][tap_rows][tap_columns][2][16], the even channels of a block before the odd ones, and the
-// epilogue's bias as [blocks][2][16].
+// channels][tap_rows][tap_columns][2][16], the even channels of a block before the odd ones, and
+// the epilogue's bias as [blocks][2][16].
 void convolve(uint16_t* out, const uint16_t* x, const float* packed, const Shape& shape,
               const conv::Epilogue& epilogue, int64_t image, int64_t row);
 

@@ -82,8 +82,7 @@ FASTADV_AVX512 void run(const Row& row, const Shape& shape, const conv::Epilogue
   for (int p = 0; p < places; ++p) sum[p] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   const int64_t first = j * step + shape.first_column;
   for (int64_t r = row.tap_begin; r < row.tap_end; ++r) {
-    const uint16_t* from =
-        row.x + ((row.first_in + r) * shape.in_width + first) * shape.channels;
+    const uint16_t* from = row.x + ((row.first_in + r) * shape.in_width + first) * shape.channels;
     const float* filters = row.filters + r * taps * kBlock;
     Pair filter[taps];
 #pragma GCC unroll 8

@@ -36,10 +36,10 @@ void activation_(at::Tensor out, const at::Tensor& x, int64_t kind) {
   check_narrow(x, "x", x);
   check_narrow(out, "out", x);
   const Activation f = activation(kind);
-  at::parallel_for(0, x.numel(), kGrain, [&, to = bits(out), from = bits(x)](int64_t begin,
-                                                                             int64_t end) {
-    rows::activate(to + begin, from + begin, end - begin, f);
-  });
+  at::parallel_for(0, x.numel(), kGrain,
+                   [&, to = bits(out), from = bits(x)](int64_t begin, int64_t end) {
+                     rows::activate(to + begin, from + begin, end - begin, f);
+                   });
 }
 
 void activation_backward_(at::Tensor out, const at::Tensor& gradient, const at::Tensor& x,
@@ -110,13 +110,13 @@ void rows_norm_backward_(at::Tensor out, const at::Tensor& gradient, const at::T
   check_statistics(statistics, count);
   const float* kept = statistics.const_data_ptr<float>();
   const uint16_t* more = conv::stored<uint16_t>(add);
-  at::parallel_for(0, count, row_grain(norm.channels),
-                   [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin,
-                                                                           int64_t end) {
-                     const int64_t at = begin * norm.channels;
-                     rows::layer_norm_backward(to + at, g + at, from + at, kept + 2 * begin,
-                                               more ? more + at : nullptr, norm, end - begin);
-                   });
+  at::parallel_for(
+      0, count, row_grain(norm.channels),
+      [&, to = bits(out), g = bits(gradient), from = bits(x)](int64_t begin, int64_t end) {
+        const int64_t at = begin * norm.channels;
+        rows::layer_norm_backward(to + at, g + at, from + at, kept + 2 * begin,
+                                  more ? more + at : nullptr, norm, end - begin);
+      });
 }
 
 // Calls f(image) for the images of a channels-last map with gates [B, C].
@@ -147,28 +147,28 @@ void channel_gate_backward_(at::Tensor out, at::Tensor sums, const at::Tensor& g
                             const at::Tensor& x, const at::Tensor& gate) {
   conv::check_dense(out, "out", x.sizes());
   conv::check_dense(gradient, "gradient", x.sizes());
-  TORCH_CHECK_VALUE(sums.scalar_type() == at::kFloat && sums.is_contiguous() &&
-                        sums.sizes() == gate.sizes(),
-                    "sums must be contiguous float32 of shape ", gate.sizes(), ", got ",
-                    sums.sizes());
+  TORCH_CHECK_VALUE(
+      sums.scalar_type() == at::kFloat && sums.is_contiguous() && sums.sizes() == gate.sizes(),
+      "sums must be contiguous float32 of shape ", gate.sizes(), ", got ", sums.sizes());
   const int64_t pixels = x.size(2) * x.size(3), channels = x.size(1);
   float* into = sums.data_ptr<float>();
-  for_gates(x, gate,
-            [&, to = bits(out), by = bits(gradient), from = bits(x), g = bits(gate)](int64_t image) {
-              const int64_t at = image * pixels * channels;
-              rows::gate_backward(to + at, into + image * channels, by + at, from + at,
-                                  g + image * channels, pixels, channels);
-            });
+  for_gates(
+      x, gate,
+      [&, to = bits(out), by = bits(gradient), from = bits(x), g = bits(gate)](int64_t image) {
+        const int64_t at = image * pixels * channels;
+        rows::gate_backward(to + at, into + image * channels, by + at, from + at,
+                            g + image * channels, pixels, channels);
+      });
 }
 
 // Checks the first channels of a channels-last map, and one with these channels alone; returns how
 // far apart the rows of the former lie.
 int64_t row_stride(const at::Tensor& part, const char* name, const at::Tensor& whole) {
   check_processor();
-  TORCH_CHECK_VALUE(part.dim() == 4 && part.scalar_type() == at::kBFloat16 &&
-                        part.sizes() == whole.sizes(),
-                    name, " must be bfloat16 of shape ", whole.sizes(), ", got ",
-                    part.scalar_type(), " of shape ", part.sizes());
+  TORCH_CHECK_VALUE(
+      part.dim() == 4 && part.scalar_type() == at::kBFloat16 && part.sizes() == whole.sizes(), name,
+      " must be bfloat16 of shape ", whole.sizes(), ", got ", part.scalar_type(), " of shape ",
+      part.sizes());
   const int64_t pixels = part.size(2) * part.size(3);
   const int64_t stride = part.size(3) > 1   ? part.stride(3)
                          : part.size(2) > 1 ? part.stride(2)
@@ -212,8 +212,7 @@ void strided_scale_(at::Tensor total, const at::Tensor& gradient, const at::Tens
   at::parallel_for(0, total.numel() / channels, row_grain(channels),
                    [&, to = bits(total), from = bits(gradient)](int64_t begin, int64_t end) {
                      rows::strided_scale(to + begin * stride, stride, from + begin * channels,
-                                         scale.const_data_ptr<float>(), add, end - begin,
-                                         channels);
+                                         scale.const_data_ptr<float>(), add, end - begin, channels);
                    });
 }
 

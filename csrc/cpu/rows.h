@@ -40,8 +40,7 @@ void layer_norm_backward(uint16_t* out, const uint16_t* gradient, const uint16_t
                          int64_t count);
 
 // out = x * gate, for one image of `pixels` rows; `gate` [channels].
-void gate(uint16_t* out, const uint16_t* x, const uint16_t* gate, int64_t pixels,
-          int64_t channels);
+void gate(uint16_t* out, const uint16_t* x, const uint16_t* gate, int64_t pixels, int64_t channels);
 
 // out = gradient * gate, and sums[c] = the sum over pixels of gradient * x.
 void gate_backward(uint16_t* out, float* sums, const uint16_t* gradient, const uint16_t* x,

@@ -1,4 +1,5 @@
-// The inner loops of csrc/cpu/rows.h, apart from torch's headers as those of conv3x3_avx512.cpp are.
+// The inner loops of csrc/cpu/rows.h, apart from torch's headers as those of conv3x3_avx512.cpp
+// are.
 #include "cpu/rows.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -62,12 +63,12 @@ FASTADV_AVX512_INLINE __m512 odd_about_half(const float (&coefficients)[count], 
 
 // The normal distribution's Phi, and Phi(x) + x Phi'(x), the slope of GELU. Fitted to have the
 // smallest largest errors, 7e-6 and 8e-5.
-constexpr float kNormal[] = {0.156906039f,   -0.0771858841f, 0.054637488f,    -0.0402369834f,
-                             0.0288576595f,  -0.0184839498f, 0.00965320878f,  -0.0060702255f,
+constexpr float kNormal[] = {0.156906039f,   -0.0771858841f, 0.054637488f,   -0.0402369834f,
+                             0.0288576595f,  -0.0184839498f, 0.00965320878f, -0.0060702255f,
                              0.00496271253f, -0.00193051912f};
-constexpr float kGeluSlope[] = {0.159431547f,   -0.0900131986f, 0.0869873911f, -0.0939220116f,
-                                0.0978996083f,  -0.0938373581f, 0.0697615072f, -0.0362113416f,
-                                0.0284604896f,  -0.0293628797f, 0.0119351754f};
+constexpr float kGeluSlope[] = {0.159431547f,  -0.0900131986f, 0.0869873911f, -0.0939220116f,
+                                0.0978996083f, -0.0938373581f, 0.0697615072f, -0.0362113416f,
+                                0.0284604896f, -0.0293628797f, 0.0119351754f};
 
 constexpr float kTanhScale = 2 * 0.7978845608f;  // 2 sqrt(2 / pi)
 constexpr float kTanhCube = 0.044715f;
@@ -114,8 +115,8 @@ FASTADV_AVX512_INLINE __m512 slope_of(__m512 x) {
     const __m512 square = _mm512_mul_ps(x, x);
     const __m512 cube = _mm512_fmadd_ps(square, constant(kTanhCube), one);
     const __m512 s = sigmoid(_mm512_mul_ps(_mm512_mul_ps(x, constant(kTanhScale)), cube));
-    const __m512 steep = _mm512_mul_ps(
-        constant(kTanhScale), _mm512_fmadd_ps(square, constant(3 * kTanhCube), one));
+    const __m512 steep =
+        _mm512_mul_ps(constant(kTanhScale), _mm512_fmadd_ps(square, constant(3 * kTanhCube), one));
     const __m512 rise = _mm512_mul_ps(_mm512_mul_ps(s, _mm512_sub_ps(one, s)), steep);
     return _mm512_fmadd_ps(x, rise, s);
   } else if constexpr (kind == Activation::kSilu) {
@@ -123,10 +124,9 @@ FASTADV_AVX512_INLINE __m512 slope_of(__m512 x) {
     return _mm512_mul_ps(s, _mm512_fmadd_ps(x, _mm512_sub_ps(one, s), one));
   } else if constexpr (kind == Activation::kHardswish) {
     const __m512 middle = _mm512_fmadd_ps(x, constant(1.0f / 3), constant(0.5f));
-    const __m512 outer = _mm512_maskz_mov_ps(
-        _mm512_cmp_ps_mask(x, constant(3.0f), _CMP_GE_OQ), one);
-    const __mmask16 inner =
-        between(x, -3.0f, 3.0f);
+    const __m512 outer =
+        _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, constant(3.0f), _CMP_GE_OQ), one);
+    const __mmask16 inner = between(x, -3.0f, 3.0f);
     return _mm512_mask_mov_ps(outer, inner, middle);
   } else if constexpr (kind == Activation::kHardsigmoid) {
     return _mm512_maskz_mov_ps(between(x, -3.0f, 3.0f), constant(1.0f / 6));
@@ -139,8 +139,7 @@ FASTADV_AVX512_INLINE __m512 slope_of(__m512 x) {
 }
 
 template <Activation kind>
-FASTADV_AVX512 void forward_run(uint16_t* out, const uint16_t*, const uint16_t* x,
-                                int64_t count) {
+FASTADV_AVX512 void forward_run(uint16_t* out, const uint16_t*, const uint16_t* x, int64_t count) {
   int64_t i = 0;
   for (; i + kVector <= count; i += kVector) {
     conv::store_bf16(out + i, value_of<kind>(load_bf16(x + i)));
@@ -165,7 +164,7 @@ FASTADV_AVX512 void backward_run(uint16_t* out, const uint16_t* gradient, const 
 
 using Run = void (*)(uint16_t*, const uint16_t*, const uint16_t*, int64_t);
 
-#define FASTADV_ALL_KINDS(run)                                                          \
+#define FASTADV_ALL_KINDS(run)                                                            \
   {run<Activation::kGelu>,      run<Activation::kGeluTanh>,    run<Activation::kSilu>,    \
    run<Activation::kHardswish>, run<Activation::kHardsigmoid>, run<Activation::kSigmoid>, \
    run<Activation::kRelu6>}
@@ -183,8 +182,8 @@ FASTADV_AVX512_INLINE __m512 parameter(const float* values, int64_t c, __mmask16
   return values ? _mm512_maskz_loadu_ps(live, values + c) : constant(otherwise);
 }
 
-FASTADV_AVX512 void norm_rows(uint16_t* out, float* statistics, const uint16_t* x,
-                              const Norm& norm, int64_t count) {
+FASTADV_AVX512 void norm_rows(uint16_t* out, float* statistics, const uint16_t* x, const Norm& norm,
+                              int64_t count) {
   const int64_t channels = norm.channels;
   for (int64_t row = 0; row < count; ++row, x += channels, out += channels) {
     __m512 total[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
@@ -230,8 +229,8 @@ FASTADV_AVX512 void norm_rows_backward(uint16_t* out, const uint16_t* gradient, 
     __m512 total = _mm512_setzero_ps(), along = _mm512_setzero_ps();
     for (int64_t c = 0; c < channels; c += kVector) {
       const __mmask16 live = lanes(channels - c);
-      const __m512 g = _mm512_mul_ps(load_bf16(gradient + at + c, live),
-                                     parameter(norm.weight, c, live, 1.0f));
+      const __m512 g =
+          _mm512_mul_ps(load_bf16(gradient + at + c, live), parameter(norm.weight, c, live, 1.0f));
       total = _mm512_add_ps(total, g);
       along = _mm512_fmadd_ps(g, _mm512_sub_ps(load_bf16(x + at + c, live), mean), along);
     }
@@ -242,11 +241,10 @@ FASTADV_AVX512 void norm_rows_backward(uint16_t* out, const uint16_t* gradient, 
     const __m512 slope = constant(_mm512_reduce_add_ps(along) * inverse * s * s);
     for (int64_t c = 0; c < channels; c += kVector) {
       const __mmask16 live = lanes(channels - c);
-      const __m512 g = _mm512_mul_ps(load_bf16(gradient + at + c, live),
-                                     parameter(norm.weight, c, live, 1.0f));
+      const __m512 g =
+          _mm512_mul_ps(load_bf16(gradient + at + c, live), parameter(norm.weight, c, live, 1.0f));
       const __m512 off = _mm512_sub_ps(load_bf16(x + at + c, live), mean);
-      __m512 value = _mm512_mul_ps(
-          scale, _mm512_fnmadd_ps(off, slope, _mm512_sub_ps(g, shift)));
+      __m512 value = _mm512_mul_ps(scale, _mm512_fnmadd_ps(off, slope, _mm512_sub_ps(g, shift)));
       if (add) value = _mm512_add_ps(value, load_bf16(add + at + c, live));
       put(out + at + c, value, live);
     }
@@ -273,8 +271,7 @@ FASTADV_AVX512 void gate_rows_backward(uint16_t* out, float* sums, const uint16_
       const __mmask16 live = lanes(channels - c);
       const __m512 g = load_bf16(gradient + at + c, live);
       const __m512 sum = _mm512_maskz_loadu_ps(live, sums + c);
-      _mm512_mask_storeu_ps(sums + c, live,
-                            _mm512_fmadd_ps(g, load_bf16(x + at + c, live), sum));
+      _mm512_mask_storeu_ps(sums + c, live, _mm512_fmadd_ps(g, load_bf16(x + at + c, live), sum));
       put(out + at + c, _mm512_mul_ps(g, load_bf16(gate + c, live)), live);
     }
   }
@@ -310,8 +307,8 @@ FASTADV_AVX512 void softmax_rows(uint16_t* scores, const uint16_t* mask, int64_t
   }
 }
 
-FASTADV_AVX512 void softmax_rows_backward(uint16_t* gradient, const uint16_t* weights,
-                                          float scale, int64_t count, int64_t n) {
+FASTADV_AVX512 void softmax_rows_backward(uint16_t* gradient, const uint16_t* weights, float scale,
+                                          int64_t count, int64_t n) {
   for (int64_t r = 0; r < count; ++r, gradient += n, weights += n) {
     __m512 along = _mm512_setzero_ps();
     for (int64_t c = 0; c < n; c += kVector) {
@@ -335,9 +332,9 @@ FASTADV_AVX512 void affine_rows(uint16_t* out, const uint16_t* x, int64_t stride
   for (int64_t row = 0; row < count; ++row, x += stride, out += channels) {
     for (int64_t c = 0; c < channels; c += kVector) {
       const __mmask16 live = lanes(channels - c);
-      const __m512 value = _mm512_fmadd_ps(load_bf16(x + c, live),
-                                           _mm512_maskz_loadu_ps(live, scale + c),
-                                           _mm512_maskz_loadu_ps(live, shift + c));
+      const __m512 value =
+          _mm512_fmadd_ps(load_bf16(x + c, live), _mm512_maskz_loadu_ps(live, scale + c),
+                          _mm512_maskz_loadu_ps(live, shift + c));
       put(out + c, _mm512_max_ps(least, value), live);
     }
   }
@@ -418,8 +415,8 @@ namespace fastadv::rows {
 void activate(uint16_t*, const uint16_t*, int64_t, Activation) {}
 void activate_backward(uint16_t*, const uint16_t*, const uint16_t*, int64_t, Activation) {}
 void layer_norm(uint16_t*, float*, const uint16_t*, const Norm&, int64_t) {}
-void layer_norm_backward(uint16_t*, const uint16_t*, const uint16_t*, const float*,
-                         const uint16_t*, const Norm&, int64_t) {}
+void layer_norm_backward(uint16_t*, const uint16_t*, const uint16_t*, const float*, const uint16_t*,
+                         const Norm&, int64_t) {}
 void gate(uint16_t*, const uint16_t*, const uint16_t*, int64_t, int64_t) {}
 void gate_backward(uint16_t*, float*, const uint16_t*, const uint16_t*, const uint16_t*, int64_t,
                    int64_t) {}

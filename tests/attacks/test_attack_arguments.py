@@ -64,7 +64,11 @@ SETTINGS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"loss": None}, TypeError, ["loss must be a name or a callable", "None"]),
     ({"loss": "kl", "targeted": True}, ValueError, ["'kl'", "targeted must be False"]),
     ({"loss": "kl", "random_start": False}, ValueError, ["random_start must be True", "'kl'"]),
-    ({"engine": "fast"}, ValueError, ["engine must be one of auto, fixed, eager, compiled", "'fast'"]),
+    (
+        {"engine": "fast"},
+        ValueError,
+        ["engine must be one of auto, fixed, eager, compiled", "'fast'"],
+    ),
     ({"sparsity": 1.0}, ValueError, ["sparsity must be in [0, 1)", "1.0"]),
     ({"sparsity": -0.1}, ValueError, ["sparsity must be in [0, 1)", "-0.1"]),
     ({"sparsity": "most"}, TypeError, ["sparsity must be a number", "'most'"]),
