@@ -15,8 +15,14 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.engine import choice
 from fastadv.engine.engines import CopyEngine, Engine, InputGradient, LiveEngine, ProgramEngine
+from fastadv.engine.precision import fast_bf16
 from fastadv.evaluation import autoattack
 from fastadv.trainers import AdversarialRecipe
+
+needs_bf16 = pytest.mark.skipif(
+    not fast_bf16(torch.device("cpu")), reason="a processor with fast bfloat16"
+)
+
 
 Y = torch.arange(8) % 4
 
@@ -214,6 +220,7 @@ def refuse(*_: object, **__: object) -> None:
     raise AssertionError("something was measured")
 
 
+@needs_bf16
 def test_nothing_is_measured_of_a_fused_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "settled", refuse)
     attack = fastadv.PGD(trained_small_cnn())

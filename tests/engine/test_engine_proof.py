@@ -28,7 +28,12 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine import proof
+from fastadv.engine.precision import fast_bf16
 from fastadv.models import small_cnn
+
+needs_bf16 = pytest.mark.skipif(
+    not fast_bf16(torch.device("cpu")), reason="a processor with fast bfloat16"
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -144,6 +149,7 @@ def test_logits_of_an_image_next_to_the_boundary_are_not_held_against_the_copy()
     assert proof.difference_of_logits(other, live, "bf16") is not None
 
 
+@needs_bf16
 def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -159,6 +165,7 @@ def test_a_precision_that_parts_again_and_again_gives_way_to_a_wider_one(
     assert attack.last.precision == "fp32" and "parted from it in use" in attack.last.reason
 
 
+@needs_bf16
 def test_a_precision_whose_gradients_are_others_gives_way_to_a_wider_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -474,6 +481,7 @@ class NearlyEqualMaxima(nn.Module):
         return self.places(0.5 + self.gain * x).flatten(2).amax(2)
 
 
+@needs_bf16
 def test_the_gradient_of_two_classes_is_compared_as_well() -> None:
     """Over many classes wrong maxima average out; an attack follows few of them."""
     torch.manual_seed(0)
