@@ -190,9 +190,7 @@ class _Search:
         self._accepted = AcceptedShare()
         self._changed: int | Tensor = 0  # images, by so many points tried
         self._tried = 0
-        ids = batch.sample_ids
-        assert ids is not None
-        self._words = words_of_queries(seed, ids, -1, 1, self._proposals.first_words)
+        self._words = self._draw(-1, 1, self._proposals.first_words)
         self.best = Best()
         if batch.given_start is not None:
             self._try(batch.start(seed))
@@ -204,7 +202,8 @@ class _Search:
         number = (query - 1) % DRAWN_AT_ONCE
         if number == 0:
             count = min(DRAWN_AT_ONCE, self._settings.queries - query)
-            self._words = self._draw((query - 1) // DRAWN_AT_ONCE, count)
+            block = (query - 1) // DRAWN_AT_ONCE
+            self._words = self._draw(block, count, self._proposals.next_words)
         share = share_at(query - 1, self._settings)
         self._try(self._proposals.next(self.best.images, self._words[:, number], share))
 
@@ -244,11 +243,11 @@ class _Search:
             self._changed = self._changed + (self.best.value != before).sum()
             self._tried += len(adv)
 
-    def _draw(self, block: int, queries: int) -> Tensor:
-        """Random words for the first queries of a block, [B, queries, words] int64."""
+    def _draw(self, block: int, queries: int, words: int) -> Tensor:
+        """Random words for the first queries of a block, -1 for the first point, [B, queries, words] int64."""
         ids = self._batch.sample_ids
         assert ids is not None
-        return words_of_queries(self._seed, ids, block, queries, self._proposals.next_words)
+        return words_of_queries(self._seed, ids, block, queries, words)
 
 
 def share_at(query: int, settings: SquareSettings) -> float:

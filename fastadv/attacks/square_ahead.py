@@ -174,17 +174,20 @@ class AheadSearch:
         )
         self._words, self._first = torch.cat(list(every), dim=1), first
 
-    def _round(self) -> None:
-        """One pass: the points of the next queries of every image."""
-        ahead, images = self._ahead, len(self._queries)
-        places = [
+    def _places(self) -> list[int]:
+        """Where the words of each image's next query lie among those that were drawn."""
+        return [
             query - 1 - DRAWN_AT_ONCE * first
             for query, first in zip(self._queries, self._first, strict=True)
         ]
+
+    def _round(self) -> None:
+        """One pass: the points of the next queries of every image."""
+        ahead, images = self._ahead, len(self._queries)
+        places = self._places()
         if max(places) + ahead > self._words.shape[1]:
             self._draw()
-            self._round()
-            return
+            places = self._places()
         device = self._batch.x.device
         index = torch.tensor(places, device=device)[:, None] + torch.arange(ahead, device=device)
         words = self._words[torch.arange(images, device=device)[:, None], index].flatten(0, 1)

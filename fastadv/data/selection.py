@@ -78,10 +78,10 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _seeded_order(n: int, seed: int) -> list[int]:
+def _seeded_order(n: int, seed: int) -> tuple[int, ...]:
     """Return the indices below n in the order of their hashes, which every evaluation on a data set asks for."""
     keys = [derive_seed(seed, "choice", index) for index in range(n)]
-    return sorted(range(n), key=keys.__getitem__)
+    return tuple(sorted(range(n), key=keys.__getitem__))
 
 
 def evenly_spread(n: int, count: int) -> Tensor:

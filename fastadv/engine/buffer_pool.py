@@ -34,7 +34,7 @@ class Memory:
             free.pop()
         buffer = free.pop() if free else self._new(shape)
         if self._is_backward:
-            self._gradients[_address(buffer)] = key, buffer
+            self._gradients[storage_address(buffer)] = key, buffer
         else:
             self._taken.append((key, buffer))
         return buffer if buffer.shape[0] == shape[0] else buffer[: shape[0]]
@@ -50,8 +50,10 @@ class Memory:
             gradient: any tensor.
             others: all gradients that will be read.
         """
-        address = _address(gradient)
-        if address in self._gradients and all(_address(other) != address for other in others):
+        address = storage_address(gradient)
+        if address in self._gradients and all(
+            storage_address(other) != address for other in others
+        ):
             key, buffer = self._gradients.pop(address)
             self._free[key].append(buffer)
 
@@ -72,5 +74,6 @@ class Memory:
         )
 
 
-def _address(tensor: Tensor) -> int:
+def storage_address(tensor: Tensor) -> int:
+    """Where the memory of a tensor begins; tensors that share memory have the same."""
     return tensor.untyped_storage().data_ptr()

@@ -31,9 +31,8 @@ _OTHER_STEPS = 0.1  # of a program, up to which it is known to win
 IMAGES = 8  # on which engines are timed
 _ROUNDS = 3
 _SECONDS = 1.0  # after which there is no further round
-_SHORT = (
-    0.002  # seconds of a pass: the engines of smaller networks differ by less than they scatter
-)
+# Seconds of a pass. The engines of smaller networks differ by less than their times scatter.
+_SHORT = 0.002
 _CLEARLY = 0.97  # of the first engine's time, at most, to take its place
 _KEPT = 256  # choices
 

@@ -60,7 +60,7 @@ class AttackCopy(nn.Module):
     @property
     def is_narrow(self) -> bool:
         """Whether it computes in bfloat16."""
-        return self._autocast == torch.bfloat16
+        return self.dtype == torch.bfloat16
 
     @torch.no_grad()
     def refresh(self, recording: Recording) -> None:

@@ -113,22 +113,21 @@ def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
     }
     covered: set[fx.Node] = set()
     steps: list[ProgramStep] = []
+
+    def relu_behind(node: fx.Node) -> fx.Node | None:
+        return _only_user(node, lambda user: _is_relu(user, parts))
+
     # Our own convolution adds a residual for nothing, so it takes an addition before any other may.
     convs = [node for node in nodes if isinstance(parts.get(node), CopiedConv2d)]
     for node in sorted(convs, key=lambda n: not _is_packed(parts[n])):
         steps.append(_conv_step(node, parts, covered))
-    if copy.dtype == torch.bfloat16:
-        steps.extend(
-            rows_steps(
-                copy, nodes, parts, covered, lambda n: _only_user(n, lambda u: _is_relu(u, parts))
-            )
-        )
+    steps.extend(rows_steps(copy, nodes, parts, covered, relu_behind))
     for node in nodes:
         if node in covered:
             continue
         part = parts.get(node)
         if isinstance(part, CopiedScaleShift):
-            relu = _only_user(node, lambda user: _is_relu(user, parts))
+            relu = relu_behind(node)
             covered.update({node, relu or node})
             steps.append(ScaleShiftStep(relu or node, part, _input_of(node), relu is not None))
         elif isinstance(part, CopiedLinear) and part.small:

@@ -33,9 +33,8 @@ class Pass:
         self.values: dict[fx.Node, Any] = {}
         self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
         self.kept: dict[fx.Node, Any] = {}  # what a fused step's backward needs of its forward
-        self.blocks: dict[
-            Any, Any
-        ] = {}  # what several steps share, by an object that stands for them
+        # What several steps share, by an object that stands for them.
+        self.blocks: dict[Any, Any] = {}
         self._gradients: dict[fx.Node, Tensor] = {}
         self._items: dict[fx.Node, dict[int, Tensor]] = {}
         self._masked = masked

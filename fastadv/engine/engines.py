@@ -48,9 +48,8 @@ class Engine(ABC):
     precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
-    any_batch = (
-        True  # the passes draw no random numbers and are the same for every number of images
-    )
+    # The passes draw no random numbers, and are the same for every number of images.
+    any_batch = True
     _narrow_range = False  # computes in float16
 
     @abstractmethod

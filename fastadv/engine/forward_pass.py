@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.buffer_pool import Memory, storage_address
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import fused_steps
 from fastadv.engine.cpu_steps import Pass, ProgramStep
@@ -58,6 +58,7 @@ class ForwardPass:
             for number, step in enumerate(self._steps):
                 step.forward(run)
                 run.tapes.clear()
+                run.kept.clear()
                 memory.hold(run.values[step.node])
                 for source in dict.fromkeys(step.inputs):
                     if self._last_uses[source] == number and source not in kept:
@@ -99,16 +100,16 @@ class _RecycledMemory(Memory):
         spare = self._spare[tuple(shape)]
         buffer = spare.pop() if spare else super().take(shape)
         self._taken.clear()
-        self._handed[_address(buffer)] = buffer
+        self._handed[storage_address(buffer)] = buffer
         return buffer
 
     def hold(self, value: Any) -> None:
         """Note a value, which may lie in a buffer, or share one with other values."""
-        self._values.update(_address(part) for part in _tensors(value))
+        self._values.update(storage_address(part) for part in _tensors(value))
 
     def drop(self, value: Any) -> None:
         """Note that nobody reads a value any more."""
-        for address in [_address(part) for part in _tensors(value)]:
+        for address in [storage_address(part) for part in _tensors(value)]:
             self._values[address] -= 1
             buffer = self._handed.get(address)
             if buffer is not None and self._values[address] == 0:
@@ -119,10 +120,6 @@ class _RecycledMemory(Memory):
         """Leave the buffers that are still in use to whoever has them."""
         self._handed.clear()
         self._values.clear()
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
