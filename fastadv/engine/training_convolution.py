@@ -169,9 +169,9 @@ def _call(
 def _kernels(shape: ConvShape) -> tuple[Kernel | None, Kernel | None]:
     """Our kernels for the result and for the gradient in the input, where they are faster than oneDNN's.
 
-    Their filters are packed for every step. Tiles save more than that for every result that they can compute, and for
-    the gradients of layers with many channels. Winograd's kernel computes gradients alone: its rounding is coarse,
-    and coarse results would make all gradients so.
+    Their filters are packed for every step. Tiles save more than that for every result that they can compute, and
+    for the gradients of layers with many channels. Winograd's kernel computes gradients alone: its rounding is
+    coarse, and coarse results would make all gradients so.
     """
     if not convolution.available():
         return None, None
