@@ -18,24 +18,24 @@ from typing import Any
 import imagenet_nets
 import torch
 from arrangements import Run, Task, autocast_loop, compiled_autocast_loop, fastadv_pgd
-from measure import interleave, machine, machine_line, text_table, write_json
+from measure import Seconds, interleave, machine, machine_line, text_table, write_json
 
 CPU = torch.device("cpu")
 OURS = "fastadv"
 
 
-def least_cpu_seconds(runs: dict[str, Run], rounds: int) -> dict[str, float]:
-    """The least CPU time of this thread for each, interleaved."""
-    best = dict.fromkeys(runs, float("inf"))
+def cpu_seconds(runs: dict[str, Run], rounds: int) -> dict[str, Seconds]:
+    """The CPU time of this thread for each, interleaved."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             start = time.thread_time()
             run()
-            best[name] = min(best[name], time.thread_time() - start)
-    return best
+            times[name].append(time.thread_time() - start)
+    return {name: Seconds.of(values) for name, values in times.items()}
 
 
-def seconds_of(name: str, args: Any) -> dict[str, float]:
+def seconds_of(name: str, args: Any) -> dict[str, Seconds]:
     """Seconds of one attack by arrangement."""
     model = imagenet_nets.build(name).requires_grad_(False)
     x, y = torch.rand(args.batch, 3, 224, 224), torch.randint(0, 1000, (args.batch,))
@@ -46,9 +46,8 @@ def seconds_of(name: str, args: Any) -> dict[str, float]:
     for run in runs.values():
         run()
     if args.cpu_time:
-        return least_cpu_seconds(runs, args.rounds)
-    times = interleave(runs, args.rounds, CPU)
-    return {name: seconds.median for name, seconds in times.items()}
+        return cpu_seconds(runs, args.rounds)
+    return interleave(runs, args.rounds, CPU)
 
 
 def main() -> None:
@@ -67,16 +66,22 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     facts = machine(CPU)
     print(machine_line(facts), flush=True)
+    counted = "smallest" if args.cpu_time else "median"
     found: dict[str, dict[str, float]] = {}
+    spread: dict[str, dict[str, dict[str, float]]] = {}
     for name in args.only or imagenet_nets.NETWORKS:
         torch._dynamo.reset()
-        found[name] = seconds = seconds_of(name, args)
+        times = seconds_of(name, args)
+        spread[name] = {other: seconds.to_dict() for other, seconds in times.items()}
+        found[name] = seconds = {other: own[counted] for other, own in spread[name].items()}
         ratios = ", ".join(
             f"{other} {value / seconds[OURS]:.2f}x" for other, value in seconds.items()
         )
-        print(f"{name}: {seconds[OURS]:.3f} s; {ratios}", flush=True)
-        options = {key: str(value) for key, value in vars(args).items()}
-        content = {"machine": facts, "options": options, "seconds": found}
+        own = times[OURS]
+        extent = f"({own.smallest:.3f} to {own.largest:.3f})"
+        print(f"{name}: {seconds[OURS]:.3f} s {extent}; {ratios}", flush=True)
+        options = {key: str(value) for key, value in vars(args).items() if key != "out"}
+        content = {"machine": facts, "options": options, "seconds": found, "spread": spread}
         write_json(args.out / "imagenet_nets_speed.json", content)
     others = [key for key in next(iter(found.values())) if key != OURS]
     rows = [
