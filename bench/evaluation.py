@@ -88,17 +88,22 @@ def kept(path: Path, facts: dict[str, Any], rows: list[Found]) -> list[Found]:
     Raises:
         SystemExit: the file is of another network, of other settings or of another machine.
     """
-    if not path.exists():
-        return rows
-    old = json.loads(path.read_text())
-    for name, value in facts.items():
-        before = old[name]["cpu"] if name == "machine" else old[name]
-        if before != (value["cpu"] if name == "machine" else value):
-            raise SystemExit(f"{path} has another {name}; choose another --name: {before}")
+    earlier: list[Found] = []
+    if path.exists():
+        old = json.loads(path.read_text())
+        for name, value in facts.items():
+            before, now = (_compared(one, name) for one in (old[name], value))
+            if before != now:
+                raise SystemExit(f"{path} has another {name}; choose another --name: {before}")
+        earlier = [Found.read(row) for row in old["results"]]
     new = {(row.search, row.seed) for row in rows}
-    earlier = [Found.read(row) for row in old["results"]]
     every = [row for row in earlier if (row.search, row.seed) not in new] + rows
     return sorted(every, key=lambda row: (list(SEARCHES).index(row.search), row.seed))
+
+
+def _compared(value: Any, name: str) -> Any:
+    """The part of a fact that rows of one file must share: of a machine the processor and the versions."""
+    return {key: value[key] for key in ("cpu", "packages")} if name == "machine" else value
 
 
 def main() -> None:
@@ -118,7 +123,7 @@ def main() -> None:
         nargs="+",
         choices=SEARCHES,
         default=list(SEARCHES),
-        help="what is compared, the first with the others",
+        help="which of the searches to compare; pyautoattack, where it runs, with the others",
     )
     parser.add_argument("--norm", choices=("linf", "l2", "l1"), default="linf")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -130,6 +135,7 @@ def main() -> None:
         "--out", type=Path, help="folder; by default bench/results, not with --quick"
     )
     options = parser.parse_args()
+    searches = [search for search in SEARCHES if search in options.searches]
     ground = GROUNDS[options.data]
     data = load_dataset(ground.data, options.root)
     if options.weights is not None:
@@ -166,13 +172,13 @@ def main() -> None:
         x = (data.test.images[:count].float() / 255).to(device)
         y = data.test.labels[:count].to(device)
         # So that no search pays for what a process does once.
-        for search in options.searches:
+        for search in searches:
             engine = SEARCHES[search]
             autoattack(model, (x[:2], y[:2]), engine=engine, **{**settings, "version": ["apgd-ce"]})
         rows: list[Found] = []
         for seed in options.seeds:
             seeded = {**settings, "seed": seed}
-            rows += search_all(model, x, y, options.parts, seeded, options.searches)
+            rows += search_all(model, x, y, options.parts, seeded, searches)
             if out is not None:
                 every = kept(out / f"{name}.json", facts, rows)
                 content = {**facts, "results": [row.to_dict() for row in every]}
