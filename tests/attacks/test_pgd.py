@@ -342,11 +342,14 @@ def test_every_loss_is_raised_in_bf16_as_far_as_in_fp32(loss: str) -> None:
     }
     reached = []
     for way in ({"precision": "fp32"}, {"precision": "bf16", "engine": "compiled"}):
-        adv = fastadv.pgd_fused(model, x, y, eps=0.08, alpha=0.01, loss=loss, seed=0, **way)
-        reached.append(measure[loss](model(adv), y).item() / len(x))
+        values = []
+        for seed in range(4):  # one seed alone moves the logits' ratio by 8 %
+            adv = fastadv.pgd_fused(model, x, y, eps=0.08, alpha=0.01, loss=loss, seed=seed, **way)
+            values.append(measure[loss](model(adv), y).item() / len(x))
+        reached.append(sum(values) / len(values))
     clean = measure[loss](model(x), y).item() / len(x)
     assert reached[0] > clean + 0.3
-    assert reached[1] - clean >= 0.92 * (reached[0] - clean)  # other seeds differ as much
+    assert reached[1] - clean == pytest.approx(reached[0] - clean, rel=0.05)
 
 
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
