@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from convolution_helpers import relative
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
@@ -55,10 +56,6 @@ def run(kernel: Kernel, shape: torch.Size, x: Tensor, *epilogue: Tensor | bool |
     out = kernel.run(memory, shape, x, Epilogue(*epilogue))
     assert out.dtype == torch.float32 and out.is_contiguous(memory_format=torch.channels_last)
     return out
-
-
-def relative(found: Tensor, wanted: Tensor) -> float:
-    return ((found.double() - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
 
 
 @every_width

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import copy_of, refresh
+from program_helpers import program_gradient
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
@@ -70,15 +71,6 @@ def settle(model: nn.Module, seed: int = 0) -> nn.Module:
             module.running_mean.copy_(torch.randn(module.num_features, generator=generator) * 0.1)
             module.running_var.copy_(torch.rand(module.num_features, generator=generator) + 0.5)
     return model.eval()
-
-
-def program_gradient(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    output, run = program.forward(x)
-    logits = output.float().requires_grad_()
-    (at_logits,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)
-    gradient = program.backward(run, at_logits)
-    assert gradient is not None
-    return logits.detach(), gradient.float().clone()
 
 
 def plain_gradient(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import copy_of, refresh
+from program_helpers import program_gradient
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
@@ -125,15 +126,6 @@ def settled(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def gradient_of(program: Program, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    output, run = program.forward(x)
-    logits = output.float().requires_grad_()
-    (at_logits,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), logits)
-    gradient = program.backward(run, at_logits)
-    assert gradient is not None
-    return logits.detach(), gradient.double().clone()
-
-
 def agree(program: Program, model: nn.Module, x: Tensor) -> None:
     y = torch.arange(len(x)) % 5
     leaf = x.double().requires_grad_()
@@ -141,7 +133,7 @@ def agree(program: Program, model: nn.Module, x: Tensor) -> None:
     wanted = wide(leaf)
     (slope,) = torch.autograd.grad(F.cross_entropy(wanted, y, reduction="sum"), leaf)
     model.float()
-    logits, gradient = gradient_of(program, x, y)
+    logits, gradient = program_gradient(program, x, y)
     assert (logits - wanted).norm() / wanted.norm() < 0.03
     cosine = F.cosine_similarity(gradient.flatten(1), slope.flatten(1))
     assert cosine.min() > 0.97, cosine
