@@ -4,10 +4,10 @@
 #   bench/gpu.sh OUTDIR                    every stage
 #   bench/gpu.sh OUTDIR build ops          these stages, with the nine minutes for them alone
 #
-# Stages: build, test (the tests that need a GPU), sanitize (compute-sanitizer's memcheck and racecheck), ops,
-# throughput, rest (the other tests). A stage that fails or runs out of time does not stop the next; what was
-# interrupted tells what it has found so far. The exit status is 0 where all passed. OUTDIR gets log.txt,
-# summary.txt and the benchmarks' results.
+# Stages: build, smoke (gpu_smoke.py: does all of it run, and the first headline), test (the tests that need a GPU),
+# sanitize (compute-sanitizer's memcheck and racecheck), ops, throughput, rest (the other tests). A stage that fails
+# or runs out of time does not stop the next; what was interrupted tells what it has found so far. The exit status is
+# 0 where all passed. OUTDIR gets log.txt, summary.txt and the benchmarks' results.
 #
 # It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark,
 # scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
@@ -19,10 +19,10 @@ readonly repo python=${PYTHON:-python3}
 export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 
 # Shares of the time; what a stage leaves over goes to those after it.
-declare -A share=([build]=24 [test]=26 [memcheck]=10 [racecheck]=8 [ops]=16 [throughput]=12 [rest]=4)
+declare -A share=([build]=24 [smoke]=18 [test]=26 [memcheck]=10 [racecheck]=8 [ops]=16 [throughput]=12 [rest]=4)
 
 usage() {
-  echo "usage: $0 OUTDIR [build] [test] [sanitize] [ops] [throughput] [rest]" >&2
+  echo "usage: $0 OUTDIR [build] [smoke] [test] [sanitize] [ops] [throughput] [rest]" >&2
   exit 2
 }
 
@@ -31,12 +31,12 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 readonly out
 shift
-[ $# -gt 0 ] || set -- build test sanitize ops throughput rest
+[ $# -gt 0 ] || set -- build smoke test sanitize ops throughput rest
 
 stages=()
 for stage in "$@"; do
   case $stage in
-    build | test | ops | throughput | rest) stages+=("$stage") ;;
+    build | smoke | test | ops | throughput | rest) stages+=("$stage") ;;
     sanitize) stages+=(memcheck racecheck) ;;
     *) usage ;;
   esac
@@ -79,6 +79,9 @@ prepare() {
         done < <(cd "$work" && grep -rl --include='*.py' -e 'fastadv\.cli' -e command_helpers tests)
       fi
       ;;
+    smoke)
+      command=("$python" bench/gpu_smoke.py --out "$out")
+      ;;
     memcheck | racecheck)
       command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9
         "$python" bench/native_kernels.py)
@@ -99,6 +102,7 @@ essence() {
   case $1 in
     test | rest) grep -E '[0-9]+ (passed|failed|error)' ;;
     memcheck | racecheck) grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' ;;
+    smoke) grep -E '^(PASS|FAIL)' ;;
     build) grep -E 'Successfully installed|[Ee]rror' ;;
     *) grep -vE '^$' ;;
   esac | tail -n 1 | cut -c1-120

@@ -111,10 +111,10 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
             copy_weights(extractor, source)
             source.cpu()  # out of the way
 
-    def compile(self) -> None:
+    def compile(self, mode: str | None = None) -> None:
         """Let torch.compile make the extractors' pass, which is all that costs."""
-        super().compile()
-        self._compiled = torch.compile(self.stack.pooled_features)
+        super().compile(mode)
+        self._compiled = torch.compile(self.stack.pooled_features, mode=mode)
 
     def train_mode(self) -> None:
         """Leave the extractors in evaluation mode."""

@@ -221,12 +221,16 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         """
         return {"model": self.model}
 
-    def compile(self) -> None:
-        """Let torch.compile make the passes of the trained models, which keep their state dicts."""
+    def compile(self, mode: str | None = None) -> None:
+        """Let torch.compile make the passes of the trained models, which keep their state dicts.
+
+        Args:
+            mode: of ``torch.compile``; ``"reduce-overhead"`` captures the passes as CUDA graphs.
+        """
         self._convolutions = None  # the compiler has its own
         for module in self.trainable().values():
-            module.compile()
-        self._split_pass = torch.compile(_features_and_logits)
+            module.compile(mode=mode)
+        self._split_pass = torch.compile(_features_and_logits, mode=mode)
 
     def gauges(self) -> dict[str, Tensor]:
         """Return scalars on the last batch that are read only when something is logged.

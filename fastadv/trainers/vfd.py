@@ -203,10 +203,10 @@ class Vfd(PairMethod[VfdRecipe]):
         self._layer_pass = layer_and_logits
         self._vanilla_layer = partial(_layer_of, layer=self.recipe.layer)
 
-    def compile(self) -> None:
+    def compile(self, mode: str | None = None) -> None:
         """Let torch.compile make the pass that gives the layer's features as well."""
-        super().compile()
-        self._layer_pass = torch.compile(layer_and_logits)
+        super().compile(mode)
+        self._layer_pass = torch.compile(layer_and_logits, mode=mode)
 
     def attack(self, batch: TrainBatch) -> Guided:
         """Return PGD's images, the vanilla features, and HAT's helper examples."""
