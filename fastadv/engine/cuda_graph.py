@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Hashable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +98,7 @@ class _Inputs:
     """Memory for the inputs of a loop over batches of up to ``size`` samples, in the layout of attacked images."""
 
     def __init__(self, like: tuple[Tensor, ...], size: int) -> None:
-        self.tensors = tuple(_zeros_like(t, size) for t in like)
+        self.tensors = tuple(zeros_like_images(t, size) for t in like)
         self.active = torch.zeros(size, dtype=torch.bool, device=like[0].device)
 
     def load(self, inputs: tuple[Tensor, ...]) -> None:
@@ -110,7 +110,8 @@ class _Inputs:
         self.active[count:].fill_(False)
 
 
-def _zeros_like(t: Tensor, size: int) -> Tensor:
+def zeros_like_images(t: Tensor, size: int) -> Tensor:
+    """Memory for ``size`` samples as those of ``t``, images in the layout in which they are attacked."""
     zeros = t.new_zeros((size, *t.shape[1:]))
     return zeros.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else zeros
 
@@ -130,10 +131,18 @@ class GraphCache:
         classes: of the model's logits, which nobody can read from a recording.
         required: record at the first call, and raise where that fails. Else the first call of a size is left to
             be run as it is, so that a single call pays for no recording, and a failure is told once.
+        around: entered while a loop is recorded.
     """
 
-    def __init__(self, recorder: WorkRecorder, classes: int, required: bool) -> None:
+    def __init__(
+        self,
+        recorder: WorkRecorder,
+        classes: int,
+        required: bool,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.classes = classes
+        self._around = around
         self.refusal = ""  # why the last `run` returned None
         self._recorder, self._required = recorder, required
         self._failure = ""
@@ -189,7 +198,8 @@ class GraphCache:
 
     def _recorded_now(self, size: int, inputs: tuple[Tensor, ...], loop: Loop) -> _Recorded | None:
         try:
-            made = self._record(size, inputs, loop)
+            with self._around():
+                made = self._record(size, inputs, loop)
         except Exception as error:  # a model's own code may do anything that a graph cannot
             self.refusal = self._failure = f"recording a CUDA graph failed: {error}"
             if self._required:

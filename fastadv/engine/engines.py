@@ -20,8 +20,9 @@ from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
 from fastadv.engine.cpu_steps import ProgramStep
-from fastadv.engine.cuda_graph import GraphCache
+from fastadv.engine.cuda_graph import GraphCache, WorkRecorder
 from fastadv.engine.frozen import frozen
+from fastadv.engine.graphed_passes import GraphedPasses
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
@@ -102,9 +103,7 @@ class Engine(ABC):
             _check_gradient(logits.requires_grad)
             if self._narrow_range:
                 value, at_logits = _at_logits(logits, value_of)
-                # Confident samples have gradients that float16 would round to 0.
-                largest = at_logits.abs().amax(1, keepdim=True)
-                at_logits = torch.where(largest > 0, at_logits / largest, 0.0).to(logits.dtype)
+                at_logits = _enlarged(at_logits).to(logits.dtype)
                 found = differentiate(logits, leaf, at_logits, allow_unused=True)
             else:
                 value = value_of(logits)
@@ -155,6 +154,15 @@ def _at_logits(output: Tensor, value_of: ValueOfLogits) -> tuple[Tensor, Tensor]
         value = value_of(logits)
         (at_logits,) = torch.autograd.grad(value.sum(), logits)
     return value.detach(), at_logits
+
+
+def _enlarged(at_logits: Tensor) -> Tensor:
+    """Each sample's gradient [C] scaled to a largest entry of 1.
+
+    Confident samples have gradients that float16 would round to 0.
+    """
+    largest = at_logits.abs().amax(1, keepdim=True)
+    return torch.where(largest > 0, at_logits / largest, 0.0)
 
 
 def _check_gradient(found: bool) -> None:
@@ -339,7 +347,13 @@ class LiveEngine(EagerEngine):
 
 
 class CopyEngine(EngineOnCopy):
-    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile``."""
+    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile`` or by recorded passes.
+
+    Attributes:
+        passes: recorded as CUDA graphs; None on a CPU.
+    """
+
+    passes: GraphedPasses | None = None
 
     def __init__(
         self, tape: Tape, recording: Recording, precision: str, reason: str, inductor: bool
@@ -353,6 +367,36 @@ class CopyEngine(EngineOnCopy):
         self._run: Callable[[Tensor], Tensor] = (
             torch.compile(self._copy, fullgraph=True) if inductor else self._copy
         )
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """As in `EngineOnCopy.session`."""
+        if self.passes is not None:
+            self.passes.begin()
+        with super().session(model, seed, current):
+            yield
+
+    def record_passes(self, recorder: WorkRecorder) -> GraphedPasses:
+        """Have the passes of long attacks recorded."""
+        self.passes = GraphedPasses(self._forward, recorder, self.any_batch)
+        return self.passes
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] without gradient."""
+        found = None if self.passes is None else self.passes.logits(x)
+        return super().logits(x) if found is None else found.clone()
+
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
+        """As in `Engine.gradient`; ``grad`` is valid until the engine's next call."""
+        output = None if self.passes is None else self.passes.forward(x)
+        if output is None:
+            return super().gradient(x, value_of)
+        assert self.passes is not None
+        value, at_logits = _at_logits(output, value_of)
+        if self._narrow_range:
+            at_logits = _enlarged(at_logits)
+        grad = self.passes.backward(at_logits)
+        return InputGradient(value, output.clone(), grad)
 
     def _forward(self, x: Tensor) -> Tensor:
         try:

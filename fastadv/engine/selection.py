@@ -498,7 +498,9 @@ def _under_autograd(
     if on_gpu and wish.engine != "compiled":
         required = wish.engine == "graph"
         engine.name = "graph" if required else engine.name
-        engine.graphs = GraphCache(CudaRecorder(device), classes, required)
+        recorder = CudaRecorder(device)
+        resting = engine.record_passes(recorder).resting
+        engine.graphs = GraphCache(recorder, classes, required, around=resting)
     return engine
 
 

@@ -43,14 +43,14 @@ class Operations(TorchDispatchMode):
         for *_, made in self._calls:
             for tensor in made:
                 if tensor.is_floating_point():
-                    tensor.detach().fill_(torch.nan)
+                    tensor.data.fill_(torch.nan)  # autograd is not told, as by a graph
 
     @torch.no_grad()
     def replay(self) -> None:
         for func, args, kwargs, made in self._calls:
             again = _tensors(func(*args, **kwargs))
             for tensor, value in zip(made, again, strict=False):
-                tensor.copy_(value)
+                tensor.data.copy_(value)
 
 
 class Devices(TorchDispatchMode):
