@@ -21,10 +21,10 @@ from fastadv.engine.engines import unwrapped
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.live_tape import is_steady, tape_now
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
-from fastadv.engine.selection import is_steady, tape_now
 from fastadv.float32 import full_float32
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
