@@ -16,7 +16,8 @@ from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Keep, PGDSettings
+from fastadv.attacks.pgd import PGD
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.engine.engines import Model
 from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import integer, limit

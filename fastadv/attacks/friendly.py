@@ -12,7 +12,8 @@ from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
+from fastadv.attacks.pgd import PGD, StepSize
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Model
 from fastadv.ops.checks import over_samples

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import Row, format_eps
+from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
+from fastadv.evaluation.wording import format_eps
 
 if TYPE_CHECKING:
     from fastadv.evaluation.analyses.records import AnalysisRecord

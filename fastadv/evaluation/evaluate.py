@@ -35,16 +35,12 @@ from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, see
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
-from fastadv.evaluation.report import Report, format_eps, library_versions
+from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import (
-    as_samples,
-    check_batch_size,
-    check_eps,
-    radius_or_default,
-)
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share

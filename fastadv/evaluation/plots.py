@@ -13,7 +13,8 @@ import numpy as np
 from fastadv.evaluation.label_placement import Box, place_labels
 from fastadv.evaluation.metrics import Cubic
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered, png_of
-from fastadv.evaluation.report import Report, Row, check_white_box
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row, check_white_box
 from fastadv.files import write_atomically
 
 if TYPE_CHECKING:

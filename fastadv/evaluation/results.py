@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import Report, Row, known_fields, row_from_dict, row_to_dict
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row, known_fields, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.locks import locked, rewriting

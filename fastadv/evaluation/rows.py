@@ -21,16 +21,11 @@ from fastadv.evaluation.attack_list import (
     averages,
     stops_early,
 )
-from fastadv.evaluation.autoattack import (
-    AutoAttackResult,
-    SearchEngine,
-    autoattack,
-    merge_warnings,
-)
+from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
-from fastadv.evaluation.report import Row, Stage, Status
+from fastadv.evaluation.result_row import Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.worst import WorstImages
 

@@ -17,7 +17,7 @@ from fastadv.evaluation.metrics import (
     ardist,
     trade_off_sum,
 )
-from fastadv.evaluation.report import Row, check_white_box
+from fastadv.evaluation.result_row import Row, check_white_box
 from fastadv.evaluation.results import Result
 
 _EPS = 8 / 255

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from fastadv.evaluation.metrics import wilson_interval
-from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 

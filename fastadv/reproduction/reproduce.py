@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 from fastadv.ops.values import integer
 from fastadv.reproduction.cost import Estimate, estimate
 from fastadv.reproduction.images import Source

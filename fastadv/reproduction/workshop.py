@@ -21,7 +21,7 @@ from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 from fastadv.files import sha256_of, write_atomically
 from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source

@@ -9,7 +9,7 @@ from typing import Any
 from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.analyses.records import AnalysisRecord
 from fastadv.evaluation.analyses.registry import ANALYSES
-from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import key_of
 
 _RADII = ("eps", "alpha", "max_eps", "radii", "extractor_eps")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastadv.evaluation.analyses.analysis import Measured
-from fastadv.evaluation.report import known_fields
+from fastadv.evaluation.result_row import known_fields
 from fastadv.evaluation.results import Subject
 from fastadv.evaluation.work import key_of
 from fastadv.fields import check_fields

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fastadv.evaluation.attack_list import CLEAN
 from fastadv.evaluation.comparison import Comparison, Line, cell_text, radius_text
 from fastadv.evaluation.distances import Distances
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.tables import Table
+from fastadv.evaluation.wording import format_eps
 
 
 def transfers(comparison: Comparison) -> Table:

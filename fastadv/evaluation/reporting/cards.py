@@ -8,9 +8,9 @@ from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.comparison import Line
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.summary import Summary
 from fastadv.evaluation.results import Result
+from fastadv.evaluation.wording import format_eps
 
 _FORMAT = 1
 

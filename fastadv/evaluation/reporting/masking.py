@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastadv.evaluation.comparison import Comparison, Judged, radius_text
+from fastadv.evaluation.findings import verdict_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Subject
-from fastadv.evaluation.sanity import verdict_of
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry
 
 

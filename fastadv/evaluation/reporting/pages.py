@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.gallery import Gallery, Pictures
 from fastadv.evaluation.reporting.tables import Table
+from fastadv.evaluation.wording import format_eps
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1e22; --soft: #5c646d; --line: #d5d9de;

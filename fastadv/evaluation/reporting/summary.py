@@ -8,18 +8,13 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.comparison import Comparison, Judged, Line, interval_text, radius_text
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
-from fastadv.evaluation.report import format_eps
-from fastadv.evaluation.reporting.apart import (
-    distance_text,
-    remarks,
-    transfers,
-    without_ball,
-)
+from fastadv.evaluation.reporting.apart import distance_text, remarks, transfers, without_ball
 from fastadv.evaluation.reporting.masking import masking_table, verdicts
 from fastadv.evaluation.reporting.seeds import Series, mean_and_deviation, series_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Result
 from fastadv.evaluation.trade_off import Published, TradeOff, published_for, trade_off
+from fastadv.evaluation.wording import format_eps
 
 _SHOWN_DIGITS = 12  # of a hash
 
