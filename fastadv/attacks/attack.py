@@ -1,4 +1,4 @@
-"""What every attack is: a model, settings, an engine that is built once, and a call on a batch."""
+"""The base of every attack: a model, settings, an engine that is built once, and a call on a batch."""
 
 from __future__ import annotations
 

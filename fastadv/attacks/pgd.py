@@ -219,7 +219,7 @@ class PGD(Attack):
     def _search(
         self, batch: AttackBatch, starts: Iterable[Tensor], alpha: float | Tensor
     ) -> Tensor:
-        """Run from every start, overwriting it, and return what is to be kept."""
+        """Run from every start, overwriting it, and return the images to keep."""
         value_of = self._value_of(batch)
         keep_best = self.settings.keep == "best"
         best = Best(prefer_success=keep_best)
@@ -278,11 +278,11 @@ class PGD(Attack):
         return adv
 
     def _direction(self, batch: AttackBatch) -> Direction | None:
-        """What turns the gradients of one run into directions; None where they are the directions."""
+        """The function from gradients of one run to directions; None where they are the directions."""
         return None
 
     def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
-        """What gives the size of each step of one run, from the logits at the point it starts from."""
+        """The function from the logits at the point where a step starts to the size of the step."""
         return lambda logits: alpha
 
     def _radius(self, x: Tensor, eps: float | Tensor | None, bounds: Bounds) -> float | Tensor:

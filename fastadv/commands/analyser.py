@@ -25,7 +25,7 @@ from fastadv.files import write_atomically
 
 @dataclass
 class Analyser:
-    """What is done with each of several models.
+    """Runs the chosen analyses on each of several models.
 
     Attributes:
         chosen: the analyses.
@@ -34,7 +34,7 @@ class Analyser:
         train: the training set, likewise.
         teacher: the standard model, likewise.
         command: the command line.
-        anew: whether to compute what is there.
+        anew: whether to compute analyses again that are there.
         quiet: whether to show no progress.
         missing: why no picture was drawn; empty where there was no obstacle.
     """
@@ -55,7 +55,7 @@ class Analyser:
         self._train_images = "" if self.train is None else self.train.fingerprint()
 
     def analyse(self, name: str, judged: JudgedModel, folder: Path) -> list[AnalysisRecord]:
-        """Analyse one model; what is there is read, and each record is kept as soon as it is found."""
+        """Analyse one model; finished analyses are read, and each new record is kept at once."""
         weights = digest_of(judged.model.state_dict())
         found = []
         for analysis in self.chosen:

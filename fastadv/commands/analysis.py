@@ -1,4 +1,4 @@
-"""What `fastadv analyse` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv analyse`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def _check_options(
     train_data: str | None,
     train_examples: int | None,
 ) -> None:
-    """Refuse what no chosen analysis takes, and say what is missing, before anything is loaded."""
+    """Refuse options that no chosen analysis takes, and name missing ones, before anything is loaded."""
     names = ", ".join(analysis.name for analysis in chosen)
     if "teacher" in needed and teacher is None:
         raise ValueError(

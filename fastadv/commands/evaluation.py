@@ -1,4 +1,4 @@
-"""What `fastadv eval` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv eval`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 # Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
 _PATIENCE = 7 * 24 * 3600.0
-_UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
+_UNFINISHED = "unfinished"  # folder of the finished work of an interrupted evaluation
 _SANITY_IMAGES = 200
 
 
@@ -100,7 +100,7 @@ def run_evaluation(
 
     Args:
         run: run directory; None where a model is given with weights.
-        attacks: what to run, in this order; quick, standard and strong stand for several.
+        attacks: the attacks to run, in this order; quick, standard and strong stand for several.
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
         network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
             act and lbgat train beside it. Its results are added to natural.eval.json in the run directory.
@@ -243,7 +243,7 @@ def run_evaluation(
         if ranks.first:
             held.enter_context(keeper)
             state = held.enter_context(unfinished_work(begun))
-        # All ranks keep what they have done, or none does.
+        # All ranks keep their finished work, or no rank does.
         state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
@@ -366,7 +366,7 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
 
 
 def _recorded(run: str, checkpoint: str) -> Description:
-    """What a run has recorded of itself; a run or a checkpoint that is not there is told as such."""
+    """The description that a run has recorded; a missing run or checkpoint is an error that says so."""
     directory = RunDirectory(run)
     check_checkpoint(directory, checkpoint)
     find_checkpoint(directory.path, checkpoint)
@@ -376,7 +376,7 @@ def _recorded(run: str, checkpoint: str) -> Description:
 def _check_attacks(
     attacks: Sequence[str], eps: float, alpha: float | None, eot: int, engine: str
 ) -> None:
-    """Refuse unknown attacks, and options that none of them takes, before anything is loaded."""
+    """Refuse unknown attacks, and options that no attack takes, before anything is loaded."""
     parsed = parse_attacks(list(attacks), eps, alpha)
     check_passes(parsed, eot)
     check_ensemble_asked_for(parsed, "engine", engine != "auto")

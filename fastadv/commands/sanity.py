@@ -15,7 +15,7 @@ from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 def find_masking(
     network: Model, images: Images, subject: Subject, file: Path, **settings: Any
 ) -> tuple[SanityResult, str]:
-    """Look for signs of gradient masking, keep what is found, and return it, with its words."""
+    """Look for signs of gradient masking, keep the findings, and return them with their text."""
     findings = sanity_checks(network, images, **settings)
     other = settings["surrogate"]
     result = SanityResult(

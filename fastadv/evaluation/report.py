@@ -91,7 +91,7 @@ class Report:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Report:
-        """Read back what ``to_dict`` gave.
+        """Read back the result of ``to_dict``.
 
         Raises:
             ValueError: for another format, or content that does not fit.

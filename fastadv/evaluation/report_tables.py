@@ -47,7 +47,7 @@ def aligned_line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def notes_of(rows: Sequence[Row]) -> list[str]:
-    """What goes below a table: what each of an ensemble's attacks left, then the warnings."""
+    """Return the notes below a table: the accuracies after each attack of an ensemble, then the warnings."""
     notes = []
     titles = [row.title for row in rows]
     for row in rows:

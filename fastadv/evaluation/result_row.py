@@ -58,7 +58,7 @@ class Row:
         stages: for an ensemble, the images that withstood each of its attacks.
         search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
             ``"reference"``.
-        variant: what sets the attack apart from others of its name, such as a constant of its own.
+        variant: the difference from other attacks of its name, such as a constant of its own.
         surrogate: the model on which the adversarial images were made; empty where it was the judged one.
         distances: for an attack without a ball, how far its adversarial images are.
         worst: adversarial images of the attack, where some were to be kept; they are no part of its JSON.
@@ -147,7 +147,9 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
 
 
 def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
-    """What an entry says of the fields of a dataclass. Other versions may write more, or less of the later ones.
+    """The values that an entry has for the fields of a dataclass.
+
+    Other versions may write more fields, or fewer of the later ones.
 
     Raises:
         KeyError: when a field without a default is missing.

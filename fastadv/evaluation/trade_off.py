@@ -109,7 +109,7 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
     Args:
         clean: accuracy without an attack.
         robust: accuracy under one.
-        curve: what ARDist is to be measured from.
+        curve: the curve from which ARDist is to be measured.
 
     Raises:
         ValueError: when the rows are of different numbers of images, or the second is not of an attack in a ball

@@ -36,7 +36,7 @@ class TransferMatrix:
         alpha: step size, where the attack has one.
         data: name of the data.
         seconds: wall-clock time.
-        notes: what is to be known of the attack or was wrong with its images, one sentence each.
+        notes: on the attack, and on violations of its images, one sentence each.
         versions: of the libraries that matter.
     """
 

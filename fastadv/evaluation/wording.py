@@ -12,7 +12,7 @@ def format_eps(eps: float) -> str:
 
 
 def distances_text(distances: Distances) -> str:
-    """What an attack without a ball found, in words."""
+    """The distances that an attack without a ball found, in words."""
     curve = ", ".join(
         f"{100 * share:.2f} % at {format_eps(radius)}" for radius, share in distances.curve
     )

@@ -103,7 +103,7 @@ def kl(
     """`T^2 KL(p || q)`, p and q the softmax of the logits over T, with gradients to both.
 
     Source: Hinton et al. 2015, section 2, for the factor T^2, which keeps gradients alike over temperatures.
-    Detach what serves as the teacher.
+    Detach the logits that serve as the teacher's.
 
     Args:
         p_logits: [B, C].

@@ -192,7 +192,7 @@ REDUCTIONS = ("mean", "none")
 
 
 class Names(NamedTuple):
-    """What messages call the arguments of `softmax_losses`."""
+    """The names of the arguments of `softmax_losses` in messages."""
 
     logits: str = "logits"
     other: str = "other"
@@ -216,7 +216,7 @@ def softmax_losses(
     """One of the losses on logits, for the functions of `fastadv.losses`, whose docstrings give sources.
 
     Args:
-        kind: one of `KINDS`. The docstring of its formula says what it is, with p = softmax(logits) and
+        kind: one of `KINDS`. The docstring of its formula defines it, with p = softmax(logits) and
             q = softmax(other).
         logits: z, [B, C], float32, float64, bfloat16 or float16.
         other: z', [B, C], for the kinds that have a q; its dtype may differ.

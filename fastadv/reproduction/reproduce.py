@@ -1,4 +1,4 @@
-"""`reproduce`: train what an item needs, measure it, and lay it out as the paper does."""
+"""`reproduce`: train the models that an item needs, measure them, and lay the results out as the paper does."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def reproduce(
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done for an item.
+    """The work for an item.
 
     Attributes:
         item: which.

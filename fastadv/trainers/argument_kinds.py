@@ -21,7 +21,7 @@ def check_kinds(
     on_start: object,
     on_step: object,
 ) -> None:
-    """Check of what kind the arguments are that are neither numbers nor switches.
+    """Check the kinds of the arguments that are neither numbers nor switches.
 
     Raises:
         TypeError: naming the first that is of another kind.

@@ -1,4 +1,4 @@
-"""What a run says while it trains: a bar on a terminal, one line per interval elsewhere, or nothing."""
+"""The progress of a run: a bar on a terminal, one line per interval elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Console:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Keep what happens in a with statement out of images per second."""
+        """Leave the time of a with statement out of images per second."""
         began = time.perf_counter()
         try:
             yield

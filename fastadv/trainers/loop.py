@@ -208,8 +208,8 @@ class Loop:
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
-        # What follows is not within the step, in which AWP holds the weights elsewhere and Free moves them several
-        # times.
+        # The following is not within the step, in which AWP holds the weights elsewhere and Free moves them
+        # several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:

@@ -78,7 +78,7 @@ def open_run(
         if isinstance(resume, str) or checkpoints_in(run.checkpoints):
             which = resume if isinstance(resume, str) else LATEST
             start = load_checkpoint(find_checkpoint(run.path, which))
-    ranks.wait()  # until all have read what is there
+    ranks.wait()  # until all have read the files of the run
     if not ranks.first:
         return start
     if clear:
@@ -90,7 +90,7 @@ def open_run(
 
 
 def restore(loop: Loop, start: Checkpoint) -> None:
-    """Go back to a checkpoint, whose state may be that of another version."""
+    """Go back to a checkpoint, whose state may come from another version."""
     try:
         loop.restore(start)
     except torch.OutOfMemoryError:
@@ -105,7 +105,7 @@ def restore(loop: Loop, start: Checkpoint) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes a run."""
+    """Return the versions of the software that computes a run."""
     return {
         "fastadv": fastadv.__version__,
         "torch": torch.__version__,

@@ -242,7 +242,7 @@ class Recipe(metaclass=RecipeType):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialRecipe(Recipe):
-    """What methods with a PGD attack in training add.
+    """The numbers that methods with a PGD attack in training add.
 
     In l2 a recipe begins with the radius and the step size of robust_overfitting (Rice et al. 2020), 128/255 and
     15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
@@ -315,9 +315,9 @@ class AdversarialRecipe(Recipe):
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     """Keep `dataclasses.replace` from changing a field on which other numbers of the recipe depend.
 
-    It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
-    every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells which
-    recipe it began with.
+    It goes above `dataclass`, for a class whose `start` depends on the given numbers. `dataclasses.replace` hands
+    on every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells
+    which recipe it began with.
     """
     init = kind.__init__
 
@@ -364,7 +364,7 @@ def check_field(recipe: Recipe, name: str, at_least: float) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """Turn a recipe into what JSON holds: dicts, lists, numbers, text.
+    """Turn a recipe into JSON types: dicts, lists, numbers, text.
 
     A dataclass inside, such as the schedule, becomes its class name and its fields.
     """

@@ -10,7 +10,7 @@ from fastadv.attacks.options import SYNONYMS
 from fastadv.ops.values import closest
 
 T = TypeVar("T")
-# What other code calls these numbers.
+# The names of these numbers in other code.
 _SYNONYMS = {
     **SYNONYMS,
     **dict.fromkeys(("wd", "l2_reg", "decay"), "weight_decay"),

@@ -115,8 +115,8 @@ def train(
             directory, a file with a state dict, or a module; with several (AFS's extractors), a mapping
             by name or a list in their order. A resumed run has its own copy.
         teacher_model: networks of the teachers, names for `create_model`: one for all of them, a mapping by name
-            or a list in their order. By default teachers are of the model's own kind, or what their runs say. A
-            file with a state dict that several networks take must have one.
+            or a list in their order. By default teachers are of the model's own kind, or of the kind that their
+            runs record. A file with a state dict that several networks take must have one.
         resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
             the name of a checkpoint.
         overwrite: delete a run that is in `run_dir` and start again.

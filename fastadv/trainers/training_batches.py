@@ -58,7 +58,7 @@ def build_loader(
 
 
 def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
-    """Refuse what only images in memory can have."""
+    """Refuse options that only images in memory can have."""
     if extra is not None:
         raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}

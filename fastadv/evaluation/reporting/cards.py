@@ -79,7 +79,7 @@ def _accuracy(result: Result) -> dict[str, Any]:
 
 
 def _attack(result: Result) -> dict[str, Any]:
-    """What an accuracy depends on, beside the model, the threat and the data."""
+    """The settings that an accuracy depends on, beside the model, the threat and the data."""
     row, is_ensemble = result.row, result.row.name == AUTOATTACK
     return {
         "attack": row.name,

@@ -37,7 +37,7 @@ def masking_table(comparison: Comparison) -> Table:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What the checks come to, one sentence for each time that they were made."""
+    """The verdicts of the checks, one sentence for each time that they were made."""
     shown = [
         f"{run.name}, masking checks {radius_text(check.norm, check.eps)} on {check.n} images of "
         f"{check.subject.data or 'unknown data'}{_how(check)}: {verdict_of(check.findings)}."
