@@ -18,7 +18,7 @@ from fastadv.engine.wish import Wish
 def candidates(
     tape: Tape, recording: Recording, precision: str, wish: Wish
 ) -> Iterator[Callable[[], EngineOnCopy]]:
-    """What may run a copy, the narrowest precision first."""
+    """The engines that may run a copy, the narrowest precision first."""
     images = recording.images
     reason = "the model can be copied" if wish.is_free else "asked for"
     if tape.autocast and precision == "fp32":
