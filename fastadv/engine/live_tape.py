@@ -48,7 +48,9 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
 
 
 def few_recorded(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
-    """A recording of the images that every later use begins with, so that it finds right what is right now.
+    """A recording of the images with which every later use begins.
+
+    So a copy that is right on them now is found right later, too.
 
     None where the model does something else with so few images.
 
