@@ -67,7 +67,7 @@ class _Copy:
         evidence: whether the images told anything about gradients.
         sizes: the batch sizes.
         changes: of the weights since the last proof.
-        chosen: what runs in its place, or itself, and the reason, by group of batch sizes.
+        chosen: the engine in its place, or itself, and the reason, by group of batch sizes.
     """
 
     tape: Tape
@@ -116,7 +116,7 @@ class EngineCache:
         Args:
             model: the live model, or any callable.
             x: images to attack [B, ...], B >= 1, where the model is.
-            wish: what the caller has asked for.
+            wish: the options that the caller has asked for.
 
         Raises:
             ValueError: the engine asked for cannot run this model; the message says why.
@@ -193,7 +193,7 @@ class EngineCache:
         precision: str,
         wish: Wish,
     ) -> Engine | None:
-        """The kept copy whose operations and logits are the model's; None where there is none."""
+        """The kept copy whose operations and logits are the model's; None where there is no such copy."""
         batch, states = x.shape[0], randomness.shared_states()
         known = [copy for copy in kept if batch in copy.sizes]
         # Few images tell enough once a whole batch of this size has been seen.
