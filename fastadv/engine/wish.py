@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Wish(NamedTuple):
-    """What the caller has asked for, in the words of `fastadv.pgd_fused`."""
+    """The options that the caller has asked for, in the words of `fastadv.pgd_fused`."""
 
     precision: str
     engine: str
