@@ -249,7 +249,7 @@ def _described(state: object) -> str:
     if isinstance(state, Foreign):
         return f"an object of {state.kind}; open it where its code is, and save its state_dict()"
     if not isinstance(state, Mapping):
-        return f"{type(state).__name__}; torch.load(path, weights_only=True) returns it"
+        return f"{type(state).__name__}; torch.load(path, weights_only=True) returns such a mapping"
     objects = [f"{k!r} is {_described(v)}" for k, v in state.items() if isinstance(v, Foreign)]
     return f"a mapping with {list(state)[:5]}" + "".join(
         f", of which {text}" for text in objects[:1]
