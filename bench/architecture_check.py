@@ -1,6 +1,6 @@
 """One architecture attacked: whether the input gradients of fastadv's engine are the network's.
 
-Networks have random weights, so what training would give them is drawn. BatchNorm takes its statistics from random
+Networks have random weights, so the results of training are drawn, too. BatchNorm takes its statistics from random
 images. Parameters that packages set to a constant, as scales to 1, biases to 0, and the last scale of a residual
 branch to 0 or 1e-6, are drawn around it: otherwise whole branches would be silent, and errors in them unheard.
 
@@ -46,7 +46,7 @@ def examine(
         batch: number of images.
         device: of model and images.
         initial: leave constant parameters as they are.
-        tell: told what comes next, before it begins.
+        tell: called with the name of the next stage, before it begins.
 
     Returns:
         The facts of a row, ``verdict`` among them.

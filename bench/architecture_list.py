@@ -114,7 +114,7 @@ TIMM = (
     "xcit_tiny_12_p16_224",
 )
 
-# Of these, the networks that `architecture_speed.py` times: what users train, in sizes that take seconds.
+# Of these, the networks that `architecture_speed.py` times: networks that users train, in sizes that take seconds.
 SPEED = (
     "resnet18",
     "preact_resnet18",
@@ -221,7 +221,7 @@ _REGISTERED = (
 
 @contextmanager
 def untrained() -> Iterator[None]:
-    """Let factories that ask for trained weights get fresh ones, and for a GPU the CPU where there is none."""
+    """Let factories that ask for trained weights get fresh ones, and for a GPU the CPU where there is no GPU."""
     import timm
     import torchvision
 
@@ -272,7 +272,7 @@ def _text_of(model: nn.Module, classes: int) -> str:
 
 
 def _forward_of(kind: type[nn.Module]) -> tuple[object, ...]:
-    """What a forward pass does, whatever its class is called."""
+    """The kind of a forward pass, whatever its class is called."""
     code: CodeType = kind.forward.__code__
     constants = [c for c in code.co_consts if not isinstance(c, CodeType)]
     return code.co_code, [n for n in code.co_names if n != kind.__name__], constants

@@ -1,4 +1,4 @@
-"""Whether fastadv's default attack is ever slower than what a user has: eager bfloat16 autocast, channels-last.
+"""Whether fastadv's default attack is ever slower than a user's own loop: eager bfloat16 autocast, channels-last.
 
     python bench/architecture_speed.py                        about 40 networks; 10 to 15 minutes on 2 quiet cores
     python bench/architecture_speed.py --only 'vit|convnext'  names in which the regular expression is found
@@ -6,11 +6,11 @@
 
 A row is the time of one PGD call (--steps 3, --images 8) of `fastadv.PGD` as it comes, and of the same steps
 written by hand around the network under autocast, channels-last, its weights frozen. Both run by turns in one
-process, and the ratio is that of the medians: above 1 fastadv is faster. Every call of fastadv includes its proof
-that the copy is right. Weights are random, which no time depends on.
+process, and the ratio is the ratio of the medians: above 1 fastadv is faster. Every call of fastadv includes its
+proof that the copy is right. Weights are random, which no time depends on.
 
 Each network has a process of its own, with limits of time and memory. Its row is written at once to
-architectures_speed_DEVICE.json in --out; what is there is not run again unless --again is given. The table is
+architectures_speed_DEVICE.json in --out; finished networks are not run again unless --again is given. The table is
 written to the .md beside it. Nothing else may run meanwhile. Packages: timm, torchvision.
 """
 
@@ -148,7 +148,7 @@ def markdown(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
-    """Run what is chosen and not there yet; all rows, old and new."""
+    """Run the chosen networks that are not there yet; all rows, old and new."""
     facts = machine_facts(options)
     path = options.out / f"architectures_speed_{facts['device']}.json"
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
@@ -187,8 +187,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=90, help="for one network")
     parser.add_argument("--memory", type=float, default=16, help="GiB for one network")
-    parser.add_argument("--again", action="store_true", help="run also what has been run")
-    parser.add_argument("--estimate", action="store_true", help="say what would be run")
+    parser.add_argument("--again", action="store_true", help="run also networks that have been run")
+    parser.add_argument(
+        "--estimate", action="store_true", help="list the networks that would be run"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.set_defaults(device="cpu")
     options = parser.parse_args()

@@ -15,8 +15,8 @@ an attack, whose direction is held against the gradient of a plain float32 loop,
 that bfloat16 itself loses the gradient, whoever computes it.
 
 Each architecture has a process of its own, with a limit of time and one of memory. Its row is in
-architectures_DEVICE.json in --out at once; what is there is not run again unless --again is given, or its kind
-is named by --retry. The table is written to architectures_DEVICE.md. Packages: timm, torchvision, robustbench.
+architectures_DEVICE.json in --out at once; finished networks are not run again unless --again is given, or their
+kind is named by --retry. The table is architectures_DEVICE.md. Packages: timm, torchvision, robustbench.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _START_SECONDS = 120.0  # for a process to import its packages
 
 
 class Stopped(Exception):
-    """A process did not come to its end; `stage` says what it was at."""
+    """A process did not come to its end; `stage` is the stage that it was at."""
 
     def __init__(self, why: str, stage: str, own_doing: bool) -> None:
         super().__init__(why)
@@ -70,10 +70,10 @@ class Stopped(Exception):
 
 
 def apart(work: Callable[[Tell], Any], seconds: float, memory: int) -> Any:
-    """What work returns, run in a process of its own.
+    """The result of work, run in a process of its own.
 
     Args:
-        work: called with a function to be told what comes next; it must be picklable.
+        work: called with a function that takes the name of the next stage; it must be picklable.
         seconds: the longest it may take once it has begun.
         memory: the most resident bytes it may have.
 
@@ -217,7 +217,7 @@ def cells_of(name: str, row: Row) -> list[str]:
 
 
 def remark_of(row: Row) -> str:
-    """What there is to say of a row: a failure, else warnings, else why the engine ran."""
+    """The note of a row: a failure, else warnings, else why the engine ran."""
     return row.get("note") or "; ".join(row.get("warnings", [])) or row.get("reason", "")
 
 
@@ -244,7 +244,7 @@ def markdown(rows: Mapping[str, Row], facts: Mapping[str, Any], batch: int) -> s
 
 
 def run(options: argparse.Namespace) -> dict[str, Row]:
-    """Run what is chosen and not there yet; all rows, old and new."""
+    """Run the chosen networks that are not there yet; all rows, old and new."""
     facts = machine_facts(options)
     suffix = "_initial" if options.initial else ""
     path = options.out / f"architectures_{facts['device']}{suffix}.json"
@@ -287,7 +287,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=300, help="for one architecture")
     parser.add_argument("--memory", type=float, default=16, help="GiB for one architecture")
-    parser.add_argument("--again", action="store_true", help="run also what has been run")
+    parser.add_argument("--again", action="store_true", help="run also networks that have been run")
     parser.add_argument(
         "--retry", nargs="+", choices=VERDICTS, default=[], help="run rows of these verdicts again"
     )

@@ -303,7 +303,7 @@ STEPS: dict[str, Callable[[Task], Run]] = {
     "B3 torch.compile of the attack": arrest_compiled,
     "fastadv": arrest_fastadv,
 }
-# What a GPU adds: TensorFloat-32, the attack without its graph, compiled, and compiled with a graph.
+# Further rungs on a GPU: TensorFloat-32, the attack without its graph, compiled, and compiled with a graph.
 GPU_ATTACKS: dict[str, Callable[[Task], Run]] = {
     "B1 B0 with TF32": partial(fp32_loop, tensor_cores=True)
 }

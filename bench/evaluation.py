@@ -1,4 +1,4 @@
-"""AutoAttack by pyautoattack, by fastadv in float32 and by fastadv on its engine: seconds, and what each finds.
+"""AutoAttack by pyautoattack, by fastadv in float32 and by fastadv on its engine: seconds, and the finds of each.
 
     python bench/evaluation.py                              200 test images of digits
     python bench/evaluation.py --data cifar10 --root DATA   200 test images of CIFAR-10
@@ -69,7 +69,7 @@ def search_all(
 def check(
     model: nn.Module, x: Tensor, y: Tensor, found: AutoAttackResult, settings: dict[str, Any]
 ) -> None:
-    """Hold what a search claims against the plain network.
+    """Hold the claims of a search against the plain network.
 
     Raises:
         RuntimeError: an image is outside ball or bounds, or is classified correctly.
@@ -171,7 +171,7 @@ def main() -> None:
         print(f"{machine_line(facts['machine'])}\n", flush=True)
         x = (data.test.images[:count].float() / 255).to(device)
         y = data.test.labels[:count].to(device)
-        # So that no search pays for what a process does once.
+        # So that no search pays for the first call of a process.
         for search in searches:
             engine = SEARCHES[search]
             autoattack(model, (x[:2], y[:2]), engine=engine, **{**settings, "version": ["apgd-ce"]})

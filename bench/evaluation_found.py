@@ -1,4 +1,4 @@
-"""What the searches of `evaluation.py` have found, over several seeds, side by side."""
+"""The finds of the searches of `evaluation.py`, over several seeds, side by side."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class AttackFound:
 
 @dataclass(frozen=True)
 class Found:
-    """What one search found with one seed.
+    """The finds of one search with one seed.
 
     Attributes:
         search: its name.

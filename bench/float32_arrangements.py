@@ -1,4 +1,4 @@
-"""The float32 ladder of `throughput.py --precision fp32`: what users of processors without bfloat16 can run."""
+"""The float32 ladder of `throughput.py --precision fp32`: loops for processors without bfloat16."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "faster_loops.md"
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 
-# The loss of each loop, for both sides. AWP's is that of its second pass alone, which both sides share.
+# The loss of each loop, for both sides. AWP's is the loss of its second pass alone, which both sides share.
 _PLAIN = "loss = F.cross_entropy(model(x_adv), y)"
 _NORMALISED = "loss = F.cross_entropy(normalised(x_adv), y)"
 LOSSES = {
@@ -60,7 +60,7 @@ def pairs_of(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def attack_alone(block: str) -> str:
-    """The lines of a block up to the loss, without what is made once."""
+    """The lines of a block up to the loss, without objects that are made once."""
     kept = []
     for line in block.splitlines():
         if line.startswith(("loss", "out_", "h, ", "delta", "inputs_adv")):

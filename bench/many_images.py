@@ -3,7 +3,7 @@
     python bench/many_images.py                        100,000 images of 3x224x224, 15 GB; about a minute
     python bench/many_images.py --count 1000000        150 GB
 
-The model only looks at ten pixels, so that reading is all there is to do. The peak is that of this process, when
+The model only looks at ten pixels, so that reading is all the work. The peak is the peak of this process, when
 its buffers are full and at the end. Results go to bench/results/many_images.json.
 """
 

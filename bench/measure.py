@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine's description, fair timing, memory, and writing results.
+"""The common part of the benchmarks: the machine's description, fair timing, memory, and writing results.
 
 Comparisons are made within one process and interleaved: round 1 runs every candidate once, then round 2, and so
 on, so that a slow stretch of the machine falls on all of them. Medians are reported with the smallest and the
@@ -62,7 +62,7 @@ def machine_line(facts: Mapping[str, Any]) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -105,8 +105,8 @@ def interleaved_times(
 ) -> dict[str, list[float]]:
     """Seconds per call of each candidate and round, `calls` in a row; each must have run before.
 
-    Every round starts with another candidate, so that none always follows the same one. A candidate with fewer
-    rounds than the others takes part at even distances.
+    Every round starts with another candidate, so that no candidate always follows the same one. A candidate with
+    fewer rounds than the others takes part at even distances.
     """
     names, most = list(candidates), max(rounds.values(), default=0)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -148,7 +148,7 @@ def copy_bandwidth(device: torch.device, megabytes: int = 256, rounds: int = 7) 
 
 
 class PeakMemory:
-    """Bytes that a piece of work needed at its peak, above what was in use when it began.
+    """Bytes that a piece of work needed at its peak, above the bytes in use when it began.
 
     On CUDA these are torch's allocations. On Linux CPUs it is the process's resident memory: its high-water
     mark is reset on entry, after memory that was freed has been given back. None elsewhere.

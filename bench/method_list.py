@@ -1,4 +1,4 @@
-"""What `methods.py` compares, and what small networks and few images need instead of papers' numbers."""
+"""The methods that `methods.py` compares, and the numbers for small networks and few images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def drops(epochs: int, *parts: float) -> MultiStep:
 
 @dataclass(frozen=True)
 class Ground:
-    """What all methods are compared on.
+    """The network and the images of the comparison.
 
     Attributes:
         data: name of the data set.
@@ -57,7 +57,7 @@ class Entry:
     Attributes:
         label: its name in the table; a leading dot hides it, as networks that only others build on.
         method: name of the method.
-        changes: fields in which the recipe differs from the method's own and from what the ground changes; or a
+        changes: fields in which the recipe differs from the method's own and from the changes of the ground; or a
             function of the ground.
         teachers: labels of the entries whose networks it takes, in the method's order.
         model: of all of them, by name.
@@ -152,7 +152,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("TLA", "tla"),
     Entry("S2O", "s2o"),
     Entry("SAT", "sat", _sat),
-    # Without further images, so that what remains are their recipes.
+    # Without further images, so that only their recipes remain.
     Entry("RST", "rst", {"extra_fraction": 0.0}),
     Entry("DM-AT", "dm_at", {"extra_fraction": 0.0}),
     Entry("N-FGSM", "n_fgsm", step=1.0),

@@ -2,13 +2,13 @@
 
     python bench/methods.py                    digits, 3 seeds, every method; under 20 minutes on 2 cores
     python bench/methods.py --quick            1 seed, every method for one epoch, no AutoAttack: does it run
-    python bench/methods.py --only ARREST AFS  methods whose label contains one of these, and what they build on
+    python bench/methods.py --only ARREST AFS  methods whose label contains one of these, and their teachers
     python bench/methods.py --data cifar10 --root DATA --seeds 1   on 5,000 images of CIFAR-10
 
 Digits are the 8x8 scans that scikit-learn contains. Each network is trained by its method's own recipe with the
-changes in `method_list.py`, none of them tuned, and attacked on the same test images: --images by PGD-20, the
-first --autoattack-images by AutoAttack, which takes most time. So the table says that the methods run, what they
-cost, and what they come to on these images; not which is better on others.
+changes in `method_list.py`, which are not tuned, and attacked on the same test images: --images by PGD-20, the
+first --autoattack-images by AutoAttack, which takes most time. So the table shows that the methods run, their
+cost, and their accuracies on these images. It does not show which is better on others.
 
 Runs are kept under --runs: a benchmark that was interrupted goes on from there. Results go to bench/results: a
 JSON and the table. Each run has one thread, and --jobs of them run side by side: images/s are those of one thread.
@@ -62,7 +62,7 @@ def run_dir(runs: Path, entry: Entry, seed: int) -> Path:
 
 @dataclass(frozen=True)
 class Job:
-    """What the runs have in common."""
+    """The common settings of the runs."""
 
     ground: Ground
     root: Path | None

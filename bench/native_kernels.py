@@ -1,4 +1,4 @@
-"""Run every native CUDA kernel on shapes that reach its corners: what gpu.sh puts under compute-sanitizer.
+"""Run every native CUDA kernel on shapes that reach its corners. gpu.sh puts it under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python bench/native_kernels.py
 

@@ -1,4 +1,4 @@
-"""What `ops.py` has measured, for reading: tables, progress, a comparison with an earlier run."""
+"""The measurements of `ops.py`, for reading: tables, progress, a comparison with an earlier run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _on_cpu(results: Results) -> bool:
 
 
 def head(results: Results) -> list[str]:
-    """Machine, bandwidth, and what is missing from the tables and why."""
+    """Machine, bandwidth, and the rows missing from the tables, with reasons."""
     facts = results["machine_info"]
     bandwidth = facts["copy_bytes_per_second"] / 1e9
     lines = [
@@ -69,10 +69,10 @@ def targets(results: Results) -> str:
 def _legend() -> list[str]:
     return [
         "us: median time of a call; +-%: half the distance of its quartiles; *: the backend that runs unforced.",
-        "reference, compiled: the op's reference; usual: what is commonly written; copy: as many bytes; each",
+        "reference, compiled: the op's reference; usual: the common code; copy: as many bytes; each",
         "with its time in us and how many times the op's that is.",
         "GB/s: bytes that must be moved at least, over the time. MB: memory needed at the peak, results included;",
-        "eager MB: that of the reference, in direction both that of the usual code.",
+        "eager MB: the reference's, in direction both the usual code's.",
     ]
 
 
@@ -150,7 +150,7 @@ def progress(row: str, facts: Mapping[str, Any], owner: str) -> str:
 
 
 def comparison(earlier: Results, later: Results) -> str:
-    """What both runs measured, side by side; a change counts where the quartiles do not overlap."""
+    """The measurements of both runs, side by side; a change counts where the quartiles do not overlap."""
     before = {entry["name"]: entry for entry in earlier["benchmarks"]}
     lines = []
     for entry in later["benchmarks"]:

@@ -1,9 +1,9 @@
-"""Which rows the op benchmark has, and what is timed in each.
+"""The rows of the op benchmark, and the calls that are timed in each.
 
 A row is a sample of an op (`tests/op_cases`) in a shape, dtype, layout and direction. Compilers take longer than
-everything else here, so only what teaches most is compiled: float32 in the first layout, of every shape where the
-row is what users see (a public function with its backward pass, or an op without gradient), of the first shape
-where it is the raw half of such a pair. The other layouts and bfloat16 are measured in the first shape alone.
+everything else here, so only the most telling rows are compiled: float32 in the first layout, of every shape where
+the row is a call of users (a public function with its backward pass, or an op without gradient), of the first
+shape where it is the raw half of such a pair. Other layouts and bfloat16 are measured in the first shape alone.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BOTH = "both"  # the direction of a public function's forward and backward pass 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """The choice of measurements.
 
     Attributes:
         device: "cpu" or "cuda".
@@ -88,7 +88,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What identifies the row, and what `Options.part` is looked for in."""
+        """The identity of the row, in which `Options.part` is looked for."""
         shape = "x".join(map(str, self.spec.shape))
         dtype = str(self.spec.dtype).removeprefix("torch.")
         return f"{self.case.name}-{self.direction}-{shape}-{dtype}-{self.spec.layout}"

@@ -18,7 +18,7 @@ class Target:
     Attributes:
         row: the row's name.
         against: the candidate; a copy gives a share of its bandwidth, all others a speedup.
-        least: what is asked for.
+        least: the ratio or share that is asked for.
     """
 
     row: str
@@ -77,7 +77,7 @@ _NAMES = {
 
 
 def lines(groups: Mapping[str, Group]) -> list[list[str]]:
-    """A line per target: what it is, what is asked for, what was measured, whether it is met."""
+    """A line per target: its name, the figure asked for, the figure measured, whether it is met."""
     found = []
     for target in TARGETS:
         unit = "" if target.against == COPY else "x"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from op_rows import CASES
 
-# Marks of tests; see pyproject.toml. What says nothing about results, and takes longest, is left out.
+# Marks of tests; see pyproject.toml. Tests that say nothing about results, and take longest, are left out.
 FOR_ALL = "every_op"
 LEFT_OUT = "compiles or refusals"
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ FEWEST_OF_SLOW = 2  # rounds of a candidate
 _SLOW = 1.0  # seconds of a call of such a one
 _LONG = 0.05  # seconds of a call that is not repeated to find out how long it takes
 
-# About, on 2 cores, nothing cached: what a row takes beside its rounds.
+# About, on 2 cores, nothing cached: the seconds of a row beside its rounds.
 _ROW_START, _ELEMENT, _COMPILATION = 0.3, 3e-7, 4.0
 
 Facts = dict[str, Any]
@@ -29,13 +29,13 @@ Facts = dict[str, Any]
 
 @dataclass
 class Measured:
-    """What became of a row.
+    """The outcome of a row.
 
     Attributes:
         facts: times and facts of each candidate that ran.
         missing: why a candidate did not run.
-        refused: why none was timed; empty where they were.
-        seconds: what it took.
+        refused: why no candidate was timed; empty where they were.
+        seconds: its duration.
     """
 
     facts: dict[str, Facts] = field(default_factory=dict)

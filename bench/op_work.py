@@ -1,4 +1,4 @@
-"""What is timed in a row of the op benchmark: the calls, on arguments that are allocated once."""
+"""The timed part of a row of the op benchmark: the calls, on arguments that are allocated once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAMPLED = 100_000  # elements of a tensor that are compared
 
 
 class Disagreement(ValueError):
-    """A rival does not compute what the op computes."""
+    """A rival has another result than the op."""
 
 
 def workload(row: Row) -> RawWork | PublicWork:
@@ -34,7 +34,7 @@ class RawWork:
     """A raw op, forward or backward.
 
     Attributes:
-        bytes: what a call must move at least.
+        bytes: the least that a call must move.
         operations: its arithmetic operations, about.
     """
 
@@ -79,7 +79,7 @@ class PublicWork:
     """A public function and its backward pass to all differentiable arguments, against the rival's.
 
     Attributes:
-        bytes: what both passes must move at least: what the forward pass must, the incoming gradient and the
+        bytes: the least that both passes must move: the forward pass's bytes, the incoming gradient and the
             gradients of the arguments.
         operations: None, because only the forward pass's are known.
     """
@@ -114,7 +114,7 @@ class PublicWork:
         self._incoming_of.clear()
 
     def candidate(self, name: str) -> Run:
-        """The two passes to time; that of a scalar begins with 1, as `loss.backward()` does."""
+        """The two passes to time; the backward pass of a scalar begins with 1, as `loss.backward()` does."""
         if name == COPY:
             return _copy(self.bytes, self._device)
         if name in (USUAL, USUAL_COMPILED):

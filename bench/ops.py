@@ -10,7 +10,7 @@
 First the op tests run in a process of their own; an op whose tests fail is not measured, and the exit status
 is 1.
 
-What is timed. For each row (`op_rows.py`) the candidates run in one process, in turn, in rounds that each begin
+The timed calls. For each row (`op_rows.py`) the candidates run in one process, in turn, in rounds that each begin
 with another candidate, so that a slow stretch of the machine falls on all alike. A round's figure is the mean of
 as many calls in a row as last 2 ms; medians over the rounds are reported, with half the distance of the quartiles
 as the spread. On CUDA the device is synchronised before and after.
@@ -30,10 +30,10 @@ rows chosen is printed at the start: on 2 quiet cores 4 minutes for 43 rows, 10 
 
 Page faults. Arguments are allocated once; results are fresh, as in use, but the C library is told to keep freed
 memory and every candidate has run before, so that no page is touched for the first time (on CUDA torch's
-allocator does the same). What fits a cache therefore stays there: "of copy" is the time of the interleaved copy of
-equal size, from equal caches, over the op's; the copy bandwidth at the table's head is that of 256 MB.
+allocator does the same). Data that fit a cache therefore stay there: "of copy" is the time of the interleaved copy
+of equal size, from equal caches, over the op's; the copy bandwidth at the table's head is measured with 256 MB.
 
-pytest-benchmark runs one candidate to the end before the next, which is what interleaving is to avoid. So the
+pytest-benchmark runs one candidate to the end before the next, which interleaving is to avoid. So the
 first test of a row times all its candidates, and each test then plays its own times back to pytest-benchmark's
 fixture on a clock of its own. Selection, statistics and the JSON are pytest-benchmark's, and `pytest-benchmark
 compare` reads the files. `pytest bench/ops.py -o addopts= --benchmark-only` works too, without the tests before
@@ -172,7 +172,7 @@ class Plugin:
 
 
 def run_benchmarks(options: Options) -> dict[str, Any]:
-    """Run this file under pytest; pytest-benchmark's JSON, with what could not be measured and why."""
+    """Run this file under pytest; pytest-benchmark's JSON, with the rows that could not be measured and why."""
     plugin = Plugin(options)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "benchmark.json"

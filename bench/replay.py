@@ -1,4 +1,4 @@
-"""What noisy replay saves: an ARREST training step by the share p of the images that are attacked.
+"""The savings of noisy replay: an ARREST training step by the share p of the images that are attacked.
 
     python bench/replay.py                     ResNet-18, 3x32x32, batch 64, K = 10; about a minute on 2 cores
 

@@ -8,9 +8,9 @@
 Without --run a network is first trained by PGD-AT, with the recipe of `methods.py`. PGD-20 by the engine is
 compared with the loop of papers in float32, from the same start points, so that nothing but the arithmetic of the
 gradients differs. APGD-CE (100 steps) is compared with pyautoattack's, whose random start is another; so fastadv's
-in float32 is compared as well, which tells what start points and implementation alone make of it.
+in float32 is compared as well, which shows the effect of start points and implementation alone.
 
-An image counts as robust if the float32 network is right on it and on what the attack returned, which must lie in
+An image counts as robust if the float32 network is right on it and on the attack's result, which must lie in
 ball and bounds. The aim is that robust accuracies differ by at most 0.3 points. With n images one image is 100 / n
 points, and other start points may change the reference itself by more than the aim: so its range over the seeds is
 given. Two attacks may also break different images and still come to one number: so the table tells how many either
@@ -62,7 +62,7 @@ class Pair:
         reference: images that are robust under the reference's.
         engine_alone: images that the engine's attack alone has broken.
         reference_alone: images that the reference's alone has broken.
-        ran: what the attack says that it ran on.
+        ran: the engine that the attack reports.
     """
 
     attack: str

@@ -77,7 +77,7 @@ def forward_flops(task: Task) -> int:
 
 
 def say(text: str) -> None:
-    """What is going on: one changing line on a terminal, a line each elsewhere."""
+    """The progress: one changing line on a terminal, a line each elsewhere."""
     terminal = sys.stderr.isatty()
     sys.stderr.write(f"\r\033[K{text}\r" if terminal else f"{text}\n")
     sys.stderr.flush()
@@ -97,7 +97,7 @@ def build_all(
             continue
         say(f"preparing {name}")
         peak = PeakMemory(task.device)
-        # What neither compiles nor keeps memory is warm after one step, on a twin of its own.
+        # A loop that neither compiles nor keeps memory is warm after one step, on a twin of its own.
         lasting = compiles or name.startswith(OURS)
         start = time.perf_counter()
         try:
@@ -150,7 +150,7 @@ def compare(
 
 
 def breakdown(task: Task, rounds: int, precision: str) -> dict[str, Seconds]:
-    """Where an attack step's time goes: forward, input gradient, update; and what comes once per attack."""
+    """Where an attack step's time goes: forward, input gradient, update; and the work once per attack."""
     import fastadv
     from fastadv.engine.engines import unwrapped
     from fastadv.engine.recorder import record
@@ -260,7 +260,7 @@ def parse_arguments() -> Any:
     parser.add_argument("--image", type=_shape, default=(3, 32, 32), help="CxHxW, 3x32x32")
     parser.add_argument("--steps", type=int, default=10, help="attack steps, K")
     rounds = (
-        "counted rounds (3; quick: 1; on a GPU tenfold); what takes over 5 s gets two at the most"
+        "counted rounds (3; quick: 1; on a GPU tenfold); a loop of over 5 s gets two at the most"
     )
     parser.add_argument("--rounds", type=int, default=None, help=rounds)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -1,4 +1,4 @@
-"""A bar of progress that keeps its figures on a narrow terminal: what does not fit is left out from the right."""
+"""A bar of progress that keeps its figures on a narrow terminal: those that do not fit are cut from the right."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Bar(tqdm):
     """A bar on standard error.
 
     Args:
-        figures: what it shows, the most important first.
+        figures: the figures that it shows, the most important first.
         options: as tqdm has them.
 
     Attributes:
         figures: the same, which may be changed while it runs.
-        rest: what is shown right of the bar and the time that is left, where there is room.
+        rest: the text right of the bar and of the time that is left, where there is room.
     """
 
     def __init__(self, figures: Sequence[str], **options: Any) -> None:
@@ -33,7 +33,7 @@ class Bar(tqdm):
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """What tqdm writes the line from."""
+        """The values from which tqdm writes the line."""
         found = super().format_dict
         width = columns(self.fp) - 1  # the last column would break the line on some terminals
         head = fitted(self.figures, width - _PERCENT)
@@ -57,7 +57,7 @@ def fitted(parts: Sequence[str], width: int) -> str:
 
 
 def columns(stream: Any) -> int:
-    """Return the width of a terminal: what COLUMNS of the environment says, else the terminal itself."""
+    """Return the width of a terminal: COLUMNS of the environment, else the width of the terminal itself."""
     given = os.environ.get("COLUMNS", "")
     if given.isdecimal() and int(given) > 0:
         return int(given)

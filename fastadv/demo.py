@@ -31,7 +31,7 @@ _IMAGES = 100  # of the 500 test images; AutoAttack takes most of the demo's tim
 
 
 def _for_digits(recipe: Recipe) -> Recipe:
-    """Change in a recipe what 1,297 images of 8x8 need."""
+    """Change the numbers of a recipe that 1,297 images of 8x8 need otherwise."""
     return replace(
         recipe,
         batch_size=64,  # 20 steps an epoch instead of 10
@@ -77,7 +77,7 @@ def run_demo(out: str = "demo_run", quiet: bool = False) -> str:
             table,
             "",
             f"{_IMAGES} test images, so differences of a few percent say nothing. Digits this easy",
-            "lose no clean accuracy to PGD-AT, so ARREST has none to win back; it needs CIFAR.",
+            "lose no clean accuracy to PGD-AT, so ARREST has no accuracy to win back; it needs CIFAR.",
             "",
             *report,
             f"checkpoints: {out}/*/checkpoints/latest",
@@ -98,7 +98,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train_and_compare(folder: Path, quiet: bool) -> tuple[str, list[str]]:
-    """The table, and where the report is or why there is none."""
+    """The table, and where the report is or why there is no report."""
     recipes = demo_recipes()
     for name, recipe in recipes.items():
         run = folder / name

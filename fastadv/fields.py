@@ -24,7 +24,7 @@ Check = Callable[[str, Any], Any]  # (name, value) -> the value as the type hint
 def check_fields(instance: Any) -> None:
     """Check every field against its type hint, and put Python's own type in place of numpy's and of lists.
 
-    ``bool``, ``int``, ``float`` and ``str`` take nothing but what they say (an integer is a number too),
+    ``bool``, ``int``, ``float`` and ``str`` take only values of their own type (an integer is a number too),
     ``Literal`` one of its words, ``tuple`` a sequence of what it holds, a class its instances, ``Callable`` what
     can be called; ``|`` takes one of several.
 
@@ -43,7 +43,7 @@ def check_fields(instance: Any) -> None:
 
 
 def arguments_checked(function: Function) -> Function:
-    """Let a function check what it is given against its type hints, as `check_fields` does for a dataclass.
+    """Let a function check its arguments against its type hints, as `check_fields` does for a dataclass.
 
     It is for functions that nobody calls in a loop, nor under torch.compile.
     """
@@ -89,7 +89,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
 
 
 def _check_of(hint: Any) -> Check:
-    """What checks a value against a type hint."""
+    """The function that checks a value against a type hint."""
     origin, parts = get_origin(hint), get_args(hint)
     if hint is Any:
         return lambda name, value: value
@@ -168,7 +168,7 @@ def _is_callable(hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    """What a hint asks for, in words."""
+    """The values that a hint asks for, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
         return f"one of {', '.join(map(str, parts))}"

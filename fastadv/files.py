@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# What is being written stands under a name that begins so, until it is whole.
+# A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
 _LONGEST_NAME = 100
 _DAY = 24 * 60 * 60
-_FREE_SPACE = "free some space there and try again (a run goes on with resume); what was written before is whole"
+_FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
     errno.ENOSPC: _FREE_SPACE,
     errno.EDQUOT: _FREE_SPACE,
@@ -40,7 +40,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
         The path written.
 
     Raises:
-        OSError: if it cannot be written; the message names the file, the reason and what to do.
+        OSError: if it cannot be written; the message names the file, the reason and a remedy.
     """
     # Through a link, so that the file it leads to is renewed and the link stays.
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
@@ -76,7 +76,7 @@ def write_through(path: Path, content: bytes, final: Path) -> None:
 
 @contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Let errors of the operating system name the file that was to be written, and say what to do."""
+    """Let errors of the operating system name the file that was to be written, and name a remedy."""
     try:
         yield
     except OSError as error:
@@ -92,8 +92,8 @@ def naming(path: object) -> Iterator[None]:
 def point_link(link: Path, target: str) -> None:
     """Make a symbolic link point to a name in its own folder, in one step.
 
-    A folder in its place, such as tools leave that copy what links point to, is removed. Where the file system has
-    no links, a file with the name is written.
+    A folder in its place, such as tools leave that copy the targets of links, is removed. Where the file system
+    has no links, a file with the name is written.
 
     Args:
         link: the link, which may exist.
@@ -118,15 +118,15 @@ def point_link(link: Path, target: str) -> None:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a new name beside a path, which says what is to stand there and which process writes it."""
+    """Return a new name beside a path, which names the future file and the process that writes it."""
     owner = f"{socket.gethostname()}@{os.getpid()}"
     return path.with_name(f"{TEMPORARY}{path.name[:_LONGEST_NAME]}@{owner}@{secrets.token_hex(4)}")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes have left half written in a folder.
+    """Delete files that killed processes have left half written in a folder.
 
-    What processes of other machines write is taken for left when it is a day old.
+    A file that another machine's process writes is taken for left when it is a day old.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
         *_, host, pid, _ = ("", "", *path.name.split("@"))

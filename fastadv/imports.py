@@ -9,15 +9,15 @@ from typing import Any
 
 
 def import_named(label: str, kind: str, what: str) -> Any:
-    """Import what a label names.
+    """Import the object that a label names.
 
     The module is looked for where Python looks, and then in the current directory. That stays the last place
     where Python looks, so that the module can import its neighbours later.
 
     Args:
         label: "package.module:name", as the user gives it. A label that a file holds must not come here.
-        kind: what the label names, for messages, such as "model".
-        what: what the name must be, for messages, such as "function".
+        kind: the kind of the object, for messages, such as "model".
+        what: the kind that the name must have, for messages, such as "function".
 
     Returns:
         The object.

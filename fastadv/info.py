@@ -1,4 +1,4 @@
-"""What this installation is and can do: versions, devices, SIMD level, engines and op owners."""
+"""The facts about this installation: versions, devices, SIMD level, engines and op owners."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from fastadv.ops.registry import SOURCES
 
 _PACKAGES = ("torch", "triton", "numpy", "safetensors", "jsonargparse")
-# What each package is for that can be left out.
+# The purpose of each package that can be left out.
 _EXTRAS = {
     "matplotlib": "plots",
     "scikit-learn": "digits, t-SNE",
@@ -33,7 +33,7 @@ def collect() -> dict[str, Any]:
 
     Returns:
         A dictionary that ``json.dumps`` takes: ``fastadv``, ``python``, ``platform``, ``packages``,
-        ``extras`` (None for what is not installed), ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for
+        ``extras`` (None for a missing package), ``native``, ``cpu``, ``gpus``, ``precision`` and ``ops``: for
         each op its ``owner`` by the type of device, of devices that are there, and ``missing``, why it lacks an
         implementation, for those it lacks here.
     """
@@ -151,7 +151,7 @@ def _op_table(ops: dict[str, Any]) -> list[str]:
 
 
 def _cell(why_missing: str | None, reasons: list[str]) -> str:
-    """What a backend's cell says: yes, or the number of the reason why it is not there."""
+    """The text of a backend's cell: yes, or the number of the reason why it is not there."""
     if why_missing is None:
         return "yes"
     if why_missing not in reasons:
@@ -167,7 +167,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name, with the family and model that tell apart what is sold under one name."""
+    """The processor's name, with the family and model, which tell processors of one name apart."""
     fields: dict[str, str] = {}
     try:
         with open("/proc/cpuinfo") as lines:

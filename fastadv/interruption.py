@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a request to stop in order, and what is raised when it is granted."""
+"""SIGTERM and Ctrl-C: a request to stop in order, and the exception when it is granted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ours: list[Any] = []  # handlers that are set by with statements here, which ma
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
-    """SIGTERM or Ctrl-C ended the work. What is kept, and how to go on, the message says.
+    """SIGTERM or Ctrl-C ended the work. The message says which work is kept, and how to go on.
 
     It is a `KeyboardInterrupt`, so that no `except Exception` takes it for a fault, and a `SystemExit`: a script
     that does not catch it ends with the status that a shell gives, 143 or 130.
@@ -40,7 +40,7 @@ class StopRequest:
     """Takes SIGTERM and SIGINT as a request to stop soon, while a with statement lasts.
 
     A second signal raises `Interrupted` at once. Handlers are set in the main thread only, and only where a signal
-    has its default handler: a caller's own handler decides for itself, and what is ignored stays ignored.
+    has its default handler: a caller's own handler decides for itself, and an ignored signal stays ignored.
 
     Args:
         notice: text to write on standard error at the first signal; None for silence.
@@ -107,14 +107,14 @@ def _handled_by(handler: Any) -> Iterator[None]:
 
 
 def _in_child(signum: int) -> None:
-    """What a forked process does that has the handler from its parent: Ctrl-C is for the parent to decide on."""
+    """Ignore Ctrl-C in a forked process, which has the handler from its parent: the parent decides on it."""
     if signum != signal.SIGINT:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)
 
 
 def signal_name(signum: int) -> str:
-    """Return what people call a signal."""
+    """Return the common name of a signal."""
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fastadv.files import naming, remove_leftovers
 
-# What file systems say that have no locks.
+# The errors of file systems that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _PAUSE = 0.02  # seconds between two tries
 
@@ -48,7 +48,7 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
 def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Read a file and write it anew while no other process does so.
 
-    Missing folders are made, and what killed processes have left in the folder is deleted.
+    Missing folders are made, and files that killed processes have left in the folder are deleted.
 
     Args:
         path: the file, which need not exist.

@@ -1,4 +1,4 @@
-"""What is said when processes that work together do not hear from each other any more."""
+"""The message when processes that work together do not hear from each other any more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The processes that work together, the ranks: which one this is, and what they tell each other.
+"""The processes that work together, the ranks: which one this is, and how they exchange tensors and objects.
 
 `torchrun --nproc-per-node N -m fastadv ...` starts them.
 """
@@ -67,7 +67,7 @@ class Ranks:
     Attributes:
         rank: number of this process, from 0.
         count: how many there are.
-        device: where what is communicated must be.
+        device: where tensors that are exchanged must be.
     """
 
     rank: int = 0
@@ -133,7 +133,7 @@ class Ranks:
         return torch.cat(parts)
 
     def gather_objects(self, own: T) -> list[T]:
-        """Return what each rank has, in the order of the ranks."""
+        """Return the object of each rank, in the order of the ranks."""
         if self.count == 1:
             return [own]
         found: list[T] = [own] * self.count
@@ -200,7 +200,7 @@ def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ran
                     device_id=device if on_cuda else None,
                 )
             yield Ranks(rank, count, device)
-            # Not after an exception: this may wait for ranks that know of none, and torchrun for this one to end.
+            # Not after an exception: this may wait for ranks without one, and torchrun waits for this rank to end.
             dist.destroy_process_group()
 
 
@@ -229,7 +229,7 @@ def pack(tensors: Sequence[Tensor | None]) -> Tensor:
 
 
 def unpack(packed: Tensor, tensors: Sequence[Tensor | None]) -> None:
-    """Copy what `pack` returned back into the tensors."""
+    """Copy the result of `pack` back into the tensors."""
     into = [t for t in tensors if t is not None]
     parts = packed.split([t.numel() for t in into])
     torch._foreach_copy_(into, [part.view_as(t) for part, t in zip(parts, into, strict=True)])

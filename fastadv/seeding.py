@@ -14,7 +14,7 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
 
     Args:
         seed: the run's seed, any integer.
-        purpose: what the numbers are for, e.g. ``"shuffle"``; different purposes are independent.
+        purpose: the use of the numbers, e.g. ``"shuffle"``; different purposes are independent.
         counters: where in the run, e.g. epoch and step.
 
     Returns:

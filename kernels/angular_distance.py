@@ -38,7 +38,7 @@ def _moments(u, v, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr, COMPUTE
 
 @triton.jit
 def _finish(distance, moments, far, sample, dot, uu, vv, tau, COMPUTE: tl.constexpr):
-    """Write one sample's results; ``moments`` or ``far`` is None where the op has none."""
+    """Write one sample's results; ``moments`` or ``far`` is None where the op does not return it."""
     length = tl.sqrt(uu) * tl.sqrt(vv)
     d = tl.where(length == 0, 1.0, 1 - tl.abs(dot) / length).to(COMPUTE)
     d = tl.where(d < 0, 0.0, d)  # rounding; a NaN stays

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **settings: Any) -> None:
-    """Run ``kernel`` on the device of ``like`` with ``programs`` programs; none are an empty launch.
+    """Run ``kernel`` on the device of ``like`` with ``programs`` programs; 0 programs are an empty launch.
 
     Products and sums are not contracted, so that every backend rounds alike.
 
@@ -54,7 +54,7 @@ def number(bits, dtype: tl.constexpr):
 
 @triton.jit
 def per_sample(bits, values, sample, dtype: tl.constexpr):
-    """The number of one sample: that of all samples, or the sample's own where there are ``values``."""
+    """The number of one sample: the common number, or the sample's own where there are ``values``."""
     return number(bits, dtype) if values is None else tl.load(values + sample).to(dtype)
 
 
@@ -95,5 +95,5 @@ def rounded_to_float_precision(a):
 
 @triton.jit
 def elements_to_read(size, active, sample):
-    """``size``, or 0 where the sample is not active: what its memory holds does not matter then."""
+    """``size``, or 0 where the sample is not active: the content of its memory does not matter then."""
     return size if active is None else tl.where(tl.load(active + sample), size, 0)

@@ -96,7 +96,7 @@ def _largest_distance(
 
 @triton.jit
 def _summation_grid(largest, HEAD: tl.constexpr, COMPUTE: tl.constexpr):
-    """What distances are added to and subtracted from so that every sum of them is exact; 0 for float64."""
+    """The number that distances are added to and subtracted from, so that sums are exact; 0 for float64."""
     if tl.float64 == COMPUTE:
         return tl.full((), 0.0, tl.float64)
     else:
@@ -269,7 +269,7 @@ def _step_l1(
         STEPS,
         COMPUTE,
     )
-    # In place, this overwrites what the sums were taken of: every thread has met in them by now.
+    # In place, this overwrites the terms of the sums: every thread has met in them by now.
     _write(
         out,
         adv,

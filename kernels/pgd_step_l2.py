@@ -150,7 +150,7 @@ def _step_l2(
     COMPUTE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One program per sample; its second pass reads what the first left in the caches."""
+    """One program per sample; its second pass reads the caches that the first has filled."""
     sample = tl.program_id(0).to(tl.int64)
     at = sample * size
     read = elements_to_read(size, active, sample)
@@ -163,7 +163,7 @@ def _step_l2(
     factor, shrink = _step_and_shrink(gg, gd, dd, step, radius, COMPUTE)
     lowest, highest = number(low, COMPUTE), number(high, COMPUTE)
     shrink = shrink.to(COMPUTE)
-    # In place, this overwrites what the sums were taken of: every thread has met in them by now.
+    # In place, this overwrites the terms of the sums: every thread has met in them by now.
     _write(
         out,
         adv,

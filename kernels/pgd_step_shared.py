@@ -1,4 +1,4 @@
-"""What the norms of the PGD step share in Triton: their arguments, and what happens to single elements."""
+"""The common part of the norms of the PGD step in Triton: arguments, and the work on single elements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Step:
     counts: Tensor | None = None
 
     def arguments(self) -> tuple[int, int, Tensor | None, Tensor | None, int, int]:
-        """What every kernel takes, in its order."""
+        """The arguments of every kernel, in their order."""
         return (
             double_bits(self.eps),
             double_bits(self.alpha),

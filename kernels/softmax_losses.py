@@ -1,7 +1,7 @@
-"""Losses on logits in Triton. Definitions: fastadv/ops/softmax_losses.py.
+"""Losses on logits in Triton. Definitions: fastadv/ops/softmax_formulas.py.
 
 There is no CUDA C++ version. A training step calls these ops once or twice, and an attack replays them from a
-graph: what Triton's launcher costs beside a native call is not noticed there.
+graph: the extra cost of Triton's launcher over a native call is not noticed there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // The losses on logits, one row each: value and gradients. Definitions and sources:
-// fastadv/ops/softmax_losses.py and fastadv/losses.py.
+// fastadv/ops/softmax_formulas.py and fastadv/losses/.
 #pragma once
 
 #include <algorithm>

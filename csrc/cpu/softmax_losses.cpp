@@ -1,5 +1,5 @@
 // Losses on logits on the CPU: value and gradients in one pass over the rows. Definitions:
-// fastadv/ops/softmax_losses.py.
+// fastadv/ops/softmax_formulas.py.
 #include <ATen/ops/empty.h>
 
 #include <cstring>
@@ -136,8 +136,8 @@ void run(const Operands& o) {
   });
 }
 
-// What a kind of loss needs, how many losses a sample has, and the function that computes them. The
-// same as in KINDS of fastadv/ops/softmax_losses.py.
+// The arguments of a kind of loss, the number of its losses, and the function that computes them.
+// The same as in KINDS of fastadv/ops/softmax_formulas.py.
 struct Kind {
   c10::string_view name;
   bool takes_other, takes_labels;

@@ -1,5 +1,5 @@
 // One row of logits: what the losses on logits are made of. Definitions:
-// fastadv/ops/softmax_losses.py.
+// fastadv/ops/softmax_formulas.py.
 //
 // A row lies in scratch of a whole number of blocks of kRowLanes elements, padded with -inf, so
 // that ten classes cost little more than one SIMD register. The arithmetic is written on vectors V,

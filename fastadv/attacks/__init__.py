@@ -10,7 +10,9 @@ from fastadv.attacks.fgsm import FGSM, FGSMRS
 from fastadv.attacks.friendly import FriendlyPGD
 from fastadv.attacks.mim import MIM
 from fastadv.attacks.minimum_perturbation import minimum_perturbation
-from fastadv.attacks.pgd import PGD, PGDSettings, pgd_fused
+from fastadv.attacks.pgd import PGD
+from fastadv.attacks.pgd_function import pgd_fused
+from fastadv.attacks.pgd_settings import PGDSettings
 from fastadv.attacks.report import AttackReport
 from fastadv.attacks.square import Square, SquareSettings
 from fastadv.attacks.starts import uniform_radius_start

@@ -71,7 +71,7 @@ class Ended:
 
 
 class Referee(Protocol):
-    """Who decides what the pool's finds are worth."""
+    """The judge of the pool's finds."""
 
     def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
         """Say which of the points [R, ...], each of an image by index, break their images."""
@@ -141,9 +141,9 @@ class APGDPool:
         """Carry out runs, beginning them in the order given.
 
         Args:
-            runs: what to do; read as rows become free.
+            runs: the work; read as rows become free.
             take: gives images and labels by index.
-            referee: is asked and told about what is found.
+            referee: is asked and told about the finds.
             sample_ids: int64 [N] on the CPU, which random numbers each image gets; by default its index.
         """
         queue = iter(runs)

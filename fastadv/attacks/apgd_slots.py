@@ -2,7 +2,7 @@
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, algorithm 1. `fastadv.attacks.apgd` runs it for a batch in step; here a row may
-begin while its neighbours are on their way, so what a step does is chosen row by row.
+begin while its neighbours are on their way, so the work of a step is chosen row by row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every attack is: a model, settings, an engine that is built once, and a call on a batch."""
+"""The base of every attack: a model, settings, an engine that is built once, and a call on a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen
 from fastadv.engine.layout import naming_layout
-from fastadv.engine.selection import EngineCache, Wish
+from fastadv.engine.selection import EngineCache
+from fastadv.engine.wish import Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds

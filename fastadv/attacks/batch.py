@@ -1,4 +1,4 @@
-"""One batch under attack: what every attack asks of the engine, counted for the report."""
+"""One batch under attack: the passes that every attack asks of the engine, counted for the report."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Best:
         self._empty = True
 
     def offer(self, adv: Tensor, value: Tensor, succeeded: Tensor) -> None:
-        """Keep the images that are better than what is known.
+        """Keep the images that are better than the best known ones.
 
         Args:
             adv: candidates [B, ...]; copied, so that they may be written to afterwards.
@@ -58,7 +58,7 @@ class Best:
         return some
 
     def merge(self, other: Best, rows: Tensor | None = None) -> None:
-        """Offer what another search has found.
+        """Offer the images that another search has found.
 
         Args:
             other: its images, values and successes, for all samples or some.
@@ -74,7 +74,7 @@ class Best:
         self.succeeded = self.succeeded.index_copy(0, rows, some.succeeded)
 
 
-# A search on a batch, towards wrong classes [B] or none in particular, with a seed.
+# A search on a batch, towards wrong classes [B] or no class in particular, with a seed.
 Run: TypeAlias = Callable[[AttackBatch, Tensor | None, int], Best]
 
 

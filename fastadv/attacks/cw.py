@@ -16,7 +16,8 @@ from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import LossFunction, Objective
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Keep, PGDSettings
+from fastadv.attacks.pgd import PGD
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.engine.engines import Model
 from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import integer, limit
@@ -51,7 +52,7 @@ class CWSettings(PGDSettings):
 class CW(PGD):
     """PGD on the margin of Carlini and Wagner: ``max_{j != y} z_j - z_y`` is raised within the eps-ball.
 
-    This is what robustness papers list as C&W in linf. `CWL2` is the attack of the paper of that name. Other
+    Robustness papers list this attack as C&W in linf. `CWL2` is the attack of Carlini and Wagner's paper. Other
     libraries call that one CW: ``CW(model, c, kappa, steps, lr)``, which is refused here.
 
     Args:

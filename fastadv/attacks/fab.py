@@ -284,7 +284,7 @@ def _nearest_boundary(batch: AttackBatch, adv: Tensor, classes: Tensor) -> tuple
 
 
 def _offer(best: Best, batch: AttackBatch, adv: Tensor, crossed: Tensor) -> None:
-    """Keep the crossings [B] that are nearer than what is known; one in the ball is a success."""
+    """Keep the crossings [B] that are nearer than the known ones; one in the ball is a success."""
     distance = _lengths(adv - batch.x, batch.norm)
     value = torch.where(crossed, -distance, -torch.inf)
     best.offer(adv, value, crossed & (distance <= batch.eps))

@@ -8,7 +8,8 @@ from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Keep, PGDSettings
+from fastadv.attacks.pgd import PGD
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.engine.engines import Model
 
 FGSM_RS_STEP = 1.25  # of eps

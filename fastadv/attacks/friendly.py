@@ -12,7 +12,8 @@ from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Keep, PGDSettings, StepSize
+from fastadv.attacks.pgd import PGD, StepSize
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Model
 from fastadv.ops.checks import over_samples
@@ -37,7 +38,7 @@ class FriendlyPGD(PGD):
     At each of the K points the logits of the gradient's pass tell whether the image is misclassified: if so, and
     tau such points went before, it stops for good. Source: Zhang et al., "Attacks which do not kill training make
     adversarial learning stronger", ICML 2020, algorithm 1. Images that have stopped remain in the passes, so that
-    nothing waits for the device, and in what `last` counts.
+    nothing waits for the device, and in the counts of `last`.
 
     Args:
         model: as in `fastadv.pgd_fused`.

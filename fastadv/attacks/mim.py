@@ -12,7 +12,8 @@ from fastadv.attacks.attack import Attack
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.objectives import LossFunction
 from fastadv.attacks.options import Setting
-from fastadv.attacks.pgd import PGD, Direction, Keep, PGDSettings
+from fastadv.attacks.pgd import PGD, Direction
+from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.engine.engines import Model
 from fastadv.ops import momentum_update_
 from fastadv.ops.values import limit

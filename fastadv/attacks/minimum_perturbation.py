@@ -94,7 +94,7 @@ def minimum_perturbation(
 
 @torch.no_grad()
 def _succeeds(attack: Attack, judge: Model, images: Tensor, y: Tensor) -> Tensor:
-    """Whether the judge does what the attack wants, [B] bool."""
+    """Whether the judge's class is as the attack wants, [B] bool."""
     images = images.to(torch.promote_types(images.dtype, torch.float32))
     with frozen(judge), torch.autocast(images.device.type, enabled=False):
         reached = judge(images).argmax(1) == y

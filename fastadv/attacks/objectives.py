@@ -1,4 +1,4 @@
-"""What an attack maximises: per-sample objectives on logits, computed in float32."""
+"""The objectives that an attack maximises: one value per sample from its logits, computed in float32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes an attack's settings its attributes, and answers arguments and attributes that it does not have.
+"""An attack's settings as its attributes, and messages on arguments and attributes that it does not have.
 
 ``attack.eps = 4 / 255`` changes the settings, with all of their checks, from the next call on. A name that is no
 setting is refused, in construction and in assignment. The error names the likely one.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-# What other libraries call these arguments.
+# The names of these arguments in other libraries.
 SYNONYMS = {
     **dict.fromkeys(("epsilon", "epsilons", "radius", "max_eps"), "eps"),
     **dict.fromkeys(("step_size", "eps_iter", "eps_step", "rel_stepsize", "stepsize"), "alpha"),
@@ -71,7 +71,7 @@ class Checked(Generic[T]):
     """An attribute of an attack whose values go through a check.
 
     Args:
-        check: takes what is set and returns what is to be kept.
+        check: takes the value that is set and returns the value to keep.
     """
 
     def __init__(self, check: Callable[[Any], T]) -> None:

@@ -52,9 +52,7 @@ def level_by_sorting(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
     """As `level`, by torch's own operations on any device."""
     caps, order = caps.sort(1)
     amounts = amounts.gather(1, order)
-    below = (amounts * caps).cumsum(
-        1
-    )  # what the terms have reached whose caps are at most the k-th
+    below = (amounts * caps).cumsum(1)  # the sum of the terms whose caps are at most the k-th
     slopes = amounts.flip(1).cumsum(1).flip(1)  # of the terms from the k-th on
     after = torch.cat((slopes[:, 1:], torch.zeros_like(slopes[:, :1])), 1)
     reached = below + caps * after
@@ -82,7 +80,7 @@ def to_hyperplane(
         points: [B, ...] within the bounds.
         normal: [B, ...], in any float dtype.
         gap: [B], how far ``normal . point`` has to change; nothing moves where it is no finite number.
-        norm: ``"linf"``, ``"l2"`` or ``"l1"``: what is minimised.
+        norm: ``"linf"``, ``"l2"`` or ``"l1"``: the norm that is minimised.
         bounds: lowest and highest allowed value.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What an attack saw on its way: signs of masked gradients, and a check of its result."""
+"""The report of an attack: signs of masked gradients on its way, and a check of its result."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def outside_share(adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds
     """Share of elements outside the eps-ball around ``x`` or the bounds; NaN is outside.
 
     Args:
-        adv: what an attack returns [B, ...].
+        adv: the result of an attack [B, ...].
         x: the clean images [B, ...], in the dtype of ``adv``.
         eps: radius, a number, [B] or in linf [B, C, 1, ...].
         norm: ``"linf"``: element by element and exactly, in the arithmetic of the attack; ``"l2"`` and ``"l1"``:

@@ -83,13 +83,13 @@ class AheadSearch:
 
     Args:
         batch: these images.
-        best: how far they have come, none of them broken.
-        objective: what is to be raised.
+        best: how far they have come; no image is broken.
+        objective: the value to be raised.
         share_at: the share of an image that a query's square covers.
         seed: of the search.
         query: the number of the next query, from 1.
         end: the number after the last one.
-        accepted: what is known of the share of queries that change an image.
+        accepted: the estimated share of queries that change an image.
     """
 
     _words: Tensor  # [B, queries, words], from the first query of a block
@@ -118,7 +118,7 @@ class AheadSearch:
         """Search until every image is broken or has used its queries.
 
         Args:
-            result: of the whole batch; gets what is found.
+            result: of the whole batch; gets the finds.
             rows: which of its samples these images are, int64.
         """
         rounds = 0

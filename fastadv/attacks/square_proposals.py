@@ -127,7 +127,7 @@ class Bumps(Proposals):
     def _budget(self, delta: Tensor, within: Tensor) -> Tensor:
         """The length that each channel's square may have, [B, C, 1, 1].
 
-        It is the length of the change within the two squares, and a channel's part of what the ball leaves.
+        It is the length of the change within the two squares, and a channel's part of the ball's rest.
         """
         order, channels = self._order, self._channels
         left = (self._radius() ** order - self._length(delta) ** order).clamp(min=0) / channels

@@ -17,7 +17,7 @@ from fastadv.reproduction import all_items
 
 _START = "_ARGCOMPLETE"  # set by the shell; the place of the program among the words, from 1
 
-# What options take whose values have no type of their own; for some of them files are as good.
+# The values of options that have no type of their own; some of them take files, too.
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "data": dataset_names,
     "name": dataset_names,
@@ -51,7 +51,7 @@ def offer(prog: str, words: Iterable[str]) -> NoReturn:
 
     Args:
         prog: the words of the command line so far.
-        words: what may follow.
+        words: the words that may follow.
     """
     parser = ArgumentParser(prog=prog, add_help=False)
     parser.add_argument("word", choices=list(words))
@@ -63,7 +63,7 @@ def offer_options(prog: str, actions: Iterable[Any]) -> NoReturn:
 
     Args:
         prog: the words that name the command.
-        actions: what its parser takes. Of several with one name the first counts.
+        actions: its parser's options. Of several with one name the first counts.
     """
     parser = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     dashed = "-" in _word_under_cursor()[2:]
@@ -93,7 +93,7 @@ def _add(parser: ArgumentParser, action: Any, names: Sequence[str]) -> None:
 
 
 def _values_of(action: Any) -> list[str] | None:
-    """What may be the value of an option; None for a file, or text of any kind."""
+    """The possible values of an option; None for a file, or text of any kind."""
     if action.choices is not None:
         return [str(choice) for choice in action.choices]
     name = action.dest.removeprefix("eval_")
@@ -128,7 +128,7 @@ def _word_under_cursor() -> str:
 def _hand_over(parser: ArgumentParser, hidden: Sequence[str]) -> NoReturn:
     import argcomplete
 
-    # What names the command is the program to the parser.
+    # The words that name the command are the program's name to the parser.
     start = int(os.environ[_START]) + len(parser.prog.split()) - 1
     os.environ[_START] = str(start)
     argcomplete.autocomplete(

@@ -16,7 +16,7 @@ def is_flag(action: Action) -> bool:
 
 
 def spellings(action: Action) -> list[str]:
-    """Return what the help calls a flag: the option, and the one that turns it off where it is true by default."""
+    """Return a flag's name in the help: the option, and the one that turns it off where it is true by default."""
     names = list(action.option_strings)
     return [*names, *map(opposite, names)] if action.default is True else names
 
@@ -32,7 +32,7 @@ def turned_off(option: str) -> str:
 
 
 def as_switch(action: Action) -> Action:
-    """Return an option as the line of usage shows it: a flag by what changes its default, without a value."""
+    """Return an option as the usage shows it: a flag by the form that changes its default, without a value."""
     if not is_flag(action):
         return action
     shown = copy.copy(action)
@@ -49,8 +49,8 @@ def with_values(
 
     Args:
         words: the command line.
-        actions: what the parser takes.
-        refuse: called with what is wrong about a value.
+        actions: the parser's options.
+        refuse: called with the fault of a value.
     """
     known = list(actions)
     flags = {option for action in known if is_flag(action) for option in action.option_strings}

@@ -30,7 +30,7 @@ def report(words: list[str]) -> int:
 
 
 def info(words: list[str]) -> int:
-    """Say what the installation can do; the exit status."""
+    """Print the facts about the installation; the exit status."""
     import json
 
     from fastadv import info as facts_of

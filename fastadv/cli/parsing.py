@@ -1,4 +1,4 @@
-"""The command line's parser: its flags, and what it says of a mistake."""
+"""The command line's parser: its flags, and its messages on mistakes."""
 
 from __future__ import annotations
 
@@ -65,8 +65,8 @@ class Parser(ArgumentParser):
 
     Args:
         args: as `ArgumentParser` has them.
-        needs: what cannot be left out, and what each is, by its name without dashes. All that are missing are
-            named together.
+        needs: the arguments that cannot be left out, with a description of each, by name without dashes. All that
+            are missing are named together.
         kwargs: as `ArgumentParser` has them.
     """
 
@@ -96,7 +96,7 @@ class Parser(ArgumentParser):
         return super().parse_args(words, *others, **options)
 
     def check_given(self, options: Any) -> None:
-        """Require what cannot be left out, also of options that the parser itself does not require."""
+        """Require the arguments of `needs`, also options that the parser itself does not require."""
         missing = [name for name in self._needs if options[name] is None]
         if missing:
             self.error(self._missing(missing))
@@ -107,7 +107,7 @@ class Parser(ArgumentParser):
         self.exit(FAILED, f"{self.prog}: error: {text} (see {self._help})\n")
 
     def _in_words(self, text: str) -> str:
-        """Say what jsonargparse complains of in the words of a command line."""
+        """Return jsonargparse's complaint in the words of a command line."""
         text = text.replace('Parser key "', 'option "')
         if found := re.match("unrecognized arguments: (.*)", text):
             return f"unrecognized arguments: {found[1]}{self._meant(found[1].split())}"
@@ -122,7 +122,7 @@ class Parser(ArgumentParser):
         return text
 
     def _missing(self, names: Sequence[str]) -> str:
-        """Say what is missing, and what each of it is."""
+        """Return the missing arguments, with a description of each."""
         given = given_options(self._words, tuple(self._needs))
         wanted = [n for n in self._needs if n not in given and (n in names or f"--{n}" in self)]
         missing = [*wanted, *(name for name in names if name not in wanted)]
@@ -147,13 +147,13 @@ class Parser(ArgumentParser):
         return f"--{name}" if f"--{name}" in self else name.upper()
 
     def _meant(self, words: Sequence[str]) -> str:
-        """What may have been meant by the first of some words that is an option."""
+        """The option that was probably meant by the first of some words that is an option."""
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         return closest_option(options[0], self.options()) if options else ""
 
 
 def closest_option(option: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown option, as `closest` does; what begins options counts little.
+    """Return the end of a message about an unknown option, as `closest` does; the dashes count little.
 
     Args:
         option: with its dashes.
@@ -168,7 +168,7 @@ def _list(known: Sequence[str]) -> str:
 
 
 def _expectation(text: str) -> str:
-    """Say what a value must be, by jsonargparse's message on it; that message where it is not understood."""
+    """Return the allowed values, by jsonargparse's message; the message itself if it is not understood."""
     if "import path" in text.lower() and (
         found := re.search(r"(?:string: |Import path )(\S+)", text)
     ):
@@ -191,7 +191,7 @@ def _expectation(text: str) -> str:
 
 
 def _kind(error: str) -> str:
-    """What one of several types expects; empty for None, which nobody can type."""
+    """The values that one of several types expects; empty for None, which nobody can type."""
     if found := re.match(r"Expected a typing\.Literal\[(.*?)\]", error):
         return "one of " + found[1].replace("'", "")
     if found := re.match("Expected a <class '(.*?)'>", error):
@@ -237,14 +237,14 @@ def schedule_names() -> list[str]:
 
 
 def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
-    """Return what a command line says of some options, before a parser has read it.
+    """Return the values of some options on a command line, before a parser has read it.
 
     Args:
         words: the command line, of which configs are read, too. The last word on an option counts.
         names: the options.
 
     Returns:
-        The text of each option that is given, "true" for one without a value; of configs what YAML makes of it.
+        The text of each option that is given, "true" for one without a value; from configs YAML's values.
     """
     found: dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -273,6 +273,6 @@ def _content_of(config: str) -> dict[str, Any]:
 
 
 def complain(text: str) -> int:
-    """Print what is wrong; the exit status."""
+    """Print the error; the exit status."""
     print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
     return FAILED

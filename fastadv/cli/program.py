@@ -1,4 +1,4 @@
-"""The program `fastadv`: which command is meant, and what becomes of its errors.
+"""The program `fastadv`: which command is meant, and how its errors are shown.
 
 The commands are told apart here and not by jsonargparse's subcommands. Those need the parsers of all commands and
 methods for each call, some fifty of them at a tenth of a second each. They could not make the defaults of a method
@@ -30,7 +30,7 @@ from fastadv.ops.values import closest
 from fastadv.trainers import method_names
 
 _PROGRAM = "fastadv"
-# What a person can put right. Anything else is a fault of ours and ends in a traceback.
+# Errors that a person can put right. Anything else is a fault of ours and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
@@ -104,7 +104,7 @@ def _run(words: list[str]) -> int:
 
 
 def _unknown(word: str) -> str:
-    """What to say of a command that does not exist."""
+    """The message on a command that does not exist."""
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"

@@ -1,4 +1,4 @@
-"""The options of a run that goes on: those it was begun with, from what its directory says."""
+"""The options of a run that goes on: the ones it was begun with, from its directory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 
 
 def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
-    """Return what a config would hold that begins the run anew.
+    """Return the content of a config that begins the run anew.
 
     The recipe, the model and the data are those of `run.json`; how the run is kept and shown is in `config.yaml`,
     of which nothing else is taken but the names of the frozen models' networks. Nothing that the directory says is
@@ -110,7 +110,7 @@ def _as_option(value: Any) -> Any:
 def _is_known(value: Any) -> bool:
     """Whether a recorded value can be an option: a class must be one of this package's schedules.
 
-    The name of a further network is none where it stands for code.
+    A further network that stands for code has no name.
     """
     if isinstance(value, str):
         return not names_code(value)

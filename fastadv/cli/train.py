@@ -139,7 +139,7 @@ def training_parser(
 
     Args:
         method: the method.
-        settings: what the user says of the preset and of the recipe's deciding fields, from which the defaults of
+        settings: the user's values of the preset and of the recipe's deciding fields, from which the defaults of
             the other options follow.
     """
     given = {k: v for k, v in settings.items() if k not in ("preset", "data")}
@@ -185,7 +185,7 @@ def training_parser(
 
 
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
-    """What words and configs say of the preset, of the recipe's flags, and of the fields that decide on others."""
+    """The values, in words and configs, of the preset, the recipe's flags and the fields that decide on others."""
     recipe_class = method.recipe_class
     flags = {f.name for f in fields(recipe_class) if isinstance(f.default, bool)}
     names = ("preset", "data", "epochs", *recipe_class.deciders(), *flags)
@@ -199,7 +199,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> Any:
-    """What the parser makes of a number, which may be written +40, 4_0 or 0x28; a word that is none as it is."""
+    """The parser's value of a number, which may be written +40, 4_0 or 0x28; another word unchanged."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -216,7 +216,7 @@ def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
 
 
 def _needs(method: MethodClass, recipe: Recipe) -> dict[str, str]:
-    """What cannot be left out, and what it is; with what only the training itself would miss."""
+    """The arguments that cannot be left out, with descriptions; also those that only the training would miss."""
     needs = {
         "data": f"one of {', '.join(dataset_names())}, or folder:PATH",
         "run": "a directory for everything the run leaves",
@@ -298,7 +298,7 @@ def _fields_of(kind: type[Any], options: Namespace) -> dict[str, Any]:
 
 
 def _attribute_docs(kind: type[Any]) -> dict[str, str]:
-    """What a dataclass's docstring says of each field."""
+    """The description of each field in a dataclass's docstring."""
     from docstring_parser import parse
 
     docs = {p.arg_name: p.description or "" for p in parse(inspect.getdoc(kind) or "").params}
@@ -306,7 +306,7 @@ def _attribute_docs(kind: type[Any]) -> dict[str, str]:
 
 
 def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None) -> str:
-    """All options as a config, without what is to be asked for each time anew and the preset, now resolved."""
+    """All options as a config, without the options to be given each time anew and the preset, now resolved."""
     kept = options.clone()
     kept.teacher = kept.teacher or teachers
     for name in ("root", "extra"):  # for a config that is used elsewhere

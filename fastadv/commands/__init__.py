@@ -1,4 +1,4 @@
-"""What the program's commands do, one module each, whatever parses the command line."""
+"""The work of the program's commands, one module each, independent of the command line's parser."""
 
 from __future__ import annotations
 

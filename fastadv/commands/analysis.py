@@ -1,34 +1,31 @@
-"""What `fastadv analyse` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv analyse`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
+from fastadv.commands.analyser import Analyser
 from fastadv.commands.documents import as_json
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
 from fastadv.commands.surrogates import model_by_word
 from fastadv.commands.transfer import images_of_models
 from fastadv.data.datasets import dataset_names, load_dataset
-from fastadv.digest import digest_of
-from fastadv.evaluation import AnalysisSettings, Measured, Subject
-from fastadv.evaluation.analyses.analyse import run_analyses, settings_of
+from fastadv.evaluation import AnalysisSettings, Measured
+from fastadv.evaluation.analyses.analyse import settings_of
 from fastadv.evaluation.analyses.analysis import Analysis, Need
 from fastadv.evaluation.analyses.groups import AnalysisGroup, grouped, number_text
 from fastadv.evaluation.analyses.pictures import images_of, picture_of
 from fastadv.evaluation.analyses.records import AnalysisRecord, analyses_folder
 from fastadv.evaluation.analyses.registry import check_needs, find_analyses
 from fastadv.evaluation.comparison import distinct_names, distinct_paths
-from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.reporting import aligned
-from fastadv.evaluation.samples import Samples, as_samples
+from fastadv.evaluation.samples import as_samples
 from fastadv.files import write_atomically
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
@@ -159,7 +156,7 @@ def run_analysis(
     for one in loaded:
         for analysis in chosen:
             check_needs(analysis, one.model, standard is not None, train is not None)
-    common = _Common(chosen, settings, samples, train_samples, standard, command, anew, quiet)
+    common = Analyser(chosen, settings, samples, train_samples, standard, command, anew, quiet)
     records: dict[str, list[AnalysisRecord]] = {}
     folders: list[Path] = []
     for name, one in zip(names, loaded, strict=True):
@@ -217,7 +214,7 @@ def _check_options(
     train_data: str | None,
     train_examples: int | None,
 ) -> None:
-    """Refuse what no chosen analysis takes, and say what is missing, before anything is loaded."""
+    """Refuse options that no chosen analysis takes, and name missing ones, before anything is loaded."""
     names = ", ".join(analysis.name for analysis in chosen)
     if "teacher" in needed and teacher is None:
         raise ValueError(
@@ -280,118 +277,6 @@ def _training_set(
             f"train_data must be given: {name or 'the data'} has no training images by name"
         )
     return load_dataset(name, root or (folder if name == recorded else None)).train
-
-
-@dataclass
-class _Common:
-    """What is done with each of several models.
-
-    Attributes:
-        chosen: the analyses.
-        settings: of all of them.
-        samples: the images, where one needs some.
-        train: the training set, likewise.
-        teacher: the standard model, likewise.
-        command: the command line.
-        anew: whether to compute what is there.
-        quiet: whether to show no progress.
-        missing: why no picture was drawn; empty where there was no obstacle.
-    """
-
-    chosen: Sequence[Analysis]
-    settings: AnalysisSettings
-    samples: Samples | None
-    train: Samples | None
-    teacher: nn.Module | None
-    command: str
-    anew: bool
-    quiet: bool
-    missing: str = ""
-
-    def __post_init__(self) -> None:
-        self._teacher_digest = "" if self.teacher is None else digest_of(self.teacher.state_dict())
-        self._images = "" if self.samples is None else self.samples.fingerprint()
-        self._train_images = "" if self.train is None else self.train.fingerprint()
-
-    def analyse(self, name: str, judged: JudgedModel, folder: Path) -> list[AnalysisRecord]:
-        """Analyse one model; what is there is read, and each record is kept as soon as it is found."""
-        weights = digest_of(judged.model.state_dict())
-        found = []
-        for analysis in self.chosen:
-            record = self._record(analysis, judged, weights)
-            file = record.path(folder)
-            if file.is_file() and not self.anew:
-                self._say(f"{name}: {analysis.name} is there")
-                record = AnalysisRecord.load(file)
-            else:
-                self._say(f"{name}: {analysis.name}")
-                measured = run_analyses(
-                    judged.model,
-                    [analysis],
-                    self.settings,
-                    self.samples,
-                    self.train,
-                    self.teacher,
-                    None,
-                )[analysis.name]
-                now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                record = replace(record, measured=measured, date=now)
-                record.save(folder)
-            self._draw(name, record, folder)
-            found.append(record)
-        return found
-
-    def _record(self, analysis: Analysis, judged: JudgedModel, weights: str) -> AnalysisRecord:
-        """The record of an analysis before it is run."""
-        samples, images = None, ""
-        if "images" in analysis.needs:
-            samples, images = self.samples, self._images
-        elif "train" in analysis.needs:
-            samples, images = self.train, self._train_images
-        parameters = judged.model.parameters()
-        subject = Subject(
-            run=judged.name,
-            method=judged.method,
-            network=judged.network,
-            checkpoint=judged.checkpoint,
-            weights=weights,
-            data="" if samples is None else samples.name,
-            images=images,
-            parameters=sum(parameter.numel() for parameter in parameters),
-        )
-        device = next((str(p.device) for p in judged.model.parameters()), "cpu")
-        return AnalysisRecord(
-            Measured(analysis.name, (), ()),
-            subject,
-            0 if samples is None else len(samples),
-            {name: _plain(getattr(self.settings, name)) for name in analysis.uses},
-            self._teacher_digest if "teacher" in analysis.needs else "",
-            library_versions("fastadv", "torch", *analysis.libraries),
-            device,
-            self.command,
-        )
-
-    def _draw(self, name: str, record: AnalysisRecord, folder: Path) -> None:
-        """Draw a record's own picture, unless it is there or matplotlib is not."""
-        files = {".png": lambda: picture_of({name: record.measured}, title=name)}
-        if record.measured.originals is not None:
-            files["_images.png"] = lambda: images_of(record.measured) or b""
-        for suffix, draw in files.items():
-            path = record.path(folder, suffix)
-            if path.is_file() and not self.anew:
-                continue
-            try:
-                write_atomically(path, draw())
-            except ImportError as error:
-                self.missing = str(error)
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            print(f"analyse: {text}", file=sys.stderr)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def _told(group: AnalysisGroup) -> str:

@@ -1,4 +1,4 @@
-"""What `fastadv data` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv data`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DIGITS = "digits"
 
 @dataclass(frozen=True)
 class DataResult:
-    """What is said of a data set.
+    """The state of a data set's files.
 
     Attributes:
         text: for people, or one JSON document.
@@ -54,7 +54,7 @@ def run_data(
         quiet: show no progress.
 
     Returns:
-        What is there and what is wrong with it.
+        The files that are there, and their faults.
     """
     check_source(name, root)
     if url is not None and not download:
@@ -104,7 +104,7 @@ def _document(layout: CifarLayout, state: SourceState | None) -> str:
 
 
 def _told(layout: CifarLayout, state: SourceState, root: str) -> str:
-    """What is found, in lines."""
+    """The findings, one per line."""
     if state.folder is None:
         return "\n".join([*state.problems, _how_to_download(layout, root)]) + "\n"
     width = max(len(file.name) for file in state.files)

@@ -1,4 +1,4 @@
-"""What commands print for scripts: one JSON document."""
+"""The output of commands for scripts: one JSON document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fastadv eval` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv eval`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -23,32 +23,26 @@ from fastadv.commands.judged import (
     with_extractors,
 )
 from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
+from fastadv.commands.sanity import find_masking
 from fastadv.commands.surrogates import digest_name, model_by_word
+from fastadv.commands.threat import radii_of, sentence_about_radius, threat_of
 from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
 from fastadv.digest import digest_of
-from fastadv.evaluation import Report, Row, Subject, Surrogate, evaluate, sanity_checks
+from fastadv.evaluation import Report, Subject, Surrogate, evaluate
 from fastadv.evaluation.attack_list import (
-    CLEAN,
     check_ensemble_asked_for,
     check_passes,
     expand_bundles,
     parse_attacks,
 )
-from fastadv.evaluation.comparison import radius_text
-from fastadv.evaluation.context import Model
 from fastadv.evaluation.cost import multiply_adds
-from fastadv.evaluation.report import format_eps, library_versions
+from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.samples import as_samples, radius_or_default
-from fastadv.evaluation.sanity_file import (
-    SanityResult,
-    add_sanity_result,
-    sanity_entry,
-    sanity_file_of,
-)
+from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.ops.values import check_bounds, norm_name
+from fastadv.ops.values import check_bounds
 from fastadv.ranks import is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
@@ -60,7 +54,7 @@ EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 # Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
 _PATIENCE = 7 * 24 * 3600.0
-_UNFINISHED = "unfinished"  # folder of what an interrupted evaluation has done
+_UNFINISHED = "unfinished"  # folder of the finished work of an interrupted evaluation
 _SANITY_IMAGES = 200
 
 
@@ -106,7 +100,7 @@ def run_evaluation(
 
     Args:
         run: run directory; None where a model is given with weights.
-        attacks: what to run, in this order; quick, standard and strong stand for several.
+        attacks: the attacks to run, in this order; quick, standard and strong stand for several.
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
         network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
             act and lbgat train beside it. Its results are added to natural.eval.json in the run directory.
@@ -178,8 +172,8 @@ def run_evaluation(
             raise ValueError(f"{option} must be left out with a run, got {value!r}")
     recorded = None if run is None else _recorded(run, checkpoint)
     low, high = check_bounds(tuple(bounds))
-    given, (norm, eps) = eps, _threat_of(recorded, norm, eps, (low, high))
-    radii = _radii(radius_or_default(eps, norm, (low, high)))
+    given, (norm, eps) = eps, threat_of(recorded, norm, eps, (low, high))
+    radii = radii_of(radius_or_default(eps, norm, (low, high)))
     attacks = [str(name) for name in expand_bundles(attacks)]
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
@@ -249,7 +243,7 @@ def run_evaluation(
         if ranks.first:
             held.enter_context(keeper)
             state = held.enter_context(unfinished_work(begun))
-        # All ranks keep what they have done, or none does.
+        # All ranks keep their finished work, or no rank does.
         state = ranks.gather_objects(state)[0]
         held.enter_context(_stoppable(state))
         report = evaluate(
@@ -277,10 +271,10 @@ def run_evaluation(
             keep_images=keep_images,
             sharded=ranks.count > 1,
         )
-        text = report.table() + _about_radius(given, radii[0], norm, report, recorded)
+        text = report.table() + sentence_about_radius(given, radii[0], norm, report, recorded)
         checked = None
         if sanity and ranks.first:
-            checked, found = _sanity(
+            checked, found = find_masking(
                 module,
                 images,
                 subject,
@@ -340,30 +334,6 @@ def _surrogate(
     return Surrogate(found.model, name), digest[:8]
 
 
-def _sanity(
-    network: Model, images: Images, subject: Subject, file: Path, **settings: Any
-) -> tuple[SanityResult, str]:
-    """Look for signs of gradient masking, keep what is found, and return it, with its words."""
-    findings = sanity_checks(network, images, **settings)
-    other = settings["surrogate"]
-    result = SanityResult(
-        subject,
-        tuple(findings),
-        n=min(settings["max_examples"], len(images)),
-        eps=settings["eps"],
-        norm=settings["norm"],
-        seed=settings["seed"],
-        surrogate="" if other is None else other.name,
-        eot=settings["eot"],
-        bounds=settings["bounds"],
-    )
-    try:
-        add_sanity_result(file, result)
-    except (OSError, ValueError) as error:
-        print(f"note: the findings on gradient masking are not kept: {error}", file=sys.stderr)
-    return result, result.text()
-
-
 def _given_model(
     checkpoint: str,
     model: str | None,
@@ -396,71 +366,17 @@ def _stoppable(state: Path | None) -> AbstractContextManager[None]:
 
 
 def _recorded(run: str, checkpoint: str) -> Description:
-    """What a run has recorded of itself; a run or a checkpoint that is not there is told as such."""
+    """The description that a run has recorded; a missing run or checkpoint is an error that says so."""
     directory = RunDirectory(run)
     check_checkpoint(directory, checkpoint)
     find_checkpoint(directory.path, checkpoint)
     return directory.read()
 
 
-def _norm_of(recorded: Description | None) -> str:
-    """The norm in which a run was trained; linf of one that says nothing of it."""
-    return "linf" if recorded is None else str(recorded.recipe.get("norm", "linf"))
-
-
-def _threat_of(
-    recorded: Description | None, norm: str | None, eps: Any, bounds: tuple[float, float]
-) -> tuple[Any, Any]:
-    """The norm in which a model is judged, and the radius: where they are not given, those of a run in l2.
-
-    A run's radius is in the units of images in 0..1.
-    """
-    trained = _norm_of(recorded)
-    norm = norm_name(trained if norm is None else norm)
-    if eps is None and recorded is not None and norm == trained != "linf" and bounds == (0, 1):
-        eps = recorded.recipe.get("eps")
-    return norm, eps
-
-
-def _radii(eps: float | Sequence[float]) -> list[float]:
-    return list(eps) if isinstance(eps, Sequence) else [eps]
-
-
 def _check_attacks(
     attacks: Sequence[str], eps: float, alpha: float | None, eot: int, engine: str
 ) -> None:
-    """Refuse unknown attacks, and options that none of them takes, before anything is loaded."""
+    """Refuse unknown attacks, and options that no attack takes, before anything is loaded."""
     parsed = parse_attacks(list(attacks), eps, alpha)
     check_passes(parsed, eot)
     check_ensemble_asked_for(parsed, "engine", engine != "auto")
-
-
-def _about_radius(
-    eps: float | Sequence[float] | None,
-    radius: float,
-    norm: str,
-    report: Report,
-    recorded: Description | None,
-) -> str:
-    """Say at which radius a model was judged where the command did not, and how to name another."""
-    if all(row.name == CLEAN or _knows_no_radius(row) for row in report.rows):
-        return "" if eps is None else "\neps was not used: there was no attack in a ball.\n"
-    if eps is not None:
-        return ""
-    trained = None if recorded is None else recorded.recipe.get("eps")
-    norm_trained = _norm_of(recorded)
-    if norm_trained == norm != "linf":
-        return f"\nJudged {radius_text(norm, radius)}, where the run was trained. --norm linf judges it in linf.\n"
-    text = f"\nJudged {radius_text(norm, radius)}, the default."
-    if trained is not None and (norm_trained, trained) != (norm, radius):
-        there = format_eps(trained)
-        if norm_trained != norm:
-            there += f" --norm {norm_trained}"
-        text += f" The run was trained {radius_text(norm_trained, trained)}: --eps {there} judges it there."
-    else:
-        text += " --eps names another radius."
-    return text + "\n"
-
-
-def _knows_no_radius(row: Row) -> bool:
-    return row.distances is not None and not row.distances.curve

@@ -1,4 +1,4 @@
-"""What `fastadv eval` judges: the model of a run, or anybody's weights in a network by name."""
+"""The model that `fastadv eval` judges: the model of a run, or anybody's weights in a network by name."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ _ACCURACIES = (
 
 @dataclass(frozen=True)
 class JudgedModel:
-    """A model, and what is to be said of it.
+    """A model, and the facts about it.
 
     Attributes:
         model: in evaluation mode, on the CPU, from images in 0..1 to logits.
         name: of the run or the file.
         method: how it was trained; empty if nobody says.
-        network: what the model is called.
+        network: the model's name.
         checkpoint: name of the checkpoint or the file.
         results: the file to which results are added by default.
-        clean: the accuracy on clean images that the file records, 0..1; None if it records none.
+        clean: the accuracy on clean images that the file records, 0..1; None if it records no accuracy.
         others: further networks which these weights fit, and which compute something else of them.
     """
 
@@ -111,8 +111,8 @@ def model_of_file(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown network, weights that do not fit it, or a normalisation that is none or is not
-            what the file says.
+        ValueError: for an unknown network, weights that do not fit it, or a normalisation that is wrong or differs
+            from the file's own.
     """
     try:
         network = create_model(model, images.num_classes, images.in_channels)

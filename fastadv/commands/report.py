@@ -1,4 +1,4 @@
-"""What `fastadv report` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv report`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_report(
         runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written. A
             run stands for all its networks that were judged, RUN/eval.json for the robust one alone.
         out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
-            PNG, what `fastadv analyse` found, and one model card per model and threat. By default nothing is
+            PNG, the findings of `fastadv analyse`, and one model card per model and threat. By default nothing is
             written.
         robust: with --out, the attack whose accuracy is on the vertical axis of the trade-off plot; by default the
             last attack that all runs have.
@@ -110,7 +110,7 @@ def judged_run(path: str, name: str) -> Judged:
 
 
 def _series(recorded: Description) -> tuple[str, int | None]:
-    """What a run has in common with those that differ in their seed alone, and its seed.
+    """The facts that a run shares with runs of other seeds, and its seed.
 
     Frozen models are left out, as each run may have one of its own seed.
     """

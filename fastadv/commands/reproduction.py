@@ -1,4 +1,4 @@
-"""What `fastadv reproduce` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv reproduce`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastadv.reproduction.writers import as_record, markdown
 
 @dataclass(frozen=True)
 class ReproductionResult:
-    """What a reproduction has come to.
+    """The outcome of a reproduction.
 
     Attributes:
         text: for people, or one JSON document.
@@ -113,7 +113,7 @@ def run_reproduction(
 
 
 def list_items(json: bool = False) -> str:
-    """All items, with what of the papers' figures is known here, as lines or as JSON."""
+    """All items, with the known figures of the papers, as lines or as JSON."""
     items = all_items()
     if json:
         return as_json(

@@ -1,4 +1,4 @@
-"""Keeping the results of a long evaluation: each as soon as it is there, none lost that cannot be written."""
+"""Keeping the results of a long evaluation: each at once, and without loss where a file cannot be written."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class ResultKeeper:
 
     Args:
         file: where the results go.
-        subject: what is judged.
-        command: the command line, which is recorded with the results; empty where there is none.
+        subject: the judged model and its images.
+        command: the command line, which is recorded with the results; empty where there is no command.
         render: makes text of the results so far, where they are to be printed.
 
     Attributes:
@@ -81,7 +81,7 @@ class ResultKeeper:
             print(f"note: {self._complaint()}", file=sys.stderr)
 
     def add(self, report: Report) -> None:
-        """Add what a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
+        """Add the rows that a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
         self._so_far = report
         try:
             for result in results_of(report, self._subject)[len(self._results) :]:
@@ -123,7 +123,7 @@ class ResultKeeper:
 
 @contextmanager
 def unfinished_work(folder: Path) -> Iterator[Path | None]:
-    """Hold the folder in which an evaluation keeps what it has done, and delete it after success.
+    """Hold the folder in which an evaluation keeps its finished work, and delete it after success.
 
     Args:
         folder: where it is or shall be.

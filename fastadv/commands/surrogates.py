@@ -24,8 +24,8 @@ def model_by_word(
             then runs.
         network: of a file of weights, by name, or of a run whose network is a function of the user's own.
         images: tell the number of classes and of channels.
-        role: what the word is called in messages.
-        network_option: what the network is called in messages.
+        role: the word's name in messages.
+        network_option: the network's name in messages.
 
     Raises:
         FileNotFoundError: when there is nothing of that name.

@@ -1,4 +1,4 @@
-"""What `fastadv sweep` does, once its words are sorted.
+"""The command `fastadv sweep`, once its words are sorted.
 
 The parameters are the options, the docstring their help.
 """
@@ -68,7 +68,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What a sweep has come to.
+    """The outcome of a sweep.
 
     Attributes:
         text: for people.
@@ -89,7 +89,7 @@ def run_sweep(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> SweepResult:
-    """Do what is left of a sweep, and compare its runs.
+    """Do the rest of a sweep, and compare its runs.
 
     Args:
         plan: the sweep.
@@ -166,7 +166,7 @@ def _hand_to_slurm(
 
 
 def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> SweepResult:
-    """Write the table, the plot and the report of all runs that are finished; the table and what is missing."""
+    """Write the table, the plot and the report of all runs that are finished; the table and the missing runs."""
     plan = plans[0]
     judgements, missing = _judgements(plans)
     parts = []

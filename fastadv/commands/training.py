@@ -1,4 +1,4 @@
-"""What `fastadv train` does. The parameters are the options, the docstring their help."""
+"""The command `fastadv train`. The parameters are the options; the docstring is their help."""
 
 from __future__ import annotations
 

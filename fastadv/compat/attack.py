@@ -24,7 +24,7 @@ from fastadv.seeding import draw_seed
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 BY_LABEL = "targeted(label)"
-# What torchattacks calls a setting of ours.
+# torchattacks' names of our settings.
 _THEIR_NAMES = {
     "n_restarts": "restarts",
     "n_queries": "queries",
@@ -267,7 +267,7 @@ class Attack:
             for name, values in zip(parts, (adv, labels, found, clean), strict=True):
                 parts[name].append(values.detach().cpu())
         if not parts["labels"]:
-            raise ValueError("data_loader must have at least one batch, got none")
+            raise ValueError("data_loader must have at least one batch, got 0")
         content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
         accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
         broken = torch.cat(distances)

@@ -37,7 +37,7 @@ _NAMES = {*_MULTIARRAY, *_FROM_BUFFER, _NDARRAY, _DTYPE_CLASS, _ENCODE, _BYTES}
 
 
 class PickleContentError(ValueError):
-    """The pickle is damaged, or wants what no file of plain values and numeric arrays needs."""
+    """The pickle is damaged, or asks for more than a file of plain values and numeric arrays needs."""
 
 
 def read_arrays(content: bytes) -> Any:
@@ -67,14 +67,14 @@ def read_arrays(content: bytes) -> Any:
 
 @dataclass(frozen=True)
 class _Name:
-    """A name of the file that is known here; what bears it is neither looked up nor called."""
+    """A name of the file that is known here; its object is neither looked up nor called."""
 
     full: tuple[str, str]
 
 
 @dataclass(eq=False)
 class _DType:
-    """What a file says of an array's elements."""
+    """A file's description of an array's elements."""
 
     text: str
     order: str = "="
@@ -103,7 +103,7 @@ class _DType:
 
 @dataclass(eq=False)
 class _Array:
-    """What a file says of an array."""
+    """A file's description of an array."""
 
     dtype: _DType | None = None
     shape: tuple[int, ...] = ()
@@ -134,7 +134,7 @@ class _Array:
             raise PickleContentError("it has an array without content")
         dtype, shape = self.dtype.dtype(), self.shape
         if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS or self.order not in "CF":
-            raise PickleContentError("it has an array of a shape or order that is none")
+            raise PickleContentError("it has an array of an impossible shape or order")
         if any(type(length) is not int or length < 0 for length in shape):
             raise PickleContentError(f"it has an array of shape {shape}")
         size = math.prod(shape) * dtype.itemsize
@@ -218,7 +218,7 @@ class _Machine:
     def last(self, count: int) -> tuple[Any, ...]:
         """Take so many values from the stack."""
         if count > len(self._stack):
-            raise PickleContentError("it takes a value where there is none")
+            raise PickleContentError("it takes a value where there is no value")
         values = tuple(self._stack[-count:])
         del self._stack[-count:]
         return values
@@ -261,10 +261,10 @@ class _Machine:
         self.push(_Name(full))
 
     def reduce(self) -> None:
-        """Replace a name and its arguments by what they stand for."""
+        """Replace a name and its arguments by the value that they stand for."""
         name, arguments = self.last(2)
         if not isinstance(name, _Name) or type(arguments) is not tuple:
-            raise PickleContentError("it calls what is no function")
+            raise PickleContentError("it calls an object that is no function")
         self.push(_made(name.full, arguments))
 
     def build(self) -> None:
@@ -277,7 +277,7 @@ class _Machine:
 
 
 def _made(name: tuple[str, str], arguments: tuple[Any, ...]) -> Any:
-    """What a name stands for with these arguments."""
+    """The value that a name stands for with these arguments."""
     if name in _MULTIARRAY:
         kind, shape, code = arguments
         if kind != _Name(_NDARRAY) or shape != (0,) or _text(code) != "b":
@@ -345,7 +345,7 @@ def _utf8(data: bytes) -> str:
 
 _Step = Callable[[_Machine], None]
 _STEPS: dict[bytes, _Step] = {
-    # What frames the rest
+    # The frame of the rest
     pickle.PROTO: lambda m: m.skip(1),
     pickle.FRAME: lambda m: m.skip(8),
     pickle.MARK: _Machine.mark,

@@ -1,4 +1,4 @@
-"""What every source of batches has in common: epochs as pure functions of a seed, cut into batches and ranks."""
+"""The base of every source of batches: epochs as pure functions of a seed, cut into batches and ranks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _load(self, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
-        """Yield the batch of each step's ids, none of which is empty."""
+        """Yield the batch of each step's ids, which are never empty."""
 
     def _ids(self, epoch: int, start_step: int) -> Iterator[Tensor]:
         """This rank's samples in each of the epoch's steps."""
@@ -122,7 +122,7 @@ class Batches(ABC):
         return torch.randperm(self.first_extra, generator=generator)
 
     def shard(self, batch: Tensor) -> Tensor:
-        """Return this rank's contiguous slice of what belongs to a global batch, [B, ...]."""
+        """Return this rank's contiguous slice of a tensor of a global batch, [B, ...]."""
         begin = len(batch) * self.rank // self.world_size
         end = len(batch) * (self.rank + 1) // self.world_size
         return batch[begin:end]

@@ -81,7 +81,7 @@ def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
         (root, layout.train.python_files + layout.test.python_files, False),
     )
     for folder, names, is_binary in candidates:
-        # One file is enough: what else is missing is then reported by name.
+        # One file is enough: further missing files are then reported by name.
         if any((folder / name).is_file() for name in names):
             return folder, is_binary
     raise FileNotFoundError(
@@ -93,7 +93,7 @@ def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
 
 
 def _state_of(layout: CifarLayout, root: Path) -> str:
-    """What is wrong with root, where that can be told."""
+    """The fault of root, where it can be told."""
     if not root.exists():
         return " (there is no such folder)"
     if not root.is_dir():
@@ -116,7 +116,7 @@ def read_file(
 
     Raises:
         FileNotFoundError: if it is not there.
-        DataFormatError: if it is not what it should be.
+        DataFormatError: if its content is not as it should be.
     """
     require_file(path, (layout.describe_binary if is_binary else layout.describe_python)(split))
     if is_binary:

@@ -18,7 +18,7 @@ class FileState:
     Attributes:
         name: of the file.
         size: its bytes; None where it is not there.
-        problem: what is wrong with it; empty where nothing is.
+        problem: its fault; empty where it has no fault.
     """
 
     name: str
@@ -33,7 +33,7 @@ class SourceState:
     Attributes:
         folder: where its files are; None without files.
         files: the finding on each file.
-        problems: what else is wrong: that there are no files, or that their content is not the genuine one.
+        problems: further faults: that there are no files, or that their content is not the genuine one.
     """
 
     folder: Path | None

@@ -1,4 +1,4 @@
-"""Fetching the official archive of CIFAR, and unpacking from it what is read and nothing else."""
+"""Fetching the official archive of CIFAR, and unpacking the needed files from it, and no others."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def download_cifar(
         The folder of the files.
 
     Raises:
-        FileExistsError: if the folder is there; what is in it is left alone.
+        FileExistsError: if the folder is there; its content is left alone.
         ConnectionError: if the archive cannot be fetched.
         DataFormatError: if it is not the official archive.
         OSError: if something cannot be written.
@@ -86,7 +86,7 @@ def _fetch(
     layout: CifarLayout,
     on_bytes: Callable[[int, int], None] | None,
 ) -> str:
-    """Write what is at an address to a file; its MD5."""
+    """Write the content of an address to a file, and return its MD5."""
     digest, done = hashlib.md5(usedforsecurity=False), 0
     with naming(final), open(archive, "xb") as file:
         try:

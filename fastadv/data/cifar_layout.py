@@ -1,4 +1,4 @@
-"""What the official files of CIFAR-10 and CIFAR-100 (Krizhevsky, 2009) look like."""
+"""The layout of the official files of CIFAR-10 and CIFAR-100 (Krizhevsky, 2009)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class CifarLayout:
         return split.records * self.record_bytes
 
     def describe_binary(self, split: SplitLayout) -> str:
-        """Say what each binary file of a split holds."""
+        """Return the parts of each binary file of a split."""
         labels = "1 coarse label byte, 1 fine label byte" if self.num_coarse else "1 label byte"
         return (
             f"{split.records:,} records of {labels} and {PIXEL_BYTES:,} pixel bytes, "
@@ -105,7 +105,7 @@ class CifarLayout:
         )
 
     def describe_python(self, split: SplitLayout) -> str:
-        """Say what each python file of a split holds."""
+        """Return the parts of each python file of a split."""
         return (
             f"a pickled dict with 'data', uint8 [{split.records}, {PIXEL_BYTES}], and "
             f"{self.label_key!r}, {split.records} labels in 0 .. {self.num_classes - 1}"
@@ -138,7 +138,7 @@ def concatenate(parts: list[Records]) -> Records:
 
 
 def require_file(path: Path, expected: str) -> None:
-    """Raise FileNotFoundError, saying what belongs there, unless path is a file."""
+    """Raise FileNotFoundError, naming the files that belong there, unless path is a file."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected there: {expected}")
 

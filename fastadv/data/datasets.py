@@ -19,7 +19,7 @@ def dataset_names() -> list[str]:
 
 
 def layout_of(name: str) -> CifarLayout:
-    """Return what the files of a data set look like.
+    """Return the layout of the files of a data set.
 
     Raises:
         ValueError: for a data set that has no files, or an unknown name.

@@ -108,7 +108,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def same_size_hint(self) -> str:
-        """What to add where the pictures come out in different sizes."""
+        """The advice where the pictures come out in different sizes."""
         return same_size_hint(self.preprocessing)
 
     def path(self, index: int) -> Path:
@@ -162,7 +162,7 @@ def _pictures(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_picture(path: Path) -> Iterator[None]:
-    """Put a file's name before what is said of its picture."""
+    """Put a file's name before a message on its picture."""
     try:
         yield
     except ValueError as error:

@@ -89,7 +89,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def same_size_hint(self) -> str:
-        """What to add where the images come out in different sizes."""
+        """The advice where the images come out in different sizes."""
         return same_size_hint(self.preprocessing)
 
     def _picture(self, index: int) -> Any:
@@ -109,7 +109,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 def is_plain_split(data: object) -> bool:
     """Whether an object is a split of the package `datasets`, which need not be imported to tell.
 
-    One with a format or a transform of its own is not plain: its items are what these make of them.
+    One with a format or a transform of its own is not plain: these change its items.
     """
     if not all(hasattr(data, name) for name in ("column_names", "features", "__getitem__")):
         return False
@@ -117,7 +117,7 @@ def is_plain_split(data: object) -> bool:
 
 
 def load_hub(name: str, **preprocessing: Any) -> HubImages:
-    """Read a split of a data set through Hugging Face's `datasets`, which downloads what is not there.
+    """Read a split of a data set through Hugging Face's `datasets`, which downloads missing files.
 
     Args:
         name: NAME or NAME:SPLIT of the hub, or a folder, saved by ``save_to_disk`` or with files that
@@ -166,7 +166,7 @@ def _saved(datasets: Any, source: str) -> dict[str, Any] | None:
 
 
 def _unreadable(source: str, error: Exception) -> FileNotFoundError:
-    """For what the network, the hub or a file may raise."""
+    """For the errors of the network, the hub or a file."""
     return FileNotFoundError(
         f"hf:{source}: datasets could not read it ({type(error).__name__}: {error})"
     )

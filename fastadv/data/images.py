@@ -238,7 +238,7 @@ def check_channels_first(name: str, shape: Sequence[int]) -> None:
     """Refuse images [H, W, C], whose rows would be taken for channels.
 
     Args:
-        name: what messages call the images.
+        name: the images' name in messages.
         shape: of one image, [C, H, W] where it is right.
 
     Raises:

@@ -184,7 +184,7 @@ class ItemReader:
         return self._next()
 
     def _some_of(self, wanted: dict[int, None]) -> Iterator[tuple[int, Tensor]]:
-        """Some of the wanted items, at least one, and what is read on the way."""
+        """Some of the wanted items, at least one, and further items that are read on the way."""
         if self._workers == 0:
             chunk = self._items.__getitems__(list(wanted)[:CHUNK])
         else:
@@ -212,7 +212,7 @@ class ItemReader:
         return chunk
 
     def _check(self, chunk: _Chunk) -> None:
-        """Raise what went wrong with a chunk, in a worker or between it and what was read before."""
+        """Raise the error of a chunk, in a worker or between it and the items that were read before."""
         if chunk.images is not None:
             for index, image in zip(chunk.indices, chunk.images, strict=True):
                 self._check_kind(index, image)
@@ -259,7 +259,7 @@ class ItemReader:
 
 
 class _Plan:
-    """What the workers are to read: a batch sampler whose batches follow from what is asked for."""
+    """The items that the workers are to read: a batch sampler whose batches follow from the requests."""
 
     def __init__(self, cache: _Cache) -> None:
         self._cache = cache

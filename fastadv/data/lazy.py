@@ -1,4 +1,4 @@
-"""What is known of a torch Dataset, Subset or DataLoader before its images are read."""
+"""The facts about a torch Dataset, Subset or DataLoader that are known before its images are read."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def check_workers(workers: int | None) -> int:
 
 
 def same_size_hint(preprocessing: Preprocessing) -> str:
-    """What to add where pictures come out in different sizes."""
+    """The advice where pictures come out in different sizes."""
     if preprocessing.crop is None:
         return "; give resize and crop, such as 256 and 224, to bring them to one size"
     return ""

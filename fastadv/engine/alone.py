@@ -43,7 +43,7 @@ def alone_with(*models: object) -> Iterator[None]:
 
 
 def _forget_other_threads() -> None:
-    """A forked process has one thread; what others held stays with the parent."""
+    """A forked process has one thread; locks that others held stay with the parent."""
     global _changed
     _changed = threading.Condition()
     for thread in [thread for thread in _held if thread != threading.get_ident()]:

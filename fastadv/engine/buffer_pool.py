@@ -40,11 +40,11 @@ class Memory:
         return buffer if buffer.shape[0] == shape[0] else buffer[: shape[0]]
 
     def begin_backward(self) -> None:
-        """What is taken from now on holds gradients."""
+        """Buffers taken from now on hold gradients."""
         self._is_backward = True
 
     def give_back(self, gradient: Tensor, others: Iterable[Tensor]) -> None:
-        """Take the buffer of a gradient back that nobody reads any more; what others share stays taken.
+        """Take the buffer of a gradient back that nobody reads any more; a buffer that others share stays taken.
 
         Args:
             gradient: any tensor.

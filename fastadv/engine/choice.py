@@ -41,7 +41,7 @@ seconds: Callable[[], float] = time.perf_counter
 
 @dataclass(frozen=True)
 class Choice:
-    """What was measured, and what runs.
+    """The measurements, and the engine that runs.
 
     Attributes:
         name: of the engine that runs.
@@ -73,7 +73,7 @@ def name_of(engine: Contender) -> str:
 
 
 def group_of(batch: int) -> int:
-    """Batch sizes of one group share a choice; the work of few images is another than that of many."""
+    """Batch sizes of one group share a choice; few images are another work than many."""
     return min(batch, IMAGES) if batch <= 2 else IMAGES
 
 
@@ -103,7 +103,7 @@ def _is_free(step: ProgramStep) -> bool:
 
 
 def key_of(tape: Tape, x: Tensor, precision: str) -> Hashable:
-    """What a choice holds for: the network's operations, the images, and the threads that compute."""
+    """The key of a choice: the network's operations, the images, and the threads that compute."""
     digest = hashlib.sha256(repr((tape.ops, tape.external)).encode()).hexdigest()
     return digest, x.shape[1:], x.dtype, group_of(x.shape[0]), precision, torch.get_num_threads()
 
@@ -122,12 +122,12 @@ def settled(
     """The choice that was made in this process, or a new one, and its engine.
 
     Args:
-        key: what the choice holds for, of `key_of`.
+        key: the result of `key_of`.
         model: the live model.
         x: images of the batch to measure on [B, ...].
         first: an engine that is right and has the model's weights.
         rivals: builds the others, by the names that `name_of` gives them.
-        fault_of: in words, what is wrong with an engine; None where it is right. Asked of what is to run.
+        fault_of: the fault of an engine, in words; None where it is right. Asked of the engine that is to run.
     """
     choice, engine = _choices.get(key), None
     if choice is None:

@@ -1,4 +1,4 @@
-"""Tell what `torch.compile` has made."""
+"""Recognise modules and functions that `torch.compile` has made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def is_compiled_wrapper(part: object) -> bool:
-    """Whether a module is what `torch.compile` makes of another one.
+    """Whether `torch.compile` has made a module of another one.
 
     torch's compiler takes a second to import. Where nobody has imported it, there is no such module.
     """

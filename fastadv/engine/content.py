@@ -14,7 +14,7 @@ torch.library.define("fastadv::content_hash", "(Tensor[] tensors) -> Tensor")
 
 
 def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
-    """What stays equal as long as no element of the tensors changes, bit for bit.
+    """A value that stays equal as long as no element of the tensors changes, bit for bit.
 
     A hash of 64 bits always shows the change of a single word of 8 bytes, and any other one all but certainly. An
     autograd version counter would not do: writing through ``tensor.data`` leaves it alone.

@@ -1,6 +1,6 @@
 """The attack copy: a frozen, BatchNorm-folded image of a live model in a narrow dtype.
 
-An attack runs a model 2K times at fixed weights, so what depends on the weights alone is done once: BatchNorm
+An attack runs a model 2K times at fixed weights, so work that depends on the weights alone is done once: BatchNorm
 of eval mode becomes part of the convolution before it, weights are stored in the compute dtype and in
 channels-last order, and no parameter requires grad. `AttackCopy.refresh` brings live weights over without
 changing an address, so that captured graphs and compiled programs stay valid.
@@ -76,5 +76,5 @@ class AttackCopy(nn.Module):
             return self.graph_module.forward(x).to(self._logits_dtype)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of a pass: it casts what the model's own code does with its own parameters."""
+        """The context of a pass: it casts the operations of the model's own code on its parameters."""
         return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)

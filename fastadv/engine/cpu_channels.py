@@ -6,7 +6,7 @@ processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W],
 * ``conv_depthwise_serves(tap_columns, in_step)``: whether ``conv_depthwise_`` has a form for these taps here.
 * ``conv_depthwise_(out, x, packed, first_tap, taps, steps, origin, bias, add, mask, relu)``: a depthwise
   convolution, on the grid of results ``origin + i * steps[1]``; place i reads the block of ``taps`` inputs from
-  ``i * steps[0] + first_tap`` on. The last pass is that of ``conv3x3_``.
+  ``i * steps[0] + first_tap`` on. The last pass is the last pass of ``conv3x3_``.
 * ``activation_(out, x, kind)``: ``out = f(x)``, f by its place in `ACTIVATIONS`, of dense tensors of any shape.
 * ``activation_backward_(out, gradient, x, kind)``: ``out = gradient * f'(x)``.
 * ``rows_norm_(out, statistics, x, weight, bias, eps)``: LayerNorm of rows; ``statistics`` [rows, 2] float32 keeps
@@ -17,7 +17,7 @@ processors with AVX512-BF16. Maps are dense channels-last bfloat16 [B, C, H, W],
   the gradient in the gate.
 * ``strided_affine_(out, x, scale, shift, relu)``: ``out = relu(x * scale + shift)``, the ReLU optional; x is the
   first channels of a map, and ``scale`` and ``shift`` are float32 [C].
-* ``strided_scale_(total, gradient, scale, add)``: ``total = gradient * scale``, plus what it was if ``add``;
+* ``strided_scale_(total, gradient, scale, add)``: ``total = gradient * scale``, plus its old value if ``add``;
   ``total`` is the first channels of a map.
 * ``attention_weights_(scores, mask, scale)``: ``scores = softmax(scores * scale + mask)``, contiguous [heads, M,
   N], N at most `MOST_TOKENS`; ``mask`` is None or [a divisor of heads, M, N], repeated.

@@ -102,7 +102,7 @@ def supported(in_channels: int, out_channels: int) -> bool:
 
 
 def float_lanes() -> int:
-    """The width of the vectors, in floats, of our 3x3 convolution in float32; 0 where there is none."""
+    """The width of the vectors, in floats, of our 3x3 convolution in float32; 0 where it does not exist."""
     return int(torch.ops.fastadv.conv3x3_float_lanes()) if available() else 0
 
 

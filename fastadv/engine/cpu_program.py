@@ -4,11 +4,11 @@ Autograd would run a convolution, an addition and a ReLU as three passes over me
 and allocate every result anew. A program runs each such group as one step in both directions:
 
 * forward: ``relu(conv(x) + bias + residual)`` in the convolution's own last pass;
-* backward: the gradient's convolution adds what arrived from other branches and applies the ReLU mask of the
+* backward: the gradient's convolution adds the gradients from other branches and applies the ReLU mask of the
   activation it flows into, again in its last pass;
 * results go to memory that the program keeps between calls.
 
-Global average pooling and small classifiers are steps of their own, in float32. What is none of these (other
+Global average pooling and small classifiers are steps of their own, in float32. Everything else (other
 layers, the model's own arithmetic) runs as it stands, one node at a time, under autograd. So every traced model
 has a program; convolutional ones are mostly fused.
 """
@@ -47,7 +47,7 @@ _ADDS = (operator.add, torch.add)
 class Program:
     """An attack copy's passes on the CPU.
 
-    What a pass returns lies in the program's memory and is valid until the next pass.
+    The result of a pass lies in the program's memory and is valid until the next pass.
 
     Args:
         copy: made with ``pack=True``.
@@ -191,7 +191,7 @@ def _is_addition(node: fx.Node) -> bool:
 def _pooling(
     node: fx.Node, parts: dict[fx.Node, nn.Module]
 ) -> tuple[Callable[[torch.Size], bool], bool] | None:
-    """What `PoolStep` needs to know of a node, if it may be a mean over height and width."""
+    """The arguments of `PoolStep` for a node, if it may be a mean over height and width."""
     part = parts.get(node)
     if len(node.all_input_nodes) != 1:
         return None

@@ -53,7 +53,7 @@ def rows_steps(
     covered: set[fx.Node],
     relu_behind: Callable[[fx.Node], fx.Node | None],
 ) -> list[ProgramStep]:
-    """Steps for nodes that are not covered yet; they are covered then. No steps where the processor has none.
+    """Steps for nodes that are not covered yet; they are covered then. Empty where the processor has no kernel.
 
     Args:
         copy: whose graph it is.
@@ -179,7 +179,7 @@ def _view_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
 
 
 def _order(node: fx.Node) -> tuple[int, ...] | None:
-    """The axes of a permutation, none of them negative."""
+    """The axes of a permutation, as numbers that are not negative."""
     axes: Any = node.args[1:] or (node.kwargs.get("dims"),)
     if len(axes) == 1 and isinstance(axes[0], (tuple, list)):
         axes = axes[0]

@@ -32,8 +32,8 @@ class Pass:
         self.memory = memory
         self.values: dict[fx.Node, Any] = {}
         self.tapes: dict[fx.Node, tuple[tuple[Any, ...], dict[fx.Node, Tensor]]] = {}
-        self.kept: dict[fx.Node, Any] = {}  # what a fused step's backward needs of its forward
-        # What several steps share, by an object that stands for them.
+        self.kept: dict[fx.Node, Any] = {}  # tensors of a fused step's forward for its backward
+        # Values that several steps share, by an object that stands for them.
         self.blocks: dict[Any, Any] = {}
         self._gradients: dict[fx.Node, Tensor] = {}
         self._items: dict[fx.Node, dict[int, Tensor]] = {}
@@ -143,7 +143,7 @@ def as_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 class ProgramStep(ABC):
-    """One step of a program: what computes ``node`` from ``inputs`` (repeated where used twice).
+    """One step of a program: it computes ``node`` from ``inputs`` (repeated where used twice).
 
     Attributes:
         rectifies: the step ends in a ReLU, so that its gradient is masked where its result is 0.
@@ -227,7 +227,7 @@ class ScaleShiftStep(ProgramStep):
         run.values[self.node] = out
 
     def backward(self, run: Pass) -> None:
-        """Scale, and add what came from other users; a mask needs a pass of its own."""
+        """Scale, and add the gradients from other users; a mask needs a pass of its own."""
         gradient = as_buffer(run.gradient(self.node), run.memory.dtype)
         scale = self._part.scale
 
@@ -283,7 +283,7 @@ class PlainStep(ProgramStep):
         return self.part()(*args, **kwargs)
 
     def backward(self, run: Pass) -> None:
-        """Autograd through the one node; inputs that carry no gradient get none."""
+        """Autograd through the one node; inputs that carry no gradient are left out."""
         if self.node not in run.tapes:
             for source in reversed(self.inputs):
                 run.arrive_nothing(source)
@@ -326,7 +326,7 @@ class ItemStep(ProgramStep):
 
 
 class PoolStep(PlainStep):
-    """The mean over height and width of a map of the program's dtype, in float32; autograd has what is left.
+    """The mean over height and width of a map of the program's dtype, in float32; autograd has the rest.
 
     Args:
         whole: whether the node pools images of this shape as a whole.

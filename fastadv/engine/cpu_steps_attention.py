@@ -21,8 +21,8 @@ class AttentionStep(PlainStep):
 
     Args:
         inputs: q, k and v.
-        mask: what is added to the scores, without a gradient: a node, the name of a buffer of the copied layer, or
-            None.
+        mask: the tensor added to the scores, without a gradient: a node, the name of a buffer of the copied layer,
+            or None.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ class UnbindStep(PlainStep):
 
 
 def _joined(parts: list[Tensor]) -> Tensor | None:
-    """Contiguous tensors of one shape as slices of one, if their memory is that of one."""
+    """Contiguous tensors of one shape as slices of one tensor, if they share its memory."""
     first = parts[0]
     for number, part in enumerate(parts):
         if not part.is_contiguous() or part.shape != first.shape or part.dtype != first.dtype:

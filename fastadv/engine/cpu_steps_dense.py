@@ -38,7 +38,7 @@ class DenseNormStep(ProgramStep):
     """``relu(cat(results) * scale + shift)`` per channel, the ReLU optional.
 
     Args:
-        node: what ends the step.
+        node: the last node of the step.
         block: shared by the steps of the block.
         part: scale and shift.
         new: the results that this step's concatenation has more than the one before.

@@ -121,7 +121,7 @@ class LayerNormStep(PlainStep):
         run.kept[self.node] = x, statistics
 
     def backward(self, run: Pass) -> None:
-        """One pass, which also adds what came from other users."""
+        """One pass, which also adds the gradients from other users."""
         if self.node in run.tapes:
             super().backward(run)
             return
@@ -279,7 +279,7 @@ class ReshapeStep(PlainStep):
 
 
 class AliasStep(ProgramStep):
-    """What another step has computed already."""
+    """A result that another step has computed already."""
 
     is_known_to_win = True
 

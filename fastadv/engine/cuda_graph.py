@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Recordings kept: all sizes of batches of up to 128. They share the memory of what they compute on the way.
+# Recordings kept: all sizes of batches of up to 128. They share the memory of their intermediate results.
 CAPACITY = 16
 SMALLEST_STEP = 8  # between batch sizes; above 128 it is an eighth of the power of two below
 MOST_GRADIENTS = 50  # in one graph; every kernel of every step takes memory of its own there
@@ -38,7 +38,7 @@ class WorkRecorder(Protocol):
     """Records work."""
 
     def record(self, work: Callable[[], None]) -> ReplayableWork:
-        """Record what ``work`` does to tensors that exist before it; it may be run, several times, or not."""
+        """Record the operations of ``work`` on tensors that exist before it; it may run many times, or never."""
 
 
 class CudaRecorder:
@@ -84,7 +84,7 @@ class CudaRecorder:
         return graph
 
     def _recover(self) -> None:
-        """Undo what a recording leaves whose end fails, in torch before 2.12 (pytorch#180395).
+        """Undo the traces of a recording whose end fails, in torch before 2.12 (pytorch#180395).
 
         The allocator believes that it still records, and the generator of random numbers refuses to draw, which
         it does until a recording succeeds.
@@ -102,7 +102,7 @@ class _Inputs:
         self.active = torch.zeros(size, dtype=torch.bool, device=like[0].device)
 
     def load(self, inputs: tuple[Tensor, ...]) -> None:
-        """Copy a batch in; rows beyond it keep what an earlier batch has left, and are not active."""
+        """Copy a batch in; rows beyond it keep an earlier batch's values, and are not active."""
         count = inputs[0].shape[0]
         for own, given in zip(self.tensors, inputs, strict=True):
             own[:count].copy_(given)
@@ -152,7 +152,7 @@ class GraphCache:
     def run(
         self, key: Hashable, inputs: tuple[Tensor, ...], loop: Loop
     ) -> tuple[Tensor, ...] | None:
-        """What ``loop`` returns for the inputs, filled up to a size for which there is, or will be, a recording.
+        """The result of ``loop`` for the inputs, filled up to a size for which there is, or will be, a recording.
 
         Args:
             key: all that the loop depends on besides the inputs, but for tensors that keep their addresses.

@@ -273,10 +273,10 @@ def _weights_dtype(model: Model) -> torch.dtype:
 
 
 class EngineOnCopy(Engine):
-    """What the engines on an attack copy share."""
+    """The common part of the engines that run on an attack copy."""
 
     name = "compiled"
-    remembered: Remembered | None = None  # what the copy was proven with, its weights included
+    remembered: Remembered | None = None  # the proof of the copy, its weights included
     _copy: AttackCopy
     _example: Tensor
     tape: Tape  # the operations of the copy
@@ -323,7 +323,7 @@ class LiveEngine(EagerEngine):
         channels_last: run on channels-last images, which some models' own code cannot take.
     """
 
-    remembered: Remembered | None = None  # what it was proven with
+    remembered: Remembered | None = None  # its proof
 
     def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
         super().__init__(precision, reason, draws="never")

@@ -70,7 +70,7 @@ def _tapped(engine: ProgramEngine, model: nn.Module, x: Tensor) -> ForwardPass |
 
 
 def _recorded(model: nn.Module, images: Tensor) -> tuple[Recording, Tensor]:
-    """A recording, and what `forward_features` returned in it.
+    """A recording, and the result of `forward_features` in it.
 
     Raises:
         Unrecordable: it was not called once.

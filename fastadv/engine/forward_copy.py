@@ -21,10 +21,10 @@ from fastadv.engine.engines import unwrapped
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.live_tape import is_steady, tape_now
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
-from fastadv.engine.selection import is_steady, tape_now
 from fastadv.float32 import full_float32
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
@@ -38,7 +38,7 @@ class ForwardCopy:
 
     Args:
         model: the model, in evaluation mode.
-        output: what is wanted of it.
+        output: the function of it that is wanted.
         x: images [B, ...] like the ones to come. Only their shape, dtype and device count.
         dtype: of the copy's passes, bfloat16 or float16.
 
@@ -148,7 +148,7 @@ class _Standstill:
     """Tells whether a model has other weights, buffers or modes than when this was made.
 
     Torch counts the changes of a tensor. Buffers are compared as well, since processes that train together write
-    into them what is there already.
+    the old values into them again.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -37,12 +37,14 @@ class Part:
 
 @dataclass
 class Constants:
-    """What the graph reads besides its layers: tensors by name, and their places in a recording."""
+    """The inputs of the graph besides its layers: tensors by name, and their places in a recording."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
     batch_node: fx.Node | None = None  # the number of images, where an operation needs it
-    nodes: dict[int, fx.Node] = field(default_factory=dict)  # by place, what computes that tensor
+    nodes: dict[int, fx.Node] = field(
+        default_factory=dict
+    )  # by place, the node that computes the tensor
 
 
 def graph_of(
@@ -258,7 +260,7 @@ class _Builder:
         self.nodes[op.place] = self.graph.call_module(part.name, args, kwargs)
 
     def _add_written(self, op: RecordedOp, name: str) -> None:
-        """An op that writes in place, as one that returns what it would have written."""
+        """An op that writes in place, as one that returns the written values."""
         args, kwargs = self._argument(op.args), self._argument(op.kwargs)
         if kwargs.get("inplace") or (name in _INPLACE_ARGUMENT and len(args) > 1):
             full = inspect.signature(op.function).bind(*args, **kwargs)

@@ -23,7 +23,7 @@ def naming_layout(name: str, model: Model, x: Tensor) -> Iterator[None]:
 
     Args:
         name: the caller's name for the images.
-        model: what may fail.
+        model: the model that may fail.
         x: its images.
 
     Raises:

@@ -1,7 +1,7 @@
 """Find the networks that a model runs: itself, and those that it holds or names without registering them.
 
 A network in a plain list, in a closure or in a global variable is no submodule. `eval()` and `parameters()` do not
-reach it, and yet its mode and its buffers decide what the model computes.
+reach it, and yet its mode and its buffers decide the model's result.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 _DEEPEST = 4  # steps from the model to a network that it holds
 _MOST = 2000  # objects that are looked at
 _LONGEST = 64  # a longer container holds data
-# What torch itself keeps in a module, beside what the module's own code keeps.
+# The attributes that torch itself keeps in a module, beside those of the module's own code.
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = frozenset((bool, int, float, str, type(None), Tensor))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, type, types.ModuleType)
@@ -28,7 +28,7 @@ def networks_of(model: object) -> list[nn.Module]:
     """The networks that a model or another callable runs, as far as they can be found.
 
     Returns:
-        The model, if it is a module; then modules that belong to none of the ones before them.
+        The model, if it is a module; then modules that belong to no module before them.
     """
     found = [model] if isinstance(model, nn.Module) else []
     known = {id(part) for network in found for part in modules_of(network)}
@@ -66,7 +66,7 @@ class _NetworkSearch:
         self._seen: set[int] = set()
 
     def hidden(self, value: object, depth: int = _DEEPEST) -> Iterator[nn.Module]:
-        """Modules within an object, which is none itself; of a module those that are not registered."""
+        """Modules within an object that is no module; of a module those that are not registered."""
         if isinstance(value, nn.Module):
             parts = modules_of(value)
             self._seen.update(map(id, parts))
@@ -77,7 +77,7 @@ class _NetworkSearch:
             yield from self._at(value, depth)
 
     def _at(self, value: object, depth: int) -> Iterator[nn.Module]:
-        # What a weak proxy stands for may be gone, and belongs to somebody else.
+        # The object of a weak proxy may be gone, and belongs to somebody else.
         if type(value) in weakref.ProxyTypes or isinstance(value, _PLAIN):
             return
         if id(value) in self._seen or len(self._seen) >= _MOST:
@@ -92,7 +92,7 @@ class _NetworkSearch:
 
 
 def held_by(module: nn.Module) -> list[object]:
-    """What a module's own code keeps in it or names. torch's modules hide nothing unless they are patched."""
+    """The objects that a module's own code keeps in it or names. torch's modules hide nothing unless patched."""
     attributes, kind = vars(module), type(module)
     if (kind.__module__ or "").startswith("torch."):
         return [attributes["forward"]] if "forward" in attributes else []

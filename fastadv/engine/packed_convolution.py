@@ -1,7 +1,7 @@
 """A copied convolution in the forms of the CPU kernels that serve it, one for each direction.
 
 In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough
-channels, oneDNN's what is left. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
+channels, oneDNN's the rest. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
 serves all ungrouped convolutions whose input channels are multiples of 32, oneDNN's the rest. In float32
 Winograd's kernel serves 3x3 convolutions of stride 1, oneDNN's the rest. Gradients that are no convolutions stay
 with torch.
@@ -49,9 +49,9 @@ def result_shape(conv: ConvShape, x: Tensor) -> tuple[int, int, int, int]:
 
 
 class Epilogue(NamedTuple):
-    """What a kernel does with a convolution y: ``where(mask > 0, relu(y + bias + add), 0)``.
+    """The last operations of a kernel on a convolution y: ``where(mask > 0, relu(y + bias + add), 0)``.
 
-    What is None is left out.
+    A term that is None is left out.
 
     Attributes:
         bias: float32 [K].
@@ -81,7 +81,7 @@ class Kernel(ABC):
             memory: where the result may be put.
             shape: of the result [B, K, H, W].
             x: channels-last [B, C, H, W], in the dtype that the kernel was made for.
-            epilogue: what is done with it before it is stored.
+            epilogue: the operations on it before it is stored.
         """
 
 
@@ -111,7 +111,7 @@ class WinogradFloatKernel(Kernel):
 
     Args:
         out_channels: of the result.
-        in_channels: of what is convolved, in multiples of ``lanes``.
+        in_channels: of the input, in multiples of ``lanes``.
         backward: whether it is the gradient in the input.
         lanes: the width of the vectors, as `fastadv.engine.cpu_convolution.float_lanes` gives it.
     """
@@ -147,7 +147,7 @@ def _in_blocks(filters: Tensor) -> Tensor:
 
 @dataclass
 class TapGroup:
-    """The results that share their taps: where they lie and what they read."""
+    """The results that share their taps: where they lie and which inputs they read."""
 
     taps: list[tuple[int, int]]  # in the filter
     rows: list[int]  # of the input, relative to the place's own

@@ -88,7 +88,7 @@ class PatchGradientKernel(Kernel):
         self._convolution.refresh(filters.flatten(0, 2), None)
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
-        """As in `Kernel.run`; what is added, and a mask, take a pass of their own."""
+        """As in `Kernel.run`; an added tensor and a mask take a pass of their own."""
         stride, (batch, _, height, width) = self._stride, shape
         rows, columns = (x.shape[2 + a] + 2 * self._padding[a] - self._sizes[a] + 1 for a in (0, 1))
         grouped = (batch, self._shape.out_channels, rows, columns)

@@ -40,7 +40,7 @@ def weighted_sum(logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the live model makes of a few images.
+    """The live model's results for a few images.
 
     Attributes:
         images: [B, ...].
@@ -71,7 +71,7 @@ def evidence_of(recording: Recording) -> Evidence:
     """The live model's logits and gradients, from a recording's own graph.
 
     Raises:
-        Unrecordable: there are none.
+        Unrecordable: there are no gradients.
     """
     logits = recording.logits
     if logits.dim() != 2 or not logits.requires_grad:

@@ -96,7 +96,7 @@ class DrawWatch(TorchFunctionMode):
 
 
 def draws_can_be_watched(model: object) -> bool:
-    """Whether `DrawWatch` sees what a model draws: it sees no scripted or compiled parts, and no other threads."""
+    """Whether `DrawWatch` sees a model's draws: it sees no scripted or compiled parts, and no other threads."""
     return not _reaches_hidden_draws(model, set(), depth=4)
 
 

@@ -1,4 +1,4 @@
-"""Record what a model's forward pass does: every torch function it calls, with which arguments.
+"""Record the operations of a model's forward pass: every torch function that it calls, with its arguments.
 
 The live model runs on a few images while a `TorchFunctionMode` of the calling thread watches. So a recording sees
 what the model *does now*, whatever decided it: attributes, configuration objects, globals, hooks, wrappers.
@@ -28,7 +28,7 @@ from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 
 def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
-    """Run a model on images in eval mode and record what it does.
+    """Run a model on images in eval mode and record its operations.
 
     Modes, buffers and attributes of the modules are as before on return.
 
@@ -260,7 +260,7 @@ class Recorder(TorchFunctionMode):
         self._watched.append(weakref.ref(tensor, forget))
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
-        """Give each tensor of a tuple its place, behind that of the tuple itself."""
+        """Give each tensor of a tuple its place, behind the place of the tuple itself."""
         self.recording.values.append(torch.empty(0, device="cpu"))
         self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
@@ -410,7 +410,7 @@ def _version(tensor: Tensor) -> int:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors that share memory have in common."""
+    """The key of the memory that tensors share."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # sparse and other tensors without one

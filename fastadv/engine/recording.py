@@ -1,8 +1,8 @@
-"""What a recording of a forward pass holds: every torch function that the model called, with its arguments.
+"""The content of a recording of a forward pass: every torch function that the model called, with its arguments.
 
 Two recordings that are equal describe the same network, and this is how a copy is proven at every use. Results
-that do not depend on the images (weights, and what the forward pass derives from weights) are taken from the
-recording without changes. So a copy gets the weights that the live model has just used. See
+that do not depend on the images (weights, and tensors that the forward pass derives from weights) are taken from
+the recording without changes. So a copy gets the weights that the live model has just used. See
 `fastadv.engine.recorder`.
 """
 
@@ -51,7 +51,7 @@ class Recording:
 
     Attributes:
         ops: in the order of the calls.
-        values: every tensor by its place. What no op computes is a weight, or another tensor of the model.
+        values: every tensor by its place. A tensor that no op computes is a weight or another tensor of the model.
         depends: by place, whether the tensor depends on the images.
         overwritten: places of tensors whose values an op has changed since.
         images: the images, a leaf that requires grad.

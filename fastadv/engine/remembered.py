@@ -37,7 +37,7 @@ class Remembered:
     Args:
         recording: of a few images.
         results: of its costly operations, by place.
-        weights: what `content` says of the tensors that no operation computes.
+        weights: the `content` of the tensors that no operation computes.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Changes:
 
     def used(self) -> None:
         """Note that a remembered proof has served."""
-        self._wasted = -1  # the next change is none that comes too early
+        self._wasted = -1  # the next change does not come too early
 
     def worth_remembering(self, recording: Recording) -> bool:
         """Note a new proof; whether one like it is likely to serve again."""
@@ -150,4 +150,4 @@ class _Repeat(Recorder):
         same = then.args == self.referred(args) and then.kwargs == self.referred(kwargs)
         if not same or then.with_gradient != torch.is_grad_enabled():
             return super().call(func, args, kwargs)
-        return kept.view_as(kept)  # what is kept is a leaf, for which a model may ask
+        return kept.view_as(kept)  # the kept tensor is a leaf, for which a model may ask

@@ -15,58 +15,45 @@ from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine import choice, proof, randomness
+from fastadv.engine.candidates import candidates
 from fastadv.engine.choice import Contender
-from fastadv.engine.counters import plain_state
-from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
-    Draws,
     EagerEngine,
     Engine,
     EngineOnCopy,
-    LiveEngine,
     Model,
-    ProgramEngine,
-    ValueOfLogits,
     as_model_takes,
     naming_dtypes,
     unwrapped,
 )
-from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.holding import held
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.live_engines import autocast_is_right, draws_of, live_rival
+from fastadv.engine.live_tape import (
+    PROBES,
+    few_recorded,
+    finite,
+    is_steady,
+    tape_now,
+    whole_recorded,
+)
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recorder import draws_nothing, record, recorded
+from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Changes, Remembered
-from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
+from fastadv.engine.tape import Tape
+from fastadv.engine.wish import Wish
 from fastadv.float32 import full_float32
 
-_SIZES = (3, 4)  # of the two batches of which a copy is made
-_PROBES = 2  # images that prove a copy at every use
 _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
-_CALLS = 8  # in which a model must do the same, to be copied
-_COUNTED_CALLS = 64  # if it counts them
-
-
-class Wish(NamedTuple):
-    """What the caller has asked for, in the words of `fastadv.pgd_fused`."""
-
-    precision: str
-    engine: str
-    train_mode: bool | str
-
-    @property
-    def is_free(self) -> bool:
-        """Whether the engine is left to us."""
-        return self.engine in ("auto", "fixed")
 
 
 @dataclass
@@ -80,7 +67,7 @@ class _Copy:
         evidence: whether the images told anything about gradients.
         sizes: the batch sizes.
         changes: of the weights since the last proof.
-        chosen: what runs in its place, or itself, and the reason, by group of batch sizes.
+        chosen: the engine in its place, or itself, and the reason, by group of batch sizes.
     """
 
     tape: Tape
@@ -129,7 +116,7 @@ class EngineCache:
         Args:
             model: the live model, or any callable.
             x: images to attack [B, ...], B >= 1, where the model is.
-            wish: what the caller has asked for.
+            wish: the options that the caller has asked for.
 
         Raises:
             ValueError: the engine asked for cannot run this model; the message says why.
@@ -160,11 +147,11 @@ class EngineCache:
         self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
     ) -> EagerEngine:
         """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        draws = _draws(model, x, bool(wish.train_mode))
+        draws = draws_of(model, x, bool(wish.train_mode))
         if precision != "fp32" and wish.precision == "auto":
             place = (_kind(x, wish), reason)
             if not self._autocast_is_right.get(place):
-                right = _autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
+                right = autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
                 self._autocast_is_right[place] = right
             if not self._autocast_is_right[place]:
                 precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
@@ -206,7 +193,7 @@ class EngineCache:
         precision: str,
         wish: Wish,
     ) -> Engine | None:
-        """The kept copy whose operations and logits are the model's; None where there is none."""
+        """The kept copy whose operations and logits are the model's; None where there is no such copy."""
         batch, states = x.shape[0], randomness.shared_states()
         known = [copy for copy in kept if batch in copy.sizes]
         # Few images tell enough once a whole batch of this size has been seen.
@@ -223,13 +210,13 @@ class EngineCache:
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
             return _used(kept, same, batch)
-        for size in dict.fromkeys((_PROBES if few else batch, batch)):
-            if size <= _PROBES:
-                recording = record(model, _finite(x[:size]), careful=careful)
+        for size in dict.fromkeys((PROBES if few else batch, batch)):
+            if size <= PROBES:
+                recording = record(model, finite(x[:size]), careful=careful)
             else:
-                recording = _whole(model, x, careful)
+                recording = whole_recorded(model, x, careful)
             if not careful and randomness.shared_states() != states:
-                record(model, _finite(x[:_PROBES]), careful=True)  # refuses a model that draws
+                record(model, finite(x[:PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 engine, is_new = copy.engine_for(batch), batch not in copy.sizes
@@ -241,7 +228,7 @@ class EngineCache:
                     self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                worth = size == _PROBES and copy.changes.worth_remembering(recording)
+                worth = size == PROBES and copy.changes.worth_remembering(recording)
                 engine.remembered = Remembered.of(recording) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
                     _choose(copy, model, x, precision, wish)
@@ -269,8 +256,8 @@ def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish
     if not choice.is_open(first):
         return
     whole = copy.tape.only_batch is not None
-    images = _finite(x if whole else x[: choice.IMAGES])
-    few = images if whole else images[:_PROBES]
+    images = finite(x if whole else x[: choice.IMAGES])
+    few = images if whole else images[:PROBES]
     recording = record(model, few, careful=copy.tape.own_functions)
     evidence = proof.evidence_of(recording)
 
@@ -279,7 +266,7 @@ def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish
             return evidence.against(engine)
 
     rivals: dict[str, Callable[[], Contender]] = {
-        choice.LIVE: partial(_live_rival, model, few, precision)
+        choice.LIVE: partial(live_rival, model, few, precision)
     }
     if choice.name_of(first) == choice.PROGRAM:
         rivals[choice.COPY] = partial(CopyEngine, copy.tape, recording, precision, "", False)
@@ -289,17 +276,6 @@ def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish
     if engine is not first:
         engine.remembered = first.remembered
         first.rest()
-
-
-def _live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
-    """The live model, on channels-last images unless its own code fails on them."""
-    engine = LiveEngine(precision, "", channels_last=True)
-    try:
-        with engine.session(model, 0, current=True):
-            engine.logits(engine.images(images))
-    except Exception:
-        return LiveEngine(precision, "", channels_last=False)
-    return engine
 
 
 def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
@@ -363,7 +339,7 @@ def _build(
     """
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
-    few = None if tape.only_batch else _few(model, x, tape)
+    few = None if tape.only_batch else few_recorded(model, x, tape)
     evidence = (live,) if few is None else (live, proof.evidence_of(few))
     remembered = None if few is None else Remembered.of(few)
     if remembered is not None and not is_steady(model, tape, remembered):
@@ -387,151 +363,3 @@ def _build(
             return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]})
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
-
-
-def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
-    """A recording of the images that every later use begins with, so that it finds right what is right now.
-
-    None where the model does something else with so few images.
-
-    Raises:
-        Unrecordable: these are all images of the batch.
-    """
-    recording = record(model, _finite(x[:_PROBES]), careful=tape.own_functions)
-    if tape.describes(recording):
-        return recording
-    if x.shape[0] <= _PROBES:
-        raise Unrecordable(f"it does something else for {x.shape[0]} images")
-    return None
-
-
-def is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
-    """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
-    with held(model):
-        before, calls, done = plain_state(model), _CALLS, 0
-        while done < calls:
-            recording = remembered.again(model)
-            if recording is None or not tape.describes(recording):
-                return False
-            done += 1
-            if done == 1 and plain_state(model) != before:
-                calls = _COUNTED_CALLS
-    return True
-
-
-def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
-    """The model's operations, and a recording to compare gradients with.
-
-    Raises:
-        Unrecordable: no copy can be made.
-    """
-    try:
-        # Held once for both, so that a model which counts its calls, and acts on it, shows that.
-        with held(model):
-            first, second = (recorded(model, _some(x, size), careful=True) for size in _SIZES)
-        tape = tape_of(first, second)
-        if tape.describes(_whole(model, x, tape.own_functions)):
-            return tape, second
-    except DependsOnBatch:
-        pass
-    except Unrecordable:
-        raise
-    except Exception:
-        pass  # the model may take batches of one size alone; if not, its own error comes now
-    others = 0.9 * _finite(x) + 0.1 * _finite(x).flip(0, -1)
-    with held(model):
-        first, second = (recorded(model, images, careful=True) for images in (others, _finite(x)))
-    tape = tape_for_one_size(first)
-    if not (tape.describes(second) and same_tensors(first, second)):
-        raise Unrecordable("its operations change from call to call")
-    return tape, second
-
-
-def _whole(model: nn.Module, x: Tensor, careful: bool) -> Recording:
-    """A recording of the whole batch, whose graph would be large; of half of it where memory does not suffice."""
-    try:
-        return record(model, _finite(x), careful=careful, gradients=False)
-    except torch.OutOfMemoryError:
-        if x.shape[0] <= _SIZES[-1]:
-            raise
-        return _whole(model, x[: x.shape[0] // 2], careful)
-
-
-def _some(x: Tensor, size: int) -> Tensor:
-    """``size`` images, by turns from the batch; two sizes have no image in common."""
-    rows = torch.arange(size, device=x.device) % x.shape[0]
-    images = _finite(x[rows])
-    return images if size == _SIZES[-1] else 0.9 * images + 0.1 * images.flip(0)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Images without NaN and infinity, which say nothing about a network."""
-    return torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def candidates(
-    tape: Tape, recording: Recording, precision: str, wish: Wish
-) -> Iterator[Callable[[], EngineOnCopy]]:
-    """What may run a copy, the narrowest precision first."""
-    images = recording.images
-    reason = "the model can be copied" if wish.is_free else "asked for"
-    if tape.autocast and precision == "fp32":
-        raise Unrecordable("its forward enters autocast")
-    # Programs are for bfloat16 and float32; images in float64 get copies in float64.
-    programs = {"bf16", "fp32"} if images.dtype != torch.float64 else {"bf16"}
-    for own in dict.fromkeys((precision, "fp32")):
-        if tape.autocast and own == "fp32":
-            continue
-        if images.device.type == "cpu" and own in programs:
-            yield partial(ProgramEngine, tape, recording, reason, own)
-        yield partial(_under_autograd, tape, recording, own, reason, wish)
-
-
-def _under_autograd(
-    tape: Tape, recording: Recording, precision: str, reason: str, wish: Wish
-) -> CopyEngine:
-    """A copy run by torch; on a GPU compiled, or its attacks recorded as CUDA graphs."""
-    device, classes = recording.images.device, recording.logits.shape[-1]
-    on_gpu = device.type == "cuda"
-    inductor = on_gpu and wish.engine in ("compiled", "graph")
-    engine = CopyEngine(tape, recording, precision, reason, inductor)
-    if on_gpu and wish.engine != "compiled":
-        required = wish.engine == "graph"
-        engine.name = "graph" if required else engine.name
-        recorder = CudaRecorder(device)
-        resting = engine.record_passes(recorder).resting
-        engine.graphs = GraphCache(recorder, classes, required, around=resting)
-    return engine
-
-
-def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
-    """How the random numbers of a live model are to be governed."""
-    if isinstance(model, nn.Module) and not train_mode:
-        images = as_model_takes(model, _finite(x[:_PROBES]))
-        if draws_nothing(unwrapped(model), images):
-            return "never"
-    return "watched" if randomness.draws_can_be_watched(model) else "assumed"
-
-
-def _autocast_is_right(
-    model: Model, x: Tensor, precision: str, train_mode: bool, draws: Draws
-) -> bool:
-    """Whether the live model under autocast has the gradients that it has in float32."""
-    images = _finite(x if train_mode else x[: _SIZES[-1]])
-    try:
-        found = []
-        values: tuple[ValueOfLogits, ...] = ()
-        for own in ("fp32", precision):
-            engine = EagerEngine(own, "", train_mode, draws)
-            with full_float32(), engine.session(model, 0):
-                shown = engine.images(images)
-                values = values or proof.objectives(engine.logits(shown))
-            for value_of in values:
-                # Random numbers begin anew for each.
-                with full_float32(), engine.session(model, 0):
-                    found.append(proof.probe(engine, shown, value_of))
-    except Exception:  # if the model itself fails, its own message is to come from the real call
-        return False
-    half = len(values)
-    pairs = zip(found[half:], found[:half], strict=True)
-    return all(proof.difference(narrow, wide, precision) is None for narrow, wide in pairs)

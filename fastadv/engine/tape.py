@@ -1,4 +1,4 @@
-"""What recordings have in common: a network's operations for any number of images.
+"""The common part of recordings: a network's operations for any number of images.
 
 A recording holds the numbers of one batch size. Two recordings of different sizes tell which of these numbers grow
 with the batch, and how. A later recording of any size is then compared with the numbers expected for it.
@@ -120,7 +120,7 @@ def tape_for_one_size(recording: Recording) -> Tape:
     """The tape of one recording, which holds for its batch size alone.
 
     Raises:
-        Unrecordable: no copy can be made of what was recorded.
+        Unrecordable: no copy can be made of the recording.
     """
     return _tape(recording, tuple(recording.ops), recording.images.shape[0], None)
 

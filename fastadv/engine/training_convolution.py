@@ -63,7 +63,7 @@ class _PackedFilters:
 
 @dataclass
 class _ServedConv:
-    """What serves the convolutions with one weight."""
+    """The kernel for the convolutions with one weight."""
 
     weight: weakref.ref[Tensor]
     shape: ConvShape
@@ -113,7 +113,7 @@ class TrainingConvolutions(TorchFunctionMode):
     def _plan(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape
     ) -> _ConvPlan | None:
-        """What serves a convolution; None where torch's own is as good."""
+        """The kernel for a convolution; None where torch's own is as good."""
         layer = self._layers.get(id(weight))
         if layer is None or layer.weight() is not weight or layer.shape != shape:
             self._layers = {k: v for k, v in self._layers.items() if v.weight() is not None}
@@ -126,7 +126,7 @@ class TrainingConvolutions(TorchFunctionMode):
 
 
 def _is_watched() -> bool:
-    """Whether somebody keeps account of what autograd saves, as activation checkpointing does.
+    """Whether somebody keeps account of the tensors that autograd saves, as activation checkpointing does.
 
     It runs the forward pass once more outside of this context, and expects the same there.
     """

@@ -8,6 +8,7 @@ from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.ensemble import AutoAttack
 from fastadv.evaluation.evaluate import evaluate
+from fastadv.evaluation.findings import Finding
 from fastadv.evaluation.metrics import (
     ARREST_CIFAR10_CURVE,
     ARREST_CIFAR100_CURVE,
@@ -19,9 +20,10 @@ from fastadv.evaluation.metrics import (
     wilson_interval,
 )
 from fastadv.evaluation.plots import TradeOffPoint, plot_trade_off
-from fastadv.evaluation.report import Report, Row, Stage
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row, Stage
 from fastadv.evaluation.results import Result, Subject, add_results, load_results
-from fastadv.evaluation.sanity import Finding, masking_checks, sanity_checks
+from fastadv.evaluation.sanity import masking_checks, sanity_checks
 from fastadv.evaluation.stacking import DeltaZ, delta_z
 from fastadv.evaluation.transfer import Surrogate, transfer_matrix
 from fastadv.evaluation.transfer_table import TransferMatrix

@@ -1,7 +1,7 @@
-"""What a model says of a few images, in which everything shows that decides what it computes.
+"""A model's logits for a few images, in which every change of its function shows.
 
-A hash of weights does not see what a forward method does, nor hooks, attributes, tensors that are no buffers, and
-networks that are no submodules.
+A hash of weights does not see a change of the forward method, nor hooks, attributes, tensors that are no buffers,
+and networks that are no submodules.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def answers_of(model: Model, samples: Samples) -> Tensor | None:
         for _ in range(2):
             with private_generators(0):
                 found.append(logits_of(model, x.clone()).float().cpu())
-    except Exception:  # the evaluation itself is to say what is wrong
+    except Exception:  # the evaluation itself is to report the error
         return None
     return found[0] if are_alike(*found) else None
 

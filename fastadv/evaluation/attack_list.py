@@ -1,4 +1,4 @@
-"""What ``evaluate`` is asked to run: names and callables, checked and turned into dataclasses."""
+"""The attacks that ``evaluate`` is asked to run: names and callables, checked and turned into dataclasses."""
 
 from __future__ import annotations
 
@@ -206,10 +206,10 @@ def _takes_alpha(attack: ChosenAttack) -> bool:
 
 
 def check_ensemble_asked_for(attacks: Sequence[ChosenAttack], name: str, given: bool) -> bool:
-    """Refuse an option of AutoAttack's where there is none.
+    """Refuse an option of AutoAttack where no attack is AutoAttack.
 
     Args:
-        attacks: what is to run.
+        attacks: the attacks to run.
         name: of the option.
         given: whether the caller has chosen it.
 
@@ -269,7 +269,7 @@ def averages(attack: ChosenAttack) -> bool:
 
 
 def stops_early(attack: ChosenAttack) -> bool:
-    """Whether an attack takes no step beyond what breaks an image, or goes back to the boundary."""
+    """Whether an attack stops at the step that breaks an image, or goes back to the boundary."""
     kinds = ("fab", "fab-t", "square", "cwl2")
     return isinstance(attack, Ensemble) or (
         isinstance(attack, (BallAttack, Minimum)) and attack.kind in kinds
@@ -350,7 +350,7 @@ def usual_attacks() -> list[str]:
 
 
 def _suggestion(name: str) -> str:
-    """Say what may have been meant: a name with its steps set off otherwise, or one that looks like it."""
+    """Name the attack that was probably meant: one with its steps set off otherwise, or a similar name."""
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
         word, numbers = "cwl2", numbers[1:]  # the digit is its norm's

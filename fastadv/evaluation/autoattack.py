@@ -193,7 +193,7 @@ def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
 def _settings(
     runner: Runner, attacks: tuple[str, ...], eps: float, search: str, ids: Tensor | None
 ) -> dict[str, Any]:
-    """What the result depends on beside model and data."""
+    """The settings that the result depends on beside model and data."""
     settings = {
         "attacks": attacks,
         "eps": eps,
@@ -220,7 +220,7 @@ def _hunt(
     state_dir: str | os.PathLike[str] | None,
     passes: int,
 ) -> Hunt:
-    """How this run searches, and where it keeps what it has found."""
+    """How this run searches, and where it keeps its finds."""
     samples = runner.samples
     check_classes(attacks, runner.check_labels())
     library = ReferenceAttacks(
@@ -255,7 +255,7 @@ def _hunt(
 
 
 def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
-    """Go through the attacks, taking what is finished from the state."""
+    """Go through the attacks, taking finished ones from the state."""
     runner, samples = hunt.runner, hunt.runner.samples
     clean = runner.clean()
     first = samples.batches(runner.batch_size)[0]

@@ -1,4 +1,4 @@
-"""What the attacks of an AutoAttack run share: the model, the images, how to search, and who has the last word."""
+"""The common part of AutoAttack's attacks: the model, the images, how to search, and who has the last word."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Hunt:
         wide: Auto-PGD on the plain model in float32.
         state: where finished batches are kept, if anywhere.
         sample_ids: which random numbers each image gets, int64 [N] on the CPU; None is its index.
-        refinement: of what a narrow search leaves.
+        refinement: of the images that a narrow search leaves.
         passes: through the network for each gradient of Auto-PGD.
     """
 
@@ -76,7 +76,7 @@ class Hunt:
 
         Args:
             indices: of the images, int64 [R] on the CPU.
-            points: what was made of them, [R, C, H, W].
+            points: the adversarial images made of them, [R, C, H, W].
             audit: counts violations.
 
         Returns:
@@ -100,7 +100,7 @@ class Finished:
         self.broken: dict[int, Tensor] = {}
 
     def record(self, shape: torch.Size, **facts: object) -> BatchRecord:
-        """All of them as a record, in the order of the images; none are left here."""
+        """All of them as a record, in the order of the images; this list is then empty."""
         indices = sorted(self.indices)
         fooled = [index for index in indices if index in self.broken]
         images = [self.broken.pop(index) for index in fooled]

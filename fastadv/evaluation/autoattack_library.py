@@ -2,7 +2,7 @@
 
 The library's own loop, ``run_standard_evaluation``, is not used: its resumption fails, its warnings go to a log
 only, and its check for optimisation at inference stays tripped for every later model and leaves Python's trace
-function unset. Its attacks and its checks are used as they are. What they change in the process (trace function,
+function unset. Its attacks and its checks are used as they are. Their changes of the process (trace function,
 the call counters of that check, torch's generators) is put back after each use. That is enough to keep runs apart,
 and simpler than a subprocess, which would need a model that can be pickled and a second CUDA context.
 """
@@ -34,7 +34,7 @@ def import_library() -> Any:
     """The module ``pyautoattack``.
 
     Raises:
-        ImportError: saying what to install.
+        ImportError: naming the package to install.
     """
     try:
         import pyautoattack
@@ -49,7 +49,7 @@ def check_classes(attacks: Sequence[str], classes: int) -> None:
     """Require that every attack is defined for this number of classes.
 
     Raises:
-        ValueError: naming the first that is not, and what can be run instead.
+        ValueError: naming the first that is not, and the attacks that can run instead.
     """
     for attack in attacks:
         if classes < FEWEST_CLASSES[attack]:
@@ -134,7 +134,7 @@ class ReferenceAttacks:
 
         Args:
             clean: images classified correctly without an attack.
-            stages: what each attack left.
+            stages: the images that each attack left.
             n: images in all.
         """
         accuracies = {"clean": clean / n} | {stage.name: stage.correct / n for stage in stages}
@@ -177,7 +177,7 @@ class ReferenceAttacks:
 
 
 class _Warnings(logging.Handler):
-    """Collects what the library warns of."""
+    """Collects the warnings of the library."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

@@ -58,7 +58,7 @@ class PoolSearch:
             remaining: their indices, int64 [R] on the CPU.
 
         Returns:
-            What was found, those records included that a state held already.
+            The finds, including records that a state held already.
         """
         hunt, state = self._hunt, self._hunt.state
         self._records = state.load_all(self._attack, remaining) if state else []
@@ -131,7 +131,7 @@ class PoolSearch:
         return self._hunt.runner.samples.take(indices, self._hunt.runner.device)
 
     def _worth_refining(self, tails: list[Ended]) -> list[Ended]:
-        """What the engine alone takes for broken, and the best others; their points are kept by themselves."""
+        """Images that only the engine takes for broken, and the best others; their points are kept apart."""
         claims = [one for one in tails if one.succeeded]
         others = sorted((one for one in tails if not one.succeeded), key=lambda one: -one.value)
         return claims + others[: self._hunt.refinement.targets]
@@ -168,7 +168,7 @@ class PoolSearch:
             self._save()
 
     def _save(self) -> None:
-        """Make a record of what is finished."""
+        """Make a record of the finished images."""
         if not self._finished.indices:
             return
         blind = self._pool.blind - self._blind

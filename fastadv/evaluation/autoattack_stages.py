@@ -56,7 +56,7 @@ BY_BATCH_L1 = BY_BATCH | {
 
 
 class Search(Protocol):
-    """One attack on what is left."""
+    """One attack on the images that are left."""
 
     @property
     def by(self) -> str:
@@ -67,7 +67,7 @@ class Search(Protocol):
 
 
 def search_for(hunt: Hunt, attack: str) -> Search:
-    """What carries out an attack."""
+    """The function that carries out an attack."""
     if hunt.search == REFERENCE:
         return ReferenceSearch(hunt, attack)
     if attack in LOSSES and hunt.runner.norm in NORMS:
@@ -104,7 +104,7 @@ class BatchSearch:
         return records
 
     def _batch(self, indices: Tensor) -> BatchRecord:
-        """Attack one batch and check what came back, independently of the attack."""
+        """Attack one batch and check the result, independently of the attack."""
         begun, audit = time.perf_counter(), self._hunt.audit()
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         found, warnings = self._perturb(x, y, indices)

@@ -1,6 +1,6 @@
 """State of an AutoAttack run on disk: one file per batch, so that an interrupted run can go on.
 
-A folder holds ``manifest.json``, which says what run it belongs to, and files ``apgd-ce-00003.pt``, one per
+A folder holds ``manifest.json``, which says which run it belongs to, and files ``apgd-ce-00003.pt``, one per
 attack and batch, each written atomically once its batch is finished. Which batches are still to do follows from
 the files alone: going through them in order rebuilds everything else.
 """
@@ -29,13 +29,13 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a state belongs to.
+    """The run that a state belongs to.
 
     Attributes:
         model: SHA-256 of the structure, parameters and buffers.
         data: SHA-256 of images and labels.
         settings: everything else that the result depends on.
-        answers: what `answers_of` says of the model, [B][classes]; None where nothing is known.
+        answers: the result of `answers_of` for the model, [B][classes]; None where it is unknown.
     """
 
     model: str
@@ -46,14 +46,14 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class BatchRecord:
-    """What one attack did to one batch.
+    """The result of one attack on one batch.
 
     Attributes:
         indices: [B] int64, the images attacked.
         fooled: [M] int64, the images among them that are now classified wrongly.
         adversarial: [M, ...] float32, their adversarial images.
-        violations: counts of what was wrong with the returned images, fields of ``Violations``.
-        warnings: what the attack warned of.
+        violations: counts of the faults of the returned images, fields of ``Violations``.
+        warnings: the warnings of the attack.
         seconds: wall-clock time.
         refined: how many of those fooled were found by float32 steps after a search in a narrower precision.
         unconfirmed: how often a point broke its image in the narrower precision alone.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import Row, format_eps
+from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
+from fastadv.evaluation.wording import format_eps
 
 if TYPE_CHECKING:
     from fastadv.evaluation.analyses.records import AnalysisRecord
@@ -26,13 +27,13 @@ class Judged:
     Attributes:
         name: tells it from the other runs.
         method: how it was trained.
-        network: what its model is called.
+        network: the name of its model.
         results: in the order in which they were found.
         folder: of the file of results, from which the files that they name are found.
-        series: what runs have in common that differ in the seed of their training alone; empty where nobody says.
+        series: common to runs that differ in the seed of their training alone; empty where it is unknown.
         seed: of the training.
         checks: findings of masking checks, in the order in which they were made.
-        analyses: what analyses found, later ones after earlier ones.
+        analyses: findings of analyses, later ones after earlier ones.
     """
 
     name: str
@@ -132,7 +133,7 @@ class Comparison:
         """Choose the radius of a figure: the one asked for, else one at which all runs were attacked.
 
         Raises:
-            ValueError: when there is no such radius, or several and none of them is 8/255.
+            ValueError: when there is no such radius, or there are several and 8/255 is not among them.
         """
         attacked: dict[tuple[str, float], set[str]] = {}
         for line in self.lines:
@@ -160,7 +161,7 @@ class Comparison:
         return [line for line in self.white_box if line.radius == radius]
 
     def label(self, line: Line) -> str:
-        """What to call a line among those of its radius and kind."""
+        """The name of a line among the lines of its radius and kind."""
         kind = (line.radius, line.ball, line.surrogate)
         beside = [one for one in self.lines if (one.radius, one.ball, one.surrogate) == kind]
         rows = {id(one): self.describe(one) for one in beside}
@@ -195,7 +196,7 @@ class Comparison:
         return lines.values()
 
     def describe(self, line: Line) -> dict[str, str]:
-        """What a line is of, by the names of the columns."""
+        """The subject of a line, by the names of the columns."""
         return {
             "run": line.run.name,
             "method": line.run.method,
@@ -228,7 +229,7 @@ class Comparison:
 
 
 class _Titles:
-    """Names of columns: the attack's own, with what it was run by where that differs between results."""
+    """Names of columns: the attack's own, with the settings that differ between results."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._variants: dict[str, set[str]] = {}
@@ -256,7 +257,7 @@ def _variant(result: Result) -> str:
 
 
 def cell_text(line: Line, title: str, interval: bool = True) -> str:
-    """Write an accuracy of a line in percent, with its status and its interval; a dash where there is none."""
+    """Write an accuracy of a line in percent, with status and interval; a dash where there is no accuracy."""
     if title not in line.cells:
         return "-"
     row = line.cells[title].row

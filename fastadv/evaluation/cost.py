@@ -1,4 +1,4 @@
-"""What one image costs a network."""
+"""The cost of one image in a network."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class Distances:
         """Sum up distances.
 
         Args:
-            distances: [N], 0 for images that need no attack and infinite where none was found.
+            distances: [N], 0 for images that need no attack and infinite where no adversarial image was found.
             norm: in which they are.
             radii: at which accuracy is to be told, each an accuracy under this attack in a ball of that radius.
         """
@@ -56,7 +56,7 @@ class Distances:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Distances:
-        """Read back what ``dataclasses.asdict`` gave."""
+        """Read back the result of ``dataclasses.asdict``."""
         curve = tuple((float(radius), float(share)) for radius, share in entry["curve"])
         return cls(entry["norm"], entry["broken"], entry["mean"], entry["median"], curve)
 

@@ -37,7 +37,7 @@ class Blindness:
     n: int = 0
 
     def note(self, attack: ChosenAttack) -> str:
-        """What an attack's row is to say; empty where there is nothing to say."""
+        """The notes of an attack's row; empty where there is nothing to say."""
         hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
         if isinstance(attack, Ensemble):
             by_entropy = False  # its targeted attacks follow differences of logits
@@ -96,7 +96,7 @@ def seems_to_guess(right: int, n: int, classes: int) -> bool:
 
 
 def doubt_surrogate(runner: Runner, classes: int, name: str) -> str:
-    """Warn where a surrogate seems to guess, and return what every row is to say; else return nothing."""
+    """Warn where a surrogate seems to guess, and return the note for every row; else return nothing."""
     assert runner.surrogate is not None
     right = n = 0
     seed = derive_seed(runner.seed, "evaluate/surrogate")
@@ -109,7 +109,7 @@ def doubt_surrogate(runner: Runner, classes: int, name: str) -> str:
         return ""
     doubt = (
         f"the surrogate {name} is right on {right} of {n} clean images, about as many as by guessing, so that "
-        "what is made on it says nothing of the model"
+        "images made on it say nothing about the model"
     )
     warnings.warn(
         f"{doubt}; is it the network of these weights, are images normalised as in its training, and are the "

@@ -35,16 +35,12 @@ from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, see
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
-from fastadv.evaluation.report import Report, format_eps, library_versions
+from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import (
-    as_samples,
-    check_batch_size,
-    check_eps,
-    radius_or_default,
-)
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
+from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
@@ -108,7 +104,7 @@ def evaluate(
         worst_case: attack only the images that the attacks before in the list have left, so that each row counts
             the images that withstand it and all before it, and the last row is the worst case over all. An image
             is broken as soon as one attack breaks it, so this is exact, and cheaper than attacking all images
-            again. Each radius has a worst case of its own, and attacks without a ball are in none.
+            again. Each radius has a worst case of its own, and attacks without a ball belong to no worst case.
         progress: bars on a terminal, one line per attack elsewhere; false for silence.
         state_dir: a folder in which each attack's state is kept batch by batch, so that the same call continues
             after an interruption; a callable's is not kept. It belongs to one model, data set and choice of
@@ -244,7 +240,7 @@ def evaluate(
 def _facts(
     norm: str, bounds: tuple[float, float], seed: int, eot: int, surrogate: Surrogate | None
 ) -> dict[str, Any]:
-    """What the result of every attack depends on beside model, data and the attack."""
+    """The settings that every attack's result depends on, beside model, data and the attack."""
     other = None if surrogate is None else hash_model(surrogate.model)
     return {
         "norm": norm,

@@ -44,12 +44,12 @@ def place_labels(
     """Choose a place for every label, in the order given.
 
     Places are tried all around the anchor at growing distance. Taken is the one that covers least of the
-    obstacles, of labels placed before and of what lies outside the frame; among equals the nearest.
+    obstacles, of labels placed before and of the space outside the frame; among equals the nearest.
 
     Args:
         anchors: the points that the labels belong to.
         sizes: width and height of each label.
-        obstacles: what is drawn already.
+        obstacles: the places that are taken already.
         frame: where labels may be.
         unit: length of one typographic point in the unit of the other arguments.
 

@@ -82,7 +82,7 @@ class Cubic:
 # Fitted to the methods that the ARREST paper compares, (clean, AutoAttack) in percent.
 ARREST_CIFAR10_CURVE = Cubic(9.877e-5, -0.3922, 63.82, -2600.0)
 ARREST_CIFAR100_CURVE = Cubic(5.615e-4, -0.1582, 12.44, -271.8)
-# What that paper reports of WRN-34-10 at 8/255 linf, the same pairs.
+# The figures that this paper reports of WRN-34-10 at 8/255 linf, the same pairs.
 ARREST_CIFAR10_POINTS = {
     "AT": (87.14, 44.04),
     "LAS-AT": (86.23, 53.58),
@@ -126,7 +126,7 @@ def ardist(clean: float, robust: float, curve: Cubic) -> float:
     squared = np.poly1d([1.0, 0.0]) ** 2 + height**2
     roots = np.roots(np.polyder(squared))
     # A double root may come out as a conjugate pair; every real part is a point of the curve, and the
-    # nearest of them is what is asked for, so points that are no root cannot make the distance too small.
+    # nearest of them is the distance, so points that are no root cannot make the distance too small.
     distances = np.sqrt(np.polyval(squared, roots.real).clip(min=0.0))
     return math.copysign(float(distances.min()), -gap) if gap != 0 else 0.0
 

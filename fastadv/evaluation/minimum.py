@@ -20,7 +20,8 @@ from fastadv.evaluation.work import key_of
 from fastadv.ops.values import limit
 from fastadv.seeding import derive_seed
 
-# (images, labels, indices in the data) -> distance of each image's adversarial one, infinite where none was found
+# (images, labels, indices in the data) -> distance of each image's adversarial image, infinite where the search
+# found no adversarial image
 Search = Callable[[Tensor, Tensor, Tensor], Tensor]
 _FIXED_C, _FIRST_C = 1.0, 1e-3  # for one value of c; where a search for c begins
 _HALVINGS = 7  # of the largest radius: radii are tried from the smallest of these upwards
@@ -55,7 +56,7 @@ class CarliniWagner:
         return _FIXED_C if attack.search_steps == 1 else _FIRST_C
 
     def variant(self, attack: Minimum) -> str:
-        """What an attack's row is to say of it; empty for another attack."""
+        """The notes of an attack's row; empty for another attack."""
         if attack.kind != "cwl2":
             return ""
         first = f"c {'from ' * (attack.search_steps > 1)}{self.first_c(attack):g}"

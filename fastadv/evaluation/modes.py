@@ -17,7 +17,7 @@ def doubt_modes(model: Model, argument: str = "model") -> str:
 
     Args:
         model: a module or another callable.
-        argument: what the model is called in the warning.
+        argument: the model's name in the warning.
 
     Returns:
         The note of every row; empty where no figure is in doubt.
@@ -39,7 +39,7 @@ def doubt_modes(model: Model, argument: str = "model") -> str:
         "batch and dropout is on"
     )
     warnings.warn(
-        f"{doubt}; evaluation does not reach what is in a closure or a plain list, so call its eval() before",
+        f"{doubt}; evaluation does not reach a network in a closure or a plain list, so call its eval() before",
         stacklevel=4,
     )
     return doubt

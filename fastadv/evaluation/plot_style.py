@@ -22,7 +22,7 @@ class Style:
     Attributes:
         paper: the background.
         ink: text and axes.
-        grey: what stands in the background.
+        grey: colour of the background's marks.
         colours: of the methods, in their order.
     """
 

@@ -13,7 +13,8 @@ import numpy as np
 from fastadv.evaluation.label_placement import Box, place_labels
 from fastadv.evaluation.metrics import Cubic
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered, png_of
-from fastadv.evaluation.report import Report, Row, check_white_box
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row, check_white_box
 from fastadv.files import write_atomically
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def plot_trade_off(
         ValueError: for no points, or a path with another suffix.
     """
     if not points:
-        raise ValueError("points must hold at least one method, got none")
+        raise ValueError("points must hold at least one method, got an empty mapping")
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path must end in .png, got {os.fspath(path)!r}")
     figure = draw_trade_off(
@@ -154,7 +155,7 @@ def _percent(interval: tuple[float, float]) -> tuple[float, float]:
 
 
 def _set_limits(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
-    """Show every bar, with room for labels around it, but nothing beyond what an accuracy can be."""
+    """Show every bar, with room for labels around it, but nothing beyond 0 and 100 %."""
     clean = [v for p in points for v in (p.clean, *(p.clean_interval or ()))]
     robust = [v for p in points for v in (p.robust, *(p.robust_interval or ()))]
     for values, set_limits in ((clean, axes.set_xlim), (robust, axes.set_ylim)):

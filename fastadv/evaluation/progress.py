@@ -1,4 +1,4 @@
-"""What an evaluation says while it runs: bars on a terminal, one line per attack elsewhere, or nothing."""
+"""The progress of an evaluation: bars on a terminal, one line per attack elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Advance(Protocol):
     """Moves a bar on."""
 
     def __call__(self, images: int, **shown: str) -> None:
-        """Say that so many more images are done, and what else the bar shows."""
+        """Say that so many more images are done, and give the bar's other figures."""
 
 
 class ProgressDisplay:
@@ -37,7 +37,7 @@ class ProgressDisplay:
 
     @contextmanager
     def count(self, label: str, total: int) -> Iterator[Advance]:
-        """A bar of images, with the time left; it is called with how many more are done, and what else to show."""
+        """A bar of images, with the time left; it is called with the number of new images and other figures."""
         if not self.on_terminal:
             yield lambda images, **shown: None
             return

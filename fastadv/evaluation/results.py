@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.report import Report, Row, known_fields, row_from_dict, row_to_dict
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row, known_fields, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.locks import locked, rewriting
@@ -127,7 +128,7 @@ class Result:
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Result:
-        """Read back what `to_dict` gave.
+        """Read back the result of `to_dict`.
 
         Raises:
             KeyError: when something is missing.
@@ -242,7 +243,7 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
 
 
 def check_destination(path: str | os.PathLike[str]) -> str | None:
-    """Say what stands in the way of adding results to a file, or return None.
+    """Return the reason why results cannot be added to a file, or None.
 
     Raises:
         ValueError: when the file is there and damaged.

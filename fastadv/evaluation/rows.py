@@ -21,16 +21,11 @@ from fastadv.evaluation.attack_list import (
     averages,
     stops_early,
 )
-from fastadv.evaluation.autoattack import (
-    AutoAttackResult,
-    SearchEngine,
-    autoattack,
-    merge_warnings,
-)
+from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
-from fastadv.evaluation.report import Row, Stage, Status
+from fastadv.evaluation.result_row import Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.worst import WorstImages
 
@@ -51,7 +46,7 @@ class Judge:
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
         blind: images whose gradient leads nowhere.
-        doubt: why the surrogate is none, or a network is not in eval mode; empty where all is well.
+        doubt: why the surrogate does not serve, or a network is not in eval mode; empty where all is well.
     """
 
     runner: Runner
@@ -91,7 +86,7 @@ class Judge:
         return row, robust
 
     def _of_random_model(self, attack: ChosenAttack, row: Row) -> Row:
-        """Say what randomness does to a row: what follows one gradient each time finds too little."""
+        """Say how randomness changes a row: an attack that follows one gradient each time finds too little."""
         note = _RANDOM
         weak = averages(attack) and self.runner.passes == 1
         if weak:
@@ -173,7 +168,7 @@ class Judge:
                 robust[indices] = result.robust
             row = replace(row, notes=whole.notes, stages=whole.stages)
         else:
-            # Warnings, and what each attack left, are about the surrogate's accuracy, which nobody asked for.
+            # Warnings, and the accuracies after each attack, are about the surrogate, which nobody asked about.
             robust[indices] = True
             if result is not None:
                 robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
@@ -226,7 +221,7 @@ def autoattack_of(
 
 
 def _told(result: AutoAttackResult | None) -> AutoAttackResult | None:
-    """What processes tell each other of a result: all but its images."""
+    """The part of a result that processes send each other: all but its images."""
     if result is None:
         return None
     nothing = torch.empty(0)

@@ -80,7 +80,7 @@ class Runner:
 
     @property
     def progress(self) -> ProgressDisplay:
-        """What is said meanwhile."""
+        """The display of the progress."""
         return self.work.progress
 
     @property
@@ -156,7 +156,7 @@ class Runner:
         return self._in_turn(attack, self.perturbations(attack, eps), eps, correct)
 
     def perturbations(self, attack: BallAttack | UserAttack, eps: float) -> list[Perturb]:
-        """What makes adversarial images, one for each restart or whole run of an attack."""
+        """Functions that make adversarial images, one for each restart or whole run of an attack."""
         if isinstance(attack, UserAttack):
             return [self._foreign(attack)]
         method = self._make(attack, eps)
@@ -175,7 +175,7 @@ class Runner:
         correct: Tensor,
         first: int = 0,
     ) -> Outcome:
-        """One run after the other, each on what is left; the runs are numbered from ``first`` on."""
+        """One run after the other, each on the images that are left; the runs are numbered from ``first`` on."""
         outcome = Outcome(correct, (), 0.0)
         for number, perturb in enumerate(perturbations, first):
             key = key_of(attack.name, attack, eps, number)
@@ -234,7 +234,7 @@ class Runner:
         torch's generators are seeded per batch and restored afterwards.
 
         Raises:
-            RuntimeError: when the callable changed parameters or buffers of the model, or what it computes.
+            RuntimeError: when the callable changed parameters, buffers or the function of the model.
         """
         (perturb,) = self.perturbations(attack, eps)
         return self._attack(attack.name, None, perturb, eps, correct)
@@ -268,7 +268,7 @@ class Runner:
         return self.logits_of(x, purpose, indices).argmax(dim=1)
 
     def logits_of(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
-        """The judged model's logits; what a random model draws follows from seed, purpose and images."""
+        """The judged model's logits; the draws of a random model follow from seed, purpose and images."""
         seed = derive_seed(self.seed, f"evaluate/judge/{purpose}", int(indices[0]))
         with private_generators(seed):
             return logits_of(self.model, x)
@@ -278,7 +278,7 @@ class Runner:
 
         Args:
             indices: of the images, int64 [M] on the CPU.
-            adversarial: what was made of them, [M, ...].
+            adversarial: the adversarial images made of them, [M, ...].
 
         Returns:
             [N] bool on the CPU, false for all others.
@@ -328,7 +328,7 @@ class Runner:
             name: of the attack.
             attacked: which images of the data it was given, [N].
             fooled: which of these it broke, [M].
-            adversarial: what it made of them, [M, ...].
+            adversarial: the images that it made of them, [M, ...].
         """
         if self.worst.keep and len(fooled):
             for part in torch.arange(len(fooled)).split(self.batch_size):
@@ -388,7 +388,7 @@ def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
 
 
 def _contents(model: Model) -> tuple[Any, ...]:
-    """What tells whether parameters and buffers have been changed, exchanged, added or taken away."""
+    """A value that differs once parameters or buffers have been changed, exchanged, added or taken away."""
     if not isinstance(model, nn.Module):
         return ()
     named = [*model.named_parameters(), *model.named_buffers()]

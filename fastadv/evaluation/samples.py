@@ -139,7 +139,7 @@ def _in_memory(
 
 
 def _holds_tensors(data: Any) -> bool:
-    """Whether all images are in memory; a Dataset with such attributes may transform what is in them."""
+    """Whether all images are in memory; a Dataset with such attributes may transform the images in them."""
     return not isinstance(data, Dataset) and all(
         isinstance(getattr(data, name, None), Tensor) for name in ("images", "labels")
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -20,46 +20,15 @@ from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.doubts import count_blind
+from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
 from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.samples import (
-    as_samples,
-    check_batch_size,
-    check_eps,
-    radius_or_default,
-)
+from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
 from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name, number, shown
-
-_ROUNDING = 1e-9  # of shares of images, which are compared with each other
-
-
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one check.
-
-    Attributes:
-        check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
-            ``"random"``.
-        ok: whether the model behaves as one with useful gradients does.
-        message: the finding, in one sentence.
-        accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
-            second number is the mean loss.
-    """
-
-    check: str
-    ok: bool
-    message: str
-    accuracies: tuple[tuple[float, float], ...]
-
-    @property
-    def verdict(self) -> str:
-        """``"ok"``, or ``"suspect"`` where robust accuracy as gradient attacks measure it may be too high."""
-        return "ok" if self.ok else "suspect"
 
 
 def masking_checks(
@@ -197,37 +166,9 @@ def sanity_checks(
         eps_factors = [factor for factor in eps_factors if eps * factor <= _everything(runner)]
         findings = [_random(runner), _blind(probe, slack)]
         findings += _of_pgd(probe, eps, eps_factors, steps, slack)
-        findings.insert(3, _rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack))
+        findings.insert(3, rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack))
         findings += _black_box(probe, eps, steps[-1], queries, slack, other)
     return findings
-
-
-def verdict_of(findings: Sequence[Finding]) -> str:
-    """The sum of all findings, in words."""
-    failed = sum(not finding.ok for finding in findings)
-    if failed == 0:
-        return "no sign, which proves nothing"
-    return f"{failed} of {len(findings)} checks are suspect: the robust accuracy may be too high"
-
-
-def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) -> str:
-    """All findings in words, one line each below a heading.
-
-    Args:
-        findings: the result of `sanity_checks`.
-        n: number of images.
-        eps: radius of the ball.
-        norm: of the ball.
-    """
-    width = max(len(finding.check) for finding in findings)
-    lines = [
-        f"  {finding.verdict:<7}  {finding.check:<{width}}  {finding.message}"
-        for finding in findings
-    ]
-    heading = (
-        f"Signs of gradient masking, {n} images, {format_eps(eps)} {norm}: {verdict_of(findings)}"
-    )
-    return "\n".join([heading, *lines]) + "\n"
 
 
 class _Probe:
@@ -295,9 +236,9 @@ def _of_pgd(
     by_steps = [(float(count), probe.accuracy(eps, count)) for count in steps]
     everything = _everything(probe.runner)
     return [
-        _monotone("eps", by_eps, slack),
-        _monotone("steps", by_steps, slack),
-        _unbounded(everything, probe.accuracy(everything, steps[-1]), slack),
+        monotone("eps", by_eps, slack),
+        monotone("steps", by_steps, slack),
+        unbounded(everything, probe.accuracy(everything, steps[-1]), slack),
     ]
 
 
@@ -329,25 +270,6 @@ def _blind(probe: _Probe, slack: float) -> Finding:
     return Finding("gradients", count / n <= slack, message, ((0.0, count / n),))
 
 
-def _rising_loss(losses: Sequence[tuple[float, float]], slack: float) -> Finding:
-    """Compare every mean loss with the highest before it."""
-    highest, fall, where = losses[0], 0.0, None
-    for point in losses[1:]:
-        if highest[1] - point[1] > fall:
-            fall, where = highest[1] - point[1], (highest, point)
-        highest = max(highest, point, key=lambda p: p[1])
-    ok = fall <= slack * max(highest[1], 1e-12)
-    if where is None:
-        message = "the loss that PGD reaches does not fall as eps grows"
-    else:
-        (from_eps, from_loss), (to_eps, to_loss) = where
-        message = (
-            f"the loss that PGD reaches falls as eps grows: {from_loss:.4g} at {from_eps:.4g}, {to_loss:.4g} at "
-            f"{to_eps:.4g}" + (", within the slack" if ok else "")
-        )
-    return Finding("loss", ok, message, tuple(losses))
-
-
 def _black_box(
     probe: _Probe, eps: float, steps: int, queries: int, slack: float, other: Surrogate | None
 ) -> list[Finding]:
@@ -366,7 +288,7 @@ def _black_box(
         rivals.append((f"{pgd.name} made on {other.name}", int(left.sum()) / n))
     findings = []
     for name, found in rivals:
-        ok = found >= accuracy - slack - _ROUNDING
+        ok = found >= accuracy - slack - ROUNDING
         message = (
             f"{name} leaves {100 * found:.2f} %, Auto-PGD of {steps} steps {100 * accuracy:.2f} %"
             + ("" if ok else ": an attack without the model's gradients is the stronger one")
@@ -389,29 +311,3 @@ def _check_arguments(
             (integer if name == "steps" else limit)(name, value)
         if not values or values[0] <= 0 or any(b <= a for a, b in pairwise(values)):
             raise ValueError(f"{name} must be positive and increasing, got {tuple(values)}")
-
-
-def _monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: float) -> Finding:
-    """Compare every accuracy with the lowest before it: a slow rise in many small steps counts too."""
-    worst, where = 0.0, None
-    lowest = accuracies[0]
-    for point in accuracies[1:]:
-        if point[1] - lowest[1] > worst:
-            worst, where = point[1] - lowest[1], (lowest, point)
-        lowest = min(lowest, point, key=lambda p: p[1])
-    ok = worst <= slack + _ROUNDING
-    if where is None:
-        message = f"robust accuracy does not rise with {check}"
-    else:
-        (from_value, from_accuracy), (to_value, to_accuracy) = where
-        message = (
-            f"robust accuracy rises with {check}: {100 * from_accuracy:.2f} % at {from_value:.4g}, "
-            f"{100 * to_accuracy:.2f} % at {to_value:.4g}" + (", within the slack" if ok else "")
-        )
-    return Finding(check, ok, message, tuple(accuracies))
-
-
-def _unbounded(eps: float, accuracy: float, slack: float) -> Finding:
-    ok = accuracy <= slack + _ROUNDING
-    message = f"{100 * accuracy:.2f} % are still right when any image is allowed (eps {eps:.4g})"
-    return Finding("unbounded", ok, message, ((eps, accuracy),))

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastadv.evaluation.findings import Finding, findings_text
 from fastadv.evaluation.results import Subject
-from fastadv.evaluation.sanity import Finding, findings_text
 from fastadv.files import write_atomically
 from fastadv.locks import rewriting
 

@@ -35,7 +35,7 @@ class ImageSource(Protocol):
         """The images [B, ...] at indices int64 [B]."""
 
     def expect(self, indices: Tensor) -> None:
-        """Take notice of what will be read next, in which order."""
+        """Take notice of the images that will be read next, in their order."""
 
     def part(self, indices: Tensor) -> ImageSource:
         """Some of the images as a source of their own."""
@@ -113,7 +113,7 @@ class DatasetSource:
         return DatasetSource(self.dataset, self.reader, self.items[indices.cpu()])
 
     def fingerprint(self, labels: Tensor) -> str:
-        """SHA-256 of the labels and what the Dataset's own ``fingerprint(items)`` says.
+        """SHA-256 of the labels and the result of the Dataset's own ``fingerprint(items)``.
 
         Without one the first, the last and 62 further images in equal distances stand for all.
         """

@@ -23,7 +23,7 @@ class DeltaZ:
     Attributes:
         radii: radius for which each extractor was trained, ascending.
         margin: mean margin on clean images, the logit of the label minus the largest other one.
-        delta_z: by how much the attack lowers it, on average; what AFS calls delta z.
+        delta_z: by how much the attack lowers it, on average; AFS calls it delta z.
         curvature: second divided differences of `delta_z` over `radii`, one for each inner radius.
     """
 

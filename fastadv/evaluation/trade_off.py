@@ -17,7 +17,7 @@ from fastadv.evaluation.metrics import (
     ardist,
     trade_off_sum,
 )
-from fastadv.evaluation.report import Row, check_white_box
+from fastadv.evaluation.result_row import Row, check_white_box
 from fastadv.evaluation.results import Result
 
 _EPS = 8 / 255
@@ -109,7 +109,7 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
     Args:
         clean: accuracy without an attack.
         robust: accuracy under one.
-        curve: what ARDist is to be measured from.
+        curve: the curve from which ARDist is to be measured.
 
     Raises:
         ValueError: when the rows are of different numbers of images, or the second is not of an attack in a ball

@@ -49,7 +49,7 @@ class Surrogate:
 
     Attributes:
         model: as for ``evaluate``, with the same classes as the judged one.
-        name: what it is called in a report; by default the model's class.
+        name: its name in a report; by default the model's class.
     """
 
     model: Model
@@ -223,7 +223,7 @@ def _judged(
     targets: Sequence[Runner],
     clean: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[str]]:
-    """Which images [N] bool each target still gets right as they were made on the source, and what was wrong."""
+    """Which images [N] bool each target still gets right as they were made on the source, and their violations."""
     samples, robust = source.samples, [flags.clone() for flags in clean]
     if isinstance(attack, Ensemble):
         indices = torch.stack(robust).any(0).nonzero().flatten()

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from fastadv.evaluation.metrics import wilson_interval
-from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 
@@ -36,7 +36,7 @@ class TransferMatrix:
         alpha: step size, where the attack has one.
         data: name of the data.
         seconds: wall-clock time.
-        notes: what is to be known of the attack or was wrong with its images, one sentence each.
+        notes: on the attack, and on violations of its images, one sentence each.
         versions: of the libraries that matter.
     """
 

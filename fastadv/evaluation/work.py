@@ -37,7 +37,7 @@ class FinishedBatches:
         self._folder = StateFolder(Path(directory) / _FOLDER, identity)
 
     def load(self, key: str, batch: Tensor) -> tuple[Tensor, Violations] | None:
-        """The values [B] of a batch, by image indices [B], and what was wrong with it; None if it is not finished.
+        """The values [B] of a batch, by image indices [B], and its violations; None if it is not finished.
 
         Raises:
             ValueError: when the file is damaged; the message names it.
@@ -71,7 +71,7 @@ class FinishedBatches:
 
 
 def key_of(name: str, *facts: object) -> str:
-    """A name for files of what depends on these facts, which must have a repr of their own."""
+    """A name for files whose content depends on these facts, which must have a repr of their own."""
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
     return f"{plain}-{digest[:_DIGITS]}"
@@ -109,13 +109,13 @@ class SharedWork:
         """Find one number for each of some images.
 
         Args:
-            name: what is said meanwhile.
-            key: of the finished batches, from `key_of`; None keeps none.
+            name: the name that is shown meanwhile.
+            key: of the finished batches, from `key_of`; None keeps no batch.
             indices: of the images, int64 [M].
             batch_size: images per batch.
             values_of: gives the values [B] of a batch of indices [B].
-            audit: of what the batches return; what other processes and finished batches found is added.
-            done: what a bar shows, given the mean of the values so far.
+            audit: of the batches' results; the findings of other processes and of finished batches are added.
+            done: the figures that a bar shows, given the mean of the values so far.
             again: called with the indices of each batch that is finished already.
 
         Returns:
@@ -151,7 +151,7 @@ class SharedWork:
 def _audited(
     values_of: Callable[[Tensor], Tensor], batch: Tensor, audit: Audit | None
 ) -> tuple[Tensor, Violations]:
-    """The values of one batch, and what was wrong with it, which is left out of the audit."""
+    """The values of one batch, and its violations, which are left out of the audit."""
     if audit is None:
         return values_of(batch).float().cpu(), Violations()
     before, audit.found = audit.found, Violations()

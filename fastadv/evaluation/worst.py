@@ -67,7 +67,7 @@ class WorstImages:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WorstImages:
-        """Read what ``save`` wrote; nothing is unpickled.
+        """Read a file that ``save`` wrote; nothing is unpickled.
 
         Raises:
             FileNotFoundError: when there is no such file.
@@ -134,13 +134,13 @@ class WorstKeeper:
         self._worst = _together(parts)._first(self.keep)
 
     def take(self, attack: str) -> WorstImages | None:
-        """Hand over what has been kept of an attack and forget it; None where it broke no image."""
+        """Hand over the images that have been kept of an attack and forget them; None where it broke no image."""
         worst = self._worst if attack == self._attack else None
         self._attack, self._worst = "", None
         return worst if worst is not None and len(worst) else None
 
     def worst_of_all(self, parts: Sequence[WorstImages | None]) -> WorstImages | None:
-        """The worst of what several processes have kept of one attack; None where no image was broken."""
+        """The worst of the images that all processes have kept of one attack; None where no image was broken."""
         found = [part for part in parts if part is not None]
         return _together(found)._first(self.keep) if found else None
 

@@ -8,21 +8,8 @@ and gradients (logits further apart than 1e30 count as 1e30 apart). There are no
 from __future__ import annotations
 
 from fastadv.losses.features import FeatureDistance, arrest, feature_distance, vfd
-from fastadv.losses.logits import (
-    ActLosses,
-    act,
-    alp,
-    boosted_cross_entropy,
-    cross_entropy,
-    cw,
-    dlr,
-    hat,
-    kd,
-    kl,
-    lbgat,
-    mart,
-    trades,
-)
+from fastadv.losses.logits import boosted_cross_entropy, cross_entropy, cw, dlr, kd, kl
+from fastadv.losses.methods import ActLosses, act, alp, hat, lbgat, mart, trades
 
 __all__ = [
     "ActLosses",

@@ -1,4 +1,4 @@
-"""What the objectives share: reductions and dtypes."""
+"""The common parts of the losses: reductions and dtypes."""
 
 from __future__ import annotations
 

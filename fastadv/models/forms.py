@@ -20,7 +20,7 @@ def forms_of(model: nn.Module) -> Mapping[str, str]:
         model: the model, possibly inside `Normalized`.
 
     Returns:
-        What sets each of them apart, by its name for `create_model`, the usual one first; empty if there is only
+        The difference of each form, by its name for `create_model`, the usual one first; empty if there is only
         the model itself.
     """
     return getattr(_inside(model), "forms", {})
@@ -28,13 +28,13 @@ def forms_of(model: nn.Module) -> Mapping[str, str]:
 
 @arguments_checked
 def form_of(model: nn.Module) -> str | None:
-    """Return which of `forms_of` a model is, None if there are none."""
+    """Return which of `forms_of` a model is, None if there are no forms."""
     return getattr(_inside(model), "form", None) if forms_of(model) else None
 
 
 @arguments_checked
 def usual_form(model: nn.Module) -> bool:
-    """Return whether a model is what its architecture's plain name means, which says nothing of a file's form."""
+    """Return whether a model is the form that its architecture's plain name means."""
     return form_of(model) == next(iter(forms_of(model)), None)
 
 
@@ -45,12 +45,12 @@ def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool =
 
     Args:
         model: the model that the state dict fits.
-        form: what the caller names.
+        form: the form that the caller names.
         built_by_caller: the caller chose the model for this state dict. Then a warning is enough where nearly all
             published files are of the usual form (`usual_form_prevails` of the network).
 
     Raises:
-        ValueError: if there are several forms and none is named, or another one than the model's.
+        ValueError: if there are several forms and the caller names no form, or another one than the model's.
     """
     forms, own = forms_of(model), form_of(model)
     if form is not None and form != own:
@@ -60,7 +60,7 @@ def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool =
         return
     if built_by_caller and getattr(_inside(model), "usual_form_prevails", False):
         warnings.warn(
-            f"the state dict fits several networks, which compute different functions, and is taken for that of "
+            f"the state dict fits several networks, which compute different functions, and is taken as one of "
             f"{own}, the usual one: {described(forms)}. Pass form={own!r} where that is right, else build the "
             "other one with create_model(name)",
             stacklevel=3,
@@ -74,7 +74,7 @@ def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool =
 
 
 def described(forms: Mapping[str, str]) -> str:
-    """Return names of networks with what sets each apart, for a message."""
+    """Return names of networks with the difference of each, for a message."""
     return "; ".join(f"{name} ({what})" for name, what in forms.items())
 
 
@@ -100,7 +100,7 @@ def copy_weights(target: nn.Module, source: nn.Module) -> None:
     forms = form_of(target), form_of(source)
     if None not in forms and forms[0] != forms[1]:
         raise ValueError(
-            f"model must be {forms[1]!r}, what its starting weights are of, got {forms[0]!r}, which computes "
+            f"model must be {forms[1]!r}, the form of its starting weights, got {forms[0]!r}, which computes "
             "another function of them"
         )
     target.load_state_dict(source.state_dict())

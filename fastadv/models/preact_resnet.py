@@ -18,7 +18,7 @@ class PreActBlock(nn.Module):
     """BatchNorm and ReLU before each 3x3 convolution, [B, C, H, W] -> [B, C', H', W'].
 
     A projecting shortcut starts from the activated input, as in He et al. (2016), or with `raw_shortcut` from the
-    input itself; an identity one is that of the input in both.
+    input itself; an identity shortcut takes the input itself in both.
     """
 
     shortcut: nn.Sequential | None

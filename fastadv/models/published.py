@@ -32,16 +32,16 @@ _COUNTERS = ("n_averaged", "total_ops", "total_params")
 
 @dataclass
 class LoadReport:
-    """What became of each entry of a published state dict.
+    """The fate of each entry of a published state dict.
 
     Attributes:
         loaded: names of the model's entries that were filled.
         missing: names of the model's entries that the file does not have.
         unexpected: names in the file that the model does not have.
-        mismatched: "name: shape in the file, shape in the model" for what has another shape; dtypes where whole
+        mismatched: "name: shape in the file, shape in the model" for tensors of another shape; dtypes where whole
             numbers stand for weights.
         ignored: names in the file that are known to have no effect.
-        prefix: what stood before every name of the network in the file, e.g. "module.".
+        prefix: the text before every name of the network in the file, e.g. "module.".
         mean: per-channel mean that the file normalises with, if it says so.
         std: per-channel standard deviation, likewise.
     """
@@ -95,15 +95,15 @@ def load_published_state_dict(
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
-        state: a file, whatever its suffix, of which nothing is run; or what
+        state: a file, whatever its suffix, of which nothing is run; or the object that
             `torch.load(path, map_location="cpu", weights_only=True)` returned.
-        strict: refuse, and change nothing, unless everything fits. Otherwise load what fits.
+        strict: refuse, and change nothing, unless everything fits. Otherwise load the entries that fit.
         form: name of the network that the file is of, where several take it: "preact_resnet18" or
             "preact_resnet18_raw_shortcut", "resnet18" or "resnet18_layer2_stride1"; see `forms_of`. The model must
             be of that form.
 
     Returns:
-        What was loaded and what did not fit.
+        The entries that were loaded, and the entries that did not fit.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -204,7 +204,7 @@ def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
             value = state.get(name)
             if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
                 value = torch.tensor(value, dtype=torch.float64)
-            # A single number may be that of a score.
+            # A single number may be a score.
             if isinstance(value, Tensor) and value.dim() and value.numel():
                 found[name] = value
                 break
@@ -212,7 +212,7 @@ def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
-    """What may stand before the network's names, the shortest first."""
+    """The possible prefixes of the network's names, the shortest first."""
     anchor = next(iter(targets))
     candidates = {name[: -len(anchor)] for name in tensors if name.endswith(anchor)}
     # Names that merely end in the anchor, such as layer1.0.conv1.weight, match little else.
@@ -245,11 +245,11 @@ def _require_same(
 
 
 def _described(state: object) -> str:
-    """What a saved object is, for a message."""
+    """The description of a saved object, for a message."""
     if isinstance(state, Foreign):
         return f"an object of {state.kind}; open it where its code is, and save its state_dict()"
     if not isinstance(state, Mapping):
-        return f"{type(state).__name__}; it is what torch.load(path, weights_only=True) returns"
+        return f"{type(state).__name__}; torch.load(path, weights_only=True) returns such a mapping"
     objects = [f"{k!r} is {_described(v)}" for k, v in state.items() if isinstance(v, Foreign)]
     return f"a mapping with {list(state)[:5]}" + "".join(
         f", of which {text}" for text in objects[:1]
@@ -301,7 +301,7 @@ def _require_dense(name: str, tensor: Tensor) -> None:
         )
     else:
         found = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
-        advice = "save what its to_dense() returns"
+        advice = "save the result of its to_dense()"
     raise ValueError(
         f"state must hold dense tensors with values, got {found} in {name!r}; {advice}"
     )
@@ -350,7 +350,7 @@ def _set_normalization(model: Normalized, report: LoadReport) -> None:
             f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
             "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
         )
-    # What is no normalisation, such as a std of 0, is refused here as anywhere.
+    # A wrong normalisation, such as a std of 0, is refused here as anywhere.
     checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
     for name in ("mean", "std"):
         if getattr(report, name) is not None:

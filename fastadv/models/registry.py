@@ -165,7 +165,7 @@ def check_model_name(argument: str, name: str) -> None:
     """Check the name of a model, as far as neither timm nor code of the user's is needed for that.
 
     Args:
-        argument: what the name is called in messages.
+        argument: the argument that the name was given as, for messages.
         name: what `create_model` takes.
 
     Raises:

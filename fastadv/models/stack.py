@@ -43,7 +43,7 @@ class Stack(SplitModel):
         super().__init__()
         check_counts(num_classes=num_classes)
         if not extractors:
-            raise ValueError("extractors must hold at least one model, got none")
+            raise ValueError("extractors must hold at least one model, got an empty list")
         for extractor in extractors:
             check_feature_split(extractor)
         self.widths = [_width(extractor) for extractor in extractors]
@@ -62,7 +62,7 @@ class Stack(SplitModel):
             numbers: of the extractors, counted from 1, in ascending order.
 
         Raises:
-            ValueError: if there is none, one is not there, or they are not in ascending order.
+            ValueError: if there is no extractor, one is not there, or they are not in ascending order.
         """
         count = len(self.extractors)
         chosen = [integer("numbers", number, at_least=1) for number in numbers]

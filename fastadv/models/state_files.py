@@ -55,7 +55,7 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         path: the file.
 
     Returns:
-        What was saved, on the CPU.
+        The saved object, on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -72,12 +72,12 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         with torch.serialization.safe_globals([_stand_in(name) for name in _names_in(path)]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many types for foreign files
-        # torch puts its reason into an advice to let the file run what it likes, which is not repeated here.
+        # torch puts its reason into an advice to let the file run any code, which is not repeated here.
         refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
         reason = str(error.__context__ if refused else error).strip().partition("\n")[0]
         raise StateFileError(
             f"{path}: cannot be read as a file of weights ({reason[:200] or type(error).__name__}); it must "
-            "be what torch.save or safetensors made of a state dict"
+            "be a state dict that torch.save or safetensors wrote"
         ) from error
 
 
@@ -89,7 +89,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _stand_in(name: str) -> Any:
-    """What torch is to take for a name: a class of its own for each, which says what it stands for."""
+    """The class that torch is to take for a name: one of its own for each, which records the name."""
     if name == "collections.defaultdict":  # in which a state dict may be kept
         return lambda *_: {}, name
     return type("Foreign", (Foreign,), {"kind": name}), name
@@ -111,5 +111,5 @@ def _names_in_old_form(file: BinaryIO) -> list[str]:
             if code.name == "GLOBAL":
                 # torch looks them up under the names of Python 3.
                 names.add(str(argument).replace(" ", ".").replace("__builtin__.", "builtins."))
-    # What torch knows stays what it is.
+    # Names that torch knows keep their meaning.
     return [name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))]

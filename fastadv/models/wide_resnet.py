@@ -26,7 +26,7 @@ class WideBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
         self.dropout = dropout
-        # The name is that of published checkpoints.
+        # Published checkpoints use this name.
         self.convShortcut = None
         if in_planes != planes:
             self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False)

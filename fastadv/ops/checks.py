@@ -1,4 +1,4 @@
-"""Checks of op arguments. Each message names the argument, what it was and what it must be.
+"""Checks of op arguments. Each message names the argument, its value and the values that it may have.
 
 Those of plain values come from `fastadv.ops.values`.
 """
@@ -163,7 +163,7 @@ def check_written(name: str, value: Tensor) -> None:
     """Require that a tensor may be overwritten where gradients are recorded."""
     if value.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"{name} must not require grad, because what is written to it has no gradient: pass "
+            f"{name} must not require grad, because a result written to it has no gradient: pass "
             f"{name}.detach() or call within torch.no_grad()"
         )
 
@@ -187,7 +187,7 @@ def over_samples(values: Tensor, like: Tensor) -> Tensor:
 
 
 def rows(t: Tensor) -> Tensor:
-    """The samples as rows [B, N], whatever axes they have; also for none, and for a batch of 0."""
+    """The samples as rows [B, N], whatever axes they have; also without axes, and for a batch of 0."""
     return t.reshape(t.shape[0], math.prod(t.shape[1:]))
 
 

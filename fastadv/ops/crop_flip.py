@@ -117,7 +117,7 @@ def crop_flip(
         images: the data set, uint8 [N, C, H, W].
         indices: which images, int64 [B], each in 0 .. N-1.
         pad: width of the border, in pixels; 0 = no crop.
-        mode: what the border holds: ``"constant"`` zeros, ``"reflect"`` the mirrored image.
+        mode: the content of the border: ``"constant"`` zeros, ``"reflect"`` the mirrored image.
         flip: mirror half of the images.
         seed: the key of the numbers; None draws one from torch's default generator.
         sample_ids: int64 [B], which numbers each image gets; default ``indices``.

@@ -57,7 +57,7 @@ def momentum_update_(
         momentum: the accumulated gradient [B, ...], float32 or float64, any dense layout; zeros at the start of an
             attack. Overwritten. Where gradients are recorded it must not require grad.
         grad: gradient of the loss to be raised, [B, ...]; its dtype may differ.
-        decay: the factor of what was accumulated, mu; 1 keeps everything, 0 only the last gradient.
+        decay: the factor of the accumulated gradient, mu; 1 keeps everything, 0 only the last gradient.
         active: bool [B]; where False the sample stays as it is, and its elements of ``grad`` do not matter. None
             is all True.
 
@@ -79,6 +79,6 @@ def momentum_update_(
     checks.check_active(active, momentum)
     checks.check_written("momentum", momentum)
     call("momentum_update_", momentum, grad.detach(), decay, active)
-    # A graph that has saved what is overwritten here must not be run backward.
+    # A graph that has saved the tensor overwritten here must not be run backward.
     torch.autograd.graph.increment_version(momentum)
     return momentum

@@ -73,7 +73,7 @@ def pgd_step(
     * ``"l1"``: the same with the sparse step of SLIDE (Tramer and Boneh 2019), ``alpha * s / m``: s is
       ``sign(grad)`` where ``|grad|`` is at least its k-th largest value in the sample and not 0, m the number of
       these elements, ``k = max(1, ceil((1 - sparsity) * n))`` for n elements. Ties all move, so that the choice
-      depends on no order; m is k where there are none. P takes theta off each magnitude, down to 0, so that the
+      depends on no order; m is k where there are no ties. P takes theta off each magnitude, down to 0, so that the
       sum is eps (Duchi et al. 2008).
 
     A zero or NaN gradient element moves nothing in linf (``sign(0) = sign(NaN) = 0``); a sample whose gradient is
@@ -155,7 +155,7 @@ def pgd_step_(
     if counts is not None:
         _check_counts(counts, adv)
     call(f"{name}_", adv, *arguments, counts)
-    # A graph that has saved what is overwritten here must not be run backward.
+    # A graph that has saved the tensor overwritten here must not be run backward.
     torch.autograd.graph.increment_version(adv if counts is None else (adv, counts))
     return adv
 

@@ -1,4 +1,4 @@
-"""The linf step with numbers per image and channel: what `fastadv.ops.pgd_step` calls where one of them is."""
+"""The linf step with numbers per image and channel, which `fastadv.ops.pgd_step` calls for such numbers."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def _table_shape(value: Tensor, like: Tensor) -> tuple[int, int] | None:
 
 
 def _wanted(is_bound: bool, norm: str, like: Tensor) -> str:
-    """What a number of a step may be, for messages."""
+    """The kinds of values that a number of a step may have, for messages."""
     batch, channels, ones = like.shape[0], _channels(like), [1] * (like.dim() - 2)
     if norm != "linf":
         alternative = "" if is_bound else f" or a tensor of shape ({batch},)"

@@ -108,7 +108,9 @@ def l1(rows: Rows) -> Tensor:
     dtype = rows.adv.dtype
     chosen = _largest_elements(rows.grad.abs(), rows.sparsity)
     count = chosen.sum(1, keepdim=True).double()
-    share = (rows.alpha.double() / count).to(dtype)  # infinite where none is chosen, and not used
+    share = (rows.alpha.double() / count).to(
+        dtype
+    )  # infinite where no element is chosen, and not used
     moved = rows.adv + torch.where(chosen, torch.where(rows.grad > 0, share, -share), 0.0)
     delta = moved - rows.x
     theta = soft_threshold(delta.abs(), rows.eps.double())
@@ -124,7 +126,7 @@ def elements_to_move(size: int, sparsity: float) -> int:
 
 
 def _largest_elements(magnitude: Tensor, sparsity: float) -> Tensor:
-    """Which elements are as large as the k-th largest and not zero; none where one is not finite."""
+    """Which elements are as large as the k-th largest and not zero. No element is, where one is not finite."""
     k = elements_to_move(magnitude.shape[1], sparsity)
     threshold = magnitude.topk(k, dim=1).values[:, -1:]
     finite = torch.isfinite(magnitude).all(1, keepdim=True)
@@ -135,7 +137,7 @@ def soft_threshold(magnitude: Tensor, radius: Tensor) -> Tensor:
     """The theta [B, 1] with ``sum(max(magnitude - theta, 0)) = radius``; 0 for a row inside the ball.
 
     It is 0 also where a magnitude is not finite. Source: Michelot 1986: theta is the mean excess over the
-    elements that exceed it; those that do not are taken out until none is left to take. Theta only grows, so that
+    elements that exceed it; the others are taken out until there are no others. Theta only grows, so that
     at most N passes are needed, and mostly fewer than ten.
     """
     terms = _exactly_summable(magnitude)

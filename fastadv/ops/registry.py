@@ -21,7 +21,11 @@ from fastadv.ops import traced, transforms
 
 NAMESPACE = "fastadv"
 BACKENDS = ("native", "triton", "reference")
-SOURCES = ("C++", "CUDA C++", "Triton")  # what an op may be implemented in beside plain torch
+SOURCES = (
+    "C++",
+    "CUDA C++",
+    "Triton",
+)  # the languages of an op's implementations, beside plain torch
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class Op:
 
     @property
     def tracing(self) -> Callable[..., Any]:
-        """The fake, or what stands for it, which checks nothing: the public functions do."""
+        """The fake, or its substitute. It checks nothing, because the public functions check the arguments."""
         if self.fake is not None:
             return self.fake
         return _nothing if self.schema.endswith("-> ()") else _like_the_first

@@ -19,7 +19,7 @@ _FLOAT = re.compile(r"\bfloat (?=\w)")
 
 
 def traced_schema(schema: str) -> str | None:
-    """The schema with a tensor for each float argument; None where there is none."""
+    """The schema with a tensor for each float argument; None where there is no float argument."""
     found, count = _FLOAT.subn("Tensor ", schema)
     return found if count else None
 

@@ -1,6 +1,7 @@
 """Checks of plain values: numbers, integers, flags, words, norms and bounds, one place for each.
 
-Every message names the argument, what it was and what it must be. Numpy's numbers and flags count as Python's.
+Every message names the argument, its value and the values that it may have. Numpy's numbers and flags count as
+Python's.
 Under torch.compile a number that changes must not be looked into, only compared, for one graph to hold for all its
 values.
 """
@@ -157,7 +158,7 @@ def check_device(device: torch.device | str) -> torch.device:
 
 
 def norm_name(norm: object) -> str:
-    """The norm's name, "linf", "l2" or "l1", also of what other libraries call it: "Linf", "L_2", 2, np.inf.
+    """The norm's name, "linf", "l2" or "l1", also as other libraries write it: "Linf", "L_2", 2, np.inf.
 
     Raises:
         ValueError: it is another word.

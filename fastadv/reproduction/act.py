@@ -120,7 +120,7 @@ def _table_5() -> Item:
         (_CLEAN, _PGD_20),
         "trade_off",
         {"cifar10": {"alpha = 0.9": {"Clean": 84.33, "PGD-20": 55.83}}},
-        "that table 5 shows alpha, and its values; the row of .9 is that of table 1.",
+        "that table 5 shows alpha, and its values; the row of .9 is the row of table 1.",
     )
 
 
@@ -156,7 +156,7 @@ def _figure_4() -> Item:
         "Frobenius norm of the weights",
         _rows(),
         (Column("All layers", AnalysisMeasure("frobenius", "norm of all layers")),),
-        guess="that figure 4 shows the norms. The table has that of all layers together; "
+        guess="that figure 4 shows the norms. The table has the norm of all layers together; "
         "`fastadv analyse OUT/runs/... --what frobenius` has each layer's.",
         axes=("", "Frobenius norm"),
     )

@@ -165,7 +165,7 @@ def _table_5() -> Item:
         tuple(RowSpec(f"phi = {phi:g}", _arrest(phi=phi), "ARREST") for phi in _PHIS),
         _CLEAN_AND_AA,
         "trade_off",
-        guess="what table 5 shows is a guess.",
+        guess="the content of table 5 is a guess.",
     )
 
 
@@ -240,7 +240,7 @@ def items() -> tuple[Item, ...]:
         _trade_off(
             "figure3",
             "clean against robust accuracy, with the fitted curve, of all methods",
-            f"that figure 3 shows what figure 1 shows, on another data set: --data cifar100; and {first}",
+            f"that figure 3 shows the same as figure 1, on another data set: --data cifar100; and {first}",
         ),
         _figure_4(),
         _features(

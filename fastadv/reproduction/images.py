@@ -77,7 +77,7 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; that of pictures is counted on the disk."""
+        """Number of classes; the number of a folder of pictures is counted on the disk."""
         return self.tests.num_classes if self.is_folder else _CLASSES.get(self.data, 10)
 
     @cached_property

@@ -17,7 +17,7 @@ from fastadv.evaluation import (
     trade_off_sum,
 )
 from fastadv.evaluation.cost import multiply_adds
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 from fastadv.models import Stack, importance_ratios
 from fastadv.reproduction.specs import CannotRun, RunSpec
 from fastadv.reproduction.tables import MeasuredCell

@@ -1,4 +1,4 @@
-"""`reproduce`: train what an item needs, measure it, and lay it out as the paper does."""
+"""`reproduce`: train the models that an item needs, measure them, and lay the results out as the paper does."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 from fastadv.ops.values import integer
 from fastadv.reproduction.cost import Estimate, estimate
 from fastadv.reproduction.images import Source
@@ -91,7 +91,7 @@ def reproduce(
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done for an item.
+    """The work for an item.
 
     Attributes:
         item: which.

@@ -19,19 +19,19 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Scale:
-    """What is made smaller than in the papers.
+    """The numbers that are smaller than in the papers.
 
     Attributes:
         name: on the command line.
         about: one sentence for the help.
-        data: the data set, if the user names none.
+        data: the data set, if the user names no data set.
         seeds: how many trainings each row gets, if the user does not say.
         network: stands for every network of the papers; None for the papers' own.
-        epochs: by method, and "" for all others; none for the papers' own.
+        epochs: by method, and "" for all others; empty for the papers' own numbers.
         numbers: fields of every recipe.
         attacked: fields of the recipes with an attack.
         steps: the most steps that an attack in training has; its step size grows as the steps become fewer.
-        radius: by what every radius of the papers is multiplied.
+        radius: the factor of every radius of the papers.
         attacks: which attack stands for one that costs too much.
         test_images: how many test images are attacked; None for all.
         fewer_images: the same for single attacks.

@@ -25,7 +25,7 @@ _APART = 1000  # seeds between a training and its repetition
 
 
 class CannotRun(Exception):
-    """A row needs something that this package does not have. The message says what."""
+    """A row needs something that this package does not have. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Resolved:
 
     @property
     def place(self) -> str:
-        """The name, followed by that of the checkpoint if it is not the latest: where the network lies."""
+        """The name, followed by the checkpoint's name if it is not the latest: where the network lies."""
         return self.name if self.checkpoint == LATEST else f"{self.name}/{self.checkpoint}"
 
     def with_teachers(self) -> Iterator[Resolved]:
@@ -139,7 +139,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
         scale: the scale.
         data: name of the data set, or folder:PATH.
         seed: of the training.
-        extra: SHA-256 of further images, for the methods that take such; empty where there are none.
+        extra: SHA-256 of further images, for the methods that take such; empty where there are no further images.
 
     Raises:
         CannotRun: if a method, an option, a value or a network does not exist here.

@@ -17,7 +17,7 @@ Picture: TypeAlias = Literal["trade_off", "lines", "bars"]
 Published: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
 NOT_AT_HAND = "not at hand"
 _PAPERS = {"arrest": "ARREST", "vfd": "VFD-Adv", "afs": "AFS", "act": "ACT"}
-# 97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond, that of the normal distribution is near.
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond, the normal distribution is near.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 _NORMAL = 1.96
 
@@ -66,7 +66,7 @@ class Item:
         columns: likewise.
         picture: how it is drawn.
         published: the paper's own figures, as far as they are known here.
-        guess: what of the layout is a guess of ours; empty where nothing is.
+        guess: the parts of the layout that are our guess; empty where the paper gives them all.
         axes: names of the picture's axes.
         curve: whether a trade-off is drawn with a cubic through the methods.
     """
@@ -130,7 +130,7 @@ class MeasuredCell:
         value: the figure.
         low: lower end of its 95 % interval, where it has one.
         high: upper end.
-        n: images that it is of; 0 where it is of none.
+        n: number of its images; 0 where it has no images.
         note: a remark, such as that the figure may be too high.
     """
 

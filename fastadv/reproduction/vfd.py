@@ -142,7 +142,7 @@ def _figure_3() -> Item:
 
 def _figure_4a() -> Item:
     rows = [RowSpec("TRADES", spec("trades"))]
-    # The last block is what VFD-Adv takes by default, and runs where no layer can be chosen.
+    # VFD-Adv takes the last block by default. It also runs where no layer can be chosen.
     rows += [
         RowSpec(f"k = {layer}", _vfd() if layer == "layer4" else _vfd(layer=layer))
         for layer in _LAYERS

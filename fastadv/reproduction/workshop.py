@@ -21,7 +21,7 @@ from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 from fastadv.files import sha256_of, write_atomically
 from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source
@@ -31,7 +31,9 @@ from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
-_RECORD = "reproduction.json"  # in a run: that it is whole, and what was measured beside accuracies
+_RECORD = (
+    "reproduction.json"  # in a run: a sign that it is whole, and its measures other than accuracies
+)
 _DIVERGED = "diverged"
 _SEED = 0  # of the attacks
 T = TypeVar("T")
@@ -140,7 +142,7 @@ class Workshop:
         self._keep(run, "seconds", time.perf_counter() - began)
 
     def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
-        """Accuracies of a trained run. What its file of results has is not measured again."""
+        """Accuracies of a trained run. Accuracies in its file of results are not measured again."""
         wanted = list(dict.fromkeys(wanted))
         found = self.known(run, wanted, seed)
         groups: dict[tuple[Any, ...], list[Accuracy]] = {}
@@ -213,7 +215,7 @@ class Workshop:
         return self.path(self.resolve(source, seed))
 
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
-        """Return what was found for a run before; find it and keep it where that is not so."""
+        """Return a measure of a run, from its file if it is there; otherwise measure it and keep it."""
         record = self._record(run)
         title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
@@ -293,7 +295,7 @@ class Place:
         return self.found[accuracy]
 
     def model(self, run: RunSpec | None = None) -> nn.Module:
-        """The trained model, or that of another training with the same seed."""
+        """The trained model, or the model of another training with the same seed."""
         resolved = self.run if run is None else self._resolved(run)
         model = load_model(self.shop.folder / resolved.place)
         return model if self.device is None else model.to(torch.device(self.device))

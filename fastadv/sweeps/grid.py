@@ -31,7 +31,7 @@ class Grid:
     """All combinations of the values of some options, each for every seed.
 
     Attributes:
-        axes: the options; there may be none, for a sweep over seeds alone.
+        axes: the options; empty for a sweep over seeds alone.
         seeds: of the trainings; empty where nothing is said of them.
     """
 

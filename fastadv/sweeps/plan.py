@@ -72,7 +72,7 @@ class SweepRun:
         return file.is_file() and bool(load_results(file))
 
     def _state(self) -> dict[str, Any]:
-        """What has been kept of the run that is in the directory now; empty where that is another run."""
+        """The results kept of the run that is in the directory now; empty where it is another run."""
         directory = RunDirectory(self.folder)
         if not directory.exists:
             return {}
@@ -150,7 +150,7 @@ class Plan:
         """Check that the directory holds no other sweep than this one, or one with fewer points.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: naming the differences.
         """
         if not (self.folder / PLAN_FILE).is_file():
             return
@@ -194,7 +194,7 @@ class Plan:
         """Read the sweep that is in a directory.
 
         Raises:
-            FileNotFoundError: when there is none.
+            FileNotFoundError: when there is no plan.
             ValueError: when its file is damaged.
         """
         file = folder / PLAN_FILE
@@ -237,7 +237,7 @@ class Plan:
 
 
 def _for_file(value: str) -> str:
-    """A value as part of a file's name; a hash tells apart what would have one name."""
+    """A value as part of a file's name; a hash tells values apart that would have one name."""
     plain = re.fullmatch(r"(\d+)/(\d+)", value)
     if plain:
         return f"{plain[1]}_{plain[2]}"
@@ -262,6 +262,6 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _key(evaluation: Sequence[str]) -> str:
-    """What tells one evaluation from another."""
+    """The facts that tell one evaluation from another."""
     options = sorted(_options(evaluation).items())
     return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]

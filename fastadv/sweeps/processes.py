@@ -79,7 +79,7 @@ def reason_of(status: int) -> str:
 
 
 def last_lines(log: Path) -> list[str]:
-    """Return the last lines of a log; an empty list where there is none."""
+    """Return the last lines of a log; an empty list where there is no log."""
     try:
         with open(log, "rb") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))

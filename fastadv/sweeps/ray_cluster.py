@@ -18,7 +18,7 @@ _MOST_LOSSES = 10  # of the nodes of one run, after which something else is wron
 
 
 class RunWorker:
-    """What an actor does: it trains and judges one run in a process of its own."""
+    """The work of an actor: it trains and judges one run in a process of its own."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -55,7 +55,7 @@ def run_on_ray(
 
     Raises:
         ImportError: when Ray is not installed.
-        ValueError: when the cluster could never give a run what it needs.
+        ValueError: when the cluster could never give a run its processors.
         Interrupted: after SIGTERM or Ctrl-C; the runs have been told to stop.
     """
     ray = _ray()
@@ -72,7 +72,7 @@ def run_on_ray(
         ):
             if needed > resources.get(kind, 0):
                 raise ValueError(
-                    f"{option} must be at most what the cluster has, {resources.get(kind, 0):g}, got {needed:g}"
+                    f"{option} must be at most the cluster's number, {resources.get(kind, 0):g}, got {needed:g}"
                 )
         # The runs take the place of one that a node has lost; Ray itself is not to start them anew.
         actor = ray.remote(RunWorker).options(max_restarts=0, max_task_retries=0, **needs)

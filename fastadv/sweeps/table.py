@@ -12,9 +12,9 @@ from fastadv.evaluation.attack_list import CLEAN
 from fastadv.evaluation.comparison import Comparison, Judged, Line, radius_text
 from fastadv.evaluation.plot_style import png_of
 from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting import Summary, Table
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
+from fastadv.evaluation.wording import format_eps
 from fastadv.sweeps.plan import SweepRun
 
 _NOTE = (

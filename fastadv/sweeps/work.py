@@ -1,6 +1,6 @@
 """The process of one run of a sweep: `python -m fastadv.sweeps.work SWEEP RUN` trains it, then judges it.
 
-Every launcher starts it, here or on another machine. What is done already is not done again, and a training that
+Every launcher starts it, here or on another machine. Finished work is not done again, and a training that
 was interrupted goes on from its last checkpoint.
 """
 

@@ -11,6 +11,7 @@ from fastadv.trainers.arrest import Arrest, ArrestRecipe
 from fastadv.trainers.callbacks import Callback, RunStart
 from fastadv.trainers.checkpoint import CheckpointError
 from fastadv.trainers.dm_at import DmAt, DmAtRecipe
+from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted
 from fastadv.trainers.fast import Fast, FastRecipe
 from fastadv.trainers.fat import Fat, FatRecipe
 from fastadv.trainers.free import Free, FreeRecipe
@@ -19,12 +20,12 @@ from fastadv.trainers.hat import Hat, HatRecipe
 from fastadv.trainers.kd_at import KdAt, KdAtRecipe
 from fastadv.trainers.las_at import LasAt, LasAtRecipe
 from fastadv.trainers.lbgat import Lbgat, LbgatRecipe
-from fastadv.trainers.loop import NonFiniteLossError, Progress, Settings, TrainingInterrupted
 from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.n_fgsm import NFgsm, NFgsmRecipe
 from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.progress import Progress
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 from fastadv.trainers.rst import Rst, RstRecipe
 from fastadv.trainers.run_lock import RunInUseError
@@ -41,6 +42,7 @@ from fastadv.trainers.schedules import (
     Schedule,
     Step,
 )
+from fastadv.trainers.settings import Settings
 from fastadv.trainers.standard import Standard
 from fastadv.trainers.tla import Tla, TlaRecipe
 from fastadv.trainers.trackers import MlflowCallback, TensorBoardCallback, WandbCallback

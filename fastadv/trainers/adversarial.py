@@ -29,7 +29,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
     with the same attacked images, and the log has that at the perturbed weights.
 
     Attributes:
-        attack_loss: what PGD maximises; a name or a callable as `fastadv.pgd_fused` takes it.
+        attack_loss: the loss that PGD maximises; a name or a callable as `fastadv.pgd_fused` takes it.
         attack_class: PGD, or a subclass made with the same arguments.
         images_trained: how many images per image of the batch the trained model sees in the training loss.
     """

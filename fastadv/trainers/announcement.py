@@ -114,7 +114,7 @@ def _optimizer_line(loop: Loop) -> list[str]:
 
 
 def _schedule_line(recipe: Recipe) -> list[str]:
-    """Say it where the recipe's schedule is that of another number of epochs in proportion."""
+    """Say so where the recipe's schedule was scaled from another number of epochs."""
     kind = type(recipe)
     decided = {name: getattr(recipe, name) for name in kind.deciders()}
     for name in kind.presets:

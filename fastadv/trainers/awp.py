@@ -39,7 +39,7 @@ class WeightPerturbation:
         if not self._weights:
             raise ValueError(
                 f"awp_gamma must be 0 for {type(models[0]).__name__}, of whose weights that are trained "
-                "none has more than one dimension"
+                "no parameter has more than one dimension"
             )
         self._guard = BufferGuard(list(models))
 
@@ -83,7 +83,7 @@ class WeightPerturbation:
             update: as in `Method.step`.
 
         Returns:
-            What `update` returned.
+            The result of `update`.
         """
         before = [weight.detach().clone() for weight in self._weights]
         taken = False

@@ -18,11 +18,11 @@ Metrics: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a callback is told of a run that is about to train.
+    """The facts that a callback gets about a run that is about to train.
 
     Attributes:
         run_dir: where everything of the run is.
-        identity: what tells this run from all others; a run that is resumed keeps it.
+        identity: tells this run from all others; a run that is resumed keeps it.
         method: the method's name.
         recipe: all its numbers, as JSON types.
         model: how the model is built.
@@ -109,7 +109,7 @@ class Callbacks:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Tell those that have begun when what is in a with statement ends.
+        """Tell the callbacks that have begun when a with statement ends.
 
         Where it ends by an exception, or a callback before has raised one, further exceptions become warnings.
         """

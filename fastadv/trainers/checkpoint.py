@@ -114,7 +114,7 @@ def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
 
     Args:
         path: its directory, or a link to it.
-        with_state: also read what only continuing the training needs.
+        with_state: also read the state that only a continued training needs.
 
     Raises:
         CheckpointError: if it is absent, damaged, of another format or no checkpoint. Nothing on
@@ -162,7 +162,7 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
         which: in a run: "latest", "best" or a name such as "step_000123".
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if there is no checkpoint.
     """
     start = in_its_run(Path(path))
     if not start.exists():
@@ -267,7 +267,7 @@ def _write_files(
 
 
 def _write(path: Path, content: bytes, final: Path) -> dict[str, Any]:
-    """Write a file of what will be the folder `final`, and return what the meta data say of it."""
+    """Write a file of the future folder `final`, and return its entry for the meta data."""
     write_through(path, content, final / path.name)
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
@@ -285,7 +285,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process left behind in a folder of checkpoints, to which one process alone writes."""
+    """Delete files that a killed process left in a folder of checkpoints, to which one process alone writes."""
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 
@@ -374,7 +374,7 @@ def pack_weights(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def unpack_average(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the first state dict out of packed ones, with its average in place of what was averaged."""
+    """Take the first state dict out of packed ones, with its average in place of the averaged tensors."""
     averages = (unpack_weights(weights, name) for name in ("ema", "swa"))
     return unpack_weights(weights) | next(filter(None, averages), {})
 

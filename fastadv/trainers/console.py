@@ -1,4 +1,4 @@
-"""What a run says while it trains: a bar on a terminal, one line per interval elsewhere, or nothing."""
+"""The progress of a run: a bar on a terminal, one line per interval elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Console:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Keep what happens in a with statement out of images per second."""
+        """Leave the time of a with statement out of images per second."""
         began = time.perf_counter()
         try:
             yield
@@ -133,3 +133,16 @@ def duration(seconds: float) -> str:
 
 def _figures(metrics: Mapping[str, float]) -> list[str]:
     return [f"{name} {value:.3f}" for name, value in metrics.items()]
+
+
+def epoch_line(record: dict[str, Any], epochs: int) -> str:
+    """One line on an epoch, for people."""
+    parts = [f"epoch {record['epoch']}/{epochs}", f"lr {record['lr']:.4g}"]
+    if "loss" in record:
+        parts.append(f"loss {record['loss']:.4f}")
+    for name in ("replayed", "clean_accuracy", "robust_accuracy"):
+        if name in record:
+            parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
+    if record["bad_steps"]:
+        parts.append(f"{record['bad_steps']} iterations without an update")
+    return ", ".join(parts)

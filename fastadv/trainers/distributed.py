@@ -1,7 +1,7 @@
 """Training by several processes, the ranks, each on its part of every global batch.
 
 `torchrun --nproc-per-node N -m fastadv train ...` starts them; `train` finds them by itself. Between two steps
-all ranks hold the same weights, buffers, averages and counters, to the bit. So each can decide alone what all
+all ranks hold the same weights, buffers, averages and counters, to the bit. So each can decide alone for all
 must decide alike: whether a step is taken, which checkpoint is the best, when to stop.
 """
 
@@ -25,7 +25,7 @@ class Synchroniser:
     """Differentiates a loss so that the models of all ranks stay equal.
 
     Gradients are averaged over the ranks in buckets, each sent as soon as the backward pass has filled it, and
-    buffers, such as BatchNorm's statistics, become those of rank 0. That is what DistributedDataParallel does. Its
+    buffers, such as BatchNorm's statistics, become those of rank 0. DistributedDataParallel does the same. Its
     wrapper is not used, as it wants one module to be called once for each backward pass: methods here call parts
     of a model, or several models, or one several times, in training mode and between them in an attack. The hooks
     live for one backward pass, so no attack and no other gradient of a method's own sets off communication.
@@ -44,13 +44,13 @@ class Synchroniser:
         self._bucket_of = {p: i for i, bucket in enumerate(self._buckets) for p in bucket}
 
     def backward(self, loss: Tensor) -> Tensor:
-        """Put the gradient of the ranks' mean loss into the parameters, which have none before.
+        """Put the gradient of the ranks' mean loss into the parameters, which have no gradient before.
 
         Args:
             loss: this rank's, a scalar.
 
         Returns:
-            The mean loss, without gradient; like the gradients, it is finite on all ranks or on none.
+            The mean loss, without gradient; like the gradients, it is finite on all ranks or on no rank.
         """
         if self._ranks.count == 1:
             loss.backward()
@@ -76,7 +76,7 @@ class Synchroniser:
         return summary[0] / self._ranks.count
 
     def _send_during_backward(self, loss: Tensor) -> list[tuple[Tensor, Any]]:
-        """Differentiate; return what was sent, in the order of the buckets, which is that of all ranks."""
+        """Differentiate; return the sent tensors, in the order of the buckets, which all ranks share."""
         missing = [len(bucket) for bucket in self._buckets]
         sent: list[tuple[Tensor, Any]] = []
 

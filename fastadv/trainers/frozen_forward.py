@@ -30,9 +30,9 @@ class FrozenForward:
     float32 the model runs as it is, so that the results are the plain ones to the bit.
 
     Args:
-        name: what the model is called in messages.
+        name: the model's name in messages.
         model: the model, in evaluation mode.
-        output: what is wanted of it.
+        output: the function of the model that is wanted.
         dtype: of the run's passes; None is float32.
 
     Attributes:

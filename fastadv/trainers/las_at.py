@@ -37,7 +37,7 @@ class LasAtRecipe(AdversarialRecipe):
     """Numbers of the authors' code for LAS-PGD-AT on CIFAR-10; both presets have them.
 
     Its targets give .7 to the own class and .3 to the others together. That is label smoothing of 1/3 with 10
-    classes, .303 with 100. What "official" does not reproduce is stated at `LasAt`.
+    classes, .303 with 100. `LasAt` lists the parts of the code that "official" does not reproduce.
 
     Attributes:
         eps: radius of the noise from which attacks start, and of the attack in the reward.
@@ -84,7 +84,7 @@ class LasAtRecipe(AdversarialRecipe):
 
     @property
     def choices(self) -> tuple[tuple[int, ...], ...]:
-        """What the strategy network chooses from: radii, step sizes and numbers of steps."""
+        """The choices of the strategy network: radii, step sizes and numbers of steps."""
         return self.eps_choices, self.alpha_choices, self.steps_choices
 
 

@@ -1,4 +1,4 @@
-"""What a run leaves to be read: metrics.jsonl and summary.csv."""
+"""The logs of a run: metrics.jsonl and summary.csv."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Meter:
         return {name: float(total) / self._images[name] for name, total in self._sums.items()}
 
     def average(self, ranks: Ranks) -> None:
-        """Give all ranks the means of what each has taken in, in batches of the same sizes."""
+        """Give all ranks the means over all ranks' values, in batches of the same sizes."""
         if ranks.count > 1:
             totals = ranks.means([float(total) for total in self._sums.values()])
             self._sums = dict(zip(self._sums, totals, strict=True))
@@ -54,7 +54,7 @@ class Meter:
         self._images.clear()
 
     def state(self) -> dict[str, list[float]]:
-        """Return what `load` takes, as plain numbers."""
+        """Return the state for `load`, as plain numbers."""
         return {name: [float(total), self._images[name]] for name, total in self._sums.items()}
 
     def load(self, state: Mapping[str, list[float]]) -> None:
@@ -136,7 +136,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _record_in(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None if there is none."""
+    """The record of a line; None if the line holds no record."""
     try:
         record = json.loads(line)
         whole = isinstance(record, dict) and math.isfinite(_step_of(record))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -14,10 +13,9 @@ from torch import nn
 
 from fastadv.data import Batch, Batches
 from fastadv.engine.frozen import frozen
-from fastadv.fields import check_fields
 from fastadv.files import point_link, write_atomically
-from fastadv.interruption import Interrupted, StopRequest, signal_name
-from fastadv.ranks import TIMEOUT, Ranks, launch
+from fastadv.interruption import StopRequest
+from fastadv.ranks import Ranks, launch
 from fastadv.seeding import derive_seed
 from fastadv.trainers.callbacks import Callbacks, RunStart
 from fastadv.trainers.checkpoint import (
@@ -30,13 +28,13 @@ from fastadv.trainers.checkpoint import (
     unpack_average,
     unpack_weights,
 )
-from fastadv.trainers.console import Console
+from fastadv.trainers.console import Console, epoch_line
 from fastadv.trainers.distributed import Synchroniser
+from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
 from fastadv.trainers.mixup import mixed
 from fastadv.trainers.monitor import Monitor, Validation
-from fastadv.trainers.number import Number
 from fastadv.trainers.optim import (
     BufferGuard,
     EpochAverage,
@@ -47,110 +45,12 @@ from fastadv.trainers.optim import (
     load_optimizer_state,
     set_place,
 )
+from fastadv.trainers.progress import Progress, renamed
 from fastadv.trainers.returns import check_loss, check_scalars
 from fastadv.trainers.run_directory import RunDirectory
-from fastadv.trainers.trackers import tracker_names
+from fastadv.trainers.settings import Settings
 
 _REPEATS_WITHIN = 5.0  # seconds in which torchrun forwards a signal
-
-
-class NonFiniteLossError(ArithmeticError):
-    """Several iterations in a row had a loss or a gradient that is not finite."""
-
-
-class TrainingInterrupted(Interrupted):
-    """SIGTERM or Ctrl-C ended a run, after a step and with a checkpoint; see `Interrupted`.
-
-    Attributes:
-        run_dir: the run, which resuming continues bit for bit.
-        checkpoint: the checkpoint.
-    """
-
-    def __init__(self, signum: int, run: RunDirectory, step: int) -> None:
-        self.run_dir = run.path
-        self.checkpoint = run.checkpoints / checkpoint_name(step)
-        super().__init__(
-            f"stopped by {signal_name(signum)} after step {step}; all of it is in {self.checkpoint}, "
-            "from which resuming goes on",
-            signum,
-        )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Checkpoints, logs and the like, which change no result.
-
-    Attributes:
-        checkpoint_every: iterations between two checkpoints. A checkpoint is also written after each epoch.
-        checkpoint_minutes: minutes between two checkpoints.
-        keep: number of newest checkpoints to keep, besides the best checkpoint.
-        log_every: iterations between two records in metrics.jsonl.
-        tensorboard: also write TensorBoard events; short for log tensorboard.
-        log: programs that also get the metrics, joined by commas: tensorboard, wandb, mlflow.
-        timeout: with several processes under torchrun, seconds that a process waits for another process. Then it
-            counts the other as lost, and ends.
-    """
-
-    checkpoint_every: int | None = None
-    checkpoint_minutes: Number | None = 10.0
-    keep: int = 2
-    log_every: int = 20
-    tensorboard: bool = False
-    log: str | None = None
-    timeout: Number = TIMEOUT
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("checkpoint_every", "keep", "log_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        for name in ("checkpoint_minutes", "timeout"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be > 0, got {value}")
-        tracker_names(self.log)
-
-    @property
-    def trackers(self) -> list[str]:
-        """Names of the programs that get the metrics."""
-        names = tracker_names(self.log)
-        return names if "tensorboard" in names or not self.tensorboard else ["tensorboard", *names]
-
-
-@dataclass
-class Progress:
-    """The position and the counters of a run.
-
-    Attributes:
-        epoch: epochs done.
-        epoch_step: iterations done in the current epoch.
-        step: iterations done in all.
-        bad_steps: iterations without an update, because loss or gradient was not finite.
-        bad_in_a_row: the number of consecutive bad iterations at the end.
-        best_step: iteration of the best checkpoint so far; None before the first validation.
-        best_score: its accuracy.
-        validations_since_best: validations after that.
-        averaged: epochs whose last weights are in the plain average (SWA).
-    """
-
-    epoch: int = 0
-    epoch_step: int = 0
-    step: int = 0
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    best_step: int | None = None
-    best_score: float = -1.0
-    validations_since_best: int = 0
-    averaged: int = 0
-
-
-def _renamed(progress: dict[str, Any]) -> dict[str, Any]:
-    """A stored progress under the present names of its fields."""
-    if "looks_since_best" in progress:
-        progress = dict(progress)
-        progress["validations_since_best"] = progress.pop("looks_since_best")
-    return progress
 
 
 @dataclass
@@ -219,7 +119,7 @@ class Loop:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         carried = state.get("method", {})
         self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
-        self.progress = Progress(**_renamed(state["progress"]))
+        self.progress = Progress(**renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
@@ -308,8 +208,8 @@ class Loop:
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
-        # What follows is not within the step, in which AWP holds the weights elsewhere and Free moves them several
-        # times.
+        # The following is not within the step, in which AWP holds the weights elsewhere and Free moves them
+        # several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
@@ -433,7 +333,7 @@ class Loop:
             self.log.epoch(**record)
             self._save(validation)
             self.callbacks.epoch(record)
-        self.console.say(_epoch_line(record, self.recipe.epochs))
+        self.console.say(epoch_line(record, self.recipe.epochs))
         if self.stopped:
             self.console.say(
                 f"stopped: the last {progress.validations_since_best} validations were no better"
@@ -505,16 +405,3 @@ class Loop:
         if best is not None:
             point_link(folder / BEST, best)
         prune(folder, self.settings.keep, progress.step, best)
-
-
-def _epoch_line(record: dict[str, Any], epochs: int) -> str:
-    """One line on an epoch, for people."""
-    parts = [f"epoch {record['epoch']}/{epochs}", f"lr {record['lr']:.4g}"]
-    if "loss" in record:
-        parts.append(f"loss {record['loss']:.4f}")
-    for name in ("replayed", "clean_accuracy", "robust_accuracy"):
-        if name in record:
-            parts.append(f"{name.replace('_', ' ')} {100 * record[name]:.1f} %")
-    if record["bad_steps"]:
-        parts.append(f"{record['bad_steps']} iterations without an update")
-    return ", ".join(parts)

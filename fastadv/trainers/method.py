@@ -1,4 +1,4 @@
-"""What a training method is: an attack, a loss, and the models they need."""
+"""The base of a training method: an attack, a loss, and the models that they need."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Attacked:
-    """What the attack hands to the loss. Methods whose attack computes more subclass this.
+    """The result of the attack, for the loss. Methods whose attack computes more subclass this.
 
     Attributes:
         x: the images to train on [B, C, H, W], without gradient.
@@ -128,7 +128,7 @@ AttackedT = TypeVar("AttackedT", bound=Attacked)
 class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     """Base of the training methods.
 
-    A method says how a batch is attacked and what its loss is. The loop does the rest: optimiser,
+    A method defines how a batch is attacked, and its loss. The loop does the rest: optimiser,
     schedule, precision, averaging, checkpoints, logs. A subclass writes `attack` and
     `training_loss`, and overrides the other hooks only where it differs. Its docstring states the
     passes per batch in F (one forward pass of the model over the batch; input gradients cost 2F,
@@ -279,7 +279,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` returned; the tensors may be on another device."""
+        """Go on from the result of `state`; the tensors may be on another device."""
 
     @abc.abstractmethod
     def passes(self, epoch: int) -> float:
@@ -311,7 +311,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         Args:
             name: of the frozen model.
             x: images [B, C, H, W].
-            output: what is wanted of the model, a function of the model and the images, always the same object:
+            output: the result that is wanted, a function of the model and the images, always the same object:
                 by default the logits, or `features_of` for the map before pooling.
 
         Returns:
@@ -323,7 +323,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         """As `teacher_output`, of any model in evaluation mode whose weights stand still.
 
         Args:
-            name: what the model is called in messages.
+            name: the model's name in messages.
             model: the model, always the same by this name.
             x: images [B, C, H, W].
             output: as there.

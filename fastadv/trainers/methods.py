@@ -103,6 +103,6 @@ def command_name(method: MethodClass) -> str:
 
 
 def own_code(method: MethodClass) -> dict[str, str]:
-    """Return what a run records of the code of a method that is not fastadv's own."""
+    """Return the facts that a run records about the code of a method that is not fastadv's own."""
     label = None if method in _METHODS else label_of(method)
     return {} if label is None else {"method_code": label}

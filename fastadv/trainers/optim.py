@@ -20,7 +20,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build the recipe's optimiser over the parameters of a model that require gradients.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if there are no parameters.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
@@ -88,7 +88,7 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class Average:
-    """An average of what training moves in a model: weights that require gradients, and buffers that change.
+    """An average of a model's moving tensors: weights that require gradients, and buffers that change.
 
     Args:
         model: the model to follow, its modules in the modes in which it is trained: buffers of those in evaluation
@@ -112,7 +112,7 @@ class Average:
         self._moving = set(model.state_dict()) - still
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is averaged, by its names in the state dict."""
+        """Return the averaged tensors, by their names in the state dict."""
         return {k: v for k, v in self.model.state_dict().items() if k in self._moving}
 
     @torch.no_grad()
@@ -167,13 +167,13 @@ class EpochAverage(Average):
         super().__init__(model, every_buffer=True)  # `estimate_statistics` takes all of them anew
 
     def update(self, model: nn.Module, count: int) -> None:
-        """Take in the model as number `count`; number 1 replaces what was there."""
+        """Take in the model as number `count`; number 1 replaces the average."""
         self._move_towards(model, 1 / count)
 
     def estimate_statistics(self, batches: Iterable[tuple[Any, ...]]) -> None:
         """Take BatchNorm's running statistics anew, as plain means over batches (x, ...).
 
-        The mean of the models' statistics is not that of the averaged weights. Dropout is active,
+        The mean of the models' statistics differs from the statistics of the averaged weights. Dropout is active,
         as in training.
         """
         update_bn(batches, self.model)
@@ -207,7 +207,7 @@ class BufferGuard:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the buffers back to what they were at the last `save`."""
+        """Put the buffers back to their values at the last `save`."""
         if self._buffers:
             # Past the version counters, so that a graph made before the `save` can still be differentiated.
             torch._foreach_copy_([buffer.data for buffer in self._buffers], self._copies)

@@ -44,7 +44,7 @@ def check_method(method: type[Method[Any, Any]]) -> None:
     """Check that a class can be used as a method.
 
     Raises:
-        TypeError: if it lacks a function, or its recipe is none.
+        TypeError: if it lacks a function, or its recipe is no `Recipe`.
         ValueError: if it has no name, or one that a run cannot record.
     """
     label = method.__qualname__

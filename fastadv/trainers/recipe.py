@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import math
-from abc import ABCMeta
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.attacks.arguments import EngineName
-from fastadv.attacks.options import SYNONYMS
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_radius, closest
 from fastadv.trainers.number import Number
+from fastadv.trainers.recipe_type import RecipeType
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 if TYPE_CHECKING:
@@ -24,47 +22,11 @@ if TYPE_CHECKING:
 
 Precision = Literal["auto", "fp32", "bf16"]
 Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
-T = TypeVar("T")
 RecipeT = TypeVar("RecipeT", bound="Recipe")
-# What other code calls these numbers.
-_SYNONYMS = {
-    **SYNONYMS,
-    **dict.fromkeys(("wd", "l2_reg", "decay"), "weight_decay"),
-    **dict.fromkeys(("scheduler", "lr_schedule", "lr_scheduler"), "schedule"),
-    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs"), "epochs"),
-    **dict.fromkeys(("amp", "dtype"), "precision"),
-    "bs": "batch_size",
-    "lambda_": "lam",
-}
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 _ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
 # Of one-step methods, whose step is 1.25 eps.
 ONE_STEP_IN_L2: Mapping[str, Any] = {"eps": 128 / 255, "alpha": 160 / 255}
-
-
-class RecipeType(ABCMeta):
-    """The type of the recipe classes: looks at the names of the numbers before a recipe is made."""
-
-    def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
-        """Make a recipe.
-
-        Raises:
-            TypeError: a number that it does not have; the message says which was probably meant.
-        """
-        known = inspect.signature(cls).parameters
-        for name in numbers:
-            if name not in known:
-                hint = closest(name, known, _SYNONYMS)
-                raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
-        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
-        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
-        return made
-
-    @property
-    def __signature__(cls) -> inspect.Signature:
-        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
-        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +242,7 @@ class Recipe(metaclass=RecipeType):
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialRecipe(Recipe):
-    """What methods with a PGD attack in training add.
+    """The numbers that methods with a PGD attack in training add.
 
     In l2 a recipe begins with the radius and the step size of robust_overfitting (Rice et al. 2020), 128/255 and
     15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
@@ -353,9 +315,9 @@ class AdversarialRecipe(Recipe):
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     """Keep `dataclasses.replace` from changing a field on which other numbers of the recipe depend.
 
-    It goes above `dataclass`, for a class whose `start` depends on what is given. `dataclasses.replace` hands on
-    every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells which
-    recipe it began with.
+    It goes above `dataclass`, for a class whose `start` depends on the given numbers. `dataclasses.replace` hands
+    on every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells
+    which recipe it began with.
     """
     init = kind.__init__
 
@@ -402,7 +364,7 @@ def check_field(recipe: Recipe, name: str, at_least: float) -> None:
 
 
 def as_plain(value: Any) -> Any:
-    """Turn a recipe into what JSON holds: dicts, lists, numbers, text.
+    """Turn a recipe into JSON types: dicts, lists, numbers, text.
 
     A dataclass inside, such as the schedule, becomes its class name and its fields.
     """

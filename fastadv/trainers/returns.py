@@ -14,14 +14,14 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fastadv.trainers.method import Method, TrainBatch
 
-# What the loop itself writes to a record, besides `seconds_...`.
+# The names that the loop itself writes to a record, besides `seconds_...`.
 RESERVED = frozenset(
     {"kind", "step", "epoch", "lr", "loss", "grad_norm", "bad_steps", "images_per_second"}
 )
 
 
 def check_attacked(method: Method[Any, Any], attacked: object, batch: TrainBatch) -> None:
-    """Check what `attack` returns.
+    """Check the result of `attack`.
 
     Raises:
         TypeError: if it is no `Attacked`, or holds something else than images.
@@ -46,7 +46,7 @@ def check_attacked(method: Method[Any, Any], attacked: object, batch: TrainBatch
 
 
 def check_loss(method: Method[Any, Any], result: object) -> None:
-    """Check what `training_loss` returns, or what `step` gives to the update.
+    """Check the result of `training_loss`, or the loss that `step` gives to the update.
 
     Raises:
         TypeError: if it is no `LossResult`, or holds something else than tensors.
@@ -112,7 +112,7 @@ def check_scalars(where: str, what: str, values: object) -> None:
 
 
 def check_trainable(method: Method[Any, Any]) -> None:
-    """Check what `trainable` and `passes` return, before the first step.
+    """Check the results of `trainable` and `passes`, before the first step.
 
     Raises:
         TypeError: if the one returns no modules by name, or the other no number.
@@ -127,7 +127,7 @@ def check_trainable(method: Method[Any, Any]) -> None:
             f"{kind}.trainable must return a dict of modules by name, got {described(models)}"
         )
     if not models:
-        raise ValueError(f"{kind}.trainable must return at least one model, got none")
+        raise ValueError(f"{kind}.trainable must return at least one model, got an empty dict")
     passes = method.passes(0)
     if not isinstance(passes, int | float) or isinstance(passes, bool):
         raise TypeError(
@@ -136,7 +136,7 @@ def check_trainable(method: Method[Any, Any]) -> None:
 
 
 def described(value: object) -> str:
-    """Say what a value is: of a tensor the shape and the dtype, of anything else the kind."""
+    """Describe a value: a tensor by shape and dtype, anything else by its kind."""
     if isinstance(value, Tensor):
         return f"a tensor {_shape(value)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, tuple | list):

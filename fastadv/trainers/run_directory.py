@@ -29,7 +29,7 @@ from fastadv.trainers.sealed import read_sealed, sealed_json
 
 @dataclass(frozen=True)
 class Description:
-    """What makes two runs the same run.
+    """The facts that make two runs the same run.
 
     Attributes:
         method: the method's name.
@@ -135,11 +135,11 @@ class RunDirectory:
         return code if isinstance(code, str) else None
 
     def launch(self) -> str | None:
-        """Return the torchrun job that began the run or went on with it last, None if there is none."""
+        """Return the torchrun job that began the run or went on with it last, None if there is no such job."""
         return self._read_json().get("launch") if self.exists else None
 
     def identity(self) -> str | None:
-        """Return what tells this run from all others, and stands in its checkpoints.
+        """Return the identity that tells this run from all others, and stands in its checkpoints.
 
         None if there is no run, or it is from before runs had one.
         """
@@ -183,7 +183,7 @@ class RunDirectory:
             defaults: the recipe's numbers that a run from before there were such numbers has.
 
         Raises:
-            ValueError: naming what differs.
+            ValueError: naming the differences.
         """
         changed = differences({**defaults, **self.read().flat()}, new.flat())
         if changed:
@@ -193,7 +193,7 @@ class RunDirectory:
             )
 
     def take(self) -> None:
-        """Make the directory, take its lock, and delete what a killed process has left half written.
+        """Make the directory, take its lock, and delete files that a killed process has left half written.
 
         Raises:
             RunInUseError: if another process holds the lock.

@@ -67,7 +67,7 @@ class RunLock:
             os.close(self._open(os.O_RDWR))
         except RunInUseError:
             raise
-        except OSError:  # there is none, or none that could be taken, of which `take` will speak
+        except OSError:  # there is no lock file, or it cannot be locked; `take` reports this
             return
 
     def take(self) -> None:
@@ -136,7 +136,7 @@ class RunLock:
             time.sleep(0.05)
 
     def _go_by_name(self, descriptor: int) -> None:
-        """Where the file system has no locks, believe what the file says of processes on this machine."""
+        """Where the file system has no locks, believe the file about processes on this machine."""
         holder = _holder(descriptor)
         pid = holder.get("pid")
         if holder.get("host") == socket.gethostname() and pid != os.getpid():

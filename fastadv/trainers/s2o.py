@@ -98,7 +98,7 @@ class S2o(PairMethod[S2oRecipe]):
         """Return where the base's attack starts."""
         if self.recipe.base == "trades":
             return super().start_of(batch)
-        return super(PairMethod, self).start_of(batch)  # that of PGD-AT
+        return super(PairMethod, self).start_of(batch)  # the start of PGD-AT
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return the whole loss of each image."""

@@ -41,7 +41,7 @@ class Schedule(abc.ABC):
         return None
 
     def scaled(self, epochs: int, to: int) -> Schedule:
-        """Return the schedule of a run of another length: what is counted in epochs changes in proportion.
+        """Return the schedule of a run of another length: numbers of epochs change in proportion.
 
         Args:
             epochs: of the run that the schedule was made for.

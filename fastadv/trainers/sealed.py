@@ -1,7 +1,7 @@
 """JSON files with a hash of their own content, which shows any change: `run.json` and `meta.json`.
 
 Each has an entry "sha256", the hash of all other entries, so that a damaged file is refused and not believed.
-Files of format 1, which fastadv wrote before, have none.
+Files of format 1, which fastadv wrote before, have no seal.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         )
     elif seal != _hash(content):
         raise CheckpointError(
-            f"{path}: damaged or changed, its content is not that of its SHA-256 in the entry {_SEAL!r}; "
+            f"{path}: damaged or changed, its content does not have the SHA-256 of the entry {_SEAL!r}; "
             "take another copy of it"
         )
     return content

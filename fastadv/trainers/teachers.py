@@ -53,7 +53,7 @@ def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.
 
 
 def by_name(given: Teachers | Architectures, names: list[str]) -> dict[str, Any]:
-    """What the caller gave, by name: a list goes with the names in their order, one alone with the first."""
+    """The caller's teachers, by name: a list goes with the names in their order, one alone with the first."""
     if given is None:
         return {}
     if isinstance(given, Mapping):

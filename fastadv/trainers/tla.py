@@ -141,7 +141,7 @@ def nearest_of_other_classes(anchors: Tensor, clean: Tensor, y: Tensor) -> tuple
 
 @torch.no_grad()
 def partners(y: Tensor, ids: Tensor, seed: int) -> Tensor:
-    """Draw, for each image of a batch, another one of its class; the image itself where there is none.
+    """Draw, for each image of a batch, another one of its class; the image itself where there is no other.
 
     Each image gets a random number that depends on the seed and its id alone. Its partner is the image of its
     class with the next larger number, the smallest coming after the largest.

@@ -19,8 +19,8 @@ MLFLOW_FILE = "mlflow_run"  # holds the id of MLflow's run, with which a resumed
 class Tracker(Callback, abc.ABC):
     """Base of the callbacks that hand metrics to a program that shows them.
 
-    What cannot be imported or begun is an error before the first step. Later a tracker that fails costs no run:
-    the first failure is a warning, and `metrics.jsonl` has all records.
+    A tracker that cannot be imported or begun is an error before the first step. Later a tracker that fails costs
+    no run: the first failure is a warning, and `metrics.jsonl` has all records.
 
     Attributes:
         title: name of the program.
@@ -47,7 +47,7 @@ class Tracker(Callback, abc.ABC):
 
     @abc.abstractmethod
     def close(self, finished: bool) -> None:
-        """End what `on_start` began; called also where that has failed."""
+        """End the tracking that `on_start` began; called also where `on_start` has failed."""
 
     def on_step(self, metrics: Metrics) -> None:
         """Hand a record of steps over."""

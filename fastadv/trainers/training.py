@@ -2,72 +2,54 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-import fastadv
-from fastadv.data import (
-    Batches,
-    ImageData,
-    Loader,
-    Splits,
-    StreamedData,
-    StreamLoader,
-    load_dataset,
-    split_validation,
-    subset,
-)
+from fastadv.data import ImageData, Splits, load_dataset, subset
 from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.models import create_model, form_of, usual_form
+from fastadv.models import create_model
 from fastadv.ops.values import check_bool
 from fastadv.ranks import Ranks, is_first, joined_ranks, launch, own_device, restarted
 from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
+from fastadv.trainers.argument_kinds import check_kinds, checked_recipe
 from fastadv.trainers.callbacks import Callback, Callbacks, check_callbacks
-from fastadv.trainers.checkpoint import (
-    LATEST,
-    STATE_FILE,
-    Checkpoint,
-    CheckpointError,
-    checkpoint_name,
-    checkpoints_in,
-    find_checkpoint,
-    load_checkpoint,
-)
+from fastadv.trainers.checkpoint import checkpoint_name, find_checkpoint
 from fastadv.trainers.classes import check_classes
 from fastadv.trainers.distributed import with_synced_norms
 from fastadv.trainers.hardware import autocast_dtype, choose_device
-from fastadv.trainers.loop import Loop, Progress, Settings
+from fastadv.trainers.loop import Loop
 from fastadv.trainers.method import Method, Runtime
 from fastadv.trainers.methods import MethodClass, find_method, own_code
 from fastadv.trainers.monitor import Monitor
+from fastadv.trainers.opening import (
+    Images,
+    describe_data,
+    describe_model,
+    open_run,
+    restore,
+    versions,
+)
 from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
+from fastadv.trainers.progress import Progress
 from fastadv.trainers.recipe import Recipe, as_plain, plain_defaults
 from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
-from fastadv.trainers.teachers import (
-    Architectures,
-    Likes,
-    Teachers,
-    by_name,
-    teachers_like,
-)
+from fastadv.trainers.settings import Settings
+from fastadv.trainers.teachers import Architectures, Likes, Teachers, by_name, teachers_like
 from fastadv.trainers.trackers import make_trackers
+from fastadv.trainers.training_batches import build_loader
 from fastadv.trainers.unused import check_all_used
 from fastadv.trainers.weights import load_teacher
-
-Images: TypeAlias = ImageData | StreamedData
 
 
 @dataclass(frozen=True)
@@ -133,8 +115,8 @@ def train(
             directory, a file with a state dict, or a module; with several (AFS's extractors), a mapping
             by name or a list in their order. A resumed run has its own copy.
         teacher_model: networks of the teachers, names for `create_model`: one for all of them, a mapping by name
-            or a list in their order. By default teachers are of the model's own kind, or what their runs say. A
-            file with a state dict that several networks take must have one.
+            or a list in their order. By default teachers are of the model's own kind, or of the kind that their
+            runs record. A file with a state dict that several networks take must have one.
         resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
             the name of a checkpoint.
         overwrite: delete a run that is in `run_dir` and start again.
@@ -171,8 +153,8 @@ def train(
     allow_changes = check_bool("allow_changes", allow_changes)
     progress = check_bool("progress", progress)
     method_class = find_method(method)
-    recipe = _checked_recipe(method_class, recipe)
-    _check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
+    recipe = checked_recipe(method_class, recipe)
+    check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
     check_callbacks(callbacks)
     settings = settings or Settings()
     hooks = Callbacks([*make_trackers(settings.trackers), *callbacks])
@@ -211,8 +193,8 @@ def train(
         description = Description(
             method=method_class.name,
             recipe=as_plain(recipe),
-            model=_describe_model(network, name, splits.train),
-            data=_describe_data(splits.train, extra),
+            model=describe_model(network, name, splits.train),
+            data=describe_data(splits.train, extra),
             teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
         )
         source = {
@@ -231,14 +213,14 @@ def train(
             loop.callbacks = hooks
         facts = {"versions": versions(), "launch": launch(), **own_code(method_class)}
         defaults = plain_defaults(method_class.recipe_class)
-        start = _open_run(
+        start = open_run(
             *(run, description, defaults, source, frozen, resume),
             *(overwrite, allow_changes, ranks, facts),
         )
         if ranks.first:
             loop.meta["run"] = run.identity()
         if start is not None:
-            _restore(loop, start)
+            restore(loop, start)
         if progress and ranks.first:
             print(announcement(loop, name), file=sys.stderr, flush=True)
         if on_start is not None and ranks.first:
@@ -256,50 +238,6 @@ def train(
         record=record,
         progress=loop.progress,
     )
-
-
-def _check_kinds(
-    data: object,
-    model: object,
-    run_dir: object,
-    extra: object,
-    settings: object,
-    on_start: object,
-    on_step: object,
-) -> None:
-    """Check of what kind the arguments are that are neither numbers nor switches.
-
-    Raises:
-        TypeError: naming the first that is of another kind.
-    """
-    if isinstance(data, ImageData | StreamedData) or not isinstance(data, Splits | str):
-        raise TypeError(
-            "data must be Splits(train=..., test=...) of ImageData, or the name of a data set, got "
-            f"{type(data).__name__}; from_tensors makes ImageData of tensors"
-        )
-    if not isinstance(model, nn.Module | str):
-        hint = "; call it to make the module" if callable(model) else ""
-        raise TypeError(f"model must be a module or a name, got {type(model).__name__}{hint}")
-    if not isinstance(run_dir, str | os.PathLike):
-        raise TypeError(f"run_dir must be the path of a directory, got {run_dir!r}")
-    if not isinstance(extra, ImageData | None):
-        raise TypeError(f"extra must be ImageData, got {type(extra).__name__}; see from_tensors")
-    if not isinstance(settings, Settings | None):
-        raise TypeError(f"settings must be Settings(...), got {type(settings).__name__}")
-    for name, function in (("on_start", on_start), ("on_step", on_step)):
-        if function is not None and not callable(function):
-            raise TypeError(f"{name} must be a function, got {function!r}")
-
-
-def _checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:
-    if recipe is None:
-        return method.recipe_class()
-    if not isinstance(recipe, method.recipe_class):
-        raise TypeError(
-            f"recipe of {method.name} must be a {method.recipe_class.__name__}, "
-            f"got {type(recipe).__name__}"
-        )
-    return recipe
 
 
 @contextmanager
@@ -367,79 +305,6 @@ def _build_teachers(
         ) from error
 
 
-def _describe_model(model: nn.Module, name: str | None, data: Images) -> dict[str, Any]:
-    description = {
-        "name": name,
-        "class": type(model).__name__,
-        "num_classes": data.num_classes,
-        "in_channels": data.in_channels,
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    return description if usual_form(model) else {**description, "form": form_of(model)}
-
-
-def _describe_data(train: Images, extra: ImageData | None = None) -> dict[str, Any]:
-    if isinstance(train, StreamedData):
-        return {"name": train.name, "images": len(train), "size": list(train.image_shape)}
-    description = {
-        "name": train.name,
-        "images": len(train),
-        "size": list(train.images.shape[1:]),
-        "labels": digest_of({"labels": train.labels}),
-    }
-    return description if extra is None else {**description, "extra": _describe_data(extra)}
-
-
-def _open_run(
-    run: RunDirectory,
-    description: Description,
-    defaults: Mapping[str, Any],
-    source: Mapping[str, Any],
-    teachers: Mapping[str, nn.Module],
-    resume: bool | str,
-    overwrite: bool,
-    allow_changes: bool,
-    ranks: Ranks,
-    facts: Mapping[str, Any],
-) -> Checkpoint | None:
-    """Take possession of the run directory, and return the checkpoint to continue from, if any."""
-    if ranks.first:
-        run.take()
-        run.check_free(bool(resume), overwrite)  # once more, now that nobody else can write there
-    start: Checkpoint | None = None
-    clear = run.exists and overwrite
-    if run.exists and not clear:
-        if not allow_changes:
-            run.check_same(description, defaults)
-        if isinstance(resume, str) or checkpoints_in(run.checkpoints):
-            which = resume if isinstance(resume, str) else LATEST
-            start = load_checkpoint(find_checkpoint(run.path, which))
-    ranks.wait()  # until all have read what is there
-    if not ranks.first:
-        return start
-    if clear:
-        run.clear()
-    run.begin(description, {"source": dict(source), **facts})
-    for name, teacher in teachers.items():
-        run.save_teacher(name, teacher)
-    return start
-
-
-def _restore(loop: Loop, start: Checkpoint) -> None:
-    """Go back to a checkpoint, whose state may be that of another version."""
-    try:
-        loop.restore(start)
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        writer = start.meta.get("versions", {}).get("fastadv", "of an unknown version")
-        raise CheckpointError(
-            f"{start.path / STATE_FILE}: its state, written by fastadv {writer}, is not one that fastadv "
-            f"{fastadv.__version__} can go on with ({type(error).__name__}: {error}). Go on with the version that "
-            "wrote it, or begin a new run"
-        ) from error
-
-
 def _build_loop(
     method: Method[Any, Any],
     splits: Splits,
@@ -454,7 +319,7 @@ def _build_loop(
     recipe, runtime = method.recipe, method.runtime
     if extra is None and recipe.extra_weight != 1:
         raise ValueError(f"extra_weight must be 1 without extra images, got {recipe.extra_weight}")
-    loader, watched = _build_loader(splits, extra, recipe, runtime.device, ranks)
+    loader, watched = build_loader(splits, extra, recipe, runtime.device, ranks)
     watched = subset(watched, min(recipe.monitor_images, len(watched)), recipe.seed)
     first = next(iter(method.trainable().values()))
     method.train_mode()
@@ -478,68 +343,3 @@ def _build_loop(
         show=show,
         ranks=ranks,
     )
-
-
-def _build_loader(
-    splits: Splits,
-    extra: ImageData | None,
-    recipe: Recipe,
-    device: torch.device,
-    ranks: Ranks,
-) -> tuple[Batches, ImageData]:
-    """Build the training batches, and choose the images that are held out of them or for testing."""
-    training, watched = splits.train, splits.test
-    common: dict[str, Any] = {
-        "seed": recipe.seed,
-        "device": device,
-        "channels_last": recipe.channels_last,
-        "rank": ranks.rank,
-        "world_size": ranks.count,
-    }
-    if isinstance(training, StreamedData):
-        _check_streamed(recipe, extra, training.supports)
-        return StreamLoader(training, recipe.batch_size, **common), watched
-    if recipe.holdout:
-        training, watched = split_validation(training, recipe.holdout, recipe.seed)
-    if recipe.train_images is not None:
-        training = _some_of(training, recipe.train_images, recipe.seed)
-    loader = Loader(
-        training,
-        recipe.batch_size,
-        train=True,
-        pad=recipe.pad,
-        mode=recipe.pad_mode,
-        flip=recipe.flip,
-        extra=extra,
-        extra_fraction=recipe.extra_fraction,
-        **common,
-    )
-    return loader, watched
-
-
-def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
-    """Refuse what only images in memory can have."""
-    if extra is not None:
-        raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
-    wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
-    for name, value in wanted.items():
-        if name not in supported and getattr(recipe, name) != value:
-            raise ValueError(
-                f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
-                f"images itself, got {getattr(recipe, name)}"
-            )
-
-
-def _some_of(training: ImageData, count: int, seed: int) -> ImageData:
-    if count > len(training):
-        raise ValueError(f"train_images must be <= {len(training)}, the images there, got {count}")
-    return subset(training, count, seed)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of what computes a run."""
-    return {
-        "fastadv": fastadv.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

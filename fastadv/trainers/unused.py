@@ -15,9 +15,9 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = Non
     """Refuse a number that was chosen and would be dropped in silence.
 
     Args:
-        method: what trains.
+        method: the training method.
         recipe: its numbers.
-        preset: where they came from: what is as it stands there was not chosen. None is any of the presets.
+        preset: where they came from: a number as it stands there was not chosen. None means any preset.
 
     Raises:
         ValueError: naming the first such field, and why it has no effect.

@@ -141,7 +141,7 @@ class VfdRecipe(PairRecipe):
 
     @property
     def inner_weight(self) -> float:
-        """The weight inside L_adv, of the base where the recipe leaves it open; 0 where there is none."""
+        """The weight inside L_adv, of the base where the recipe leaves it open; 0 where the base has no weight."""
         if self.weight is not None:
             return self.weight
         return (

@@ -34,7 +34,7 @@ from fastadv.trainers.checkpoint import (
     unpack_weights,
 )
 
-ROBUST = "model"  # what methods call the network that is attacked and evaluated
+ROBUST = "model"  # the methods' name of the network that is attacked and evaluated
 
 WeightSource: TypeAlias = "str | os.PathLike[str] | nn.Module"
 
@@ -64,7 +64,7 @@ def load_model(
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
-        ValueError: if the run's model has no name, or that of a function of your own, and `model` is None; if it
+        ValueError: if the run's model has no name, or the name of your own function, and `model` is None; if it
             does not fit; or if the run has no such network.
     """
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
@@ -101,7 +101,7 @@ def _state_beside(checkpoint: Checkpoint, network: str) -> dict[str, Tensor]:
 
 
 def _architecture_beside(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
-    """What is recorded of a network beside the robust one; nothing where it is of the robust one's kind."""
+    """The record of a network beside the robust one; empty where it is of the robust one's kind."""
     recipe = checkpoint.meta.get("recipe", {})
     name = recipe.get(network) if isinstance(recipe, dict) else None
     return {} if name is None else {"name": name, "form": _form_named(name)}
@@ -126,7 +126,7 @@ def build_model(description: dict[str, Any], path: Path, named: str | None = Non
 
     Raises:
         ValueError: if the model was not made by name, or its name stands for code and the user does not give it.
-        CheckpointError: if the description is none.
+        CheckpointError: if the description is damaged.
     """
     name = description.get("name") if named is None else named
     if not name:
@@ -141,7 +141,7 @@ def build_model(description: dict[str, Any], path: Path, named: str | None = Non
 
 
 def _recorded_model(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What a checkpoint says of its model."""
+    """A checkpoint's description of its model."""
     recorded = checkpoint.meta.get("model", {})
     if not isinstance(recorded, dict):
         raise CheckpointError(f"{checkpoint.path}: does not say which model it is of: {recorded!r}")

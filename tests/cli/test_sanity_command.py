@@ -14,7 +14,7 @@ from training_helpers import small_recipe
 
 from fastadv.cli import main
 from fastadv.evaluation import Subject, Surrogate, load_results, sanity_checks
-from fastadv.evaluation.sanity import Finding, _monotone, findings_text
+from fastadv.evaluation.findings import Finding, findings_text, monotone
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.trainers import train
 
@@ -60,8 +60,8 @@ def test_an_honest_model_shows_no_sign_in_other_norms(
 
 def test_a_rise_by_as_much_as_the_slack_is_allowed() -> None:
     """4 of 100 images, then 5: in float32 the difference is a little more than .01."""
-    assert _monotone("steps", [(1.0, 0.04), (5.0, 0.05)], 0.01).ok
-    assert not _monotone("steps", [(1.0, 0.04), (5.0, 0.06)], 0.01).ok
+    assert monotone("steps", [(1.0, 0.04), (5.0, 0.05)], 0.01).ok
+    assert not monotone("steps", [(1.0, 0.04), (5.0, 0.06)], 0.01).ok
 
 
 class Steps(nn.Module):

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import pytest
 
 from fastadv.trainers import Progress
-from fastadv.trainers.loop import _renamed
 from fastadv.trainers.pgd_at import PGDAT
+from fastadv.trainers.progress import renamed
 
 
 def test_a_method_may_still_name_its_supported_fields_as_before() -> None:
@@ -23,5 +23,5 @@ def test_a_method_may_still_name_its_supported_fields_as_before() -> None:
 def test_a_checkpoint_may_still_count_looks() -> None:
     stored = asdict(Progress(step=7, validations_since_best=2))
     stored["looks_since_best"] = stored.pop("validations_since_best")
-    assert Progress(**_renamed(stored)) == Progress(step=7, validations_since_best=2)
+    assert Progress(**renamed(stored)) == Progress(step=7, validations_since_best=2)
     assert "looks_since_best" in stored

@@ -21,7 +21,7 @@ from fastadv.engine import cuda_graph as graph
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cuda_graph import GraphCache, padded_size
 from fastadv.engine.engines import CopyEngine
-from fastadv.engine.selection import Wish
+from fastadv.engine.wish import Wish
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
+from fastadv.engine.live_tape import tape_now
 from fastadv.engine.recorder import record
-from fastadv.engine.selection import tape_now
 from fastadv.models import create_model, resnet18, small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,7 +18,7 @@ from fastadv import attacks
 from fastadv.attacks.apgd_pool import APGDPool, Ended
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
-from fastadv.evaluation.report import Row, row_from_dict
+from fastadv.evaluation.result_row import Row, row_from_dict
 
 pyautoattack = pytest.importorskip("pyautoattack")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -16,10 +16,10 @@ from fastadv.commands import run_report
 from fastadv.evaluation import Result, Subject, add_results
 from fastadv.evaluation.comparison import Comparison, Judged
 from fastadv.evaluation.distances import Distances
+from fastadv.evaluation.findings import Finding
 from fastadv.evaluation.plots import TradeOffPoint
 from fastadv.evaluation.reporting import Summary, model_cards
 from fastadv.evaluation.reporting.curves import curve_plots
-from fastadv.evaluation.sanity import Finding
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 from fastadv.evaluation.trade_off import published_for, trade_off
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from fastadv.data import load_dataset
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.engines import CopyEngine
+from fastadv.engine.live_tape import tape_now
 from fastadv.engine.recorder import record
-from fastadv.engine.selection import tape_now
 from fastadv.models import small_cnn
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -12,7 +12,8 @@ from torch import Tensor
 
 import fastadv
 from fastadv import losses
-from fastadv.ops.softmax_losses import KINDS, softmax_losses
+from fastadv.ops.softmax_formulas import KINDS
+from fastadv.ops.softmax_losses import softmax_losses
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import losses
-from fastadv.ops.softmax_losses import KINDS
+from fastadv.ops.softmax_formulas import KINDS
 from op_cases.case import Arguments, Bad, OpCase
 from op_cases.draw import Draw, Spec
 

@@ -12,7 +12,8 @@ from op_cases.running import places
 from torch import Tensor
 
 from fastadv import backend, losses
-from fastadv.ops.softmax_losses import KINDS, softmax_losses
+from fastadv.ops.softmax_formulas import KINDS
+from fastadv.ops.softmax_losses import softmax_losses
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "one_thread")
 everywhere = pytest.mark.parametrize(("device", "name"), places("softmax_losses"))

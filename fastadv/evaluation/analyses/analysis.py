@@ -61,7 +61,7 @@ class Measured:
         """The numbers as CSV, below comment lines that begin with ``#``.
 
         Args:
-            head: what else the comment lines say, by name; the summary follows.
+            head: further comment lines, by name; the summary follows.
         """
         text = io.StringIO()
         for name, value in {**(head or {}), **self.summary}.items():
@@ -123,7 +123,7 @@ class Analysis(abc.ABC):
     Attributes:
         name: its name on the command line.
         title: heading of its picture.
-        needs: what must be there.
+        needs: the inputs that must be there.
         uses: the settings on which its numbers depend.
         libraries: beyond torch on which its numbers depend.
         shared: whether the runs have one picture together; else each has its own.
@@ -145,13 +145,13 @@ class Analysis(abc.ABC):
         """Draw the numbers.
 
         Args:
-            found: by what each model is called; one alone where the analysis is not shared.
+            found: by the name of each model; one alone where the analysis is not shared.
             axes: empty ones.
             style: inks and colours.
         """
 
     def check(self, settings: AnalysisSettings) -> None:
-        """Refuse, before anything is computed, what this analysis cannot be run with.
+        """Refuse, before anything is computed, a model or inputs that this analysis cannot run with.
 
         Raises:
             ImportError: when a library is missing.

@@ -9,7 +9,7 @@ from typing import Any
 from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.analyses.records import AnalysisRecord
 from fastadv.evaluation.analyses.registry import ANALYSES
-from fastadv.evaluation.report import format_eps
+from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import key_of
 
 _RADII = ("eps", "alpha", "max_eps", "radii", "extractor_eps")
@@ -20,14 +20,14 @@ class AnalysisGroup:
     """The findings of one analysis on several models, on the same images and with the same settings.
 
     Attributes:
-        records: by what each model is called.
+        records: by the name of each model.
     """
 
     records: dict[str, AnalysisRecord]
 
     @property
     def first(self) -> AnalysisRecord:
-        """One of the records, which says what they have in common."""
+        """One of the records, whose settings they have in common."""
         return next(iter(self.records.values()))
 
     @property
@@ -42,7 +42,7 @@ class AnalysisGroup:
 
     @property
     def found(self) -> dict[str, Measured]:
-        """The numbers by what each model is called."""
+        """The numbers by the name of each model."""
         return {name: record.measured for name, record in self.records.items()}
 
     @property
@@ -77,7 +77,7 @@ class AnalysisGroup:
         return lines
 
     def rows(self) -> list[list[Any]]:
-        """Heading and all rows, with what the model is called before them."""
+        """Heading and all rows, with the name of the model before them."""
         lines: list[list[Any]] = [["run", *self.first.measured.columns]]
         return lines + [[name, *row] for name, one in self.found.items() for row in one.rows]
 
@@ -102,7 +102,7 @@ def grouped(records: Mapping[str, Sequence[AnalysisRecord]]) -> list[AnalysisGro
     """Put records together that one picture can show.
 
     Args:
-        records: of each run, by what the run is called, later ones after earlier ones.
+        records: of each run, by the name of the run, later ones after earlier ones.
 
     Returns:
         The groups, in the order of `ANALYSES`.

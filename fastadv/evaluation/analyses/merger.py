@@ -1,4 +1,4 @@
-"""What a merger of adversarial feature stacking makes of its extractors."""
+"""The weights that a merger of adversarial feature stacking gives to its extractors."""
 
 from __future__ import annotations
 

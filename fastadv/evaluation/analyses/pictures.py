@@ -1,4 +1,4 @@
-"""Pictures of what analyses found, as PNG."""
+"""Pictures of the findings of analyses, as PNG."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _GAP = 1  # pixels between two images
 
 
 def picture_of(found: Mapping[str, Measured], style: Style = LIGHT, title: str = "") -> bytes:
-    """Draw what one analysis found, as a PNG.
+    """Draw the findings of one analysis, as a PNG.
 
     Args:
-        found: by what each model is called, all of one analysis; one alone where each model has its own picture.
+        found: by the name of each model, all of one analysis; one alone where each model has its own picture.
         style: inks and colours.
         title: second line of the heading.
 

@@ -29,9 +29,9 @@ _BATCH = 128
 class RandomLabelFit(Analysis):
     """Training accuracy of a network with hidden layers of 400 and 200 on frozen features and random labels.
 
-    Source: ARREST's figure. The features are the pooled vectors of the training images. What follows is our
+    Source: ARREST's figure. The features are the pooled vectors of the training images. The rest is our
     choice. The mean of each feature is taken away and all are divided by one number, so that they have variance 1
-    together: how large a model's features are says nothing of what they hold. The optimiser is Adam with a
+    together: the size of a model's features says nothing about their content. The optimiser is Adam with a
     learning rate of .001 and batches of 128.
     """
 

@@ -1,4 +1,4 @@
-"""What an analysis found, kept in files: JSON with all that it depends on, CSV, and images where it has some."""
+"""The findings of an analysis in files: JSON with all that they depend on, CSV, and images where it has some."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fastadv.evaluation.analyses.analysis import Measured
-from fastadv.evaluation.report import known_fields
+from fastadv.evaluation.result_row import known_fields
 from fastadv.evaluation.results import Subject
 from fastadv.evaluation.work import key_of
 from fastadv.fields import check_fields
@@ -32,7 +32,7 @@ class AnalysisRecord:
 
     Attributes:
         measured: the numbers.
-        subject: the model and the images; what the analysis does not need is empty.
+        subject: the model and the images; parts that the analysis does not need are empty.
         n: how many images.
         settings: those that it uses, by name.
         teacher: SHA-256 of the standard model's weights, where it was compared with one.
@@ -122,7 +122,7 @@ class AnalysisRecord:
 
     @classmethod
     def load(cls, path: Path) -> AnalysisRecord:
-        """Read what `save` wrote; nothing is unpickled.
+        """Read a file that `save` wrote; nothing is unpickled.
 
         Raises:
             FileNotFoundError: when there is no such file.
@@ -162,7 +162,7 @@ def analyses_folder(results: Path) -> Path:
 
 
 def load_records(folder: Path) -> list[AnalysisRecord]:
-    """All records of a folder, by analysis and date; none where there is no folder.
+    """All records of a folder, by analysis and date; an empty result where there is no folder.
 
     Raises:
         ValueError: when a file is damaged; the message names it.

@@ -1,4 +1,4 @@
-"""The analyses by name, and what each needs."""
+"""The analyses by name, and the needs of each."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_analyses(what: Sequence[str]) -> list[Analysis]:
 
 
 def check_settings_used(analyses: Sequence[Analysis], given: Sequence[str]) -> None:
-    """Refuse settings on which none of some analyses depends.
+    """Refuse settings on which no chosen analysis depends.
 
     Args:
         analyses: those that are to be run.

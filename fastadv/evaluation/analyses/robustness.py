@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from fastadv.evaluation.analyses.analysis import Analysis, AnalysisContext, Measured, label_axes
 from fastadv.evaluation.evaluate import evaluate
 from fastadv.evaluation.plot_style import MARKERS, Style
-from fastadv.evaluation.report import Report, Row
+from fastadv.evaluation.report import Report
+from fastadv.evaluation.result_row import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

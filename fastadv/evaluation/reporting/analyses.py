@@ -1,4 +1,4 @@
-"""What analyses found, in a report: a picture and a table each, of all models together where they can be."""
+"""The findings of analyses in a report: a picture and a table each, of all models together where possible."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SHORT = 40  # rows of a table that is shown whole
 
 @dataclass(frozen=True)
 class AnalysisParts:
-    """What a report has of analyses.
+    """The part of a report that shows analyses.
 
     Attributes:
         plots: the pictures, by the name of their file.

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from fastadv.evaluation.attack_list import CLEAN
 from fastadv.evaluation.comparison import Comparison, Line, cell_text, radius_text
 from fastadv.evaluation.distances import Distances
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.tables import Table
+from fastadv.evaluation.wording import format_eps
 
 
 def transfers(comparison: Comparison) -> Table:
@@ -62,7 +62,7 @@ def without_ball(comparison: Comparison) -> Table:
 
 
 def remarks(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
-    """The notes of the results of some lines, each with what it is of."""
+    """The notes of the results of some lines, each with the name of its line."""
     found = []
     for line in lines:
         where = f" {radius_text(line.norm, line.eps)}" if line.norm and line.ball else ""
@@ -73,7 +73,7 @@ def remarks(comparison: Comparison, lines: Sequence[Line]) -> list[str]:
 
 
 def distance_text(distance: float | None) -> str:
-    """Write a distance for people; a dash where there is none."""
+    """Write a distance for people; a dash where there is no distance."""
     return "-" if distance is None else f"{distance:.4g}"
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.comparison import Line
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.summary import Summary
 from fastadv.evaluation.results import Result
+from fastadv.evaluation.wording import format_eps
 
 _FORMAT = 1
 
@@ -79,7 +79,7 @@ def _accuracy(result: Result) -> dict[str, Any]:
 
 
 def _attack(result: Result) -> dict[str, Any]:
-    """What an accuracy depends on, beside the model, the threat and the data."""
+    """The settings that an accuracy depends on, beside the model, the threat and the data."""
     row, is_ensemble = result.row, result.row.name == AUTOATTACK
     return {
         "attack": row.name,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastadv.evaluation.attack_list import CLEAN
 from fastadv.evaluation.comparison import Comparison, Line
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered
-from fastadv.evaluation.report import Row
+from fastadv.evaluation.result_row import Row
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

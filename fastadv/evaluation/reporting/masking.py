@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from fastadv.evaluation.comparison import Comparison, Judged, radius_text
+from fastadv.evaluation.findings import verdict_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Subject
-from fastadv.evaluation.sanity import verdict_of
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry
 
 
@@ -37,7 +37,7 @@ def masking_table(comparison: Comparison) -> Table:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """What the checks come to, one sentence for each time that they were made."""
+    """The verdicts of the checks, one sentence for each time that they were made."""
     shown = [
         f"{run.name}, masking checks {radius_text(check.norm, check.eps)} on {check.n} images of "
         f"{check.subject.data or 'unknown data'}{_how(check)}: {verdict_of(check.findings)}."

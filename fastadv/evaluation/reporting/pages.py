@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastadv.evaluation.report import format_eps
 from fastadv.evaluation.reporting.gallery import Gallery, Pictures
 from fastadv.evaluation.reporting.tables import Table
+from fastadv.evaluation.wording import format_eps
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1e22; --soft: #5c646d; --line: #d5d9de;
@@ -64,7 +64,7 @@ class Plot:
         title: heading of its section.
         light: PNG.
         dark: PNG.
-        caption: what it shows, which also stands for it where pictures are not seen.
+        caption: a description, which also replaces the picture where pictures are not shown.
     """
 
     title: str
@@ -91,7 +91,7 @@ def page(
         plots: in their order.
         galleries: worst images of attacks.
         notes: further notes.
-        analyses: pictures and tables of what analyses found.
+        analyses: pictures and tables of the findings of analyses.
     """
     body = [f"<h1>{_text(title)}</h1>", f"<p>{_text(subtitle)}</p>"]
     body += [_notes(notes), *map(_table, tables[:1]), *map(_plot, plots), *map(_table, tables[1:3])]

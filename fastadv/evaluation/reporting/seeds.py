@@ -30,7 +30,7 @@ class Series:
         return self.lines[0].run.method
 
     def accuracies(self, title: str) -> list[float] | None:
-        """The accuracies of a column in percent; None where a run has none."""
+        """The accuracies of a column in percent; None where a run has no accuracy there."""
         if any(title not in line.cells for line in self.lines):
             return None
         return [100 * line.cells[title].row.accuracy for line in self.lines]

@@ -1,4 +1,4 @@
-"""What a report says of some runs, as tables and points, whatever it is written in."""
+"""The content of a report on some runs, as tables and points, for every format of file."""
 
 from __future__ import annotations
 
@@ -8,18 +8,13 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.comparison import Comparison, Judged, Line, interval_text, radius_text
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
-from fastadv.evaluation.report import format_eps
-from fastadv.evaluation.reporting.apart import (
-    distance_text,
-    remarks,
-    transfers,
-    without_ball,
-)
+from fastadv.evaluation.reporting.apart import distance_text, remarks, transfers, without_ball
 from fastadv.evaluation.reporting.masking import masking_table, verdicts
 from fastadv.evaluation.reporting.seeds import Series, mean_and_deviation, series_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Result
 from fastadv.evaluation.trade_off import Published, TradeOff, published_for, trade_off
+from fastadv.evaluation.wording import format_eps
 
 _SHOWN_DIGITS = 12  # of a hash
 
@@ -37,7 +32,7 @@ class Summary:
         comparison: the runs.
         radius: norm and eps of the plot; None where there is no plot.
         robust: the column of its vertical axis; empty where there is no plot.
-        no_plot: why there is none.
+        no_plot: the reason why there is no plot.
         series: runs that differ in the seed of their training alone.
 
     Raises:
@@ -144,12 +139,12 @@ class Summary:
         heading = ("run", "norm", "eps", "attack", "clean %", "robust %", "Sum", "mean", "ARDist")
         notes = [
             "ARDist is ARREST's distance from a curve fitted to AutoAttack at 8/255 linf on CIFAR-10 or "
-            "CIFAR-100; elsewhere there is none."
+            "CIFAR-100; elsewhere there is no ARDist."
         ]
         if outside:
             notes.append(
-                f"Extrapolated is the ARDist of {', '.join(outside)}, whose clean accuracy lies outside that of "
-                "the published points."
+                f"Extrapolated is the ARDist of {', '.join(outside)}, whose clean accuracy lies outside the range "
+                "of the published points."
             )
         return Table("Trade-off", heading, tuple(rows), tuple(notes))
 
@@ -189,7 +184,7 @@ class Summary:
         return found[0] if found and all(one is found[0] for one in found) else None
 
     def published_points(self) -> Table:
-        """What the ARREST paper reports, where results may be compared with it."""
+        """The accuracies that the ARREST paper reports, where results may be compared with them."""
         published = self.published()
         heading = ("method", "clean %", "autoattack %", "Sum", "mean", "ARDist")
         if published is None:
@@ -203,7 +198,7 @@ class Summary:
         return Table("Published", heading, tuple(rows), notes)
 
     def stages(self) -> Table:
-        """What each attack of an ensemble left."""
+        """The accuracies after each attack of an ensemble."""
         rows = []
         for line, title, result in self.listed():
             row, clean = result.row, line.cells.get(CLEAN)
@@ -272,7 +267,7 @@ class Summary:
         return Table("All results", heading, tuple(rows))
 
     def origins(self) -> Table:
-        """Which weights were judged, by which command, and with what."""
+        """Which weights were judged, by which command, and with which versions."""
         rows = []
         for line, _, result in self.listed():
             subject = result.subject

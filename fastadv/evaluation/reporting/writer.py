@@ -99,7 +99,9 @@ def _trade_off_plot(summary: Summary) -> Plot | None:
     if any(point.minor for point in points):
         caption += " Small markers are runs that differ in their seed, large ones without bars their means."
     if published is not None:
-        caption += " In grey: what the ARREST paper reports of WRN-34-10, and its curve."
+        caption += (
+            " In grey: the points that the ARREST paper reports of WRN-34-10, and their curve."
+        )
     return Plot("Clean and robust accuracy", drawn(LIGHT), drawn(DARK), caption)
 
 

@@ -1,0 +1,58 @@
+"""The settings of a PGD attack, and their checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastadv.attacks.attack import AttackSettings
+from fastadv.attacks.objectives import LossFunction, Objective
+from fastadv.ops.values import integer, limit
+
+Keep = Literal["last", "best"]
+
+
+@dataclass(frozen=True)
+class PGDSettings(AttackSettings):
+    """The settings of a PGD attack, checked on creation. Fields as in `pgd_fused`."""
+
+    alpha: float = 2 / 255
+    steps: int = 10
+    random_start: bool = True
+    restarts: int = 1
+    keep: Keep = "last"
+    loss: str | LossFunction = "ce"
+    sparsity: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            TypeError: a field of another type.
+            ValueError: a value out of range or an unknown word.
+        """
+        super().__post_init__()
+        limit("alpha", self.step_size)
+        width = self.bounds[1] - self.bounds[0]
+        if self.norm == "linf" and self.step_size >= 2 * width > 0:
+            raise ValueError(
+                f"alpha must be below {2 * width:g}, twice the width of the bounds, got "
+                f"{self.step_size:g}; it is in the units of the images: 2/255 of 0..1, say"
+            )
+        integer("steps", self.steps, at_least=1)
+        integer("restarts", self.restarts, at_least=1)
+        if self.restarts > 1 and not self.random_start:
+            raise ValueError(
+                "restarts must be 1 without random_start, which would repeat one run; "
+                f"got {self.restarts}"
+            )
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        objective = Objective(self.loss, self.targeted)
+        if objective.needs_clean_logits and not self.random_start:
+            raise ValueError("random_start must be True with loss 'kl', whose gradient is 0 at x")
+
+    @property
+    def step_size(self) -> float:
+        """How far a step goes."""
+        return self.alpha

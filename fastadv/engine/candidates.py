@@ -1,0 +1,50 @@
+"""The engines that may run a copy, in the order in which they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
+from fastadv.engine.engines import CopyEngine, EngineOnCopy, ProgramEngine
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.recording import Recording
+from fastadv.engine.tape import Tape
+from fastadv.engine.wish import Wish
+
+
+def candidates(
+    tape: Tape, recording: Recording, precision: str, wish: Wish
+) -> Iterator[Callable[[], EngineOnCopy]]:
+    """The engines that may run a copy, the narrowest precision first."""
+    images = recording.images
+    reason = "the model can be copied" if wish.is_free else "asked for"
+    if tape.autocast and precision == "fp32":
+        raise Unrecordable("its forward enters autocast")
+    # Programs are for bfloat16 and float32; images in float64 get copies in float64.
+    programs = {"bf16", "fp32"} if images.dtype != torch.float64 else {"bf16"}
+    for own in dict.fromkeys((precision, "fp32")):
+        if tape.autocast and own == "fp32":
+            continue
+        if images.device.type == "cpu" and own in programs:
+            yield partial(ProgramEngine, tape, recording, reason, own)
+        yield partial(_under_autograd, tape, recording, own, reason, wish)
+
+
+def _under_autograd(
+    tape: Tape, recording: Recording, precision: str, reason: str, wish: Wish
+) -> CopyEngine:
+    """A copy run by torch; on a GPU compiled, or its attacks recorded as CUDA graphs."""
+    device, classes = recording.images.device, recording.logits.shape[-1]
+    on_gpu = device.type == "cuda"
+    inductor = on_gpu and wish.engine in ("compiled", "graph")
+    engine = CopyEngine(tape, recording, precision, reason, inductor)
+    if on_gpu and wish.engine != "compiled":
+        required = wish.engine == "graph"
+        engine.name = "graph" if required else engine.name
+        recorder = CudaRecorder(device)
+        resting = engine.record_passes(recorder).resting
+        engine.graphs = GraphCache(recorder, classes, required, around=resting)
+    return engine

@@ -1,0 +1,108 @@
+"""The findings of the checks for gradient masking: how a row of figures is judged, and the words for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastadv.evaluation.wording import format_eps
+
+ROUNDING = 1e-9  # of shares of images, which are compared with each other
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
+            ``"random"``.
+        ok: whether the model behaves as one with useful gradients does.
+        message: the finding, in one sentence.
+        accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
+            second number is the mean loss.
+    """
+
+    check: str
+    ok: bool
+    message: str
+    accuracies: tuple[tuple[float, float], ...]
+
+    @property
+    def verdict(self) -> str:
+        """``"ok"``, or ``"suspect"`` where robust accuracy as gradient attacks measure it may be too high."""
+        return "ok" if self.ok else "suspect"
+
+
+def verdict_of(findings: Sequence[Finding]) -> str:
+    """The sum of all findings, in words."""
+    failed = sum(not finding.ok for finding in findings)
+    if failed == 0:
+        return "no sign, which proves nothing"
+    return f"{failed} of {len(findings)} checks are suspect: the robust accuracy may be too high"
+
+
+def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) -> str:
+    """All findings in words, one line each below a heading.
+
+    Args:
+        findings: the result of `sanity_checks`.
+        n: number of images.
+        eps: radius of the ball.
+        norm: of the ball.
+    """
+    width = max(len(finding.check) for finding in findings)
+    lines = [
+        f"  {finding.verdict:<7}  {finding.check:<{width}}  {finding.message}"
+        for finding in findings
+    ]
+    heading = (
+        f"Signs of gradient masking, {n} images, {format_eps(eps)} {norm}: {verdict_of(findings)}"
+    )
+    return "\n".join([heading, *lines]) + "\n"
+
+
+def monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: float) -> Finding:
+    """Compare every accuracy with the lowest before it: a slow rise in many small steps counts too."""
+    worst, where = 0.0, None
+    lowest = accuracies[0]
+    for point in accuracies[1:]:
+        if point[1] - lowest[1] > worst:
+            worst, where = point[1] - lowest[1], (lowest, point)
+        lowest = min(lowest, point, key=lambda p: p[1])
+    ok = worst <= slack + ROUNDING
+    if where is None:
+        message = f"robust accuracy does not rise with {check}"
+    else:
+        (from_value, from_accuracy), (to_value, to_accuracy) = where
+        message = (
+            f"robust accuracy rises with {check}: {100 * from_accuracy:.2f} % at {from_value:.4g}, "
+            f"{100 * to_accuracy:.2f} % at {to_value:.4g}" + (", within the slack" if ok else "")
+        )
+    return Finding(check, ok, message, tuple(accuracies))
+
+
+def unbounded(eps: float, accuracy: float, slack: float) -> Finding:
+    """Require that next to no image is left when any image is allowed."""
+    ok = accuracy <= slack + ROUNDING
+    message = f"{100 * accuracy:.2f} % are still right when any image is allowed (eps {eps:.4g})"
+    return Finding("unbounded", ok, message, ((eps, accuracy),))
+
+
+def rising_loss(losses: Sequence[tuple[float, float]], slack: float) -> Finding:
+    """Compare every mean loss with the highest before it."""
+    highest, fall, where = losses[0], 0.0, None
+    for point in losses[1:]:
+        if highest[1] - point[1] > fall:
+            fall, where = highest[1] - point[1], (highest, point)
+        highest = max(highest, point, key=lambda p: p[1])
+    ok = fall <= slack * max(highest[1], 1e-12)
+    if where is None:
+        message = "the loss that PGD reaches does not fall as eps grows"
+    else:
+        (from_eps, from_loss), (to_eps, to_loss) = where
+        message = (
+            f"the loss that PGD reaches falls as eps grows: {from_loss:.4g} at {from_eps:.4g}, {to_loss:.4g} at "
+            f"{to_eps:.4g}" + (", within the slack" if ok else "")
+        )
+    return Finding("loss", ok, message, tuple(losses))

@@ -1,0 +1,172 @@
+"""One row of an evaluation's result: the accuracy under one attack, written and read as JSON types."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from typing import Any, Literal
+
+from fastadv.evaluation.distances import Distances
+from fastadv.evaluation.metrics import wilson_interval
+from fastadv.evaluation.wording import distances_text
+from fastadv.evaluation.worst import WorstImages
+from fastadv.fields import check_fields
+from fastadv.ops.values import limit
+
+Status = Literal["ok", "suspect", "invalid"]
+STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One attack of an ensemble.
+
+    Attributes:
+        name: of the attack.
+        correct: images still classified correctly after it and all before it.
+        search: how it searched: a precision of this package's engine, or ``"reference"``.
+        refined: images that were found only by float32 steps after a search in a narrower precision.
+        unconfirmed: how often a point broke its image in the narrower precision alone.
+        seconds: wall-clock time.
+        refinement_seconds: of these float32 steps, a part of ``seconds``.
+    """
+
+    name: str
+    correct: int
+    search: str = REFERENCE
+    refined: int = field(default=0, compare=False)
+    unconfirmed: int = field(default=0, compare=False)
+    seconds: float = field(default=0.0, compare=False)
+    refinement_seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Accuracy under one attack.
+
+    Attributes:
+        name: of the attack.
+        n: images evaluated.
+        correct: images classified correctly under the attack.
+        eps: radius of the ball, 0 without an attack and for an attack without a ball.
+        seed: seed of the random numbers.
+        seconds: wall-clock time.
+        alpha: step size, where the attack has one.
+        steps: number of steps, where the attack has one.
+        status: ``"ok"``, ``"suspect"`` (may be too high) or ``"invalid"``.
+        notes: warnings and violations, one sentence each.
+        stages: for an ensemble, the images that withstood each of its attacks.
+        search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
+            ``"reference"``.
+        variant: the difference from other attacks of its name, such as a constant of its own.
+        surrogate: the model on which the adversarial images were made; empty where it was the judged one.
+        distances: for an attack without a ball, how far its adversarial images are.
+        worst: adversarial images of the attack, where some were to be kept; they are no part of its JSON.
+    """
+
+    name: str
+    n: int
+    correct: int
+    eps: float
+    seed: int
+    seconds: float
+    alpha: float | None = None
+    steps: int | None = None
+    status: Status = "ok"
+    notes: tuple[str, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    search: str = ""
+    variant: str = ""
+    surrogate: str = ""
+    distances: Distances | None = None
+    worst: WorstImages | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        limit("eps", self.eps)
+        wilson_interval(self.correct, self.n)  # checks the counts
+
+    @property
+    def accuracy(self) -> float:
+        """Fraction of the images classified correctly."""
+        return self.correct / self.n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the accuracy, fractions."""
+        return wilson_interval(self.correct, self.n)
+
+    @property
+    def title(self) -> str:
+        """The attack's name, with its variant and its surrogate."""
+        source = f" from {self.surrogate}" if self.surrogate else ""
+        return self.name + (f" ({self.variant})" if self.variant else "") + source
+
+    @property
+    def is_white_box(self) -> bool:
+        """Whether it is an accuracy in a ball, on images made for the judged model itself, or on clean images."""
+        return not self.surrogate and self.distances is None
+
+    def line(self) -> str:
+        """The row in one line of text."""
+        low, high = self.interval
+        text = (
+            f"{self.title}: {100 * self.accuracy:.2f} % ({self.correct}/{self.n}, "
+            f"95 % interval {100 * low:.2f} to {100 * high:.2f}), {self.seconds:.1f} s, {self.status}"
+        )
+        remarks = [
+            *([] if self.distances is None else [distances_text(self.distances)]),
+            *self.notes,
+        ]
+        return text + "".join(f"\n  {remark}" for remark in remarks)
+
+
+def row_to_dict(row: Row) -> dict[str, Any]:
+    """All figures of a row, with accuracy and interval written out; adversarial images are left out."""
+    content = asdict(replace(row, worst=None))
+    del content["worst"]
+    return {**content, "accuracy": row.accuracy, "interval": row.interval}
+
+
+def row_from_dict(entry: dict[str, Any]) -> Row:
+    """Read a row back from an entry of ``Report.to_dict``.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: when a number is out of range.
+    """
+    # Before there was a choice, only the reference ran ensembles, which alone have stages.
+    known: dict[str, Any] = {"search": REFERENCE if entry["stages"] else "", **entry}
+    values = known_fields(Row, known)
+    values["notes"] = tuple(entry["notes"])
+    values["stages"] = tuple(Stage(**known_fields(Stage, stage)) for stage in entry["stages"])
+    if values.get("distances") is not None:
+        values["distances"] = Distances.from_dict(values["distances"])
+    return Row(**{**values, "worst": None})
+
+
+def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
+    """The values that an entry has for the fields of a dataclass.
+
+    Other versions may write more fields, or fewer of the later ones.
+
+    Raises:
+        KeyError: when a field without a default is missing.
+    """
+    needed = [f.name for f in fields(kind) if f.default is f.default_factory is MISSING]
+    for name in needed:
+        entry[name]
+    return {f.name: entry[f.name] for f in fields(kind) if f.name in entry}
+
+
+def check_white_box(robust: Row) -> None:
+    """Require an accuracy that may stand for a model's robust accuracy.
+
+    Raises:
+        ValueError: for adversarial images of a surrogate, and for an attack without a ball.
+    """
+    if not robust.is_white_box:
+        raise ValueError(
+            f"robust must be an attack in a ball on the judged model itself, got {robust.title!r}"
+        )

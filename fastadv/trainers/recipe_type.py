@@ -1,0 +1,47 @@
+"""The type of the recipe classes, which knows the names that other code gives to their numbers."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABCMeta
+from typing import Any, TypeVar
+
+from fastadv.attacks.options import SYNONYMS
+from fastadv.ops.values import closest
+
+T = TypeVar("T")
+# The names of these numbers in other code.
+_SYNONYMS = {
+    **SYNONYMS,
+    **dict.fromkeys(("wd", "l2_reg", "decay"), "weight_decay"),
+    **dict.fromkeys(("scheduler", "lr_schedule", "lr_scheduler"), "schedule"),
+    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs"), "epochs"),
+    **dict.fromkeys(("amp", "dtype"), "precision"),
+    "bs": "batch_size",
+    "lambda_": "lam",
+}
+
+
+class RecipeType(ABCMeta):
+    """The type of the recipe classes: looks at the names of the numbers before a recipe is made."""
+
+    def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
+        """Make a recipe.
+
+        Raises:
+            TypeError: a number that it does not have; the message says which was probably meant.
+        """
+        known = inspect.signature(cls).parameters
+        for name in numbers:
+            if name not in known:
+                hint = closest(name, known, _SYNONYMS)
+                raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
+        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
+        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
+        return made
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return signature.replace(parameters=list(signature.parameters.values())[1:])

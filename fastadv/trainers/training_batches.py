@@ -1,0 +1,76 @@
+"""The training batches of a run, and the images that are held out of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastadv.data import (
+    Batches,
+    ImageData,
+    Loader,
+    Splits,
+    StreamedData,
+    StreamLoader,
+    split_validation,
+    subset,
+)
+from fastadv.ranks import Ranks
+from fastadv.trainers.recipe import Recipe
+
+
+def build_loader(
+    splits: Splits,
+    extra: ImageData | None,
+    recipe: Recipe,
+    device: torch.device,
+    ranks: Ranks,
+) -> tuple[Batches, ImageData]:
+    """Build the training batches, and choose the images that are held out of them or for testing."""
+    training, watched = splits.train, splits.test
+    common: dict[str, Any] = {
+        "seed": recipe.seed,
+        "device": device,
+        "channels_last": recipe.channels_last,
+        "rank": ranks.rank,
+        "world_size": ranks.count,
+    }
+    if isinstance(training, StreamedData):
+        _check_streamed(recipe, extra, training.supports)
+        return StreamLoader(training, recipe.batch_size, **common), watched
+    if recipe.holdout:
+        training, watched = split_validation(training, recipe.holdout, recipe.seed)
+    if recipe.train_images is not None:
+        training = _some_of(training, recipe.train_images, recipe.seed)
+    loader = Loader(
+        training,
+        recipe.batch_size,
+        train=True,
+        pad=recipe.pad,
+        mode=recipe.pad_mode,
+        flip=recipe.flip,
+        extra=extra,
+        extra_fraction=recipe.extra_fraction,
+        **common,
+    )
+    return loader, watched
+
+
+def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
+    """Refuse options that only images in memory can have."""
+    if extra is not None:
+        raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
+    wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
+    for name, value in wanted.items():
+        if name not in supported and getattr(recipe, name) != value:
+            raise ValueError(
+                f"{name} must be {value} with StreamedData, whose dataset chooses and augments all "
+                f"images itself, got {getattr(recipe, name)}"
+            )
+
+
+def _some_of(training: ImageData, count: int, seed: int) -> ImageData:
+    if count > len(training):
+        raise ValueError(f"train_images must be <= {len(training)}, the images there, got {count}")
+    return subset(training, count, seed)
