@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class PGDSettings(AttackSettings):
     keep: Keep = "last"
     loss: str | LossFunction = "ce"
     sparsity: float = 0.95
+    _without_steps: ClassVar[str] = "the attack would stay where it begins"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -56,6 +57,8 @@ class PGDSettings(AttackSettings):
         """
         super().__post_init__()
         limit("alpha", self.step_size)
+        if self.step_size == 0 < self.eps:
+            raise ValueError(f"alpha must be > 0, got 0; {self._without_steps}")
         width = self.bounds[1] - self.bounds[0]
         if self.norm == "linf" and self.step_size >= 2 * width > 0:
             raise ValueError(
@@ -186,7 +189,7 @@ class PGD(Attack):
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
             eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
-                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1]. Values of tensors are not checked.
+                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1].
             start: images within the bounds to begin from.
             alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
