@@ -85,6 +85,25 @@ def _tell_of_default_radius(settings: AttackSettings) -> None:
         )
 
 
+_ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
+
+
+def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
+    """Warn where the gradients that were followed led nowhere: then images stay right that are not robust."""
+    leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
+    if report.nan_gradients:
+        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
+    elif leads_on and report.elements and report.zero_gradient_share == 1:
+        what = "zero everywhere"
+    else:
+        return
+    warnings.warn(
+        f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
+        "nothing of the model; fastadv.Square needs no gradient",
+        stacklevel=5,
+    )
+
+
 def _check_no_tensor(name: str, value: object) -> None:
     """Refuse a tensor: settings are compared, shown and hashed."""
     entries = value if isinstance(value, tuple | list) else (value,)
@@ -241,6 +260,8 @@ class Attack(Configured):
                 tuple(batch.counters.losses),
                 outside_share(adv, x, radius, settings.norm, bounds),
             )
+        if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
+            _tell_of_gradients(self._last, settings)
         return adv
 
     def _ready(self, x: Tensor) -> Engine:
