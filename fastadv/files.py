@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import time
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -173,6 +174,24 @@ def sha256_of(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Check the content of a file that `torch.save` wrote by its checksums, at which `torch.load` does not look.
+
+    Args:
+        path: of a file that `torch.load` can read. One without checksums is taken as it is.
+
+    Raises:
+        ValueError: an entry is damaged.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        has_checksums = any(entry.CRC for entry in archive.infolist())
+        damaged = archive.testzip() if has_checksums else None
+    if damaged is not None:
+        raise ValueError(f"its entry {damaged!r} is damaged: the checksum is another")
 
 
 def _modified(path: Path) -> float:

@@ -105,6 +105,29 @@ def _check_within(x: Tensor, bounds: Bounds) -> None:
         )
 
 
+def check_limits(name: str, values: float | Tensor | None, largest: float = math.inf) -> None:
+    """Check the values of radii or step sizes, if they are a tensor; on a GPU this waits for the device once.
+
+    Args:
+        name: of the argument.
+        values: the numbers.
+        largest: of the radii that make sense.
+
+    Raises:
+        ValueError: one is negative, not finite or larger.
+    """
+    if not isinstance(values, Tensor) or values.numel() == 0:
+        return
+    low, high = torch.stack(values.detach().double().aminmax()).tolist()
+    if not (low >= 0 and high < math.inf and high <= largest * (1 + 1e-6)):  # also where one is NaN
+        most = (
+            "" if largest == math.inf else f" and at most {largest:.6g}, in the units of the images"
+        )
+        raise ValueError(
+            f"{name} must be finite and >= 0{most}, got values from {low:.6g} to {high:.6g}"
+        )
+
+
 def check_start(start: Tensor) -> None:
     """Check the values of points to start from; on a GPU this waits for the device once.
 

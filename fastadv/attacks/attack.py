@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +20,7 @@ from fastadv.attacks.arguments import (
     check_batch,
     check_images,
     check_labels,
+    check_limits,
     check_seed,
     check_start,
 )
@@ -35,7 +37,7 @@ from fastadv.engine.wish import Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
-from fastadv.ops.values import check_bool, check_radius, integer, limit, shown
+from fastadv.ops.values import check_bool, check_radius, integer, largest_radius, limit, shown
 from fastadv.seeding import draw_seed
 
 
@@ -70,6 +72,37 @@ class AttackSettings:
         limit("eps", self.eps)
         if self.norm == "linf":  # in others it takes the size of an image to tell
             check_radius("eps", self.eps, self.norm, self.bounds)
+
+
+def _tell_of_default_radius(settings: AttackSettings) -> None:
+    """Warn where a radius is the default, which is meant for other norms and images."""
+    usual = settings.norm == "linf" and settings.bounds == (0.0, 1.0)
+    if settings.eps == 8 / 255 and not usual:
+        low, high = settings.bounds
+        warnings.warn(
+            f"eps is 8/255, the default for linf within bounds (0, 1), in an attack in {settings.norm} within "
+            f"bounds ({low:g}, {high:g}); give the radius in this norm, in the units of the images",
+            stacklevel=5,
+        )
+
+
+_ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
+
+
+def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
+    """Warn where the gradients that were followed led nowhere: then images stay right that are not robust."""
+    leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
+    if report.nan_gradients:
+        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
+    elif leads_on and report.elements and report.zero_gradient_share == 1:
+        what = "zero everywhere"
+    else:
+        return
+    warnings.warn(
+        f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
+        "nothing of the model; fastadv.Square needs no gradient",
+        stacklevel=5,
+    )
 
 
 def _check_no_tensor(name: str, value: object) -> None:
@@ -127,6 +160,7 @@ class Attack(Configured):
         self.model = model
         self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
+        _tell_of_default_radius(settings)
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -152,8 +186,7 @@ class Attack(Configured):
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
-            eps: radius for this call, a number or one per image [B], whose values are not checked. Step sizes
-                change in proportion.
+            eps: radius for this call, a number or one per image [B]. Step sizes change in proportion.
             start: images within the bounds to begin from, [B, ...], in place of the attack's own start; they are
                 brought into the ball first.
 
@@ -197,6 +230,9 @@ class Attack(Configured):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
                 check_images(x, bounds)
+                largest = largest_radius(bounds, settings.norm, x.shape[1:].numel())
+                check_limits("eps", radius, largest)
+                check_limits("alpha", pace.alpha)
                 if start is not None:
                     check_start(start)
             engine = self._ready(x)
@@ -225,6 +261,8 @@ class Attack(Configured):
                 tuple(batch.counters.losses),
                 outside_share(adv, x, radius, settings.norm, bounds),
             )
+        if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
+            _tell_of_gradients(self._last, settings)
         return adv
 
     def _ready(self, x: Tensor) -> Engine:

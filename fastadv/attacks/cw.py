@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class CWSettings(PGDSettings):
     """The settings of `CW`, checked on creation. It has the same fields."""
 
     loss: str | LossFunction = field(default="cw", init=False)
+    _without_steps: ClassVar[str] = _OTHER_ATTACK
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -45,8 +46,6 @@ class CWSettings(PGDSettings):
                 f"random_start must be True or False, got {self.random_start!r}; {_OTHER_ATTACK}"
             )
         super().__post_init__()
-        if self.alpha == 0 < self.eps:
-            raise ValueError(f"alpha must be > 0, got 0; {_OTHER_ATTACK}")
 
 
 class CW(PGD):

@@ -30,6 +30,11 @@ class FGSMSettings(PGDSettings):
         super().__post_init__()
         object.__setattr__(self, "alpha", self.eps)
 
+    @property
+    def step_size(self) -> float:
+        """As far as the ball reaches."""
+        return self.eps
+
 
 class FGSM(PGD):
     """``clip(x + eps * sign(grad), bounds)``: PGD's first step, with alpha = eps and no random start.

@@ -132,7 +132,7 @@ class PGD(Attack):
             seed: of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
             eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
-                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1]. Values of tensors are not checked.
+                [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1].
             start: images within the bounds to begin from.
             alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as

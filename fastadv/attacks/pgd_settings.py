@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastadv.attacks.attack import AttackSettings
 from fastadv.attacks.objectives import LossFunction, Objective
@@ -23,6 +23,7 @@ class PGDSettings(AttackSettings):
     keep: Keep = "last"
     loss: str | LossFunction = "ce"
     sparsity: float = 0.95
+    _without_steps: ClassVar[str] = "the attack would stay where it begins"
 
     def __post_init__(self) -> None:
         """Check every field.
@@ -33,6 +34,8 @@ class PGDSettings(AttackSettings):
         """
         super().__post_init__()
         limit("alpha", self.step_size)
+        if self.step_size == 0 < self.eps:
+            raise ValueError(f"alpha must be > 0, got 0; {self._without_steps}")
         width = self.bounds[1] - self.bounds[0]
         if self.norm == "linf" and self.step_size >= 2 * width > 0:
             raise ValueError(

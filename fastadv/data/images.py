@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from numbers import Integral
@@ -172,7 +173,29 @@ def from_tensors(
         if labels.numel() == 0:
             raise ValueError("num_classes must be given for empty labels, got None")
         num_classes = int(labels.max()) + 1
-    return ImageData(_to_uint8(images), labels, num_classes, name)
+        _tell_of_labels_from_one(labels, name)
+    data = ImageData(_to_uint8(images), labels, num_classes, name)
+    _tell_of_dark_images(data.images, name)
+    return data
+
+
+def _tell_of_labels_from_one(labels: Tensor, name: str) -> None:
+    first, last = (int(value) for value in torch.aminmax(labels))
+    if first == 1 < last:
+        warnings.warn(
+            f"labels of {name} are in 1 .. {last}, counted from 1, so that class 0 of {last + 1} has no image; "
+            f"subtract 1, or give num_classes",
+            stacklevel=3,
+        )
+
+
+def _tell_of_dark_images(images: Tensor, name: str) -> None:
+    if images.numel() > 0 and int(images.max()) == 1:
+        warnings.warn(
+            f"images of {name} hold nothing but 0 and 1 of 0 .. 255, which is black; uint8 images must be in "
+            "0 .. 255, floating-point images in 0 .. 1, not divided by 255 twice",
+            stacklevel=3,
+        )
 
 
 def _as_tensor(name: str, value: Tensor) -> Tensor:

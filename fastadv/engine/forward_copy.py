@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from fastadv.engine import proof
 from fastadv.engine.alone import alone_with
+from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.counters import plain_state
 from fastadv.engine.engines import unwrapped
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.forward_pass import ForwardPass
@@ -81,11 +84,15 @@ class ForwardCopy:
                 raise Unrecordable(fault)
             _without_gradients(self._copy)
             self._sizes[x.shape[0]] = True
+            self._numbers = plain_state(self._whole)  # now, since recordings may count
+            if plain_state(self._whole) != self._numbers:
+                raise Unrecordable("it holds an iterator, whose state cannot be seen")
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still has the weights and modes that were copied."""
-        return self._standstill.holds(self._model)
+        """Whether the model still has the weights, modes, hooks and settings that were copied."""
+        same = self._standstill.holds(self._model)
+        return same and plain_state(self._whole) == self._numbers
 
     def serves(self, x: Tensor) -> bool:
         """Whether the model does the same with this number of images, which is recorded once for each number."""
@@ -145,23 +152,27 @@ def _laid_out(x: Tensor) -> Tensor:
 
 
 class _Standstill:
-    """Tells whether a model has other weights, buffers or modes than when this was made.
+    """Tells whether a model has other weights, buffers, modes or hooks than when this was made.
 
-    Torch counts the changes of a tensor. Buffers are compared as well, since processes that train together write
-    the old values into them again.
+    Torch counts the changes of a tensor, but not those through ``tensor.data``, as averages of weights are often
+    written. On the CPU a hash of all weights shows them. Buffers are compared as well, since processes that train
+    together write into them what is there already.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._content = _content_of(model)
         self._parameters = [(p, _version(p)) for p in model.parameters()]
         self._buffers = [(b, _version(b), b.clone()) for b in model.buffers()]
-        self._modes = [(module, module.training) for module in model.modules()]
+        self._modes = _modes_of(model)
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model is as it was."""
         parameters, buffers = list(model.parameters()), list(model.buffers())
         if len(parameters) != len(self._parameters) or len(buffers) != len(self._buffers):
             return False
-        if [(module, module.training) for module in model.modules()] != self._modes:
+        if _modes_of(model) != self._modes:
+            return False
+        if self._content is not None and _content_of(model) != self._content:
             return False
         return all(
             p is then and _version(p) == version
@@ -170,6 +181,23 @@ class _Standstill:
             b is then and (_version(b) == version or torch.equal(b, value))
             for b, (then, version, value) in zip(buffers, self._buffers, strict=True)
         )
+
+
+def _content_of(model: nn.Module) -> tuple[Any, ...] | None:
+    return content([*model.parameters(), *model.buffers()])
+
+
+def _modes_of(model: nn.Module) -> list[tuple[Any, ...]]:
+    """Of each module its mode, its forward hooks, and a forward of its own."""
+    return [
+        (
+            module,
+            module.training,
+            (*module._forward_pre_hooks.values(), *module._forward_hooks.values()),
+            vars(module).get("forward"),
+        )
+        for module in model.modules()
+    ]
 
 
 def _version(tensor: Tensor) -> int:

@@ -139,9 +139,11 @@ def agrees(engine: Engine, recording: Recording, with_gradient: bool) -> bool:
     """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients."""
     images = recording.images.detach()
     try:
-        if with_gradient and recording.gradients:
-            return evidence_of(recording).against(engine) is None
         logits = engine.logits(engine.images(images))
+        if with_gradient and recording.gradients:
+            fault = evidence_of(recording).against(engine)
+            if fault is not None:
+                return False
     except Exception:  # as when building
         return False
     return difference_of_logits(logits, recording.logits.detach(), engine.precision) is None

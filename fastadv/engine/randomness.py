@@ -215,6 +215,8 @@ def _generators_in(
     if id(value) in seen or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
         return
     seen.add(id(value))
+    if isinstance(value, random.SystemRandom):
+        return  # has no state; the recorder sees it read the system's numbers
     if isinstance(value, random.Random):
         yield id(value), (name, value.getstate)
     elif isinstance(value, np.random.Generator):

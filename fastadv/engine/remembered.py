@@ -29,6 +29,7 @@ _COSTLY = frozenset(
 )  # fmt: skip
 _MOST_BYTES = 2**27  # of results that are kept: two images of 224 x 224 in ConvNeXt-T are 103 MB
 _MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
+_WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
 
 
 class Remembered:
@@ -112,6 +113,7 @@ class Changes:
     def __init__(self) -> None:
         self._versions: list[tuple[weakref.ref[Tensor], int]] = []
         self._wasted = 0  # proofs in a row that were remembered for nothing
+        self._by_logits = 0  # proofs since gradients were compared
 
     def are_certain(self) -> bool:
         """Whether a tensor of the last proof has been written to."""
@@ -124,6 +126,17 @@ class Changes:
     def used(self) -> None:
         """Note that a remembered proof has served."""
         self._wasted = -1  # the next change does not come too early
+
+    def gradients_are_due(self) -> bool:
+        """Whether the next proof is to compare gradients; asked once for each proof.
+
+        In a narrow precision other weights can have right logits and wrong gradients. In training the weights
+        change a little before each use, so that some proofs in a row may do without.
+        """
+        in_training = self._wasted + 1 >= _MOST_WASTED and self.are_certain()
+        due = not in_training or self._by_logits >= _WITHOUT_GRADIENTS
+        self._by_logits = 0 if due else self._by_logits + 1
+        return due
 
     def worth_remembering(self, recording: Recording) -> bool:
         """Note a new proof; whether one like it is likely to serve again."""

@@ -221,8 +221,12 @@ class EngineCache:
             if copy is not None:
                 engine, is_new = copy.engine_for(batch), batch not in copy.sizes
                 engine.refresh(recording)
+                with_gradient = is_new or copy.changes.gradients_are_due()
+                shown = recording
+                if with_gradient and not recording.gradients:
+                    shown = _with_gradients(copy, model, x, careful) or recording
                 with engine.session(model, 0, current=True):
-                    agrees = proof.agrees(engine, recording, with_gradient=is_new)
+                    agrees = proof.agrees(engine, shown, with_gradient)
                 if not agrees:
                     kept.remove(copy)
                     self._parted[kind, engine.precision] += 1
@@ -242,6 +246,17 @@ def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
     kept.remove(copy)
     kept.insert(0, copy)
     return copy.engine_for(batch)
+
+
+def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> Recording | None:
+    """A recording with a graph, of as few images as the copy serves; None where memory does not suffice."""
+    try:
+        recording = record(model, finite(x[:PROBES]), careful=careful)
+        if not copy.tape.describes(recording):
+            recording = record(model, finite(x), careful=careful)
+    except torch.OutOfMemoryError:
+        return None
+    return recording
 
 
 def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> None:

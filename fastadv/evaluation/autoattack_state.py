@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fastadv.evaluation.answers import answers_of, are_alike
 from fastadv.evaluation.context import Model
 from fastadv.evaluation.samples import Samples
-from fastadv.files import write_atomically
+from fastadv.files import check_archive, write_atomically
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -146,7 +146,9 @@ class AutoAttackState(StateFolder):
         if not path.exists():
             return None
         try:
-            return BatchRecord(**torch.load(path, map_location="cpu", weights_only=True))
+            record = BatchRecord(**torch.load(path, map_location="cpu", weights_only=True))
+            check_archive(path)
+            return record
         except Exception as error:
             raise ValueError(
                 f"{path} cannot be read ({error!r}); delete it to redo the batch"

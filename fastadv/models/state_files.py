@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 import torch
 
 from fastadv.fields import arguments_checked
+from fastadv.files import check_archive
 
 # How torch wrote before 1.6: four pickles, of which the last is the saved object.
 _PICKLES_OF_OLD_FILES = 4
@@ -70,7 +71,9 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
 
             return load_file(path)
         with torch.serialization.safe_globals([_stand_in(name) for name in _names_in(path)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        check_archive(path)
+        return state
     except Exception as error:  # both readers raise many types for foreign files
         # torch puts its reason into an advice to let the file run any code, which is not repeated here.
         refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None

@@ -190,14 +190,22 @@ def check_radius(
         ValueError: the radius is larger.
     """
     low, high = bounds
-    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
-    largest = (high - low) * elements ** (1 / order)
+    largest = largest_radius(bounds, norm, elements)
     if eps > largest * (1 + 1e-6):  # computed in float32 it may be a rounding error larger
         raise ValueError(
             f"{name} must be at most {largest:.6g} in {norm}, the distance between the farthest images "
             f"within bounds ({low:g}, {high:g}), got {eps:g}; it is in the units of the images: a radius of "
             f"{eps:g} in pixels of 0..255 is {eps:g}/255 in images of 0..1"
         )
+
+
+def largest_radius(bounds: tuple[object, object], norm: str, elements: int) -> float:
+    """The distance between the farthest images within bounds; infinity where a bound is a tensor."""
+    low, high = bounds
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return math.inf
+    order = {"linf": math.inf, "l2": 2, "l1": 1}[norm]
+    return (number("bounds", high) - number("bounds", low)) * float(elements ** (1 / order))
 
 
 def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:

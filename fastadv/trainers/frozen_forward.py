@@ -46,6 +46,10 @@ class FrozenForward:
         self._copy: ForwardCopy | None = None
         self.reason: str | None = None
 
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this is a result of that very model."""
+        return self._model is model
+
     def __call__(self, x: Tensor) -> Tensor:
         """Return the result for images [B, C, H, W]; called without gradients and under the run's autocast."""
         copy = self._ready(x)

@@ -324,12 +324,12 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
         Args:
             name: the model's name in messages.
-            model: the model, always the same by this name.
+            model: the model. Another one by this name takes the place of the former.
             x: images [B, C, H, W].
             output: as there.
         """
         found = self._frozen.get((name, output))
-        if found is None:
+        if found is None or not found.is_of(model):
             found = FrozenForward(name, model, output, self.runtime.autocast_dtype)
             self._frozen[name, output] = found
         with torch.no_grad(), self.autocast():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,7 @@ SETTINGS: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"alpha": -1}, ValueError, ["alpha must be", ">= 0", "-1"]),
     ({"alpha": NAN}, ValueError, ["alpha must be finite", "nan"]),
     ({"alpha": [0.1]}, TypeError, ["alpha must be a number", "[0.1]"]),
+    ({"alpha": 0}, ValueError, ["alpha must be > 0", "got 0"]),
     ({"steps": 0}, ValueError, ["steps must be >= 1", "0"]),
     ({"steps": -3}, ValueError, ["steps must be >= 1", "-3"]),
     ({"steps": 2.0}, TypeError, ["steps must be an integer", "2.0"]),
@@ -344,3 +346,38 @@ def test_other_errors_keep_their_words_whatever_the_layout() -> None:
         fastadv.pgd_fused(CONVOLUTION, images(4) * 255, ZEROS)
     with pytest.raises(RuntimeError, match="channels"):  # no permutation helps: it has 5 of them
         fastadv.pgd_fused(CONVOLUTION, torch.rand(4, 5, 8, 4), ZEROS)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", ["eps", "alpha"])
+@pytest.mark.parametrize("number", [NAN, INF, -0.1, 8.0])
+def test_numbers_in_tensors_are_checked_with_the_images(
+    name: str, number: float, norm: str
+) -> None:
+    model, (x, y) = linear_model(), batch()
+    few = torch.tensor([0.1, 0.0, number, 0.1])
+    attack = fastadv.PGD(model, eps=0.1, alpha=0.1, steps=1, norm=norm)
+    largest = 1 if norm == "linf" else 192**0.5  # as far as images can be apart
+    if number == 8.0 and (name == "alpha" or number <= largest):
+        attack(x, y, **{name: few})
+        return
+    with pytest.raises(ValueError, match=f"{name} must be finite and >= 0.*got values from"):
+        attack(x, y, **{name: few})
+    attack.check_inputs = False
+    attack(x, y, **{name: few})
+
+
+@pytest.mark.parametrize("other", [{"norm": "l2"}, {"norm": "l1"}, {"bounds": (0.0, 255.0)}])
+@pytest.mark.parametrize("attack", [fastadv.PGD, fastadv.FGSM, fastadv.Square, fastadv.APGD])
+def test_the_default_radius_is_for_linf_and_images_in_0_1(
+    attack: Callable[..., object], other: dict[str, Any]
+) -> None:
+    if attack is fastadv.FGSM and other.get("norm") == "l1":
+        other = {"norm": "l2"}
+    with pytest.warns(UserWarning, match="eps is 8/255, the default for linf") as told:
+        attack(linear_model(), **other)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(linear_model(), eps=0.5, **other)
+        attack(linear_model())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +47,36 @@ def test_gradients_of_reached_margins_count_as_zeros() -> None:
     attack = ATTACKS["cw-l2"](HalfMasked(), precision="fp32")
     attack(x, y)
     assert 0.5 < attack.last.zero_gradient_share < 1
+
+
+@pytest.mark.parametrize(
+    "attack", [fastadv.PGD, fastadv.FGSM, fastadv.MIM, fastadv.CW, fastadv.FriendlyPGD]
+)
+@pytest.mark.parametrize("kind", ["rounded", "nan logits", "nan gradient"])
+def test_gradients_that_lead_nowhere_are_told(attack: type[fastadv.PGD], kind: str) -> None:
+    linear = HalfMasked()
+
+    def model(x: Tensor) -> Tensor:
+        if kind == "rounded":
+            return linear((x * 255).round() / 255)
+        logits = linear(x)
+        if kind == "nan logits":
+            return logits.index_fill(1, torch.tensor([3]), torch.nan)
+        return logits + (0 * x[:, 0, 0, :1]).sqrt()
+
+    x, y = digits_test(4)
+    words = "zero everywhere" if kind == "rounded" else "NaN in .* elements"
+    with pytest.warns(UserWarning, match=f"gradient in x is {words}") as told:
+        attack(model)(x.clamp(0.01, 0.99), y)
+    assert told[0].filename == __file__
+
+
+def test_gradients_that_lead_somewhere_are_not_talked_of() -> None:
+    x, y = digits_test(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.PGD(HalfMasked(), steps=2, engine="eager")(x, y)
+        fastadv.CWL2(HalfMasked(), steps=2, engine="eager")(x, y)
 
 
 @pytest.mark.parametrize("name", ["pgd", "mim", "apgd-ce"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -246,3 +247,28 @@ def test_the_look_at_the_classes_leaves_no_trace(tmp_path: Path) -> None:
     state = torch.get_rng_state()
     check_classes(model, small_data(), torch.device("cpu"), None)
     assert torch.equal(torch.get_rng_state(), state) and model.calls == 0 and model.net.training
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "words"),
+    [
+        (torch.rand(6, 3, 8, 8), torch.arange(6) + 1, r"in 1 \.\. 6, counted from 1"),
+        (torch.rand(6, 3, 8, 8).round().byte(), torch.arange(6), "which is black"),
+        (torch.rand(6, 3, 8, 8) / 255, torch.arange(6), "not divided by 255 twice"),
+    ],
+)
+def test_images_and_labels_in_other_units_are_told(
+    pixels: Tensor, labels: Tensor, words: str
+) -> None:
+    with pytest.warns(UserWarning, match=words) as told:
+        from_tensors(pixels, labels)
+    assert told[0].filename == __file__
+
+
+def test_images_and_labels_in_the_right_units_are_taken() -> None:
+    pixels = images(6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_tensors(pixels, torch.arange(6))
+        from_tensors(pixels, torch.arange(6) + 1, num_classes=7)
+        from_tensors(pixels * 0, torch.arange(6) * 0 + 3)  # one class, without light

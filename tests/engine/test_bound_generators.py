@@ -15,6 +15,7 @@ import fastadv
 X, Y = torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
 METHODS: dict[str, Callable[[], Callable[[], float]]] = {
     "random.Random": lambda: random.Random(0).random,
+    "random.SystemRandom": lambda: random.SystemRandom().random,
     "numpy.random.Generator": lambda: np.random.default_rng(0).random,
     "numpy.random.RandomState": lambda: np.random.RandomState(0).rand,
 }
@@ -39,3 +40,14 @@ def test_a_bound_method_is_seen_to_draw(make: Callable[[], Callable[[], float]])
     engine = fastadv.PGD(Noisy(make()).eval(), steps=1).engine_for(X)
     assert engine.name == "eager" or engine.precision == "fp32"
     assert "draws random numbers" in engine.reason
+
+
+def test_a_generator_without_state_is_seen_to_draw() -> None:
+    """The system's numbers have no state that could be compared."""
+    torch.manual_seed(0)
+    model = Noisy(lambda: 1.0).eval()
+    model.own = random.SystemRandom()
+    assert "draws" not in fastadv.PGD(model, steps=1).engine_for(X).reason
+    model.draw = lambda: model.own.random()
+    with pytest.warns(UserWarning, match="draws random numbers"):
+        assert "draws" in fastadv.PGD(model, steps=1).engine_for(X).reason

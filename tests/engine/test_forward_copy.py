@@ -162,6 +162,42 @@ def test_changed_weights_are_copied_anew_and_equal_buffers_are_not() -> None:
         assert frozen._copy is not first
 
 
+class Scaled(nn.Module):
+    """A teacher with a plain number and a list of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.scale, self.shifts = network("small_cnn"), 1.0, [0.0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x * self.scale + self.shifts[0])
+
+
+CHANGES: dict[str, Callable[[Scaled], object]] = {
+    "past the counter": lambda m: next(m.net.parameters()).data.neg_(),
+    "a number": lambda m: setattr(m, "scale", -2.0),
+    "a number in a list": lambda m: m.shifts.__setitem__(0, 3.0),
+    "a hook": lambda m: m.net.register_forward_hook(lambda module, args, out: -out),
+    "a hook before": lambda m: m.net.register_forward_pre_hook(lambda module, args: (-args[0],)),
+    "a forward": lambda m: setattr(m, "forward", lambda x: -m.net(x)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_a_frozen_model_is_copied_anew(change: str) -> None:
+    """Averages of weights are often written through `tensor.data`, which torch does not count."""
+    model = Scaled().eval()
+    frozen = FrozenForward("teacher", model, logits_of, BF16)
+    with torch.no_grad():
+        before = model(images())
+        frozen(images())
+        assert frozen._copy is not None and frozen._copy.is_current
+        CHANGES[change](model)
+        assert off(before, model(images())) > 0.1
+        assert off(frozen(images()), model(images())) < 0.02
+        assert frozen.reason is None
+
+
 def tapped(model: nn.Module, x: Tensor) -> Tensor | None:
     attack = PGD(model, 8 / 255, 2 / 255, 1, precision="bf16", engine="compiled")
     return FeatureTap().features(attack.engine_for(x), model, x)

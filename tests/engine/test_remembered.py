@@ -17,6 +17,7 @@ import fastadv
 from fastadv.engine import remembered
 from fastadv.engine.content import content
 from fastadv.engine.engines import EngineOnCopy
+from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
 
@@ -335,3 +336,39 @@ def test_a_model_that_is_trained_is_not_remembered_for_nothing(
         model.first.weight.data.mul_(1.01)  # past torch's counters
     use(False)
     assert len(refreshed) == 3
+
+
+class Ripple(nn.Module):
+    """Where its ripple is small and fast, bfloat16 has its logits and not its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = conv(3, 16), nn.Linear(16, 4)
+        self.height, self.rate = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv(x)
+        return self.head((h.relu() + self.height * torch.sin(self.rate * h)).mean((2, 3)))
+
+
+@pytest.mark.skipif(not fast_bf16(torch.device("cpu")), reason="this CPU has no fast bfloat16")
+@pytest.mark.parametrize("way", ["plain", "whole batches", "in training"])
+def test_new_weights_whose_gradients_are_lost_in_bfloat16_are_noticed(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = Ripple(), images(8)
+    if way == "whole batches":
+        model.register_forward_hook(lambda module, args, out: out if len(out) > 2 else -out)
+    attack = fastadv.PGD(model, steps=1)
+    attack(x, Y)
+    assert attack.last.precision == "bf16"
+    with torch.no_grad():
+        for _ in range(4 if way == "in training" else 0):
+            model.head.weight.mul_(1.01)
+            attack(x, Y)
+        model.height.fill_(0.005)
+        model.rate.fill_(2000.0)
+    for _ in range(16 if way == "in training" else 1):
+        attack(x, Y)
+        with torch.no_grad():
+            model.head.weight.mul_(1.001)
+    assert attack.last.precision == "fp32"

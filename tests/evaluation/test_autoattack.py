@@ -187,7 +187,15 @@ def test_a_damaged_or_foreign_state_is_refused(tmp_path):
     settings = {"eps": EPS, "version": ("apgd-ce",), "state_dir": tmp_path}
     autoattack(model, (x, y), **settings)
     (batch,) = tmp_path.glob("*.pt")
-    batch.write_bytes(batch.read_bytes()[:100])
+    whole = batch.read_bytes()
+    indices = torch.load(batch)["indices"].numpy().tobytes()
+    place = whole.index(indices)  # one other bit in the numbers of the images
+    batch.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    with pytest.raises(
+        ValueError, match=r"apgd-ce-00000\.pt cannot be read .*is damaged.* delete it"
+    ):
+        autoattack(model, (x, y), **settings)
+    batch.write_bytes(whole[:100])
     with pytest.raises(ValueError, match=r"apgd-ce-00000\.pt cannot be read .* delete it"):
         autoattack(model, (x, y), **settings)
     manifest = tmp_path / "manifest.json"

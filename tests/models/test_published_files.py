@@ -327,3 +327,27 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             load_teacher(tmp_path / name, make_model(2))
     with pytest.raises(FileNotFoundError, match=r"a\.pt: no such file"):
         load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("with_checksums", [True, False])
+def test_a_file_with_one_other_bit_is_refused(with_checksums: bool, tmp_path: Path) -> None:
+    """`torch.load` returns other weights without a word."""
+    state, file = make_model(0).state_dict(), tmp_path / "weights.pt"
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(with_checksums)
+    try:
+        torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert states_equal(read_state_file(file), state)
+    content = bytearray(file.read_bytes())
+    place = content.index(state["conv2.weight"].numpy().tobytes()[:64])
+    content[place + 3] ^= 1
+    file.write_bytes(content)
+    if with_checksums:
+        with pytest.raises(StateFileError, match=r"weights\.pt: .*'weights/data/\d+' is damaged"):
+            read_state_file(file)
+        with pytest.raises((StateFileError, CheckpointError), match=r"weights\.pt: .*is damaged"):
+            load_teacher(file, make_model(1))
+    else:  # nobody can tell
+        assert not states_equal(read_state_file(file), state)

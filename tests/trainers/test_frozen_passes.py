@@ -105,3 +105,16 @@ def test_an_arrest_step_proves_its_copy_once(monkeypatch: pytest.MonkeyPatch) ->
         method.step(make_batch(), update)
     assert 0 < shares[-1] < 1  # the attack has another number of images than the drift
     assert len(refreshed) == 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_another_teacher_in_the_same_place_is_asked_at_once(dtype: torch.dtype | None) -> None:
+    """As a callback does that renews a teacher during training."""
+    method = method_in(dtype, "hat", {})
+    x = make_batch().x
+    first = method.teacher_output("teacher", x)
+    other = make_model(7).eval()
+    method.teachers["teacher"] = other
+    found = method.teacher_output("teacher", x)
+    assert not torch.allclose(found.float(), first.float(), rtol=0.05)
+    torch.testing.assert_close(found.float(), other(x).detach(), rtol=0.05, atol=0.05)
