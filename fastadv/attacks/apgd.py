@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastadv.attacks.apgd_advance import MOMENTUM
 from fastadv.attacks.apgd_l1 import run_l1
 from fastadv.attacks.arguments import Precision, TrainMode
 from fastadv.attacks.attack import Attack, AttackSettings
@@ -29,7 +30,6 @@ from fastadv.engine.engines import Model
 from fastadv.ops.values import integer
 
 Loss = Literal["ce", "dlr", "cw", "ce-t", "dlr-t"]
-MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
 
 
 @dataclass(frozen=True)

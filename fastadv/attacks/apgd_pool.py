@@ -97,6 +97,8 @@ class APGDPool:
             succeeded.
         passes: through the network for one gradient, which is their mean; more than one for a model that draws
             random numbers (EOT, expectation over transformations).
+        otherwise: an attack with the same settings on another engine, that goes on where the attack's own engine
+            cannot run the model.
 
     Attributes:
         steps: gradients taken so far, each of a row with a run.
@@ -116,6 +118,7 @@ class APGDPool:
         set_aside: bool = False,
         early: bool = True,
         passes: int = 1,
+        otherwise: APGD | None = None,
     ) -> None:
         if attack.targeted or attack.train_mode:
             raise ValueError(
@@ -125,7 +128,7 @@ class APGDPool:
             raise ValueError(
                 f"norm must be one of {', '.join(NORMS)} in a pool, got {attack.norm!r}"
             )
-        self._attack, self._seed = attack, seed
+        self._attack, self._seed, self._otherwise = attack, seed, otherwise
         self._set_aside, self._early, self._passes = set_aside, early, passes
         self._points = checkpoints(attack.steps)
         self._sizes = _sizes(attack, size)
@@ -151,6 +154,15 @@ class APGDPool:
         if not first:
             return
         _Work(self, first, queue, take, referee, sample_ids).carry_out()
+
+    def engine_for(self, x: Tensor) -> Engine:
+        """The engine for a batch like ``x``."""
+        try:
+            return self._attack.engine_for(x)
+        except ValueError:
+            if self._otherwise is None:
+                raise
+        return self._otherwise.engine_for(x)
 
     def seed_of(self, number: int) -> int:
         """The seed of the random starts of an image's runs, as `APGD` chooses it."""
@@ -187,7 +199,7 @@ class _Work:
         attack = self._attack
         with attack.held(self._slots.x.device):
             while any(run is not None for run in self._runs):
-                engine = attack.engine_for(self._slots.adv)
+                engine = self._pool.engine_for(self._slots.adv)
                 with engine.session(attack.model, self._pool._seed, current=True):
                     self._slots.fit(engine.images)
                     tick = 0

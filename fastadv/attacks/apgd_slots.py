@@ -13,12 +13,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from fastadv.attacks.apgd import MOMENTUM, APGDSettings
+from fastadv.attacks.apgd import APGDSettings
+from fastadv.attacks.apgd_advance import Images, Rows, advance
 from fastadv.attacks.averaging import mean_gradient
-from fastadv.attacks.best import where_images
 from fastadv.attacks.objectives import Objective, targeted_value
 from fastadv.engine.engines import Engine
-from fastadv.ops import pgd_step_
 
 _NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
 
@@ -143,21 +142,24 @@ class Slots:
         found = mean_gradient(engine, self.adv, self._value_of(settings), passes)
         value, grad = found.value, found.grad
         succeeded = (found.logits.argmax(1) != self.y) & ~found.logits.isnan().any(1)
-        self._keep(fresh, value, succeeded, step, first)
+        keep = self._keep(fresh, value, succeeded, step, first)
         rises = self.rises + (value > self.value)
         self.rises = torch.where(fresh, torch.zeros_like(rises), rises)
         better = fresh | (value > self.best_value)
-        self.best = where_images(better, self.adv, self.best)
-        self.best_grad = where_images(better, grad, self.best_grad.to(grad.dtype))
         self.best_value = torch.where(better, value, self.best_value)
         self.value_then = torch.where(fresh, value, self.value_then)
         self.halved = self.halved | fresh  # so that the first checkpoint cannot ask
         self.value = value
-        direction, point = grad, self.adv
-        if checked is not None:
-            direction, point = self._check(grad, checked, since, settings.rho)
-        self._move(point, direction, fresh, settings)
+        back = None if checked is None else self._check(checked, since, settings.rho)
+        eps, norm, bounds = settings.eps, settings.norm, settings.bounds
+        rows = Rows(fresh, better, keep, back)
+        moved = advance(self._images(), grad, rows, self.alpha, eps, norm, bounds)
+        for name, images in moved._asdict().items():
+            setattr(self, name, images)
         return grad
+
+    def _images(self) -> Images:
+        return Images(self.x, self.adv, self.before, self.best, self.best_grad, self.kept)
 
     def _value_of(self, settings: APGDSettings) -> Callable[[Tensor], Tensor]:
         if settings.aims_at_wrong_classes:
@@ -167,23 +169,21 @@ class Slots:
 
     def _keep(
         self, fresh: Tensor, value: Tensor, succeeded: Tensor, step: Tensor, first: bool
-    ) -> None:
-        """As `Best.offer`, with rows that have nothing yet."""
+    ) -> Tensor:
+        """Which points become the worst case so far, as `Best.offer` says, with rows that have nothing yet."""
         better = (value > self.kept_value) | self.kept_value.isnan()
         better = torch.where(succeeded == self.succeeded, better, succeeded)
         if first:
             better &= ~self.succeeded
         better |= fresh
-        self.kept = where_images(better, self.adv, self.kept)
         self.kept_value = torch.where(better, value, self.kept_value)
         self.kept_alpha = torch.where(better, self.alpha, self.kept_alpha)
         self.kept_step = torch.where(better, step, self.kept_step)
         self.succeeded = torch.where(better, succeeded, self.succeeded)
+        return better
 
-    def _check(
-        self, grad: Tensor, checked: Tensor, since: Tensor, rho: float
-    ) -> tuple[Tensor, Tensor]:
-        """As `StepSizes.check`, for some rows: the gradients and points from which to go on."""
+    def _check(self, checked: Tensor, since: Tensor, rho: float) -> Tensor:
+        """As `StepSizes.check`, for some rows: which of them go back to their best points."""
         too_few = self.rises < rho * since
         stuck = ~self.halved & (self.best_value <= self.value_then)
         back = checked & (too_few | stuck)
@@ -192,14 +192,4 @@ class Slots:
         self.value = torch.where(back, self.best_value, self.value)
         self.value_then = torch.where(checked, self.best_value, self.value_then)
         self.rises = self.rises.masked_fill(checked, 0)
-        return where_images(back, self.best_grad, grad), where_images(back, self.best, self.adv)
-
-    def _move(
-        self, point: Tensor, direction: Tensor, fresh: Tensor, settings: APGDSettings
-    ) -> None:
-        """The next points (algorithm 1, line 7); a run's first step has no earlier movement to go on with."""
-        eps, norm, bounds = settings.eps, settings.norm, settings.bounds
-        stepped = pgd_step_(point.clone(), direction, self.x, eps, self.alpha, norm, bounds)
-        moved = point + MOMENTUM * (stepped - point) + (1 - MOMENTUM) * (point - self.before)
-        moved = pgd_step_(moved, self.x, self.x, eps, 0.0, norm, bounds)
-        self.adv, self.before = where_images(fresh, stepped, moved), point
+        return back

@@ -323,6 +323,16 @@ class Attack(Configured):
         with self._alone(), _own_context(x.device):
             return self._ready(x)
 
+    def share_engines(self, other: Attack) -> None:
+        """Use the engines that another attack on the same model has built or will build, and the memory they take.
+
+        Raises:
+            ValueError: ``other`` attacks another model.
+        """
+        if other.model is not self.model:
+            raise ValueError("other must be an attack on the same model, got one on another model")
+        self._engines = other._engines
+
     def unchanged(self) -> AbstractContextManager[None]:
         """A context in which the caller does not change the model, so that one proof serves for several calls."""
         return self._engines.still()

@@ -22,12 +22,17 @@ from fastadv.ops.philox import WORDS, philox
 DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
 _BLOCKS = 4  # of so many queries, drawn at once for every image
 _MOST = 64  # queries in a pass
-_USEFUL = 0.85  # the least part of the points in a pass that are expected to count
+_USEFUL = 0.8  # the least part of the points in a pass that are expected to count
 _MEMORY = 0.995  # for each query, of the estimated share of queries that change an image
 _ROUNDS_BETWEEN_CHOICES = 32
-# How many numbers in the images of a pass leave a device partly idle: 16 images of 3x32x32 on a CPU.
-_FEW_VALUES = {"cpu": 16 * 3 * 32 * 32}
-_FEW_VALUES_ELSEWHERE = 512 * 3 * 32 * 32
+_IMAGE = 3 * 32 * 32
+# What a pass costs beside its images, in numbers of images: on one thread of a CPU with AMX a pass of ResNet-18
+# costs as much as 2 to 3 images more than it has; on several threads, and with smaller networks, it is more.
+_FIXED = {"cpu": 4 * _IMAGE}
+_FIXED_ELSEWHERE = 512 * _IMAGE
+# How many numbers the images of a pass may have, beyond which more of them do not come cheaper.
+_LARGEST = {"cpu": 64 * _IMAGE}
+_LARGEST_ELSEWHERE = 512 * _IMAGE
 
 
 def words_of_queries(
@@ -66,16 +71,17 @@ class AcceptedShare:
 
 
 def queries_at_once(x: Tensor, share: AcceptedShare) -> int:
-    """How many queries of an image are worth one pass for images ``x``: a power of two."""
-    few = _FEW_VALUES.get(x.device.type, _FEW_VALUES_ELSEWHERE)
-    ahead = 1
-    while (
-        ahead < _MOST
-        and 2 * ahead * x.numel() <= few
-        and share.expected(2 * ahead) >= _USEFUL * 2 * ahead
-    ):
+    """How many queries of an image make the most of a pass for images ``x``: a power of two."""
+    kind, size = x.device.type, x.numel()
+    fixed = _FIXED.get(kind, _FIXED_ELSEWHERE)
+    largest = _LARGEST.get(kind, _LARGEST_ELSEWHERE)
+    best, most, ahead = 1, 1 / (fixed + size), 2
+    while ahead <= _MOST and ahead * size <= largest:
+        useful = share.expected(ahead)
+        if useful >= _USEFUL * ahead and useful / (fixed + ahead * size) > most:
+            best, most = ahead, useful / (fixed + ahead * size)
         ahead *= 2
-    return ahead
+    return best
 
 
 class AheadSearch:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.projections import to_l1_ball
+from fastadv.attacks.square_points import bits, inside_of, square_points, window, words_for
 from fastadv.ops.checks import over_samples
 
-_WORD_BITS = 32
 _TINY = 1e-12
 _TILES = 5  # the first bumps of l2 and l1 form a grid of so many a side
 
@@ -51,12 +51,7 @@ class Proposals(ABC):
         return round(math.sqrt(share * self._height * self._width))
 
     def _window(self, words: Tensor, side: int) -> tuple[Tensor, Tensor]:
-        """Squares at random places, from two words each: rows [B, H, 1] and columns [B, 1, W].
-
-        Each holds its number within the square, and -1 outside.
-        """
-        rows = _numbered(words[:, 0], side, self._height)
-        return rows[:, :, None], _numbered(words[:, 1], side, self._width)[:, None, :]
+        return window(words, side, self._height, self._width)
 
 
 class Squares(Proposals):
@@ -65,7 +60,7 @@ class Squares(Proposals):
     def __init__(self, batch: AttackBatch) -> None:
         super().__init__(batch)
         self.first_words = self._channels * self._width
-        self.next_words = 2 + _words_for(self._channels)
+        self.next_words = 2 + words_for(self._channels)
         radius = over_samples(batch.eps, batch.x) if isinstance(batch.eps, Tensor) else batch.eps
         self._highest = (batch.x + radius).clamp(*batch.bounds)
         self._lowest = (batch.x - radius).clamp(*batch.bounds)
@@ -78,9 +73,7 @@ class Squares(Proposals):
     def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
         """One more square."""
         side = min(max(self._side(share), 1), self._height, self._width)
-        inside = _inside(self._window(words, side))
-        up = _bits(words[:, 2:], self._channels)[:, :, None, None]
-        return torch.where(inside, torch.where(up, self._highest, self._lowest), images)
+        return square_points(images, self._highest, self._lowest, words, side)
 
 
 class Bumps(Proposals):
@@ -93,7 +86,7 @@ class Bumps(Proposals):
         self._tile = max(min(self._height, self._width) // _TILES, 1)
         self._grid = (self._height // self._tile, self._width // self._tile)
         self.first_words = self._grid[0] * self._grid[1] * (self._channels + 1)
-        self.next_words = 4 + _words_for(self._channels + 1)
+        self.next_words = 4 + words_for(self._channels + 1)
 
     def first(self, words: Tensor) -> Tensor:
         """A grid of bumps, each of random sign and orientation."""
@@ -114,8 +107,8 @@ class Bumps(Proposals):
         side = min(side + 1 - side % 2, self._height, self._width)
         delta = images - self._batch.x
         place = self._window(words, side)
-        first, second = _inside(place), _inside(self._window(words[:, 2:], side))
-        flags = _bits(words[:, 4:], self._channels + 1)[:, :, None, None]
+        first, second = inside_of(place), inside_of(self._window(words[:, 2:], side))
+        flags = bits(words[:, 4:], self._channels + 1)[:, :, None, None]
         old = torch.where(first, delta, 0.0)
         bump = self._placed_bump(place, side, flags[:, 0])
         new = torch.where(flags[:, 1:], bump, -bump) + old / (self._length(old, 1) + _TINY)
@@ -191,26 +184,3 @@ def _heap(height: int, width: int, order: int) -> Tensor:
     sums = (steps ** (-4 if order == 1 else -2)).flip(0).cumsum(0).flip(0)
     heap = sums[distance]
     return heap / torch.linalg.vector_norm(heap, order).clamp(min=_TINY)
-
-
-def _numbered(words: Tensor, side: int, length: int) -> Tensor:
-    """Intervals of ``side`` elements at random places, [B, length]: 0 .. side - 1 inside, -1 outside."""
-    start = words * (length - side + 1) >> _WORD_BITS
-    number = torch.arange(length, device=words.device) - start[:, None]
-    return torch.where((number >= 0) & (number < side), number, -1)
-
-
-def _inside(window: tuple[Tensor, Tensor]) -> Tensor:
-    """Which elements lie in a square, [B, 1, H, W] bool."""
-    rows, columns = window
-    return ((rows >= 0) & (columns >= 0))[:, None]
-
-
-def _words_for(bits: int) -> int:
-    return -(-bits // _WORD_BITS)
-
-
-def _bits(words: Tensor, count: int) -> Tensor:
-    """The first bits of some words [B, n], [B, count] bool."""
-    places = torch.arange(_WORD_BITS, device=words.device)
-    return (words[:, :, None] >> places & 1).flatten(1)[:, :count] == 1

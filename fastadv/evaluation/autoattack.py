@@ -238,20 +238,24 @@ def _hunt(
     narrow = (
         wide if engine == "fp32" else APGD(runner.model, eps, APGD_STEPS, engine="fixed", **common)
     )
-    search = REFERENCE
+    search, exact = REFERENCE, None
     if engine != "reference" and (passes == 1 or runner.norm in NORMS):
         x, _ = samples.take(samples.batches(runner.batch_size)[0], runner.device)
         searcher = (wide if engine == "fp32" else narrow).engine_for(x)
         search = searcher.precision
         if search == FP32 and searcher.name == "eager":
             narrow = wide
+        if search != FP32 and runner.device.type == "cpu":
+            exact = APGD(
+                runner.model, eps, APGD_STEPS, precision="fp32", engine="compiled", **common
+            )
     state = None
     if state_dir is not None:
         settings = _settings(runner, attacks, eps, search, ids)
         settings |= {"passes": passes} if passes > 1 else {}
         settings |= {"on": "a copy"} if search == FP32 and narrow is not wide else {}
         state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
-    return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes)
+    return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes, exact=exact)
 
 
 def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:

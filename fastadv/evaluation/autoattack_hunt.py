@@ -49,6 +49,8 @@ class Hunt:
         sample_ids: which random numbers each image gets, int64 [N] on the CPU; None is its index.
         refinement: of the images that a narrow search leaves.
         passes: through the network for each gradient of Auto-PGD.
+        exact: Auto-PGD in float32 on a copy of the model, which refines a narrow search faster than ``wide``; None
+            where there is to be none.
     """
 
     runner: Runner
@@ -61,6 +63,7 @@ class Hunt:
     sample_ids: Tensor | None = None
     refinement: Refinement = Refinement()
     passes: int = 1
+    exact: APGD | None = None
 
     @property
     def is_narrow(self) -> bool:

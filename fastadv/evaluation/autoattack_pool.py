@@ -106,10 +106,14 @@ class PoolSearch:
         if len(self._waiting) >= self._hunt.runner.batch_size:
             self._refine()
 
-    def _pool_of(self, attack: APGD, set_aside: bool) -> APGDPool:
-        attack.loss = LOSSES[self._attack]
+    def _pool_of(self, attack: APGD, set_aside: bool, otherwise: APGD | None = None) -> APGDPool:
+        for one in (attack, otherwise):
+            if one is not None:
+                one.loss = LOSSES[self._attack]
         size, passes = self._hunt.runner.batch_size, self._hunt.passes
-        return APGDPool(attack, size, self._seed, set_aside=set_aside, passes=passes)
+        return APGDPool(
+            attack, size, self._seed, set_aside=set_aside, passes=passes, otherwise=otherwise
+        )
 
     def _runs(self, todo: Tensor) -> Iterator[Run]:
         """All runs, batch by batch of images: the likeliest wrong class of each image first."""
@@ -150,7 +154,11 @@ class PoolSearch:
                 runs.append(Run(image, one.run.number, one.run.target, one.point, one.alpha, step))
         self._refining = True
         try:
-            pool = self._pool_of(self._hunt.wide, set_aside=False)
+            exact, wide = self._hunt.exact, self._hunt.wide
+            if exact is None:
+                pool = self._pool_of(wide, set_aside=False)
+            else:
+                pool = self._pool_of(exact, set_aside=False, otherwise=wide)
             pool.run(runs, self._take, self)
         finally:
             self._refining = False

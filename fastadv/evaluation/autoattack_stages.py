@@ -146,11 +146,16 @@ class OwnSearch(BatchSearch):
         super().__init__(hunt, attack)
         self._own = (BY_BATCH_L1 if hunt.runner.norm == "l1" else BY_BATCH)[attack]
         self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
-        self._narrow = self._make(precision="auto" if hunt.is_narrow else FP32)
-        self._wide = self._make(precision=FP32)
+        self._narrow = self._make("auto" if hunt.is_narrow else FP32)
+        self._narrow.share_engines(hunt.narrow)
+        self._wide = self._make(FP32)
+        self._exact = None
+        if hunt.exact is not None:
+            self._exact = self._make(FP32, engine="compiled")
+            self._exact.share_engines(hunt.exact)
         self.by = hunt.search
 
-    def _make(self, precision: str) -> Attack:
+    def _make(self, precision: str, engine: str = "fixed") -> Attack:
         own, runner = self._own, self._hunt.runner
         return own.kind(
             runner.model,
@@ -158,7 +163,7 @@ class OwnSearch(BatchSearch):
             norm=runner.norm,
             bounds=runner.samples.bounds,
             precision=precision,
-            engine="fixed",
+            engine=engine,
             **own.settings,
             **({"batch_size": runner.batch_size} if own.kind is FAB else {}),
         )
@@ -172,24 +177,37 @@ class OwnSearch(BatchSearch):
     ) -> tuple[int, float]:
         if not self._hunt.is_narrow:
             return 0, 0.0
-        begun = time.perf_counter()
+        begun, refined = time.perf_counter(), 0
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         chosen = ~fooled
         thorough = self._own.thorough and self._hunt.search != FP32
         if not (thorough and bool(fooled.any())):
-            chosen &= self._claims(found, y).cpu()
-        rows = chosen.nonzero().flatten()
-        if len(rows) == 0:
-            return 0, time.perf_counter() - begun
-        some = indices[rows]
-        ids = self._hunt.ids_of(some)
-        tried = self._wide(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
-        adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
-        return int(fooled[rows].sum()), time.perf_counter() - begun
+            chosen &= self._claims(self._narrow, found, y).cpu()
+        for attack in self._in_float32(x[chosen]) if bool(chosen.any()) else ():
+            rows = chosen.nonzero().flatten()
+            if len(rows) == 0:
+                break
+            some = indices[rows]
+            ids = self._hunt.ids_of(some)
+            tried = attack(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
+            adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
+            refined += int(fooled[rows].sum())
+            # Only what a copy takes for broken and the plain model does not is left for the plain model.
+            chosen[rows] = self._claims(attack, tried, y[chosen]).cpu() & ~fooled[rows]
+        return refined, time.perf_counter() - begun
 
-    def _claims(self, found: Tensor, y: Tensor) -> Tensor:
-        """Which images the engine takes for broken, [B] bool."""
-        attack = self._narrow
+    def _in_float32(self, x: Tensor) -> list[Attack]:
+        """The attack on a float32 copy of the model, if one serves, and then on the plain model."""
+        if self._exact is not None:
+            try:
+                self._exact.engine_for(x)
+                return [self._exact, self._wide]
+            except ValueError:
+                self._exact = None
+        return [self._wide]
+
+    def _claims(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
+        """Which images an attack's engine takes for broken, [B] bool."""
         engine = attack.engine_for(found)
         with engine.session(attack.model, self._seed, current=True):
             return engine.logits(engine.images(found)).argmax(1) != y

@@ -140,6 +140,29 @@ def test_nothing_counts_that_float32_does_not_confirm(lying: None) -> None:
     assert sum(stage.refined for stage in result.stages) > 0
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_float32_steps_run_on_a_copy_where_one_serves(
+    serves: bool, lying: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x, y = linear_problem(classes=5, n=24, wrong=2)
+    exact = model.exactly_robust(x, y, EPS)
+    ran: set[tuple[str, str]] = set()
+    honest = attacks.Attack.engine_for
+
+    def engine_for(self: Any, images: Tensor) -> Engine:
+        if not serves and self.precision == "fp32" and self.engine == "compiled":
+            raise ValueError("engine must be 'eager' or 'auto' for this model")
+        engine = honest(self, images)
+        ran.add((engine.precision, engine.name))
+        return engine
+
+    monkeypatch.setattr(attacks.Attack, "engine_for", engine_for)
+    result = autoattack(model, (x, y), eps=EPS, version=("apgd-ce", "square"), batch_size=16)
+    assert (("fp32", "compiled") in ran) == serves
+    assert result.search == "bf16" and result.stages[0].refined > 0
+    assert torch.equal(result.robust, exact) and 0 < int(exact.sum()) < 22
+
+
 def test_it_depends_on_neither_batches_nor_order() -> None:
     model, (x, y) = trained_small_cnn(), digits_test(30)
     settings: dict[str, Any] = dict(eps=0.06, version=("apgd-ce", "apgd-dlr"), engine="fp32")
