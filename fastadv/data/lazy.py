@@ -134,8 +134,12 @@ def read_once(loader: DataLoader[Any], at_most: int | None) -> tuple[Tensor, Ten
             )
     if not images:
         raise ValueError("data must have at least one image, got a DataLoader without batches")
-    if len({(x.shape[1:], x.dtype) for x in images}) > 1:
-        raise ValueError("images of data must have one shape and dtype in all batches")
+    kinds = {f"{x.dtype} {tuple(x.shape[1:])}" for x in images}
+    if len(kinds) > 1:
+        raise ValueError(
+            "images of data must have one shape and dtype in all batches, got "
+            f"{' and '.join(sorted(kinds)[:3])}"
+        )
     return torch.cat(images)[:at_most], torch.cat(labels)[:at_most]
 
 

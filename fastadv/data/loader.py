@@ -160,4 +160,7 @@ def _check_extra(
             f"{batch_size}, got {extra_fraction}"
         )
     if not whole_batches:
-        raise ValueError("extra must be None in evaluation and where incomplete batches are kept")
+        raise ValueError(
+            "extra must be None in evaluation and where incomplete batches are kept, got "
+            f"{len(extra)} images of {extra.name!r}"
+        )

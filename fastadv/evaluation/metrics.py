@@ -150,7 +150,9 @@ def fit_cubic(points: Iterable[tuple[float, float]]) -> Cubic:
             f"points must be pairs (clean, robust) of numbers, got {shown(points)}"
         ) from error
     if not np.isfinite(pairs).all():
-        raise ValueError("points must be finite")
+        raise ValueError(
+            f"points must be finite, got {pairs[~np.isfinite(pairs).all(1)][0].tolist()} among them"
+        )
     different = len(np.unique(pairs[:, 0]))
     if different < 4:
         raise ValueError(f"points must have at least 4 different clean accuracies, got {different}")

@@ -89,6 +89,6 @@ def _search_of(row: Row) -> list[str]:
     refused = sum(stage.unconfirmed for stage in row.stages)
     return [
         text,
-        f"float32 steps after these searches broke {found} more images in {spent:.1f} s; "
-        f"float32 has refused {refused} points",
+        f"float32 steps after these searches broke {found} more image{'s' * (found != 1)} in {spent:.1f} s; "
+        f"float32 has refused {refused} point{'s' * (refused != 1)}",
     ]

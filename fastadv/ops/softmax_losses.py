@@ -29,7 +29,10 @@ def _fitting(kind: str, other: Tensor | None, y: Tensor | None) -> Kind:
     known = _known(kind)
     for name, value, taken in (("other", other, known.takes_other), ("y", y, known.takes_labels)):
         if (value is not None) != taken:
-            raise ValueError(f"{name} must {'be given' if taken else 'be None'} for {kind}")
+            found = "None" if value is None else "a tensor"
+            raise ValueError(
+                f"{name} must {'be given' if taken else 'be None'} for {kind}, got {found}"
+            )
     return known
 
 

@@ -156,7 +156,7 @@ class Recipe(metaclass=RecipeType):
         if self.mixup and self.extra_weight != 1:
             raise ValueError(f"extra_weight must be 1 with mixup, got {self.extra_weight}")
         if self.nesterov and self.momentum == 0:
-            raise ValueError("nesterov needs momentum > 0, got 0")
+            raise ValueError(f"momentum must be > 0 with nesterov, got {self.momentum}")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
         if cycled and self.momentum != type(self).momentum:
             raise ValueError(

@@ -60,7 +60,10 @@ def build_loader(
 def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
     """Refuse options that only images in memory can have."""
     if extra is not None:
-        raise ValueError("extra must be None with StreamedData: let the dataset hold all images")
+        raise ValueError(
+            f"extra must be None with StreamedData, got {len(extra)} images of {extra.name!r}: let the "
+            "dataset hold all images"
+        )
     wanted = {"pad": 0, "flip": False, "holdout": 0, "train_images": None, "extra_fraction": 0}
     for name, value in wanted.items():
         if name not in supported and getattr(recipe, name) != value:

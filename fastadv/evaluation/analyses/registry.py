@@ -46,7 +46,7 @@ def find_analyses(what: Sequence[str]) -> list[Analysis]:
     if isinstance(what, str):
         raise TypeError(f"what must be a list of names, got {what!r}; write [{what!r}]")
     if not what:
-        raise ValueError(f"what must name at least one of {', '.join(ANALYSES)}")
+        raise ValueError(f"what must name at least one of {', '.join(ANALYSES)}, got an empty list")
     for name in what:
         check_choice("what", name, ANALYSES)
     return [ANALYSES[name] for name in dict.fromkeys(what)]
