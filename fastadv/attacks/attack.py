@@ -28,6 +28,7 @@ from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
+from fastadv.attacks.soft_labels import are_probabilities
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen
@@ -86,6 +87,17 @@ def _tell_of_default_radius(settings: AttackSettings) -> None:
         )
 
 
+def _tell_of_short_reach(settings: AttackSettings) -> None:
+    """Warn where all steps together go no farther than a tenth of the radius."""
+    step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
+    if step is not None and steps is not None and step * steps < 0.1 * settings.eps:
+        warnings.warn(
+            f"alpha * steps is {step * steps:.3g}, less than a tenth of eps, {settings.eps:.3g}: the attack "
+            "cannot get far from where it begins; alpha is in the units of the images, as eps is",
+            stacklevel=5,
+        )
+
+
 _ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
 
 
@@ -103,6 +115,17 @@ def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
         "nothing of the model; fastadv.Square needs no gradient",
         stacklevel=5,
     )
+
+
+def _tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
+    """Warn where a loss of logits got probabilities: where a class is certain, it has next to no gradient."""
+    of_logits = isinstance(getattr(settings, "loss", "cw"), str)
+    if of_logits and results is not None and are_probabilities(results):
+        warnings.warn(
+            "the model returns probabilities, of which the losses of logits have other, smaller gradients, so "
+            "that the attack finds too little; leave its softmax out, or return the logarithm",
+            stacklevel=5,
+        )
 
 
 def _check_no_tensor(name: str, value: object) -> None:
@@ -161,6 +184,7 @@ class Attack(Configured):
         self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
         _tell_of_default_radius(settings)
+        _tell_of_short_reach(settings)
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -263,6 +287,7 @@ class Attack(Configured):
             )
         if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
             _tell_of_gradients(self._last, settings)
+            _tell_of_probabilities(batch.counters.first_logits, settings)
         return adv
 
     def _ready(self, x: Tensor) -> Engine:

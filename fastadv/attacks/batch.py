@@ -30,6 +30,7 @@ class CallCounters:
         counts: int64 [2], zero and NaN elements of the gradients.
         elements: number of elements of the gradients.
         losses: mean loss at each gradient.
+        first_logits: those of the first gradient [B, C]; None before it.
     """
 
     engine: str
@@ -37,6 +38,7 @@ class CallCounters:
     counts: Tensor
     elements: int = 0
     losses: list[Tensor] = field(default_factory=list)
+    first_logits: Tensor | None = None
 
 
 class Pace(NamedTuple):
@@ -113,6 +115,8 @@ class AttackBatch:
         found = mean_gradient(self.engine, adv, value_of, self.passes)
         self.counters.elements += adv.numel()
         self.counters.losses.append(self._mean(found.value))
+        if self.counters.first_logits is None:
+            self.counters.first_logits = found.logits
         return found
 
     def _checked(self, value_of: ValueOf) -> ValueOf:

@@ -34,6 +34,13 @@ def soft_divergence(logits: Tensor, y: Tensor) -> Tensor:
     return soft_cross_entropy(logits, y) + torch.special.xlogy(y, y).sum(1)
 
 
+def are_probabilities(logits: Tensor) -> bool:
+    """Whether a model's results [B, C] are likely the output of a softmax, in place of logits."""
+    apart = 8 * torch.finfo(torch.bfloat16).eps  # passes in bfloat16 round each probability
+    least, away = torch.stack((logits.amin(), (logits.sum(1) - 1).abs().amax())).tolist()
+    return bool(least >= 0 and away <= apart)
+
+
 def check_soft_labels(y: Tensor, batch: int, obstacle: str | None) -> Tensor:
     """Check the shape of soft labels, and that the attack takes them.
 

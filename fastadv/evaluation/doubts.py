@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastadv.attacks.soft_labels import are_probabilities
 from fastadv.data.selection import evenly_spread
 from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
 from fastadv.evaluation.context import private_generators
@@ -17,6 +18,10 @@ from fastadv.evaluation.verify import predict
 from fastadv.seeding import derive_seed
 
 _LOOKED_AT = 64  # images whose gradients are looked at
+_PROBABILITIES = (
+    "the model returns probabilities, of which the losses of logits have other, smaller gradients, so that this "
+    "attack finds too little; leave its softmax out, or return the logarithm"
+)
 _BLIND_SHARE = 0.1  # of these, from which on figures are in doubt
 _JUDGED = 256  # images on which a surrogate is judged
 _ENOUGH = 50  # images to tell guessing from knowing
@@ -30,11 +35,14 @@ class Blindness:
         cross_entropy: how many there are by the cross entropy.
         margin: by the label's logit less the largest other one.
         n: number of checked images.
+        probabilities: the model seems to return probabilities, whose cross-entropy hardly has a gradient where
+            the model is certain.
     """
 
     cross_entropy: int = 0
     margin: int = 0
     n: int = 0
+    probabilities: bool = False
 
     def note(self, attack: ChosenAttack) -> str:
         """The notes of an attack's row; empty where there is nothing to say."""
@@ -54,7 +62,7 @@ class Blindness:
             return ""
         count = self.cross_entropy if by_entropy else self.margin
         if count <= _BLIND_SHARE * self.n:
-            return ""
+            return _PROBABILITIES if self.probabilities else ""
         return (
             f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
         )
@@ -80,7 +88,7 @@ def blindness(runner: Runner, correct: Tensor) -> Blindness:
             count_blind(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
             for value in (entropy, margin)
         )
-    return Blindness(by_entropy, by_margin, len(indices))
+    return Blindness(by_entropy, by_margin, len(indices), are_probabilities(logits.detach()))
 
 
 def count_blind(gradient: Tensor) -> int:

@@ -147,14 +147,17 @@ def check_device(device: torch.device | str) -> torch.device:
     """The device of a name.
 
     Raises:
-        ValueError: torch knows no device of that name.
+        ValueError: torch knows no device of that name, or it holds no values.
     """
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {shown(device)}"
         ) from error
+    if found.type == "meta":  # to which a model would lose its weights
+        raise ValueError("device must be one that holds values, such as 'cpu', got 'meta'")
+    return found
 
 
 def norm_name(norm: object) -> str:

@@ -71,6 +71,37 @@ def test_gradients_that_lead_nowhere_are_told(attack: type[fastadv.PGD], kind: s
     assert told[0].filename == __file__
 
 
+@pytest.mark.parametrize(
+    "attack", [fastadv.PGD, fastadv.MIM, fastadv.APGD, fastadv.CWL2, fastadv.FAB]
+)
+def test_probabilities_in_place_of_logits_are_told(attack: type[fastadv.PGD]) -> None:
+    x = digits_test(4)[0]
+    y = HalfMasked()(x).argmax(1)
+    with pytest.warns(UserWarning, match="the model returns probabilities") as told:
+        attack(nn.Sequential(HalfMasked(), nn.Softmax(1)), steps=2)(x, y)
+    assert told[-1].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(nn.Sequential(HalfMasked(), nn.LogSoftmax(1)), steps=2, engine="eager")(x, y)
+
+
+def test_a_loss_of_ones_own_may_take_probabilities() -> None:
+    x, y = digits_test(4)
+    model = nn.Sequential(HalfMasked(), nn.Softmax(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack = fastadv.PGD(model, loss=lambda p, y: F.nll_loss(p.log(), y), engine="eager")
+        attack(x, y)
+
+
+def test_steps_that_lead_nowhere_are_told() -> None:
+    with pytest.warns(
+        UserWarning, match=r"alpha \* steps is 1e-08, less than a tenth of eps"
+    ) as told:
+        fastadv.PGD(HalfMasked(), alpha=1e-9, steps=10)
+    assert told[0].filename == __file__
+
+
 def test_gradients_that_lead_somewhere_are_not_talked_of() -> None:
     x, y = digits_test(4)
     with warnings.catch_warnings():

@@ -63,6 +63,26 @@ def test_gradients_that_lead_somewhere_raise_no_doubt() -> None:
     assert {row.status for row in report.rows} == {"ok"}
 
 
+def test_probabilities_in_place_of_logits_make_rows_suspect() -> None:
+    data = bright_or_dark()
+    for last, status in ((nn.Softmax(1), "suspect"), (nn.LogSoftmax(1), "ok")):
+        model = nn.Sequential(Linear(), last)
+        report = evaluate(
+            model, data, ["clean", "pgd-3", "apgd-ce-5", "square-50"], eps=0.2, progress=False
+        )
+        found = {row.name: row.status for row in report.rows}
+        expected = {"clean": "ok", "pgd-3": status, "apgd-ce-5": status, "square-50": "ok"}
+        assert found == expected
+        assert ("returns probabilities" in f"{report.rows[1].notes}") == (status == "suspect")
+
+
+def test_device_without_values_is_refused_before_the_model_is_there() -> None:
+    model = Linear()
+    with pytest.raises(ValueError, match="device must be one that holds values"):
+        evaluate(model, bright_or_dark(), "clean", device="meta", progress=False)
+    assert model.scale.device.type == "cpu"
+
+
 def test_surrogate_that_guesses_makes_rows_suspect() -> None:
     surrogate = Linear()
     surrogate.scale.data.zero_()
