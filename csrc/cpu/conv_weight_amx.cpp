@@ -59,6 +59,8 @@ int64_t input_rows(const Plan& plan) {
 #define FASTADV_AMX \
   __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512dq,prfchw")))
 #define FASTADV_AMX_INLINE inline FASTADV_AMX __attribute__((always_inline))
+#define FASTADV_LEVEL_INLINE FASTADV_AMX_INLINE
+#include "cpu/transpose_avx512.h"
 
 namespace fastadv::conv_weight {
 namespace {
@@ -88,35 +90,6 @@ FASTADV_AMX_INLINE void interleave(__m512i& low, __m512i& high, const uint16_t* 
   high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(at, _mm512_set1_epi16(16)), b);
 }
 
-// Transposes 16 rows of 16 numbers of 32 bits, and stores them.
-FASTADV_AMX_INLINE void store_transposed(uint16_t* to, const __m512i* v) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; i += 4) {
-    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4; ++i) {
-    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 8; ++i) {
-    _mm512_storeu_si512(to + i * kPair, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
-    _mm512_storeu_si512(to + (i + 8) * kPair, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
-  }
-}
-
 }  // namespace
 
 FASTADV_AMX void pack_gradient(uint16_t* packed, const uint16_t* gradient, const Plan& plan,
@@ -142,8 +115,8 @@ FASTADV_AMX void pack_gradient(uint16_t* packed, const uint16_t* gradient, const
       interleave(low[i], high[i], a ? a + k : nullptr, b ? b + k : nullptr);
     }
     uint16_t* to = packed + (k / kTileSide * plan.steps + step) * kTile;
-    store_transposed(to, low);
-    store_transposed(to + plan.steps * kTile, high);
+    vec::store_transposed(to, low);
+    vec::store_transposed(to + plan.steps * kTile, high);
   }
 }
 
