@@ -121,8 +121,8 @@ class TrainingConvolutions(TorchFunctionMode):
         if layer is None or layer.weight() is not weight or layer.shape != shape:
             self._layers = {k: v for k, v in self._layers.items() if v.weight() is not None}
             ours = serves_weight_gradient(shape.in_channels, shape.out_channels)
-            packed = map(_PackedFilters, _kernels(shape))
-            layer = _ServedConv(weakref.ref(weight), shape, *packed, ours)
+            forward, backward = map(_PackedFilters, _kernels(shape))
+            layer = _ServedConv(weakref.ref(weight), shape, forward, backward, ours)
             self._layers[id(weight)] = layer
         if not (layer.forward.kernel or layer.backward.kernel or layer.weight_kernel):
             return None
