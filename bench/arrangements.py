@@ -177,7 +177,7 @@ def arrest_step(task: Task, attack: Callable[[nn.Module], Tensor], narrow: bool)
     if narrow:
         model, teacher = (m.to(memory_format=torch.channels_last) for m in (model, teacher))
         x = x.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    optimizer = make_optimizer(model, 0.01)
 
     def run() -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=narrow):
@@ -201,6 +201,11 @@ def arrest_step(task: Task, attack: Callable[[nn.Module], Tensor], narrow: bool)
 
 def plain_distance(u: Tensor, v: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(u.flatten(1), v.flatten(1)).abs()
+
+
+def make_optimizer(model: nn.Module, lr: float) -> torch.optim.SGD:
+    """The optimiser of all arrangements: torch's one kernel over all parameters, as the trainers have it."""
+    return torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4, fused=True)
 
 
 def arrest_fp32(task: Task) -> Run:
@@ -263,7 +268,7 @@ def arrest_fastadv(
 
 def trainer_step(method: Arrest, task: Task, lr: float) -> Run:
     """A step of the trainer's method, by an optimiser of the benchmark's own."""
-    optimizer = torch.optim.SGD(method.model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+    optimizer = make_optimizer(method.model, lr)
     x = task.x.contiguous(memory_format=torch.channels_last)
     ids = torch.arange(len(x), device=task.device)
 

@@ -10,6 +10,9 @@
 
 #include "cpu/conv_inner.h"
 
+#define FASTADV_LEVEL_INLINE inline FASTADV_AVX512 __attribute__((always_inline))
+#include "cpu/transpose_avx512.h"
+
 namespace fastadv::conv_amx {
 namespace {
 
@@ -34,18 +37,19 @@ bool supported() {
 // side by side.
 FASTADV_AVX512 static void pack_rows(uint16_t* tile, const Filters& f, int64_t first, int64_t c,
                                      int64_t tap, int64_t real) {
-  const __m512i pairs =
-      _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+  __m512i rows[conv::kVector];
   for (int64_t o = 0; o < conv::kVector; ++o) {
-    __m512i row = _mm512_setzero_si512();
+    rows[o] = _mm512_setzero_si512();
     if (o < real) {
       const float* from = f.weight + ((first + o) * f.size + tap) * f.in_channels + c;
+      _mm_prefetch(from + f.in_channels, _MM_HINT_T0);  // the next tap's, in memory far apart
+      _mm_prefetch(from + f.in_channels + 16, _MM_HINT_T0);
       const __m512 by = _mm512_set1_ps(f.scale ? f.scale[first + o] : 1);
-      row = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + 16), by),
-                                         _mm512_mul_ps(_mm512_loadu_ps(from), by));
+      rows[o] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(_mm512_loadu_ps(from + 16), by),
+                                             _mm512_mul_ps(_mm512_loadu_ps(from), by));
     }
-    _mm512_i32scatter_epi32(tile + 2 * o, pairs, row, 4);
   }
+  vec::store_transposed(tile, rows);
 }
 
 // The same backward: an input channel's outputs lie side by side.
@@ -57,6 +61,7 @@ FASTADV_AVX512 static void pack_columns(uint16_t* tile, const Filters& f, int64_
     for (int64_t side = 0; side < 2; ++side) {
       const int64_t in = c + k + side;
       const float* from = f.weight + (in * f.size + tap) * f.out_channels + first;
+      _mm_prefetch(from + f.out_channels, _MM_HINT_T0);
       const __m512 by = _mm512_set1_ps(f.scale ? f.scale[in] : 1);
       const __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from), by);
       halves[side] = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(values));

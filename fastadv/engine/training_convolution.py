@@ -1,10 +1,11 @@
 """Convolutions of a training pass on the CPU in bfloat16, each direction by the fastest kernel that serves it.
 
-oneDNN, which torch calls, is slow with AMX for many channels and small maps. There our packed convolutions compute
-the result and the gradient in the input, and one matrix product the gradient in the weights. Without AMX the
-gradient in the input is by Winograd's convolution. All else is torch's own.
+With AMX our packed convolutions compute the result and the gradient in the input, and a kernel of its own the
+gradient in the weights, in float32. Without AMX the gradient in the input is by Winograd's convolution. All else
+is torch's own. BatchNorm goes by `fastadv.engine.training_norm`.
 
-A context watches the calls of `torch.conv2d`, so that any model's convolutions are served and no module changes.
+A context watches the calls of `torch.conv2d` and of `torch.nn.functional.batch_norm`, so that any model is served
+and no module changes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.cpu_training import serves_weight_gradient
 from fastadv.engine.packed_convolution import (
     ConvShape,
     Epilogue,
@@ -29,10 +31,9 @@ from fastadv.engine.packed_convolution import (
     make_kernel,
     result_shape,
 )
+from fastadv.engine.training_norm import fast_batch_norm
 
 _BF16 = torch.bfloat16
-_FEW_PIXELS = 64  # of a result; then AMX computes the gradient in the weights faster as one product
-_MANY_CHANNELS = 128
 _MANY_OUTPUTS = 256
 
 
@@ -69,6 +70,7 @@ class _ServedConv:
     shape: ConvShape
     forward: _PackedFilters
     backward: _PackedFilters
+    weight_kernel: bool  # whether our kernel computes the gradient in the weights
 
 
 class _ConvPlan(NamedTuple):
@@ -76,11 +78,10 @@ class _ConvPlan(NamedTuple):
 
     layer: _ServedConv
     use: int
-    product: bool  # whether the gradient in the weights is one matrix product
 
 
 class TrainingConvolutions(TorchFunctionMode):
-    """Within, convolutions with trained weights under autocast to bfloat16 on the CPU are the fastest here.
+    """Within, convolutions with trained weights and BatchNorm in bfloat16 on the CPU are the fastest here.
 
     Weights are packed once within one context, unless they change. The object may be entered again and again; it
     keeps the memory for the packed filters.
@@ -105,24 +106,27 @@ class TrainingConvolutions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is torch.conv2d and torch.is_autocast_enabled("cpu") and not _is_watched():
             call = _call(*args, **kwargs)
-            plan = None if call is None else self._plan(*call)
+            plan = None if call is None else self._plan(call.weight, call.shape)
             if call is not None and plan is not None:
                 return _FastConv2d.apply(call.x, call.weight, call.bias, plan)
+        if func is F.batch_norm and not _is_watched():
+            found = fast_batch_norm(*args, **kwargs)
+            if found is not None:
+                return found
         return func(*args, **kwargs)
 
-    def _plan(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, shape: ConvShape
-    ) -> _ConvPlan | None:
+    def _plan(self, weight: Tensor, shape: ConvShape) -> _ConvPlan | None:
         """The kernel for a convolution; None where torch's own is as good."""
         layer = self._layers.get(id(weight))
         if layer is None or layer.weight() is not weight or layer.shape != shape:
             self._layers = {k: v for k, v in self._layers.items() if v.weight() is not None}
-            layer = _ServedConv(weakref.ref(weight), shape, *map(_PackedFilters, _kernels(shape)))
+            ours = serves_weight_gradient(shape.in_channels, shape.out_channels)
+            forward, backward = map(_PackedFilters, _kernels(shape))
+            layer = _ServedConv(weakref.ref(weight), shape, forward, backward, ours)
             self._layers[id(weight)] = layer
-        product = _worth_a_product(shape, x)
-        if layer.forward.kernel is None and layer.backward.kernel is None and not product:
+        if not (layer.forward.kernel or layer.backward.kernel or layer.weight_kernel):
             return None
-        return _ConvPlan(layer, self._use, product)
+        return _ConvPlan(layer, self._use)
 
 
 def _is_watched() -> bool:
@@ -169,27 +173,19 @@ def _call(
 def _kernels(shape: ConvShape) -> tuple[Kernel | None, Kernel | None]:
     """Our kernels for the result and for the gradient in the input, where they are faster than oneDNN's.
 
-    Their filters are packed for every step. Tiles save more than that for every result that they can compute, and
-    for the gradients of layers with many channels. Winograd's kernel computes gradients alone: its rounding is
-    coarse, and coarse results would make all gradients so.
+    Their filters are packed for every step. Tiles save more than that, but for the gradients of 1x1 convolutions
+    with few channels. Winograd's kernel computes gradients alone: its rounding is coarse, and coarse results would
+    make all gradients so.
     """
     if not convolution.available():
         return None, None
     forward, backward = (make_kernel(shape, backward=way) for way in (False, True))
     if not isinstance(forward, TileKernel):
         forward = None
-    many = shape.out_channels >= _MANY_OUTPUTS
-    if not (isinstance(backward, WinogradKernel) or (isinstance(backward, TileKernel) and many)):
+    worth = shape.out_channels >= _MANY_OUTPUTS or shape.kernel_size != (1, 1)
+    if not (isinstance(backward, WinogradKernel) or (isinstance(backward, TileKernel) and worth)):
         backward = None
     return forward, backward
-
-
-def _worth_a_product(shape: ConvShape, x: Tensor) -> bool:
-    if not convolution.has_amx() or shape.dilation != (1, 1):
-        return False
-    _, _, height, width = result_shape(shape, x)
-    many = shape.in_channels >= _MANY_CHANNELS and shape.out_channels >= _MANY_OUTPUTS
-    return many and 0 < height * width <= _FEW_PIXELS
 
 
 class _FastConv2d(torch.autograd.Function):
@@ -222,10 +218,10 @@ class _FastConv2d(torch.autograd.Function):
         kernel = plan.layer.backward.ready(weight, plan.use) if wanted[0] else None
         if kernel is not None:
             at_x = kernel.run(_FreshMemory(), tuple(x.shape), gradient, Epilogue())
-        product = plan.product and wanted[1]
-        if product:
-            at_weight = _product(gradient, narrow, plan.layer.shape)
-        rest = (wanted[0] and kernel is None, wanted[1] and not product)
+        ours = plan.layer.weight_kernel and wanted[1]
+        if ours:
+            at_weight = _gradient_in_weight(gradient, narrow, weight, plan.layer.shape)
+        rest = (wanted[0] and kernel is None, wanted[1] and not ours)
         if any(rest):
             found = _by_torch(gradient, narrow, weight, plan.layer.shape, rest)
             at_x = found[0] if rest[0] else at_x
@@ -244,22 +240,15 @@ def _by_torch(
     return found[0], found[1]
 
 
-def _product(gradient: Tensor, x: Tensor, shape: ConvShape) -> Tensor:
-    """The gradient in the weights, of all places of all images at once: [K, C, h, w], channels-last."""
-    (height, width), (down, right), (top, left) = shape.kernel_size, shape.stride, shape.padding
-    images = x.permute(0, 2, 3, 1)
-    if top or left:
-        images = F.pad(images, (0, 0, left, left, top, top))
-    rows, columns = gradient.shape[2:]
-    batch, row, column, channel = images.stride()
-    windows = images.as_strided(
-        (x.shape[0], rows, columns, height, width, shape.in_channels),
-        (batch, row * down, column * right, row, column, channel),
-    ).reshape(-1, height * width * shape.in_channels)
-    # In memory as it is multiplied: oneDNN takes twice as long for a transposed view.
-    places = gradient.permute(0, 2, 3, 1).reshape(-1, shape.out_channels).t().contiguous()
-    found = (places @ windows).view(-1, height, width, shape.in_channels)
-    return found.permute(0, 3, 1, 2)
+def _gradient_in_weight(gradient: Tensor, x: Tensor, weight: Tensor, shape: ConvShape) -> Tensor:
+    """The gradient in the weights [K, C, h, w], channels-last float32."""
+    out = torch.empty(
+        weight.shape, dtype=torch.float32, memory_format=torch.channels_last, device="cpu"
+    )
+    torch.ops.fastadv.conv_weight_gradient_(
+        out, gradient, x, shape.stride, shape.padding, shape.dilation
+    )
+    return out
 
 
 def _narrow(x: Tensor) -> Tensor:
