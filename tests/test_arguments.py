@@ -128,6 +128,23 @@ class Given(Protocol):
     """Of a protocol nothing can be said while the program runs."""
 
 
+@pytest.mark.parametrize("name", ["pgd_at", "free", "fast", "trades"])
+@pytest.mark.parametrize("alpha", [0, 2, 8])
+def test_a_recipe_whose_attack_stands_still_or_is_in_other_units_is_refused(
+    name: str, alpha: int
+) -> None:
+    kind = find_method(name).recipe_class
+    with pytest.raises(ValueError, match=r"alpha must be (> 0|below 2|at most)"):
+        kind(alpha=alpha)
+    assert find_method("pgd_at").recipe_class(eps=0, alpha=0).eps == 0  # no attack is meant
+
+
+@pytest.mark.parametrize("momentum", [1, 1.5])
+def test_a_momentum_that_never_fades_is_refused(momentum: float) -> None:
+    with pytest.raises(ValueError, match="momentum must be < 1, got"):
+        Recipe(momentum=momentum)
+
+
 def test_a_dataclass_of_ones_own_is_checked_in_the_same_way() -> None:
     @dataclass
     class Mine:

@@ -155,6 +155,10 @@ class Recipe(metaclass=RecipeType):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.mixup and self.extra_weight != 1:
             raise ValueError(f"extra_weight must be 1 with mixup, got {self.extra_weight}")
+        if self.momentum >= 1:
+            raise ValueError(
+                f"momentum must be < 1, got {self.momentum}: no gradient would ever fade"
+            )
         if self.nesterov and self.momentum == 0:
             raise ValueError(f"momentum must be > 0 with nesterov, got {self.momentum}")
         cycled = self.schedule.momentum(0.0, self.epochs) is not None
@@ -293,6 +297,13 @@ class AdversarialRecipe(Recipe):
         for name in ("eps", "alpha", "awp_gamma", "awp_warmup"):
             check_field(self, name, at_least=0)
         check_field(self, "steps", at_least=1)
+        if self.alpha == 0 < self.eps:
+            raise ValueError("alpha must be > 0 with eps > 0, got 0: there would be no attack")
+        if self.norm == "linf" and self.alpha >= 2:
+            raise ValueError(
+                f"alpha must be below 2, twice the width of the images' values, got {self.alpha:g}; it is in the "
+                "units of the images: 2/255, say"
+            )
         if self.sync_bn and self.attack_mode != "eval":
             raise ValueError(
                 "attack_mode must be 'eval' with sync_bn, whose statistics no attack gathers, "
