@@ -364,10 +364,8 @@ def _sizes(attack: APGD, size: int) -> list[int]:
     live = attack.engine == "eager" or (free and attack.precision == "fp32")
     if live:
         return list(range(size, 0, -1)) if size <= _SMALLEST else _eighths(size)
-    sizes = [size]
-    while len(sizes) < 4 and sizes[-1] % 2 == 0 and sizes[-1] // 2 >= _SMALLEST:
-        sizes.append(sizes[-1] // 2)
-    return sizes
+    sizes = (size * eighths // 8 for eighths in (6, 4, 3, 2, 1) if size * eighths % 8 == 0)
+    return [size, *(one for one in sizes if one >= _SMALLEST)]
 
 
 def _eighths(size: int) -> list[int]:

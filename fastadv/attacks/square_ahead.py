@@ -22,7 +22,7 @@ from fastadv.ops.philox import WORDS, philox
 DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
 _BLOCKS = 4  # of so many queries, drawn at once for every image
 _MOST = 64  # queries in a pass
-_USEFUL = 0.8  # the least part of the points in a pass that are expected to count
+_USEFUL = 0.6  # the least part of the points in a pass that are expected to count
 _MEMORY = 0.995  # for each query, of the estimated share of queries that change an image
 _ROUNDS_BETWEEN_CHOICES = 32
 _IMAGE = 3 * 32 * 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,9 @@ from fastadv.evaluation.verify import Audit, predict
 APGD_STEPS = 100
 TARGET_CLASSES = 9
 FP32 = "fp32"
+# With fewer numbers in the images of a pass most of its time goes into what is paid once a pass. Beyond so many
+# rows hardly anything is left of that.
+_FULL, _MOST_ROWS = 64 * 3 * 32 * 32, 512
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,17 @@ class Hunt:
     def is_narrow(self) -> bool:
         """Whether the search has other logits than the judge: another precision, or a copy of the model."""
         return self.search != REFERENCE and self.narrow is not self.wide
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pass of our own attacks: the batch size, and more of images so small that it fills no pass.
+
+        A run with a state takes the batch size, so that an interruption loses no more than a batch.
+        """
+        if self.state is not None:
+            return self.runner.batch_size
+        full = _FULL // max(math.prod(self.runner.samples.image_shape), 1)
+        return max(self.runner.batch_size, min(full, _MOST_ROWS))
 
     def audit(self) -> Audit:
         """A new count of violations."""

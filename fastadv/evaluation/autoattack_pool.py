@@ -110,7 +110,7 @@ class PoolSearch:
         for one in (attack, otherwise):
             if one is not None:
                 one.loss = LOSSES[self._attack]
-        size, passes = self._hunt.runner.batch_size, self._hunt.passes
+        size, passes = self._hunt.rows, self._hunt.passes
         return APGDPool(
             attack, size, self._seed, set_aside=set_aside, passes=passes, otherwise=otherwise
         )

@@ -165,7 +165,7 @@ class OwnSearch(BatchSearch):
             precision=precision,
             engine=engine,
             **own.settings,
-            **({"batch_size": runner.batch_size} if own.kind is FAB else {}),
+            **({"batch_size": self._hunt.rows} if own.kind is FAB else {}),
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:

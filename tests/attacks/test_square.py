@@ -155,7 +155,7 @@ def test_looking_ahead_changes_no_result(
     left = int((model(plain).argmax(1) == y).sum())
     assert 0 < left < 24
     torch.testing.assert_close(ahead, plain, rtol=0, atol=1e-12)
-    assert passes < len(sizes) / (2 if queries > 300 else 1) and points < 1.3 * sum(sizes)
+    assert passes < len(sizes) / (2 if queries > 300 else 1) and points < 1.8 * sum(sizes)
 
 
 def test_only_modules_that_draw_nothing_are_asked_ahead() -> None:

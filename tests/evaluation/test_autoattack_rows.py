@@ -1,0 +1,34 @@
+"""How many rows the passes of AutoAttack's own attacks have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fastadv.evaluation.autoattack_hunt import Hunt
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_size", "has_state", "rows"),
+    [
+        ((1, 8, 8), 64, False, 512),
+        ((1, 8, 8), 64, True, 64),
+        ((1, 8, 8), 1000, False, 1000),
+        ((1, 28, 28), 64, False, 250),
+        ((3, 32, 32), 16, False, 64),
+        ((3, 32, 32), 80, False, 80),
+        ((3, 224, 224), 8, False, 8),
+    ],
+)
+def test_small_images_fill_a_pass_unless_an_interruption_is_to_lose_little(
+    shape: tuple[int, ...], batch_size: int, has_state: bool, rows: int
+) -> None:
+    samples = SimpleNamespace(image_shape=shape)
+    runner: Any = SimpleNamespace(samples=samples, batch_size=batch_size)
+    state: Any = Path() if has_state else None
+    nothing: Any = None
+    hunt = Hunt(runner, 0.1, nothing, "bf16", nothing, nothing, state)
+    assert hunt.rows == rows
