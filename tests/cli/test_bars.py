@@ -7,12 +7,11 @@ import os
 import pty
 import re
 import struct
-import subprocess
-import sys
 import termios
 from pathlib import Path
 
 import pytest
+from processes import Started
 
 from fastadv.bars import columns, fitted
 
@@ -52,9 +51,7 @@ def drawn() -> dict[int, list[str]]:
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))
     environment = {k: v for k, v in os.environ.items() if k != "COLUMNS"}
-    process = subprocess.Popen(
-        [sys.executable, "-uc", PROGRAM], stdout=slave, stderr=slave, env=environment
-    )
+    process = Started(["-c", PROGRAM], environment, stdout=slave, merged=True)
     os.close(slave)
     written = b""
     try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import pty
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import Started
 from run_helpers import fingerprint
 from training_helpers import small_recipe
 
@@ -57,10 +57,6 @@ def prints(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
     out, err = capfd.readouterr()
     assert status == 0 and err == "", err
     return str(out)
-
-
-def program(*words: str) -> list[str]:
-    return [sys.executable, "-m", "fastadv", *words]
 
 
 @pytest.mark.parametrize("method", method_names())
@@ -257,9 +253,10 @@ def test_help_is_for_people(command: str, capfd: pytest.CaptureFixture[str]) -> 
 def test_a_reader_that_has_seen_enough_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run(program(*words), stdout=write, stderr=subprocess.PIPE, text=True)
+    process = Started(["-m", "fastadv", *words], stdout=write)
     os.close(write)
-    assert done.returncode == 0 and done.stderr == ""
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and err == ""
 
 
 @pytest.mark.slow
@@ -269,7 +266,7 @@ def test_nothing_is_coloured(tmp_path: Path) -> None:
     for words in (["train", "pgd_at", "--help"], run):
         master, slave = pty.openpty()
         environment = os.environ | {"NO_COLOR": "1", "TERM": "xterm-256color"}
-        process = subprocess.Popen(program(*words), stdout=slave, stderr=slave, env=environment)
+        process = Started(["-m", "fastadv", *words], environment, stdout=slave, merged=True)
         os.close(slave)
         text = b""
         try:

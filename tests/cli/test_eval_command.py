@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import Started
 from training_helpers import small_recipe
 
 from fastadv.cli import main
@@ -263,15 +262,8 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
     signum: int, status: int, run: Path
 ) -> None:
     words = ["eval", str(run), "--attacks", "clean", "pgd-2", "autoattack", *FEW]
-    process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "attacking\n"
+    process = Started(["-c", CHILD, *words])
+    assert process.first_line() == "attacking"
     time.sleep(0.1)
     process.send_signal(signum)
     _, err = process.communicate(timeout=60)
@@ -285,12 +277,7 @@ def test_a_signal_keeps_what_is_done_and_says_how_to_go_on(
 @pytest.mark.processes
 def test_two_processes_judge_one_run_at_once(run: Path) -> None:
     lines = [["eval", str(run), "--attacks", "clean", name, *FEW] for name in ("fgsm", "pgd-3")]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "fastadv", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
-        for words in lines
-    ]
+    processes = [Started(["-m", "fastadv", *words]) for words in lines]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     assert sorted(names(run)) == ["clean", "fgsm", "pgd-3"]
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from attack_helpers import trained_small_cnn
+from processes import Started
 from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
@@ -423,15 +424,11 @@ time.sleep(60)
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="looks processes up in /proc")
 def test_workers_end_with_the_process_that_is_killed() -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", _WAITING], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
-    assert process.stdout is not None
-    children = [int(word) for word in process.stdout.readline().split()]
+    process = Started(["-c", _WAITING])
+    children = [int(word) for word in process.first_line().split()]
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
     until = time.monotonic() + 30
     while any(os.path.exists(f"/proc/{child}/cmdline") and _lives(child) for child in children):
         assert time.monotonic() < until, "workers go on without their parent"

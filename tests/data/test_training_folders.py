@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from processes import Started, rank_environments
 from torch import Tensor
 from training_helpers import small_recipe
 
@@ -205,13 +204,11 @@ def test_a_cut_run_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.processes
 def test_two_processes_train_on_it(root: Path, tmp_path: Path) -> None:
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastadv"]
-    words = ["--run-dir" if w == "--run" else w for w in words_for(root, tmp_path / "r2")]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *words, "--flip", "false"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "r2/checkpoints/step_000002" in done.stdout
+    words = ["-m", "fastadv", *words_for(root, tmp_path / "r2"), "--flip", "false"]
+    processes = [Started(words, variables) for variables in rank_environments(2)]
+    told = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert "r2/checkpoints/step_000002" in told[0][0]
 
 
 # Networks

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ran
 
 pytestmark = pytest.mark.slow
 
@@ -28,9 +27,7 @@ SCRIPTS: dict[str, tuple[str, list[str], str]] = {
 
 def run(words: list[str], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        words, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = ran(words, environment, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -48,7 +45,7 @@ def test_an_example_runs(script: str, tmp_path: Path) -> None:
     package, words, shown = SCRIPTS[script]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    launcher = [sys.executable]
+    launcher = []
     if script == "ddp.py":
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     assert re.search(shown, run([*launcher, str(EXAMPLES / script), *words], tmp_path))
@@ -64,5 +61,5 @@ def test_the_own_method_has_the_command_line(tmp_path: Path) -> None:
         "--run",
         str(tmp_path / "run"),
     ]
-    run([sys.executable, "-m", "fastadv", *words], EXAMPLES.parent)
+    run(["-m", "fastadv", *words], EXAMPLES.parent)
     assert (tmp_path / "run" / "run.json").exists()

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ran
 
 from fastadv.cli import training_parser
 from fastadv.trainers import find_method, method_names
@@ -24,9 +23,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README + TRAINING, re.DOTALL)
 def test_python_block_runs(number: int, tmp_path: Path) -> None:
     script = tmp_path / "block.py"
     script.write_text(BLOCKS[number])
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=300
-    )
+    done = ran([str(script)], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from attack_helpers import digits_test, trained_small_cnn
 from linear_model import linear_problem
+from processes import Started, ran, rank_environments
 from training_helpers import small_recipe
 
 from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
@@ -34,7 +33,6 @@ WORDS = (
     *("--attacks", *ATTACKS, "--engine", "fp32", "--eps", "0.2", "--max-examples", "30"),
     *("--batch-size", "8", "--device", "cpu", "--quiet"),
 )
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -54,19 +52,8 @@ def results(file: Path) -> list[Result]:
     ]
 
 
-def judge(run: Path, out: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
-    words = [
-        sys.executable,
-        *launcher,
-        "-m",
-        "fastadv",
-        "eval",
-        str(run),
-        *WORDS,
-        "--out",
-        str(out),
-    ]
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+def judging(run: Path, out: Path) -> list[str]:
+    return ["eval", str(run), *WORDS, "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +61,7 @@ def undisturbed(
     run: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[list[Result], str, list[WorstImages]]:
     out = tmp_path_factory.mktemp("alone") / "eval.json"
-    done = judge(run, out)
+    done = ran(["-m", "fastadv", *judging(run, out)])
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in out.parent.iterdir()) == ["eval.json", "worst"]
     return results(out), done.stdout, worst(out)
@@ -97,11 +84,14 @@ def without_seconds(table: str) -> list[list[str]]:
 def test_two_processes_give_the_table_of_one(
     run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str, list[WorstImages]]
 ) -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = judge(run, tmp_path / "eval.json", *launcher)
-    assert done.returncode == 0, done.stderr
+    words = ["-m", "fastadv", *judging(run, tmp_path / "eval.json")]
+    processes = [Started(words, variables) for variables in rank_environments(2)]
+    told = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
     assert results(tmp_path / "eval.json") == undisturbed[0]
-    assert without_seconds(done.stdout) == without_seconds(undisturbed[1])  # printed once
+    assert without_seconds("".join(out for out, _ in told)) == without_seconds(
+        undisturbed[1]
+    )  # printed once
     assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.json", "worst"]
     found = worst(tmp_path / "eval.json")
     assert [one.indices.tolist() for one in found] == [
@@ -148,16 +138,10 @@ def test_kills_lose_one_batch_each(
     run: Path, tmp_path: Path, undisturbed: tuple[list[Result], str, list[WorstImages]]
 ) -> None:
     out = tmp_path / "eval.json"
-    words = ["eval", str(run), *WORDS, "--out", str(out)]
+    words = judging(run, out)
 
     def attempt(limit: int) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-c", CHILD, str(limit), *words],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        return ran(["-c", CHILD, str(limit), *words])
 
     limits = (6, 4)
     for limit in limits:

@@ -54,6 +54,11 @@ def interpreted(device: str) -> bool:
     return device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def emulated() -> bool:
+    """Whether CUDA kernels run in place of the C++ kernels, in the emulator."""
+    return hasattr(torch.ops.cuda_emulator, "seed")
+
+
 def written_arguments(op: Op) -> tuple[str, ...]:
     """Names of the arguments that the op writes to."""
     schema = op.overload._schema

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from op_cases import CASES
 from op_cases.case import OpCase, mapped, replaced, tensors_of
 from op_cases.draw import Spec
+from processes import spawn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -86,7 +86,7 @@ def _process(rank: int, folder: str) -> None:
 
 @pytest.mark.processes
 def test_two_processes_train_like_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=PROCESSES)
+    spawn(_process, (str(tmp_path),), PROCESSES)
     whole = Losses()
     names = [f"{loss.case.name}: {n}" for loss in whole.losses for n, _ in loss.named_parameters()]
     expected = _train(whole, 0, ROWS)

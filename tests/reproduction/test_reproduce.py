@@ -7,14 +7,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import Started
 
 import fastadv
 from fastadv.cli.program import main
@@ -207,11 +206,9 @@ def test_a_cell_is_what_evaluate_finds(out: Path) -> None:
 @pytest.mark.processes
 def test_a_killed_reproduction_goes_on_where_it_was(out: Path, tmp_path: Path) -> None:
     undisturbed = tiny("arrest/table3", out)
-    command = [sys.executable, "-m", "fastadv", "reproduce", "arrest/table3", "--scale", "tiny"]
-    process = subprocess.Popen(
-        [*command, "--quiet", "--out", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many as here: sums depend on the number
+    command = ["-m", "fastadv", "reproduce", "arrest/table3", "--scale", "tiny"]
+    process = Started(  # with one thread, as many as here: sums depend on the number
+        [*command, "--quiet", "--out", str(tmp_path)], {**os.environ, "OMP_NUM_THREADS": "1"}
     )
     deadline = time.monotonic() + 120
     while not half_trained(tmp_path):

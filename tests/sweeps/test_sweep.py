@@ -7,15 +7,14 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
+from processes import Started
 from report_helpers import result
 
 from fastadv.cli import main
@@ -43,11 +42,8 @@ def sweep_words(out: Path, *grid: str) -> list[str]:
     return ["sweep", "standard", "--grid", *grid, *TRAINING, *JUDGING, "--out", str(out)]
 
 
-def started(words: list[str], **options: Any) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastadv", *words], env=environment, text=True, **options
-    )
+def started(words: list[str]) -> Started:
+    return Started(["-m", "fastadv", *words], {**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -231,7 +227,7 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     assert found["files"]["report"] == str(whole / "report" / "report.html")
     assert (found["missing"], found["failures"]) == ([], [])
 
-    process = started(sweep_words(killed, "lr=.1"), stderr=subprocess.DEVNULL)
+    process = started(sweep_words(killed, "lr=.1"))
     wait_for((killed / "runs" / "lr=0.1,seed=0" / "checkpoints" / "latest").exists)
     process.kill()
     process.wait()
@@ -283,7 +279,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None
 def test_sigterm_lets_the_runs_save_their_checkpoints(tmp_path: Path) -> None:
     words = sweep_words(tmp_path, "seeds=1")
     words[words.index("--epochs") + 1] = "10000"  # more than it will come to
-    process = started(words, stderr=subprocess.PIPE)
+    process = started(words)
     (name,) = ("seed=0",)
     latest = tmp_path / "runs" / name / "checkpoints" / "latest"
     wait_for(latest.exists)

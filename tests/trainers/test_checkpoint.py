@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Started
 from run_helpers import fingerprint
 from safetensors.torch import load_file
 
@@ -235,20 +234,17 @@ for step in range(1, 10**6):
 def test_a_kill_in_the_middle_of_a_write_loses_nothing_written_before(
     tmp_path: Path, delay: float
 ) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
+    process = Started(["-c", WRITER, str(tmp_path)])
     try:
-        done = int(process.stdout.readline())
+        process.first_line()
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".writing-*")):  # a write is under way
             assert time.monotonic() < deadline
         time.sleep(delay)
     finally:
         process.send_signal(signal.SIGKILL)
-        done = int((process.stdout.read().split() or [done])[-1])
         process.wait()
+    done = int(process.output().split()[-1])
     read = load_checkpoint(find_checkpoint(tmp_path))
     step = read.train_state["step"]
     assert step >= done

@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from attack_helpers import copy_of
 from paths import environment
+from processes import ran, spawn
 from run_helpers import assert_same_end
 from torch import Tensor, nn
 from training_helpers import make_model, small_data, small_recipe, states_equal
@@ -211,7 +210,7 @@ def process(rank: int, folder: str) -> None:
 def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Where two processes ran, and what each found."""
     folder = tmp_path_factory.mktemp("together")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=PROCESSES)
+    spawn(process, (str(folder),), PROCESSES)
     return folder / "runs", [torch.load(folder / f"{r}.pt", weights_only=False) for r in (0, 1)]
 
 
@@ -336,16 +335,11 @@ def test_a_run_goes_on_after_a_worker_was_killed(
     script = tmp_path / "child.py"
     script.write_text(CHILD)
     folder = tmp_path / "cut"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
     here = str(Path(__file__).parent)
-    done = subprocess.run(
-        [*launcher, str(script), str(folder), here],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment(OMP_NUM_THREADS="1"),
-    )
+    words = [*launcher, str(script), str(folder), here]
+    done = ran(words, env=environment(OMP_NUM_THREADS="1"), timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"{-signal.SIGKILL}" in done.stderr
     assert_same_end(folder, together[0] / "plain")

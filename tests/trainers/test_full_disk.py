@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ran
 from run_helpers import Interruption, assert_same_end, fingerprint, run
 
 from fastadv.files import write_atomically
@@ -97,8 +96,7 @@ train("standard", recipe, data="digits", model="small_cnn", run_dir=sys.argv[1],
 @pytest.mark.slow
 @pytest.mark.processes
 def test_a_real_limit_of_the_system_is_named(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = ran(["-c", LIMITED, str(tmp_path / "run")])
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1
     assert "model.safetensors cannot be written: File too large; the file system or a limit" in last

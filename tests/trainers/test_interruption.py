@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Started
 from run_helpers import assert_same_end, run
 from training_helpers import small_data, small_recipe
 
@@ -216,16 +217,6 @@ def test_a_checkpoint_comes_by_the_clock(tmp_path: Path, monkeypatch: pytest.Mon
         Settings(timeout=-1)
 
 
-def start(words: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "fastadv", "train", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.mark.slow
 @pytest.mark.processes
 @pytest.mark.parametrize(("signum", "status"), BOTH)
@@ -239,7 +230,7 @@ def test_from_the_command_line_it_says_how_to_go_on_without_repeating_the_option
     options += ["--device", "cpu", "--keep", "3"]
     command = ["pgd_at", "--run", str(folder)]
     for words in ([*command, *options], [*command, "--resume", "--quiet"]):
-        process = start(words)
+        process = Started(["-m", "fastadv", "train", *words], merged=True)
         log = folder / "metrics.jsonl"
         begun = log.stat().st_size if log.exists() else 0
         deadline = time.monotonic() + 120

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from paths import environment
+from processes import Started, rank_environments
 from run_helpers import assert_same_end
 
 from fastadv.trainers.checkpoint import checkpoints_in
@@ -39,32 +36,11 @@ except RuntimeError as error:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
-def two_ranks(
-    folder: Path, what: str, who: int, timeout: float
-) -> Iterator[list[subprocess.Popen[str]]]:
+def two_ranks(folder: Path, what: str, who: int, timeout: float) -> Iterator[list[Started]]:
     """Start both, of which one sends itself a signal after its third step."""
-    port, processes = str(free_port()), []
-    for rank in ("0", "1"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        launcher = {"TORCHELASTIC_RUN_ID": "job", "TORCHELASTIC_RESTART_COUNT": "0"}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        words = [str(folder), what, str(who), str(timeout)]
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", CHILD, *words],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                env=environment(**place, **launcher, **meeting),
-            )
-        )
+    words = ["-c", CHILD, str(folder), what, str(who), str(timeout)]
+    processes = [Started(words, variables, merged=True) for variables in rank_environments(2)]
     try:
         yield processes
     finally:

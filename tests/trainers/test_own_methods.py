@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from processes import ran
 from torch import nn
 from training_helpers import make_model, small_data, small_recipe
 
@@ -215,9 +215,7 @@ def test_modules_that_cannot_be_imported_are_named(
 def test_torchrun_trains_it_from_the_current_directory(own: str, tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastadv"]
     words = ["train", f"{own}:MixAT", "--data", "digits", "--run-dir", "r", *QUICK, "--quiet"]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, *words], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = ran(["-m", *launch, *words], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "r/checkpoints/step_000002" in done.stdout
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from paths import environment
+from processes import Started
 from run_helpers import Interruption, assert_same_end, fingerprint, run
 from test_checkpoint import truncate
 from training_helpers import make_model, small_data, small_recipe, states_equal
@@ -176,12 +174,10 @@ run("arrest", sys.argv[1], changes={"epochs": 500}, resume=sys.argv[2] == "resum
 @pytest.mark.processes
 def test_a_killed_run_is_resumed_bit_for_bit(tmp_path: Path) -> None:
     folder = tmp_path / "cut"
-    command = [sys.executable, "-c", CHILD, str(folder)]
+    command = ["-c", CHILD, str(folder)]
     threads = str(torch.get_num_threads())
     for attempt in ("start", "resume"):
-        process = subprocess.Popen(
-            [*command, attempt, threads], stderr=subprocess.PIPE, env=environment()
-        )
+        process = Started([*command, attempt, threads])
         last = find_step(folder)
         deadline = time.monotonic() + 120
         try:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Started
 from run_helpers import Interruption, run
 
 from fastadv.files import TEMPORARY, remove_leftovers, temporary_beside
@@ -30,6 +31,7 @@ import os, sys, time
 from pathlib import Path
 from fastadv.trainers.run_lock import RunLock
 folder = Path(sys.argv[1])
+os.setsid()
 with RunLock(folder) as lock:
     lock.take()
     if os.fork() == 0:  # as a process that reads data ahead
@@ -41,16 +43,10 @@ with RunLock(folder) as lock:
 
 
 @pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(tmp_path: Path) -> Iterator[Started]:
     """A process that holds the lock of tmp_path, and has a child."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "taken\n"
+    process = Started(["-c", HOLDER, str(tmp_path)])
+    assert process.first_line() == "taken"
     yield process
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -58,9 +54,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_a_second_process_is_told_who_is_there(
-    tmp_path: Path, holder: subprocess.Popen[str]
-) -> None:
+def test_a_second_process_is_told_who_is_there(tmp_path: Path, holder: Started) -> None:
     words = rf"{tmp_path} is in use by process {holder.pid} on host {socket.gethostname()} since \d"
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(RunInUseError, match=words):
@@ -72,7 +66,7 @@ def test_a_second_process_is_told_who_is_there(
 
 @pytest.mark.processes
 def test_the_lock_ends_with_its_process_though_a_child_lives_on(
-    tmp_path: Path, holder: subprocess.Popen[str]
+    tmp_path: Path, holder: Started
 ) -> None:
     holder.kill()
     holder.wait()
@@ -170,7 +164,7 @@ def test_a_stale_lock_file_of_any_content_is_taken_over(content: bytes, tmp_path
 
 @pytest.mark.processes
 def test_a_process_that_is_about_to_end_is_waited_for(
-    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
     threading.Timer(0.5, holder.kill).start()

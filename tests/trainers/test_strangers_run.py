@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ran
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.cli import main
@@ -141,9 +141,7 @@ def test_a_file_beside_the_run_is_not_taken_for_timm(trained: Path, tmp_path: Pa
     mark = tmp_path / "it ran"
     (trained / "timm.py").write_text(TRAP.format(mark=str(mark)))
     program = "import sys; sys.path.insert(0, ''); from fastadv.trainers import load_model; load_model('.')"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=trained, capture_output=True, text=True
-    )
+    done = ran(["-c", program], cwd=trained)
     assert "runs only when you name it yourself" in done.stderr
     assert not mark.exists()
 
