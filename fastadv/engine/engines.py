@@ -298,7 +298,9 @@ class EngineOnCopy(Engine):
         """Bring the live weights over, unless they are here."""
         if not current:
             assert isinstance(model, nn.Module)
-            self.refresh(record(unwrapped(model), self._example, careful=self._careful))
+            settling = self.tape.settling
+            live = record(unwrapped(model), self._example, careful=self._careful, settling=settling)
+            self.refresh(live)
         yield
 
     def images(self, x: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fastadv.engine import choice, proof, randomness
 from fastadv.engine.choice import Contender
-from fastadv.engine.counters import plain_state
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
@@ -38,22 +37,27 @@ from fastadv.engine.engines import (
     naming_dtypes,
     unwrapped,
 )
-from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.holding import held
+from fastadv.engine.errors import Unrecordable
+from fastadv.engine.first_recordings import (
+    PROBES,
+    SIZES,
+    finite,
+    is_steady,
+    record_few,
+    tape_now,
+    whole,
+)
+from fastadv.engine.known import Known
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recorder import draws_nothing, record, recorded
+from fastadv.engine.recorder import draws_nothing, record
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Changes, Remembered
-from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
+from fastadv.engine.tape import Tape
 from fastadv.float32 import full_float32
 
-_SIZES = (3, 4)  # of the two batches of which a copy is made
-_PROBES = 2  # images that prove a copy at every use
 _CHANCES = 2  # copies in one precision that may part from the model in use
 _COPIES = 4  # kept per kind of images: a model may alternate between several forms
 _KINDS = 8  # of images
-_CALLS = 8  # in which a model must do the same, to be copied
-_COUNTED_CALLS = 64  # if it counts them
 
 
 class Wish(NamedTuple):
@@ -186,13 +190,13 @@ class EngineCache:
                 self._settled = found if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
-        made = _build(model, x, precision, wish, parted)
+        made, known = _build(model, x, precision, wish, parted)
         if made.engine.precision != precision and wish.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
         if precision not in parted:
-            _choose(made, model, x, precision, wish)
+            _choose(made, known, precision, wish)
         engine = made.engine_for(x.shape[0])
         self._settled = engine if self._still else None
         return engine
@@ -214,6 +218,7 @@ class EngineCache:
             copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
         )
         careful = any(copy.tape.own_functions for copy in kept)
+        settling = max(copy.tape.settling for copy in kept)
         proven = (
             c
             for c in known
@@ -223,13 +228,13 @@ class EngineCache:
         careful |= randomness.shared_states() != states  # by the model, or by another thread
         if same is not None and not careful:
             return _used(kept, same, batch)
-        for size in dict.fromkeys((_PROBES if few else batch, batch)):
-            if size <= _PROBES:
-                recording = record(model, _finite(x[:size]), careful=careful)
+        for size in dict.fromkeys((PROBES if few else batch, batch)):
+            if size <= PROBES:
+                recording = record(model, finite(x[:size]), careful=careful, settling=settling)
             else:
-                recording = _whole(model, x, careful)
+                recording = whole(model, x, careful, settling)
             if not careful and randomness.shared_states() != states:
-                record(model, _finite(x[:_PROBES]), careful=True)  # refuses a model that draws
+                record(model, finite(x[:PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
             if copy is not None:
                 engine, is_new = copy.engine_for(batch), batch not in copy.sizes
@@ -241,10 +246,10 @@ class EngineCache:
                     self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                worth = size == _PROBES and copy.changes.worth_remembering(recording)
-                engine.remembered = Remembered.of(recording) if worth else None
+                worth = size == PROBES and copy.changes.worth_remembering(recording)
+                engine.remembered = Remembered.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
-                    _choose(copy, model, x, precision, wish)
+                    _choose(copy, Known(model, x, copy.tape), precision, wish)
                 return _used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
@@ -257,34 +262,31 @@ def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
     return copy.engine_for(batch)
 
 
-def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> None:
+def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:
     """Let a copy have the fastest engine for batches of this size, where that is not known beforehand.
 
     The copy's own engine has the model's weights.
     """
+    x, model = known.x, known.model
     first, group = copy.engine, choice.group_of(x.shape[0])
     on_cpu = x.device.type == "cpu" and precision == "bf16"
     if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
     if not choice.is_open(first):
         return
-    whole = copy.tape.only_batch is not None
-    images = _finite(x if whole else x[: choice.IMAGES])
-    few = images if whole else images[:_PROBES]
-    recording = record(model, few, careful=copy.tape.own_functions)
-    evidence = proof.evidence_of(recording)
+    images = finite(x if copy.tape.only_batch is not None else x[: choice.images()])
 
-    def fault_of(engine: Contender) -> str | None:
-        with engine.session(model, 0, current=True):
-            return evidence.against(engine)
+    def copied() -> CopyEngine:
+        return CopyEngine(copy.tape, known.recording, precision, "", False)
 
-    rivals: dict[str, Callable[[], Contender]] = {
-        choice.LIVE: partial(_live_rival, model, few, precision)
-    }
+    def live() -> LiveEngine:
+        return _live_rival(model, images[:PROBES], precision)
+
+    rivals: dict[str, Callable[[], Contender]] = {choice.LIVE: live}
     if choice.name_of(first) == choice.PROGRAM:
-        rivals[choice.COPY] = partial(CopyEngine, copy.tape, recording, precision, "", False)
+        rivals = {choice.COPY: copied, **rivals}
     key = choice.key_of(copy.tape, x, precision)
-    found, engine = choice.settled(key, model, images, first, rivals, fault_of)
+    found, engine = choice.settled(key, model, images, first, rivals, known.fault_of)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.remembered = first.remembered
@@ -355,19 +357,19 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
 
 def _build(
     model: nn.Module, x: Tensor, precision: str, wish: Wish, parted: Collection[str]
-) -> _Copy:
-    """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out.
+) -> tuple[_Copy, Known]:
+    """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out, and the proof.
 
     Raises:
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
-    few = None if tape.only_batch else _few(model, x, tape)
-    evidence = (live,) if few is None else (live, proof.evidence_of(few))
-    remembered = None if few is None else Remembered.of(few)
-    if remembered is not None and not is_steady(model, tape, remembered):
+    few = None if tape.only_batch else record_few(model, x, tape)
+    remembered = None if few is None else Remembered.of(few, tape.settling)
+    if remembered is not None and not is_steady(model, tape, remembered, few):
         raise Unrecordable("its operations change from call to call")
+    known = Known(model, x, tape, recording, live, few is not None)
     failures = []
     for make in candidates(tape, recording, precision, wish):
         try:
@@ -375,8 +377,7 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            faults = (found.against(engine) for found in evidence)
-            fault = next((fault for fault in faults if fault is not None), None)
+            fault = known.fault_of(engine)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
@@ -384,89 +385,9 @@ def _build(
             engine.remembered = remembered
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]})
+            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]}), known
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")
-
-
-def _few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
-    """A recording of the images that every later use begins with, so that it finds right what is right now.
-
-    None where the model does something else with so few images.
-
-    Raises:
-        Unrecordable: these are all images of the batch.
-    """
-    recording = record(model, _finite(x[:_PROBES]), careful=tape.own_functions)
-    if tape.describes(recording):
-        return recording
-    if x.shape[0] <= _PROBES:
-        raise Unrecordable(f"it does something else for {x.shape[0]} images")
-    return None
-
-
-def is_steady(model: nn.Module, tape: Tape, remembered: Remembered) -> bool:
-    """Whether a model does the same in each of several calls, as one does not that takes turns or counts."""
-    with held(model):
-        before, calls, done = plain_state(model), _CALLS, 0
-        while done < calls:
-            recording = remembered.again(model)
-            if recording is None or not tape.describes(recording):
-                return False
-            done += 1
-            if done == 1 and plain_state(model) != before:
-                calls = _COUNTED_CALLS
-    return True
-
-
-def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
-    """The model's operations, and a recording to compare gradients with.
-
-    Raises:
-        Unrecordable: no copy can be made.
-    """
-    try:
-        # Held once for both, so that a model which counts its calls, and acts on it, shows that.
-        with held(model):
-            first, second = (recorded(model, _some(x, size), careful=True) for size in _SIZES)
-        tape = tape_of(first, second)
-        if tape.describes(_whole(model, x, tape.own_functions)):
-            return tape, second
-    except DependsOnBatch:
-        pass
-    except Unrecordable:
-        raise
-    except Exception:
-        pass  # the model may take batches of one size alone; if not, its own error comes now
-    others = 0.9 * _finite(x) + 0.1 * _finite(x).flip(0, -1)
-    with held(model):
-        first, second = (recorded(model, images, careful=True) for images in (others, _finite(x)))
-    tape = tape_for_one_size(first)
-    if not (tape.describes(second) and same_tensors(first, second)):
-        raise Unrecordable("its operations change from call to call")
-    return tape, second
-
-
-def _whole(model: nn.Module, x: Tensor, careful: bool) -> Recording:
-    """A recording of the whole batch, whose graph would be large; of half of it where memory does not suffice."""
-    try:
-        return record(model, _finite(x), careful=careful, gradients=False)
-    except torch.OutOfMemoryError:
-        if x.shape[0] <= _SIZES[-1]:
-            raise
-        return _whole(model, x[: x.shape[0] // 2], careful)
-
-
-def _some(x: Tensor, size: int) -> Tensor:
-    """``size`` images, by turns from the batch; two sizes have no image in common."""
-    rows = torch.arange(size, device=x.device) % x.shape[0]
-    images = _finite(x[rows])
-    return images if size == _SIZES[-1] else 0.9 * images + 0.1 * images.flip(0)
-
-
-def _finite(x: Tensor) -> Tensor:
-    """Images without NaN and infinity, which say nothing about a network."""
-    return torch.nan_to_num(x.detach(), nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def candidates(
@@ -505,7 +426,7 @@ def _under_autograd(
 def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
     """How the random numbers of a live model are to be governed."""
     if isinstance(model, nn.Module) and not train_mode:
-        images = as_model_takes(model, _finite(x[:_PROBES]))
+        images = as_model_takes(model, finite(x[:PROBES]))
         if draws_nothing(unwrapped(model), images):
             return "never"
     return "watched" if randomness.draws_can_be_watched(model) else "assumed"
@@ -515,7 +436,7 @@ def _autocast_is_right(
     model: Model, x: Tensor, precision: str, train_mode: bool, draws: Draws
 ) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
-    images = _finite(x if train_mode else x[: _SIZES[-1]])
+    images = finite(x if train_mode else x[: SIZES[-1]])
     try:
         found = []
         values: tuple[ValueOfLogits, ...] = ()
