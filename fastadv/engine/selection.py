@@ -25,14 +25,11 @@ from fastadv.engine.choice import Contender
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.engines import (
     CopyEngine,
-    Draws,
-    EagerEngine,
     Engine,
     EngineOnCopy,
     LiveEngine,
     Model,
     ProgramEngine,
-    ValueOfLogits,
     as_model_takes,
     naming_dtypes,
     unwrapped,
@@ -40,7 +37,6 @@ from fastadv.engine.engines import (
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import (
     PROBES,
-    SIZES,
     finite,
     is_steady,
     record_few,
@@ -48,8 +44,9 @@ from fastadv.engine.first_recordings import (
     whole,
 )
 from fastadv.engine.known import Known
+from fastadv.engine.live_choice import LiveChoice
 from fastadv.engine.precision import fast_bf16
-from fastadv.engine.recorder import draws_nothing, record
+from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Changes, Remembered
 from fastadv.engine.tape import Tape
@@ -107,7 +104,7 @@ class EngineCache:
 
     def __init__(self) -> None:
         self._copies: dict[Hashable, list[_Copy]] = {}
-        self._autocast_is_right: dict[Hashable, bool] = {}
+        self._live = LiveChoice()
         self._told: set[str] = set()
         self._still = False
         self._settled: Engine | None = None  # proven since the model stands still
@@ -139,11 +136,17 @@ class EngineCache:
             ValueError: the engine asked for cannot run this model; the message says why.
         """
         precision = _narrowest(wish, model, x)
-        obstacle = _obstacle(model, x, wish)
+        obstacle, kind = _obstacle(model, x, wish), _kind(x, wish)
         if obstacle is None and isinstance(model, nn.Module):
+            waiting = self._live.waiting(kind) if wish.is_free else None
+            if waiting is not None:
+                return waiting.engine(wish.train_mode)
             try:
                 with full_float32(), naming_dtypes(model, x):
-                    return self._copy(unwrapped(model), as_model_takes(model, x), precision, wish)
+                    images = as_model_takes(model, x)
+                    engine = self._copy(unwrapped(model), images, precision, wish)
+                self._live.forget(kind)
+                return engine
             except Unrecordable as error:
                 obstacle = str(error)
                 if wish.is_free:
@@ -152,27 +155,16 @@ class EngineCache:
             raise ValueError(
                 f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
             )
-        return self._live(model, x, wish, precision, f"{obstacle}")
+        live = self._live.found(
+            kind, model, x, wish.train_mode, precision, f"{obstacle}", wish.precision == "auto"
+        )
+        return live.engine(wish.train_mode)
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
         if message not in self._told:
             self._told.add(message)
             warnings.warn(message, stacklevel=7)
-
-    def _live(
-        self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
-    ) -> EagerEngine:
-        """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        draws = _draws(model, x, bool(wish.train_mode))
-        if precision != "fp32" and wish.precision == "auto":
-            place = (_kind(x, wish), reason)
-            if not self._autocast_is_right.get(place):
-                right = _autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
-                self._autocast_is_right[place] = right
-            if not self._autocast_is_right[place]:
-                precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
-        return EagerEngine(precision, reason, wish.train_mode, draws)
 
     def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Engine:
         """A copy that is the model, kept or new.
@@ -421,36 +413,3 @@ def _under_autograd(
         engine.name = "graph" if required else engine.name
         engine.graphs = GraphCache(CudaRecorder(device), classes, required)
     return engine
-
-
-def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
-    """How the random numbers of a live model are to be governed."""
-    if isinstance(model, nn.Module) and not train_mode:
-        images = as_model_takes(model, finite(x[:PROBES]))
-        if draws_nothing(unwrapped(model), images):
-            return "never"
-    return "watched" if randomness.draws_can_be_watched(model) else "assumed"
-
-
-def _autocast_is_right(
-    model: Model, x: Tensor, precision: str, train_mode: bool, draws: Draws
-) -> bool:
-    """Whether the live model under autocast has the gradients that it has in float32."""
-    images = finite(x if train_mode else x[: SIZES[-1]])
-    try:
-        found = []
-        values: tuple[ValueOfLogits, ...] = ()
-        for own in ("fp32", precision):
-            engine = EagerEngine(own, "", train_mode, draws)
-            with full_float32(), engine.session(model, 0):
-                shown = engine.images(images)
-                values = values or proof.objectives(engine.logits(shown))
-            for value_of in values:
-                # Random numbers begin anew for each.
-                with full_float32(), engine.session(model, 0):
-                    found.append(proof.probe(engine, shown, value_of))
-    except Exception:  # if the model itself fails, its own message is to come from the real call
-        return False
-    half = len(values)
-    pairs = zip(found[half:], found[:half], strict=True)
-    return all(proof.difference(narrow, wide, precision) is None for narrow, wide in pairs)

@@ -102,7 +102,12 @@ def narrow(attack: fastadv.PGD, x: Tensor) -> Engine:
         (41.0, 34.0, 35.0, CopyEngine),
         (30.0, 37.0, 35.0, ProgramEngine),
         (41.0, 42.0, 40.5, ProgramEngine),  # faster by less than 3 %
-        (41.0, 60.0, 30.0, ProgramEngine),  # whatever the live model takes, its copy takes no longer
+        (
+            41.0,
+            60.0,
+            30.0,
+            ProgramEngine,
+        ),  # whatever the live model takes, its copy takes no longer
     ],
 )
 def test_the_fastest_runs_and_the_reason_says_what_was_measured(

@@ -52,7 +52,7 @@ class Cached(nn.Module):
 def test_a_network_that_fills_a_cache_is_copied(keep: str, training: bool) -> None:
     torch.manual_seed(0)
     model, x = randomise(Cached(keep)).train(training), images(8)
-    attack = fastadv.PGD(model, steps=1)
+    attack = fastadv.PGD(model, steps=1, engine="fixed")
     for number in range(4):
         if number == 2:
             with torch.no_grad():
@@ -110,7 +110,7 @@ class Indexed(nn.Module):
 def test_places_that_depend_on_the_images_are_not_read(read: Callable[[Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model, x = randomise(Indexed(read)).eval(), images(8)
-    attack = fastadv.PGD(model, steps=1)
+    attack = fastadv.PGD(model, steps=1, engine="fixed")
     for size in (8, 8, 5, 8):
         engine = attack.engine_for(x[:size])
         assert isinstance(engine, EngineOnCopy)
