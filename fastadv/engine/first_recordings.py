@@ -43,7 +43,7 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
     for settling in (0, 0, _SETTLING):
         try:
             tape, recording = _of_two_sizes(model, x, settling)
-            if tape.describes(whole_outline(model, x, tape)):
+            if tape.describes(whole_outline(model, x, tape, recording)):
                 return tape, recording
         except DependsOnBatch:
             continue
@@ -71,11 +71,9 @@ def _of_two_sizes(model: nn.Module, x: Tensor, settling: int) -> tuple[Tape, Rec
     # Held once for both, so that a model which counts its calls, and acts on it, shows that.
     with held(model):
         settle(model, x, settling)
-        first = outlined(model, _some(x, SIZES[0]), careful=True)
-        if first is None:
-            settle(model, x, settling)
-            first = recorded(model, _some(x, SIZES[0]), careful=True)
         second = recorded(model, _some(x, SIZES[1]), careful=True)
+        first = outlined(model, _some(x, SIZES[0]), second, careful=True)
+        first = first or recorded(model, _some(x, SIZES[0]), careful=True)
     tape = replace(tape_of(first, second), settling=settling)
     _check_settled(model, tape, second)
     return tape, second
@@ -94,7 +92,7 @@ def _check_settled(model: nn.Module, tape: Tape, recording: Recording) -> None:
             raise Unrecordable(_CHANGES)
 
 
-def record_few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
+def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording | None:
     """A recording of the images that every later use begins with, so that it finds right what is right now.
 
     It has no values, unless only a real pass can tell. None where the model does something else with so few
@@ -106,7 +104,7 @@ def record_few(model: nn.Module, x: Tensor, tape: Tape) -> Recording | None:
     images, careful = finite(x[:PROBES]), tape.own_functions
     with held(model):
         settle(model, images, tape.settling)
-        recording = outlined(model, images, careful=careful)
+        recording = outlined(model, images, like, careful=careful)
     if recording is None or not tape.describes(recording):
         recording = record(model, images, careful=careful, settling=tape.settling)
     if tape.describes(recording):
@@ -141,11 +139,11 @@ def is_steady(
     return True
 
 
-def whole_outline(model: nn.Module, x: Tensor, tape: Tape) -> Recording:
+def whole_outline(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording:
     """A recording of the whole batch, without values where that is enough."""
     with held(model):
         settle(model, x, tape.settling)
-        recording = outlined(model, finite(x), careful=tape.own_functions, gradients=False)
+        recording = outlined(model, finite(x), like, careful=tape.own_functions, gradients=False)
     if recording is not None and tape.describes(recording):
         return recording
     return whole(model, x, tape.own_functions, tape.settling)

@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -64,10 +64,10 @@ def recorded(
     *,
     careful: bool,
     gradients: bool = True,
-    kind: type[Recorder] | None = None,
+    make: Callable[[Tensor, bool], Recorder] | None = None,
 ) -> Recording:
-    """As `record`, for a model that is `held`, by another kind of recorder unless None."""
-    make = kind or Recorder
+    """As `record`, for a model that is `held`, by a recorder of another kind unless None."""
+    make = make or Recorder
     with torch.enable_grad(), nullcontext() if gradients else _without_graph(model):
         if not careful:
             return make(images, gradients).run(model)

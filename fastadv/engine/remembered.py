@@ -19,9 +19,9 @@ from torch.autograd.graph import increment_version
 
 from fastadv.engine.content import content
 from fastadv.engine.holding import held
-from fastadv.engine.outline import blank, is_torchs
-from fastadv.engine.recorder import Recorder, settle, storage_of
-from fastadv.engine.recording import RecordedOp, Recording, refs
+from fastadv.engine.outline import blank, is_torchs, makes_new
+from fastadv.engine.recorder import Recorder, settle
+from fastadv.engine.recording import RecordedOp, Recording
 
 _MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
 
@@ -41,7 +41,7 @@ class Remembered:
         self._shapes = {
             op.place: _shape(recording.values[op.place])
             for op in recording.ops
-            if recording.depends[op.place] and not op.writes and _is_new(op, recording)
+            if recording.depends[op.place] and not op.writes and makes_new(op, recording)
         }
         self._default_dtype = torch.get_default_dtype()
 
@@ -97,15 +97,6 @@ def counted_weights(recording: Recording) -> list[tuple[Tensor, int]]:
 def _shape(value: Tensor) -> tuple[Tensor, bool]:
     shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return shape, value.requires_grad
-
-
-def _is_new(op: RecordedOp, recording: Recording) -> bool:
-    """Whether an operation has one result, a plain tensor in memory of its own."""
-    value = recording.values[op.place]
-    if op.result_dim is None or type(value) is not Tensor:
-        return False
-    sources = (recording.values[ref.place] for ref in refs((op.args, op.kwargs)))
-    return all(storage_of(value) != storage_of(source) for source in sources)
 
 
 class Changes:

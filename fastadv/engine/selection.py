@@ -357,7 +357,7 @@ def _build(
     """
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
-    few = None if tape.only_batch else record_few(model, x, tape)
+    few = None if tape.only_batch else record_few(model, x, tape, recording)
     remembered = None if few is None else Remembered.of(few, tape.settling)
     if remembered is not None and not is_steady(model, tape, remembered, few):
         raise Unrecordable("its operations change from call to call")
