@@ -147,7 +147,7 @@ def _shape_of(
         same = same and [t.shape for t in operands[1:]] == before[1:]
         return torch.Size((first.shape[0], *value.shape[1:])) if same else None
     if known == "layer_norm":
-        shape = then.args[1] if len(then.args) > 1 else then.kwargs.get("normalized_shape", ())
+        shape: Any = then.args[1] if len(then.args) > 1 else then.kwargs.get("normalized_shape", ())
         return first.shape if first.shape[-len(shape) :] == torch.Size(shape) else None
     if known in ("matmul", "__matmul__", "bmm") and len(operands) == 2 and first.dim() > 2:
         other = operands[1]
@@ -160,6 +160,7 @@ def _shape_of(
 
 def _in_order_of(value: Tensor, shape: torch.Size) -> Tensor:
     """A tensor without memory, of a shape, whose axes lie in the order of those of another one."""
-    order = sorted(range(len(shape)), key=lambda axis: (-value.stride(axis), axis))
+    strides = value.stride()
+    order = sorted(range(len(shape)), key=lambda axis: (-strides[axis], axis))
     made = torch.empty([shape[axis] for axis in order], dtype=value.dtype, device="meta")
     return made.permute([order.index(axis) for axis in range(len(shape))])

@@ -12,7 +12,8 @@ from test_attack_copy import cosine
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.engines import EngineOnCopy
+from fastadv.engine.engines import EngineOnCopy, ProgramEngine
+from fastadv.ops import linear_merger
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,3 +117,28 @@ def test_places_that_depend_on_the_images_are_not_read(read: Callable[[Tensor], 
         assert isinstance(engine, EngineOnCopy)
         found = engine.logits(engine.images(x[:size]))
         torch.testing.assert_close(found, model(x[:size]).detach(), atol=0.1, rtol=0.1)
+
+
+class Joined(nn.Module):
+    """A function of fastadv's own that takes a list of pooled maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([conv(3, 16), conv(3, 16)])
+        self.merger = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = [part(x).relu().mean((2, 3)) for part in self.parts]
+        return linear_merger(pooled, self.merger.weight, self.merger.bias)
+
+
+def test_a_function_of_a_list_runs_in_a_program_and_is_remembered() -> None:
+    torch.manual_seed(0)
+    model, x = randomise(Joined()).eval(), images(8)
+    attack = fastadv.PGD(model, steps=1, engine="fixed", precision="bf16")
+    for _ in range(2):
+        engine = attack.engine_for(x)
+        assert isinstance(engine, ProgramEngine) and engine.precision == "bf16"
+        assert engine.remembered is not None
+        found = engine.logits(engine.images(x))
+        torch.testing.assert_close(found, model(x).detach(), atol=0.1, rtol=0.1)
