@@ -7,7 +7,8 @@
 A row is the time of one PGD call (--steps 3, --images 8) of `fastadv.PGD` as it comes, and of the same steps
 written by hand around the network under autocast, channels-last, its weights frozen. Both run by turns in one
 process, and the ratio is the ratio of the medians: above 1 fastadv is faster. Every call of fastadv includes its
-proof that the copy is right. Weights are random, which no time depends on.
+proof that the copy is right. Weights are random, which no time depends on. Weights that a network starts at 0 are
+drawn too, because a network without gradients is attacked by nobody.
 
 Each network has a process of its own, with limits of time and memory. Its row is written at once to
 architectures_speed_DEVICE.json in --out; finished networks are not run again unless --again is given. The table is
@@ -29,7 +30,7 @@ import torch
 from architecture_list import SPEED, build
 from architectures import RESULTS, Stopped, apart, machine_facts
 from measure import interleave, machine_line, text_table, time_once, write_json
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.files import write_atomically
 
@@ -38,6 +39,15 @@ LEAST = 0.97  # of the ratio
 HEADER = ["network", "ratio", "fastadv ms", "autocast ms", "engine", "precision", "first call s"]
 _SECONDS_OF_ONE = 17  # of two cores of an Intel Xeon with AMX, with the start of its process
 Row = dict[str, Any]
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Draw the weights that a network starts at 0, such as those of some classifiers."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
 
 
 def timed(
@@ -53,11 +63,12 @@ def timed(
     cpu = torch.device("cpu")
     tell("building")
     built = build(name)
-    model = built.model.eval()
+    model = drawn(built.model.eval())
     x = torch.rand(images, 3, built.size, built.size)
     y = torch.arange(images) % 2
     tell("the plain loop")
-    own = build(name).model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    own = drawn(build(name).model.eval())
+    own = own.requires_grad_(False).to(memory_format=torch.channels_last)
     last = x.contiguous(memory_format=torch.channels_last)
 
     def forward(batch: Tensor) -> Tensor:
@@ -185,7 +196,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3, help="counted calls of each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=90, help="for one network")
+    parser.add_argument("--seconds", type=float, default=240, help="for one network")
     parser.add_argument("--memory", type=float, default=16, help="GiB for one network")
     parser.add_argument("--again", action="store_true", help="run also networks that have been run")
     parser.add_argument(

@@ -28,9 +28,14 @@ Contender = EngineOnCopy | LiveEngine
 PROGRAM, COPY, LIVE = "fused program", "copy", "live model under autocast"
 
 _OTHER_STEPS = 0.1  # of a program, up to which it is known to win
-IMAGES = 8  # on which engines are timed
+IMAGES = 8  # and more have one choice
+_MOST_IMAGES, _FEWEST_IMAGES = 8, 4  # on which engines are timed, with many and with few threads
 _ROUNDS = 3
-_SECONDS = 1.0  # after which there is no further round
+_SECONDS = 0.5  # after which there is no further round
+# A rival that takes longer by these factors is not timed again: in its first pass, which also makes what
+# later passes find ready, and in a later one.
+_HOPELESS, _SLOWER = 2.5, 1.15
+_LONG = 0.1  # seconds; the first pass of smaller networks tells nothing
 # Seconds of a pass. The engines of smaller networks differ by less than their times scatter.
 _SHORT = 0.002
 _CLEARLY = 0.97  # of the first engine's time, at most, to take its place
@@ -75,6 +80,11 @@ def name_of(engine: Contender) -> str:
 def group_of(batch: int) -> int:
     """Batch sizes of one group share a choice; few images are another work than many."""
     return min(batch, IMAGES) if batch <= 2 else IMAGES
+
+
+def images() -> int:
+    """How many images engines are timed on: some for each thread."""
+    return max(_FEWEST_IMAGES, min(_MOST_IMAGES, 2 * torch.get_num_threads()))
 
 
 def is_open(engine: Contender) -> bool:
@@ -156,39 +166,62 @@ def _measured(
     rivals: Mapping[str, Callable[[], Contender]],
     fault_of: Callable[[Contender], str | None],
 ) -> tuple[Choice, Contender]:
-    name, engines = name_of(first), {name_of(first): first}
-    times = times_of(engines, model, x)
-    if times[name] >= _SHORT:
-        for other, make in rivals.items():
-            try:
-                engines[other] = make()
-                times_of({other: engines[other]}, model, x, rounds=0)
-            except Exception:  # it may fail in any way that the model's own code allows
-                engines.pop(other, None)
-        times = times_of(engines, model, x)
+    name = name_of(first)
+    times = times_of({name: first}, model, x, rounds=1)
+    if times[name] < 5 * _SHORT:  # one such time may be chance
+        again = times_of({name: first}, model, x, rounds=_ROUNDS - 1, warm=False)
+        times = {name: min(times[name], again[name])}
+    close: dict[str, Contender] = {name: first}
+    for other, make in rivals.items() if times[name] >= _SHORT else ():
+        if other == LIVE and COPY in times and COPY not in close:
+            break  # it runs what the copy does, and more; the copy is clearly slower already
+        try:
+            engine = make()
+            spent = _first_time(engine, model, x, min(times.values()))
+        except Exception:  # it may fail in any way that the model's own code allows
+            continue
+        times[other] = spent
+        if spent <= _SLOWER * min(times.values()):
+            close[other] = engine
+    if len(close) > 1:
+        again = times_of(close, model, x, rounds=_ROUNDS - 1, warm=False)
+        times |= {other: min(times[other], spent) for other, spent in again.items()}
     milliseconds = {other: 1e3 * spent for other, spent in times.items()}
     faults: dict[str, str] = {}
-    for other in sorted(times, key=lambda other: times[other]):
+    for other in sorted(close, key=lambda other: times[other]):
         if times[other] > _CLEARLY * times[name]:
             break
-        fault = fault_of(engines[other])
+        fault = fault_of(close[other])
         if fault is None:
-            return Choice(other, len(x), milliseconds, faults), engines[other]
+            return Choice(other, len(x), milliseconds, faults), close[other]
         faults[other] = fault
     return Choice(name, len(x), milliseconds, faults), first
 
 
+def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> float:
+    """Seconds of a gradient pass of an engine that has not run yet, those of its first where that is hopeless."""
+    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
+    if spent >= _LONG and spent > _HOPELESS * best:
+        return spent
+    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
+    return spent
+
+
 def times_of(
-    engines: Mapping[str, Contender], model: nn.Module, images: Tensor, rounds: int = _ROUNDS
+    engines: Mapping[str, Contender],
+    model: nn.Module,
+    images: Tensor,
+    rounds: int = _ROUNDS,
+    warm: bool = True,
 ) -> dict[str, float]:
-    """Seconds of a gradient pass of each engine, the best of some rounds by turns, after one for nothing."""
+    """Seconds of a gradient pass of each engine, the best of some rounds by turns; ``warm``: after one more."""
     best = dict.fromkeys(engines, float("inf"))
     with ExitStack() as stack:
         for engine in engines.values():
             stack.enter_context(engine.session(model, 0, current=True))
         shown = {name: engine.images(images) for name, engine in engines.items()}
         began = seconds()
-        for number in range(rounds + 1):
+        for number in range(0 if warm else 1, rounds + 1):
             for name, engine in engines.items():
                 before = seconds()
                 engine.gradient(shown[name], proof.weighted_sum)

@@ -90,8 +90,9 @@ class AttentionStep(PlainStep):
             mask = mask.expand(-1, q.shape[1], -1, -1)
         if mask.shape[0] not in (1, q.shape[0]) or mask.shape[1] not in (1, q.shape[1]):
             return None
-        spread = mask.expand(-1, -1, *pairs).flatten(0, 1)
-        return spread.to(torch.bfloat16).contiguous()
+        spread = mask.expand(-1, -1, *pairs).flatten(0, 1).to(torch.bfloat16).contiguous()
+        # Of tokens that attend to nothing, and of weights that are no numbers, torch has its own notion.
+        return spread if bool(spread.amax(-1).isfinite().all()) else None
 
 
 def _fit(q: Tensor, k: Tensor, v: Tensor) -> bool:

@@ -173,7 +173,7 @@ def _check_gradient(found: bool) -> None:
         )
 
 
-Draws: TypeAlias = Literal["never", "watched", "assumed"]
+Draws: TypeAlias = Literal["never", "unlikely", "watched", "assumed"]
 
 
 class EagerEngine(Engine):
@@ -184,7 +184,8 @@ class EagerEngine(Engine):
         reason: why no copy runs.
         train_mode: run in train mode; ``"moving"`` leaves the buffers as the passes have moved them.
         draws: whether the model draws random numbers, which then follow the session's seed: "watched" where
-            that is to be seen when it does so.
+            that is to be seen when it does so; "unlikely" is as "watched", of one that did not.
+        channels_last: run on channels-last images, which some models' own code cannot take.
     """
 
     name = "eager"
@@ -195,11 +196,13 @@ class EagerEngine(Engine):
         reason: str,
         train_mode: bool | str = False,
         draws: Draws = "assumed",
+        channels_last: bool = False,
     ) -> None:
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
-        self.any_batch = draws == "never"
+        self.any_batch = draws in ("never", "unlikely")
+        self._channels_last = channels_last
         self._model: Model | None = None
         self._weights = torch.float32
 
@@ -214,11 +217,16 @@ class EagerEngine(Engine):
                 train_mode=bool(self._train_mode),
                 keep_buffers=self._train_mode != "moving",
                 seed=seed if self._draws != "never" else None,
-                watch=self._draws == "watched",
+                watch=self._draws in ("watched", "unlikely"),
             ):
                 yield
         finally:
             self._model = None
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last where the model takes that."""
+        images = super().images(x)
+        return _channels_last(images) if self._channels_last else images
 
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
@@ -306,7 +314,9 @@ class EngineOnCopy(Engine):
         """Bring the live weights over, unless they are here."""
         if not current:
             assert isinstance(model, nn.Module)
-            self.refresh(record(unwrapped(model), self._example, careful=self._careful))
+            settling = self.tape.settling
+            live = record(unwrapped(model), self._example, careful=self._careful, settling=settling)
+            self.refresh(live)
         yield
 
     def images(self, x: Tensor) -> Tensor:
@@ -326,8 +336,7 @@ class LiveEngine(EagerEngine):
     remembered: Remembered | None = None  # its proof
 
     def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
-        super().__init__(precision, reason, draws="never")
-        self._channels_last = channels_last
+        super().__init__(precision, reason, draws="never", channels_last=channels_last)
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""
@@ -339,11 +348,6 @@ class LiveEngine(EagerEngine):
         inner = unwrapped(model) if isinstance(model, nn.Module) else model
         with super().session(inner, seed, current):
             yield
-
-    def images(self, x: Tensor) -> Tensor:
-        """As in `Engine.images`, channels-last where the model takes that."""
-        images = super().images(x)
-        return _channels_last(images) if self._channels_last else images
 
 
 class CopyEngine(EngineOnCopy):

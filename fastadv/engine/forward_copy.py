@@ -22,9 +22,9 @@ from fastadv.engine.copy import AttackCopy
 from fastadv.engine.counters import plain_state
 from fastadv.engine.engines import unwrapped
 from fastadv.engine.errors import Unrecordable
+from fastadv.engine.first_recordings import is_steady, tape_now
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
-from fastadv.engine.live_tape import is_steady, tape_now
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
@@ -66,7 +66,7 @@ class ForwardCopy:
                 raise Unrecordable("what it does depends on the number of images")
             if self._tape.autocast:
                 raise Unrecordable("its forward enters autocast")
-            remembered = Remembered.of(recording)
+            remembered = Remembered.of(recording, self._tape.settling)
             if remembered is not None and not is_steady(self._whole, self._tape, remembered):
                 raise Unrecordable("its operations change from call to call")
             pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
@@ -100,7 +100,10 @@ class ForwardCopy:
         if size not in self._sizes:
             with _apart(x.device), alone_with(self._model), full_float32():
                 images = probe_images(x)
-                recording = record(self._whole, images, careful=False, gradients=False)
+                settling = self._tape.settling
+                recording = record(
+                    self._whole, images, careful=False, gradients=False, settling=settling
+                )
             self._sizes[size] = self._tape.describes(recording)
         return self._sizes[size]
 

@@ -54,7 +54,8 @@ def frozen(
             stack.enter_context(_kept_modes(parts, freeze_parameters))
             if keep_buffers:
                 stack.enter_context(_kept_buffers(parts))
-            if isinstance(model, nn.Module):
+            # Not for nothing: some models empty what they have cached when their mode is set.
+            if isinstance(model, nn.Module) and _has_other_mode(model, train_mode):
                 with suppress(NotImplementedError):  # exported programs have one mode alone
                     model.train(train_mode)
             if freeze_parameters:
@@ -64,6 +65,10 @@ def frozen(
             seeded = _forked_at_first_draw if watch else _forked_random_state
             stack.enter_context(seeded(model, seed))
         yield
+
+
+def _has_other_mode(model: nn.Module, training: bool) -> bool:
+    return any(module.training != training for module in model.modules())
 
 
 def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:

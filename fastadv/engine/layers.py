@@ -245,4 +245,7 @@ def _narrowed(weight: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.to(dtype)
+    if isinstance(value, (list, tuple)):
+        parts = [_cast(part, dtype) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
     return value

@@ -57,6 +57,14 @@ class Evidence:
         sizes = self.gradients[0].grad.flatten(1).abs().sum(1)
         return bool((sizes.isfinite() & (sizes > 0)).any())
 
+    def first(self, count: int) -> Evidence:
+        """What it says of the first images."""
+        gradients = tuple(
+            InputGradient(g.value[:count], g.logits[:count], g.grad[:count]) for g in self.gradients
+        )
+        values = objectives(gradients[0].logits)
+        return Evidence(self.images[:count], values, gradients)
+
     def against(self, engine: Engine) -> str | None:
         """In words, how an engine differs from this; None where it does not."""
         images = engine.images(self.images)

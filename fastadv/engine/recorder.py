@@ -11,7 +11,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
@@ -27,7 +27,9 @@ from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 
-def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True) -> Recording:
+def record(
+    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True, settling: int = 0
+) -> Recording:
     """Run a model on images in eval mode and record its operations.
 
     Modes, buffers and attributes of the modules are as before on return.
@@ -38,26 +40,41 @@ def record(model: nn.Module, images: Tensor, *, careful: bool, gradients: bool =
         careful: also look for random numbers that torch does not draw, and into autograd functions. This is done
             when an engine is built, and where a model is known to have such functions.
         gradients: keep the autograd graph. Without it a large batch takes little memory.
+        settling: calls after which the model does the same, such as one that fills a cache.
 
     Raises:
         Unrecordable: with the reason why no copy of this model can be made.
         Exception: whatever the model itself raises.
     """
     with held(model):
+        settle(model, images, settling)
         return recorded(model, images, careful=careful, gradients=gradients)
 
 
+def settle(model: nn.Module, images: Tensor, calls: int) -> None:
+    """Call a model that is `held` on a few images, so that its next calls are alike."""
+    with torch.no_grad():
+        for _ in range(calls):
+            model(images[:_SETTLED_ON].detach().clone())
+
+
 def recorded(
-    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True
+    model: nn.Module,
+    images: Tensor,
+    *,
+    careful: bool,
+    gradients: bool = True,
+    make: Callable[[Tensor, bool], Recorder] | None = None,
 ) -> Recording:
-    """As `record`, for a model that is `held`."""
+    """As `record`, for a model that is `held`, by a recorder of another kind unless None."""
+    make = make or Recorder
     with torch.enable_grad(), nullcontext() if gradients else _without_graph(model):
         if not careful:
-            return Recorder(images, gradients).run(model)
+            return make(images, gradients).run(model)
         found: list[Recording] = []
 
         def run() -> None:
-            recorder = Recorder(images, gradients)
+            recorder = make(images, gradients)
             with recorder.sees_own_functions():
                 found.append(recorder.run(model))
 
@@ -79,6 +96,8 @@ def _without_graph(model: nn.Module) -> Iterator[None]:
         for parameter in frozen:
             parameter.requires_grad_()
 
+
+_SETTLED_ON = 2  # images
 
 # Functions that hand a tensor's values to Python, which may then do anything with them.
 _READS = frozenset(
@@ -148,9 +167,9 @@ class Recorder(TorchFunctionMode):
             return watched(found, self._comparisons) if func.__self__.__name__ == "shape" else found
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
-        operands = _tensors(args)
+        operands = tensors_in(args)
         if kwargs:
-            operands.extend(_tensors(kwargs.values()))
+            operands.extend(tensors_in(kwargs.values()))
         drawn = randomness.draws(func, name, args, kwargs)
         if drawn:
             raise self._refuse(f"its forward draws random numbers ({name})")
@@ -161,7 +180,7 @@ class Recorder(TorchFunctionMode):
         finally:
             self._leave()
         written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
-        made = _tensors((result,))
+        made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
             if name in _SIZES:
@@ -385,7 +404,7 @@ _SIZES = frozenset(("size", "numel", "nelement"))
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_in(values: Any) -> list[Tensor]:
     """The tensors in nested arguments."""
     found: list[Tensor] = []
     for value in values:
@@ -394,11 +413,11 @@ def _tensors(values: Any) -> list[Tensor]:
         if isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (tuple, list)):
-            found.extend(_tensors(value))
+            found.extend(tensors_in(value))
         elif isinstance(value, dict):
-            found.extend(_tensors(value.values()))
+            found.extend(tensors_in(value.values()))
         elif isinstance(value, slice):
-            found.extend(_tensors((value.start, value.stop, value.step)))
+            found.extend(tensors_in((value.start, value.stop, value.step)))
     return found
 
 

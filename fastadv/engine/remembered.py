@@ -1,33 +1,28 @@
 """See at little cost that a model has not changed since the proof of its copy.
 
 A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
-convolution would give the same numbers again. So the model runs on the images of that recording. All of its own
-code runs, and so do small operations. A costly operation whose arguments are those of the recording is not
-computed; its recorded result is returned. The model is unchanged if this pass shows the recorded operations, and
-if all weights that they use have the recorded content, bit for bit.
+operation would give the same numbers again. So the model runs on the images of that recording: all of its own code
+runs, and so do operations on its weights. An operation on the images whose arguments are those of the recording is
+not computed; its result is memory of the same shape. The model is unchanged if this pass shows the recorded
+operations, and if all weights that they use have the recorded content, bit for bit.
 """
 
 from __future__ import annotations
 
-import types
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from fastadv.engine.content import content
 from fastadv.engine.holding import held
-from fastadv.engine.recorder import Recorder, storage_of
-from fastadv.engine.recording import RecordedOp, Recording, item
+from fastadv.engine.outline import blank, is_torchs, makes_new
+from fastadv.engine.recorder import Recorder, settle
+from fastadv.engine.recording import RecordedOp, Recording
 
-# Functions of their arguments alone, built into torch. All others run.
-_COSTLY = frozenset(
-    (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose2d, F.conv_transpose3d, F.linear,
-     F.scaled_dot_product_attention, torch.matmul, torch.bmm, Tensor.matmul, Tensor.__matmul__)
-)  # fmt: skip
-_MOST_BYTES = 2**27  # of results that are kept: two images of 224 x 224 in ConvNeXt-T are 103 MB
 _MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
 
@@ -37,70 +32,72 @@ class Remembered:
 
     Args:
         recording: of a few images.
-        results: of its costly operations, by place.
         weights: the `content` of the tensors that no operation computes.
+        settling: as in `fastadv.engine.recorder.record`.
     """
 
-    def __init__(
-        self, recording: Recording, results: dict[int, Tensor], weights: tuple[Any, ...]
-    ) -> None:
-        self._images = recording.images.detach().clone()
-        self._ops, self._results, self._weights = list(recording.ops), results, weights
+    def __init__(self, recording: Recording, weights: tuple[Any, ...], settling: int = 0) -> None:
+        self.images = recording.images.detach().clone()
+        self._ops, self._weights, self._settling = list(recording.ops), weights, settling
+        self._shapes = {
+            op.place: _shape(recording.values[op.place])
+            for op in recording.ops
+            if recording.depends[op.place] and not op.writes and makes_new(op, recording)
+        }
         self._default_dtype = torch.get_default_dtype()
 
     @staticmethod
-    def of(recording: Recording) -> Remembered | None:
-        """None where it cannot be remembered: on a GPU, of a large network, with other people's operators."""
+    def of(recording: Recording, settling: int = 0) -> Remembered | None:
+        """None where it cannot be remembered: on a GPU, and of a model with other people's operators."""
         if recording.autocast or recording.own_functions:
             return None
-        if not all(_is_torchs(op.function) for op in recording.ops):
+        if not all(is_torchs(op.function) for op in recording.ops):
             return None
         weights = content([recording.values[place] for place in recording.external()])
         if weights is None or recording.images.device.type != "cpu":
             return None
-        overwritten = {storage_of(recording.values[place]) for place in recording.overwritten}
-        results = {}
-        for op in recording.ops:
-            value = recording.values[op.place]
-            costly = op.function in _COSTLY and type(value) is Tensor
-            if costly and storage_of(value) not in overwritten:
-                results[op.place] = value.detach().requires_grad_(value.requires_grad)
-        if sum(result.nbytes for result in results.values()) > _MOST_BYTES:
-            return None
-        return Remembered(recording, results, weights)
+        return Remembered(recording, weights, settling)
 
     def repeated(self, model: nn.Module) -> Recording | None:
-        """A recording of now, of the same images; None where weights differ or the model fails.
-
-        Where the recording shows another network, this object must not be used again: an operation that was not
-        there may have written into the results.
-        """
+        """A recording of now, of the same images, without values; None where weights differ or the model fails."""
         with held(model):
+            settle(model, self.images, self._settling)
             return self.again(model)
 
-    def again(self, model: nn.Module) -> Recording | None:
-        """As `repeated`, of a model that is `held`."""
+    def again(
+        self, model: nn.Module, unchanged: Sequence[tuple[Tensor, int]] = ()
+    ) -> Recording | None:
+        """As `repeated`, of a model that is `held` and has settled.
+
+        Args:
+            model: the model.
+            unchanged: weights, with torch's counts of their changes, that are taken to be those remembered.
+        """
         if torch.get_default_dtype() != self._default_dtype:
             return None
         try:
             with torch.enable_grad():
-                recording = _Repeat(self._images, self._ops, self._results).run(model)
+                recording = _Repeat(self.images, self._ops, self._shapes).run(model)
         except Exception:  # if it is the model's own, the pass that comes instead raises it again
             return None
-        now = content([recording.values[place] for place in recording.external()])
-        return recording if now == self._weights else None
+        weights = [recording.values[place] for place in recording.external()]
+        known = {id(tensor) for tensor, version in unchanged if tensor._version == version}
+        if len(weights) != len(self._weights):
+            return None
+        numbers = [number for number, tensor in enumerate(weights) if id(tensor) not in known]
+        now = content([weights[number] for number in numbers])
+        return recording if now == tuple(self._weights[number] for number in numbers) else None
 
 
-def _is_torchs(function: Any) -> bool:
-    """Whether the result of a function depends only on its arguments.
+def counted_weights(recording: Recording) -> list[tuple[Tensor, int]]:
+    """The weights that a recording has used, each with torch's count of its changes."""
+    tensors = (recording.values[place] for place in recording.external())
+    return [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
-    Operators and autograd functions that others have added to torch may look at whatever they like.
-    """
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return False
-    if isinstance(function, (types.FunctionType, types.MethodType)):
-        return function is item or function.__module__.startswith("torch.")
-    return True  # built in
+
+def _shape(value: Tensor) -> tuple[Tensor, bool]:
+    shape = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return shape, value.requires_grad
 
 
 class Changes:
@@ -147,20 +144,28 @@ class Changes:
 
 
 class _Repeat(Recorder):
-    """Records, and takes the results of costly operations from an earlier recording of the same images."""
+    """Records, and computes no operation on the images that is that of an earlier recording."""
 
-    def __init__(self, images: Tensor, ops: list[RecordedOp], results: dict[int, Tensor]) -> None:
+    def __init__(
+        self, images: Tensor, ops: list[RecordedOp], shapes: dict[int, tuple[Tensor, bool]]
+    ) -> None:
         super().__init__(images)
-        self._ops, self._results = ops, results
+        self._ops, self._shapes = ops, shapes
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As in `Recorder.call`."""
         number = len(self.recording.ops)
         then = self._ops[number] if number < len(self._ops) else None
-        kept = self._results.get(then.place) if then is not None else None
-        if then is None or kept is None or func is not then.function:
+        if then is None or func is not then.function:
+            return super().call(func, args, kwargs)
+        shape = self._shapes.get(then.place)
+        writes = then.writes and bool(args) and self._depends(args[0])
+        if shape is None and not writes:
             return super().call(func, args, kwargs)
         same = then.args == self.referred(args) and then.kwargs == self.referred(kwargs)
         if not same or then.with_gradient != torch.is_grad_enabled():
             return super().call(func, args, kwargs)
-        return kept.view_as(kept)  # the kept tensor is a leaf, for which a model may ask
+        if shape is None:
+            increment_version(args[0])
+            return args[0]
+        return blank(shape[0], self.recording.images.device, shape[1])

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,24 +24,25 @@ from fastadv.engine.candidates import candidates
 from fastadv.engine.choice import Contender
 from fastadv.engine.engines import (
     CopyEngine,
-    EagerEngine,
     Engine,
     EngineOnCopy,
+    LiveEngine,
     Model,
     as_model_takes,
     naming_dtypes,
     unwrapped,
 )
 from fastadv.engine.errors import Unrecordable
-from fastadv.engine.live_engines import autocast_is_right, draws_of, live_rival
-from fastadv.engine.live_tape import (
+from fastadv.engine.first_recordings import (
     PROBES,
-    few_recorded,
     finite,
     is_steady,
+    record_few,
     tape_now,
-    whole_recorded,
+    whole,
 )
+from fastadv.engine.known import Known
+from fastadv.engine.live_choice import LiveChoice, live_rival
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
@@ -90,7 +90,7 @@ class EngineCache:
 
     def __init__(self) -> None:
         self._copies: dict[Hashable, list[_Copy]] = {}
-        self._autocast_is_right: dict[Hashable, bool] = {}
+        self._live = LiveChoice()
         self._told: set[str] = set()
         self._still = False
         self._settled: Engine | None = None  # proven since the model stands still
@@ -122,11 +122,17 @@ class EngineCache:
             ValueError: the engine asked for cannot run this model; the message says why.
         """
         precision = _narrowest(wish, model, x)
-        obstacle = _obstacle(model, x, wish)
+        obstacle, kind = _obstacle(model, x, wish), _kind(x, wish)
         if obstacle is None and isinstance(model, nn.Module):
+            waiting = self._live.waiting(kind) if wish.is_free else None
+            if waiting is not None:
+                return waiting.engine(wish.train_mode)
             try:
                 with full_float32(), naming_dtypes(model, x):
-                    return self._copy(unwrapped(model), as_model_takes(model, x), precision, wish)
+                    images = as_model_takes(model, x)
+                    engine = self._copy(unwrapped(model), images, precision, wish)
+                self._live.forget(kind)
+                return engine
             except Unrecordable as error:
                 obstacle = str(error)
                 if wish.is_free:
@@ -135,27 +141,16 @@ class EngineCache:
             raise ValueError(
                 f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
             )
-        return self._live(model, x, wish, precision, f"{obstacle}")
+        live = self._live.found(
+            kind, model, x, wish.train_mode, precision, f"{obstacle}", wish.precision == "auto"
+        )
+        return live.engine(wish.train_mode)
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
         if message not in self._told:
             self._told.add(message)
             warnings.warn(message, stacklevel=7)
-
-    def _live(
-        self, model: Model, x: Tensor, wish: Wish, precision: str, reason: str
-    ) -> EagerEngine:
-        """The live model, in a narrow precision where that was asked for or gives the same gradients."""
-        draws = draws_of(model, x, bool(wish.train_mode))
-        if precision != "fp32" and wish.precision == "auto":
-            place = (_kind(x, wish), reason)
-            if not self._autocast_is_right.get(place):
-                right = autocast_is_right(model, x, precision, bool(wish.train_mode), draws)
-                self._autocast_is_right[place] = right
-            if not self._autocast_is_right[place]:
-                precision, reason = "fp32", f"{reason}; in {precision} its gradients are others"
-        return EagerEngine(precision, reason, wish.train_mode, draws)
 
     def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Engine:
         """A copy that is the model, kept or new.
@@ -173,13 +168,13 @@ class EngineCache:
                 self._settled = found if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
-        made = _build(model, x, precision, wish, parted)
+        made, known = _build(model, x, precision, wish, parted)
         if made.engine.precision != precision and wish.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
         if precision not in parted:
-            _choose(made, model, x, precision, wish)
+            _choose(made, known, precision, wish)
         engine = made.engine_for(x.shape[0])
         self._settled = engine if self._still else None
         return engine
@@ -201,6 +196,7 @@ class EngineCache:
             copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
         )
         careful = any(copy.tape.own_functions for copy in kept)
+        settling = max(copy.tape.settling for copy in kept)
         proven = (
             c
             for c in known
@@ -212,9 +208,9 @@ class EngineCache:
             return _used(kept, same, batch)
         for size in dict.fromkeys((PROBES if few else batch, batch)):
             if size <= PROBES:
-                recording = record(model, finite(x[:size]), careful=careful)
+                recording = record(model, finite(x[:size]), careful=careful, settling=settling)
             else:
-                recording = whole_recorded(model, x, careful)
+                recording = whole(model, x, careful, settling)
             if not careful and randomness.shared_states() != states:
                 record(model, finite(x[:PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
@@ -233,9 +229,9 @@ class EngineCache:
                     return None
                 copy.sizes.add(batch)
                 worth = size == PROBES and copy.changes.worth_remembering(recording)
-                engine.remembered = Remembered.of(recording) if worth else None
+                engine.remembered = Remembered.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
-                    _choose(copy, model, x, precision, wish)
+                    _choose(copy, Known(model, x, copy.tape), precision, wish)
                 return _used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
@@ -250,43 +246,41 @@ def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
 
 def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> Recording | None:
     """A recording with a graph, of as few images as the copy serves; None where memory does not suffice."""
+    settling = copy.tape.settling
     try:
-        recording = record(model, finite(x[:PROBES]), careful=careful)
+        recording = record(model, finite(x[:PROBES]), careful=careful, settling=settling)
         if not copy.tape.describes(recording):
-            recording = record(model, finite(x), careful=careful)
+            recording = record(model, finite(x), careful=careful, settling=settling)
     except torch.OutOfMemoryError:
         return None
     return recording
 
 
-def _choose(copy: _Copy, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> None:
+def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:
     """Let a copy have the fastest engine for batches of this size, where that is not known beforehand.
 
     The copy's own engine has the model's weights.
     """
+    x, model = known.x, known.model
     first, group = copy.engine, choice.group_of(x.shape[0])
     on_cpu = x.device.type == "cpu" and precision == "bf16"
     if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
     if not choice.is_open(first):
         return
-    whole = copy.tape.only_batch is not None
-    images = finite(x if whole else x[: choice.IMAGES])
-    few = images if whole else images[:PROBES]
-    recording = record(model, few, careful=copy.tape.own_functions)
-    evidence = proof.evidence_of(recording)
+    images = finite(x if copy.tape.only_batch is not None else x[: choice.images()])
 
-    def fault_of(engine: Contender) -> str | None:
-        with engine.session(model, 0, current=True):
-            return evidence.against(engine)
+    def copied() -> CopyEngine:
+        return CopyEngine(copy.tape, known.recording, precision, "", False)
 
-    rivals: dict[str, Callable[[], Contender]] = {
-        choice.LIVE: partial(live_rival, model, few, precision)
-    }
+    def live() -> LiveEngine:
+        return live_rival(model, images[:PROBES], precision)
+
+    rivals: dict[str, Callable[[], Contender]] = {choice.LIVE: live}
     if choice.name_of(first) == choice.PROGRAM:
-        rivals[choice.COPY] = partial(CopyEngine, copy.tape, recording, precision, "", False)
+        rivals = {choice.COPY: copied, **rivals}
     key = choice.key_of(copy.tape, x, precision)
-    found, engine = choice.settled(key, model, images, first, rivals, fault_of)
+    found, engine = choice.settled(key, model, images, first, rivals, known.fault_of)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.remembered = first.remembered
@@ -346,19 +340,19 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
 
 def _build(
     model: nn.Module, x: Tensor, precision: str, wish: Wish, parted: Collection[str]
-) -> _Copy:
-    """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out.
+) -> tuple[_Copy, Known]:
+    """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out, and the proof.
 
     Raises:
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
     live = proof.evidence_of(recording)
-    few = None if tape.only_batch else few_recorded(model, x, tape)
-    evidence = (live,) if few is None else (live, proof.evidence_of(few))
-    remembered = None if few is None else Remembered.of(few)
-    if remembered is not None and not is_steady(model, tape, remembered):
+    few = None if tape.only_batch else record_few(model, x, tape, recording)
+    remembered = None if few is None else Remembered.of(few, tape.settling)
+    if remembered is not None and not is_steady(model, tape, remembered, few):
         raise Unrecordable("its operations change from call to call")
+    known = Known(model, x, tape, recording, live, few is not None)
     failures = []
     for make in candidates(tape, recording, precision, wish):
         try:
@@ -366,8 +360,7 @@ def _build(
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            faults = (found.against(engine) for found in evidence)
-            fault = next((fault for fault in faults if fault is not None), None)
+            fault = known.fault_of(engine)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
@@ -375,6 +368,6 @@ def _build(
             engine.remembered = remembered
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]})
+            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]}), known
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")

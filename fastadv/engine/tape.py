@@ -42,6 +42,7 @@ class Tape:
         autocast: as in `Recording`.
         comparisons: as in `Recording`, None in place of each that depends on the batch size; None for all where
             their number does.
+        settling: calls in which the model may do something else, before each recording.
     """
 
     ops: tuple[RecordedOp, ...]
@@ -52,6 +53,7 @@ class Tape:
     own_functions: bool
     autocast: bool
     comparisons: tuple[float | None, ...] | None
+    settling: int = 0
 
     @property
     def decides_by_batch(self) -> bool:

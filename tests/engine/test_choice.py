@@ -61,6 +61,7 @@ class Clock:
 def bf16_is_fast_and_no_choice_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: True)
     monkeypatch.setattr(choice, "_choices", {})
+    monkeypatch.setattr(choice, "images", lambda: 4)
 
 
 @pytest.fixture
@@ -101,6 +102,12 @@ def narrow(attack: fastadv.PGD, x: Tensor) -> Engine:
         (41.0, 34.0, 35.0, CopyEngine),
         (30.0, 37.0, 35.0, ProgramEngine),
         (41.0, 42.0, 40.5, ProgramEngine),  # faster by less than 3 %
+        (
+            41.0,
+            60.0,
+            30.0,
+            ProgramEngine,
+        ),  # whatever the live model takes, its copy takes no longer
     ],
 )
 def test_the_fastest_runs_and_the_reason_says_what_was_measured(
@@ -111,9 +118,10 @@ def test_the_fastest_runs_and_the_reason_says_what_was_measured(
     attack = fastadv.PGD(model, steps=2)
     attack(x, Y)
     assert type(narrow(attack, x)) is kind
+    also = f", live model under autocast {live:g} ms" if copy < 1.15 * program else ""
     assert attack.last.reason == (
-        f"the model can be copied; measured on 8 images: fused program {program:g} ms, "
-        f"live model under autocast {live:g} ms, copy {copy:g} ms"
+        f"the model can be copied; measured on 4 images: fused program {program:g} ms, "
+        f"copy {copy:g} ms{also}"
     )
     assert attack.last.engine == ("eager" if kind is LiveEngine else "compiled")
 
@@ -131,7 +139,7 @@ def test_a_copy_that_no_program_serves_is_measured_against_the_live_model(
     engine = narrow(fastadv.PGD(model), x)
     assert type(engine) is LiveEngine
     assert engine.reason.endswith(
-        "measured on 8 images: copy 37 ms, live model under autocast 35 ms"
+        "measured on 4 images: copy 37 ms, live model under autocast 35 ms"
     )
 
 
@@ -204,7 +212,7 @@ def test_one_image_has_a_choice_of_its_own(takes: Any) -> None:
     assert type(narrow(attack, x[:1])) is ProgramEngine
     assert "measured on 1 image: fused program 5 ms" in narrow(attack, x[:1]).reason
     assert type(narrow(attack, x)) is LiveEngine
-    assert "measured on 8 images: fused program 41 ms" in narrow(attack, x).reason
+    assert "measured on 4 images: fused program 41 ms" in narrow(attack, x).reason
 
 
 def test_engines_of_passes_that_take_no_time_are_not_compared(takes: Any) -> None:
@@ -213,7 +221,7 @@ def test_engines_of_passes_that_take_no_time_are_not_compared(takes: Any) -> Non
     attack = fastadv.PGD(model)
     engine = narrow(attack, x)
     assert type(engine) is ProgramEngine
-    assert engine.reason == "the model can be copied; measured on 8 images: fused program 1 ms"
+    assert engine.reason == "the model can be copied; measured on 4 images: fused program 1 ms"
 
 
 def refuse(*_: object, **__: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
-from fastadv.engine.live_tape import tape_now
+from fastadv.engine.first_recordings import tape_now
 from fastadv.engine.recorder import record
 from fastadv.models import create_model, resnet18, small_cnn
 

@@ -1,0 +1,81 @@
+"""The logits and gradients of a few images that the live model has, while an engine is chosen for it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from torch import Tensor, nn
+
+from fastadv.engine import proof
+from fastadv.engine.engines import Engine
+from fastadv.engine.first_recordings import PROBES, finite
+from fastadv.engine.proof import Evidence
+from fastadv.engine.recorder import record
+from fastadv.engine.recording import Recording
+from fastadv.engine.tape import Tape
+
+
+class Known:
+    """The proof that engines must pass; what is not given is found when it is first asked for.
+
+    Args:
+        model: the live model.
+        x: images to attack [B, ...].
+        tape: the model's operations.
+        recording: of a few images, or of all where the operations hold for one batch size alone.
+        evidence: of that recording.
+        few: whether engines must be right for the first images alone, too.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        tape: Tape,
+        recording: Recording | None = None,
+        evidence: Evidence | None = None,
+        few: bool = False,
+    ) -> None:
+        self.model, self.x, self.tape = model, x, tape
+        self._recording, self._evidence = recording, evidence
+        self._few = few
+        self._alone: Evidence | None = (
+            None  # of the first images, where a pass of their own is needed
+        )
+
+    @cached_property
+    def recording(self) -> Recording:
+        """The model's weights, as it has just used them."""
+        if self._recording is not None:
+            return self._recording
+        few = self.x if self.tape.only_batch is not None else self.x[:PROBES]
+        return self._recorded(few)
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """Its logits and gradients."""
+        return self._evidence or proof.evidence_of(self.recording)
+
+    def fault_of(self, engine: Engine) -> str | None:
+        """In words, what is wrong with an engine; None where it is right.
+
+        It must be right for the recorded batch, and for the few images that every later use begins with. These
+        are the first of the recorded ones, so that their logits and gradients are there already, unless the
+        model mixes the images of a batch.
+        """
+        with engine.session(self.model, 0, current=True):
+            fault = self.evidence.against(engine)
+            if fault is not None or not self._few:
+                return fault
+            count = min(PROBES, self.x.shape[0])
+            if self._alone is None:
+                if self.evidence.first(count).against(engine) is None:
+                    return None
+                self._alone = proof.evidence_of(self._recorded(self.x[:count]))
+            return self._alone.against(engine)
+
+    def _recorded(self, images: Tensor) -> Recording:
+        tape = self.tape
+        return record(
+            self.model, finite(images), careful=tape.own_functions, settling=tape.settling
+        )
