@@ -25,7 +25,7 @@ torch.library.define(
 )
 
 
-class Images(NamedTuple):
+class SlotImages(NamedTuple):
     """The images of a batch's rows, each [S, ...], as `fastadv.attacks.apgd_slots.Slots` has them."""
 
     x: Tensor
@@ -36,8 +36,8 @@ class Images(NamedTuple):
     kept: Tensor
 
 
-class Rows(NamedTuple):
-    """What happens to each row, [S] bool.
+class RowFlags(NamedTuple):
+    """Flags that decide what happens to each row, [S] bool.
 
     Attributes:
         fresh: its run has made no step yet.
@@ -53,14 +53,14 @@ class Rows(NamedTuple):
 
 
 def advance(
-    images: Images,
+    images: SlotImages,
     grad: Tensor,
-    rows: Rows,
+    rows: RowFlags,
     alpha: Tensor,
     eps: float,
     norm: str,
     bounds: tuple[float, float],
-) -> Images:
+) -> SlotImages:
     """Keep what is worth keeping, and move every row on.
 
     Args:
@@ -79,7 +79,7 @@ def advance(
         images = images._replace(best_grad=images.best_grad.to(grad.dtype))
     if norm != "linf" or not _is_compiled(images.adv):
         return advance_by_torch(images, grad, rows, alpha, eps, norm, bounds)
-    images = Images(*(_laid_out_like(one, images.adv) for one in images))
+    images = SlotImages(*(_laid_out_like(one, images.adv) for one in images))
     torch.ops.fastadv.apgd_advance_(
         images.adv,
         images.before,
@@ -99,14 +99,14 @@ def advance(
 
 
 def advance_by_torch(
-    images: Images,
+    images: SlotImages,
     grad: Tensor,
-    rows: Rows,
+    rows: RowFlags,
     alpha: Tensor,
     eps: float,
     norm: str,
     bounds: tuple[float, float],
-) -> Images:
+) -> SlotImages:
     """As `advance`, by operations of torch on any device; writes to nothing."""
     x, adv, before, best, best_grad, kept = images
     kept = where_images(rows.keep, adv, kept)
@@ -121,7 +121,7 @@ def advance_by_torch(
     moved = point + MOMENTUM * (stepped - point) + (1 - MOMENTUM) * (point - before)
     moved = pgd_step_(moved, x, x, eps, 0.0, norm, bounds)
     # A run's first step has no earlier movement to go on with.
-    return Images(x, where_images(rows.fresh, stepped, moved), point, best, best_grad, kept)
+    return SlotImages(x, where_images(rows.fresh, stepped, moved), point, best, best_grad, kept)
 
 
 def _is_compiled(adv: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd import APGDSettings
-from fastadv.attacks.apgd_advance import Images, Rows, advance
+from fastadv.attacks.apgd_advance import RowFlags, SlotImages, advance
 from fastadv.attacks.averaging import mean_gradient
 from fastadv.attacks.objectives import Objective, targeted_value
 from fastadv.engine.engines import Engine
@@ -152,14 +152,14 @@ class Slots:
         self.value = value
         back = None if checked is None else self._check(checked, since, settings.rho)
         eps, norm, bounds = settings.eps, settings.norm, settings.bounds
-        rows = Rows(fresh, better, keep, back)
+        rows = RowFlags(fresh, better, keep, back)
         moved = advance(self._images(), grad, rows, self.alpha, eps, norm, bounds)
         for name, images in moved._asdict().items():
             setattr(self, name, images)
         return grad
 
-    def _images(self) -> Images:
-        return Images(self.x, self.adv, self.before, self.best, self.best_grad, self.kept)
+    def _images(self) -> SlotImages:
+        return SlotImages(self.x, self.adv, self.before, self.best, self.best_grad, self.kept)
 
     def _value_of(self, settings: APGDSettings) -> Callable[[Tensor], Tensor]:
         if settings.aims_at_wrong_classes:

@@ -33,7 +33,7 @@ Kind = Literal["logits", "gradient"]
 
 
 @dataclass
-class _Recorded:
+class _RecordedPass:
     """The passes of one batch size.
 
     Attributes:
@@ -86,8 +86,8 @@ class GraphedPasses:
     ) -> None:
         self._forward, self._recorder, self._any_batch = forward, recorder, any_batch
         self._calls: dict[object, int] = {}
-        self._recorded: dict[Kind, dict[object, _Recorded]] = {"logits": {}, "gradient": {}}
-        self._last: _Recorded | None = None
+        self._recorded: dict[Kind, dict[object, _RecordedPass]] = {"logits": {}, "gradient": {}}
+        self._last: _RecordedPass | None = None
         self._resting = False
         self.failure = ""
 
@@ -123,7 +123,7 @@ class GraphedPasses:
         assert self._last is not None, "backward needs a recorded forward pass"
         return self._last.run_backward(at_logits)
 
-    def _find(self, kind: Kind, x: Tensor) -> _Recorded | None:
+    def _find(self, kind: Kind, x: Tensor) -> _RecordedPass | None:
         if self._resting or self.failure or not len(x) or x.dtype == torch.float64:
             return None
         size = padded_size(len(x)) if self._any_batch else len(x)
@@ -142,7 +142,7 @@ class GraphedPasses:
             kept[place] = found  # the last is the latest used
         return found
 
-    def _record(self, kind: Kind, x: Tensor, size: int) -> _Recorded | None:
+    def _record(self, kind: Kind, x: Tensor, size: int) -> _RecordedPass | None:
         """Record a size and compare; a failure is told once."""
         try:
             made = self._made(kind, x, size)
@@ -155,7 +155,7 @@ class GraphedPasses:
             return None
         return made
 
-    def _made(self, kind: Kind, x: Tensor, size: int) -> _Recorded:
+    def _made(self, kind: Kind, x: Tensor, size: int) -> _RecordedPass:
         images = zeros_like_images(x, size)
         images[: len(x)].copy_(x)
         with torch.no_grad():
@@ -170,7 +170,7 @@ class GraphedPasses:
             graph[:] = [out]
             logits.copy_(out.detach())
 
-        made = _Recorded(
+        made = _RecordedPass(
             images,
             logits,
             self._recorder.record(forward),
@@ -190,7 +190,7 @@ class GraphedPasses:
             made.backward = self._recorder.record(backward)
         return made
 
-    def _compare(self, made: _Recorded) -> None:
+    def _compare(self, made: _RecordedPass) -> None:
         """Hold a recording against the pass itself, on the images that it holds.
 
         Raises:

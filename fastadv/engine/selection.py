@@ -246,14 +246,16 @@ def _used(kept: list[_Copy], copy: _Copy, batch: int) -> Engine:
 
 def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> Recording | None:
     """A recording with a graph, of as few images as the copy serves; None where memory does not suffice."""
-    settling = copy.tape.settling
+    tape = copy.tape
+    sizes = (PROBES, len(x)) if tape.only_batch is None else (len(x),)
     try:
-        recording = record(model, finite(x[:PROBES]), careful=careful, settling=settling)
-        if not copy.tape.describes(recording):
-            recording = record(model, finite(x), careful=careful, settling=settling)
+        for size in sizes:
+            recording = record(model, finite(x[:size]), careful=careful, settling=tape.settling)
+            if tape.describes(recording):
+                return recording
     except torch.OutOfMemoryError:
-        return None
-    return recording
+        pass
+    return None
 
 
 def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadv.attacks.apgd_advance import Images, Rows, advance, advance_by_torch
+from fastadv.attacks.apgd_advance import RowFlags, SlotImages, advance, advance_by_torch
 from fastadv.ops import NATIVE
 
 pytestmark = pytest.mark.skipif(NATIVE.library is None, reason="needs the compiled part")
@@ -32,9 +32,9 @@ def example(shape: tuple[int, ...], dtype: torch.dtype, grad_dtype: torch.dtype)
     number = torch.arange(shape[0])
     flags = [(number >> place & 1).bool() for place in range(4)]
     return {
-        "images": Images(x, near(), near(), near(), gradient(), near()),
+        "images": SlotImages(x, near(), near(), near(), gradient(), near()),
         "grad": gradient(),
-        "rows": Rows(*flags),
+        "rows": RowFlags(*flags),
         "alpha": torch.rand(shape[0], generator=drawn, dtype=dtype) * 0.06,
         "eps": 0.03,
         "norm": "linf",
@@ -60,11 +60,11 @@ def test_it_gives_the_bits_of_torch(
         images = given["images"]._asdict()
         for name in images if layout == "channels-last" else ("adv", "best"):
             images[name] = images[name].contiguous(memory_format=LAST)
-        given["images"] = Images(**images)
+        given["images"] = SlotImages(**images)
     for rows in (given["rows"], given["rows"]._replace(back=None)):
         given["rows"] = rows
         wanted = advance_by_torch(**given)
-        copies = Images(*(one.clone() for one in given["images"]))
+        copies = SlotImages(*(one.clone() for one in given["images"]))
         found = advance(**{**given, "images": copies})
         for name, one in wanted._asdict().items():
             torch.testing.assert_close(
@@ -77,7 +77,9 @@ def test_samples_of_other_shapes_and_the_other_norm() -> None:
     for shape, norm in (((5, 11), "linf"), ((1, 1, 1, 1), "linf"), ((6, 2, 9), "l2")):
         given = example(shape, torch.float32, torch.float32) | {"norm": norm}
         wanted = advance_by_torch(**given)
-        found = advance(**{**given, "images": Images(*(one.clone() for one in given["images"]))})
+        found = advance(
+            **{**given, "images": SlotImages(*(one.clone() for one in given["images"]))}
+        )
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
