@@ -100,7 +100,8 @@ def test_the_default_ids_count_from_zero() -> None:
 def test_the_same_image_under_other_ids_starts_elsewhere() -> None:
     x, y = digits_test(1)
     x, y = x.repeat(4, 1, 1, 1), y.repeat(4)
-    adv = attack(x, y, seed=1, steps=1, alpha=0)
+    settings = {"seed": 1, "steps": 1, "alpha": 1e-9}  # so that the starts are left
+    adv = attack(x, y, **settings)
     assert len({row.numpy().tobytes() for row in adv}) == 4
-    same = attack(x, y, seed=1, steps=1, alpha=0, sample_ids=torch.zeros(4, dtype=torch.int64))
+    same = attack(x, y, **settings, sample_ids=torch.zeros(4, dtype=torch.int64))
     assert torch.equal(same, same[:1].expand_as(same))

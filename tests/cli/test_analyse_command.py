@@ -113,7 +113,7 @@ def test_json_has_all_numbers_of_all_models(
 def test_nothing_is_lost_and_what_is_there_is_not_computed_again(
     runs: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fastadv.commands import analysis
+    from fastadv.commands import analyser
 
     folder = Path(runs[0]) / "analyses"
     what = ["--what", "steps-curve", "--step_counts", "1", "3"]
@@ -127,7 +127,7 @@ def test_nothing_is_lost_and_what_is_there_is_not_computed_again(
     def never(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(analysis, "run_analyses", never)
+    monkeypatch.setattr(analyser, "run_analyses", never)
     assert analyse(runs[0], *what, "--eps", "0.1") == 0
     with pytest.raises(AssertionError, match="computed again"):
         analyse(runs[0], *what, "--eps", "0.1", "--anew")

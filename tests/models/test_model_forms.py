@@ -148,7 +148,7 @@ def test_a_file_is_loaded_when_its_form_is_named(name: str, other: str, strict: 
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_plain_resnet18_is_taken_for_the_usual_one_with_a_warning(strict: bool) -> None:
     theirs, ours, x = made("resnet18", seed=1), made("resnet18"), torch.rand(2, 3, 16, 16)
-    with pytest.warns(UserWarning, match=r"taken for that of resnet18, the usual one.*stride1"):
+    with pytest.warns(UserWarning, match=r"taken as one of resnet18, the usual one.*stride1"):
         load_published_state_dict(ours, theirs.state_dict(), strict)
     assert torch.equal(ours(x), theirs(x))
 
