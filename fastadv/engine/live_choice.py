@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
+from fastadv.engine.content import content
 from fastadv.engine.engines import (
     Draws,
     EagerEngine,
@@ -24,6 +25,8 @@ from fastadv.float32 import full_float32
 
 _LONGER = 3  # times as many uses as so far, before a copy is tried again
 _ROUNDS = 2
+_STEADY_CHANGES = 2  # uses in a row before which the weights changed: then the model is in training
+_WITHOUT_COMPARISON = 15  # uses of a model in training between two comparisons
 _CLEARLY = 0.97  # of the time with images as they come, at most, to lay them out otherwise
 
 
@@ -54,17 +57,52 @@ class Live:
         return EagerEngine(self.precision, self.reason, train_mode, self.draws, self.channels_last)
 
 
+class _Comparison:
+    """Whether autocast has a model's gradients, and whether that is to be asked again.
+
+    Other weights can have other gradients in a narrow precision. In training the weights change a little before
+    each use, so that some uses in a row may do without.
+
+    Args:
+        model: the model, as it was compared.
+        right: the outcome.
+        former: the comparison before.
+    """
+
+    def __init__(self, model: nn.Module, right: bool, former: _Comparison | None) -> None:
+        self.right, self._weights, self._uses = right, _weights_of(model), 0
+        # Uses in a row with other weights.
+        self._changes: int = 0 if former is None else former._changes
+        self._other = False  # whether the weights have changed since
+
+    def is_due(self, model: nn.Module) -> bool:
+        """Whether to compare again before this use; asked once for each use."""
+        self._uses += 1
+        weights = _weights_of(model)
+        self._changes = 0 if weights == self._weights else self._changes + 1
+        self._other, self._weights = self._other or self._changes > 0, weights
+        in_training = self._changes > _STEADY_CHANGES and self._uses <= _WITHOUT_COMPARISON
+        return self._other and not in_training
+
+
 class LiveChoice:
     """How one model runs live, by kind of images."""
 
     def __init__(self) -> None:
         self._found: dict[Hashable, Live] = {}
-        self._autocast_is_right: dict[Hashable, bool] = {}
+        self._compared: dict[Hashable, _Comparison] = {}
 
-    def waiting(self, kind: Hashable) -> Live | None:
-        """What runs while no copy is tried: trying takes longer than an attack, and mostly fails again."""
+    def waiting(self, kind: Hashable, model: nn.Module) -> Live | None:
+        """The way to run while no copy is tried: trying takes longer than an attack, and mostly fails again."""
         live = self._found.get(kind)
         if live is None or live.uses >= live.next_try:
+            return None
+        place = (kind, live.obstacle)
+        compared = self._compared.get(place)
+        if compared is not None and compared.is_due(model):
+            self._compared[place] = _Comparison(
+                model, False, compared
+            )  # until it is compared again
             return None
         live.uses += 1
         return live
@@ -97,11 +135,13 @@ class LiveChoice:
         before, reason, last = self._found.get(kind), obstacle, False
         draws = _draws(model, x, bool(train_mode))
         if precision != "fp32" and free:
+            assert isinstance(model, nn.Module)
             place = (kind, obstacle)
-            if not self._autocast_is_right.get(place):
+            compared = self._compared.get(place)
+            if compared is None or not compared.right or compared.is_due(model):
                 right = _is_right(model, x, precision, bool(train_mode), draws)
-                self._autocast_is_right[place] = right
-            if not self._autocast_is_right[place]:
+                compared = self._compared[place] = _Comparison(model, right, compared)
+            if not compared.right:
                 precision, reason = "fp32", f"{obstacle}; in {precision} its gradients are others"
             elif not train_mode and x.device.type == "cpu" and x.dim() == 4:
                 known = before is not None and before.obstacle == obstacle
@@ -118,6 +158,15 @@ class LiveChoice:
             live.next_try = uses
         self._found[kind] = live
         return live
+
+
+def _weights_of(model: nn.Module) -> Hashable:
+    """A value that differs for other weights: their hash, or on a GPU torch's counters of changes."""
+    tensors = [*model.parameters(), *model.buffers()]
+    found = content(tensors)
+    if found is not None:
+        return found
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:

@@ -124,7 +124,7 @@ class EngineCache:
         precision = _narrowest(wish, model, x)
         obstacle, kind = _obstacle(model, x, wish), _kind(x, wish)
         if obstacle is None and isinstance(model, nn.Module):
-            waiting = self._live.waiting(kind) if wish.is_free else None
+            waiting = self._live.waiting(kind, model) if wish.is_free else None
             if waiting is not None:
                 return waiting.engine(wish.train_mode)
             try:

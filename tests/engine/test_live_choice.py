@@ -8,6 +8,7 @@ import pytest
 import torch
 from attack_helpers import images, randomise
 from foreign_models import Pooled, conv
+from test_remembered import Ripple
 from torch import Tensor, nn
 
 import fastadv
@@ -99,3 +100,36 @@ def test_the_faster_layout_runs(faster: bool, monkeypatch: pytest.MonkeyPatch) -
         shown = engine.images(x)
         assert engine.precision == "bf16"
         assert shown.is_contiguous(memory_format=torch.channels_last) is faster
+
+
+class ReadsRipple(Ripple):
+    """It looks at its results."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out if out.sum() < 1e9 else -out
+
+
+@pytest.mark.skipif(not fast_bf16(torch.device("cpu")), reason="this CPU has no fast bfloat16")
+@pytest.mark.parametrize("way", ["at once", "past the counters", "in training", "after training"])
+def test_new_weights_whose_gradients_are_lost_under_autocast_are_noticed(way: str) -> None:
+    torch.manual_seed(0)
+    model, x = ReadsRipple().eval(), images(8)
+    attack = fastadv.PGD(model, steps=1)
+    attack(x, Y)
+    assert (attack.last.engine, attack.last.precision) == ("eager", "bf16")
+    training = way.endswith("training")
+    with torch.no_grad():
+        for _ in range(6 if training else 0):
+            model.head.weight.mul_(1.01)
+            attack(x, Y)
+        assert attack.last.precision == "bf16"
+        (model.height.data if way == "past the counters" else model.height).fill_(0.005)
+        (model.rate.data if way == "past the counters" else model.rate).fill_(2000.0)
+        if training:
+            attack(x, Y)
+        for _ in range(15 if way == "in training" else 0):
+            model.head.weight.mul_(1.001)
+            attack(x, Y)
+    attack(x, Y)
+    assert attack.last.precision == "fp32"
