@@ -24,6 +24,10 @@ constexpr int64_t kBlock = 32;  // output channels that are computed together: t
 // The first call asks for that.
 bool supported();
 
+// Give this thread eight tiles of 16 rows of 64 bytes, and give them back.
+void configure();
+void release();
+
 // Where a tap reads, in elements from a tile's first place, and where its filters lie, in tiles.
 struct Tap {
   int64_t input, filter;

@@ -78,7 +78,7 @@ void conv_weight_gradient_(at::Tensor out, const at::Tensor& gradient, const at:
       }
     });
     at::parallel_for(0, plan.parts() * splits, 1, [&](int64_t begin, int64_t end) {
-      conv_weight::configure();
+      conv_amx::configure();
       for (int64_t i = begin; i < end; ++i) {
         const int64_t part = i / splits, groups = int64_t(plan.groups.size()) / splits;
         const int64_t group = i % splits * groups;
@@ -87,7 +87,7 @@ void conv_weight_gradient_(at::Tensor out, const at::Tensor& gradient, const at:
                               {part % filters * kChannels, part / filters * kChannels,
                                group_start(group), group_start(group + groups)});
       }
-      conv_weight::release();
+      conv_amx::release();
     });
   }
 }

@@ -65,16 +65,6 @@ int64_t input_rows(const Plan& plan) {
 namespace fastadv::conv_weight {
 namespace {
 
-struct alignas(64) Configuration {
-  uint8_t palette = 1, start_row = 0;
-  uint8_t reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Not a local variable, as in conv_amx.cpp.
-constinit const Configuration kConfiguration;
-
 alignas(64) constexpr uint16_t kLow[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
                                            37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
                                            11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
@@ -160,9 +150,6 @@ FASTADV_AMX void pack_input(uint16_t* packed, const uint16_t* x, const Plan& pla
 }
 
 // GCC ignores the target of a lambda in a function without it.
-FASTADV_AMX void configure() { _tile_loadconfig(&kConfiguration); }
-FASTADV_AMX void release() { _tile_release(); }
-
 FASTADV_AMX void multiply(float* out, float* sums, const uint16_t* gradient, const uint16_t* x,
                           const Plan& plan, int64_t chunk, const Part& part) {
   const int64_t taps = int64_t(plan.taps.size()), channels = plan.shape.in_channels;
@@ -228,8 +215,6 @@ void pack_gradient(uint16_t*, const uint16_t*, const Plan&, int64_t, int64_t) {}
 void pack_input(uint16_t*, const uint16_t*, const Plan&, int64_t, int64_t) {}
 void multiply(float*, float*, const uint16_t*, const uint16_t*, const Plan&, int64_t, const Part&) {
 }
-void configure() {}
-void release() {}
 
 }  // namespace fastadv::conv_weight
 

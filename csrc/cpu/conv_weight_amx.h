@@ -79,10 +79,8 @@ void pack_input(uint16_t* packed, const uint16_t* x, const Plan& plan, int64_t c
 
 // Adds a chunk to the sums of a part, [taps][4 tiles]. The first chunk begins them, and the last
 // one writes the gradient [K][taps][C] in the weights instead, so that one chunk alone needs no
-// sums. Between configure() and release() on the same thread.
+// sums. Between conv_amx::configure() and conv_amx::release() on the same thread.
 void multiply(float* out, float* sums, const uint16_t* gradient, const uint16_t* x,
               const Plan& plan, int64_t chunk, const Part& part);
-void configure();
-void release();
 
 }  // namespace fastadv::conv_weight
