@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -142,22 +143,18 @@ def test_a_context_trains_batch_norm_as_torch_and_leaves_the_rest(
     )
     norm, x = nn.BatchNorm2d(16), images(4, 16, 6, 6)
 
-    def passed(mode: TrainingConvolutions | None) -> tuple[Tensor, ...]:
+    def passed(mode: AbstractContextManager[Any]) -> tuple[Tensor, ...]:
         norm.reset_running_stats()
         norm.zero_grad()
         leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", BF16):
-            if mode is None:
-                out = norm(leaf)
-            else:
-                with mode:
-                    out = norm(leaf)
+        with torch.autocast("cpu", BF16), mode:
+            out = norm(leaf)
         (gradient,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
         gradient.square().sum().backward()  # differentiated twice
         assert leaf.grad is not None and norm.weight.grad is not None
         return out, gradient, leaf.grad, norm.weight.grad, norm.running_mean, norm.running_var  # type: ignore[return-value]
 
-    plain = [t.detach().clone() for t in passed(None)]
+    plain = [t.detach().clone() for t in passed(nullcontext())]
     for found, wanted in zip(passed(TrainingConvolutions()), plain, strict=True):
         torch.testing.assert_close(found.double(), wanted.double(), rtol=0.03, atol=0.02)
     assert len(calls) == 1 and int(norm.num_batches_tracked) == 1  # type: ignore[arg-type]
@@ -180,14 +177,10 @@ def test_networks_with_relu_in_place_train() -> None:
     x = torch.rand(8, 3, 12, 12).contiguous(memory_format=LAST)
     weights = torch.randn(8, 32, 12, 12, generator=torch.Generator().manual_seed(3))
     found = []
-    for mode in (None, TrainingConvolutions()):
+    for mode in (nullcontext(), TrainingConvolutions()):
         model.zero_grad()
-        with torch.autocast("cpu", BF16):
-            if mode is None:
-                out = model(x)
-            else:
-                with mode:
-                    out = model(x)
+        with torch.autocast("cpu", BF16), mode:
+            out = model(x)
         (out * weights).sum().backward()
         found.append(torch.cat([p.grad.flatten().double() for p in model.parameters()]))  # type: ignore[union-attr]
     assert float(F.cosine_similarity(*found, 0)) > 0.99

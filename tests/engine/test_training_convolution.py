@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -34,16 +35,12 @@ def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 def passed(
-    conv: nn.Module, x: Tensor, mode: TrainingConvolutions | None
+    conv: nn.Module, x: Tensor, mode: AbstractContextManager[Any]
 ) -> tuple[Tensor, list[Tensor]]:
     """The result, and the gradients in the images and in the parameters."""
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", BF16):
-        if mode is None:
-            out = conv(x)
-        else:
-            with mode:
-                out = conv(x)
+    with torch.autocast("cpu", BF16), mode:
+        out = conv(x)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     return out, list(torch.autograd.grad((out * weights).sum(), [x, *conv.parameters()]))
 
@@ -66,7 +63,7 @@ def test_results_and_gradients_are_torchs(shape: tuple[int, ...], last: bool) ->
     conv, x = make_conv(shape)
     if last:
         conv, x = conv.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)  # type: ignore[call-overload] # fmt: skip
-    wanted, exact = passed(conv, x, None), F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type] # fmt: skip
+    wanted, exact = passed(conv, x, nullcontext()), F.conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding)  # type: ignore[arg-type] # fmt: skip
     out, gradients = passed(conv, x, TrainingConvolutions())
     assert out.dtype == BF16 and relative(out, exact) < 0.01
     for found, plain in zip(gradients, wanted[1], strict=True):
@@ -80,7 +77,9 @@ def test_weights_that_change_between_passes_are_packed_anew() -> None:
     mode = TrainingConvolutions()
     passed(conv, x, mode)
     conv.weight.data.mul_(-2.0)  # past torch's counters
-    for found, plain in zip(passed(conv, x, mode)[1], passed(conv, x, None)[1], strict=True):
+    for found, plain in zip(
+        passed(conv, x, mode)[1], passed(conv, x, nullcontext())[1], strict=True
+    ):
         assert relative(found, plain) < 0.015
     with torch.autocast("cpu", BF16), mode:  # and within one context
         first = conv(x)
@@ -93,14 +92,10 @@ def test_weights_that_change_between_passes_are_packed_anew() -> None:
 def test_a_gradient_can_be_differentiated() -> None:
     conv, x = make_conv(SHAPES[1])
     found = []
-    for mode in (None, TrainingConvolutions()):
+    for mode in (nullcontext(), TrainingConvolutions()):
         leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", BF16):
-            if mode is None:
-                out = conv(leaf)
-            else:
-                with mode:
-                    out = conv(leaf)
+        with torch.autocast("cpu", BF16), mode:
+            out = conv(leaf)
         (gradient,) = torch.autograd.grad(out.float().square().sum(), leaf, create_graph=True)
         found.append(torch.autograd.grad(gradient.square().sum(), conv.weight)[0])
     assert relative(found[1], found[0]) < 0.02
@@ -128,7 +123,7 @@ def test_a_network_trains_as_by_torch_and_with_checkpoints() -> None:
             result: Any = checkpoint(self.model, x, use_reentrant=False)
             return result
 
-    plain = passed(model, x, None)[1]
+    plain = passed(model, x, nullcontext())[1]
     for network in (model, Checkpointed()):
         found = passed(network, x, TrainingConvolutions())[1]
         whole = torch.cat([g.flatten().double() for g in found])
