@@ -16,7 +16,7 @@ from fastadv.engine.tape import Tape
 
 
 class Known:
-    """The proof that engines must pass; what is not given is found when it is first asked for.
+    """The proof that engines must pass; recording and evidence are made at their first use unless they are given.
 
     Args:
         model: the live model.
@@ -39,13 +39,11 @@ class Known:
         self.model, self.x, self.tape = model, x, tape
         self._recording, self._evidence = recording, evidence
         self._few = few
-        self._alone: Evidence | None = (
-            None  # of the first images, where a pass of their own is needed
-        )
+        self._alone: Evidence | None = None  # of a pass of the first images alone
 
     @cached_property
     def recording(self) -> Recording:
-        """The model's weights, as it has just used them."""
+        """The recording, with the weights that the model has just used."""
         if self._recording is not None:
             return self._recording
         few = self.x if self.tape.only_batch is not None else self.x[:PROBES]
@@ -53,7 +51,7 @@ class Known:
 
     @cached_property
     def evidence(self) -> Evidence:
-        """Its logits and gradients."""
+        """The model's logits and gradients on the recorded images."""
         return self._evidence or proof.evidence_of(self.recording)
 
     def fault_of(self, engine: Engine) -> str | None:

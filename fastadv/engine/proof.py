@@ -58,7 +58,7 @@ class Evidence:
         return bool((sizes.isfinite() & (sizes > 0)).any())
 
     def first(self, count: int) -> Evidence:
-        """What it says of the first images."""
+        """The evidence of the first images alone."""
         gradients = tuple(
             InputGradient(g.value[:count], g.logits[:count], g.grad[:count]) for g in self.gradients
         )

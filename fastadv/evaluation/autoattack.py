@@ -35,7 +35,8 @@ from fastadv.evaluation.autoattack_state import (
 )
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.progress import ProgressDisplay
-from fastadv.evaluation.report import REFERENCE, Stage, Status, library_versions
+from fastadv.evaluation.report import library_versions
+from fastadv.evaluation.result_row import REFERENCE, Stage, Status
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import (
     as_samples,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadv.attacks import APGD
 from fastadv.evaluation.autoattack_library import ReferenceAttacks
 from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord
-from fastadv.evaluation.report import REFERENCE
+from fastadv.evaluation.result_row import REFERENCE
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.verify import Audit, predict
 

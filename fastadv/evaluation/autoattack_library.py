@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastadv.evaluation.context import Model, private_generators
-from fastadv.evaluation.report import Stage
+from fastadv.evaluation.result_row import Stage
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 RAND = ("apgd-ce", "apgd-dlr")  # for models that draw random numbers

@@ -135,7 +135,7 @@ class PoolSearch:
         return self._hunt.runner.samples.take(indices, self._hunt.runner.device)
 
     def _worth_refining(self, tails: list[Ended]) -> list[Ended]:
-        """Images that only the engine takes for broken, and the best others; their points are kept apart."""
+        """Runs whose points only the engine takes for misclassified, and the best of the other runs."""
         claims = [one for one in tails if one.succeeded]
         others = sorted((one for one in tails if not one.succeeded), key=lambda one: -one.value)
         return claims + others[: self._hunt.refinement.targets]

@@ -15,7 +15,7 @@ from fastadv.attacks.attack import Attack
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
-from fastadv.evaluation.report import REFERENCE
+from fastadv.evaluation.result_row import REFERENCE
 from fastadv.evaluation.verify import Audit
 from fastadv.seeding import derive_seed
 
@@ -67,7 +67,7 @@ class Search(Protocol):
 
 
 def search_for(hunt: Hunt, attack: str) -> Search:
-    """The function that carries out an attack."""
+    """The search that carries out an attack."""
     if hunt.search == REFERENCE:
         return ReferenceSearch(hunt, attack)
     if attack in LOSSES and hunt.runner.norm in NORMS:

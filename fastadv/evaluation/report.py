@@ -13,10 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
-from fastadv.evaluation.result_row import REFERENCE, Row, Stage, Status, row_from_dict, row_to_dict
+from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
 from fastadv.files import write_atomically
-
-__all__ = ["REFERENCE", "Report", "Row", "Stage", "Status", "library_versions"]
 
 _FORMAT = 1
 _RESULTS_FORMAT = 2
