@@ -152,7 +152,7 @@ def compare(
 def breakdown(task: Task, rounds: int, precision: str) -> dict[str, Seconds]:
     """Where an attack step's time goes: forward, input gradient, update; and the work once per attack."""
     import fastadv
-    from fastadv.engine.engines import unwrapped
+    from fastadv.engine.compiled_parts import unwrapped
     from fastadv.engine.recorder import record
     from fastadv.ops import pgd_step_
 

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
+from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
-from fastadv.engine.engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.recording import Recording
 from fastadv.engine.tape import Tape

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine import proof
+from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.cpu_steps import PlainStep, ProgramStep
-from fastadv.engine.engines import CopyEngine, EngineOnCopy, LiveEngine, ProgramEngine
+from fastadv.engine.live_engines import LiveEngine
 from fastadv.engine.tape import Tape
 
 Contender = EngineOnCopy | LiveEngine

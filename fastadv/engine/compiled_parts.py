@@ -1,9 +1,11 @@
-"""Recognise modules and functions that `torch.compile` has made."""
+"""Recognise the modules that `torch.compile` has made, and wrappers around a network."""
 
 from __future__ import annotations
 
 import sys
+from typing import cast
 
+import torch
 from torch import nn
 
 
@@ -23,3 +25,22 @@ def has_compiled_parts(model: nn.Module) -> bool:
         is_compiled_wrapper(part) or part._compiled_call_impl is not None
         for part in model.modules()
     )
+
+
+_WRAPPERS = (
+    nn.DataParallel,
+    nn.parallel.DistributedDataParallel,
+    torch.optim.swa_utils.AveragedModel,
+)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside wrappers that only hand images on to it, and inside `torch.compile`'s."""
+    while not (model._forward_hooks or model._forward_pre_hooks):
+        if is_compiled_wrapper(model):
+            model = cast(nn.Module, model._orig_mod)
+        elif type(model) in _WRAPPERS:
+            model = cast(nn.Module, model.module)
+        else:
+            break
+    return model

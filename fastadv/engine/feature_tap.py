@@ -14,7 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadv.engine import proof
-from fastadv.engine.engines import Engine, ProgramEngine, unwrapped
+from fastadv.engine.compiled_parts import unwrapped
+from fastadv.engine.copy_engines import ProgramEngine
+from fastadv.engine.engines import Engine
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.forward_copy import probe_images
 from fastadv.engine.forward_pass import ForwardPass

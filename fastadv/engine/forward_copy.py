@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from fastadv.engine import proof
 from fastadv.engine.alone import alone_with
+from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.counters import plain_state
-from fastadv.engine.engines import unwrapped
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import is_steady, tape_now
 from fastadv.engine.forward_pass import ForwardPass

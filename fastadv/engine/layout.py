@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastadv.engine.engines import Model, as_model_takes
+from fastadv.engine.engines import Model
 from fastadv.engine.frozen import frozen
+from fastadv.engine.live_engines import as_model_takes
 
 _CHANNELS = (1, 3, 4)  # of images that people keep with the channels last
 

@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
+from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
-from fastadv.engine.engines import (
-    Draws,
-    EagerEngine,
-    LiveEngine,
-    Model,
-    ValueOfLogits,
-    as_model_takes,
-    unwrapped,
-)
+from fastadv.engine.engines import Model, ValueOfLogits
 from fastadv.engine.first_recordings import PROBES, SIZES, finite
-from fastadv.engine.recorder import draws_nothing
+from fastadv.engine.holding import held
+from fastadv.engine.live_engines import Draws, EagerEngine, LiveEngine, as_model_takes
+from fastadv.engine.recorder import Recorder
 from fastadv.float32 import full_float32
 
 _LONGER = 3  # times as many uses as so far, before a copy is tried again
@@ -173,7 +168,7 @@ def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
     """How the random numbers of a live model are to be governed."""
     if isinstance(model, nn.Module) and not train_mode:
         images = as_model_takes(model, finite(x[:PROBES]))
-        if draws_nothing(unwrapped(model), images):
+        if _draws_nothing(unwrapped(model), images):
             return "never"
     return "watched" if randomness.draws_can_be_watched(model) else "assumed"
 
@@ -235,3 +230,25 @@ def live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
     except Exception:
         return LiveEngine(precision, "", channels_last=False)
     return engine
+
+
+class _Listener(Recorder):
+    """A recorder that lets a model read values: it is not to be copied."""
+
+    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
+        pass
+
+
+def _draws_nothing(model: nn.Module, images: Tensor) -> bool:
+    """Whether a model is seen, from its first operation to its last, to draw no random numbers of torch's.
+
+    Args:
+        model: the live model.
+        images: a few [B, ...].
+    """
+    try:
+        with held(model):
+            _Listener(images).run(model)
+    except Exception:  # it draws, or was not seen to the end
+        return False
+    return True

@@ -7,7 +7,6 @@ what the model *does now*, whatever decided it: attributes, configuration object
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import types
 import weakref
@@ -23,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine import randomness
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
+from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
+from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
@@ -173,13 +174,13 @@ class Recorder(TorchFunctionMode):
         drawn = randomness.draws(func, name, args, kwargs)
         if drawn:
             raise self._refuse(f"its forward draws random numbers ({name})")
-        versions = [_version(t) for t in operands]
+        versions = [version_of(t) for t in operands]
         self._enter()  # an autograd function that torch itself calls is part of this function
         try:
             result = self.call(func, args, kwargs)
         finally:
             self._leave()
-        written = [t for t, v in zip(operands, versions, strict=True) if _version(t) != v]
+        written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
@@ -330,7 +331,7 @@ class Recorder(TorchFunctionMode):
         place = self._places.get(id(tensor))
         if place is not None:
             return place
-        if _leads_to(tensor, self.recording.images):
+        if leads_to(tensor, self.recording.images):
             raise self._refuse(_UNSEEN)
         self._model_storages.add(storage_of(tensor))
         return self._add(tensor, depends=False)
@@ -341,12 +342,12 @@ class Recorder(TorchFunctionMode):
         if sys.getprofile() is not None:  # somebody is profiling, who is not to be disturbed
             yield
             return
-        codes = _forward_codes()
+        codes = forward_codes()
         calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
 
         def watch(frame: types.FrameType, event: str, arg: Any) -> None:
             if event == "call" and not self._inside and id(frame.f_code) in codes:
-                cls, args = _own_call(frame, codes[id(frame.f_code)])
+                cls, args = own_call(frame, codes[id(frame.f_code)])
                 calls.append((frame, cls, args))
                 self._enter()
             elif event == "return" and calls and calls[-1][0] is frame:
@@ -355,8 +356,8 @@ class Recorder(TorchFunctionMode):
                 if arg is not None and not self._refusal:
                     self._record_own_function(cls, args, arg)
             elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
-                if _is_importing(frame):  # a module that is needed for the first time
-                    return
+                if is_importing(frame, Recorder.run.__code__):
+                    return  # of a module that is needed for the first time
                 self._refusal = "its forward draws random numbers (the system's)"
 
         sys.setprofile(watch)
@@ -372,28 +373,6 @@ class Recorder(TorchFunctionMode):
             self._record(cls.apply, "apply", args, {}, result, [])
 
 
-class _Listener(Recorder):
-    """A recorder that lets a model read values: it is not to be copied."""
-
-    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        pass
-
-
-def draws_nothing(model: nn.Module, images: Tensor) -> bool:
-    """Whether a model is seen, from its first operation to its last, to draw no random numbers of torch's.
-
-    Args:
-        model: the live model.
-        images: a few [B, ...].
-    """
-    try:
-        with held(model):
-            _Listener(images).run(model)
-    except Exception:  # it draws, or was not seen to the end
-        return False
-    return True
-
-
 _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
               torch.memory_format)  # fmt: skip
 _NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
@@ -402,83 +381,3 @@ _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 _SIZES = frozenset(("size", "numel", "nelement"))
 _TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    """The tensors in nested arguments."""
-    found: list[Tensor] = []
-    for value in values:
-        if value.__class__ in _PLAIN:
-            continue  # most arguments
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (tuple, list)):
-            found.extend(tensors_in(value))
-        elif isinstance(value, dict):
-            found.extend(tensors_in(value.values()))
-        elif isinstance(value, slice):
-            found.extend(tensors_in((value.start, value.stop, value.step)))
-    return found
-
-
-_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, WatchedSize))
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def storage_of(tensor: Tensor) -> int:
-    """The key of the memory that tensors share."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
-        return id(tensor)
-
-
-def _leads_to(tensor: Tensor, leaf: Tensor) -> bool:
-    """Whether a tensor's autograd graph reaches the images."""
-    waiting, seen = [tensor.grad_fn], set()
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if getattr(node, "variable", None) is leaf:
-            return True
-        waiting.extend(following for following, _ in node.next_functions)
-    return False
-
-
-def _is_importing(frame: types.FrameType | None) -> bool:
-    """Whether a frame within a recording belongs to an import."""
-    while frame is not None and frame.f_code is not Recorder.run.__code__:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            return True
-        frame = frame.f_back
-    return False
-
-
-def _forward_codes() -> dict[int, Any]:
-    """The autograd function that each forward method belongs to, by the id of its code: some code has no hash."""
-    codes: dict[int, Any] = {}
-    waiting = list(torch.autograd.Function.__subclasses__())
-    while waiting:
-        cls = waiting.pop()
-        waiting.extend(cls.__subclasses__())
-        code = getattr(cls.forward, "__code__", None)
-        if code is not None:
-            codes.setdefault(id(code), cls)
-    return codes
-
-
-def _own_call(frame: types.FrameType, cls: Any) -> tuple[Any, tuple[Any, ...]]:
-    """The autograd function that a frame of a forward method runs, and its arguments."""
-    code, variables = frame.f_code, frame.f_locals
-    args = [variables[name] for name in code.co_varnames[: code.co_argcount]]
-    if code.co_flags & inspect.CO_VARARGS:
-        args.extend(variables[code.co_varnames[code.co_argcount + code.co_kwonlyargcount]])
-    if args and isinstance(args[0], torch.autograd.function.BackwardCFunction):
-        cls = getattr(type(args[0]), "_forward_cls", cls)
-        args = args[1:]
-    return cls, tuple(args)

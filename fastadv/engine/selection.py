@@ -22,16 +22,9 @@ from torch import Tensor, nn
 from fastadv.engine import choice, proof, randomness
 from fastadv.engine.candidates import candidates
 from fastadv.engine.choice import Contender
-from fastadv.engine.engines import (
-    CopyEngine,
-    Engine,
-    EngineOnCopy,
-    LiveEngine,
-    Model,
-    as_model_takes,
-    naming_dtypes,
-    unwrapped,
-)
+from fastadv.engine.compiled_parts import unwrapped
+from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy
+from fastadv.engine.engines import Engine, Model
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import (
     PROBES,
@@ -43,6 +36,7 @@ from fastadv.engine.first_recordings import (
 )
 from fastadv.engine.known import Known
 from fastadv.engine.live_choice import LiveChoice, live_rival
+from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording

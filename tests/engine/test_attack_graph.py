@@ -19,8 +19,8 @@ from fastadv.attacks import Attack
 from fastadv.attacks.batch import AttackBatch
 from fastadv.engine import cuda_graph as graph
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.copy_engines import CopyEngine
 from fastadv.engine.cuda_graph import GraphCache, padded_size
-from fastadv.engine.engines import CopyEngine
 from fastadv.engine.wish import Wish
 
 pytestmark = pytest.mark.usefixtures("one_thread")

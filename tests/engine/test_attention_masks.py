@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine import cpu_channels
-from fastadv.engine.engines import ProgramEngine
+from fastadv.engine.copy_engines import ProgramEngine
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine import choice
-from fastadv.engine.engines import CopyEngine, Engine, InputGradient, LiveEngine, ProgramEngine
+from fastadv.engine.copy_engines import CopyEngine, ProgramEngine
+from fastadv.engine.engines import Engine, InputGradient
+from fastadv.engine.live_engines import LiveEngine
 from fastadv.engine.precision import fast_bf16
 from fastadv.evaluation import autoattack
 from fastadv.trainers import AdversarialRecipe

@@ -18,8 +18,8 @@ import fastadv
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine import packed_convolution as packed
 from fastadv.engine import precision
+from fastadv.engine.copy_engines import CopyEngine, ProgramEngine
 from fastadv.engine.cpu_program import Program
-from fastadv.engine.engines import CopyEngine, ProgramEngine
 from fastadv.engine.precision import fast_bf16
 from fastadv.models import create_model
 from fastadv.models.wide_resnet import WideResNet

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.attacks import APGD, CW, FAB, PGD, Attack, Square
 from fastadv.engine import graphed_passes
+from fastadv.engine.copy_engines import CopyEngine
 from fastadv.engine.cuda_graph import GraphCache
-from fastadv.engine.engines import CopyEngine
 
 LONG = 8
 pytestmark = pytest.mark.usefixtures("one_thread")

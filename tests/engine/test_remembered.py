@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.engine import remembered
 from fastadv.engine.content import content
-from fastadv.engine.engines import EngineOnCopy
+from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered

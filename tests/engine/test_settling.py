@@ -12,7 +12,7 @@ from test_attack_copy import cosine
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.engines import EngineOnCopy, ProgramEngine
+from fastadv.engine.copy_engines import EngineOnCopy, ProgramEngine
 from fastadv.ops import linear_merger
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastadv.data import load_dataset
 from fastadv.engine.copy import AttackCopy
-from fastadv.engine.engines import CopyEngine
+from fastadv.engine.copy_engines import CopyEngine
 from fastadv.engine.first_recordings import tape_now
 from fastadv.engine.recorder import record
 from fastadv.models import small_cnn

@@ -11,7 +11,7 @@ import torch
 from run_helpers import Interruption, assert_same_end, run
 from training_helpers import make_batch, make_model, small_recipe
 
-from fastadv.engine.engines import EngineOnCopy
+from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.models import create_model
 from fastadv.ops import angular_distance
 from fastadv.trainers import Runtime, find_method

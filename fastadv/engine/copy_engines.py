@@ -1,0 +1,174 @@
+"""Engines that run an attack copy of the model: under autograd, or as a program of fused steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.compiled_parts import unwrapped
+from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_program import Program
+from fastadv.engine.cpu_steps import ProgramStep
+from fastadv.engine.cuda_graph import WorkRecorder
+from fastadv.engine.engines import (
+    Engine,
+    InputGradient,
+    Model,
+    ValueOfLogits,
+    channels_last,
+    check_gradient,
+    check_logits,
+    enlarged,
+    gradient_at_logits,
+)
+from fastadv.engine.graphed_passes import GraphedPasses
+from fastadv.engine.precision import COMPUTE_DTYPES
+from fastadv.engine.recorder import record
+from fastadv.engine.recording import Recording
+from fastadv.engine.remembered import Remembered
+from fastadv.engine.tape import Tape
+
+
+class EngineOnCopy(Engine):
+    """The common part of the engines that run on an attack copy."""
+
+    name = "compiled"
+    remembered: Remembered | None = None  # the proof of the copy, its weights included
+    _copy: AttackCopy
+    _example: Tensor
+    tape: Tape  # the operations of the copy
+
+    def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
+        self.precision, self.reason = precision, reason
+        self.tape, self._careful = tape, tape.own_functions
+        self.any_batch = tape.only_batch is None and not tape.decides_by_batch
+        images = recording.images.detach()
+        self._example = (images[:2] if tape.only_batch is None else images).clone()
+
+    @property
+    def copy(self) -> AttackCopy:
+        """The copy, with the weights of the last refresh."""
+        return self._copy
+
+    def refresh(self, recording: Recording) -> None:
+        """Bring over the weights that the live model has used."""
+        self.remembered = None
+        self._copy.refresh(recording)
+
+    def rest(self) -> None:
+        """Give memory back that the next use takes anew."""
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Bring the live weights over, unless they are here."""
+        if not current:
+            assert isinstance(model, nn.Module)
+            settling = self.tape.settling
+            live = record(unwrapped(model), self._example, careful=self._careful, settling=settling)
+            self.refresh(live)
+        yield
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last."""
+        return channels_last(super().images(x))
+
+
+class CopyEngine(EngineOnCopy):
+    """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile`` or by recorded passes.
+
+    Attributes:
+        passes: recorded as CUDA graphs; None on a CPU.
+    """
+
+    passes: GraphedPasses | None = None
+
+    def __init__(
+        self, tape: Tape, recording: Recording, precision: str, reason: str, inductor: bool
+    ) -> None:
+        super().__init__(tape, recording, precision, reason)
+        dtype = COMPUTE_DTYPES[precision]
+        if recording.images.dtype == torch.float64:
+            dtype = torch.float64
+        self._copy = AttackCopy(tape, recording, dtype)
+        self._narrow_range = precision == "fp16"
+        self._run: Callable[[Tensor], Tensor] = (
+            torch.compile(self._copy, fullgraph=True) if inductor else self._copy
+        )
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """As in `EngineOnCopy.session`."""
+        if self.passes is not None:
+            self.passes.begin()
+        with super().session(model, seed, current):
+            yield
+
+    def record_passes(self, recorder: WorkRecorder) -> GraphedPasses:
+        """Have the passes of long attacks recorded."""
+        self.passes = GraphedPasses(self._forward, recorder, self.any_batch)
+        return self.passes
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] without gradient."""
+        found = None if self.passes is None else self.passes.logits(x)
+        return super().logits(x) if found is None else found.clone()
+
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
+        """As in `Engine.gradient`; ``grad`` is valid until the engine's next call."""
+        output = None if self.passes is None else self.passes.forward(x)
+        if output is None:
+            return super().gradient(x, value_of)
+        assert self.passes is not None
+        value, at_logits = gradient_at_logits(output, value_of)
+        if self._narrow_range:
+            at_logits = enlarged(at_logits)
+        grad = self.passes.backward(at_logits)
+        return InputGradient(value, output.clone(), grad)
+
+    def _forward(self, x: Tensor) -> Tensor:
+        try:
+            return self._run(x)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(
+                "engine must be 'auto' or 'eager' for this model, got 'compiled': torch.compile "
+                f"fails: {error}"
+            ) from error
+
+
+class ProgramEngine(EngineOnCopy):
+    """Runs the attack copy as a program of fused steps: bfloat16 or float32 on the CPU."""
+
+    def __init__(
+        self, tape: Tape, recording: Recording, reason: str, precision: str = "bf16"
+    ) -> None:
+        super().__init__(tape, recording, precision, reason)
+        self._copy = AttackCopy(tape, recording, COMPUTE_DTYPES[precision], pack=True)
+        self._program = Program(self._copy)
+
+    @property
+    def steps(self) -> Sequence[ProgramStep]:
+        """The program's, in the order in which they run forward."""
+        return self._program.steps
+
+    def rest(self) -> None:
+        """As in `EngineOnCopy.rest`."""
+        self._program.release()
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits [B, C] without gradient."""
+        logits, _ = self._program.forward(x)
+        check_logits(logits, x.shape[0])
+        return logits.to(torch.float32, copy=True)
+
+    def gradient(self, x: Tensor, value_of: ValueOfLogits) -> InputGradient:
+        """As in `Engine.gradient`; ``grad`` is in the program's dtype and valid until the engine's next call."""
+        output, run = self._program.forward(x)
+        check_logits(output, x.shape[0])
+        value, at_logits = gradient_at_logits(output, value_of)
+        grad = self._program.backward(run, at_logits)
+        check_gradient(grad is not None)
+        assert grad is not None
+        return InputGradient(value, output.to(torch.float32, copy=True), grad)

@@ -1,0 +1,149 @@
+"""Engines that run the live model itself, frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.compiled_parts import unwrapped
+from fastadv.engine.engines import Engine, Model, channels_last
+from fastadv.engine.frozen import frozen
+from fastadv.engine.precision import COMPUTE_DTYPES
+from fastadv.engine.recording import Recording
+from fastadv.engine.remembered import Remembered
+
+Draws: TypeAlias = Literal["never", "unlikely", "watched", "assumed"]
+
+
+class EagerEngine(Engine):
+    """Runs the live model as it stands, frozen; in a narrow precision through autocast.
+
+    Args:
+        precision: of the passes.
+        reason: why no copy runs.
+        train_mode: run in train mode; ``"moving"`` leaves the buffers as the passes have moved them.
+        draws: whether the model draws random numbers, which then follow the session's seed: "watched" where
+            that is to be seen when it does so; "unlikely" is as "watched", of one that did not.
+        channels_last: run on channels-last images, which some models' own code cannot take.
+    """
+
+    name = "eager"
+
+    def __init__(
+        self,
+        precision: str,
+        reason: str,
+        train_mode: bool | str = False,
+        draws: Draws = "assumed",
+        channels_last: bool = False,
+    ) -> None:
+        self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
+        self._narrow_range = precision == "fp16"
+        self._train_mode, self._draws = train_mode, draws
+        self.any_batch = draws in ("never", "unlikely")
+        self._channels_last = channels_last
+        self._model: Model | None = None
+        self._weights = torch.float32
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Freeze the live model; it is as before on leaving."""
+        # Held for the session only, so that a cached engine keeps no model alive.
+        self._model, self._weights = model, _weights_dtype(model)
+        try:
+            with frozen(
+                model,
+                train_mode=bool(self._train_mode),
+                keep_buffers=self._train_mode != "moving",
+                seed=seed if self._draws != "never" else None,
+                watch=self._draws in ("watched", "unlikely"),
+            ):
+                yield
+        finally:
+            self._model = None
+
+    def images(self, x: Tensor) -> Tensor:
+        """As in `Engine.images`, channels-last where the model takes that."""
+        images = super().images(x)
+        return channels_last(images) if self._channels_last else images
+
+    def _forward(self, x: Tensor) -> Tensor:
+        """Logits; the model gets images of its own, so that it may write to them."""
+        assert self._model is not None
+        if self._dtype == torch.float32:
+            with naming_dtypes(self._model, x):
+                return self._model(_in_dtype_of(self._weights, x).clone())
+        with torch.autocast(x.device.type, self._dtype), naming_dtypes(self._model, x):
+            return self._model(x.clone())
+
+
+class LiveEngine(EagerEngine):
+    """The live model in a narrow precision, which runs because it is faster than a copy that is right.
+
+    Args:
+        precision: of the passes.
+        reason: why no copy runs.
+        channels_last: run on channels-last images, which some models' own code cannot take.
+    """
+
+    remembered: Remembered | None = None  # its proof
+
+    def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
+        super().__init__(precision, reason, draws="never", channels_last=channels_last)
+
+    def refresh(self, recording: Recording) -> None:
+        """It has the live weights."""
+        self.remembered = None
+
+    @contextmanager
+    def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
+        """Freeze the network itself, which was measured without the wrappers around it."""
+        inner = unwrapped(model) if isinstance(model, nn.Module) else model
+        with super().session(inner, seed, current):
+            yield
+
+
+@contextmanager
+def naming_dtypes(model: Model, x: Tensor) -> Iterator[None]:
+    """Let the error of a model that cannot take the images' dtype say so.
+
+    Raises:
+        TypeError: the model fails, and its weights have another dtype than ``x``.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        weights = _weights_dtype(model)
+        if not isinstance(model, nn.Module) or x.dtype in (weights, *_SIXTEEN_BITS):
+            raise
+        raise TypeError(
+            f"x must have a dtype that the model takes, whose weights are {weights}, got {x.dtype}: "
+            f"{error}"
+        ) from error
+
+
+def as_model_takes(model: Model, x: Tensor) -> Tensor:
+    """Images in 16 bits where the model's weights are, else in float32 or float64."""
+    return _in_dtype_of(_weights_dtype(model), x)
+
+
+def _in_dtype_of(weights: torch.dtype, x: Tensor) -> Tensor:
+    if weights in _SIXTEEN_BITS:
+        return x.to(weights)
+    return x.float() if x.dtype in _SIXTEEN_BITS else x
+
+
+_SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
+
+def _weights_dtype(model: Model) -> torch.dtype:
+    """The dtype of a module's weights; float32 of other callables."""
+    if isinstance(model, nn.Module):
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                return tensor.dtype
+    return torch.float32

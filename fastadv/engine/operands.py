@@ -1,0 +1,57 @@
+"""The tensors among the arguments of a function, and what tells about each of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.watched_size import WatchedSize
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """The tensors in nested arguments."""
+    found: list[Tensor] = []
+    for value in values:
+        if value.__class__ in _PLAIN:
+            continue  # most arguments
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list)):
+            found.extend(tensors_in(value))
+        elif isinstance(value, dict):
+            found.extend(tensors_in(value.values()))
+        elif isinstance(value, slice):
+            found.extend(tensors_in((value.start, value.stop, value.step)))
+    return found
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, WatchedSize))
+
+
+def version_of(tensor: Tensor) -> int:
+    """Rises with every write to a tensor; 0 for tensors that do not count their writes."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def storage_of(tensor: Tensor) -> int:
+    """The key of the memory that tensors share."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse and other tensors without one
+        return id(tensor)
+
+
+def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
+    """Whether a tensor's autograd graph reaches the images."""
+    waiting, seen = [tensor.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if getattr(node, "variable", None) is leaf:
+            return True
+        waiting.extend(following for following, _ in node.next_functions)
+    return False
