@@ -9,35 +9,23 @@ together numbers, text, tuples, lists, dicts and descriptions of arrays, which a
 from __future__ import annotations
 
 import codecs
-import math
 import pickle
-import re
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from fastadv.data.array_pickle_values import (
+    NAMES,
+    Array,
+    DType,
+    Name,
+    PickleContentError,
+    object_of,
+    text_of,
+)
 
-_DTYPE = re.compile(r"[<>|=]?([biuf])([1248])")
-_MOST_DIMENSIONS = 8
 _LONGEST_NUMBER = 32  # bytes or digits
 _LONGEST_REASON = 200  # characters: a file's text may be long
-
-_MULTIARRAY = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-}
-_FROM_BUFFER = {("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")}
-_NDARRAY, _DTYPE_CLASS = ("numpy", "ndarray"), ("numpy", "dtype")
-_ENCODE = ("_codecs", "encode")  # how Python 3 writes bytes for Python 2
-_BYTES = ("__builtin__", "bytes")  # without arguments: how it writes bytes that are empty
-_NAMES = {*_MULTIARRAY, *_FROM_BUFFER, _NDARRAY, _DTYPE_CLASS, _ENCODE, _BYTES}
-
-
-class PickleContentError(ValueError):
-    """The pickle is damaged, or asks for more than a file of plain values and numeric arrays needs."""
 
 
 def read_arrays(content: bytes) -> Any:
@@ -56,97 +44,13 @@ def read_arrays(content: bytes) -> Any:
     try:
         value = _Machine(content).run()
         if isinstance(value, dict):
-            return {k: v.array() if isinstance(v, _Array) else v for k, v in value.items()}
+            return {k: v.array() if isinstance(v, Array) else v for k, v in value.items()}
         return value
     except PickleContentError as error:
         raise PickleContentError(str(error)[:_LONGEST_REASON]) from None
     except Exception as error:  # a damaged program can go wrong at any instruction
         reason = f"it is damaged: {type(error).__name__}: {error}"
         raise PickleContentError(reason[:_LONGEST_REASON]) from error
-
-
-@dataclass(frozen=True)
-class _Name:
-    """A name of the file that is known here; its object is neither looked up nor called."""
-
-    full: tuple[str, str]
-
-
-@dataclass(eq=False)
-class _DType:
-    """A file's description of an array's elements."""
-
-    text: str
-    order: str = "="
-
-    def build(self, state: Any) -> None:
-        """Take in the state that numpy writes for a number's dtype, which only adds the byte order."""
-        version, order, *rest = state
-        if version != 3 or rest != [None, None, None, -1, -1, 0]:
-            raise PickleContentError("it has a dtype with fields, subarrays or sizes of its own")
-        order = _text(order)
-        if order not in ("<", ">", "=", "|"):
-            raise PickleContentError(f"it has a dtype with the byte order {order!r}")
-        self.order = "=" if order == "|" else order
-
-    def dtype(self) -> np.dtype[Any]:
-        """Return the dtype, which is of a plain number."""
-        found = _DTYPE.fullmatch(self.text)
-        if found is None:
-            raise PickleContentError(
-                f"it has an array of dtype {self.text!r}, not of plain numbers"
-            )
-        kind = "".join(found.groups())
-        order = self.text[0] if self.text[0] in "<>" else self.order
-        return np.dtype(order + kind)  # raises for kinds that are not, such as f1
-
-
-@dataclass(eq=False)
-class _Array:
-    """A file's description of an array."""
-
-    dtype: _DType | None = None
-    shape: tuple[int, ...] = ()
-    order: str = "C"
-    raw: bytes = b""
-
-    def build(self, state: Any) -> None:
-        """Take in the state that numpy writes for an array."""
-        _, self.shape, dtype, fortran, raw = state
-        self.order = "F" if fortran else "C"
-        self._fill(dtype, raw)
-
-    def _fill(self, dtype: Any, raw: Any) -> None:
-        if not isinstance(dtype, _DType) or not isinstance(raw, bytes | bytearray):
-            raise PickleContentError("it has an array whose values are not plain numbers")
-        self.dtype, self.raw = dtype, bytes(raw)
-
-    @classmethod
-    def from_buffer(cls, raw: Any, dtype: Any, shape: Any, order: Any) -> _Array:
-        """Return the array that protocol 5 describes."""
-        made = cls(shape=shape, order=_text(order))
-        made._fill(dtype, raw)
-        return made
-
-    def array(self) -> NDArray[Any]:
-        """Make the array, after checking that its bytes are as many as its shape says."""
-        if self.dtype is None:
-            raise PickleContentError("it has an array without content")
-        dtype, shape = self.dtype.dtype(), self.shape
-        if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS or self.order not in "CF":
-            raise PickleContentError("it has an array of an impossible shape or order")
-        if any(type(length) is not int or length < 0 for length in shape):
-            raise PickleContentError(f"it has an array of shape {shape}")
-        size = math.prod(shape) * dtype.itemsize
-        if len(self.raw) != size:
-            raise PickleContentError(
-                f"it has an array {dtype}{list(shape)} of {size:,} bytes with {len(self.raw):,} bytes"
-            )
-        if size == 0:
-            return np.empty(shape, dtype)
-        return np.frombuffer(self.raw, dtype).reshape(
-            shape, order="F" if self.order == "F" else "C"
-        )
 
 
 class _Machine:
@@ -253,57 +157,27 @@ class _Machine:
 
     def name(self, module: Any, name: Any) -> None:
         """Put a name on the stack, if it is one of those that arrays need."""
-        full = (_text(module), _text(name))
-        if full not in _NAMES:
+        full = (text_of(module), text_of(name))
+        if full not in NAMES:
             raise PickleContentError(
                 f"it refers to {'.'.join(full)}, which such a file has no need of"
             )
-        self.push(_Name(full))
+        self.push(Name(full))
 
     def reduce(self) -> None:
         """Replace a name and its arguments by the value that they stand for."""
         name, arguments = self.last(2)
-        if not isinstance(name, _Name) or type(arguments) is not tuple:
+        if not isinstance(name, Name) or type(arguments) is not tuple:
             raise PickleContentError("it calls an object that is no function")
-        self.push(_made(name.full, arguments))
+        self.push(object_of(name.full, arguments))
 
     def build(self) -> None:
         """Give the last value its state."""
         value, state = self.last(2)
-        if not isinstance(value, _DType | _Array) or type(state) is not tuple:
+        if not isinstance(value, DType | Array) or type(state) is not tuple:
             raise PickleContentError(f"it gives a {type(value).__name__} a state")
         value.build(state)
         self.push(value)
-
-
-def _made(name: tuple[str, str], arguments: tuple[Any, ...]) -> Any:
-    """The value that a name stands for with these arguments."""
-    if name in _MULTIARRAY:
-        kind, shape, code = arguments
-        if kind != _Name(_NDARRAY) or shape != (0,) or _text(code) != "b":
-            raise PickleContentError("it has an array that is not made as numpy makes one")
-        return _Array()
-    if name in _FROM_BUFFER:
-        return _Array.from_buffer(*arguments)
-    if name == _DTYPE_CLASS:
-        return _DType(_text(arguments[0]))  # the others are `align` and `copy`
-    if name == _ENCODE:
-        text, encoding = arguments
-        if encoding != "latin1" or not isinstance(text, str):
-            raise PickleContentError(f"it encodes text as {encoding!r}, only latin1 is in use")
-        return text.encode("latin1")
-    if name == _BYTES and not arguments:
-        return b""
-    raise PickleContentError(f"it calls {'.'.join(name)}, which no such file has need of")
-
-
-def _text(value: Any) -> str:
-    """Text, which Python 2 wrote as bytes."""
-    if isinstance(value, bytes):
-        return value.decode("ascii")
-    if not isinstance(value, str):
-        raise PickleContentError(f"it has a {type(value).__name__} where text belongs")
-    return value
 
 
 def _dict_of(entries: list[Any]) -> dict[Any, Any]:

@@ -1,14 +1,17 @@
-"""A model's logits for a few images, in which every change of its function shows.
+"""A model's weights, and its logits for a few images: with both every change of its function shows.
 
-A hash of weights does not see a change of the forward method, nor hooks, attributes, tensors that are no buffers,
-and networks that are no submodules.
+A hash of weights alone does not see a change of the forward method, nor hooks, attributes, tensors that are no
+buffers, and networks that are no submodules.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.content import content
 from fastadv.evaluation.context import Model, device_of, private_generators
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of
@@ -44,3 +47,19 @@ def are_alike(one: Tensor | None, other: Tensor | None) -> bool:
         return False
     size = float(torch.maximum(one.abs(), other.abs()).max())
     return float((one - other).abs().max()) <= _ROUNDING * size
+
+
+def contents_of(model: Model) -> tuple[Any, ...]:
+    """A value that differs once parameters or buffers have been changed, exchanged, added or taken away."""
+    if not isinstance(model, nn.Module):
+        return ()
+    named = [*model.named_parameters(), *model.named_buffers()]
+    names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
+    found = content(tensors)
+    if found is None:  # on a GPU
+        # torch's counters do not see a write through ``tensor.data``, so the sums are compared, too.
+        versions = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
+        floats = (t.detach().double() for t in tensors if t.is_floating_point())
+        sums = tuple(str(float(t.sum())) for t in floats)  # as text NaN equals NaN
+        found = (versions, sums)
+    return (names, found)

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
-from fastadv.engine.content import content
 from fastadv.engine.layout import naming_layout
-from fastadv.evaluation.answers import answers_of, are_alike
+from fastadv.evaluation.answers import answers_of, are_alike, contents_of
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.progress import ProgressDisplay
@@ -240,7 +239,7 @@ class Runner:
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: UserAttack) -> Perturb:
-        before, answers = _contents(self.source), answers_of(self.source, self.samples)
+        before, answers = contents_of(self.source), answers_of(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             with private_generators(
@@ -249,7 +248,7 @@ class Runner:
                 adv = attack.attack(self.source, x.clone(), y.clone())
             if isinstance(self.source, nn.Module):
                 self.source.eval()
-            if _contents(self.source) != before:
+            if contents_of(self.source) != before:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
@@ -385,19 +384,3 @@ def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
         adv = adv.detach().to(x.device, torch.float32)
     valid = audit.check(x, adv)
     return torch.where(valid.view(-1, *[1] * (x.dim() - 1)), adv, x)
-
-
-def _contents(model: Model) -> tuple[Any, ...]:
-    """A value that differs once parameters or buffers have been changed, exchanged, added or taken away."""
-    if not isinstance(model, nn.Module):
-        return ()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
-    found = content(tensors)
-    if found is None:  # on a GPU
-        # torch's counters do not see a write through ``tensor.data``, so the sums are compared, too.
-        versions = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
-        floats = (t.detach().double() for t in tensors if t.is_floating_point())
-        sums = tuple(str(float(t.sum())) for t in floats)  # as text NaN equals NaN
-        found = (versions, sums)
-    return (names, found)

@@ -18,7 +18,7 @@ from fastadv.reproduction.scales import Scale
 from fastadv.trainers import Recipe, find_method, method_names
 from fastadv.trainers.checkpoint import BEST, LATEST
 from fastadv.trainers.methods import MethodClass
-from fastadv.trainers.recipe import as_plain
+from fastadv.trainers.plain_recipe import as_plain
 
 _DIGITS = 12  # of a digest in a name
 _APART = 1000  # seeds between a training and its repetition

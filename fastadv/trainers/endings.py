@@ -1,7 +1,14 @@
-"""The exceptions that end a run before its last epoch."""
+"""The exceptions that end a run before its last epoch, and the file that one of them leaves."""
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted, signal_name
 from fastadv.trainers.checkpoint import checkpoint_name
 from fastadv.trainers.run_directory import RunDirectory
@@ -9,6 +16,13 @@ from fastadv.trainers.run_directory import RunDirectory
 
 class NonFiniteLossError(ArithmeticError):
     """Several iterations in a row had a loss or a gradient that is not finite."""
+
+
+def write_nonfinite(file: Path, content: dict[str, Any]) -> None:
+    """Write the batch of a failed iteration, its loss and the weights before it, to a file of `torch.load`."""
+    written = io.BytesIO()
+    torch.save(content, written)
+    write_atomically(file, written.getvalue())
 
 
 class TrainingInterrupted(Interrupted):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -12,8 +11,7 @@ import torch
 from torch import nn
 
 from fastadv.data import Batch, Batches
-from fastadv.engine.frozen import frozen
-from fastadv.files import point_link, write_atomically
+from fastadv.files import point_link
 from fastadv.interruption import StopRequest
 from fastadv.ranks import Ranks, launch
 from fastadv.seeding import derive_seed
@@ -30,10 +28,10 @@ from fastadv.trainers.checkpoint import (
 )
 from fastadv.trainers.console import Console, epoch_line
 from fastadv.trainers.distributed import Synchroniser
-from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted
+from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted, write_nonfinite
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
-from fastadv.trainers.mixup import mixed
+from fastadv.trainers.mixup import classes_of, mixed
 from fastadv.trainers.monitor import Monitor, Validation
 from fastadv.trainers.optim import (
     BufferGuard,
@@ -203,8 +201,9 @@ class Loop:
         place_in_run = self.progress.step
         self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, place_in_run)
         if self.recipe.mixup:
-            classes = self._count_classes(self._batch.x)
-            self._batch = mixed(self._batch, self.recipe.mixup, classes, self.ranks)
+            if self._classes is None:
+                self._classes = classes_of(next(iter(self.models.values())), self._batch.x)
+            self._batch = mixed(self._batch, self.recipe.mixup, self._classes, self.ranks)
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
@@ -214,14 +213,6 @@ class Loop:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
             self.average.update(next(iter(self.models.values())), self.progress.step + 1)
-
-    def _count_classes(self, x: torch.Tensor) -> int:
-        """The number of the model's logits, found out once."""
-        if self._classes is None:
-            model = next(iter(self.models.values()))
-            with frozen(model), torch.no_grad():
-                self._classes = model(x[:1]).shape[1]
-        return self._classes
 
     def _update(self, result: LossResult) -> bool:
         """Move the weights along the gradient of a loss; not if something is not finite."""
@@ -266,12 +257,11 @@ class Loop:
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
             for name, value in vars(self._batch).items()
         }
-        file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         weights = {name: model.state_dict() for name, model in self.models.items()}
+        content = {**batch, "loss": self._bad_loss, "weights": weights}
+        file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         if self.ranks.first:
-            content = io.BytesIO()
-            torch.save({**batch, "loss": self._bad_loss, "weights": weights}, content)
-            write_atomically(file, content.getvalue())
+            write_nonfinite(file, content)
         self.ranks.wait()  # the first rank to fail ends the others
         raise NonFiniteLossError(
             f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastadv.engine.frozen import frozen
 from fastadv.ops.philox import philox
 from fastadv.ranks import Ranks
 from fastadv.seeding import derive_seed
@@ -54,3 +55,9 @@ def partners_of(ids: Tensor, seed: int) -> Tensor:
     # The words have 32 bits: 63 bits tell any images apart but those with the same id, which keep their order.
     order = (first << 31 | second >> 1).argsort(stable=True)
     return torch.empty_like(order).scatter_(0, order, order.roll(-1))
+
+
+def classes_of(model: nn.Module, x: Tensor) -> int:
+    """Return the number of a model's logits, by a pass over the first of the images [B, C, H, W]."""
+    with frozen(model), torch.no_grad():
+        return int(model(x[:1]).shape[1])

@@ -22,7 +22,7 @@ from fastadv.trainers.checkpoint import (
     checkpoints_in,
     remove_unfinished,
 )
-from fastadv.trainers.recipe import differences
+from fastadv.trainers.plain_recipe import differences
 from fastadv.trainers.run_lock import RunLock
 from fastadv.trainers.sealed import read_sealed, sealed_json
 

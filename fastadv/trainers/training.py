@@ -40,8 +40,9 @@ from fastadv.trainers.opening import (
 )
 from fastadv.trainers.optim import build_average
 from fastadv.trainers.phases import PhaseTimer
+from fastadv.trainers.plain_recipe import as_plain, plain_defaults
 from fastadv.trainers.progress import Progress
-from fastadv.trainers.recipe import Recipe, as_plain, plain_defaults
+from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.settings import Settings

@@ -21,7 +21,7 @@ from fastadv.trainers import (
     VfdRecipe,
     find_method,
 )
-from fastadv.trainers.recipe import as_plain
+from fastadv.trainers.plain_recipe import as_plain
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 BASES = ["trades", "mart", "alp", "hat"]
