@@ -90,13 +90,13 @@ def test_it_is_called_as_the_other_attacks_are(narrow: None) -> None:
 @pytest.mark.parametrize(("norm", "eps"), RADII)
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_leaves_as_many_images_as_the_reference(norm: str, eps: float, narrow: None) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(40)
-    settings: dict[str, Any] = dict(eps=eps, norm=norm, version=FAST, batch_size=40)
+    model, (x, y) = trained_small_cnn(), digits_test(20)
+    settings: dict[str, Any] = dict(eps=eps, norm=norm, version=FAST, batch_size=20)
     expected = autoattack(model, (x, y), engine="reference", **settings)
     for engine in ("fp32", "auto"):
         result = autoattack(model, (x, y), engine=engine, **settings)
         assert abs(int(result.robust.sum()) - int(expected.robust.sum())) <= 1
-        assert 8 < int(result.robust.sum()) < 36
+        assert 3 < int(result.robust.sum()) < 18
         assert result.status == "ok" and [stage.name for stage in result.stages] == list(FAST)
         with torch.no_grad():
             assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()

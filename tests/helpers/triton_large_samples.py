@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fastadv.kernels import layout
 from op_cases import CASES
 from op_cases.budget import check_budget, check_same_bits
 from op_cases.case import OpCase
@@ -11,11 +12,12 @@ from op_cases.draw import Spec
 from op_cases.running import run
 
 pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory", "one_thread"),
+    pytest.mark.usefixtures("poisoned_memory", "one_thread", "small_parts"),
     pytest.mark.interpreter,
 ]
 
-LARGE = 40_001  # elements: three parts, the last of them short
+PART = 4096  # elements: two steps of a loop
+LARGE = 2 * PART + 1809  # three parts, the last of them short
 # With the number of samples: one where the interpreter takes many seconds for it, and another case has two.
 CHOSEN = (
     ("pgd_step/l2", torch.float32, 2),
@@ -29,6 +31,13 @@ CHOSEN = (
     ("euclidean_distance/norm", torch.float32, 2),
     ("vanilla_feature_distillation/same-dtype", torch.float64, 2),
 )
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are a quarter of those on a GPU: the interpreter takes its time for each element."""
+    monkeypatch.setattr(layout, "_ONE_PROGRAM", PART)
+    monkeypatch.setattr(layout, "_PART", PART)
 
 
 @pytest.mark.parametrize(
