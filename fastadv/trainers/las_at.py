@@ -254,11 +254,10 @@ class LasAt(PGDAT[LasAtRecipe]):
             loss = self.cross_entropy(model(adv), batch.y).mean()
         gradients = self._mean_gradient(model, loss)
         decay_of, lr = decays(model, recipe), recipe.lr_at(batch.epoch)
-        weights = [p for p in model.parameters() if p.requires_grad]
+        weights = (p for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
-                gradient.add_(weight, alpha=decay_of(weight))
-            torch._foreach_add_(weights, gradients, alpha=-lr)
+                weight.sub_(lr * gradient.add_(weight, alpha=decay_of(weight)))
         self.runtime.ranks.share(list(model.buffers()))
         return model, attack
 
