@@ -95,6 +95,10 @@ class ImageNetResNet(SplitModel):
         self.layer3 = _stage(block, 128 * width, 256, blocks[2], stride=2)
         self.layer4 = _stage(block, 256 * width, 512, blocks[3], stride=2)
         self.fc = nn.Linear(self.num_features, num_classes)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the convolutions' weights as He et al. 2015, by fan-out."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.models import Stack, copy_weights
 from fastadv.models.stack import pooled_side_by_side
+from fastadv.ops import random_start
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
@@ -26,7 +27,8 @@ class AfsRecipe(AdversarialRecipe):
     """Numbers of the paper for the merger; the extractors are PGD-AT networks for eps 3/255 to 8/255.
 
     The preset "official", the authors' code (anonymous1s8f2o/afs_code), mixes clean and attacked images in a batch
-    of 100 and trains for 7 epochs, with drops of the learning rate after 2 and 5.
+    of 100 and trains for 7 epochs, with drops of the learning rate after 2 and 5. Its attack starts from
+    triangular noise and is clipped to 0..1 at its end.
 
     Attributes:
         weight: weight of the clean images' cross-entropy, alpha in the paper. The adversarial images have 1 -
@@ -36,6 +38,9 @@ class AfsRecipe(AdversarialRecipe):
         eps_low: draw the radius of each batch's attack uniformly from eps_low to eps, with the step size in
             proportion. By default every batch has eps. The draw depends only on the seed, the epoch and the
             iteration.
+        noise: the noise from which the attack starts. "uniform" is uniform in the ball, and the images stay in
+            0..1 at every step. "triangular" is the difference of two uniform draws, and only the attack's result
+            is clipped to 0..1, both as in the authors' code.
     """
 
     epochs: int = 5
@@ -43,6 +48,7 @@ class AfsRecipe(AdversarialRecipe):
     weight: Number = 0.5
     mix: Literal["loss", "batch"] = "loss"
     eps_low: Number | None = None
+    noise: Literal["uniform", "triangular"] = "uniform"
 
     presets: ClassVar[Presets] = {
         "paper": {},
@@ -51,6 +57,7 @@ class AfsRecipe(AdversarialRecipe):
             "batch_size": 100,
             "schedule": _TENTH_AFTER_2_AND_5,
             "mix": "batch",
+            "noise": "triangular",
         },
     }
 
@@ -62,6 +69,8 @@ class AfsRecipe(AdversarialRecipe):
             raise ValueError(
                 f"eps_low must be > 0 and <= eps, {self.eps:.6g}, got {self.eps_low:.6g}"
             )
+        if self.noise != "uniform" and self.norm != "linf":
+            raise ValueError(f"noise must be 'uniform' with norm {self.norm!r}, got {self.noise!r}")
         if self.swa_start is not None:
             raise ValueError(
                 f"swa_start must be None with afs, whose extractors keep their statistics, got {self.swa_start}"
@@ -73,8 +82,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
 
     Source: Liu and Zhao 2021, equations 1 to 4; recipe of the paper. The model is a stack, such as
     "stack:6*wrn_28_10", and each of its extractors gets the weights of a trained network. They stay in evaluation
-    mode. Only the merger is trained. Its weights start at random. The attack starts from uniform noise and
-    stays in 0..1 at every step. The authors' code starts from triangular noise and clips at the end.
+    mode. Only the merger is trained. Its weights start at random.
 
     Cost per batch, F being a pass of the whole stack: 2KF for the attack and 2F for the features of x and x'; with
     mix "batch" (1 - weight) 2KF and 1F. The merger's own cost is negligible. No running statistics move.
@@ -104,6 +112,12 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         self.stack.extractors.requires_grad_(False)
         self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         super().setup()
+        if self._clips_late:  # bounds that no image of the ball reaches
+            self.pgd.bounds = (-self.recipe.eps, 1 + self.recipe.eps)
+
+    @property
+    def _clips_late(self) -> bool:
+        return self.recipe.noise == "triangular"
 
     def initialise(self) -> None:
         """Give the extractors their weights."""
@@ -126,10 +140,29 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         self.pgd.eps = self.radius_of(batch)
         if self.recipe.eps:
             self.pgd.alpha = self.recipe.alpha * (self.pgd.eps / self.recipe.eps)
-        if self.recipe.mix == "loss":
-            return Attacked(self.perturb(batch))
-        rows = torch.tensor(self._attacked_places(len(batch.y)), dtype=torch.int64)
-        return Attacked(self.perturb(batch, rows.to(batch.y.device)))
+        rows: Tensor | None = None
+        if self.recipe.mix == "batch":
+            rows = torch.tensor(self._attacked_places(len(batch.y)), dtype=torch.int64)
+            rows = rows.to(batch.y.device)
+        x = self.perturb(batch, rows)
+        return Attacked(x.clamp(0, 1) if self._clips_late else x)
+
+    def start_of(self, batch: TrainBatch) -> Tensor | None:
+        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        if not (self._clips_late and self.recipe.random_start):
+            return super().start_of(batch)
+        seeds = (batch.seed(purpose) for purpose in ("attack", "second half of the attack's noise"))
+        halves = [
+            random_start(
+                torch.zeros_like(batch.x),
+                self.pgd.eps / 2,
+                bounds=(-1.0, 1.0),
+                seed=seed,
+                sample_ids=batch.ids,
+            )
+            for seed in seeds
+        ]
+        return batch.x + (halves[0] + halves[1])
 
     def _attacked_places(self, size: int) -> list[int]:
         """The places of this process's part of the batch that are attacked with mix "batch".

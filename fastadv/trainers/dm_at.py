@@ -8,19 +8,23 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastadv import losses
+from fastadv.trainers.method import TrainBatch
 from fastadv.trainers.number import Number
+from fastadv.trainers.pair import PairMethod
 from fastadv.trainers.recipe import Presets
-from fastadv.trainers.schedules import OneCycle, Schedule
+from fastadv.trainers.schedules import EpochOneCycle, OneCycle, Schedule
 from fastadv.trainers.trades import Trades, TradesRecipe
 
 _ONE_CYCLE = OneCycle(peak=0.025, base_momentum=0.85, max_momentum=0.95)
+_EPOCH_ONE_CYCLE = EpochOneCycle(peak=0.025, base_momentum=0.85, max_momentum=0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DmAtRecipe(TradesRecipe):
-    """Numbers of the authors' code for WRN-28-10 on CIFAR-10 with a million generated images, in both presets.
+    """Numbers of the authors' code for WRN-28-10 on CIFAR-10 with a million generated images.
 
-    `DmAt` states the differences of "official" from that code.
+    With "official" the attack normalises by the statistics of its batch, BatchNorm's weights and biases do not
+    decay, and the learning rate changes with each epoch, as in that code. `DmAt` states the remaining differences.
 
     Attributes:
         extra_fraction: part of each batch drawn from the generated images.
@@ -40,16 +44,24 @@ class DmAtRecipe(TradesRecipe):
     ema_decay: Number | None = 0.995
     extra_fraction: Number = 0.7
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {
+        "paper": {},
+        "official": {
+            "attack_mode": "train",
+            "norm_decay": False,
+            "schedule": _EPOCH_ONE_CYCLE,
+        },
+    }
 
 
 class DmAt(Trades):
     """DM-AT: CE(f(x)) with smoothed labels + 5 KL(f(x) || f(x')); an average of the weights is evaluated.
 
     Source: Wang et al. 2023, on the recipe of Rebuffi et al. 2021; numbers as in the authors' code
-    (wzekai99/DM-Improves-AT). `--extra FILE.npz` gives the generated images and their labels. Differences: in
-    that code the model has SiLU instead of ReLU, BatchNorm's momentum is .01, the attack uses the statistics of
-    its batch, the learning rate changes with each epoch, and the average begins after .025 of the run.
+    (wzekai99/DM-Improves-AT). `--extra FILE.npz` gives the generated images and their labels. The attack starts
+    from a uniform point of the ball, in l2 from the Gaussian noise of TRADES. Differences: in that code the model
+    has SiLU instead of ReLU, BatchNorm's momentum is 1 in the first step and then .01, the average begins after
+    .025 of the run, and it takes BatchNorm's running statistics from the model. Here these are averaged as well.
 
     Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
     """
@@ -58,6 +70,12 @@ class DmAt(Trades):
     takes_soft_labels = False
     supports = frozenset({"label_smoothing", "extra_weight"})
     recipe_class = DmAtRecipe
+
+    def start_of(self, batch: TrainBatch) -> Tensor | None:
+        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        if self.recipe.norm == "l2":
+            return super().start_of(batch)
+        return super(PairMethod, self).start_of(batch)
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return TRADES' loss with smoothed labels."""

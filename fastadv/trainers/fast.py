@@ -25,8 +25,8 @@ class FastRecipe(AdversarialRecipe):
 
     The preset "imagenet" has the numbers of that code for ImageNet with eps 4/255, and its learning rates in every
     epoch. That code uses 128, 224 and 288 pixels in turn, with batches of 512, 224 and 128. Here a run has one
-    image size and the first batch size. That code applies no weight decay to BatchNorm's weights, and normalises
-    the images. Here weight decay applies to all weights, and a normalisation is part of the model.
+    image size and the first batch size. BatchNorm's weights and biases do not decay, as in that code. That code
+    normalises the images. Here a normalisation is part of the model.
     """
 
     epochs: int = 15
@@ -43,6 +43,7 @@ class FastRecipe(AdversarialRecipe):
             "batch_size": 512,
             "schedule": Interpolated((0, 1, 6, 12, 15), (0.0, 1.0, 0.1, 0.01, 0.001)),
             "weight_decay": 1e-4,
+            "norm_decay": False,
             "eps": 4 / 255,
             "alpha": 5 / 255,
             "pad": 0,

@@ -24,6 +24,9 @@ _TRIANGLE = Cyclic(0.4)
 class GradAlignRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10 at eps 8/255; both presets have them.
 
+    With "official" the model is attacked in training mode, as in that code. There the attack and the regulariser
+    share a pass over x, so running statistics move three times as well.
+
     Attributes:
         alpha: size of the step; 1.25 eps in the code. Set it together with eps.
         lam: weight of the regulariser, lambda.
@@ -38,7 +41,7 @@ class GradAlignRecipe(AdversarialRecipe):
     random_start: bool = False
     lam: Number = 0.2
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "train"}}
     l2_numbers: ClassVar[Mapping[str, Any]] = ONE_STEP_IN_L2
 
     def __post_init__(self) -> None:
@@ -55,9 +58,8 @@ class GradAlign(PGDAT[GradAlignRecipe]):
     gradient of 0.
 
     Source: Andriushchenko and Flammarion 2020, equation 5; recipe as in the authors' code
-    (tml-epfl/understanding-fast-adv-training), in which no gradient flows through g(x). That code attacks
-    the model in training mode. Here the attack uses evaluation mode. Both gradients of the regulariser use
-    training mode.
+    (tml-epfl/understanding-fast-adv-training), in which no gradient flows through g(x). Both gradients of the
+    regulariser use training mode.
 
     Cost per batch: 2F for the attack, 3F for training, about 8F for the regulariser. Running statistics move three
     times: by x', x and x + u.

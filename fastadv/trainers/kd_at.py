@@ -31,7 +31,10 @@ _PGD_AT = "pgd_at"
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class KdAtRecipe(AroundRecipe):
-    """Numbers of the authors' code, which both presets have. Around another base than PGD-AT the base's numbers.
+    """Numbers of the authors' code. Around another base than PGD-AT the base's numbers.
+
+    With "official" the model is attacked in training mode, as in that code, so running statistics move K + 1 times
+    per batch.
 
     So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ in the distillation
     alone.
@@ -57,7 +60,7 @@ class KdAtRecipe(AroundRecipe):
     temperature: Number = 2.0
     replaces: InitVar[object] = None  # see `follows_start`
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
     deciding: ClassVar[tuple[str, ...]] = ("base",)
 
     def __post_init__(self, replaces: object) -> None:
@@ -74,7 +77,7 @@ class KdAtRecipe(AroundRecipe):
             base == _PGD_AT or base not in BASES
         ):  # an unknown one is for the recipe itself to complain about
             return super().start(preset, given)
-        return {**numbers_of_base(base, preset, cls), **super().start(preset, given)}
+        return numbers_of_base(base, preset, cls)
 
 
 @dataclass(frozen=True)
@@ -104,9 +107,8 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
     recipe as in the authors' code (VITA-Group/Alleviate-Robust-Overfitting). Its two teachers are the "teacher",
     after standard training, and the "robust_teacher", after PGD-AT. Both see the adversarial images. KD is T^2 KL.
     The authors use T^2 cross-entropy with softened targets, which differs by the teachers' entropy and has the
-    same gradient. Their code attacks the model in training mode. Here the attack uses evaluation mode, as in all
-    methods. The paper's averaging of the weights is an option of the recipe. The tables of VFD-Adv have KD around
-    other bases than PGD-AT. The form of these losses is our choice.
+    same gradient. The paper's averaging of the weights is an option of the recipe. The tables of VFD-Adv have KD
+    around other bases than PGD-AT. The form of these losses is our choice.
 
     Cost per batch: the cost of the base, (2K + 3)F for PGD-AT, and 1F of each teacher. Running statistics move as
     often as in the base.

@@ -22,6 +22,7 @@ from fastadv.ops.philox import philox
 from fastadv.seeding import derive_seed
 from fastadv.trainers.method import TrainBatch, Update, accuracy
 from fastadv.trainers.number import Number
+from fastadv.trainers.optim import decays
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
@@ -252,11 +253,11 @@ class LasAt(PGDAT[LasAtRecipe]):
         with self.autocast():
             loss = self.cross_entropy(model(adv), batch.y).mean()
         gradients = self._mean_gradient(model, loss)
-        decay, lr = recipe.weight_decay, recipe.lr_at(batch.epoch)
-        weights = [p.detach() for p in model.parameters() if p.requires_grad]
+        decay_of, lr = decays(model, recipe), recipe.lr_at(batch.epoch)
+        weights = (p for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
-            torch._foreach_add_(gradients, weights, alpha=decay)
-            torch._foreach_add_(weights, gradients, alpha=-lr)
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.sub_(lr * gradient.add_(weight, alpha=decay_of(weight)))
         self.runtime.ranks.share(list(model.buffers()))
         return model, attack
 

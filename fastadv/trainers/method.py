@@ -96,6 +96,7 @@ class Runtime:
         ranks: the processes that train together; each has its part of every batch.
         build: makes a further model by its name for `create_model`, for the images of the run and as its own model
             is; None where a method is used without a run.
+        network: the name by which the run's own model was made; None for a module.
     """
 
     device: torch.device
@@ -103,6 +104,7 @@ class Runtime:
     phases: PhaseTimer
     ranks: Ranks = _ALONE
     build: Callable[[str], nn.Module] | None = None
+    network: str | None = None
 
     def make(self, argument: str, name: str) -> nn.Module:
         """Make a further model by its name, given by a number of the recipe that messages then name.

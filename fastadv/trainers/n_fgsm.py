@@ -21,6 +21,9 @@ _TRIANGLE = Cyclic(0.5, base_momentum=0.8, max_momentum=0.9)
 class NFgsmRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
+    With "official" the model is attacked in training mode, as in that code, so running statistics move twice per
+    batch.
+
     Attributes:
         alpha: size of the step; eps in the paper. Set it together with eps.
         steps: must be 1.
@@ -36,7 +39,7 @@ class NFgsmRecipe(AdversarialRecipe):
     noise: Number = 2.0
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,8 +62,7 @@ class NFgsm(PGDAT[NFgsmRecipe]):
 
     x' can be as far as 2 eps + alpha from x.
 
-    Source: de Jorge et al. 2022, equation 4; recipe as in the authors' code (pdejorge/N-FGSM). That code attacks
-    the model in training mode, so that running statistics move twice per batch; here it is evaluation mode.
+    Source: de Jorge et al. 2022, equation 4; recipe as in the authors' code (pdejorge/N-FGSM).
 
     Cost per batch: 2F for the attack, 3F for training. Running statistics move once.
     """

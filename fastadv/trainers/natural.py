@@ -48,19 +48,25 @@ class NaturalMethod(PairMethod[NaturalT]):
 
     def setup(self) -> None:
         """Build the natural model and the attack."""
+        self._is_copy = False
         self.natural = self._build_natural() if self.natural_learns else self.teachers["teacher"]
         super().setup()
 
     def _build_natural(self) -> nn.Module:
         name = self.recipe.natural
+        if name is None and ":" in (self.runtime.network or ""):
+            name = (
+                self.runtime.network
+            )  # of others, who may draw weights only where the network is built
         if name is None:
+            self._is_copy = True
             return copy.deepcopy(self.model)
         torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
         return self.runtime.make("natural", name)
 
     def initialise(self) -> None:
         """Draw weights of its own for a natural model that learns and is a copy of the robust one."""
-        if self.natural_learns and self.recipe.natural is None:
+        if self._is_copy:
             torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
             _reset_parameters(self.natural)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,12 @@ from torch.optim.swa_utils import update_bn
 
 from fastadv.trainers.recipe import Recipe
 
+_NORMS = (
+    nn.modules.batchnorm._NormBase,  # BatchNorm, SyncBatchNorm and InstanceNorm
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+)
 # Where torch has its optimisers as one kernel over all parameters.
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -19,29 +25,42 @@ _FUSED_DEVICES = ("cpu", "cuda")
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build the recipe's optimiser over the parameters of a model that require gradients.
 
+    Without `norm_decay` the weights and biases of normalisation layers are a group of their own, whose weight
+    decay is 0.
+
     Raises:
         ValueError: if there are no parameters.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
+    decay_of = decays(model, recipe)
     if not parameters:
         raise ValueError(f"{type(model).__name__} has no parameters that require gradients")
     fusable = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    groups = [
+        {"params": [p for p in parameters if decay_of(p) == decay], "weight_decay": decay}
+        for decay in dict.fromkeys(map(decay_of, parameters))
+    ]
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters,
+            groups,
             lr=recipe.lr,
             betas=recipe.betas,
-            weight_decay=recipe.weight_decay,
             fused=fusable,
         )
     return torch.optim.SGD(
-        parameters,
+        groups,
         lr=recipe.lr,
         momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
         nesterov=recipe.nesterov,
         fused=fusable,
     )
+
+
+def decays(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], float]:
+    """Return a function that tells the weight decay of each parameter of a model."""
+    norms = [m for m in model.modules() if isinstance(m, _NORMS) and not recipe.norm_decay]
+    still = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    return lambda parameter: 0.0 if id(parameter) in still else recipe.weight_decay
 
 
 def set_place(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) -> None:

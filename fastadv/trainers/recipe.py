@@ -48,7 +48,8 @@ class Recipe(metaclass=RecipeType):
         nesterov: Nesterov's form of the momentum.
         betas: decay of AdamW's averages of the gradient and of its square. A schedule that cycles the momentum
             cycles the first beta.
-        weight_decay: weight decay of all parameters; in SGD it is part of the gradient, in AdamW it is decoupled.
+        weight_decay: weight decay of the parameters; in SGD it is part of the gradient, in AdamW it is decoupled.
+        norm_decay: let the weights and biases of normalisation layers decay as well.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
         label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
             methods that compare the logits of clean and adversarial images do not support it.
@@ -95,6 +96,7 @@ class Recipe(metaclass=RecipeType):
     nesterov: bool = False
     betas: tuple[Number, Number] = (0.9, 0.999)
     weight_decay: Number = 5e-4
+    norm_decay: bool = True
     clip_grad_norm: Number | None = None
     label_smoothing: Number = 0.0
     mixup: Number = 0.0

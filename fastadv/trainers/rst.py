@@ -7,17 +7,17 @@ from typing import ClassVar
 
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import Presets
-from fastadv.trainers.schedules import Cosine, Schedule
+from fastadv.trainers.schedules import Cosine, EpochCosine, Schedule
 from fastadv.trainers.trades import Trades, TradesRecipe
 
-_COSINE = Cosine()
+_COSINE, _EPOCH_COSINE = Cosine(), EpochCosine()
 
 
 @dataclass(frozen=True, kw_only=True)
 class RstRecipe(TradesRecipe):
     """Numbers of the authors' code for CIFAR-10 with 500,000 pseudo-labelled images; both presets have them.
 
-    The cosine falls with each iteration. In the code it falls with each epoch.
+    The cosine falls with each iteration. With "official" it falls with each epoch, as in the code.
 
     Attributes:
         extra_fraction: part of each batch drawn from the pseudo-labelled images.
@@ -30,7 +30,7 @@ class RstRecipe(TradesRecipe):
     weight_decay: Number = 5e-4
     extra_fraction: Number = 0.5
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"schedule": _EPOCH_COSINE}}
 
 
 class Rst(Trades):

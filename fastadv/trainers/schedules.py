@@ -195,6 +195,15 @@ class Cosine(Schedule):
 
 
 @dataclass(frozen=True)
+class EpochCosine(Cosine):
+    """`Cosine` whose rate changes when an epoch begins, and stays within it."""
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of this epoch's first step."""
+        return super().factor(math.floor(epoch), epochs)
+
+
+@dataclass(frozen=True)
 class Cyclic(Schedule):
     """One triangle, step by step: from 0 up to the recipe's rate and down to 0.
 
@@ -264,6 +273,30 @@ class OneCycle(Schedule):
         done = min(done, 1.0)
         way = done / self.peak if done < self.peak else (1 - done) / (1 - self.peak)
         return (1 - math.cos(math.pi * way)) / 2
+
+
+@dataclass(frozen=True)
+class EpochOneCycle(OneCycle):
+    """`OneCycle` whose rate and momentum change when an epoch begins, and stay within it.
+
+    They are those of torch's OneCycleLR with one step for each epoch. Its top is in the epoch before the part
+    `peak` of the run is over, and its last epoch is at the floor.
+    """
+
+    def factor(self, epoch: float, epochs: int) -> float:
+        """Return the factor of this epoch."""
+        return super().factor(self._place(epoch, epochs), 1)
+
+    def momentum(self, epoch: float, epochs: int) -> float | None:
+        """Return the momentum of this epoch."""
+        return super().momentum(self._place(epoch, epochs), 1)
+
+    def _place(self, epoch: float, epochs: int) -> float:
+        """The place of an epoch on the curve, as a part of it."""
+        now, top, last = math.floor(epoch), self.peak * epochs - 1, epochs - 1
+        if now <= top:
+            return self.peak * now / top if top > 0 else self.peak
+        return self.peak + (1 - self.peak) * (now - top) / (last - top)
 
 
 def _in_proportion(place: float, epochs: int, to: int) -> int | Number:

@@ -186,11 +186,11 @@ def train(
         dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
         check_classes(network, splits, where, dtype)
         builder = _model_builder(splits.train, recipe, where, ranks)
-        runtime = Runtime(where, dtype, timer, ranks, builder)
+        name = model if isinstance(model, str) else None
+        runtime = Runtime(where, dtype, timer, ranks, builder, name)
         trainer = method_class(
             recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
         )
-        name = model if isinstance(model, str) else None
         description = Description(
             method=method_class.name,
             recipe=as_plain(recipe),

@@ -88,6 +88,14 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
         if method == "lbgat" and value("base") is None:
             unused = [name for name in unused if name not in ("beta", "start_std")]
         conditions.append((True, f"with base {value('base')}", unused))
+    if method == "dm_at":
+        conditions.append(
+            (
+                value("norm") == "linf",
+                "with dm_at in linf, whose attack starts from uniform noise",
+                ["start_std"],
+            )
+        )
     if method == "sat":
         conditions.append(
             (

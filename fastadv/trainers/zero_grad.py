@@ -18,6 +18,9 @@ _TRIANGLE = Cyclic(0.5)
 class ZeroGradRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
+    With "official" the model is attacked in training mode, as in that code, so running statistics move twice per
+    batch.
+
     Attributes:
         alpha: size of the step; 2 eps in the paper. Set it together with eps.
         quantile: quantile of the gradient's magnitudes in each image. Pixels below it do not move. The code has
@@ -32,7 +35,7 @@ class ZeroGradRecipe(AdversarialRecipe):
     quantile: Number = 0.35
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,8 +47,7 @@ class ZeroGrad(PGDAT[ZeroGradRecipe]):
     """ZeroGrad: CE(f(x')), x' one step of 2 eps from uniform noise that does not move pixels of small gradient.
 
     Source: Golgooni et al. 2021, algorithm 1; recipe as in the authors' code
-    (rohban-lab/catastrophic_overfitting). That code attacks the model in training mode, so running statistics
-    move twice per batch. Here the attack uses evaluation mode. MultiGrad is left out.
+    (rohban-lab/catastrophic_overfitting). MultiGrad is left out.
 
     Cost per batch: 2F for the attack, 3F for training. Running statistics move once.
     """

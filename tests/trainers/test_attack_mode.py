@@ -81,6 +81,27 @@ def test_running_statistics_move_as_often_as_stated(name: str) -> None:
     assert moved == method.bn_updates == type(method).bn_updates + 3 + (name == "hat")
 
 
+# As in the scripts: the model stays in training mode, and in two of them statistics stand still or move anyway.
+OFFICIAL = {
+    "fast": "moving",
+    "kd_at": "moving",
+    "n_fgsm": "moving",
+    "zero_grad": "moving",
+    "grad_align": "train",
+    "dm_at": "train",
+}
+
+
+def test_official_presets_attack_in_the_mode_of_the_authors_scripts() -> None:
+    for name in fastadv.trainers.method_names():
+        kind = fastadv.trainers.find_method(name).recipe_class
+        if "official" in kind.presets and hasattr(kind, "attack_mode"):
+            assert kind.preset("official").attack_mode == OFFICIAL.get(name, "eval"), name
+            assert kind().attack_mode == "eval", name
+    kd_at = fastadv.trainers.find_method("kd_at").recipe_class
+    assert kd_at.preset("official", base="trades").attack_mode == "eval"  # the base's own
+
+
 def test_attacks_outside_training_take_the_mode_too() -> None:
     x, y = torch.rand(6, 1, 8, 8), torch.tensor([0, 1, 2, 3, 0, 1])
     for attack, passes in (

@@ -14,6 +14,7 @@ from training_helpers import make_model, small_data, small_recipe
 from fastadv.trainers import (
     Cyclic,
     DmAtRecipe,
+    EpochOneCycle,
     FastRecipe,
     HatRecipe,
     MultiStep,
@@ -197,10 +198,12 @@ def test_each_step_is_taken_at_its_momentum(tmp_path: Path) -> None:
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_rsts_cosine_has_the_rate_of_its_script_where_an_epoch_begins() -> None:
+def test_rsts_cosine_has_the_rate_of_its_script() -> None:
     recipe = find_method("rst").recipe_class.preset("official")
     theirs = [0.1 * 0.5 * (1 + math.cos((epoch - 1) / 200 * math.pi)) for epoch in range(1, 201)]
-    assert [recipe.lr_at(epoch) for epoch in range(recipe.epochs)] == pytest.approx(theirs)
+    for place in (0, 0.5, 195 / 196):  # within an epoch nothing changes
+        rates = [recipe.lr_at(epoch + place) for epoch in range(recipe.epochs)]
+        assert rates == pytest.approx(theirs, rel=1e-12)
     assert recipe.nesterov and recipe.momentum == 0.9
 
 
@@ -232,6 +235,19 @@ def test_dm_ats_cycle_is_that_of_its_script() -> None:
         400,
         nesterov=True,
     )
-    for epoch in (10, 100, 200, 399):  # the script steps once for each epoch
-        assert recipe.lr_at(epoch) == pytest.approx(theirs[epoch][0], abs=1e-3)
-        assert recipe.momentum_at(epoch) == pytest.approx(theirs[epoch][1], abs=1e-3)
+    for epoch, (rate, momentum) in enumerate(theirs):  # the script steps once for each epoch
+        for place in (epoch, epoch + 0.99):
+            assert recipe.lr_at(place) == pytest.approx(rate, rel=1e-12)
+            assert recipe.momentum_at(place) == pytest.approx(momentum, rel=1e-12)
+    assert DmAtRecipe().lr_at(10) == pytest.approx(
+        0.2
+    )  # step by step, the top after .025 of the run
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 40])
+def test_a_cycle_by_epochs_stands_in_short_runs_too(epochs: int) -> None:
+    schedule = EpochOneCycle(peak=0.025, base_momentum=0.85, max_momentum=0.95)
+    for epoch in range(epochs + 1):
+        assert 0 < schedule.factor(epoch, epochs) <= 1
+        momentum = schedule.momentum(epoch, epochs)
+        assert momentum is not None and 0.85 <= momentum <= 0.95
