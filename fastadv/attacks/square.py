@@ -204,8 +204,8 @@ class _Search:
             count = min(DRAWN_AT_ONCE, self._settings.queries - query)
             block = (query - 1) // DRAWN_AT_ONCE
             self._words = self._draw(block, count, self._proposals.next_words)
-        share = share_at(query - 1, self._settings)
-        self._try(self._proposals.next(self.best.images, self._words[:, number], share))
+        side = self._proposals.side_of(share_at(query - 1, self._settings))
+        self._try(self._proposals.next(self.best.images, self._words[:, number], side))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with some of the images."""

@@ -4,27 +4,31 @@ A pass for few images costs nearly as much as one for more. Most points that Squ
 nothing. So the points of the next queries are made from the present image and tried together. The first of them
 that raises the loss is kept; the later ones were made from an image that is no longer the present one, and their
 queries are made again. So each query sees the same point as in a search that takes one after the other.
+
+A query whose point is the image itself, or was tried before and not kept, changes nothing either. It counts as made
+and costs no pass. `fastadv.attacks.square_tried` tells these queries.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastadv.attacks.batch import AttackBatch
-from fastadv.attacks.best import Best, where_images
+from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.square_proposals import proposals_for
+from fastadv.attacks.square_tried import TriedSquares
 from fastadv.ops.philox import WORDS, philox
 
 DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
-_BLOCKS = 4  # of so many queries, drawn at once for every image
+_BLOCKS = 4  # of so many queries, drawn at once for an image
 _MOST = 64  # queries in a pass
 _USEFUL = 0.6  # the least part of the points in a pass that are expected to count
 _MEMORY = 0.995  # for each query, of the estimated share of queries that change an image
-_ROUNDS_BETWEEN_CHOICES = 32
 _IMAGE = 3 * 32 * 32
 # What a pass costs beside its images, in numbers of images: on one thread of a CPU with AMX a pass of ResNet-18
 # costs as much as 2 to 3 images more than it has; on several threads, and with smaller networks, it is more.
@@ -67,7 +71,10 @@ class AcceptedShare:
         """How many of so many points of an image are expected to count: those up to the first that is kept."""
         if self.value <= 0:
             return float(ahead)
-        return (1 - (1 - self.value) ** ahead) / self.value
+        if self.value >= 1:
+            return 1.0
+        # 1 - (1 - value) ** ahead would be 0 for a tiny value.
+        return -math.expm1(ahead * math.log1p(-self.value)) / self.value
 
 
 def queries_at_once(x: Tensor, share: AcceptedShare) -> int:
@@ -98,9 +105,6 @@ class AheadSearch:
         accepted: the estimated share of queries that change an image.
     """
 
-    _words: Tensor  # [B, queries, words], from the first query of a block
-    _first: list[int]  # number of this block, by image
-
     def __init__(
         self,
         batch: AttackBatch,
@@ -113,12 +117,19 @@ class AheadSearch:
         accepted: AcceptedShare,
     ) -> None:
         self._batch, self._best, self._objective = batch, best, objective
-        self._share_at, self._seed, self._end = share_at, seed, end
-        self._queries = [query] * len(batch.x)
-        self._accepted = accepted
-        self._ahead = queries_at_once(batch.x, accepted)
-        self._arrange()
-        self._draw()
+        self._seed, self._end, self._accepted = seed, end, accepted
+        self._device, images = batch.x.device, len(batch.x)
+        self._proposals = proposals_for(batch)
+        sides = [self._proposals.side_of(share_at(number - 1)) for number in range(1, end)]
+        self._sides = torch.tensor([0, *sides], device=self._device)  # by query
+        self._queries = torch.full((images,), query, device=self._device)  # the next ones [B]
+        self._active = images  # how many images had a point in the last pass
+        self._tried = TriedSquares.of(self._proposals, best.images, min(sides[query - 1 :]))
+        # Random words [B, queries, words], from the first query of a block of each image, [B].
+        shape = (images, _BLOCKS * DRAWN_AT_ONCE, self._proposals.next_words)
+        self._words = torch.empty(shape, dtype=torch.int64, device=self._device)
+        self._first = torch.zeros_like(self._queries)
+        self._draw(torch.arange(images, device=self._device))
 
     def carry_out(self, result: Best, rows: Tensor) -> None:
         """Search until every image is broken or has used its queries.
@@ -127,121 +138,123 @@ class AheadSearch:
             result: of the whole batch; gets the finds.
             rows: which of its samples these images are, int64.
         """
-        rounds = 0
         while True:
-            going = [
-                row
-                for row, (query, broken) in enumerate(
-                    zip(self._queries, self._best.succeeded.tolist(), strict=True)
-                )
-                if query < self._end and not broken
-            ]
+            going = ((self._queries < self._end) & ~self._best.succeeded).nonzero().flatten()
             if len(going) < len(rows):
                 result.merge(self._best, rows)
-                if not going:
+                if len(going) == 0:
                     return
-                index = torch.tensor(going, device=rows.device)
-                rows = rows[index]
-                self._keep(index, going)
-            elif rounds % _ROUNDS_BETWEEN_CHOICES == 0:
-                self._choose()
+                rows = rows[going]
+                self._keep(going)
             self._round()
-            rounds += 1
 
-    def _keep(self, index: Tensor, rows: list[int]) -> None:
-        self._best, self._batch = self._best.rows(index), self._batch.rows(index)
-        self._queries = [self._queries[row] for row in rows]
-        self._words, self._first = self._words[index], [self._first[row] for row in rows]
-        self._choose(anew=True)
+    def _keep(self, rows: Tensor) -> None:
+        self._best, self._batch = self._best.rows(rows), self._batch.rows(rows)
+        self._proposals = self._proposals.rows(rows)
+        self._queries, self._words = self._queries[rows], self._words[rows]
+        self._first = self._first[rows]
+        self._active = min(self._active, len(rows))
+        if self._tried is not None:
+            self._tried.keep(rows)
 
-    def _choose(self, anew: bool = False) -> None:
-        ahead = queries_at_once(self._batch.x, self._accepted)
-        if anew or ahead != self._ahead:
-            self._ahead = ahead
-            self._arrange()
-
-    def _arrange(self) -> None:
-        """Repeat every image for its queries in a pass."""
-        each = torch.arange(len(self._batch.x), device=self._batch.x.device)
-        self._repeated = self._batch.rows(each.repeat_interleave(self._ahead))
-        self._proposals = proposals_for(self._repeated)
-
-    def _draw(self) -> None:
-        """Random words of the next queries of each image, from the block of `DRAWN_AT_ONCE` that it is in."""
+    def _draw(self, rows: Tensor) -> None:
+        """Random words of the next queries of some images, from the block of `DRAWN_AT_ONCE` that each is in."""
         ids = self._batch.sample_ids
         assert ids is not None
-        first = [(query - 1) // DRAWN_AT_ONCE for query in self._queries]
-        blocks = torch.tensor(first, device=ids.device)
+        blocks = (self._queries[rows] - 1) // DRAWN_AT_ONCE
         every = (
             words_of_queries(
-                self._seed, ids, blocks + number, DRAWN_AT_ONCE, self._proposals.next_words
+                self._seed, ids[rows], blocks + number, DRAWN_AT_ONCE, self._proposals.next_words
             )
             for number in range(_BLOCKS)
         )
-        self._words, self._first = torch.cat(list(every), dim=1), first
-
-    def _places(self) -> list[int]:
-        """Where the words of each image's next query lie among those that were drawn."""
-        return [
-            query - 1 - DRAWN_AT_ONCE * first
-            for query, first in zip(self._queries, self._first, strict=True)
-        ]
+        self._words[rows] = torch.cat(list(every), dim=1)
+        self._first[rows] = 1 + DRAWN_AT_ONCE * blocks
 
     def _round(self) -> None:
         """One pass: the points of the next queries of every image."""
-        ahead, images = self._ahead, len(self._queries)
-        places = self._places()
-        if max(places) + ahead > self._words.shape[1]:
-            self._draw()
-            places = self._places()
-        device = self._batch.x.device
-        index = torch.tensor(places, device=device)[:, None] + torch.arange(ahead, device=device)
-        words = self._words[torch.arange(images, device=device)[:, None], index].flatten(0, 1)
-        points = self._points(words)
-        logits = self._repeated.logits(points)
-        values = self._objective(logits, self._repeated.y).view(images, ahead)
-        succeeded = self._repeated.succeeded(logits).view(images, ahead)
-        left = [self._end - query for query in self._queries]
-        allowed = torch.arange(ahead, device=device) < torch.tensor(left, device=device)[:, None]
-        self._take(points, values, succeeded, allowed, left)
+        ahead = queries_at_once(self._batch.x[: max(self._active, 1)], self._accepted)
+        drawn = self._words.shape[1]
+        short = (self._queries + ahead > self._first + drawn).nonzero().flatten()
+        if len(short):
+            self._draw(short)
+        # The next queries [B, n] of each image, as far as their words are drawn and their squares have one side.
+        count = ahead if self._tried is None else drawn
+        queries = self._queries[:, None] + torch.arange(count, device=self._device)
+        last = torch.minimum(self._first + drawn, self._first.new_tensor(self._end)) - 1
+        sides = self._sides[self._queries]
+        places = torch.minimum(queries, last[:, None])
+        valid = (queries <= last[:, None]) & (self._sides[places] == sides[:, None])
+        each = torch.arange(len(queries), device=self._device)[:, None]
+        words = self._words[each, places - self._first[:, None]]
+        fresh = valid
+        if self._tried is not None:
+            fresh = self._tried.fresh(words, sides, valid, self._best.images)
+        number = fresh.cumsum(1)
+        picked = fresh & (number <= ahead)
+        # All queries before the first one that is not looked at are settled, if no point is kept.
+        settled = (valid & (number <= ahead)).sum(1)
+        rows, columns = picked.nonzero().unbind(1)
+        self._active = int(picked.any(1).sum())
+        if len(rows) == 0:
+            self._queries = self._queries + settled
+            return
+        words = words[rows, columns]
+        points, values, succeeded = self._looked_at(rows, words, sides)
+        self._take(rows, columns, points, values, succeeded, settled)
+        if self._tried is not None:
+            self._tried.add(rows, words, sides)
 
-    def _points(self, words: Tensor) -> Tensor:
-        """The point of each query, made from its image as it is now."""
-        base = self._best.images.repeat_interleave(self._ahead, dim=0)
-        last = self._end - 1
-        # Squares only become smaller.
-        largest = self._share_at(min(self._queries) - 1)
-        smallest = self._share_at(min(max(self._queries) + self._ahead - 1, last) - 1)
-        if largest == smallest:
-            return self._proposals.next(base, words, largest)
-        shares = [
-            self._share_at(min(query + number, last) - 1)
-            for query in self._queries
-            for number in range(self._ahead)
-        ]
-        points = torch.empty_like(base)
-        for share in dict.fromkeys(shares):
-            some = [row for row, own in enumerate(shares) if own == share]
-            rows = torch.tensor(some, device=base.device)
-            part = proposals_for(self._repeated.rows(rows))
-            points[rows] = part.next(base[rows], words[rows], share)
-        return points
+    def _looked_at(
+        self, rows: Tensor, words: Tensor, sides: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The points [R, ...] made of some images by some words, their values [R], and which break an image [R]."""
+        size = _pass_size(len(rows))
+        filled = torch.cat((rows, rows[-1:].expand(size - len(rows))))
+        words = torch.cat((words, words[-1:].expand(size - len(rows), -1)))
+        some, proposals = self._batch.rows(filled), self._proposals.rows(filled)
+        base, own = self._best.images[filled], sides[filled]
+        found = own.unique().tolist()
+        if len(found) == 1:
+            points = proposals.next(base, words, found[0])
+        else:
+            points = torch.empty_like(base)
+            for side in found:
+                at = (own == side).nonzero().flatten()
+                points[at] = proposals.rows(at).next(base[at], words[at], side)
+        logits = some.logits(points)
+        values, succeeded = self._objective(logits, some.y), some.succeeded(logits)
+        return points, values[: len(rows)], succeeded[: len(rows)]
 
     def _take(
-        self, points: Tensor, values: Tensor, succeeded: Tensor, allowed: Tensor, left: list[int]
+        self,
+        rows: Tensor,
+        columns: Tensor,
+        points: Tensor,
+        values: Tensor,
+        succeeded: Tensor,
+        settled: Tensor,
     ) -> None:
         """Keep each image's first point that raises its loss or breaks it, and count the queries up to it."""
-        best, ahead = self._best, self._ahead
-        raised = (values > best.value[:, None]) | best.value.isnan()[:, None]
-        accepted = (raised | succeeded) & allowed
-        changed = accepted.any(1)
-        first = accepted.int().argmax(1)
-        each = torch.arange(len(first), device=first.device)
-        chosen = points[each * ahead + first]
-        best.images = where_images(changed, chosen, best.images)
-        best.value = torch.where(changed, values[each, first], best.value)
-        best.succeeded = changed & succeeded[each, first]
-        used = torch.where(changed, first + 1, ahead).tolist()
-        used = [min(one, limit) for one, limit in zip(used, left, strict=True)]
-        self._queries = [query + one for query, one in zip(self._queries, used, strict=True)]
-        self._accepted.see(int(changed.sum()), sum(used))
+        best, looked = self._best, len(rows)
+        raised = (values > best.value[rows]) | best.value[rows].isnan()
+        kept = (raised | succeeded).nonzero().flatten()
+        first = torch.full_like(self._queries, looked)
+        first = first.scatter_reduce(0, rows[kept], kept, "amin")
+        changed = (first < looked).nonzero().flatten()
+        first = first[changed]
+        best.images = best.images.index_copy(0, changed, points[first])
+        best.value = best.value.index_copy(0, changed, values[first])
+        best.succeeded = best.succeeded.index_copy(0, changed, succeeded[first])
+        self._queries = self._queries + settled.index_copy(0, changed, columns[first] + 1)
+        # Points after the one that was kept say nothing.
+        after = torch.searchsorted(rows, changed, right=True) - 1 - first
+        self._accepted.see(len(changed), looked - int(after.sum()))
+        if self._tried is not None:
+            self._tried.forget(changed)
+
+
+def _pass_size(rows: int) -> int:
+    """The next larger of few sizes: the libraries prepare something anew for each size that they see."""
+    step = 1 << max(rows.bit_length() - 3, 0)  # a quarter of the power of two below
+    return -(-rows // step) * step

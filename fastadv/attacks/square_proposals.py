@@ -7,6 +7,7 @@ algorithms 2 and 3; the l1 form is from Croce and Hein, "Mind the box", ICML 202
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from functools import cache
@@ -43,8 +44,16 @@ class Proposals(ABC):
         """Where the search begins, from words [B, first_words]."""
 
     @abstractmethod
-    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
-        """A change of the images in a square that covers a share of each; words [B, next_words]."""
+    def next(self, images: Tensor, words: Tensor, side: int) -> Tensor:
+        """A change of the images in a square of this side; words [B, next_words]."""
+
+    @abstractmethod
+    def side_of(self, share: float) -> int:
+        """The side of a square that covers a share of an image."""
+
+    def rows(self, rows: Tensor) -> Proposals:
+        """The same for some of the images, by int64 indices."""
+        return type(self)(self._batch.rows(rows))
 
     def _side(self, share: float) -> int:
         """The side of a square that covers a share of an image, not yet held to the image's sides."""
@@ -55,25 +64,40 @@ class Proposals(ABC):
 
 
 class Squares(Proposals):
-    """linf: every element is eps above or below the image's; a square takes one sign per channel."""
+    """linf: every element is eps above or below the image's; a square takes one sign per channel.
+
+    Attributes:
+        highest: the upper ends of ball and bounds, [B, C, H, W].
+        lowest: the lower ends.
+    """
 
     def __init__(self, batch: AttackBatch) -> None:
         super().__init__(batch)
         self.first_words = self._channels * self._width
         self.next_words = 2 + words_for(self._channels)
         radius = over_samples(batch.eps, batch.x) if isinstance(batch.eps, Tensor) else batch.eps
-        self._highest = (batch.x + radius).clamp(*batch.bounds)
-        self._lowest = (batch.x - radius).clamp(*batch.bounds)
+        self.highest = (batch.x + radius).clamp(*batch.bounds)
+        self.lowest = (batch.x - radius).clamp(*batch.bounds)
 
     def first(self, words: Tensor) -> Tensor:
         """Vertical stripes."""
         up = (words & 1 == 1).view(-1, self._channels, 1, self._width)
-        return torch.where(up, self._highest, self._lowest)
+        return torch.where(up, self.highest, self.lowest)
 
-    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
+    def next(self, images: Tensor, words: Tensor, side: int) -> Tensor:
         """One more square."""
-        side = min(max(self._side(share), 1), self._height, self._width)
-        return square_points(images, self._highest, self._lowest, words, side)
+        return square_points(images, self.highest, self.lowest, words, side)
+
+    def side_of(self, share: float) -> int:
+        """At least 1, and not beyond the image."""
+        return min(max(self._side(share), 1), self._height, self._width)
+
+    def rows(self, rows: Tensor) -> Squares:
+        """As in `Proposals.rows`, without making the ends again."""
+        some = copy.copy(self)
+        some._batch = self._batch.rows(rows)
+        some.highest, some.lowest = self.highest[rows], self.lowest[rows]
+        return some
 
 
 class Bumps(Proposals):
@@ -101,10 +125,13 @@ class Bumps(Proposals):
         inner.copy_(bumps.reshape(inner.shape))
         return self._bounded(delta)
 
-    def next(self, images: Tensor, words: Tensor, share: float) -> Tensor:
-        """The change within two squares, moved into the first of them."""
+    def side_of(self, share: float) -> int:
+        """Odd and at least 3, and not beyond the image."""
         side = max(self._side(share), 3)
-        side = min(side + 1 - side % 2, self._height, self._width)
+        return min(side + 1 - side % 2, self._height, self._width)
+
+    def next(self, images: Tensor, words: Tensor, side: int) -> Tensor:
+        """The change within two squares, moved into the first of them."""
         delta = images - self._batch.x
         place = self._window(words, side)
         first, second = inside_of(place), inside_of(self._window(words[:, 2:], side))
