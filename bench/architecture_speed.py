@@ -1,18 +1,21 @@
-"""Whether fastadv's default attack is ever slower than a user's own loop: eager bfloat16 autocast, channels-last.
+"""Whether fastadv's default attack is ever slower than a user's own eager loop in the same precision.
 
     python bench/architecture_speed.py                        about 40 networks; 10 to 15 minutes on 2 quiet cores
     python bench/architecture_speed.py --only 'vit|convnext'  names in which the regular expression is found
     python bench/architecture_speed.py --estimate             the names and an estimate of the time, and no run
 
 A row is the time of one PGD call (--steps 3, --images 8) of `fastadv.PGD` as it comes, and of the same steps
-written by hand around the network under autocast, channels-last, its weights frozen. Both run by turns in one
-process, and the ratio is the ratio of the medians: above 1 fastadv is faster. Every call of fastadv includes its
+written by hand around the network, its weights frozen: under autocast to bfloat16, channels-last, where the
+processor multiplies bfloat16 fast. Elsewhere they run in float32, channels-last and contiguous, and the faster of
+these two counts. All run by turns in one process, and the ratio is the ratio of the medians: above 1 fastadv is
+faster. Every call of fastadv includes its
 proof that the copy is right. Weights are random, which no time depends on. Weights that a network starts at 0 are
 drawn too, because a network without gradients is attacked by nobody.
 
 Each network has a process of its own, with limits of time and memory. Its row is written at once to
-architectures_speed_DEVICE.json in --out; finished networks are not run again unless --again is given. The table is
-written to the .md beside it. Nothing else may run meanwhile. Packages: timm, torchvision.
+architectures_speed_DEVICE.json in --out, where the loops run in float32 to architectures_speed_DEVICE_fp32.json.
+Finished networks are not run again unless --again is given. The table is written to the .md beside it. Nothing
+else may run meanwhile. Packages: timm, torchvision.
 """
 
 from __future__ import annotations
@@ -32,11 +35,12 @@ from architectures import RESULTS, Stopped, apart, machine_facts
 from measure import interleave, machine_line, text_table, time_once, write_json
 from torch import Tensor, nn
 
+from fastadv.engine.precision import fast_bf16
 from fastadv.files import write_atomically
 
 EPS, ALPHA = 8 / 255, 2 / 255
 LEAST = 0.97  # of the ratio
-HEADER = ["network", "ratio", "fastadv ms", "autocast ms", "engine", "precision", "first call s"]
+HEADER = ["network", "ratio", "fastadv ms", "plain ms", "engine", "precision", "first call s"]
 _SECONDS_OF_ONE = 17  # of two cores of an Intel Xeon with AMX, with the start of its process
 Row = dict[str, Any]
 
@@ -67,32 +71,40 @@ def timed(
     x = torch.rand(images, 3, built.size, built.size)
     y = torch.arange(images) % 2
     tell("the plain loop")
-    own = drawn(build(name).model.eval())
-    own = own.requires_grad_(False).to(memory_format=torch.channels_last)
-    last = x.contiguous(memory_format=torch.channels_last)
+    narrow = fast_bf16(cpu)
 
-    def forward(batch: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return own(batch)
+    def plain(layout: torch.memory_format) -> Callable[[], Tensor]:
+        own = drawn(build(name).model.eval()).requires_grad_(False).to(memory_format=layout)
+        laid_out = x.contiguous(memory_format=layout)
 
-    def plain() -> Tensor:
-        return attack_loop(forward, last, y, steps)
+        def forward(batch: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+                return own(batch)
 
-    plain()
+        return lambda: attack_loop(forward, laid_out, y, steps)
+
+    loops = {"channels-last": plain(torch.channels_last)}
+    if not narrow:
+        loops["contiguous"] = plain(torch.contiguous_format)
+    for loop in loops.values():
+        loop()
     tell("the attack")
     attack = fastadv.PGD(model, EPS, ALPHA, steps)
     first = time_once(lambda: attack(x, y), cpu)
     attack(x, y)  # its memory is new in the first
     tell("rounds")
-    times = interleave({"plain": plain, "fastadv": lambda: attack(x, y)}, rounds, cpu)
+    times = interleave({**loops, "fastadv": lambda: attack(x, y)}, rounds, cpu)
+    layout = min(loops, key=lambda one: times[one].median)
     report = attack.last
     return {
         "size": built.size,
         "images": images,
         "steps": steps,
-        "ratio": times["plain"].median / times["fastadv"].median,
+        "ratio": times[layout].median / times["fastadv"].median,
         "fastadv": times["fastadv"].to_dict(),
-        "autocast": times["plain"].to_dict(),
+        "plain": times[layout].to_dict(),
+        "plain_precision": "bf16" if narrow else "fp32",
+        "plain_layout": layout,
         "engine": report.engine,
         "precision": report.precision,
         "reason": report.reason,
@@ -117,7 +129,7 @@ def cells_of(name: str, row: Row) -> list[str]:
         name,
         f"{row['ratio']:.2f}",
         f"{1e3 * row['fastadv']['median']:.0f}",
-        f"{1e3 * row['autocast']['median']:.0f}",
+        f"{1e3 * row['plain']['median']:.0f}",
         row["engine"],
         row["precision"],
         f"{row['first_call_seconds']:.1f}",
@@ -143,9 +155,12 @@ def summary(rows: Mapping[str, Row]) -> str:
 
 def markdown(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> str:
     """The table, the slowest ratio first."""
+    plain = "under eager bfloat16 autocast, channels-last"
+    if not fast_bf16(torch.device("cpu")):
+        plain = "in eager float32, in the faster of the layouts channels-last and contiguous"
     lines = [
-        "A PGD call of fastadv against the same steps under eager bfloat16 autocast, channels-last, frozen "
-        f"weights. Ratio above 1: fastadv is faster. {machine_line(facts)}. {summary(rows)}.",
+        f"A PGD call of fastadv against the same steps {plain}, frozen weights. Ratio "
+        f"above 1: fastadv is faster. {machine_line(facts)}. {summary(rows)}.",
         "",
         f"| {' | '.join([*HEADER, 'images x steps', 'why this engine'])} |",
         f"|---|{'---:|' * 3}---|---|{'---:|' * 2}---|",
@@ -161,7 +176,8 @@ def markdown(rows: Mapping[str, Row], facts: Mapping[str, Any]) -> str:
 def run(options: argparse.Namespace) -> dict[str, Row]:
     """Run the chosen networks that are not there yet; all rows, old and new."""
     facts = machine_facts(options)
-    path = options.out / f"architectures_speed_{facts['device']}.json"
+    narrow = "" if fast_bf16(torch.device("cpu")) else "_fp32"
+    path = options.out / f"architectures_speed_{facts['device']}{narrow}.json"
     rows: dict[str, Row] = json.loads(path.read_text())["rows"] if path.exists() else {}
     names = [name for name in SPEED if re.search(options.only, name)]
     due = [name for name in names if options.again or "ratio" not in rows.get(name, {})]

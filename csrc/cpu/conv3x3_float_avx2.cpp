@@ -6,6 +6,7 @@
 #define FASTADV_LEVEL __attribute__((target("avx2,bmi,bmi2,fma")))
 #define FASTADV_LEVEL_INLINE inline __attribute__((target("avx2,bmi,bmi2,fma"), always_inline))
 #include "cpu/vector_avx2.h"
+#include "cpu/vector_finish.h"
 
 namespace fastadv::conv3x3 {
 constexpr int kVectors = 2;  // 6 x 2 sums fill 12 of the 16 registers

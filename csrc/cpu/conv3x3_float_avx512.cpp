@@ -7,6 +7,7 @@
 #define FASTADV_LEVEL_INLINE \
   inline __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq"), always_inline))
 #include "cpu/vector_avx512.h"
+#include "cpu/vector_finish.h"
 
 namespace fastadv::conv3x3 {
 constexpr int kVectors = 4;  // 6 x 4 sums fill 24 of the 32 registers

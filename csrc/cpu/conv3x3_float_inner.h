@@ -1,33 +1,9 @@
-// The loops of csrc/cpu/conv3x3_float.h for one kind of vector. The includer also defines kVectors,
-// the vectors of output channels multiplied together.
+// The loops of csrc/cpu/conv3x3_float.h for one kind of vector. The includer also includes
+// csrc/cpu/vector_finish.h and defines kVectors, the vectors of output channels multiplied
+// together.
 #pragma once
 
 #include "cpu/conv3x3_float.h"
-
-namespace fastadv::conv {
-namespace {
-
-FASTADV_LEVEL_INLINE vec::V read(const float* p, const vec::Live& live) {
-  return vec::all(live) ? vec::load(p) : vec::load(p, live);
-}
-
-// As for bfloat16 in csrc/cpu/conv_inner.h.
-FASTADV_LEVEL_INLINE void finish(float* out, vec::V value, const EpilogueOf<float>& epilogue,
-                                 int64_t at, int64_t channel, const vec::Live& live) {
-  if (epilogue.bias) value = vec::add(value, read(epilogue.bias + channel, live));
-  if (epilogue.add) value = vec::add(value, read(epilogue.add + at, live));
-  if (epilogue.relu) value = vec::at_least_zero(value);
-  if (epilogue.mask) value = vec::where_positive(read(epilogue.mask + at, live), value);
-  if (vec::all(live)) {
-    vec::store(out + at, value);
-  } else {
-    vec::store(out + at, value, live);
-  }
-}
-
-}  // namespace
-}  // namespace fastadv::conv
-
 #include "cpu/conv3x3_tiles.h"
 
 namespace fastadv::conv3x3 {

@@ -2,43 +2,14 @@
 #include "cpu/conv_gather.h"
 
 #include "cpu/conv_amx.h"
-#include "cpu/conv_tensor.h"
+#include "cpu/conv_gather_arguments.h"
 
 namespace fastadv {
 namespace {
 
+using conv_gather::places_per_task;
 using conv_gather::Shape;
-
-// The inputs of a task's places take at most about half of a core's second-level cache.
-int64_t places_per_task(const Shape& shape) {
-  const int64_t bytes = std::max<int64_t>(shape.depth(), 1) * int64_t(sizeof(uint16_t));
-  return conv::even_share(shape.places(), std::clamp<int64_t>((400 << 10) / bytes, 24, 192));
-}
-
-// The sizes of a convolution, its arguments checked; the result points into the arrays.
-Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
-               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-               at::IntArrayRef origin) {
-  TORCH_CHECK_VALUE(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
-                    "x and out must have axes [B, C, H, W] and one B, got ", x.sizes(), " and ",
-                    out.sizes());
-  TORCH_CHECK_VALUE(tap_rows.size() == tap_columns.size(),
-                    "tap_columns must be as many as tap_rows, ", tap_rows.size(), ", got ",
-                    tap_columns.size());
-  TORCH_CHECK_VALUE(steps.size() == 2 && steps[0] > 0 && steps[1] > 0,
-                    "steps must be two positive numbers (input, output), got ", steps);
-  TORCH_CHECK_VALUE(origin.size() == 2 && origin[0] >= 0 && origin[1] >= 0 &&
-                        origin[0] <= out.size(2) && origin[1] <= out.size(3),
-                    "origin must be a place (row, column) of out, got ", origin);
-  conv::check_dense(x, "x", x.sizes());
-  conv::check_dense(out, "out", out.sizes());
-  const Shape shape{x.size(0),       x.size(2),         x.size(3),   x.size(1),
-                    out.size(2),     out.size(3),       out.size(1), steps[0],
-                    steps[1],        origin[0],         origin[1],   int64_t(tap_rows.size()),
-                    tap_rows.data(), tap_columns.data()};
-  conv::check_packed(packed, conv::padded(shape.out_channels) * shape.depth());
-  return shape;
-}
+using conv_gather::shape_of;
 
 uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
 const uint16_t* bits(const at::Tensor& t) {
@@ -49,12 +20,12 @@ void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                   at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
                   at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
                   const OptionalTensor& mask, bool relu) {
-  const Shape shape = shape_of(out, x, packed, tap_rows, tap_columns, steps, origin);
+  const Shape shape = shape_of<uint16_t>(out, x, packed, tap_rows, tap_columns, steps, origin);
   TORCH_CHECK_VALUE(conv::supported() && x.size(1) % 2 == 0,
                     "x's channels must be even on a processor with AVX512-BF16, got ", x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
   conv::parallel_shares(
-      shape.places(), places_per_task(shape),
+      shape.places(), places_per_task(shape, sizeof(uint16_t)),
       [&](int64_t count) { return conv_gather::scratch_bytes(shape, count); },
       [&, to = bits(out), from = bits(x), filters = bits(packed)](int64_t first, int64_t count,
                                                                   void* scratch) {
@@ -102,7 +73,7 @@ void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
                at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
                const OptionalTensor& mask, bool relu) {
-  const Shape shape = shape_of(out, x, packed, tap_rows, tap_columns, steps, origin);
+  const Shape shape = shape_of<uint16_t>(out, x, packed, tap_rows, tap_columns, steps, origin);
   TORCH_CHECK_VALUE(conv_amx_supported(x.size(1)),
                     "x's channels must be multiples of 32 on a processor with AMX, got ",
                     x.sizes());

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/conv_gather_places.h"
 #include "cpu/conv_inner.h"
 #include "cpu/isa_limit.h"
 
@@ -23,47 +24,9 @@ bool supported() {
 namespace fastadv::conv_gather {
 namespace {
 
-// Where a place's results lie in the output and where its inputs begin, tap by tap.
-struct Places {
-  int64_t* results;          // [places]
-  const uint16_t** sources;  // [places][taps]
-};
-
-// The input under tap t of the place (i, j) of an image, or null outside the image.
-FASTADV_AVX512_INLINE const uint16_t* input_at(const uint16_t* image, const Shape& shape, int64_t i,
-                                               int64_t j, int64_t t) {
-  const int64_t row = i * shape.in_step + shape.tap_rows[t];
-  const int64_t column = j * shape.in_step + shape.tap_columns[t];
-  const bool inside = row >= 0 && row < shape.in_height && column >= 0 && column < shape.in_width;
-  return inside ? image + (row * shape.in_width + column) * shape.in_channels : nullptr;
-}
-
-// Finds the places [first, first + count). Taps outside the image read `zeros`.
-FASTADV_AVX512 void find_places(const Places& places, const uint16_t* zeros, const uint16_t* x,
-                                const Shape& shape, int64_t first, int64_t count) {
-  const int64_t width = shape.grid_width(), height = shape.grid_height();
-  int64_t image = first / (width * height), i = first / width % height, j = first % width;
-  for (int64_t p = 0; p < count; ++p) {
-    const uint16_t* from = x + image * shape.in_height * shape.in_width * shape.in_channels;
-    for (int64_t t = 0; t < shape.taps; ++t) {
-      const uint16_t* input = input_at(from, shape, i, j, t);
-      places.sources[p * shape.taps + t] = input ? input : zeros;
-    }
-    const int64_t row = i * shape.out_step + shape.out_row;
-    const int64_t column = j * shape.out_step + shape.out_column;
-    places.results[p] =
-        ((image * shape.out_height + row) * shape.out_width + column) * shape.out_channels;
-    if (++j == width) {
-      j = 0;
-      i = i + 1 == height ? 0 : i + 1;
-      image += i == 0;
-    }
-  }
-}
-
 // `rows` places from `place` on times vectors * 16 filters from `channel` on.
 template <int rows, int vectors>
-FASTADV_AVX512 void multiply(uint16_t* out, const Places& places, int64_t place,
+FASTADV_AVX512 void multiply(uint16_t* out, const Places<uint16_t>& places, int64_t place,
                              const uint16_t* filters, int64_t channel, const Shape& shape,
                              const conv::Epilogue& epilogue) {
   __m512 sum[rows][vectors];
@@ -106,7 +69,7 @@ FASTADV_AVX512 void multiply(uint16_t* out, const Places& places, int64_t place,
 
 // `count` of at most `rows` places.
 template <int rows, int vectors>
-void multiply_up_to(int64_t count, uint16_t* out, const Places& places, int64_t place,
+void multiply_up_to(int64_t count, uint16_t* out, const Places<uint16_t>& places, int64_t place,
                     const uint16_t* filters, int64_t channel, const Shape& shape,
                     const conv::Epilogue& epilogue) {
   if (rows == 1 || count == rows) {
@@ -117,8 +80,9 @@ void multiply_up_to(int64_t count, uint16_t* out, const Places& places, int64_t 
 }
 
 template <int vectors>
-void multiply_places(uint16_t* out, const Places& places, int64_t count, const uint16_t* filters,
-                     int64_t channel, const Shape& shape, const conv::Epilogue& epilogue) {
+void multiply_places(uint16_t* out, const Places<uint16_t>& places, int64_t count,
+                     const uint16_t* filters, int64_t channel, const Shape& shape,
+                     const conv::Epilogue& epilogue) {
   for (int64_t place = 0; place < count;) {
     const int64_t now = conv::next_rows(count - place);
     multiply_up_to<6, vectors>(now, out, places, place, filters, channel, shape, epilogue);
@@ -136,7 +100,7 @@ int64_t scratch_bytes(const Shape& shape, int64_t places) {
 void convolve(uint16_t* out, const uint16_t* x, const uint16_t* packed, const Shape& shape,
               const conv::Epilogue& epilogue, int64_t first, int64_t count, void* scratch) {
   auto* results = static_cast<int64_t*>(scratch);
-  const Places places{results, reinterpret_cast<const uint16_t**>(results + count)};
+  const Places<uint16_t> places{results, reinterpret_cast<const uint16_t**>(results + count)};
   auto* zeros = reinterpret_cast<uint16_t*>(places.sources + count * shape.taps);
   std::memset(zeros, 0, shape.in_channels * sizeof(uint16_t));
   find_places(places, zeros, x, shape, first, count);

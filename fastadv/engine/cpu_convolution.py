@@ -18,6 +18,8 @@ None.
 * ``conv_gather_(out, x, packed, tap_rows, tap_columns, steps, origin, bias, add, mask, relu)``: any kernel
   and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
   The same last pass as above.
+* ``conv_gather_float_(..., lanes)``: the same in float32, by vectors of ``lanes`` floats, for any number of input
+  channels.
 * ``conv_amx_supported(in_channels)``: whether this processor and these channels are served by ``conv_amx_``: AMX,
   and input channels in multiples of 32.
 * ``conv_amx_pack_(packed, weight, scale, taps, backward)``: pack the ``taps`` of filters [K, C, h, w], places in
@@ -44,6 +46,7 @@ from fastadv.ops import NATIVE
 POINTS = 36  # products per tile of F(4x4, 3x3)
 VECTOR = 16  # output channels are packed in multiples of this
 WIDE = 64  # and, for the gathering kernel, in blocks of this
+FLOAT_WIDE = {16: 64, 8: 16}  # in float32, by the lanes of the vectors
 
 torch.library.define("fastadv::conv3x3_supported", "(int in_channels, int out_channels) -> bool")
 torch.library.define("fastadv::conv_amx_supported", "(int in_channels) -> bool")
@@ -77,6 +80,11 @@ for _name in ("conv_gather_", "conv_amx_"):
         "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu) -> ()",
     )
 torch.library.define(
+    "fastadv::conv_gather_float_",
+    "(Tensor(a!) out, Tensor x, Tensor packed, int[] tap_rows, int[] tap_columns, int[] steps, "
+    "int[] origin, Tensor? bias, Tensor? add, Tensor? mask, bool relu, int lanes) -> ()",
+)
+torch.library.define(
     "fastadv::channel_affine_",
     "(Tensor(a!) out, Tensor x, Tensor scale, Tensor shift, Tensor? add, Tensor? mask, bool relu)"
     " -> ()",
@@ -102,7 +110,7 @@ def supported(in_channels: int, out_channels: int) -> bool:
 
 
 def float_lanes() -> int:
-    """The width of the vectors, in floats, of our 3x3 convolution in float32; 0 where it does not exist."""
+    """The width of the vectors, in floats, of our convolutions in float32; 0 where they do not exist."""
     return int(torch.ops.fastadv.conv3x3_float_lanes()) if available() else 0
 
 

@@ -82,7 +82,7 @@ class EagerEngine(Engine):
 
 
 class LiveEngine(EagerEngine):
-    """The live model in a narrow precision, which runs because it is faster than a copy that is right.
+    """The live model, which runs because it is faster than a copy that is right.
 
     Args:
         precision: of the passes.
@@ -94,6 +94,7 @@ class LiveEngine(EagerEngine):
 
     def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
         super().__init__(precision, reason, draws="never", channels_last=channels_last)
+        self.channels_last = channels_last
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""

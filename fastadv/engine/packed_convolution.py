@@ -3,8 +3,8 @@
 In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough
 channels, oneDNN's the rest. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
 serves all ungrouped convolutions whose input channels are multiples of 32, oneDNN's the rest. In float32
-Winograd's kernel serves 3x3 convolutions of stride 1, oneDNN's the rest. Gradients that are no convolutions stay
-with torch.
+Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, and
+oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
@@ -134,13 +134,19 @@ class WinogradFloatKernel(Kernel):
         return out
 
 
-def _in_blocks(filters: Tensor) -> Tensor:
-    """Filters [out, depth] as the gathering kernel reads them: [blocks of 64 out][depth / 2][64][2]."""
+def _in_blocks(filters: Tensor, wide: int = convolution.WIDE, together: int = 2) -> Tensor:
+    """Filters [out, depth] as a gathering kernel reads them: [blocks][depth / together][wide][together].
+
+    Args:
+        filters: in the order of the taps, and of the input channels for each.
+        wide: output channels of a block.
+        together: elements of the depth that lie side by side.
+    """
     rows, depth = filters.shape
     filters = F.pad(filters, (0, 0, 0, -rows % convolution.VECTOR))
     blocks = [
-        block.reshape(len(block), depth // 2, 2).transpose(0, 1).reshape(-1)
-        for block in filters.split(convolution.WIDE)
+        block.reshape(len(block), depth // together, together).transpose(0, 1).reshape(-1)
+        for block in filters.split(wide)
     ]
     return torch.cat(blocks)
 
@@ -160,13 +166,14 @@ class GatherKernel(Kernel):
     """Any ungrouped convolution with one stride for both axes, or its gradient in the input."""
 
     _convolve: Callable[..., None] = _OPS.conv_gather_
+    _dtype = torch.bfloat16
 
     def __init__(self, conv: ConvShape, backward: bool) -> None:
         stride, _ = conv.stride
         self._backward = backward
         self._steps = (1, stride) if backward else (stride, 1)
         origins = [(i, j) for i in range(stride) for j in range(stride)] if backward else [(0, 0)]
-        self._groups = [_tap_group(conv, origin, backward) for origin in origins]
+        self._groups = [_tap_group(conv, origin, backward, self._dtype) for origin in origins]
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""
@@ -177,7 +184,11 @@ class GatherKernel(Kernel):
         for group in self._groups:
             if group.taps:
                 filters = torch.cat([weight[:, :, i, j] for i, j in group.taps], dim=1)
-                group.packed.copy_(_in_blocks(filters))
+                group.packed.copy_(self._in_blocks(filters))
+
+    def _in_blocks(self, filters: Tensor) -> Tensor:
+        """Filters [out, depth] as the kernel reads them."""
+        return _in_blocks(filters)
 
     def run(self, memory: Memory, shape: tuple[int, ...], x: Tensor, epilogue: Epilogue) -> Tensor:
         """As in `Kernel.run`."""
@@ -188,6 +199,27 @@ class GatherKernel(Kernel):
                 where = (g.rows, g.columns, self._steps, g.origin)
                 self._convolve(out, x, g.packed, *where, *epilogue)
         return out
+
+
+class GatherFloatKernel(GatherKernel):
+    """As `GatherKernel`, in float32.
+
+    Args:
+        conv: the convolution.
+        backward: whether it is the gradient in the input.
+        lanes: the width of the vectors, as `fastadv.engine.cpu_convolution.float_lanes` gives it.
+    """
+
+    _dtype = torch.float32
+
+    def __init__(self, conv: ConvShape, backward: bool, lanes: int) -> None:
+        super().__init__(conv, backward)
+        self._lanes = lanes
+        self._convolve = lambda *args: _OPS.conv_gather_float_(*args, lanes)
+
+    def _in_blocks(self, filters: Tensor) -> Tensor:
+        """In blocks of as many output channels as the kernel multiplies together."""
+        return _in_blocks(filters, convolution.FLOAT_WIDE[self._lanes], together=1)
 
 
 class TileKernel(GatherKernel):
@@ -203,7 +235,9 @@ class TileKernel(GatherKernel):
                 _OPS.conv_amx_pack_(group.packed, weight, scale, taps, self._backward)
 
 
-def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapGroup:
+def _tap_group(
+    conv: ConvShape, origin: tuple[int, int], backward: bool, dtype: torch.dtype
+) -> TapGroup:
     """The taps of one grid; forward there is one, backward one per remainder modulo the stride."""
     along = [
         taps_along(conv.kernel_size[a], conv.stride[a], conv.padding[a], conv.dilation[a],
@@ -219,7 +253,7 @@ def _tap_group(conv: ConvShape, origin: tuple[int, int], backward: bool) -> TapG
         rows=[down[1] for down, _ in pairs],
         columns=[right[1] for _, right in pairs],
         origin=origin,
-        packed=torch.zeros(padded * depth * len(pairs), dtype=torch.bfloat16, device="cpu"),
+        packed=torch.zeros(padded * depth * len(pairs), dtype=dtype, device="cpu"),
     )
 
 
@@ -368,13 +402,25 @@ def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
     """As `make_kernel`, in float32."""
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
+    lanes = convolution.float_lanes()
     if conv.groups == 1 and _is_3x3(conv):
-        for lanes in (16, 8):
-            if lanes <= convolution.float_lanes() and source % lanes == 0:
-                return WinogradFloatKernel(result, source, backward, lanes)
+        for narrower in (16, 8):
+            if narrower <= lanes and source % narrower == 0:
+                return WinogradFloatKernel(result, source, backward, narrower)
+    if lanes and _worth_gathering_in_float(conv, source, result, backward):
+        return GatherFloatKernel(conv, backward, lanes)
     if not convolution.onednn_available(torch.float32) or (backward and not _rotatable(conv)):
         return None
     return OneDNNKernel(conv, backward, torch.float32)
+
+
+def _worth_gathering_in_float(conv: ConvShape, source: int, result: int, backward: bool) -> bool:
+    """Whether the gathering kernel can, and is no slower in float32 than oneDNN's, as measured for many shapes."""
+    if conv.groups != 1 or conv.stride[0] != conv.stride[1] or result < convolution.VECTOR:
+        return False
+    # oneDNN takes several times as long for patches of few channels.
+    patches = conv.kernel_size == conv.stride and conv.padding == (0, 0) and not backward
+    return source >= convolution.VECTOR // 2 or patches
 
 
 def _is_3x3(conv: ConvShape) -> bool:

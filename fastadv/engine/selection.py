@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -259,28 +260,40 @@ def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:
     """
     x, model = known.x, known.model
     first, group = copy.engine, choice.group_of(x.shape[0])
-    on_cpu = x.device.type == "cpu" and precision == "bf16"
+    on_cpu = x.device.type == "cpu" and precision in ("bf16", "fp32")
     if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
     if not choice.is_open(first):
         return
     images = finite(x if copy.tape.only_batch is not None else x[: choice.images()])
-
-    def copied() -> CopyEngine:
-        return CopyEngine(copy.tape, known.recording, precision, "", False)
-
-    def live() -> LiveEngine:
-        return live_rival(model, images[:PROBES], precision)
-
-    rivals: dict[str, Callable[[], Contender]] = {choice.LIVE: live}
-    if choice.name_of(first) == choice.PROGRAM:
-        rivals = {choice.COPY: copied, **rivals}
+    rivals = _rivals(copy, known, precision, images[:PROBES])
     key = choice.key_of(copy.tape, x, precision)
     found, engine = choice.settled(key, model, images, first, rivals, known.fault_of)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.remembered = first.remembered
         first.rest()
+
+
+def _rivals(
+    copy: _Copy, known: Known, precision: str, probes: Tensor
+) -> dict[str, Callable[[], Contender]]:
+    """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed."""
+    model, names = known.model, choice.NAMES[precision]
+
+    def copied() -> CopyEngine:
+        return CopyEngine(copy.tape, known.recording, precision, "", False)
+
+    def live(channels_last: bool) -> LiveEngine:
+        return live_rival(model, probes, precision, channels_last)
+
+    rivals: dict[str, Callable[[], Contender]] = {}
+    if choice.name_of(copy.engine) == names.program:
+        rivals[names.copy] = copied
+    rivals[names.live] = partial(live, True)
+    if names.contiguous is not None:
+        rivals[names.contiguous] = partial(live, False)
+    return rivals
 
 
 def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:

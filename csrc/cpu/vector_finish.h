@@ -1,0 +1,29 @@
+// The last pass over a result in float32, for one kind of vector. The includer defines
+// FASTADV_LEVEL_INLINE and includes csrc/cpu/vector_avx512.h or vector_avx2.h first.
+#pragma once
+
+#include "cpu/conv_epilogue.h"
+
+namespace fastadv::conv {
+namespace {
+
+FASTADV_LEVEL_INLINE vec::V read(const float* p, const vec::Live& live) {
+  return vec::all(live) ? vec::load(p) : vec::load(p, live);
+}
+
+// As for bfloat16 in csrc/cpu/conv_inner.h.
+FASTADV_LEVEL_INLINE void finish(float* out, vec::V value, const EpilogueOf<float>& epilogue,
+                                 int64_t at, int64_t channel, const vec::Live& live) {
+  if (epilogue.bias) value = vec::add(value, read(epilogue.bias + channel, live));
+  if (epilogue.add) value = vec::add(value, read(epilogue.add + at, live));
+  if (epilogue.relu) value = vec::at_least_zero(value);
+  if (epilogue.mask) value = vec::where_positive(read(epilogue.mask + at, live), value);
+  if (vec::all(live)) {
+    vec::store(out + at, value);
+  } else {
+    vec::store(out + at, value, live);
+  }
+}
+
+}  // namespace
+}  // namespace fastadv::conv
