@@ -45,7 +45,7 @@ class EagerEngine(Engine):
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
         self.any_batch = draws in ("never", "unlikely")
-        self._channels_last = channels_last
+        self.channels_last = channels_last
         self._model: Model | None = None
         self._weights = torch.float32
 
@@ -69,7 +69,7 @@ class EagerEngine(Engine):
     def images(self, x: Tensor) -> Tensor:
         """As in `Engine.images`, channels-last where the model takes that."""
         images = super().images(x)
-        return channels_last(images) if self._channels_last else images
+        return channels_last(images) if self.channels_last else images
 
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
@@ -94,7 +94,6 @@ class LiveEngine(EagerEngine):
 
     def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
         super().__init__(precision, reason, draws="never", channels_last=channels_last)
-        self.channels_last = channels_last
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""
