@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from typing import cast
 
 import torch
 from torch import nn
+
+from fastadv.engine.named_code import named_by
 
 
 def is_compiled_wrapper(part: object) -> bool:
@@ -20,11 +23,25 @@ def is_compiled_wrapper(part: object) -> bool:
 
 
 def has_compiled_parts(model: nn.Module) -> bool:
-    """Whether `torch.compile` has made a part of a model, in place or as a wrapper."""
+    """Whether `torch.compile` has made a part of a model, or a function that the model calls."""
     return any(
         is_compiled_wrapper(part) or part._compiled_call_impl is not None
         for part in model.modules()
-    )
+    ) or _calls_compiled_functions(model)
+
+
+_calling: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _calls_compiled_functions(model: nn.Module) -> bool:
+    """Whether the code of a model names functions that `torch.compile` has made; looked for once."""
+    if "torch._dynamo" not in sys.modules:
+        return False
+    if model not in _calling:
+        _calling[model] = any(
+            hasattr(value, "_torchdynamo_orig_callable") for _, value in named_by(model)
+        )
+    return _calling[model]
 
 
 _WRAPPERS = (

@@ -120,7 +120,8 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
         _OPS.merge_gradients_(out, new, before, mask)
         return out
     total = new if before is None else new + before
-    return total if mask is None else total * (mask > 0)
+    # Not a product: an infinite gradient behind a ReLU's 0, as of a root, is 0 before it.
+    return total if mask is None else torch.where(mask > 0, total, 0.0)
 
 
 def laid_out_like(gradient: Tensor, result: Tensor) -> Tensor:
@@ -131,6 +132,11 @@ def laid_out_like(gradient: Tensor, result: Tensor) -> Tensor:
     if gradient.dtype == result.dtype and gradient.stride() == result.stride():
         return gradient
     return torch.empty_like(result).copy_(gradient)
+
+
+def _is_differentiable(t: Tensor) -> bool:
+    """Whether a tensor can carry a gradient; complex ones do, between a Fourier transform and its inverse."""
+    return t.is_floating_point() or t.is_complex()
 
 
 def _is_buffer(t: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
@@ -181,16 +187,22 @@ class ConvStep(ProgramStep):
         dtype = run.memory.dtype
         x, packed = as_buffer(run.values[self._x], dtype), self._packed
         residual = None if self._residual is None else run.values[self._residual]
-        if packed.forward is not None:
-            shape = packed.result_shape(x)
-            residual = None if residual is None else as_buffer(residual.expand(shape), dtype)
-            epilogue = Epilogue(packed.bias, residual, relu=self.rectifies)
-            out = packed.forward.run(run.memory, shape, x, epilogue)
+        shape = packed.result_shape(x)
+        if residual is not None and torch.broadcast_shapes(shape, residual.shape) != shape:
+            # The addition spreads the convolution's result, as where it is a context of whole maps.
+            out = residual + self._convolved(run, x, Epilogue(packed.bias))
+            out = as_buffer(out.relu() if self.rectifies else out, dtype)
         else:
-            out = self._conv(x)
-            out = out if residual is None else out.add_(residual)
-            out = as_buffer(out.relu_() if self.rectifies else out, dtype)
+            residual = None if residual is None else as_buffer(residual.expand(shape), dtype)
+            out = self._convolved(run, x, Epilogue(packed.bias, residual, relu=self.rectifies))
         run.values[self.node] = out
+
+    def _convolved(self, run: Pass, x: Tensor, epilogue: Epilogue) -> Tensor:
+        if self._packed.forward is not None:
+            return self._packed.forward.run(run.memory, self._packed.result_shape(x), x, epilogue)
+        out = self._conv(x)
+        out = out if epilogue.add is None else out.add_(epilogue.add)
+        return as_buffer(out.relu_() if epilogue.relu else out, run.memory.dtype)
 
     def backward(self, run: Pass) -> None:
         """The gradient's convolution into the input; the gradient itself into the residual."""
@@ -198,6 +210,8 @@ class ConvStep(ProgramStep):
         if self._residual is not None:
             shape = run.values[self._residual].shape  # smaller where the addition broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
+            spread = gradient.sum_to_size(self._packed.result_shape(run.values[self._x]))
+            gradient = as_buffer(spread, run.memory.dtype)
         x, kernel = run.values[self._x], self._packed.backward
         if kernel is None:
             run.arrive_tensor(self._x, self._conv.input_gradient(gradient, x))
@@ -254,7 +268,7 @@ class PlainStep(ProgramStep):
         for source in self.inputs:
             value = run.values[source]
             images = source.op != "get_attr"  # constants need no gradient
-            if images and isinstance(value, Tensor) and value.is_floating_point():
+            if images and isinstance(value, Tensor) and _is_differentiable(value):
                 value = value.detach().requires_grad_()
             leaves[source] = value
         with torch.enable_grad(), self._autocast(torch.device("cpu")):

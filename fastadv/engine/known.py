@@ -52,7 +52,7 @@ class Known:
     @cached_property
     def evidence(self) -> Evidence:
         """The model's logits and gradients on the recorded images."""
-        return self._evidence or proof.evidence_of(self.recording)
+        return self._evidence or proof.evidence_of(self.recording, self.model)
 
     def fault_of(self, engine: Engine) -> str | None:
         """In words, what is wrong with an engine; None where it is right.
@@ -69,7 +69,8 @@ class Known:
             if self._alone is None:
                 if self.evidence.first(count).against(engine) is None:
                     return None
-                self._alone = proof.evidence_of(self._recorded(self.x[:count]))
+                alone = self._recorded(self.x[:count])
+                self._alone = proof.evidence_of(alone, self.model)
             return self._alone.against(engine)
 
     def _recorded(self, images: Tensor) -> Recording:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.engine.engines import Engine, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
+from fastadv.engine.holding import held
 from fastadv.engine.recording import Recording
 
 # The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
@@ -75,8 +76,12 @@ class Evidence:
         return None
 
 
-def evidence_of(recording: Recording) -> Evidence:
+def evidence_of(recording: Recording, model: nn.Module) -> Evidence:
     """The live model's logits and gradients, from a recording's own graph.
+
+    Args:
+        recording: of a few images.
+        model: the recorded model. Gradient checkpointing runs parts of it again, in the mode that it then has.
 
     Raises:
         Unrecordable: there are no gradients.
@@ -86,14 +91,15 @@ def evidence_of(recording: Recording) -> Evidence:
         raise Unrecordable("its logits have another shape than [B, C], or no gradient")
     wide = logits if logits.dtype == torch.float64 else logits.float()
     values, gradients = objectives(wide), []
-    for value_of in values:
-        value = value_of(wide)
-        (grad,) = torch.autograd.grad(
-            value.sum(), recording.images, retain_graph=True, allow_unused=True
-        )
-        if grad is None:
-            raise Unrecordable("its logits have no gradient in the images")
-        gradients.append(InputGradient(value.detach(), wide.detach(), grad))
+    with held(model):
+        for value_of in values:
+            value = value_of(wide)
+            (grad,) = torch.autograd.grad(
+                value.sum(), recording.images, retain_graph=True, allow_unused=True
+            )
+            if grad is None:
+                raise Unrecordable("its logits have no gradient in the images")
+            gradients.append(InputGradient(value.detach(), wide.detach(), grad))
     return Evidence(recording.images.detach(), values, tuple(gradients))
 
 
@@ -143,13 +149,13 @@ def difference_of_results(
     return None
 
 
-def agrees(engine: Engine, recording: Recording, with_gradient: bool) -> bool:
+def agrees(engine: Engine, recording: Recording, model: nn.Module, with_gradient: bool) -> bool:
     """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients."""
     images = recording.images.detach()
     try:
         logits = engine.logits(engine.images(images))
         if with_gradient and recording.gradients:
-            fault = evidence_of(recording).against(engine)
+            fault = evidence_of(recording, model).against(engine)
             if fault is not None:
                 return False
     except Exception:  # as when building

@@ -19,6 +19,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.compiled_parts import is_compiled_wrapper
+from fastadv.engine.named_code import content_of, named_by
 
 _TRIES = (
     3  # runs of the model after which a generator whose state always changes counts as the model's
@@ -193,20 +194,8 @@ def _own_generators(model: nn.Module) -> Iterator[tuple[int, Generator]]:
     for module in model.modules():
         for name, value in vars(module).items():
             yield from _generators_in(value, f"{type(module).__name__}.{name}", seen, depth=3)
-        forward = inspect.unwrap(getattr(type(module), "forward", lambda: None))
-        if isinstance(forward, types.FunctionType):
-            names = [n for n in forward.__code__.co_names if n in forward.__globals__]
-            for name in names:
-                yield from _generators_in(forward.__globals__[name], name, seen, depth=1)
-            for cell in forward.__closure__ or ():
-                yield from _generators_in(_content(cell), "a closure's variable", seen, depth=1)
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not assigned yet
-        return None
+    for name, value in named_by(model):
+        yield from _generators_in(value, name, seen, depth=1)
 
 
 def _generators_in(
@@ -237,7 +226,7 @@ def _items(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple, set, frozenset)):
         return list(value)
     if isinstance(value, types.FunctionType):
-        return [_content(cell) for cell in value.__closure__ or ()]
+        return [content_of(cell) for cell in value.__closure__ or ()]
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # such as `generator.random`
         return [value.__self__]
     return list(vars(value).values()) if hasattr(value, "__dict__") else []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastadv.engine import randomness
+from fastadv.engine import ragged, randomness
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
@@ -124,6 +124,7 @@ class Recorder(TorchFunctionMode):
         self._by_storage: dict[int, set[int]] = {}  # ids of tensors that share memory
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
         self._model_storages: set[int] = set()
+        self._ragged: set[int] = set()  # places of tensors whose shape depends on values
         self._inside = 0  # of autograd functions, which are recorded as one op
         self._comparisons = SizeComparisons()
         self._refusal = ""
@@ -165,7 +166,10 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
             found = func(*args, **kwargs)
-            return watched(found, self._comparisons) if func.__self__.__name__ == "shape" else found
+            if func.__self__.__name__ != "shape":
+                return found
+            self._check_what_is_read("shape", [args[0]])
+            return watched(found, self._comparisons)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
         operands = tensors_in(args)
@@ -209,6 +213,31 @@ class Recorder(TorchFunctionMode):
             raise self._refuse(_REFUSED[name])
         if name in _READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
+        if name in ragged.SIZES and any(map(self._is_ragged, operands)):
+            raise self._refuse(f"its forward looks at a size that depends on values ({name})")
+
+    def _is_ragged(self, tensor: Tensor) -> bool:
+        """Whether the shape of a tensor depends on values of the images."""
+        return bool(self._ragged) and self._places.get(id(tensor)) in self._ragged
+
+    def _becomes_ragged(
+        self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], written: list[Tensor]
+    ) -> bool:
+        """Whether the shape of a function's result depends on values of the images.
+
+        Raises:
+            Unrecordable: the number of its results does.
+        """
+        if self._ragged:
+            keeps = bool(written) or name in ragged.KEEPS_SHAPE
+            operands = tensors_in((args[:1],)) if keeps else tensors_in((args, kwargs))
+            if any(map(self._is_ragged, operands)):
+                if name in ragged.CUTS:
+                    raise self._refuse(
+                        f"its forward looks at a size that depends on values ({name})"
+                    )
+                return True
+        return any(map(self._depends, ragged.deciding(name, args, kwargs)))
 
     def _record(
         self,
@@ -225,6 +254,7 @@ class Recorder(TorchFunctionMode):
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
+        is_ragged = self._becomes_ragged(name, args, kwargs, written)
         if written:
             self._note_write(name, args, written)
             result = written[0]
@@ -245,6 +275,8 @@ class Recorder(TorchFunctionMode):
             self._add(result, depends)
         else:
             self._add_several(result, place, depends)
+        if is_ragged:
+            self._ragged.update(range(place, len(recording.values)))
 
     def _note_write(self, name: str, args: tuple[Any, ...], written: list[Tensor]) -> None:
         target = written[0]

@@ -35,6 +35,7 @@ from fastadv.engine.first_recordings import (
     tape_now,
     whole,
 )
+from fastadv.engine.frozen import frozen
 from fastadv.engine.known import Known
 from fastadv.engine.live_choice import LiveChoice, live_rival
 from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
@@ -130,8 +131,14 @@ class EngineCache:
                 return engine
             except Unrecordable as error:
                 obstacle = str(error)
-                if wish.is_free:
-                    self._tell(f"fastadv attacks this model with the eager engine: {obstacle}")
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # such as that of an operation which bears no watching
+                if not _runs(model, x):
+                    raise
+                obstacle = f"recording it fails: {error}".splitlines()[0]
+            if wish.is_free:
+                self._tell(f"fastadv attacks this model with the eager engine: {obstacle}")
         if not wish.is_free and wish.engine != "eager":
             raise ValueError(
                 f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
@@ -217,7 +224,7 @@ class EngineCache:
                 if with_gradient and not recording.gradients:
                     shown = _with_gradients(copy, model, x, careful) or recording
                 with engine.session(model, 0, current=True):
-                    agrees = proof.agrees(engine, shown, with_gradient)
+                    agrees = proof.agrees(engine, shown, model, with_gradient)
                 if not agrees:
                     kept.remove(copy)
                     self._parted[kind, engine.precision] += 1
@@ -331,6 +338,16 @@ def _narrowest(wish: Wish, model: Model, x: Tensor) -> str:
     return "bf16" if narrow else "fp32"
 
 
+def _runs(model: nn.Module, x: Tensor) -> bool:
+    """Whether a model by itself takes images, so that an error was that of its recording."""
+    try:
+        with frozen(model, seed=0), torch.no_grad():
+            model(as_model_takes(model, x).detach().clone())
+    except Exception:
+        return False
+    return True
+
+
 def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
     """Why no copy is to be made; None when a recording will tell."""
     if wish.engine == "eager":
@@ -356,7 +373,7 @@ def _build(
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = proof.evidence_of(recording)
+    live = proof.evidence_of(recording, model)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
     remembered = None if few is None else Remembered.of(few, tape.settling)
     if remembered is not None and not is_steady(model, tape, remembered, few):

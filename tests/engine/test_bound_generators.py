@@ -51,3 +51,47 @@ def test_a_generator_without_state_is_seen_to_draw() -> None:
     model.draw = lambda: model.own.random()
     with pytest.warns(UserWarning, match="draws random numbers"):
         assert "draws" in fastadv.PGD(model, steps=1).engine_for(X).reason
+
+
+PYTHONS, NUMPYS = random.Random(0), np.random.default_rng(0)
+
+
+def rarely() -> bool:
+    return NUMPYS.random() < 0.01
+
+
+def flipped(x: Tensor) -> Tensor:
+    return x.flip(3) if rarely() else x
+
+
+class Coin:
+    """Draws from a generator that the module names, not the object."""
+
+    def shows_head(self) -> bool:
+        return PYTHONS.random() < 0.01
+
+
+class Hiding(nn.Module):
+    """The code that draws is one or two calls away from the forward method."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4))
+        self.way, self.coin = way, Coin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self._augmented(x))
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        if self.way == "function":
+            return flipped(x)
+        if self.way == "object":
+            return 1 - x if self.coin.shows_head() else x
+        return 1 - x if PYTHONS.random() < 0.01 else x
+
+
+@pytest.mark.parametrize("way", ["function", "object", "method"])
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_a_generator_that_called_code_names_is_seen(way: str) -> None:
+    torch.manual_seed(0)
+    assert "draws random numbers" in fastadv.PGD(Hiding(way).eval(), steps=1).engine_for(X).reason

@@ -1,0 +1,75 @@
+"""The code that a model runs: its forward methods, and the functions and methods that they name in turn."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+_MOST_FUNCTIONS = 500
+
+
+def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The variables that the code of a model names, and the functions and methods that it may call.
+
+    Variables are global ones and those of the functions around the code. A method is found by its name, in any
+    class of which the model holds an object.
+
+    Returns:
+        Pairs of a name and a value.
+    """
+    modules = list(model.modules())
+    held = [value for module in modules for value in vars(module).values()]
+    waiting: list[Any] = [*held, *(type(value) for value in (*modules, *held))]
+    kinds: set[type] = set()
+    names = {"forward", "__call__"}
+    functions: set[types.FunctionType] = set()
+    while waiting and len(functions) < _MOST_FUNCTIONS:
+        value = waiting.pop()
+        if isinstance(value, type):
+            if value not in kinds and _is_others(value):
+                kinds.add(value)
+                waiting.extend(getattr(value, name, None) for name in names)
+            continue
+        function = getattr(value, "__func__", value)
+        if not callable(function):
+            continue
+        wrapped = inspect.unwrap(function)
+        if not isinstance(wrapped, types.FunctionType) or wrapped in functions:
+            continue
+        if not _is_others(wrapped):
+            continue
+        functions.add(wrapped)
+        mentioned, variables = _names_in(wrapped.__code__), wrapped.__globals__
+        named = [(name, variables[name]) for name in mentioned if name in variables]
+        cells = wrapped.__closure__ or ()
+        named += [("a closure's variable", content_of(cell)) for cell in cells]
+        yield wrapped.__name__, function
+        yield from named
+        for _, found in named:
+            waiting += [found, found if isinstance(found, type) else type(found)]
+        waiting.extend(getattr(kind, name, None) for kind in kinds for name in mentioned - names)
+        names |= mentioned
+
+
+def content_of(cell: types.CellType) -> Any:
+    """The value of a closure's variable; None before it is assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
+def _is_others(code: Any) -> bool:
+    """Whether a class or a function is neither torch's nor built in."""
+    home = getattr(code, "__module__", None) or ""
+    return home.split(".")[0] not in ("torch", "numpy", "builtins", "typing", "")
+
+
+def _names_in(code: types.CodeType) -> set[str]:
+    """The names of global variables and attributes in code, that of the functions within it included."""
+    parts = (part for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*map(_names_in, parts))
