@@ -1,12 +1,16 @@
-"""SHA-256 of tensors by name."""
+"""SHA-256 of tensors by name and of JSON content, and JSON entries that carry the one of their own content."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+SEAL = "sha256"
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
@@ -17,3 +21,35 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
         plain = value.detach().cpu().contiguous().flatten()
         digest.update(plain.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def digest_of_json(content: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of JSON types, whatever the order of their names."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content as JSON types with an entry "sha256", the hash of all other entries."""
+    plain = json.loads(json.dumps(content))
+    return {**plain, SEAL: digest_of_json(plain)}
+
+
+def is_unchanged(content: Mapping[str, Any]) -> bool:
+    """Whether content has the hash that it had when it was written, or none."""
+    plain = {name: value for name, value in content.items() if name != SEAL}
+    return SEAL not in content or content[SEAL] == digest_of_json(plain)
+
+
+def unsealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `sealed` without its hash; content that has no hash is returned as it is.
+
+    Raises:
+        ValueError: if it was changed after it was written.
+    """
+    if not is_unchanged(content):
+        raise ValueError(
+            f"damaged or changed after it was written: it does not have the SHA-256 of its entry {SEAL!r}. Take "
+            "another copy, or write it again"
+        )
+    return {name: value for name, value in content.items() if name != SEAL}

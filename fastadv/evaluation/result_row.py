@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -84,6 +85,8 @@ class Row:
     def __post_init__(self) -> None:
         check_fields(self)
         limit("eps", self.eps)
+        if self.alpha is not None:
+            limit("alpha", self.alpha)
         wilson_interval(self.correct, self.n)  # checks the counts
 
     @property
@@ -139,7 +142,14 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
     # Before there was a choice, only the reference ran ensembles, which alone have stages.
     known: dict[str, Any] = {"search": REFERENCE if entry["stages"] else "", **entry}
     values = known_fields(Row, known)
-    values["notes"] = tuple(entry["notes"])
+    accuracy = entry.get("accuracy")
+    if accuracy is not None and not math.isclose(
+        accuracy, values["correct"] / max(values["n"], 1), abs_tol=1e-9
+    ):
+        raise ValueError(
+            f"accuracy must be correct / n, {values['correct']} / {values['n']}, got {accuracy}: one of them was "
+            "changed after they were written"
+        )
     values["stages"] = tuple(Stage(**known_fields(Stage, stage)) for stage in entry["stages"])
     if values.get("distances") is not None:
         values["distances"] = Distances.from_dict(values["distances"])

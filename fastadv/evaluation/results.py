@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -11,13 +12,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fastadv.digest import is_unchanged, sealed
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Report
-from fastadv.evaluation.result_row import Row, known_fields, row_from_dict, row_to_dict
+from fastadv.evaluation.result_row import Row, Status, known_fields, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
 from fastadv.files import write_atomically
 from fastadv.locks import locked, rewriting
-from fastadv.ops.values import shown
+from fastadv.ops.values import NORMS, check_choice, shown
 
 _FORMAT = 2  # `Report` knows it, too
 _REPORT_FORMAT = 1  # files from before results were collected hold the report of one evaluation
@@ -83,6 +85,15 @@ class Result:
     date: str = field(default="", compare=False)
     worst_file: str = field(default="", compare=False)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_choice("norm", self.norm, NORMS)
+        low, high = self.bounds
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise ValueError(f"bounds must be finite and ascending, got {self.bounds}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+
     @property
     def is_clean(self) -> bool:
         """Whether there was no attack."""
@@ -137,12 +148,15 @@ class Result:
         """
         parts = {"subject": None, "row": None}
         own = known_fields(cls, {**entry, **parts})
-        own["bounds"], own["after"] = tuple(entry["bounds"]), tuple(entry["after"])
+        own["bounds"], own["after"] = entry["bounds"], entry["after"]
         subject = Subject(**known_fields(Subject, entry))
         return cls(**{**own, "subject": subject, "row": row_from_dict(entry)})
 
 
 _WORST_FOLDER = "worst"
+_CHANGED = (
+    "its entry was damaged or changed after it was written: it does not have the SHA-256 beside it"
+)
 _PARTS = ("subject", "row")  # fields of a result that are spelled out in its entry
 
 
@@ -199,11 +213,45 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
             return results_of(report, Subject(network=report.model, data=report.data))
         if version != _FORMAT:
             raise ValueError(f"results must have format {_FORMAT}, got {version!r}")
-        return [Result.from_dict(entry) for entry in content["rows"]]
+        return results_in(content["rows"])
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: results are damaged: {error!r}") from error
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def results_in(entries: list[Any]) -> list[Result]:
+    """Read the results of a file's entries. One that was changed after it was written is suspect.
+
+    Raises:
+        KeyError: when something is missing.
+        TypeError: when something is of another kind.
+        ValueError: when a number is out of range, or two entries say different things about one attack; the
+            message says which entry.
+    """
+    if not isinstance(entries, list):
+        raise TypeError(f"rows must be a list, got {shown(entries)}")
+    found: dict[tuple[Any, ...], Result] = {}
+    for number, entry in enumerate(entries, 1):
+        try:
+            result = Result.from_dict(entry)
+            if not is_unchanged(entry):
+                result = replace(result, row=_doubtful(result.row))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from error
+        other = found.setdefault(result.key, result)
+        if other.row.correct != result.row.correct:
+            raise ValueError(
+                f"row {number} has {result.row.correct} images right for {result.row.title}, where another row "
+                f"has {other.row.correct} for the same attack on the same model and images; delete the wrong one"
+            )
+    return list(found.values())
+
+
+def _doubtful(row: Row) -> Row:
+    """A row whose entry in a file does not have the hash that was written with it."""
+    status: Status = row.status if row.status == "invalid" else "suspect"
+    return replace(row, status=status, notes=(*row.notes, _CHANGED))
 
 
 def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path:
@@ -237,7 +285,7 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
             if old is not None and not result.worst_file:  # its images still belong to this key
                 result = replace(result, worst_file=old.worst_file)
             merged[result.key] = result
-        rows = [result.to_dict() for result in merged.values()]
+        rows = [sealed(result.to_dict()) for result in merged.values()]
         content = {"format": _FORMAT, "rows": rows}
         return write_atomically(target, json.dumps(content, indent=2) + "\n")
 

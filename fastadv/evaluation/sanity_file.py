@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.findings import Finding, findings_text
 from fastadv.evaluation.results import Subject
 from fastadv.files import write_atomically
@@ -72,8 +73,8 @@ def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"findings must have format {_FORMAT}, got {content['format']!r}")
-        return [_from_dict(entry) for entry in content["checks"]]
-    except (KeyError, TypeError, ValueError) as error:
+        return [_from_dict(unsealed(entry)) for entry in content["checks"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{os.fspath(path)}: findings are damaged: {error}") from error
 
 
@@ -87,7 +88,10 @@ def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Pat
     with rewriting(path) as target:
         known: Sequence[SanityResult] = load_sanity_results(target) if target.exists() else ()
         merged = {one.key: one for one in (*known, result)}
-        content = {"format": _FORMAT, "checks": [sanity_entry(one) for one in merged.values()]}
+        content = {
+            "format": _FORMAT,
+            "checks": [sealed(sanity_entry(one)) for one in merged.values()],
+        }
         return write_atomically(target, json.dumps(content, indent=2) + "\n")
 
 

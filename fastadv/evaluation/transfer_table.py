@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
@@ -117,7 +118,7 @@ class TransferMatrix:
 
     def to_json(self) -> str:
         """All of it as JSON text."""
-        return json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+        return json.dumps(sealed({"format": _FORMAT, **asdict(self)}), indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the matrix atomically, as its suffix says: ``.json``, ``.csv`` or ``.md``.
@@ -137,7 +138,8 @@ class TransferMatrix:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = content.pop("format") if isinstance(content, dict) else None
+            content = unsealed(content) if isinstance(content, dict) else {}
+            version = content.pop("format", None)
             if version != _FORMAT:
                 raise ValueError(f"a transfer matrix must have format {_FORMAT}, got {version!r}")
             return cls(**{f.name: content[f.name] for f in fields(cls)})

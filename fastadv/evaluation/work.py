@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.autoattack_state import Fingerprint, StateFolder
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.verify import Audit, Violations
@@ -46,12 +47,12 @@ class FinishedBatches:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = unsealed(json.loads(path.read_text(encoding="utf-8")))
             values = torch.tensor(found["values"], dtype=torch.float32)
             if values.shape != batch.shape:
                 raise ValueError(f"{len(values)} values for {len(batch)} images")
             return values, Violations(**found["violations"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error!r}); delete it to redo the batch"
             ) from error
@@ -59,7 +60,7 @@ class FinishedBatches:
     def save(self, key: str, batch: Tensor, values: Tensor, violations: Violations) -> None:
         """Keep the values [B] of a finished batch."""
         content = {"values": values.tolist(), "violations": violations.as_dict()}
-        write_atomically(self._path(key, batch), json.dumps(content))
+        write_atomically(self._path(key, batch), json.dumps(sealed(content)))
 
     def worst_path(self, key: str, batch: Tensor) -> Path:
         """Where the worst images of a batch belong."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +72,7 @@ class WorstImages:
             FileNotFoundError: when there is no such file.
             ValueError: when it holds something else; the message names the file.
         """
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                worst = cls(**{name: torch.from_numpy(arrays[name]) for name in _ARRAYS})
-        except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{os.fspath(path)}: holds no adversarial images: {error}") from error
+        worst = cls(**read_arrays(path, _ARRAYS))
         lengths = {getattr(worst, name).shape[:1] for name in _ARRAYS}
         if len(lengths) > 1 or worst.originals.shape != worst.adversarials.shape:
             raise ValueError(f"{os.fspath(path)}: its arrays do not fit together")
@@ -90,6 +85,28 @@ class WorstImages:
         _, first = np.unique(self.indices.numpy()[order], return_index=True)
         chosen = torch.from_numpy(order[np.sort(first)][:keep])
         return WorstImages(*(getattr(self, name)[chosen] for name in _ARRAYS))
+
+
+def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Tensor]:
+    """Read arrays of a .npz file by their names, and check its checksums; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is damaged or something else; the message names the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            # numpy stops at the end of an array, before the checksum, where a damaged header shortens it.
+            damaged = arrays.zip.testzip()
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
+            return {name: torch.from_numpy(arrays[name]) for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged archive can raise nearly anything
+        raise ValueError(
+            f"{os.fspath(path)}: holds no adversarial images, or is damaged ({type(error).__name__}: {error})"
+        ) from error
 
 
 class WorstKeeper:

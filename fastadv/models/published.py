@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -171,11 +171,18 @@ def _choose_weights(
             key=lambda found: sum(found[1] + name in mappings[found[0]] for name in targets),
         )
         return mappings[place], prefix, set()
+    # Of copies in several precisions the first of the widest one.
+    whole.sort(key=lambda found: -_width(mappings[found[0]], found[1], parameters))
     place, prefix = whole[0]
     for other in whole[1:]:
         _require_same(mappings, whole[0], other, targets)
     copies = {p + name for q, p in whole[1:] if q == place for name in targets}
     return mappings[place], prefix, copies - {prefix + name for name in targets}
+
+
+def _width(tensors: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> int:
+    """Bytes of each number of the narrowest tensor of these names."""
+    return min(tensors[prefix + name].element_size() for name in names)
 
 
 def _tensor_mappings(
@@ -226,14 +233,14 @@ def _require_same(
     other: tuple[str, str],
     targets: Mapping[str, Tensor],
 ) -> None:
-    """Check that two places hold the same weights."""
+    """Check that two places hold the same weights, up to the rounding of the other one's narrower dtype."""
     for name in targets:
         a, b = (mappings[place].get(prefix + name) for place, prefix in (one, other))
         if a is None or b is None or name.endswith("num_batches_tracked"):
             continue
         _require_dense(name, a)
         _require_dense(name, b)
-        if a.shape != b.shape or not torch.equal(a, b.to(a.dtype)):
+        if a.shape != b.shape or not torch.equal(a.to(b.dtype), b):
             places = " and ".join(
                 f"state{place}" + f" behind {prefix!r}" * bool(prefix)
                 for place, prefix in (one, other)
@@ -339,6 +346,10 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(
                 f"state must hold finite numbers, got NaN or infinity in {name!r}; its training has failed"
+            )
+        if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
+            raise ValueError(
+                f"state must hold variances >= 0, got {float(tensor.min()):g} in {name!r}; the file is damaged"
             )
 
 

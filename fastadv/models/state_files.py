@@ -12,6 +12,7 @@ import torch
 
 from fastadv.fields import arguments_checked
 from fastadv.files import check_archive
+from fastadv.models.sealed_safetensors import check_seal
 
 # How torch wrote before 1.6: four pickles, of which the last is the saved object.
 _PICKLES_OF_OLD_FILES = 4
@@ -69,7 +70,9 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         if path.suffix == ".safetensors" or _is_safetensors(path):
             from safetensors.torch import load_file
 
-            return load_file(path)
+            tensors = load_file(path)
+            check_seal(path)
+            return tensors
         with torch.serialization.safe_globals([_stand_in(name) for name in _names_in(path)]):
             state = torch.load(path, map_location="cpu", weights_only=True)
         check_archive(path)

@@ -35,6 +35,7 @@ from fastadv.files import (
     sync_path,
     write_through,
 )
+from fastadv.models.sealed_safetensors import sealed_safetensors
 from fastadv.trainers.sealed import CheckpointError, read_sealed, sealed_json
 
 MODEL_FILE = "model.safetensors"
@@ -252,11 +253,9 @@ def _write_files(
     train_state: Mapping[str, Any],
     meta: Mapping[str, Any],
 ) -> None:
-    from safetensors.torch import save
-
     # Copies: safetensors refuses channels-last tensors and tensors that share memory.
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
-    model = save(plain, metadata={"format": "pt"})
+    model = sealed_safetensors(plain, {"format": "pt"})
     files = {MODEL_FILE: _write(folder / MODEL_FILE, model, final)}
     # In memory first: where a disk is full, torch's own writer does not say so.
     state = io.BytesIO()

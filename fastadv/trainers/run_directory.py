@@ -15,6 +15,7 @@ from torch import nn
 
 from fastadv.files import naming, remove_leftovers, write_atomically
 from fastadv.models import form_of
+from fastadv.models.sealed_safetensors import sealed_safetensors
 from fastadv.trainers.checkpoint import (
     CHECKPOINTS,
     RUN_FILE,
@@ -220,14 +221,12 @@ class RunDirectory:
 
     def save_teacher(self, name: str, teacher: nn.Module) -> None:
         """Keep a frozen model's weights, so that the run can be resumed without their source."""
-        from safetensors.torch import save
-
         state = {
             key: value.cpu().contiguous().clone() for key, value in teacher.state_dict().items()
         }
         form = form_of(teacher)
         metadata = {"format": "pt"} | ({} if form is None else {"form": form})
-        write_atomically(self.teacher_file(name), save(state, metadata=metadata))
+        write_atomically(self.teacher_file(name), sealed_safetensors(state, metadata))
 
     def clear(self) -> None:
         """Delete a run's files; other files in the directory stay."""

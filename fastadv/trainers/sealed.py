@@ -6,7 +6,6 @@ Files of format 1, which fastadv wrote before, have no seal.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import fastadv
+from fastadv.digest import SEAL, digest_of_json, sealed
 
 FORMAT = 2
 _UNSEALED = 1
-_SEAL = "sha256"
 
 
 class CheckpointError(RuntimeError):
@@ -30,8 +29,7 @@ def sealed_json(content: Mapping[str, Any]) -> str:
     Args:
         content: JSON types; tuples become lists.
     """
-    plain = json.loads(json.dumps({"format": FORMAT, **content}))
-    return json.dumps({**plain, _SEAL: _hash(plain)}, indent=2) + "\n"
+    return json.dumps(sealed({"format": FORMAT, **content}), indent=2) + "\n"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
@@ -51,16 +49,16 @@ def read_sealed(path: Path) -> dict[str, Any]:
     version = content.get("format") if isinstance(content, dict) else None
     if version not in (FORMAT, _UNSEALED) or isinstance(version, bool):
         raise CheckpointError(_other_format(path, version, content))
-    seal = content.pop(_SEAL, None)
+    seal = content.pop(SEAL, None)
     if seal is None and version == _UNSEALED:
         warnings.warn(
             f"{path}: written by an older fastadv in format {_UNSEALED}, which has no hash of its own content; "
             "damage to it would not be noticed",
             stacklevel=2,
         )
-    elif seal != _hash(content):
+    elif seal != digest_of_json(content):
         raise CheckpointError(
-            f"{path}: damaged or changed, its content does not have the SHA-256 of the entry {_SEAL!r}; "
+            f"{path}: damaged or changed, its content does not have the SHA-256 of the entry {SEAL!r}; "
             "take another copy of it"
         )
     return content
@@ -74,8 +72,3 @@ def _other_format(path: Path, version: Any, content: Any) -> str:
         f"{path}: format must be {_UNSEALED} or {FORMAT}, which fastadv {fastadv.__version__} reads, got "
         f"{version!r}{by}. Open it with the version that wrote it, or begin a new run in another directory"
     )
-
-
-def _hash(content: Mapping[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,10 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.result_row import known_fields
 from fastadv.evaluation.results import Subject
 from fastadv.evaluation.work import key_of
+from fastadv.evaluation.worst import read_arrays
 from fastadv.fields import check_fields
 from fastadv.files import remove_leftovers, write_atomically
 
@@ -95,7 +96,7 @@ class AnalysisRecord:
             np.savez_compressed(content, **arrays)
             write_atomically(self.path(folder, ".npz"), content.getvalue())
         write_atomically(self.path(folder, ".csv"), self.measured.to_csv(self.facts()))
-        text = json.dumps({"format": _FORMAT, **self.to_dict()}, indent=1, allow_nan=False)
+        text = json.dumps(sealed({"format": _FORMAT, **self.to_dict()}), indent=1, allow_nan=False)
         return write_atomically(self.path(folder), text + "\n")
 
     def facts(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class AnalysisRecord:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+            content = unsealed(content)
             if content.get("format") != _FORMAT:
                 raise ValueError(f"its format must be {_FORMAT}, got {content.get('format')!r}")
             measured = known_fields(Measured, content["measured"])
@@ -143,15 +145,14 @@ class AnalysisRecord:
             values["measured"] = Measured(**{**measured, **images})
             values["subject"] = Subject(**known_fields(Subject, content["subject"]))
             return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: is no record of an analysis: {error}") from error
 
 
 def _read_images(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         return {}
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: torch.from_numpy(arrays[name]) for name in _IMAGES}
+    return read_arrays(path, _IMAGES)
 
 
 def analyses_folder(results: Path) -> Path:
