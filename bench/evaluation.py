@@ -2,7 +2,7 @@
 
     python bench/evaluation.py                              200 test images of digits
     python bench/evaluation.py --data cifar10 --root DATA   200 test images of CIFAR-10
-    python bench/evaluation.py --run RUN                    a network of yours: a run directory or a checkpoint
+    python bench/evaluation.py --run RUN RUN                networks of yours: run directories or checkpoints
     python bench/evaluation.py --weights FILE               a ResNet-18 of yours
     python bench/evaluation.py --seeds 0 1 2                three times; seeds of earlier runs stay in the file
     python bench/evaluation.py --attacks apgd-ce apgd-t     without the attacks that the reference runs for all
@@ -14,7 +14,7 @@ order. Parts should have several batches, as the pool of fastadv is not full at 
 
 An image counts as robust if the plain float32 network is right on it and on the image that the search returned,
 which must lie in ball and bounds. "alone" counts images that one of two searches breaks and the other leaves.
-Results go to bench/results.
+Results go to bench/results: a JSON file for each network, and one table in Markdown of the networks of a call.
 """
 
 from __future__ import annotations
@@ -22,18 +22,20 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from evaluation_found import REFERENCE, Found, Part, table
+from evaluation_table import markdown
 from measure import machine, machine_line, write_json
-from method_list import GROUNDS
+from method_list import GROUNDS, Ground
 from strength import trained_network
 from torch import Tensor, nn
 
 from fastadv.commands.judged import model_of_file
-from fastadv.data import load_dataset
+from fastadv.data import Splits, load_dataset
 from fastadv.evaluation import AutoAttackResult, autoattack
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.verify import Audit, predict
@@ -112,7 +114,9 @@ def main() -> None:
     )
     parser.add_argument("--data", choices=GROUNDS, default="digits")
     parser.add_argument("--root", type=Path, help="folder of the data set's files")
-    parser.add_argument("--run", type=Path, help="run directory or checkpoint of the network")
+    parser.add_argument(
+        "--run", type=Path, nargs="+", default=[], help="run directories or checkpoints of networks"
+    )
     parser.add_argument("--weights", type=Path, help="a file with the weights of a ResNet-18")
     parser.add_argument("--images", type=int, default=200, help="test images")
     parser.add_argument("--parts", type=int, default=2, help="into which they are split")
@@ -130,43 +134,76 @@ def main() -> None:
     parser.add_argument("--name", help="added to the name of the results' file")
     parser.add_argument("--eps", type=float, help="by default the radius of the data set")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--busy", action="store_true", help="say beside the seconds that the machine has other work"
+    )
     parser.add_argument("--quick", action="store_true")
     parser.add_argument(
         "--out", type=Path, help="folder; by default bench/results, not with --quick"
     )
     options = parser.parse_args()
-    searches = [search for search in SEARCHES if search in options.searches]
     ground = GROUNDS[options.data]
     data = load_dataset(ground.data, options.root)
+    out = options.out or (None if options.quick else RESULTS)
+    if len({run.name for run in options.run}) < len(options.run):
+        raise SystemExit("--run needs folders of different names")
+    files = []
+    for suffix, network, model in networks(options, ground, data):
+        words = [f"evaluation_{ground.data}", options.name, suffix]
+        path = None if out is None else out / ("_".join(filter(None, words)) + ".json")
+        compare(options, data, ground.eps, model, network, path)
+        files += [] if path is None else [path]
+    if files:
+        name = "_".join(filter(None, [f"evaluation_{ground.data}", options.name]))
+        (files[0].parent / f"{name}.md").write_text(
+            markdown([json.loads(f.read_text()) for f in files])
+        )
+
+
+def networks(
+    options: argparse.Namespace, ground: Ground, data: Splits
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """The networks: what tells their files apart, what they are, and the network."""
     if options.weights is not None:
         model = model_of_file("resnet18", str(options.weights), None, data.test).model
-    elif options.run is None:
+        yield "", f"{type(model).__name__} from {options.weights.name}", model
+    elif not options.run:
         model = trained_network(ground, data, 1 if options.quick else None)
-    else:
-        model = load_model(options.run)
+        yield "", f"{type(model).__name__} from PGD-AT as in methods.py", model
+    for run in options.run:
+        model = load_model(run)
+        suffix = run.name if len(options.run) > 1 else ""
+        yield suffix, f"{type(model).__name__} from {run.name}", model
+
+
+def compare(
+    options: argparse.Namespace,
+    data: Splits,
+    radius: float,
+    model: nn.Module,
+    network: str,
+    path: Path | None,
+) -> None:
+    """All searches with all seeds on one network; results go to a file, if to any."""
+    searches = [search for search in SEARCHES if search in options.searches]
     count = 16 if options.quick else options.images
     attacks = options.attacks or (["apgd-ce", "apgd-t"] if options.quick else "standard")
     settings = {
-        "eps": ground.eps if options.eps is None else options.eps,
+        "eps": radius if options.eps is None else options.eps,
         "norm": options.norm,
         "version": attacks,
         "batch_size": options.batch,
     }
-    out = options.out or (None if options.quick else RESULTS)
-    name = f"evaluation_{ground.data}" + (f"_{options.name}" if options.name else "")
-    given = options.weights or options.run
-    source = "PGD-AT as in methods.py" if given is None else given.name
-    network = f"{type(model).__name__} from {source}"
     with evaluation_mode(model, options.device) as device:
         facts = {
             "machine": machine(device),
-            "data": ground.data,
+            "data": options.data,
             "network": network,
             "settings": settings,
             "images": count,
         }
         print(
-            f"{ground.data}, {network}, {options.norm} {settings['eps']:.3g}, {count} test images"
+            f"{options.data}, {network}, {options.norm} {settings['eps']:.3g}, {count} test images"
         )
         print(f"{machine_line(facts['machine'])}\n", flush=True)
         x = (data.test.images[:count].float() / 255).to(device)
@@ -179,11 +216,12 @@ def main() -> None:
         for seed in options.seeds:
             seeded = {**settings, "seed": seed}
             rows += search_all(model, x, y, options.parts, seeded, searches)
-            if out is not None:
-                every = kept(out / f"{name}.json", facts, rows)
-                content = {**facts, "results": [row.to_dict() for row in every]}
-                write_json(out / f"{name}.json", content)
-    print(f"\n{table(rows if out is None else every)}")
+            every = rows
+            if path is not None:
+                every = kept(path, facts, rows)
+                busy = {"busy": True} if options.busy else {}
+                write_json(path, {**facts, **busy, "results": [row.to_dict() for row in every]})
+    print(f"\n{table(every)}\n")
 
 
 if __name__ == "__main__":

@@ -190,15 +190,19 @@ class _Work:
         x, y = take(torch.tensor([first[0].image] * size))
         self._slots = Slots.of(x, y)
         self._runs: list[Run | None] = [None] * size
-        self._step = [0] * size
-        self._since = [0] * size
+        # By row, on the CPU. A table of the steps with a checkpoint spares a search for every row.
+        self._used = torch.zeros(size, dtype=torch.bool)
+        self._step, self._begin, self._since = torch.zeros(3, size, dtype=torch.int64).unbind()
+        self._last = self._attack.steps
+        self._is_check = torch.zeros(self._last + 1, dtype=torch.bool)
+        self._is_check[list(pool._points)] = True
         self._load(list(range(len(first))), first)
 
     def carry_out(self) -> None:
         """Go on until no run is left."""
         attack = self._attack
         with attack.held(self._slots.x.device):
-            while any(run is not None for run in self._runs):
+            while bool(self._used.any()):
                 engine = self._pool.engine_for(self._slots.adv)
                 with engine.session(attack.model, self._pool._seed, current=True):
                     self._slots.fit(engine.images)
@@ -207,45 +211,39 @@ class _Work:
                         self._advance(engine)
                         tick += 1
                         look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
-                        if look or any(map(self._is_over, range(len(self._runs)))):
-                            self._attend(look)
+                        over = self._over()
+                        if look or over:
+                            self._attend(look, over)
                 self._shrink()
 
     def _advance(self, engine: Engine) -> None:
         settings, device = self._attack.settings, self._slots.x.device
-        used = [run is not None for run in self._runs]
-        begun = [
-            run is not None and self._step[row] == run.step for row, run in enumerate(self._runs)
-        ]
-        at_check = [
-            on and not new and step in self._pool._points
-            for on, new, step in zip(used, begun, self._step, strict=True)
-        ]
-        fresh = torch.tensor(begun, device=device)
-        checked = torch.tensor(at_check, device=device) if any(at_check) else None
-        since = torch.tensor(self._since, device=device)
-        step = torch.tensor(self._step, device=device)
+        begun = self._used & (self._step == self._begin)
+        at_check = self._used & ~begun & self._is_check[self._step.clamp(max=self._last)]
+        fresh, since, step = (one.to(device) for one in (begun, self._since, self._step))
+        checked = at_check.to(device) if bool(at_check.any()) else None
         early, passes = self._pool._early, self._pool._passes
         grad = self._slots.advance(
             engine, settings, fresh, checked, since, step, first=early, passes=passes
         )
-        if any(begun) and settings.loss in ("dlr", "dlr-t"):
+        if settings.loss in ("dlr", "dlr-t") and bool(begun.any()):
             zero = (grad.flatten(1) == 0).all(1) & fresh
             self._pool.blind += int(zero.sum())
-        self._pool.steps += sum(used)
-        self._pool.rows += len(used)
-        self._since = [1 if c else s + 1 for c, s in zip(at_check, self._since, strict=True)]
-        self._step = [step + 1 for step in self._step]
+        self._pool.steps += int(self._used.sum())
+        self._pool.rows += len(begun)
+        self._since = self._since.masked_fill(at_check, 0) + 1
+        self._step = self._step + 1
 
-    def _is_over(self, row: int) -> bool:
-        return self._runs[row] is not None and self._step[row] > self._attack.steps
+    def _over(self) -> list[int]:
+        """The rows whose run is over."""
+        over: list[int] = (self._used & (self._step > self._last)).nonzero().flatten().tolist()
+        return over
 
-    def _attend(self, every_row: bool) -> None:
+    def _attend(self, every_row: bool, over: list[int]) -> None:
         """Let broken images and finished runs leave, and begin others in their rows."""
-        rows = range(len(self._runs))
         if self._pool._early:
-            self._judge([row for row in rows if every_row or self._is_over(row)])
-        self._end([row for row in rows if self._is_over(row)])
+            self._judge(list(range(len(self._runs))) if every_row else over)
+        self._end([row for row in over if self._runs[row] is not None])
         self._refill()
 
     def _judge(self, rows: list[int]) -> None:
@@ -261,7 +259,7 @@ class _Work:
         self._closed.update(i for i, yes in zip(images, confirmed, strict=True) if yes)
         for row, run in enumerate(self._runs):
             if run is not None and run.image in self._closed:
-                self._runs[row] = None
+                self._leave(row)
         refused = [row for row in refused if self._runs[row] is not None]
         if self._pool._set_aside:
             self._end(refused)
@@ -278,13 +276,14 @@ class _Work:
         successes = slots.succeeded[index]
         alphas = torch.where(successes, slots.kept_alpha[index], slots.alpha[index]).tolist()
         flags, steps = successes.tolist(), slots.kept_step[index].tolist()
+        made = self._step.tolist()
         ended = []
         for i, row in enumerate(rows):
             run = self._runs[row]
             assert run is not None
-            step = steps[i] if flags[i] else self._step[row] - 1
+            step = steps[i] if flags[i] else made[row] - 1
             ended.append(Ended(run, points[i].clone(), values[i], flags[i], alphas[i], step))
-            self._runs[row] = None
+            self._leave(row)
         if not self._pool._early:
             self._closed.update(one.run.image for one in ended if one.succeeded)
         self._referee.end(ended)
@@ -314,7 +313,7 @@ class _Work:
         for i, run in enumerate(runs):
             if run.point is not None:
                 start[i] = run.point
-            self._runs[rows[i]], self._step[rows[i]], self._since[rows[i]] = run, run.step, 0
+            self._runs[rows[i]] = run
         start = pgd_step_(start, x, x, settings.eps, 0.0, settings.norm, settings.bounds)
         for number in dict.fromkeys(run.number for run in runs if run.point is None):
             some = [i for i, run in enumerate(runs) if run.number == number and run.point is None]
@@ -327,8 +326,18 @@ class _Work:
                 self._pool.seed_of(number),
                 sample_ids=(ids if self._ids is None else self._ids[ids]).to(device),
             )
+        index, made = torch.tensor(rows), torch.tensor([run.step for run in runs])
+        self._used[index] = True
+        self._since = self._since.index_fill(0, index, 0)
+        self._step = self._step.index_copy(0, index, made)
+        self._begin[index] = made
         alphas = torch.tensor(alpha, dtype=x.dtype, device=device)
-        self._slots.load(torch.tensor(rows, device=device), x, y, target, start, alphas)
+        self._slots.load(index.to(device), x, y, target, start, alphas)
+
+    def _leave(self, row: int) -> None:
+        """The row has no run any more."""
+        self._runs[row] = None
+        self._used[row] = False
 
     def _image(self, row: int) -> int:
         run = self._runs[row]
@@ -337,7 +346,7 @@ class _Work:
 
     def _fits(self) -> bool:
         """Whether the batch has the size that its runs need."""
-        used = sum(run is not None for run in self._runs)
+        used = int(self._used.sum())
         return used > 0 and (not self._exhausted or self._size_for(used) == len(self._runs))
 
     def _shrink(self) -> None:
@@ -345,10 +354,11 @@ class _Work:
         used = [row for row, run in enumerate(self._runs) if run is not None]
         free = [row for row, run in enumerate(self._runs) if run is None]
         rows = (used + free)[: self._size_for(len(used))]
-        self._slots = self._slots.rows(torch.tensor(rows, device=self._slots.x.device))
+        index = torch.tensor(rows)
+        self._slots = self._slots.rows(index.to(self._slots.x.device))
         self._runs = [self._runs[row] for row in rows]
-        self._step = [self._step[row] for row in rows]
-        self._since = [self._since[row] for row in rows]
+        self._used, self._step = self._used[index], self._step[index]
+        self._begin, self._since = self._begin[index], self._since[index]
 
     def _size_for(self, runs: int) -> int:
         """The smallest size that holds so many runs."""

@@ -5,8 +5,8 @@ nothing. So the points of the next queries are made from the present image and t
 that raises the loss is kept; the later ones were made from an image that is no longer the present one, and their
 queries are made again. So each query sees the same point as in a search that takes one after the other.
 
-A query whose point is the image itself, or was tried before and not kept, changes nothing either. It counts as made
-and costs no pass. `fastadv.attacks.square_tried` tells these queries.
+A query whose point is the image itself, or was tried before and not kept, changes nothing either. It counts as
+made and costs no pass. `fastadv.attacks.square_tried` tells these queries.
 """
 
 from __future__ import annotations
@@ -122,6 +122,7 @@ class AheadSearch:
         self._proposals = proposals_for(batch)
         sides = [self._proposals.side_of(share_at(number - 1)) for number in range(1, end)]
         self._sides = torch.tensor([0, *sides], device=self._device)  # by query
+        self._later = torch.tensor(_next_changes(sides), device=self._device)  # by query
         self._queries = torch.full((images,), query, device=self._device)  # the next ones [B]
         self._active = images  # how many images had a point in the last pass
         self._tried = TriedSquares.of(self._proposals, best.images, min(sides[query - 1 :]))
@@ -139,6 +140,7 @@ class AheadSearch:
             rows: which of its samples these images are, int64.
         """
         while True:
+            self._pass_over()
             going = ((self._queries < self._end) & ~self._best.succeeded).nonzero().flatten()
             if len(going) < len(rows):
                 result.merge(self._best, rows)
@@ -147,6 +149,16 @@ class AheadSearch:
                 rows = rows[going]
                 self._keep(going)
             self._round()
+
+    def _pass_over(self) -> None:
+        """Images with nothing to try any more go on with the first smaller square, or are through."""
+        while self._tried is not None:
+            queries = self._queries.clamp(max=self._end - 1)
+            rows = self._tried.exhausted(self._sides[queries], self._best.images)
+            rows = rows[self._queries[rows] < self._end]
+            if len(rows) == 0:
+                return
+            self._queries = self._queries.index_copy(0, rows, self._later[queries[rows]])
 
     def _keep(self, rows: Tensor) -> None:
         self._best, self._batch = self._best.rows(rows), self._batch.rows(rows)
@@ -189,7 +201,7 @@ class AheadSearch:
         words = self._words[each, places - self._first[:, None]]
         fresh = valid
         if self._tried is not None:
-            fresh = self._tried.fresh(words, sides, valid, self._best.images)
+            fresh = self._tried.fresh(words, sides, valid)
         number = fresh.cumsum(1)
         picked = fresh & (number <= ahead)
         # All queries before the first one that is not looked at are settled, if no point is kept.
@@ -208,7 +220,7 @@ class AheadSearch:
     def _looked_at(
         self, rows: Tensor, words: Tensor, sides: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The points [R, ...] made of some images by some words, their values [R], and which break an image [R]."""
+        """The points [R, ...] made of some images by some words, their values [R], which break an image [R]."""
         size = _pass_size(len(rows))
         filled = torch.cat((rows, rows[-1:].expand(size - len(rows))))
         words = torch.cat((words, words[-1:].expand(size - len(rows), -1)))
@@ -252,6 +264,14 @@ class AheadSearch:
         self._accepted.see(len(changed), looked - int(after.sum()))
         if self._tried is not None:
             self._tried.forget(changed)
+
+
+def _next_changes(sides: list[int]) -> list[int]:
+    """By query, from 0, the first later query whose squares have another side; ``sides`` begins with query 1."""
+    later = [len(sides) + 1]
+    for number in range(len(sides) - 1, 0, -1):
+        later.append(later[-1] if sides[number] == sides[number - 1] else number + 1)
+    return [0, *reversed(later)]
 
 
 def _pass_size(rows: int) -> int:

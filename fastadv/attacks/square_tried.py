@@ -1,9 +1,9 @@
-"""Which squares of the Square attack in linf leave an image as good as it is, so that no pass needs to look at them.
+"""Which squares of the Square attack in linf change nothing, so that no pass of the network needs to look at them.
 
-A square sets the elements at one place to the ends of the ball, each channel by a sign. Late in a search squares are
-small, and the image lies at the ends already. So there are few points to go to: 64 from an image of 8x8 elements.
-Thousands of queries try them again and again. A square is settled if its elements have the values already, or if its
-point was tried since the image changed last and was not kept.
+A square sets the elements at one place to the ends of the ball, each channel by a sign. Late in a search squares
+are small, and the image lies at the ends already. So there are few points to go to: 64 from an image of 8x8
+elements. Thousands of queries try them again and again. A square is settled if its elements have the values
+already, or if its point was tried since the image changed last and was not kept.
 """
 
 from __future__ import annotations
@@ -55,13 +55,11 @@ class TriedSquares:
         """These images have changed."""
         self._sides = self._sides.index_fill(0, rows, 0)
 
-    def fresh(self, words: Tensor, sides: Tensor, valid: Tensor, images: Tensor) -> Tensor:
-        """Which queries have a point that was not seen yet, [B, n] bool; of several alike the first.
+    def exhausted(self, sides: Tensor, images: Tensor) -> Tensor:
+        """The images [R], as indices, all of whose squares are settled; also renews the tables that must be.
 
         Args:
-            words: of the queries, [B, n, words].
             sides: of each image's squares, [B].
-            valid: false for queries that are not to be made, [B, n].
             images: as they are now, [B, C, H, W].
         """
         for side in sides[self._sides != sides].unique().tolist():
@@ -69,6 +67,16 @@ class TriedSquares:
                 ((self._sides != sides) & (sides == side)).nonzero().flatten(), side, images
             )
         self._sides = sides
+        return self._table.all(1).nonzero().flatten()
+
+    def fresh(self, words: Tensor, sides: Tensor, valid: Tensor) -> Tensor:
+        """Which queries have a point that was not seen yet, [B, n] bool; of several alike the first.
+
+        Args:
+            words: of the queries, [B, n, words].
+            sides: of each image's squares, [B].
+            valid: false for queries that are not to be made, [B, n].
+        """
         numbers = self._numbers(words, sides[:, None])
         open_ = valid & ~self._table.gather(1, numbers)
         columns = torch.arange(numbers.shape[1], device=numbers.device).expand_as(numbers)
@@ -94,7 +102,7 @@ class TriedSquares:
             signs = torch.stack([one[:, channel] for one in kept], dim=2)
             settled = (settled[..., None] & signs[:, :, None, :]).flatten(2)
         settled = settled.flatten(1)
-        self._table[rows] = False
+        self._table[rows] = True  # beyond the squares of this side there are no others
         self._table[rows, : settled.shape[1]] = settled
 
     def _numbers(self, words: Tensor, sides: Tensor) -> Tensor:

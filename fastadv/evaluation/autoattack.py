@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.apgd_pool import NORMS
-from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement
+from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement, rows_of
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
     RAND,
@@ -104,8 +104,8 @@ def autoattack(
     """Run AutoAttack: each attack on the images that all before it left.
 
     Every adversarial image is confirmed by the plain model in float32, however it was found. With
-    ``engine="auto"`` an image that the engine's precision alone takes for broken goes on in float32 from there. An
-    image that the engine leaves is tried in float32 for a few more steps of Auto-PGD.
+    ``engine="auto"`` an image that the engine alone takes for broken goes on in float32 from there. An image that
+    an engine in a narrower precision leaves is tried in float32 for a few more steps of Auto-PGD.
 
     Args:
         model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
@@ -123,7 +123,8 @@ def autoattack(
         progress: a bar per attack on a terminal.
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.
-        engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it;
+        engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it,
+            else in float32 on a copy of the model where one serves;
             ``"fp32"``: the same on the plain model in float32; ``"reference"``: everything by pyautoattack, in
             float32, as with ``"rand"`` in l1.
         sample_ids: int64 [N], which random numbers each image gets, by default its index; the reference's attacks
@@ -206,9 +207,12 @@ def _settings(
     }
     if search == REFERENCE:
         return settings
-    own = {"search": search, "refinement": list(astuple(Refinement()))}
+    own: dict[str, Any] = {"search": search, "refinement": list(astuple(Refinement()))}
     if ids is not None and not torch.equal(ids, torch.arange(len(ids))):
         own["sample_ids"] = hash_tensors(ids)
+    rows = rows_of(runner.samples.image_shape, runner.batch_size)
+    if rows != runner.batch_size:
+        own["rows"] = rows
     return {**settings, **own}
 
 

@@ -75,15 +75,17 @@ class Hunt:
         return self.search != REFERENCE and self.narrow is not self.wide
 
     @property
-    def rows(self) -> int:
-        """Rows of a pass of our own attacks: the batch size, and more of images so small that it fills no pass.
+    def refined_runs(self) -> int:
+        """How many runs of an image that is left float32 goes on with, beside those it refuses.
 
-        A run with a state takes the batch size, so that an interruption loses no more than a batch.
+        A search in float32 on a copy of the model made all its steps in float32 already.
         """
-        if self.state is not None:
-            return self.runner.batch_size
-        full = _FULL // max(math.prod(self.runner.samples.image_shape), 1)
-        return max(self.runner.batch_size, min(full, _MOST_ROWS))
+        return 0 if self.search == FP32 else self.refinement.targets
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pass of our own attacks."""
+        return rows_of(self.runner.samples.image_shape, self.runner.batch_size)
 
     def audit(self) -> Audit:
         """A new count of violations."""
@@ -108,6 +110,15 @@ class Hunt:
         """The sample ids of some images, on the model's device."""
         ids = indices if self.sample_ids is None else self.sample_ids[indices]
         return ids.to(self.runner.device)
+
+
+def rows_of(image_shape: Sequence[int], batch_size: int) -> int:
+    """Rows of a pass of our own attacks: the batch size, and more of images so small that it fills no pass.
+
+    An interruption loses as many images, which are small and soon attacked again.
+    """
+    full = _FULL // max(math.prod(image_shape), 1)
+    return max(batch_size, min(full, _MOST_ROWS))
 
 
 class Finished:

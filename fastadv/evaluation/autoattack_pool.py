@@ -23,8 +23,8 @@ class PoolSearch:
     """One Auto-PGD attack on the images that are left.
 
     A point that breaks its image in the engine's precision and in float32 ends the image's search. A point that
-    does so in the engine's precision alone goes on in float32 from there. An image that the engine does not break
-    is tried in float32 for a few more steps, from the best points of its best runs.
+    does so for the engine alone goes on with the plain model from there. An image that an engine in a narrower
+    precision does not break is tried in float32 for a few more steps, from the best points of its best runs.
 
     Args:
         hunt: the run of AutoAttack.
@@ -99,7 +99,7 @@ class PoolSearch:
             self._left[image] -= 1
             if self._left[image] == 0:
                 del self._left[image]
-                if self._hunt.is_narrow:
+                if self._tails.get(image):
                     self._waiting.append(image)
                 else:
                     self._settle([image])
@@ -138,7 +138,7 @@ class PoolSearch:
         """Runs whose points only the engine takes for misclassified, and the best of the other runs."""
         claims = [one for one in tails if one.succeeded]
         others = sorted((one for one in tails if not one.succeeded), key=lambda one: -one.value)
-        return claims + others[: self._hunt.refinement.targets]
+        return claims + others[: self._hunt.refined_runs]
 
     def _refine(self) -> None:
         """Go on in float32 with the images that wait, which then are through."""

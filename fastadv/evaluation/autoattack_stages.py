@@ -87,11 +87,12 @@ class BatchSearch:
 
     def __init__(self, hunt: Hunt, attack: str) -> None:
         self._hunt, self._attack = hunt, attack
+        self._rows = hunt.runner.batch_size
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
         """As in `Search`."""
         runner, state = self._hunt.runner, self._hunt.state
-        batches = runner.samples.batches(runner.batch_size, remaining)
+        batches = runner.samples.batches(self._rows, remaining)
         bar = runner.progress.bar(batches, f"autoattack {self._attack}", len(batches))
         records = []
         for number, indices in enumerate(bar):
@@ -128,7 +129,7 @@ class BatchSearch:
     def _again(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float]:
-        """Search in float32 where a narrower precision was wrong; writes to ``adv`` and ``fooled``."""
+        """Search in float32 where the engine was wrong; writes to ``adv`` and ``fooled``."""
         return 0, 0.0
 
 
@@ -144,6 +145,7 @@ class OwnSearch(BatchSearch):
 
     def __init__(self, hunt: Hunt, attack: str) -> None:
         super().__init__(hunt, attack)
+        self._rows = hunt.rows
         self._own = (BY_BATCH_L1 if hunt.runner.norm == "l1" else BY_BATCH)[attack]
         self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
         self._narrow = self._make("auto" if hunt.is_narrow else FP32)
@@ -165,7 +167,7 @@ class OwnSearch(BatchSearch):
             precision=precision,
             engine=engine,
             **own.settings,
-            **({"batch_size": self._hunt.rows} if own.kind is FAB else {}),
+            **({"batch_size": self._rows} if own.kind is FAB else {}),
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
@@ -183,7 +185,9 @@ class OwnSearch(BatchSearch):
         thorough = self._own.thorough and self._hunt.search != FP32
         if not (thorough and bool(fooled.any())):
             chosen &= self._claims(self._narrow, found, y).cpu()
-        for attack in self._in_float32(x[chosen]) if bool(chosen.any()) else ():
+        if not bool(chosen.any()):
+            return 0, 0.0
+        for attack in self._in_float32(x[chosen]):
             rows = chosen.nonzero().flatten()
             if len(rows) == 0:
                 break

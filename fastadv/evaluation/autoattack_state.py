@@ -55,8 +55,8 @@ class BatchRecord:
         violations: counts of the faults of the returned images, fields of ``Violations``.
         warnings: the warnings of the attack.
         seconds: wall-clock time.
-        refined: how many of those fooled were found by float32 steps after a search in a narrower precision.
-        unconfirmed: how often a point broke its image in the narrower precision alone.
+        refined: how many of those fooled were found by float32 steps after the search.
+        unconfirmed: how often a point broke its image for the engine alone.
         refinement_seconds: wall-clock time of these float32 steps, a part of ``seconds``.
     """
 

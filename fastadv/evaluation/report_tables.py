@@ -87,8 +87,11 @@ def _search_of(row: Row) -> list[str]:
         return [text]
     found = sum(stage.refined for stage in row.stages)
     refused = sum(stage.unconfirmed for stage in row.stages)
+    # A search in float32 ran on a copy of the model, if another had to go on after it.
+    judge = "the plain model" if row.search == "fp32" else "float32"
+    steps = "steps of the plain model" if row.search == "fp32" else "float32 steps"
     return [
         text,
-        f"float32 steps after these searches broke {found} more image{'s' * (found != 1)} in {spent:.1f} s; "
-        f"float32 has refused {refused} point{'s' * (refused != 1)}",
+        f"{steps} after these searches broke {found} more image{'s' * (found != 1)} in {spent:.1f} s; "
+        f"{judge} has refused {refused} point{'s' * (refused != 1)}",
     ]

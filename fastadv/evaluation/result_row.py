@@ -26,8 +26,9 @@ class Stage:
         name: of the attack.
         correct: images still classified correctly after it and all before it.
         search: how it searched: a precision of this package's engine, or ``"reference"``.
-        refined: images that were found only by float32 steps after a search in a narrower precision.
-        unconfirmed: how often a point broke its image in the narrower precision alone.
+        refined: images that were found only by float32 steps after a search in a narrower precision, or after one
+            on a copy of the model whose point the model itself refused.
+        unconfirmed: how often a point broke its image for the engine alone.
         seconds: wall-clock time.
         refinement_seconds: of these float32 steps, a part of ``seconds``.
     """

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import evaluation
 from evaluation_found import REFERENCE, Found, Part, missed, table
+from evaluation_table import markdown
+from measure import machine
 
 from fastadv.evaluation import AutoAttackResult, Stage
 
@@ -33,6 +35,7 @@ def test_it_runs_and_keeps_the_seeds_of_earlier_runs(
     for row in found["results"]:
         assert row["n"] == 16 and len(row["attacks"][0]["left"]) <= 16
         assert row["seconds"] == pytest.approx(sum(row["parts"])) and len(row["parts"]) == 2
+    assert "## digits, SmallCNN from PGD-AT" in (tmp_path / "evaluation_digits.md").read_text()
     shown = capsys.readouterr().out
     assert "it alone" in shown and "that it breaks with another" in shown
     monkeypatch.setattr(sys, "argv", [*words, "--eps", "0.01"])
@@ -60,6 +63,43 @@ def test_images_that_one_search_alone_breaks_are_counted() -> None:
     other = Found.of("b", 0, [Part(rows, 2.0, result([0, 1, 1], [0], [2]))])
     assert missed(other, by=one) == 2 and missed(one, by=other) == 1
     assert "3.00" in table([one, other])
+
+
+def test_the_markdown_tells_per_attack_and_seed_what_each_breaks_alone() -> None:
+    rows, results = torch.arange(4), []
+    left = {  # two attacks each: images that the first breaks, and the second
+        (REFERENCE, 0): ([1, 2], [1]),
+        (REFERENCE, 1): ([1], [2, 3]),
+        ("fastadv engine", 0): ([1], [2]),
+        ("fastadv engine", 1): ([1], [3]),
+    }
+    for (search, seed), (first, second) in left.items():
+        broken = [*first, *(image for image in second if image not in first)]
+        robust = [image not in broken for image in range(4)]
+        counts = [4 - len(first), 4 - len(broken)]
+        results.append(Found.of(search, seed, [Part(rows, 4.0, result(robust, broken, counts))]))
+    content = {
+        "machine": machine(torch.device("cpu")),
+        "data": "digits",
+        "network": "SmallCNN from a",
+        "settings": {"eps": 0.1, "norm": "linf", "batch_size": 4},
+        "images": 4,
+        "busy": True,
+        "results": [one.to_dict() for one in results],
+    }
+    text = markdown([content])
+    cells = [line.split(" | ") for line in text.splitlines() if line.startswith("| attack")]
+    assert [line[3:7] for line in cells] == [
+        ["+0.50", "1, 0", "0, 0", "0.50"],
+        ["+0.50", "0, 1", "0, 0", "0.50"],
+    ]
+    assert "times as fast (busy machine)" in text
+    assert (
+        "image 2 (seeds 1; of 2 seeds pyautoattack breaks it with 2, fastadv leaves it with 1)"
+        in text
+    )
+    alone = {**content, "results": [one.to_dict() for one in results[:2]]}
+    assert "alone" not in markdown([alone])
 
 
 def test_claims_are_held_against_the_network() -> None:

@@ -103,6 +103,33 @@ def test_it_leaves_as_many_images_as_the_reference(norm: str, eps: float, narrow
         assert all((stage.refinement_seconds > 0) == (engine == "auto") for stage in result.stages)
 
 
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_search_in_float32_is_not_made_again_in_float32(
+    refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the model refuses a point that its copy takes for misclassified."""
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
+    honest = attacks.Attack.engine_for
+
+    def engine_for(self: Any, images: Tensor) -> Engine:
+        engine = honest(self, images)
+        return Liar(engine) if refuses and engine.name == "compiled" else engine
+
+    model, x, y = linear_problem(classes=5, n=24, wrong=2)
+    exact = model.exactly_robust(x, y, EPS)
+    with monkeypatch.context() as patched:
+        patched.setattr(attacks.Attack, "engine_for", engine_for)
+        report = evaluate(model, (x, y), ["autoattack"], eps=EPS, progress=False)
+    row = report["autoattack"]
+    assert row.search == "fp32" and row.correct == int(exact.sum()) > 0
+    assert any(stage.refinement_seconds > 0 for stage in row.stages) == refuses
+    assert (sum(stage.unconfirmed for stage in row.stages) > 0) == refuses
+    table = report.table()
+    assert "searched in float32; the plain model in float32 has confirmed" in table
+    assert ("steps of the plain model after these searches broke" in table) == refuses
+    assert "float32 steps" not in table and "bfloat16" not in table
+
+
 def test_without_bf16_it_searches_on_a_copy_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
     model, (x, y) = trained_small_cnn(), digits_test(20)
