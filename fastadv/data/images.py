@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fastadv.ops.checks import INTEGER_DTYPES, check_tensor
 from fastadv.ops.values import check_device, integer, shown
@@ -224,17 +224,32 @@ def from_dataset(
         ValueError: if the dataset is empty, its images differ in shape, or a label is no class index.
         TypeError: for items of another kind.
     """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        hint = "; pass its dataset" if isinstance(dataset, DataLoader) else ""
+        raise TypeError(f"dataset must be a map-style Dataset, got {type(dataset).__name__}{hint}")
     length = len(cast(Sized, dataset))
     if length == 0:
         raise ValueError("dataset must have at least one item, got none")
     items = [dataset[i] for i in range(length)]
+    for i, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TypeError(f"item {i} of dataset must be a pair (image, label), got {_kind(item)}")
     classes = [item_label(label, i) for i, (_, label) in enumerate(items)]
+    if min(classes) < 0:
+        raise ValueError(
+            f"the label of item {classes.index(min(classes))} of dataset must be >= 0, got {min(classes)}"
+        )
     images = [item_image(image) for image, _ in items]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"images of dataset must have one shape, got {sorted(shapes)[:3]}")
     labels = torch.tensor(classes)
     return from_tensors(torch.stack(images), labels, num_classes, name or type(dataset).__name__)
+
+
+def _kind(item: object) -> str:
+    """An item of a dataset as messages show it."""
+    return f"{len(item)} values" if isinstance(item, tuple | list) else shown(item)
 
 
 def item_label(label: object, index: int) -> int:

@@ -139,7 +139,7 @@ def autoattack(
         TypeError: for a ``state_dir`` with a model that is no module.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
-    attacks = _check_version(version)
+    attacks = check_version(version)
     check_choice("engine", engine, ENGINES)
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
@@ -172,7 +172,13 @@ def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
     return ids.detach().cpu()
 
 
-def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
+def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
+    """Require a version of AutoAttack, and return its attacks.
+
+    Raises:
+        TypeError: it is neither a name nor a list of names.
+        ValueError: a name is unknown, or comes twice, or there is no attack.
+    """
     if isinstance(version, str):
         if version not in _VERSIONS:
             raise ValueError(
