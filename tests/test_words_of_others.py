@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastadv
 from fastadv import compat, evaluation
-from fastadv.data import Loader, from_dataset, from_tensors, load_cifar10
+from fastadv.data import Loader, Splits, from_dataset, from_tensors, load_cifar10
 from fastadv.models import small_cnn
 from fastadv.ops.values import norm_name, shown
-from fastadv.trainers import AdversarialRecipe, Cosine, Recipe
+from fastadv.trainers import AdversarialRecipe, Cosine, Recipe, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X, Y = torch.rand(4, 3, 8, 8), torch.arange(4)
@@ -188,3 +189,47 @@ def test_points_of_a_plot_are_in_percent() -> None:
         evaluation.TradeOffPoint("a", 90, 150)
     with pytest.raises(TypeError, match="points must be TradeOffPoints"):
         evaluation.plot_trade_off([("a", 90, 50)], "x.png")  # type: ignore[list-item]
+
+
+def test_one_hot_labels_are_told_what_to_do() -> None:
+    soft = torch.eye(10)[Y]
+    for call in (
+        lambda: fastadv.evaluate(net(), (X, soft), attacks=["clean"]),
+        lambda: from_tensors(X, soft),
+        lambda: compat.PGD(net())(X, soft),
+    ):
+        with pytest.raises(TypeError, match=r"labels must be integers.*pass labels\.argmax\(1\)"):
+            call()
+
+
+def test_the_version_of_autoattack_is_spelled_in_small_letters() -> None:
+    with pytest.raises(ValueError, match=r"version must be .*; did you mean 'standard'"):
+        fastadv.AutoAttack(net(), version="Standard")
+    with pytest.raises(ValueError, match=r"did you mean \['square'\]"):
+        fastadv.AutoAttack(net(), version="square")
+
+
+def test_models_of_a_transfer_have_names() -> None:
+    models: Any = {1: net(), 2: net()}
+    with pytest.raises(TypeError, match="models must have names that are text, got 1"):
+        evaluation.transfer_matrix(models, (X, Y), "pgd-2")
+
+
+def test_the_cost_is_of_a_module_and_a_shape() -> None:
+    with pytest.raises(TypeError, match="model must be a module, got 'resnet18'"):
+        evaluation.multiply_adds("resnet18", (3, 8, 8))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"shape must be \[C, H, W\], got 8"):
+        evaluation.multiply_adds(net(), 8)  # type: ignore[arg-type]
+
+
+def test_training_has_no_numbers_of_its_own_and_no_folder_of_given_images(tmp_path: Path) -> None:
+    images = from_tensors(X, Y)
+    given: dict[str, Any] = {
+        "data": Splits(images, images),
+        "model": "small_cnn",
+        "run_dir": tmp_path / "run",
+    }
+    with pytest.raises(TypeError, match="train has no argument 'lr'; there are method, recipe,"):
+        train("standard", lr=0.1, **given)
+    with pytest.raises(ValueError, match="root must be left out with Splits"):
+        train("standard", root="DATA", **given)

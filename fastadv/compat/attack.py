@@ -17,6 +17,7 @@ from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import AttackType, names_checked
 from fastadv.files import write_atomically
 from fastadv.models import Normalized
+from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import check_bool, check_choice, closest, integer, number, shown
 from fastadv.seeding import draw_seed
@@ -360,5 +361,7 @@ def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Ten
     """
     found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {found.dtype}")
+        raise TypeError(
+            f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"
+        )
     return found.to(torch.int64)

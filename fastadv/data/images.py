@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastadv.ops.checks import INTEGER_DTYPES, check_tensor
+from fastadv.ops.checks import INTEGER_DTYPES, check_tensor, one_hot_hint
 from fastadv.ops.values import check_device, integer, shown
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ class ImageData:
         if self.images.dim() != 4:
             raise ValueError(f"images must be [N, C, H, W], got shape {tuple(self.images.shape)}")
         if self.labels.dtype not in INTEGER_DTYPES:
-            raise TypeError(f"labels must be integers, got {self.labels.dtype}")
+            raise TypeError(
+                f"labels must be integers, got {self.labels.dtype}{one_hot_hint('labels', self.labels)}"
+            )
         if self.labels.dtype != torch.int64:
             object.__setattr__(self, "labels", self.labels.to(torch.int64))
         if self.labels.shape != self.images.shape[:1]:
@@ -162,7 +164,9 @@ def from_tensors(
     """
     images, labels = _as_tensor("images", images), _as_tensor("labels", labels)
     if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype}{one_hot_hint('labels', labels)}"
+        )
     if labels.dim() != 1:
         raise ValueError(
             f"labels must be class indices [N], got shape {tuple(labels.shape)}; of one-hot labels pass "

@@ -46,7 +46,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import check_choice, integer, norm_name, shown
+from fastadv.ops.values import check_choice, closest, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
@@ -181,8 +181,11 @@ def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(version, str):
         if version not in _VERSIONS:
+            known = (*_VERSIONS, *FEWEST_CLASSES)
+            hint = f"; did you mean [{version!r}]?" if version in FEWEST_CLASSES else ""
             raise ValueError(
-                f"version must be 'standard' or a list of attacks or 'rand', got {version!r}"
+                "version must be 'standard' or a list of attacks or 'rand', got "
+                f"{version!r}{hint or closest(version, known)}"
             )
         return _VERSIONS[version]
     if not isinstance(version, Sequence) or not all(isinstance(name, str) for name in version):
