@@ -91,7 +91,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fastadv.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    raise AttributeError(f"module 'fastadv' has no attribute {name!r}")
+    hint = ops.values.closest(name, __all__) if not name.startswith("_") else ""
+    raise AttributeError(f"module 'fastadv' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

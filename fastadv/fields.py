@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable
 from functools import cache, partial, wraps
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fastadv.ops.values import check_bool, check_choice, integer, number, shown
+from fastadv.ops.synonyms import SYNONYMS
+from fastadv.ops.values import check_bool, check_choice, closest, integer, nearest, number, shown
 
 _MISSING = object()
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -48,6 +49,7 @@ def arguments_checked(function: Function) -> Function:
     It is for functions that nobody calls in a loop, nor under torch.compile.
     """
     signature = inspect.signature(function)
+    called = function.__qualname__.removesuffix(".__init__")
     named = [
         name
         for name, parameter in signature.parameters.items()
@@ -61,7 +63,12 @@ def arguments_checked(function: Function) -> Function:
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            unknown = [name for name in kwargs if name not in signature.parameters]
+            hint = closest(unknown[0], named, SYNONYMS) if unknown else ""
+            raise TypeError(f"{called}: {error}{hint}") from None
         for name, check in checks().items():
             if name in bound.arguments:
                 bound.arguments[name] = check(name, bound.arguments[name])
@@ -110,6 +117,8 @@ def _check_of(hint: Any) -> Check:
     if _is_callable(hint):
         return partial(_other, callable, _words(hint))
     kind = origin or hint
+    if isinstance(kind, type) and inspect.isabstract(kind) and kind.__subclasses__():
+        return partial(_instance, kind)
     try:
         isinstance(None, kind)
     except TypeError:  # such as a type variable or a protocol, of which nothing can be said
@@ -158,6 +167,21 @@ def _other(is_right: Callable[[Any], bool], words: str, name: str, value: Any) -
     if not is_right(value):
         raise TypeError(f"{name} must be {words}, got {shown(value)}")
     return value
+
+
+def _instance(kind: type, name: str, value: Any) -> Any:
+    """The value, if it is an instance of an abstract class; the message has the classes that can be made."""
+    if isinstance(value, kind):
+        return value
+    kinds: list[type] = type.__subclasses__(kind)
+    names = sorted(known.__name__ for known in kinds)
+    word = value.__name__ if isinstance(value, type) else value
+    meant = nearest(word, names) if isinstance(word, str) else ""
+    hint = f"; did you mean {meant}()?" if meant else ""
+    raise TypeError(
+        f"{name} must be a {kind.__name__}, such as {names[0]}() or another of {', '.join(names)}, got "
+        f"{shown(value)}{hint}"
+    )
 
 
 _SIMPLE: dict[Any, Check] = {bool: check_bool, int: integer, float: number, str: _text}

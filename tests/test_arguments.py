@@ -268,7 +268,7 @@ def test_schedules_of_ones_own_need_be_no_dataclass() -> None:
 def test_a_number_that_a_recipe_does_not_have_is_named(
     kind: type[Recipe], name: str, meant: str
 ) -> None:
-    words = f"{kind.__name__} has no number '{name}'; did you mean '{meant}'"
+    words = f"{kind.__name__} has no option '{name}'; did you mean '{meant}'"
     for make in (kind, lambda **numbers: kind.preset("paper", **numbers)):
         with pytest.raises(TypeError, match=words):
             make(**{name: 0.1})

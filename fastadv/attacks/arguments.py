@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.soft_labels import check_probabilities, check_soft_labels, is_soft
+from fastadv.engine.engines import Model
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
 
@@ -27,11 +29,28 @@ def check_seed(seed: object) -> int | None:
     return None if seed is None else checks.check_seed(seed)  # type: ignore[arg-type]
 
 
+def check_model(model: Model) -> Model:
+    """Require a module or another callable, and no class of it.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(model, type):
+        raise TypeError(
+            f"model must be a module or a callable, got the class {model.__name__}; make the module first: "
+            f"{model.__name__}(...)"
+        )
+    if not callable(model):
+        hint = "; model.load_state_dict takes a state dict" if isinstance(model, Mapping) else ""
+        raise TypeError(f"model must be a module or a callable, got {type(model).__name__}{hint}")
+    return model
+
+
 def check_batch(
     x: Tensor,
     y: Tensor,
     sample_ids: Tensor | None,
-    model: object,
+    model: Model,
     soft_obstacle: str | None,
 ) -> Tensor:
     """Check shapes, dtypes and devices of a batch; nothing is read from the device.
@@ -51,13 +70,17 @@ def check_batch(
             callable.
         ValueError: shapes or devices do not fit.
     """
-    if not callable(model):
-        raise TypeError(f"model must be a module or a callable, got {type(model).__name__}")
+    check_model(model)
     checks.check_float("x", x)
     if x.dim() < 2:
         raise ValueError(f"x must have shape [B, ...] with at least two axes, got {tuple(x.shape)}")
     if 0 in x.shape[1:]:
         raise ValueError(f"x must have images with elements, got shape {tuple(x.shape)}")
+    if x.dim() == 3 and x.shape[0] != 1 and isinstance(y, Tensor) and y.shape in ((), (1,)):
+        raise ValueError(
+            f"x must have shape [B, ...], got {tuple(x.shape)} with one label; of a single image pass "
+            "x.unsqueeze(0) and y.reshape(1)"
+        )
     if is_soft(y):
         labels = check_soft_labels(y, x.shape[0], soft_obstacle)
     else:

@@ -21,6 +21,7 @@ from fastadv.attacks.arguments import (
     check_images,
     check_labels,
     check_limits,
+    check_model,
     check_seed,
     check_start,
 )
@@ -164,7 +165,7 @@ class Attack(Configured):
         ValueError: ``engine="graph"`` for an attack that cannot be recorded.
     """
 
-    model: Model
+    model = Checked[Model](check_model)
     settings: AttackSettings
     eps = Setting[float]()
     norm = Setting[str]()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
+from fastadv.ops.synonyms import WORDS
+from fastadv.ops.values import closest
 
 SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
@@ -34,11 +37,14 @@ class Objective:
         if isinstance(loss, str):
             if loss not in OBJECTIVES:
                 known = ", ".join(OBJECTIVES)
-                raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}")
+                hint = closest(loss, OBJECTIVES, WORDS)
+                raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
             if targeted and loss == "kl":
                 raise ValueError("loss 'kl' has no target; targeted must be False with it")
         elif not callable(loss):
             raise TypeError(f"loss must be a name or a callable, got {type(loss).__name__}")
+        else:
+            _check_call(loss)
         self._loss = loss
 
     def __call__(self, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
@@ -66,6 +72,26 @@ class Objective:
             assert clean_logits is not None
             return kl_objective(logits, clean_logits.to(logits.dtype))
         return self._sign * _NAMED[self._loss](logits, y)
+
+
+def _check_call(loss: LossFunction) -> None:
+    """Refuse a class, and a function that takes no two arguments."""
+    if isinstance(loss, type):
+        raise TypeError(
+            f"loss must be a callable of logits and labels, got the class {loss.__name__}; pass "
+            f"{loss.__name__}()"
+        )
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):  # such as of a builtin
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError as error:
+        name = getattr(loss, "__name__", type(loss).__name__)
+        raise TypeError(
+            f"loss must be a callable of two arguments, logits and labels, got {name}{signature}"
+        ) from error
 
 
 class LabelCrossEntropy:

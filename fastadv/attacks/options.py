@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
+from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import closest
 
 if TYPE_CHECKING:
@@ -20,26 +21,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-# The names of these arguments in other libraries.
-SYNONYMS = {
-    **dict.fromkeys(("epsilon", "epsilons", "radius", "max_eps"), "eps"),
-    **dict.fromkeys(("step_size", "eps_iter", "eps_step", "rel_stepsize", "stepsize"), "alpha"),
-    **dict.fromkeys(("num_steps", "n_iter", "nb_iter", "iterations", "max_iter", "iters"), "steps"),
-    **dict.fromkeys(("rand_init", "random_init", "rand", "random"), "random_start"),
-    **dict.fromkeys(("n_restarts", "num_restarts", "num_random_init"), "restarts"),
-    **dict.fromkeys(("clip_min", "clip_max", "clip_values", "box", "image_range"), "bounds"),
-    **dict.fromkeys(("loss_fn", "criterion", "loss_type"), "loss"),
-    **dict.fromkeys(("ord", "order", "p", "Lp"), "norm"),
-    **dict.fromkeys(("mu", "decay_factor", "momentum_decay"), "decay"),
-    **dict.fromkeys(("confidence", "conf"), "kappa"),
-    **dict.fromkeys(("initial_const", "const"), "c"),
-    **dict.fromkeys(("learning_rate", "step_lr"), "lr"),
-    **dict.fromkeys(("binary_search_steps", "binary_steps"), "search_steps"),
-    **dict.fromkeys(("n_target_classes", "num_target_classes"), "target_classes"),
-    **dict.fromkeys(("n_queries", "num_queries", "max_queries"), "queries"),
-    **dict.fromkeys(("dtype", "amp", "autocast"), "precision"),
-}
 
 
 class Setting(Generic[T]):
@@ -83,8 +64,8 @@ class Checked(Generic[T]):
     @overload
     def __get__(self, attack: None, owner: type) -> Checked[T]: ...
     @overload
-    def __get__(self, attack: Attack, owner: type) -> T: ...
-    def __get__(self, attack: Attack | None, owner: type) -> Checked[T] | T:
+    def __get__(self, attack: Configured, owner: type) -> T: ...
+    def __get__(self, attack: Configured | None, owner: type) -> Checked[T] | T:
         if attack is None:
             return self
         try:
@@ -92,7 +73,7 @@ class Checked(Generic[T]):
         except KeyError:
             raise AttributeError(self._name) from None
 
-    def __set__(self, attack: Attack, value: T) -> None:
+    def __set__(self, attack: Configured, value: T) -> None:
         vars(attack)[self._name] = self._check(value)
 
 
@@ -159,11 +140,7 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
         if name not in parameters and not takes_any:
             raise TypeError(_unknown(kind, "argument", name, parameters))
     if positional > len(ordered) and not takes_any:
-        others = ", ".join(name for name in parameters if name not in ordered)
-        raise TypeError(
-            f"{kind.__name__} takes {len(ordered)} without a name ({', '.join(ordered)}), got {positional}; "
-            f"the others are given by name: {others}"
-        )
+        raise TypeError(_too_many(kind.__name__, positional, ordered, parameters))
 
 
 @cache
@@ -177,15 +154,19 @@ def _parameters_of(kind: Hashable) -> tuple[tuple[str, ...], tuple[str, ...], bo
 
 def names_checked(function: Function) -> Function:
     """Make a function refuse an unknown keyword with an error that names the likely one."""
-    known = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters
     what = "a call of an attack" if function.__name__ == "__call__" else function.__name__
+    known = [name for name in parameters if name != "self"]
+    ordered = [n for n in known if parameters[n].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    most = len(ordered) + len(parameters) - len(known)
 
     @wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in known:
-                hint = closest(name, known, SYNONYMS)
-                raise TypeError(f"{what} has no argument {name!r}{hint}")
+                raise TypeError(f"{what} has no argument {name!r}{_meant(name, known)}")
+        if len(args) > most:
+            raise TypeError(_too_many(what, len(args) - most + len(ordered), ordered, known))
         return function(*args, **kwargs)
 
     return cast(Function, checked)
@@ -208,12 +189,30 @@ def _is_known(attack: Configured, name: str) -> bool:
 
 
 def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
-    others = [k.__name__ for k in _attacks(Configured) if name in _settings_of(k)]
-    if others:
-        hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} one"
-    else:
-        hint = closest(name, known, SYNONYMS)
+    known = [*known]
+    hint = closest(name, known, SYNONYMS)
+    if (
+        SYNONYMS.get(name, "") not in known
+    ):  # else a similar name counts less than another attack's own
+        root = [parent for parent in kind.__mro__ if isinstance(parent, AttackType)][-1]
+        wanted = {name, SYNONYMS.get(name)}
+        others = [k.__name__ for k in _attacks(root) if wanted & {*_settings_of(k)}]
+        if others:
+            hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} one"
+    if not hint and role != "attribute":  # which may be a method of another library's attacks
+        hint = _meant(name, known)
     return f"{kind.__name__} has no {role} {name!r}{hint}"
+
+
+def _meant(name: str, known: Iterable[str]) -> str:
+    """The end of a message on an unknown name: the likely one, or else all that there are."""
+    return closest(name, known, SYNONYMS) or f"; there are {', '.join(known)}"
+
+
+def _too_many(what: str, got: int, ordered: Collection[str], known: Iterable[str]) -> str:
+    others = ", ".join(name for name in known if name not in ordered)
+    rest = f"; the others are given by name: {others}" if others else ""
+    return f"{what} takes {len(ordered)} without a name ({', '.join(ordered)}), got {got}{rest}"
 
 
 def _attacks(kind: type) -> list[type]:

@@ -53,6 +53,9 @@ def evaluation_parser() -> Parser:
     parser.add_function_arguments(
         run_evaluation, skip={"run", "attacks", "normalise", "bounds", "quiet", "command"}
     )
+    parser.explain("--run", "the run stands alone, fastadv eval RUN")
+    for option in ("--steps", "--num_steps"):
+        parser.explain(option, "the steps are part of the name of an attack, --attacks pgd-20")
     return parser
 
 

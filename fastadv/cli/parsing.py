@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from jsonargparse.typing import register_type
 
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
+from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import closest, nearest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
@@ -79,6 +81,7 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs)
         self.color = False  # Python 3.14 would colour the help
         self._needs = needs or {}
+        self._explained: dict[str, str] = {}
         self._words: Sequence[str] = ()
 
     def add_flag(self, name: str, text: str, group: Any = None) -> None:
@@ -93,13 +96,21 @@ class Parser(ArgumentParser):
             offer_options(self.prog, self._actions)
         words = None if args is None else with_values(args, self._actions, self.error)
         self._words = words or ()
-        return super().parse_args(words, *others, **options)
+        found = super().parse_args(words, *others, **options)
+        for name, value in vars(found).items():  # also those of a config
+            if isinstance(value, str):
+                found[name] = home_expanded(value)
+        return found
 
     def check_given(self, options: Any) -> None:
         """Require the arguments of `needs`, also options that the parser itself does not require."""
         missing = [name for name in self._needs if options[name] is None]
         if missing:
             self.error(self._missing(missing))
+
+    def explain(self, option: str, text: str) -> None:
+        """Add the answer to an option that there is not, but which people type."""
+        self._explained[option] = text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the message on one line and exit with status 2."""
@@ -113,6 +124,8 @@ class Parser(ArgumentParser):
             return f"unrecognized arguments: {found[1]}{self._meant(found[1].split())}"
         if found := re.match("(?:the following )?arguments are required: (.*)", text):
             return self._missing(found[1].split(", "))
+        if found := re.match("Unexpected config: ?(.*)", text):
+            return f'option "config" must be a file of options, NAME: VALUE in each line, got {found[1]!r}'
         if found := re.match("Option '(.*)' is not accepted", text):
             names = (option[2:].rpartition(".")[2] for option in self.options())
             known = sorted({*names} - {"help"})
@@ -149,6 +162,8 @@ class Parser(ArgumentParser):
     def _meant(self, words: Sequence[str]) -> str:
         """The option that was probably meant by the first of some words that is an option."""
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
+        if options and options[0] in self._explained:
+            return f"; {self._explained[options[0]]}"
         return closest_option(options[0], self.options()) if options else ""
 
 
@@ -159,7 +174,8 @@ def closest_option(option: str, known: Iterable[str]) -> str:
         option: with its dashes.
         known: the options that there are, with theirs.
     """
-    meant = nearest(option.removeprefix("--"), [name.removeprefix("--") for name in known])
+    names = [name.removeprefix("--") for name in known]
+    meant = nearest(option.removeprefix("--"), names, SYNONYMS)
     return f"; did you mean '--{meant}'?" if meant else ""
 
 
@@ -178,6 +194,7 @@ def _expectation(text: str) -> str:
         errors, _, value = found[1].partition(" Given value type:")
         value = value.partition("Given value: ")[2]
         kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
+        kinds += ["null"] if value.lower() == "none" and "<class 'NoneType'>" in errors else []
         kinds = [kind for kind in kinds if kind]
         hint = closest(value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors))))
         return f" must be {' or '.join(kinds)}, got {value!r}{hint}" if kinds else f": {text}"
@@ -229,6 +246,11 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def home_expanded(value: str) -> str:
+    """Return a path that begins with ~ as the shell would write it, and any other text as it is."""
+    return os.path.expanduser(value) if value.startswith("~") else value
 
 
 def schedule_names() -> list[str]:

@@ -19,7 +19,7 @@ from fastadv.cli.completion import is_completing, offer, typed_words
 from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
-from fastadv.cli.parsing import complain
+from fastadv.cli.parsing import complain, home_expanded
 from fastadv.cli.reproduce import reproduce
 from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train
@@ -112,12 +112,15 @@ def _unknown(word: str) -> str:
 
 
 def _option(word: str) -> str:
-    """Take --max-examples for --max_examples, and --run-dir for --run, which torchrun would take for its own."""
+    """Take --max-examples for --max_examples, and --run-dir for --run, which torchrun would take for its own.
+
+    In `--out=~/results` a shell leaves the ~ as it is.
+    """
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")
     name = name[2:].replace("-", "_")
-    return "--" + ("run" if name == "run_dir" else name) + equals + value
+    return "--" + ("run" if name == "run_dir" else name) + equals + home_expanded(value)
 
 
 def _overview() -> str:

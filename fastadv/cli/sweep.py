@@ -14,6 +14,7 @@ from fastadv.cli.parsing import FAILED, Parser, closest_option, complain, given_
 from fastadv.cli.train import check_training, training_parser
 from fastadv.commands.documents import as_json
 from fastadv.commands.sweep import Launch, run_sweep
+from fastadv.evaluation.attack_list import parse_attacks
 from fastadv.interruption import stopped_by_signals
 from fastadv.sweeps import Plan, parse_grid
 from fastadv.trainers import find_method, method_names
@@ -197,6 +198,7 @@ def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
 def _check_evaluation(words: Sequence[str]) -> None:
     """Refuse options of the evaluation that are wrong, or whose results the sweep would not find."""
     usual, chosen = evaluation_options(["RUN"]), evaluation_options(["RUN", *words])
+    parse_attacks(chosen["attacks"], 8 / 255, chosen["alpha"])  # of which the radius is no matter
     for name, reason in _NOT_JUDGED.items():
         if chosen[name] != usual[name]:
             raise ValueError(f"eval_{name} must be left out, as {reason}, got {chosen[name]!r}")

@@ -154,6 +154,9 @@ def training_parser(
         description=inspect.getdoc(method),
         needs=_needs(method, _begun(recipe_class, {**start, **given})),
     )
+    for name in schedule_names():
+        for field in fields(getattr(schedules, name)):
+            parser.explain(f"--{field.name}", f"of a schedule it is --schedule.{field.name}")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
     skipped |= {"teacher", "teacher_model"}

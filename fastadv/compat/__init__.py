@@ -7,6 +7,8 @@ work. A call draws its random numbers anew, from torch's default generator, unle
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from fastadv.compat.attack import Attack
 from fastadv.compat.attacks import (
     APGD,
@@ -23,6 +25,7 @@ from fastadv.compat.attacks import (
     Square,
 )
 from fastadv.compat.multi import MultiAttack
+from fastadv.ops.values import closest
 
 __all__ = [
     "APGD",
@@ -40,3 +43,8 @@ __all__ = [
     "MultiAttack",
     "Square",
 ]
+
+
+def __getattr__(name: str) -> NoReturn:
+    hint = "; fastadv.AutoAttack is one" if name == "AutoAttack" else closest(name, __all__)
+    raise AttributeError(f"module 'fastadv.compat' has no attribute {name!r}{hint}")

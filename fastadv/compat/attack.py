@@ -6,7 +6,6 @@ import io
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,10 +14,12 @@ from torch import Tensor, nn
 
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
-from fastadv.attacks.options import SYNONYMS
+from fastadv.attacks.options import AttackType, names_checked
 from fastadv.files import write_atomically
 from fastadv.models import Normalized
-from fastadv.ops.values import check_choice, closest, integer, number, shown
+from fastadv.ops.checks import one_hot_hint
+from fastadv.ops.synonyms import SYNONYMS
+from fastadv.ops.values import check_bool, check_choice, closest, integer, number, shown
 from fastadv.seeding import draw_seed
 
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
@@ -33,7 +34,7 @@ _THEIR_NAMES = {
 }
 
 
-class Attack:
+class Attack(metaclass=AttackType):
     """Base of the attacks here.
 
     Args:
@@ -97,6 +98,7 @@ class Attack:
         settings["normalization_used"] = self.normalization_used is not None
         return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in settings.items())})"
 
+    @names_checked
     def __call__(
         self,
         inputs: Images,
@@ -119,7 +121,8 @@ class Attack:
 
         Raises:
             TypeError: as the attack in `fastadv` says, or labels of no integer kind.
-            ValueError: as the attack in `fastadv` says, or no labels in the mode "targeted(label)".
+            ValueError: as the attack in `fastadv` says, or no labels in the mode "targeted(label)"; or images that
+                are not normalised by the numbers of `set_normalization_used`.
         """
         x, back = self._taken(inputs)
         y = self._labels(x, labels)
@@ -129,9 +132,12 @@ class Attack:
             y = integer_labels(found).to(self.device)
         if epsilons is None:
             return back(self._perturbed(x, y, None))
-        if isinstance(epsilons, float | Real | np.number):
-            return back(self._perturbed(x, y, number("epsilons", epsilons)))
-        return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in epsilons]
+        radii = epsilons.tolist() if isinstance(epsilons, Tensor | np.ndarray) else epsilons
+        if not isinstance(radii, list | tuple):
+            return back(self._perturbed(x, y, number("epsilons", radii)))
+        if not radii:
+            raise ValueError(f"epsilons must be one radius or several, got {shown(epsilons)}")
+        return [back(self._perturbed(x, y, number("epsilons", eps))) for eps in radii]
 
     forward = __call__
 
@@ -207,10 +213,15 @@ class Attack:
         The ball and the bounds stay those of images in 0..1.
 
         Args:
-            mean: per channel.
+            mean: per channel, of images in 0..1.
             std: per channel.
+
+        Raises:
+            ValueError: a mean outside 0..1, such as of images in 0..255.
         """
         wrapped = Normalized(self.model, mean, std).to(self.device)
+        if not 0 <= wrapped.mean.min() <= wrapped.mean.max() <= 1:
+            raise ValueError(f"mean must be that of images in 0..1, got {shown(mean)}")
         wrapped.training = (
             self.model.training
         )  # of the wrapper alone: modules within keep their modes
@@ -251,6 +262,10 @@ class Attack:
                 "from which no accuracy follows"
             )
         check_choice("save_type", save_type, ("float", "int"))
+        check_bool("verbose", verbose)
+        check_bool("return_verbose", return_verbose)
+        check_bool("save_predictions", save_predictions)
+        check_bool("save_clean_inputs", save_clean_inputs)
         parts: dict[str, list[Tensor]] = {
             "adv_inputs": [],
             "labels": [],
@@ -297,8 +312,9 @@ class Attack:
         if x.dtype == torch.uint8:
             x = x.float() / 255
         elif used is not None:
-            # Rounding may lead a little out of the bounds.
-            x = (x * used["std"].to(x) + used["mean"].to(x)).clamp(0, 1)
+            x = (x * used["std"].to(x) + used["mean"].to(x)).detach()
+            _check_normalised(x)
+            x = x.clamp(0, 1)  # rounding may lead a little out of the bounds
 
         def back(adv: Tensor) -> Any:
             if used is not None and given.dtype != torch.uint8:
@@ -319,6 +335,20 @@ class Attack:
         return self.own.logits_of_model(x)
 
 
+def _check_normalised(x: Tensor) -> None:
+    """Refuse images whose values, without the normalisation, are more than half a grey level outside 0..1.
+
+    Raises:
+        ValueError: a value is.
+    """
+    slack = max(8 * torch.finfo(x.dtype).eps, 0.5 / 255)
+    if x.numel() and not (-slack <= x.min() and x.max() <= 1 + slack):  # also where one is NaN
+        raise ValueError(
+            "inputs must be normalised by the mean and std of set_normalization_used; without the normalisation "
+            f"their values go from {float(x.min()):.4g} to {float(x.max()):.4g}, and not from 0 to 1"
+        )
+
+
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:
     return (*(field.name for field in fields(own.settings) if field.init), "seed")
 
@@ -331,5 +361,7 @@ def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Ten
     """
     found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {found.dtype}")
+        raise TypeError(
+            f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"
+        )
     return found.to(torch.int64)

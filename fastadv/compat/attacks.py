@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.compat.attack import Attack, TargetFunction
-from fastadv.ops.values import check_choice, integer, norm_name
+from fastadv.ops.values import check_bool, check_choice, integer, norm_name
 from fastadv.seeding import draw_seed
 
 
@@ -201,7 +201,8 @@ class FAB(Attack):
         multi_targeted: bool = False,
         n_classes: int = 10,
     ) -> None:
-        classes = integer("n_classes", n_classes, at_least=2) - 1 if multi_targeted else None
+        towards_all = check_bool("multi_targeted", multi_targeted)
+        classes = integer("n_classes", n_classes, at_least=2) - 1 if towards_all else None
         super().__init__(
             model,
             lambda m: fastadv.FAB(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.compat.attack import BY_LABEL, Attack, Images
+from fastadv.ops.values import shown
 
 
 class MultiAttack:
@@ -19,10 +20,15 @@ class MultiAttack:
         attacks: attacks of this module on one model.
 
     Raises:
+        TypeError: they are no attacks of this module.
         ValueError: there are fewer than two attacks, or their models differ.
     """
 
     def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
+        if not isinstance(attacks, Sequence) or not all(isinstance(a, Attack) for a in attacks):
+            raise TypeError(
+                f"attacks must be a list of attacks of fastadv.compat, got {shown(attacks)}"
+            )
         self.attacks = tuple(attacks)
         if len(self.attacks) < 2:
             raise ValueError(f"attacks must be at least two, got {len(self.attacks)}")

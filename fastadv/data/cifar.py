@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
         DataFormatError: if the content of a file is wrong.
     """
     verify = check_bool("verify", verify)
-    folder, is_binary = find_folder(layout, Path(root).expanduser())
+    folder, is_binary = find_folder(layout, _folder(root))
     return Splits(
         train=_read_split(layout, layout.train, "train", folder, is_binary, verify),
         test=_read_split(layout, layout.test, "test", folder, is_binary, verify),
@@ -60,8 +61,14 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
 def read_cifar_test(layout: CifarLayout, root: str | Path, verify: bool = True) -> ImageData:
     """Read the test images alone, with the arguments and the errors of `read_cifar`."""
     verify = check_bool("verify", verify)
-    folder, is_binary = find_folder(layout, Path(root).expanduser())
+    folder, is_binary = find_folder(layout, _folder(root))
     return _read_split(layout, layout.test, "test", folder, is_binary, verify)
+
+
+def _folder(root: str | os.PathLike[str]) -> Path:
+    if not isinstance(root, str | os.PathLike):
+        raise TypeError(f"root must be the path of a folder, got {root!r}")
+    return Path(root).expanduser()
 
 
 def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:

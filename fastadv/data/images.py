@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from fastadv.ops.checks import INTEGER_DTYPES, check_tensor
+from fastadv.ops.checks import INTEGER_DTYPES, check_tensor, one_hot_hint
 from fastadv.ops.values import check_device, integer, shown
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ class ImageData:
         if self.images.dim() != 4:
             raise ValueError(f"images must be [N, C, H, W], got shape {tuple(self.images.shape)}")
         if self.labels.dtype not in INTEGER_DTYPES:
-            raise TypeError(f"labels must be integers, got {self.labels.dtype}")
+            raise TypeError(
+                f"labels must be integers, got {self.labels.dtype}{one_hot_hint('labels', self.labels)}"
+            )
         if self.labels.dtype != torch.int64:
             object.__setattr__(self, "labels", self.labels.to(torch.int64))
         if self.labels.shape != self.images.shape[:1]:
@@ -162,7 +164,9 @@ def from_tensors(
     """
     images, labels = _as_tensor("images", images), _as_tensor("labels", labels)
     if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype}{one_hot_hint('labels', labels)}"
+        )
     if labels.dim() != 1:
         raise ValueError(
             f"labels must be class indices [N], got shape {tuple(labels.shape)}; of one-hot labels pass "
@@ -224,17 +228,32 @@ def from_dataset(
         ValueError: if the dataset is empty, its images differ in shape, or a label is no class index.
         TypeError: for items of another kind.
     """
+    if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        hint = "; pass its dataset" if isinstance(dataset, DataLoader) else ""
+        raise TypeError(f"dataset must be a map-style Dataset, got {type(dataset).__name__}{hint}")
     length = len(cast(Sized, dataset))
     if length == 0:
         raise ValueError("dataset must have at least one item, got none")
     items = [dataset[i] for i in range(length)]
+    for i, item in enumerate(items):
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TypeError(f"item {i} of dataset must be a pair (image, label), got {_kind(item)}")
     classes = [item_label(label, i) for i, (_, label) in enumerate(items)]
+    if min(classes) < 0:
+        raise ValueError(
+            f"the label of item {classes.index(min(classes))} of dataset must be >= 0, got {min(classes)}"
+        )
     images = [item_image(image) for image, _ in items]
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"images of dataset must have one shape, got {sorted(shapes)[:3]}")
     labels = torch.tensor(classes)
     return from_tensors(torch.stack(images), labels, num_classes, name or type(dataset).__name__)
+
+
+def _kind(item: object) -> str:
+    """An item of a dataset as messages show it."""
+    return f"{len(item)} values" if isinstance(item, tuple | list) else shown(item)
 
 
 def item_label(label: object, index: int) -> int:

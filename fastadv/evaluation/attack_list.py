@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from fastadv.attacks.fgsm import FGSM_RS_STEP
+from fastadv.attacks.options import Configured
 from fastadv.evaluation.context import Model
 from fastadv.ops.values import nearest, shown
 
@@ -284,12 +285,17 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> ChosenAttack:
         and len(choice) == 2
         and isinstance(choice[0], str)
         and callable(choice[1])
+        and not isinstance(choice[1], Configured)
     ):
         name, attack = choice
         if _is_built_in(name):
             raise ValueError(f"attacks: {name!r} is the name of a built-in attack, choose another")
         return UserAttack(name, attack)
-    raise TypeError(f"attacks must hold names or pairs (name, callable), got {choice!r}")
+    attack = choice[-1] if isinstance(choice, (tuple, list)) and choice else choice
+    hint = ""
+    if isinstance(attack, Configured):
+        hint = "; of an attack pass (name, lambda model, x, y: attack(x, y))"
+    raise TypeError(f"attacks must hold names or pairs (name, callable), got {shown(choice)}{hint}")
 
 
 def _is_built_in(name: str) -> bool:
@@ -351,6 +357,8 @@ def usual_attacks() -> list[str]:
 
 def _suggestion(name: str) -> str:
     """Name the attack that was probably meant: one with its steps set off otherwise, or a similar name."""
+    if "," in name:
+        return "; several attacks are several words, and not one word with commas"
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
         word, numbers = "cwl2", numbers[1:]  # the digit is its norm's

@@ -46,7 +46,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import check_choice, integer, norm_name, shown
+from fastadv.ops.values import check_choice, closest, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
@@ -140,7 +140,7 @@ def autoattack(
         TypeError: for a ``state_dir`` with a model that is no module.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
-    attacks = _check_version(version)
+    attacks = check_version(version)
     check_choice("engine", engine, ENGINES)
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
@@ -173,11 +173,20 @@ def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
     return ids.detach().cpu()
 
 
-def _check_version(version: str | Sequence[str]) -> tuple[str, ...]:
+def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
+    """Require a version of AutoAttack, and return its attacks.
+
+    Raises:
+        TypeError: it is neither a name nor a list of names.
+        ValueError: a name is unknown, or comes twice, or there is no attack.
+    """
     if isinstance(version, str):
         if version not in _VERSIONS:
+            known = (*_VERSIONS, *FEWEST_CLASSES)
+            hint = f"; did you mean [{version!r}]?" if version in FEWEST_CLASSES else ""
             raise ValueError(
-                f"version must be 'standard' or a list of attacks or 'rand', got {version!r}"
+                "version must be 'standard' or a list of attacks or 'rand', got "
+                f"{version!r}{hint or closest(version, known)}"
             )
         return _VERSIONS[version]
     if not isinstance(version, Sequence) or not all(isinstance(name, str) for name in version):

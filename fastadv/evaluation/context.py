@@ -9,10 +9,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.arguments import check_model
 from fastadv.engine.alone import alone_with
 from fastadv.engine.frozen import frozen
 from fastadv.float32 import full_float32
-from fastadv.ops.values import check_device, shown
+from fastadv.ops.values import check_device
 
 Model = nn.Module | Callable[[Tensor], Tensor]
 
@@ -39,8 +40,7 @@ def evaluation_mode(
         TypeError: when parameters or buffers are floating point but not float32, or the model cannot be called.
         ValueError: when there is no such device.
     """
-    if not callable(model):
-        raise TypeError(f"model must be a module or a callable, got {shown(model)}")
+    check_model(model)
     with ExitStack() as stack:
         # First, so that a model moved inside a caller's inference mode gets ordinary parameters.
         stack.enter_context(torch.inference_mode(False))

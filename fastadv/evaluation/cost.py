@@ -12,7 +12,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastadv.engine.frozen import frozen
-from fastadv.ops.values import integer
+from fastadv.ops.values import integer, shown
 
 
 def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
@@ -26,9 +26,14 @@ def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
         shape: of one image, [C, H, W].
 
     Raises:
+        TypeError: if the model is no module, or the shape no sequence of integers.
         ValueError: if the shape is no image's.
         Exception: whatever the network raises for such an image.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module, got {shown(model)}")
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be [C, H, W], got {shown(shape)}")
     size = [integer("shape", length, at_least=1) for length in shape]
     if len(size) != 3:
         raise ValueError(f"shape must be [C, H, W], got {list(shape)}")

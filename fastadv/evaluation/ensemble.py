@@ -4,21 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from fastadv.attacks.arguments import check_batch, check_seed
-from fastadv.attacks.options import names_checked
+from fastadv.attacks.arguments import check_batch, check_model, check_seed
+from fastadv.attacks.options import Checked, Configured, names_checked
 from fastadv.attacks.rounding import round_towards
-from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack
+from fastadv.evaluation.autoattack import (
+    ENGINES,
+    AutoAttackResult,
+    SearchEngine,
+    autoattack,
+    check_version,
+)
 from fastadv.evaluation.context import Model
 from fastadv.evaluation.modes import doubt_modes
-from fastadv.evaluation.samples import radius_or_default
+from fastadv.evaluation.samples import check_batch_size, radius_or_default
+from fastadv.ops.values import check_bounds, check_choice, check_radius, limit, norm_name
 from fastadv.seeding import draw_seed
 
 
-class AutoAttack:
+def _known_version(version: str | Sequence[str]) -> str | Sequence[str]:
+    check_version(version)
+    return version
+
+
+def _known_engine(engine: SearchEngine) -> SearchEngine:
+    check_choice("engine", engine, ENGINES)
+    return engine
+
+
+class AutoAttack(Configured):
     """AutoAttack on one model: ``adv = AutoAttack(model, eps=8 / 255)(x, y)``.
 
     Each of its attacks gets the images that all before it have left, and an image leaves once it is broken.
@@ -37,7 +55,20 @@ class AutoAttack:
         batch_size: images per pass.
         engine: ``"auto"``, ``"fp32"`` or ``"reference"``, as in `fastadv.evaluation.autoattack`.
         seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
+
+    Raises:
+        TypeError: an argument of another type, or one that there is not.
+        ValueError: a value out of range or an unknown word.
     """
+
+    model = Checked[Model](check_model)
+    eps = Checked[float](partial(limit, "eps"))
+    norm = Checked[str](norm_name)
+    bounds = Checked[tuple[float, float]](check_bounds)
+    version = Checked[str | Sequence[str]](_known_version)
+    batch_size = Checked[int](check_batch_size)
+    engine = Checked[SearchEngine](_known_engine)
+    seed = Checked[int | None](check_seed)
 
     def __init__(
         self,
@@ -52,9 +83,11 @@ class AutoAttack:
         seed: int | None = None,
     ) -> None:
         self.model, self.norm, self.bounds = model, norm, bounds
-        self.eps = radius_or_default(eps, norm, bounds)
+        self.eps = radius_or_default(eps, self.norm, self.bounds)
+        if self.norm == "linf":  # in others it takes the size of an image to tell
+            check_radius("eps", self.eps, self.norm, self.bounds)
         self.version, self.batch_size, self.engine = version, batch_size, engine
-        self.seed = check_seed(seed)
+        self.seed = seed
         self._last: AutoAttackResult | None = None
 
     @names_checked

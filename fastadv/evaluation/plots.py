@@ -15,7 +15,9 @@ from fastadv.evaluation.metrics import Cubic
 from fastadv.evaluation.plot_style import LIGHT, MARKERS, Style, new_figure, numbered, png_of
 from fastadv.evaluation.report import Report
 from fastadv.evaluation.result_row import Row, check_white_box
+from fastadv.fields import check_fields
 from fastadv.files import write_atomically
+from fastadv.ops.values import shown
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,6 +39,10 @@ class TradeOffPoint:
         method: points of one method have one colour; empty for a colour of its own.
         minor: whether it is one of several that another point sums up: a small marker without a label.
         curve: points of one curve are joined, in their order, by a line of this name; empty for no line.
+
+    Raises:
+        TypeError: a field of another type.
+        ValueError: an accuracy outside 0..100.
     """
 
     name: str
@@ -47,6 +53,12 @@ class TradeOffPoint:
     method: str = ""
     minor: bool = False
     curve: str = ""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("clean", "robust"):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f"{name} must be in 0..100, got {getattr(self, name)}")
 
     @classmethod
     def from_report(cls, name: str, report: Report, robust: str = "autoattack") -> TradeOffPoint:
@@ -100,10 +112,14 @@ def plot_trade_off(
 
     Raises:
         ImportError: when matplotlib is not installed.
+        TypeError: for points of another type.
         ValueError: for no points, or a path with another suffix.
     """
     if not points:
-        raise ValueError("points must hold at least one method, got an empty mapping")
+        raise ValueError("points must hold at least one method, got no points")
+    for point in points:
+        if not isinstance(point, TradeOffPoint):
+            raise TypeError(f"points must be TradeOffPoints, got {shown(point)}")
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"path must end in .png, got {os.fspath(path)!r}")
     figure = draw_trade_off(

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fastadv.data.lazy import as_lazy, of_loader, read_once
 from fastadv.evaluation.sources import ImageSource, TensorSource, first_or_spread, open_source
-from fastadv.ops.checks import INTEGER_DTYPES
+from fastadv.ops.checks import INTEGER_DTYPES, one_hot_hint
 from fastadv.ops.values import check_bounds, check_radius, integer, limit, norm_name
 
 R = TypeVar("R")  # a radius, or several
@@ -224,7 +224,9 @@ def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
 def _checked_labels(labels: Tensor, images: Tensor) -> Tensor:
     """The labels in int64."""
     if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+        raise TypeError(
+            f"labels must be integers, got {labels.dtype}{one_hot_hint('labels', labels)}"
+        )
     if labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels must be [N] with N = {images.shape[0]} images, got shape {tuple(labels.shape)}"

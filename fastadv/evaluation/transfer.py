@@ -40,7 +40,7 @@ from fastadv.evaluation.samples import (
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import integer, limit, norm_name
+from fastadv.ops.values import integer, limit, norm_name, shown
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,9 @@ def transfer_matrix(
     start = time.perf_counter()
     if not isinstance(models, Mapping) or len(models) < 2:
         raise ValueError(f"models must be two or more by name, got {models!r:.200}")
+    for name in models:
+        if not isinstance(name, str):
+            raise TypeError(f"models must have names that are text, got {shown(name)}")
     norm, seed = norm_name(norm), integer("seed", seed)
     eps = limit("eps", radius_or_default(eps, norm, bounds))
     alpha = None if alpha is None else limit("alpha", alpha)

@@ -63,7 +63,7 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: if there is no such file.
         StateFileError: if it is damaged or another kind of file; the message names it.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; it must be a state dict")
     try:

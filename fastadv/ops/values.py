@@ -17,16 +17,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastadv.ops.synonyms import WORDS
+
 NORMS = ("linf", "l2", "l1")
 _ORDERS = {math.inf: "linf", 2: "l2", 1: "l1"}
-_NORM_WORDS = {"inf": "linf", "2": "l2", "1": "l1"}
+_NORM_WORDS = {**dict.fromkeys(("inf", "infty", "infinity"), "linf"), "2": "l2", "1": "l1"}
+_LONGEST = 200  # of a value in a message
 
 
 def shown(value: object) -> str:
-    """The value as messages show it: a tensor by its shape."""
+    """The value as messages show it: a tensor by its shape, a module by its class, a long text by its start."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
-    return repr(value)
+    if isinstance(value, torch.nn.Module):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def number(name: str, value: object) -> float:
@@ -76,7 +82,8 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         ValueError: it is another word; the message has the word that may have been meant.
     """
     if not (isinstance(value, str) and value in choices):
-        hint = closest(value, choices) if isinstance(value, str) else ""
+        word = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+        hint = closest(word, choices, WORDS) if isinstance(word, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
@@ -157,6 +164,10 @@ def check_device(device: torch.device | str) -> torch.device:
         ) from error
     if found.type == "meta":  # to which a model would lose its weights
         raise ValueError("device must be one that holds values, such as 'cpu', got 'meta'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device must be one that there is, got {str(found)!r}: torch finds {torch.cuda.device_count()} GPUs"
+        )
     return found
 
 
@@ -223,7 +234,8 @@ def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = N
 def nearest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
     """Return the known word that an unknown one is nearest to, as `closest` says it; "" where no word is near."""
     by_key = {_key(one): one for one in known}
-    meant = _key((synonyms or {}).get(word, ""))
+    ours = synonyms or {}
+    meant = _key(ours.get(word) or ours.get(_key(word), ""))
     near = [meant] if meant in by_key else difflib.get_close_matches(_key(word), by_key, n=1)
     return by_key[near[0]] if near else ""
 

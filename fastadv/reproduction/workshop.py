@@ -118,7 +118,7 @@ class Workshop:
                 run.method,
                 run.recipe,
                 data=self.source.for_training(run.recipe),
-                root=self.source.root,
+                root=None if self.source.is_folder else self.source.root,
                 model=run.network,
                 run_dir=self.path(run),
                 teacher={name: self.folder / teacher.place for name, teacher in run.teachers}

@@ -25,6 +25,7 @@ def check_kinds(
 
     Raises:
         TypeError: naming the first that is of another kind.
+        ValueError: the run directory has no name.
     """
     if isinstance(data, ImageData | StreamedData) or not isinstance(data, Splits | str):
         raise TypeError(
@@ -36,6 +37,8 @@ def check_kinds(
         raise TypeError(f"model must be a module or a name, got {type(model).__name__}{hint}")
     if not isinstance(run_dir, str | os.PathLike):
         raise TypeError(f"run_dir must be the path of a directory, got {run_dir!r}")
+    if not os.fspath(run_dir):  # such as of a variable of the shell that is not set
+        raise ValueError("run_dir must be the path of a directory, got ''")
     if not isinstance(extra, ImageData | None):
         raise TypeError(f"extra must be ImageData, got {type(extra).__name__}; see from_tensors")
     if not isinstance(settings, Settings | None):

@@ -165,7 +165,7 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     Raises:
         CheckpointError: if there is no checkpoint.
     """
-    start = in_its_run(Path(path))
+    start = in_its_run(Path(path).expanduser())
     if not start.exists():
         raise CheckpointError(f"{start}: no such file or directory")
     named = _under_its_name(start)

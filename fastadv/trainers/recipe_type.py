@@ -6,7 +6,7 @@ import inspect
 from abc import ABCMeta
 from typing import Any, TypeVar
 
-from fastadv.attacks.options import SYNONYMS
+from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import closest
 
 T = TypeVar("T")
@@ -29,13 +29,13 @@ class RecipeType(ABCMeta):
         """Make a recipe.
 
         Raises:
-            TypeError: a number that it does not have; the message says which was probably meant.
+            TypeError: an option that it does not have; the message says which was probably meant.
         """
         known = inspect.signature(cls).parameters
         for name in numbers:
             if name not in known:
                 hint = closest(name, known, _SYNONYMS)
-                raise TypeError(f"{cls.__name__} has no number {name!r}{hint}")
+                raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
         began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
         made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
         return made

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastadv.attacks.options import names_checked
 from fastadv.data import ImageData, Splits, load_dataset, subset
 from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
@@ -74,6 +75,7 @@ class TrainResult:
     progress: Progress
 
 
+@names_checked
 def train(
     method: str | MethodClass,
     recipe: Recipe | None = None,
@@ -156,6 +158,10 @@ def train(
     method_class = find_method(method)
     recipe = checked_recipe(method_class, recipe)
     check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
+    if root is not None and not isinstance(data, str):
+        raise ValueError(
+            f"root must be left out with Splits, which hold their images, got {root!r}"
+        )
     check_callbacks(callbacks)
     settings = settings or Settings()
     hooks = Callbacks([*make_trackers(settings.trackers), *callbacks])

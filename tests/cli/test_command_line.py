@@ -101,6 +101,10 @@ def test_what_is_given_is_not_missing(capfd: pytest.CaptureFixture[str], tmp_pat
         (["train", "pgd_at", *RUN, "--schedule", "multistep"], "'MultiStep'"),
         (["train", "pgd_at", *RUN, "--schedule", "Cosine", "--schedule.flor", "0"], "'floor'"),
         (["train", "pgd_at", *RUN, "--schedule.help", "Cosin"], "'Cosine'"),
+        (["train", "pgd_at", *RUN, "--epsilon", "8/255"], "'--eps'"),
+        (["train", "pgd_at", *RUN, "--step_size", "2/255"], "'--alpha'"),
+        (["train", "pgd_at", *RUN, "--amp"], "'--precision'"),
+        (["eval", "r", "--max_images", "10"], "'--max_examples'"),
     ],
 )
 def test_a_mistyped_word_gets_a_suggestion(
@@ -417,3 +421,55 @@ def test_suggestions() -> None:
         ValueError, match=r"norm must be one of linf, l2, got 'L2'; did you mean 'l2'\?"
     ):
         check_choice("norm", "L2", ["linf", "l2"])
+
+
+def test_what_people_type_and_there_is_not(capfd: pytest.CaptureFixture[str]) -> None:
+    assert "the run stands alone, fastadv eval RUN" in fails(["eval", "--run", "r"], capfd)
+    assert "--schedule.milestones" in fails(["train", "mart", *RUN, "--milestones", "7"], capfd)
+    assert "--attacks pgd-20" in fails(["eval", "r", "--steps", "20"], capfd)
+    assert "or null, got 'none'" in fails(["train", "pgd_at", *RUN, "--ema_decay", "none"], capfd)
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "text\n"])
+def test_a_config_that_holds_no_options(
+    content: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    words = ["train", "standard", *RUN, f"--config={config}"]
+    assert 'option "config" must be a file of options' in fails(words, capfd)
+
+
+def test_paths_begin_in_the_home_folder(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell leaves the ~ of `--run=~/run` as it is, and so does a config."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    words = ["train", "standard", "--data", "digits", *QUICK]
+    assert main([*words, "--run=~/first"]) == 0
+    config = tmp_path / "config.yaml"
+    config.write_text("run: ~/second\n")
+    assert main([*words, f"--config={config}"]) == 0
+    train(
+        "standard",
+        small_recipe("standard"),
+        data="digits",
+        model="small_cnn",
+        run_dir="~/third",
+        progress=False,
+    )
+    assert sorted(path.name for path in home.iterdir()) == ["first", "second", "third"]
+    assert list(here.iterdir()) == []
+
+
+def test_a_run_has_a_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as --run "$RUN" where the variable is not set: the working folder is not meant."""
+    monkeypatch.chdir(tmp_path)
+    words = ["train", "standard", "--data", "digits", "--run", "", *QUICK]
+    assert "run_dir must be the path of a directory, got ''" in fails(words, capfd)
+    assert list(tmp_path.iterdir()) == []

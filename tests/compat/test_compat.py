@@ -298,3 +298,43 @@ def test_attributes_that_would_have_no_effect_are_refused() -> None:
     apgd.n_restarts, apgd.eot_iter, square.n_queries = 2, 3, 7
     assert (apgd.own.restarts, apgd.own.passes, square.own.queries) == (2, 3, 7)
     assert (apgd.n_restarts, apgd.eot_iter, square.n_queries) == (2, 3, 7)
+
+
+def test_images_that_are_not_normalised_are_refused() -> None:
+    """They would be cut to 0..1 without a word."""
+    x, y = digits_test(4)
+    attack = short(compat.PGD, trained_small_cnn())
+    with pytest.raises(ValueError, match=r"mean must be that of images in 0\.\.1, got 128"):
+        attack.set_normalization_used(128, 64)
+    attack.set_normalization_used([0.5], [0.25])
+    with pytest.raises(ValueError, match="inputs must be normalised by the mean and std"):
+        attack((x - 0.5) / 0.1, y)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert attack(((x - 0.5) / 0.25).to(dtype), y).dtype == dtype
+
+
+def test_flags_are_no_text() -> None:
+    model = trained_small_cnn()
+    with pytest.raises(TypeError, match="multi_targeted must be True or False, got 'no'"):
+        compat.FAB(model, multi_targeted="no")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="save_predictions must be True or False, got 'no'"):
+        compat.PGD(model).save([], save_predictions="no")  # type: ignore[arg-type]
+
+
+def test_several_radii_are_a_list_or_an_array() -> None:
+    x, y = digits_test(4)
+    attack = short(compat.PGD, trained_small_cnn())
+    assert len(attack(x, y, epsilons=torch.tensor([0.1, 0.2]))) == 2
+    assert attack(x, y, epsilons=np.float32(0.1)).shape == x.shape
+    for wrong, words in (("8/255", "'8/255'"), ([], "one radius or several")):
+        with pytest.raises((TypeError, ValueError), match=f"epsilons must be .*{words}"):
+            attack(x, y, epsilons=wrong)
+
+
+def test_attacks_of_another_kind_are_not_joined() -> None:
+    model = trained_small_cnn()
+    for wrong in ([model, model], compat.PGD(model), [fastadv.PGD(model)] * 2):
+        with pytest.raises(
+            TypeError, match=r"attacks must be a list of attacks of fastadv\.compat"
+        ):
+            compat.MultiAttack(wrong)  # type: ignore[arg-type]

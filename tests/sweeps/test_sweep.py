@@ -188,6 +188,7 @@ def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
         (["--grid", "lr=.1", "--beside", "nowhere"], "no sweep in nowhere"),
         (["--grid", "lr=.1", "--eval_network", "natural"], "eval_network must be left out"),
         (["--grid", "lr=.1", "--eval_extractors", "1,2"], "eval_extractors must be left out"),
+        (["--grid", "lr=.1", "--eval_attacks", "pgd-2o"], "unknown attack 'pgd-2o'"),
         (["--grid", "lr=.1", "--eval_out", "all.json"], "eval_out must be left out"),
     ],
 )
