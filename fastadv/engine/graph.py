@@ -22,7 +22,7 @@ from fastadv.engine.layers import (
     instance_norm,
 )
 from fastadv.engine.packed_convolution import ConvShape
-from fastadv.engine.recording import RecordedOp, Recording, Ref, refs
+from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, refs
 from fastadv.engine.tape import BatchNumber, Tape
 
 
@@ -216,7 +216,7 @@ class _Builder:
         if weights and op.with_gradient:
             self._add_layer(op, function, weights)
             return
-        args, kwargs = self._argument(op.args), self._argument(op.kwargs)
+        args, kwargs = self._argument(_indexed(op.args, name)), self._argument(op.kwargs)
         if name == "apply":
             function = _Applied(function)
         if not op.with_gradient:
@@ -289,6 +289,8 @@ class _Builder:
             return self._node(value)
         if isinstance(value, BatchNumber):
             return self._batch_number(value)
+        if isinstance(value, ArrayArgument):
+            raise Unrecordable("its forward computes with an array of numpy's and the images")
         if isinstance(value, (tuple, list)):
             items = [self._argument(v) for v in value]
             return items if isinstance(value, list) else tuple(items)
@@ -384,6 +386,19 @@ def _bound(op: RecordedOp, names: tuple[str, ...]) -> dict[str, Any]:
 
 def _values(recording: Recording, *references: Ref | None) -> tuple[Any, ...]:
     return tuple(None if ref is None else recording.values[ref.place] for ref in references)
+
+
+def _indexed(args: tuple[Any, ...], name: str) -> tuple[Any, ...]:
+    """Arguments in which arrays that serve as an index are lists, which mean the same there."""
+    if name != "__getitem__":
+        return args
+    x, index = args
+    several = isinstance(index, tuple) and not isinstance(index, Ref)
+    return x, tuple(map(_entries, index)) if several else _entries(index)
+
+
+def _entries(value: Any) -> Any:
+    return value.entries() if isinstance(value, ArrayArgument) else value
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
-from fastadv.engine.recording import RecordedOp, Recording, Ref, item, refs
+from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 
@@ -353,6 +353,10 @@ class Recorder(TorchFunctionMode):
             return value.plain()
         if isinstance(value, np.generic):
             return value.item()
+        if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+            return ArrayArgument.of(value)
+        if isinstance(value, range):
+            return list(value)
         if not isinstance(value, _ARGUMENTS):
             raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
         return value

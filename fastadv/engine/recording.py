@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,26 @@ class Ref(NamedTuple):
     """A tensor in a recording, by its place: 0 is the batch of images."""
 
     place: int
+
+
+@dataclass(frozen=True)
+class ArrayArgument:
+    """An array of numpy's among the arguments of a function, by its content."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: bytes
+
+    @staticmethod
+    def of(array: np.ndarray[Any, Any]) -> ArrayArgument:
+        """The content that an array has now."""
+        return ArrayArgument(array.dtype.str, array.shape, array.tobytes())
+
+    def entries(self) -> list[Any]:
+        """Its entries as nested lists."""
+        array = np.frombuffer(self.content, self.dtype).reshape(self.shape)
+        entries: list[Any] = array.tolist()
+        return entries
 
 
 @dataclass(frozen=True)

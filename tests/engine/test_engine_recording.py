@@ -145,6 +145,13 @@ COPIED: dict[str, Callable[[], nn.Module]] = {
     "features kept": lambda: Written(kept),
     "several results": lambda: Written(several),
     "autocast within": lambda: Written(in_autocast),
+    "an array as an argument": lambda: Written(
+        lambda m, x: m.net(x - torch.tensor(m.array, dtype=x.dtype)), array=np.full((3, 1, 1), 0.3)
+    ),
+    "arrays and ranges as an index": lambda: Written(
+        lambda m, x: m.net(x[:, m.order] + x[np.arange(len(x)) * 0][..., range(8)]),
+        order=np.array([2, 0, 1]),
+    ),
     "numpy attributes": lambda: Written(
         lambda m, x: m.net(x - torch.from_numpy(m.array)), array=np.full((3, 1, 1), 0.3, "f")
     ),
