@@ -158,8 +158,8 @@ def _check_distinct(root: Path, names: Sequence[str]) -> None:
         other = seen.setdefault(os.path.realpath(root / name), name)
         if other != name:
             raise ValueError(
-                f"{root}: its folders {other} and {name} are the same folder by a link, so that its pictures would "
-                "be of two classes; take one of them away"
+                f"{root}: its folders {other} and {name} are the same folder by a link, so that its pictures "
+                "would be of two classes; take one of them away"
             )
 
 
