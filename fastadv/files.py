@@ -13,10 +13,12 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
 _LONGEST_NAME = 100
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _DAY = 24 * 60 * 60
 _FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
@@ -165,6 +167,17 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def csv_cell(value: Any) -> Any:
+    """Return a value as it goes into a CSV file.
+
+    None becomes an empty cell. Text that a spreadsheet would take for a formula, such as a run's name that begins
+    with "=", gets an apostrophe in front.
+    """
+    if value is None:
+        return ""
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
 
 
 def sha256_of(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         FileNotFoundError: if there is no such folder, no folder in it, or no picture in these.
         NotADirectoryError: if root is a file.
         ImportError: if Pillow is not installed.
-        ValueError: if a number is out of range, or root holds the folders of splits.
+        ValueError: if a number is out of range, root holds the folders of splits, a link leads back to a folder
+            that it lies in, or two classes are one folder.
     """
 
     in_channels = 3
@@ -80,7 +81,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         self.class_to_idx = {name: number for number, name in enumerate(self.classes)}
         paths, targets = [], []
         for number, folder in enumerate(self.classes):
-            for path in _pictures(self.root / folder):
+            for path in _pictures(self.root, folder):
                 paths.append(os.fsencode(path.relative_to(self.root)))
                 targets.append(number)
         if not paths:
@@ -146,18 +147,46 @@ def _class_folders(root: Path) -> list[str]:
             f"{root} holds the folders {', '.join(names)}, which look like splits and not like classes; name "
             f"one of them, such as {root / names[-1]}"
         )
+    _check_distinct(root, names)
     return names
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    """The pictures in a folder and below it, sorted by folder and name."""
-    for parent, _, files in sorted(os.walk(folder, followlinks=True)):
-        inside = Path(parent).relative_to(folder).parts
-        if any(part.startswith(".") for part in inside):
-            continue
-        for name in sorted(files):
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(parent, name)
+def _check_distinct(root: Path, names: Sequence[str]) -> None:
+    """Refuse two classes that are one folder, by a link: its pictures would have two labels."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(os.path.realpath(root / name), name)
+        if other != name:
+            raise ValueError(
+                f"{root}: its folders {other} and {name} are the same folder by a link, so that its pictures "
+                "would be of two classes; take one of them away"
+            )
+
+
+def _pictures(root: Path, name: str) -> Iterator[Path]:
+    """The pictures in a class's folder and below it, sorted by folder and name; links are followed.
+
+    Raises:
+        ValueError: if a link leads back to a folder that it lies in, so that pictures would be there many times.
+    """
+    around = {
+        root: frozenset({os.path.realpath(root)})
+    }  # real paths of a folder and of all that it lies in
+    folders = []
+    for here, below, files in os.walk(root / name, followlinks=True):
+        folder, real = Path(here), os.path.realpath(here)
+        if real in around[folder.parent]:
+            raise ValueError(
+                f"{folder}: a link to {real}, in which it lies itself, so that its pictures would be there many "
+                "times; take the link away"
+            )
+        around[folder] = around[folder.parent] | {real}
+        below[:] = [one for one in below if not one.startswith(".")]
+        folders.append((here, files))
+    for parent, files in sorted(folders):
+        for file in sorted(files):
+            if file.lower().endswith(SUFFIXES) and not file.startswith("."):
+                yield Path(parent, file)
 
 
 @contextmanager

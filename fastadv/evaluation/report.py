@@ -14,7 +14,7 @@ from typing import Any
 
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
 from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
-from fastadv.files import write_atomically
+from fastadv.files import csv_cell, write_atomically
 
 _FORMAT = 1
 _RESULTS_FORMAT = 2
@@ -149,7 +149,7 @@ class Report:
             values["low"], values["high"] = row.interval
             values["mean_distance"] = row.distances.mean if row.distances else None
             values["median_distance"] = row.distances.median if row.distances else None
-            writer.writerow(["" if values[name] is None else values[name] for name in _CSV_COLUMNS])
+            writer.writerow([csv_cell(values[name]) for name in _CSV_COLUMNS])
         return text.getvalue()
 
     def table(self) -> str:

@@ -14,7 +14,7 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import write_atomically
+from fastadv.files import csv_cell, write_atomically
 
 _FORMAT = 1
 
@@ -111,9 +111,8 @@ class TransferMatrix:
             attack = self.attack if source else "clean"
             for target, correct in zip(self.names, row, strict=True):
                 interval = wilson_interval(correct, self.n)
-                writer.writerow(
-                    (source, target, attack, correct / self.n, *interval, correct, self.n)
-                )
+                cells = (source, target, attack, correct / self.n, *interval, correct, self.n)
+                writer.writerow(map(csv_cell, cells))
         return text.getvalue()
 
     def to_json(self) -> str:

@@ -273,3 +273,22 @@ def test_pictures_in_memory_shared_by_processes_take_few_bytes(root: Path) -> No
         assert name in [FolderImages(root).path(i) for i in range(N + 1)]
     finally:
         name.unlink()
+
+
+def test_a_link_that_leads_back_is_refused_and_not_followed_for_ever(tmp_path: Path) -> None:
+    picture(tmp_path / "cat" / "a.png", 8, 8)
+    picture(tmp_path / "cat" / "more" / "b.png", 8, 8)
+    picture(tmp_path / "dog" / "c.png", 8, 8)
+    elsewhere = picture(tmp_path.parent / f"{tmp_path.name} elsewhere" / "d.png", 8, 8).parent
+    (tmp_path / "dog" / "linked").symlink_to(elsewhere)
+    (tmp_path / "cat" / "linked").symlink_to(elsewhere)  # twice, and not in itself
+    assert len(FolderImages(tmp_path)) == 5
+    for loop, target in (("cat/more/loop", ".."), ("loop", "."), ("cat/loop", "..")):
+        link = tmp_path / loop
+        link.symlink_to(target)
+        with pytest.raises(ValueError, match="in which it lies itself"):
+            FolderImages(tmp_path)
+        link.unlink()
+    (tmp_path / "kitten").symlink_to("cat")
+    with pytest.raises(ValueError, match="its folders cat and kitten are the same folder"):
+        FolderImages(tmp_path)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from fastadv.evaluation.autoattack_state import Fingerprint
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import FinishedBatches
 from fastadv.evaluation.worst import WorstImages
+from fastadv.files import csv_cell
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -130,3 +134,17 @@ def test_damaged_worst_images_are_named(tmp_path: Path) -> None:
             assert "worst.npz" in str(error)
         else:
             assert np.array_equal(found.originals.numpy(), images.numpy())
+
+
+def test_names_that_are_formulas_stay_text_in_a_spreadsheet(tmp_path: Path) -> None:
+    formula = '=HYPERLINK("http://example.org")'
+    one = result("pgd-20", 40)
+    subject = replace(one.subject, network=formula, checkpoint="@step", data="+digits", run="")
+    add_results(tmp_path / "-eval.json", [replace(one, subject=subject)])
+    out = tmp_path / "report"
+    assert main(["report", str(tmp_path / "-eval.json"), "--out", str(out)]) == 0
+    (line,) = csv.DictReader(io.StringIO((out / "report.csv").read_text()))
+    assert line["network"] == f"'{formula}"
+    assert (line["run"], line["checkpoint"], line["data"]) == ("'-eval.json", "'@step", "'+digits")
+    assert float(line["correct"]) == 40
+    assert csv_cell(-1.5) == -1.5 and csv_cell(None) == "" and csv_cell("a=b") == "a=b"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.plot_style import Style
 from fastadv.evaluation.samples import Samples
+from fastadv.files import csv_cell
 from fastadv.models import Stack, check_feature_split
 
 if TYPE_CHECKING:
@@ -67,8 +68,8 @@ class Measured:
         for name, value in {**(head or {}), **self.summary}.items():
             text.write(f"# {name}: {' '.join(str(value).split())}\n")
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([["" if cell is None else cell for cell in row] for row in self.rows])
+        writer.writerow(map(csv_cell, self.columns))
+        writer.writerows([map(csv_cell, row) for row in self.rows])
         return text.getvalue()
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from fastadv.evaluation.reporting.masking import masking_records
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.reporting.summary import Summary
+from fastadv.files import csv_cell
 
 _FORMAT = 1
 _COLUMNS = (
@@ -85,7 +86,7 @@ def to_csv(summary: Summary) -> str:
         for name in ("sum", "mean", "ardist"):
             measure = getattr(measured, name, None)
             entry[name] = "" if measure is None else measure.value
-        writer.writerow({name: "" if value is None else value for name, value in entry.items()})
+        writer.writerow({name: csv_cell(value) for name, value in entry.items()})
     return text.getvalue()
 
 
