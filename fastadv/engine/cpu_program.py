@@ -130,7 +130,7 @@ def fused_steps(copy: AttackCopy) -> list[ProgramStep]:
             relu = relu_behind(node)
             covered.update({node, relu or node})
             steps.append(ScaleShiftStep(relu or node, part, _input_of(node), relu is not None))
-        elif isinstance(part, CopiedLinear) and part.small:
+        elif isinstance(part, CopiedLinear) and (part.small or copy.dtype == torch.float32):
             covered.add(node)
             steps.append(LinearStep(node, part, _input_of(node)))
         elif node.target is item:

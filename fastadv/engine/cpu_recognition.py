@@ -53,7 +53,9 @@ def rows_steps(
     covered: set[fx.Node],
     relu_behind: Callable[[fx.Node], fx.Node | None],
 ) -> list[ProgramStep]:
-    """Steps for nodes that are not covered yet; they are covered then. Empty where the processor has no kernel.
+    """Steps for nodes that are not covered yet; they are covered then.
+
+    In float32 these are views and sums alone. There are no steps where the processor has no kernel.
 
     Args:
         copy: whose graph it is.
@@ -62,7 +64,9 @@ def rows_steps(
         covered: nodes that have a step.
         relu_behind: the ReLU that alone uses a node.
     """
-    if not (cpu_channels.available() and convolution.onednn_available() and copy.is_narrow):
+    if not copy.is_narrow:
+        return _float_steps(copy, nodes, covered)
+    if not (cpu_channels.available() and convolution.onednn_available()):
         return []
     steps = dense_steps(nodes, parts, covered, relu_behind)
     for node in nodes:
@@ -81,6 +85,21 @@ def rows_steps(
             or _unbind_step(node, copy)
             or _pair_step(node, copy)
         )
+        if step is not None:
+            steps.append(step)
+            covered.add(node)
+    return steps
+
+
+def _float_steps(
+    copy: AttackCopy, nodes: list[fx.Node], covered: set[fx.Node]
+) -> list[ProgramStep]:
+    """The part of `rows_steps` for float32."""
+    if not convolution.available() or copy.dtype != torch.float32:
+        return []
+    steps: list[ProgramStep] = []
+    for node in nodes:
+        step = None if node in covered else _view_step(node, copy) or _sum_step(node, copy)
         if step is not None:
             steps.append(step)
             covered.add(node)
@@ -228,12 +247,19 @@ def _unbind_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
 
 def _pair_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
     """A sum or product of two different results of the network."""
+    is_product = _is_call(node, _PRODUCTS) and _has_two_results(node)
+    return GateStep(node, copy) if is_product else _sum_step(node, copy)
+
+
+def _sum_step(node: fx.Node, copy: AttackCopy) -> ProgramStep | None:
+    """A sum of two different results of the network."""
+    return SumStep(node, copy) if _is_call(node, _ADDS) and _has_two_results(node) else None
+
+
+def _has_two_results(node: fx.Node) -> bool:
     operands = [a for a in node.args if isinstance(a, fx.Node) and a.op != "get_attr"]
-    if len(node.args) != 2 or len(operands) != 2 or operands[0] is operands[1] or node.kwargs:
-        return None
-    if _is_call(node, _ADDS):
-        return SumStep(node, copy)
-    return GateStep(node, copy) if _is_call(node, _PRODUCTS) else None
+    two = len(node.args) == len(operands) == 2 and operands[0] is not operands[1]
+    return two and not node.kwargs
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

@@ -382,7 +382,7 @@ class PoolStep(PlainStep):
 
 
 class LinearStep(ProgramStep):
-    """A linear layer too small for bfloat16 to pay, such as most classifiers, in float32."""
+    """A linear layer in float32: any of a float32 copy, and one too small for bfloat16 to pay, as classifiers."""
 
     is_known_to_win = True
 

@@ -1,7 +1,7 @@
 """Steps of a program on rows of channels: linear layers, LayerNorm, activations, sums, and views.
 
-Such steps are for bfloat16 on processors with AVX512-BF16. Where an input is not of the kind that a step serves,
-it runs as a `PlainStep` does.
+Such steps are for bfloat16 on processors with AVX512-BF16. Sums and views are for float32, too. Where an input is
+not of the kind that a step serves, it runs as a `PlainStep` does.
 """
 
 from __future__ import annotations
@@ -201,18 +201,19 @@ def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class SumStep(PlainStep):
-    """``x + y`` of two maps or rows of one shape, in one pass. The sum is in bfloat16 if one of them is."""
+    """``x + y`` of two maps or rows of one shape, in one pass, in the program's dtype if one of them is."""
 
     is_known_to_win = True
 
     def forward(self, run: Pass) -> None:
         """One pass."""
         x, y = (run.values[source] for source in self.inputs)
-        fit = is_rounded(x) and is_rounded(y) and (is_narrow(x) or is_narrow(y))
+        dtype = run.memory.dtype
+        fit = is_rounded(x) and is_rounded(y) and dtype in (x.dtype, y.dtype)
         if not (fit and x.dim() > 1 and x.shape == y.shape and is_dense(x)):
             super().forward(run)
             return
-        x = x.to(torch.bfloat16)
+        x = x.to(dtype)
         out = take_like(run.memory, x)
         _OPS.merge_gradients_(out, x, laid_out_like(y, x), None)
         run.values[self.node] = out

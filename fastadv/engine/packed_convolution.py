@@ -400,6 +400,8 @@ def make_kernel(
 
 def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
     """As `make_kernel`, in float32."""
+    from fastadv.engine import patches  # which needs this module
+
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
     lanes = convolution.float_lanes()
@@ -409,6 +411,8 @@ def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
                 return WinogradFloatKernel(result, source, backward, narrower)
     if lanes and _worth_gathering_in_float(conv, source, result, backward):
         return GatherFloatKernel(conv, backward, lanes)
+    if lanes and backward and patches.serves(conv, backward):
+        return patches.PatchGradientKernel(conv, lanes)
     if not convolution.onednn_available(torch.float32) or (backward and not _rotatable(conv)):
         return None
     return OneDNNKernel(conv, backward, torch.float32)

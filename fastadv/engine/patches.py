@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.packed_convolution import ConvShape, Epilogue, Kernel, OneDNNKernel, taps_along
+from fastadv.engine.packed_convolution import (
+    ConvShape,
+    Epilogue,
+    GatherFloatKernel,
+    Kernel,
+    OneDNNKernel,
+    taps_along,
+)
 
 _OPS = torch.ops.fastadv
 _MOST_CHANNELS = 64  # of a patch, where neighbouring patches overlap
@@ -51,9 +58,14 @@ class PatchKernel(Kernel):
 
 
 class PatchGradientKernel(Kernel):
-    """The gradient in the input of a strided convolution."""
+    """The gradient in the input of a strided convolution.
 
-    def __init__(self, conv: ConvShape) -> None:
+    Args:
+        conv: the convolution.
+        lanes: None in bfloat16; in float32 the width of the vectors, as for `GatherFloatKernel`.
+    """
+
+    def __init__(self, conv: ConvShape, lanes: int | None = None) -> None:
         self._stride = stride = conv.stride[0]
         self._channels = conv.in_channels
         # Along each axis, by the remainder of the input's place: the taps that read it, and from which result.
@@ -71,7 +83,11 @@ class PatchGradientKernel(Kernel):
         self._padding, self._sizes = padding, sizes
         grouped = conv.in_channels * stride**2
         self._shape = ConvShape(conv.out_channels, grouped, sizes, (1, 1), padding)
-        self._convolution = OneDNNKernel(self._shape, backward=False)
+        self._convolution: Kernel = (
+            OneDNNKernel(self._shape, backward=False)
+            if lanes is None
+            else GatherFloatKernel(self._shape, False, lanes)
+        )
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`."""

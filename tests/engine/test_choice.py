@@ -226,6 +226,31 @@ def test_engines_of_passes_that_take_no_time_are_not_compared(takes: Any) -> Non
     assert engine.reason == "the model can be copied; measured on 4 images: fused program 1 ms"
 
 
+@pytest.mark.parametrize("contiguous", [30.0, 50.0])
+def test_in_float32_the_live_model_is_timed_in_both_layouts(
+    takes: Any, contiguous: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
+    clock, timed = takes(43.0, 45.0, 40.0), LiveEngine.gradient
+
+    def gradient(self: LiveEngine, x: Tensor, value_of: Any) -> InputGradient:
+        found = timed(self, x, value_of)
+        clock.now += 0.0 if self.channels_last else (contiguous - 40.0) / 1e3
+        return found
+
+    monkeypatch.setattr(LiveEngine, "gradient", gradient)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model, steps=2)
+    attack(x, Y)
+    engine = attack.engine_for(x)
+    assert type(engine) is LiveEngine and engine.channels_last == (contiguous > 40)
+    assert attack.last.precision == "fp32"
+    assert attack.last.reason == (
+        "the model can be copied; measured on 4 images: fused program in fp32 43 ms, copy in fp32 45 ms, "
+        f"live model in fp32 40 ms, live model in fp32, contiguous {contiguous:g} ms"
+    )
+
+
 def refuse(*_: object, **__: object) -> None:
     raise AssertionError("something was measured")
 

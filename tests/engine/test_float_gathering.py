@@ -17,6 +17,7 @@ from fastadv.engine.packed_convolution import (
     make_kernel,
     result_shape,
 )
+from fastadv.engine.patches import PatchGradientKernel
 
 OPS = torch.ops.fastadv
 RELATIVE_ERROR = 2e-6  # of the result's norm
@@ -142,7 +143,8 @@ def test_which_convolutions_it_serves() -> None:
     assert kind(*strided) is kind(*strided, backward=True) is GatherFloatKernel
     assert kind(64, 256, (1, 1)) is kind(64, 256, (1, 1), backward=True) is GatherFloatKernel
     assert kind(3, 64, (16, 16), (16, 16)) is GatherFloatKernel  # oneDNN is slow at patches
-    assert kind(3, 64, (16, 16), (16, 16), backward=True) is type(None)
+    assert kind(3, 64, (16, 16), (16, 16), backward=True) is PatchGradientKernel
+    assert kind(3, 64, (7, 7), (2, 2), (3, 3), backward=True) is PatchGradientKernel
     assert kind(3, 64, (7, 7), (2, 2), (3, 3)) is OneDNNKernel
     assert kind(64, 64, (1, 1), (2, 1)) is OneDNNKernel
     assert kind(64, 64, (3, 3), (2, 2), (1, 1), groups=2) is OneDNNKernel

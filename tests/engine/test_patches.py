@@ -12,7 +12,7 @@ from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.packed_convolution import ConvShape, Epilogue
 from fastadv.engine.patches import PatchGradientKernel, PatchKernel, serves
 
-pytestmark = pytest.mark.skipif(
+needs_bf16 = pytest.mark.skipif(
     not (convolution.available() and convolution.onednn_available()),
     reason="oneDNN has no bfloat16 here",
 )
@@ -41,26 +41,35 @@ CASES = [
 ]
 
 
+# By the lanes of float32's vectors; None: bfloat16.
+LANES = [pytest.param(None, marks=needs_bf16), 8, 16]
+
+
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("case", CASES)
-def test_gradient_in_the_input(case: tuple) -> None:
+def test_gradient_in_the_input(case: tuple, lanes: int | None) -> None:
+    if lanes is not None and lanes > convolution.float_lanes():
+        pytest.skip("this processor has no such vectors")
+    dtype, bound = (torch.bfloat16, 0.01) if lanes is None else (torch.float32, 2e-6)
     into, outof, kernel, stride, padding, height, width = case
     conv = ConvShape(into, outof, kernel, (stride, stride), padding)
     assert serves(conv, backward=True)
     weight, scale = torch.randn(outof, into, *kernel), torch.rand(outof) + 0.5
     folded = (weight * scale[:, None, None, None]).double()
-    x = narrow(3, into, height, width)
+    x = narrow(3, into, height, width).to(dtype)
     shape = F.conv2d(x.double(), folded, None, stride, padding).shape
-    gradient = narrow(*shape, seed=3)
-    backward = PatchGradientKernel(conv)
+    gradient = narrow(*shape, seed=3).to(dtype)
+    backward = PatchGradientKernel(conv, lanes)
     backward.refresh(weight, scale)
     wanted = torch.nn.grad.conv2d_input(x.shape, folded, gradient.double(), stride, padding)
-    memory = Memory()
+    memory = Memory(dtype)
     found = backward.run(memory, tuple(x.shape), gradient, Epilogue())
-    assert relative(found, wanted) < 0.01
+    assert found.dtype == dtype and relative(found, wanted) < bound
     found = backward.run(memory, tuple(x.shape), gradient, Epilogue(add=x, mask=x))
-    assert relative(found, torch.where(x > 0, wanted + x.double(), 0.0)) < 0.01
+    assert relative(found, torch.where(x > 0, wanted + x.double(), 0.0)) < bound
 
 
+@needs_bf16
 @pytest.mark.parametrize("case", CASES[:2])
 def test_convolution_of_patches(case: tuple) -> None:
     into, outof, kernel, stride, padding, height, width = case
