@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import csv
 import math
-import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -502,11 +500,14 @@ def tiny_net(seed: int = 0) -> TinyNet:
 
 
 @pytest.mark.compiles
-@pytest.mark.skipif(
-    sys.platform == "win32" or not any(map(shutil.which, ("g++", "clang++", "c++"))),
-    reason="torch.compile needs a C++ compiler",
-)
-def test_a_compiled_run_computes_the_same(tmp_path: Path) -> None:
+def test_a_compiled_run_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are what is tested here, not the code that inductor makes of them within half a minute."""
+    real = torch.compile
+
+    def traced(*arguments: Any, **options: Any) -> Any:
+        return real(*arguments, **{**options, "backend": "aot_eager"})
+
+    monkeypatch.setattr(torch, "compile", traced)
     counters = torch._dynamo.utils.counters["frames"]
     runs: dict[bool, tuple[list[float], dict[str, Tensor]]] = {}
     for compiled in (False, True):
