@@ -22,7 +22,6 @@ FEWEST = {
     "longest": 35,
     "whole": 300,
     "interpreter": 500,
-    "emulator": 300,
     "other_order": 75,
     "refusals": 150,
     "every_op": 2,

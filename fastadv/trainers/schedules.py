@@ -127,14 +127,7 @@ class Piecewise(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_ascending("starts", self.starts)
-        if not self.starts or self.starts[0] != 0:
-            raise ValueError(f"starts must begin with epoch 0, got {self.starts}")
-        if len(self.factors) != len(self.starts):
-            raise ValueError(
-                f"factors must have one number for each of the {len(self.starts)} starts, "
-                f"got {len(self.factors)}"
-            )
+        _check_pieces("starts", self.starts, self.factors)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return the factor of the piece that the epoch is in."""
@@ -159,14 +152,7 @@ class Interpolated(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_ascending("epochs", self.epochs)
-        if not self.epochs or self.epochs[0] != 0:
-            raise ValueError(f"epochs must begin with 0, got {self.epochs}")
-        if len(self.factors) != len(self.epochs):
-            raise ValueError(
-                f"factors must have one number for each of the {len(self.epochs)} epochs, "
-                f"got {len(self.factors)}"
-            )
+        _check_pieces("epochs", self.epochs, self.factors)
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return the factor on the line that the epoch is on."""
@@ -328,3 +314,14 @@ def _lowered(base: float | None, largest: float | None, height: float) -> float 
 def _check_ascending(name: str, values: tuple[float, ...]) -> None:
     if list(values) != sorted(set(values)) or any(value < 0 for value in values):
         raise ValueError(f"{name} must be ascending epochs >= 0, got {values}")
+
+
+def _check_pieces(name: str, epochs: tuple[int | Number, ...], factors: tuple[Number, ...]) -> None:
+    """Raise ValueError unless the epochs ascend from 0 and each of them has a factor."""
+    _check_ascending(name, epochs)
+    if not epochs or epochs[0] != 0:
+        raise ValueError(f"{name} must begin with 0, got {epochs}")
+    if len(factors) != len(epochs):
+        raise ValueError(
+            f"factors must have one number for each of the {len(epochs)} {name}, got {len(factors)}"
+        )

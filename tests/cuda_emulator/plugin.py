@@ -1,15 +1,14 @@
 """A pytest plugin: on CPU tensors the ops of csrc/cuda run their CUDA kernels, emulated.
 
-Of the tests it keeps those that run such an op on the backend "native", for the parameters that `when` of the mark
-`emulator` accepts where a test has that mark. Those marked `other_order` run a second time, with the threads of a
-block in another order.
+Of the tests it keeps those that run such an op on the backend "native". Those marked `other_order` run a second
+time, with the threads of a block in another order.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from marks import accepted, parameters
+from marks import parameters
 
 import fastadv.ops  # noqa: F401  defines the ops
 from cuda_emulator.build import ops
@@ -34,12 +33,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
-        given, mark = parameters(item), item.get_closest_marker("emulator")
+        given = parameters(item)
         native = (given.get("device"), given.get("name")) == ("cpu", "native")
         case = given.get("case")
         runs_a_kernel = native and (case is None or case.op in emulated)
-        chosen = runs_a_kernel and (mark is None or accepted(item, mark))
-        (kept if chosen else others).append(item)
+        (kept if runs_a_kernel else others).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=others)
 

@@ -97,10 +97,12 @@ class TestBinaryLayout:
     def test_order_of_records_does_not_matter(self, layout, binary_root):
         folder = binary_root / "cifar-10-batches-bin"
         first, second = folder / "data_batch_1.bin", folder / "data_batch_2.bin"
+        read_first = read_cifar(layout, binary_root).train.images[:RECORDS]
         content = first.read_bytes()
         first.write_bytes(second.read_bytes())
         second.write_bytes(content)
-        read_cifar(layout, binary_root)
+        found = read_cifar(layout, binary_root).train.images
+        assert torch.equal(found[RECORDS : 2 * RECORDS], read_first)
 
     def test_content_is_verified_unless_told_otherwise(self, layout, binary_root):
         path = binary_root / "cifar-10-batches-bin" / "data_batch_3.bin"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,3 +66,13 @@ def fingerprint(folder: Path) -> dict[str, str]:
         else:
             found[name] = "folder"
     return found
+
+
+def stop_at(step: int) -> Callable[[Any], None]:
+    """A callback that interrupts a run after so many steps."""
+
+    def stop(progress: Any) -> None:
+        if progress.step == step:
+            raise Interruption
+
+    return stop
