@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.convolution_kernels import Epilogue
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.layers import CopiedConv2d, CopiedLinear, CopiedScaleShift
-from fastadv.engine.packed_convolution import Epilogue
 
 _OPS = torch.ops.fastadv
 

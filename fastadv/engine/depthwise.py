@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.engine import cpu_channels
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.packed_convolution import ConvShape, Epilogue, Kernel, taps_along
+from fastadv.engine.convolution_kernels import ConvShape, Epilogue, Kernel, taps_along
 
 _OPS = torch.ops.fastadv
 

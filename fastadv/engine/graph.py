@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from fastadv.engine.convolution_kernels import ConvShape
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.layers import (
     CopiedConv2d,
@@ -21,7 +22,6 @@ from fastadv.engine.layers import (
     NormTensors,
     instance_norm,
 )
-from fastadv.engine.packed_convolution import ConvShape
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, refs
 from fastadv.engine.tape import BatchNumber, Tape
 

@@ -10,13 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastadv.engine.packed_convolution import (
-    ConvShape,
-    PackedConv2d,
-    misread,
-    on_wider_images,
-    result_shape,
-)
+from fastadv.engine.convolution_kernels import ConvShape, misread, on_wider_images, result_shape
+from fastadv.engine.packed_convolution import PackedConv2d
 
 _FEW_WEIGHTS = 2**16  # of a linear layer
 # With float32 weights torch's CPU kernels keep the statistics of narrow maps in float32 too. In their gradients

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.packed_convolution import (
+from fastadv.engine.convolution_kernels import (
     ConvShape,
     Epilogue,
     GatherFloatKernel,

@@ -21,16 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.cpu_training import serves_weight_gradient
-from fastadv.engine.packed_convolution import (
+from fastadv.engine.convolution_kernels import (
     ConvShape,
     Epilogue,
     Kernel,
     TileKernel,
     WinogradKernel,
-    make_kernel,
     result_shape,
 )
+from fastadv.engine.cpu_training import serves_weight_gradient
+from fastadv.engine.packed_convolution import make_kernel
 from fastadv.engine.training_norm import fast_batch_norm
 
 _BF16 = torch.bfloat16

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fastadv.engine import cpu_channels
 from fastadv.engine.buffer_pool import Memory
+from fastadv.engine.convolution_kernels import ConvShape, Epilogue
 from fastadv.engine.depthwise import DepthwiseKernel, serves
-from fastadv.engine.packed_convolution import ConvShape, Epilogue, make_kernel
+from fastadv.engine.packed_convolution import make_kernel
 
 OPS = torch.ops.fastadv
 pytestmark = pytest.mark.skipif(

@@ -11,15 +11,15 @@ from convolution_helpers import narrow, poisoned, relative, run
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
-from fastadv.engine.layers import CopiedConv2d
-from fastadv.engine.packed_convolution import (
+from fastadv.engine.convolution_kernels import (
     ConvShape,
     GatherKernel,
     OneDNNKernel,
     TileKernel,
     WinogradKernel,
-    make_kernel,
 )
+from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.packed_convolution import make_kernel
 from fastadv.engine.patches import PatchGradientKernel, PatchKernel
 
 OPS = torch.ops.fastadv

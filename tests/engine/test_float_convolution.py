@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.packed_convolution import (
+from fastadv.engine.convolution_kernels import (
     ConvShape,
     Epilogue,
     Kernel,
     OneDNNKernel,
     WinogradFloatKernel,
-    make_kernel,
 )
+from fastadv.engine.packed_convolution import make_kernel
 
 OPS = torch.ops.fastadv
 RELATIVE_ERROR = 5e-6  # of the result's norm; the direct sum in float32 has 3e-7

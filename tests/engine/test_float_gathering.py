@@ -10,13 +10,13 @@ from test_float_convolution import every_width, images, run, skip_wider
 from torch import Tensor
 
 from fastadv.engine import cpu_convolution as convolution
-from fastadv.engine.packed_convolution import (
+from fastadv.engine.convolution_kernels import (
     ConvShape,
     GatherFloatKernel,
     OneDNNKernel,
-    make_kernel,
     result_shape,
 )
+from fastadv.engine.packed_convolution import make_kernel
 from fastadv.engine.patches import PatchGradientKernel
 
 OPS = torch.ops.fastadv

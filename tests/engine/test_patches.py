@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.buffer_pool import Memory
-from fastadv.engine.packed_convolution import ConvShape, Epilogue
+from fastadv.engine.convolution_kernels import ConvShape, Epilogue
 from fastadv.engine.patches import PatchGradientKernel, PatchKernel, serves
 
 needs_bf16 = pytest.mark.skipif(

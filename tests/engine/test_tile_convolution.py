@@ -11,7 +11,7 @@ from convolution_helpers import narrow, poisoned, relative, run
 from torch import Tensor, nn
 
 from fastadv.engine import cpu_convolution as convolution
-from fastadv.engine.packed_convolution import ConvShape, TileKernel
+from fastadv.engine.convolution_kernels import ConvShape, TileKernel
 
 OPS = torch.ops.fastadv
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastadv.engine.packed_convolution import Epilogue, Kernel
+from fastadv.engine.convolution_kernels import Epilogue, Kernel
 
 
 def narrow(shape: tuple[int, ...], seed: int) -> Tensor:
