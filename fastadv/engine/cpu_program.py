@@ -8,9 +8,9 @@ and allocate every result anew. A program runs each such group as one step in bo
   activation it flows into, again in its last pass;
 * results go to memory that the program keeps between calls.
 
-Global average pooling and small classifiers are steps of their own, in float32. Everything else (other
-layers, the model's own arithmetic) runs as it stands, one node at a time, under autograd. So every traced model
-has a program; convolutional ones are mostly fused.
+Global average pooling and small classifiers are steps of their own, in float32. In a float32 program so are all
+linear layers, sums and views. Everything else (other layers, the model's own arithmetic) runs as it stands, one
+node at a time, under autograd. So every traced model has a program; convolutional ones are mostly fused.
 """
 
 from __future__ import annotations
