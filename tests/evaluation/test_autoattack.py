@@ -299,7 +299,7 @@ def test_it_says_what_to_install(monkeypatch):
         (4, {"version": ("fab", "fab")}, "none twice"),
         (4, {"seed": -1}, "seed must be in"),
         (4, {"eps": -1.0}, "eps must be"),
-        (4, {"norm": "linfinity"}, "norm must be one of"),
+        (4, {"norm": "l3"}, "norm must be one of"),
     ],
 )
 def test_wrong_arguments(classes, arguments, message):

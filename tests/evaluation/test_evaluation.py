@@ -301,7 +301,7 @@ def _same(model, images, labels):
         ({"eps": -0.1}, ValueError, "eps must be .* got -0.1"),
         ({"eps": float("nan")}, ValueError, "eps must"),
         ({"alpha": -1.0}, ValueError, "alpha must"),
-        ({"norm": "linfinity"}, ValueError, "norm must be one of linf, l2, l1"),
+        ({"norm": "l3"}, ValueError, "norm must be one of linf, l2, l1"),
         ({"batch_size": 0}, ValueError, "batch_size must"),
         ({"max_examples": 0}, ValueError, "max_examples must"),
         ({"bounds": (0.0, 0.5), "eps": 0.1}, ValueError, "images must lie within"),

@@ -64,7 +64,7 @@ _BAD = (
     Bad("x", ValueError, lambda k: {"x": torch.zeros(())}),
     Bad("eps", ValueError, lambda k: {"eps": -1e-9}),
     Bad("eps", ValueError, lambda k: {"eps": torch.zeros(3, 3)}),
-    Bad("norm", ValueError, lambda k: {"norm": "linfinity"}),
+    Bad("norm", ValueError, lambda k: {"norm": "l3"}),
     Bad("bounds", ValueError, lambda k: {"bounds": (0.5, 0.25)}),
     Bad("seed", TypeError, lambda k: {"seed": 0.5}),
     Bad("seed", ValueError, lambda k: {"seed": 2**63}),
