@@ -19,7 +19,7 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
     for name, value in sorted(state.items()):
         digest.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
         plain = value.detach().cpu().contiguous().flatten()
-        digest.update(plain.view(torch.uint8).numpy().tobytes())
+        digest.update(plain.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -50,6 +50,7 @@ def describe_data(train: Images, extra: ImageData | None = None) -> dict[str, An
         "images": len(train),
         "size": list(train.images.shape[1:]),
         "labels": digest_of({"labels": train.labels}),
+        "pixels": digest_of({"images": train.images}),
     }
     return description if extra is None else {**description, "extra": describe_data(extra)}
 

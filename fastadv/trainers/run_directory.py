@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +186,9 @@ class RunDirectory:
         Raises:
             ValueError: naming the differences.
         """
-        changed = differences({**defaults, **self.read().flat()}, new.flat())
+        old = self.read()
+        new = replace(new, data=_as_far_as(old.data, new.data))
+        changed = differences({**defaults, **old.flat()}, new.flat())
         if changed:
             raise ValueError(
                 f"run_dir {self.path} holds another run than the one to resume: "
@@ -252,3 +254,14 @@ class RunDirectory:
     @property
     def _log(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def _as_far_as(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of data, without the digest of pixels where the older one is from before there was one."""
+    return {
+        name: _as_far_as(old[name], value)
+        if isinstance(value, dict) and isinstance(old.get(name), dict)
+        else value
+        for name, value in new.items()
+        if name != "pixels" or name in old
+    }

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from test_command_line import RUN, fails, prints
 
+from fastadv.cli import main
 from fastadv.cli.flags import is_flag, spellings
 from fastadv.cli.train import training_parser
 from fastadv.trainers import find_method
@@ -190,3 +191,13 @@ def test_a_tracker_that_is_not_installed_is_told_before_the_run_begins(
     monkeypatch.setitem(sys.modules, module, None)
     assert message in fails(["train", "standard", *RUN, *words], capfd)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_command_can_be_pasted_for_any_name_of_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "a run"
+    words = ["--data", "digits", "--run", str(run), "--epochs", "1", "--train_images", "32"]
+    numbers = ["--batch_size", "32", "--monitor_images", "8", "--quiet"]
+    assert main(["train", "standard", *words, *numbers]) == 0
+    assert f"next: fastadv eval '{run}'" in capfd.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,22 @@ def test_a_run_from_before_a_number_existed_goes_on(tmp_path: Path) -> None:
     assert run("pgd_at", tmp_path, resume=True).progress.step == 8
     with pytest.raises(ValueError, match="attack_mode: eval -> train"):
         run("pgd_at", tmp_path, resume=True, changes={"attack_mode": "train"})
+
+
+def test_a_run_does_not_go_on_with_other_pixels_under_the_same_labels(tmp_path: Path) -> None:
+    with pytest.raises(Interruption):
+        run("standard", tmp_path, stop_after=5)
+    data = small_data()
+    images = data.train.images.clone()
+    images[7, 0, 3, 3] ^= 1
+    other = replace(data, train=replace(data.train, images=images))
+    with pytest.raises(ValueError, match=r"holds another run .*data\.pixels: "):
+        run("standard", tmp_path, resume=True, data=other)
+    file = tmp_path / "run.json"
+    content = read_sealed(file)
+    del content["data"]["pixels"]  # as before they were recorded
+    file.write_text(sealed_json(content))
+    assert run("standard", tmp_path, resume=True).progress.step == 8
 
 
 def test_an_existing_run_is_neither_touched_nor_taken_for_another(tmp_path: Path) -> None:
