@@ -60,7 +60,8 @@ class AutoAttackResult:
 
     Attributes:
         robust: [N] bool, images classified correctly without and under every attack.
-        fooled: [M] int64, indices of the images for which an adversarial one was found.
+        fooled: [M] int64, indices of the images for which an adversarial one was found, attack by attack in their
+            order.
         adversarial: [M, C, H, W] float32 on the CPU, these adversarial images.
         stages: the number of images that withstood each attack.
         status: ``"ok"``, ``"suspect"`` after a warning, ``"invalid"`` after a violation.
@@ -278,13 +279,14 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
     clean = runner.clean()
     first = samples.batches(runner.batch_size)[0]
     warnings = hunt.library.check_model(*samples.take(first, runner.device))
-    robust, records, stages = clean.robust.clone(), [], []
+    robust, records, stages, broken = clean.robust.clone(), [], [], []
     for attack in attacks:
         search = search_for(hunt, attack)
         found = search.run(robust.nonzero().flatten())
         for record in found:
             robust[record.fooled] = False
         records += found
+        broken.append(_broken(found, samples.image_shape))
         stages.append(_stage(attack, search.by, int(robust.sum()), found))
     warnings += hunt.library.check_square(int(clean.robust.sum()), stages, len(samples))
     warnings += [text for record in records for text in record.warnings]
@@ -292,11 +294,10 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
     for record in records:
         audit.found += Violations(**record.violations)
     problems = audit.problems()
-    no_image = torch.empty(0, *samples.image_shape)
     return AutoAttackResult(
         robust=robust,
-        fooled=torch.cat([torch.empty(0, dtype=torch.int64), *(r.fooled for r in records)]),
-        adversarial=torch.cat([no_image, *(r.adversarial for r in records)]),
+        fooled=torch.cat([one for one, _ in broken]),
+        adversarial=torch.cat([images for _, images in broken]),
         stages=tuple(stages),
         status="invalid" if problems else "suspect" if warnings else "ok",
         notes=(*problems, *merge_warnings(warnings)),
@@ -305,6 +306,14 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
         seconds=clean.seconds + sum(record.seconds for record in records),
         search=hunt.search,
     )
+
+
+def _broken(records: Sequence[BatchRecord], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """The images that an attack has broken, in their order, and the adversarial ones made of them."""
+    fooled = torch.cat([torch.empty(0, dtype=torch.int64), *(one.fooled for one in records)])
+    images = torch.cat([torch.empty(0, *shape), *(one.adversarial for one in records)])
+    order = fooled.argsort()
+    return fooled[order], images[order]
 
 
 def _stage(attack: str, by: str, correct: int, records: Sequence[BatchRecord]) -> Stage:
