@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import weakref
 from typing import cast
 
@@ -39,7 +40,8 @@ def _calls_compiled_functions(model: nn.Module) -> bool:
         return False
     if model not in _calling:
         _calling[model] = any(
-            hasattr(value, "_torchdynamo_orig_callable") for _, value in named_by(model)
+            type(value) is types.FunctionType and hasattr(value, "_torchdynamo_orig_callable")
+            for _, value in named_by(model)
         )
     return _calling[model]
 

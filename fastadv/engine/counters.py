@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,15 +22,17 @@ def plain_state(model: nn.Module) -> list[object]:
     """
     seen: set[int] = set()
     held = (value for module in modules_of(model) for value in vars(module).items())
-    numbers = [pair for pair in held if isinstance(pair[1], _NUMBERS)]
+    numbers = [pair for pair in held if issubclass(type(pair[1]), _NUMBERS)]
     objects = [item for module in modules_of(model) for item in held_by(module)]
     return [*numbers, *(number for item in objects for number in _within(item, seen, _DEEPEST))]
 
 
 def _within(value: Any, seen: set[int], depth: int) -> Iterator[object]:
+    if type(value) in weakref.ProxyTypes:
+        return  # its object may be gone
     if isinstance(value, _NUMBERS):
         yield value
-    elif hasattr(value, "__next__"):
+    elif any("__next__" in vars(kind) for kind in type(value).__mro__):
         yield object()
     elif depth > 0 and id(value) not in seen and not isinstance(value, nn.Module):
         seen.add(id(value))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -29,15 +30,13 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
     functions: set[types.FunctionType] = set()
     while waiting and len(functions) < _MOST_FUNCTIONS:
         value = waiting.pop()
-        if isinstance(value, type):
+        if _is_class(value):
             if value not in kinds and _is_others(value):
                 kinds.add(value)
-                waiting.extend(getattr(value, name, None) for name in names)
+                waiting.extend(inspect.getattr_static(value, name, None) for name in names)
             continue
-        function = getattr(value, "__func__", value)
-        if not callable(function):
-            continue
-        wrapped = inspect.unwrap(function)
+        function = _function_of(value)
+        wrapped = None if function is None else inspect.unwrap(function)
         if not isinstance(wrapped, types.FunctionType) or wrapped in functions:
             continue
         if not _is_others(wrapped):
@@ -50,9 +49,20 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield wrapped.__name__, function
         yield from named
         for _, found in named:
-            waiting += [found, found if isinstance(found, type) else type(found)]
-        waiting.extend(getattr(kind, name, None) for kind in kinds for name in mentioned - names)
-        names |= mentioned
+            waiting += [found, found if _is_class(found) else type(found)]
+        new = mentioned - names
+        waiting.extend(inspect.getattr_static(kind, name, None) for kind in kinds for name in new)
+        names |= new
+
+
+def _function_of(value: Any) -> Callable[..., Any] | None:
+    """The function in a method or a partial application. Other objects are left alone: they may run code."""
+    while type(value) in _AROUND:
+        value = value.func if type(value) is functools.partial else value.__func__
+    return value if type(value) in (types.FunctionType, functools._lru_cache_wrapper) else None
+
+
+_AROUND = (types.MethodType, staticmethod, classmethod, functools.partial)
 
 
 def content_of(cell: types.CellType) -> Any:
@@ -61,6 +71,11 @@ def content_of(cell: types.CellType) -> Any:
         return cell.cell_contents
     except ValueError:
         return None
+
+
+def _is_class(value: object) -> bool:
+    """As `isinstance`, which a weak proxy without its object does not bear."""
+    return issubclass(type(value), type)
 
 
 def _is_others(code: Any) -> bool:

@@ -112,10 +112,16 @@ def items_of(value: Any) -> list[object]:
         return [value.__func__, value.__self__]
     if isinstance(value, types.FunctionType):
         return _named_by(value)
-    if not hasattr(value, "__dict__"):
-        return []
     call = vars(type(value)).get("__call__")
-    return [*vars(value).values(), *([call] if isinstance(call, types.FunctionType) else [])]
+    return [
+        *attributes_of(value).values(),
+        *([call] if isinstance(call, types.FunctionType) else []),
+    ]
+
+
+def attributes_of(value: object) -> dict[str, Any]:
+    """The attributes of an object alone, which is not asked for them: its ``__getattr__`` may raise anything."""
+    return vars(value) if type(value).__dictoffset__ else {}
 
 
 def _named_by(function: types.FunctionType) -> list[object]:

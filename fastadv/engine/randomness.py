@@ -10,6 +10,7 @@ import functools
 import inspect
 import random
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.named_code import content_of, named_by
+from fastadv.engine.networks import attributes_of
 
 _TRIES = (
     3  # runs of the model after which a generator whose state always changes counts as the model's
@@ -103,17 +105,17 @@ def draws_can_be_watched(model: object) -> bool:
 
 def _hides_draws(part: object) -> bool:
     scripted = (torch.jit.ScriptModule, torch.jit.ScriptFunction, nn.DataParallel)
-    return (
-        isinstance(part, scripted)
-        or hasattr(part, "_torchdynamo_orig_callable")
-        or getattr(part, "_compiled_call_impl", None) is not None
-        or is_compiled_wrapper(part)
-    )
+    if isinstance(part, types.FunctionType | types.MethodType):
+        return hasattr(part, "_torchdynamo_orig_callable")
+    compiled = isinstance(part, nn.Module) and part._compiled_call_impl is not None
+    return compiled or isinstance(part, scripted) or is_compiled_wrapper(part)
 
 
 def _reaches_hidden_draws(value: object, seen: set[int], depth: int) -> bool:
     """Whether a callable holds or names such a part."""
-    if id(value) in seen or isinstance(value, (torch.Tensor, types.ModuleType)):
+    if id(value) in seen or type(value) in weakref.ProxyTypes:
+        return False
+    if isinstance(value, (torch.Tensor, types.ModuleType)):
         return False
     seen.add(id(value))
     if _hides_draws(value):
@@ -201,7 +203,9 @@ def _own_generators(model: nn.Module) -> Iterator[tuple[int, Generator]]:
 def _generators_in(
     value: Any, name: str, seen: set[int], depth: int
 ) -> Iterator[tuple[int, Generator]]:
-    if id(value) in seen or isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
+    if id(value) in seen or type(value) in weakref.ProxyTypes:
+        return  # the object of a weak proxy may be gone, and belongs to somebody else
+    if isinstance(value, (torch.Tensor, nn.Module, type, types.ModuleType)):
         return
     seen.add(id(value))
     if isinstance(value, random.SystemRandom):
@@ -229,4 +233,4 @@ def _items(value: Any) -> list[Any]:
         return [content_of(cell) for cell in value.__closure__ or ()]
     if isinstance(value, (types.MethodType, types.BuiltinMethodType)):  # such as `generator.random`
         return [value.__self__]
-    return list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return list(attributes_of(value).values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -91,3 +92,46 @@ def test_compiled_functions_are_recorded_as_they_are_written() -> None:
     attack = fastadv.PGD(CallsCompiled().eval(), steps=1, precision="fp32", engine="compiled")
     assert attack.engine_for(X).name == "compiled"
     assert not _GRAPHS
+
+
+class AttributeDict(dict[str, Any]):
+    """Raises KeyError for attributes that it does not have, as in many configurations."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+
+class Referred:
+    pass
+
+
+class OddObjects(Body):
+    """Holds objects that bear no inspection by `hasattr` and `isinstance`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg = AttributeDict(scale=2.0)
+        kept = Referred()
+        self.gone = weakref.proxy(kept)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.cfg.scale * x)
+
+
+class RandomOddObjects(OddObjects):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.01 * torch.rand_like(x))
+
+
+def test_objects_that_bear_no_inspection() -> None:
+    attack = fastadv.PGD(OddObjects().eval(), steps=1, precision="fp32", engine="compiled")
+    attack(X, Y)
+    assert attack.last.engine == "compiled"
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_objects_that_bear_no_inspection_in_a_model_that_runs_live(monkeypatch) -> None:
+    monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
+    attack = fastadv.PGD(RandomOddObjects().eval(), steps=1)
+    attack(X, Y)
+    assert "draws random numbers" in attack.last.reason
