@@ -28,7 +28,7 @@ from fastadv.engine.tape import Tape
 Contender = EngineOnCopy | LiveEngine
 
 
-class Names(NamedTuple):
+class EngineNames(NamedTuple):
     """Engines in the words of `Choice`; ``contiguous``: the live model on images that are not channels-last."""
 
     program: str
@@ -39,8 +39,8 @@ class Names(NamedTuple):
 
 # By the precision of the engines. In float32 some networks are faster on contiguous images.
 NAMES = {
-    "bf16": Names("fused program", "copy", "live model under autocast"),
-    "fp32": Names(
+    "bf16": EngineNames("fused program", "copy", "live model under autocast"),
+    "fp32": EngineNames(
         "fused program in fp32",
         "copy in fp32",
         "live model in fp32",

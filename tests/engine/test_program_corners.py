@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine import cpu_convolution as convolution
+from fastadv.engine.copy_engines import ProgramEngine
 from fastadv.engine.cpu_program import Program
-from fastadv.engine.engines import ProgramEngine
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -135,6 +135,7 @@ def test_packed_tiles_do_not_depend_on_the_layout_of_the_weights(backward: bool)
         assert torch.equal(one, other)
 
 
+@needs_amx
 def test_tiles_depend_neither_on_threads_nor_on_company() -> None:
     kernel, x = (
         TileKernel(nn.Conv2d(64, 48, 3, padding=1), backward=False),
