@@ -9,7 +9,7 @@
 namespace fastadv::conv3x3 {
 namespace {
 
-constexpr int kRows = 6;  // of tiles multiplied together
+constexpr int kRows = 6;  // of tiles multiplied together, at most: see conv::next_rows
 constexpr int64_t kBlock = kVectors * kLanes;
 // Steps over input channels by which filters are read ahead: they come from the memory farthest
 // away, and once for many tiles. Saves a tenth of the time or more from 256 channels on.
@@ -65,8 +65,7 @@ inline Multiply multiply_of(int64_t rows, int64_t vectors) {
 void multiply_block(float* m, const float* v, const float* filters, int64_t channels, int64_t rows,
                     int64_t width) {
   while (rows > 0) {
-    // A remainder is spread, so that no group is tiny.
-    const int64_t groups = (rows + kRows - 1) / kRows, now = (rows + groups - 1) / groups;
+    const int64_t now = conv::next_rows(rows);
     multiply_of(now, width / kLanes)(m, v, filters, channels);
     m += now * width;
     v += now * channels;

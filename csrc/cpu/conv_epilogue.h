@@ -8,6 +8,13 @@ namespace fastadv::conv {
 constexpr int kWide = 64;  // output channels computed together: four vectors of 16 floats
 constexpr int kVector = 16;
 
+// How many of the remaining rows to multiply together: 6 x 4 sums fill the registers; a remainder
+// is spread so that no group is tiny.
+inline int64_t next_rows(int64_t remaining) {
+  const int64_t groups = (remaining + 5) / 6;
+  return (remaining + groups - 1) / groups;
+}
+
 // In this order: + bias[c], + add, max(0, .), 0 where mask <= 0. Pointers may be null. `add` and
 // `mask` are laid out as the result.
 template <class Stored>

@@ -100,9 +100,7 @@ inline Multiply multiply_of(int64_t rows, int64_t vectors) {
 void multiply_part(const Task& task, const Part& part, int64_t count, const float* filters,
                    int64_t width) {
   for (int64_t place = 0; place < count;) {
-    // A remainder is spread, so that no group is tiny.
-    const int64_t left = count - place, groups = (left + kRows - 1) / kRows;
-    const int64_t now = (left + groups - 1) / groups;
+    const int64_t now = conv::next_rows(count - place);
     multiply_of(now, width / kLanes)(task, part, place, filters);
     place += now;
   }

@@ -44,13 +44,6 @@ FASTADV_AVX512_INLINE __m512bh broadcast_pair(int32_t pair) {
   return (__m512bh)lanes;
 }
 
-// How many of the remaining rows to multiply together: 6 x 4 sums fill the registers; a remainder
-// is spread so that no group is tiny.
-inline int64_t next_rows(int64_t remaining) {
-  const int64_t groups = (remaining + 5) / 6;
-  return (remaining + groups - 1) / groups;
-}
-
 // Finishes 16 results, of which the lanes in `live` exist, and stores them. `at` counts from the
 // tensors' beginnings.
 FASTADV_AVX512_INLINE void finish(uint16_t* out, __m512 value, const Epilogue& epilogue, int64_t at,

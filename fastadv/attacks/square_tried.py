@@ -63,9 +63,8 @@ class TriedSquares:
             images: as they are now, [B, C, H, W].
         """
         for side in sides[self._sides != sides].unique().tolist():
-            self._begin(
-                ((self._sides != sides) & (sides == side)).nonzero().flatten(), side, images
-            )
+            rows = ((self._sides != sides) & (sides == side)).nonzero().flatten()
+            self._begin(rows, side, images)
         self._sides = sides
         return self._table.all(1).nonzero().flatten()
 
@@ -96,9 +95,8 @@ class TriedSquares:
             differs = (images[rows] != ends[rows]).float()
             kept.append(F.max_pool2d(differs, side, stride=1).flatten(2) == 0)  # [R, C, places]
         settled = torch.ones(len(rows), kept[0].shape[2], 1, dtype=torch.bool, device=rows.device)
-        for channel in reversed(
-            range(images.shape[1])
-        ):  # the first channel's sign is the lowest bit
+        # The first channel's sign is the lowest bit.
+        for channel in reversed(range(images.shape[1])):
             signs = torch.stack([one[:, channel] for one in kept], dim=2)
             settled = (settled[..., None] & signs[:, :, None, :]).flatten(2)
         settled = settled.flatten(1)

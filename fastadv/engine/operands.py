@@ -1,7 +1,9 @@
-"""The tensors among the arguments of a function, and what tells about each of them."""
+"""The tensors among the arguments of a function, what tells about each of them, and torch's marks of operators."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -55,3 +57,15 @@ def leads_to(tensor: Tensor, leaf: Tensor) -> bool:
             return True
         waiting.extend(following for following, _ in node.next_functions)
     return False
+
+
+def marked_by(tag: torch.Tag) -> Callable[[str], bool]:
+    """Return a function that tells whether torch marks an operator of a name by a tag."""
+
+    @cache
+    def is_marked(name: str) -> bool:
+        packet: Any = getattr(torch.ops.aten, name, None)
+        is_operator = isinstance(packet, torch._ops.OpOverloadPacket)
+        return is_operator and any(tag in getattr(packet, o).tags for o in packet.overloads())
+
+    return is_marked

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine.compiled_parts import is_compiled_wrapper
 from fastadv.engine.named_code import content_of, named_by
 from fastadv.engine.networks import attributes_of
+from fastadv.engine.operands import marked_by
 
 _TRIES = (
     3  # runs of the model after which a generator whose state always changes counts as the model's
@@ -55,21 +56,8 @@ def draws(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
     return name in _DRAWING or (name not in _NO_DRAW and _is_seeded(name))
 
 
-_seeded: dict[str, bool] = {}
-
-
-def _is_seeded(name: str) -> bool:
-    """Whether torch marks an operator of this name as drawing from a generator."""
-    known = _seeded.get(name)
-    if known is None:
-        packet: Any = getattr(torch.ops.aten, name, None)
-        is_operator = isinstance(packet, torch._ops.OpOverloadPacket)
-        overloads = [getattr(packet, o) for o in packet.overloads()] if is_operator else []
-        known = any(torch.Tag.nondeterministic_seeded in o.tags for o in overloads)
-        _seeded[name] = known
-    return known
-
-
+# Whether torch marks an operator of a name as drawing from a generator.
+_is_seeded = marked_by(torch.Tag.nondeterministic_seeded)
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))  # which may have dropout inside
 
 
