@@ -169,9 +169,8 @@ def _pictures(root: Path, name: str) -> Iterator[Path]:
     Raises:
         ValueError: if a link leads back to a folder that it lies in, so that pictures would be there many times.
     """
-    around = {
-        root: frozenset({os.path.realpath(root)})
-    }  # real paths of a folder and of all that it lies in
+    # Real paths of a folder and of all that it lies in.
+    around = {root: frozenset({os.path.realpath(root)})}
     folders = []
     for here, below, files in os.walk(root / name, followlinks=True):
         folder, real = Path(here), os.path.realpath(here)
