@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
 from fastadv.ops.synonyms import WORDS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
@@ -37,7 +37,7 @@ class Objective:
         if isinstance(loss, str):
             if loss not in OBJECTIVES:
                 known = ", ".join(OBJECTIVES)
-                hint = closest(loss, OBJECTIVES, WORDS)
+                hint = did_you_mean(loss, OBJECTIVES, WORDS)
                 raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
             if targeted and loss == "kl":
                 raise ValueError("loss 'kl' has no target; targeted must be False with it")

@@ -14,7 +14,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 if TYPE_CHECKING:
     from fastadv.attacks.attack import Attack
@@ -190,7 +190,7 @@ def _is_known(attack: Configured, name: str) -> bool:
 
 def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
     known = [*known]
-    hint = closest(name, known, SYNONYMS)
+    hint = did_you_mean(name, known, SYNONYMS)
     if (
         SYNONYMS.get(name, "") not in known
     ):  # else a similar name counts less than another attack's own
@@ -206,7 +206,7 @@ def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
 
 def _meant(name: str, known: Iterable[str]) -> str:
     """The end of a message on an unknown name: the likely one, or else all that there are."""
-    return closest(name, known, SYNONYMS) or f"; there are {', '.join(known)}"
+    return did_you_mean(name, known, SYNONYMS) or f"; there are {', '.join(known)}"
 
 
 def _too_many(what: str, got: int, ordered: Collection[str], known: Iterable[str]) -> str:

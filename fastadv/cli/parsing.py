@@ -18,7 +18,7 @@ from jsonargparse.typing import register_type
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest, nearest
+from fastadv.ops.values import did_you_mean, nearest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
@@ -129,7 +129,7 @@ class Parser(ArgumentParser):
         if found := re.match("Option '(.*)' is not accepted", text):
             names = (option[2:].rpartition(".")[2] for option in self.options())
             known = sorted({*names} - {"help"})
-            return f"there is no option {found[1]!r}{closest(found[1], known) or _list(known)}"
+            return f"there is no option {found[1]!r}{did_you_mean(found[1], known) or _list(known)}"
         if found := re.match('(option ".*?"|argument --[a-z_.]+|--[a-z_.]+): (.*)', text):
             return found[1] + _expectation(found[2])
         return text
@@ -168,7 +168,7 @@ class Parser(ArgumentParser):
 
 
 def closest_option(option: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown option, as `closest` does; the dashes count little.
+    """Return the end of a message about an unknown option, as `did_you_mean` does; the dashes count little.
 
     Args:
         option: with its dashes.
@@ -189,20 +189,26 @@ def _expectation(text: str) -> str:
         found := re.search(r"(?:string: |Import path )(\S+)", text)
     ):
         names = schedule_names()
-        return f" must be one of {', '.join(names)}, got {found[1]!r}{closest(found[1], names)}"
+        return (
+            f" must be one of {', '.join(names)}, got {found[1]!r}{did_you_mean(found[1], names)}"
+        )
     if found := re.match(r"Does not validate against any of the Union.*?Errors: - (.*)", text):
         errors, _, value = found[1].partition(" Given value type:")
         value = value.partition("Given value: ")[2]
         kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
         kinds += ["null"] if value.lower() == "none" and "<class 'NoneType'>" in errors else []
         kinds = [kind for kind in kinds if kind]
-        hint = closest(value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors))))
+        hint = did_you_mean(
+            value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors)))
+        )
         return f" must be {' or '.join(kinds)}, got {value!r}{hint}" if kinds else f": {text}"
     if found := re.match(r"Expected a (.*)\. Got value: (.*)", text):
         kind = _kind(text)
         words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []
         return (
-            f" must be {kind}, got {found[2]!r}{closest(found[2], words)}" if kind else f": {text}"
+            f" must be {kind}, got {found[2]!r}{did_you_mean(found[2], words)}"
+            if kind
+            else f": {text}"
         )
     return f": {text.removeprefix('Not of type Number: ')}"
 

@@ -26,7 +26,7 @@ from fastadv.cli.train import train
 from fastadv.cli.transfer import transfer
 from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.interruption import Interrupted
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers import method_names
 
 _PROGRAM = "fastadv"
@@ -108,7 +108,7 @@ def _unknown(word: str) -> str:
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"
-    return text + closest(word, [*_COMMANDS, "--help", "--version"])
+    return text + did_you_mean(word, [*_COMMANDS, "--help", "--version"])
 
 
 def _option(word: str) -> str:

@@ -269,7 +269,7 @@ def run_evaluation(
             cw_c=cw_c,
             cw_lr=cw_lr,
             keep_images=keep_images,
-            sharded=ranks.count > 1,
+            sharded=ranks.world_size > 1,
         )
         text = report.table() + sentence_about_radius(given, radii[0], norm, report, recorded)
         checked = None

@@ -24,7 +24,7 @@ from fastadv.models import (
     names_code,
     read_state_file,
 )
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
@@ -262,7 +262,9 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
     if data not in dataset_names():
         kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
         is_folder = Path(data).is_dir()
-        hint = f"; did you mean 'folder:{data}'?" if is_folder else closest(data, dataset_names())
+        hint = (
+            f"; did you mean 'folder:{data}'?" if is_folder else did_you_mean(data, dataset_names())
+        )
         raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
     check_source(data, root)
     return load_test_images(data, root)

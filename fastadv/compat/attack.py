@@ -19,7 +19,7 @@ from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import check_bool, check_choice, closest, integer, number, shown
+from fastadv.ops.values import check_bool, check_choice, did_you_mean, integer, number, shown
 from fastadv.seeding import draw_seed
 
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
@@ -85,7 +85,7 @@ class Attack(metaclass=AttackType):
             raise self._no_attribute(name)
 
     def _no_attribute(self, name: str) -> AttributeError:
-        hint = closest(name, _settings_of(self.own), SYNONYMS)
+        hint = did_you_mean(name, _settings_of(self.own), SYNONYMS)
         return AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def __repr__(self) -> str:

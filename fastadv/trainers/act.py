@@ -112,7 +112,7 @@ class Act(NaturalMethod[ActRecipe]):
         """L_G of each image, the divergence weighted as the recipe has it, [B]."""
         assert self._natural_logits is not None
         weight, natural = self.recipe.weight, self._natural_logits
-        images = len(y) * self.runtime.ranks.count
+        images = len(y) * self.runtime.ranks.world_size
         factor = images if self.recipe.attack_divergence == "sum" else 1
         divergence = losses.kl(natural, logits, reduction="none")
         hard = losses.cross_entropy(logits, y, reduction="none")

@@ -32,7 +32,7 @@ def announcement(loop: Loop, model_name: str | None) -> str:
     model = next(iter(loop.models.values()))
     size = sum(p.numel() for p in model.parameters())
     precision = "float32" if runtime.autocast_dtype is None else str(runtime.autocast_dtype)[6:]
-    where = f"{runtime.device}" + f" x {loop.ranks.count}" * (loop.ranks.count > 1)
+    where = f"{runtime.device}" + f" x {loop.ranks.world_size}" * (loop.ranks.world_size > 1)
     done = loop.progress
     begun = f", continued after epoch {done.epoch} iteration {done.epoch_step}" if done.step else ""
     return "\n".join(

@@ -52,7 +52,7 @@ class Synchroniser:
         Returns:
             The mean loss, without gradient; like the gradients, it is finite on all ranks or on no rank.
         """
-        if self._ranks.count == 1:
+        if self._ranks.world_size == 1:
             loss.backward()
             return loss.detach()
         sent = self._send_during_backward(loss)
@@ -68,12 +68,12 @@ class Synchroniser:
         for bucket, (packed, work) in zip(self._buckets, sent, strict=True):
             with communicating():
                 work.wait()
-            unpack(packed.div_(self._ranks.count), [p.grad for p in bucket])
+            unpack(packed.div_(self._ranks.world_size), [p.grad for p in bucket])
         for place, parameter in unused:
             if summary[place] == 0:
                 parameter.grad = None
-        self._ranks.share(self._buffers)
-        return summary[0] / self._ranks.count
+        self._ranks.broadcast(self._buffers)
+        return summary[0] / self._ranks.world_size
 
     def _send_during_backward(self, loss: Tensor) -> list[tuple[Tensor, Any]]:
         """Differentiate; return the sent tensors, in the order of the buckets, which all ranks share."""
@@ -116,7 +116,7 @@ def _send(bucket: Sequence[nn.Parameter]) -> tuple[Tensor, Any]:
 
 def with_synced_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Return the model with BatchNorm over the global batch in training mode, in place where possible."""
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         return model
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():

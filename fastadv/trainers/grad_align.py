@@ -82,7 +82,9 @@ class GradAlign(PGDAT[GradAlignRecipe]):
         cosines = F.cosine_similarity(here, safe, dim=1, eps=0.0)
         apart = torch.where(present, 1 - cosines, 0.0)
         ranks = self.runtime.ranks
-        among = ranks.sum(present.sum().float()).clamp_min(1) / ranks.count  # of the global batch
+        among = (
+            ranks.sum(present.sum().float()).clamp_min(1) / ranks.world_size
+        )  # of the global batch
         gap = batch.mean(apart) * len(present) / among
         metrics = {**result.metrics, "misalignment": gap.detach()}
         return LossResult(result.loss + self.recipe.lam * gap, metrics)

@@ -210,7 +210,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         ]
         loss = -reward * torch.cat(scores, 1).sum(1).mean()
         _move(self.strategy, self._mean_gradient(self.strategy, loss), self.recipe.strategy_lr)
-        self.runtime.ranks.share(list(self.strategy.buffers()))
+        self.runtime.ranks.broadcast(list(self.strategy.buffers()))
 
     def reward(self, batch: TrainBatch, adv: Tensor) -> Tensor:
         """Return the reward of the strategies that led to these images, a scalar, the mean over the processes."""
@@ -223,7 +223,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         with frozen(model), torch.no_grad(), self.autocast():
             robust = accuracy(model(worst), batch.y)
             clean = accuracy(model(batch.x), batch.y)
-        parts = ranks.sum(torch.stack([hard.float(), robust, clean])) / ranks.count
+        parts = ranks.sum(torch.stack([hard.float(), robust, clean])) / ranks.world_size
         hard, robust, clean = parts.unbind()
         return (
             hard.clamp(0, _MOST_REWARD)
@@ -258,7 +258,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.sub_(lr * gradient.add_(weight, alpha=decay_of(weight)))
-        self.runtime.ranks.share(list(model.buffers()))
+        self.runtime.ranks.broadcast(list(model.buffers()))
         return model, attack
 
     def _mean_gradient(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
@@ -266,7 +266,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         weights = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         ranks = self.runtime.ranks
-        return [gradient / ranks.count for gradient in ranks.sum_all(found)]
+        return [gradient / ranks.world_size for gradient in ranks.sum_all(found)]
 
     def passes(self, epoch: int) -> float:
         """Return the cost with the longest strategy, the strategy network's passes counted as the model's."""

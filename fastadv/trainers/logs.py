@@ -44,7 +44,7 @@ class Meter:
 
     def average(self, ranks: Ranks) -> None:
         """Give all ranks the means over all ranks' values, in batches of the same sizes."""
-        if ranks.count > 1:
+        if ranks.world_size > 1:
             totals = ranks.means([float(total) for total in self._sums.values()])
             self._sums = dict(zip(self._sums, totals, strict=True))
 

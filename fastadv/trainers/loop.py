@@ -343,7 +343,7 @@ class Loop:
                 average.estimate_statistics(self.loader.epoch(progress.epoch - 1))
             for buffer in average.model.buffers():  # each rank has seen its part of each batch
                 if buffer.is_floating_point():
-                    self.ranks.sum(buffer).div_(self.ranks.count)
+                    self.ranks.sum(buffer).div_(self.ranks.world_size)
 
     def _validation(self) -> Validation | None:
         done = self.progress.epoch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers.act import Act
 from fastadv.trainers.afs import Afs
 from fastadv.trainers.alp import Alp
@@ -93,7 +93,7 @@ def find_method(method: str | MethodClass) -> MethodClass:
     known_names = method_names()
     raise ValueError(
         f"method must be one of {', '.join(known_names)}, or package.module:Class, got {method!r}"
-        f"{closest(method, known_names)}"
+        f"{did_you_mean(method, known_names)}"
     )
 
 

@@ -83,7 +83,7 @@ class Monitor:
             device=runtime.device,
             channels_last=recipe.channels_last,
             rank=ranks.rank,
-            world_size=ranks.count,
+            world_size=ranks.world_size,
         )
         self._teacher: nn.Module | None = None
         if teacher is not None and _are_comparable(model, teacher, data, runtime.device):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.attacks.arguments import EngineName
 from fastadv.fields import check_fields
-from fastadv.ops.values import check_radius, closest
+from fastadv.ops.values import check_radius, did_you_mean
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe_type import RecipeType
 from fastadv.trainers.schedules import MultiStep, Schedule
@@ -188,7 +188,7 @@ class Recipe(metaclass=RecipeType):
         """
         if name not in cls.presets:
             official = "; it follows no published code"
-            reason = official if name == "official" else closest(name, cls.presets)
+            reason = official if name == "official" else did_you_mean(name, cls.presets)
             raise ValueError(
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"

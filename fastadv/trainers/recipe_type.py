@@ -7,7 +7,7 @@ from abc import ABCMeta
 from typing import Any, TypeVar
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 T = TypeVar("T")
 # The names of these numbers in other code.
@@ -34,7 +34,7 @@ class RecipeType(ABCMeta):
         known = inspect.signature(cls).parameters
         for name in numbers:
             if name not in known:
-                hint = closest(name, known, _SYNONYMS)
+                hint = did_you_mean(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
         began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
         made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]

@@ -212,7 +212,7 @@ def train(
         trainer.initialise()
         check_trainable(trainer)
         for trained in trainer.trainable().values():
-            ranks.share([*trained.parameters(), *trained.buffers()])
+            ranks.broadcast([*trained.parameters(), *trained.buffers()])
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )

@@ -34,7 +34,7 @@ def build_loader(
         "device": device,
         "channels_last": recipe.channels_last,
         "rank": ranks.rank,
-        "world_size": ranks.count,
+        "world_size": ranks.world_size,
     }
     if isinstance(training, StreamedData):
         _check_streamed(recipe, extra, training.supports)
