@@ -214,7 +214,7 @@ def _number(text: str) -> Any:
 
 
 def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
-    """The recipe as far as it is known; the method's default recipe if a number is wrong: the parser reports it."""
+    """The recipe as far as it is known; the default recipe if a number is wrong, which the parser reports."""
     known = {f.name for f in fields(recipe_class)} - {"epochs", "schedule"}
     try:
         return recipe_class(**{name: value for name, value in numbers.items() if name in known})
