@@ -126,7 +126,7 @@ def with_synced_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
 
 
 class CPUSyncBatchNorm(nn.SyncBatchNorm):
-    """SyncBatchNorm for CPU tensors, which torch's class refuses in training mode. Batches must have equal sizes."""
+    """SyncBatchNorm for CPU tensors, which torch's class refuses in training mode; batches need equal sizes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, C, ...] by the mean and variance of each channel over all ranks."""
@@ -145,7 +145,7 @@ class CPUSyncBatchNorm(nn.SyncBatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, values: int) -> None:
-        """Update the running statistics by a batch's statistics, given its number of values per channel and rank."""
+        """Update the running statistics by a batch's statistics; ``values`` is its number per channel and rank."""
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None

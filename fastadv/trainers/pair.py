@@ -59,7 +59,7 @@ class PairMethod(AdversarialMethod[PairT, Attacked]):
     images_trained = 2
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return the images with a little Gaussian noise; without `random_start` None, for the images themselves."""
+        """Return the images with a little Gaussian noise; None, for the images, without `random_start`."""
         if not self.recipe.random_start:
             return None
         radius = self.recipe.start_std * math.sqrt(batch.x[0].numel())

@@ -138,7 +138,7 @@ class RunLock:
             time.sleep(0.05)
 
     def _go_by_name(self, descriptor: int) -> None:
-        """Check the holder that the file names, as the file system has no locks; warn if it is on another machine."""
+        """Check the holder that the file names, as the file system has no locks. Elsewhere it gives a warning."""
         holder = _holder(descriptor)
         pid = holder.get("pid")
         if holder.get("host") == socket.gethostname() and pid != os.getpid():

@@ -206,11 +206,6 @@ def train(
             data=describe_data(splits.train, extra),
             teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
         )
-        source = {
-            "dataset": data if isinstance(data, str) else None,
-            "root": None if root is None else str(Path(root).resolve()),
-            **(splits.source or {}),
-        }
         trainer.initialise()
         check_trainable(trainer)
         for trained in trainer.trainable().values():
@@ -225,7 +220,7 @@ def train(
             run,
             description,
             plain_defaults(method_class.recipe_class),
-            source,
+            _source(data, root, splits),
             frozen,
             resume=resume,
             overwrite=overwrite,
@@ -254,6 +249,15 @@ def train(
         record=record,
         progress=loop.progress,
     )
+
+
+def _source(data: Splits | str, root: str | Path | None, splits: Splits) -> dict[str, Any]:
+    """The name and the folder of the data set, and how its images were read, for the record of the run."""
+    return {
+        "dataset": data if isinstance(data, str) else None,
+        "root": None if root is None else str(Path(root).resolve()),
+        **(splits.source or {}),
+    }
 
 
 @contextmanager
