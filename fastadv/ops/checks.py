@@ -182,6 +182,13 @@ def check_active(active: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"active must be on the device {like.device}, got {active.device}")
 
 
+def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the memory layout of another tensor of its shape; itself if it has this layout."""
+    if t.stride() == like.stride():
+        return t
+    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
 def over_samples(values: Tensor, like: Tensor) -> Tensor:
     """Values [B] in a shape in which they broadcast over ``like`` [B, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
