@@ -162,10 +162,13 @@ def _forked_at_first_draw(model: object, seed: int) -> Iterator[None]:
 
 def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
     """The states of the generators of the CPU and of the model's GPUs."""
-    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
-    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    if not isinstance(model, nn.Module) and torch.cuda.is_initialized():
-        devices.add(torch.cuda.current_device())
+    devices: set[int] = set()
+    if torch.cuda.is_initialized():  # else no tensor is on a GPU
+        if isinstance(model, nn.Module):
+            tensors = (*model.parameters(), *model.buffers())
+            devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+        else:
+            devices = {torch.cuda.current_device()}
     generators = [torch.default_generator]
     generators += [torch.cuda.default_generators[device] for device in sorted(devices)]
     return {generator: generator.get_state() for generator in generators}
