@@ -67,9 +67,9 @@ def _is_worker(config: pytest.Config) -> bool:
 @pytest.fixture(autouse=True)
 def no_engine_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the first engine that is right run, however busy the machine is; tests of the choice bring a clock."""
-    choice = sys.modules.get("fastadv.engine.choice")
-    if choice is not None:
-        monkeypatch.setattr(choice, "seconds", lambda: 0.0)
+    proof = sys.modules.get("fastadv.engine.proof")
+    if proof is not None:
+        monkeypatch.setattr(proof, "seconds", lambda: 0.0)
 
 
 @pytest.fixture(scope="session")

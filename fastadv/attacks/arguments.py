@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -183,6 +184,5 @@ def module_device(model: object) -> torch.device | None:
     """The device of a module's first parameter or buffer; None for other callables."""
     if not isinstance(model, nn.Module):
         return None
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device

@@ -9,7 +9,6 @@ second attack, model or run does not measure again, and computes the same result
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -53,18 +52,18 @@ _OTHER_STEPS = (
 )
 IMAGES = 8  # batches of this size and larger ones share a choice
 _MOST_IMAGES, _FEWEST_IMAGES = 8, 4  # numbers of images for timing, with many and with few threads
+_ENOUGH = 0.2  # seconds of a pass; where a pass is longer, half as many images tell as much
 _ROUNDS = 3
 _SECONDS = 0.5  # after this time there is no further round
 # Factors of time beyond which a rival is not timed again: in its first pass, which also prepares later passes, and
 # in a later pass.
-_HOPELESS, _SLOWER = 2.5, 1.15
-_LONG = 0.1  # seconds; a shorter first pass says nothing about later passes
+_HOPELESS, _SLOWER = 1.4, 1.15
+# Seconds. A longer first pass counts by itself. In a shorter one too much of the time prepares later passes.
+_LONG = 0.3
 # Seconds of a pass. In shorter passes the engines differ by less than the noise of their times.
 _SHORT = 0.002
 _CLEARLY = 0.97  # largest fraction of the first engine's time with which a rival takes its place
 _KEPT = 256  # number of choices that are kept
-
-seconds: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -110,6 +109,16 @@ def images() -> int:
     return max(_FEWEST_IMAGES, min(_MOST_IMAGES, 2 * torch.get_num_threads()))
 
 
+def enough_images(spent: Mapping[int, float]) -> int:
+    """As `images`, half as many where a pass takes long.
+
+    Args:
+        spent: seconds of a pass of an engine by the number of images, as far as they are known.
+    """
+    most, of_one = images(), min((taken / count for count, taken in spent.items()), default=0.0)
+    return most // 2 if of_one * most >= _ENOUGH else most
+
+
 def is_open(engine: Contender) -> bool:
     """Whether another engine may be faster than this one, the first that was found right."""
     if torch.are_deterministic_algorithms_enabled():
@@ -152,6 +161,7 @@ def settled(
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
     fault_of: Callable[[Contender], str | None],
+    spent: Mapping[int, float],
 ) -> tuple[Choice, Contender]:
     """The choice that was made in this process, or a new one, and its engine.
 
@@ -163,10 +173,11 @@ def settled(
         rivals: builds the others, by the names that `name_of` gives them.
         fault_of: returns the fault of an engine, in words; None if it is right. It is called for the engine that
             runs.
+        spent: seconds of a pass of ``first`` in its proof, by the number of images.
     """
     choice, engine = _choices.get(key), None
     if choice is None:
-        new, engine = _measured(model, x, first, rivals, fault_of)
+        new, engine = _measured(model, x, first, rivals, fault_of, spent.get(len(x), 0.0))
         while len(_choices) >= _KEPT:
             del _choices[next(iter(_choices))]
         choice = _choices.setdefault(key, new)  # another thread may have been faster
@@ -190,10 +201,14 @@ def _measured(
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
     fault_of: Callable[[Contender], str | None],
+    proven: float,
 ) -> tuple[Choice, Contender]:
     name = name_of(first)
-    times = times_of({name: first}, model, x, rounds=1)
-    if times[name] < 5 * _SHORT:  # one such time may be chance
+    # The time of its proof serves, unless that is so short that it may be chance.
+    times = {name: proven}
+    if proven < 5 * _SHORT:
+        times = times_of({name: first}, model, x, rounds=1)
+    if times[name] < 5 * _SHORT:
         again = times_of({name: first}, model, x, rounds=_ROUNDS - 1, warm=False)
         times = {name: min(times[name], again[name])}
     close: dict[str, Contender] = {name: first}
@@ -202,11 +217,10 @@ def _measured(
             continue  # it does the work of the copy and more, and the copy is clearly slower already
         try:
             engine = make()
-            spent = _first_time(engine, model, x, min(times.values()))
+            times[other], is_near = _first_time(engine, model, x, min(times.values()))
         except Exception:  # it may fail in any way that the model's own code allows
             continue
-        times[other] = spent
-        if spent <= _SLOWER * min(times.values()):
+        if is_near:
             close[other] = engine
     if len(close) > 1:
         again = times_of(close, model, x, rounds=_ROUNDS - 1, warm=False)
@@ -223,13 +237,16 @@ def _measured(
     return Choice(name, len(x), milliseconds, faults), first
 
 
-def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> float:
-    """Seconds of the second gradient pass of a new engine; of its first pass if that is hopelessly slow."""
-    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
-    if spent >= _LONG and spent > _HOPELESS * best:
-        return spent
-    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
-    return spent
+def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> tuple[float, bool]:
+    """Seconds of a gradient pass of an engine that has not run yet, and whether it may be the fastest.
+
+    A long first pass tells as much as the second.
+    """
+    for _ in range(2):
+        (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
+        if spent >= _LONG:
+            return spent, spent <= _HOPELESS * best
+    return spent, spent <= _SLOWER * best
 
 
 def times_of(
@@ -245,13 +262,13 @@ def times_of(
         for engine in engines.values():
             stack.enter_context(engine.session(model, 0, current=True))
         shown = {name: engine.images(images) for name, engine in engines.items()}
-        began = seconds()
+        began = proof.seconds()
         for number in range(0 if warm else 1, rounds + 1):
             for name, engine in engines.items():
-                before = seconds()
+                before = proof.seconds()
                 engine.gradient(shown[name], proof.weighted_sum)
                 if number:
-                    best[name] = min(best[name], seconds() - before)
-            if number and seconds() - began > _SECONDS:
+                    best[name] = min(best[name], proof.seconds() - before)
+            if number and proof.seconds() - began > _SECONDS:
                 break
     return best

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastadv.engine.named_code import named_by
+from fastadv.engine.networks import modules_of
 
 
 def is_compiled_wrapper(part: object) -> bool:
@@ -27,7 +28,7 @@ def has_compiled_parts(model: nn.Module) -> bool:
     """Whether `torch.compile` has made a part of a model, or a function that the model calls."""
     return any(
         is_compiled_wrapper(part) or part._compiled_call_impl is not None
-        for part in model.modules()
+        for part in modules_of(model)
     ) or _calls_compiled_functions(model)
 
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import nn
 
-from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.networks import modules_of, networks_of, parts_of
 from fastadv.engine.randomness import DrawWatch
 
 
@@ -42,12 +42,7 @@ def frozen(
         ValueError: if the model has lazy modules, whose weights have no shape yet.
     """
     if isinstance(model, nn.Module):
-        for name, parameter in model.named_parameters():
-            if nn.parameter.is_lazy(parameter):
-                raise ValueError(
-                    f"model must have all its weights, got {name!r} without a shape; call the model "
-                    "once on a batch of images first"
-                )
+        _refuse_lazy_weights(model)
     with ExitStack() as stack:
         parts = parts_of(networks_of(model))
         if parts:
@@ -67,13 +62,24 @@ def frozen(
         yield
 
 
+def _refuse_lazy_weights(model: nn.Module) -> None:
+    if not any(map(nn.parameter.is_lazy, _parameters_of(modules_of(model)))):
+        return
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"model must have all its weights, got {name!r} without a shape; call the model "
+                "once on a batch of images first"
+            )
+
+
 def _has_other_mode(model: nn.Module, training: bool) -> bool:
-    return any(module.training != training for module in model.modules())
+    return any(module.training != training for module in modules_of(model))
 
 
 def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The parameters of modules, each once."""
-    found = [p for part in parts for p in part.parameters(recurse=False)]
+    found = [p for part in parts for p in part._parameters.values() if p is not None]
     return list({id(parameter): parameter for parameter in found}.values())
 
 
@@ -156,10 +162,13 @@ def _forked_at_first_draw(model: object, seed: int) -> Iterator[None]:
 
 def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
     """The states of the generators of the CPU and of the model's GPUs."""
-    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
-    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    if not isinstance(model, nn.Module) and torch.cuda.is_initialized():
-        devices.add(torch.cuda.current_device())
+    devices: set[int] = set()
+    if torch.cuda.is_initialized():  # else no tensor is on a GPU
+        if isinstance(model, nn.Module):
+            tensors = (*model.parameters(), *model.buffers())
+            devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+        else:
+            devices = {torch.cuda.current_device()}
     generators = [torch.default_generator]
     generators += [torch.cuda.default_generators[device] for device in sorted(devices)]
     return {generator: generator.get_state() for generator in generators}

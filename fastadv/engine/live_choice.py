@@ -220,11 +220,9 @@ def _faster_channels_last(model: Model, x: Tensor, precision: str, draws: Draws)
     return best[1] < _CLEARLY * best[0] and _is_right(model, x, precision, False, draws, True)
 
 
-def live_rival(
-    model: nn.Module, images: Tensor, precision: str, channels_last: bool = True
-) -> LiveEngine:
-    """The live model, on channels-last images unless its own code fails on them, or on contiguous ones."""
-    engine = LiveEngine(precision, "", channels_last)
+def live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
+    """The live model, on channels-last images unless its own code fails on them."""
+    engine = LiveEngine(precision, "", channels_last=True)
     try:
         with engine.session(model, 0, current=True):
             engine.logits(engine.images(images))

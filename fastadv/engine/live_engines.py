@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -144,7 +145,7 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 def _weights_dtype(model: Model) -> torch.dtype:
     """The dtype of a module's weights; float32 of other callables."""
     if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32
