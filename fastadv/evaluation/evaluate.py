@@ -269,7 +269,7 @@ def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor)
     """Whose gradients lead nowhere, where an attack follows them."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, BallAttack) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.follows_gradients)
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()
