@@ -104,6 +104,11 @@ class BallAttack:
     loss: str = "ce"
     runs: int = 1
 
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether it finds too little on a model whose gradients lead nowhere."""
+        return self.kind != "square"
+
 
 @dataclass(frozen=True)
 class Minimum:

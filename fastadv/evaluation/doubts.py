@@ -53,7 +53,7 @@ class Blindness:
                 "of its attacks square alone follows no gradients, and finds less than they would"
             )
         elif isinstance(attack, BallAttack):
-            if attack.kind == "square":
+            if not attack.follows_gradients:
                 return ""
             by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
         elif isinstance(attack, Minimum):

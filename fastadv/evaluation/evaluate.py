@@ -281,7 +281,7 @@ def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor)
     """The images with useless gradients; nothing is checked where no attack follows gradients."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, BallAttack) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.follows_gradients)
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()
