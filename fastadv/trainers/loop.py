@@ -16,6 +16,7 @@ from fastadv.interruption import StopRequest
 from fastadv.ranks import Ranks, launch
 from fastadv.seeding import derive_seed
 from fastadv.trainers.callbacks import Callbacks, RunStart
+from fastadv.trainers.carried import checked_state, gathered, shared_out
 from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
@@ -44,7 +45,7 @@ from fastadv.trainers.optim import (
     set_place,
 )
 from fastadv.trainers.progress import Progress, renamed
-from fastadv.trainers.returns import check_loss, check_scalars
+from fastadv.trainers.returns import check_loss, check_scalars, check_updated
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.settings import Settings
 
@@ -115,8 +116,7 @@ class Loop:
             load_optimizer_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
-        carried = state.get("method", {})
-        self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
+        self.method.load_state(shared_out(state.get("method", {}), self.loader))
         self.progress = Progress(**renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
@@ -169,6 +169,8 @@ class Loop:
             progress.epoch_step += 1
             progress.step += 1
             self.console.step_done()
+            if progress.step == 1:
+                checked_state(self.method)  # long before the first checkpoint
             if progress.step % self.settings.log_every == 0:
                 self._log_window()
             if self.on_step is not None:
@@ -301,6 +303,7 @@ class Loop:
         progress = self.progress
         if progress.step % self.settings.log_every:
             self._log_window()
+        check_updated(self.method, self._epoch.means(), progress.bad_steps)
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -373,7 +376,7 @@ class Loop:
         progress = self.progress
         self._saved_at = time.monotonic()
         self._window.average(self.ranks)
-        carried = {k: self.ranks.gather(value) for k, value in self.method.state().items()}
+        carried = gathered(self.method, self.ranks)
         if not self.ranks.first:
             return
         states = {name: model.state_dict() for name, model in self.models.items()}

@@ -276,7 +276,9 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     def state(self) -> dict[str, Tensor]:
         """Return the state between batches besides models and optimisers, for checkpoints.
 
-        By default nothing; else tensors [B, ...] by name, B the places in this process's part of the batch.
+        By default nothing; else tensors by name. Of several processes each has its part, which may differ: tensors
+        [n, ...] of one shape in all processes, such as one value for each place in the batch. A scalar is the same
+        in all processes.
         """
         return {}
 

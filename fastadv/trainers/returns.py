@@ -75,6 +75,24 @@ def check_loss(method: Method[Any, Any], result: object) -> None:
     check_scalars(where, "metrics", result.metrics)
 
 
+def check_updated(method: Method[Any, Any], means: Mapping[str, float], bad_steps: int) -> None:
+    """Check that the `step` of a method has moved the weights.
+
+    Args:
+        method: the method.
+        means: of the scalars of an epoch's updates.
+        bad_steps: how many updates of the run were not taken because something was not finite.
+
+    Raises:
+        ValueError: if there was no update in the epoch.
+    """
+    if "loss" not in means and not bad_steps:
+        raise ValueError(
+            f"{type(method).__name__}.step must call update(LossResult(loss)), which moves the weights, got no "
+            "call in an epoch"
+        )
+
+
 def check_scalars(where: str, what: str, values: object) -> None:
     """Check scalars that are to be logged.
 
