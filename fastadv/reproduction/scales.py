@@ -84,12 +84,18 @@ class Scale:
             numbers["strategy"] = self.network
         if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
-            if not isinstance(recipe, FreeRecipe):  # which has no passes of the attack alone
-                numbers.update(self.attacked)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
-            numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
+            numbers["alpha"] = recipe.alpha * self.radius
+            if not isinstance(
+                recipe, FreeRecipe
+            ):  # whose steps are replays, and which has no attack alone
+                numbers["alpha"] *= recipe.steps / steps
+                numbers.update(self.attacked)
             if getattr(recipe, "eps_low", None) is not None:  # radii drawn from there to eps
                 numbers["eps_low"] = recipe.eps_low * self.radius  # type: ignore[attr-defined]
+            for name in ("eps_choices", "alpha_choices"):  # LAS-AT's, in 255ths
+                if hasattr(recipe, name):
+                    numbers[name] = tuple(round(c * self.radius) for c in getattr(recipe, name))
         return numbers
 
 
