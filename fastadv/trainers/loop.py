@@ -45,7 +45,7 @@ from fastadv.trainers.optim import (
     set_place,
 )
 from fastadv.trainers.progress import Progress, renamed
-from fastadv.trainers.returns import check_loss, check_scalars, check_updated
+from fastadv.trainers.returns import check_loss, check_scalars, check_updated, modes_kept
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.settings import Settings
 
@@ -193,22 +193,22 @@ class Loop:
 
     def _train_on(self, batch: Batch) -> None:
         """Run one iteration at its learning rate and momentum, with its own random numbers."""
-        epoch, step = self.progress.epoch, self.progress.epoch_step
+        epoch, step, done = self.progress.epoch, self.progress.epoch_step, self.progress.step
         place = epoch + step / len(self.loader)
         for optimizer in self.optimizers.values():
             set_place(optimizer, self.recipe, place)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
-        place_in_run = self.progress.step
-        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, place_in_run)
+        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, done)
         if self.recipe.mixup:
             if self._classes is None:
                 self._classes = classes_of(next(iter(self.models.values())), self._batch.x)
             self._batch = mixed(self._batch, self.recipe.mixup, self._classes, self.ranks)
         self._guard.save()
         self._moved = False
-        self.method.step(self._batch, self._update)
+        with modes_kept(self.method):
+            self.method.step(self._batch, self._update)
         # The following is not within the step, in which AWP holds the weights elsewhere and Free moves them
         # several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:

@@ -195,6 +195,37 @@ def test_a_step_that_updates_nothing_is_refused(tmp_path: Path) -> None:
         run(Idle, tmp_path / "run")
 
 
+class Forgetful(Plain):
+    """Its attack sets the model to evaluation mode, as published loops do."""
+
+    name = "forgetful"
+    restores = False
+
+    def attack(self, batch: TrainBatch) -> Attacked:
+        self.model.eval()
+        return super().attack(batch)
+
+    def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
+        if self.restores:
+            self.model.train()
+        return super().training_loss(batch, adv)
+
+
+def test_a_model_that_is_left_in_evaluation_mode_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"Forgetful must leave .* got 'model' in evaluation mode .*: call train\(\)",
+    ):
+        run(Forgetful, tmp_path / "forgets")
+
+    class Careful(Forgetful):
+        name = "careful"
+        restores = True
+
+    same, plain = run(Careful, tmp_path / "restores"), run(Plain, tmp_path / "plain")
+    assert states_equal(dict(same.state_dict()), dict(plain.state_dict()))
+
+
 def test_gradients_of_several_batches_are_added_by_their_losses(tmp_path: Path) -> None:
     class Pairs(Plain):
         name = "pairs"
