@@ -14,9 +14,9 @@ from fastadv.engine.named_code import named_by
 
 
 def is_compiled_wrapper(part: object) -> bool:
-    """Whether `torch.compile` has made a module of another one.
+    """Whether `torch.compile` has made this module from another one.
 
-    torch's compiler takes a second to import. Where nobody has imported it, there is no such module.
+    torch's compiler takes a second to import. If it has not been imported, there is no such module.
     """
     dynamo = sys.modules.get("torch._dynamo")
     kind = getattr(dynamo, "OptimizedModule", None)

@@ -34,12 +34,12 @@ def frozen(
         train_mode: run in train instead of eval mode.
         keep_buffers: put the buffers back on leaving.
         freeze_parameters: whether parameters stop to require grad.
-        seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
-            random state is put back. None leaves the random state alone.
-        watch: leave the random state alone until the model is seen to draw.
+        seed: seed of the random numbers that the model draws inside, such as dropout's in train mode. The caller's
+            random state is restored. None does not touch the random state.
+        watch: do not touch the random state until the model draws.
 
     Raises:
-        ValueError: the model has lazy modules, whose weights have no shape yet.
+        ValueError: if the model has lazy modules, whose weights have no shape yet.
     """
     if isinstance(model, nn.Module):
         for name, parameter in model.named_parameters():
@@ -54,9 +54,9 @@ def frozen(
             stack.enter_context(_kept_modes(parts, freeze_parameters))
             if keep_buffers:
                 stack.enter_context(_kept_buffers(parts))
-            # Not for nothing: some models empty what they have cached when their mode is set.
+            # Only if needed: some models empty their caches when their mode is set.
             if isinstance(model, nn.Module) and _has_other_mode(model, train_mode):
-                with suppress(NotImplementedError):  # exported programs have one mode alone
+                with suppress(NotImplementedError):  # exported programs have only one mode
                     model.train(train_mode)
             if freeze_parameters:
                 for parameter in _parameters_of(parts):
@@ -111,7 +111,7 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
                 del module._buffers[name]
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
-            # Past the version counter, so that a graph made before the attack can still be differentiated.
+            # `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
             buffer.data.copy_(value)
             module._buffers[name] = buffer
 

@@ -1,4 +1,4 @@
-"""Hold a live model so that it can be recorded, and leave it as it was."""
+"""Preparing a live model for a recording, and restoring it afterwards."""
 
 from __future__ import annotations
 

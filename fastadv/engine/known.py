@@ -22,9 +22,9 @@ class Known:
         model: the live model.
         x: images to attack [B, ...].
         tape: the model's operations.
-        recording: of a few images, or of all where the operations hold for one batch size alone.
-        evidence: of that recording.
-        few: whether engines must be right for the first images alone, too.
+        recording: a recording of a few images, or of all images if the operations hold for one batch size only.
+        evidence: the evidence of that recording.
+        few: whether engines must also be right for a batch of only the first images.
     """
 
     def __init__(

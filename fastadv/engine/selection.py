@@ -47,9 +47,9 @@ from fastadv.engine.tape import Tape
 from fastadv.engine.wish import Wish
 from fastadv.float32 import full_float32
 
-_CHANCES = 2  # copies in one precision that may part from the model in use
-_COPIES = 4  # kept per kind of images: a model may alternate between several forms
-_KINDS = 8  # of images
+_CHANCES = 2  # number of copies in one precision that may turn out wrong in use, before the precision is left out
+_COPIES = 4  # number of copies kept per kind of images: a model may alternate between several forms
+_KINDS = 8  # number of kinds of images
 
 
 @dataclass

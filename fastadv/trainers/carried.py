@@ -17,7 +17,7 @@ def checked_state(method: Method[Any, Any]) -> dict[str, Tensor]:
     """Return the result of a method's `state`, checked before a checkpoint that cannot be read is written.
 
     Raises:
-        TypeError: if it is no mapping of names to tensors.
+        TypeError: if it is not a mapping of names to tensors.
     """
     where, found = f"{type(method).__name__}.state", method.state()
     if not isinstance(found, Mapping):
