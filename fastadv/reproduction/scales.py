@@ -84,12 +84,17 @@ class Scale:
             numbers["strategy"] = self.network
         if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
-            if not isinstance(recipe, FreeRecipe):  # its attack is part of the training passes
-                numbers.update(self.attacked)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
-            numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
+            numbers["alpha"] = recipe.alpha * self.radius
+            # Free's steps are replays, and its attack is part of the training passes.
+            if not isinstance(recipe, FreeRecipe):
+                numbers["alpha"] *= recipe.steps / steps
+                numbers.update(self.attacked)
             if getattr(recipe, "eps_low", None) is not None:  # radii drawn from there to eps
                 numbers["eps_low"] = recipe.eps_low * self.radius  # type: ignore[attr-defined]
+            for name in ("eps_choices", "alpha_choices"):  # LAS-AT's, in 255ths
+                if hasattr(recipe, name):
+                    numbers[name] = tuple(round(c * self.radius) for c in getattr(recipe, name))
         return numbers
 
 

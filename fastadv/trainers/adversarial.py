@@ -70,23 +70,26 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         drawn = recipe.random_start and recipe.norm == "l2" and recipe.l2_start == "radius"
         return self.random_point(batch, "attack") if drawn else None
 
-    def random_point(self, batch: TrainBatch, purpose: str) -> Tensor:
+    def random_point(self, batch: TrainBatch, purpose: str, clip: bool = True) -> Tensor:
         """Return a random point of the ball around each image, drawn by the recipe's `l2_start`.
 
         Args:
             batch: the images.
             purpose: the purpose of the random numbers; another purpose gives other numbers.
+            clip: move points outside 0..1 to the nearest point inside.
 
         Returns:
-            Images [B, C, H, W] in 0..1.
+            Images [B, C, H, W], in 0..1 with `clip`.
         """
         recipe, seed = self.recipe, batch.seed(purpose)
         eps = (
             self.pgd.eps
         )  # differs from the recipe's eps if the method draws a radius for each batch
+        high = 1 + recipe.eps
+        bounds = (0.0, 1.0) if clip else (1 - high, high)  # the latter hold every point of the ball
         if recipe.norm == "l2" and recipe.l2_start == "radius":
-            return uniform_radius_start(batch.x, eps, seed=seed, sample_ids=batch.ids)
-        return random_start(batch.x, eps, recipe.norm, seed=seed, sample_ids=batch.ids)
+            return uniform_radius_start(batch.x, eps, bounds, seed=seed, sample_ids=batch.ids)
+        return random_start(batch.x, eps, recipe.norm, bounds, seed, sample_ids=batch.ids)
 
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
         """Attack a batch, or some of its images.

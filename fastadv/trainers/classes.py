@@ -22,6 +22,7 @@ def check_classes(
 
     Raises:
         ValueError: if the model has fewer logits than classes, or its result does not have the shape [B, classes].
+        TypeError: if the model has weights of another dtype, and does not convert the images itself.
     """
     train, test = splits.train, splits.test
     seen = test if len(test) or not isinstance(train, ImageData) else train
@@ -30,7 +31,7 @@ def check_classes(
         return
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
     with frozen(model, seed=0), torch.no_grad(), autocast:
-        logits = model(x)
+        logits = _logits(model, x)
     if not (isinstance(logits, Tensor) and logits.dim() == 2 and len(logits) == len(x)):
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise ValueError(f"model must return logits of shape ({len(x)}, classes), got {found}")
@@ -39,3 +40,17 @@ def check_classes(
             raise ValueError(
                 f"model must have the {data.num_classes} classes of {data.name!r}, got {logits.shape[1]} logits"
             )
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return model(x)
+    except RuntimeError as error:
+        others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+        if not others:
+            raise
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise TypeError(
+            f"model must take float32 images, got one with weights of {found}, whose pass fails ({error}): call "
+            f"model.float(), or convert the images in the model's forward"
+        ) from error

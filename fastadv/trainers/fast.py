@@ -25,8 +25,9 @@ class FastRecipe(AdversarialRecipe):
 
     The preset "imagenet" has the numbers of that code for ImageNet with eps 4/255, and its learning rates in every
     epoch. That code uses 128, 224 and 288 pixels in turn, with batches of 512, 224 and 128. Here a run has one
-    image size and the first batch size. BatchNorm's weights and biases do not decay, as in that code. That code
-    normalises the images. Here a normalisation is part of the model.
+    image size and the first batch size. The model is attacked in training mode, and the weights and biases of
+    BatchNorm do not decay, as in that code. That code normalises the images. Here a normalisation is part of the
+    model.
     """
 
     epochs: int = 15
@@ -46,6 +47,7 @@ class FastRecipe(AdversarialRecipe):
             "norm_decay": False,
             "eps": 4 / 255,
             "alpha": 5 / 255,
+            "attack_mode": "moving",
             "pad": 0,
         },
     }

@@ -29,6 +29,9 @@ _TENTH_AFTER_40000_AND_60000 = MultiStep(
 class FreeRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10, in which m is 8; "paper" and "official" have them.
 
+    With "official" images are padded by 2 pixels, and the weights and biases of BatchNorm do not decay, as in that
+    code.
+
     The preset "imagenet" has the numbers of their code for ImageNet (mahyarnajibi/FreeAdversarialTraining), in
     which m is 4 and eps 4/255: 90 epochs and drops every 30, each divided by m and rounded up. That code
     normalises the images. Here a normalisation is part of the model.
@@ -52,7 +55,7 @@ class FreeRecipe(AdversarialRecipe):
 
     presets: ClassVar[Presets] = {
         "paper": {},
-        "official": {},
+        "official": {"pad": 2, "norm_decay": False},
         "imagenet": {
             "epochs": 23,
             "batch_size": 256,

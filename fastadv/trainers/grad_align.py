@@ -54,8 +54,8 @@ class GradAlignRecipe(AdversarialRecipe):
 class GradAlign(PGDAT[GradAlignRecipe]):
     """GradAlign: CE(f(x')) + .2 (1 - cos(g(x), g(x + u))), g the input gradient of CE, u uniform in the ball.
 
-    x' is one step from the image itself, clipped to the ball. The mean of the cosine leaves out images with a
-    gradient of 0.
+    x' is one step from the image itself, clipped to the ball and to 0..1. x + u is not clipped. The mean of the
+    cosine leaves out images with a gradient of 0.
 
     Source: Andriushchenko and Flammarion 2020, equation 5; recipe as in the authors' code
     (tml-epfl/understanding-fast-adv-training), in which no gradient flows through g(x). Both gradients of the
@@ -73,7 +73,7 @@ class GradAlign(PGDAT[GradAlignRecipe]):
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return the cross-entropy of the attacked images and the regulariser."""
         result = super().training_loss(batch, adv)
-        near = self.random_point(batch, "alignment")
+        near = self.random_point(batch, "alignment", clip=False)
         here = self._input_gradient(batch.x, batch.y, keep=False)
         there = self._input_gradient(near, batch.y, keep=True)
         present = (here != 0).any(1) & (there.detach() != 0).any(1)

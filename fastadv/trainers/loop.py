@@ -16,6 +16,7 @@ from fastadv.interruption import StopRequest
 from fastadv.ranks import Ranks, launch
 from fastadv.seeding import derive_seed
 from fastadv.trainers.callbacks import Callbacks, RunStart
+from fastadv.trainers.carried import checked_state, gathered, shared_out
 from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
@@ -44,7 +45,7 @@ from fastadv.trainers.optim import (
     set_place,
 )
 from fastadv.trainers.progress import Progress, renamed
-from fastadv.trainers.returns import check_loss, check_scalars
+from fastadv.trainers.returns import check_loss, check_scalars, check_updated, modes_kept
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.settings import Settings
 
@@ -117,8 +118,7 @@ class Loop:
             load_optimizer_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
-        carried = state.get("method", {})
-        self.method.load_state({k: self.loader.shard(value) for k, value in carried.items()})
+        self.method.load_state(shared_out(state.get("method", {}), self.loader))
         self.progress = Progress(**renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
@@ -171,6 +171,8 @@ class Loop:
             progress.epoch_step += 1
             progress.step += 1
             self.console.step_done()
+            if progress.step == 1:
+                checked_state(self.method)  # long before the first checkpoint
             if progress.step % self.settings.log_every == 0:
                 self._log_window()
             if self.on_step is not None:
@@ -193,22 +195,22 @@ class Loop:
 
     def _train_on(self, batch: Batch) -> None:
         """Run one iteration at its learning rate and momentum, with its own random numbers."""
-        epoch, step = self.progress.epoch, self.progress.epoch_step
+        epoch, step, done = self.progress.epoch, self.progress.epoch_step, self.progress.step
         place = epoch + step / len(self.loader)
         for optimizer in self.optimizers.values():
             set_place(optimizer, self.recipe, place)
         seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
         torch.manual_seed(seed + self.ranks.rank)
         weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
-        place_in_run = self.progress.step
-        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, place_in_run)
+        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, done)
         if self.recipe.mixup:
             if self._classes is None:
                 self._classes = classes_of(next(iter(self.models.values())), self._batch.x)
             self._batch = mixed(self._batch, self.recipe.mixup, self._classes, self.ranks)
         self._guard.save()
         self._moved = False
-        self.method.step(self._batch, self._update)
+        with modes_kept(self.method):
+            self.method.step(self._batch, self._update)
         # This must come after the whole step: within it AWP has perturbed the weights, and Free updates them
         # several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
@@ -303,6 +305,7 @@ class Loop:
         progress = self.progress
         if progress.step % self.settings.log_every:
             self._log_window()
+        check_updated(self.method, self._epoch.means(), progress.bad_steps)
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
@@ -375,7 +378,7 @@ class Loop:
         progress = self.progress
         self._saved_at = time.monotonic()
         self._window.average(self.ranks)
-        carried = {k: self.ranks.gather(value) for k, value in self.method.state().items()}
+        carried = gathered(self.method, self.ranks)
         if not self.ranks.first:
             return
         states = {name: model.state_dict() for name, model in self.models.items()}

@@ -279,8 +279,9 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     def state(self) -> dict[str, Tensor]:
         """Return the state between batches, besides models and optimisers, for checkpoints.
 
-        By default it is empty. Else it has tensors [B, ...] by name, B the size of this process's part of the
-        batch.
+        By default it is empty. Else it has tensors by name. With several processes each returns its own part, and
+        the parts may differ: tensors [n, ...] of one shape in all processes, such as one value for each place in
+        the batch. A scalar is the same in all processes.
         """
         return {}
 

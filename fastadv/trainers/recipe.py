@@ -244,9 +244,19 @@ class Recipe(metaclass=RecipeType):
         return dict(cls.presets[preset])
 
     def lr_at(self, epoch: float) -> float:
-        """Return the learning rate at a position in the run, in epochs counted from 0."""
+        """Return the learning rate at a position in the run, in epochs counted from 0.
+
+        Raises:
+            ValueError: if a schedule, such as one of your own, returns a factor that is negative or not finite.
+        """
         rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
-        return self.lr * rise * self.schedule.factor(epoch, self.epochs)
+        factor = float(self.schedule.factor(epoch, self.epochs))
+        if not 0 <= factor < math.inf:
+            raise ValueError(
+                f"{type(self.schedule).__name__}.factor must return a finite number >= 0, got {factor} after "
+                f"{epoch:g} of {self.epochs} epochs"
+            )
+        return self.lr * rise * factor
 
     def momentum_at(self, epoch: float) -> float:
         """Return the momentum at a position in the run, in epochs counted from 0."""

@@ -5,7 +5,8 @@ They read only types, shapes and dtypes, so they do not wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +75,43 @@ def check_loss(method: Method[Any, Any], result: object) -> None:
             "under torch.no_grad(), or from detached tensors?"
         )
     check_scalars(where, "metrics", result.metrics)
+
+
+@contextmanager
+def modes_kept(method: Method[Any, Any]) -> Iterator[None]:
+    """Check that an iteration leaves the trained models in the modes in which it found them.
+
+    Raises:
+        ValueError: if it does not, as all further iterations would then train in the wrong mode.
+    """
+    models = method.trainable()
+    before = {name: model.training for name, model in models.items()}
+    yield
+    for name, model in models.items():
+        if model.training != before[name]:
+            found, wanted = (("training", "eval"), ("evaluation", "train"))[before[name]]
+            raise ValueError(
+                f"{type(method).__name__} must leave its models in the modes in which it found them, got {name!r} "
+                f"in {found} mode after an iteration: call {wanted}() of it where the attack ends"
+            )
+
+
+def check_updated(method: Method[Any, Any], means: Mapping[str, float], bad_steps: int) -> None:
+    """Check that the `step` of a method has updated the weights.
+
+    Args:
+        method: the method.
+        means: the means of the scalars of an epoch's updates.
+        bad_steps: number of updates of the run that were not taken because the loss or a gradient was not finite.
+
+    Raises:
+        ValueError: if there was no update in the epoch.
+    """
+    if "loss" not in means and not bad_steps:
+        raise ValueError(
+            f"{type(method).__name__}.step must call update(LossResult(loss)), which moves the weights, got no "
+            "call in an epoch"
+        )
 
 
 def check_scalars(where: str, what: str, values: object) -> None:

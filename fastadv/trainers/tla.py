@@ -27,7 +27,8 @@ _TENTH_AFTER_50_AND_60 = MultiStep((50, 60), 0.1)
 class TlaRecipe(AdversarialRecipe):
     """Numbers of the authors' code for training on CIFAR-10 from scratch; both presets have them.
 
-    `Tla` states the differences of "official" from that code.
+    With "official" images are padded by 2 pixels, and the weights and biases of BatchNorm do not decay, as in that
+    code. `Tla` states the remaining differences.
 
     Attributes:
         weight: weight of each triplet's loss, lambda_1; 2 for CIFAR-10.
@@ -48,7 +49,7 @@ class TlaRecipe(AdversarialRecipe):
     norm_weight: Number = 1e-3
     positives: Literal["both", "own", "class"] = "both"
 
-    presets: ClassVar[Presets] = {"paper": {}, "official": {}}
+    presets: ClassVar[Presets] = {"paper": {}, "official": {"pad": 2, "norm_decay": False}}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,8 +18,8 @@ _TRIANGLE = Cyclic(0.5)
 class ZeroGradRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10; both presets have them.
 
-    With "official" the model is attacked in training mode, as in that code, so running statistics move twice per
-    batch.
+    With "official" images are padded by reflection, and the model is attacked in training mode, as in that code.
+    So running statistics move twice per batch.
 
     Attributes:
         alpha: size of the step; 2 eps in the paper. Set it together with eps.
@@ -35,7 +35,10 @@ class ZeroGradRecipe(AdversarialRecipe):
     quantile: Number = 0.35
 
     norms: ClassVar[tuple[str, ...]] = ("linf",)
-    presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
+    presets: ClassVar[Presets] = {
+        "paper": {},
+        "official": {"attack_mode": "moving", "pad_mode": "reflect"},
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()

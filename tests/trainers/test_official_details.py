@@ -16,8 +16,8 @@ from fastadv.models import create_model
 from fastadv.ops import random_start
 from fastadv.trainers import (
     AfsRecipe,
-    DmAtRecipe,
     FastRecipe,
+    FreeRecipe,
     Recipe,
     Runtime,
     find_method,
@@ -109,11 +109,36 @@ def test_norms_do_not_decay_where_the_recipe_says_so(optimizer: Any) -> None:
         assert torch.allclose(parameter, torch.full_like(parameter, wanted)), name
 
 
-def test_the_scripts_without_decay_of_norms_are_known() -> None:
-    assert not DmAtRecipe.preset("official").norm_decay
-    assert not FastRecipe.preset("imagenet").norm_decay
+# Padding of the random crop, and whether weights and biases of norms decay. All others: 4 black pixels, and yes.
+# Free and TLA have Madry's TensorFlow code. It enlarges images by 4 pixels in all, and only kernels decay.
+AUGMENTATION = {
+    "act": (4, "reflect", True),
+    "dm_at": (4, "constant", False),
+    "free": (2, "constant", False),
+    "tla": (2, "constant", False),
+    "zero_grad": (4, "reflect", True),
+}
+
+
+def test_official_presets_crop_and_decay_as_their_scripts() -> None:
     for name in method_names():
-        assert find_method(name).recipe_class().norm_decay, name
+        kind = find_method(name).recipe_class
+        assert kind().norm_decay, name
+        if "official" in kind.presets:
+            recipe = kind.preset("official")
+            found = (recipe.pad, recipe.pad_mode, recipe.norm_decay)
+            assert found == AUGMENTATION.get(name, (4, "constant", True)), name
+            assert recipe.flip, name
+
+
+def test_presets_for_imagenet_train_as_their_scripts() -> None:
+    fast = FastRecipe.preset("imagenet")
+    assert (fast.attack_mode, fast.norm_decay) == ("moving", False)
+    assert FreeRecipe.preset("imagenet").norm_decay
+    for name in method_names():
+        kind = find_method(name).recipe_class
+        if "imagenet" in kind.presets:
+            assert kind.preset("imagenet").pad == 0, name
 
 
 def test_las_ats_probe_decays_as_the_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -284,7 +284,10 @@ def test_grad_align_equals_its_formula_and_so_do_its_gradients() -> None:
     batch = make_batch(dtype=DOUBLE)
     batch.x[2] = 0.5
     found = method.training_loss(batch, Attacked(moved(batch.x)))
-    near = random_start(batch.x, 0.1, seed=batch.seed("alignment"), sample_ids=batch.ids)
+    nowhere = torch.zeros_like(batch.x)
+    u = random_start(nowhere, 0.1, "linf", (-1, 1), batch.seed("alignment"), sample_ids=batch.ids)
+    near = batch.x + u
+    assert float(near.min()) < 0 and float(near.max()) > 1  # the paper does not clip it
     loss = ce(model(moved(batch.x)), batch.y).mean()
     here = input_gradient(model, batch.x, batch.y)
     there = input_gradient(model, near, batch.y, create_graph=True)
