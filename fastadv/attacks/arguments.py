@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from typing import Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -40,10 +41,24 @@ def check_model(model: Model) -> Model:
             f"model must be a module or a callable, got the class {model.__name__}; make the module first: "
             f"{model.__name__}(...)"
         )
+    if inspect.isfunction(model) and _makes_a_module(model):
+        raise TypeError(
+            f"model must be a module or a callable, got {model.__name__}, a function that makes a module; call it "
+            f"first: {model.__name__}(...)"
+        )
     if not callable(model):
         hint = "; model.load_state_dict takes a state dict" if isinstance(model, Mapping) else ""
         raise TypeError(f"model must be a module or a callable, got {type(model).__name__}{hint}")
     return model
+
+
+def _makes_a_module(function: Callable[..., object]) -> bool:
+    """Whether a function says of its result that it is a module, as `fastadv.models.resnet18` does."""
+    try:
+        found = get_type_hints(function).get("return")
+    except (NameError, TypeError):  # of names that only type checkers know
+        return False
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def check_batch(

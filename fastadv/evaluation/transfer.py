@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
@@ -94,6 +95,7 @@ def check_transferable(
     return found
 
 
+@names_checked
 def transfer_matrix(
     models: Mapping[str, Model],
     data: Any,
