@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fastadv
 from fastadv import compat, data, models, ops
 from fastadv.evaluation import autoattack, masking_checks, transfer_matrix
+from fastadv.trainers.hardware import choose_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -259,3 +260,16 @@ def test_methods_of_other_libraries_say_what_to_do_instead(
 ) -> None:
     with pytest.raises(AttributeError, match=f"has no attribute '{name}'; .*{instead}"):
         getattr(kind(net()), name)
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "meta"])
+def test_a_command_names_a_device_as_evaluate_does(device: str) -> None:
+    messages = []
+    for call in (
+        lambda: choose_device(device),
+        lambda: fastadv.evaluate(net(), (X, Y), device=device, progress=False),
+    ):
+        with pytest.raises(ValueError, match="device must be one") as found:
+            call()
+        messages.append(str(found.value))
+    assert messages[0] == messages[1]
