@@ -207,6 +207,8 @@ def test_a_message_shows_no_weights() -> None:
         models.copy_weights(net(), net().state_dict())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"inputs must be a tensor.*, got a list of 4 with tensors"):
         compat.PGD(net())(list(X), Y)
+    with pytest.raises(ValueError, match="two or more in a dict, by name, got a list of 1 with"):
+        transfer_matrix([net()], (X, Y))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="data must be an ImageData, got None"):
         data.subset(None, 3)  # type: ignore[arg-type]
 

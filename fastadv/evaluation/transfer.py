@@ -142,7 +142,9 @@ def transfer_matrix(
     """
     start = time.perf_counter()
     if not isinstance(models, Mapping) or len(models) < 2:
-        raise ValueError(f"models must be two or more by name, got {models!r:.200}")
+        raise ValueError(
+            f"models must be two or more in a dict, by name, got {shown(models)}"
+        )
     for name in models:
         if not isinstance(name, str):
             raise TypeError(f"models must have names that are text, got {shown(name)}")
