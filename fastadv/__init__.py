@@ -103,13 +103,13 @@ def __getattr__(name: str) -> Any:
 
 
 def _hint_of(name: str) -> str:
-    """What was probably meant by a name that there is not: first that very name in a subpackage."""
+    """The hint for an unknown name: the same name in a subpackage, or else a similar name of fastadv itself."""
     for part in _SEARCHED:
         names = importlib.import_module(f"fastadv.{part}").__all__
         found = [one for one in names if one.lower() == name.lower()]
         if found:
             return f"; did you mean fastadv.{part}.{found[0]}?"
-    return ops.values.closest(name, __all__, ops.synonyms.ATTACKS)
+    return ops.values.did_you_mean(name, __all__, ops.synonyms.ATTACKS)
 
 
 def __dir__() -> list[str]:

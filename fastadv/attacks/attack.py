@@ -71,7 +71,7 @@ class AttackSettings:
 
     def _check_eps(self) -> None:
         limit("eps", self.eps)
-        if self.norm == "linf":  # in others it takes the size of an image to tell
+        if self.norm == "linf":  # in other norms the check needs the size of the images
             check_radius("eps", self.eps, self.norm, self.bounds)
 
 
@@ -155,7 +155,7 @@ class Attack(Configured):
             x: images [B, ...] within the bounds.
             y: labels, or targets, [B], int64 or another integer dtype; or soft labels [B, C], floating point, for
                 attacks on the losses "ce" and "kl" or on a callable.
-            seed: of the random numbers, for this call.
+            seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
             eps: radius for this call, a number or one per image [B]. Step sizes change in proportion.
@@ -181,7 +181,7 @@ class Attack(Configured):
         start: Tensor | None,
         pace: Pace = Pace(),  # noqa: B008, it is immutable
     ) -> Tensor:
-        """Attack a batch, as `__call__` says; the images may have a pace of their own."""
+        """Do the work of `__call__`; ``pace`` may give each image its own step size and number of steps."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
         bounds = self.settings.bounds if pace.bounds is None else pace.bounds
@@ -248,7 +248,7 @@ class Attack(Configured):
         return self._engines.ready(self.model, x, wish)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """Other threads that attack the model, or another one that shares a network with it, wait."""
+        """A context in which other threads wait if they attack the model or one that shares a network with it."""
         return alone_with(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -281,7 +281,7 @@ class Attack(Configured):
         return f"{type(self).__name__} is run step by step"
 
     def _soft_labels_obstacle(self) -> str | None:
-        """Why the attack takes class indices alone, to follow "y must hold class indices"; None if it does not."""
+        """Why the attack takes no soft labels, to follow "y must hold class indices"; None if it takes them."""
         return f"for {type(self).__name__}"
 
     @property
@@ -289,7 +289,7 @@ class Attack(Configured):
         """The facts of the last call: gradients, losses, engine, and a check of its result.
 
         Raises:
-            RuntimeError: there was no call, or the last one failed.
+            RuntimeError: if there was no call, or the last call failed.
         """
         if self._last is None:
             raise RuntimeError("last must be read after a call of the attack that succeeded")
@@ -304,7 +304,7 @@ class Attack(Configured):
         """Use the engines that another attack on the same model has built or will build, and the memory they take.
 
         Raises:
-            ValueError: ``other`` attacks another model.
+            ValueError: if ``other`` attacks another model.
         """
         if other.model is not self.model:
             raise ValueError("other must be an attack on the same model, got one on another model")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
 from fastadv.ops.synonyms import WORDS
-from fastadv.ops.values import check_takes, closest
+from fastadv.ops.values import check_takes, did_you_mean
 
 SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
@@ -25,8 +25,8 @@ class Objective:
         targeted: ``y`` holds the classes to be reached; the loss is lowered instead of raised.
 
     Raises:
-        ValueError: unknown name, or a targeted ``"kl"``, which has no target.
-        TypeError: ``loss`` is neither a name nor callable.
+        ValueError: if the name is unknown, or ``"kl"``, which has no target, is targeted.
+        TypeError: if ``loss`` is neither a name nor callable.
     """
 
     def __init__(self, loss: str | LossFunction, targeted: bool = False) -> None:
@@ -36,7 +36,7 @@ class Objective:
         if isinstance(loss, str):
             if loss not in OBJECTIVES:
                 known = ", ".join(OBJECTIVES)
-                hint = closest(loss, OBJECTIVES, WORDS)
+                hint = did_you_mean(loss, OBJECTIVES, WORDS)
                 raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
             if targeted and loss == "kl":
                 raise ValueError("loss 'kl' has no target; targeted must be False with it")
@@ -51,16 +51,16 @@ class Objective:
 
         Args:
             logits: [B, C], any float dtype.
-            y: labels, or targets, [B] int64; or soft ones [B, C] for ``"ce"``, ``"kl"``, which then is the
-                divergence from them, and a callable.
+            y: labels, or targets, [B] int64; for ``"ce"``, ``"kl"`` and a callable also soft labels [B, C]. With
+                soft labels ``"kl"`` is the divergence from them.
             clean_logits: [B, C] of the unattacked images, for ``"kl"``.
 
         Returns:
-            [B] float32, or a scalar where a callable returns one.
+            Values [B] float32, or a scalar if a callable returns a scalar.
 
         Raises:
-            TypeError: the callable's result is no tensor.
-            ValueError: the callable's result is neither [B] nor a scalar, or carries no gradient.
+            TypeError: if the callable's result is no tensor.
+            ValueError: if the callable's result is neither [B] nor a scalar, or has no gradient.
         """
         logits = _wide(logits)
         if not isinstance(self._loss, str):

@@ -1,4 +1,4 @@
-"""Warnings of attacks that find too little: by their settings, or by what a call has met."""
+"""Warnings of attacks that find too little, because of their settings or of what happened in a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def tell_of_settings(settings: AttackSettings) -> None:
-    """Warn of a radius that is meant for other images, and of steps that lead nowhere."""
+    """Warn if the radius is meant for other images, or if all steps together are too short."""
     tell_of_default_radius(settings.eps, settings.norm, settings.bounds, stacklevel=6)
     step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
     if step is not None and steps is not None:
@@ -27,7 +27,7 @@ def tell_of_settings(settings: AttackSettings) -> None:
 def tell_of_default_radius(
     eps: float, norm: str, bounds: tuple[float, float], stacklevel: int
 ) -> None:
-    """Warn where a radius is the default, which is meant for other norms and images."""
+    """Warn if a radius is the default for linf and images in 0..1, but the norm or the bounds are others."""
     low, high = bounds
     if eps == 8 / 255 and (norm, low, high) != ("linf", 0, 1):
         warnings.warn(
@@ -38,7 +38,7 @@ def tell_of_default_radius(
 
 
 def short_reach(alpha: float, steps: int, eps: float) -> str:
-    """Say it where all steps together go no farther than a tenth of the radius; else return nothing."""
+    """The warning if all steps together are shorter than a tenth of the radius; "" if they are not."""
     if alpha * steps >= 0.1 * eps:
         return ""
     return (
@@ -51,7 +51,7 @@ _ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an ima
 
 
 def tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn where the gradients that were followed led nowhere: then images stay right that are not robust."""
+    """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
     leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
     if report.nan_gradients:
         what = f"NaN in {report.nan_gradients} of {report.elements} elements"
@@ -67,7 +67,7 @@ def tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
 
 
 def tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
-    """Warn where a loss of logits got probabilities: where a class is certain, it has next to no gradient."""
+    """Warn if a loss of logits got probabilities: for a certain class its gradient is nearly 0."""
     of_logits = isinstance(getattr(settings, "loss", "cw"), str)
     if of_logits and results is not None and are_probabilities(results):
         warnings.warn(
