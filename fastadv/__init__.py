@@ -62,7 +62,14 @@ __all__ = [
     "pgd_fused",
 ]
 
-_SUBPACKAGES = ("attacks", "data", "evaluation", "losses", "models", "trainers")
+_SUBPACKAGES = ("attacks", "compat", "data", "evaluation", "losses", "models", "sweeps", "trainers")
+_SEARCHED = (
+    "trainers",
+    "evaluation",
+    "models",
+    "data",
+    "losses",
+)  # for names that fastadv itself does not have
 _ATTACKS = (
     "APGD",
     "CW",
@@ -91,8 +98,18 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fastadv.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    hint = ops.values.did_you_mean(name, __all__) if not name.startswith("_") else ""
+    hint = "" if name.startswith("_") else _hint_of(name)
     raise AttributeError(f"module 'fastadv' has no attribute {name!r}{hint}")
+
+
+def _hint_of(name: str) -> str:
+    """The hint for an unknown name: the same name in a subpackage, or else a similar name of fastadv itself."""
+    for part in _SEARCHED:
+        names = importlib.import_module(f"fastadv.{part}").__all__
+        found = [one for one in names if one.lower() == name.lower()]
+        if found:
+            return f"; did you mean fastadv.{part}.{found[0]}?"
+    return ops.values.did_you_mean(name, __all__, ops.synonyms.ATTACKS)
 
 
 def __dir__() -> list[str]:

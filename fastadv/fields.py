@@ -23,6 +23,7 @@ from fastadv.ops.values import (
     nearest,
     number,
     shown,
+    with_article,
 )
 
 _MISSING = object()
@@ -187,8 +188,8 @@ def _instance(kind: type, name: str, value: Any) -> Any:
     meant = nearest(word, names) if isinstance(word, str) else ""
     hint = f"; did you mean {meant}()?" if meant else ""
     raise TypeError(
-        f"{name} must be a {kind.__name__}, such as {names[0]}() or another of {', '.join(names)}, got "
-        f"{shown(value)}{hint}"
+        f"{name} must be {with_article(kind.__name__)}, such as {names[0]}() or another of {', '.join(names)}, "
+        f"got {shown(value)}{hint}"
     )
 
 
@@ -203,7 +204,7 @@ def _words(hint: Any) -> str:
     """The values that a hint asks for, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return f"one of {', '.join(map(str, parts))}"
+        return f"one of {', '.join(map(str, parts))}" if len(parts) > 1 else repr(parts[0])
     if origin in (Union, types.UnionType):
         return " or ".join(map(_words, parts))
     if origin is tuple:
@@ -214,4 +215,4 @@ def _words(hint: Any) -> str:
     known = {bool: "True or False", int: "an integer", float: "a number", str: "a name"}
     if hint in known or hint is type(None):
         return known.get(hint, "None")
-    return f"a {(origin or hint).__name__}"
+    return with_article((origin or hint).__name__)

@@ -174,7 +174,7 @@ FLAGS = ("targeted", "train_mode", "random_start", "check_inputs")
 @pytest.mark.parametrize("flag", TEXT_FLAGS)
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_of_an_attack_is_no_text_or_number(name: str, flag: Any) -> None:
-    with pytest.raises(TypeError, match=f"{name} must be True or False( or one of moving)?, got"):
+    with pytest.raises(TypeError, match=f"{name} must be True or False( or 'moving')?, got"):
         fastadv.MIM(small_cnn(), **{name: flag})
 
 

@@ -80,7 +80,7 @@ def test_a_loss_is_called_with_logits_and_labels() -> None:
         TypeError, match=r"got the class CrossEntropyLoss; pass CrossEntropyLoss\(\)"
     ):
         fastadv.PGD(net(), loss=nn.CrossEntropyLoss)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="loss must be a callable of two arguments"):
+    with pytest.raises(TypeError, match="loss must be a callable of 2 arguments"):
         fastadv.PGD(net(), loss=lambda logits: logits.sum())  # type: ignore[arg-type,misc]
     fastadv.PGD(net(), loss=nn.CrossEntropyLoss())
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
-from typing import Literal
+from typing import Literal, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ def check_seed(seed: object) -> int | None:
 
 
 def check_model(model: Model) -> Model:
-    """Check that a model is a module or another callable, and not a class.
+    """Check that a model is a module or another callable, and neither a class nor a function that makes a module.
 
     Raises:
         TypeError: if it is not.
@@ -41,10 +42,24 @@ def check_model(model: Model) -> Model:
             f"model must be a module or a callable, got the class {model.__name__}; make the module first: "
             f"{model.__name__}(...)"
         )
+    if inspect.isfunction(model) and _makes_a_module(model):
+        raise TypeError(
+            f"model must be a module or a callable, got {model.__name__}, a function that makes a module; call it "
+            f"first: {model.__name__}(...)"
+        )
     if not callable(model):
         hint = "; model.load_state_dict takes a state dict" if isinstance(model, Mapping) else ""
         raise TypeError(f"model must be a module or a callable, got {type(model).__name__}{hint}")
     return model
+
+
+def _makes_a_module(function: Callable[..., object]) -> bool:
+    """Whether a function is annotated to return a module, as `fastadv.models.resnet18` is."""
+    try:
+        found = get_type_hints(function).get("return")
+    except (NameError, TypeError):  # a name in the annotations may be known only to type checkers
+        return False
+    return isinstance(found, type) and issubclass(found, nn.Module)
 
 
 def check_batch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -29,7 +28,7 @@ from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.soft_labels import are_probabilities
+from fastadv.attacks.weakness import tell_of_gradients, tell_of_probabilities, tell_of_settings
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen
@@ -76,66 +75,14 @@ class AttackSettings:
             check_radius("eps", self.eps, self.norm, self.bounds)
 
 
-def _tell_of_default_radius(settings: AttackSettings) -> None:
-    """Warn if a radius is the default for linf and images in 0..1, but the norm or the bounds are others."""
-    usual = settings.norm == "linf" and settings.bounds == (0.0, 1.0)
-    if settings.eps == 8 / 255 and not usual:
-        low, high = settings.bounds
-        warnings.warn(
-            f"eps is 8/255, the default for linf within bounds (0, 1), in an attack in {settings.norm} within "
-            f"bounds ({low:g}, {high:g}); give the radius in this norm, in the units of the images",
-            stacklevel=5,
-        )
-
-
-def _tell_of_short_reach(settings: AttackSettings) -> None:
-    """Warn if all steps together are shorter than a tenth of the radius."""
-    step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
-    if step is not None and steps is not None and step * steps < 0.1 * settings.eps:
-        warnings.warn(
-            f"alpha * steps is {step * steps:.3g}, less than a tenth of eps, {settings.eps:.3g}: the attack "
-            "cannot get far from where it begins; alpha is in the units of the images, as eps is",
-            stacklevel=5,
-        )
-
-
-_ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
-
-
-def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
-    leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
-    if report.nan_gradients:
-        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
-    elif leads_on and report.elements and report.zero_gradient_share == 1:
-        what = "zero everywhere"
-    else:
-        return
-    warnings.warn(
-        f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
-        "nothing of the model; fastadv.Square needs no gradient",
-        stacklevel=5,
-    )
-
-
-def _tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
-    """Warn if a loss of logits got probabilities: for a certain class its gradient is nearly 0."""
-    of_logits = isinstance(getattr(settings, "loss", "cw"), str)
-    if of_logits and results is not None and are_probabilities(results):
-        warnings.warn(
-            "the model returns probabilities, of which the losses of logits have other, smaller gradients, so "
-            "that the attack finds too little; leave its softmax out, or return the logarithm",
-            stacklevel=5,
-        )
-
-
 def _check_no_tensor(name: str, value: object) -> None:
     """Refuse a tensor: settings are compared, shown and hashed."""
     entries = value if isinstance(value, tuple | list) else (value,)
     found = next((entry for entry in entries if isinstance(entry, Tensor)), None)
     if found is not None:
+        kind = "a pair of numbers (low, high)" if name == "bounds" else "a number"
         raise TypeError(
-            f"{name} must be {'a number' if found is value else 'numbers'}, got {shown(found)}; attacks by steps "
+            f"{name} must be {kind}, got {shown(found)}; attacks by steps "
             f"take tensors, such as one per channel, with the call: attack(x, y, {name}=...)"
         )
 
@@ -184,8 +131,8 @@ class Attack(Configured):
         self.model = model
         self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
-        _tell_of_default_radius(settings)
-        _tell_of_short_reach(settings)
+        tell_of_settings(settings)
+        self._told_of = settings  # those that were set later are told of at the next call
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -243,6 +190,9 @@ class Attack(Configured):
             checks.check_float("start", start)
             checks.check_same_shape("start", start, "x", x)
         settings, self._last = self.settings, None
+        if settings is not self._told_of:
+            tell_of_settings(settings)
+            self._told_of = settings
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
@@ -262,9 +212,10 @@ class Attack(Configured):
                     check_start(start)
             engine = self._ready(x)
             with engine.session(self.model, seed, current=True):
+                images = engine.images(x)
                 batch = AttackBatch(
                     engine,
-                    engine.images(x),
+                    images,
                     y,
                     radius,
                     settings.norm,
@@ -272,7 +223,7 @@ class Attack(Configured):
                     settings.targeted,
                     sample_ids,
                     partial(check_labels, y) if self.check_inputs else None,
-                    None if start is None else engine.images(_usable(start)),
+                    None if start is None else engine.images(_usable(start)).to(images.dtype),
                     passes=self.passes,
                     pace=pace,
                 )
@@ -287,8 +238,8 @@ class Attack(Configured):
                 outside_share(adv, x, radius, settings.norm, bounds),
             )
         if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
-            _tell_of_gradients(self._last, settings)
-            _tell_of_probabilities(batch.counters.first_logits, settings)
+            tell_of_gradients(self._last, settings)
+            tell_of_probabilities(batch.counters.first_logits, settings)
         return adv
 
     def _ready(self, x: Tensor) -> Engine:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
 from fastadv.ops.synonyms import WORDS
-from fastadv.ops.values import did_you_mean
+from fastadv.ops.values import check_takes, did_you_mean
 
 SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
@@ -44,7 +43,7 @@ class Objective:
         elif not callable(loss):
             raise TypeError(f"loss must be a name or a callable, got {type(loss).__name__}")
         else:
-            _check_call(loss)
+            check_takes("loss", loss, ("logits", "labels"))
         self._loss = loss
 
     def __call__(self, logits: Tensor, y: Tensor, clean_logits: Tensor | None = None) -> Tensor:
@@ -72,26 +71,6 @@ class Objective:
             assert clean_logits is not None
             return kl_objective(logits, clean_logits.to(logits.dtype))
         return self._sign * _NAMED[self._loss](logits, y)
-
-
-def _check_call(loss: LossFunction) -> None:
-    """Refuse a class, and a function that cannot be called with two arguments."""
-    if isinstance(loss, type):
-        raise TypeError(
-            f"loss must be a callable of logits and labels, got the class {loss.__name__}; pass "
-            f"{loss.__name__}()"
-        )
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):  # a builtin may have no signature
-        return
-    try:
-        signature.bind(None, None)
-    except TypeError as error:
-        name = getattr(loss, "__name__", type(loss).__name__)
-        raise TypeError(
-            f"loss must be a callable of two arguments, logits and labels, got {name}{signature}"
-        ) from error
 
 
 class LabelCrossEntropy:

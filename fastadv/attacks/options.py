@@ -199,11 +199,23 @@ def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
         others = [k.__name__ for k in _attacks(root) if wanted & {*_settings_of(k)}]
         if others:
             hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} one"
-    if (
-        not hint and role != "attribute"
-    ):  # an attribute may be meant as a method of another library's attacks
+    if not hint and role == "attribute":
+        hint = _instead_of_method(name)
+    # An attribute may be meant as a method of another library's attacks, so a list of the settings would not help.
+    if not hint and role != "attribute":
         hint = _similar_or_all(name, known)
     return f"{kind.__name__} has no {role} {name!r}{hint}"
+
+
+def _instead_of_method(name: str) -> str:
+    """What to call in place of a method of another library's attacks, for the end of a message."""
+    if name in ("perturb", "generate", "forward", "attack", "run", "run_standard_evaluation"):
+        return "; an attack is called: attack(x, y)"
+    if name.startswith(("set_mode_", "set_normalization")):
+        return "; the attacks of fastadv.compat have it"
+    if name in ("to", "cuda", "cpu", "eval", "train"):
+        return "; an attack runs where its model is: model.to(device)"
+    return ""
 
 
 def _similar_or_all(name: str, known: Iterable[str]) -> str:

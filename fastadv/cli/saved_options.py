@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
         trust = ", if you trust that code" if code else ""
         raise ValueError(
             f"run {run_dir} was trained by {recorded.method}: resume it by "
-            f"`fastadv train {code or recorded.method} --run {run_dir} --resume`{trust}, "
+            f"`fastadv train {code or recorded.method} --run {shlex.quote(run_dir)} --resume`{trust}, "
             f"got {command_name(method)}"
         )
     dataset, root = run.source()
@@ -75,7 +76,8 @@ def check_method_known(run_dir: str, name: str) -> None:
         code = run.method_code() or "package.module:Class"
         raise ValueError(
             f"run {run_dir} was trained by {name}, a method that is not fastadv's, whose code runs only when "
-            f"you name it yourself: `fastadv train {code} --run {run_dir} --resume`, if you trust that code"
+            f"you name it yourself: `fastadv train {code} --run {shlex.quote(run_dir)} --resume`, if you trust "
+            "that code"
         )
 
 

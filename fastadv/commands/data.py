@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -115,14 +116,15 @@ def _as_text(layout: CifarLayout, state: SourceState, root: str) -> str:
     lines += [file.problem for file in state.files if file.problem]
     lines += state.problems
     if state.is_good:
-        lines.append(f"All is as it should be: --data {layout.name} --root {root}")
+        lines.append(f"All is as it should be: --data {layout.name} --root {shlex.quote(root)}")
     else:
         lines.append(f"Move {state.folder} away. {_how_to_download(layout, root)}")
     return "\n".join(lines) + "\n"
 
 
 def _how_to_download(layout: CifarLayout, root: str) -> str:
-    return f"`fastadv data {layout.name} --root {root} --download` fetches it where there is a network."
+    command = f"fastadv data {layout.name} --root {shlex.quote(root)} --download"
+    return f"`{command}` fetches it where there is a network."
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -98,7 +99,9 @@ def judged_run(path: str, name: str) -> Judged:
     source = Path(path)
     file = source if source.is_file() else source / EVAL_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file; run `fastadv eval {path}` first")
+        raise FileNotFoundError(
+            f"{file}: no such file; run `fastadv eval {shlex.quote(str(path))}` first"
+        )
     results = load_results(file)
     if not results:
         raise ValueError(f"{file}: holds no results; run `fastadv eval` first")

@@ -274,7 +274,16 @@ class Attack(metaclass=AttackType):
             "clean_inputs": [],
         }
         distances = []
-        for inputs, labels in data_loader:
+        if isinstance(data_loader, Tensor | tuple) or not isinstance(data_loader, Iterable):
+            raise TypeError(
+                f"data_loader must be a DataLoader or a list of batches (images, labels), got {shown(data_loader)}"
+            )
+        for batch in data_loader:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise TypeError(
+                    f"data_loader must give batches (images, labels), got {shown(batch)}"
+                )
+            inputs, labels = batch
             clean = self._taken(inputs)[0]
             adv = self._result_taken(self(inputs, labels), inputs)
             found = self._logits(adv).argmax(1)

@@ -170,8 +170,8 @@ def from_tensors(
         )
     if labels.dim() != 1:
         raise ValueError(
-            f"labels must be class indices [N], got shape {tuple(labels.shape)}; of one-hot labels pass "
-            "labels.argmax(1)"
+            f"labels must be class indices [N], got shape {tuple(labels.shape)}"
+            + one_hot_hint("labels", labels)
         )
     labels = labels.to(torch.int64)
     if num_classes is None:
@@ -290,7 +290,7 @@ def check_channels_first(name: str, shape: Sequence[int]) -> None:
     if has_channels_at(2, shape):
         raise ValueError(
             f"{name} must have axes C, H, W, got {tuple(shape)}, which looks like H, W, C; bring the channels to "
-            "the front, with permute(0, 3, 1, 2) of a batch"
+            "the front, with permute(2, 0, 1) of one image or permute(0, 3, 1, 2) of a batch"
         )
 
 

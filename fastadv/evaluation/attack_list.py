@@ -11,7 +11,7 @@ from torch import Tensor
 from fastadv.attacks.fgsm import FGSM_RS_STEP
 from fastadv.attacks.options import Configured
 from fastadv.evaluation.context import Model
-from fastadv.ops.values import nearest, shown
+from fastadv.ops.values import check_takes, nearest, shown
 
 ForeignAttack = Callable[[Model, Tensor, Tensor], Tensor]
 AttackChoice = str | tuple[str, ForeignAttack]
@@ -294,17 +294,25 @@ def _parse_one(choice: AttackChoice, eps: float, step: float) -> ChosenAttack:
         and len(choice) == 2
         and isinstance(choice[0], str)
         and callable(choice[1])
-        and not isinstance(choice[1], Configured)
+        and not _is_attack(choice[1])
     ):
         name, attack = choice
         if _is_built_in(name):
             raise ValueError(f"attacks: {name!r} is the name of a built-in attack, choose another")
+        check_takes("attacks", attack, ("model", "x", "y"))
         return UserAttack(name, attack)
     attack = choice[-1] if isinstance(choice, (tuple, list)) and choice else choice
     hint = ""
-    if isinstance(attack, Configured):
+    if _is_attack(attack):
         hint = "; of an attack pass (name, lambda model, x, y: attack(x, y))"
     raise TypeError(f"attacks must hold names or pairs (name, callable), got {shown(choice)}{hint}")
+
+
+def _is_attack(value: object) -> bool:
+    """Whether it is an attack of this package, or the class of one, which take no model with a call."""
+    return isinstance(value, Configured) or (
+        isinstance(value, type) and issubclass(value, Configured)
+    )
 
 
 def _is_built_in(name: str) -> bool:

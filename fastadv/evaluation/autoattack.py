@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.apgd_pool import NORMS
+from fastadv.attacks.options import names_checked
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement, rows_of
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
@@ -85,6 +86,7 @@ class AutoAttackResult:
     search: str = REFERENCE
 
 
+@names_checked
 def autoattack(
     model: Model,
     data: Any,

@@ -39,7 +39,13 @@ from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
+from fastadv.evaluation.samples import (
+    as_samples,
+    check_batch_size,
+    check_eps,
+    radius_or_default,
+    refusal,
+)
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import FinishedBatches, SharedWork
@@ -129,10 +135,10 @@ def evaluate(
 
     Returns:
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
-        be too high: AutoAttack warns, the model draws random numbers and ``eot`` is 1, gradients are zero or not
-        finite, the surrogate guesses, or a network that the model holds unregistered is in train mode;
-        ``"invalid"`` when AutoAttack or a callable returned inadmissible images, which then count as failed
-        attempts.
+        be too high: AutoAttack warns, all steps of an attack together are far shorter than the radius, the model
+        draws random numbers and ``eot`` is 1, gradients are zero or not finite, the surrogate guesses, or a
+        network that the model holds unregistered is in train mode; ``"invalid"`` when AutoAttack or a callable
+        returned inadmissible images, which then count as failed attempts.
 
     Raises:
         ValueError: for an unknown attack name or an argument out of range, or a model with fewer classes than the
@@ -143,6 +149,10 @@ def evaluate(
             are not finite.
     """
     worst_case = check_bool("worst_case", worst_case)
+    if isinstance(
+        data, Tensor
+    ):  # as in evaluate(model, x, y), where y would be named as the attacks
+        raise refusal(data)
     norm, seed = norm_name(norm), integer("seed", seed)
     alpha = None if alpha is None else limit("alpha", alpha)
     expected = None if expected is None else share("expected", expected)

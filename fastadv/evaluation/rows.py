@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastadv.attacks.weakness import short_reach
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -79,7 +80,11 @@ class Judge:
             row = replace(row, surrogate=self.surrogate, notes=(*row.notes, *early))
         if self.is_random:
             row = self._of_random_model(attack, row)
-        for doubt in (self.blind.note(attack), "" if isinstance(attack, Clean) else self.doubt):
+        for doubt in (
+            _short_reach(attack, eps),
+            self.blind.note(attack),
+            "" if isinstance(attack, Clean) else self.doubt,
+        ):
             if doubt:
                 status = "suspect" if row.status == "ok" else row.status
                 row = replace(row, status=status, notes=(*row.notes, doubt))
@@ -197,6 +202,13 @@ class Judge:
         return (
             folder / f"rank-{ranks.rank}-of-{ranks.world_size}" if ranks.world_size > 1 else folder
         )
+
+
+def _short_reach(attack: ChosenAttack, eps: float) -> str:
+    """The note of an attack whose steps cannot lead far into the ball; empty for others."""
+    if not isinstance(attack, BallAttack) or attack.alpha is None:
+        return ""
+    return short_reach(attack.alpha, attack.steps, eps)
 
 
 def autoattack_of(

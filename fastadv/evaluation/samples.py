@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -195,22 +196,34 @@ def _unpack(data: Any) -> tuple[Tensor, Tensor, str]:
     elif isinstance(data, (tuple, list)) and len(data) == 2:
         pair, name = (data[0], data[1]), "tensors"
     else:
-        raise TypeError(
-            "data must be an ImageData, a pair of tensors (images, labels), a map-style Dataset or a DataLoader, "
-            "got "
-            + type(data).__name__
-            + ("; put it into a DataLoader" if isinstance(data, IterableDataset) else "")
-        )
+        raise refusal(data)
     for role, value in zip(("images", "labels"), pair, strict=True):
         if not isinstance(value, Tensor):
-            raise TypeError(f"{role} of data must be a tensor, got {type(value).__name__}")
+            array = "; pass torch.as_tensor of it" if isinstance(value, list | np.ndarray) else ""
+            raise TypeError(f"{role} of data must be a tensor, got {type(value).__name__}{array}")
     return pair[0], pair[1], name
 
 
+def refusal(data: object) -> TypeError:
+    """The error of data of a kind that is not accepted, which says what to do with them."""
+    hint = ""
+    if isinstance(data, IterableDataset):
+        hint = "; put it into a DataLoader"
+    elif isinstance(data, Tensor):
+        hint = "; pass images and labels as one pair, (images, labels)"
+    elif isinstance(data, str):
+        hint = "; pass fastadv.data.load_dataset(name).test"
+    return TypeError(
+        "data must be an ImageData, a pair of tensors (images, labels), a map-style Dataset or a DataLoader, got "
+        f"{type(data).__name__}{hint}"
+    )
+
+
 def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
-    if images.dim() < 2 or images.shape[0] == 0:
+    if images.dim() < 2 or images.numel() == 0:
         raise ValueError(
-            f"images must be [N, ...] with at least one image, got shape {tuple(images.shape)}"
+            f"images must be [N, ...] with at least one image and no axis of length 0, got shape "
+            f"{tuple(images.shape)}"
         )
     if images.dtype == torch.uint8:
         return
@@ -230,6 +243,7 @@ def _checked_labels(labels: Tensor, images: Tensor) -> Tensor:
     if labels.shape != images.shape[:1]:
         raise ValueError(
             f"labels must be [N] with N = {images.shape[0]} images, got shape {tuple(labels.shape)}"
+            + one_hot_hint("labels", labels)
         )
     labels = labels.detach().to(torch.int64)
     if int(labels.min()) < 0:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
@@ -33,6 +34,7 @@ from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 
 
+@names_checked
 def masking_checks(
     model: Model,
     data: Any,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
@@ -94,6 +95,7 @@ def check_transferable(
     return found
 
 
+@names_checked
 def transfer_matrix(
     models: Mapping[str, Model],
     data: Any,
@@ -140,7 +142,7 @@ def transfer_matrix(
     """
     start = time.perf_counter()
     if not isinstance(models, Mapping) or len(models) < 2:
-        raise ValueError(f"models must be two or more by name, got {models!r:.200}")
+        raise ValueError(f"models must be two or more in a dict, by name, got {shown(models)}")
     for name in models:
         if not isinstance(name, str):
             raise TypeError(f"models must have names that are text, got {shown(name)}")

@@ -119,7 +119,17 @@ class Normalized(nn.Module):
         self.register_buffer("std", stds)
 
     def normalize(self, x: Tensor) -> Tensor:
-        """Return (x - mean) / std."""
+        """Return (x - mean) / std.
+
+        Raises:
+            ValueError: the images have another number of channels than mean and std.
+        """
+        channels = self.mean.shape[1]
+        if channels > 1 and x.dim() > 2 and x.shape[-3] != channels:  # one would be spread over all
+            raise ValueError(
+                f"x must have {channels} channels, as mean and std have, got {x.shape[-3]} in shape "
+                f"{tuple(x.shape)}"
+            )
         return (x - self.mean) / self.std
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from fastadv.ops.values import limit as limit
 from fastadv.ops.values import norm_name as norm_name
 from fastadv.ops.values import number as number
 from fastadv.ops.values import share as share
+from fastadv.ops.values import shown as shown
 from fastadv.ops.values import threshold as threshold
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -90,10 +92,9 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
         ValueError: a number is negative or not finite, or a tensor has neither one element nor one per sample.
     """
     if not isinstance(value, Tensor):
+        check_no_list(name, value)
         return limit(name, value), None
-    check_tensor(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+    check_real(name, value)
     batch = like.shape[0]
     if not is_per_sample(value, like):
         raise ValueError(
@@ -102,6 +103,21 @@ def per_sample(name: str, value: float | Tensor, like: Tensor) -> tuple[float, T
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
     return 0.0, value.detach().to(accumulate_dtype(like)).reshape(-1).expand(batch).contiguous()
+
+
+def check_real(name: str, value: Tensor) -> None:
+    """Require a dense tensor of numbers that can be compared; flags are no numbers."""
+    check_tensor(name, value)
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+
+
+def check_no_list(name: str, value: object) -> None:
+    """Refuse a list or an array where a number or a tensor is asked for, and say which of both to pass."""
+    if isinstance(value, list | tuple | np.ndarray):
+        raise TypeError(
+            f"{name} must be a number or a tensor of numbers, got {shown(value)}; pass torch.tensor(...) of it"
+        )
 
 
 def is_per_sample(value: Tensor, like: Tensor) -> bool:
@@ -134,9 +150,12 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
 
 
 def one_hot_hint(name: str, value: object) -> str:
-    """How to pass one-hot labels, for the end of a message; "" where the value has not two axes."""
-    is_table = isinstance(value, Tensor) and value.dim() == 2
-    return f"; of one-hot labels pass {name}.argmax(1)" if is_table else ""
+    """How to pass labels of two axes, for the end of a message; "" where the value has not two axes."""
+    if not isinstance(value, Tensor) or value.dim() != 2:
+        return ""
+    if 1 in value.shape:  # a column or a row of class indices, whose argmax would be class 0
+        return f"; of labels with a further axis pass {name}.flatten()"
+    return f"; of one-hot labels pass {name}.argmax(1)"
 
 
 def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:

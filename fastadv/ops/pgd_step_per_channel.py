@@ -148,9 +148,7 @@ def _column(name: str, value: Number, norm: str, like: Tensor) -> Tensor:
             raise ValueError(f"{name} must be finite, got {number}")
         # Not torch.full, for which torch.compile makes a graph of each number.
         return torch.zeros((1, 1), dtype=dtype, device=like.device) + number
-    checks.check_tensor(name, value)
-    if value.is_complex():
-        raise TypeError(f"{name} must hold real numbers, got {value.dtype}")
+    checks.check_real(name, value)
     if value.device != like.device:
         raise ValueError(f"{name} must be on the device {like.device}, got {value.device}")
     shape = _table_shape(value, like)

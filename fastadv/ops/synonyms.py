@@ -30,6 +30,31 @@ SYNONYMS = {
     **dict.fromkeys(("dataset", "dataloader", "loader"), "data"),
     **dict.fromkeys(("data_dir", "data_path"), "root"),
     **dict.fromkeys(("gpu", "cuda"), "device"),
+    **dict.fromkeys(("bs", "batch", "batchsize"), "batch_size"),
+    **dict.fromkeys(("num_workers", "n_workers"), "workers"),
+    **dict.fromkeys(("num_epochs", "n_epochs", "max_epochs"), "epochs"),
+}
+
+# Names of attacks.
+ATTACKS = {
+    **dict.fromkeys(
+        ("bim", "ifgsm", "i_fgsm", "pgdl2", "l2pgd", "linfpgd", "linfpgdattack"), "PGD"
+    ),
+    **dict.fromkeys(
+        ("l2pgdattack", "projected_gradient_descent", "projectedgradientdescent"), "PGD"
+    ),
+    **dict.fromkeys(("fast_gradient_method", "fastgradientmethod", "gradientsignattack"), "FGSM"),
+    **dict.fromkeys(
+        ("mifgsm", "mi_fgsm", "momentumiterativemethod", "momentumiterativeattack"), "MIM"
+    ),
+    **dict.fromkeys(("autopgd", "apgdattack", "autoprojectedgradientdescent"), "APGD"),
+    **dict.fromkeys(("ffgsm", "rfgsm", "fgsm_rs"), "FGSMRS"),
+    **dict.fromkeys(
+        ("carliniwagner", "carlinil2method", "carliniwagnerl2attack", "l2carliniwagnerattack"),
+        "CWL2",
+    ),
+    **dict.fromkeys(("squareattack",), "Square"),
+    **dict.fromkeys(("fabattack", "linffabattack"), "FAB"),
 }
 
 # Words that an argument may have.

@@ -8,9 +8,11 @@ graph serves all its values.
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,11 @@ from fastadv.ops.synonyms import WORDS
 
 NORMS = ("linf", "l2", "l1")
 _ORDERS = {math.inf: "linf", 2: "l2", 1: "l1"}
-_NORM_WORDS = {**dict.fromkeys(("inf", "infty", "infinity"), "linf"), "2": "l2", "1": "l1"}
+_NORM_WORDS = {
+    **dict.fromkeys(("inf", "infty", "infinity", "\N{INFINITY}"), "linf"),
+    "2": "l2",
+    "1": "l1",
+}
 _LONGEST = 200  # characters of a value in a message
 
 
@@ -29,9 +35,21 @@ def shown(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, torch.nn.Module):
-        return f"a {type(value).__name__}"
+        return with_article(type(value).__name__)
+    if isinstance(value, Mapping | list | tuple) and _holds_tensors(value):
+        return f"{with_article(type(value).__name__)} of {len(value)} with tensors or modules"
     text = repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def with_article(word: str) -> str:
+    """The name of a class after "a" or "an"."""
+    return f"an {word}" if word[:1] in "AEIOaeio" else f"a {word}"
+
+
+def _holds_tensors(value: Mapping[Any, Any] | list[Any] | tuple[Any, ...]) -> bool:
+    entries = value.values() if isinstance(value, Mapping) else value
+    return any(isinstance(entry, Tensor | torch.nn.Module) for entry in entries)
 
 
 def number(name: str, value: object) -> float:
@@ -84,6 +102,31 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
         word = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
         hint = did_you_mean(word, choices, WORDS) if isinstance(word, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
+
+
+def check_takes(name: str, function: Callable[..., Any], parameters: Sequence[str]) -> None:
+    """Refuse a class, and a function that cannot be called with as many arguments as there are ``parameters``.
+
+    Raises:
+        TypeError: it is a class, or takes another number of arguments.
+    """
+    wanted = f"{', '.join(parameters[:-1])} and {parameters[-1]}"
+    if isinstance(function, type):
+        raise TypeError(
+            f"{name} must be a callable of {wanted}, got the class {function.__name__}; pass "
+            f"{function.__name__}()"
+        )
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # a builtin may have no signature
+        return
+    try:
+        signature.bind(*parameters)
+    except TypeError as error:
+        called = getattr(function, "__name__", type(function).__name__)
+        raise TypeError(
+            f"{name} must be a callable of {len(parameters)} arguments, {wanted}, got {called}{signature}"
+        ) from error
 
 
 def check_finite_at_least_zero(name: str, value: float) -> None:
@@ -143,7 +186,12 @@ def check_bounds(bounds: object) -> tuple[float, float]:
     """
     if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
         raise TypeError(f"bounds must be a pair (low, high), got {shown(bounds)}")
-    low, high = number("bounds", bounds[0]), number("bounds", bounds[1])
+    try:
+        low, high = number("bounds", bounds[0]), number("bounds", bounds[1])
+    except TypeError as error:
+        raise TypeError(
+            f"bounds must be a pair of numbers (low, high), got {shown(bounds)}"
+        ) from error
     if not -math.inf < low <= high < math.inf:
         raise ValueError(f"bounds must be finite with low <= high, got ({low}, {high})")
     return low, high
@@ -179,7 +227,7 @@ def norm_name(norm: object) -> str:
     if isinstance(norm, str):
         if norm in NORMS:
             return norm
-        word = norm.lower().replace("_", "").replace("-", "").removeprefix("l")
+        word = norm.strip().lower().replace("_", "").replace("-", "").removeprefix("l")
         if word in _NORM_WORDS:
             return _NORM_WORDS[word]
     elif isinstance(norm, Real) and not isinstance(norm, bool) and norm in _ORDERS:

@@ -7,6 +7,7 @@ import os
 from torch import nn
 
 from fastadv.data import ImageData, Splits, StreamedData
+from fastadv.ops.values import with_article
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.settings import Settings
@@ -58,7 +59,7 @@ def checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:
         return method.recipe_class()
     if not isinstance(recipe, method.recipe_class):
         raise TypeError(
-            f"recipe of {method.name} must be a {method.recipe_class.__name__}, "
+            f"recipe of {method.name} must be {with_article(method.recipe_class.__name__)}, "
             f"got {type(recipe).__name__}"
         )
     return recipe

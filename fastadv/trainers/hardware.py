@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastadv.engine.precision import fast_bf16
+from fastadv.ops.values import check_device
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
@@ -32,8 +33,8 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = check_device(device)
     try:
-        chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0]

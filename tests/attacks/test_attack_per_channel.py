@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused_by_name(
         with pytest.raises(ValueError, match=rf"{name}.* must be a number.* in l2, whose ball"):
             fastadv.PGD(model, norm="l2")(x, y, **given)
         with pytest.raises(
-            TypeError, match=rf"{name} must be .*numbers?, got a tensor.*with the call"
+            TypeError, match=rf"{name} must be .*number.*, got a tensor.*with the call"
         ):
             fastadv.PGD(model, **{name: value})
     with pytest.raises(ValueError, match="eps must be a number or a tensor of shape"):

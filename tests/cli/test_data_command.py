@@ -233,3 +233,14 @@ def test_words_that_do_not_fit(capfd: pytest.CaptureFixture[str], tmp_path: Path
         (["cifar10", "--root", "x", "--url", "file:///x"], "url must come with download"),
     ):
         assert message in said(words, 2, capfd)
+
+
+def test_commands_that_are_advised_can_be_pasted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    assert main(["data", "cifar10", "--root", str(folder)]) == 2
+    assert f"fastadv data cifar10 --root '{folder}' --download" in capsys.readouterr().out
+    assert main(["report", str(folder)]) == 2
+    assert f"run `fastadv eval '{folder}'` first" in capsys.readouterr().err

@@ -453,7 +453,7 @@ def test_missing_and_superfluous_teachers_are_named(tmp_path: Path) -> None:
 
 
 def test_a_recipe_of_another_method_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="recipe of arrest must be a ArrestRecipe, got Recipe"):
+    with pytest.raises(TypeError, match="recipe of arrest must be an ArrestRecipe, got Recipe"):
         train("arrest", Recipe(), data=small_data(), model="small_cnn", run_dir=tmp_path)
 
 

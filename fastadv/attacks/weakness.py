@@ -1,0 +1,77 @@
+"""Warnings of attacks that find too little, because of their settings or of what happened in a call."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from fastadv.attacks.report import AttackReport
+from fastadv.attacks.soft_labels import are_probabilities
+
+if TYPE_CHECKING:
+    from fastadv.attacks.attack import AttackSettings
+
+
+def tell_of_settings(settings: AttackSettings) -> None:
+    """Warn if the radius is meant for other images, or if all steps together are too short."""
+    tell_of_default_radius(settings.eps, settings.norm, settings.bounds, stacklevel=6)
+    step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
+    if step is not None and steps is not None:
+        doubt = short_reach(step, steps, settings.eps)
+        if doubt:
+            warnings.warn(doubt, stacklevel=5)
+
+
+def tell_of_default_radius(
+    eps: float, norm: str, bounds: tuple[float, float], stacklevel: int
+) -> None:
+    """Warn if a radius is the default for linf and images in 0..1, but the norm or the bounds are others."""
+    low, high = bounds
+    if eps == 8 / 255 and (norm, low, high) != ("linf", 0, 1):
+        warnings.warn(
+            f"eps is 8/255, the default for linf within bounds (0, 1), in an attack in {norm} within "
+            f"bounds ({low:g}, {high:g}); give the radius in this norm, in the units of the images",
+            stacklevel=stacklevel,
+        )
+
+
+def short_reach(alpha: float, steps: int, eps: float) -> str:
+    """The warning if all steps together are shorter than a tenth of the radius; "" if they are not."""
+    if alpha * steps >= 0.1 * eps:
+        return ""
+    return (
+        f"alpha * steps is {alpha * steps:.3g}, less than a tenth of eps, {eps:.3g}: the attack "
+        "cannot get far from where it begins; alpha is in the units of the images, as eps is"
+    )
+
+
+_ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
+
+
+def tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
+    """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
+    leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
+    if report.nan_gradients:
+        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
+    elif leads_on and report.elements and report.zero_gradient_share == 1:
+        what = "zero everywhere"
+    else:
+        return
+    warnings.warn(
+        f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
+        "nothing of the model; fastadv.Square needs no gradient",
+        stacklevel=5,
+    )
+
+
+def tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
+    """Warn if a loss of logits got probabilities: for a certain class its gradient is nearly 0."""
+    of_logits = isinstance(getattr(settings, "loss", "cw"), str)
+    if of_logits and results is not None and are_probabilities(results):
+        warnings.warn(
+            "the model returns probabilities, of which the losses of logits have other, smaller gradients, so "
+            "that the attack finds too little; leave its softmax out, or return the logarithm",
+            stacklevel=5,
+        )
