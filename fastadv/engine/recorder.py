@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastadv.engine import ragged, randomness
+from fastadv.engine import function_names, ragged, randomness
 from fastadv.engine.errors import Unrecordable
-from fastadv.engine.holding import held
+from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
+from fastadv.engine.holding import held, settle, without_graph
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
@@ -52,13 +53,6 @@ def record(
         return recorded(model, images, careful=careful, gradients=gradients)
 
 
-def settle(model: nn.Module, images: Tensor, calls: int) -> None:
-    """Call a model that is `held` on a few images, so that its next calls are alike."""
-    with torch.no_grad():
-        for _ in range(calls):
-            model(images[:_SETTLED_ON].detach().clone())
-
-
 def recorded(
     model: nn.Module,
     images: Tensor,
@@ -69,7 +63,7 @@ def recorded(
 ) -> Recording:
     """As `record`, for a model that is `held`, by a recorder of another kind unless None."""
     make = make or Recorder
-    with torch.enable_grad(), nullcontext() if gradients else _without_graph(model):
+    with torch.enable_grad(), nullcontext() if gradients else without_graph(model):
         if not careful:
             return make(images, gradients).run(model)
         found: list[Recording] = []
@@ -83,34 +77,6 @@ def recorded(
         if generator is not None:
             raise Unrecordable(f"its forward draws random numbers ({generator})")
         return found[-1]
-
-
-@contextmanager
-def _without_graph(model: nn.Module) -> Iterator[None]:
-    """Within, no parameter requires grad, so that a pass keeps no graph though gradients are enabled."""
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_()
-
-
-_SETTLED_ON = 2  # images
-
-# Functions that hand a tensor's values to Python, which may then do anything with them.
-_READS = frozenset(
-    ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
-     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__")
-)  # fmt: skip
-_REFUSED = {
-    "register_hook": "its forward registers a hook on a tensor",
-    "backward": "its forward takes gradients of its own",
-    "grad": "its forward takes gradients of its own",
-}
-_NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
 
 
 class Recorder(TorchFunctionMode):
@@ -161,10 +127,14 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run one function, and record it if its result is a tensor."""
         kwargs = kwargs or {}
-        if self._inside:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
+        if self._inside:
+            self._check_draws(func, name, args, kwargs)
+            return func(*args, **kwargs)
+        if (
+            name == "__get__"
+            and getattr(func.__self__, "__name__", "") not in function_names.TENSOR_PROPERTIES
+        ):
             found = func(*args, **kwargs)
             if func.__self__.__name__ != "shape":
                 return found
@@ -175,9 +145,7 @@ class Recorder(TorchFunctionMode):
         operands = tensors_in(args)
         if kwargs:
             operands.extend(tensors_in(kwargs.values()))
-        drawn = randomness.draws(func, name, args, kwargs)
-        if drawn:
-            raise self._refuse(f"its forward draws random numbers ({name})")
+        self._check_draws(func, name, args, kwargs)
         versions = [version_of(t) for t in operands]
         self._enter()  # an autograd function that torch itself calls is part of this function
         try:
@@ -188,11 +156,11 @@ class Recorder(TorchFunctionMode):
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
-            if name in _SIZES:
+            if name in function_names.SIZES:
                 return watched(result, self._comparisons)
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
                 self._comparisons.note(result)
-        elif name not in _NO_OPERATION:
+        elif name not in function_names.NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
 
@@ -206,12 +174,24 @@ class Recorder(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of torch; the next recorded op is its."""
-        return func(*args, **kwargs)
+        if not may_hide_draws(func):
+            return func(*args, **kwargs)
+        device = self.recording.images.device
+        result, drawn = watched_for_draws(lambda: func(*args, **kwargs), device)
+        if drawn:
+            raise self._refuse(f"its forward draws random numbers (in {func})")
+        return result
+
+    def _check_draws(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if randomness.draws(func, name, args, kwargs):
+            raise self._refuse(f"its forward draws random numbers ({name})")
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        if name in _REFUSED:
-            raise self._refuse(_REFUSED[name])
-        if name in _READS and any(self._depends(t) for t in operands):
+        if name in function_names.REFUSED:
+            raise self._refuse(function_names.REFUSED[name])
+        if name in function_names.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
             raise self._refuse(f"its forward looks at a size that depends on values ({name})")
@@ -249,8 +229,8 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
     ) -> None:
         recording = self.recording
-        if name in _REFUSED:
-            raise self._refuse(_REFUSED[name])
+        if name in function_names.REFUSED:
+            raise self._refuse(function_names.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -313,7 +293,7 @@ class Recorder(TorchFunctionMode):
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind the place of the tuple itself."""
-        self.recording.values.append(torch.empty(0, device="cpu"))
+        self.recording.values.append(torch.empty(0, device="cpu", dtype=torch.float32))
         self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
             raise self._refuse(f"a function of its forward returns a {type(result).__name__}")
@@ -411,9 +391,9 @@ class Recorder(TorchFunctionMode):
 
 _ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
               torch.memory_format)  # fmt: skip
-_NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
+_NOTHING = torch.empty(
+    0, device="cpu", dtype=torch.float32
+)  # in place of activations of a large batch
 _KEPT = frozenset((*_ARGUMENTS, bool))
 _CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
-_SIZES = frozenset(("size", "numel", "nelement"))
-_TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
