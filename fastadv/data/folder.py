@@ -90,7 +90,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
             )
         # As an array, which worker processes share with this one: a list's reference counts would be written to.
         self._paths = np.array(paths)
-        self.targets = torch.tensor(targets)
+        self.targets = torch.tensor(targets, device="cpu")
         self.name = self.root.resolve().name if name is None else name
 
     def __len__(self) -> int:

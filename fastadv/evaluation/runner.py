@@ -94,7 +94,7 @@ class Runner:
             ValueError: when a label is too large, the data set has more classes, the surrogate another number, or
                 the channels come last.
         """
-        x, _ = self.samples.take(torch.tensor([0]), self.device)
+        x, _ = self.samples.take(torch.tensor([0], device="cpu"), self.device)
         draws = private_generators(derive_seed(self.seed, "evaluate/labels"))
         with draws, naming_layout("images", self.model, x):
             classes = logits_of(self.model, x).shape[1]
@@ -117,7 +117,7 @@ class Runner:
         A coin that is tossed once for a pass can fall alike in several of them, so that there are more passes,
         and many where a generator is seen to move. torch's generators are as before afterwards.
         """
-        first = torch.arange(min(len(self.samples), _LOOKED_AT, self.batch_size))
+        first = torch.arange(min(len(self.samples), _LOOKED_AT, self.batch_size), device="cpu")
         x, _ = self.samples.take(first, self.device)
         with private_generators(derive_seed(self.seed, "evaluate/draws")):
             before = randomness.generator_states(self.model, self.device)
@@ -138,7 +138,7 @@ class Runner:
             x, y = self.samples.take(indices, self.device)
             return self.predicted(x, "clean", indices) == y
 
-        every = torch.arange(len(self.samples))
+        every = torch.arange(len(self.samples), device="cpu")
         correct = self.collect("clean", key_of("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
@@ -282,8 +282,10 @@ class Runner:
         Returns:
             [N] bool on the CPU, false for all others.
         """
-        wrong = torch.zeros(len(self.samples), dtype=torch.bool)
-        for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
+        wrong = torch.zeros(len(self.samples), dtype=torch.bool, device="cpu")
+        for rows in (
+            torch.arange(len(indices), device="cpu").split(self.batch_size) if len(indices) else ()
+        ):
             _, y = self.samples.take(indices[rows], self.device)
             adv = adversarial[rows].to(self.device)
             wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
@@ -330,7 +332,7 @@ class Runner:
             adversarial: the images that it made of them, [M, ...].
         """
         if self.worst.keep and len(fooled):
-            for part in torch.arange(len(fooled)).split(self.batch_size):
+            for part in torch.arange(len(fooled), device="cpu").split(self.batch_size):
                 indices = attacked[fooled[part]]
                 x, y = self.samples.take(indices, self.device)
                 adv = adversarial[part].to(self.device)

@@ -52,7 +52,7 @@ class Samples:
 
         The batches are expected to be taken in this order next, and are read ahead where worker processes read.
         """
-        indices = torch.arange(len(self)) if indices is None else indices
+        indices = torch.arange(len(self), device="cpu") if indices is None else indices
         self.source.expect(indices)
         return indices.split(batch_size) if len(indices) else ()
 

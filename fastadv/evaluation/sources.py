@@ -123,7 +123,9 @@ class DatasetSource:
             said.update(digest_of({"labels": labels}).encode())
             return said.hexdigest()
         n = len(self.items)
-        chosen = torch.cat([torch.tensor([0, n - 1]), evenly_spread(n, _HASHED - 2)]).unique()
+        chosen = torch.cat(
+            [torch.tensor([0, n - 1], device="cpu"), evenly_spread(n, _HASHED - 2)]
+        ).unique()
         return digest_of({"images": self.read(chosen), "labels": labels, "items": self.items})
 
 
@@ -152,7 +154,7 @@ def open_source(
     options = data.options if workers else {}
     reader = ItemReader(data.dataset, bounds, workers=workers, **options)
     listed = known_labels(data.dataset)
-    items = torch.arange(count)
+    items = torch.arange(count, device="cpu")
     if listed is not None:
         items = first_or_spread(listed, count)
     probed = items[:_PROBED]
@@ -170,7 +172,9 @@ def first_or_spread(labels: Tensor, count: int) -> Tensor:
     """The first so many indices of labels [N], int64; where images lie class by class, evenly spread ones."""
     n = len(labels)
     return (
-        evenly_spread(n, count) if count < n and _by_class(labels) else torch.arange(min(n, count))
+        evenly_spread(n, count)
+        if count < n and _by_class(labels)
+        else torch.arange(min(n, count), device="cpu")
     )
 
 
