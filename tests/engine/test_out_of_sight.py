@@ -1,4 +1,4 @@
-"""Models that draw random numbers out of sight, and models that compute something else without gradients."""
+"""What models do out of sight of torch's functions: draws, reads of values, other logits without gradients."""
 
 from __future__ import annotations
 
@@ -128,3 +128,20 @@ def test_logits_without_gradients_are_the_models(
         ready = attack.engine_for(X)
     with ready.session(model, 0), torch.no_grad():
         assert torch.allclose(ready.logits(ready.images(X)), model(X), atol=1e-5)
+
+
+READS: dict[str, Callable[[Tensor], bool]] = {
+    "text": lambda x: float(f"{x.detach().mean():.3f}") > 0.5,
+    "shown": lambda x: "0.5" in repr(x.detach()[0, 0, 0]),
+    "bytes": lambda x: x.detach().untyped_storage()[3] > 63,
+    "numbers": lambda x: x.detach().storage()[3] > 0.5,
+}
+
+
+@pytest.mark.parametrize("read", READS)
+@pytest.mark.filterwarnings("ignore")
+def test_values_are_seen_to_be_read(read: str) -> None:
+    """Another image may take the other branch."""
+    model = Through(lambda x: x if READS[read](x) else 1 - x).eval()
+    reason = fastadv.PGD(model, steps=1, engine="fixed").engine_for(X).reason
+    assert "looks at values that depend on the images" in reason
