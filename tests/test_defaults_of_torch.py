@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from attack_helpers import digits_test, trained_small_cnn
+from torch import Tensor, nn
 
 import fastadv
 from fastadv import compat
@@ -20,6 +20,16 @@ _MAKERS = {
 }
 _FLOATS = {"zeros", "ones", "empty", "linspace", "rand", "randn", "eye"}
 _OF_THE_MODEL = {"cost.py"}  # images of the dtype that a new network has
+
+
+def network_and_images() -> tuple[nn.Module, Tensor, Tensor]:
+    """A small network, and images that it has right."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 4)
+    ).eval()
+    x = torch.rand(6, 3, 8, 8)
+    return network, x, network(x).argmax(1)
 
 
 @contextmanager
@@ -38,20 +48,22 @@ def default(what: str) -> Iterator[None]:
 @pytest.mark.parametrize("name", ["pgd-2", "apgd-ce", "fab", "square", "autoattack"])
 @pytest.mark.parametrize("what", ["device", "dtype"])
 def test_an_evaluation(what: str, name: str) -> None:
-    model, data = trained_small_cnn(), digits_test(6)
+    model, *data = network_and_images()
 
     def right() -> list[int]:
-        return [r.correct for r in fastadv.evaluate(model, data, attacks=[name], eps=0.3).rows]
+        return [
+            r.correct for r in fastadv.evaluate(model, tuple(data), attacks=[name], eps=0.3).rows
+        ]
 
     wanted = right()
     with default(what):
         assert right() == wanted
 
 
-@pytest.mark.parametrize("name", ["FAB", "Square", "APGD", "JSMA", "TPGD", "FFGSM"])
+@pytest.mark.parametrize("name", ["FAB", "Square", "APGD", "TPGD", "FFGSM"])
 @pytest.mark.parametrize("what", ["device", "dtype"])
 def test_attacks(what: str, name: str) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(6)
+    model, x, y = network_and_images()
     makers = [getattr(place, name) for place in (fastadv, compat) if hasattr(place, name)]
     for maker in makers:
         torch.manual_seed(0)
