@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a request to stop in order, and the exception when it is granted."""
+"""SIGTERM and Ctrl-C: a request to stop that the work takes up at the next good moment, and an exception."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEFAULTS = {
     signal.SIGINT: (signal.default_int_handler, signal.SIG_DFL),
     signal.SIGTERM: (signal.SIG_DFL,),
 }
-_ours: list[Any] = []  # handlers that are set by with statements here, which may be nested
+_ours: list[Any] = []  # handlers set by this module; with statements may be nested
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
@@ -26,7 +26,7 @@ class Interrupted(KeyboardInterrupt, SystemExit):
     that does not catch it ends with the status that a shell gives, 143 or 130.
 
     Attributes:
-        signal: which of the two.
+        signal: the signal, SIGTERM or SIGINT.
         code: the exit status.
     """
 
@@ -107,7 +107,7 @@ def _handled_by(handler: Any) -> Iterator[None]:
 
 
 def _in_child(signum: int) -> None:
-    """Ignore Ctrl-C in a forked process, which has the handler from its parent: the parent decides on it."""
+    """Handle a signal in a forked process, which has the handler from its parent: the parent decides on Ctrl-C."""
     if signum != signal.SIGINT:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)

@@ -1,4 +1,4 @@
-"""Hold a live model so that it can be recorded, and leave it as it was."""
+"""Preparing a live model for a recording, and restoring it afterwards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
-from fastadv.engine.networks import TORCHS_ATTRIBUTES
+from fastadv.engine.networks import TORCHS_ATTRIBUTES, modules_of
+
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_SETTLED_ON = 2  # number of images
 
 
 @contextmanager
@@ -36,8 +39,9 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
     )
     if any(everywhere):
         raise Unrecordable("there are backward hooks for all modules")
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
+    hooked = [m for m in modules_of(model) if m._backward_hooks or m._backward_pre_hooks]
+    for name, module in model.named_modules() if hooked else ():
+        if module in hooked:
             raise Unrecordable(f"module {name or type(module).__name__!r} has backward hooks")
 
 
@@ -47,7 +51,7 @@ def _kept_attributes(model: nn.Module) -> Iterator[None]:
 
     Lists and other containers get back the entries that they had: some passes compute no values that could stay.
     """
-    saved = [(module, dict(vars(module))) for module in model.modules()]
+    saved = [(module, dict(vars(module))) for module in modules_of(model)]
     containers = [
         (value, value.copy())
         for _, attributes in saved
@@ -68,9 +72,6 @@ def _kept_attributes(model: nn.Module) -> Iterator[None]:
             if list(map(id, _entries(container))) != list(map(id, _entries(before))):
                 container.clear()
                 (container.extend if hasattr(container, "extend") else container.update)(before)
-
-
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
 
 
 def _entries(container: Any) -> Iterator[object]:
@@ -94,9 +95,6 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
-
-
-_SETTLED_ON = 2  # images
 
 
 def settle(model: nn.Module, images: Tensor, calls: int) -> None:

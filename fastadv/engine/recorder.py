@@ -6,7 +6,6 @@ what the model *does now*, whatever decided it: attributes, configuration object
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 import weakref
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastadv.engine import function_names, ragged, randomness
+from fastadv.engine import ragged, randomness
+from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.holding import held, settle, without_graph
@@ -27,6 +27,10 @@ from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
+
+# In place of activations of a large batch.
+_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
+_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
 def record(
@@ -131,15 +135,14 @@ class Recorder(TorchFunctionMode):
         if self._inside:
             self._check_draws(func, name, args, kwargs)
             return func(*args, **kwargs)
-        if (
-            name == "__get__"
-            and getattr(func.__self__, "__name__", "") not in function_names.TENSOR_PROPERTIES
-        ):
-            found = func(*args, **kwargs)
-            if func.__self__.__name__ != "shape":
-                return found
-            self._check_what_is_read("shape", [args[0]])
-            return watched(found, self._comparisons)
+        if name == "__get__":
+            read = getattr(func.__self__, "__name__", "")
+            if read == "shape":
+                found = func(*args, **kwargs)
+                self._check_what_is_read("shape", [args[0]])
+                return watched(found, self._comparisons)
+            if read not in functions.TENSOR_PROPERTIES:
+                return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
         operands = tensors_in(args)
@@ -156,11 +159,11 @@ class Recorder(TorchFunctionMode):
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
-            if name in function_names.SIZES:
+            if name in functions.SIZES:
                 return watched(result, self._comparisons)
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
                 self._comparisons.note(result)
-        elif name not in function_names.NO_OPERATION:
+        elif name not in functions.NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
 
@@ -189,9 +192,9 @@ class Recorder(TorchFunctionMode):
             raise self._refuse(f"its forward draws random numbers ({name})")
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        if name in function_names.REFUSED:
-            raise self._refuse(function_names.REFUSED[name])
-        if name in function_names.READS and any(self._depends(t) for t in operands):
+        if name in functions.REFUSED:
+            raise self._refuse(functions.REFUSED[name])
+        if name in functions.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
             raise self._refuse(f"its forward looks at a size that depends on values ({name})")
@@ -229,8 +232,8 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
     ) -> None:
         recording = self.recording
-        if name in function_names.REFUSED:
-            raise self._refuse(function_names.REFUSED[name])
+        if name in functions.REFUSED:
+            raise self._refuse(functions.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -315,7 +318,7 @@ class Recorder(TorchFunctionMode):
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
-        if value.__class__ in _KEPT:
+        if value.__class__ in functions.KEPT:
             return value  # as most arguments are
         if isinstance(value, Tensor):
             return Ref(self._place(value))
@@ -327,7 +330,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice(*(self.referred(part) for part in parts))
-        if isinstance(value, _CODE):
+        if isinstance(value, functions.CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
         if isinstance(value, WatchedSize):
             return value.plain()
@@ -337,7 +340,7 @@ class Recorder(TorchFunctionMode):
             return ArrayArgument.of(value)
         if isinstance(value, range):
             return list(value)
-        if not isinstance(value, _ARGUMENTS):
+        if not isinstance(value, functions.ARGUMENTS):
             raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
         return value
 
@@ -387,13 +390,3 @@ class Recorder(TorchFunctionMode):
         # An autograd function switches gradients off for its own code.
         with torch._C.DisableTorchFunction(), torch.enable_grad(), suppress(Unrecordable):
             self._record(cls.apply, "apply", args, {}, result, [])
-
-
-_ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
-              torch.memory_format)  # fmt: skip
-_NOTHING = torch.empty(
-    0, device="cpu", dtype=torch.float32
-)  # in place of activations of a large batch
-_KEPT = frozenset((*_ARGUMENTS, bool))
-_CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
-_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"

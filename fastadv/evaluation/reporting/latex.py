@@ -30,7 +30,7 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text as LaTeX prints it."""
+    """Text with LaTeX's special characters escaped."""
     return "".join(_SPECIAL.get(character, character) for character in text)
 
 
@@ -53,7 +53,7 @@ def _environment(table: Table) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    # Intervals are small. In braces, as a bracket after \\ would be taken for its argument.
+    # Intervals are set in a small size, in braces because LaTeX takes a bracket after \\ for its argument.
     intervals = (re.sub(r"\[[-0-9., ]+\]$", r"{\\scriptsize \g<0>}", escape(c)) for c in cells)
     text = " & ".join(intervals)
     return rf"    {text} \\"
