@@ -187,14 +187,16 @@ class _Work:
         self._closed: set[int] = set()  # images that are broken
         size = self._size_for(len(first))
         # Rows without a run hold the first image, as the engine needs something to look at.
-        x, y = take(torch.tensor([first[0].image] * size))
+        x, y = take(torch.tensor([first[0].image] * size, device="cpu"))
         self._slots = Slots.of(x, y)
         self._runs: list[Run | None] = [None] * size
         # By row, on the CPU. A table of the steps with a checkpoint spares a search for every row.
-        self._used = torch.zeros(size, dtype=torch.bool)
-        self._step, self._begin, self._since = torch.zeros(3, size, dtype=torch.int64).unbind()
+        self._used = torch.zeros(size, dtype=torch.bool, device="cpu")
+        self._step, self._begin, self._since = torch.zeros(
+            3, size, dtype=torch.int64, device="cpu"
+        ).unbind()
         self._last = self._attack.steps
-        self._is_check = torch.zeros(self._last + 1, dtype=torch.bool)
+        self._is_check = torch.zeros(self._last + 1, dtype=torch.bool, device="cpu")
         self._is_check[list(pool._points)] = True
         self._load(list(range(len(first))), first)
 
@@ -310,7 +312,7 @@ class _Work:
         if not rows:
             return
         settings, device = self._attack.settings, self._slots.x.device
-        x, y = self._take(torch.tensor([run.image for run in runs]))
+        x, y = self._take(torch.tensor([run.image for run in runs], device="cpu"))
         target = torch.tensor([run.target for run in runs], device=device)
         alpha = [2 * settings.eps if run.alpha is None else run.alpha for run in runs]
         start = x.clone()
@@ -321,7 +323,7 @@ class _Work:
         start = pgd_step_(start, x, x, settings.eps, 0.0, settings.norm, settings.bounds)
         for number in dict.fromkeys(run.number for run in runs if run.point is None):
             some = [i for i, run in enumerate(runs) if run.number == number and run.point is None]
-            ids = torch.tensor([runs[i].image for i in some])
+            ids = torch.tensor([runs[i].image for i in some], device="cpu")
             start[some] = random_start(
                 x[some],
                 settings.eps,
@@ -330,7 +332,10 @@ class _Work:
                 self._pool.seed_of(number),
                 sample_ids=(ids if self._ids is None else self._ids[ids]).to(device),
             )
-        index, made = torch.tensor(rows), torch.tensor([run.step for run in runs])
+        index, made = (
+            torch.tensor(rows, device="cpu"),
+            torch.tensor([run.step for run in runs], device="cpu"),
+        )
         self._used[index] = True
         self._since = self._since.index_fill(0, index, 0)
         self._step = self._step.index_copy(0, index, made)
@@ -358,7 +363,7 @@ class _Work:
         used = [row for row, run in enumerate(self._runs) if run is not None]
         free = [row for row, run in enumerate(self._runs) if run is None]
         rows = (used + free)[: self._size_for(len(used))]
-        index = torch.tensor(rows)
+        index = torch.tensor(rows, device="cpu")
         self._slots = self._slots.rows(index.to(self._slots.x.device))
         self._runs = [self._runs[row] for row in rows]
         self._used, self._step = self._used[index], self._step[index]

@@ -31,7 +31,7 @@ from fastadv.attacks.rounding import round_towards
 from fastadv.attacks.weakness import tell_of_gradients, tell_of_probabilities, tell_of_settings
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
-from fastadv.engine.frozen import frozen
+from fastadv.engine.frozen import frozen, in_mode
 from fastadv.engine.layout import naming_layout
 from fastadv.engine.selection import EngineCache
 from fastadv.engine.wish import Wish
@@ -201,7 +201,8 @@ class Attack(Configured):
             return x.detach().clone()
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        with self._alone(), _own_context(x.device), naming_layout("x", self.model, x):
+        in_its_mode = in_mode(self.model, bool(settings.train_mode))
+        with self._alone(), _own_context(x.device), in_its_mode, naming_layout("x", self.model, x):
             x, y = _usable(x), _usable(y)
             if self.check_inputs:
                 check_images(x, bounds)

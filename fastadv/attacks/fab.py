@@ -201,7 +201,11 @@ class FAB(Attack):
         aims = torch.cat([classes[rows] for classes, _ in runs])
         found = self._run(batch.rows(rows.repeat(len(runs))), aims, starts)
         for number in range(len(runs)):
-            open_ = self._left(best.rows(rows)) if number else torch.arange(len(rows)).to(rows)
+            open_ = (
+                self._left(best.rows(rows))
+                if number
+                else torch.arange(len(rows), device="cpu").to(rows)
+            )
             if open_.numel() == 0:
                 return
             best.merge(found.rows(number * len(rows) + open_), rows[open_])
@@ -266,7 +270,10 @@ def _nearest_boundary(batch: AttackBatch, adv: Tensor, classes: Tensor) -> tuple
     Returns:
         Normals [B, ...], and [B] by how much ``normal . adv`` has to rise to reach the boundary.
     """
-    normal, gap, distance = torch.zeros_like(adv), *torch.zeros(2, *batch.y.shape).to(adv)
+    normal, gap, distance = (
+        torch.zeros_like(adv),
+        *torch.zeros(2, *batch.y.shape, dtype=torch.float32, device="cpu").to(adv),
+    )
     for number, target in enumerate(classes.unbind(1)):
         found = batch.gradient(adv, partial(logit_difference, y=batch.y, target=target))
         batch.count(found.grad)

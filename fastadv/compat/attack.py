@@ -127,7 +127,7 @@ class Attack(metaclass=AttackType):
         x, back = self._taken(inputs)
         y = self._labels(x, labels)
         if self._target_function is not None:
-            given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+            given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs, device="cpu")
             found = self._target_function(given.to(self.device), y)
             y = integer_labels(found).to(self.device)
         if epsilons is None:
@@ -198,7 +198,7 @@ class Attack(metaclass=AttackType):
     def _random_targets(self, images: Tensor, labels: Tensor) -> Tensor:
         classes = self._logits(self._taken(images)[0][:1]).shape[1]
         generator = torch.Generator().manual_seed(draw_seed())
-        steps = torch.randint(1, classes, (len(labels),), generator=generator)
+        steps = torch.randint(1, classes, (len(labels),), generator=generator, device="cpu")
         return (labels + steps.to(labels.device)) % classes
 
     def _set_mode(self, mode: str, function: TargetFunction | None) -> None:
@@ -332,7 +332,7 @@ class Attack(metaclass=AttackType):
     def _result_taken(self, adv: Images, of: Images) -> Tensor:
         """The adversarial images that a call with the images ``of`` returned, in 0..1 on the model's device."""
         if str(of.dtype).rpartition(".")[2] == "uint8":  # results for bytes are not normalised
-            return torch.as_tensor(adv).to(self.device)
+            return torch.as_tensor(adv, device="cpu").to(self.device)
         return self._taken(adv)[0]
 
     def _logits(self, x: Tensor) -> Tensor:
@@ -376,7 +376,9 @@ def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Ten
     Raises:
         TypeError: if the labels are no integers.
     """
-    found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
+    found = (
+        labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels), device="cpu")
+    )
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
         raise TypeError(
             f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"

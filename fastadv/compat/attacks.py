@@ -90,7 +90,7 @@ class TPGD(Attack):
         generator = torch.Generator().manual_seed(
             draw_seed() if self.own.seed is None else self.own.seed
         )
-        noise = torch.randn(x.shape, generator=generator).to(x)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float32, device="cpu").to(x)
         return self.own(x, y, eps=eps, start=(x + 0.001 * noise).clamp(*self.own.bounds))
 
     def _set_mode(self, mode: str, function: TargetFunction | None) -> None:

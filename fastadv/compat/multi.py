@@ -58,7 +58,7 @@ class MultiAttack:
         self._check_modes()
         x = first._taken(inputs)[0]
         y = first._labels(x, labels)
-        given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs)
+        given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs, device="cpu")
         found = given.float() / 255 if given.dtype == torch.uint8 else given.clone()
         left = torch.arange(len(y), device=x.device)
         for attack in self.attacks:

@@ -117,9 +117,9 @@ class Batches(ABC):
     def _order(self, epoch: int) -> Tensor:
         """Indices of the samples in the order of the epoch."""
         if not self.train:
-            return torch.arange(self.first_extra)
+            return torch.arange(self.first_extra, device="cpu")
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
-        return torch.randperm(self.first_extra, generator=generator)
+        return torch.randperm(self.first_extra, generator=generator, device="cpu")
 
     def shard(self, batch: Tensor) -> Tensor:
         """Return this rank's contiguous slice of a tensor of a global batch, [B, ...]."""

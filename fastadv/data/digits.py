@@ -33,7 +33,7 @@ def load_digits() -> Splits:
     images = (counts * 255 / _LEVELS).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(bunch.target).to(torch.int64)
     test = balanced_choice(labels, TEST_IMAGES, _SPLIT_SEED)
-    is_train = torch.ones(len(labels), dtype=torch.bool)
+    is_train = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     is_train[test] = False
     everything = ImageData(images, labels, 10, "digits")
     return Splits(

@@ -91,7 +91,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         # An array, whose memory forked workers share with this process. They would copy a list, because reading it
         # changes reference counts.
         self._paths = np.array(paths)
-        self.targets = torch.tensor(targets)
+        self.targets = torch.tensor(targets, device="cpu")
         self.name = self.root.resolve().name if name is None else name
 
     def __len__(self) -> int:

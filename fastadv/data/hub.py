@@ -68,7 +68,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
         if len(dataset) == 0:
             raise ValueError(f"{name} must have at least one item, got none")
         self._dataset, self._image = dataset, image
-        self.targets = torch.tensor([int(value) for value in dataset[label]])
+        self.targets = torch.tensor([int(value) for value in dataset[label]], device="cpu")
         low, high = int(self.targets.min()), int(self.targets.max())
         if low < 0:
             raise ValueError(

@@ -205,7 +205,7 @@ def _tell_of_dark_images(images: Tensor, name: str) -> None:
 
 def _as_tensor(name: str, value: Tensor) -> Tensor:
     try:
-        tensor = torch.as_tensor(value)
+        tensor = torch.as_tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or an array, got {shown(value)}") from error
     check_tensor(name, tensor)
@@ -248,7 +248,7 @@ def from_dataset(
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
         raise ValueError(f"images of dataset must have one shape, got {sorted(shapes)[:3]}")
-    labels = torch.tensor(classes)
+    labels = torch.tensor(classes, device="cpu")
     return from_tensors(torch.stack(images), labels, num_classes, name or type(dataset).__name__)
 
 

@@ -104,7 +104,7 @@ class ItemReader:
         self._items = _Items(dataset, bounds, keeps_images=True)
         self._cache = _Cache(CACHE_BYTES if cache_bytes is None else cache_bytes)
         length = len(cast(Sized, dataset))
-        self._checksums = torch.full((length,), _UNKNOWN, dtype=torch.int64)
+        self._checksums = torch.full((length,), _UNKNOWN, dtype=torch.int64, device="cpu")
         self._labels = self._checksums.clone()
         self._plan = _Plan(self._cache)
         self._loader: DataLoader[Any] | None = None
@@ -122,7 +122,7 @@ class ItemReader:
         for _ in range(2):
             chunk = self._read_now(list(indices))
             self._check(chunk)
-        return self._labels[torch.tensor(indices)]
+        return self._labels[torch.tensor(indices, device="cpu")]
 
     def trust(self, indices: Tensor, labels: Tensor) -> None:
         """Store the labels [N] of these items. An item that is read with another label raises."""
@@ -220,7 +220,8 @@ class ItemReader:
             ("image", self._checksums, chunk.checksums),
             ("label", self._labels, chunk.labels),
         ):
-            self._compare(kind, store, torch.tensor(chunk.indices, dtype=torch.int64), found)
+            indices = torch.tensor(chunk.indices, dtype=torch.int64, device="cpu")
+            self._compare(kind, store, indices, found)
         # The exception's traceback refers to the chunk: without this cycle, nothing keeps the workers alive.
         error, chunk.error = chunk.error, None
         if error is not None:
@@ -232,7 +233,7 @@ class ItemReader:
 
     def _compare(self, kind: str, store: Tensor, indices: Tensor, found: list[int]) -> None:
         """Compare checksums or labels with the earlier ones, and store them."""
-        before, now = store[indices], torch.tensor(found, dtype=torch.int64)
+        before, now = store[indices], torch.tensor(found, dtype=torch.int64, device="cpu")
         changed = ((before != _UNKNOWN) & (before != now)).nonzero().flatten().tolist()
         if changed:
             self.close()
@@ -265,7 +266,7 @@ class _Plan:
 
     def __init__(self, cache: _Cache) -> None:
         self._cache = cache
-        self._expected = torch.empty(0, dtype=torch.int64)
+        self._expected = torch.empty(0, dtype=torch.int64, device="cpu")
         self._position = 0  # number of expected items whose chunks have come
         self._now: list[int] = []
         self._chunk = CHUNK

@@ -150,7 +150,11 @@ def known_labels(dataset: Any) -> Tensor | None:
     """Labels [N] int64 that a dataset lists without reading its items; None if it does not."""
     if isinstance(dataset, Subset):
         inner = known_labels(dataset.dataset)
-        return None if inner is None else inner[torch.as_tensor(np.asarray(dataset.indices))]
+        return (
+            None
+            if inner is None
+            else inner[torch.as_tensor(np.asarray(dataset.indices), device="cpu")]
+        )
     if isinstance(dataset, ConcatDataset):
         parts = [known_labels(part) for part in dataset.datasets]
         known = [part for part in parts if part is not None]
@@ -188,7 +192,7 @@ def _class_indices(values: Any, length: int) -> Tensor | None:
     if not isinstance(values, Tensor | np.ndarray | list | tuple):
         return None
     try:
-        found = torch.as_tensor(values)
+        found = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError):
         return None  # names, boxes and the like
     if found.shape != (length,) or found.dtype not in INTEGER_DTYPES:

@@ -108,7 +108,9 @@ class Loader(Batches):
         steps, per_batch = len(self), self.extra_per_batch
         others = self.batch_size - per_batch
         rounds = range(math.ceil(steps * per_batch / self.extra_count))
-        extra = [torch.randperm(self.extra_count, generator=generator) for _ in rounds]
+        extra = [
+            torch.randperm(self.extra_count, generator=generator, device="cpu") for _ in rounds
+        ]
         batches = torch.cat(
             (
                 order[: steps * others].view(steps, others),
@@ -117,7 +119,9 @@ class Loader(Batches):
             1,
         )
         # Mixed, so that the slice of each rank has about the same part of extra images.
-        places = torch.rand(batches.shape, generator=generator).argsort(1)
+        places = torch.rand(
+            batches.shape, generator=generator, dtype=torch.float32, device="cpu"
+        ).argsort(1)
         return batches.gather(1, places).flatten()
 
     def _load(self, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:

@@ -51,7 +51,7 @@ def split_validation(data: ImageData, n: int, seed: int = 0) -> tuple[ImageData,
         ValueError: if n is out of range.
     """
     held_out = balanced_choice(data.labels, n, seed)
-    remaining = torch.ones(len(data), dtype=torch.bool)
+    remaining = torch.ones(len(data), dtype=torch.bool, device="cpu")
     remaining[held_out] = False
     rest = data.select(remaining.nonzero().flatten(), f"{data.name} (without {n} held out)")
     return rest, data.select(held_out, f"{data.name} ({n} held out)")
@@ -74,7 +74,9 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
         turn = taken.get(classes[index], 0)
         taken[classes[index]] = turn + 1
         turns.append((turn, classes[index], index))
-    return torch.tensor(sorted(index for _, _, index in sorted(turns)[:n]), dtype=torch.int64)
+    return torch.tensor(
+        sorted(index for _, _, index in sorted(turns)[:n]), dtype=torch.int64, device="cpu"
+    )
 
 
 @lru_cache(maxsize=8)
@@ -87,5 +89,5 @@ def _seeded_order(n: int, seed: int) -> tuple[int, ...]:
 def evenly_spread(n: int, count: int) -> Tensor:
     """Return count indices below n, int64, ascending and at equal distances; all of them if there are fewer."""
     if count >= n:
-        return torch.arange(n)
-    return (2 * torch.arange(count) + 1) * n // (2 * count)
+        return torch.arange(n, device="cpu")
+    return (2 * torch.arange(count, device="cpu") + 1) * n // (2 * count)

@@ -68,7 +68,7 @@ class RandomCrops(Dataset[tuple[Tensor, int]]):
         path = self.pictures.path(index)
         with naming_picture(path):
             picture = decoded(path)
-        numbers = torch.rand(_TRIES + 1, 4, dtype=torch.float64).tolist()
+        numbers = torch.rand(_TRIES + 1, 4, dtype=torch.float64, device="cpu").tolist()
         width, height = picture.size
         part = picture.crop(random_box(width, height, numbers[:_TRIES]))
         pixels = picture_tensor(part.resize((self.size,) * 2, resampling(self.interpolation)))

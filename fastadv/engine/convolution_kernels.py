@@ -275,7 +275,7 @@ class OneDNNKernel(Kernel):
         self._backward, self._dtype = backward, dtype
         self._groups = conv.groups
         self._geometry = (padding, conv.stride, conv.dilation, conv.groups)
-        self._filters = torch.empty(0, device="cpu")
+        self._filters = torch.empty(0, device="cpu", dtype=torch.float32)
 
     def refresh(self, weight: Tensor, scale: Tensor | None) -> None:
         """As in `Kernel.refresh`, but in new memory, which is oneDNN's own."""

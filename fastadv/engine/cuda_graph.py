@@ -91,7 +91,7 @@ class CudaRecorder:
         """
         with suppress(RuntimeError):  # where it does not record any more
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        self._record(lambda: torch.zeros(1, device=self._device))
+        self._record(lambda: torch.zeros(1, device=self._device, dtype=torch.float32))
 
 
 class _Inputs:

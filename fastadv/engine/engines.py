@@ -117,11 +117,13 @@ def check_logits(logits: object, batch: int) -> None:
     """Check the model's result.
 
     Raises:
-        TypeError: if it is no tensor.
+        TypeError: if it is no tensor, or holds complex numbers.
         ValueError: if its shape is not [B, classes].
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
+    if logits.is_complex():
+        raise TypeError(f"model must return real logits, got {logits.dtype}")
     if logits.dim() != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
         raise ValueError(
             f"model must return logits of shape ({batch}, classes) with at least 2 classes, "

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from fastadv.engine import proof
 from fastadv.engine.counters import plain_state
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.holding import held
+from fastadv.engine.holding import held, settle
 from fastadv.engine.outline import outlined
-from fastadv.engine.recorder import record, recorded, settle
+from fastadv.engine.recorder import record, recorded
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered, counted_weights
 from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
@@ -23,6 +23,7 @@ _CALLS = 8  # in which a model must do the same, to be copied
 _COUNTED_CALLS = 64  # if it counts them
 _SETTLING = 2  # calls in which a model may do something else than ever after
 _CHANGES = "its operations change from call to call"
+_OTHER_WITHOUT_GRADIENTS = "its logits are others where no gradients are computed"
 
 
 def finite(x: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
             )
         tape = replace(tape_for_one_size(first), settling=settling)
         if tape.describes(second) and same_tensors(first, second):
-            _check_settled(model, tape, second)
+            _check_plain_pass(model, tape, second)
             return tape, second
     raise Unrecordable(_CHANGES)
 
@@ -75,21 +76,22 @@ def _of_two_sizes(model: nn.Module, x: Tensor, settling: int) -> tuple[Tape, Rec
         first = outlined(model, _some(x, SIZES[0]), second, careful=True)
         first = first or recorded(model, _some(x, SIZES[0]), careful=True)
     tape = replace(tape_of(first, second), settling=settling)
-    _check_settled(model, tape, second)
+    _check_plain_pass(model, tape, second)
     return tape, second
 
 
-def _check_settled(model: nn.Module, tape: Tape, recording: Recording) -> None:
-    """Refuse a model that gives other logits before it has settled.
+def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> None:
+    """Refuse a model that gives other logits without gradients, or before it has settled.
+
+    Attacks also ask for logits alone. A copy has one network for both.
 
     Raises:
         Unrecordable: it does.
     """
-    if tape.settling:
-        with held(model), torch.no_grad():
-            logits = model(recording.images.detach().clone())
-        if proof.difference_of_logits(logits, recording.logits.detach(), "fp32") is not None:
-            raise Unrecordable(_CHANGES)
+    with held(model), torch.no_grad():
+        logits = model(recording.images.detach().clone())
+    if proof.difference_of_logits(logits, recording.logits.detach(), "fp32") is not None:
+        raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
 
 
 def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording | None:

@@ -140,10 +140,12 @@ def probe_images(x: Tensor) -> Tensor:
     """
     generator = torch.Generator("cpu").manual_seed(_SEED)
     shape = (_PROVEN, *x.shape[1:])
-    images = torch.rand(shape, generator=generator, device="cpu")
+    images = torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
     if len(shape) == 4:
         height, width = (max(1, size // 8) for size in shape[2:])
-        coarse = torch.rand((*shape[:2], height, width), generator=generator, device="cpu")
+        coarse = torch.rand(
+            (*shape[:2], height, width), generator=generator, device="cpu", dtype=torch.float32
+        )
         coarse = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=False)
         images[::2] = coarse[::2]
     rows = torch.arange(x.shape[0], device="cpu") % _PROVEN

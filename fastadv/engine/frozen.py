@@ -26,6 +26,7 @@ def frozen(
 
     Inside, no parameter requires grad, so that an attack computes input gradients only. On leaving, every
     module has its own mode back, every parameter its own ``requires_grad``, and every buffer its own value.
+    A module with a ``train`` method of its own, which may do more than to set the mode, is called to go back.
     All but the mode also holds for networks that the model runs without having registered them, and for those of
     another callable; see `fastadv.engine.networks`. Their mode is the caller's.
 
@@ -46,13 +47,9 @@ def frozen(
     with ExitStack() as stack:
         parts = parts_of(networks_of(model))
         if parts:
-            stack.enter_context(_kept_modes(parts, freeze_parameters))
             if keep_buffers:
                 stack.enter_context(_kept_buffers(parts))
-            # Only if needed: some models empty their caches when their mode is set.
-            if isinstance(model, nn.Module) and _has_other_mode(model, train_mode):
-                with suppress(NotImplementedError):  # exported programs have only one mode
-                    model.train(train_mode)
+            stack.enter_context(_in_mode(model, parts, train_mode))
             if freeze_parameters:
                 for parameter in _parameters_of(parts):
                     parameter.requires_grad_(False)
@@ -73,27 +70,58 @@ def _refuse_lazy_weights(model: nn.Module) -> None:
             )
 
 
-def _has_other_mode(model: nn.Module, training: bool) -> bool:
-    return any(module.training != training for module in modules_of(model))
+@contextmanager
+def in_mode(model: object, train_mode: bool = False) -> Iterator[None]:
+    """Set a module's mode; on leaving, its modules have their own modes back, its parameters ``requires_grad``.
 
-
-def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The parameters of modules, each once."""
-    found = [p for part in parts for p in part._parameters.values() if p is not None]
-    return list({id(parameter): parameter for parameter in found}.values())
+    Around several uses of `frozen`, it calls the model's own ``train`` method once for all of them.
+    """
+    with _in_mode(model, parts_of(networks_of(model)), train_mode):
+        yield
 
 
 @contextmanager
-def _kept_modes(parts: Sequence[nn.Module], parameters: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in parts]
-    wanted = [(p, p.requires_grad) for p in _parameters_of(parts)] if parameters else []
+def _in_mode(model: object, parts: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    modes = [(module, module.training) for module in parts if hasattr(module, "training")]
+    wanted = [(p, p.requires_grad) for p in _parameters_of(parts)]
     try:
+        # Only if needed: some models empty their caches when their mode is set.
+        if isinstance(model, nn.Module) and _has_other_mode(model, training):
+            _train(model, training)
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        # Some merge weights in eval mode and part them in train mode. The order is from the outside in.
+        for module, before in modes:
+            if module.training != before and _trains_by_itself(module):
+                _train(module, before)
+        for module, before in modes:
+            module.training = before
         for parameter, requires_grad in wanted:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
+
+
+def _has_other_mode(model: nn.Module, training: bool) -> bool:
+    # Frozen scripted modules have no mode.
+    return any(getattr(m, "training", training) != training for m in modules_of(model))
+
+
+def _train(module: nn.Module, training: bool) -> None:
+    with suppress(NotImplementedError):  # exported programs have only one mode
+        module.train(training)
+
+
+def _trains_by_itself(module: nn.Module) -> bool:
+    """Whether a module has a ``train`` method of its own."""
+    return "train" in vars(module) or type(module).train is not nn.Module.train
+
+
+def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of modules, each once, without those made in inference mode, which autograd refuses."""
+    found = [p for part in parts for p in part._parameters.values() if p is not None]
+    # Lazy ones cannot be asked. `frozen` refuses those of the model.
+    found = [p for p in found if nn.parameter.is_lazy(p) or not p.is_inference()]
+    return list({id(parameter): parameter for parameter in found}.values())
 
 
 @contextmanager
@@ -118,8 +146,17 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
             # `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
-            buffer.data.copy_(value)
+            _once(buffer.data).copy_(_once(value, buffer))
             module._buffers[name] = buffer
+
+
+def _once(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:
+    """The part of a tensor without the repeats of an expanded one, which cannot be written."""
+    like = tensor if like is None else like
+    if like.layout is torch.strided and 0 in like.stride():
+        for axis, step in enumerate(like.stride()):
+            tensor = tensor.narrow(axis, 0, min(1, like.shape[axis])) if step == 0 else tensor
+    return tensor
 
 
 @contextmanager

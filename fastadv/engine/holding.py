@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
-from fastadv.engine.networks import modules_of
+from fastadv.engine.networks import TORCHS_ATTRIBUTES, modules_of
+
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_SETTLED_ON = 2  # number of images
 
 
 @contextmanager
@@ -42,8 +47,17 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
 
 @contextmanager
 def _kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back the plain attributes of every module, such as features that a forward pass keeps."""
+    """Put back the plain attributes of every module, such as features that a forward pass keeps.
+
+    Lists and other containers get back the entries that they had: some passes compute no values that could stay.
+    """
     saved = [(module, dict(vars(module))) for module in modules_of(model)]
+    containers = [
+        (value, value.copy())
+        for _, attributes in saved
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
+    ]
     try:
         yield
     finally:
@@ -54,6 +68,17 @@ def _kept_attributes(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if current.get(name, _ABSENT) is not value:
                     current[name] = value
+        for container, before in containers:
+            if list(map(id, _entries(container))) != list(map(id, _entries(before))):
+                container.clear()
+                (container.extend if hasattr(container, "extend") else container.update)(before)
+
+
+def _entries(container: Any) -> Iterator[object]:
+    for entry in container:
+        yield entry
+        if isinstance(container, dict):
+            yield container[entry]
 
 
 _ABSENT = object()
@@ -70,3 +95,23 @@ def _uncompiled(model: nn.Module) -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def settle(model: nn.Module, images: Tensor, calls: int) -> None:
+    """Call a model that is `held` on a few images, so that its next calls are alike."""
+    with torch.no_grad():
+        for _ in range(calls):
+            model(images[:_SETTLED_ON].detach().clone())
+
+
+@contextmanager
+def without_graph(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter requires grad, so that a pass keeps no graph though gradients are enabled."""
+    frozen = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_()

@@ -19,7 +19,7 @@ _DEEPEST = 4  # steps from the model to a network that it holds
 _MOST = 2000  # objects that are looked at
 _LONGEST = 64  # a longer container holds data
 # The attributes that torch itself keeps in a module, beside those of the module's own code.
-_TORCHS = frozenset(vars(nn.Module())) - {"training"}
+TORCHS_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = frozenset((bool, int, float, str, type(None), Tensor))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, type, types.ModuleType)
 
@@ -96,7 +96,11 @@ def held_by(module: nn.Module) -> list[object]:
     attributes, kind = vars(module), type(module)
     if (kind.__module__ or "").startswith("torch."):
         return [attributes["forward"]] if "forward" in attributes else []
-    own = [v for name, v in attributes.items() if type(v) not in _SIMPLE and name not in _TORCHS]
+    own = [
+        v
+        for name, v in attributes.items()
+        if type(v) not in _SIMPLE and name not in TORCHS_ATTRIBUTES
+    ]
     return [*own, kind.forward]
 
 

@@ -7,15 +7,15 @@ known function is only memory of the right shape. Other functions run, on whatev
 
 from __future__ import annotations
 
-import types
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.recorder import Recorder, recorded, storage_of, tensors_in
-from fastadv.engine.recording import RecordedOp, Recording, item, refs
+from fastadv.engine.recording import RecordedOp, Recording, refs
 
 # Their result has the shape of their first argument, and so has that of their forms that write to it.
 _ALIKE = frozenset(
@@ -62,18 +62,6 @@ def outlined(
         )
     except Exception:  # if it is the model's own, the real pass raises it again
         return None
-
-
-def is_torchs(function: Any) -> bool:
-    """Whether the result of a function depends only on its arguments.
-
-    Operators and autograd functions that others have added to torch may look at whatever they like.
-    """
-    if isinstance(function, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        return str(function).startswith("fastadv.")
-    if isinstance(function, (types.FunctionType, types.MethodType)):
-        return function is item or function.__module__.startswith("torch.")
-    return True  # built in
 
 
 def blank(like: Tensor, device: torch.device, requires_grad: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.engines import Engine, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
+from fastadv.engine.hidden_draws import hides_draws, watched_for_draws
 from fastadv.engine.holding import held
 from fastadv.engine.recording import Recording
 
@@ -97,11 +98,24 @@ def evidence_of(recording: Recording, model: nn.Module) -> Evidence:
         model: the recorded model. Gradient checkpointing runs parts of it again, in the mode that it then has.
 
     Raises:
-        Unrecordable: there are no gradients.
+        Unrecordable: there are no gradients, or random numbers are drawn for them.
     """
+    if not hides_draws(recording):
+        return _evidence_of(recording, model)
+    found, drawn = watched_for_draws(
+        lambda: _evidence_of(recording, model), recording.images.device
+    )
+    if drawn:
+        raise Unrecordable("its backward draws random numbers")
+    return found
+
+
+def _evidence_of(recording: Recording, model: nn.Module) -> Evidence:
     logits = recording.logits
-    if logits.dim() != 2 or not logits.requires_grad:
-        raise Unrecordable("its logits have another shape than [B, C], or no gradient")
+    if logits.dim() != 2 or logits.is_complex() or not logits.requires_grad:
+        raise Unrecordable(
+            "its logits have another shape than [B, C], or no gradient, or are complex"
+        )
     wide = logits if logits.dtype == torch.float64 else logits.float()
     values, gradients = objectives(wide), []
     with held(model):

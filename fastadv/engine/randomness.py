@@ -21,9 +21,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.compiled_parts import is_compiled_wrapper
+from fastadv.engine.hidden_draws import gradient_runs_others_code, may_hide_draws
 from fastadv.engine.named_code import content_of, named_by
 from fastadv.engine.networks import attributes_of
-from fastadv.engine.operands import marked_by
+from fastadv.engine.operands import marked_by, tensors_in
 
 # Runs of the model after which a generator whose state changes each time counts as one that the model draws from.
 _TRIES = 3
@@ -58,11 +59,14 @@ def draws(function: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any
 
 # Whether torch marks an operator of a name as drawing from a generator.
 _is_seeded = marked_by(torch.Tag.nondeterministic_seeded)
+_GRADIENTS = frozenset(("grad", "backward"))
 _RECURRENT = frozenset(("lstm", "gru", "rnn_tanh", "rnn_relu"))  # which may have dropout inside
 
 
 class DrawWatch(TorchFunctionMode):
     """Watches the calling thread until it first draws a random number by a function of torch.
+
+    Operators and backward methods of others count as drawing.
 
     Args:
         on_draw: called once, before that number is drawn.
@@ -71,6 +75,7 @@ class DrawWatch(TorchFunctionMode):
     def __init__(self, on_draw: Callable[[], object]) -> None:
         super().__init__()
         self._on_draw: Callable[[], object] | None = on_draw
+        self._seen_gradient = False  # later ones are of the same network
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -80,7 +85,11 @@ class DrawWatch(TorchFunctionMode):
         if torch.compiler.is_compiling() or self._on_draw is None:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name in _RECURRENT or draws(func, name, args, kwargs):
+        may_draw = name in _RECURRENT or may_hide_draws(func)
+        if name in _GRADIENTS and not self._seen_gradient:
+            self._seen_gradient = True
+            may_draw = gradient_runs_others_code(tensors_in(args[:1]))
+        if may_draw or draws(func, name, args, kwargs):
             on_draw, self._on_draw = self._on_draw, None
             on_draw()
         return func(*args, **kwargs)

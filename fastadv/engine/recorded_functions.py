@@ -11,7 +11,8 @@ from torch import nn
 # Functions that hand a tensor's values to Python, which may then do anything with them.
 READS = frozenset(
     ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
-     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__")
+     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__", "__format__",
+     "__repr__", "storage", "untyped_storage")
 )  # fmt: skip
 # Functions that a recording refuses, each with the reason.
 REFUSED = {

@@ -21,14 +21,15 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine import ragged, randomness
 from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
-from fastadv.engine.holding import held
+from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
+from fastadv.engine.holding import held, settle, without_graph
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
-_SETTLED_ON = 2  # number of images
-_NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
+# In place of activations of a large batch.
+_NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
@@ -56,13 +57,6 @@ def record(
         return recorded(model, images, careful=careful, gradients=gradients)
 
 
-def settle(model: nn.Module, images: Tensor, calls: int) -> None:
-    """Call a model that is `held` on a few images, so that its next calls are alike."""
-    with torch.no_grad():
-        for _ in range(calls):
-            model(images[:_SETTLED_ON].detach().clone())
-
-
 def recorded(
     model: nn.Module,
     images: Tensor,
@@ -73,7 +67,7 @@ def recorded(
 ) -> Recording:
     """As `record`, for a model that is `held`, by a recorder of another kind unless None."""
     make = make or Recorder
-    with torch.enable_grad(), nullcontext() if gradients else _without_graph(model):
+    with torch.enable_grad(), nullcontext() if gradients else without_graph(model):
         if not careful:
             return make(images, gradients).run(model)
         found: list[Recording] = []
@@ -87,19 +81,6 @@ def recorded(
         if generator is not None:
             raise Unrecordable(f"its forward draws random numbers ({generator})")
         return found[-1]
-
-
-@contextmanager
-def _without_graph(model: nn.Module) -> Iterator[None]:
-    """Within, no parameter requires grad, so that a pass keeps no graph though gradients are enabled."""
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_()
 
 
 class Recorder(TorchFunctionMode):
@@ -150,9 +131,10 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         """Run one function, and record it if its result is a tensor."""
         kwargs = kwargs or {}
-        if self._inside:
-            return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if self._inside:
+            self._check_draws(func, name, args, kwargs)
+            return func(*args, **kwargs)
         if name == "__get__":
             read = getattr(func.__self__, "__name__", "")
             if read == "shape":
@@ -166,8 +148,7 @@ class Recorder(TorchFunctionMode):
         operands = tensors_in(args)
         if kwargs:
             operands.extend(tensors_in(kwargs.values()))
-        if randomness.draws(func, name, args, kwargs):
-            raise self._refuse(f"its forward draws random numbers ({name})")
+        self._check_draws(func, name, args, kwargs)
         versions = [version_of(t) for t in operands]
         self._enter()  # an autograd function that torch itself calls is part of this function
         try:
@@ -196,7 +177,19 @@ class Recorder(TorchFunctionMode):
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of torch; the next recorded op is its."""
-        return func(*args, **kwargs)
+        if not may_hide_draws(func):
+            return func(*args, **kwargs)
+        device = self.recording.images.device
+        result, drawn = watched_for_draws(lambda: func(*args, **kwargs), device)
+        if drawn:
+            raise self._refuse(f"its forward draws random numbers (in {func})")
+        return result
+
+    def _check_draws(
+        self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if randomness.draws(func, name, args, kwargs):
+            raise self._refuse(f"its forward draws random numbers ({name})")
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
         if name in functions.REFUSED:
@@ -303,7 +296,7 @@ class Recorder(TorchFunctionMode):
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind the place of the tuple itself."""
-        self.recording.values.append(torch.empty(0, device="cpu"))
+        self.recording.values.append(torch.empty(0, device="cpu", dtype=torch.float32))
         self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
             raise self._refuse(f"a function of its forward returns a {type(result).__name__}")

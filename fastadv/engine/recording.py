@@ -88,8 +88,12 @@ class Recording:
     values: list[Tensor] = field(default_factory=list)
     depends: list[bool] = field(default_factory=list)
     overwritten: set[int] = field(default_factory=set)
-    images: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
-    logits: Tensor = field(default_factory=lambda: torch.empty(0, device="cpu"))
+    images: Tensor = field(
+        default_factory=lambda: torch.empty(0, device="cpu", dtype=torch.float32)
+    )
+    logits: Tensor = field(
+        default_factory=lambda: torch.empty(0, device="cpu", dtype=torch.float32)
+    )
     output: int = -1
     gradients: bool = True
     autocast: bool = False

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastadv.engine.content import content
-from fastadv.engine.holding import held
-from fastadv.engine.outline import blank, is_torchs, makes_new
-from fastadv.engine.recorder import Recorder, settle
+from fastadv.engine.hidden_draws import is_torchs
+from fastadv.engine.holding import held, settle
+from fastadv.engine.outline import blank, makes_new
+from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
 
 _MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use

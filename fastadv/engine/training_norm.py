@@ -80,7 +80,10 @@ class _BatchNorm(torch.autograd.Function):
         momentum: float,
         eps: float,
     ) -> Tensor:
-        out, statistics = torch.empty_like(x), torch.empty(2, x.shape[1], device="cpu")
+        out, statistics = (
+            torch.empty_like(x),
+            torch.empty(2, x.shape[1], device="cpu", dtype=torch.float32),
+        )
         torch.ops.fastadv.batch_norm_train_(
             out, statistics, x, weight, bias, running_mean, running_var, momentum, eps
         )
@@ -98,7 +101,10 @@ class _BatchNorm(torch.autograd.Function):
                 gradient, x, weight, None, None, mean, inverse, True, ctx.eps, wanted
             )
             return *found, *(None,) * 4
-        out, at_parameters = torch.empty_like(x), torch.empty(2, x.shape[1], device="cpu")
+        out, at_parameters = (
+            torch.empty_like(x),
+            torch.empty(2, x.shape[1], device="cpu", dtype=torch.float32),
+        )
         torch.ops.fastadv.batch_norm_train_backward_(
             out,
             at_parameters,

@@ -31,7 +31,7 @@ def answers_of(model: Model, samples: Samples) -> Tensor | None:
         [B, classes] float32 on the CPU; None for a model that raises, or whose logits differ in a second pass.
     """
     try:
-        x, _ = samples.take(torch.arange(min(len(samples), _ASKED)), device_of(model))
+        x, _ = samples.take(torch.arange(min(len(samples), _ASKED), device="cpu"), device_of(model))
         found = []
         for _ in range(2):
             with private_generators(0):

@@ -220,7 +220,7 @@ def _settings(
     if search == REFERENCE:
         return settings
     own: dict[str, Any] = {"search": search, "refinement": list(astuple(Refinement()))}
-    if ids is not None and not torch.equal(ids, torch.arange(len(ids))):
+    if ids is not None and not torch.equal(ids, torch.arange(len(ids), device="cpu")):
         own["sample_ids"] = hash_tensors(ids)
     rows = rows_of(runner.samples.image_shape, runner.batch_size)
     if rows != runner.batch_size:
@@ -312,8 +312,10 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
 
 def _broken(records: Sequence[BatchRecord], shape: torch.Size) -> tuple[Tensor, Tensor]:
     """The indices of the images that an attack has broken, in ascending order, and their adversarial images."""
-    fooled = torch.cat([torch.empty(0, dtype=torch.int64), *(one.fooled for one in records)])
-    images = torch.cat([torch.empty(0, *shape), *(one.adversarial for one in records)])
+    no_indices = torch.empty(0, dtype=torch.int64, device="cpu")
+    no_images = torch.empty(0, *shape, dtype=torch.float32, device="cpu")
+    fooled = torch.cat([no_indices, *(one.fooled for one in records)])
+    images = torch.cat([no_images, *(one.adversarial for one in records)])
     order = fooled.argsort()
     return fooled[order], images[order]
 

@@ -137,10 +137,12 @@ class Finished:
         return BatchRecord(
             indices=_int64(indices),
             fooled=_int64(fooled),
-            adversarial=torch.stack(images) if images else torch.empty(0, *shape),
+            adversarial=torch.stack(images)
+            if images
+            else torch.empty(0, *shape, dtype=torch.float32, device="cpu"),
             **facts,  # type: ignore[arg-type]
         )
 
 
 def _int64(values: Sequence[int]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

@@ -64,7 +64,9 @@ class PoolSearch:
         hunt, state = self._hunt, self._hunt.state
         self._records = state.load_all(self._attack, remaining) if state else []
         done = {i for record in self._records for i in record.indices.tolist()}
-        todo = torch.tensor([i for i in remaining.tolist() if i not in done], dtype=torch.int64)
+        todo = torch.tensor(
+            [i for i in remaining.tolist() if i not in done], dtype=torch.int64, device="cpu"
+        )
         progress = hunt.runner.progress.count(f"autoattack {self._attack}", len(remaining))
         with progress as self._advance:
             self._advance(len(done))
@@ -75,7 +77,7 @@ class PoolSearch:
 
     def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
         """Return which points the plain model misclassifies."""
-        adv, wrong = self._hunt.judged(torch.tensor(images), points, self._audit)
+        adv, wrong = self._hunt.judged(torch.tensor(images, device="cpu"), points, self._audit)
         confirmed = wrong.tolist()
         for image, one, yes in zip(images, adv, confirmed, strict=True):
             if yes and image not in self._broken:

@@ -173,7 +173,11 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
         found = json.loads(manifest.read_text(encoding="utf-8"))
         # Earlier versions recorded no answers.
         kept = Fingerprint(found["model"], found["data"], found["settings"], found.get("answers"))
-        there = None if kept.answers is None else torch.tensor(kept.answers, dtype=torch.float32)
+        there = (
+            None
+            if kept.answers is None
+            else torch.tensor(kept.answers, dtype=torch.float32, device="cpu")
+        )
         version = found["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{manifest} cannot be read ({error!r}); use a new state_dir") from error
@@ -188,7 +192,11 @@ def _check_same_run(manifest: Path, identity: Fingerprint) -> None:
         if getattr(kept, part) != getattr(identity, part)
     ]
     known = there is not None and identity.answers is not None
-    if not differences and known and not are_alike(there, torch.tensor(identity.answers)):
+    if (
+        not differences
+        and known
+        and not are_alike(there, torch.tensor(identity.answers, device="cpu"))
+    ):
         differences.append("the model has the same weights and computes something else")
     differences += [
         f"{name} was {kept.settings.get(name)!r} and is {wanted.get(name)!r}"

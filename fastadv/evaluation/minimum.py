@@ -89,7 +89,10 @@ def smallest_perturbations(
     start, norm = time.perf_counter(), norm_of(attack, runner.norm)
     audit = Audit(math.inf, norm, runner.samples.bounds)
     search = _carlini_wagner if attack.kind == "cwl2" else _by_bisection
-    distances, attacked = torch.zeros(len(correct)), correct.nonzero().flatten()
+    distances, attacked = (
+        torch.zeros(len(correct), dtype=torch.float32, device="cpu"),
+        correct.nonzero().flatten(),
+    )
     find = search(runner, attack, constants, audit)
     key = key_of(attack.name, attack, constants, runner.norm)
     distances[attacked] = runner.work.collect(
@@ -130,7 +133,7 @@ def _carlini_wagner(
 def _by_bisection(
     runner: Runner, attack: Minimum, constants: CarliniWagner, audit: Audit
 ) -> Search:
-    x, _ = runner.samples.take(torch.tensor([0]), runner.device)
+    x, _ = runner.samples.take(torch.tensor([0], device="cpu"), runner.device)
     low, high = runner.samples.bounds
     largest = largest_radius((low, high), runner.norm, x.numel())
     common: dict[str, Any] = dict(

@@ -148,7 +148,7 @@ class Judge:
 
     def _autoattack(self, attack: Ensemble, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         runner, samples = self.runner, self.runner.samples
-        robust = torch.zeros(len(samples), dtype=torch.bool)
+        robust = torch.zeros(len(samples), dtype=torch.bool, device="cpu")
         if left is None:
             transfers = runner.surrogate is not None
             left = self.clean.robust if transfers else torch.ones_like(robust)
@@ -240,7 +240,7 @@ def _without_images(result: AutoAttackResult | None) -> AutoAttackResult | None:
     """The part of a result that processes send to each other: everything but its images."""
     if result is None:
         return None
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return replace(result, robust=nothing, fooled=nothing, adversarial=nothing)
 
 

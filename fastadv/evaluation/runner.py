@@ -93,7 +93,7 @@ class Runner:
             ValueError: when a label is too large, the data set has more classes, the surrogate has another number
                 of classes, or the images have their channels last.
         """
-        x, _ = self.samples.take(torch.tensor([0]), self.device)
+        x, _ = self.samples.take(torch.tensor([0], device="cpu"), self.device)
         draws = private_generators(derive_seed(self.seed, "evaluate/labels"))
         with draws, naming_layout("images", self.model, x):
             classes = logits_of(self.model, x).shape[1]
@@ -116,7 +116,7 @@ class Runner:
         A model that draws one bit per pass can draw the same bit in several passes. Therefore there are more than
         two passes, and many where the state of a generator changes. torch's generators are restored afterwards.
         """
-        first = torch.arange(min(len(self.samples), _CHECKED, self.batch_size))
+        first = torch.arange(min(len(self.samples), _CHECKED, self.batch_size), device="cpu")
         x, _ = self.samples.take(first, self.device)
         with private_generators(derive_seed(self.seed, "evaluate/draws")):
             before = randomness.generator_states(self.model, self.device)
@@ -137,7 +137,7 @@ class Runner:
             x, y = self.samples.take(indices, self.device)
             return self.predicted(x, "clean", indices) == y
 
-        every = torch.arange(len(self.samples))
+        every = torch.arange(len(self.samples), device="cpu")
         correct = self.collect("clean", key_of("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
@@ -281,8 +281,10 @@ class Runner:
         Returns:
             [N] bool on the CPU, false for all other images.
         """
-        wrong = torch.zeros(len(self.samples), dtype=torch.bool)
-        for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
+        wrong = torch.zeros(len(self.samples), dtype=torch.bool, device="cpu")
+        for rows in (
+            torch.arange(len(indices), device="cpu").split(self.batch_size) if len(indices) else ()
+        ):
             _, y = self.samples.take(indices[rows], self.device)
             adv = adversarial[rows].to(self.device)
             wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
@@ -329,7 +331,7 @@ class Runner:
             adversarial: the adversarial images of these, [M, ...].
         """
         if self.worst.keep and len(fooled):
-            for part in torch.arange(len(fooled)).split(self.batch_size):
+            for part in torch.arange(len(fooled), device="cpu").split(self.batch_size):
                 indices = attacked[fooled[part]]
                 x, y = self.samples.take(indices, self.device)
                 adv = adversarial[part].to(self.device)

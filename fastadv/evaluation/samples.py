@@ -53,7 +53,7 @@ class Samples:
 
         Worker processes read the batches ahead in this order, so that they should be taken in this order.
         """
-        indices = torch.arange(len(self)) if indices is None else indices
+        indices = torch.arange(len(self), device="cpu") if indices is None else indices
         self.source.expect(indices)
         return indices.split(batch_size) if len(indices) else ()
 

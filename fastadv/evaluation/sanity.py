@@ -282,7 +282,7 @@ def _black_box(
     white = BallAttack(f"apgd-ce-{steps}", steps, None, random_start=True, kind="apgd")
     accuracy = float(runner.gradient(white, eps, probe.correct).robust.double().mean())
     rivals: list[tuple[str, float]] = []
-    if runner.samples.take(torch.tensor([0]), runner.device)[0].dim() == 4:
+    if runner.samples.take(torch.tensor([0], device="cpu"), runner.device)[0].dim() == 4:
         square = BallAttack(f"square-{queries}", queries, None, True, kind="square", loss="cw")
         left = runner.gradient(square, eps, probe.correct).robust
         rivals.append((square.name, int(left.sum()) / n))

@@ -123,7 +123,9 @@ class DatasetSource:
             said.update(digest_of({"labels": labels}).encode())
             return said.hexdigest()
         n = len(self.items)
-        chosen = torch.cat([torch.tensor([0, n - 1]), evenly_spread(n, _HASHED - 2)]).unique()
+        chosen = torch.cat(
+            [torch.tensor([0, n - 1], device="cpu"), evenly_spread(n, _HASHED - 2)]
+        ).unique()
         return digest_of({"images": self.read(chosen), "labels": labels, "items": self.items})
 
 
@@ -153,7 +155,7 @@ def open_source(
     options = data.options if workers else {}
     reader = ItemReader(data.dataset, bounds, workers=workers, **options)
     listed = known_labels(data.dataset)
-    items = torch.arange(count)
+    items = torch.arange(count, device="cpu")
     if listed is not None:
         items = first_or_spread(listed, count)
     probed = items[:_PROBED]
@@ -172,7 +174,7 @@ def first_or_spread(labels: Tensor, count: int) -> Tensor:
     n = len(labels)
     if count < n and _by_class(labels):
         return evenly_spread(n, count)
-    return torch.arange(min(n, count))
+    return torch.arange(min(n, count), device="cpu")
 
 
 def _by_class(labels: Tensor) -> bool:

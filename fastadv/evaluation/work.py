@@ -48,7 +48,7 @@ class FinishedBatches:
             return None
         try:
             found = unsealed(json.loads(path.read_text(encoding="utf-8")))
-            values = torch.tensor(found["values"], dtype=torch.float32)
+            values = torch.tensor(found["values"], dtype=torch.float32, device="cpu")
             if values.shape != batch.shape:
                 raise ValueError(f"{len(values)} values for {len(batch)} images")
             return values, Violations(**found["violations"])
@@ -122,8 +122,11 @@ class SharedWork:
         Returns:
             The values [M] float32 on the CPU, in the order of the indices.
         """
-        own, finished = self.own(torch.arange(len(indices))), self.finished if key else None
-        values = torch.zeros(len(indices))
+        own, finished = (
+            self.own(torch.arange(len(indices), device="cpu")),
+            self.finished if key else None,
+        )
+        values = torch.zeros(len(indices), dtype=torch.float32, device="cpu")
         total = count = 0.0
         with self.progress.count(name, len(own)) as advance:
             for places in own.split(batch_size) if len(own) else ():

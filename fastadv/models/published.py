@@ -216,7 +216,7 @@ def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
         for name in names:
             value = state.get(name)
             if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
-                value = torch.tensor(value, dtype=torch.float64)
+                value = torch.tensor(value, dtype=torch.float64, device="cpu")
             # A single number may be a score.
             if isinstance(value, Tensor) and value.dim() and value.numel():
                 found[name] = value

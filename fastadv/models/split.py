@@ -154,9 +154,14 @@ def without_normalization(model: nn.Module) -> nn.Module:
 def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:
     """A float32 copy of value as [1, C, 1, 1] (C = 1 broadcasts over any number of channels)."""
     try:
-        if torch.is_complex(torch.as_tensor(value)):
+        if torch.is_complex(torch.as_tensor(value, device="cpu")):
             raise TypeError("complex numbers")
-        buffer = torch.as_tensor(value, dtype=torch.float32).detach().clone().reshape(1, -1, 1, 1)
+        buffer = (
+            torch.as_tensor(value, dtype=torch.float32, device="cpu")
+            .detach()
+            .clone()
+            .reshape(1, -1, 1, 1)
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"{name} must be a number, or one number per channel, got {shown(value)}"

@@ -103,7 +103,9 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             Images [B, C, H, W].
         """
         seed = batch.seed("attack")
-        self._gauges = {"zero_gradients": torch.zeros((), device=batch.x.device)}
+        self._gauges = {
+            "zero_gradients": torch.zeros((), device=batch.x.device, dtype=torch.float32)
+        }
         if rows is not None and rows.numel() == 0:
             return batch.x
         start = self.start_of(batch)

@@ -143,7 +143,9 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
             self.pgd.alpha = self.recipe.alpha * (self.pgd.eps / self.recipe.eps)
         rows: Tensor | None = None
         if self.recipe.mix == "batch":
-            rows = torch.tensor(self._attacked_places(len(batch.y)), dtype=torch.int64)
+            rows = torch.tensor(
+                self._attacked_places(len(batch.y)), dtype=torch.int64, device="cpu"
+            )
             rows = rows.to(batch.y.device)
         x = self.perturb(batch, rows)
         return Attacked(x.clamp(0, 1) if self._clips_late else x)

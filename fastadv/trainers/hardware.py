@@ -35,7 +35,7 @@ def choose_device(device: torch.device | str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = check_device(device)
     try:
-        torch.empty(0, device=chosen)
+        torch.empty(0, device=chosen, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error

@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from networks import Function, Residual
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 Change = Callable[[random.Random, nn.Sequential], Any]
 
 
 def _pick(rng: random.Random, model: nn.Module, *kinds: type) -> Any:
     found = [m for m in model.modules() if isinstance(m, kinds)]
+    return rng.choice(found) if found else None
+
+
+def _plain_layer(rng: random.Random, model: nn.Module) -> Any:
+    """A layer whose weight is a parameter, and no result of others."""
+    kinds = (nn.Conv2d, nn.Linear)
+    found = [m for m in model.modules() if isinstance(m, kinds) and "weight" in m._parameters]
     return rng.choice(found) if found else None
 
 
@@ -25,12 +33,16 @@ def _train_a_step(rng: random.Random, model: nn.Sequential) -> None:
 
 
 def _new_weight(rng: random.Random, model: nn.Sequential) -> None:
-    layer = _pick(rng, model, nn.Conv2d, nn.Linear)
+    layer = _plain_layer(rng, model)
+    if layer is None:
+        return
     layer.weight = nn.Parameter(torch.randn_like(layer.weight) * layer.weight.std(unbiased=False))
 
 
 def _weight_data(rng: random.Random, model: nn.Sequential) -> None:
-    layer = _pick(rng, model, nn.Conv2d, nn.Linear)
+    layer = _plain_layer(rng, model)
+    if layer is None:
+        return
     layer.weight.data = layer.weight.data.flip(0) * 1.3
 
 
@@ -103,7 +115,8 @@ def _forward(rng: random.Random, model: nn.Sequential) -> None:
 
 def _share(rng: random.Random, model: nn.Sequential) -> None:
     """Tie the weights of two layers of one shape."""
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    kinds = nn.Conv2d
+    layers = [m for m in model.modules() if isinstance(m, kinds) and "weight" in m._parameters]
     for one in layers:
         for other in layers:
             if one is not other and one.weight.shape == other.weight.shape:
@@ -128,6 +141,42 @@ def _untracked(rng: random.Random, model: nn.Sequential) -> None:
         layer.running_mean = layer.running_var = None
 
 
+def _prune(rng: random.Random, model: nn.Sequential) -> None:
+    layer = _plain_layer(rng, model)
+    if layer is not None:
+        prune.random_unstructured(layer, "weight", 0.4)
+
+
+def _end_of_pruning(rng: random.Random, model: nn.Sequential) -> None:
+    for layer in model.modules():
+        if hasattr(layer, "weight_orig"):
+            prune.remove(layer, "weight")
+
+
+def _normalise_weights(rng: random.Random, model: nn.Sequential) -> None:
+    layer = _plain_layer(rng, model)
+    if layer is not None:
+        nn.utils.parametrizations.weight_norm(layer)
+
+
+def _load(rng: random.Random, model: nn.Sequential) -> None:
+    """Load a state, into the tensors that are there or in their place."""
+    state = {n: v * 0.9 if v.is_floating_point() else v for n, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=rng.random() < 0.5)
+
+
+def _no_hooks(rng: random.Random, model: nn.Sequential) -> None:
+    for module in model.modules():
+        if not hasattr(module, "weight_orig"):  # pruning is such a hook
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
+
+
+def _one_layers_mode(rng: random.Random, model: nn.Sequential) -> None:
+    layer = rng.choice(list(model))
+    layer.train(not layer.training)
+
+
 def _nothing(rng: random.Random, model: nn.Sequential) -> None:
     pass
 
@@ -150,6 +199,12 @@ CHANGES: tuple[Change, ...] = (
     _train_mode,
     _freeze,
     _untracked,
+    _prune,
+    _end_of_pruning,
+    _normalise_weights,
+    _load,
+    _no_hooks,
+    _one_layers_mode,
     _nothing,
 )
 

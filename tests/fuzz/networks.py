@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -95,6 +96,30 @@ class Buffered(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gain = self.gain.view(1, -1, *[1] * (x.dim() - 2))
         return x * gain + (gain - gain.mean())
+
+
+class Quantized(torch.autograd.Function):
+    """Rounds to levels, with the gradient passed straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, levels: int) -> Tensor:
+        return (x * levels).round() / levels
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Tempered(nn.Module):
+    """Divides by a temperature in a buffer, which its code reads as a tensor or as a number."""
+
+    def __init__(self, as_number: bool) -> None:
+        super().__init__()
+        self.as_number = as_number
+        self.register_buffer("temperature", torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (float(self.temperature) if self.as_number else self.temperature)
 
 
 class Normalize(nn.Module):
@@ -231,6 +256,28 @@ def _standardised(x: Tensor) -> Tensor:
     ).sqrt()
 
 
+def _low_frequencies(x: Tensor) -> Tensor:
+    spectrum = torch.fft.rfft2(x)
+    return torch.fft.irfft2(spectrum[..., : max(1, spectrum.shape[-1] - 1)], s=x.shape[-2:])
+
+
+def _turned(x: Tensor) -> Tensor:
+    turn = torch.tensor([[0.8, -0.3, 0.1], [0.2, 0.9, 0.0]], device=x.device, dtype=x.dtype)
+    grid = F.affine_grid(turn.expand(x.shape[0], 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
+def _transposed(rng: random.Random, shape: Shape) -> nn.Module:
+    """A transposed convolution."""
+    channels = shape[1]
+    groups = rng.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
+    stride = rng.choice((1, 2))
+    out = groups * rng.choice((1, 2, 4))
+    return nn.ConvTranspose2d(
+        channels, out, 3, stride, 1, rng.choice((0, stride - 1)), groups, rng.random() < 0.5
+    )
+
+
 def _functional(rng: random.Random, shape: Shape) -> nn.Module:
     channels, height, width = shape[1:]
     found: list[tuple[str, Callable[[Tensor], Tensor]]] = [
@@ -255,6 +302,12 @@ def _functional(rng: random.Random, shape: Shape) -> nn.Module:
         ("cumsum", lambda x: 0.3 * x.cumsum(2)),
         ("sorted", lambda x: x.sort(3).values),
         ("top values", lambda x: x.topk(1, dim=2).values),
+        ("quantized", lambda x: x + 0.5 * Quantized.apply(x, 64)),
+        ("low frequencies", _low_frequencies),
+        ("spectrum", lambda x: torch.fft.rfft(x, dim=3).real * 0.5),
+        ("grid sample", _turned),
+        ("antialiased", lambda x: F.interpolate(x, (4, 4), mode="bilinear", antialias=True)),
+        ("local response", lambda x: F.local_response_norm(x, 3)),
     ]
     if channels % 2 == 0:
         found += [("half shuffled", _half_shuffled), ("gated", _gated)]
@@ -296,7 +349,9 @@ BLOCKS: tuple[tuple[Block, int], ...] = (
     (_residual, 3),
     (_attention, 1),
     (_squeeze, 1),
+    (_transposed, 1),
     (lambda rng, shape: Buffered(shape[1]), 1),
+    (lambda rng, shape: Tempered(rng.random() < 0.5), 1),
     (lambda rng, shape: nn.Dropout(0.3), 1),
     (lambda rng, shape: nn.Conv2d(shape[1], rng.choice((16, 32)), 3, padding=1), 3),
 )

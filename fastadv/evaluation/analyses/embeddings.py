@@ -51,7 +51,7 @@ class Embedding(Analysis):
         settings, model = context.settings, context.model
         samples = context.images
         if len(samples) > settings.points:
-            chosen = torch.arange(settings.points) * len(samples) // settings.points
+            chosen = torch.arange(settings.points, device="cpu") * len(samples) // settings.points
             samples = samples.part(chosen)
         attack = PGD(model, settings.eps, settings.step_size, settings.steps, precision="fp32")
         attack_seed = derive_seed(settings.seed, "analyse/attack")

@@ -52,7 +52,7 @@ class RandomLabelFit(Analysis):
         classes = samples.num_classes or int(samples.labels.max()) + 1
         seed = derive_seed(context.settings.seed, "analyse/random-labels")
         with private_generators(seed), torch.enable_grad():
-            labels = torch.randint(classes, (len(features),)).to(context.device)
+            labels = torch.randint(classes, (len(features),), device="cpu").to(context.device)
             rows = _train(features, labels, classes, context.settings.epochs)
         summary = {"accuracy in the last epoch": rows[-1][2], "chance": 1 / classes}
         return Measured(self.name, ("epoch", "loss", "accuracy"), tuple(rows), summary)
@@ -85,7 +85,7 @@ def _train(
     rows = []
     for epoch in range(1, epochs + 1):
         loss_sum = correct = 0.0
-        for rows_of_batch in torch.randperm(len(features)).split(_BATCH):
+        for rows_of_batch in torch.randperm(len(features), device="cpu").split(_BATCH):
             x, y = features[rows_of_batch], labels[rows_of_batch]
             logits = network(x)
             loss = nn.functional.cross_entropy(logits, y)

@@ -54,7 +54,7 @@ class SmallestPerturbation(Analysis):
                 broken = broken.nonzero().flatten()
                 for place in broken[: settings.pictures - len(shown)].tolist():
                     shown.append((x[place].cpu(), adv[place].cpu()))
-        distances = torch.tensor([r for _, _, r, _ in rows if r], dtype=torch.float64)
+        distances = torch.tensor([r for _, _, r, _ in rows if r], dtype=torch.float64, device="cpu")
         summary: dict[str, float] = {
             "images broken": float(len(distances)),
             "images wrong without an attack": float(sum(r == 0 for _, _, r, _ in rows)),
