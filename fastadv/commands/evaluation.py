@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
-
 from fastadv.commands.documents import as_json
 from fastadv.commands.judged import (
     Images,
@@ -24,11 +22,11 @@ from fastadv.commands.judged import (
 )
 from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
 from fastadv.commands.sanity import find_masking
+from fastadv.commands.subject import subject_of
 from fastadv.commands.surrogates import digest_name, model_by_word
 from fastadv.commands.threat import radii_of, sentence_about_radius, threat_of
 from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
-from fastadv.digest import digest_of
 from fastadv.evaluation import Report, Subject, Surrogate, evaluate
 from fastadv.evaluation.attack_list import (
     check_ensemble_asked_for,
@@ -36,9 +34,8 @@ from fastadv.evaluation.attack_list import (
     expand_bundles,
     parse_attacks,
 )
-from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import library_versions
-from fastadv.evaluation.samples import Samples, as_samples, radius_or_default
+from fastadv.evaluation.samples import as_samples, radius_or_default
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
@@ -189,7 +186,7 @@ def run_evaluation(
         judged = judged if extractors is None else with_extractors(judged, extractors)
     module = judged.model.to(where)
     samples = as_samples(images, (low, high), max_examples)
-    subject = _subject(judged, module, images, samples)
+    subject = subject_of(judged, module, images, samples)
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(
         judged.results if out is None else Path(out),
@@ -279,21 +276,6 @@ def run_evaluation(
     return text
 
 
-def _subject(judged: JudgedModel, module: nn.Module, images: Images, samples: Samples) -> Subject:
-    """The judged model and its images, as the results record them."""
-    return Subject(
-        run=judged.name,
-        method=judged.method,
-        network=judged.network,
-        checkpoint=judged.checkpoint,
-        weights=digest_of(module.state_dict()),
-        data=images.name,
-        images=samples.fingerprint(),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        multiply_adds=_cost(module, samples.source.shape),
-    )
-
-
 def _warn_of_other_networks(judged: JudgedModel) -> None:
     """Say that the weights fit further networks that compute something else, if there are any."""
     if judged.others:
@@ -330,15 +312,6 @@ def _document(
     """The results of one evaluation as JSON types."""
     found = None if checked is None else sanity_entry(checked)
     return {**report.to_dict(), "subject": asdict(subject), "file": str(file), "sanity": found}
-
-
-def _cost(model: nn.Module, shape: Sequence[int]) -> int:
-    """The multiply-adds of one image; 0 if they cannot be counted."""
-    # They are counted with tensors that have shapes and no values. A user's network may fail on these in any way.
-    try:
-        return multiply_adds(model, shape)
-    except Exception:
-        return 0
 
 
 def _surrogate(

@@ -159,10 +159,8 @@ class Loop:
     def _start(self, total_steps: int) -> RunStart:
         """The facts for callbacks before the first iteration."""
         parts = {name: self.meta[name] for name in ("method", "recipe", "model", "data")}
-        identity = str(self.meta.get("run", ""))
-        return RunStart(
-            self.run.path, identity, **parts, step=self.progress.step, total_steps=total_steps
-        )
+        identity, step = str(self.meta.get("run", "")), self.progress.step
+        return RunStart(self.run.path, identity, **parts, step=step, total_steps=total_steps)
 
     def _run_epoch(self) -> dict[str, Any]:
         progress = self.progress
@@ -211,8 +209,7 @@ class Loop:
         self._moved = False
         with modes_kept(self.method):
             self.method.step(self._batch, self._update)
-        # This must come after the whole step: within it AWP has perturbed the weights, and Free updates them
-        # several times.
+        # Not within the step, in which AWP has perturbed the weights, and Free updates them several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
             self._give_up()
         if isinstance(self.average, WeightAverage) and self._moved:
