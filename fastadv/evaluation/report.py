@@ -14,7 +14,7 @@ from typing import Any
 
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
 from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
-from fastadv.files import csv_cell, write_atomically
+from fastadv.files import csv_cell, markdown_text, write_atomically
 
 _FORMAT = 1
 _RESULTS_FORMAT = 2
@@ -165,11 +165,10 @@ class Report:
         """A markdown table, with the notes below it."""
         rule = ["---" if left else "---:" for left in LEFT]
         cells = [HEADINGS, rule, *(cells_of(row) for row in self.rows)]
-        lines = [
-            "| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in cells
-        ]
-        notes = [f"- {note}" for note in notes_of(self.rows)]
-        return "\n".join([self._caption(), "", *lines, *([""] if notes else []), *notes]) + "\n"
+        lines = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in cells]
+        notes = [f"- {markdown_text(note)}" for note in notes_of(self.rows)]
+        caption = markdown_text(self._caption())
+        return "\n".join([caption, "", *lines, *([""] if notes else []), *notes]) + "\n"
 
     def _caption(self) -> str:
         parts = [part for part in (self.model, self.data) if part]

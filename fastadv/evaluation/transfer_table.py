@@ -14,7 +14,7 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import csv_cell, write_atomically
+from fastadv.files import csv_cell, markdown_text, one_line, write_atomically
 
 _FORMAT = 1
 
@@ -96,11 +96,11 @@ class TransferMatrix:
     def markdown(self) -> str:
         """The table in markdown."""
         heading, *rest = (
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
-            for line in self._cells()
+            "| " + " | ".join(map(markdown_text, line)) + " |" for line in self._cells()
         )
         rule = "| --- |" + " ---: |" * len(self.names)
-        return "\n".join([self._caption(), "", heading, rule, *rest, *self._remarks()]) + "\n"
+        texts = map(markdown_text, self._remarks())
+        return "\n".join([markdown_text(self._caption()), "", heading, rule, *rest, *texts]) + "\n"
 
     def to_csv(self) -> str:
         """One line per pair of models; accuracies are fractions."""
@@ -147,9 +147,9 @@ class TransferMatrix:
 
     def _cells(self) -> list[list[str]]:
         def line(title: str, row: Sequence[int]) -> list[str]:
-            return [title, *(f"{100 * correct / self.n:.2f}" for correct in row)]
+            return [one_line(title), *(f"{100 * correct / self.n:.2f}" for correct in row)]
 
-        heading = ["made on \\ judged", *self.names]
+        heading = ["made on \\ judged", *map(one_line, self.names)]
         made = [line(name, row) for name, row in zip(self.names, self.correct, strict=True)]
         return [heading, line("no attack", self.clean), *made]
 
