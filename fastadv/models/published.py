@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized
-from fastadv.models.state_files import Foreign, read_state_file
+from fastadv.models.state_files import Foreign, StateFileError, read_state_file
 from fastadv.ops.checks import FLOAT_DTYPES
 from fastadv.ops.values import check_bool, shown
 
@@ -26,8 +27,11 @@ _LARGEST_MEAN = 2.0
 _DEEPEST = 4  # mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
-# Counters that AveragedModel and thop leave among the weights.
-_COUNTERS = ("n_averaged", "total_ops", "total_params")
+# Single numbers that AveragedModel, thop, MAIR's RobModel and ema_pytorch leave among the weights.
+_COUNTERS = (
+    *("n_averaged", "total_ops", "total_params"),
+    *("n_classes", "num_labels", "initted", "step"),
+)
 
 
 @dataclass
@@ -90,8 +94,8 @@ def load_published_state_dict(
     "ema_state_dict"), beside whatever else; any prefix before all names ("module." of DataParallel and
     AveragedModel, "model." of RobustBench, "_orig_mod." of torch.compile, or several); the same weights several
     times over; files from before `num_batches_tracked`; the unused `sub_block1` of TRADES' WideResNet; counters of
-    AveragedModel and thop. Normalisation buffers (mean/std or mu/sigma) are loaded into the buffers of a
-    `Normalized` model.
+    AveragedModel, thop and ema_pytorch; MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma) are
+    loaded into the buffers of a `Normalized` model.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -116,27 +120,41 @@ def load_published_state_dict(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {shown(model)}")
     check_bool("strict", strict)
-    if isinstance(state, str | os.PathLike):
-        state = read_state_file(state)
-    network = model.model if isinstance(model, Normalized) else model
-    targets = network.state_dict()
-    tensors, prefix, copies = _choose_weights(state, network, targets)
-    report = LoadReport(prefix=prefix)
-    fitting = _sort_entries(tensors, targets, report, copies)
-    if not fitting:
-        raise ValueError(
-            f"state has no entry that fits {type(network).__name__}; it has "
-            f"{', '.join(list(tensors)[:5])}, the model has {', '.join(list(targets)[:5])}"
-        )
-    if strict:
-        _require_fit(model, network, report)
-        _require_finite(fitting)
-    check_form_named(network, form, built_by_caller=True)
-    if isinstance(model, Normalized):
-        _set_normalization(model, report)
-    network.load_state_dict(fitting, strict=False)
-    report.loaded = list(fitting)
-    return report
+    with _naming(state):
+        if isinstance(state, str | os.PathLike):
+            state = read_state_file(state)
+        network = model.model if isinstance(model, Normalized) else model
+        targets = network.state_dict()
+        tensors, prefix, copies = _choose_weights(state, network, targets)
+        report = LoadReport(prefix=prefix)
+        fitting = _sort_entries(tensors, targets, report, copies)
+        if not fitting:
+            raise ValueError(
+                f"state has no entry that fits {type(network).__name__}; it has "
+                f"{', '.join(list(tensors)[:5])}, the model has {', '.join(list(targets)[:5])}"
+            )
+        if strict:
+            _require_fit(model, network, report)
+            _require_finite(fitting)
+        check_form_named(network, form, built_by_caller=True)
+        if isinstance(model, Normalized):
+            _set_normalization(model, report)
+        network.load_state_dict(fitting, strict=False)
+        report.loaded = list(fitting)
+        return report
+
+
+@contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Let errors about a file's content name the file."""
+    try:
+        yield
+    except StateFileError:  # it does so already
+        raise
+    except (TypeError, ValueError) as error:
+        if not isinstance(source, str | os.PathLike):
+            raise
+        raise type(error)(f"{os.fspath(source)}: {error}") from error
 
 
 def _choose_weights(
