@@ -174,6 +174,19 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def text_of(path: str | os.PathLike[str]) -> str:
+    """Return the text of a file in UTF-8, with or without the mark that Windows puts in front of it.
+
+    Raises:
+        OSError: if it cannot be read, or is a pipe or a device, whose end may never come.
+        UnicodeDecodeError: if it is no UTF-8; a ValueError.
+    """
+    file = Path(path)
+    if file.exists() and not file.is_file() and not file.is_dir():
+        raise OSError(errno.EINVAL, "it is a pipe or a device, and must be a file", os.fspath(path))
+    return file.read_text(encoding="utf-8-sig")
+
+
 def csv_cell(value: Any) -> Any:
     """Return a value as it goes into a CSV file.
 

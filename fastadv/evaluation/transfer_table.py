@@ -14,7 +14,8 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import csv_cell, markdown_text, one_line, write_atomically
+from fastadv.files import csv_cell, markdown_text, one_line, text_of, write_atomically
+from fastadv.ops.values import limit
 
 _FORMAT = 1
 
@@ -58,6 +59,8 @@ class TransferMatrix:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        limit("eps", self.eps)
+        limit("seconds", self.seconds)
         rows = (*self.correct, self.clean)
         count = len(self.names)
         if len(self.correct) != count or any(len(row) != count for row in rows):
@@ -136,13 +139,13 @@ class TransferMatrix:
             ValueError: when it is no matrix; the message names the file.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(text_of(path))
             content = unsealed(content) if isinstance(content, dict) else {}
             version = content.pop("format", None)
             if version != _FORMAT:
                 raise ValueError(f"a transfer matrix must have format {_FORMAT}, got {version!r}")
             return cls(**{f.name: content[f.name] for f in fields(cls)})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def _cells(self) -> list[list[str]]:

@@ -284,7 +284,16 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete files that a killed process left in a folder of checkpoints, to which one process alone writes."""
+    """Delete files that a killed process left in a folder of checkpoints, to which one process alone writes.
+
+    A checkpoint that the process had moved aside for one of the same step, which then did not come, is put back.
+    """
+    latest = folder / LATEST
+    if latest.is_symlink() and not latest.exists():
+        name = os.readlink(latest)
+        aside = folder / f"{TEMPORARY}{name}.old"
+        if _NAME.fullmatch(name) and aside.is_dir():
+            os.replace(aside, folder / name)
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 
