@@ -42,9 +42,9 @@ def examine(
     """Attack an architecture and compare.
 
     Args:
-        name: as in `architecture_list.build`.
+        name: name of an architecture that `architecture_list.build` takes.
         batch: number of images.
-        device: of model and images.
+        device: device of model and images.
         initial: leave constant parameters as they are.
         tell: called with the name of the next stage, before it begins.
 

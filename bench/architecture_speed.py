@@ -137,7 +137,7 @@ def cells_of(name: str, row: Row) -> list[str]:
 
 
 def summary(rows: Mapping[str, Row]) -> str:
-    """How many networks, and which of them are slower than they may be."""
+    """One sentence: the number of networks, and the names of those that are slower than they may be."""
     ratios = {name: row["ratio"] for name, row in rows.items() if "ratio" in row}
     if not ratios:
         return "no network was timed"

@@ -135,7 +135,7 @@ def examine_with_threads(
 
 
 def distinct_architectures(tell: Tell) -> dict[str, list[str]] | str:
-    """RobustBench's, as in `robustbench_architectures`; a text if the package cannot be imported."""
+    """The result of `robustbench_architectures`; the reason as text if the package cannot be imported."""
     tell("listing")
     try:
         return robustbench_architectures()
@@ -185,7 +185,7 @@ def machine_facts(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def counts_line(rows: Mapping[str, Row]) -> str:
-    """How many rows of each verdict, by zoo."""
+    """The number of rows of each verdict, for each zoo."""
     parts = []
     for zoo in ZOOS:
         found = collections.Counter(r["verdict"] for n, r in rows.items() if zoo_of(n) == zoo)

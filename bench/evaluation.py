@@ -104,7 +104,7 @@ def kept(path: Path, facts: dict[str, Any], rows: list[Found]) -> list[Found]:
 
 
 def _compared(value: Any, name: str) -> Any:
-    """The part of a fact that rows of one file must share: of a machine the processor and the versions."""
+    """The part of a fact that all rows of a file must share: processor and versions, if it is the machine."""
     return {key: value[key] for key in ("cpu", "packages")} if name == "machine" else value
 
 
@@ -163,7 +163,7 @@ def main() -> None:
 def networks(
     options: argparse.Namespace, ground: Ground, data: Splits
 ) -> Iterator[tuple[str, str, nn.Module]]:
-    """The networks: what tells their files apart, what they are, and the network."""
+    """Each network after the suffix of its result file and its description."""
     if options.weights is not None:
         model = model_of_file("resnet18", str(options.weights), None, data.test).model
         yield "", f"{type(model).__name__} from {options.weights.name}", model

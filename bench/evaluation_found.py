@@ -20,9 +20,9 @@ class AttackFound:
     """One attack of a search.
 
     Attributes:
-        name: of the attack.
-        seconds: of all parts.
-        left: the images that withstood this attack and all before it, as numbers in the test set.
+        name: name of the attack.
+        seconds: duration, all parts together.
+        left: indices in the test set of the images that are robust after this attack and all earlier ones.
     """
 
     name: str
@@ -35,16 +35,16 @@ class Found:
     """The finds of one search with one seed.
 
     Attributes:
-        search: its name.
-        seed: of its random numbers.
-        ran: the precision that the search says it ran in.
-        n: images.
-        seconds: of all parts.
-        parts: seconds of each part.
-        attacks: in their order.
-        refined: images found by float32 steps after a narrower search.
-        refinement_seconds: of these steps.
-        status: of the worst part.
+        search: name of the search.
+        seed: seed of the search's random numbers.
+        ran: the precision that the search reports.
+        n: number of images.
+        seconds: duration, all parts together.
+        parts: duration of each part in seconds.
+        attacks: the attacks in the order in which they ran.
+        refined: number of images found by float32 steps after a search in a narrower type.
+        refinement_seconds: duration of these steps.
+        status: status of the worst part.
     """
 
     search: str

@@ -78,7 +78,7 @@ def time_once(run: Callable[[], object], device: torch.device, calls: int = 1) -
 
 
 def calls_for(run: Callable[[], object], device: torch.device, seconds: float) -> int:
-    """How many calls in a row last about `seconds`; at least one."""
+    """The number of calls that together last about `seconds`; at least 1."""
     run()
     return max(1, round(seconds / time_once(run, device)))
 

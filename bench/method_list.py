@@ -21,7 +21,7 @@ class Ground:
     Attributes:
         data: name of the data set.
         eps: radius of training and evaluation.
-        epochs: of the methods that train from scratch.
+        epochs: number of epochs of the methods that train from scratch.
         changes: fields of every recipe.
         shorter: fields of the recipes of methods that have a length of their own.
     """
@@ -60,9 +60,9 @@ class Entry:
         changes: fields in which the recipe differs from the method's own and from the changes of the ground; or a
             function of the ground.
         teachers: labels of the entries whose networks it takes, in the method's order.
-        model: of all of them, by name.
-        radius: in units of the ground's eps.
-        step: of the attack, in units of that radius.
+        model: name of the architecture of this entry and its teachers.
+        radius: radius of the attack, in units of the ground's eps.
+        step: step size of the attack, in units of `radius`.
     """
 
     label: str

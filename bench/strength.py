@@ -48,20 +48,22 @@ RESULTS = Path(__file__).parent / "results"
 AIM = 0.3  # points
 BATCH = 256
 PGD_STEPS, APGD_STEPS = 20, 100
-Attack = Callable[
-    [Tensor, Tensor, Tensor], Tensor
-]  # images, labels, start points -> adversarial images
+# From images, labels and start points to adversarial images.
+Attack = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One attack by both, with one seed, on n images.
+    """One attack by the engine and by its reference, with one seed.
 
     Attributes:
-        engine: images that are robust under the engine's attack.
-        reference: images that are robust under the reference's.
-        engine_alone: images that the engine's attack alone has broken.
-        reference_alone: images that the reference's alone has broken.
+        attack: name of the attack.
+        seed: seed of the attack's random numbers.
+        n: number of images.
+        engine: number of images that are robust under the engine's attack.
+        reference: number of images that are robust under the reference's attack.
+        engine_alone: number of images that only the engine's attack breaks.
+        reference_alone: number of images that only the reference's attack breaks.
         ran: the engine that the attack reports.
     """
 
@@ -81,7 +83,7 @@ class Pair:
 
     @property
     def p(self) -> float:
-        """The two-sided probability of such a split of the images that one alone has broken, by a fair coin."""
+        """p-value of the exact McNemar test on the images that only one of the two attacks breaks."""
         return split_probability(self.engine_alone, self.reference_alone)
 
     def to_dict(self) -> dict[str, Any]:
@@ -89,7 +91,7 @@ class Pair:
 
 
 def split_probability(a: int, b: int) -> float:
-    """Of all ways in which a + b fair coins fall, the share that is at least as uneven as a to b."""
+    """Two-sided probability that a + b tosses of a fair coin split at least as unevenly as a to b."""
     tail = sum(math.comb(a + b, i) for i in range(min(a, b) + 1))
     return min(1.0, 2 * tail / 2 ** (a + b))
 
@@ -167,7 +169,7 @@ def compare(
 
 
 def trained_network(ground: Ground, data: Splits, epochs: int | None) -> nn.Module:
-    """A network trained by PGD-AT as in `methods.py`, for so many epochs if they are given."""
+    """A network trained by PGD-AT with the recipe of `methods.py`; `epochs` replaces the recipe's number."""
     (entry,) = (entry for entry in ENTRIES if entry.label == "PGD-AT")
     recipe = entry.recipe(ground, seed=0)
     if epochs is not None:
@@ -180,7 +182,7 @@ def trained_network(ground: Ground, data: Splits, epochs: int | None) -> nn.Modu
 
 
 def rows_of(pairs: list[Pair]) -> list[list[str]]:
-    """The lines of the table, header first."""
+    """The rows of the printed table, header first."""
     header = ["attack", "seed", "fastadv %", "reference %", "difference"]
     header += ["fastadv alone broke", "reference alone broke", "p"]
     rows = [header]
@@ -194,7 +196,7 @@ def rows_of(pairs: list[Pair]) -> list[list[str]]:
 
 
 def summary_of(pairs: list[Pair]) -> dict[str, dict[str, Any]]:
-    """By attack, mean and largest difference, and how far the reference's own seeds lie apart, in points."""
+    """For each attack: mean and largest difference, and the range of the reference over its seeds, in points."""
     summary: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(pair.attack for pair in pairs):
         mine = [pair for pair in pairs if pair.attack == name]
@@ -211,7 +213,20 @@ def summary_of(pairs: list[Pair]) -> dict[str, dict[str, Any]]:
     return summary
 
 
-def main() -> None:
+def print_summary(summary: dict[str, dict[str, Any]]) -> None:
+    """Print one line for each attack: whether its differences lie within the aim."""
+    met = ["missed", "met"]
+    for name, found in summary.items():
+        mean, largest = found["mean_difference_points"], found["largest_difference_points"]
+        print(
+            f"{name}: mean {mean:+.2f} (aim {met[found['mean_within_aim']]}), largest {largest:+.2f} "
+            f"({met[found['every_seed_within_aim']]}); the reference's seeds differ by up to "
+            f"{found['reference_range_points']:.2f}."
+        )
+
+
+def parsed_options() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -226,7 +241,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, help="folder; by default bench/results, not with --quick"
     )
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parsed_options()
     ground, began = GROUNDS[options.data], time.perf_counter()
     data = load_dataset(ground.data, options.root)
     if options.run is None:
@@ -250,14 +269,7 @@ def main() -> None:
     print(f"{machine_line(facts)}; {time.perf_counter() - began:.0f} s in all.\n")
     print(text_table(rows[0], rows[1:]))
     print(f"\nOne image is {100 / len(x):.2f} points; the aim is {AIM}.")
-    for name, found in summary.items():
-        mean, largest = found["mean_difference_points"], found["largest_difference_points"]
-        met = ["missed", "met"]
-        print(
-            f"{name}: mean {mean:+.2f} (aim {met[found['mean_within_aim']]}), largest {largest:+.2f} "
-            f"({met[found['every_seed_within_aim']]}); the reference's seeds differ by up to "
-            f"{found['reference_range_points']:.2f}."
-        )
+    print_summary(summary)
     out = options.out or (None if options.quick else RESULTS)
     if out is not None:
         content = {

@@ -1,6 +1,6 @@
-// What the compiled part was built with, for `fastadv info`. It is read with ctypes: the library
-// includes nothing of Python, so that one file serves every release of it. Loading the library runs
-// the TORCH_LIBRARY_IMPL blocks of the other files.
+// Versions and instruction set of the compiled part, for `fastadv info`, which reads them with
+// ctypes: the library includes no header of Python, so that one file works with every version of
+// Python. Loading the library runs the TORCH_LIBRARY_IMPL blocks of the other files.
 #include "cpu/simd.h"
 
 #define FASTADV_EXPORT extern "C" __attribute__((visibility("default")))

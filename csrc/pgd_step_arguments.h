@@ -29,8 +29,8 @@ inline void check_counts(const at::Tensor& counts, const at::Tensor& adv) {
   check_device(counts, "counts", adv);
 }
 
-// The two ops, as functions whose parameters torch reads the schema's types from. A Backend has
-// `step(adv, grad, x, arguments)`, and `step_` with `counts` behind.
+// The two ops, as functions from whose parameters torch reads the types of the schema. A Backend
+// has `step(adv, grad, x, arguments)`, and `step_`, whose last parameter is `counts`.
 template <class Backend, class... A>
 struct PgdStepOpsOf {
   static void check(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,

@@ -1,7 +1,7 @@
 // The gradient of the losses on logits, for every device.
 //
-// The other ops register theirs in Python. Here the work of a call is a few microseconds at ten
-// classes, of which autograd by way of Python would make a hundred.
+// The other ops register their gradients in Python. Here a call takes a few microseconds at ten
+// classes; with autograd through Python it would take a hundred.
 #include <ATen/TensorSubclassLikeUtils.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -74,14 +74,14 @@ at::Tensor scaled(const at::Tensor& grad, const at::Tensor& gradient, at::Scalar
   return backward.call(grad, gradient, dtype);
 }
 
-// Stands for a gradient that is not handed out.
+// An empty tensor, which stands for a gradient that is not handed out.
 at::Tensor nothing_like(const at::Tensor& gradient) {
   if (gradient.sym_size(1) == 0) return gradient;
   return at::empty_symint({gradient.sym_size(0), 0}, gradient.options());
 }
 
-// Ties a gradient to the logits where it is to be differentiated again: silently it would count as
-// a constant.
+// Connects a gradient to the logits if it is to be differentiated again; otherwise autograd would
+// silently treat it as a constant.
 class Refusal : public torch::autograd::Function<Refusal> {
  public:
   static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor& logits,

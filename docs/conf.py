@@ -20,6 +20,8 @@ myst_heading_anchors = 3
 
 html_theme = "furo"
 html_title = "fastadv"
+html_static_path = ["_static"]
+html_css_files = ["narrow.css"]
 
 default_role = "py:obj"  # `fastadv.pgd_fused` in a docstring becomes a link where it can
 autodoc_member_order = "bysource"

@@ -91,7 +91,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(f"fastadv.{_HOMES[name]}"), name)
         globals()[name] = value
         return value
-    hint = ops.values.closest(name, __all__) if not name.startswith("_") else ""
+    hint = ops.values.did_you_mean(name, __all__) if not name.startswith("_") else ""
     raise AttributeError(f"module 'fastadv' has no attribute {name!r}{hint}")
 
 

@@ -1,4 +1,4 @@
-"""A bar of progress that keeps its figures on a narrow terminal: those that do not fit are cut from the right."""
+"""A progress bar for narrow terminals: the figures that have no room are left out, the least important first."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _USUAL = 80
 
 
 class Bar(tqdm):
-    """A bar on standard error.
+    """A progress bar on standard error.
 
     Args:
         figures: the figures that it shows, the most important first.
-        options: as tqdm has them.
+        options: the options of tqdm.
 
     Attributes:
-        figures: the same, which may be changed while it runs.
-        rest: the text right of the bar and of the time that is left, where there is room.
+        figures: the same figures, which may be changed while the bar runs.
+        rest: texts to the right of the remaining time, shown where there is room.
     """
 
     def __init__(self, figures: Sequence[str], **options: Any) -> None:
@@ -72,7 +72,7 @@ def say_above(text: str) -> None:
 
 
 def fitted(parts: Sequence[str], width: int) -> str:
-    """Join as many parts with commas as a width has room for; of the first one as much as fits."""
+    """Join as many parts with commas as a width has room for. The first part is cut where it is longer."""
     text = ""
     for number, part in enumerate(parts):
         longer = f"{text}, {part}" if number else part

@@ -31,7 +31,7 @@ _IMAGES = 100  # of the 500 test images; AutoAttack takes most of the demo's tim
 
 
 def _for_digits(recipe: Recipe) -> Recipe:
-    """Change the numbers of a recipe that 1,297 images of 8x8 need otherwise."""
+    """Change the numbers of a recipe that do not suit 1,297 images of 8x8 pixels."""
     return replace(
         recipe,
         batch_size=64,  # 20 steps an epoch instead of 10
@@ -41,7 +41,7 @@ def _for_digits(recipe: Recipe) -> Recipe:
 
 
 def _attacked(recipe: AdversarialRecipe) -> AdversarialRecipe:
-    """Set the ball of the demo, with steps of a quarter of it, as in the papers' recipes."""
+    """Set the radius of the demo, and steps of a quarter of it, as in the papers' recipes."""
     adapted = _for_digits(recipe)
     assert isinstance(adapted, AdversarialRecipe)
     return replace(adapted, eps=_EPS, alpha=_EPS / 4)
@@ -67,7 +67,7 @@ def run_demo(out: str = "demo_run", quiet: bool = False) -> str:
         quiet: show no progress.
 
     Returns:
-        The table and where things are, as text.
+        The table and the paths of the files, as text.
     """
     began = time.perf_counter()
     with _one_thread():
@@ -88,7 +88,7 @@ def run_demo(out: str = "demo_run", quiet: bool = False) -> str:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Compute on one thread: passes this small wait longer for each other than they take."""
+    """Compute on one thread: passes this small take less time than threads need to wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -98,7 +98,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _train_and_compare(folder: Path, quiet: bool) -> tuple[str, list[str]]:
-    """The table, and where the report is or why there is no report."""
+    """The table, and lines with the paths of report and plot, or with the reason why there is no report."""
     recipes = demo_recipes()
     for name, recipe in recipes.items():
         run = folder / name

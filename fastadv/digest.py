@@ -1,4 +1,4 @@
-"""SHA-256 of tensors by name and of JSON content, and JSON entries that carry the one of their own content."""
+"""SHA-256 of named tensors and of JSON content, and JSON content that carries its own hash."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_unchanged(content: Mapping[str, Any]) -> bool:
-    """Whether content has the hash that it had when it was written, or none."""
+    """Whether content has the hash that it had when it was written. Content without a hash counts as unchanged."""
     plain = {name: value for name, value in content.items() if name != SEAL}
     return SEAL not in content or content[SEAL] == digest_of_json(plain)
 

@@ -1,7 +1,7 @@
-"""One check for the fields of dataclasses of settings and for arguments, from their type hints.
+"""Checks of the fields of dataclasses and of the arguments of functions, by their type hints.
 
-A dataclass calls `check_fields` first in its ``__post_init__``, a function has the decorator `arguments_checked`;
-ranges are for them to check afterwards.
+A dataclass calls `check_fields` first in its ``__post_init__``. A function has the decorator `arguments_checked`.
+The dataclass or the function itself checks ranges afterwards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,15 @@ from functools import cache, partial, wraps
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import check_bool, check_choice, closest, integer, nearest, number, shown
+from fastadv.ops.values import (
+    check_bool,
+    check_choice,
+    did_you_mean,
+    integer,
+    nearest,
+    number,
+    shown,
+)
 
 _MISSING = object()
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,19 +33,19 @@ Check = Callable[[str, Any], Any]  # (name, value) -> the value as the type hint
 def check_fields(instance: Any) -> None:
     """Check every field against its type hint, and put Python's own type in place of numpy's and of lists.
 
-    ``bool``, ``int``, ``float`` and ``str`` take only values of their own type (an integer is a number too),
-    ``Literal`` one of its words, ``tuple`` a sequence of what it holds, ``dict`` such keys and values, a class its
-    instances, ``Callable`` what can be called; ``|`` takes one of several.
+    ``bool``, ``int``, ``float`` and ``str`` take only values of their own type; ``float`` takes integers too.
+    ``Literal`` takes one of its words, ``tuple`` a tuple or list of such items, ``dict`` a dict of such keys and
+    values, a class its instances, and ``Callable`` any callable. ``|`` takes a value that one of its parts takes.
 
     Args:
-        instance: a dataclass's, frozen or not.
+        instance: an instance of a dataclass, frozen or not.
 
     Raises:
         TypeError: a field is of another type.
         ValueError: it is not one of the words it can be.
     """
     for name, check in _checks_of(cast(Hashable, type(instance))).items():
-        value = getattr(instance, name, _MISSING)  # one that the class itself is to fill in
+        value = getattr(instance, name, _MISSING)  # missing where the class itself is to fill it in
         checked = value if value is _MISSING else check(name, value)
         if checked is not value:
             object.__setattr__(instance, name, checked)
@@ -67,7 +75,7 @@ def arguments_checked(function: Function) -> Function:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             unknown = [name for name in kwargs if name not in signature.parameters]
-            hint = closest(unknown[0], named, SYNONYMS) if unknown else ""
+            hint = did_you_mean(unknown[0], named, SYNONYMS) if unknown else ""
             raise TypeError(f"{called}: {error}{hint}") from None
         for name, check in checks().items():
             if name in bound.arguments:
@@ -137,7 +145,7 @@ def _word(words: tuple[Any, ...], name: str, value: Any) -> Any:
 
 
 def _one_of(checks: list[Check], or_none: bool, words: str, name: str, value: Any) -> Any:
-    """The value as the first check has it that takes it; a single one answers for itself."""
+    """The result of the first check that accepts the value. If there is one check, its own message is raised."""
     if value is None and or_none:
         return None
     if len(checks) == 1:

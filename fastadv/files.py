@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a process killed at any moment, sees the old or the new whole."""
+"""Atomic writing of files: a reader finds the old file or the new one, even if the writing process was killed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import shutil
 import socket
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     Raises:
         OSError: if it cannot be written; the message names the file, the reason and a remedy.
     """
-    # Through a link, so that the file it leads to is renewed and the link stays.
+    # A link is followed, so that the file it points to is replaced and the link stays.
     target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def write_through(path: Path, content: bytes, final: Path) -> None:
         final: where it will be, for the message.
 
     Raises:
-        OSError: if it cannot be written, or is there; the message says so of where it will be.
+        OSError: if it cannot be written, or exists already. The message names ``final``.
     """
     with naming(final), open(path, "xb") as file:
         file.write(content)
@@ -84,7 +84,7 @@ def write_through(path: Path, content: bytes, final: Path) -> None:
 
 @contextmanager
 def naming(path: object) -> Iterator[None]:
-    """Let errors of the operating system name the file that was to be written, and name a remedy."""
+    """Raise errors of the operating system again with the name of the file that was to be written and a remedy."""
     try:
         yield
     except OSError as error:
@@ -100,8 +100,8 @@ def naming(path: object) -> Iterator[None]:
 def point_link(link: Path, target: str) -> None:
     """Make a symbolic link point to a name in its own folder, in one step.
 
-    A folder in its place, such as tools leave that copy the targets of links, is removed. Where the file system
-    has no links, a file with the name is written.
+    A folder in its place is removed: tools that copy the targets of links leave one. Where the file system has no
+    links, a file that contains the name is written.
 
     Args:
         link: the link, which may exist.
@@ -134,7 +134,7 @@ def temporary_beside(path: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Delete files that killed processes have left half written in a folder.
 
-    A file that another machine's process writes is taken for left when it is a day old.
+    The file of a process on another machine counts as left when it is a day old.
     """
     for path in folder.glob(f"{TEMPORARY}*"):
         *_, host, pid, _ = ("", "", *path.name.split("@"))
@@ -227,7 +227,7 @@ def check_archive(path: Path) -> None:
     """Check the content of a file that `torch.save` wrote by its checksums, at which `torch.load` does not look.
 
     Args:
-        path: of a file that `torch.load` can read. One without checksums is taken as it is.
+        path: a file that `torch.load` can read. A file without checksums is accepted as it is.
 
     Raises:
         ValueError: an entry is damaged.
@@ -239,6 +239,30 @@ def check_archive(path: Path) -> None:
         damaged = archive.testzip() if has_checksums else None
     if damaged is not None:
         raise ValueError(f"its entry {damaged!r} is damaged: the checksum is another")
+
+
+def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Any]:
+    """Read arrays of a .npz file by their names, and check the checksums of the file; nothing is unpickled.
+
+    Args:
+        path: the file.
+        names: names of the arrays to read.
+
+    Returns:
+        The arrays by name, in the order of ``names``.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        Exception: if the file is damaged, or lacks an array. A damaged archive can raise nearly any exception.
+    """
+    import numpy as np  # the other functions here need no numpy
+
+    with np.load(path, allow_pickle=False) as archive:
+        # Where a damaged header shortens an array, numpy stops reading before the checksum.
+        damaged = archive.zip.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        return {name: archive[name] for name in names}
 
 
 def _modified(path: Path) -> float:

@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "jsonargparse")
 _EXTRAS = {
     "matplotlib": "plots",
     "scikit-learn": "digits, t-SNE",
-    "pyautoattack": "eval --engine reference",
+    "pyautoattack": "AutoAttack",
     "pillow": "folders of pictures",
     "datasets": "hf: data",
     "timm": "timm: models",

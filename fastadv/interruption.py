@@ -1,4 +1,4 @@
-"""Signals that end a process, such as SIGTERM: a request to stop in order, and its exception."""
+"""Signals that end a process, such as SIGTERM: a request to stop at the next good moment, and an exception."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DEFAULTS = {
     signal.SIGHUP: (signal.SIG_DFL,),  # the terminal is gone; under nohup it is ignored
     signal.SIGUSR1: (signal.SIG_DFL,),  # of Slurm's --signal=USR1@SECONDS
 }
-_ours: list[Any] = []  # handlers that are set by with statements here, which may be nested
+_ours: list[Any] = []  # handlers set by this module; with statements may be nested
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt, SystemExit):
     that does not catch it ends with the status that a shell gives, 128 and the signal's number.
 
     Attributes:
-        signal: which of them.
+        signal: the signal, SIGTERM, SIGINT, SIGHUP or SIGUSR1.
         code: the exit status.
     """
 
@@ -81,7 +81,7 @@ class StopRequest:
 
 @contextmanager
 def stopped_by_signals(message: str) -> Iterator[None]:
-    """Let these signals raise `Interrupted` with a message while a with statement lasts."""
+    """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 raise `Interrupted` with a message while a with statement lasts."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(message, signum)
@@ -109,7 +109,7 @@ def _handled_by(handler: Any) -> Iterator[None]:
 
 
 def _in_child(signum: int) -> None:
-    """Ignore Ctrl-C in a forked process, which has the handler from its parent: the parent decides on it."""
+    """Handle a signal in a forked process, which has the handler from its parent: the parent decides on Ctrl-C."""
     if signum != signal.SIGINT:
         signal.signal(signum, signal.SIG_DFL)
         signal.raise_signal(signum)

@@ -19,10 +19,10 @@ _PAUSE = 0.02  # seconds between two tries
 
 @contextmanager
 def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
-    """Hold the lock of a file: of all processes and threads that ask for it one at a time goes on.
+    """Hold the lock of a file: one process or thread at a time is inside the with statement.
 
-    The lock is held on `.NAME.lock` in the file's folder. The kernel gives it back when its holder ends, however
-    that happens. The lock's file is removed on leaving.
+    The lock is on `.NAME.lock` in the file's folder. The kernel releases it when its holder ends, however that
+    happens. The lock's file is removed at the end of the with statement.
 
     Args:
         path: the file, which need not exist; its folder must.
@@ -39,7 +39,8 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: who opened it in the meantime finds, once it gets the lock, that it is gone.
+        # Removed while the lock is held: a process that has opened the file already gets its lock, finds it
+        # removed, and opens a new one.
         lock.unlink(missing_ok=True)
         os.close(descriptor)
 
@@ -82,7 +83,7 @@ def _acquire(lock: Path, deadline: float) -> int:
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
             time.sleep(_PAUSE)
         except OSError as error:
-            if error.errno in NO_LOCKS:  # then there is no better way than to go on without one
+            if error.errno in NO_LOCKS:  # work goes on without a lock
                 return descriptor
             os.close(descriptor)
             raise
@@ -90,7 +91,7 @@ def _acquire(lock: Path, deadline: float) -> int:
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:
-    """Whether the name still leads to the file that was opened."""
+    """Whether the path still names the file that was opened."""
     try:
         return os.path.samestat(os.stat(lock), os.fstat(descriptor))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The message when processes that work together do not hear from each other any more."""
+"""Errors of communication between ranks, with a message that names the ranks that are lost."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class LostRanksError(RuntimeError):
 
 @contextmanager
 def communicating() -> Iterator[None]:
-    """Tell the errors of communication from others: here any RuntimeError is one.
+    """Raise every `RuntimeError` of a with statement as a `LostRanksError`: the statement only communicates.
 
     Raises:
-        LostRanksError: in its place.
+        LostRanksError: in place of a RuntimeError.
     """
     try:
         yield
@@ -34,14 +34,14 @@ def communicating() -> Iterator[None]:
 
 @contextmanager
 def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) -> Iterator[None]:
-    """Say in a `LostRanksError` which ranks are lost.
+    """Name the lost ranks in a `LostRanksError`.
 
-    Each rank that has lost others leaves a mark in the store and looks whose mark is missing.
+    Each rank that has lost others leaves a mark in the store. The ranks without a mark are lost.
 
     Args:
-        store: where the ranks found each other.
-        rank: number of this process.
-        count: how many there are.
+        store: the store by which the ranks have found each other.
+        rank: rank of this process.
+        count: the number of ranks.
         timeout: seconds after which a rank counts as lost, for the message.
     """
     try:
@@ -60,7 +60,7 @@ def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) 
 
 
 def _without_mark(store: dist.Store, rank: int, count: int) -> list[int]:
-    """The ranks that do not notice within some seconds that something is wrong; empty if the store is gone."""
+    """The ranks that leave no mark within `_PATIENCE`; empty if the store is gone."""
     try:
         store.set_timeout(timedelta(seconds=_PATIENCE))
         store.set(f"noticed_{rank}", "")

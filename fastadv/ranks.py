@@ -32,7 +32,8 @@ def launch() -> str | None:
 def restarted() -> bool:
     """Return whether torchrun started this process after an attempt that failed.
 
-    Without an id of its own, which torchrun calls "none", a job cannot be told from another one, and is none.
+    A job without an id of its own has torchrun's default id, "none". It cannot be told from another job, and
+    counts as not restarted.
     """
     return launch() not in (None, "none") and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
 
@@ -66,29 +67,29 @@ class Ranks:
 
     Attributes:
         rank: number of this process, from 0.
-        count: how many there are.
-        device: where tensors that are exchanged must be.
+        world_size: number of processes.
+        device: the device of tensors that are exchanged.
     """
 
     rank: int = 0
-    count: int = 1
+    world_size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009, a device is immutable
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the files and speaks."""
+        """Whether this process writes the files and the messages."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over the ranks, in place, and return it."""
-        if self.count > 1:
+        if self.world_size > 1:
             with communicating():
                 dist.all_reduce(values)
         return values
 
     def largest(self, values: Sequence[int]) -> list[int]:
         """Return the largest of each number over the ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(values)
         shared = torch.tensor(values, device=self.device)
         with communicating():
@@ -97,7 +98,7 @@ class Ranks:
 
     def sum_all(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Return the sums of tensors of one dtype over the ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(tensors)
         sums = [torch.empty_like(tensor) for tensor in tensors]
         unpack(self.sum(pack(tensors)), sums)
@@ -105,15 +106,15 @@ class Ranks:
 
     def means(self, values: Sequence[float]) -> list[float]:
         """Return the mean of each number over the ranks."""
-        if self.count == 1 or not values:
+        if self.world_size == 1 or not values:
             return list(values)
         total = self.sum(torch.tensor(values, dtype=torch.float64, device=self.device))
-        return (total / self.count).tolist()
+        return (total / self.world_size).tolist()
 
     @torch.no_grad()
-    def share(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors by those of rank 0."""
-        if self.count == 1:
+    def broadcast(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors by the tensors of rank 0."""
+        if self.world_size == 1:
             return
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             same = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -124,26 +125,26 @@ class Ranks:
 
     def gather(self, part: Tensor) -> Tensor:
         """Return the parts of all ranks, which have one shape, one after the other."""
-        if self.count == 1:
+        if self.world_size == 1:
             return part
         part = part.contiguous()
-        parts = [torch.empty_like(part) for _ in range(self.count)]
+        parts = [torch.empty_like(part) for _ in range(self.world_size)]
         with communicating():
             dist.all_gather(parts, part)
         return torch.cat(parts)
 
     def gather_objects(self, own: T) -> list[T]:
         """Return the object of each rank, in the order of the ranks."""
-        if self.count == 1:
+        if self.world_size == 1:
             return [own]
-        found: list[T] = [own] * self.count
+        found: list[T] = [own] * self.world_size
         with communicating():
             dist.all_gather_object(found, own)
         return found
 
     def wait(self) -> None:
         """Wait until all ranks are here."""
-        if self.count > 1:
+        if self.world_size > 1:
             with communicating():
                 dist.barrier()
 
@@ -205,9 +206,10 @@ def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ran
 
 
 def _store(rank: int, count: int, timeout: timedelta) -> dist.Store:
-    """Return where the ranks find each other.
+    """Return the store by which the ranks find each other.
 
-    The store outlives a failed attempt, with the addresses of its processes; so each attempt has its own names.
+    The store outlives a failed attempt, with the addresses of its processes. Therefore the names of each attempt
+    have a prefix of their own.
     """
     held_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = dist.TCPStore(

@@ -1,4 +1,4 @@
-"""Angular distance and the replay switch in Triton. Definition: fastadv/ops/angular_distance.py."""
+"""Angular distance and the replay mask in Triton. Definition: fastadv/ops/angular_distance.py."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _moments(u, v, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr, COMPUTE
 
 @triton.jit
 def _finish(distance, moments, far, sample, dot, uu, vv, tau, COMPUTE: tl.constexpr):
-    """Write one sample's results; ``moments`` or ``far`` is None where the op does not return it."""
+    """Write one sample's results; ``moments`` or ``far`` is None if the op does not return it."""
     length = tl.sqrt(uu) * tl.sqrt(vv)
     d = tl.where(length == 0, 1.0, 1 - tl.abs(dot) / length).to(COMPUTE)
     d = tl.where(d < 0, 0.0, d)  # rounding; a NaN stays
@@ -129,7 +129,7 @@ def _backward(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The gradients that have a place to go."""
+    """The gradients whose outputs are not None."""
     sample = tl.program_id(0).to(tl.int64) // parts
     first = (tl.program_id(0) % parts).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)

@@ -1,8 +1,8 @@
 """Distance of attention maps in Triton. Definition: fastadv/ops/attention_map_distance.py.
 
-There is no CUDA C++ version. The op serves a comparison (ARREST's table 4), not the training loop of a method,
-so that the microseconds of Triton's launcher per step, which the other distances save by one, do not matter; the
-kernels themselves are bound by memory in either language.
+There is no CUDA C++ version. The other distances have one to save the microseconds of Triton's launcher in each
+step. This op serves a comparison (ARREST's table 4), where they do not matter. The kernels themselves are bound by
+memory in both languages.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .launch import compute_dtype, divide, launch, rounded
 from .layout import same_layout
 
 _TILE = 2048  # elements that a program handles at a time
-_CHANNELS = 128  # the most of them in one position
+_CHANNELS = 128  # the largest number of channels in a tile
 _TORCH_DTYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
 
 
@@ -62,7 +62,7 @@ def _map_distances(
     STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program per sample. Float64, as squares of squares leave the range of float32 early."""
+    """One program per sample, in float64: the maps are squares, and their squares can leave float32's range."""
     sample = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     at = sample * positions + lane
@@ -137,7 +137,7 @@ def _map_gradient(
 
 
 def _planes(t: Tensor) -> tuple[Tensor, dict[str, int]]:
-    """Features whose memory is [B, C, P] or [B, P, C], and how a kernel walks it."""
+    """Features whose memory is [B, C, P] or [B, P, C], with their sizes and strides as kernels take them."""
     channels, positions = t.shape[1], math.prod(t.shape[2:])
     pixels = not t.is_contiguous() and t.movedim(1, -1).is_contiguous()
     walk = {
@@ -150,7 +150,7 @@ def _planes(t: Tensor) -> tuple[Tensor, dict[str, int]]:
 
 
 def _tile(channels: int, positions: int) -> dict[str, int]:
-    """A tile of few positions, so that there are enough programs, and not much beyond the features."""
+    """The tile of a program: few positions, for enough programs, and hardly larger than the features."""
     across = min(_CHANNELS, triton.next_power_of_2(max(channels, 1)))
     along = min(_TILE // across, triton.next_power_of_2(max(positions, 1)))
     return {"CHANNELS": across, "POSITIONS": along}

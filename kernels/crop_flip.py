@@ -1,8 +1,8 @@
 """Gather, crop, flip and scale uint8 images in Triton. Definition: fastadv/ops/crop_flip.py.
 
-This op has no CUDA C++ twin. It runs once per training step, in a queue that is ahead of the GPU, so the launch
-latency that CUDA C++ would save is hidden; and the kernel itself is bound by its writes, which Triton emits
-16 bytes wide as well, after byte loads that neither language can widen: a crop starts anywhere and a flip runs
+There is no CUDA C++ version. The op runs once per training step, in a queue that is ahead of the GPU, so the
+launch latency that CUDA C++ would save is hidden. The kernel itself is bound by its writes, which Triton also
+makes 16 bytes wide. Its loads are single bytes in both languages, as a crop starts at any byte and a flip reads
 backwards.
 """
 
@@ -21,7 +21,7 @@ _TILE = 1024  # elements per program
 
 @triton.jit
 def _fold(position, size, REFLECT: tl.constexpr):
-    """Positions outside the image to those they are read from."""
+    """The positions that are read for positions outside the image."""
     if REFLECT:
         position = tl.where(position < 0, -position, position)
         position = tl.where(position >= size, 2 * (size - 1) - position, position)
@@ -88,7 +88,7 @@ def _crop_flip(
         images + from_row[:, None] + from_column[None, :], exists & readable & known, other=0
     )
     value = tl.div_rn(pixel.to(tl.float32), tl.full(pixel.shape, 255.0, tl.float32))
-    # A GPU cannot raise IndexError without being waited for; NaN is the loudest value it can return.
+    # A GPU can raise IndexError only if the host waits for it. NaN makes the error visible without waiting.
     value = tl.where(known, value, float("nan"))
     start = out + sample.to(tl.int64) * rows * columns
     to = start + row.to(tl.int64)[:, None] * columns + column[None, :]
@@ -120,10 +120,8 @@ def crop_flip(
     rows, columns = (height, width * channels) if channels_last else (channels * height, width)
     columns_of_tile = min(256, triton.next_power_of_2(columns))
     rows_of_tile = min(triton.next_power_of_2(rows), _TILE // columns_of_tile)
-    tiles_down, tiles_across = (
-        triton.cdiv(rows, rows_of_tile),
-        triton.cdiv(columns, columns_of_tile),
-    )
+    tiles_down = triton.cdiv(rows, rows_of_tile)
+    tiles_across = triton.cdiv(columns, columns_of_tile)
     launch(
         _crop_flip,
         batch * tiles_down * tiles_across,

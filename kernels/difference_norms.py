@@ -1,6 +1,6 @@
 """Norms of differences from one common batch of features, in Triton.
 
-One difference is the Euclidean distance, two are VFD's; definitions: fastadv/ops/euclidean_distance.py and
+The Euclidean distance has one difference, VFD's loss has two. Definitions: fastadv/ops/euclidean_distance.py and
 fastadv/ops/vanilla_feature_distillation.py.
 """
 
@@ -118,7 +118,7 @@ def _norms_from_parts(
 
 @triton.jit
 def _slope(grad, norm, SQUARED: tl.constexpr, COMPUTE: tl.constexpr):
-    """The gradient is this times the difference; 0 where the norm is 0."""
+    """The factor of the difference in the gradient; 0 if the norm is 0."""
     if SQUARED:
         slope = 2 * grad
     else:
@@ -145,7 +145,7 @@ def _gradients(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The gradients that have a place to go; ``w`` has its norm beside u's."""
+    """The gradients whose outputs are not None; the norm for ``w`` lies beside the norm for ``u``."""
     sample = tl.program_id(0).to(tl.int64) // parts
     first = (tl.program_id(0) % parts).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -167,7 +167,7 @@ def _gradients(
 
 
 def _forward(u: Tensor, w: Tensor | None, v: Tensor, squared: bool) -> tuple[Tensor, Tensor | None]:
-    """One number per sample, and the two norms [B, 2] where there is a ``w``."""
+    """One number per sample, and the two norms [B, 2] if there is a ``w``."""
     batch, size = u.shape[0], sample_size(u)
     compute = compute_dtype(*(t for t in (u, w, v) if t is not None))
     a = batch_major(u)
@@ -208,7 +208,7 @@ def _backward(
     squared: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, ...]:
-    """The wanted gradients in u, w and v; an empty tensor for each other one that is there."""
+    """The wanted gradients with respect to u, w and v; an empty tensor for each unwanted one."""
     u, _, _ = features
     a = batch_major(u)
     aligned = [None if t is None else in_layout_of(t, a) for t in features]

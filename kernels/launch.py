@@ -13,12 +13,12 @@ from torch import Tensor
 
 
 def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **settings: Any) -> None:
-    """Run ``kernel`` on the device of ``like`` with ``programs`` programs; 0 programs are an empty launch.
+    """Run ``kernel`` on the device of ``like`` with ``programs`` programs; for 0 programs nothing is launched.
 
-    Products and sums are not contracted, so that every backend rounds alike.
+    Products and sums are not fused, so that every backend rounds in the same way.
 
     Raises:
-        RuntimeError: the tensors are not on a GPU and Triton's interpreter is not on.
+        RuntimeError: if the tensors are not on a GPU, and Triton's interpreter is not on.
     """
     if programs == 0:
         return
@@ -32,7 +32,7 @@ def launch(kernel: Any, programs: int, like: Tensor, *arguments: Any, **settings
 
 
 def compute_dtype(*tensors: Tensor) -> tl.dtype:
-    """float64 if one of the tensors is, else float32."""
+    """float64 if one of the tensors is float64, else float32."""
     return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
 
 
@@ -54,7 +54,7 @@ def number(bits, dtype: tl.constexpr):
 
 @triton.jit
 def per_sample(bits, values, sample, dtype: tl.constexpr):
-    """The number of one sample: the common number, or the sample's own where there are ``values``."""
+    """The number of one sample: the common number, or the sample's own if there are ``values``."""
     return number(bits, dtype) if values is None else tl.load(values + sample).to(dtype)
 
 
@@ -69,7 +69,7 @@ def clip(value, low, high):
 def rounded(value, dtype: tl.constexpr):
     """``value`` in the dtype of a result.
 
-    Half precision by way of float32, as torch does it: Triton's interpreter errs from float64 to bfloat16.
+    Half precision is rounded from float32, as in torch: Triton's interpreter rounds float64 to bfloat16 wrongly.
     """
     return value.to(tl.float32).to(dtype) if dtype.primitive_bitwidth < 32 else value.to(dtype)
 
@@ -88,12 +88,12 @@ def square_root(a):
 
 @triton.jit
 def rounded_to_float_precision(a):
-    """A positive double rounded to 24 significant bits; why, says fastadv/ops/pgd_step_reference.py."""
+    """A positive double rounded to 24 significant bits. fastadv/ops/pgd_step_reference.py gives the reason."""
     bits = a.to(tl.int64, bitcast=True) + (1 << 28)
     return ((bits >> 29) << 29).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def elements_to_read(size, active, sample):
-    """``size``, or 0 where the sample is not active: the content of its memory does not matter then."""
+    """``size``, or 0 for a sample that is not active, whose memory is not read."""
     return size if active is None else tl.where(tl.load(active + sample), size, 0)

@@ -19,12 +19,12 @@ def sample_size(t: Tensor) -> int:
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have the same strides, where those matter."""
+    """Whether two tensors of one shape have the same strides in all axes with more than one element."""
     return all(n <= 1 or p == q for n, p, q in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def batch_major(t: Tensor) -> Tensor:
-    """``t`` if its memory is one dense run of samples, else a contiguous copy."""
+    """``t`` if its samples are dense and follow one another in memory, else a contiguous copy."""
     if t.is_contiguous():
         return t
     inner = sorted(
@@ -39,17 +39,17 @@ def batch_major(t: Tensor) -> Tensor:
 
 
 def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
-    """``t`` in the memory layout of ``like``; ``t`` itself where it has it already."""
+    """``t`` in the memory layout of ``like``; ``t`` itself if it has this layout already."""
     if same_layout(t, like):
         return t
     return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
 class Gradient:
-    """A gradient in its argument's layout; empty where it is not wanted.
+    """A gradient in its argument's layout; empty if it is not wanted.
 
     Attributes:
-        written: the tensor in the kernel's layout that is written to; None where it is not wanted.
+        written: the tensor in the kernel's layout that the kernel writes; None if the gradient is not wanted.
     """
 
     def __init__(self, argument: Tensor, like: Tensor, wanted: bool) -> None:
@@ -67,9 +67,9 @@ class Gradient:
 
 @dataclass(frozen=True)
 class Parts:
-    """How many programs share a sample in a reduction, and how many elements each takes.
+    """The number of programs that share a sample in a reduction, and the number of elements for each.
 
-    A function of the sample's size alone: the batch around a sample does not change its sums.
+    They depend only on the sample's size: the other samples of the batch do not change a sample's sums.
     """
 
     count: int
@@ -85,9 +85,9 @@ class Parts:
 
 
 def reduction_loop(length: int) -> dict[str, int]:
-    """The loop with which one program reduces ``length`` elements, as kernels take it: 8 elements a thread.
+    """The settings of the loop in which one program reduces ``length`` elements: 8 elements per thread and step.
 
-    The number of steps is known to the compiler, which can then have the loads of several steps in flight.
+    The compiler knows the number of steps, so that it can start the loads of several steps together.
     """
     block = min(2048, max(256, triton.next_power_of_2(length)))
     return {"BLOCK": block, "STEPS": triton.cdiv(length, block), "num_warps": block // 256}

@@ -1,8 +1,8 @@
 """The linear merger in Triton. Definition: fastadv/ops/linear_merger.py.
 
-On CUDA devices Triton owns these ops; there is no CUDA C++ beside it. cuBLAS would need a launch for each of the
-features and, in half precision, would round to half between them, while one kernel here goes through all parts
-with one accumulator in float32 (float64). Products of float32 are IEEE ones, not TF32.
+There is no CUDA C++ version. cuBLAS would need a launch for each of the features and, in half precision, would
+round to half precision between them. One kernel here goes through all parts with one accumulator in float32
+(float64 for float64). Products of float32 are IEEE products, not TF32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .launch import compute_dtype, launch
 
-_ENOUGH = 128  # programs that keep a GPU busy: larger tiles only where there are as many of them
+_ENOUGH = (
+    128  # programs that keep a GPU busy: tiles are enlarged only if this number of programs remains
+)
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def _merge(
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program per tile of the result, all parts in turn."""
+    """One program per tile of the result; it adds up all parts."""
     row, column = _tile(tl.program_id(0), tl.cdiv(classes, BLOCK), BLOCK)
     total = tl.zeros([BLOCK, BLOCK], COMPUTE)
     columns = weight
@@ -194,8 +196,8 @@ def _weight_backward(
 
 
 def _block(rows: int, widths: Sequence[int], dtype: torch.dtype) -> int:
-    """Side of the largest tile with which the results still give enough programs."""
-    for side in (64, 32):  # of float64 these would not fit the registers
+    """Side of the largest tile with which there are still enough programs."""
+    for side in (64, 32):  # in float64 these tiles would not fit into the registers
         if dtype != torch.float64 and _programs(rows, widths, side) >= _ENOUGH:
             return side
     return 16
@@ -206,7 +208,7 @@ def _programs(rows: int, widths: Sequence[int], side: int) -> int:
 
 
 def _block_k(block: int) -> int:
-    """Terms of the sums per step: enough for loads of 16 bytes, also where the tile is small."""
+    """Terms of the sums per step: enough for loads of 16 bytes, also if the tile is small."""
     return max(32, 1024 // block)
 
 

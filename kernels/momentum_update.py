@@ -32,7 +32,7 @@ def _l1_norm(grad, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _factor(norm, COMPUTE: tl.constexpr):
-    """The factor of the gradient; 0 where it adds nothing."""
+    """The factor of the gradient, 1 / norm; 0, so that the gradient adds nothing, if this is not finite."""
     factor = 1 / norm
     usable = (norm > 0) & (norm < float("inf")) & (factor < float("inf"))
     if tl.float32 == COMPUTE:
@@ -74,7 +74,7 @@ def _update_samples(
     STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One program per sample; its second pass reads the caches that the first has filled."""
+    """One program per sample; its second pass finds the gradient in the caches."""
     sample = tl.program_id(0).to(tl.int64)
     at = sample * size
     read = elements_to_read(size, active, sample)

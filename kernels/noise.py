@@ -38,14 +38,14 @@ def philox(seed, sample, block, STREAM: tl.constexpr):
 
 @triton.jit
 def near_gaussian(word):
-    """The sum of a word's bytes less its mean."""
+    """The sum of a word's bytes minus its mean, an integer that is nearly normally distributed."""
     total = (word & 0xFF) + ((word >> 8) & 0xFF) + ((word >> 16) & 0xFF) + (word >> 24)
     return total.to(tl.int32) - 510
 
 
 @triton.jit
 def near_laplace(word):
-    """Of random sign, the magnitude nearly exponential."""
+    """An integer of random sign whose magnitude is nearly exponentially distributed."""
     bits = (word >> 8 | 1).to(tl.float32).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 127
     fraction = (bits >> 7) & 0xFFFF
@@ -81,10 +81,11 @@ def tile_of_noise(
     CHANNELS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """One tile of a sample: its noise, where it lies in the sample's memory, and which of it exists.
+    """One tile of a sample: its noise, the positions in the sample's memory, and whether these exist.
 
-    Contiguous samples are one channel of ``size`` elements. Channels-last ones are tiles of pixels times
-    channels; a block's four words are four pixels of one channel there, so their pixels must be a multiple of 4.
+    A contiguous sample is one channel of ``size`` elements. A channels-last sample is cut into tiles of pixels
+    times channels. There a block's four words are four pixels of one channel, so the number of pixels must be a
+    multiple of 4.
     """
     if CHANNELS == 1:
         first = tile.to(tl.int64) * PIXELS
@@ -120,7 +121,7 @@ class Tiles:
 
     @classmethod
     def of(cls, x: Tensor, out: Tensor) -> Tiles | None:
-        """The tiles of ``x`` and ``out`` in their common memory layout; None if it has to be changed first."""
+        """The tiles of ``x`` and ``out`` in their common memory layout; None if the kernels do not support it."""
         size = sample_size(x)
         if not same_layout(x, out):
             return None

@@ -95,7 +95,7 @@ def pgd_step(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> Tensor:
 
 
 def pgd_step_(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> None:
-    """The op ``fastadv::pgd_step_``, whose last argument are the counts."""
+    """The op ``fastadv::pgd_step_``, whose last argument is ``counts``."""
     at_hand = batch_major(adv)
     _step_into(at_hand, at_hand, grad, x, Step(*numbers))
     if at_hand is not adv:

@@ -1,9 +1,9 @@
 """The PGD step in l1 in Triton. Formula and budget: fastadv/ops/pgd_step.py.
 
-One program does a sample in many passes: it finds the k-th largest gradient magnitude by bisection on its bits
-(at most 31 counts, 63 for float64), the threshold of the projection in mostly fewer than ten sums, and writes.
-An image of 3x32x32 stays in its processor's cache all the while and one of 3x224x224 in the GPU's, so that the
-passes cost far less than their number suggests.
+One program steps a sample in many passes. It finds the k-th largest gradient magnitude by bisection on its bits
+(at most 31 counts, 63 for float64), then the threshold of the projection, mostly in fewer than ten sums. The last
+pass writes. Between the passes an image of 3x32x32 stays in the multiprocessor's cache and an image of 3x224x224
+in the GPU's cache, so that a pass costs far less than reading from memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .pgd_step_shared import Step, count_gradient
 
 @triton.jit
 def _magnitude_bits(grad):
-    """Magnitudes as integers, which are in the same order."""
+    """The bits of magnitudes as integers, which have the same order."""
     if grad.dtype.scalar == tl.float64:
         return grad.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
     else:
@@ -31,7 +31,7 @@ def _magnitude_bits(grad):
 
 @triton.jit
 def _count_at_least(grad, at, size, threshold, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """How many of ``size`` magnitudes are at least ``threshold``, which is not 0."""
+    """The number of magnitudes, of ``size``, that are at least ``threshold``, which is not 0."""
     lane = tl.arange(0, BLOCK)
     found = tl.zeros([BLOCK], tl.int32)
     for i in range(STEPS):
@@ -43,7 +43,7 @@ def _count_at_least(grad, at, size, threshold, BLOCK: tl.constexpr, STEPS: tl.co
 
 @triton.jit
 def _choose(grad, at, size, k, BITS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """A threshold of the magnitudes that move, how many do, and whether any: the k largest, but no 0."""
+    """The threshold of the k largest magnitudes, the number of elements that reach it, and whether any moves."""
     INTEGER: tl.constexpr = tl.int64 if BITS == 63 else tl.int32
     INFINITY: tl.constexpr = 0x7FF0000000000000 if BITS == 63 else 0x7F800000
     bit = tl.full((), 1 << (BITS - 1), INTEGER)
@@ -51,9 +51,8 @@ def _choose(grad, at, size, k, BITS: tl.constexpr, BLOCK: tl.constexpr, STEPS: t
     while bit > 0:
         found = _count_at_least(grad, at, size, threshold | bit, BLOCK, STEPS)
         threshold = tl.where(found >= k, threshold | bit, threshold)
-        bit = tl.where(found == k, 0, bit >> 1).to(
-            INTEGER
-        )  # just k found: lower bits change nothing
+        # If exactly k are found, lower bits change nothing.
+        bit = tl.where(found == k, 0, bit >> 1).to(INTEGER)
     threshold = tl.where(threshold > 0, threshold, 1).to(INTEGER)
     count = _count_at_least(grad, at, size, threshold, BLOCK, STEPS)
     infinite = _count_at_least(grad, at, size, tl.full((), INFINITY, INTEGER), BLOCK, STEPS)
@@ -80,7 +79,7 @@ def _largest_distance(
     STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """The largest |moved - x|, but for NaN."""
+    """The largest |moved - x|; NaN is left out."""
     lane = tl.arange(0, BLOCK)
     largest = tl.zeros([BLOCK], COMPUTE)
     for i in range(STEPS):
@@ -96,7 +95,7 @@ def _largest_distance(
 
 @triton.jit
 def _summation_grid(largest, HEAD: tl.constexpr, COMPUTE: tl.constexpr):
-    """The number that distances are added to and subtracted from, so that sums are exact; 0 for float64."""
+    """The number that rounds distances when it is added and subtracted, so that sums are exact; 0 for float64."""
     if tl.float64 == COMPUTE:
         return tl.full((), 0.0, tl.float64)
     else:
@@ -120,7 +119,7 @@ def _sum_above(
     STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Sum and number of the |moved - x| that exceed theta, NaN among them."""
+    """Sum and number of the distances |moved - x| that exceed theta; NaN counts among them."""
     lane = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     count = tl.zeros([BLOCK], tl.float64)
@@ -154,7 +153,10 @@ def _soft_threshold(
     STEPS: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """Michelot's iteration: theta is the mean excess over the distances above it; 0 inside the ball."""
+    """The threshold theta of the projection, by Michelot's iteration; 0 inside the ball.
+
+    In each iteration theta is the excess over the radius, divided by the number of distances above the last theta.
+    """
     largest = _largest_distance(
         adv, grad, x, at, size, threshold, usable, share, BLOCK, STEPS, COMPUTE
     )
@@ -269,7 +271,7 @@ def _step_l1(
         STEPS,
         COMPUTE,
     )
-    # In place, this overwrites the terms of the sums: every thread has met in them by now.
+    # In place, this overwrites terms of the sums; all threads have finished the sums by now.
     _write(
         out,
         adv,
@@ -291,7 +293,7 @@ def _step_l1(
 
 
 def step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> None:
-    """Run the step on batch-major tensors of one layout; ``out`` may be ``adv``."""
+    """Run the step on tensors with one batch-major layout; ``out`` may be ``adv``."""
     size = sample_size(adv)
     if size == 0:
         return
@@ -311,6 +313,6 @@ def step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> 
         HEAD=max(2, (size - 1).bit_length()),
         BITS=63 if grad.dtype == torch.float64 else 31,
         COMPUTE=compute_dtype(adv),
-        maxnreg=128,  # else the compiler spills some in order to have three programs side by side
+        maxnreg=128,  # else the compiler spills registers to run three programs on one multiprocessor
         **reduction_loop(size),
     )

@@ -1,9 +1,9 @@
 """The PGD step in l2 in Triton. Formula and budget: fastadv/ops/pgd_step.py.
 
 The step and the projection follow from three sums per sample, g.g, g.d and d.d with d = adv - x, because
-||d + f g||^2 = d.d + 2 f g.d + f^2 g.g. They are added up in float64, in which neither squares of tiny float32
-gradients vanish nor the sum cancels, so that one pass over the operands is enough before the one that writes.
-Only a float64 gradient is scaled by its largest magnitude first.
+||d + f g||^2 = d.d + 2 f g.d + f^2 g.g. The sums are in float64. There squares of tiny float32 gradients do not
+vanish, and the sum does not cancel, so that one pass over the operands is enough before the pass that writes.
+Only a float64 gradient is first scaled by its largest magnitude.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _largest(grad, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 @triton.jit
 def _scaled(grad, scale, SCALED: tl.constexpr):
-    """The gradient in float64, over its scale where it has one."""
+    """The gradient in float64, divided by its scale if it has one."""
     g = grad.to(tl.float64)
     if SCALED:
         g = tl.where(scale > 0, g / scale, g)
@@ -150,7 +150,7 @@ def _step_l2(
     COMPUTE: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """One program per sample; its second pass reads the caches that the first has filled."""
+    """One program per sample; its second pass finds the operands in the caches."""
     sample = tl.program_id(0).to(tl.int64)
     at = sample * size
     read = elements_to_read(size, active, sample)
@@ -163,7 +163,7 @@ def _step_l2(
     factor, shrink = _step_and_shrink(gg, gd, dd, step, radius, COMPUTE)
     lowest, highest = number(low, COMPUTE), number(high, COMPUTE)
     shrink = shrink.to(COMPUTE)
-    # In place, this overwrites the terms of the sums: every thread has met in them by now.
+    # In place, this overwrites terms of the sums; all threads have finished the sums by now.
     _write(
         out,
         adv,
@@ -300,7 +300,7 @@ def _write_parts(
 
 
 def step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> None:
-    """Run the step on batch-major tensors of one layout; ``out`` may be ``adv``."""
+    """Run the step on tensors with one batch-major layout; ``out`` may be ``adv``."""
     batch, size = adv.shape[0], sample_size(adv)
     if batch == 0 or size == 0:
         return

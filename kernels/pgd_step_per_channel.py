@@ -1,7 +1,7 @@
 """The linf step with numbers per image and channel in Triton. Formula: fastadv/ops/pgd_step_per_channel.py.
 
-There is no CUDA C++ version: a step per channel is as much bound by memory as one without, and its launch from
-Python counts where an attack is not recorded as a graph alone.
+There is no CUDA C++ version: a step with numbers per channel is bound by memory, too, and the time of its launch
+from Python matters only in attacks that are not recorded as a graph.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _step_into(
     active: Tensor | None,
     counts: Tensor | None,
 ) -> None:
-    """Run the step on batch-major images of one layout."""
+    """Run the step on images with a batch-major layout."""
     size, channels = sample_size(adv), adv.shape[1]
     compute = compute_dtype(adv)
     limits = limits.to(torch.float64 if compute == tl.float64 else torch.float32)

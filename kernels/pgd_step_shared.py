@@ -1,4 +1,4 @@
-"""The common part of the norms of the PGD step in Triton: arguments, and the work on single elements."""
+"""The parts of the PGD step in Triton that all norms share: the arguments, and the work on single elements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def count_gradient(grad, inside, counts, counts_stride):
 
 @triton.jit
 def linf_moved(adv, grad, x, radius, step):
-    """Elements after a step of the sign, in the ball."""
+    """Elements after a step along the gradient's sign, clipped to the ball."""
     moved = adv + tl.where(grad > 0, step, tl.where(grad < 0, -step, 0.0))
     return clip(moved, x - radius, x + radius)
 
@@ -63,5 +63,5 @@ class Step:
 
     @property
     def same_for_all(self) -> bool:
-        """Whether no sample differs from the others in its limits or in being stepped."""
+        """Whether all samples have the same limits and all are stepped."""
         return self.eps_values is None and self.alpha_values is None and self.active is None

@@ -1,8 +1,8 @@
 """A random point of the eps-ball in Triton. Definition: fastadv/ops/random_start.py.
 
-In l2 and l1 a first kernel takes the exact integer sum of squares or magnitudes of each sample's direction and
-the largest number of its radius stream; the numbers are drawn again where they are used, which is cheaper than
-keeping them in memory.
+In l2 and l1 a first kernel computes, for each sample, the exact integer sum of squares or magnitudes of its
+direction and the largest number of its radius stream. The second kernel draws the same numbers again, which is
+cheaper than keeping them in memory.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _measure(
 
 @triton.jit
 def _ball_scale(partial, row, rows, parts, radius, NORM: tl.constexpr, PARTS: tl.constexpr):
-    """Length of the noise over length of the direction, in float64."""
+    """The ratio of the noise's length to the direction's length, in float64."""
     lane = tl.arange(0, PARTS)
     of_row = partial + row.to(tl.int64) * parts + lane
     length = tl.sum(tl.load(of_row, lane < parts, other=0), 0).to(tl.float64)

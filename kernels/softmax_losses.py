@@ -1,7 +1,7 @@
 """Losses on logits in Triton. Definitions: fastadv/ops/softmax_formulas.py.
 
 There is no CUDA C++ version. A training step calls these ops once or twice, and an attack replays them from a
-graph: the extra cost of Triton's launcher over a native call is not noticed there.
+graph. There the cost of Triton's launcher does not matter.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .launch import compute_dtype, divide, double_bits, launch, number, rounded
 
-_MOST_CLASSES = 65536  # a program holds whole rows
-_TILE = 512  # elements of a program of several rows
-# By whether there is a second kind of logits; the kernels take the last word of each for granted.
+_MOST_CLASSES = 65536  # the limit, as a program holds whole rows
+_TILE = 512  # elements of a program with several rows
+# The key is whether there is a second kind of logits. The kernels treat any other KIND as the last word of the
+# tuple.
 KINDS = {
     False: ("cw", "dlr", "boosted_cross_entropy", "cross_entropy"),
     True: ("kl", "alp", "act", "trades", "mart"),
@@ -25,7 +26,7 @@ _TORCH_DTYPES = {tl.float32: torch.float32, tl.float64: torch.float64}
 
 @triton.jit
 def _softmax(z, inside, temperature):
-    """Log-probabilities, probabilities, the largest logit and the logarithm of the sum, of each row's inside."""
+    """Log-probabilities, probabilities, largest logit and log of the sum, over each row's elements inside."""
     lowest = -1e300 if z.dtype == tl.float64 else -1e30
     high = tl.max(tl.where(inside, z, -float("inf")), 1)
     shifted = divide(z - high[:, None], temperature + tl.zeros_like(z))
@@ -39,13 +40,13 @@ def _softmax(z, inside, temperature):
 
 @triton.jit
 def _at(values, chosen):
-    """The value of each row where ``chosen``."""
+    """The value of each row at its chosen element."""
     return tl.sum(tl.where(chosen, values, 0.0), 1)
 
 
 @triton.jit
 def _best(z, inside, column):
-    """The first of the largest logits of each row's inside: as a mask, and its value."""
+    """The first of the largest logits among each row's elements inside, as a mask, and its value."""
     seen = tl.where(inside, z, -float("inf"))
     best = tl.argmax(seen, 1, tie_break_left=True)
     return column == best[:, None], tl.max(seen, 1)
@@ -53,7 +54,7 @@ def _best(z, inside, column):
 
 @triton.jit
 def _divergence(log_p, p, log_q, inside):
-    """KL(p || q) of each row, and its gradient in p's logits."""
+    """KL(p || q) of each row, and its gradient with respect to p's logits."""
     apart = tl.where(inside, log_p - log_q, 0.0)
     value = tl.sum(p * apart, 1)
     return value, p * (apart - value[:, None])
@@ -61,7 +62,7 @@ def _divergence(log_p, p, log_q, inside):
 
 @triton.jit
 def _boosted(z, log_q, q, high, log_total, own, inside, column):
-    """Boosted cross-entropy of q and its gradient in the logits z."""
+    """Boosted cross-entropy of q, and its gradient with respect to the logits z."""
     lowest = -1e300 if z.dtype == tl.float64 else -1e30
     is_best, _ = _best(z, inside & (own == 0), column)
     _, rest, rest_high, rest_log_total = _softmax(z, inside & (is_best == 0), 1.0)
@@ -75,7 +76,7 @@ def _boosted(z, log_q, q, high, log_total, own, inside, column):
 
 @triton.jit
 def _margin(z, own, inside, column):
-    """The largest wrong logit less the own one, and its gradient."""
+    """The largest wrong logit minus the label's logit, and its gradient."""
     is_best, value = _best(z, inside & (own == 0), column)
     gradient = tl.where(is_best, 1.0, 0.0) - tl.where(own, 1.0, 0.0)
     return value - _at(z, own), gradient.to(z.dtype)
@@ -95,7 +96,7 @@ def _ratio(z, own, inside, column):
 
 
 @triton.jit
-def _one(z, own, inside, column, weight, classes, KIND: tl.constexpr):
+def _single(z, own, inside, column, weight, classes, KIND: tl.constexpr):
     """Loss and gradient of the kinds with one kind of logits."""
     if KIND == "cw":
         return _margin(z, own, inside, column)
@@ -176,7 +177,7 @@ def _rows(
     BLOCK: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """ROWS samples per program; gradients are None where they are not asked for."""
+    """ROWS samples per program; gradients that are not wanted are None."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)[None, :]
     inside = (row < batch)[:, None] & (column < classes)
@@ -187,7 +188,7 @@ def _rows(
     a = tl.load(logits + at, inside, other=0.0).to(COMPUTE)
     w, factor = number(weight, COMPUTE), number(scale, COMPUTE)
     if other is None:
-        loss, slope = _one(a, own, inside, column, w, classes, KIND)
+        loss, slope = _single(a, own, inside, column, w, classes, KIND)
         broken = tl.sum(tl.where(inside & (a != a), 1, 0), 1) > 0
         valid = valid & (broken == 0)
         tl.store(losses + row, tl.where(valid, loss, float("nan")), row < batch)
@@ -215,7 +216,7 @@ def _scale_rows(out, grad, grad_stride, gradient, size, classes, BLOCK: tl.const
 
 
 def _tile(classes: int) -> dict[str, int]:
-    """Whole rows of one program, and its warps: 8 elements a thread where the row allows."""
+    """The number of whole rows of one program, and its warps: 8 elements per thread if the row allows."""
     block = triton.next_power_of_2(classes)
     rows = max(1, _TILE // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": min(32, max(2, rows * block // 256))}

@@ -19,7 +19,7 @@ FASTADV_AVX512_INLINE __m512 polynomial(const float (&coefficients)[count], __m5
   return sum;
 }
 
-// The second of two numbers is what maxima and minima give where one is NaN.
+// Maxima and minima return their second argument if one of the two is NaN.
 FASTADV_AVX512_INLINE __m512 clamped(__m512 x, float low, float high) {
   return _mm512_max_ps(constant(low), _mm512_min_ps(constant(high), x));
 }
@@ -39,7 +39,7 @@ FASTADV_AVX512_INLINE __m512 sigmoid(__m512 x) {
   return _mm512_rcp14_ps(_mm512_add_ps(constant(1.0f), e));
 }
 
-// 1/2 + x P(x^2) for |x| <= 4.5, and as at the ends beyond. P's argument is mapped to -1 .. 1.
+// 1/2 + x P(x^2) for x clamped to |x| <= 4.5. The argument of P is mapped to -1 .. 1.
 template <int count>
 FASTADV_AVX512_INLINE __m512 odd_about_half(const float (&coefficients)[count], __m512 x) {
   const __m512 inner = clamped(x, -4.5f, 4.5f);
@@ -48,8 +48,8 @@ FASTADV_AVX512_INLINE __m512 odd_about_half(const float (&coefficients)[count], 
   return _mm512_fmadd_ps(inner, polynomial(coefficients, square), constant(0.5f));
 }
 
-// The normal distribution's Phi, and Phi(x) + x Phi'(x), the slope of GELU. Fitted to have the
-// smallest largest errors, 7e-6 and 8e-5.
+// Phi(x) of the normal distribution, and Phi(x) + x Phi'(x), the slope of GELU. The coefficients
+// minimise the largest error, which is 7e-6 and 8e-5.
 constexpr float kNormal[] = {0.156906039f,   -0.0771858841f, 0.054637488f,   -0.0402369834f,
                              0.0288576595f,  -0.0184839498f, 0.00965320878f, -0.0060702255f,
                              0.00496271253f, -0.00193051912f};

@@ -112,7 +112,7 @@ void fill_both(const at::Tensor& of_u, const at::Tensor& of_v, const at::Tensor&
   });
 }
 
-// The gradient in one of the two, `own`, whose factor is `along`.
+// The gradient in `own`, one of the two feature tensors; `along` is its factor.
 template <class T, class F, class C>
 void fill_one(const at::Tensor& out, const at::Tensor& own, const at::Tensor& other,
               const F& slopes, C Slopes<C>::* along) {

@@ -1,5 +1,5 @@
-// What a step of Auto-PGD in linf does to the images of a batch whose rows are at steps of their
-// own. Schema and meaning: fastadv/attacks/apgd_advance.py.
+// A step of Auto-PGD in linf on a batch in which each row has its own step number. Schema and
+// meaning: fastadv/attacks/apgd_advance.py.
 #include "cpu/pgd_step.h"
 
 namespace fastadv {

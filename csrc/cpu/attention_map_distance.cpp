@@ -111,8 +111,8 @@ at::Tensor maps_of(const Planes& u) {
   return maps;
 }
 
-// What a map is divided by: a map of zeros by 1. Dividing, unlike multiplying by the inverse, gives
-// exactly 1 for a map of one position, and so the distance 0.
+// The divisor of a map: its norm, or 1 for a map of zeros. Dividing, unlike multiplying by the
+// inverse, gives exactly 1 for a map of one position, and so the distance 0.
 inline double divisor(double norm) { return norm == 0 ? 1 : norm; }
 
 template <class C>
@@ -153,7 +153,7 @@ void fill_distances(const at::Tensor& distance, const at::Tensor& norms, const a
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> attention_map_distance(
     const at::Tensor& u, const at::Tensor& v) {
-  // One of float64 has the other computed in float64 too; else each is read in its own dtype.
+  // If one of the two is float64, both are computed in float64; else each is read in its own dtype.
   const bool wide = u.scalar_type() == at::kDouble || v.scalar_type() == at::kDouble;
   const at::Tensor wide_u = wide ? u.to(at::kDouble) : u, wide_v = wide ? v.to(at::kDouble) : v;
   const Planes a = planes_of({"u", wide_u}), b = planes_of({"v", wide_v});

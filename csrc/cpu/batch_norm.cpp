@@ -1,9 +1,9 @@
 // BatchNorm in training mode of channels-last images in bfloat16. Schemas:
 // fastadv/engine/cpu_training.py.
 //
-// torch's own converts every number to float32 in memory. Here images are read twice in each
-// direction, and no more is written than the result. Sums are taken over blocks of rows in float32
-// and over the blocks in double, so that they do not depend on the number of threads.
+// torch's BatchNorm converts every number to float32 in memory. Here the forward and the backward
+// pass each read the images twice and write only the result. Sums are taken over blocks of rows in
+// float32 and over the blocks in double, so that they do not depend on the number of threads.
 #include <cmath>
 #include <vector>
 
@@ -95,7 +95,7 @@ FASTADV_INLINE void differentiate_rows(BFloat16* out, const BFloat16* gradient, 
   }
 }
 
-// The two sums of all blocks [2][C], of what f(sums, others, first row, rows) makes of one.
+// Two sums over all rows, [2][C]; f(sums, others, first row, rows) computes those of one block.
 template <class F>
 std::vector<double> all_sums(const Rows& rows, const F& f) {
   const int64_t channels = rows.channels;
@@ -171,7 +171,7 @@ void batch_norm_train_(at::Tensor out, at::Tensor statistics, const at::Tensor& 
   const double n = double(rows.count);
   for (int64_t c = 0; c < channels; ++c) {
     const double apart = sums[c] / n;
-    // Not std::max, which would make a variance of 0 of one that is not a number.
+    // Not std::max, which would turn a variance of NaN into 0.
     double variance = sums[channels + c] / n - apart * apart;
     if (variance < 0) variance = 0;
     mean[c] = float(shift[c] + apart);

@@ -1,5 +1,5 @@
-// What the attack engine's programs need besides convolutions: passes over images channel by
-// channel. Schemas: fastadv/engine/cpu_convolution.py.
+// Passes over images channel by channel, which the attack engine's programs need besides
+// convolutions. Schemas: fastadv/engine/cpu_convolution.py.
 #include "cpu/scratch.h"
 #include "cpu/tensor.h"
 

@@ -15,8 +15,8 @@ constexpr int64_t kChunk = int64_t(1) << 16;  // bytes of one task
 constexpr int kLanes = 8;  // hashes side by side, so that no multiplication waits for another
 constexpr uint64_t kFirst = 0x8b67e1d4a3c2f905, kSecond = 0x5d92f3ab7c10e46f;  // odd, random
 
-// The state after one more word. As a map of the state, and as a map of the word, it is one to one:
-// a single change always shows, and no word makes forgotten what came before it.
+// The state after one more word. The function is one-to-one in the state and in the word, so a
+// single changed word always changes the hash.
 uint64_t after(uint64_t state, uint64_t word, uint64_t factor) {
   state = (state ^ word) * factor;
   return state ^ (state >> 32);

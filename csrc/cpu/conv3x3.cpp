@@ -12,8 +12,8 @@ using conv3x3::Shape;
 
 // Tiles of one task. Few keep a task's inputs and products in a core's second-level cache; but
 // every task reads all filters, so many channels want many tiles. Measured best: 18 at 64 and 128
-// channels, 24 at 256, about 50 at 512. All threads get alike numbers of tasks. The results do not
-// depend on it.
+// channels, 24 at 256, about 50 at 512. All threads get the same number of tasks, or nearly so. The
+// results do not depend on the number of tiles.
 int64_t tiles_per_task(const Shape& shape) {
   return conv::even_share(shape.tiles(), std::clamp<int64_t>(shape.in_channels / 10, 18, 60));
 }
@@ -81,8 +81,8 @@ TORCH_LIBRARY_IMPL(fastadv, CPU, m) {
   m.impl("conv3x3_pack_", &conv3x3_pack_);
   m.impl("conv3x3_", &conv3x3_);
 }
-// Not CatchAll: torch.compile looks up everything registered so, and the schema of this one exists
-// only where the attack engine has been imported.
+// Not CatchAll: torch.compile looks up the schema of every op that is registered as CatchAll, and
+// the schema of this op exists only after the attack engine has been imported.
 TORCH_LIBRARY_IMPL(fastadv, CompositeExplicitAutograd, m) {
   m.impl("conv3x3_supported", &conv3x3_supported);
 }

@@ -29,7 +29,7 @@ struct Shape {
   int64_t tiles() const { return batch * tiles_down() * tiles_across(); }
 };
 
-// Memory that one task works in.
+// Scratch memory of one task.
 int64_t scratch_bytes(const Shape& shape, int64_t tiles);
 
 // Transforms the filters of 16 output channels from `out` on and all input channels. weight(o, i)

@@ -24,7 +24,7 @@ struct FloatKernel {
                    const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch);
 };
 
-// Code that this processor may lack the instructions for; lanes is 0 where it was not compiled.
+// Code whose instructions this processor may lack; `lanes` is 0 if it was not compiled.
 extern const FloatKernel kFloatAvx512, kFloatAvx2;
 
 }  // namespace fastadv::conv3x3

@@ -1,4 +1,5 @@
-// Whether there is AMX, and its filters. Apart from torch's headers as conv3x3_avx512.cpp is.
+// The check for AMX, and the packing of filters for it. Kept apart from torch's headers like
+// conv3x3_avx512.cpp.
 #include "cpu/conv_amx.h"
 
 #if defined(__x86_64__) && defined(__linux__)

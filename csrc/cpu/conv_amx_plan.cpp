@@ -16,7 +16,7 @@ int64_t up(int64_t value, int64_t step) { return (value + step - 1) / step; }
 
 bool inside(int64_t place, int64_t size) { return place >= 0 && place < size; }
 
-// Sorts what has the same taps in the image into classes.
+// Sorts items into classes: items of a class have the same taps in the image.
 struct Classes {
   std::vector<std::vector<bool>> kinds;
   std::vector<int64_t> of;  // a class for every item
@@ -211,7 +211,7 @@ void Plan::share_out(int64_t threads) {
   const int64_t bytes = ((rows - 1) * shape.in_step + tap_rows) * row_bytes;
   const int64_t together = std::max<int64_t>(kInputBytes / std::max<int64_t>(bytes, 1), 1);
   const int64_t all = int64_t(strips.size()) * channel_ranges;
-  // All threads get alike numbers of parts.
+  // All threads get the same number of parts, or nearly so.
   const int64_t even = up(up(groups(), together) * all, threads) * threads;
   groups_per_range = up(groups(), std::clamp<int64_t>(even / all, 1, groups()));
   group_ranges = up(groups(), groups_per_range);

@@ -1,4 +1,4 @@
-// What our convolutions do with a result before they store it.
+// The epilogue of our convolutions: what is done with a result before it is stored.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +15,8 @@ inline int64_t next_rows(int64_t remaining) {
   return (remaining + groups - 1) / groups;
 }
 
-// In this order: + bias[c], + add, max(0, .), 0 where mask <= 0. Pointers may be null. `add` and
-// `mask` are laid out as the result.
+// The steps of an epilogue, in this order: + bias[c], + add, max(0, .), 0 where mask <= 0. Pointers
+// may be null. `add` and `mask` have the memory layout of the result.
 template <class Stored>
 struct EpilogueOf {
   const float* bias;

@@ -28,7 +28,7 @@ struct Shape {
   int64_t places() const { return batch * grid_height() * grid_width(); }
 };
 
-// Memory that one task works in.
+// Scratch memory of one task.
 int64_t scratch_bytes(const Shape& shape, int64_t places);
 
 // Computes the grid places [first, first + count) of all images. Filters are packed as [blocks of

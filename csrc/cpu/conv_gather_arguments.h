@@ -1,4 +1,4 @@
-// What the host sides of the gathering convolutions share.
+// The sizes and the checks of arguments that the host sides of the gathering convolutions share.
 #pragma once
 
 #include "cpu/conv_gather.h"

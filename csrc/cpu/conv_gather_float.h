@@ -8,7 +8,7 @@ namespace fastadv::conv_gather {
 
 using FloatEpilogue = conv::EpilogueOf<float>;
 
-// Memory that one task works in: its places, an input of zeros, and sums of 64 output channels.
+// Scratch memory of one task: its places, an input of zeros, and sums of 64 output channels.
 inline int64_t float_scratch_bytes(const Shape& shape, int64_t places) {
   return places *
              int64_t(sizeof(int64_t) + shape.taps * sizeof(float*) + conv::kWide * sizeof(float)) +
@@ -25,7 +25,7 @@ struct FloatKernel {
                    const FloatEpilogue& epilogue, int64_t first, int64_t count, void* scratch);
 };
 
-// Code that this processor may lack the instructions for.
+// Code whose instructions this processor may lack.
 extern const FloatKernel kFloatAvx512, kFloatAvx2;
 
 }  // namespace fastadv::conv_gather

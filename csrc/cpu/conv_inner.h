@@ -1,4 +1,4 @@
-// What our convolutions share: bfloat16 vectors and the last pass over a result. Only for files
+// Vectors of bfloat16 and the last pass over a result, for all our convolutions. Only for files
 // compiled without torch's headers; AVX512-BF16 must be there when this code runs.
 #pragma once
 
@@ -34,8 +34,8 @@ FASTADV_AVX512_INLINE void store_bf16(uint16_t* p, __m512 v) {
 
 FASTADV_AVX512_INLINE __m512 constant(float value) { return _mm512_set1_ps(value); }
 
-// Two bfloat16 numbers in every lane. Clang 16 crashes where it sees through the broadcast; Clang
-// 19 does not.
+// Two bfloat16 numbers in every lane. Clang 16 crashes if it can optimise the broadcast; Clang 19
+// does not.
 FASTADV_AVX512_INLINE __m512bh broadcast_pair(int32_t pair) {
   __m512i lanes = _mm512_set1_epi32(pair);
 #if defined(__clang__) && __clang_major__ < 19

@@ -1,4 +1,4 @@
-// What the host sides of our convolutions share.
+// Tensors, epilogues and tasks as the host sides of all our convolutions need them.
 #pragma once
 
 #include "cpu/conv_epilogue.h"

@@ -177,8 +177,8 @@ FASTADV_AMX void multiply(float* out, float* sums, const uint16_t* gradient, con
       _tile_loadd(3, sum + 768, 64);
     }
     for (int64_t k = 0; last && k < kChannels; ++k) {
-      _m_prefetchw(to + k * taps * channels);
-      _m_prefetchw(to + k * taps * channels + kTileSide);
+      __builtin_prefetch(to + k * taps * channels, 1, 3);
+      __builtin_prefetch(to + k * taps * channels + kTileSide, 1, 3);
     }
     for (int64_t i = 0; i < plan.steps; ++i, a += kTile, b += kTile) {
       _tile_loadd(4, a, 64);

@@ -1,5 +1,5 @@
-// What the ops on batches of features share: tensors of one dtype and layout, and sums over each
-// sample in fixed parts.
+// Tensors of one dtype and layout, and sums over each sample in fixed parts, for all ops on batches
+// of features.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -75,7 +75,7 @@ inline Gradient gradient_for(const at::Tensor& argument, const at::Tensor& align
   return {result, direct ? result : at::empty_like(aligned)};
 }
 
-// Stands for one that is not asked for.
+// An empty tensor, which stands for a gradient that is not asked for.
 inline Gradient no_gradient(const at::Tensor& argument) {
   const at::Tensor nothing = at::empty({0}, argument.options().memory_format(std::nullopt));
   return {nothing, nothing};

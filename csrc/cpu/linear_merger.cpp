@@ -1,13 +1,12 @@
 // The linear merger on the CPU. Definition: fastadv/ops/linear_merger.py.
 //
-// The products are BLAS's, reached through ATen, on column slices of the weight: for matrices of
-// this size its kernels are ahead of what a file like this one could hold. But with several threads
-// it sums in an order that depends on their number. So the work is cut here into tiles of fixed
-// size, each tile is one thread's, and within a parallel region BLAS keeps to the thread that calls
-// it.
+// BLAS computes the products, called through ATen, on column slices of the weight: for matrices of
+// this size it is faster than code written here would be. But with several threads BLAS sums in an
+// order that depends on their number. So the work is cut into tiles of fixed size, and each tile is
+// computed by one thread: within a parallel region BLAS uses only the thread that calls it.
 //
-// Half precision is widened to float32 before, as BLAS would round to half precision after each of
-// the features; the parts add up in one float32 result, which is rounded once.
+// Half precision is converted to float32 first, because BLAS would round to half precision after
+// each of the features. The parts are added up in one float32 result, which is rounded once.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/empty.h>
@@ -37,7 +36,7 @@ template <class F>
 void parallel_tasks(int64_t tasks, const F& f) {
   if (tasks == 0) return;
   at::parallel_for(0, std::max<int64_t>(tasks, 2), 1, [&](int64_t begin, int64_t end) {
-    // Each thread dispatches anew, and arguments may require grad.
+    // The guard holds for one thread only, and arguments may require grad.
     const at::AutoDispatchBelowADInplaceOrView below_autograd;
     for (int64_t task = begin; task < std::min(end, tasks); ++task) f(task);
   });

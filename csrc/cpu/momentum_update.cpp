@@ -16,7 +16,7 @@ FASTADV_INLINE double l1_norm(const G* grad, int64_t n) {
   })[0];
 }
 
-// What the gradient is multiplied by; 0 where it adds nothing.
+// The factor of the gradient; 0 if the gradient adds nothing.
 template <class C>
 double factor_of(double norm) {
   const double factor = 1 / norm;

@@ -1,4 +1,5 @@
-// What the norms of the PGD step share on the CPU. Formula and budget: fastadv/ops/pgd_step.py.
+// Arguments, dispatch and counters of the PGD step on the CPU, the same for all norms. Formula and
+// budget: fastadv/ops/pgd_step.py.
 #pragma once
 
 #include "cpu/active.h"

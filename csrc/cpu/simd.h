@@ -1,4 +1,4 @@
-// What every CPU kernel is written with: run-time SIMD dispatch and the storage types.
+// Run-time SIMD dispatch and the storage types, which every CPU kernel uses.
 #pragma once
 
 #include <c10/util/Half.h>

@@ -1,4 +1,4 @@
-// One row of logits: what the losses on logits are made of. Definitions:
+// Operations on one row of logits, of which the losses on logits are made. Definitions:
 // fastadv/ops/softmax_formulas.py.
 //
 // A row lies in scratch of a whole number of blocks of kRowLanes elements, padded with -inf, so
@@ -145,7 +145,7 @@ FASTADV_INLINE Element<V> sum_row(int width, const F& term) {
   return fold_row<V>(width, 0, term, [](V a, V b) __attribute__((always_inline)) { return a + b; });
 }
 
-// The largest element; NaN are passed over.
+// The largest element that is not NaN.
 template <class V>
 FASTADV_INLINE Element<V> largest_of(const Element<V>* row, int width) {
   const auto at = [&](int i) __attribute__((always_inline)) { return lanes_at<V>(row + i); };
@@ -166,7 +166,7 @@ class Replaced {
   C before_;
 };
 
-// Where a row is largest.
+// The largest logit of a row and its class.
 template <class C>
 struct Peak {
   int at;    // the first class with the largest logit; 0 where one is NaN
@@ -211,7 +211,7 @@ struct Upcoming {
   }
 };
 
-// A row of logits and the largest of them; NaN are passed over.
+// A row of logits and the largest of them that is not NaN.
 template <class C>
 struct Logits {
   C* at;

@@ -1,4 +1,4 @@
-// Results larger than the caches, written past them.
+// Stores that bypass the caches, for results larger than the caches.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,8 @@
 
 namespace fastadv {
 
-// Bytes of results from which on they are written past the caches: an ordinary store first reads
-// the line it overwrites, and of this much nothing is left in a cache for the next reader.
+// Results of at least this many bytes bypass the caches: an ordinary store first reads the line it
+// overwrites, and so large a result does not stay in a cache for its next reader.
 constexpr int64_t kStreamedBytes = 16 << 20;
 
 #ifdef __SSE2__

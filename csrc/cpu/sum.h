@@ -1,4 +1,4 @@
-// Sums over one sample that are as good for a million terms as for a few.
+// Sums over one sample whose error hardly grows with the number of terms.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,5 @@
-// What the host side hands to a kernel launcher. No torch header: launchers compile with any torch.
+// Arguments that the host side passes to a kernel launcher. No torch header is included, so that
+// launchers compile with any torch.
 #pragma once
 
 #include <cuda_runtime_api.h>

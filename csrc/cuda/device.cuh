@@ -1,4 +1,4 @@
-// What every kernel is written with: storage types, 16-byte accesses, sums over a block.
+// Storage types, 16-byte accesses and sums over a block, which every kernel uses.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -120,7 +120,8 @@ __device__ inline double number_of(const PerSample& n, int64_t sample) {
   }
 }
 
-// A positive double rounded to 24 significant bits; why, says fastadv/ops/pgd_step_reference.py.
+// A positive double rounded to 24 significant bits. The reason is in
+// fastadv/ops/pgd_step_reference.py.
 __device__ inline double rounded_to_float_precision(double v) {
   constexpr int kDropped = 29;
   return __longlong_as_double((__double_as_longlong(v) + (1LL << (kDropped - 1))) >>

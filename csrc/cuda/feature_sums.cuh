@@ -1,5 +1,5 @@
-// What the ops on batches of features share: sums over each sample, by one block per sample or, for
-// large samples, in two stages; and elementwise passes with a few numbers per sample.
+// Sums over each sample, by one block per sample or, for large samples, in two stages, and
+// elementwise passes with a few numbers per sample, for all ops on batches of features.
 #pragma once
 
 #include "cuda/launch.cuh"

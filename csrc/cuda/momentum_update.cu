@@ -21,7 +21,7 @@ __device__ double l1_norm(const G* grad, int64_t length, bool vectors) {
   return sum[0];
 }
 
-// What the gradient is multiplied by; 0 where it adds nothing.
+// The factor of the gradient; 0 if the gradient adds nothing.
 template <class C>
 __device__ double factor_of(double norm) {
   const double factor = 1 / norm;

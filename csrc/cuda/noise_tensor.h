@@ -1,4 +1,4 @@
-// Host side that the ops adding noise share.
+// The host side of all ops that add noise.
 #pragma once
 
 #include "cuda/noise.h"

@@ -1,4 +1,5 @@
-// What the norms of the PGD step share. Formula and budget: fastadv/ops/pgd_step.py.
+// Operands, dispatch and counters of the PGD step, the same for all norms. Formula and budget:
+// fastadv/ops/pgd_step.py.
 #pragma once
 
 #include "cuda/launch.cuh"

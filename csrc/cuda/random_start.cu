@@ -5,9 +5,9 @@
 // writes 16 bytes at a time, where Triton, whose tiles are powers of two, falls back to single
 // elements and pads three channels to four.
 //
-// In l2 and l1 a first kernel takes the exact integer sum of squares or magnitudes of each sample's
-// direction and the largest number of its radius stream; the numbers are drawn again where they are
-// used, which is cheaper than keeping them in memory.
+// In l2 and l1 a first kernel computes the exact integer sum of squares or magnitudes of each
+// sample's direction and the largest number of its radius stream. The second kernel draws the
+// numbers again, which is cheaper than keeping them in memory.
 #include "cuda/noise.cuh"
 
 namespace fastadv::cuda {

@@ -1,4 +1,4 @@
-"""The attacks, on one engine."""
+"""The attacks: PGD and its variants, Auto-PGD, C&W, FAB, Square."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Auto-PGD (Croce and Hein 2020): PGD that chooses its own step size, sample by sample.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020, algorithm 1 and section 3; the targeted losses are of section 4.2. The
-attack in l1 is another, in `fastadv.attacks.apgd_l1`.
+parameter-free attacks", ICML 2020, algorithm 1 and section 3; the targeted losses are from section 4.2. The
+attack in l1 is a different algorithm, in `fastadv.attacks.apgd_l1`.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class APGD(Attack):
     It starts from a random point of the ball with steps of 2 eps. At checkpoints, ever closer to one another,
     a sample's step is halved and the search goes back to its best point if the loss has risen in fewer than
     ``rho`` of the steps since the last checkpoint, or if neither step size nor best loss have changed since
-    then. All of that stays on the device. Per sample the best point is returned. It has the highest loss among the
-    successful points, or among all points if no point succeeds.
+    then. All of this stays on the device. For each sample the best point is returned. It has the highest loss
+    among the successful points, or among all points if no point succeeds.
 
     In l1 a step moves the elements of largest gradient, fewer the sparser the best point is, and the projection
     keeps the bounds exactly. A run goes through balls of 3, 2 and 1 times eps; there is no momentum, and ``rho``
@@ -91,12 +91,12 @@ class APGD(Attack):
         loss: ``"ce"``, ``"dlr"`` (at least 3 classes) or ``"cw"`` of the labels, or, one run for each of the
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
         target_classes: number of wrong classes that ``"ce-t"`` and ``"dlr-t"`` try.
-        rho: share of steps that must raise the loss; see above.
+        rho: fraction of steps that must raise the loss; see above.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         targeted: as in `fastadv.pgd_fused`; not with "-t" losses.
         precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
+        engine: as in `fastadv.pgd_fused`, without ``"graph"``.
         train_mode: as in `fastadv.pgd_fused`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
@@ -218,12 +218,11 @@ class StepSizes:
         self._value = self._best_value = self._best_value_then = value
         self._best, self._best_grad = adv, self.grad
         self._rises = torch.zeros_like(value, dtype=torch.int64)
-        self._halved = torch.ones_like(
-            value, dtype=torch.bool
-        )  # so that the first check cannot ask
+        # All true, so that the first check cannot halve because of an unchanged step size.
+        self._halved = torch.ones_like(value, dtype=torch.bool)
 
     def note(self, adv: Tensor, value: Tensor, grad: Tensor) -> None:
-        """Take in the next point [B, ...] with its value [B] and gradient [B, ...], to be stepped along next."""
+        """Record the next point [B, ...] with its value [B] and its gradient [B, ...]."""
         self._rises += value > self._value
         self.grad, self._value = grad, value
         better = value > self._best_value
@@ -236,17 +235,17 @@ class StepSizes:
 
         Args:
             adv: the current points [B, ...].
-            steps: how many there were since the last checkpoint.
+            steps: number of steps since the last checkpoint.
 
         Returns:
-            The points from which to go on: the best known where a step size was halved.
+            The points from which to go on: the best known points for samples whose step size was halved.
         """
         too_few = self._rises < self._rho * steps
         stuck = ~self._halved & (self._best_value <= self._best_value_then)
         self._halved = too_few | stuck
         self.alpha = torch.where(self._halved, self.alpha / 2, self.alpha)
         self.grad = where_images(self._halved, self._best_grad, self.grad)
-        # A point gone back to is compared with by the next step, as it would be had it been reached by one.
+        # The next step is compared with the best point, as if a step had led there.
         self._value = torch.where(self._halved, self._best_value, self._value)
         self._best_value_then = self._best_value
         self._rises = torch.zeros_like(self._rises)

@@ -1,8 +1,9 @@
-"""What a step of Auto-PGD in linf does to the images of a batch whose rows are at steps of their own, in one pass.
+"""The work of one Auto-PGD step on a batch whose rows are at different steps, in one pass over memory.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, algorithm 1. On the CPU csrc/cpu/apgd_advance.cpp reads and writes each image
-once; as operations of torch it is about twenty passes over the batch, each of which starts and joins all threads.
+once. As operations of torch this is about twenty passes over the batch, each of which starts and joins all
+threads.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from fastadv.attacks.best import where_images
 from fastadv.ops import NATIVE, pgd_step_
+from fastadv.ops.checks import in_layout_of
 
-MOMENTUM = 0.75  # alpha of algorithm 1: the share of the new step against the last one's direction
+MOMENTUM = 0.75  # alpha of algorithm 1: the weight of the new step; the last movement has the rest
 
 torch.library.define(
     "fastadv::apgd_advance_",
@@ -40,10 +42,10 @@ class RowFlags(NamedTuple):
     """Flags that decide what happens to each row, [S] bool.
 
     Attributes:
-        fresh: its run has made no step yet.
-        better: the point is the best so far.
-        keep: the point is the worst case so far.
-        back: the run goes on from its best point; None where no run does.
+        fresh: the row's run has made no step yet.
+        better: the row's point is the best so far.
+        keep: the row's point is the worst case so far.
+        back: the row's run goes on from its best point; None if no run does.
     """
 
     fresh: Tensor
@@ -61,32 +63,32 @@ def advance(
     norm: str,
     bounds: tuple[float, float],
 ) -> SlotImages:
-    """Keep what is worth keeping, and move every row on.
+    """Keep the best points and the worst cases, and step every row.
 
     Args:
-        images: as they are; written to where that is possible.
+        images: the images before the step; they are overwritten if possible.
         grad: the gradients at ``images.adv``, [S, ...].
-        rows: what happens to each.
+        rows: flags that say what happens to each row.
         alpha: step sizes [S].
         eps: radius of the ball.
         norm: ``"linf"`` or ``"l2"``.
         bounds: lowest and highest allowed value.
 
     Returns:
-        The images after the step, with ``before`` the points stepped from.
+        The images after the step; ``before`` are the points from which the step was made.
     """
     if images.best_grad.dtype != grad.dtype:
         images = images._replace(best_grad=images.best_grad.to(grad.dtype))
     if norm != "linf" or not _is_compiled(images.adv):
         return advance_by_torch(images, grad, rows, alpha, eps, norm, bounds)
-    images = SlotImages(*(_laid_out_like(one, images.adv) for one in images))
+    images = SlotImages(*(in_layout_of(one, images.adv) for one in images))
     torch.ops.fastadv.apgd_advance_(
         images.adv,
         images.before,
         images.best,
         images.best_grad,
         images.kept,
-        _laid_out_like(grad, images.adv),
+        in_layout_of(grad, images.adv),
         images.x,
         alpha,
         *rows[:3],
@@ -107,7 +109,7 @@ def advance_by_torch(
     norm: str,
     bounds: tuple[float, float],
 ) -> SlotImages:
-    """As `advance`, by operations of torch on any device; writes to nothing."""
+    """Compute `advance` by operations of torch, on any device; nothing is overwritten."""
     x, adv, before, best, best_grad, kept = images
     kept = where_images(rows.keep, adv, kept)
     best, best_grad = (
@@ -132,10 +134,3 @@ def _is_compiled(adv: Tensor) -> bool:
 def _is_batch_major(t: Tensor) -> bool:
     last = torch.channels_last
     return t.is_contiguous() or (t.dim() == 4 and t.is_contiguous(memory_format=last))
-
-
-def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
-    """The tensor in another one's memory layout; itself where it has it."""
-    if t.stride() == like.stride():
-        return t
-    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)

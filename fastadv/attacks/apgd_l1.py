@@ -17,12 +17,12 @@ from fastadv.attacks.projections import to_l1_ball
 from fastadv.ops import random_start
 from fastadv.ops.checks import rows
 
-_RADII = (3.0, 2.0, 1.0)  # in units of eps, one after the other
-_CHECK_AFTER = 0.04  # of the steps at a radius
-_FEWER = 1.5  # a step moves so many times fewer elements than the best point has moved
-_SHRINK = 1.5  # of the step size at a check
-_LEAST = 0.1  # of the first step size
-_SPARSER = 0.95  # a smaller share of the elements than this: the step size starts again
+_RADII = (3.0, 2.0, 1.0)  # the radii, one after the other, in units of eps
+_CHECK_AFTER = 0.04  # interval between checks, as a fraction of the steps at a radius
+_FEWER = 1.5  # the number of elements that the best point has changed, divided by the number that a step moves
+_SHRINK = 1.5  # divisor of the step size at a check
+_LEAST = 0.1  # smallest step size, in units of the first step size
+_SPARSER = 0.95  # below this fraction of the elements of the last check, the step size starts again
 
 
 def run_l1(batch: AttackBatch, value_of: ValueOf, steps: int, seed: int) -> Best:
@@ -36,18 +36,18 @@ def run_l1(batch: AttackBatch, value_of: ValueOf, steps: int, seed: int) -> Best
 
 
 def steps_by_radius(steps: int) -> tuple[int, int, int]:
-    """How many steps there are in each ball: 30 %, 30 % and the rest, which is at least 1."""
+    """The number of steps in each ball: 30 %, 30 % and the rest, which is at least 1."""
     wide = min(-(-3 * steps // 10), (steps - 1) // 2)
     return wide, wide, steps - 2 * wide
 
 
 def _start(batch: AttackBatch, seed: int) -> Tensor:
-    """The given start, or the image with Gaussian noise as wide as the bounds."""
+    """The given start, or the image with Gaussian noise whose standard deviation is the width of the bounds."""
     if batch.given_start is not None:
         return batch.given_start
     low, high = batch.bounds
     length = (high - low) * math.sqrt(batch.x[:1].numel())
-    # In so many dimensions a ball's volume is at its surface, so that this is nearly a Gaussian.
+    # In many dimensions nearly all of a ball lies near its surface, so that this noise is nearly Gaussian.
     noise = random_start(
         torch.zeros_like(batch.x),
         length,
@@ -64,7 +64,7 @@ def _projected(batch: AttackBatch, point: Tensor) -> Tensor:
 
 
 def _search(batch: AttackBatch, value_of: ValueOf, steps: int, adv: Tensor) -> tuple[Tensor, Best]:
-    """The steps in one ball: the point of highest value, and the best in the sense of the attack."""
+    """Make the steps in one ball, and return the points of highest value and the attack's best points."""
     best, found = Best(), batch.gradient(adv, value_of)
     best.offer(adv, found.value, batch.succeeded(found.logits))
     schedule = SparseSchedule(batch, adv, found.value, found.grad)
@@ -92,7 +92,7 @@ class SparseSchedule:
     Attributes:
         grad: the gradient at the point from which the search goes on, [B, ...].
         alpha: step sizes [B].
-        moved: how many elements the next step moves, [B].
+        moved: number of elements that the next step moves, [B].
         best: the points of highest value, [B, ...].
     """
 
@@ -116,7 +116,7 @@ class SparseSchedule:
         return (sign * (self.alpha / count)[:, None]).view(self._x.shape)
 
     def note(self, adv: Tensor, value: Tensor, grad: Tensor) -> None:
-        """Take in the next point [B, ...] with its value [B] and gradient [B, ...]."""
+        """Record the next point [B, ...] with its value [B] and gradient [B, ...]."""
         self.grad = grad
         better = value > self._best_value
         self.best = where_images(better, adv, self.best)
@@ -124,10 +124,10 @@ class SparseSchedule:
         self._best_value = torch.where(better, value, self._best_value)
 
     def check(self, adv: Tensor) -> Tensor:
-        """Fit sparsity and step size to the best point.
+        """Set sparsity and step size by the best point.
 
-        Where that has become sparser, the search goes on from it with the first step size. Elsewhere the step size
-        shrinks.
+        If the best point has become sparser, the search goes on from it with the first step size. Otherwise the
+        step size shrinks.
 
         Returns:
             The points [B, ...] from which to go on.
@@ -141,5 +141,5 @@ class SparseSchedule:
         return where_images(sparser, self.best, adv)
 
     def _count_changed(self) -> Tensor:
-        """How many elements of an image the best point has changed, [B]."""
+        """The number of elements of an image that the best point has changed, [B]."""
         return rows(self.best != self._x).sum(1).to(self._x.dtype)

@@ -1,7 +1,7 @@
 """Auto-PGD on many images at once, with an engine whose batch is always full.
 
 Each row of the engine's batch holds one run of one image. A row whose image is broken, or whose run is over, gets
-the next run at once, whatever step its neighbours are at. So an image that breaks early costs a few steps only,
+the next run at once, whatever the steps of the other rows. So an image that breaks early costs only a few steps,
 and the batch keeps its size, for which the engine has been proven.
 """
 
@@ -34,11 +34,11 @@ class Run:
 
     Attributes:
         image: index of the image.
-        number: which of the image's runs; chooses the random start.
-        target: the wrong class aimed at, where the loss aims at one.
-        point: where to begin, [...]; None is a random point.
+        number: number of the run among the image's runs; it chooses the random start.
+        target: the wrong class at which the loss aims, if it aims at one.
+        point: the point at which the run starts, [...]; None is a random point.
         alpha: first step size; None is twice the radius.
-        step: how many of the run's steps were made elsewhere.
+        step: number of the run's steps that were made elsewhere.
     """
 
     image: int
@@ -55,11 +55,11 @@ class Ended:
 
     Attributes:
         run: the run.
-        point: its worst case [...]: a misclassified point where one was found, else the point of highest value.
-        value: of this point.
-        succeeded: whether the engine takes the point for misclassified.
-        alpha: the step size, there where it succeeded, else the last one.
-        step: how many steps were made, up to there where it succeeded.
+        point: the run's worst case [...]: a misclassified point if one was found, else the point of highest value.
+        value: the value at this point.
+        succeeded: whether the point is misclassified by the engine.
+        alpha: the step size at the misclassified point, else the last step size.
+        step: number of steps up to the misclassified point, else of all steps.
     """
 
     run: Run
@@ -71,13 +71,13 @@ class Ended:
 
 
 class Referee(Protocol):
-    """The judge of the pool's finds."""
+    """The judge of the points that the pool finds."""
 
     def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
-        """Say which of the points [R, ...], each of an image by index, break their images."""
+        """Return which of the points [R, ...] break their images, which are given by index."""
 
     def end(self, ended: Sequence[Ended]) -> None:
-        """Take notice of runs that are over and have broken nothing."""
+        """Record runs that are over and have not broken their images."""
 
 
 class APGDPool:
@@ -88,25 +88,25 @@ class APGDPool:
 
     Args:
         attack: model, settings and engine.
-        size: rows of a full batch.
-        seed: of the random starts.
-        set_aside: end a run at the first point that the engine takes for misclassified and the referee does not;
+        size: number of rows of a full batch.
+        seed: seed of the random starts.
+        set_aside: end a run at the first point that is misclassified by the engine but not by the referee;
             otherwise the run goes on.
-        early: ask the referee as soon as the engine takes a point for misclassified. Without it every run makes
+        early: ask the referee as soon as a point is misclassified by the engine. Otherwise every run makes
             all of its steps and the referee is never asked. An image's later runs are then left out once one has
             succeeded.
-        passes: through the network for one gradient, which is their mean; more than one for a model that draws
-            random numbers (EOT, expectation over transformations).
-        otherwise: an attack with the same settings on another engine, that goes on where the attack's own engine
-            cannot run the model.
+        passes: number of passes through the network for one gradient, which is their mean; more than one for a
+            model that draws random numbers (EOT, expectation over transformations).
+        otherwise: an attack with the same settings on another engine. It is used if the attack's own engine cannot
+            run the model.
 
     Attributes:
-        steps: gradients taken so far, each of a row with a run.
-        rows: the same with the rows that only filled a batch up.
-        blind: runs that began at a point without a gradient, a sign of gradient masking.
+        steps: number of gradients of rows with a run so far.
+        rows: number of gradients so far, with those of rows that only filled up a batch.
+        blind: number of runs that began at a point without a gradient, a sign of gradient masking.
 
     Raises:
-        ValueError: the attack is targeted, in train mode, or in another norm than linf and l2.
+        ValueError: if the attack is targeted, in train mode, or in another norm than linf and l2.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ class APGDPool:
         referee: Referee,
         sample_ids: Tensor | None = None,
     ) -> None:
-        """Carry out runs, beginning them in the order given.
+        """Carry out runs; they begin in the given order.
 
         Args:
-            runs: the work; read as rows become free.
-            take: gives images and labels by index.
-            referee: is asked and told about the finds.
+            runs: the runs; the next is read when a row becomes free.
+            take: returns images and labels by index.
+            referee: confirms the points that are found, and records the runs that are over.
             sample_ids: int64 [N] on the CPU, which random numbers each image gets; by default its index.
         """
         queue = iter(runs)
@@ -206,15 +206,19 @@ class _Work:
                 engine = self._pool.engine_for(self._slots.adv)
                 with engine.session(attack.model, self._pool._seed, current=True):
                     self._slots.fit(engine.images)
-                    tick = 0
-                    while self._fits():
-                        self._advance(engine)
-                        tick += 1
-                        look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
-                        over = self._over()
-                        if look or over:
-                            self._attend(look, over)
+                    self._advance_while_full(engine)
                 self._shrink()
+
+    def _advance_while_full(self, engine: Engine) -> None:
+        """Step all rows, and refill them, until the batch should become smaller."""
+        tick = 0
+        while self._fits():
+            self._advance(engine)
+            tick += 1
+            look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
+            over = self._over()
+            if look or over:
+                self._attend(look, over)
 
     def _advance(self, engine: Engine) -> None:
         settings, device = self._attack.settings, self._slots.x.device
@@ -240,14 +244,14 @@ class _Work:
         return over
 
     def _attend(self, every_row: bool, over: list[int]) -> None:
-        """Let broken images and finished runs leave, and begin others in their rows."""
+        """Remove the runs of broken images and finished runs, and begin other runs in their rows."""
         if self._pool._early:
             self._judge(list(range(len(self._runs))) if every_row else over)
         self._end([row for row in over if self._runs[row] is not None])
         self._refill()
 
     def _judge(self, rows: list[int]) -> None:
-        """Ask the referee about the rows that the engine takes for broken."""
+        """Ask the referee about the rows whose points are misclassified by the engine."""
         flags = self._slots.succeeded.tolist()
         rows = [row for row in rows if self._runs[row] is not None and flags[row]]
         if not rows:
@@ -335,7 +339,7 @@ class _Work:
         self._slots.load(index.to(device), x, y, target, start, alphas)
 
     def _leave(self, row: int) -> None:
-        """The row has no run any more."""
+        """Mark a row as free."""
         self._runs[row] = None
         self._used[row] = False
 
@@ -350,7 +354,7 @@ class _Work:
         return used > 0 and (not self._exhausted or self._size_for(used) == len(self._runs))
 
     def _shrink(self) -> None:
-        """Leave rows without a run out, as far as the sizes allow."""
+        """Remove rows without a run, as far as the allowed sizes permit."""
         used = [row for row, run in enumerate(self._runs) if run is not None]
         free = [row for row, run in enumerate(self._runs) if run is None]
         rows = (used + free)[: self._size_for(len(used))]
@@ -361,14 +365,14 @@ class _Work:
         self._begin, self._since = self._begin[index], self._since[index]
 
     def _size_for(self, runs: int) -> int:
-        """The smallest size that holds so many runs."""
+        """The smallest allowed size that holds a number of runs."""
         return min(size for size in self._pool._sizes if size >= runs)
 
 
 def _sizes(attack: APGD, size: int) -> list[int]:
     """The sizes that batches may have, the largest first.
 
-    A copy is proven at each size that it sees, so it gets few. The live model may have any.
+    A copy of the model is proven at each size that it sees, so it gets few sizes. The live model takes any size.
     """
     free = attack.engine in ("auto", "fixed")
     live = attack.engine == "eager" or (free and attack.precision == "fp32")

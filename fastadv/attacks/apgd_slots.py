@@ -1,8 +1,8 @@
 """The state of many runs of Auto-PGD, each at a step of its own, as the rows of one batch.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-parameter-free attacks", ICML 2020, algorithm 1. `fastadv.attacks.apgd` runs it for a batch in step; here a row may
-begin while its neighbours are on their way, so the work of a step is chosen row by row.
+parameter-free attacks", ICML 2020, algorithm 1. `fastadv.attacks.apgd` runs all rows of a batch at the same step.
+Here each row is at a step of its own, so the work of a step is chosen row by row.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ class Slots:
     Attributes:
         x: the clean images [S, ...].
         y: their labels [S] int64.
-        target: the wrong classes aimed at, [S] int64; without meaning where the loss aims at no class.
-        adv: the points to be looked at next, [S, ...].
-        before: the points from which these were reached, [S, ...].
+        target: the wrong classes at which the loss aims, [S] int64; unused if the loss aims at no class.
+        adv: the current points [S, ...].
+        before: the points from which the current points were reached, [S, ...].
         best: the points of highest value, to which a run goes back, [S, ...].
-        best_grad: the gradients there, [S, ...].
-        kept: the worst case so far, [S, ...]: the misclassified point of highest value, else the point of highest.
+        best_grad: the gradients at ``best``, [S, ...].
+        kept: the worst case so far, [S, ...]: the misclassified point of highest value, else the point of highest
+            value.
         alpha: step sizes [S].
-        value: of the last point [S].
-        best_value: of ``best`` [S].
+        value: values of the last points [S].
+        best_value: values of ``best`` [S].
         value_then: ``best_value`` at the last checkpoint [S].
-        kept_value: of ``kept`` [S].
+        kept_value: values of ``kept`` [S].
         kept_alpha: step sizes at ``kept`` [S].
-        kept_step: how many steps led to ``kept``, [S] int64.
-        rises: steps since the last checkpoint that raised the value, [S] int64.
+        kept_step: number of steps that led to ``kept``, [S] int64.
+        rises: number of steps since the last checkpoint that raised the value, [S] int64.
         halved: whether the last checkpoint halved the step size, [S] bool.
         succeeded: whether ``kept`` is misclassified, [S] bool.
     """
@@ -68,7 +69,7 @@ class Slots:
 
     @classmethod
     def of(cls, x: Tensor, y: Tensor) -> Slots:
-        """Rows that no run has yet.
+        """Return rows without a run.
 
         Args:
             x: any images [S, ...] that the model takes.
@@ -90,7 +91,7 @@ class Slots:
         return Slots(*(getattr(self, one.name)[rows] for one in fields(self)))
 
     def fit(self, images: Callable[[Tensor], Tensor]) -> None:
-        """Bring all images into the layout in which an engine wants them."""
+        """Convert all images by an engine's function ``images``, which gives them its dtype and layout."""
         for name in ("x", "adv", "before", "best", "kept"):
             setattr(self, name, images(getattr(self, name)))
 
@@ -124,17 +125,18 @@ class Slots:
         first: bool,
         passes: int = 1,
     ) -> Tensor:
-        """Look at the points of all rows, and move every row on.
+        """Compute the values and gradients of all rows, and make one step in every row.
 
         Args:
-            engine: within its session.
-            settings: of the attack.
+            engine: the engine, within its session.
+            settings: the settings of the attack.
             fresh: the rows whose run begins, [S] bool.
-            checked: the rows that are at a checkpoint, [S] bool; None where there is no such row.
-            since: steps since the last checkpoint, [S] int64.
-            step: how many steps were made, [S] int64.
-            first: keep the first misclassified point, rather than the one of highest value.
-            passes: through the network for one gradient, which is their mean; for models that draw random numbers.
+            checked: the rows that are at a checkpoint, [S] bool; None if there is no such row.
+            since: number of steps since the last checkpoint, [S] int64.
+            step: number of steps made, [S] int64.
+            first: keep the first misclassified point, in place of the misclassified point of highest value.
+            passes: number of passes through the network for one gradient, which is their mean; for models that
+                draw random numbers.
 
         Returns:
             The input gradients [S, ...], valid until the engine's next call.
@@ -148,7 +150,8 @@ class Slots:
         better = fresh | (value > self.best_value)
         self.best_value = torch.where(better, value, self.best_value)
         self.value_then = torch.where(fresh, value, self.value_then)
-        self.halved = self.halved | fresh  # so that the first checkpoint cannot ask
+        # True, so that the first checkpoint cannot halve because of an unchanged step size.
+        self.halved = self.halved | fresh
         self.value = value
         back = None if checked is None else self._check(checked, since, settings.rho)
         eps, norm, bounds = settings.eps, settings.norm, settings.bounds
@@ -170,7 +173,7 @@ class Slots:
     def _keep(
         self, fresh: Tensor, value: Tensor, succeeded: Tensor, step: Tensor, first: bool
     ) -> Tensor:
-        """Which points become the worst case so far, as `Best.offer` says, with rows that have nothing yet."""
+        """Update the worst cases as `Best.offer` does, and return the rows whose points were kept, [S] bool."""
         better = (value > self.kept_value) | self.kept_value.isnan()
         better = torch.where(succeeded == self.succeeded, better, succeeded)
         if first:
@@ -183,7 +186,7 @@ class Slots:
         return better
 
     def _check(self, checked: Tensor, since: Tensor, rho: float) -> Tensor:
-        """As `StepSizes.check`, for some rows: which of them go back to their best points."""
+        """Do `StepSizes.check` for some rows, and return the rows that go back to their best points, [S] bool."""
         too_few = self.rises < rho * since
         stuck = ~self.halved & (self.best_value <= self.value_then)
         back = checked & (too_few | stuck)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -20,20 +21,20 @@ TrainMode = bool | Literal["moving"]
 
 
 def check_seed(seed: object) -> int | None:
-    """Require None or an integer of 64 bits, and return it as Python's.
+    """Check that a seed is None or an integer of 64 bits, and return it as a Python integer.
 
     Raises:
-        TypeError: it is neither.
-        ValueError: it has more than 64 bits.
+        TypeError: if it is neither.
+        ValueError: if it has more than 64 bits.
     """
     return None if seed is None else checks.check_seed(seed)  # type: ignore[arg-type]
 
 
 def check_model(model: Model) -> Model:
-    """Require a module or another callable, and no class of it.
+    """Check that a model is a module or another callable, and not a class.
 
     Raises:
-        TypeError: it is neither.
+        TypeError: if it is not.
     """
     if isinstance(model, type):
         raise TypeError(
@@ -58,17 +59,17 @@ def check_batch(
     Args:
         x: images.
         y: labels.
-        sample_ids: or None.
+        sample_ids: numbers of the samples, or None.
         model: the model.
         soft_obstacle: the reason why the attack accepts no soft labels; None if it accepts them.
 
     Returns:
-        The labels in int64, soft ones in float32 or float64.
+        The labels in int64, soft labels in float32 or float64.
 
     Raises:
-        TypeError: ``x`` is no float tensor, ``y`` no tensor of integers, ``sample_ids`` no tensor, the model not
-            callable.
-        ValueError: shapes or devices do not fit.
+        TypeError: if ``x`` is no float tensor, ``y`` no tensor of labels, ``sample_ids`` no tensor, or the model
+            not callable.
+        ValueError: if shapes or devices do not fit.
     """
     check_model(model)
     checks.check_float("x", x)
@@ -107,7 +108,7 @@ def check_images(x: Tensor, bounds: Bounds) -> None:
         return
     low, high = x.aminmax()
     found = torch.stack((low.double(), high.double())).tolist()
-    limits = torch.tensor(bounds, dtype=x.dtype, device="cpu")  # as the images can have them
+    limits = torch.tensor(bounds, dtype=x.dtype, device="cpu")  # rounded to the images' dtype
     lowest, highest = limits.tolist()
     if not (lowest <= found[0] and found[1] <= highest):  # also where one of them is NaN
         raise ValueError(
@@ -132,12 +133,12 @@ def check_limits(name: str, values: float | Tensor | None, largest: float = math
     """Check the values of radii or step sizes, if they are a tensor; on a GPU this waits for the device once.
 
     Args:
-        name: of the argument.
+        name: name of the argument.
         values: the numbers.
-        largest: of the radii that make sense.
+        largest: the largest allowed number.
 
     Raises:
-        ValueError: one is negative, not finite or larger.
+        ValueError: if a number is negative, not finite or too large.
     """
     if not isinstance(values, Tensor) or values.numel() == 0:
         return
@@ -155,7 +156,7 @@ def check_start(start: Tensor) -> None:
     """Check the values of points to start from; on a GPU this waits for the device once.
 
     Raises:
-        ValueError: one is not finite.
+        ValueError: if a value is not finite.
     """
     lowest, highest = torch.stack(start.aminmax()).tolist()
     if not (math.isfinite(lowest) and math.isfinite(highest)):
@@ -166,7 +167,7 @@ def check_labels(y: Tensor, num_classes: int) -> None:
     """Check the values of the labels; on a GPU this waits for the device once.
 
     Raises:
-        ValueError: a label is out of range, or soft ones are no probabilities of the model's classes.
+        ValueError: if a label is out of range, or soft labels are not probabilities of the model's classes.
     """
     if is_soft(y):
         check_probabilities(y, num_classes)
@@ -183,6 +184,5 @@ def module_device(model: object) -> torch.device | None:
     """The device of a module's first parameter or buffer; None for other callables."""
     if not isinstance(model, nn.Module):
         return None
-    for tensor in (*model.parameters(), *model.buffers()):
-        return tensor.device
-    return None
+    first = next(chain(model.parameters(), model.buffers()), None)
+    return None if first is None else first.device

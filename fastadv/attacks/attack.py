@@ -72,12 +72,12 @@ class AttackSettings:
 
     def _check_eps(self) -> None:
         limit("eps", self.eps)
-        if self.norm == "linf":  # in others it takes the size of an image to tell
+        if self.norm == "linf":  # in other norms the check needs the size of the images
             check_radius("eps", self.eps, self.norm, self.bounds)
 
 
 def _tell_of_default_radius(settings: AttackSettings) -> None:
-    """Warn where a radius is the default, which is meant for other norms and images."""
+    """Warn if a radius is the default for linf and images in 0..1, but the norm or the bounds are others."""
     usual = settings.norm == "linf" and settings.bounds == (0.0, 1.0)
     if settings.eps == 8 / 255 and not usual:
         low, high = settings.bounds
@@ -89,7 +89,7 @@ def _tell_of_default_radius(settings: AttackSettings) -> None:
 
 
 def _tell_of_short_reach(settings: AttackSettings) -> None:
-    """Warn where all steps together go no farther than a tenth of the radius."""
+    """Warn if all steps together are shorter than a tenth of the radius."""
     step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
     if step is not None and steps is not None and step * steps < 0.1 * settings.eps:
         warnings.warn(
@@ -103,7 +103,7 @@ _ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an ima
 
 
 def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn where the gradients that were followed led nowhere: then images stay right that are not robust."""
+    """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
     leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
     if report.nan_gradients:
         what = f"NaN in {report.nan_gradients} of {report.elements} elements"
@@ -119,7 +119,7 @@ def _tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
 
 
 def _tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
-    """Warn where a loss of logits got probabilities: where a class is certain, it has next to no gradient."""
+    """Warn if a loss of logits got probabilities: for a certain class its gradient is nearly 0."""
     of_logits = isinstance(getattr(settings, "loss", "cw"), str)
     if of_logits and results is not None and are_probabilities(results):
         warnings.warn(
@@ -208,7 +208,7 @@ class Attack(Configured):
             x: images [B, ...] within the bounds.
             y: labels, or targets, [B], int64 or another integer dtype; or soft labels [B, C], floating point, for
                 attacks on the losses "ce" and "kl" or on a callable.
-            seed: of the random numbers, for this call.
+            seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
             eps: radius for this call, a number or one per image [B]. Step sizes change in proportion.
@@ -234,7 +234,7 @@ class Attack(Configured):
         start: Tensor | None,
         pace: Pace = Pace(),  # noqa: B008, it is immutable
     ) -> Tensor:
-        """Attack a batch, as `__call__` says; the images may have a pace of their own."""
+        """Do the work of `__call__`; ``pace`` may give each image its own step size and number of steps."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
         bounds = self.settings.bounds if pace.bounds is None else pace.bounds
@@ -297,7 +297,7 @@ class Attack(Configured):
         return self._engines.ready(self.model, x, wish)
 
     def _alone(self) -> AbstractContextManager[object]:
-        """Other threads that attack the model, or another one that shares a network with it, wait."""
+        """A context in which other threads wait if they attack the model or one that shares a network with it."""
         return alone_with(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -330,7 +330,7 @@ class Attack(Configured):
         return f"{type(self).__name__} is run step by step"
 
     def _soft_labels_obstacle(self) -> str | None:
-        """Why the attack takes class indices alone, to follow "y must hold class indices"; None if it does not."""
+        """Why the attack takes no soft labels, to follow "y must hold class indices"; None if it takes them."""
         return f"for {type(self).__name__}"
 
     @property
@@ -338,7 +338,7 @@ class Attack(Configured):
         """The facts of the last call: gradients, losses, engine, and a check of its result.
 
         Raises:
-            RuntimeError: there was no call, or the last one failed.
+            RuntimeError: if there was no call, or the last call failed.
         """
         if self._last is None:
             raise RuntimeError("last must be read after a call of the attack that succeeded")
@@ -353,7 +353,7 @@ class Attack(Configured):
         """Use the engines that another attack on the same model has built or will build, and the memory they take.
 
         Raises:
-            ValueError: ``other`` attacks another model.
+            ValueError: if ``other`` attacks another model.
         """
         if other.model is not self.model:
             raise ValueError("other must be an attack on the same model, got one on another model")

@@ -19,13 +19,13 @@ def mean_gradient(
     """The mean of several gradients and values, with the logits of the last pass.
 
     Args:
-        engine: computes each of them, within its session.
+        engine: the engine that computes each gradient, within its session.
         x: images [B, ...].
         value_of: logits [B, C] -> the loss to maximise, [B] or scalar.
-        passes: how many there are; one is the engine's own gradient, valid until its next call.
+        passes: number of gradients. A single one is the engine's own gradient, valid until its next call.
 
     Raises:
-        ValueError: there are several in float16, where each gradient has a scale of its own.
+        ValueError: if there are several passes in float16, where each gradient has its own scale.
     """
     found = engine.gradient(x, value_of)
     if passes == 1:

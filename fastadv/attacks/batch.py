@@ -1,4 +1,4 @@
-"""One batch under attack: the passes that every attack asks of the engine, counted for the report."""
+"""One batch under attack: the passes and steps that attacks use, with the counters of the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class CallCounters:
         counts: int64 [2], zero and NaN elements of the gradients.
         elements: number of elements of the gradients.
         losses: mean loss at each gradient.
-        first_logits: those of the first gradient [B, C]; None before it.
+        first_logits: the logits of the first gradient [B, C]; None before it.
     """
 
     engine: str
@@ -70,17 +70,18 @@ class AttackBatch:
     Attributes:
         engine: computes logits and gradients.
         x: the clean images [B, ...] in the dtype and layout in which the attack moves them.
-        y: labels, or targets, [B]; or soft ones [B, C], of which the likeliest class is to be left or reached.
-        eps: radius, a number or [B]; of the attacks that move by `step_` also [B, C, 1, ...].
-        norm: of the ball.
-        bounds: lowest and highest allowed value; of these attacks also tensors that broadcast over the images.
+        y: labels, or targets, [B]; or soft labels [B, C], whose likeliest class is to be left or reached.
+        eps: radius, a number or [B]; for attacks that move by `step_` also [B, C, 1, ...].
+        norm: norm of the ball.
+        bounds: lowest and highest allowed value; for attacks that move by `step_` also tensors that broadcast over
+            the images.
         targeted: whether ``y`` is to be reached rather than left.
         sample_ids: int64 [B], or None for 0 .. B-1.
-        check: to be called once with the number of classes, which the first logits tell; None after it.
-        given_start: where every run is to begin, [B, ...]; None leaves it to the attack.
-        active: bool [B], false for samples that only fill the batch up: they are neither moved nor counted. None
-            is all true.
-        passes: through the network for one gradient, which is their mean.
+        check: called once with the number of classes, which the first logits have; None afterwards.
+        given_start: the points at which every run starts, [B, ...]; None for the attack's own start.
+        active: bool [B], false for samples that only fill up the batch: they are neither moved nor counted. None
+            means that all are true.
+        passes: number of passes through the network for one gradient, which is their mean.
         pace: step sizes and numbers of steps of this call.
     """
 
@@ -150,10 +151,10 @@ class AttackBatch:
     def step_along_(
         self, adv: Tensor, direction: Tensor, alpha: float | Tensor, sparsity: float = 0.95
     ) -> Tensor:
-        """Step along a direction that is no gradient of the engine's, in place.
+        """Step along a direction that is not a gradient of the engine, in place.
 
-        In l1 elements that lead out of the bounds, where they already are, do not count among the largest: a step
-        along them alone would go nowhere.
+        In l1 elements at a bound whose direction leads out of it do not count among the largest: a step along
+        these elements alone would change nothing.
         """
         if self.norm == "l1":
             low, high = self.bounds
@@ -204,7 +205,7 @@ class AttackBatch:
         return other
 
     def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> AttackBatch:
-        """The same attack on other tensors, which is checked by nobody and counted for itself."""
+        """The same attack on other tensors, without checks and with its own counters."""
         return replace(
             self,
             x=x,

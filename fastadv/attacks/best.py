@@ -1,4 +1,4 @@
-"""The worst case seen so far, sample by sample and without waiting for the device."""
+"""Keeping the worst case for each sample, the best image of a search, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.batch import AttackBatch
+from fastadv.ops.checks import over_samples
 from fastadv.seeding import derive_seed
 
 
@@ -87,9 +88,9 @@ def best_of_runs(
         run: the search.
         batch: the images under attack.
         targets: for each run, of which there is at least one, the wrong classes [B] it aims at, or None.
-        seed: of the first run; the seeds of the other runs are derived from it.
-        whole: run on all samples each time, as samples need that depend on one another. Otherwise each run attacks
-            only the samples that those before it have left.
+        seed: seed of the first run; the seeds of the other runs are derived from it.
+        whole: run on all samples each time, for samples that depend on one another. Otherwise each run attacks
+            only the samples for which the runs before it have failed.
     """
     best = Best()
     for number, target in enumerate(targets):
@@ -106,5 +107,5 @@ def best_of_runs(
 
 
 def where_images(flags: Tensor, images: Tensor, others: Tensor) -> Tensor:
-    """Image by image the one or the other: [B, ...] by flags [B] bool."""
-    return torch.where(flags.view(-1, *[1] * (images.dim() - 1)), images, others)
+    """Choose ``images`` [B, ...] where the flags [B] are true, else ``others``."""
+    return torch.where(over_samples(flags, images), images, others)

@@ -1,4 +1,4 @@
-"""PGD that goes no further than a limit of difficulty (Sitawarin et al. 2021)."""
+"""PGD in which the attack on an image stops at a limit of difficulty (Sitawarin et al. 2021)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastadv.ops.checks import over_samples
 
 
 class CurriculumPGD(PGD):
-    """PGD in which an image stays where it is as soon as it is difficult enough.
+    """PGD in which an image no longer moves as soon as it is difficult enough.
 
-    The difficulty is the gap of probabilities, max over the other classes of p_j, less p_y: -1 where the model is
-    certain and right, above 0 where it is wrong. Images that stay remain in the passes, so that nothing waits for
-    the device. Arguments as in `fastadv.PGD`.
+    The difficulty is the gap of probabilities, the largest p_j of the other classes minus p_y. It is -1 if the
+    model is certain and right, and above 0 if it is wrong. Images that no longer move remain in the passes, so
+    that nothing waits for the device. Arguments as in `fastadv.PGD`.
 
     Attributes:
         gap: the largest gap at which an image still moves; 1 is plain PGD.

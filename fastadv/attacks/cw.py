@@ -19,6 +19,7 @@ from fastadv.attacks.options import Setting
 from fastadv.attacks.pgd import PGD
 from fastadv.attacks.pgd_settings import Keep, PGDSettings
 from fastadv.engine.engines import Model
+from fastadv.ops.checks import over_samples
 from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import integer, limit
 
@@ -52,7 +53,8 @@ class CW(PGD):
     """PGD on the margin of Carlini and Wagner: ``max_{j != y} z_j - z_y`` is raised within the eps-ball.
 
     Robustness papers list this attack as C&W in linf. `CWL2` is the attack of Carlini and Wagner's paper. Other
-    libraries call that one CW: ``CW(model, c, kappa, steps, lr)``, which is refused here.
+    libraries call the attack of the paper CW: ``CW(model, c, kappa, steps, lr)``. These arguments are refused
+    here.
 
     Args:
         model: as in `fastadv.pgd_fused`.
@@ -166,12 +168,12 @@ class CWL2(Attack):
 
     Args:
         model: as in `fastadv.pgd_fused`.
-        c: where the search for c starts, > 0.
+        c: first value of the search for c, > 0.
         kappa: margin that the logits must reach, >= 0.
-        steps: of Adam, for each c.
+        steps: number of Adam's steps for each c.
         lr: learning rate of Adam, > 0.
-        search_steps: how many values of c are tried.
-        bounds: as in `fastadv.pgd_fused`; the lower one must be below the other.
+        search_steps: number of values of c that are tried.
+        bounds: as in `fastadv.pgd_fused`; the lower bound must be below the upper bound.
         targeted: as in `fastadv.pgd_fused`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
         engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
@@ -247,7 +249,7 @@ class CWL2(Attack):
         """Adam for one c per sample: the nearest images that succeeded, and their squared distances, else inf."""
         settings, x = self.settings, batch.x
         low, high = settings.bounds
-        half, shape = (high - low) / 2, (-1, *[1] * (x.dim() - 1))
+        half = (high - low) / 2
         margin = Objective("cw", settings.targeted)
 
         def value_of(logits: Tensor) -> Tensor:
@@ -268,7 +270,7 @@ class CWL2(Attack):
             nearest = where_images(nearer, adv, nearest)
             nearest_distance = torch.where(nearer, distance, nearest_distance)
             # d/dw of the objective, through x' = low + half (tanh(w) + 1)
-            grad = (delta / half - c.view(shape) * found.grad) * half * (1 - tanh.square())
+            grad = (delta / half - over_samples(c, x) * found.grad) * half * (1 - tanh.square())
             first = torch.lerp(grad, first, _BETAS[0])
             second = torch.lerp(grad.square(), second, _BETAS[1])
             scale = math.sqrt(1 - _BETAS[1] ** step)

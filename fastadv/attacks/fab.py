@@ -32,8 +32,8 @@ from fastadv.seeding import derive_seed
 
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 _DUAL_ORDERS = {"linf": 1.0, "l2": 2.0, "l1": math.inf}
-_SHORTEST = 1e-8  # a way of length 0 counts as this long, so that shares of two ways exist
-_START_RADIUS = 0.5  # of eps, the ball in which restarts begin
+_SHORTEST = 1e-8  # a way of length 0 counts as this long, so that the ratio of two lengths exists
+_START_RADIUS = 0.5  # radius of the ball in which restarts begin, in units of eps
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ class FAB(Attack):
     Args:
         model: as in `fastadv.pgd_fused`.
         eps: radius of the ball, in the units of the images.
-        steps: of a run; each costs two forward passes and one backward pass.
-        target_classes: one run towards each of so many wrong classes, the likeliest first ("fab-t" of AutoAttack).
-            None: one run, in which each step goes towards the nearest of all classes ("fab"); such a step costs a
-            forward and a backward pass for every class.
+        steps: number of steps of a run; each costs two forward passes and one backward pass.
+        target_classes: number of wrong classes, each with a run towards it, the likeliest first ("fab-t" of
+            AutoAttack). None: one run, in which each step goes towards the nearest of all classes ("fab"); such a
+            step costs a forward and a backward pass for every class.
         restarts: number of runs; all but the first begin at a random point of the ball of half the radius.
         alpha_max: the largest share of the step that starts at the image, in 0..1.
         eta: length of a step, in units of the distance to the hyperplane; at least 1.
@@ -165,9 +165,8 @@ class FAB(Attack):
         super().__init__(model, chosen, seed, check_inputs)
 
     def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
-        batch = batch.rows(
-            torch.arange(batch.x.shape[0], device=batch.x.device)
-        )  # names the samples
+        # `rows` gives the samples their ids, which they keep when others leave.
+        batch = batch.rows(torch.arange(batch.x.shape[0], device=batch.x.device))
         clean, best = batch.logits(batch.x), Best()
         _offer(best, batch, batch.x, batch.succeeded(clean))
         runs = list(self._runs(batch, clean, seed))
@@ -208,7 +207,7 @@ class FAB(Attack):
             best.merge(found.rows(number * len(rows) + open_), rows[open_])
 
     def _start(self, batch: AttackBatch, seed: int | None) -> Tensor:
-        """Where a run begins: the given start, the images, or a random point near them."""
+        """The points at which a run begins: the given start, the images, or random points near them."""
         if seed is None or batch.given_start is not None:
             return batch.start(0, random=False)
         radius = _START_RADIUS * batch.eps
@@ -242,7 +241,7 @@ class FAB(Attack):
         return self.settings.early_stop and not self.settings.train_mode
 
     def _left(self, best: Best) -> Tensor:
-        """Indices of the images to go on with; to know them may wait for the device."""
+        """The indices of the images that are still attacked; this may wait for the device."""
         if self._leaves:
             return (~best.succeeded).nonzero().flatten()
         return torch.arange(best.value.shape[0], device=best.value.device)

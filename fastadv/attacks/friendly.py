@@ -1,4 +1,4 @@
-"""PGD that leaves an image soon after it is misclassified (Zhang et al. 2020)."""
+"""PGD in which the attack on an image stops soon after it is misclassified (Zhang et al. 2020)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class FriendlyPGDSettings(PGDSettings):
 
 
 class FriendlyPGD(PGD):
-    """Early-stopped PGD: an image stays where it is once tau steps were taken at misclassified points of it.
+    """Early-stopped PGD: an image no longer moves once tau steps were made at misclassified points.
 
-    At each of the K points the logits of the gradient's pass tell whether the image is misclassified: if so, and
-    tau such points went before, it stops for good. Source: Zhang et al., "Attacks which do not kill training make
-    adversarial learning stronger", ICML 2020, algorithm 1. Images that have stopped remain in the passes, so that
-    nothing waits for the device, and in the counts of `last`.
+    At each of the K points the logits of the gradient's pass show whether the image is misclassified. If it is,
+    and tau earlier points were misclassified, the image stops. Source: Zhang et al., "Attacks which do not kill
+    training make adversarial learning stronger", ICML 2020, algorithm 1. Images that have stopped remain in the
+    passes, so that nothing waits for the device, and in the counts of `last`.
 
     Args:
         model: as in `fastadv.pgd_fused`.
@@ -46,7 +46,7 @@ class FriendlyPGD(PGD):
         alpha: size of a step.
         steps: largest number of steps, at least 1.
         random_start: as in `fastadv.pgd_fused`.
-        tau: steps at misclassified points, at least 0.
+        tau: number of steps at misclassified points, at least 0.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.
         restarts: as in `fastadv.pgd_fused`.
@@ -115,7 +115,7 @@ class FriendlyPGD(PGD):
 
         def size(logits: Tensor) -> Tensor:
             left.sub_(batch.succeeded(logits).long())
-            # Of size 0, and not left out, so that a start outside the ball is brought into it.
+            # The step has size 0 and is not left out, so that a start outside the ball is brought into it.
             return torch.where(over_samples(left < 0, sizes), 0.0, sizes)
 
         return size

@@ -43,7 +43,7 @@ class MIM(PGD):
         eps: radius of the ball, in the units of the images.
         alpha: size of a step; the paper has eps / steps.
         steps: number of steps, at least 1.
-        decay: how much of the momentum is left after a step, >= 0; the paper's mu.
+        decay: factor of the momentum after each step, >= 0; the paper's mu.
         random_start: as in `fastadv.pgd_fused`, but by default false.
         norm: as in `fastadv.pgd_fused`.
         bounds: as in `fastadv.pgd_fused`.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastadv.attacks.soft_labels import is_soft, soft_cross_entropy, soft_divergence
 from fastadv.ops.synonyms import WORDS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 SOFT_OBJECTIVES = ("ce", "kl")
 OBJECTIVES = ("ce", "cw", "dlr", "kl")
@@ -26,8 +26,8 @@ class Objective:
         targeted: ``y`` holds the classes to be reached; the loss is lowered instead of raised.
 
     Raises:
-        ValueError: unknown name, or a targeted ``"kl"``, which has no target.
-        TypeError: ``loss`` is neither a name nor callable.
+        ValueError: if the name is unknown, or ``"kl"``, which has no target, is targeted.
+        TypeError: if ``loss`` is neither a name nor callable.
     """
 
     def __init__(self, loss: str | LossFunction, targeted: bool = False) -> None:
@@ -37,7 +37,7 @@ class Objective:
         if isinstance(loss, str):
             if loss not in OBJECTIVES:
                 known = ", ".join(OBJECTIVES)
-                hint = closest(loss, OBJECTIVES, WORDS)
+                hint = did_you_mean(loss, OBJECTIVES, WORDS)
                 raise ValueError(f"loss must be one of {known} or a callable, got {loss!r}{hint}")
             if targeted and loss == "kl":
                 raise ValueError("loss 'kl' has no target; targeted must be False with it")
@@ -52,16 +52,16 @@ class Objective:
 
         Args:
             logits: [B, C], any float dtype.
-            y: labels, or targets, [B] int64; or soft ones [B, C] for ``"ce"``, ``"kl"``, which then is the
-                divergence from them, and a callable.
+            y: labels, or targets, [B] int64; for ``"ce"``, ``"kl"`` and a callable also soft labels [B, C]. With
+                soft labels ``"kl"`` is the divergence from them.
             clean_logits: [B, C] of the unattacked images, for ``"kl"``.
 
         Returns:
-            [B] float32, or a scalar where a callable returns one.
+            Values [B] float32, or a scalar if a callable returns a scalar.
 
         Raises:
-            TypeError: the callable's result is no tensor.
-            ValueError: the callable's result is neither [B] nor a scalar, or carries no gradient.
+            TypeError: if the callable's result is no tensor.
+            ValueError: if the callable's result is neither [B] nor a scalar, or has no gradient.
         """
         logits = _wide(logits)
         if not isinstance(self._loss, str):
@@ -75,7 +75,7 @@ class Objective:
 
 
 def _check_call(loss: LossFunction) -> None:
-    """Refuse a class, and a function that takes no two arguments."""
+    """Refuse a class, and a function that cannot be called with two arguments."""
     if isinstance(loss, type):
         raise TypeError(
             f"loss must be a callable of logits and labels, got the class {loss.__name__}; pass "
@@ -83,7 +83,7 @@ def _check_call(loss: LossFunction) -> None:
         )
     try:
         signature = inspect.signature(loss)
-    except (TypeError, ValueError):  # such as of a builtin
+    except (TypeError, ValueError):  # a builtin may have no signature
         return
     try:
         signature.bind(None, None)

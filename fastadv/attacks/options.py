@@ -14,7 +14,7 @@ from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 if TYPE_CHECKING:
     from fastadv.attacks.attack import Attack
@@ -78,13 +78,13 @@ class Checked(Generic[T]):
 
 
 class AttackType(ABCMeta):
-    """The type of the attack classes: checks the arguments' names before an attack is made."""
+    """The metaclass of the attacks: it checks the arguments' names before an attack is made."""
 
     def __call__(cls: type[T], *args: Any, **kwargs: Any) -> T:
         """Make an attack.
 
         Raises:
-            TypeError: an argument that it does not have, or too many without names.
+            TypeError: if the attack does not have an argument, or too many are given without names.
         """
         check_arguments(cls, len(args), kwargs)
         made: T = super().__call__(*args, **kwargs)  # type: ignore[misc]
@@ -93,7 +93,7 @@ class AttackType(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
+        """The signature of the constructor, which `__call__` would hide from ``help`` and editors."""
         return signature_of(cls)
 
 
@@ -105,13 +105,13 @@ class Configured(metaclass=AttackType):
             raise AttributeError(_unknown(type(self), "setting", name, _settings_of(type(self))))
         super().__setattr__(name, value)
 
-    if not TYPE_CHECKING:  # type checkers are to know the attributes by name
+    if not TYPE_CHECKING:  # with it, type checkers would accept any attribute
 
         def __getattr__(self, name: str) -> Any:
             raise AttributeError(_unknown(type(self), "attribute", name, _settings_of(type(self))))
 
     def __repr__(self) -> str:
-        """The attack as the call that makes it, the model by its class."""
+        """The attack as the call that makes it, with the class of the model in place of the model."""
         shown = [
             f"{name}={getattr(self, name)!r}"
             for name in _settings_of(type(self))
@@ -124,7 +124,7 @@ class Configured(metaclass=AttackType):
 
 @cache
 def signature_of(kind: Hashable) -> inspect.Signature:
-    """A class's constructor as it is called."""
+    """The signature of a class's constructor, without self."""
     signature = inspect.signature(kind.__init__)  # type: ignore[misc]
     return signature.replace(parameters=list(signature.parameters.values())[1:])
 
@@ -145,7 +145,7 @@ def check_arguments(kind: type, positional: int, named: Iterable[str]) -> None:
 
 @cache
 def _parameters_of(kind: Hashable) -> tuple[tuple[str, ...], tuple[str, ...], bool]:
-    """A constructor's arguments, those that need no name, and whether it takes any others."""
+    """A constructor's arguments, the arguments that need no name, and whether it takes any other arguments."""
     found = signature_of(kind).parameters.values()
     ordered = tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD)
     takes_any = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in found)
@@ -164,7 +164,7 @@ def names_checked(function: Function) -> Function:
     def checked(*args: Any, **kwargs: Any) -> Any:
         for name in kwargs:
             if name not in known:
-                raise TypeError(f"{what} has no argument {name!r}{_meant(name, known)}")
+                raise TypeError(f"{what} has no argument {name!r}{_similar_or_all(name, known)}")
         if len(args) > most:
             raise TypeError(_too_many(what, len(args) - most + len(ordered), ordered, known))
         return function(*args, **kwargs)
@@ -174,12 +174,12 @@ def names_checked(function: Function) -> Function:
 
 @cache
 def _settings_of(kind: Hashable) -> tuple[str, ...]:
-    """The arguments of an attack but for the model."""
+    """The names of an attack's arguments, without the model."""
     return tuple(name for name in signature_of(kind).parameters if name != "model")
 
 
 def _is_known(attack: Configured, name: str) -> bool:
-    """Whether an attribute is private, there already, or declared by a class."""
+    """Whether an attribute is private, already set, or declared by a class."""
     kinds = type(attack).__mro__
     return (
         name.startswith("_")
@@ -190,23 +190,25 @@ def _is_known(attack: Configured, name: str) -> bool:
 
 def _unknown(kind: type, role: str, name: str, known: Iterable[str]) -> str:
     known = [*known]
-    hint = closest(name, known, SYNONYMS)
-    if (
-        SYNONYMS.get(name, "") not in known
-    ):  # else a similar name counts less than another attack's own
+    hint = did_you_mean(name, known, SYNONYMS)
+    # Another attack that has an argument of this very name is a better hint than a similar name. A synonym is
+    # better.
+    if SYNONYMS.get(name, "") not in known:
         root = [parent for parent in kind.__mro__ if isinstance(parent, AttackType)][-1]
         wanted = {name, SYNONYMS.get(name)}
         others = [k.__name__ for k in _attacks(root) if wanted & {*_settings_of(k)}]
         if others:
             hint = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} one"
-    if not hint and role != "attribute":  # which may be a method of another library's attacks
-        hint = _meant(name, known)
+    if (
+        not hint and role != "attribute"
+    ):  # an attribute may be meant as a method of another library's attacks
+        hint = _similar_or_all(name, known)
     return f"{kind.__name__} has no {role} {name!r}{hint}"
 
 
-def _meant(name: str, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: the likely one, or else all that there are."""
-    return closest(name, known, SYNONYMS) or f"; there are {', '.join(known)}"
+def _similar_or_all(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: a similar name, or else all names that there are."""
+    return did_you_mean(name, known, SYNONYMS) or f"; there are {', '.join(known)}"
 
 
 def _too_many(what: str, got: int, ordered: Collection[str], known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Projected gradient descent (Madry et al. 2018): the loop, as an object and as a function."""
+"""Projected gradient descent (Madry et al. 2018), as an object that is called with batches."""
 
 from __future__ import annotations
 
@@ -127,16 +127,16 @@ class PGD(Attack):
         """Attack a batch.
 
         Args:
-            x: as in `Attack.__call__`, with all below but for the last three.
+            x: images [B, ...] within the bounds.
             y: labels, or targets, [B], or soft labels [B, C].
-            seed: of the random numbers, for this call.
+            seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
             eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
                 [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1].
             start: images within the bounds to begin from.
             alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
-                often as the image with the most steps, and one whose steps are made stays where it is. To know the
+                often as the image with the most steps. An image whose steps are made no longer moves. Reading the
                 largest number waits for the device.
             bounds: lowest and highest value of an image for this call, in linf also tensors, as ``eps``.
 
@@ -158,7 +158,7 @@ class PGD(Attack):
     def _replay(
         self, graphs: GraphCache, batch: AttackBatch, seed: int, alpha: float | Tensor
     ) -> Tensor | None:
-        """The search as a CUDA graph, valid until the next; None where it is to be run step by step."""
+        """Run the search as a CUDA graph, valid until the next one; None if it must be run step by step."""
         obstacle = self._graph_obstacle()
         if obstacle is None and is_soft(batch.y):
             obstacle = "soft labels are not recorded"
@@ -205,13 +205,13 @@ class PGD(Attack):
         return None if taken else f"with loss {loss!r}"
 
     def _graph_key(self) -> tuple[Hashable, ...]:
-        """All that a recorded search depends on: the settings but for radius and step size, its inputs."""
+        """The facts on which a recorded search depends: all settings except radius and step size, its inputs."""
         names = [field.name for field in fields(self.settings)]
         kept = [name for name in names if name not in ("eps", "alpha")]
         return (type(self), self.passes, *(getattr(self.settings, name) for name in kept))
 
     def _starts(self, batch: AttackBatch, seed: int) -> Iterator[Tensor]:
-        """Where the runs begin, [B, ...] each."""
+        """The points at which the runs begin, [B, ...] each."""
         for restart in range(self.settings.restarts):
             run_seed = derive_seed(seed, "restart", restart) if restart else seed
             yield batch.start(run_seed, self.settings.random_start)
@@ -268,7 +268,7 @@ class PGD(Attack):
             if best is not None:
                 best.offer(adv, found.value, batch.succeeded(found.logits))
             size = size_at(found.logits)
-            if own is not None:  # in the images' precision, also where the size is a number
+            if own is not None:  # in the images' precision, also if the size is a number
                 size = _per_image(size, batch.x)
                 size = torch.where(over_samples(step < own, size), size, 0.0)
             if direction is None:
@@ -278,7 +278,7 @@ class PGD(Attack):
         return adv
 
     def _direction(self, batch: AttackBatch) -> Direction | None:
-        """The function from gradients of one run to directions; None where they are the directions."""
+        """The function from gradients of one run to directions; None if the gradients are the directions."""
         return None
 
     def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
@@ -291,10 +291,10 @@ class PGD(Attack):
         return super()._radius(x, eps, bounds)
 
     def _alpha(self, batch: AttackBatch) -> float | Tensor:
-        """The step size, in proportion where a call has its own radius.
+        """The step size, scaled in proportion if a call has its own radius.
 
         Raises:
-            ValueError: the attack was made with a radius of 0, so that there is no proportion.
+            ValueError: if the attack was made with a radius of 0, so that there is no proportion.
         """
         settings = self.settings
         if batch.pace.alpha is not None:
@@ -336,11 +336,11 @@ def pace_of(
 
 
 def _has_own_numbers(batch: AttackBatch, alpha: float | Tensor) -> bool:
-    """Whether the numbers are others than the attack's bounds, and one radius and one step size per image."""
+    """Whether the call has its own bounds, or a radius or a step size per channel."""
     per_channel = any(isinstance(n, Tensor) and n.dim() > 1 for n in (batch.eps, alpha))
     return per_channel or batch.pace.bounds is not None
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:
-    """A number as a tensor [B]; a tensor as it is."""
+    """A number as a tensor [B]; a tensor unchanged."""
     return value if isinstance(value, Tensor) else x.new_full((x.shape[0],), value)

@@ -57,5 +57,5 @@ class PGDSettings(AttackSettings):
 
     @property
     def step_size(self) -> float:
-        """How far a step goes."""
+        """The length of a step."""
         return self.alpha

@@ -1,7 +1,7 @@
-"""Exact projections that respect the bounds of images, by sorting: on a hyperplane, and on the l1 ball.
+"""Exact projections that respect the bounds of images, by sorting: onto a hyperplane, and onto the l1 ball.
 
-All of them come down to one equation, a sum of capped terms, which `level` solves. Samples are rows [B, N] here;
-the work is done in float64. Nothing waits for the device.
+All of them are solved by one equation, a sum of capped terms, which `level` solves. Samples are rows [B, N] here,
+and the work is done in float64. Nothing waits for the device.
 
 Sources: the hyperplane, Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary
 attack", ICML 2020, section 2; the l1 ball, Croce and Hein, "Mind the box: l1-APGD for sparse adversarial attacks
@@ -49,7 +49,7 @@ def level(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
 
 
 def level_by_sorting(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
-    """As `level`, by torch's own operations on any device."""
+    """Compute `level` by torch's own operations, on any device."""
     caps, order = caps.sort(1)
     amounts = amounts.gather(1, order)
     below = (amounts * caps).cumsum(1)  # the sum of the terms whose caps are at most the k-th
@@ -61,9 +61,8 @@ def level_by_sorting(amounts: Tensor, caps: Tensor, target: Tensor) -> Tensor:
     before = torch.cat((torch.zeros_like(below[:, :1]), below[:, :-1]), 1).gather(1, segment)
     slope = slopes.gather(1, segment)
     found = torch.where(slope > 0, (target[:, None] - before) / slope, torch.inf)
-    found = torch.minimum(
-        found.clamp(min=0), caps.gather(1, segment)
-    )  # no rounding leaves the segment
+    # Rounding must not leave the segment.
+    found = torch.minimum(found.clamp(min=0), caps.gather(1, segment))
     return torch.where(count == caps.shape[1], torch.inf, found)
 
 
@@ -96,7 +95,7 @@ def to_hyperplane(
 def way_by_sorting(
     points: Tensor, normal: Tensor, gap: Tensor, norm: str, bounds: tuple[float, float]
 ) -> Tensor:
-    """As `to_hyperplane`, by torch's own operations on any device."""
+    """Compute `to_hyperplane` by torch's own operations, on any device."""
     normal = rows(normal).double().nan_to_num(0.0, 0.0, 0.0)
     gap = gap.double().nan_to_num(0.0, 0.0, 0.0)
     largest = normal.abs().amax(1)
@@ -109,7 +108,7 @@ def way_by_sorting(
 
 
 def _room(points: Tensor, sign: Tensor, bounds: tuple[float, float]) -> Tensor:
-    """How far each element can go in the direction of a sign, [B, N]."""
+    """The distance from each element to its bound in the direction of a sign, [B, N]."""
     low, high = bounds
     return torch.where(sign > 0, high - points, points - low).clamp(min=0)
 

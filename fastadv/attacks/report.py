@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastadv.ops.checks import over_samples
 from fastadv.ops.pgd_step_per_channel import Bounds
 
 _SLACK = 1e-6  # of eps: the rounding of a norm over some thousand float32 elements
@@ -21,10 +22,10 @@ class AttackReport:
 
     Attributes:
         engine: name of the engine that ran.
-        reason: why this one.
-        precision: of the network's passes: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
-        elements: how many elements of input gradients the attack used, over all steps and restarts.
-        counts: int64 [2] on the device, the zero and the NaN elements among them.
+        reason: the reason for this engine.
+        precision: precision of the network's passes: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        elements: number of elements of input gradients that the attack used, over all steps and restarts.
+        counts: int64 [2] on the device, the numbers of zero and of NaN elements among them.
         losses: one scalar per gradient, on the device.
         outside: share of the result outside ball or bounds, a scalar on the device.
     """
@@ -93,15 +94,14 @@ def outside_share(adv: Tensor, x: Tensor, eps: float | Tensor, norm: str, bounds
     low, high = (_as_images_have(bound, adv.dtype) for bound in bounds)
     a, c = adv.to(wide), x.to(wide)
     inside = (a >= low) & (a <= high)
-    per_image = (-1, *[1] * (x.dim() - 1))
     if norm == "linf":
-        radius = eps.view(per_image) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
+        radius = over_samples(eps, x) if isinstance(eps, Tensor) and eps.dim() == 1 else eps
         inside &= (a >= c - radius) & (a <= c + radius)
     else:
         order = 2 if norm == "l2" else 1
         slack = x[:1].numel() ** (1 / order) * _rounding(wide, *bounds)
         length = torch.linalg.vector_norm((a - c).flatten(1), order, dim=1, dtype=torch.float64)
-        inside &= (length <= eps * (1 + _SLACK) + slack).view(per_image)
+        inside &= over_samples(length <= eps * (1 + _SLACK) + slack, x)
     return (~inside).float().mean()
 
 

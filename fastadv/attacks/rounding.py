@@ -1,4 +1,4 @@
-"""Images in half precision: rounding that cannot leave the ball."""
+"""Rounding images to half precision so that they cannot leave the ball."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Soft labels: for each image a probability of each class, as mixup and distillation have them."""
+"""Soft labels: for each image a probability of each class, as in mixup and distillation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SUM_WITHIN = 1e-3  # how far the probabilities of an image may be from 1 in sum, as those in half precision are
+SUM_WITHIN = 1e-3  # largest difference of an image's sum of probabilities from 1; half precision has such sums
 
 
 def is_soft(y: object) -> bool:
@@ -14,7 +14,7 @@ def is_soft(y: object) -> bool:
 
 
 def hard(y: Tensor) -> Tensor:
-    """Class indices [B]: of soft labels the likeliest classes, of others the labels themselves."""
+    """Return class indices [B]: the likeliest classes of soft labels, or the labels themselves."""
     return y.argmax(1) if is_soft(y) else y
 
 
@@ -46,11 +46,11 @@ def check_soft_labels(y: Tensor, batch: int, obstacle: str | None) -> Tensor:
 
     Args:
         y: soft labels.
-        batch: B.
+        batch: number of images, B.
         obstacle: the reason why the attack accepts only class indices; None if it accepts soft labels.
 
     Raises:
-        ValueError: it does not, or there is another number of them.
+        ValueError: if the attack does not accept them, or their number differs from the number of images.
     """
     if obstacle is not None:
         raise ValueError(
@@ -66,8 +66,8 @@ def check_probabilities(y: Tensor, num_classes: int) -> None:
     """Check the values of soft labels; on a GPU this waits for the device once.
 
     Raises:
-        ValueError: another number of classes than the model's, a probability that is negative or not finite, or
-            probabilities that do not add up to 1.
+        ValueError: if their number of classes differs from the model's, if a probability is negative or not
+            finite, or if the probabilities of an image do not add up to 1.
     """
     if y.shape[1] != num_classes:
         raise ValueError(

@@ -29,8 +29,9 @@ from fastadv.ops.pgd_step_per_channel import Bounds
 from fastadv.ops.values import check_bool, integer, number
 
 Loss = Literal["cw", "ce"]
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of the share, after so many queries
-_FULL_SCHEDULE = 10000  # queries for which these are made
+# Numbers of queries after which the fraction of the image that a square covers is halved, in a search of 10000.
+_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+_FULL_SCHEDULE = 10000
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Square(Attack):
         model: as in `fastadv.pgd_fused`.
         eps: as in `fastadv.pgd_fused`.
         queries: number of points to try for an image in a run, at least 1; each costs one forward pass.
-        p_init: the share of the image that the first squares cover, above 0 and at most 1.
+        p_init: fraction of the image that the first squares cover, above 0 and at most 1.
         restarts: runs from different random starts; each attacks only the images that withstood the earlier runs.
         loss: the loss to maximise: ``"cw"`` (margin) or ``"ce"``.
         rescale_schedule: scale the schedule by which squares shrink to ``queries``; otherwise it is the schedule
@@ -144,16 +145,16 @@ class Square(Attack):
         return super()._radius(x, eps, bounds)
 
     def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
-        batch = batch.rows(
-            torch.arange(batch.x.shape[0], device=batch.x.device)
-        )  # names the samples
+        # `rows` gives the samples their ids, which they keep when others leave.
+        batch = batch.rows(torch.arange(batch.x.shape[0], device=batch.x.device))
         runs = [None] * self.settings.restarts
         return best_of_runs(self._run, batch, runs, seed, whole=bool(self.settings.train_mode))
 
     def _run(self, batch: AttackBatch, target: Tensor | None, seed: int) -> Best:
-        """One random search; broken images stay as they are, and leave when it is time to look.
+        """One random search. Broken images no longer change, and leave the batch when it is time to look.
 
-        Few images go on with several queries in a pass, where each image's logits are its own.
+        When few images are left, the search goes on with several queries in a pass, if each image's logits do not
+        depend on the other images.
         """
         settings, rows = self.settings, torch.arange(batch.x.shape[0], device=batch.x.device)
         search, result = _Search(batch, settings, seed), Best()
@@ -177,10 +178,10 @@ class Square(Attack):
 
 
 class _Search:
-    """A random search on a batch that may grow smaller.
+    """A random search on a batch that may become smaller.
 
     Attributes:
-        best: the images as far as they have come.
+        best: the best images so far.
     """
 
     def __init__(self, batch: AttackBatch, settings: SquareSettings, seed: int) -> None:
@@ -188,8 +189,8 @@ class _Search:
         self._objective = Objective(settings.loss, settings.targeted)
         self._proposals = proposals_for(batch)
         self._accepted = AcceptedShare()
-        self._changed: int | Tensor = 0  # images, by so many points tried
-        self._tried = 0
+        self._changed: int | Tensor = 0  # number of points that changed their images
+        self._tried = 0  # number of points that were tried
         self._words = self._draw(-1, 1, self._proposals.first_words)
         self.best = Best()
         if batch.given_start is not None:

@@ -1,12 +1,13 @@
 """Square with several queries of an image in one pass of the network, for the few images that are left.
 
-A pass for few images costs nearly as much as one for more. Most points that Square tries late in a search change
-nothing. So the points of the next queries are made from the present image and tried together. The first of them
-that raises the loss is kept; the later ones were made from an image that is no longer the present one, and their
-queries are made again. So each query sees the same point as in a search that takes one after the other.
+A pass for few images costs nearly as much as a pass for more. Most points that Square tries late in a search
+change nothing. So the points of the next queries are made from the current image and tried together. The first
+point that raises the loss is kept. The later points were made from an image that is no longer the current one, so
+their queries are made again. Thus each query tries the same point as in a search that makes one query after the
+other.
 
 A query whose point is the image itself, or was tried before and not kept, changes nothing either. It counts as
-made and costs no pass. `fastadv.attacks.square_tried` tells these queries.
+made and costs no pass. `fastadv.attacks.square_tried` finds these queries.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fastadv.attacks.square_proposals import proposals_for
 from fastadv.attacks.square_tried import TriedSquares
 from fastadv.ops.philox import WORDS, philox
 
-DRAWN_AT_ONCE = 64  # queries, because random words cost many small operations
-_BLOCKS = 4  # of so many queries, drawn at once for an image
-_MOST = 64  # queries in a pass
-_USEFUL = 0.6  # the least part of the points in a pass that are expected to count
-_MEMORY = 0.995  # for each query, of the estimated share of queries that change an image
+DRAWN_AT_ONCE = 64  # queries in a block; drawing random words for one query at a time costs many small operations
+_BLOCKS = 4  # number of blocks that are drawn at once for an image
+_MOST = 64  # largest number of queries in a pass
+_USEFUL = 0.6  # smallest fraction of the points in a pass that are expected to count
+_MEMORY = 0.995  # factor, for each query, of the old estimate of the fraction of queries that change an image
 _IMAGE = 3 * 32 * 32
-# What a pass costs beside its images, in numbers of images: on one thread of a CPU with AMX a pass of ResNet-18
-# costs as much as 2 to 3 images more than it has; on several threads, and with smaller networks, it is more.
+# The fixed cost of a pass, in elements of images: on one thread of a CPU with AMX a pass of ResNet-18 costs as
+# much as 2 to 3 images more than it has. On several threads, and with smaller networks, it costs more.
 _FIXED = {"cpu": 4 * _IMAGE}
 _FIXED_ELSEWHERE = 512 * _IMAGE
-# How many numbers the images of a pass may have, beyond which more of them do not come cheaper.
+# The largest number of elements of a pass: beyond it an image costs no less in a larger pass.
 _LARGEST = {"cpu": 64 * _IMAGE}
 _LARGEST_ELSEWHERE = 512 * _IMAGE
 
@@ -45,30 +46,30 @@ def words_of_queries(
     """Random words for the queries of one block of `DRAWN_AT_ONCE`, [B, queries, words] int64.
 
     Args:
-        seed: of the search.
-        sample_ids: [B].
+        seed: seed of the search.
+        sample_ids: numbers of the images [B].
         blocks: number of the block, for all images or [B].
-        queries: how many, from the block's first.
-        words: how many each takes.
+        queries: number of queries, from the block's first.
+        words: number of words for each query.
     """
     drawn = philox(seed, sample_ids, -(-queries * words // WORDS), 1 + blocks)
     return drawn[:, : queries * words].view(-1, queries, words)
 
 
 class AcceptedShare:
-    """An estimate of how many queries change their image, from the queries seen last."""
+    """An estimate of the fraction of queries that change their image, from the last queries."""
 
     def __init__(self) -> None:
         self.value = 1.0
 
     def see(self, accepted: int, queries: int) -> None:
-        """Take note of queries, of which so many changed an image."""
+        """Record a number of queries, and the number of them that changed their image."""
         if queries:
             kept = _MEMORY**queries
             self.value = kept * self.value + (1 - kept) * accepted / queries
 
     def expected(self, ahead: int) -> float:
-        """How many of so many points of an image are expected to count: those up to the first that is kept."""
+        """The expected number of an image's next points that count: all points up to the first kept one."""
         if self.value <= 0:
             return float(ahead)
         if self.value >= 1:
@@ -78,7 +79,7 @@ class AcceptedShare:
 
 
 def queries_at_once(x: Tensor, share: AcceptedShare) -> int:
-    """How many queries of an image make the most of a pass for images ``x``: a power of two."""
+    """The number of queries per image with the least cost per useful query, for images ``x``: a power of two."""
     kind, size = x.device.type, x.numel()
     fixed = _FIXED.get(kind, _FIXED_ELSEWHERE)
     largest = _LARGEST.get(kind, _LARGEST_ELSEWHERE)
@@ -95,14 +96,14 @@ class AheadSearch:
     """The rest of a random search, for the images that it has not broken yet.
 
     Args:
-        batch: these images.
-        best: how far they have come; no image is broken.
+        batch: the images that are left.
+        best: the best images so far; no image is broken.
         objective: the value to be raised.
-        share_at: the share of an image that a query's square covers.
-        seed: of the search.
+        share_at: the fraction of an image that a query's square covers.
+        seed: seed of the search.
         query: the number of the next query, from 1.
-        end: the number after the last one.
-        accepted: the estimated share of queries that change an image.
+        end: the number after the last query.
+        accepted: the estimated fraction of queries that change an image.
     """
 
     def __init__(
@@ -136,8 +137,8 @@ class AheadSearch:
         """Search until every image is broken or has used its queries.
 
         Args:
-            result: of the whole batch; gets the finds.
-            rows: which of its samples these images are, int64.
+            result: the result of the whole batch, to which the best images are added.
+            rows: the indices of these images in the whole batch, int64.
         """
         while True:
             self._pass_over()
@@ -275,6 +276,6 @@ def _next_changes(sides: list[int]) -> list[int]:
 
 
 def _pass_size(rows: int) -> int:
-    """The next larger of few sizes: the libraries prepare something anew for each size that they see."""
+    """The next larger one of few sizes: the libraries prepare each batch size once, which takes time."""
     step = 1 << max(rows.bit_length() - 3, 0)  # a quarter of the power of two below
     return -(-rows // step) * step

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import NATIVE
+from fastadv.ops.checks import in_layout_of
 
 WORD_BITS = 32
 
@@ -31,13 +32,13 @@ def square_points(
         lowest: the lower ends, [B, C, H, W].
         words: 32 random bits each, [B, 2 + ceil(C / 32)] int64: the square's row, its column, and one bit for each
             channel, 1 for the upper end.
-        side: of the squares, from 1 to the smaller of H and W.
+        side: side of the squares, from 1 to the smaller of H and W.
 
     Returns:
-        [B, C, H, W].
+        The changed images [B, C, H, W].
     """
     if _is_compiled(images):
-        ends = (_laid_out_like(end, images) for end in (highest, lowest))
+        ends = (in_layout_of(end, images) for end in (highest, lowest))
         return torch.ops.fastadv.square_points(images, *ends, words, side)
     return square_points_by_torch(images, highest, lowest, words, side)
 
@@ -45,7 +46,7 @@ def square_points(
 def square_points_by_torch(
     images: Tensor, highest: Tensor, lowest: Tensor, words: Tensor, side: int
 ) -> Tensor:
-    """As `square_points`, by operations of torch on any device."""
+    """Compute `square_points` by operations of torch, on any device."""
     inside = inside_of(window(words, side, images.shape[2], images.shape[3]))
     up = bits(words[:, 2:], images.shape[1])[:, :, None, None]
     return torch.where(inside, torch.where(up, highest, lowest), images)
@@ -67,7 +68,7 @@ def inside_of(window: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def words_for(bits: int) -> int:
-    """How many words hold so many bits."""
+    """The number of words that hold a number of bits."""
     return -(-bits // WORD_BITS)
 
 
@@ -88,9 +89,3 @@ def _is_compiled(images: Tensor) -> bool:
     dense = images.is_contiguous() or images.is_contiguous(memory_format=torch.channels_last)
     fits = dense and images.dtype in (torch.float32, torch.float64)
     return fits and images.device.type == "cpu" and NATIVE.library is not None
-
-
-def _laid_out_like(t: Tensor, like: Tensor) -> Tensor:
-    if t.stride() == like.stride():
-        return t
-    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)

@@ -28,8 +28,8 @@ class Proposals(ABC):
     """Points to try for the images of one batch, [B, C, H, W].
 
     Attributes:
-        first_words: how many random words an image's first point takes.
-        next_words: how many each later point takes.
+        first_words: number of random words for an image's first point.
+        next_words: number of random words for each later point.
     """
 
     first_words: int
@@ -41,7 +41,7 @@ class Proposals(ABC):
 
     @abstractmethod
     def first(self, words: Tensor) -> Tensor:
-        """Where the search begins, from words [B, first_words]."""
+        """The points at which the search begins, from words [B, first_words]."""
 
     @abstractmethod
     def next(self, images: Tensor, words: Tensor, side: int) -> Tensor:
@@ -52,7 +52,7 @@ class Proposals(ABC):
         """The side of a square that covers a share of an image."""
 
     def rows(self, rows: Tensor) -> Proposals:
-        """The same for some of the images, by int64 indices."""
+        """The proposals for some of the images, by int64 indices."""
         return type(self)(self._batch.rows(rows))
 
     def _side(self, share: float) -> int:
@@ -93,7 +93,7 @@ class Squares(Proposals):
         return min(max(self._side(share), 1), self._height, self._width)
 
     def rows(self, rows: Tensor) -> Squares:
-        """As in `Proposals.rows`, without making the ends again."""
+        """The proposals for some of the images; the ends are copied and not computed again."""
         some = copy.copy(self)
         some._batch = self._batch.rows(rows)
         some.highest, some.lowest = self.highest[rows], self.lowest[rows]

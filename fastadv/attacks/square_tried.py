@@ -15,7 +15,7 @@ from torch import Tensor
 from fastadv.attacks.square_points import WORD_BITS
 from fastadv.attacks.square_proposals import Proposals, Squares
 
-_MOST = 1 << 14  # squares of one side that a table is kept for; of more, few are drawn twice
+_MOST = 1 << 14  # largest size of a table; of more squares, few would be drawn twice
 
 
 class TriedSquares:
@@ -24,8 +24,8 @@ class TriedSquares:
     A square has the number ``place * 2**C + signs``, with places counted row by row.
 
     Args:
-        proposals: with the ends of the ball.
-        size: of a table.
+        proposals: the proposals, which have the ends of the ball.
+        size: number of entries of a table.
     """
 
     def __init__(self, proposals: Squares, size: int) -> None:
@@ -36,7 +36,7 @@ class TriedSquares:
 
     @classmethod
     def of(cls, proposals: Proposals, images: Tensor, smallest: int) -> TriedSquares | None:
-        """Tables for images [B, C, H, W]; None where none are kept.
+        """Return tables for images [B, C, H, W]; None if the tables would be too large or the norm is not linf.
 
         Args:
             proposals: the points that are tried.
@@ -52,15 +52,15 @@ class TriedSquares:
         self._table, self._sides = self._table[rows], self._sides[rows]
 
     def forget(self, rows: Tensor) -> None:
-        """These images have changed."""
+        """Drop the tables of images that have changed."""
         self._sides = self._sides.index_fill(0, rows, 0)
 
     def exhausted(self, sides: Tensor, images: Tensor) -> Tensor:
         """The images [R], as indices, all of whose squares are settled; also renews the tables that must be.
 
         Args:
-            sides: of each image's squares, [B].
-            images: as they are now, [B, C, H, W].
+            sides: side of each image's squares, [B].
+            images: the current images, [B, C, H, W].
         """
         for side in sides[self._sides != sides].unique().tolist():
             rows = ((self._sides != sides) & (sides == side)).nonzero().flatten()
@@ -69,11 +69,11 @@ class TriedSquares:
         return self._table.all(1).nonzero().flatten()
 
     def fresh(self, words: Tensor, sides: Tensor, valid: Tensor) -> Tensor:
-        """Which queries have a point that was not seen yet, [B, n] bool; of several alike the first.
+        """Return which queries have a new point, [B, n] bool; of several queries with the same point the first.
 
         Args:
-            words: of the queries, [B, n, words].
-            sides: of each image's squares, [B].
+            words: random words of the queries, [B, n, words].
+            sides: side of each image's squares, [B].
             valid: false for queries that are not to be made, [B, n].
         """
         numbers = self._numbers(words, sides[:, None])
@@ -85,7 +85,7 @@ class TriedSquares:
         return open_ & (first.gather(1, numbers) == columns)
 
     def add(self, rows: Tensor, words: Tensor, sides: Tensor) -> None:
-        """Points of some images were tried: rows [R], words [R, words]; the sides of all images [B]."""
+        """Mark points of some images as tried: rows [R], words [R, words]; the sides of all images [B]."""
         self._table[rows, self._numbers(words, sides[rows])] = True
 
     def _begin(self, rows: Tensor, side: int, images: Tensor) -> None:
@@ -116,6 +116,6 @@ class TriedSquares:
 
 
 def _squares(images: Tensor, side: int) -> int:
-    """How many squares of a side there are, with all signs of the channels."""
+    """The number of squares of a side, with all signs of the channels."""
     _, channels, height, width = images.shape
     return (height - side + 1) * (width - side + 1) << channels

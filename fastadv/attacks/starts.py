@@ -1,4 +1,4 @@
-"""Where an attack in l2 can begin beside a uniform point of the ball."""
+"""A random start in l2 that is nearer to the image than a uniform point of the ball."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def uniform_radius_start(
         x: images [B, ...].
         eps: radius, in the units of ``x``; a number or a tensor [B].
         bounds: lowest and highest allowed value.
-        seed: of the random numbers.
+        seed: seed of the random numbers.
         sample_ids: int64 [B], which numbers each sample gets; default 0 .. B-1.
 
     Returns:

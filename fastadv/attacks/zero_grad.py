@@ -11,15 +11,16 @@ from torch import Tensor
 from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.pgd import PGD, Direction
 from fastadv.losses.common import at_least_float32
+from fastadv.ops.checks import over_samples
 
 
 class ZeroGradPGD(PGD):
-    """PGD whose steps leave alone the elements of an image whose gradient is among the smallest of that image.
+    """PGD whose steps do not move the elements of an image whose gradients are among the image's smallest.
 
     Arguments as in `fastadv.PGD`.
 
     Attributes:
-        quantile: of the gradient's magnitudes in each image; elements below it do not move.
+        quantile: quantile of the gradient's magnitudes in each image; elements below it do not move.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -31,7 +32,7 @@ class ZeroGradPGD(PGD):
             batch.count(grad)
             sizes = at_least_float32(grad).abs()
             limits = torch.quantile(sizes.flatten(1), self.quantile, dim=1)
-            return torch.where(sizes < limits.view(-1, *[1] * (grad.dim() - 1)), 0.0, grad)
+            return torch.where(sizes < over_samples(limits, grad), 0.0, grad)
 
         return direction
 

@@ -1,4 +1,4 @@
-"""The command `fastadv`: train, eval, report, info and demo, one module for the options of each."""
+"""The command line `fastadv`: the program, and for each command a module that reads its options."""
 
 # PYTHON_ARGCOMPLETE_OK: argcomplete's global completion looks for this word.
 

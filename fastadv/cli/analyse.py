@@ -1,4 +1,4 @@
-"""`fastadv analyse`."""
+"""The options of `fastadv analyse`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastadv.interruption import stopped_by_signals
 
 
 def analyse(words: list[str]) -> int:
-    """Analyse models; the exit status."""
+    """Analyse models, and return the exit status."""
     parser = Parser(
         prog="fastadv analyse",
         description="Look into one or more models: their features, weights, entropies, and how their robustness "
@@ -36,7 +36,7 @@ def analyse(words: list[str]) -> int:
         + "; ".join(f"{name} ({one.title})" for name, one in ANALYSES.items())
         + ".",
     )
-    parser.add_flag("anew", "Compute analyses again that are there already.")
+    parser.add_flag("anew", "Compute also the analyses that are there already.")
     parser.add_flag("quiet", "Show no progress.")
     parser.add_function_arguments(run_analysis, skip={"models", "what", "anew", "quiet", "command"})
     spelled = words

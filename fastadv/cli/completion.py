@@ -1,4 +1,4 @@
-"""Tab completion by argcomplete: from the parsers of the commands themselves, so that it is never out of date."""
+"""Tab completion by argcomplete. It reads the parsers of the commands, so that it is never out of date."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastadv.evaluation.attack_list import usual_attacks
 from fastadv.models.registry import model_names
 from fastadv.reproduction import all_items
 
-_START = "_ARGCOMPLETE"  # set by the shell; the place of the program among the words, from 1
+_START = "_ARGCOMPLETE"  # set by the shell: the position of the program among the words, from 1
 
-# The values of options that have no type of their own; some of them take files, too.
+# The values of options whose type does not list them. Some of these options take files, too.
 _VALUES: dict[str, Callable[[], Iterable[str]]] = {
     "data": dataset_names,
     "name": dataset_names,
@@ -63,7 +63,7 @@ def offer_options(prog: str, actions: Iterable[Any]) -> NoReturn:
 
     Args:
         prog: the words that name the command.
-        actions: its parser's options. Of several with one name the first counts.
+        actions: the options of the command's parser. If several have one name, the first counts.
     """
     parser = ArgumentParser(prog=prog, add_help=False, allow_abbrev=False)
     dashed = "-" in _word_under_cursor()[2:]
@@ -71,7 +71,7 @@ def offer_options(prog: str, actions: Iterable[Any]) -> NoReturn:
     hidden: list[str] = []
     for action in actions:
         names = spellings(action) if is_flag(action) else list(action.option_strings)
-        names = [name for name in names if not name.endswith("+")]  # which would add to a list
+        names = [name for name in names if not name.endswith("+")]  # --NAME+ adds to a list
         if known & set(names):
             continue
         known |= set(names)
@@ -82,7 +82,7 @@ def offer_options(prog: str, actions: Iterable[Any]) -> NoReturn:
 
 
 def _add(parser: ArgumentParser, action: Any, names: Sequence[str]) -> None:
-    """Add to a plain parser an option that takes as many words as one of ours."""
+    """Add an option of ours to a plain parser, with the same number of words as its value."""
     if is_flag(action) or isinstance(action, _HelpAction) or action.nargs == 0:
         parser.add_argument(*names, action="store_true")
         return
@@ -110,7 +110,7 @@ def _values_of(action: Any) -> list[str] | None:
 
 
 def _kinds(hint: Any) -> Sequence[Any]:
-    """The types of a union, or the one type there is."""
+    """The types of a union; another type alone."""
     is_union = hint is not None and get_origin(hint) is not Literal and get_args(hint)
     return get_args(hint) if is_union else [hint]
 
@@ -128,10 +128,10 @@ def _word_under_cursor() -> str:
 def _hand_over(parser: ArgumentParser, hidden: Sequence[str]) -> NoReturn:
     import argcomplete
 
-    # The words that name the command are the program's name to the parser.
+    # The parser's name of the program includes the words that name the command.
     start = int(os.environ[_START]) + len(parser.prog.split()) - 1
     os.environ[_START] = str(start)
     argcomplete.autocomplete(
         parser, always_complete_options="long", exclude=hidden, exit_method=sys.exit
     )
-    sys.exit(1)  # where argcomplete has not ended the process, it has said nothing
+    sys.exit(1)  # argcomplete ends the process itself, except where it has no answer

@@ -1,4 +1,4 @@
-"""`fastadv data`."""
+"""The options of `fastadv data`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastadv.interruption import stopped_by_signals
 
 
 def data(words: list[str]) -> int:
-    """Look at the files of a data set; the exit status."""
+    """Check the files of a data set, and return the exit status."""
     parser = Parser(
         prog="fastadv data",
         description="Say where to get the files of a data set and how they must lie, check the files that are "

@@ -1,4 +1,4 @@
-"""`fastadv eval`."""
+"""The options of `fastadv eval`."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def evaluation_options(words: list[str]) -> dict[str, Any]:
 
 
 def evaluate(words: list[str]) -> int:
-    """Judge a model; the exit status."""
+    """Judge a model, and return the exit status."""
     options = evaluation_options(words)
     with stopped_by_signals("stopped before the first attack"):
         text = run_evaluation(**options, command=shlex.join(["fastadv", "eval", *words]))

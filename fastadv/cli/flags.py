@@ -1,4 +1,4 @@
-"""Options that are true or false: alone, `--quiet`, turned off, `--no_flip`, or with a value, `--flip false`."""
+"""Options that are true or false. They stand alone (`--quiet`, `--no_flip`) or have a value (`--flip false`)."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ def is_flag(action: Action) -> bool:
 
 
 def spellings(action: Action) -> list[str]:
-    """Return a flag's name in the help: the option, and the one that turns it off where it is true by default."""
+    """Return a flag's names in the help: the option, and its opposite if the flag is true by default."""
     names = list(action.option_strings)
     return [*names, *map(opposite, names)] if action.default is True else names
 
 
 def opposite(option: str) -> str:
-    """Return the option that turns a flag off: `--no_flip` of `--flip`."""
+    """Return the option that turns a flag off: `--no_flip` for `--flip`."""
     return _OFF + option.removeprefix("--")
 
 
 def turned_off(option: str) -> str:
-    """Return the flag that an option turns off, `--flip` of `--no_flip`; empty where it begins otherwise."""
+    """Return the flag that an option turns off: `--flip` for `--no_flip`; empty for any other option."""
     return f"--{option.removeprefix(_OFF)}" if option.startswith(_OFF) else ""
 
 
 def as_switch(action: Action) -> Action:
-    """Return an option as the usage shows it: a flag by the form that changes its default, without a value."""
+    """Return an option as the usage shows it. A flag is shown in the form that changes its default."""
     if not is_flag(action):
         return action
     shown = copy.copy(action)
@@ -50,7 +50,7 @@ def with_values(
     Args:
         words: the command line.
         actions: the parser's options.
-        refuse: called with the fault of a value.
+        refuse: called with a message when a value is wrong.
     """
     known = list(actions)
     flags = {option for action in known if is_flag(action) for option in action.option_strings}
@@ -77,5 +77,5 @@ def with_values(
 
 
 def _is_value(word: str, takes_words: bool) -> bool:
-    """Whether the word after a flag belongs to it: true or false, or else where nothing else can be meant."""
+    """Whether the word after a flag is its value: true or false, or any word that can be nothing else."""
     return word.lower() in TRUE + FALSE or not (word.startswith("-") or takes_words)

@@ -1,4 +1,4 @@
-"""`fastadv report`, `fastadv info` and `fastadv demo`, whose options are few."""
+"""The options of `fastadv report`, `fastadv info` and `fastadv demo`, which have few."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastadv.commands import run_report
 
 
 def report(words: list[str]) -> int:
-    """Compare results; the exit status."""
+    """Compare results, and return the exit status."""
     parser = Parser(
         prog="fastadv report",
         description="Compare the results of `fastadv eval`: print tables, and with --out write a report.",
@@ -30,7 +30,7 @@ def report(words: list[str]) -> int:
 
 
 def info(words: list[str]) -> int:
-    """Print the facts about the installation; the exit status."""
+    """Print the facts about the installation, and return the exit status."""
     import json
 
     from fastadv import info as facts_of
@@ -48,7 +48,7 @@ def info(words: list[str]) -> int:
 
 
 def demo(words: list[str]) -> int:
-    """Train and compare three models; the exit status."""
+    """Train and compare three models, and return the exit status."""
     from fastadv.demo import run_demo
 
     parser = Parser(prog="fastadv demo", description=_summary(run_demo))

@@ -1,4 +1,4 @@
-"""The command line's parser: its flags, and its messages on mistakes."""
+"""The parser that all commands use: its flags, its error messages, and the reading of words before parsing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from jsonargparse.typing import register_type
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest, nearest
+from fastadv.ops.values import did_you_mean, nearest
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
-FAILED = 2
+FAILED = 2  # exit status after an error that the user can put right
 _PROGRAM = "fastadv"
 _KINDS = {
     "int": "a whole number",
@@ -41,7 +41,7 @@ register_type(
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Keeps the paragraphs of a description, and shows flags as such."""
+    """Formats the help: the paragraphs of a description are kept, and a flag has no value."""
 
     def _format_usage(self, usage: str | None, actions: Any, *args: Any, **kwargs: Any) -> str:
         switches = [as_switch(action) for action in actions]
@@ -63,17 +63,17 @@ class HelpFormatter(DefaultHelpFormatter):
 
 
 class Parser(ArgumentParser):
-    """A parser that takes a flag with and without a value, and whose complaints are one line.
+    """A parser that takes a flag with and without a value, and whose error messages are one line.
 
     Args:
-        args: as `ArgumentParser` has them.
-        needs: the arguments that cannot be left out, with a description of each, by name without dashes. All that
-            are missing are named together.
-        kwargs: as `ArgumentParser` has them.
+        args: as for `ArgumentParser`.
+        needs: the description of each argument that cannot be left out, by its name without dashes. One message
+            names all missing arguments.
+        kwargs: as for `ArgumentParser`.
     """
 
     def __init__(self, *args: Any, needs: dict[str, str] | None = None, **kwargs: Any) -> None:
-        # jsonargparse makes one without a name for the fields of a class, of which there are schedules.
+        # For the fields of a schedule's class, jsonargparse makes a parser without a name.
         self._help = f"{kwargs['prog']} --help" if "prog" in kwargs else "--schedule.help"
         kwargs.setdefault("prog", _PROGRAM)
         kwargs.setdefault("formatter_class", HelpFormatter)
@@ -103,13 +103,13 @@ class Parser(ArgumentParser):
         return found
 
     def check_given(self, options: Any) -> None:
-        """Require the arguments of `needs`, also options that the parser itself does not require."""
+        """Require the arguments in `needs`, also options that the parser itself does not require."""
         missing = [name for name in self._needs if options[name] is None]
         if missing:
             self.error(self._missing(missing))
 
     def explain(self, option: str, text: str) -> None:
-        """Add the answer to an option that there is not, but which people type."""
+        """Add an explanation for an option that does not exist, but which people type."""
         self._explained[option] = text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -118,10 +118,10 @@ class Parser(ArgumentParser):
         self.exit(FAILED, f"{self.prog}: error: {text} (see {self._help})\n")
 
     def _in_words(self, text: str) -> str:
-        """Return jsonargparse's complaint in the words of a command line."""
+        """Return jsonargparse's message in the words of a command line."""
         text = text.replace('Parser key "', 'option "')
         if found := re.match("unrecognized arguments: (.*)", text):
-            return f"unrecognized arguments: {found[1]}{self._meant(found[1].split())}"
+            return f"unrecognized arguments: {found[1]}{self._hint(found[1].split())}"
         if found := re.match("(?:the following )?arguments are required: (.*)", text):
             return self._missing(found[1].split(", "))
         if found := re.match("Unexpected config: ?(.*)", text):
@@ -129,7 +129,7 @@ class Parser(ArgumentParser):
         if found := re.match("Option '(.*)' is not accepted", text):
             names = (option[2:].rpartition(".")[2] for option in self.options())
             known = sorted({*names} - {"help"})
-            return f"there is no option {found[1]!r}{closest(found[1], known) or _list(known)}"
+            return f"there is no option {found[1]!r}{did_you_mean(found[1], known) or _list(known)}"
         if found := re.match('(option ".*?"|argument --[a-z_.]+|--[a-z_.]+): (.*)', text):
             return found[1] + _expectation(found[2])
         return text
@@ -146,7 +146,7 @@ class Parser(ArgumentParser):
         return "; ".join([text, *explained])
 
     def __contains__(self, option: object) -> bool:
-        """Whether there is an option of that name."""
+        """Whether there is an option with this name."""
         return any(option in action.option_strings for action in self._actions)
 
     def options(self) -> Iterable[str]:
@@ -156,11 +156,11 @@ class Parser(ArgumentParser):
             yield from (name for name in names if name.startswith("--"))
 
     def _spelled(self, name: str) -> str:
-        """The name of an argument as it stands on the command line."""
+        """The name of an argument on the command line: an option has dashes, another argument capitals."""
         return f"--{name}" if f"--{name}" in self else name.upper()
 
-    def _meant(self, words: Sequence[str]) -> str:
-        """The option that was probably meant by the first of some words that is an option."""
+    def _hint(self, words: Sequence[str]) -> str:
+        """The end of a message about unknown words: an explanation or a similar name for the first option."""
         options = [word.partition("=")[0] for word in words if word.startswith("--")]
         if options and options[0] in self._explained:
             return f"; {self._explained[options[0]]}"
@@ -168,11 +168,11 @@ class Parser(ArgumentParser):
 
 
 def closest_option(option: str, known: Iterable[str]) -> str:
-    """Return the end of a message about an unknown option, as `closest` does; the dashes count little.
+    """Return the end of a message about an unknown option: a similar option. The leading dashes are not compared.
 
     Args:
-        option: with its dashes.
-        known: the options that there are, with theirs.
+        option: the unknown option, with its dashes.
+        known: the existing options, with their dashes.
     """
     names = [name.removeprefix("--") for name in known]
     meant = nearest(option.removeprefix("--"), names, SYNONYMS)
@@ -184,31 +184,37 @@ def _list(known: Sequence[str]) -> str:
 
 
 def _expectation(text: str) -> str:
-    """Return the allowed values, by jsonargparse's message; the message itself if it is not understood."""
+    """Return the allowed values that jsonargparse's message names; the message itself if it is not understood."""
     if "import path" in text.lower() and (
         found := re.search(r"(?:string: |Import path )(\S+)", text)
     ):
         names = schedule_names()
-        return f" must be one of {', '.join(names)}, got {found[1]!r}{closest(found[1], names)}"
+        return (
+            f" must be one of {', '.join(names)}, got {found[1]!r}{did_you_mean(found[1], names)}"
+        )
     if found := re.match(r"Does not validate against any of the Union.*?Errors: - (.*)", text):
         errors, _, value = found[1].partition(" Given value type:")
         value = value.partition("Given value: ")[2]
         kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
         kinds += ["null"] if value.lower() == "none" and "<class 'NoneType'>" in errors else []
         kinds = [kind for kind in kinds if kind]
-        hint = closest(value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors))))
+        hint = did_you_mean(
+            value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors)))
+        )
         return f" must be {' or '.join(kinds)}, got {value!r}{hint}" if kinds else f": {text}"
     if found := re.match(r"Expected a (.*)\. Got value: (.*)", text):
         kind = _kind(text)
         words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []
         return (
-            f" must be {kind}, got {found[2]!r}{closest(found[2], words)}" if kind else f": {text}"
+            f" must be {kind}, got {found[2]!r}{did_you_mean(found[2], words)}"
+            if kind
+            else f": {text}"
         )
     return f": {text.removeprefix('Not of type Number: ')}"
 
 
 def _kind(error: str) -> str:
-    """The values that one of several types expects; empty for None, which nobody can type."""
+    """The values that a type expects, by its message; empty for None, which nobody can type."""
     if found := re.match(r"Expected a typing\.Literal\[(.*?)\]", error):
         return "one of " + found[1].replace("'", "")
     if found := re.match("Expected a <class '(.*?)'>", error):
@@ -221,7 +227,7 @@ def with_lists(words: Sequence[str], option: str) -> list[str]:
 
     Args:
         words: a command line.
-        option: the option. Words after it that are no numbers stay where they are.
+        option: the option. Words after it that are not numbers stay where they are.
     """
     spelled: list[str] = []
     rest = list(words)
@@ -262,11 +268,11 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
     """Return the values of some options on a command line, before a parser has read it.
 
     Args:
-        words: the command line, of which configs are read, too. The last word on an option counts.
-        names: the options.
+        words: the command line. The configs that it names are read, too. The last value of an option counts.
+        names: names of the options, without dashes.
 
     Returns:
-        The text of each option that is given, "true" for one without a value; from configs YAML's values.
+        The value of each given option: its text, "true" if it has no value, and for configs the value in YAML.
     """
     found: dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""], strict=False):
@@ -284,7 +290,7 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
 
 
 def _content_of(config: str) -> dict[str, Any]:
-    """The entries of a config, a file or YAML; one that cannot be read is for the parser to complain about."""
+    """The entries of a config, a file or YAML; empty if it cannot be read, which the parser reports later."""
     try:
         is_file = not config.lstrip().startswith("{") and Path(config).is_file()
         text = Path(config).read_text(encoding="utf-8") if is_file else config
@@ -295,6 +301,6 @@ def _content_of(config: str) -> dict[str, Any]:
 
 
 def complain(text: str) -> int:
-    """Print the error; the exit status."""
+    """Print an error message, and return the exit status."""
     print(f"{_PROGRAM}: error: {text}", file=sys.stderr)
     return FAILED

@@ -1,8 +1,8 @@
-"""The program `fastadv`: which command is meant, and how its errors are shown.
+"""The program `fastadv`: it finds the command, runs it, and shows its errors.
 
-The commands are told apart here and not by jsonargparse's subcommands. Those need the parsers of all commands and
-methods for each call, some fifty of them at a tenth of a second each. They could not make the defaults of a method
-follow from its other options, nor share the words of a sweep out to three parsers.
+jsonargparse's subcommands are not used. They need the parsers of all commands and methods for each call: about
+fifty parsers, at a tenth of a second each. With them the defaults of a method could not follow from its other
+options, and the words of a sweep could not be divided among three parsers.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fastadv.cli.train import train
 from fastadv.cli.transfer import transfer
 from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.interruption import Interrupted
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers import method_names
 
 _PROGRAM = "fastadv"
-# Errors that a person can put right. Anything else is a fault of ours and ends in a traceback.
+# Errors that the user can put right. Any other error is a defect of fastadv and ends in a traceback.
 _USER_ERRORS = (ValueError, TypeError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
@@ -52,11 +52,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program.
 
     Args:
-        arguments: the command line without the program's name; by default the process's own.
+        arguments: the command line without the program's name; by default the words of this process.
 
     Returns:
-        The exit status: 0; 2 for something the user can put right; 128 + number after a signal, such as 130
-        after Ctrl-C.
+        The exit status: 0 after success; 2 after an error that the user can put right; 128 and the signal's number
+        after a signal, such as 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout is not None:
                 sys.stdout.flush()
     except BrokenPipeError:
-        # The reader, such as `head`, has seen enough. Python would complain once more when it ends.
+        # The reader, such as `head`, has closed the pipe. Python would print the error again when it ends.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
         return 0
 
@@ -107,15 +107,15 @@ def _run(words: list[str]) -> int:
 
 
 def _unknown(word: str) -> str:
-    """The message on a command that does not exist."""
+    """The message about a command that does not exist."""
     text = f"unknown command {word!r}; there are {', '.join(_COMMANDS)}"
     if word.lower().replace("-", "_") in method_names():
         return f"{text}; did you mean 'train {word}'?"
-    return text + closest(word, [*_COMMANDS, "--help", "--version"])
+    return text + did_you_mean(word, [*_COMMANDS, "--help", "--version"])
 
 
 def _option(word: str) -> str:
-    """Take --max-examples for --max_examples, and --run-dir for --run, which torchrun would take for its own.
+    """Read --max-examples as --max_examples, and --run-dir as --run, which torchrun would take for its own option.
 
     In `--out=~/results` a shell leaves the ~ as it is.
     """

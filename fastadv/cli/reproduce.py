@@ -1,4 +1,4 @@
-"""`fastadv reproduce`."""
+"""The options of `fastadv reproduce`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastadv.interruption import stopped_by_signals
 
 
 def reproduce(words: list[str]) -> int:
-    """Reproduce a table or a figure of a paper; the exit status."""
+    """Reproduce a table or a figure of a paper, and return the exit status."""
     parser = Parser(
         prog="fastadv reproduce",
         description="Reproduce a table or a figure of the papers of ARREST, VFD-Adv, AFS and ACT: train what is "

@@ -1,4 +1,4 @@
-"""The options of a run that goes on: the ones it was begun with, from its directory."""
+"""The options of a run that goes on. They are read from its directory, as it was begun with them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ CONFIG_FILE = "config.yaml"
 def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
     """Return the content of a config that begins the run anew.
 
-    The recipe, the model and the data are those of `run.json`; how the run is kept and shown is in `config.yaml`,
-    of which nothing else is taken but the names of the frozen models' networks. Nothing that the directory says is
-    imported. The frozen models themselves are not named, as the run has copies of them.
+    The recipe, the model and the data are read from `run.json`. The settings of saving and printing, and the names
+    of the frozen models' networks, are read from `config.yaml`. No code that the directory names is imported. The
+    frozen models themselves are not named, as the run has copies of them.
 
     Args:
-        run_dir: the run.
-        method: how it is to go on.
+        run_dir: the run's directory.
+        method: the method by which it goes on.
 
     Raises:
-        CheckpointError: when `run.json` is damaged.
-        ValueError: when the run was begun by another method, or in a way that the command line has no options for.
+        CheckpointError: if `run.json` is damaged.
+        ValueError: if the run was begun by another method, or in a way for which the command line has no options.
     """
     run = RunDirectory(run_dir)
     recorded = run.read()
@@ -65,10 +65,10 @@ def saved_options(run_dir: str, method: MethodClass) -> dict[str, Any]:
 
 
 def check_method_known(run_dir: str, name: str) -> None:
-    """Check that a run in a directory was not begun by a method of the user's own that is called so.
+    """Check that the run in a directory was not begun by a user's own method with this name.
 
     Raises:
-        ValueError: if it was; the message says how to name it, as its code runs only then.
+        ValueError: if it was. The message says how to name the method: its code runs only if the user names it.
     """
     run = RunDirectory(run_dir)
     if run.exists and run.read().method == name:
@@ -96,7 +96,7 @@ def check_model_known(run_dir: str) -> None:
 
 def as_config(options: dict[str, Any]) -> str:
     """Write options as a config that can stand on a command line."""
-    return json.dumps(options)  # which is YAML, too, and keeps every number
+    return json.dumps(options)  # JSON is YAML, too, and keeps every number
 
 
 def _as_option(value: Any) -> Any:
@@ -108,9 +108,9 @@ def _as_option(value: Any) -> Any:
 
 
 def _is_known(value: Any) -> bool:
-    """Whether a recorded value can be an option: a class must be one of this package's schedules.
+    """Whether a recorded value can be an option.
 
-    A further network that stands for code has no name.
+    A class must be one of this package's schedules. A network must not be named by code.
     """
     if isinstance(value, str):
         return not names_code(value)
@@ -118,13 +118,13 @@ def _is_known(value: Any) -> bool:
 
 
 def saved_teachers(run_dir: str | Path) -> list[str] | None:
-    """Return where the frozen models of a run came from, to be recorded further; the run has its own copies."""
+    """Return the sources of a run's frozen models, for its record; the run itself has copies of the models."""
     given = _read_config(Path(run_dir) / CONFIG_FILE).get("teacher")
     return given if isinstance(given, list) and all(isinstance(one, str) for one in given) else None
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """How the run is kept and shown; nothing where there is no such file, as with a run begun in Python."""
+    """The settings of saving and printing in a config; empty if there is no file, as for a run begun in Python."""
     content = _read_config(file)
     names = {*(f.name for f in fields(Settings)), "device", "extra", "workers"}
     networks = content.get("teacher_model")

@@ -1,4 +1,4 @@
-"""`fastadv sweep`: its own options, and those of `fastadv train` and `fastadv eval` that it hands on."""
+"""The options of `fastadv sweep`: its own, and the options for `fastadv train` and `fastadv eval`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from fastadv.trainers import find_method, method_names
 from fastadv.trainers.methods import command_name
 
 _EVAL = "--eval_"
+# Options of `fastadv eval` that need no prefix, as `fastadv train` has none of this name.
 _NOT_PREFIXED = ("attacks", "max_examples")
-_OWN = ("grid", "out", "beside", "dry_run", "json", *(field.name for field in fields(Launch)))
-_ITS_OWN = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
+_SWEEP_OPTIONS = ("grid", "out", "beside", "dry_run", "json", *(f.name for f in fields(Launch)))
+# Options of `fastadv train` that the sweep itself sets for each run.
+_SET_BY_SWEEP = ("run", "resume", "overwrite", "allow_changes", "from_checkpoint")
 _OWN_FILE = (
     "its results have a file of their own, which no sweep reads; run `fastadv eval` after it"
 )
+# Options of `fastadv eval` that a sweep refuses, and why.
 _NOT_JUDGED = {
     "out": "a sweep keeps the results in its runs' directories",
     "network": _OWN_FILE,
@@ -37,7 +40,7 @@ _NOT_JUDGED = {
 
 
 def sweep(words: list[str]) -> int:
-    """Train, judge and compare a method over a grid; the exit status."""
+    """Train, judge and compare a method over a grid, and return the exit status."""
     if is_completing() and not words:
         offer("fastadv sweep", method_names())
     if not words or words[0].startswith("-"):
@@ -53,7 +56,7 @@ def sweep(words: list[str]) -> int:
         _offer(own_parser, training_parser(method))
     _check_names(training, own_parser, training_parser(method))
     options = own_parser.parse_args(own)
-    for name, value in given_options(training, _ITS_OWN).items():
+    for name, value in given_options(training, _SET_BY_SWEEP).items():
         raise ValueError(
             f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
         )
@@ -67,22 +70,14 @@ def sweep(words: list[str]) -> int:
             raise ValueError(f"{name} must be in the grid or an option, not both, got {value!r}")
     plan = Plan(Path(options.out), command_name(method), tuple(training), tuple(evaluation), grid)
     plan = _checked(plan, given)
-    launch = Launch(
-        **{
-            field.name: getattr(options, field.name)
-            for field in fields(Launch)
-            if field.name != "slurm"
-        },
-        slurm=tuple(options.slurm),
-    )
+    launching = {field.name: getattr(options, field.name) for field in fields(Launch)}
+    launch = Launch(**{**launching, "slurm": tuple(options.slurm)})
     quiet = given_options(training, ("quiet",)).get("quiet", "false").lower() not in FALSE
     with stopped_by_signals("stopped; the same command goes on"):
         result = run_sweep(
             plan, launch, beside=options.beside, dry_run=options.dry_run, quiet=quiet
         )
-    print(
-        as_json(result.content) if options.json else result.text, end="" if options.json else "\n"
-    )
+    print(as_json(result.content) if options.json else f"{result.text}\n", end="")
     return FAILED if result.failures else 0
 
 
@@ -133,7 +128,7 @@ def _parser(method: str) -> Parser:
 
 
 def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
-    """The words of the sweep itself, of `fastadv train` and of `fastadv eval`."""
+    """The words for the sweep itself, for `fastadv train` and for `fastadv eval`."""
     own: list[str] = []
     training: list[str] = []
     evaluation: list[str] = []
@@ -141,7 +136,7 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
     for word in words:
         if word.startswith("-") and not _is_negative(word):
             name = word.lstrip("-").partition("=")[0]
-            if name in _OWN or name in ("h", "help"):
+            if name in _SWEEP_OPTIONS or name in ("h", "help"):
                 target = own
             elif name in _NOT_PREFIXED:
                 target = evaluation
@@ -154,7 +149,7 @@ def _sorted(words: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
 
 
 def _offer(own: Parser, training: Parser) -> None:
-    """Complete a word: with the options of the sweep, of `fastadv train`, and of `fastadv eval`."""
+    """Complete a word by the options of the sweep, of `fastadv train` and of `fastadv eval`."""
     judging = []
     for action in evaluation_parser()._actions:
         if action.option_strings and action.dest not in ("help", "config", "print_config"):
@@ -167,7 +162,10 @@ def _offer(own: Parser, training: Parser) -> None:
 
 
 def _check_names(words: Sequence[str], own: Parser, training: Parser) -> None:
-    """Refuse an option that neither the sweep nor `fastadv train` has, before the sweep's own are missed."""
+    """Refuse an option that neither the sweep nor `fastadv train` has.
+
+    This comes first: a misspelled option is often the reason why a required one is missing.
+    """
     known = [option for parser in (own, training) for option in parser.options()]
     for word in words:
         option = word.partition("=")[0]
@@ -181,7 +179,7 @@ def _is_negative(word: str) -> bool:
 
 
 def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
-    """The plan with its seeds, once the options of every run and of the evaluation are known to be right."""
+    """Check the options of every run and of the evaluation, and return the plan with its seeds."""
     method = find_method(plan.method)
     _check_evaluation(plan.evaluation)
     if not plan.grid.seeds:
@@ -198,7 +196,7 @@ def _checked(plan: Plan, given: Mapping[str, str]) -> Plan:
 def _check_evaluation(words: Sequence[str]) -> None:
     """Refuse options of the evaluation that are wrong, or whose results the sweep would not find."""
     usual, chosen = evaluation_options(["RUN"]), evaluation_options(["RUN", *words])
-    parse_attacks(chosen["attacks"], 8 / 255, chosen["alpha"])  # of which the radius is no matter
+    parse_attacks(chosen["attacks"], 8 / 255, chosen["alpha"])  # any radius will do here
     for name, reason in _NOT_JUDGED.items():
         if chosen[name] != usual[name]:
             raise ValueError(f"eval_{name} must be left out, as {reason}, got {chosen[name]!r}")

@@ -1,4 +1,4 @@
-"""`fastadv train`: its options, whose defaults follow from the method and the preset."""
+"""The options of `fastadv train`, whose defaults follow from the method and the preset."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _TRAINING_OPTIONS = (
 
 
 def train(words: list[str]) -> int:
-    """Train a model; the exit status."""
+    """Train a model, and return the exit status."""
     if is_completing() and not words:
         offer("fastadv train", method_names())
     if not words or words[0].startswith("-"):
@@ -87,7 +87,8 @@ def train(words: list[str]) -> int:
         )
     except Interrupted as stop:
         if is_first():
-            print(f"fastadv: {stop}\ngo on: {_go_on(method, chosen.run)}", file=sys.stderr)
+            command = _resuming_command(method, chosen.run)
+            print(f"fastadv: {stop}\ngo on: {command}", file=sys.stderr)
         return stop.code
     if is_first():
         print(f"trained: {result.checkpoint}")
@@ -106,8 +107,8 @@ def check_training(method: MethodClass, words: Sequence[str]) -> Recipe:
         The recipe that they make.
 
     Raises:
-        ValueError: when a number is out of range, or would have no effect.
-        SystemExit: when the parser refuses them.
+        ValueError: if a number is out of range, or would have no effect.
+        SystemExit: if the parser refuses the options.
     """
     parser = training_parser(method, _deciding(method, words))
     chosen = parser.instantiate(parser.parse_args(words))
@@ -117,7 +118,7 @@ def check_training(method: MethodClass, words: Sequence[str]) -> Recipe:
 
 
 def _method(name: str, words: Sequence[str]) -> MethodClass:
-    """The method of a name; a run that was begun by one of the user's own says how to name it."""
+    """The method with this name. If the run was begun by a user's own method, an error says how to name it."""
     if ":" not in name and name.lower().replace("-", "_") not in method_names():
         run = given_options(words, ("run",)).get("run")
         if run is not None:
@@ -125,7 +126,7 @@ def _method(name: str, words: Sequence[str]) -> MethodClass:
     return find_method(name)
 
 
-def _go_on(method: MethodClass, run: str) -> str:
+def _resuming_command(method: MethodClass, run: str) -> str:
     """The command that goes on with a run."""
     alone = launch() is None
     program, option = ("fastadv", "run") if alone else ("torchrun ... -m fastadv", "run-dir")
@@ -145,10 +146,10 @@ def training_parser(
     given = {k: v for k, v in settings.items() if k not in ("preset", "data")}
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
-    recipe_class.preset(preset)  # complains of an unknown one
+    recipe_class.preset(preset)  # raises for an unknown preset
     start = recipe_class.beginning(preset, given)
     if str(settings.get("data")).startswith(FOLDER):
-        start = {**start, "pad": 0}  # there the random crops are the data's own
+        start = {**start, "pad": 0}  # a folder's data set makes its own random crops
     parser = Parser(
         prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
@@ -188,7 +189,10 @@ def training_parser(
 
 
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
-    """The values, in words and configs, of the preset, the recipe's flags and the fields that decide on others."""
+    """The given values of the options from which the defaults of other options follow.
+
+    These are the preset, the data, the epochs, the recipe's flags and its deciding fields.
+    """
     recipe_class = method.recipe_class
     flags = {f.name for f in fields(recipe_class) if isinstance(f.default, bool)}
     names = ("preset", "data", "epochs", *recipe_class.deciders(), *flags)
@@ -202,7 +206,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _number(text: str) -> Any:
-    """The parser's value of a number, which may be written +40, 4_0 or 0x28; another word unchanged."""
+    """The parser's value of a number, which may be written +40, 4_0 or 0x28; any other word unchanged."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
@@ -210,7 +214,7 @@ def _number(text: str) -> Any:
 
 
 def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
-    """The recipe as far as it is known; the method's own where something is wrong, which the parser then tells."""
+    """The recipe as far as it is known; the default recipe if a number is wrong, which the parser reports."""
     known = {f.name for f in fields(recipe_class)} - {"epochs", "schedule"}
     try:
         return recipe_class(**{name: value for name, value in numbers.items() if name in known})
@@ -219,7 +223,7 @@ def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
 
 
 def _needs(method: MethodClass, recipe: Recipe) -> dict[str, str]:
-    """The arguments that cannot be left out, with descriptions; also those that only the training would miss."""
+    """The description of each argument that cannot be left out, also if only the training itself needs it."""
     needs = {
         "data": f"one of {', '.join(dataset_names())}, or folder:PATH",
         "run": "a directory for everything the run leaves",
@@ -232,7 +236,7 @@ def _needs(method: MethodClass, recipe: Recipe) -> dict[str, str]:
 
 
 def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
-    """The options of the run that the command line asks to go on with; the command line's own come after them."""
+    """The saved options of the run that goes on, as words that come before the words of the command line."""
     given = given_options(words, ("run", "resume", "from_checkpoint", "model"))
     run = given.get("run")
     if run is None or not RunDirectory(str(run)).exists or {"-h", "--help"} & set(words):
@@ -266,7 +270,7 @@ def _asks_for_schedules(words: Sequence[str]) -> bool:
 
 
 def _schedules_overview() -> str:
-    """The schedules, each with its options and the numbers that these have where they are not given."""
+    """The schedules as text, each with its options and their defaults."""
     width = max(map(len, schedule_names()))
     lines = []
     for name in schedule_names():
@@ -289,7 +293,7 @@ def _schedules_overview() -> str:
 
 
 def _as_word(value: object) -> str:
-    """A number, or several, as the command line takes them."""
+    """A number, or several, as the command line takes it."""
     if isinstance(value, tuple):
         return f"[{','.join(map(str, value))}]"
     return "null" if value is None else str(value)
@@ -309,10 +313,10 @@ def _attribute_docs(kind: type[Any]) -> dict[str, str]:
 
 
 def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None) -> str:
-    """All options as a config, without the options to be given each time anew and the preset, now resolved."""
+    """All options as a config, except the preset, which is resolved, and options that hold for one call only."""
     kept = options.clone()
     kept.teacher = kept.teacher or teachers
-    for name in ("root", "extra"):  # for a config that is used elsewhere
+    for name in ("root", "extra"):  # the config may be used in another folder
         if kept[name] is not None:
             kept[name] = str(Path(kept[name]).resolve())
     for name in ("config", "preset", "from_checkpoint", *(f.name for f in fields(Flags))):

@@ -1,4 +1,4 @@
-"""`fastadv transfer`."""
+"""The options of `fastadv transfer`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fastadv.commands.transfer import run_transfer
 
 
 def transfer(words: list[str]) -> int:
-    """Let models judge each other's adversarial images; the exit status."""
+    """Let models judge each other's adversarial images, and return the exit status."""
     parser = Parser(
         prog="fastadv transfer",
         description="Make adversarial images on each of several models, and measure the accuracy of all the "

@@ -1,4 +1,4 @@
-"""The chosen analyses of one model after another, each kept as soon as it is done."""
+"""Running the chosen analyses on one model after another. Each result is saved as soon as it is done."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Analyser:
 
     Attributes:
         chosen: the analyses.
-        settings: of all of them.
-        samples: the images, where one needs some.
-        train: the training set, likewise.
-        teacher: the standard model, likewise.
+        settings: the settings of all analyses.
+        samples: the images; None if no analysis needs them.
+        train: the training set; None if no analysis needs it.
+        teacher: the standard model; None if no analysis needs it.
         command: the command line.
-        anew: whether to compute analyses again that are there.
+        anew: whether to compute also the analyses that are there.
         quiet: whether to show no progress.
-        missing: why no picture was drawn; empty where there was no obstacle.
+        missing: why no picture was drawn; empty if nothing prevented it.
     """
 
     chosen: Sequence[Analysis]
@@ -55,7 +55,7 @@ class Analyser:
         self._train_images = "" if self.train is None else self.train.fingerprint()
 
     def analyse(self, name: str, judged: JudgedModel, folder: Path) -> list[AnalysisRecord]:
-        """Analyse one model; finished analyses are read, and each new record is kept at once."""
+        """Analyse one model. Finished analyses are read, and each new record is saved at once."""
         weights = digest_of(judged.model.state_dict())
         found = []
         for analysis in self.chosen:
@@ -78,7 +78,7 @@ class Analyser:
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 record = replace(record, measured=measured, date=now)
                 record.save(folder)
-            self._draw(name, record, folder)
+            self._draw_pictures(name, record, folder)
             found.append(record)
         return found
 
@@ -89,7 +89,7 @@ class Analyser:
             samples, images = self.samples, self._images
         elif "train" in analysis.needs:
             samples, images = self.train, self._train_images
-        parameters = judged.model.parameters()
+        parameters = list(judged.model.parameters())
         subject = Subject(
             run=judged.name,
             method=judged.method,
@@ -100,20 +100,19 @@ class Analyser:
             images=images,
             parameters=sum(parameter.numel() for parameter in parameters),
         )
-        device = next((str(p.device) for p in judged.model.parameters()), "cpu")
         return AnalysisRecord(
             Measured(analysis.name, (), ()),
             subject,
             0 if samples is None else len(samples),
-            {name: _plain(getattr(self.settings, name)) for name in analysis.uses},
+            {name: _as_json_type(getattr(self.settings, name)) for name in analysis.uses},
             self._teacher_digest if "teacher" in analysis.needs else "",
             library_versions("fastadv", "torch", *analysis.libraries),
-            device,
+            str(parameters[0].device) if parameters else "cpu",
             self.command,
         )
 
-    def _draw(self, name: str, record: AnalysisRecord, folder: Path) -> None:
-        """Draw a record's own picture, unless it is there or matplotlib is not."""
+    def _draw_pictures(self, name: str, record: AnalysisRecord, folder: Path) -> None:
+        """Draw the missing pictures of one record. Without matplotlib, note why they are missing."""
         files = {".png": lambda: picture_of({name: record.measured}, title=name)}
         if record.measured.originals is not None:
             files["_images.png"] = lambda: images_of(record.measured) or b""
@@ -131,5 +130,5 @@ class Analyser:
             print(f"analyse: {text}", file=sys.stderr)
 
 
-def _plain(value: Any) -> Any:
+def _as_json_type(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value

@@ -32,7 +32,7 @@ from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import RunDirectory
 
-_SHORT = 25  # rows of a table that is printed whole
+_SHORT = 25  # a table with at most this number of rows is printed whole
 _LISTS = frozenset(("radii", "step_counts", "extractor_eps"))
 
 
@@ -82,7 +82,7 @@ def run_analysis(
         checkpoint: which checkpoint of the runs to analyse: latest, best, or a name such as step_000391.
         model: the network of all models that are files of weights: a name such as resnet18, timm:NAME, or
             module:function, whose code then runs.
-        data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
+        data: the images; `fastadv eval` takes the same names. By default the data set of the runs.
         train_data: the training set, for entropy and random-labels: digits, cifar10 or cifar100, a .npz file,
             folder:PATH or hf:NAME:SPLIT. By default the training images of the data set by name.
         root: folder that holds the files of cifar10 or cifar100; by default the folder of the first run.
@@ -111,7 +111,7 @@ def run_analysis(
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         out: folder for numbers and pictures of all models together. Each model's own lie in the folder analyses
             of its run in any case.
-        anew: compute analyses again that are there already.
+        anew: compute also the analyses that are there already.
         json: print the numbers of all models as one JSON document in place of the text.
         quiet: show no progress.
         command: the command line, for the record.
@@ -126,30 +126,27 @@ def run_analysis(
     where, reading = choose_device(device), Reading(resize, crop, interpolation, workers)
     paths = distinct_paths(models)
     names = distinct_names(paths)
-    images: Images | None = None
-    others = [path for path in [*paths, *([teacher] if teacher else [])] if not Path(path).is_dir()]
+    every_path = paths if teacher is None else [*paths, teacher]
+    not_runs = [path for path in every_path if not Path(path).is_dir()]
+    reads_data = bool(needed & {"images", "train"} or not_runs)
     used = {"max_examples": "images" in needed}
-    used |= dict.fromkeys(
-        ("data", "root", *Reading().__dict__), bool(needed & {"images", "train"} or others)
-    )
+    used |= dict.fromkeys(("data", "root", *Reading().__dict__), reads_data)
     used["checkpoint"] = any(Path(path).is_dir() for path in paths)
     given = {"checkpoint": None if checkpoint == LATEST else checkpoint, "data": data, "root": root}
     _check_used(used, {"max_examples": max_examples, **given, **reading.given()}, chosen)
     for path in paths:
-        if Path(path).is_dir():  # a folder that is no run is told as such
+        if Path(path).is_dir():  # a folder without a run gets its own error message here
             find_checkpoint(RunDirectory(path).path, checkpoint)
-    if "images" in needed or others:
+    images: Images | None = None
+    if "images" in needed or not_runs:
         images = images_of_models(paths, data, root, reading)
     train = _training_set(paths, data, root, train_data, reading) if "train" in needed else None
     standard: nn.Module | None = None
     if teacher is not None:
         assert images is not None
-        standard = model_by_word(
-            teacher, teacher_model, images, "teacher", "teacher_model"
-        ).model.to(where)
-    samples = None
-    if "images" in needed:
-        samples = as_samples(images, (0.0, 1.0), max_examples)
+        named = model_by_word(teacher, teacher_model, images, "teacher", "teacher_model")
+        standard = named.model.to(where)
+    samples = as_samples(images, (0.0, 1.0), max_examples) if "images" in needed else None
     train_samples = None if train is None else as_samples(train, (0.0, 1.0), train_examples)
     of_runs = None if any(Path(path).is_file() for path in paths) else model
     loaded = [_load(path, checkpoint, of_runs, model, images) for path in paths]
@@ -163,7 +160,7 @@ def run_analysis(
         folder = analyses_folder(one.results)
         records[name] = common.analyse(name, replace(one, model=one.model.to(where)), folder)
         folders.append(folder)
-        one.model.cpu()  # out of the way of the next
+        one.model.cpu()  # frees the memory of the device for the next model
     groups = grouped(records)
     missing = [common.missing]
     if out is not None:
@@ -171,12 +168,22 @@ def run_analysis(
     obstacles = list(dict.fromkeys(filter(None, missing)))
     if json:
         return as_json(_document(records, folders, out, obstacles))
-    text = "\n\n".join(_told(group) for group in groups)
+    return _as_text(groups, folders, out, obstacles)
+
+
+def _as_text(
+    groups: Sequence[AnalysisGroup],
+    folders: Sequence[Path],
+    out: str | None,
+    obstacles: Sequence[str],
+) -> str:
+    """The numbers that matter most, the folders with all numbers, and why pictures are missing."""
+    text = "\n\n".join(_group_text(group) for group in groups)
     text += "\n\nnumbers and pictures: " + ", ".join(map(str, dict.fromkeys(folders)))
     if out is not None:
         text += f"\nof all models together: {out}"
-    for line in obstacles:
-        text += f"\nno picture was drawn: {line}"
+    for obstacle in obstacles:
+        text += f"\nno picture was drawn: {obstacle}"
     return text + "\n"
 
 
@@ -196,7 +203,7 @@ def _document(
 
 
 def _settings(chosen: Sequence[Analysis], options: dict[str, Any], seed: int) -> AnalysisSettings:
-    """The settings that were given; the seed, which has a default, is taken where it is used."""
+    """The given settings. The seed, which has a default, is among them if an analysis uses it."""
     names = AnalysisSettings.__dataclass_fields__
     given = {n: options[n] for n in names if n != "seed" and options[n] is not None}
     for name in _LISTS & given.keys():
@@ -214,12 +221,12 @@ def _check_options(
     train_data: str | None,
     train_examples: int | None,
 ) -> None:
-    """Refuse options that no chosen analysis takes, and name missing ones, before anything is loaded."""
+    """Refuse options that no chosen analysis takes, and missing options, before anything is loaded."""
     names = ", ".join(analysis.name for analysis in chosen)
     if "teacher" in needed and teacher is None:
         raise ValueError(
-            "teacher must be given with cosine: --teacher STD, the standard model, with whose features those of "
-            "the model are compared"
+            "teacher must be given with cosine: --teacher STD, the standard model, with whose features the "
+            "features of the model are compared"
         )
     if teacher is None and teacher_model is not None:
         raise ValueError(f"teacher_model must come with teacher, got {teacher_model!r}")
@@ -266,7 +273,7 @@ def _training_set(
     train_data: str | None,
     reading: Reading,
 ) -> Any:
-    """The training images: those asked for, else those of the data set by name."""
+    """The training images: `train_data` if it is given, else the training images of the data set by name."""
     if train_data is not None and train_data not in dataset_names():
         return images_named(train_data, None, reading)
     runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
@@ -279,29 +286,35 @@ def _training_set(
     return load_dataset(name, root or (folder if name == recorded else None)).train
 
 
-def _told(group: AnalysisGroup) -> str:
-    """An analysis as text: its numbers where they are few, else the ones that matter most."""
+def _group_text(group: AnalysisGroup) -> str:
+    """An analysis as text: its summary, all its numbers if they are few, and its notes."""
     lines = [line for line in (group.title, group.settings) if line]
-    rows = group.rows()
+    rows, notes = group.rows(), group.notes()
     parts = ["\n".join(lines), aligned(group.summary())]
     if len(rows) <= _SHORT:
         parts.append(aligned([[number_text(cell) for cell in row] for row in rows]))
-    return "\n\n".join(parts + ["\n".join(group.notes())] * bool(group.notes()))
+    if notes:
+        parts.append("\n".join(notes))
+    return "\n\n".join(parts)
 
 
-def _alone(found: Mapping[str, Measured]) -> str:
-    """The name of a model that has a picture to itself; else the legend has the names."""
+def _picture_title(found: Mapping[str, Measured]) -> str:
+    """The model's name, if the picture shows one model; else empty, as the legend has the names."""
     return next(iter(found)) if len(found) == 1 else ""
 
 
 def _write_together(group: AnalysisGroup, folder: Path) -> str:
-    """Write the numbers and the pictures of all models of a group; why no picture could be drawn."""
+    """Write the numbers and the pictures of all models of a group.
+
+    Returns:
+        Why no picture could be drawn; empty if nothing prevented it.
+    """
     write_atomically(folder / f"{group.stem}.csv", group.to_csv())
     try:
         for number, found in enumerate(group.pictured, 1):
             last = f"_{number}" if len(group.pictured) > 1 else ""
             write_atomically(
-                folder / f"{group.stem}{last}.png", picture_of(found, title=_alone(found))
+                folder / f"{group.stem}{last}.png", picture_of(found, title=_picture_title(found))
             )
         for number, one in enumerate(group.found.values(), 1):
             if (picture := images_of(one)) is not None:

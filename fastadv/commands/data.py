@@ -24,7 +24,7 @@ class DataResult:
     """The state of a data set's files.
 
     Attributes:
-        text: for people, or one JSON document.
+        text: the text to print: sentences, or one JSON document.
         is_good: whether the data set can be used.
     """
 
@@ -74,7 +74,7 @@ def run_data(
             download_cifar(layout, folder, url, on_bytes)
     state = inspect_cifar(layout, folder)
     return DataResult(
-        _document(layout, state) if json else _told(layout, state, root), state.is_good
+        _document(layout, state) if json else _as_text(layout, state, root), state.is_good
     )
 
 
@@ -103,7 +103,7 @@ def _document(layout: CifarLayout, state: SourceState | None) -> str:
     return as_json({**content, "good": state.is_good, **found})
 
 
-def _told(layout: CifarLayout, state: SourceState, root: str) -> str:
+def _as_text(layout: CifarLayout, state: SourceState, root: str) -> str:
     """The findings, one per line."""
     if state.folder is None:
         return "\n".join([*state.problems, _how_to_download(layout, root)]) + "\n"
@@ -127,7 +127,7 @@ def _how_to_download(layout: CifarLayout, root: str) -> str:
 
 @contextmanager
 def _bar(label: str, enabled: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of bytes, on a terminal."""
+    """A progress bar of bytes, if standard error is a terminal; it is advanced by the function that is yielded."""
     if not enabled or not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""The output of commands for scripts: one JSON document."""
+"""The output of a command as one JSON document, for scripts."""
 
 from __future__ import annotations
 

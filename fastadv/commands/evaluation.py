@@ -38,7 +38,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import library_versions
-from fastadv.evaluation.samples import as_samples, radius_or_default
+from fastadv.evaluation.samples import Samples, as_samples, radius_or_default
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
 from fastadv.evaluation.work import key_of
 from fastadv.interruption import stopped_by_signals
@@ -99,7 +99,7 @@ def run_evaluation(
     """The evaluation.
 
     Args:
-        run: run directory; None where a model is given with weights.
+        run: run directory; None if a model is given with weights.
         attacks: the attacks to run, in this order; quick, standard and strong stand for several.
         checkpoint: which checkpoint of the run to judge: latest, best, or a name such as step_000391.
         network: which network of the run to judge: model, the robust one, or natural, the one of clean images that
@@ -142,7 +142,7 @@ def run_evaluation(
             adversarial image is confirmed in float32. fp32: in float32 throughout. reference: by pyautoattack.
         surrogate: another model, on which the adversarial images are made (black-box transfer): a run directory, a
             file of weights, or module:function, which returns a trained model.
-        surrogate_model: the network of a surrogate that is a file of weights. model takes the same names.
+        surrogate_model: the network of a surrogate that is a file of weights; model takes the same names.
         eot: number of passes through the network for each gradient. The attack follows the mean of their gradients
             (expectation over transformations). It is meant for models that draw random numbers.
         cw_c: the constant c of cwl2-K, by default 1; of cwl2-K-S the first of the S values, by default .001.
@@ -155,16 +155,16 @@ def run_evaluation(
             WEIGHTS.eval.json beside a file of weights, or, for a function that returns a trained model, eval.json
             in the current folder.
         quiet: show no progress.
-        keep_images: how many adversarial images of each attack to keep, in the folder worst beside the results.
+        keep_images: number of adversarial images of each attack to keep, in the folder worst beside the results.
             The model is most sure of the wrong classes of the images that are kept. 0 keeps no image.
         json: print the results as one JSON document in place of the table.
         command: the command line, for the record.
 
     Returns:
-        The table, or JSON. Its results have been added to the file, each as soon as its attack ended.
+        The table, or JSON. Each result was added to the file as soon as its attack ended.
 
     Raises:
-        UnsavedResultsError: when they could not be written; it holds the table.
+        UnsavedResultsError: if results could not be written; the error holds the table.
     """
     where = own_device(choose_device(device))
     for option, value in (("weights", weights), ("normalise", normalise)):
@@ -189,17 +189,7 @@ def run_evaluation(
         judged = judged if extractors is None else with_extractors(judged, extractors)
     module = judged.model.to(where)
     samples = as_samples(images, (low, high), max_examples)
-    subject = Subject(
-        run=judged.name,
-        method=judged.method,
-        network=judged.network,
-        checkpoint=judged.checkpoint,
-        weights=digest_of(module.state_dict()),
-        data=images.name,
-        images=samples.fingerprint(),
-        parameters=sum(parameter.numel() for parameter in module.parameters()),
-        multiply_adds=_cost(module, samples.source.shape),
-    )
+    subject = _subject(judged, module, images, samples)
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
     keeper = ResultKeeper(
         judged.results if out is None else Path(out),
@@ -209,13 +199,7 @@ def run_evaluation(
     )
     if not quiet and is_first():
         keeper.warn()
-        if judged.others:
-            print(
-                f"note: these weights also fit {', '.join(judged.others)}, which computes something else; judged "
-                f"is {judged.network}",
-                file=sys.stderr,
-            )
-    # An interrupted evaluation goes on from here when the same command is given again.
+        _warn_of_other_networks(judged)
     facts = (
         attacks,
         alpha,
@@ -232,11 +216,7 @@ def run_evaluation(
         judged.network,
         sorted(library_versions().items()),
     )
-    radius = "+".join(f"{radius:.6g}" for radius in radii)
-    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
-    name = key_of(f"{name}-{norm}-{radius}", *facts)
-    folders = [file.parent / _UNFINISHED / name for file in (judged.results, keeper.file)]
-    begun = next((folder for folder in folders if folder.exists()), folders[-1])
+    begun = _folder_of_unfinished(judged, subject, keeper.file, norm, radii, facts)
     with ExitStack() as held:
         ranks = held.enter_context(joined_ranks(where, _PATIENCE))
         state: Path | None = begun
@@ -269,7 +249,7 @@ def run_evaluation(
             cw_c=cw_c,
             cw_lr=cw_lr,
             keep_images=keep_images,
-            sharded=ranks.count > 1,
+            sharded=ranks.world_size > 1,
         )
         text = report.table() + sentence_about_radius(given, radii[0], norm, report, recorded)
         checked = None
@@ -299,6 +279,51 @@ def run_evaluation(
     return text
 
 
+def _subject(judged: JudgedModel, module: nn.Module, images: Images, samples: Samples) -> Subject:
+    """The judged model and its images, as the results record them."""
+    return Subject(
+        run=judged.name,
+        method=judged.method,
+        network=judged.network,
+        checkpoint=judged.checkpoint,
+        weights=digest_of(module.state_dict()),
+        data=images.name,
+        images=samples.fingerprint(),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        multiply_adds=_cost(module, samples.source.shape),
+    )
+
+
+def _warn_of_other_networks(judged: JudgedModel) -> None:
+    """Say that the weights fit further networks that compute something else, if there are any."""
+    if judged.others:
+        print(
+            f"note: these weights also fit {', '.join(judged.others)}, which computes something else; judged "
+            f"is {judged.network}",
+            file=sys.stderr,
+        )
+
+
+def _folder_of_unfinished(
+    judged: JudgedModel,
+    subject: Subject,
+    file: Path,
+    norm: str,
+    radii: Sequence[float],
+    facts: Sequence[object],
+) -> Path:
+    """The folder from which an interrupted evaluation goes on when the same command is given again.
+
+    Its name has all facts on which the figures depend. It lies beside the results, ``file``. If it was begun
+    beside the model's default file of results, it is found there.
+    """
+    radius = "+".join(f"{radius:.6g}" for radius in radii)
+    name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
+    name = key_of(f"{name}-{norm}-{radius}", *facts)
+    folders = [beside.parent / _UNFINISHED / name for beside in (judged.results, file)]
+    return next((folder for folder in folders if folder.exists()), folders[-1])
+
+
 def _document(
     report: Report, subject: Subject, file: Path, checked: SanityResult | None
 ) -> dict[str, Any]:
@@ -308,19 +333,21 @@ def _document(
 
 
 def _cost(model: nn.Module, shape: Sequence[int]) -> int:
-    """The multiply-adds of one image; 0 where they cannot be counted."""
+    """The multiply-adds of one image; 0 if they cannot be counted."""
+    # They are counted with tensors that have shapes and no values. A user's network may fail on these in any way.
     try:
         return multiply_adds(model, shape)
-    except (
-        Exception
-    ):  # whatever a network of the user's does with tensors that have shapes and no values
+    except Exception:
         return 0
 
 
 def _surrogate(
     word: str | None, network: str | None, images: Images, weights: str
 ) -> tuple[Surrogate | None, str]:
-    """The model on which adversarial images are made, and a part of the hash of its weights; None and empty."""
+    """The model on which adversarial images are made, and the first digits of its weights' hash.
+
+    Without a surrogate these are None and an empty string.
+    """
     if word is None:
         if network is not None:
             raise ValueError(f"surrogate_model must come with surrogate, got {network!r}")

@@ -24,7 +24,7 @@ from fastadv.models import (
     names_code,
     read_state_file,
 )
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
@@ -33,7 +33,7 @@ from fastadv.trainers.weights import ROBUST
 Images = ImageData | FolderImages | HubImages
 HUB = "hf:"
 
-# Under these names checkpoints record the accuracy on clean images, as a share or in percent.
+# Names under which published checkpoints record the accuracy on clean images, as a fraction or in percent.
 _ACCURACIES = (
     "clean_acc", "clean_accuracy", "test_clean_acc", "natural_acc", "nat_acc", "test_standard_acc",
     "best_acc", "test_acc", "val_acc", "acc1", "prec1", "acc", "accuracy",
@@ -46,13 +46,13 @@ class JudgedModel:
 
     Attributes:
         model: in evaluation mode, on the CPU, from images in 0..1 to logits.
-        name: of the run or the file.
-        method: how it was trained; empty if nobody says.
+        name: name of the run or the file.
+        method: the training method; empty if it is unknown.
         network: the model's name.
         checkpoint: name of the checkpoint or the file.
         results: the file to which results are added by default.
         clean: the accuracy on clean images that the file records, 0..1; None if it records no accuracy.
-        others: further networks which these weights fit, and which compute something else of them.
+        others: names of further networks that these weights fit, but that compute something else.
     """
 
     model: nn.Module
@@ -68,15 +68,15 @@ class JudgedModel:
 def model_of_run(
     run: str, checkpoint: str, model: str | None, results: str, network: str = ROBUST
 ) -> JudgedModel:
-    """The model of a run of ours.
+    """Return the model of a run of `fastadv train`.
 
     Args:
         run: the run directory.
-        checkpoint: which one of the run.
-        model: the network, where it is a function of the user's own.
+        checkpoint: the checkpoint's name; "latest" or "best" are allowed.
+        model: the network, if it is a function of the user's own.
         results: name of the file of results in the run directory.
-        network: which of the networks that were trained together, as `load_model` takes it. Another than the
-            robust one has a file of results of its own, and its name beside the run's and the method's.
+        network: which of the networks that were trained together, as for `load_model`. A network other than the
+            robust one has its own file of results, and its name stands beside the run's and the method's names.
     """
     directory = RunDirectory(run)
     path = find_checkpoint(directory.path, checkpoint)
@@ -99,20 +99,20 @@ def model_of_run(
 def model_of_file(
     model: str, weights: str | None, normalise: Sequence[str] | None, images: Images
 ) -> JudgedModel:
-    """A network by name, with the weights of a file.
+    """Return a network by name, with the weights of a file.
 
     Args:
-        model: as `fastadv.models.create_model` takes it.
+        model: the network's name, as for `fastadv.models.create_model`.
         weights: a file with a state dict in any of the published wrappings; None for a function of the user's own
             that returns a trained model.
         normalise: mean and standard deviation of the inputs, each one number or one per channel with commas
             between them; None for a model that takes images in 0..1, or whose file says how it normalises.
-        images: tell the number of classes and of channels.
+        images: the images, which have the number of classes and of channels.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: for an unknown network, weights that do not fit it, or a normalisation that is wrong or differs
-            from the file's own.
+        ValueError: if the network is unknown, if the weights do not fit it, or if the normalisation is wrong or
+            differs from the file's normalisation.
     """
     try:
         network = create_model(model, images.num_classes, images.in_channels)
@@ -137,7 +137,9 @@ def model_of_file(
         raise ValueError(f"{file}: {error}") from error
     judged = wrapped if report.normalizes or network is wrapped else network
     if given is not None:
-        if report.normalizes and not _is_same(given, (report.mean or [], report.std or [])):
+        mean, std = given
+        agrees = _is_close(mean, report.mean or []) and _is_close(std, report.std or [])
+        if report.normalizes and not agrees:
             raise ValueError(
                 f"normalise must be left out or be what {file} says, mean {report.mean} and std {report.std}, "
                 f"got {' '.join(normalise or ())}"
@@ -162,8 +164,8 @@ class Reading:
     Attributes:
         resize: pixels of the shorter side.
         crop: pixels of each side of the square in the middle.
-        interpolation: of the resizing; None for bilinear.
-        workers: processes that decode; None for one per core.
+        interpolation: the interpolation of the resizing; None for bilinear.
+        workers: number of processes that decode; None for one per core.
     """
 
     resize: int | None = None
@@ -172,11 +174,15 @@ class Reading:
     workers: int | None = None
 
     def given(self) -> dict[str, Any]:
-        """The options that are given."""
+        """Return the options that are given, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
     def check_none(self, data: str) -> None:
-        """Refuse options for data that are no pictures."""
+        """Refuse the options, as the data are no pictures in files.
+
+        Raises:
+            ValueError: if an option is given.
+        """
         for option, value in self.given().items():
             raise ValueError(
                 f"{option} must be left out with {data}, got {value!r}: it is for folder:PATH and hf:NAME"
@@ -184,14 +190,14 @@ class Reading:
 
 
 def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
-    """Judge some of a stack's extractors, with their part of its merger, in place of the stack.
+    """Return some of a stack's extractors with their part of its merger, to be judged in place of the stack.
 
     Args:
         judged: the stack, with the name of its file of results.
-        numbers: of the extractors, counted from 1, with commas between them.
+        numbers: the numbers of the extractors, counted from 1, with commas between them.
 
     Raises:
-        ValueError: if the model is no stack, or the numbers are not of its extractors.
+        ValueError: if the model is no stack, or if it has no extractors with these numbers.
     """
     stack = judged.model
     if not isinstance(stack, Stack):
@@ -221,7 +227,7 @@ def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
 def images_of_run(
     directory: RunDirectory, data: str | None, root: str | None, reading: Reading
 ) -> Images:
-    """The test images of a data set, by default of the run's."""
+    """Return the test images of a data set, by default the data set of the run."""
     recorded, folder = directory.source()
     name = data or recorded
     if name is None:
@@ -239,7 +245,7 @@ def images_of_run(
 
 
 def images_named(data: str, root: str | None, reading: Reading) -> Images:
-    """The test images of a data set by name, or all of a .npz file, a folder or a split of Hugging Face.
+    """Return a data set's test images, or all images of a .npz file, a folder or a Hugging Face split.
 
     Args:
         data: digits, cifar10, cifar100, FILE.npz, folder:PATH or hf:NAME[:SPLIT].
@@ -248,7 +254,7 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
 
     Raises:
         FileNotFoundError: if the files are not there.
-        ValueError: for another name, or options that it does not take.
+        ValueError: if the name is unknown, or does not take a given option.
     """
     if not _is_named(data):
         check_no_root(data, root)
@@ -262,7 +268,9 @@ def images_named(data: str, root: str | None, reading: Reading) -> Images:
     if data not in dataset_names():
         kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
         is_folder = Path(data).is_dir()
-        hint = f"; did you mean 'folder:{data}'?" if is_folder else closest(data, dataset_names())
+        hint = (
+            f"; did you mean 'folder:{data}'?" if is_folder else did_you_mean(data, dataset_names())
+        )
         raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
     check_source(data, root)
     return load_test_images(data, root)
@@ -277,7 +285,7 @@ def check_training_images(data: str, root: str | None) -> None:
 
     Raises:
         FileNotFoundError: if the files are not there.
-        ValueError: for another name, or a root that is missing or of no use.
+        ValueError: if the name is unknown, or if the root is missing or has no effect.
     """
     if data.startswith(FOLDER):
         check_no_root(data, root)
@@ -286,13 +294,17 @@ def check_training_images(data: str, root: str | None) -> None:
 
 
 def check_no_root(data: str, root: str | None) -> None:
-    """Refuse a folder for data that say where they are."""
+    """Refuse a folder for data whose name says where they are.
+
+    Raises:
+        ValueError: if the folder is given.
+    """
     if root is not None:
         raise ValueError(f"root must be left out with {data}, got {root!r}")
 
 
 def _is_named(data: str) -> bool:
-    """Whether data is a name, whose files a folder may hold."""
+    """Whether the data are a data set by name, whose files lie in a root folder."""
     return not data.endswith(".npz") and not data.startswith((FOLDER, HUB))
 
 
@@ -320,16 +332,14 @@ def _normalisation(words: Sequence[str], channels: int) -> tuple[list[float], li
     return mean, std
 
 
-def _is_same(given: tuple[list[float], list[float]], of_file: tuple[list[float], ...]) -> bool:
-    return all(
-        len(a) == len(b)
-        and all(math.isclose(x, y, abs_tol=1e-3) for x, y in zip(a, b, strict=True))
-        for a, b in zip(given, of_file, strict=True)
+def _is_close(given: Sequence[float], of_file: Sequence[float]) -> bool:
+    return len(given) == len(of_file) and all(
+        math.isclose(x, y, abs_tol=1e-3) for x, y in zip(given, of_file, strict=True)
     )
 
 
 def recorded_accuracy(state: Any) -> float | None:
-    """The accuracy on clean images, 0..1, that a saved object records beside its weights; None without one."""
+    """Return the accuracy on clean images, 0..1, that a saved object records beside its weights, or None."""
     if not isinstance(state, Mapping):
         return None
     numbers = {

@@ -41,12 +41,14 @@ def run_report(
         json: print all results as JSON in place of the table.
 
     Returns:
-        The table as text, or JSON. Each line is of one radius, and of one checkpoint, set of images and seed.
+        The table as text, or JSON. Each line has one radius, one checkpoint, one set of images and one seed.
     """
     paths = distinct_paths(runs)
     judged = []
     for path, name in zip(paths, distinct_names(paths), strict=True):
-        beside = [file for file in _of_other_networks(Path(path)) if not _is_named(file, paths)]
+        beside = [
+            file for file in _files_of_other_networks(Path(path)) if not _is_named(file, paths)
+        ]
         if not beside or (Path(path) / EVAL_FILE).is_file():
             judged.append(judged_run(path, name))
         judged += [judged_run(str(file), f"{name}/{file.name}") for file in beside]
@@ -67,13 +69,16 @@ def run_report(
     for table in summary.apart:
         body = aligned([table.heading, *table.rows])
         parts.append("\n".join([f"{table.title}:", "", body, "", *table.notes]))
-    parts += ["\n".join(checked)] if (checked := verdicts(summary.comparison)) else []
-    parts += [summary.no_plot] if out is not None and summary.no_plot else []
+    checked = verdicts(summary.comparison)
+    if checked:
+        parts.append("\n".join(checked))
+    if out is not None and summary.no_plot:
+        parts.append(summary.no_plot)
     return "\n\n".join(parts)
 
 
-def _of_other_networks(run: Path) -> list[Path]:
-    """Results of a run's natural network and of parts of its stack, each in a file of its own."""
+def _files_of_other_networks(run: Path) -> list[Path]:
+    """The files with the results of a run's natural network and of parts of its stack."""
     if not run.is_dir():
         return []
     return [*run.glob(f"natural.{EVAL_FILE}"), *sorted(run.glob(f"extractors_*.{EVAL_FILE}"))]
@@ -84,7 +89,12 @@ def _is_named(file: Path, paths: Sequence[str]) -> bool:
 
 
 def judged_run(path: str, name: str) -> Judged:
-    """Read the results of a run directory, or of a file."""
+    """Read the results of a run directory, or of a file.
+
+    Raises:
+        FileNotFoundError: if there is no file of results.
+        ValueError: if the file holds no results.
+    """
     source = Path(path)
     file = source if source.is_file() else source / EVAL_FILE
     if not file.is_file():
@@ -93,16 +103,19 @@ def judged_run(path: str, name: str) -> Judged:
     if not results:
         raise ValueError(f"{file}: holds no results; run `fastadv eval` first")
     subject, series, seed = results[-1].subject, "", None
-    checks = sanity_file_of(file)
+    checks_file = sanity_file_of(file)
     if file != source:
         recorded = RunDirectory(path).read()
         network = recorded.model.get("name") or recorded.model.get("class", "")
         subject = Subject(method=recorded.method, network=str(network))
         series, seed = _series(recorded)
     return Judged(
-        *(name, subject.method or "-", subject.network or "-", tuple(results)),
+        name,
+        subject.method or "-",
+        subject.network or "-",
+        tuple(results),
         folder=file.parent,
-        checks=tuple(load_sanity_results(checks)) if checks.is_file() else (),
+        checks=tuple(load_sanity_results(checks_file)) if checks_file.is_file() else (),
         analyses=tuple(load_records(analyses_folder(file))),
         series=series,
         seed=seed,
@@ -112,7 +125,7 @@ def judged_run(path: str, name: str) -> Judged:
 def _series(recorded: Description) -> tuple[str, int | None]:
     """The facts that a run shares with runs of other seeds, and its seed.
 
-    Frozen models are left out, as each run may have one of its own seed.
+    Frozen models are left out, as the frozen model of each run may have been trained with the run's seed.
     """
     seed = recorded.recipe.get("seed")
     recipe = {key: value for key, value in recorded.recipe.items() if key != "seed"}

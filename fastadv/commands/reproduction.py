@@ -20,8 +20,8 @@ class ReproductionResult:
     """The outcome of a reproduction.
 
     Attributes:
-        text: for people, or one JSON document.
-        failures: the trainings that were refused though nothing that they need is missing.
+        text: the text to print: the table in Markdown, or one JSON document.
+        failures: the trainings that failed although nothing that they need is missing.
     """
 
     text: str
@@ -46,7 +46,7 @@ def run_reproduction(
     """The table.
 
     Args:
-        item: which table or figure, such as arrest/table2; --list shows all.
+        item: the table or figure, such as arrest/table2; --list shows all.
         out: folder for the trained models, the tables and the pictures. Its models and results are used again.
         data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
             pictures per class; by default the data set of the scale.
@@ -65,7 +65,7 @@ def run_reproduction(
         quiet: show no progress.
 
     Returns:
-        The table in Markdown, and where the files are; or JSON.
+        The table in Markdown and the paths of the files; or JSON.
     """
     chosen = find_scale(scale)
     check_training_images(data or chosen.data, root)
@@ -80,7 +80,7 @@ def run_reproduction(
             planned = f"{find_item(item).heading} at scale {scale}: {left}.\n"
         return ReproductionResult(planned)
 
-    def tell(estimated: Estimate) -> None:
+    def print_estimate(estimated: Estimate) -> None:
         if not quiet:
             print(f"{find_item(item).heading}: {estimated}", file=sys.stderr, flush=True)
 
@@ -95,14 +95,17 @@ def run_reproduction(
         device=device,
         extra=extra,
         quiet=quiet,
-        on_estimate=tell,
+        on_estimate=print_estimate,
     )
     if json:
-        paths = [str(path) for path in done.files]
-        trained = {"trained": list(done.trained), "evaluations": done.judged}
-        trained["failures"] = list(done.failures)
-        document = as_json({**as_record(done.table), "files": paths, **trained})
-        return ReproductionResult(document, done.failures)
+        document = {
+            **as_record(done.table),
+            "files": [str(path) for path in done.files],
+            "trained": list(done.trained),
+            "evaluations": done.judged,
+            "failures": list(done.failures),
+        }
+        return ReproductionResult(as_json(document), done.failures)
     files = "\n".join(str(path) for path in done.files)
     text = f"{markdown(done.table)}\n{files}\n"
     if not any(path.suffix == ".png" for path in done.files):
@@ -113,25 +116,29 @@ def run_reproduction(
 
 
 def list_items(json: bool = False) -> str:
-    """All items, with the known figures of the papers, as lines or as JSON."""
+    """Return all items as lines or as JSON, with a note where figures of the paper are missing."""
     items = all_items()
     if json:
         return as_json(
             [
-                {
-                    "item": name,
-                    "title": item.title,
-                    "published": "no" if not item.published else "some" if item.lacks() else "all",
-                }
+                {"item": name, "title": item.title, "published": _published(item)}
                 for name, item in items.items()
             ]
         )
+    notes = {
+        "no": f" (the paper's figures: {NOT_AT_HAND})",
+        "some": f" (the paper's figures: some {NOT_AT_HAND})",
+        "all": "",
+    }
     width = max(map(len, items))
-    lines = [f"{name:<{width}}  {item.title}{_known(item)}" for name, item in items.items()]
+    lines = [
+        f"{name:<{width}}  {item.title}{notes[_published(item)]}" for name, item in items.items()
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _known(item: Item) -> str:
+def _published(item: Item) -> Literal["no", "some", "all"]:
+    """Whether the paper's own figures of an item are known."""
     if not item.published:
-        return f" (the paper's figures: {NOT_AT_HAND})"
-    return f" (the paper's figures: some {NOT_AT_HAND})" if item.lacks() else ""
+        return "no"
+    return "some" if item.lacks() else "all"

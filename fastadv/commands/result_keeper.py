@@ -1,4 +1,4 @@
-"""Keeping the results of a long evaluation: each at once, and without loss where a file cannot be written."""
+"""Saving the results of a long evaluation, each at once. Results that cannot be written are printed, not lost."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ class UnsavedResultsError(OSError):
 class ResultKeeper:
     """Adds an evaluation's results to a file while it runs.
 
-    Where a with statement on it ends early, it says where the results so far are, or prints them.
+    It is a context manager. If the evaluation ends early, it says where the results so far are, or prints them.
 
     Args:
-        file: where the results go.
+        file: the file of results.
         subject: the judged model and its images.
-        command: the command line, which is recorded with the results; empty where there is no command.
-        render: makes text of the results so far, where they are to be printed.
+        command: the command line, which is recorded with the results; empty if there is no command.
+        render: turns the results so far into text, if they must be printed.
 
     Attributes:
-        file: the same.
+        file: the file of results.
 
     Raises:
-        ValueError: for a name that does not end in .json, or a file that is there and holds no results.
+        ValueError: if the file's name does not end in .json, or if the file exists and holds no results.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class ResultKeeper:
             print(f"note: {self._complaint()}", file=sys.stderr)
 
     def add(self, report: Report) -> None:
-        """Add the rows that a report has so far; a failure is kept for `close`, so that the evaluation goes on."""
+        """Add the rows that a report has so far. `close` reports a failure, so that the evaluation goes on."""
         self._so_far = report
         try:
             for result in results_of(report, self._subject)[len(self._results) :]:
@@ -92,14 +92,14 @@ class ResultKeeper:
             self._failure = str(error)
 
     def _completed(self, result: Result) -> Result:
-        """A result with when and how it was found, and where its worst images are, which are written first."""
+        """Write the worst images of a result, and return the result with their file, the date and the command."""
         name, worst = "", result.row.worst
         if worst is not None:
             name = worst_file(self.file, result)
             try:
                 remove_leftovers((self.file.parent / name).parent)
                 worst.save(self.file.parent / name)
-            except OSError as error:  # the figures are worth more than the pictures
+            except OSError as error:  # the result is kept without its images
                 print(f"note: the worst images are not kept: {error}", file=sys.stderr)
                 name = ""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -109,10 +109,10 @@ class ResultKeeper:
         """End the evaluation.
 
         Args:
-            table: its results as text.
+            table: the results as text.
 
         Raises:
-            UnsavedResultsError: when they could not be written.
+            UnsavedResultsError: if the results could not be written.
         """
         if self._failure is not None:
             raise UnsavedResultsError(self._complaint(), table)
@@ -126,13 +126,13 @@ def unfinished_work(folder: Path) -> Iterator[Path | None]:
     """Hold the folder in which an evaluation keeps its finished work, and delete it after success.
 
     Args:
-        folder: where it is or shall be.
+        folder: the folder, which is made by the evaluation if it is not there.
 
     Yields:
-        The folder; None where it cannot be written.
+        The folder; None if it cannot be written.
 
     Raises:
-        ValueError: when another process is at the same evaluation.
+        ValueError: if another process works at the same evaluation.
     """
     if not _can_be_made(folder.parent):
         yield None

@@ -15,7 +15,15 @@ from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result
 def find_masking(
     network: Model, images: Images, subject: Subject, file: Path, **settings: Any
 ) -> tuple[SanityResult, str]:
-    """Look for signs of gradient masking, keep the findings, and return them with their text."""
+    """Look for signs of gradient masking, save the findings, and return them and their text.
+
+    Args:
+        network: the judged model.
+        images: its images.
+        subject: the model and its images, as the file records them.
+        file: the file of findings. If it cannot be written, a note is printed.
+        settings: the keyword arguments of `sanity_checks`.
+    """
     findings = sanity_checks(network, images, **settings)
     other = settings["surrogate"]
     result = SanityResult(

@@ -1,4 +1,4 @@
-"""Models that a command names by one word: a run directory, a file of weights, or a function."""
+"""Loading a model that a command names by one word: a run directory, a file of weights, or a function."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fastadv.models import names_code
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 
-_DIGITS = 7  # of a hash, that tell models of one name apart
-_UNUSED = "eval.json"  # nothing is written for these models
+_DIGITS = 7  # this number of a hash's digits tells models with one name apart
+_UNUSED = "eval.json"  # the name of a file of results, which is not written for these models
 
 
 def model_by_word(
@@ -22,14 +22,14 @@ def model_by_word(
     Args:
         word: a run directory, a file of weights, or module:function, which returns a trained model and whose code
             then runs.
-        network: of a file of weights, by name, or of a run whose network is a function of the user's own.
-        images: tell the number of classes and of channels.
-        role: the word's name in messages.
-        network_option: the network's name in messages.
+        network: the network's name, for a file of weights, or for a run whose network is a user's own function.
+        images: the images, which have the number of classes and of channels.
+        role: the option that gives ``word``, for messages.
+        network_option: the option that gives ``network``, for messages.
 
     Raises:
-        FileNotFoundError: when there is nothing of that name.
-        ValueError: when a network is missing or without a use, or the weights do not fit.
+        FileNotFoundError: if there is nothing with this name.
+        ValueError: if the network is missing or has no effect, or if the weights do not fit.
     """
     path = Path(word)
     if path.is_file():
@@ -39,7 +39,7 @@ def model_by_word(
             )
         return model_of_file(network, word, None, images)
     if path.is_dir():
-        find_checkpoint(RunDirectory(word).path, LATEST)  # a folder that is no run is told as such
+        find_checkpoint(RunDirectory(word).path, LATEST)  # raises if the folder is no run
         return model_of_run(word, LATEST, network, _UNUSED)
     if names_code(word):
         if network is not None:
@@ -54,6 +54,6 @@ def model_by_word(
 
 
 def digest_name(judged: JudgedModel) -> tuple[str, str]:
-    """Return the hash of a model's weights, and its name with a part of it."""
+    """Return the hash of a model's weights, and the model's name with the first digits of the hash."""
     digest = digest_of(judged.model.state_dict())
     return digest, f"{judged.name} {digest[:_DIGITS]}"

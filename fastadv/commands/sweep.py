@@ -1,6 +1,6 @@
-"""The command `fastadv sweep`, once its words are sorted.
+"""The command `fastadv sweep`. It takes a plan, which `fastadv.cli.sweep` makes of the words.
 
-The parameters are the options, the docstring their help.
+The attributes of `Launch` are options; its docstring is their help.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
 from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
 
-_PATIENCE = 3.0  # seconds for a sweep that was killed a moment ago
+_PATIENCE = 3.0  # seconds to wait for the lock of a sweep that was killed a moment ago
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Launch:
 
     Attributes:
         launcher: local, on this machine; ray, on a Ray cluster; slurm, as an array of Slurm.
-        jobs: how many runs go on at once; by default one on this machine, and on a cluster as many as it has
+        jobs: number of runs that go on at once; by default one on this machine, and on a cluster as many as it has
             room for.
         gpus_per_run: with ray and slurm, GPUs of each run; with ray also a part of a GPU, such as .5. By default
             ray gives one where the cluster has any, and slurm gives 0.
@@ -71,9 +71,9 @@ class SweepResult:
     """The outcome of a sweep.
 
     Attributes:
-        text: for people.
-        failures: the runs that did not end as they should.
-        content: the same for scripts, as JSON types.
+        text: the table and the files, as text.
+        failures: the runs that failed.
+        content: the contents of ``text`` for scripts, as JSON types.
     """
 
     text: str
@@ -89,19 +89,19 @@ def run_sweep(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> SweepResult:
-    """Do the rest of a sweep, and compare its runs.
+    """Do the runs of a sweep that are left, and compare all its runs.
 
     Args:
         plan: the sweep.
-        launch: where and how.
+        launch: where and how the runs go.
         beside: directories of further sweeps, whose points come into the same table and plot.
-        dry_run: only write the script, with slurm, or else say which runs are left.
-        quiet: say nothing meanwhile.
+        dry_run: with slurm, only write the script; else only say which runs are left.
+        quiet: print no progress.
 
     Raises:
         Interrupted: after SIGTERM or Ctrl-C.
-        TimeoutError: when another process does a sweep in the same directory.
-        ValueError: when the directory holds another sweep.
+        TimeoutError: if another process does a sweep in the same directory.
+        ValueError: if the directory holds another sweep.
     """
     others = [Plan.load(Path(folder)) for folder in beside]  # before hours are spent
     plan.check()
@@ -166,7 +166,7 @@ def _hand_to_slurm(
 
 
 def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> SweepResult:
-    """Write the table, the plot and the report of all runs that are finished; the table and the missing runs."""
+    """Write the table, the plot and the report of the finished runs, and return them with the missing runs."""
     plan = plans[0]
     judgements, missing = _judgements(plans)
     parts = []
@@ -192,7 +192,11 @@ def _tabulate(plans: Sequence[Plan], failures: Sequence[Failure]) -> SweepResult
 
 
 def _pictures(plan: Plan, results: SweepTable) -> tuple[dict[str, str], list[str]]:
-    """Write the plot and the report: where these and the table are, and why one is not there."""
+    """Write the plot and the report.
+
+    Returns:
+        The paths of the table, the plot and the report, and why one of them is missing.
+    """
     files = {"table": str(plan.folder / "table.csv")}
     try:
         picture = results.picture()
@@ -214,14 +218,14 @@ def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
             name = run.name if len(plans) == 1 else f"{curve} {run.name}"
             if run.is_finished(plan.evaluation):
                 judged = judged_run(str(run.folder), name)
-                results = tuple(_of_checkpoint(judged.results, run, plan))
+                results = tuple(_results_of_checkpoint(judged.results, run, plan))
                 found.append(Judgement(curve, run, replace(judged, results=results)))
             else:
                 missing.append(name)
     return found, missing
 
 
-def _of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
+def _results_of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
     """The results of the checkpoint that the sweep judges; earlier evaluations may have judged others."""
     name = judged_checkpoint(plan, run)
     return [result for result in results if result.subject.checkpoint == name]

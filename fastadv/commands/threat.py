@@ -16,9 +16,10 @@ from fastadv.trainers.run_directory import Description
 def threat_of(
     recorded: Description | None, norm: str | None, eps: Any, bounds: tuple[float, float]
 ) -> tuple[Any, Any]:
-    """The norm in which a model is judged, and the radius: where they are not given, those of a run in l2.
+    """Return the norm and the radius in which a model is judged.
 
-    A run's radius is in the units of images in 0..1.
+    By default the norm is the norm of the run. In l2 and l1 the radius is by default the radius of the run, if the
+    images are in 0..1, as a run's radius is in the units of such images. In linf the radius may stay None.
     """
     trained = _norm_of(recorded)
     norm = norm_name(trained if norm is None else norm)
@@ -28,7 +29,7 @@ def threat_of(
 
 
 def _norm_of(recorded: Description | None) -> str:
-    """The norm in which a run was trained; linf of one that says nothing of it."""
+    """The norm in which a run was trained; linf if the run does not record it."""
     return "linf" if recorded is None else str(recorded.recipe.get("norm", "linf"))
 
 
@@ -44,8 +45,8 @@ def sentence_about_radius(
     report: Report,
     recorded: Description | None,
 ) -> str:
-    """Say at which radius a model was judged where the command did not, and how to name another."""
-    if all(row.name == CLEAN or _knows_no_radius(row) for row in report.rows):
+    """Return a sentence that says at which radius a model was judged, if the command named no radius."""
+    if all(row.name == CLEAN or _has_no_radius(row) for row in report.rows):
         return "" if eps is None else "\neps was not used: there was no attack in a ball.\n"
     if eps is not None:
         return ""
@@ -64,5 +65,5 @@ def sentence_about_radius(
     return text + "\n"
 
 
-def _knows_no_radius(row: Row) -> bool:
+def _has_no_radius(row: Row) -> bool:
     return row.distances is not None and not row.distances.curve

@@ -71,8 +71,8 @@ def run_training(
 
     Args:
         method: the method, or its name.
-        recipe: its numbers.
-        settings: how the run is kept and shown.
+        recipe: the hyperparameters of the method.
+        settings: how the run is saved and shown.
         flags: switches.
         on_start: called with the run directory when it is ready.
         data: data set: digits, cifar10 or cifar100; or folder:PATH, whose folders train and val hold one folder of
@@ -84,16 +84,16 @@ def run_training(
             extractors' networks.
         extra: further images for training, such as synthetic ones: a .npz file with the arrays image
             (uint8, N x H x W x C) and label, or a .pickle file with data and extrapolated_targets, as
-            those of RST are published; see extra_fraction.
+            RST publishes its images; see extra_fraction.
         teacher: trained models for methods that need them.
-        teacher_model: networks of these, by name.
+        teacher_model: names of the teachers' networks.
         device: where to train, e.g. cpu or cuda:1; by default a GPU if there is one.
         from_checkpoint: resume from this checkpoint, e.g. step_000391, instead of the latest.
         resize: with folder:PATH, pixels of the shorter side of a test picture, 256 by default.
         crop: with folder:PATH, pixels of each side of all images, 224 by default.
-        interpolation: with folder:PATH, of the resizing, bilinear by default.
-        workers: with folder:PATH, processes that read ahead, for each process that trains; by default its share
-            of the cores, at most 8.
+        interpolation: with folder:PATH, the interpolation of the resizing, bilinear by default.
+        workers: with folder:PATH, number of processes that read ahead, for each process that trains; by default
+            its share of the cores, at most 8.
     """
     reading = Reading(resize, crop, interpolation, workers)
     check_training_images(data, root)
@@ -114,8 +114,13 @@ def run_training(
         check_checkpoint(RunDirectory(run), from_checkpoint)
     images: Splits | str = data
     if data.startswith(FOLDER):
-        numbers = {"test_images": recipe.monitor_images, "seed": recipe.seed, "flip": recipe.flip}
-        images = load_folders(data.removeprefix(FOLDER), **{**numbers, **reading.given()})
+        images = load_folders(
+            data.removeprefix(FOLDER),
+            test_images=recipe.monitor_images,
+            seed=recipe.seed,
+            flip=recipe.flip,
+            **reading.given(),
+        )
     return train(
         method,
         recipe,
@@ -138,7 +143,11 @@ def run_training(
 
 
 def check_checkpoint(directory: RunDirectory, name: str) -> None:
-    """Check the name of a checkpoint, where there are any; `latest` and `best` need not be there."""
+    """Check the name of a checkpoint, if the run has checkpoints; `latest` and `best` are always allowed.
+
+    Raises:
+        ValueError: if the run has checkpoints, but not this one.
+    """
     there = [path.name for path in checkpoints_in(directory.checkpoints)]
     if there:
         check_choice("checkpoint", name, [LATEST, BEST, *there])
@@ -149,16 +158,18 @@ def _one_for_all(names: Sequence[str] | None) -> Sequence[str] | str | None:
 
 
 def _default_model(method: str, data: str, teachers: Sequence[str], named: Sequence[str]) -> str:
+    """The network of a run that names no model; for AFS a stack of its teachers' networks, if they are given."""
     if method == Afs.name and named:
         return "stack:" + "+".join(list(named) * (len(teachers) if len(named) == 1 else 1))
     if method == Afs.name and teachers:
-        return "stack:" + "+".join(_model_name(path) for path in teachers)
+        return "stack:" + "+".join(_recorded_model_name(path) for path in teachers)
     network = {"digits": "small_cnn"}.get(data, "resnet18")
-    network = "resnet50" if data.startswith(FOLDER) else network
+    if data.startswith(FOLDER):
+        network = "resnet50"
     return f"stack:6*{network}" if method == Afs.name else network
 
 
-def _model_name(source: str) -> str:
+def _recorded_model_name(source: str) -> str:
     if Path(source).is_file():
         raise ValueError(f"model must be given with the state dict {source}, e.g. stack:2*resnet18")
     read = load_checkpoint(find_checkpoint(source), with_state=False)

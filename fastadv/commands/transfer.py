@@ -47,7 +47,7 @@ def run_transfer(
         attack: one attack in a ball, such as pgd-20 or apgd-ce. It makes the adversarial images on each model.
         model: the network of all models that are files of weights: a name such as resnet18, timm:NAME, or
             module:function, whose code then runs.
-        data: the images; the same choices as for `fastadv eval`. By default the data set of the runs.
+        data: the images; `fastadv eval` takes the same names. By default the data set of the runs.
         root: folder that holds the files of cifar10 or cifar100; by default the folder of the first run.
         resize: with folder: or hf: data, the number of pixels that the shorter side of each picture is resized to;
             by default pictures are not resized.
@@ -109,7 +109,11 @@ def run_transfer(
 def images_of_models(
     paths: Sequence[str], data: str | None, root: str | None, reading: Reading
 ) -> Images:
-    """The test images: of the data set asked for, else of that which all runs were trained on."""
+    """Return the test images of the named data set, or else of the data set on which all runs were trained.
+
+    Raises:
+        ValueError: if no data set is named, and there is no run, or the runs were trained on different data.
+    """
     runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
     if data is not None and (root is not None or not runs):
         return images_named(data, root, reading)
@@ -118,8 +122,8 @@ def images_of_models(
     if data is None:
         trained = {str(run.path): run.source()[0] for run in runs}
         if len(set(trained.values())) > 1:
-            told = ", ".join(f"{path} on {name}" for path, name in trained.items())
+            runs_and_data = ", ".join(f"{path} on {name}" for path, name in trained.items())
             raise ValueError(
-                f"data must be given, as the runs were trained on different data: {told}"
+                f"data must be given, as the runs were trained on different data: {runs_and_data}"
             )
     return images_of_run(runs[0], data, root, reading)

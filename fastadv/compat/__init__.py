@@ -25,7 +25,7 @@ from fastadv.compat.attacks import (
     Square,
 )
 from fastadv.compat.multi import MultiAttack
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 __all__ = [
     "APGD",
@@ -46,5 +46,5 @@ __all__ = [
 
 
 def __getattr__(name: str) -> NoReturn:
-    hint = "; fastadv.AutoAttack is one" if name == "AutoAttack" else closest(name, __all__)
+    hint = "; fastadv.AutoAttack is one" if name == "AutoAttack" else did_you_mean(name, __all__)
     raise AttributeError(f"module 'fastadv.compat' has no attribute {name!r}{hint}")

@@ -1,4 +1,4 @@
-"""How the attacks here are called: labels left out, NumPy arrays, bytes, normalised images, modes of targets."""
+"""The base of the attacks in `fastadv.compat`: reading images and labels, choosing targets, saving results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import check_bool, check_choice, closest, integer, number, shown
+from fastadv.ops.values import check_bool, check_choice, did_you_mean, integer, number, shown
 from fastadv.seeding import draw_seed
 
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
@@ -35,15 +35,15 @@ _THEIR_NAMES = {
 
 
 class Attack(metaclass=AttackType):
-    """Base of the attacks here.
+    """Base of the attacks in `fastadv.compat`.
 
     Args:
         model: a module from images [B, C, H, W] in 0..1 to logits; see `set_normalization_used` for others.
-        make: makes the attack of `fastadv` for a model.
+        make: a function that makes the attack of `fastadv` for a model.
 
     Attributes:
-        own: the attack of `fastadv` that does the work. Its settings, such as ``eps`` and ``steps``, are
-            attributes here as well. A value that is set is checked, and holds from the next call on.
+        own: the attack of `fastadv` that does the work. Its settings, such as ``eps`` and ``steps``, are also
+            attributes of this object. A value that is set is checked, and holds from the next call on.
     """
 
     def __init__(self, model: nn.Module, make: Callable[[nn.Module], OwnAttack]) -> None:
@@ -57,7 +57,7 @@ class Attack(metaclass=AttackType):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, and images go."""
+        """The device of the model, to which images are moved."""
         return module_device(self.model) or torch.device("cpu")
 
     def __getattr__(self, name: str) -> Any:
@@ -85,7 +85,7 @@ class Attack(metaclass=AttackType):
             raise self._no_attribute(name)
 
     def _no_attribute(self, name: str) -> AttributeError:
-        hint = closest(name, _settings_of(self.own), SYNONYMS)
+        hint = did_you_mean(name, _settings_of(self.own), SYNONYMS)
         return AttributeError(f"{type(self).__name__} has no attribute {name!r}{hint}")
 
     def __repr__(self) -> str:
@@ -111,18 +111,18 @@ class Attack(metaclass=AttackType):
         Args:
             inputs: images [B, C, H, W]: floating-point in 0..1, or normalised after `set_normalization_used`, or
                 bytes 0..255.
-            labels: [B], integers of any width; the model's own predictions where left out. Targets in the mode
-                "targeted(label)".
+            labels: [B], integers of any width; the targets in the mode "targeted(label)". By default the labels
+                are the model's own predictions.
             epsilons: radii for this call, one or several; the step size changes in proportion.
 
         Returns:
-            The adversarial images, like ``inputs``: on their device, NumPy for NumPy; of bytes they are float32 in
-            0..1. With several radii, a list of them.
+            The adversarial images, on the device of ``inputs``, as a NumPy array if ``inputs`` is one. For bytes
+            they are float32 in 0..1. For several radii, a list with the images for each radius.
 
         Raises:
-            TypeError: as the attack in `fastadv` says, or labels of no integer kind.
-            ValueError: as the attack in `fastadv` says, or no labels in the mode "targeted(label)"; or images that
-                are not normalised by the numbers of `set_normalization_used`.
+            TypeError: if the labels are no integers, or the attack in `fastadv` raises it.
+            ValueError: if labels are missing in the mode "targeted(label)", if the images are not normalised by
+                the numbers of `set_normalization_used`, or if the attack in `fastadv` raises it.
         """
         x, back = self._taken(inputs)
         y = self._labels(x, labels)
@@ -142,7 +142,7 @@ class Attack(metaclass=AttackType):
     forward = __call__
 
     def _labels(self, x: Tensor, labels: Tensor | np.ndarray[Any, Any] | None) -> Tensor:
-        """The labels of a call, or the model's own predictions where they are left out."""
+        """The labels of a call, or the model's own predictions if there are no labels."""
         if labels is not None:
             return integer_labels(labels).to(self.device)
         if self._mode == BY_LABEL:
@@ -159,11 +159,11 @@ class Attack(metaclass=AttackType):
         return self._mode
 
     def set_mode_default(self) -> None:
-        """Lead images away from their labels."""
+        """Attack without targets: lead images away from their labels."""
         self._set_mode("default", None)
 
     def set_mode_targeted_by_label(self, quiet: bool = False) -> None:
-        """Take the labels of a call for the targets."""
+        """Use the labels of a call as targets."""
         self._set_mode(BY_LABEL, lambda images, labels: labels)
 
     def set_mode_targeted_by_function(
@@ -208,23 +208,22 @@ class Attack(metaclass=AttackType):
         self._mode, self._target_function = mode, function
 
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Take images normalised by these numbers, for a model on such images.
+        """Take images that are normalised by these numbers, for a model that expects such images.
 
-        The ball and the bounds stay those of images in 0..1.
+        The radius and the bounds still refer to images in 0..1.
 
         Args:
-            mean: per channel, of images in 0..1.
-            std: per channel.
+            mean: the mean of each channel of images in 0..1.
+            std: the standard deviation of each channel.
 
         Raises:
-            ValueError: a mean outside 0..1, such as of images in 0..255.
+            ValueError: if a mean is outside 0..1, such as a mean of images in 0..255.
         """
         wrapped = Normalized(self.model, mean, std).to(self.device)
         if not 0 <= wrapped.mean.min() <= wrapped.mean.max() <= 1:
-            raise ValueError(f"mean must be that of images in 0..1, got {shown(mean)}")
-        wrapped.training = (
-            self.model.training
-        )  # of the wrapper alone: modules within keep their modes
+            raise ValueError(f"mean must be the mean of images in 0..1, got {shown(mean)}")
+        # Only the wrapper's own flag: the modules inside keep their modes.
+        wrapped.training = self.model.training
         self.own.model = wrapped
         self.normalization_used = {"mean": wrapped.mean, "std": wrapped.std}
 
@@ -244,17 +243,19 @@ class Attack(metaclass=AttackType):
             data_loader: batches of images and labels.
             save_path: the file, written at the end in one piece; None writes no file.
             verbose: print accuracy and distance.
-            return_verbose: return them.
-            save_predictions: add ``preds``, the classes of the adversarial images.
+            return_verbose: return accuracy and distance.
+            save_predictions: add ``preds``, the predicted classes of the adversarial images.
             save_clean_inputs: add ``clean_inputs``.
             save_type: ``"float"``: images in 0..1; ``"int"``: bytes.
 
         Returns:
-            With ``return_verbose``: robust accuracy in percent, and the mean L2 distance of the images broken.
+            With ``return_verbose``, the robust accuracy in percent, and the mean L2 distance of the adversarial
+            images that are misclassified. Else None.
 
         Raises:
-            OSError: the file cannot be written.
-            ValueError: an unknown ``save_type``, no batch, or accuracies in the mode "targeted(label)".
+            OSError: if the file cannot be written.
+            ValueError: if ``save_type`` is unknown, if there is no batch, or if ``verbose`` or ``return_verbose``
+                is true in the mode "targeted(label)".
         """
         if self._mode == BY_LABEL and (verbose or return_verbose):
             raise ValueError(
@@ -290,12 +291,7 @@ class Attack(metaclass=AttackType):
         if save_path is not None:
             kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
             content = {name: value for name, value in content.items() if kept.get(name, True)}
-            if save_type == "int":
-                for name in {"adv_inputs", "clean_inputs"} & content.keys():
-                    content[name] = (content[name] * 255).round().to(torch.uint8)
-            buffer = io.BytesIO()
-            torch.save({**content, "save_type": save_type}, buffer)
-            write_atomically(save_path, buffer.getvalue())
+            _write_results(save_path, content, save_type)
         if verbose:
             print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
         return (accuracy, distance) if return_verbose else None
@@ -325,8 +321,8 @@ class Attack(metaclass=AttackType):
         return x, back
 
     def _result_taken(self, adv: Images, of: Images) -> Tensor:
-        """Adversarial images in 0..1 where the model is, as a call with the images `of` has returned them."""
-        if str(of.dtype).rpartition(".")[2] == "uint8":  # then they are not normalised
+        """The adversarial images that a call with the images ``of`` returned, in 0..1 on the model's device."""
+        if str(of.dtype).rpartition(".")[2] == "uint8":  # results for bytes are not normalised
             return torch.as_tensor(adv).to(self.device)
         return self._taken(adv)[0]
 
@@ -335,11 +331,23 @@ class Attack(metaclass=AttackType):
         return self.own.logits_of_model(x)
 
 
+def _write_results(
+    path: str | os.PathLike[str], content: dict[str, Tensor], save_type: str
+) -> None:
+    """Write the results of `Attack.save` into a file for ``torch.load``, the images as floats or as bytes."""
+    if save_type == "int":
+        for name in {"adv_inputs", "clean_inputs"} & content.keys():
+            content[name] = (content[name] * 255).round().to(torch.uint8)
+    buffer = io.BytesIO()
+    torch.save({**content, "save_type": save_type}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
 def _check_normalised(x: Tensor) -> None:
-    """Refuse images whose values, without the normalisation, are more than half a grey level outside 0..1.
+    """Check that images [B, C, H, W], after the normalisation was undone, are in 0..1.
 
     Raises:
-        ValueError: a value is.
+        ValueError: if a value is more than half a grey level outside 0..1.
     """
     slack = max(8 * torch.finfo(x.dtype).eps, 0.5 / 255)
     if x.numel() and not (-slack <= x.min() and x.max() <= 1 + slack):  # also where one is NaN
@@ -357,7 +365,7 @@ def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Ten
     """Return labels of any integer width in int64.
 
     Raises:
-        TypeError: they are no integers.
+        TypeError: if the labels are no integers.
     """
     found = labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels))
     if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:

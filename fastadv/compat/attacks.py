@@ -1,4 +1,4 @@
-"""Each attack under its name in torchattacks, with the arguments and defaults that it has there."""
+"""The attacks under torchattacks' names, with torchattacks' arguments and defaults."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PGDL2(Attack):
 
 
 class BIM(Attack):
-    """`fastadv.PGD` in linf that begins at the images."""
+    """`fastadv.PGD` in linf that starts at the images."""
 
     def __init__(
         self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10
@@ -79,7 +79,7 @@ class MIFGSM(Attack):
 
 
 class TPGD(Attack):
-    """The attack of TRADES: `fastadv.PGD` on the divergence from the clean logits, from slight normal noise."""
+    """The attack of TRADES: `fastadv.PGD` on the KL divergence from the clean logits, from normal noise."""
 
     def __init__(
         self, model: nn.Module, eps: float = 8 / 255, alpha: float = 2 / 255, steps: int = 10

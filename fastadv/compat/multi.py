@@ -1,4 +1,4 @@
-"""Several attacks one after the other."""
+"""Several attacks one after the other, each on the images that are still classified correctly."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastadv.ops.values import shown
 
 
 class MultiAttack:
-    """Several attacks, each on the images that those before it have not broken.
+    """Several attacks, each on the images for which the attacks before it have failed.
 
     Args:
-        attacks: attacks of this module on one model.
+        attacks: two or more attacks of `fastadv.compat` on one model.
 
     Raises:
-        TypeError: they are no attacks of this module.
-        ValueError: there are fewer than two attacks, or their models differ.
+        TypeError: if they are no attacks of `fastadv.compat`.
+        ValueError: if there are fewer than two attacks, or their models differ.
     """
 
     def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
@@ -44,15 +44,15 @@ class MultiAttack:
         """Attack a batch.
 
         Args:
-            inputs: images [B, C, H, W], as an `Attack` here takes them.
-            labels: [B]; the model's own predictions where left out.
+            inputs: images [B, C, H, W], as for `Attack`.
+            labels: [B]; by default the model's own predictions.
 
         Returns:
-            The adversarial images, as an `Attack` here returns them; an image that no attack has broken comes
-            back as it was.
+            The adversarial images, as `Attack` returns them. An image for which all attacks fail is unchanged.
 
         Raises:
-            ValueError: an attack is in the mode "targeted(label)", or the attacks differ in their normalisation.
+            ValueError: if an attack is in the mode "targeted(label)", or the attacks differ in their
+                normalisation.
         """
         first = self.attacks[0]
         self._check_modes()
@@ -73,7 +73,7 @@ class MultiAttack:
         return found if isinstance(inputs, Tensor) else found.numpy()
 
     def _check_modes(self) -> None:
-        """Refuse attacks that would take the labels or the images for something else than the others do."""
+        """Refuse attacks that would read the labels or the images in another way than the other attacks."""
         for attack in self.attacks:
             if attack.get_mode() == BY_LABEL:
                 raise ValueError(

@@ -1,9 +1,9 @@
-"""Pickles of plain values and numeric arrays, read without pickle's own machine and without numpy's constructors.
+"""A safe reader for pickles of plain values and numeric arrays.
 
-A pickle is a program. The standard library calls whatever it names, and even the few functions of numpy that an
-array's pickle needs follow pointers when they are called with an object dtype, with strides or with a state of the
-file's choosing. So the few instructions that honest files of images consist of are interpreted here: they put
-together numbers, text, tuples, lists, dicts and descriptions of arrays, which are checked before an array is made.
+A pickle is a program. The standard library calls whatever function it names. Even the few functions of numpy that
+an array's pickle needs are unsafe: with an object dtype, strides or a state that the file chooses, they read any
+memory. So this module interprets the few instructions that files of images need. They build numbers, text, tuples,
+lists, dicts and descriptions of arrays, which are checked before an array is made.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_arrays(content: bytes) -> Any:
         wrote is bytes.
 
     Raises:
-        PickleContentError: if it is damaged, or holds anything else, which the message names.
+        PickleContentError: if it is damaged, or holds another kind of value, which the message names.
     """
     try:
         value = _Machine(content).run()
@@ -90,7 +90,7 @@ class _Machine:
         return self._content[self._at - count : self._at]
 
     def skip(self, count: int) -> None:
-        """Pass over bytes that say nothing of the value."""
+        """Skip bytes that do not matter for the value."""
         self.take(count)
 
     def line(self) -> bytes:
@@ -110,7 +110,7 @@ class _Machine:
         self._stack.append(value)
 
     def mark(self) -> None:
-        """Begin a stack of its own for the parts of a value."""
+        """Begin a new stack for the parts of a value."""
         self._below.append(self._stack)
         self._stack = []
 
@@ -120,7 +120,7 @@ class _Machine:
         return values
 
     def last(self, count: int) -> tuple[Any, ...]:
-        """Take so many values from the stack."""
+        """Remove the last ``count`` values from the stack, and return them."""
         if count > len(self._stack):
             raise PickleContentError("it takes a value where there is no value")
         values = tuple(self._stack[-count:])
@@ -207,7 +207,7 @@ def _long(data: bytes) -> int:
 
 
 def _short(number: bytes) -> bytes:
-    """A number as it is written, if it is of a size that labels may have."""
+    """The bytes of a number, if they are no more than `_LONGEST_NUMBER`."""
     if len(number) > _LONGEST_NUMBER:
         raise PickleContentError(f"it has a number of {len(number):,} bytes")
     return number

@@ -1,4 +1,4 @@
-"""What a pickle of arrays says of them: descriptions, which are checked before an array is made."""
+"""The descriptions of arrays in a pickle, which are checked before an array is made."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PickleContentError(ValueError):
 
 @dataclass(frozen=True)
 class Name:
-    """A name of the file that is known here; its object is neither looked up nor called."""
+    """A known name of a function or class in the file, (module, name). It is neither imported nor called."""
 
     full: tuple[str, str]
 
@@ -61,7 +61,7 @@ class DType:
             )
         kind = "".join(found.groups())
         order = self.text[0] if self.text[0] in "<>" else self.order
-        return np.dtype(order + kind)  # raises for kinds that are not, such as f1
+        return np.dtype(order + kind)  # raises for kinds that do not exist, such as f1
 
 
 @dataclass(eq=False)

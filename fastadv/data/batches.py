@@ -1,4 +1,4 @@
-"""The base of every source of batches: epochs as pure functions of a seed, cut into batches and ranks."""
+"""The base class of the loaders: the order of each epoch from a seed, cut into batches and slices per rank."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Batch(NamedTuple):
 class Batches(ABC):
     """A data set in batches, epoch by epoch.
 
-    The order of an epoch depends on (seed, epoch) alone, so nothing changes with the number of ranks or with
-    resumption, and there is no state to save but epoch and step. With several ranks each global batch is cut into
-    contiguous slices, one a rank. In evaluation their sizes may differ by one, and a rank skips a batch that has
-    no sample for it.
+    The order of an epoch depends on (seed, epoch) alone. Neither the number of ranks nor resumption changes it,
+    and a checkpoint needs only epoch and step. With several ranks each global batch is cut into contiguous slices,
+    one per rank. In evaluation the sizes of the slices may differ by one, and a rank skips a batch in which it has
+    no sample.
 
     Args:
         name: the name of the data.
         count: number of samples.
         batch_size: size of the global batch, over all ranks.
         seed: governs the order.
-        train: shuffle, and drop an incomplete last batch; otherwise neither.
-        drop_last: drop an incomplete last batch; None for as `train`.
+        train: shuffle.
+        drop_last: drop an incomplete last batch; None means the value of `train`.
         rank: this process's number, 0 .. world_size - 1.
         world_size: number of processes.
 
     Attributes:
-        first_extra: index of the first extra sample, which is their number where there is no extra sample.
+        first_extra: index of the first extra sample, which is the number of the other samples.
         extra_count: number of extra samples.
         extra_per_batch: extra samples in a global batch.
 
@@ -104,7 +104,7 @@ class Batches(ABC):
 
     @abstractmethod
     def _load(self, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
-        """Yield the batch of each step's ids, which are never empty."""
+        """Yield the batch of each step from its ids, which are never empty."""
 
     def _ids(self, epoch: int, start_step: int) -> Iterator[Tensor]:
         """This rank's samples in each of the epoch's steps."""
@@ -128,7 +128,7 @@ class Batches(ABC):
         return batch[begin:end]
 
     def weights_of(self, ids: Tensor, extra_weight: float) -> Tensor | None:
-        """Return the weights of images' losses, in the mean over a global batch 1.
+        """Return the weights of the images' losses. Their mean over a global batch is 1.
 
         Args:
             ids: indices of the images [B].

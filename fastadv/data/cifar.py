@@ -41,10 +41,11 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
         layout: which data set.
         root: the unpacked folder (e.g. cifar-10-batches-bin) or its parent. If both layouts are
             there, the binary one is read.
-        verify: check the content besides sizes and label ranges. CIFAR-10's records are compared
-            with the genuine ones in any order, CIFAR-100's python files with the official ones
-            byte by byte; of CIFAR-100's binary files only the structure of the labels is checked.
-            Turn it off for data that were changed on purpose.
+        verify: check the content besides sizes and label ranges. CIFAR-10's records must be the
+            genuine records in any order, and CIFAR-100's python files must have the MD5 of the
+            official files. In CIFAR-100's binary files only the numbers of images per class and
+            of classes per coarse class are checked. Turn it off for data that were changed on
+            purpose.
 
     Raises:
         FileNotFoundError: if there is nothing at root, or a file is missing.
@@ -100,7 +101,7 @@ def find_folder(layout: CifarLayout, root: Path) -> tuple[Path, bool]:
 
 
 def _state_of(layout: CifarLayout, root: Path) -> str:
-    """The fault of root, where it can be told."""
+    """The likely reason why root has no files of the data set, in parentheses; empty if it is not known."""
     if not root.exists():
         return " (there is no such folder)"
     if not root.is_dir():
@@ -123,7 +124,7 @@ def read_file(
 
     Raises:
         FileNotFoundError: if it is not there.
-        DataFormatError: if its content is not as it should be.
+        DataFormatError: if its content contradicts the layout.
     """
     require_file(path, (layout.describe_binary if is_binary else layout.describe_python)(split))
     if is_binary:

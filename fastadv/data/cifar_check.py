@@ -1,4 +1,4 @@
-"""Looking at the files of CIFAR, one after another, so that everything that is wrong with them is told at once."""
+"""Inspecting all files of CIFAR, for a list of everything that is wrong with them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class FileState:
     """The findings on one file.
 
     Attributes:
-        name: of the file.
-        size: its bytes; None where it is not there.
-        problem: its fault; empty where it has no fault.
+        name: the file's name.
+        size: its number of bytes; None where it is missing.
+        problem: the problem with it; empty where there is no problem.
     """
 
     name: str
@@ -31,9 +31,9 @@ class SourceState:
     """The findings on a data set.
 
     Attributes:
-        folder: where its files are; None without files.
-        files: the finding on each file.
-        problems: further faults: that there are no files, or that their content is not the genuine one.
+        folder: the folder of its files; None without files.
+        files: the findings on each file.
+        problems: problems of the data set as a whole: missing files, or content that is not genuine.
     """
 
     folder: Path | None

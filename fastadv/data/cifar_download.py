@@ -1,15 +1,17 @@
-"""Fetching the official archive of CIFAR, and unpacking the needed files from it, and no others."""
+"""Downloading the official archive of CIFAR, and unpacking only the files that are read."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
 import os
+import shutil
 import tarfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from fastadv.data.cifar_layout import CifarLayout, SplitLayout
@@ -17,8 +19,14 @@ from fastadv.data.errors import DataFormatError
 from fastadv.files import naming, remove, remove_leftovers, sync_path, temporary_beside
 
 _BLOCK = 1 << 20
-_PATIENCE = 60.0  # seconds without a byte
+_TIMEOUT = 60.0  # seconds without a byte
 _SCHEMES = ("https", "http", "file")
+_NETWORK_ERRORS = (
+    urllib.error.URLError,
+    http.client.HTTPException,
+    ConnectionError,
+    TimeoutError,
+)
 
 
 def download_cifar(
@@ -29,21 +37,22 @@ def download_cifar(
 ) -> Path:
     """Download the archive of the binary layout, check it, and unpack the files that `read_cifar` reads.
 
-    Nothing is at its place before it is whole. A process that is killed leaves hidden files, which the next
-    download deletes. Of the archive only plain files of known names and sizes are taken, and its paths decide
-    nothing.
+    The folder appears under its name when it is complete. A process that is killed leaves hidden files, which the
+    next download deletes. Only plain files of known names and sizes are taken from the archive. Its paths do not
+    decide where a file is written.
 
     Args:
         layout: which data set.
         root: folder in which the folder of the files is made; both are made where they are missing.
-        url: of the archive, with https, http or file; by default the official one.
-        on_bytes: called with how many bytes are there and how many there will be, 0 where nobody says.
+        url: address of the archive, with https, http or file; by default the official one.
+        on_bytes: called with the number of bytes received and the number in all, which is 0 where the server does
+            not say it.
 
     Returns:
         The folder of the files.
 
     Raises:
-        FileExistsError: if the folder is there; its content is left alone.
+        FileExistsError: if the folder exists; its content is not changed.
         ConnectionError: if the archive cannot be fetched.
         DataFormatError: if it is not the official archive.
         OSError: if something cannot be written.
@@ -87,27 +96,28 @@ def _fetch(
     on_bytes: Callable[[int, int], None] | None,
 ) -> str:
     """Write the content of an address to a file, and return its MD5."""
-    digest, done = hashlib.md5(usedforsecurity=False), 0
+    digest, done, total = hashlib.md5(usedforsecurity=False), 0, 0
     with naming(final), open(archive, "xb") as file:
         try:
-            with urllib.request.urlopen(source, timeout=_PATIENCE) as answer:
-                total = int(answer.headers.get("Content-Length") or 0)
-                while block := answer.read(_BLOCK):
-                    digest.update(block)
-                    file.write(block)
-                    done += len(block)
-                    if on_bytes is not None:
-                        on_bytes(done, total)
-        except (
-            urllib.error.URLError,
-            http.client.HTTPException,
-            ConnectionError,
-            TimeoutError,
-        ) as error:
+            for block, total in _blocks(source):
+                digest.update(block)
+                file.write(block)
+                done += len(block)
+                if on_bytes is not None:
+                    on_bytes(done, total)
+        except _NETWORK_ERRORS as error:
             raise _unreachable(source, error, layout) from error
     if done < total:
         raise _unreachable(source, f"it ended after {done:,} of {total:,} bytes", layout)
     return digest.hexdigest()
+
+
+def _blocks(source: str) -> Iterator[tuple[bytes, int]]:
+    """The content of an address in blocks, each with the number of bytes in all, 0 where it is not known."""
+    with urllib.request.urlopen(source, timeout=_TIMEOUT) as answer:
+        total = int(answer.headers.get("Content-Length") or 0)
+        while block := answer.read(_BLOCK):
+            yield block, total
 
 
 def _unreachable(source: str, why: object, layout: CifarLayout) -> ConnectionError:
@@ -119,7 +129,7 @@ def _unreachable(source: str, why: object, layout: CifarLayout) -> ConnectionErr
 
 
 def _unpack(archive: Path, folder: Path, layout: CifarLayout, source: str) -> None:
-    """Write the files that are read to a folder."""
+    """Write the files that `read_cifar` reads to a folder."""
     wanted: dict[str, SplitLayout] = {
         f"{layout.binary_folder}/{name}": split
         for split in (layout.train, layout.test)
@@ -138,13 +148,15 @@ def _unpack(archive: Path, folder: Path, layout: CifarLayout, source: str) -> No
                         f"{layout.binary_size(split):,}"
                     )
                 del wanted[member.name.removeprefix("./")]
-                target = folder / member.name.rpartition("/")[2]
-                with open(target, "xb") as file:
-                    while block := stream.read(_BLOCK):
-                        file.write(block)
-                    file.flush()
-                    os.fsync(file.fileno())
+                _write_flushed(stream, folder / member.name.rpartition("/")[2])
     except (tarfile.TarError, EOFError) as error:
         raise DataFormatError(f"{source} cannot be unpacked: {error}") from error
     if wanted:
         raise DataFormatError(f"{source} has no {', '.join(wanted)}")
+
+
+def _write_flushed(stream: IO[bytes], target: Path) -> None:
+    with open(target, "xb") as file:
+        shutil.copyfileobj(stream, file, _BLOCK)
+        file.flush()
+        os.fsync(file.fileno())

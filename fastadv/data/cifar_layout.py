@@ -65,19 +65,19 @@ class CifarLayout:
 
     @property
     def archive_url(self) -> str:
-        """Where the official archive of the binary layout is to be had."""
+        """Address of the official archive of the binary layout."""
         return f"{OFFICIAL_PAGE.rpartition('/')[0]}/{self.archive}"
 
     @property
     def stem(self) -> str:
-        """How the names of the official archives begin."""
+        """The beginning of the names of the official archives."""
         return "-".join(self.binary_folder.split("-")[:2])
 
     @property
     def origin(self) -> str:
-        """Where the files are to be had, and how they must lie."""
+        """For a message: the page with the files, and how to unpack them."""
         return (
-            f"{self.name} is to be had at {OFFICIAL_PAGE} as {self.stem}-binary.tar.gz or "
+            f"{self.name} is available at {OFFICIAL_PAGE} as {self.stem}-binary.tar.gz or "
             f"{self.stem}-python.tar.gz; unpack the archive with tar -xzf, and give the folder in which it was "
             "unpacked as root"
         )
@@ -97,7 +97,7 @@ class CifarLayout:
         return split.records * self.record_bytes
 
     def describe_binary(self, split: SplitLayout) -> str:
-        """Return the parts of each binary file of a split."""
+        """Describe the content of each binary file of a split, for a message."""
         labels = "1 coarse label byte, 1 fine label byte" if self.num_coarse else "1 label byte"
         return (
             f"{split.records:,} records of {labels} and {PIXEL_BYTES:,} pixel bytes, "
@@ -105,7 +105,7 @@ class CifarLayout:
         )
 
     def describe_python(self, split: SplitLayout) -> str:
-        """Return the parts of each python file of a split."""
+        """Describe the content of each python file of a split, for a message."""
         return (
             f"a pickled dict with 'data', uint8 [{split.records}, {PIXEL_BYTES}], and "
             f"{self.label_key!r}, {split.records} labels in 0 .. {self.num_classes - 1}"

@@ -18,7 +18,7 @@ def read_python(path: Path, layout: CifarLayout, split: SplitLayout) -> Records:
     """Read one file.
 
     Raises:
-        DataFormatError: if it is no such pickle, wants anything but arrays and plain values, or
+        DataFormatError: if it is not a pickle, holds other things than arrays and plain values, or
             its content contradicts the layout.
     """
     expected = layout.describe_python(split)

@@ -1,4 +1,4 @@
-"""Checking that the records of a data set are the genuine ones, in whatever order."""
+"""Checking that the records of CIFAR are the genuine ones, in any order."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def check_content(
 ) -> None:
     """Compare a split with the genuine one.
 
-    Where the digest of the genuine records is known it must be met. Otherwise the labels must at
-    least have the structure of the genuine ones: as many images of each class, and classes that
-    lie wholly in one coarse class, as many in each.
+    Where the digest of the genuine records is known, the records must have it. Otherwise the labels
+    must have the structure of the genuine labels: equally many images in each class, each class in
+    one coarse class, and equally many classes in each coarse class.
 
     Raises:
         DataFormatError: if they differ.

@@ -68,7 +68,7 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
 
 
 def load_test_images(name: str, root: str | Path | None = None, verify: bool = True) -> ImageData:
-    """Load the test images of a data set by name, for which no file of the training images need be there.
+    """Load the test images of a data set by name. The files of the training images may be missing.
 
     The arguments and the errors are as in `load_dataset`.
     """
@@ -79,7 +79,7 @@ def load_test_images(name: str, root: str | Path | None = None, verify: bool = T
 
 
 def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]:
-    """The form of the files of a data set, and their places."""
+    """The layout of the files of a data set, and their folder."""
     if root is None:
         raise ValueError(
             f"root must be the folder that holds the files of {name}, got None: --root DATA on the command line. "

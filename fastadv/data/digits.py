@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn carries: 1,797 real 8x8 scans, nothing to download."""
+"""The handwritten digits in scikit-learn: 1,797 real 8x8 scans, without a download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures in one folder per class, as torchvision's ImageFolder has them, decoded when they are needed."""
+"""Pictures in one folder per class, like torchvision's ImageFolder, decoded when they are needed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         root: the folder.
         resize: pixels of the shorter side; by default the size is left as it is.
         crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
-        interpolation: of the resizing, which is antialiased as PIL's and torchvision's is.
+        interpolation: interpolation of the resizing, which is antialiased as in PIL and torchvision.
         workers: processes that decode when a model is evaluated on this data; by default one per core, at most 8.
         name: the name in reports; by default the folder's name.
 
@@ -72,7 +72,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         workers: int | None = None,
         name: str | None = None,
     ) -> None:
-        import_pil()  # missing, it should fail now and not in a worker
+        import_pil()  # if it is missing, raise now and not in a worker
         self.root = Path(root).expanduser()
         self.preprocessing = Preprocessing(resize, crop, interpolation)
         self.workers = check_workers(workers)
@@ -88,7 +88,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
             raise FileNotFoundError(
                 f"{self.root}: none of its {self.num_classes} folders holds a picture ({', '.join(SUFFIXES)})"
             )
-        # As an array, which worker processes share with this one: a list's reference counts would be written to.
+        # An array, whose memory forked workers share with this process. They would copy a list, because reading it
+        # changes reference counts.
         self._paths = np.array(paths)
         self.targets = torch.tensor(targets)
         self.name = self.root.resolve().name if name is None else name
@@ -109,7 +110,7 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def same_size_hint(self) -> str:
-        """The advice where the pictures come out in different sizes."""
+        """Advice for a message about pictures of different sizes."""
         return same_size_hint(self.preprocessing)
 
     def path(self, index: int) -> Path:
@@ -117,10 +118,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         return self.root / os.fsdecode(self._paths[index])
 
     def fingerprint(self, indices: Tensor) -> str:
-        """SHA-256 of some pictures: of preprocessing, names, labels and sizes of all, and of the bytes of 4096.
+        """SHA-256 of some pictures: preprocessing, names, labels and file sizes, and the bytes of up to 4096.
 
-        The numbers of a model on 4096 pictures or fewer thus belong to their very bytes. Of more, those in equal
-        distances are read.
+        Where there are more pictures than 4096, the bytes of 4096 evenly spread ones are read.
         """
         digest = hashlib.sha256(f"{self.preprocessing.describe()}\n".encode())
         for index in indices.tolist():
@@ -169,7 +169,7 @@ def _pictures(root: Path, name: str) -> Iterator[Path]:
     Raises:
         ValueError: if a link leads back to a folder that it lies in, so that pictures would be there many times.
     """
-    # Real paths of a folder and of all that it lies in.
+    # For each folder its real path and the real paths of the folders around it.
     around = {root: frozenset({os.path.realpath(root)})}
     folders = []
     for here, below, files in os.walk(root / name, followlinks=True):
@@ -190,7 +190,7 @@ def _pictures(root: Path, name: str) -> Iterator[Path]:
 
 @contextmanager
 def naming_picture(path: Path) -> Iterator[None]:
-    """Put a file's name before a message on its picture."""
+    """Put a file's name before the message of a ValueError about its picture."""
     try:
         yield
     except ValueError as error:

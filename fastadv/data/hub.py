@@ -31,13 +31,13 @@ class HubImages(Dataset[tuple[Tensor, int]]):
         name: the name in reports.
         resize: pixels of the shorter side; by default the size is left as it is.
         crop: pixels of each side of the square that is cut out of the middle; by default all is kept.
-        interpolation: of the resizing, which is antialiased.
+        interpolation: interpolation of the resizing, which is antialiased.
         workers: processes that decode when a model is evaluated on this data; by default one per core, at most 8.
 
     Attributes:
         targets: labels [N] int64.
-        num_classes: number of classes, which the data set says or which follows from the labels.
-        in_channels: 1 if the first image is grey, else 3; the others are made like the first.
+        num_classes: number of classes, from the data set's features, or else the largest label + 1.
+        in_channels: 1 if the first image is grey, else 3; all images are converted to the mode of the first.
 
     Raises:
         ImportError: if Pillow is not installed.
@@ -89,7 +89,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
     @property
     def same_size_hint(self) -> str:
-        """The advice where the images come out in different sizes."""
+        """Advice for a message about images of different sizes."""
         return same_size_hint(self.preprocessing)
 
     def _picture(self, index: int) -> Any:
@@ -107,9 +107,9 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
 
 def is_plain_split(data: object) -> bool:
-    """Whether an object is a split of the package `datasets`, which need not be imported to tell.
+    """Whether an object is a split of the package `datasets` without a format or transform that changes items.
 
-    One with a format or a transform of its own is not plain: these change its items.
+    The package need not be imported.
     """
     if not all(hasattr(data, name) for name in ("column_names", "features", "__getitem__")):
         return False
@@ -120,13 +120,13 @@ def load_hub(name: str, **preprocessing: Any) -> HubImages:
     """Read a split of a data set through Hugging Face's `datasets`, which downloads missing files.
 
     Args:
-        name: NAME or NAME:SPLIT of the hub, or a folder, saved by ``save_to_disk`` or with files that
-            ``load_dataset`` reads, with or without :SPLIT. By default the split test, or else validation.
+        name: NAME or NAME:SPLIT of the hub; or FOLDER or FOLDER:SPLIT for a folder that ``save_to_disk`` wrote or
+            ``load_dataset`` reads. The default split is test, or else validation.
         preprocessing: resize, crop, interpolation and workers, as `HubImages` takes them.
 
     Raises:
         ImportError: if `datasets` or Pillow is not installed.
-        FileNotFoundError: if the data set is not to be had.
+        FileNotFoundError: if the data set cannot be read.
         ValueError: if it has no such split, or not the columns.
     """
     datasets = _import_datasets()
@@ -156,7 +156,7 @@ def load_hub(name: str, **preprocessing: Any) -> HubImages:
 
 
 def _saved(datasets: Any, source: str) -> dict[str, Any] | None:
-    """The splits in a folder of ``save_to_disk``, where one alone has no name; None for anything else."""
+    """The splits by name in a folder that ``save_to_disk`` wrote; a single split is "". None for other folders."""
     path = Path(source)
     if (path / "dataset_dict.json").is_file():
         return dict(datasets.load_from_disk(source))
@@ -166,7 +166,7 @@ def _saved(datasets: Any, source: str) -> dict[str, Any] | None:
 
 
 def _unreadable(source: str, error: Exception) -> FileNotFoundError:
-    """For the errors of the network, the hub or a file."""
+    """The exception for an error of the network, the hub or a file."""
     return FileNotFoundError(
         f"hf:{source}: datasets could not read it ({type(error).__name__}: {error})"
     )

@@ -1,4 +1,4 @@
-"""Labelled images in memory: uint8, as the loader and the readers share them."""
+"""Labelled images in memory, as uint8: the class that the readers return and the loader takes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from fastadv.ops.values import check_device, integer, shown
 if TYPE_CHECKING:
     from fastadv.data.streaming import StreamedData
 
-_CHANNELS = (1, 3, 4)  # of pictures
-# Of PIL images whose numbers are no brightness: places in a palette, and single bits.
+_CHANNELS = (1, 3, 4)  # numbers of channels that pictures have
+# For modes of PIL images whose numbers are indices into a palette or single bits: the mode to convert to.
 _PLAIN_MODES = {"P": "RGB", "PA": "RGBA", "1": "L"}
 
 
@@ -36,7 +36,7 @@ class ImageData:
         name: the name for messages and logs, e.g. "cifar10 train".
 
     Raises:
-        TypeError: if a dtype is another one, or num_classes no integer.
+        TypeError: if a dtype is wrong, or num_classes is not an integer.
         ValueError: if shapes do not agree, images look like [N, H, W, C], or a label is out of range.
     """
 
@@ -129,12 +129,13 @@ class ImageData:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """A data set's training and test images; the former may be read while they are needed.
+    """A data set's training and test images.
 
     Attributes:
-        train: training images.
+        train: training images, in memory or read when they are needed.
         test: test images.
-        source: the record by which a run finds the images again, JSON types; None for images without a place.
+        source: a record in JSON types by which a run finds the images again; None for images from the caller's
+            code.
     """
 
     train: ImageData | StreamedData
@@ -252,16 +253,16 @@ def from_dataset(
 
 
 def _kind(item: object) -> str:
-    """An item of a dataset as messages show it."""
+    """An item of a dataset, for messages."""
     return f"{len(item)} values" if isinstance(item, tuple | list) else shown(item)
 
 
 def item_label(label: object, index: int) -> int:
-    """Return the label of a Dataset's item; nothing that would have to be rounded or chosen from is one.
+    """Return the label of a Dataset's item as an integer.
 
     Raises:
-        TypeError: if it holds no integer.
-        ValueError: if it holds several.
+        TypeError: if it is not an integer.
+        ValueError: if it holds several numbers.
     """
     kind, found = f"the label of item {index} of dataset", label
     if isinstance(label, Tensor | np.ndarray):

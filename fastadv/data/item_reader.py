@@ -1,4 +1,4 @@
-"""The images of a torch Dataset by index, in any order: read by worker processes, never all in memory."""
+"""Reading the images of a torch Dataset by index: in any order, by worker processes, with a limited cache."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from fastadv.data.items import read_item
 
-CACHE_BYTES = 2**29  # of images read last, which a small data set fits into
+CACHE_BYTES = 2**29  # of images kept in memory; a small data set fits
 CHUNK = 16  # images that a worker reads at a time
 _TENSOR_BYTES = 1024  # of a tensor besides its values, roughly
-_UNKNOWN = -1  # neither a checksum nor a label
+_UNKNOWN = -1  # in place of a checksum or label that is not known yet
 
 
 @dataclass
@@ -25,11 +25,11 @@ class _Chunk:
     """The items that a worker has read.
 
     Attributes:
-        indices: of the items, up to the one that failed.
-        images: of these items; None where they are not asked for, or there is no item.
-        labels: of these items.
+        indices: the items' indices, up to the item that failed.
+        images: the items' images; None where they are not kept.
+        labels: the items' labels.
         checksums: CRC-32 of the images.
-        error: why the next item was not read.
+        error: the exception at the next item, if one was raised.
     """
 
     indices: list[int]
@@ -40,7 +40,7 @@ class _Chunk:
 
 
 class _Items(Dataset[Any]):
-    """Reads items in chunks, in whatever process it is called."""
+    """A Dataset whose batches are `_Chunk`s. It reads in the process that calls it."""
 
     def __init__(self, dataset: Any, bounds: tuple[float, float], keeps_images: bool) -> None:
         self._dataset, self._bounds, self._keeps_images = dataset, bounds, keeps_images
@@ -70,19 +70,19 @@ class _Items(Dataset[Any]):
 class ItemReader:
     """Images of a map-style Dataset, which are read when they are asked for.
 
-    The images read last are kept, up to `CACHE_BYTES`. An image that is read again is compared with the former one
-    by checksum, so that random transforms do not go unnoticed.
+    The images read last are kept, up to `CACHE_BYTES`. An image that is read again must have the checksum of the
+    first time, so that random transforms raise an error.
 
     Args:
-        dataset: as `read_item` takes it.
+        dataset: a Dataset that `read_item` takes.
         bounds: smallest and largest value of a floating-point image.
-        workers: processes that read; with 0 this process reads. With more, the dataset is only read in them.
-        cache_bytes: of images to keep; None for `CACHE_BYTES`.
+        workers: processes that read; with 0 this process reads.
+        cache_bytes: bytes of images to keep; None for `CACHE_BYTES`.
         options: further arguments of the DataLoader.
 
     Attributes:
-        shape: of one image.
-        dtype: of the images, uint8 or float32.
+        shape: the shape of one image.
+        dtype: the dtype of the images, uint8 or float32.
 
     Raises:
         TypeError: if an item of the dataset is of another kind.
@@ -114,7 +114,7 @@ class ItemReader:
         self._first = 0  # the item that the others are compared with
 
     def probe(self, indices: Sequence[int]) -> Tensor:
-        """Read items twice: shape and dtype are known then, and a dataset of changing items is found out.
+        """Read items twice, which sets shape and dtype, and raises if the items change.
 
         Returns:
             Their labels [N] int64.
@@ -125,7 +125,7 @@ class ItemReader:
         return self._labels[torch.tensor(indices)]
 
     def trust(self, indices: Tensor, labels: Tensor) -> None:
-        """Note the labels [N] of these items, with which they are compared when they are read."""
+        """Store the labels [N] of these items. An item that is read with another label raises."""
         self._labels[indices] = labels
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -141,12 +141,12 @@ class ItemReader:
         return torch.stack([got[i] for i in indices])
 
     def expect(self, indices: Tensor) -> None:
-        """Say which items will be asked for next, in which order: they are read ahead."""
+        """Set the items that will be asked for next, in their order: the workers read them ahead."""
         self._plan.expect(indices)
         self._stream = None
 
     def labels(self, indices: Tensor) -> Tensor:
-        """Labels [N] int64 of these items, all of which are read and not kept."""
+        """Labels [N] int64 of these items. The items are read, and their images are not kept."""
         items = _Items(self._dataset, self._bounds, keeps_images=False)
         chunks = [chunk.tolist() for chunk in indices.split(CHUNK)]
         read: Any = map(items.__getitems__, chunks)
@@ -156,7 +156,7 @@ class ItemReader:
             for chunk in read:
                 self._check(chunk)
         finally:
-            del read  # so that the workers end also where a traceback keeps this frame
+            del read  # a traceback that keeps this frame would keep the workers alive
         return self._labels[indices]
 
     def close(self) -> None:
@@ -194,7 +194,7 @@ class ItemReader:
         self._check(chunk)
         if chunk.images is not None:
             for index, image in zip(chunk.indices, chunk.images, strict=True):
-                # A part of a chunk, or of a tensor of the Dataset's, would keep all of it in memory.
+                # A view into a chunk, or into a tensor of the Dataset, would keep all of it in memory.
                 is_part = image.untyped_storage().nbytes() > image.nbytes
                 yield index, image.clone() if is_part else image
 
@@ -212,7 +212,7 @@ class ItemReader:
         return chunk
 
     def _check(self, chunk: _Chunk) -> None:
-        """Raise the error of a chunk, in a worker or between it and the items that were read before."""
+        """Raise the error that a chunk brings, or an error if it contradicts the items that were read before."""
         if chunk.images is not None:
             for index, image in zip(chunk.indices, chunk.images, strict=True):
                 self._check_kind(index, image)
@@ -221,7 +221,7 @@ class ItemReader:
             ("label", self._labels, chunk.labels),
         ):
             self._compare(kind, store, torch.tensor(chunk.indices, dtype=torch.int64), found)
-        # Taken out of the chunk, with which it would keep itself, this object and its workers alive.
+        # The exception's traceback refers to the chunk: without this cycle, nothing keeps the workers alive.
         error, chunk.error = chunk.error, None
         if error is not None:
             self.close()
@@ -231,17 +231,19 @@ class ItemReader:
                 del error
 
     def _compare(self, kind: str, store: Tensor, indices: Tensor, found: list[int]) -> None:
-        """Compare checksums or labels with the earlier ones, and note them."""
+        """Compare checksums or labels with the earlier ones, and store them."""
         before, now = store[indices], torch.tensor(found, dtype=torch.int64)
         changed = ((before != _UNKNOWN) & (before != now)).nonzero().flatten().tolist()
         if changed:
             self.close()
             item, former, latter = (int(values[changed[0]]) for values in (indices, before, now))
+            if kind == "image":
+                raise ValueError(
+                    f"data must give the same items every time, but the image of item {item} is another one than "
+                    "before: take random transforms (flips, crops, noise) out of the Dataset"
+                )
             raise ValueError(
-                f"data must give the same items every time, but the image of item {item} is another one than "
-                "before: take random transforms (flips, crops, noise) out of the Dataset"
-                if kind == "image"
-                else f"data must have one label for an item, but item {item} gives {latter} and gave, or is "
+                f"data must have one label for an item, but item {item} gives {latter} and gave, or is "
                 f"listed as, {former}"
             )
         store[indices] = now
@@ -259,12 +261,12 @@ class ItemReader:
 
 
 class _Plan:
-    """The items that the workers are to read: a batch sampler whose batches follow from the requests."""
+    """The batch sampler of the workers: first the items that are wanted now, then the expected ones."""
 
     def __init__(self, cache: _Cache) -> None:
         self._cache = cache
         self._expected = torch.empty(0, dtype=torch.int64)
-        self._position = 0  # in the expected items, up to which they have come
+        self._position = 0  # number of expected items whose chunks have come
         self._now: list[int] = []
         self._chunk = CHUNK
         self._sent: deque[tuple[list[int], int]] = deque()  # chunks, and the position after each
@@ -276,7 +278,7 @@ class _Plan:
         self.on_the_way.clear()
 
     def begin(self, wanted: dict[int, None], chunk: int) -> None:
-        """Begin anew with these items, and go on after the last of them among the expected ones."""
+        """Begin anew with these items, and continue with the expected items after the last of them."""
         self._now, self._chunk = list(wanted), chunk
         self._sent.clear()
         self.on_the_way.clear()
@@ -285,7 +287,7 @@ class _Plan:
             self._position = max(self._position, int(places[-1]) + 1)
 
     def received(self) -> None:
-        """Take notice of the next chunk."""
+        """Record that the next chunk has come."""
         indices, self._position = self._sent.popleft()
         self.on_the_way.difference_update(indices)
 

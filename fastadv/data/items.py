@@ -1,4 +1,4 @@
-"""One item of a torch Dataset as an image and a label; whatever is wrong with it is said with its index."""
+"""One item of a torch Dataset as an image and a label, with checks whose messages give its index."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ def read_item(dataset: Any, index: int, bounds: tuple[float, float]) -> tuple[Te
     """Read an image and its label.
 
     Args:
-        dataset: a map-style Dataset of pairs (image, label), or of dicts with these under the usual names. An
-            image is a tensor or floating-point array [C, H, W], or a PIL image or uint8 array [H, W] or [H, W, C].
-        index: of the item.
+        dataset: a map-style Dataset of pairs (image, label), or of dicts with the keys `IMAGE_COLUMNS` and
+            `LABEL_COLUMNS`. An image is a tensor or floating-point array [C, H, W], or a PIL image or uint8 array
+            [H, W] or [H, W, C].
+        index: the item's index.
         bounds: smallest and largest value of a floating-point image.
 
     Returns:
         The image, uint8 or float32 and contiguous on the CPU, and the label.
 
     Raises:
-        DataFormatError: if the dataset says that a file of its own is damaged.
-        RuntimeError: if reading the item fails otherwise.
-        TypeError: if it is something else.
+        DataFormatError: if the dataset raises it, because a file is damaged.
+        RuntimeError: if the dataset raises another exception.
+        TypeError: if the item is of another kind.
         ValueError: if its image has the channels last, or values out of bounds, or its label is no class index.
     """
     try:
@@ -50,7 +51,7 @@ def read_item(dataset: Any, index: int, bounds: tuple[float, float]) -> tuple[Te
 
 
 def column(names: Any, known: tuple[str, ...]) -> str | None:
-    """The first of the known names that is there."""
+    """The first of the known names that is among ``names``; None if there is none of them."""
     return next((name for name in known if name in names), None)
 
 

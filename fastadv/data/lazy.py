@@ -1,4 +1,4 @@
-"""The facts about a torch Dataset, Subset or DataLoader that are known before its images are read."""
+"""Data that are read image by image: the facts about a torch Dataset or DataLoader known before reading it."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class LazyData:
     """A map-style Dataset and how it is to be read.
 
     Attributes:
-        dataset: of items as `fastadv.data.items.read_item` takes them.
+        dataset: a Dataset with items that `fastadv.data.items.read_item` takes.
         name: the name in reports.
-        num_classes: where it says so.
+        num_classes: number of classes; None where the dataset does not state it.
         workers: processes that read.
         options: further arguments of the DataLoader that reads.
     """
@@ -54,8 +54,8 @@ def as_lazy(data: Any) -> LazyData | None:
     """Wrap data that give their images one by one; return None for other data, such as tensors.
 
     Args:
-        data: a map-style torch Dataset, any other object with ``len`` and items that is no list, or a
-            ``StreamedData``.
+        data: a map-style torch Dataset, a ``StreamedData``, or any other object with ``__len__`` and
+            ``__getitem__`` that is neither a sequence, a mapping nor an array.
     """
     if isinstance(data, StreamedData):
         return LazyData(data.dataset, data.name, data.num_classes, data.workers)
@@ -76,8 +76,8 @@ def as_lazy(data: Any) -> LazyData | None:
 def of_loader(loader: DataLoader[Any]) -> LazyData | None:
     """The Dataset of a loader, where the loader does no more than batch and shuffle it; else None.
 
-    The order of the loader is not kept: items come as the Dataset numbers them. Also a last batch that the loader
-    would drop is part of it.
+    The order of the loader is not kept: items come in the order of their indices. A last batch that the loader
+    would drop is included.
     """
     dataset: Any = loader.dataset
     if isinstance(dataset, IterableDataset) or type(loader).__iter__ is not DataLoader.__iter__:
@@ -105,14 +105,17 @@ def of_loader(loader: DataLoader[Any]) -> LazyData | None:
 
 
 def read_once(loader: DataLoader[Any], at_most: int | None) -> tuple[Tensor, Tensor]:
-    """The batches of a loader, as they come, in memory.
+    """Read the batches of a loader into memory, in their order.
 
     Args:
-        loader: of batches (images [B, ...], labels [B]), or dicts of these.
-        at_most: stop after so many images.
+        loader: gives batches (images [B, ...], labels [B]), or dicts with the keys of `fastadv.data.items`.
+        at_most: the number of images to stop after; None reads all.
+
+    Returns:
+        Images [N, ...] and labels [N].
 
     Raises:
-        TypeError: if a batch is something else.
+        TypeError: if a batch is of another kind.
         ValueError: if there are no batches, or more than `MEMORY_LIMIT` bytes of images.
     """
     images: list[Tensor] = []
@@ -202,12 +205,8 @@ def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
         kind += f" of {len(batch)}" if isinstance(batch, Sized) else ""
         raise TypeError(f"batch {number} of data must be (images [B, ...], labels [B]), got {kind}")
     x, y = batch
-    if (
-        not isinstance(x, Tensor)
-        or not isinstance(y, Tensor)
-        or y.dim() != 1
-        or x.shape[:1] != y.shape
-    ):
+    are_tensors = isinstance(x, Tensor) and isinstance(y, Tensor)
+    if not are_tensors or y.dim() != 1 or x.shape[:1] != y.shape:
         shapes = [str(list(v.shape)) if isinstance(v, Tensor) else type(v).__name__ for v in batch]
         raise TypeError(
             f"batch {number} of data must be (images [B, ...], labels [B]), got {', '.join(shapes)}"

@@ -1,4 +1,4 @@
-"""Batches from data that live on the device, as a pure function of seed, epoch and step."""
+"""The loader for images in memory: batches of data that stay on the device, from seed, epoch and step alone."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Loader(Batches):
     The data are moved to the device once, as uint8. The augmentation of an image depends on (seed,
     epoch, its index) alone, as the order does on (seed, epoch).
 
-    With extra images each training batch takes a fixed number of them and fewer of the data. They
-    come in a random order of their own, a new one in each epoch, as often as needed, at random
-    places in the batch. Their ids follow the ids of the data.
+    With extra images each training batch has a fixed number of extra images, and so many fewer images
+    of the data. The extra images have a random order of their own in each epoch, are repeated as often
+    as needed, and stand at random places in the batch. Their ids follow the ids of the data.
 
     Args:
         data: the images.
         batch_size: size of the global batch, over all ranks.
         seed: governs shuffling and augmentation.
         train: shuffle, augment and drop an incomplete last batch.
-        pad: random crop after padding by so many pixels; 0 turns it off. Training only.
+        pad: pixels of padding before the random crop; 0 means no crop. Training only.
         mode: padding, "constant" (zeros) or "reflect".
         flip: mirror images at random. Training only.
-        device: where data and batches live; None for where the data are.
+        device: device of data and batches; None for the device of the data.
         channels_last: memory format of the batches.
-        drop_last: drop an incomplete last batch; None for as `train`.
+        drop_last: drop an incomplete last batch; None means the value of `train`.
         rank: this process's number, 0 .. world_size - 1.
         world_size: number of processes.
         extra: further images, such as synthetic ones. Training only.
@@ -79,10 +79,8 @@ class Loader(Batches):
             rank=rank,
             world_size=world_size,
         )
-        pad, extra_fraction = (
-            integer("pad", pad, at_least=0),
-            number("extra_fraction", extra_fraction),
-        )
+        pad = integer("pad", pad, at_least=0)
+        extra_fraction = number("extra_fraction", extra_fraction)
         flip = check_bool("flip", flip)
         _check_padding(data, pad, mode)
         self.extra_per_batch = round(batch_size * extra_fraction)
@@ -105,20 +103,20 @@ class Loader(Batches):
         return order.to(self.data.labels.device)
 
     def _with_extra(self, order: Tensor, seed: int) -> Tensor:
-        """Give each batch its extra images: the order of the data -> the order of the epoch."""
+        """Return the order of the epoch, with extra images in each batch, from the order of the data."""
         generator = torch.Generator().manual_seed(seed)
-        steps, few = len(self), self.extra_per_batch
-        others = self.batch_size - few
-        rounds = range(math.ceil(steps * few / self.extra_count))
+        steps, per_batch = len(self), self.extra_per_batch
+        others = self.batch_size - per_batch
+        rounds = range(math.ceil(steps * per_batch / self.extra_count))
         extra = [torch.randperm(self.extra_count, generator=generator) for _ in rounds]
         batches = torch.cat(
             (
                 order[: steps * others].view(steps, others),
-                self.first_extra + torch.cat(extra)[: steps * few].view(steps, few),
+                self.first_extra + torch.cat(extra)[: steps * per_batch].view(steps, per_batch),
             ),
             1,
         )
-        # Mixed, so that the slices of several ranks are alike.
+        # Mixed, so that the slice of each rank has about the same part of extra images.
         places = torch.rand(batches.shape, generator=generator).argsort(1)
         return batches.gather(1, places).flatten()
 

@@ -1,4 +1,4 @@
-"""Labelled images in a NumPy archive, the form in which synthetic images are commonly published."""
+"""Labelled images in a NumPy archive, as synthetic images are commonly published."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from fastadv.data.errors import DataFormatError
 from fastadv.data.images import ImageData, from_tensors, has_channels_at
+from fastadv.files import read_npz
 
 
 def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> ImageData:
@@ -28,12 +29,7 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
         DataFormatError: if it is no such archive; the message names the file and the reason.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            # numpy stops at the end of an array, before the checksum, where a damaged header shortens it.
-            damaged = archive.zip.testzip()
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            images, labels = archive["image"], archive["label"]
+        images, labels = read_npz(path, ("image", "label")).values()
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged archive can raise nearly anything
@@ -61,7 +57,7 @@ def labelled_images(
         name: the name of the images in the file.
 
     Raises:
-        DataFormatError: if they are something else.
+        DataFormatError: if an array has another dtype or shape, or a label is out of range.
     """
     if images.dtype != np.uint8 or images.ndim != 4:
         raise DataFormatError(

@@ -1,4 +1,4 @@
-"""Pictures of any size as tensors of one size: the shorter side to a length, and a crop from the middle."""
+"""Pictures of any size as tensors of one size: resize of the shorter side, then a crop from the middle."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _INTERPOLATIONS = ("bilinear", "bicubic")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """The steps from a picture to a tensor, as PIL and torchvision do it.
+    """Resize and centre crop of a picture, as in torchvision.
 
     Attributes:
         resize: pixels of the shorter side; None leaves the size as it is.
         crop: pixels of each side of the square that is cut out of the middle; None keeps all.
-        interpolation: of the resizing, which is antialiased.
+        interpolation: interpolation of the resizing, which is antialiased.
 
     Raises:
-        TypeError: if a number is no integer.
-        ValueError: if a number is out of range, or the interpolation another one.
+        TypeError: if a number is not an integer.
+        ValueError: if a number is out of range, or the interpolation is unknown.
     """
 
     resize: int | None = None
@@ -46,7 +46,7 @@ class Preprocessing:
             )
 
     def __call__(self, picture: Any) -> Any:
-        """A PIL image resized and cropped.
+        """Return a PIL image, resized and cropped.
 
         Raises:
             ValueError: if it is smaller than the crop.
@@ -70,7 +70,7 @@ class Preprocessing:
         return picture
 
     def describe(self) -> str:
-        """In words, for a name or a fingerprint; empty if nothing is done."""
+        """Describe the steps in words, for a name or a fingerprint; empty if there is no step."""
         parts = []
         if self.resize is not None:
             parts.append(f"resize {self.resize} {self.interpolation}")
@@ -101,10 +101,10 @@ def picture_tensor(picture: Any) -> Tensor:
 
 
 def default_workers(beside: int = 1) -> int:
-    """How many processes decode where nobody says: one per core that this process may use, at most 8.
+    """The default number of processes that decode: one per core that this process may use, at most 8.
 
     Args:
-        beside: processes that share the cores, each with so many processes that decode.
+        beside: number of processes that share the cores, each with decoding processes of its own.
     """
     usable = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -123,7 +123,7 @@ def check_workers(workers: int | None) -> int:
 
 
 def same_size_hint(preprocessing: Preprocessing) -> str:
-    """The advice where pictures come out in different sizes."""
+    """Advice for a message about pictures of different sizes; empty where a crop makes them equal."""
     if preprocessing.crop is None:
         return "; give resize and crop, such as 256 and 224, to bring them to one size"
     return ""

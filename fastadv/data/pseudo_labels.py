@@ -1,4 +1,4 @@
-"""Pseudo-labelled images in a pickle, the published form of robust self-training's images."""
+"""Pseudo-labelled images in a pickle, as the authors of robust self-training published them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_extra(path: str | os.PathLike[str], num_classes: int | None = None) -> 
 
 
 def load_pseudo_labels(path: str | os.PathLike[str], num_classes: int | None = None) -> ImageData:
-    """Read the pickle of a dict with the arrays `data` and `extrapolated_targets`, without running anything of it.
+    """Read the pickle of a dict with the arrays `data` and `extrapolated_targets`, without running code from it.
 
     The published file is ti_500K_pseudo_labeled.pickle of Carmon et al. 2019. It is read by `read_arrays`, which
     takes plain values and numeric arrays alone.

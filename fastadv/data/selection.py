@@ -17,13 +17,13 @@ from fastadv.seeding import derive_seed
 def subset(data: ImageData, n: int, seed: int = 0) -> ImageData:
     """Choose n images, as evenly over the classes as the data allow.
 
-    The choice depends on the labels' order and the seed alone, and the subset of n contains that
-    of any smaller n.
+    The choice depends on the labels in their order and on the seed alone. The subset of n images
+    contains the subset of any smaller n.
 
     Args:
         data: the images to choose from.
         n: how many, 0 .. len(data).
-        seed: which choice.
+        seed: seed of the choice.
 
     Returns:
         The chosen images in their original order.
@@ -42,7 +42,7 @@ def split_validation(data: ImageData, n: int, seed: int = 0) -> tuple[ImageData,
     Args:
         data: the images to split, usually a training set.
         n: how many to hold out, 0 .. len(data).
-        seed: which split.
+        seed: seed of the choice.
 
     Returns:
         The remaining images and the held-out ones, both in their original order.
@@ -79,7 +79,7 @@ def balanced_choice(labels: Tensor, n: int, seed: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _seeded_order(n: int, seed: int) -> tuple[int, ...]:
-    """Return the indices below n in the order of their hashes, which every evaluation on a data set asks for."""
+    """Return the indices below n in the order of their hashes; cached, because every evaluation asks for it."""
     keys = [derive_seed(seed, "choice", index) for index in range(n)]
     return tuple(sorted(range(n), key=keys.__getitem__))
 

@@ -1,4 +1,4 @@
-"""Images that are read while they are needed, from a torch Dataset of any size."""
+"""Training images that are read when they are needed, from a torch Dataset of any size, and their loader."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class StreamedData:
 
     Attributes:
         dataset: a map-style Dataset of items (image, label); an image is a uint8 tensor [C, H, W] or picture
-            [H, W] or [H, W, C], or a floating-point tensor [C, H, W] in 0..1. All have one size, so that random
-            crops and the like are the dataset's own transforms. Their random numbers come from torch, numpy or
+            [H, W] or [H, W, C], or a floating-point tensor [C, H, W] in 0..1. All have one size. Random crops and
+            other transforms are up to the dataset. They take random numbers from torch, numpy or the module
             random, which are seeded for each item by (seed of the run, epoch, index).
         num_classes: number of classes; labels are in 0 .. num_classes - 1.
         name: the name for messages and logs.
         workers: processes that read ahead; with 0 images are read between the iterations.
-        supports: fields of a recipe that the dataset itself applies, such as "flip". Of all other datasets they
-            must be off, because no other part applies them.
+        supports: fields of a recipe that the dataset itself applies, such as "flip". Augmentations that are not
+            named here must be off in the recipe, because no other part applies them.
         image_shape: [C, H, W] of the first image.
 
     Raises:
@@ -76,7 +76,7 @@ class StreamedData:
 
 
 class StreamLoader(Batches):
-    """Shuffled training batches of a Dataset, whatever the number of processes that read it.
+    """Shuffled training batches of a Dataset. They do not depend on the number of processes that read it.
 
     Args:
         data: the images.
@@ -118,7 +118,7 @@ class StreamLoader(Batches):
         self._layout = torch.channels_last if last else torch.contiguous_format
 
     def _load(self, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
-        """Read ahead in other processes; on a GPU, copy while it computes."""
+        """Read ahead in other processes; to a GPU, copy while it computes."""
         steps = [chosen.tolist() for chosen in ids]
         on_cuda = self._device.type == "cuda"
         reader = DataLoader(

@@ -27,8 +27,8 @@ from fastadv.ops.values import integer
 FOLDER = "folder:"
 RESIZE, CROP = 256, 224
 _TEST_FOLDERS = ("val", "validation", "valid", "test")
-_AREA = (0.08, 1.0)  # of the crop, as a part of the picture
-_SHAPE = (3 / 4, 4 / 3)  # width of the crop over its height
+_AREA = (0.08, 1.0)  # smallest and largest area of the crop, as a part of the picture
+_SHAPE = (3 / 4, 4 / 3)  # smallest and largest ratio of the crop's width to its height
 _TRIES = 10
 _BATCH = 64
 
@@ -36,15 +36,16 @@ _BATCH = 64
 class RandomCrops(Dataset[tuple[Tensor, int]]):
     """The pictures of a folder for training: a random part, brought to one size, and mirrored or not.
 
-    As the recipes for ImageNet have it (Szegedy et al. 2015), the part has between 8 % and 100 % of the picture's
-    area, evenly, and a ratio of width to height between 3/4 and 4/3, evenly in its logarithm. Random numbers come
-    from torch's generator, which `StreamLoader` seeds for each picture by seed, epoch and index.
+    Source: Szegedy et al. 2015, as in the usual recipes for ImageNet. The area of the part is uniform in 8 % to
+    100 % of the picture's area. The logarithm of its ratio of width to height is uniform between 3/4 and 4/3.
+    Random numbers come from torch's generator, which `StreamLoader` seeds for each picture by seed, epoch and
+    index.
 
     Args:
         pictures: the folder.
         size: pixels of each side of the result.
         flip: mirror at random.
-        interpolation: of the resizing, which is antialiased.
+        interpolation: interpolation of the resizing, which is antialiased.
     """
 
     def __init__(
@@ -80,13 +81,14 @@ def random_box(width: int, height: int, numbers: list[list[float]]) -> tuple[int
     """Choose a part of a picture.
 
     Args:
-        width: of the picture.
-        height: of the picture.
-        numbers: for each try four in 0..1: for the area, the shape, the place from the left and from the top.
+        width: width of the picture in pixels.
+        height: height of the picture in pixels.
+        numbers: four numbers in 0..1 for each try: for the area, the shape, the place from the left and from the
+            top.
 
     Returns:
-        Left, top, right and bottom of the first try that lies inside. Without one, the largest part in the middle
-        with a shape that is allowed.
+        Left, top, right and bottom of the first try that fits into the picture. If no try fits, the largest part
+        in the middle with an allowed shape.
     """
     low, high = (math.log(value) for value in _SHAPE)
     for area, shape, left, top in numbers:
@@ -114,21 +116,21 @@ def load_folders(
     test_images: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Take pictures in folders, ROOT/train/CLASS/ and ROOT/val/CLASS/, for training.
+    """Load pictures in the folders ROOT/train/CLASS/ and ROOT/val/CLASS/ for training.
 
-    Training pictures are read while they are needed, by worker processes, as `RandomCrops`. Test pictures are
-    resized and cropped in the middle, and the chosen pictures stay in memory.
+    Worker processes read training pictures when they are needed, as `RandomCrops`. Test pictures are resized and
+    cropped in the middle, and stay in memory.
 
     Args:
         root: the folder that holds `train` and `val` (or `validation`, `valid`, `test`).
         resize: pixels of the shorter side of a test picture, before the crop.
         crop: pixels of each side of all images.
-        interpolation: of the resizing, which is antialiased.
+        interpolation: interpolation of the resizing, which is antialiased.
         workers: processes that read ahead, for each process that trains; by default its share of the cores, at
             most 8.
         flip: mirror training pictures at random.
-        test_images: choose so many test pictures, evenly over the classes; all by default.
-        seed: which choice.
+        test_images: the number of test pictures to choose, evenly over the classes; None takes all.
+        seed: seed of this choice.
 
     Returns:
         Training and test images.
@@ -175,7 +177,7 @@ def folder_of_tests(root: Path) -> Path:
 
 
 def _check_same_classes(training: FolderImages, tests: FolderImages) -> None:
-    """Refuse test folders that would get the numbers of other classes."""
+    """Refuse test folders whose classes differ, because labels are numbers of the sorted class names."""
     if training.classes != tests.classes:
         differing = sorted(set(training.classes) ^ set(tests.classes))
         raise ValueError(

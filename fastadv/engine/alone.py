@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from fastadv.engine.networks import networks_of, parts_of
 
 _changed = threading.Condition()
-# By thread, the modules that it has to itself, as ids; there is a set for each time it has entered.
+# For each thread, the ids of the modules that it holds, in a set for each time it has entered.
 _held: dict[int, list[set[int]]] = {}
 
 
@@ -20,7 +20,7 @@ def alone_with(*models: object) -> Iterator[None]:
 
     All modules are taken at once, so that two threads cannot wait for each other. A thread may enter again.
     """
-    # Kept, so that the ids stay theirs.
+    # The modules are kept, so that no other object gets their ids.
     parts = parts_of([network for model in models for network in networks_of(model)])
     ids, me = {id(part) for part in parts}, threading.get_ident()
 

@@ -1,4 +1,4 @@
-"""Memory that programs keep between passes."""
+"""The pool of buffers that programs keep between passes."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Memory:
         self.dtype = dtype
         self._free: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)
         self._taken: list[tuple[tuple[int, ...], Tensor]] = []
-        self._most = 0  # images of a pass
-        # Of gradients, by the address of their storage.
+        self._most = 0  # largest number of images of a pass
+        # The buffers of gradients, by the address of their storage.
         self._gradients: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._is_backward = False
 
@@ -44,7 +44,7 @@ class Memory:
         self._is_backward = True
 
     def give_back(self, gradient: Tensor, others: Iterable[Tensor]) -> None:
-        """Take the buffer of a gradient back that nobody reads any more; a buffer that others share stays taken.
+        """Take back the buffer of a gradient that is no longer read; a buffer that others share stays taken.
 
         Args:
             gradient: any tensor.
@@ -75,5 +75,5 @@ class Memory:
 
 
 def storage_address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins; tensors that share memory have the same."""
+    """The address of a tensor's storage; tensors that share memory have the same address."""
     return tensor.untyped_storage().data_ptr()

@@ -6,10 +6,16 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
+from fastadv.engine import choice
+from fastadv.engine.choice import Contender
 from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.errors import Unrecordable
+from fastadv.engine.known import Known
+from fastadv.engine.live_choice import live_rival
+from fastadv.engine.live_engines import LiveEngine
 from fastadv.engine.recording import Recording
 from fastadv.engine.tape import Tape
 from fastadv.engine.wish import Wish
@@ -48,3 +54,26 @@ def _under_autograd(
         resting = engine.record_passes(recorder).resting
         engine.graphs = GraphCache(recorder, classes, required, around=resting)
     return engine
+
+
+def rivals_of(
+    first: EngineOnCopy, known: Known, precision: str, probes: Tensor
+) -> dict[str, Callable[[], Contender]]:
+    """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed."""
+    model, names = known.model, choice.NAMES[precision]
+
+    def copied() -> CopyEngine:
+        return CopyEngine(known.tape, known.recording, precision, "", False)
+
+    def live(channels_last: bool) -> LiveEngine:
+        if names.contiguous is not None:
+            return LiveEngine(precision, "", channels_last)
+        return live_rival(model, probes, precision)
+
+    rivals: dict[str, Callable[[], Contender]] = {}
+    if choice.name_of(first) == names.program:
+        rivals[names.copy] = copied
+    rivals[names.live] = partial(live, True)
+    if names.contiguous is not None:
+        rivals[names.contiguous] = partial(live, False)
+    return rivals

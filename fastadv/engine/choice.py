@@ -1,15 +1,14 @@
-"""The choice among engines that are right: by measurement, where nobody knows beforehand which is the fastest.
+"""The choice among engines that are right: by measuring times, if it is not known beforehand which is the fastest.
 
-Most steps of a convolutional network's program are fused, and such a program wins. So nothing is timed there, and
-the choice is the same in every process. Of other networks the engines that are right are timed on a few images of
-the batch, and the fastest runs. Equal networks get one choice for the whole process, so that a second attack, a
-second model or a second run neither measures again nor computes anything else than the first.
+Most steps of a convolutional network's program are fused, and such a program is the fastest. So nothing is timed
+there, and the choice is the same in every process. For other networks the engines that are right are timed on a
+few images of the batch, and the fastest runs. Equal networks get one choice for the whole process, so that a
+second attack, model or run does not measure again, and computes the same results as the first.
 """
 
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -48,21 +47,23 @@ NAMES = {
     ),
 }
 
-_OTHER_STEPS = 0.1  # of a program, up to which it is known to win
-IMAGES = 8  # and more have one choice
-_MOST_IMAGES, _FEWEST_IMAGES = 8, 4  # on which engines are timed, with many and with few threads
+_OTHER_STEPS = (
+    0.1  # largest fraction of unfused steps with which a program is known to be the fastest
+)
+IMAGES = 8  # batches of this size and larger ones share a choice
+_MOST_IMAGES, _FEWEST_IMAGES = 8, 4  # numbers of images for timing, with many and with few threads
+_ENOUGH = 0.2  # seconds of a pass; where a pass is longer, half as many images tell as much
 _ROUNDS = 3
-_SECONDS = 0.5  # after which there is no further round
-# A rival that takes longer by these factors is not timed again: in its first pass, which also makes what
-# later passes find ready, and in a later one.
-_HOPELESS, _SLOWER = 2.5, 1.15
-_LONG = 0.1  # seconds; the first pass of smaller networks tells nothing
-# Seconds of a pass. The engines of smaller networks differ by less than their times scatter.
+_SECONDS = 0.5  # after this time there is no further round
+# Factors of time beyond which a rival is not timed again: in its first pass, which also prepares later passes, and
+# in a later pass.
+_HOPELESS, _SLOWER = 1.4, 1.15
+# Seconds. A longer first pass counts by itself. In a shorter one too much of the time prepares later passes.
+_LONG = 0.3
+# Seconds of a pass. In shorter passes the engines differ by less than the noise of their times.
 _SHORT = 0.002
-_CLEARLY = 0.97  # of the first engine's time, at most, to take its place
-_KEPT = 256  # choices
-
-seconds: Callable[[], float] = time.perf_counter
+_CLEARLY = 0.97  # largest fraction of the first engine's time with which a rival takes its place
+_KEPT = 256  # number of choices that are kept
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,10 @@ class Choice:
     """The measurements, and the engine that runs.
 
     Attributes:
-        name: of the engine that runs.
-        images: how many the engines were timed on.
-        milliseconds: of a gradient pass, by engine.
-        faults: of engines that were faster and wrong, in words.
+        name: name of the engine that runs.
+        images: number of images on which the engines were timed.
+        milliseconds: time of a gradient pass, by engine.
+        faults: the faults, in words, of engines that were faster and wrong.
     """
 
     name: str
@@ -104,8 +105,18 @@ def group_of(batch: int) -> int:
 
 
 def images() -> int:
-    """How many images engines are timed on: some for each thread."""
+    """The number of images on which engines are timed: some for each thread."""
     return max(_FEWEST_IMAGES, min(_MOST_IMAGES, 2 * torch.get_num_threads()))
+
+
+def enough_images(spent: Mapping[int, float]) -> int:
+    """As `images`, half as many where a pass takes long.
+
+    Args:
+        spent: seconds of a pass of an engine by the number of images, as far as they are known.
+    """
+    most, of_one = images(), min((taken / count for count, taken in spent.items()), default=0.0)
+    return most // 2 if of_one * most >= _ENOUGH else most
 
 
 def is_open(engine: Contender) -> bool:
@@ -118,7 +129,8 @@ def is_open(engine: Contender) -> bool:
     return sum(not step.is_known_to_win for step in steps) > _OTHER_STEPS * len(steps)
 
 
-# They move no element, or take as long in a program as elsewhere, and little beside convolutions.
+# These functions move no element, or they take the same time in a program and in torch, little beside
+# convolutions.
 _POOLS = (F.max_pool2d, torch.max_pool2d)
 _FREE = frozenset(
     ("flatten", "view", "reshape", "squeeze", "unsqueeze", "size", "getattr", "getitem", "detach", "dropout")
@@ -149,6 +161,7 @@ def settled(
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
     fault_of: Callable[[Contender], str | None],
+    spent: Mapping[int, float],
 ) -> tuple[Choice, Contender]:
     """The choice that was made in this process, or a new one, and its engine.
 
@@ -158,11 +171,13 @@ def settled(
         x: images of the batch to measure on [B, ...].
         first: an engine that is right and has the model's weights.
         rivals: builds the others, by the names that `name_of` gives them.
-        fault_of: the fault of an engine, in words; None where it is right. Asked of the engine that is to run.
+        fault_of: returns the fault of an engine, in words; None if it is right. It is called for the engine that
+            runs.
+        spent: seconds of a pass of ``first`` in its proof, by the number of images.
     """
     choice, engine = _choices.get(key), None
     if choice is None:
-        new, engine = _measured(model, x, first, rivals, fault_of)
+        new, engine = _measured(model, x, first, rivals, fault_of, spent.get(len(x), 0.0))
         while len(_choices) >= _KEPT:
             del _choices[next(iter(_choices))]
         choice = _choices.setdefault(key, new)  # another thread may have been faster
@@ -173,7 +188,7 @@ def settled(
     try:
         engine = rivals[choice.name]()
         fault = fault_of(engine)
-    except Exception as error:  # as when it was measured
+    except Exception as error:  # the model's own code may fail in any way
         fault = str(error)
     if fault is None and engine is not None:
         return choice, engine
@@ -186,23 +201,26 @@ def _measured(
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
     fault_of: Callable[[Contender], str | None],
+    proven: float,
 ) -> tuple[Choice, Contender]:
     name = name_of(first)
-    times = times_of({name: first}, model, x, rounds=1)
-    if times[name] < 5 * _SHORT:  # one such time may be chance
+    # The time of its proof serves, unless that is so short that it may be chance.
+    times = {name: proven}
+    if proven < 5 * _SHORT:
+        times = times_of({name: first}, model, x, rounds=1)
+    if times[name] < 5 * _SHORT:
         again = times_of({name: first}, model, x, rounds=_ROUNDS - 1, warm=False)
         times = {name: min(times[name], again[name])}
     close: dict[str, Contender] = {name: first}
     for other, make in rivals.items() if times[name] >= _SHORT else ():
         if any(other == n.live and n.copy in times and n.copy not in close for n in NAMES.values()):
-            continue  # it runs what the copy does, and more; the copy is clearly slower already
+            continue  # it does the work of the copy and more, and the copy is clearly slower already
         try:
             engine = make()
-            spent = _first_time(engine, model, x, min(times.values()))
+            times[other], is_near = _first_time(engine, model, x, min(times.values()))
         except Exception:  # it may fail in any way that the model's own code allows
             continue
-        times[other] = spent
-        if spent <= _SLOWER * min(times.values()):
+        if is_near:
             close[other] = engine
     if len(close) > 1:
         again = times_of(close, model, x, rounds=_ROUNDS - 1, warm=False)
@@ -219,13 +237,16 @@ def _measured(
     return Choice(name, len(x), milliseconds, faults), first
 
 
-def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> float:
-    """Seconds of a gradient pass of an engine that has not run yet, those of its first where that is hopeless."""
-    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
-    if spent >= _LONG and spent > _HOPELESS * best:
-        return spent
-    (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
-    return spent
+def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> tuple[float, bool]:
+    """Seconds of a gradient pass of an engine that has not run yet, and whether it may be the fastest.
+
+    A long first pass tells as much as the second.
+    """
+    for _ in range(2):
+        (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
+        if spent >= _LONG:
+            return spent, spent <= _HOPELESS * best
+    return spent, spent <= _SLOWER * best
 
 
 def times_of(
@@ -235,19 +256,19 @@ def times_of(
     rounds: int = _ROUNDS,
     warm: bool = True,
 ) -> dict[str, float]:
-    """Seconds of a gradient pass of each engine, the best of some rounds by turns; ``warm``: after one more."""
+    """Seconds of a gradient pass of each engine, the least of several rounds; ``warm`` adds a round before."""
     best = dict.fromkeys(engines, float("inf"))
     with ExitStack() as stack:
         for engine in engines.values():
             stack.enter_context(engine.session(model, 0, current=True))
         shown = {name: engine.images(images) for name, engine in engines.items()}
-        began = seconds()
+        began = proof.seconds()
         for number in range(0 if warm else 1, rounds + 1):
             for name, engine in engines.items():
-                before = seconds()
+                before = proof.seconds()
                 engine.gradient(shown[name], proof.weighted_sum)
                 if number:
-                    best[name] = min(best[name], seconds() - before)
-            if number and seconds() - began > _SECONDS:
+                    best[name] = min(best[name], proof.seconds() - before)
+            if number and proof.seconds() - began > _SECONDS:
                 break
     return best

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from fastadv.engine.named_code import named_by
+from fastadv.engine.networks import modules_of
 
 
 def is_compiled_wrapper(part: object) -> bool:
-    """Whether `torch.compile` has made a module of another one.
+    """Whether `torch.compile` has made this module from another one.
 
-    torch's compiler takes a second to import. Where nobody has imported it, there is no such module.
+    torch's compiler takes a second to import. If it has not been imported, there is no such module.
     """
     dynamo = sys.modules.get("torch._dynamo")
     kind = getattr(dynamo, "OptimizedModule", None)
@@ -27,7 +28,7 @@ def has_compiled_parts(model: nn.Module) -> bool:
     """Whether `torch.compile` has made a part of a model, or a function that the model calls."""
     return any(
         is_compiled_wrapper(part) or part._compiled_call_impl is not None
-        for part in model.modules()
+        for part in modules_of(model)
     ) or _calls_compiled_functions(model)
 
 

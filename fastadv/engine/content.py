@@ -1,4 +1,4 @@
-"""Whether tensors have changed: their shapes, their places in memory order, a hash of their bytes."""
+"""A value that shows whether tensors have changed: their shapes, their strides, and a hash of their bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ torch.library.define("fastadv::content_hash", "(Tensor[] tensors) -> Tensor")
 def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     """A value that stays equal as long as no element of the tensors changes, bit for bit.
 
-    A hash of 64 bits always shows the change of a single word of 8 bytes, and any other one all but certainly. An
-    autograd version counter would not do: writing through ``tensor.data`` leaves it alone.
+    A hash of 64 bits always shows the change of a single word of 8 bytes, and any other change almost certainly.
+    Autograd's version counters are not enough: writing through ``tensor.data`` does not change them.
 
     Returns:
-        None where a tensor is no ordinary one of the CPU, so that nothing is known about it. Likewise without the
-        compiled part, which computes the hashes.
+        The value; None if a tensor is not an ordinary tensor on the CPU, or without the compiled part, which
+        computes the hashes.
     """
     if NATIVE.library is None or not all(_is_ordinary(t) for t in tensors):
         return None

@@ -1,6 +1,6 @@
-"""The CPU kernels that serve one direction of a copied convolution, their filters packed.
+"""The CPU kernels for one direction of a copied convolution, with packed filters.
 
-`fastadv.engine.packed_convolution` says which of them serves which convolution.
+`fastadv.engine.packed_convolution` chooses the kernel for each convolution.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _OPS = torch.ops.fastadv
 
 
 class ConvShape(NamedTuple):
-    """All of a two-dimensional convolution but its weights, as `torch.nn.Conv2d` names it."""
+    """The parameters of a two-dimensional convolution, without its weights, named as in `torch.nn.Conv2d`."""
 
     in_channels: int
     out_channels: int
@@ -51,7 +51,7 @@ class Epilogue(NamedTuple):
     Attributes:
         bias: float32 [K].
         add: channels-last [B, K, H, W], in the dtype of the images.
-        mask: likewise.
+        mask: channels-last [B, K, H, W], in the dtype of the images.
         relu: whether negative values become 0.
     """
 
@@ -73,8 +73,8 @@ class Kernel(ABC):
         """The convolution of ``x``, and then the epilogue.
 
         Args:
-            memory: where the result may be put.
-            shape: of the result [B, K, H, W].
+            memory: the pool from which the result's memory may be taken.
+            shape: shape of the result [B, K, H, W].
             x: channels-last [B, C, H, W], in the dtype that the kernel was made for.
             epilogue: the operations on it before it is stored.
         """
@@ -102,11 +102,11 @@ class WinogradKernel(Kernel):
 
 
 class WinogradFloatKernel(Kernel):
-    """As `WinogradKernel`, in float32.
+    """The convolutions of `WinogradKernel`, in float32.
 
     Args:
-        out_channels: of the result.
-        in_channels: of the input, in multiples of ``lanes``.
+        out_channels: channels of the result.
+        in_channels: channels of the input, a multiple of ``lanes``.
         backward: whether it is the gradient in the input.
         lanes: the width of the vectors, as `fastadv.engine.cpu_convolution.float_lanes` gives it.
     """
@@ -197,7 +197,7 @@ class GatherKernel(Kernel):
 
 
 class GatherFloatKernel(GatherKernel):
-    """As `GatherKernel`, in float32.
+    """The convolutions of `GatherKernel`, in float32.
 
     Args:
         conv: the convolution.
@@ -218,7 +218,7 @@ class GatherFloatKernel(GatherKernel):
 
 
 class TileKernel(GatherKernel):
-    """The same by AMX, for input channels in multiples of 32."""
+    """The convolutions of `GatherKernel` by AMX, for input channels in multiples of 32."""
 
     _convolve = _OPS.conv_amx_
 
@@ -255,7 +255,7 @@ def _tap_group(
 def taps_along(
     size: int, stride: int, padding: int, dilation: int, origin: int, backward: bool
 ) -> list[tuple[int, int]]:
-    """Along one axis, the taps and how far from the place each of them reads."""
+    """Along one axis, the taps, and the distance from the position at which each of them reads."""
     if not backward:
         return [(tap, tap * dilation - padding) for tap in range(size)]
     reach = [(tap, origin + padding - tap * dilation) for tap in range(size)]

@@ -33,7 +33,7 @@ from fastadv.engine.tape import Tape
 
 
 class EngineOnCopy(Engine):
-    """The common part of the engines that run on an attack copy."""
+    """Base of the engines that run an attack copy."""
 
     name = "compiled"
     remembered: Remembered | None = None  # the proof of the copy, its weights included
@@ -54,16 +54,16 @@ class EngineOnCopy(Engine):
         return self._copy
 
     def refresh(self, recording: Recording) -> None:
-        """Bring over the weights that the live model has used."""
+        """Copy the weights that the live model has used in a recording."""
         self.remembered = None
         self._copy.refresh(recording)
 
     def rest(self) -> None:
-        """Give memory back that the next use takes anew."""
+        """Free memory that the next use allocates again."""
 
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
-        """Bring the live weights over, unless they are here."""
+        """Copy the live weights, unless the copy has them already."""
         if not current:
             assert isinstance(model, nn.Module)
             settling = self.tape.settling
@@ -80,7 +80,7 @@ class CopyEngine(EngineOnCopy):
     """Runs the attack copy under autograd, on a GPU compiled by ``torch.compile`` or by recorded passes.
 
     Attributes:
-        passes: recorded as CUDA graphs; None on a CPU.
+        passes: the passes that are recorded as CUDA graphs; None on a CPU.
     """
 
     passes: GraphedPasses | None = None
@@ -150,7 +150,7 @@ class ProgramEngine(EngineOnCopy):
 
     @property
     def steps(self) -> Sequence[ProgramStep]:
-        """The program's, in the order in which they run forward."""
+        """The steps of the program, in the order in which they run forward."""
         return self._program.steps
 
     def rest(self) -> None:

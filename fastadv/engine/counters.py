@@ -1,4 +1,4 @@
-"""Numbers that a model's code may count in, to tell whether its calls leave a trace."""
+"""The numbers in which a model's code may count its calls; they show whether a call changes the model."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Pass:
         return self._items.get(node) or {0: self._gradients[node]}
 
     def forget(self, node: fx.Node) -> None:
-        """Let go of the gradient at a node, which has been passed on."""
+        """Drop the gradient at a node, after it was passed on."""
         gradient, items = self._gradients.pop(node, None), self._items.pop(node, {})
         for gone in (gradient, *items.values()):
             self._give_back(gone)
@@ -99,19 +99,19 @@ class Pass:
         self._give_back(before)
 
     def _give_back(self, gradient: Tensor | None) -> None:
-        """Let go of the memory of a gradient that is not needed any more, unless another one shares it."""
+        """Give back the memory of a gradient that is no longer needed, unless another gradient shares it."""
         if gradient is not None:
             self.memory.give_back(gradient, self._waiting())
 
     def _mask(self, node: fx.Node) -> Tensor | None:
-        """The activation whose sign masks the gradient, once its last contribution is here."""
+        """The activation whose sign masks the gradient, when the last contribution arrives; else None."""
         self._remaining[node] -= 1
         last = self._remaining[node] == 0
         return self.values[node] if last and node in self._masked else None
 
 
 def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | None) -> Tensor:
-    """The sum of two gradients, masked; ``new`` itself where there is nothing to do."""
+    """The masked sum of two gradients; ``new`` itself if there is no second gradient and no mask."""
     if before is None and mask is None:
         return new
     operands = [t for t in (new, before, mask) if t is not None]
@@ -120,7 +120,7 @@ def _merged(memory: Memory, new: Tensor, before: Tensor | None, mask: Tensor | N
         _OPS.merge_gradients_(out, new, before, mask)
         return out
     total = new if before is None else new + before
-    # Not a product: an infinite gradient behind a ReLU's 0, as of a root, is 0 before it.
+    # Not a product: behind a ReLU's 0 the gradient may be infinite, as a root's is, and 0 times infinity is NaN.
     return total if mask is None else torch.where(mask > 0, total, 0.0)
 
 
@@ -153,7 +153,7 @@ class ProgramStep(ABC):
 
     Attributes:
         rectifies: the step ends in a ReLU, so that its gradient is masked where its result is 0.
-        is_known_to_win: it was never seen slower than torch's operations, so that nobody need measure.
+        is_known_to_win: it was never slower than torch's operations in measurements, so it is not timed.
     """
 
     is_known_to_win = False
@@ -189,7 +189,7 @@ class ConvStep(ProgramStep):
         residual = None if self._residual is None else run.values[self._residual]
         shape = packed.result_shape(x)
         if residual is not None and torch.broadcast_shapes(shape, residual.shape) != shape:
-            # The addition spreads the convolution's result, as where it is a context of whole maps.
+            # The addition broadcasts the convolution's result, for example one value per channel over a whole map.
             out = residual + self._convolved(run, x, Epilogue(packed.bias))
             out = as_buffer(out.relu() if self.rectifies else out, dtype)
         else:
@@ -208,7 +208,7 @@ class ConvStep(ProgramStep):
         """The gradient's convolution into the input; the gradient itself into the residual."""
         gradient = as_buffer(run.gradient(self.node), run.memory.dtype)
         if self._residual is not None:
-            shape = run.values[self._residual].shape  # smaller where the addition broadcast it
+            shape = run.values[self._residual].shape  # smaller if the addition has broadcast it
             run.arrive_tensor(self._residual, gradient.sum_to_size(shape))
             spread = gradient.sum_to_size(self._packed.result_shape(run.values[self._x]))
             gradient = as_buffer(spread, run.memory.dtype)
@@ -395,6 +395,6 @@ class LinearStep(ProgramStep):
         run.values[self.node] = self._part(run.values[self._x])
 
     def backward(self, run: Pass) -> None:
-        """Another."""
+        """One matrix product of the gradient."""
         weight = self._part.weight
         run.arrive_tensor(self._x, run.gradient(self.node).to(weight.dtype) @ weight)

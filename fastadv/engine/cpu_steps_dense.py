@@ -1,7 +1,7 @@
-"""Steps of a program for blocks whose layers each read all results before them, as DenseNet's.
+"""Steps of a program for blocks in which each layer reads all earlier results, as in DenseNet.
 
-A block's results lie side by side in one map. So a concatenation costs the copy of its newest part, and its
-gradient is added up where it lies.
+A block's results lie side by side in one map. So a concatenation costs only the copy of its newest part, and its
+gradient is added up in place.
 """
 
 from __future__ import annotations

@@ -86,9 +86,9 @@ class LayerNormStep(PlainStep):
     Args:
         x: the input.
         channels: the length of the last axis.
-        weight: name of the buffer of the copied layer, or None.
-        bias: likewise.
-        eps: added to the variance.
+        weight: name of the weight's buffer in the copied layer, or None.
+        bias: name of the bias's buffer in the copied layer, or None.
+        eps: number that is added to the variance.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class RowsLinearStep(ProgramStep):
         self._bias: Tensor | None = None
 
     def forward(self, run: Pass) -> None:
-        """One matrix product."""
+        """One matrix product of the input."""
         x = run.values[self._x]
         if self._in_float32(x):
             run.values[self.node] = self._part(x)
@@ -172,7 +172,7 @@ class RowsLinearStep(ProgramStep):
         run.values[self.node] = _product(x, self._weights[0], self._bias)
 
     def backward(self, run: Pass) -> None:
-        """Another."""
+        """One matrix product of the gradient."""
         gradient, weight = run.gradient(self.node), self._part.weight
         if self._in_float32(run.values[self._x]):
             run.arrive_tensor(self._x, gradient.to(weight.dtype) @ weight)
@@ -288,11 +288,11 @@ class AliasStep(ProgramStep):
         super().__init__(node, [source])
 
     def forward(self, run: Pass) -> None:
-        """Nothing."""
+        """Take the other step's result."""
         run.values[self.node] = run.values[self.inputs[0]]
 
     def backward(self, run: Pass) -> None:
-        """Nothing."""
+        """Pass the gradient on to the other step."""
         run.arrive_tensor(self.inputs[0], run.gradient(self.node))
 
 

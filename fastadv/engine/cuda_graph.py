@@ -128,10 +128,11 @@ class GraphCache:
 
     Args:
         recorder: records loops; `CudaRecorder` but in tests.
-        classes: of the model's logits, which nobody can read from a recording.
-        required: record at the first call, and raise where that fails. Else the first call of a size is left to
-            be run as it is, so that a single call pays for no recording, and a failure is told once.
-        around: entered while a loop is recorded.
+        classes: number of the model's logits, which a recorded graph does not show.
+        required: record at the first call, and raise an error if this fails. Otherwise the first call of a size
+            runs without a graph, so that a single call does not pay for a recording, and a failure gives one
+            warning.
+        around: makes the context in which a loop is recorded.
     """
 
     def __init__(
@@ -165,7 +166,7 @@ class GraphCache:
             loop is to be run as it is, for the reason in `refusal`.
 
         Raises:
-            ValueError: the loop cannot be recorded, where it is required.
+            ValueError: if the loop cannot be recorded although this is required.
         """
         count = inputs[0].shape[0]
         size = padded_size(count)

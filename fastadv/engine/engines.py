@@ -1,4 +1,4 @@
-"""What every engine does: compute logits and input gradients of one model.
+"""The base of the engines, which compute logits and input gradients of one model.
 
 An engine is prepared once for a model and used for many batches. ``session()`` brings the weights up to date
 and holds the model still; inside it ``logits`` and ``gradient`` are called as often as the attack needs. Engines
@@ -51,8 +51,8 @@ class Engine(ABC):
 
         Args:
             model: the live model the engine was made for.
-            seed: of random numbers that the model draws.
-            current: the engine has the model's weights already, as `fastadv.engine.selection` hands it out.
+            seed: seed of the random numbers that the model draws.
+            current: whether the engine has the model's weights already, as after `EngineCache.ready`.
         """
 
     def _forward(self, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class Engine(ABC):
 def _by_backward(
     output: Tensor, leaf: Tensor, at: Tensor | None = None, allow_unused: bool = True
 ) -> tuple[Tensor | None]:
-    """As `torch.autograd.grad`, for models with reentrant checkpointing, which refuses that function.
+    """Compute `torch.autograd.grad` by `backward`, for models whose reentrant checkpointing refuses that function.
 
     The model is frozen, so that no gradient is left in its parameters.
     """
@@ -117,8 +117,8 @@ def check_logits(logits: object, batch: int) -> None:
     """Check the model's result.
 
     Raises:
-        TypeError: no tensor.
-        ValueError: not of shape [B, classes].
+        TypeError: if it is no tensor.
+        ValueError: if its shape is not [B, classes].
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"model must return a tensor of logits, got {type(logits).__name__}")
@@ -156,7 +156,11 @@ def enlarged(at_logits: Tensor) -> Tensor:
 
 
 def check_gradient(found: bool) -> None:
-    """Raise ValueError unless the model's logits have a gradient in the images."""
+    """Check that the model's logits have a gradient with respect to the images.
+
+    Raises:
+        ValueError: if they have none.
+    """
     if not found:
         raise ValueError(
             "model must return logits with a gradient in x, got logits without one; does its "
@@ -165,5 +169,5 @@ def check_gradient(found: bool) -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Images [B, C, H, W] in channels-last memory; tensors with other axes as they are."""
+    """Return images [B, C, H, W] in channels-last memory; tensors with other axes unchanged."""
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x

@@ -1,10 +1,10 @@
-"""The errors that the engine raises for itself."""
+"""The exceptions that parts of the engine raise for each other; they never reach the caller of an attack."""
 
 from __future__ import annotations
 
 
 class Unrecordable(Exception):
-    """Why no copy of a model can be made; the attack then runs the live model."""
+    """No copy of a model can be made; the message says why. The attack then runs the live model."""
 
 
 class DependsOnBatch(Unrecordable):

@@ -21,10 +21,12 @@ from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.counters import plain_state
+from fastadv.engine.engines import channels_last
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import is_steady, tape_now
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.operands import version_of
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.remembered import Remembered
@@ -37,16 +39,16 @@ _PACKED_ON = ("cpu",)  # devices with kernels of our own for convolutions in bfl
 
 
 class ForwardCopy:
-    """One result of a model that stands still.
+    """Computes one result of a model whose weights do not change.
 
     Args:
         model: the model, in evaluation mode.
-        output: the function of it that is wanted.
-        x: images [B, ...] like the ones to come. Only their shape, dtype and device count.
-        dtype: of the copy's passes, bfloat16 or float16.
+        output: the function of the model and the images that gives the result.
+        x: images [B, ...] with the shape, dtype and device of later images; their values are not used.
+        dtype: dtype of the copy's passes, bfloat16 or float16.
 
     Raises:
-        Unrecordable: no copy computes this; the message says why.
+        Unrecordable: if no copy computes this result; the message says why.
     """
 
     def __init__(self, model: nn.Module, output: Output, x: Tensor, dtype: torch.dtype) -> None:
@@ -73,10 +75,8 @@ class ForwardCopy:
             try:
                 self._copy = AttackCopy(self._tape, recording, dtype, pack=pack)
                 self._run = ForwardPass(self._copy) if pack else self._under_torch
-                found = self._run(_laid_out(recording.images.detach()))
-            except (
-                Exception
-            ) as error:  # a copy may fail in any way that the model's own code allows
+                found = self._run(channels_last(recording.images.detach()))
+            except Exception as error:  # the model's own code may fail in any way
                 raise Unrecordable(f"its copy fails: {error}") from error
             precision = next(name for name, own in COMPUTE_DTYPES.items() if own == dtype)
             fault = proof.difference_of_results(found, recording.logits.detach(), precision)
@@ -110,7 +110,7 @@ class ForwardCopy:
     def __call__(self, x: Tensor) -> Tensor:
         """The result for images [B, ...]; maps are in the copy's dtype and channels-last."""
         with torch.no_grad(), _apart(x.device):
-            found: Tensor = self._run(_laid_out(x.detach().float()))
+            found: Tensor = self._run(channels_last(x.detach().float()))
         return found
 
     def _under_torch(self, x: Tensor) -> Tensor:
@@ -147,11 +147,7 @@ def probe_images(x: Tensor) -> Tensor:
         coarse = F.interpolate(coarse, shape[2:], mode="bilinear", align_corners=False)
         images[::2] = coarse[::2]
     rows = torch.arange(x.shape[0], device="cpu") % _PROVEN
-    return _laid_out(images[rows].to(x.device, torch.float32))
-
-
-def _laid_out(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+    return channels_last(images[rows].to(x.device, torch.float32))
 
 
 class _Standstill:
@@ -164,8 +160,8 @@ class _Standstill:
 
     def __init__(self, model: nn.Module) -> None:
         self._content = _content_of(model)
-        self._parameters = [(p, _version(p)) for p in model.parameters()]
-        self._buffers = [(b, _version(b), b.clone()) for b in model.buffers()]
+        self._parameters = [(p, version_of(p)) for p in model.parameters()]
+        self._buffers = [(b, version_of(b), b.clone()) for b in model.buffers()]
         self._modes = _modes_of(model)
 
     def holds(self, model: nn.Module) -> bool:
@@ -178,10 +174,10 @@ class _Standstill:
         if self._content is not None and _content_of(model) != self._content:
             return False
         return all(
-            p is then and _version(p) == version
+            p is then and version_of(p) == version
             for p, (then, version) in zip(parameters, self._parameters, strict=True)
         ) and all(
-            b is then and (_version(b) == version or torch.equal(b, value))
+            b is then and (version_of(b) == version or torch.equal(b, value))
             for b, (then, version, value) in zip(buffers, self._buffers, strict=True)
         )
 
@@ -201,10 +197,6 @@ def _modes_of(model: nn.Module) -> list[tuple[Any, ...]]:
         )
         for module in model.modules()
     ]
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_gradients(copy: AttackCopy) -> None:

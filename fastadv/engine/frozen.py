@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import torch
 from torch import nn
 
-from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.networks import modules_of, networks_of, parts_of
 from fastadv.engine.randomness import DrawWatch
 
 
@@ -34,29 +34,24 @@ def frozen(
         train_mode: run in train instead of eval mode.
         keep_buffers: put the buffers back on leaving.
         freeze_parameters: whether parameters stop to require grad.
-        seed: of the random numbers that the model draws inside, dropout's in train mode; the caller's
-            random state is put back. None leaves the random state alone.
-        watch: leave the random state alone until the model is seen to draw.
+        seed: seed of the random numbers that the model draws inside, such as dropout's in train mode. The caller's
+            random state is restored. None does not touch the random state.
+        watch: do not touch the random state until the model draws.
 
     Raises:
-        ValueError: the model has lazy modules, whose weights have no shape yet.
+        ValueError: if the model has lazy modules, whose weights have no shape yet.
     """
     if isinstance(model, nn.Module):
-        for name, parameter in model.named_parameters():
-            if nn.parameter.is_lazy(parameter):
-                raise ValueError(
-                    f"model must have all its weights, got {name!r} without a shape; call the model "
-                    "once on a batch of images first"
-                )
+        _refuse_lazy_weights(model)
     with ExitStack() as stack:
         parts = parts_of(networks_of(model))
         if parts:
             stack.enter_context(_kept_modes(parts, freeze_parameters))
             if keep_buffers:
                 stack.enter_context(_kept_buffers(parts))
-            # Not for nothing: some models empty what they have cached when their mode is set.
+            # Only if needed: some models empty their caches when their mode is set.
             if isinstance(model, nn.Module) and _has_other_mode(model, train_mode):
-                with suppress(NotImplementedError):  # exported programs have one mode alone
+                with suppress(NotImplementedError):  # exported programs have only one mode
                     model.train(train_mode)
             if freeze_parameters:
                 for parameter in _parameters_of(parts):
@@ -67,13 +62,24 @@ def frozen(
         yield
 
 
+def _refuse_lazy_weights(model: nn.Module) -> None:
+    if not any(map(nn.parameter.is_lazy, _parameters_of(modules_of(model)))):
+        return
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(
+                f"model must have all its weights, got {name!r} without a shape; call the model "
+                "once on a batch of images first"
+            )
+
+
 def _has_other_mode(model: nn.Module, training: bool) -> bool:
-    return any(module.training != training for module in model.modules())
+    return any(module.training != training for module in modules_of(model))
 
 
 def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The parameters of modules, each once."""
-    found = [p for part in parts for p in part.parameters(recurse=False)]
+    found = [p for part in parts for p in part._parameters.values() if p is not None]
     return list({id(parameter): parameter for parameter in found}.values())
 
 
@@ -111,7 +117,7 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
                 del module._buffers[name]
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
-            # Past the version counter, so that a graph made before the attack can still be differentiated.
+            # `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
             buffer.data.copy_(value)
             module._buffers[name] = buffer
 
@@ -156,10 +162,13 @@ def _forked_at_first_draw(model: object, seed: int) -> Iterator[None]:
 
 def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
     """The states of the generators of the CPU and of the model's GPUs."""
-    tensors = (*model.parameters(), *model.buffers()) if isinstance(model, nn.Module) else ()
-    devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-    if not isinstance(model, nn.Module) and torch.cuda.is_initialized():
-        devices.add(torch.cuda.current_device())
+    devices: set[int] = set()
+    if torch.cuda.is_initialized():  # else no tensor is on a GPU
+        if isinstance(model, nn.Module):
+            tensors = (*model.parameters(), *model.buffers())
+            devices = {t.device.index for t in tensors if t.device.type == "cuda"}
+        else:
+            devices = {torch.cuda.current_device()}
     generators = [torch.default_generator]
     generators += [torch.cuda.default_generators[device] for device in sorted(devices)]
     return {generator: generator.get_state() for generator in generators}

@@ -14,6 +14,13 @@ from torch import Tensor, fx, nn
 
 from fastadv.engine.convolution_kernels import ConvShape
 from fastadv.engine.errors import Unrecordable
+from fastadv.engine.graph_functions import (
+    Applied,
+    OnAClone,
+    WithoutGradient,
+    has_plain_twin,
+    is_method,
+)
 from fastadv.engine.layers import (
     CopiedConv2d,
     CopiedFunction,
@@ -41,10 +48,9 @@ class Constants:
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, int] = field(default_factory=dict)
-    batch_node: fx.Node | None = None  # the number of images, where an operation needs it
-    nodes: dict[int, fx.Node] = field(
-        default_factory=dict
-    )  # by place, the node that computes the tensor
+    batch_node: fx.Node | None = None  # the number of images, if an operation needs it
+    # For each place, the node that computes the tensor.
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
 
 
 def graph_of(
@@ -218,14 +224,14 @@ class _Builder:
             return
         args, kwargs = self._argument(_indexed(op.args, name)), self._argument(op.kwargs)
         if name == "apply":
-            function = _Applied(function)
+            function = Applied(function)
         if not op.with_gradient:
-            function = _WithoutGradient(function)
+            function = WithoutGradient(function)
             self.nodes[op.place] = self.graph.call_function(function, args, kwargs)
         elif name == "__get__":
             property_of = (args[0], function.__self__.__name__)
             self.nodes[op.place] = self.graph.call_function(getattr, property_of)
-        elif _is_method(function):
+        elif is_method(function):
             reshapes = name == "view" and not isinstance(op.args[1], torch.dtype)
             # The copy's maps are channels-last, where a view may be impossible.
             method = "reshape" if reshapes else name
@@ -237,7 +243,7 @@ class _Builder:
 
     def _weights_of_layer(self, op: RecordedOp, name: str) -> list[tuple[int | str, Ref]]:
         """The weights of a call that is a layer rather than arithmetic, with their places in the call."""
-        if _is_method(op.function) or name in _ARITHMETIC or name in ("__get__", "item", "apply"):
+        if is_method(op.function) or name in _ARITHMETIC or name in ("__get__", "item", "apply"):
             return []
         found: list[tuple[int | str, Ref]] = []
         places: list[tuple[int | str, Any]] = [*enumerate(op.args), *op.kwargs.items()]
@@ -266,15 +272,15 @@ class _Builder:
             full = inspect.signature(op.function).bind(*args, **kwargs)
             full.arguments["inplace"] = False
             node = self.graph.call_function(op.function, full.args, full.kwargs)
-        elif name.endswith("_") and not name.endswith("__") and _plain_twin(op.function, name):
+        elif name.endswith("_") and not name.endswith("__") and has_plain_twin(op.function, name):
             plain = name[:-1]
-            if _is_method(op.function):
+            if is_method(op.function):
                 node = self.graph.call_method(plain, args, kwargs)
             else:
                 twin = getattr(torch, plain, None) or getattr(F, plain)
                 node = self.graph.call_function(twin, args, kwargs)
         else:
-            node = self.graph.call_function(_OnAClone(op.function), args, kwargs)
+            node = self.graph.call_function(OnAClone(op.function), args, kwargs)
         self.nodes[op.place] = node
 
     def _is_constant(self, *values: Any) -> bool:
@@ -328,55 +334,6 @@ _INPLACE_ARGUMENT = frozenset(
     ("relu", "relu6", "elu", "celu", "selu", "silu", "mish", "hardtanh", "hardswish",
      "hardsigmoid", "leaky_relu", "threshold", "dropout")
 )  # fmt: skip
-
-
-class _Applied:
-    """An autograd function, which torch.fx (2.14) cannot name itself."""
-
-    def __init__(self, apply: Callable[..., Any]) -> None:
-        self._apply = apply
-        self.__name__ = "autograd_function"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._apply(*args, **kwargs)
-
-
-class _WithoutGradient:
-    """A function under `torch.no_grad`, as the model called it."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.__name__ = "without_gradient"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return self._function(*args, **kwargs)
-
-
-class _OnAClone:
-    """A function that writes into its first argument, on a copy of that argument, which it returns."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.__name__ = "on_a_clone"
-
-    def __call__(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        own = target.clone()
-        self._function(own, *args, **kwargs)
-        return own
-
-
-def _plain_twin(function: Any, name: str) -> bool:
-    plain = name[:-1]
-    if _is_method(function):
-        return hasattr(Tensor, plain)
-    return hasattr(torch, plain) or hasattr(F, plain)
-
-
-def _is_method(function: Any) -> bool:
-    """Whether a function is a method of tensors."""
-    name = getattr(function, "__name__", "")
-    return hasattr(function, "__objclass__") or getattr(Tensor, name, None) is function
 
 
 def _bound(op: RecordedOp, names: tuple[str, ...]) -> dict[str, Any]:

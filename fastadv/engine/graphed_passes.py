@@ -25,8 +25,8 @@ from fastadv.engine.cuda_graph import ReplayableWork, WorkRecorder, padded_size,
 LONG = 64
 # Recordings kept, the latest used. One with a backward pass holds all that the forward pass saves for it.
 CAPACITY = {"logits": 8, "gradient": 4}
-# Of the norm of a pass without a graph: how far a replay may be off, in 16 bits and in float32. Only the order in
-# which numbers are added may differ.
+# Largest error of a replay, relative to the norm of a pass without a graph, by the bytes of the dtype. Only the
+# order in which numbers are added may differ.
 _TOLERANCE = {2: 2e-2, 4: 1e-4}
 
 Kind = Literal["logits", "gradient"]
@@ -37,12 +37,12 @@ class _RecordedPass:
     """The passes of one batch size.
 
     Attributes:
-        images: what the passes read, [size, ...].
-        logits: what the forward pass writes, [size, C].
+        images: the tensor that the passes read, [size, ...].
+        logits: the tensor that the forward pass writes, [size, C].
         forward: the recorded forward pass.
-        at_logits: what the backward pass reads, [size, C].
-        gradient: what it writes, [size, ...].
-        backward: the recorded backward pass; None where the logits are all that is wanted.
+        at_logits: the tensor that the backward pass reads, [size, C].
+        gradient: the tensor that the backward pass writes, [size, ...].
+        backward: the recorded backward pass; None if only the logits are wanted.
         graph: autograd's record of the forward pass, whose saved tensors the backward pass reads.
     """
 
@@ -178,8 +178,8 @@ class GraphedPasses:
             gradient=torch.empty_like(images),
             graph=graph,
         )
-        # What the forward pass saved is memory without values before its first replay. Indices among it, of a
-        # pooling layer for example, would send the backward pass anywhere.
+        # Before the first replay the tensors that the forward pass has saved have no values. Among them may be
+        # indices, for example of a pooling layer, with which the backward pass would read outside of its memory.
         made.forward.replay()
         if wants_gradient:
 
@@ -194,7 +194,7 @@ class GraphedPasses:
         """Hold a recording against the pass itself, on the images that it holds.
 
         Raises:
-            RuntimeError: they differ by more than the order of additions explains.
+            RuntimeError: if they differ by more than the order of additions explains.
         """
         made.forward.replay()
         leaf = made.images.detach().clone().requires_grad_(made.backward is not None)

@@ -1,4 +1,4 @@
-"""Hold a live model so that it can be recorded, and leave it as it was."""
+"""Preparing a live model for a recording, and restoring it afterwards."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
+from fastadv.engine.networks import modules_of
 
 
 @contextmanager
@@ -33,15 +34,16 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
     )
     if any(everywhere):
         raise Unrecordable("there are backward hooks for all modules")
-    for name, module in model.named_modules():
-        if module._backward_hooks or module._backward_pre_hooks:
+    hooked = [m for m in modules_of(model) if m._backward_hooks or m._backward_pre_hooks]
+    for name, module in model.named_modules() if hooked else ():
+        if module in hooked:
             raise Unrecordable(f"module {name or type(module).__name__!r} has backward hooks")
 
 
 @contextmanager
 def _kept_attributes(model: nn.Module) -> Iterator[None]:
     """Put back the plain attributes of every module, such as features that a forward pass keeps."""
-    saved = [(module, dict(vars(module))) for module in model.modules()]
+    saved = [(module, dict(vars(module))) for module in modules_of(model)]
     try:
         yield
     finally:

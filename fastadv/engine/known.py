@@ -22,9 +22,12 @@ class Known:
         model: the live model.
         x: images to attack [B, ...].
         tape: the model's operations.
-        recording: of a few images, or of all where the operations hold for one batch size alone.
-        evidence: of that recording.
-        few: whether engines must be right for the first images alone, too.
+        recording: a recording of a few images, or of all images if the operations hold for one batch size only.
+        evidence: the evidence of that recording.
+        few: whether engines must also be right for a batch of only the first images.
+
+    Attributes:
+        spent: seconds of a gradient pass of the engine that was last proven, by the number of images.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class Known:
         self.model, self.x, self.tape = model, x, tape
         self._recording, self._evidence = recording, evidence
         self._few = few
+        self.spent: dict[int, float] = {}
         self._alone: Evidence | None = None  # of a pass of the first images alone
 
     @cached_property
@@ -61,17 +65,18 @@ class Known:
         are the first of the recorded ones, so that their logits and gradients are there already, unless the
         model mixes the images of a batch.
         """
+        self.spent = {}
         with engine.session(self.model, 0, current=True):
-            fault = self.evidence.against(engine)
+            fault = self.evidence.against(engine, self.spent)
             if fault is not None or not self._few:
                 return fault
             count = min(PROBES, self.x.shape[0])
             if self._alone is None:
-                if self.evidence.first(count).against(engine) is None:
+                if self.evidence.first(count).against(engine, self.spent) is None:
                     return None
                 alone = self._recorded(self.x[:count])
                 self._alone = proof.evidence_of(alone, self.model)
-            return self._alone.against(engine)
+            return self._alone.against(engine, self.spent)
 
     def _recorded(self, images: Tensor) -> Recording:
         tape = self.tape

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastadv.engine.convolution_kernels import ConvShape, misread, on_wider_images, result_shape
 from fastadv.engine.packed_convolution import PackedConv2d
 
-_FEW_WEIGHTS = 2**16  # of a linear layer
+_FEW_WEIGHTS = 2**16  # a linear layer with at most this number of weights keeps them in float32
 # With float32 weights torch's CPU kernels keep the statistics of narrow maps in float32 too. In their gradients
 # differences nearly cancel, which statistics in bfloat16 are too coarse for.
 _MIXED_NORMS = (F.layer_norm, torch.layer_norm, F.group_norm, torch.group_norm)
@@ -67,7 +67,7 @@ class CopiedConv2d(nn.Module):
             self.shape, self.bias is not None, self.weight.device, self.weight.dtype
         )
         if self.packed.forward is not None and self.packed.backward is not None:
-            self.weight = self.weight.new_empty(0)  # `forward` would read weights gone stale
+            self.weight = self.weight.new_empty(0)  # these weights would not be refreshed
 
     def refresh(self, weight: Tensor, bias: Tensor | None, norm: NormTensors | None) -> None:
         """Copy the live weights."""

@@ -22,7 +22,7 @@ _LONGER = 3  # times as many uses as so far, before a copy is tried again
 _ROUNDS = 2
 _STEADY_CHANGES = 2  # uses in a row before which the weights changed: then the model is in training
 _WITHOUT_COMPARISON = 15  # uses of a model in training between two comparisons
-_CLEARLY = 0.97  # of the time with images as they come, at most, to lay them out otherwise
+_CLEARLY = 0.97  # channels-last images are used if they take at most this fraction of the time
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Live:
 
     Attributes:
         obstacle: why no copy runs.
-        precision: of its passes.
-        reason: why it runs so.
+        precision: precision of the passes.
+        reason: the reason for this precision.
         draws: as in `EagerEngine`.
         channels_last: as in `EagerEngine`.
-        uses: so far.
+        uses: number of uses so far.
         next_try: the number of uses after which a copy is tried.
     """
 
@@ -95,9 +95,8 @@ class LiveChoice:
         place = (kind, live.obstacle)
         compared = self._compared.get(place)
         if compared is not None and compared.is_due(model):
-            self._compared[place] = _Comparison(
-                model, False, compared
-            )  # until it is compared again
+            # False until `found` compares again.
+            self._compared[place] = _Comparison(model, False, compared)
             return None
         live.uses += 1
         return live
@@ -221,11 +220,9 @@ def _faster_channels_last(model: Model, x: Tensor, precision: str, draws: Draws)
     return best[1] < _CLEARLY * best[0] and _is_right(model, x, precision, False, draws, True)
 
 
-def live_rival(
-    model: nn.Module, images: Tensor, precision: str, channels_last: bool = True
-) -> LiveEngine:
-    """The live model, on channels-last images unless its own code fails on them, or on contiguous ones."""
-    engine = LiveEngine(precision, "", channels_last)
+def live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
+    """The live model, on channels-last images unless its own code fails on them."""
+    engine = LiveEngine(precision, "", channels_last=True)
     try:
         with engine.session(model, 0, current=True):
             engine.logits(engine.images(images))

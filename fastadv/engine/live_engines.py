@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal, TypeAlias
 
 import torch
@@ -23,12 +24,13 @@ class EagerEngine(Engine):
     """Runs the live model as it stands, frozen; in a narrow precision through autocast.
 
     Args:
-        precision: of the passes.
+        precision: precision of the passes.
         reason: why no copy runs.
-        train_mode: run in train mode; ``"moving"`` leaves the buffers as the passes have moved them.
-        draws: whether the model draws random numbers, which then follow the session's seed: "watched" where
-            that is to be seen when it does so; "unlikely" is as "watched", of one that did not.
-        channels_last: run on channels-last images, which some models' own code cannot take.
+        train_mode: run in train mode; with ``"moving"`` the buffers keep the changes that the passes make.
+        draws: whether the model draws random numbers, which then follow the session's seed. "watched": the draws
+            are noticed when they happen. "unlikely": the same, for a model that did not draw when it was looked
+            at.
+        channels_last: run on channels-last images, which the code of some models does not accept.
     """
 
     name = "eager"
@@ -85,9 +87,9 @@ class LiveEngine(EagerEngine):
     """The live model, which runs because it is faster than a copy that is right.
 
     Args:
-        precision: of the passes.
+        precision: precision of the passes.
         reason: why no copy runs.
-        channels_last: run on channels-last images, which some models' own code cannot take.
+        channels_last: run on channels-last images, which the code of some models does not accept.
     """
 
     remembered: Remembered | None = None  # its proof
@@ -143,7 +145,7 @@ _SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 def _weights_dtype(model: Model) -> torch.dtype:
     """The dtype of a module's weights; float32 of other callables."""
     if isinstance(model, nn.Module):
-        for tensor in (*model.parameters(), *model.buffers()):
+        for tensor in chain(model.parameters(), model.buffers()):
             if tensor.is_floating_point():
                 return tensor.dtype
     return torch.float32

@@ -25,15 +25,15 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
     modules = list(model.modules())
     held = [value for module in modules for value in vars(module).values()]
     waiting: list[Any] = [*held, *(type(value) for value in (*modules, *held))]
-    kinds: set[type] = set()
+    kinds: dict[type, dict[str, Any]] = {}  # with their attributes
     names = {"forward", "__call__"}
     functions: set[types.FunctionType] = set()
     while waiting and len(functions) < _MOST_FUNCTIONS:
         value = waiting.pop()
         if _is_class(value):
             if value not in kinds and _is_others(value):
-                kinds.add(value)
-                waiting.extend(inspect.getattr_static(value, name, None) for name in names)
+                kinds[value] = _attributes_of(value)
+                waiting.extend(kinds[value].get(name) for name in names)
             continue
         function = _function_of(value)
         wrapped = None if function is None else inspect.unwrap(function)
@@ -51,8 +51,20 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
         for _, found in named:
             waiting += [found, found if _is_class(found) else type(found)]
         new = mentioned - names
-        waiting.extend(inspect.getattr_static(kind, name, None) for kind in kinds for name in new)
+        waiting.extend(own[name] for own in kinds.values() for name in new & own.keys())
         names |= new
+
+
+def _attributes_of(kind: type) -> dict[str, Any]:
+    """The attributes of a class, as `inspect.getattr_static` finds each; no code of the class runs."""
+    homes = (*_static("__mro__", kind), *_static("__mro__", type(kind)))
+    return {
+        name: value for home in reversed(homes) for name, value in _static("__dict__", home).items()
+    }
+
+
+def _static(name: str, kind: type) -> Any:
+    return type.__dict__[name].__get__(kind)
 
 
 def _function_of(value: Any) -> Callable[..., Any] | None:

@@ -147,8 +147,14 @@ def _globals_of(code: types.CodeType, names: dict[str, Any]) -> Iterator[object]
     """The global variables that code reads, the functions within it included, apart from plain ones."""
     mentioned = {name for name in code.co_names if not isinstance(names.get(name), _PLAIN)}
     if mentioned:  # some as attributes
-        read = {step.argval for step in dis.get_instructions(code) if step.opname == "LOAD_GLOBAL"}
-        yield from (names[name] for name in mentioned & read)
+        yield from (names[name] for name in mentioned & _read_by(code))
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _globals_of(constant, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read_by(code: types.CodeType) -> frozenset[str]:
+    """The names of the global variables that code reads."""
+    steps = dis.get_instructions(code)
+    return frozenset(step.argval for step in steps if step.opname == "LOAD_GLOBAL")

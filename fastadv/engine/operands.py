@@ -1,4 +1,4 @@
-"""The tensors among the arguments of a function, what tells about each of them, and torch's marks of operators."""
+"""The tensors among the arguments of a function, facts about each tensor, and torch's tags of operators."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def outlined(
         images: [B, ...], any number.
         like: an earlier recording with values.
         careful: as in `fastadv.engine.recorder.record`.
-        gradients: likewise.
+        gradients: as in `fastadv.engine.recorder.record`.
     """
     try:
         return recorded(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,8 @@ from fastadv.engine.recording import Recording
 # cosine of its gradient.
 LOGITS = {"fp32": 0.01, "bf16": 0.2, "fp16": 0.1}
 COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
+
+seconds: Callable[[], float] = time.perf_counter
 
 
 def objectives(logits: Tensor) -> tuple[ValueOfLogits, ...]:
@@ -66,11 +70,20 @@ class Evidence:
         values = objectives(gradients[0].logits)
         return Evidence(self.images[:count], values, gradients)
 
-    def against(self, engine: Engine) -> str | None:
-        """In words, how an engine differs from this; None where it does not."""
+    def against(self, engine: Engine, spent: dict[int, float] | None = None) -> str | None:
+        """In words, how an engine differs from this; None where it does not.
+
+        Args:
+            engine: the engine.
+            spent: gets the seconds of its last gradient pass, by the number of images.
+        """
         images = engine.images(self.images)
         for value, wanted in zip(self.values, self.gradients, strict=True):
-            fault = difference(probe(engine, images, value), wanted, engine.precision)
+            began = seconds()
+            found = probe(engine, images, value)
+            if spent is not None:
+                spent[len(images)] = seconds() - began
+            fault = difference(found, wanted, engine.precision)
             if fault is not None:
                 return fault
         return None

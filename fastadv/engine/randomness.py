@@ -1,7 +1,8 @@
-"""Notice random numbers, from whatever generator: a model that draws them must be attacked as it is.
+"""Noticing the random numbers that a model draws, from any generator. No copy is made of such a model.
 
-Draws of torch's own functions are seen where they are called. So numbers which other threads draw meanwhile do not
-matter. Python's and numpy's generators, and those that a model owns, are seen by their state.
+The draws of torch's functions are seen when the functions are called. So numbers that other threads draw meanwhile
+do not matter. Draws from Python's and numpy's generators, and from generators that a model owns, are seen by the
+generators' states.
 """
 
 from __future__ import annotations
@@ -24,9 +25,8 @@ from fastadv.engine.named_code import content_of, named_by
 from fastadv.engine.networks import attributes_of
 from fastadv.engine.operands import marked_by
 
-_TRIES = (
-    3  # runs of the model after which a generator whose state always changes counts as the model's
-)
+# Runs of the model after which a generator whose state changes each time counts as one that the model draws from.
+_TRIES = 3
 # Functions of torch.nn.functional that draw inside, each with the argument that switches the drawing on.
 _SWITCHED = {
     "dropout": ("training", 2, True),

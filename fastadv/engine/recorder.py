@@ -6,7 +6,6 @@ what the model *does now*, whatever decided it: attributes, configuration object
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 import weakref
@@ -20,12 +19,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fastadv.engine import ragged, randomness
+from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.holding import held
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
+
+_SETTLED_ON = 2  # number of images
+_NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
+_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
 def record(
@@ -98,21 +102,6 @@ def _without_graph(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_()
 
 
-_SETTLED_ON = 2  # images
-
-# Functions that hand a tensor's values to Python, which may then do anything with them.
-_READS = frozenset(
-    ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
-     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__")
-)  # fmt: skip
-_REFUSED = {
-    "register_hook": "its forward registers a hook on a tensor",
-    "backward": "its forward takes gradients of its own",
-    "grad": "its forward takes gradients of its own",
-}
-_NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
-
-
 class Recorder(TorchFunctionMode):
     """Watches one forward pass of the calling thread."""
 
@@ -164,19 +153,20 @@ class Recorder(TorchFunctionMode):
         if self._inside:
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__get__" and getattr(func.__self__, "__name__", "") not in _TENSOR_PROPERTIES:
-            found = func(*args, **kwargs)
-            if func.__self__.__name__ != "shape":
-                return found
-            self._check_what_is_read("shape", [args[0]])
-            return watched(found, self._comparisons)
+        if name == "__get__":
+            read = getattr(func.__self__, "__name__", "")
+            if read == "shape":
+                found = func(*args, **kwargs)
+                self._check_what_is_read("shape", [args[0]])
+                return watched(found, self._comparisons)
+            if read not in functions.TENSOR_PROPERTIES:
+                return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
         operands = tensors_in(args)
         if kwargs:
             operands.extend(tensors_in(kwargs.values()))
-        drawn = randomness.draws(func, name, args, kwargs)
-        if drawn:
+        if randomness.draws(func, name, args, kwargs):
             raise self._refuse(f"its forward draws random numbers ({name})")
         versions = [version_of(t) for t in operands]
         self._enter()  # an autograd function that torch itself calls is part of this function
@@ -188,11 +178,11 @@ class Recorder(TorchFunctionMode):
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
-            if name in _SIZES:
+            if name in functions.SIZES:
                 return watched(result, self._comparisons)
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
                 self._comparisons.note(result)
-        elif name not in _NO_OPERATION:
+        elif name not in functions.NO_OPERATION:
             self._record(func, name, args, kwargs, result, written)
         return result
 
@@ -209,9 +199,9 @@ class Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        if name in _REFUSED:
-            raise self._refuse(_REFUSED[name])
-        if name in _READS and any(self._depends(t) for t in operands):
+        if name in functions.REFUSED:
+            raise self._refuse(functions.REFUSED[name])
+        if name in functions.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
             raise self._refuse(f"its forward looks at a size that depends on values ({name})")
@@ -249,8 +239,8 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
     ) -> None:
         recording = self.recording
-        if name in _REFUSED:
-            raise self._refuse(_REFUSED[name])
+        if name in functions.REFUSED:
+            raise self._refuse(functions.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -335,7 +325,7 @@ class Recorder(TorchFunctionMode):
 
     def referred(self, value: Any) -> Any:
         """The value with a `Ref` for each tensor."""
-        if value.__class__ in _KEPT:
+        if value.__class__ in functions.KEPT:
             return value  # as most arguments are
         if isinstance(value, Tensor):
             return Ref(self._place(value))
@@ -347,7 +337,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return slice(*(self.referred(part) for part in parts))
-        if isinstance(value, _CODE):
+        if isinstance(value, functions.CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
         if isinstance(value, WatchedSize):
             return value.plain()
@@ -357,7 +347,7 @@ class Recorder(TorchFunctionMode):
             return ArrayArgument.of(value)
         if isinstance(value, range):
             return list(value)
-        if not isinstance(value, _ARGUMENTS):
+        if not isinstance(value, functions.ARGUMENTS):
             raise self._refuse(f"its forward hands a {type(value).__name__} to a function of torch")
         return value
 
@@ -407,13 +397,3 @@ class Recorder(TorchFunctionMode):
         # An autograd function switches gradients off for its own code.
         with torch._C.DisableTorchFunction(), torch.enable_grad(), suppress(Unrecordable):
             self._record(cls.apply, "apply", args, {}, result, [])
-
-
-_ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
-              torch.memory_format)  # fmt: skip
-_NOTHING = torch.empty(0, device="cpu")  # in place of activations of a large batch
-_KEPT = frozenset((*_ARGUMENTS, bool))
-_CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
-_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
-_SIZES = frozenset(("size", "numel", "nelement"))
-_TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))

@@ -49,12 +49,12 @@ class RecordedOp:
 
     Attributes:
         function: the function, as `torch.overrides` names it.
-        args: its positional arguments, with a `Ref` in place of each tensor.
-        kwargs: its arguments by keyword, likewise.
-        place: of its result.
+        args: the positional arguments, with a `Ref` in place of each tensor.
+        kwargs: the arguments by keyword, with a `Ref` in place of each tensor.
+        place: place of the result.
         with_gradient: whether gradients were enabled.
-        writes: it changes its first argument in place; the result is that argument's new value.
-        result_dim: number of axes of the result; None where it is no single tensor.
+        writes: whether it changes its first argument in place; the result is then this argument's new value.
+        result_dim: number of axes of the result; None if it is not a single tensor.
     """
 
     function: Any

@@ -1,4 +1,4 @@
-"""See at little cost that a model has not changed since the proof of its copy.
+"""Checking at little cost that a model has not changed since the proof of its copy.
 
 A recording costs a forward pass of two images. Most of the time nothing has changed since the last one, and every
 operation would give the same numbers again. So the model runs on the images of that recording: all of its own code

@@ -11,20 +11,19 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Collection, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine import choice, proof, randomness
-from fastadv.engine.candidates import candidates
+from fastadv.engine.candidates import candidates, rivals_of
 from fastadv.engine.choice import Contender
 from fastadv.engine.compiled_parts import unwrapped
-from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy
+from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import (
@@ -37,8 +36,8 @@ from fastadv.engine.first_recordings import (
 )
 from fastadv.engine.frozen import frozen
 from fastadv.engine.known import Known
-from fastadv.engine.live_choice import LiveChoice, live_rival
-from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
+from fastadv.engine.live_choice import LiveChoice
+from fastadv.engine.live_engines import as_model_takes, naming_dtypes
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
@@ -47,9 +46,9 @@ from fastadv.engine.tape import Tape
 from fastadv.engine.wish import Wish
 from fastadv.float32 import full_float32
 
-_CHANCES = 2  # copies in one precision that may part from the model in use
-_COPIES = 4  # kept per kind of images: a model may alternate between several forms
-_KINDS = 8  # of images
+_CHANCES = 2  # number of copies in one precision that may turn out wrong in use, before the precision is left out
+_COPIES = 4  # number of copies kept per kind of images: a model may alternate between several forms
+_KINDS = 8  # number of kinds of images
 
 
 @dataclass
@@ -265,42 +264,21 @@ def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:
 
     The copy's own engine has the model's weights.
     """
-    x, model = known.x, known.model
+    x, model, spent = known.x, known.model, known.spent
     first, group = copy.engine, choice.group_of(x.shape[0])
     on_cpu = x.device.type == "cpu" and precision in ("bf16", "fp32")
     if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
     if not choice.is_open(first):
         return
-    images = finite(x if copy.tape.only_batch is not None else x[: choice.images()])
-    rivals = _rivals(copy, known, precision, images[:PROBES])
+    images = finite(x if copy.tape.only_batch is not None else x[: choice.enough_images(spent)])
+    rivals = rivals_of(first, known, precision, images[:PROBES])
     key = choice.key_of(copy.tape, x, precision)
-    found, engine = choice.settled(key, model, images, first, rivals, known.fault_of)
+    found, engine = choice.settled(key, model, images, first, rivals, known.fault_of, spent)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.remembered = first.remembered
         first.rest()
-
-
-def _rivals(
-    copy: _Copy, known: Known, precision: str, probes: Tensor
-) -> dict[str, Callable[[], Contender]]:
-    """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed."""
-    model, names = known.model, choice.NAMES[precision]
-
-    def copied() -> CopyEngine:
-        return CopyEngine(copy.tape, known.recording, precision, "", False)
-
-    def live(channels_last: bool) -> LiveEngine:
-        return live_rival(model, probes, precision, channels_last)
-
-    rivals: dict[str, Callable[[], Contender]] = {}
-    if choice.name_of(copy.engine) == names.program:
-        rivals[names.copy] = copied
-    rivals[names.live] = partial(live, True)
-    if names.contiguous is not None:
-        rivals[names.contiguous] = partial(live, False)
-    return rivals
 
 
 def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:

@@ -40,8 +40,8 @@ class Tape:
         only_batch: the one batch size that the tape holds for; None where it holds for all.
         own_functions: as in `Recording`.
         autocast: as in `Recording`.
-        comparisons: as in `Recording`, None in place of each that depends on the batch size; None for all where
-            their number does.
+        comparisons: as in `Recording`, with None in place of each comparison that depends on the batch size; None
+            alone if the number of comparisons depends on it.
         settling: calls in which the model may do something else, before each recording.
     """
 

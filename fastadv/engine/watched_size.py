@@ -1,4 +1,4 @@
-"""Notice the comparisons of sizes, such as the number of images, in a model's own code.
+"""Noticing the comparisons of sizes, such as the number of images, in a model's own code.
 
 A rule such as ``if x.shape[0] >= 64`` leaves no trace among the operations of a few images. So a recording hands
 the model its sizes as `WatchedSize`, integers that note each comparison.

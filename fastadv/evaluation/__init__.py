@@ -1,4 +1,4 @@
-"""Judging robust models: accuracy under attack, AutoAttack, trade-off metrics, checks and plots."""
+"""Judging robust models: accuracy under attack, AutoAttack, transfer, analyses, checks, metrics and plots."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A model's weights, and its logits for a few images: with both every change of its function shows.
+"""Detecting changes of a model, by its weights and by its logits for a few images ("answers").
 
-A hash of weights alone does not see a change of the forward method, nor hooks, attributes, tensors that are no
-buffers, and networks that are no submodules.
+A hash of weights alone does not see changes of the forward method, of hooks and attributes, of tensors that are
+not buffers, and of networks that are not submodules.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from fastadv.evaluation.context import Model, device_of, private_generators
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of
 
-_ASKED = 8  # images
-_ROUNDING = 1e-3  # of the largest logit
+_ASKED = 8  # number of images
+_ROUNDING = 1e-3  # allowed difference, relative to the largest logit
 
 
 def answers_of(model: Model, samples: Samples) -> Tensor | None:
     """The logits of the first few images.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         samples: the images.
 
     Returns:
-        [B, classes] float32 on the CPU; None for a model that fails, or answers otherwise when it is asked again.
+        [B, classes] float32 on the CPU; None for a model that raises, or whose logits differ in a second pass.
     """
     try:
         x, _ = samples.take(torch.arange(min(len(samples), _ASKED)), device_of(model))
@@ -36,7 +36,7 @@ def answers_of(model: Model, samples: Samples) -> Tensor | None:
         for _ in range(2):
             with private_generators(0):
                 found.append(logits_of(model, x.clone()).float().cpu())
-    except Exception:  # the evaluation itself is to report the error
+    except Exception:  # the evaluation itself reports the error
         return None
     return found[0] if are_alike(*found) else None
 
@@ -50,16 +50,18 @@ def are_alike(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def contents_of(model: Model) -> tuple[Any, ...]:
-    """A value that differs once parameters or buffers have been changed, exchanged, added or taken away."""
+    """A value that differs after parameters or buffers were changed, replaced, added or removed."""
     if not isinstance(model, nn.Module):
         return ()
     named = [*model.named_parameters(), *model.named_buffers()]
     names, tensors = [name for name, _ in named], [tensor for _, tensor in named]
     found = content(tensors)
     if found is None:  # on a GPU
-        # torch's counters do not see a write through ``tensor.data``, so the sums are compared, too.
+        # torch's version counters do not see a write through ``tensor.data``, so sums are compared as well.
         versions = tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
-        floats = (t.detach().double() for t in tensors if t.is_floating_point())
-        sums = tuple(str(float(t.sum())) for t in floats)  # as text NaN equals NaN
+        floats = (tensor.detach().double() for tensor in tensors if tensor.is_floating_point())
+        sums = tuple(
+            str(float(values.sum())) for values in floats
+        )  # as text, so that NaN equals NaN
         found = (versions, sums)
     return (names, found)

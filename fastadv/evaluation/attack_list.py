@@ -1,4 +1,4 @@
-"""The attacks that ``evaluate`` is asked to run: names and callables, checked and turned into dataclasses."""
+"""The names of attacks that ``evaluate`` takes, and their parser: names and callables become dataclasses."""
 
 from __future__ import annotations
 
@@ -33,8 +33,12 @@ BUNDLES = {
     "strong": (CLEAN, "pgd-100-10", "cw-100-10", "apgd-ce", "apgd-t", "fab-t", "square"),
 }
 _WITHOUT_STEPS = (CLEAN, AUTOATTACK, "fgsm", "fgsm-rs", "min-fgsm", *BUNDLES)
-_WORDS = (*_WITHOUT_STEPS, "pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t", *_SEARCH_STEPS)
-_WORDS = (*_WORDS, "cwl2", "min-pgd")
+_WORDS = (
+    *_WITHOUT_STEPS,
+    *("pgd", "cw", "mim", "apgd-ce", "apgd-dlr", "apgd-t"),
+    *_SEARCH_STEPS,
+    *("cwl2", "min-pgd"),
+)
 _OTHER_WORDS = {
     "aa": AUTOATTACK,
     "auto-attack": AUTOATTACK,
@@ -100,6 +104,11 @@ class BallAttack:
     loss: str = "ce"
     runs: int = 1
 
+    @property
+    def follows_gradients(self) -> bool:
+        """Whether it finds too little on a model whose gradients lead nowhere."""
+        return self.kind != "square"
+
 
 @dataclass(frozen=True)
 class Minimum:
@@ -109,8 +118,8 @@ class Minimum:
         name: the name that the user gave.
         kind: ``"cwl2"``, the attack of Carlini and Wagner, or ``"fgsm"`` or ``"pgd"``, at the smallest radius at
             which it succeeds.
-        steps: of Adam for each c, or of PGD.
-        search_steps: how many values of c are tried.
+        steps: number of steps, of Adam for each c or of PGD.
+        search_steps: number of values of c that are tried.
     """
 
     name: str
@@ -138,12 +147,12 @@ ChosenAttack = Clean | BallAttack | Minimum | Ensemble | UserAttack
 
 
 def expand_bundles(attacks: AttackChoice | Sequence[AttackChoice]) -> list[AttackChoice]:
-    """Put the attacks of a bundle in its place.
+    """Replace each bundle by its attacks.
 
-    An attack that is also asked for by name, or that is in two bundles, is run once, where it stands first.
+    An attack that is also asked for by name, or that is in two bundles, is run once, at its first place.
 
     Args:
-        attacks: as `parse_attacks` takes them.
+        attacks: the argument of `parse_attacks`.
     """
     single = isinstance(attacks, str) or (
         isinstance(attacks, tuple) and len(attacks) == 2 and callable(attacks[1])
@@ -174,7 +183,7 @@ def parse_attacks(
     """Turn the user's words into attacks.
 
     Args:
-        attacks: names, bundles, or pairs of a name and a callable; one alone is taken as a list of one.
+        attacks: names, bundles, or pairs of a name and a callable; or one of these.
         eps: radius of the ball.
         alpha: step size of PGD, MIM and C&W; by default eps / 4 (2/255 at 8/255).
 
@@ -211,14 +220,14 @@ def check_ensemble_asked_for(attacks: Sequence[ChosenAttack], name: str, given: 
 
     Args:
         attacks: the attacks to run.
-        name: of the option.
-        given: whether the caller has chosen it.
+        name: the option's name.
+        given: whether the caller has given the option.
 
     Returns:
         Whether AutoAttack is among the attacks.
 
     Raises:
-        ValueError: the option would be dropped.
+        ValueError: the option would have no effect.
     """
     asked = any(isinstance(attack, Ensemble) for attack in attacks)
     if given and not asked:
@@ -233,7 +242,7 @@ def check_fewest_classes(attacks: Sequence[ChosenAttack], classes: int) -> None:
     """Require that the loss of every attack is defined for this number of classes.
 
     Raises:
-        ValueError: naming the first whose loss is not.
+        ValueError: naming the first attack whose loss needs more classes.
     """
     for attack in attacks:
         fewest = _FEWEST_CLASSES.get(attack.loss, 2) if isinstance(attack, BallAttack) else 2
@@ -244,10 +253,10 @@ def check_fewest_classes(attacks: Sequence[ChosenAttack], classes: int) -> None:
 
 
 def check_passes(attacks: Sequence[ChosenAttack], passes: int) -> None:
-    """Require that every attack can follow the mean of several gradients, where that is asked for.
+    """Require that every attack can follow the mean of several gradients, if there are several passes.
 
     Raises:
-        ValueError: naming those that cannot.
+        ValueError: naming the attacks that cannot.
     """
     if passes == 1:
         return
@@ -270,7 +279,7 @@ def averages(attack: ChosenAttack) -> bool:
 
 
 def stops_early(attack: ChosenAttack) -> bool:
-    """Whether an attack stops at the step that breaks an image, or goes back to the boundary."""
+    """Whether an attack stops at the step that breaks an image, or returns to the decision boundary."""
     kinds = ("fab", "fab-t", "square", "cwl2")
     return isinstance(attack, Ensemble) or (
         isinstance(attack, (BallAttack, Minimum)) and attack.kind in kinds
@@ -350,18 +359,18 @@ def _find(name: str, eps: float, step: float) -> ChosenAttack | None:
 
 
 def usual_attacks() -> list[str]:
-    """Return the bundles, and of each attack the name that is most in use."""
+    """Return the bundles, and for each attack its most common name."""
     steps = {word: "1000" if word == "cwl2" else "20" for word in _WORDS}
     return [word if _is_built_in(word) else f"{word}-{steps[word]}" for word in _WORDS]
 
 
 def _suggestion(name: str) -> str:
-    """Name the attack that was probably meant: one with its steps set off otherwise, or a similar name."""
+    """A hint at the attack that was probably meant: a similar name, or the name with its steps spelled right."""
     if "," in name:
         return "; several attacks are several words, and not one word with commas"
     word, numbers = re.match(r"(.*?)((?:[-_ ]?[0-9]+)*)$", name.lower(), re.DOTALL).groups()  # type: ignore[union-attr]
     if re.fullmatch("(cw|c&w)[-_ ]?l", word) and numbers.startswith("2"):
-        word, numbers = "cwl2", numbers[1:]  # the digit is its norm's
+        word, numbers = "cwl2", numbers[1:]  # the first digit belongs to the norm
     word = _OTHER_WORDS.get(word.replace("_", "-"), word.replace("_", "-"))
     close = nearest(word, _WORDS)
     if not close:

@@ -1,4 +1,4 @@
-"""AutoAttack on the engine or by its reference implementation, with a seed, a status and a state on disk.
+"""The function `autoattack`: AutoAttack on the engine or by its reference implementation, with a state on disk.
 
 Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020.
@@ -46,7 +46,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import check_choice, closest, integer, norm_name, shown
+from fastadv.ops.values import check_choice, did_you_mean, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
@@ -60,17 +60,17 @@ class AutoAttackResult:
 
     Attributes:
         robust: [N] bool, images classified correctly without and under every attack.
-        fooled: [M] int64, indices of the images for which an adversarial one was found, attack by attack in their
-            order.
+        fooled: [M] int64, indices of the images for which an adversarial image was found, attack by attack, and in
+            ascending order within an attack.
         adversarial: [M, C, H, W] float32 on the CPU, these adversarial images.
         stages: the number of images that withstood each attack.
         status: ``"ok"``, ``"suspect"`` after a warning, ``"invalid"`` after a violation.
         notes: the warnings and violations.
-        seed: used for every batch, as the library does.
-        batch_size: on which the result depends where the reference attacks.
+        seed: the seed of every batch, as in the library.
+        batch_size: images per batch; the results of the reference's attacks depend on it.
         seconds: time spent attacking, in this call and, for resumed batches, before.
-        search: how it was found: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or ``"reference"``. A stage
-            tells where it has searched in another way.
+        search: where the attacks ran: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or ``"reference"``. A
+            stage that ran in another way says so itself.
     """
 
     robust: Tensor
@@ -102,11 +102,11 @@ def autoattack(
     engine: SearchEngine = "auto",
     sample_ids: Tensor | None = None,
 ) -> AutoAttackResult:
-    """Run AutoAttack: each attack on the images that all before it left.
+    """Run AutoAttack: each attack on the images that no attack before it has broken.
 
-    Every adversarial image is confirmed by the plain model in float32, however it was found. With
-    ``engine="auto"`` an image that the engine alone takes for broken goes on in float32 from there. An image that
-    an engine in a narrower precision leaves is tried in float32 for a few more steps of Auto-PGD.
+    The plain model confirms every adversarial image in float32. With ``engine="auto"`` the attack on an image that
+    only the engine misclassifies is continued in float32 from there. An image that an engine in a narrower
+    precision does not break is tried in float32 for a few more steps of Auto-PGD.
 
     Args:
         model: a float32 module, or any callable from images [B, C, H, W] to logits [B, classes].
@@ -118,18 +118,18 @@ def autoattack(
             ``square``, run in that order with the settings of the standard version. ``"rand"``, for models that
             draw random numbers: ``apgd-ce`` and ``apgd-dlr``, each gradient the mean of 20.
         batch_size: images per batch.
-        device: where to run; by default where the model is.
+        device: device of the run; by default the device of the model.
         seed: 0 to 2**63 - 1.
-        max_examples: use only the first so many images.
-        progress: a bar per attack on a terminal.
+        max_examples: use only so many images, the first ones.
+        progress: show a bar per attack on a terminal.
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.
         engine: ``"auto"``: Auto-PGD on the attack engine, in bfloat16 where the hardware and the model allow it,
-            else in float32 on a copy of the model where one serves;
+            else in float32, on a copy of the model where that is possible;
             ``"fp32"``: the same on the plain model in float32; ``"reference"``: everything by pyautoattack, in
-            float32, as with ``"rand"`` in l1.
+            float32. ``"rand"`` in l1 always runs by pyautoattack.
         sample_ids: int64 [N], which random numbers each image gets, by default its index; the reference's attacks
-            do not know them.
+            do not use them.
 
     Returns:
         The flags, the adversarial images and a status.
@@ -138,7 +138,7 @@ def autoattack(
         ImportError: when ``pyautoattack`` is not installed.
         ValueError: for an argument out of range, an attack that the number of classes does not allow, or a
             ``state_dir`` of another run.
-        TypeError: for a ``state_dir`` with a model that is no module.
+        TypeError: for a ``state_dir`` with a model that is not a module.
     """
     norm, seed = norm_name(norm), integer("seed", seed)
     attacks = check_version(version)
@@ -179,7 +179,7 @@ def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
 
     Raises:
         TypeError: it is neither a name nor a list of names.
-        ValueError: a name is unknown, or comes twice, or there is no attack.
+        ValueError: a name is unknown or given twice, or the list is empty.
     """
     if isinstance(version, str):
         if version not in _VERSIONS:
@@ -187,7 +187,7 @@ def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
             hint = f"; did you mean [{version!r}]?" if version in FEWEST_CLASSES else ""
             raise ValueError(
                 "version must be 'standard' or a list of attacks or 'rand', got "
-                f"{version!r}{hint or closest(version, known)}"
+                f"{version!r}{hint or did_you_mean(version, known)}"
             )
         return _VERSIONS[version]
     if not isinstance(version, Sequence) or not all(isinstance(name, str) for name in version):
@@ -205,7 +205,7 @@ def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
 def _settings(
     runner: Runner, attacks: tuple[str, ...], eps: float, search: str, ids: Tensor | None
 ) -> dict[str, Any]:
-    """The settings that the result depends on beside model and data."""
+    """The settings that the result depends on, besides model and data."""
     settings = {
         "attacks": attacks,
         "eps": eps,
@@ -235,7 +235,7 @@ def _hunt(
     state_dir: str | os.PathLike[str] | None,
     passes: int,
 ) -> Hunt:
-    """How this run searches, and where it keeps its finds."""
+    """The `Hunt` of this run: its attacks in each precision, and its state."""
     samples = runner.samples
     check_classes(attacks, runner.check_labels())
     library = ReferenceAttacks(
@@ -249,7 +249,7 @@ def _hunt(
     )
     common: dict[str, Any] = dict(norm=runner.norm, bounds=samples.bounds, check_inputs=False)
     wide = APGD(runner.model, eps, APGD_STEPS, precision="fp32", engine="eager", **common)
-    # Nothing is measured, so that a resumed, repeated or shared evaluation runs the same engine.
+    # engine="fixed" measures no speeds, so that a resumed, repeated or shared evaluation runs the same engine.
     narrow = (
         wide if engine == "fp32" else APGD(runner.model, eps, APGD_STEPS, engine="fixed", **common)
     )
@@ -274,7 +274,7 @@ def _hunt(
 
 
 def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
-    """Go through the attacks, taking finished ones from the state."""
+    """Run the attacks one after the other; finished batches come from the state."""
     runner, samples = hunt.runner, hunt.runner.samples
     clean = runner.clean()
     first = samples.batches(runner.batch_size)[0]
@@ -309,7 +309,7 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
 
 
 def _broken(records: Sequence[BatchRecord], shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """The images that an attack has broken, in their order, and the adversarial ones made of them."""
+    """The indices of the images that an attack has broken, in ascending order, and their adversarial images."""
     fooled = torch.cat([torch.empty(0, dtype=torch.int64), *(one.fooled for one in records)])
     images = torch.cat([torch.empty(0, *shape), *(one.adversarial for one in records)])
     order = fooled.argsort()
@@ -329,7 +329,7 @@ def _stage(attack: str, by: str, correct: int, records: Sequence[BatchRecord]) -
 
 
 def merge_warnings(messages: Sequence[str]) -> list[str]:
-    """Join messages that differ in their numbers only: the first, and how many more there were."""
+    """Join messages that differ in their numbers only, to the first of them with the number of the others."""
     groups: dict[str, list[str]] = {}
     for message in messages:
         groups.setdefault(re.sub(r"\d+", "#", message), []).append(message)

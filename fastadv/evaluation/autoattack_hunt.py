@@ -1,4 +1,4 @@
-"""The common part of AutoAttack's attacks: the model, the images, how to search, and who has the last word."""
+"""The common part of AutoAttack's attacks: model, images, the attack in each precision, and the final check."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from fastadv.evaluation.verify import Audit, predict
 APGD_STEPS = 100
 TARGET_CLASSES = 9
 FP32 = "fp32"
-# With fewer numbers in the images of a pass most of its time goes into what is paid once a pass. Beyond so many
-# rows hardly anything is left of that.
+# A pass over fewer numbers than this spends most of its time on costs per pass. With more rows than this, such
+# costs are negligible.
 _FULL, _MOST_ROWS = 64 * 3 * 32 * 32, 512
 
 
 @dataclass(frozen=True)
 class Refinement:
-    """Steps in float32 from the best points of a search in a narrower precision, of the images that it left.
+    """Further steps in float32 for the images that a search in a narrower precision did not break.
 
     Attributes:
-        steps: of Auto-PGD; they are the last ones of a run.
-        targets: how many runs of an image are carried on: the runs of highest value.
+        steps: number of steps of Auto-PGD, with the step sizes of the last steps of a run.
+        targets: number of runs of an image that are continued, the runs with the highest loss.
     """
 
     steps: int = 5
@@ -45,16 +45,16 @@ class Hunt:
         runner: model, images and settings, in evaluation mode.
         eps: radius of the ball.
         library: the attacks of the reference implementation.
-        search: ``"reference"``, or the precision in which this package searches, such as ``"bf16"``.
+        search: ``"reference"``, or the precision of this package's attacks, such as ``"bf16"``.
         narrow: Auto-PGD in this precision, on a copy of the model where there is one; ``wide`` itself where the
             search is on the plain model in float32.
         wide: Auto-PGD on the plain model in float32.
-        state: where finished batches are kept, if anywhere.
-        sample_ids: which random numbers each image gets, int64 [N] on the CPU; None is its index.
-        refinement: of the images that a narrow search leaves.
-        passes: through the network for each gradient of Auto-PGD.
+        state: keeps finished batches on disk; None keeps nothing.
+        sample_ids: which random numbers each image gets, int64 [N] on the CPU; None means its index.
+        refinement: the further steps in float32 after a narrow search.
+        passes: number of passes through the network for each gradient of Auto-PGD.
         exact: Auto-PGD in float32 on a copy of the model, which refines a narrow search faster than ``wide``; None
-            where there is to be none.
+            to refine on ``wide``.
     """
 
     runner: Runner
@@ -71,20 +71,20 @@ class Hunt:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether the search has other logits than the judge: another precision, or a copy of the model."""
+        """Whether the search computes other logits than the plain model in float32: by precision or by a copy."""
         return self.search != REFERENCE and self.narrow is not self.wide
 
     @property
     def refined_runs(self) -> int:
-        """How many runs of an image that is left float32 goes on with, beside those it refuses.
+        """Number of runs of an unbroken image that are continued in float32, besides the unconfirmed ones.
 
-        A search in float32 on a copy of the model made all its steps in float32 already.
+        It is 0 for a search in float32 on a copy of the model, whose steps were in float32 already.
         """
         return 0 if self.search == FP32 else self.refinement.targets
 
     @property
     def rows(self) -> int:
-        """Rows of a pass of our own attacks."""
+        """Images per pass of this package's attacks."""
         return rows_of(self.runner.samples.image_shape, self.runner.batch_size)
 
     def audit(self) -> Audit:
@@ -92,15 +92,15 @@ class Hunt:
         return Audit(self.eps, self.runner.norm, self.runner.samples.bounds)
 
     def judged(self, indices: Tensor, points: Tensor, audit: Audit) -> tuple[Tensor, Tensor]:
-        """Check what an attack returned, independently of it, by the plain model in float32.
+        """Check the images that an attack returned, independently of it, by the plain model in float32.
 
         Args:
-            indices: of the images, int64 [R] on the CPU.
-            points: the adversarial images made of them, [R, C, H, W].
+            indices: indices of the images, int64 [R] on the CPU.
+            points: their adversarial images, [R, C, H, W].
             audit: counts violations.
 
         Returns:
-            Adversarial images [R, C, H, W] on the CPU, and which of them are classified wrongly, [R] bool there.
+            Adversarial images [R, C, H, W], and which of them are misclassified, [R] bool; both on the CPU.
         """
         x, y = self.runner.samples.take(indices, self.runner.device)
         adv = admissible_or_clean(x, points, audit).contiguous()
@@ -113,23 +113,23 @@ class Hunt:
 
 
 def rows_of(image_shape: Sequence[int], batch_size: int) -> int:
-    """Rows of a pass of our own attacks: the batch size, and more of images so small that it fills no pass.
+    """Images per pass of this package's attacks: the batch size, or more where images are small.
 
-    An interruption loses as many images, which are small and soon attacked again.
+    An interruption loses the work on so many images. Small images are soon attacked again.
     """
     full = _FULL // max(math.prod(image_shape), 1)
     return max(batch_size, min(full, _MOST_ROWS))
 
 
 class Finished:
-    """Images that an attack is through with, until there are enough of them for a record of the state."""
+    """The images whose attack has ended, collected until there are enough for a record of the state."""
 
     def __init__(self) -> None:
         self.indices: list[int] = []
         self.broken: dict[int, Tensor] = {}
 
     def record(self, shape: torch.Size, **facts: object) -> BatchRecord:
-        """All of them as a record, in the order of the images; this list is then empty."""
+        """Return all collected images as a record, in ascending order, and start anew."""
         indices = sorted(self.indices)
         fooled = [index for index in indices if index in self.broken]
         images = [self.broken.pop(index) for index in fooled]

@@ -1,10 +1,11 @@
 """The attacks of the package ``pyautoattack``, one batch at a time and without side effects.
 
-The library's own loop, ``run_standard_evaluation``, is not used: its resumption fails, its warnings go to a log
-only, and its check for optimisation at inference stays tripped for every later model and leaves Python's trace
-function unset. Its attacks and its checks are used as they are. Their changes of the process (trace function,
-the call counters of that check, torch's generators) is put back after each use. That is enough to keep runs apart,
-and simpler than a subprocess, which would need a model that can be pickled and a second CUDA context.
+The library's own loop, ``run_standard_evaluation``, is not used. Its resumption fails, and its warnings go only to
+a log. Its check for optimisation at inference, once it has warned, warns for every later model, and it leaves
+Python's trace function unset. The library's attacks and checks are used as they are. They change the process: its
+trace function, the call counters of that check, and torch's generators. These are restored after each use. That is
+enough to keep runs apart, and simpler than a subprocess, which would need a model that can be pickled and a second
+CUDA context.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fastadv.evaluation.result_row import Stage
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 RAND = ("apgd-ce", "apgd-dlr")  # for models that draw random numbers
-RAND_PASSES = 20  # through such a model, for one gradient
-# Attack -> fewest classes it is defined for: DLR needs the third largest logit, targeted DLR the fourth.
+RAND_PASSES = 20  # passes through such a model for one gradient
+# For each attack the number of classes that it needs: DLR uses the third largest logit, targeted DLR the fourth.
 FEWEST_CLASSES = {"apgd-ce": 2, "apgd-dlr": 3, "apgd-t": 4, "fab": 2, "fab-t": 2, "square": 2}
 _LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 _POINTER = " See flags_doc.md for details."  # at the end of the library's messages; the file is not shipped
@@ -49,7 +50,7 @@ def check_classes(attacks: Sequence[str], classes: int) -> None:
     """Require that every attack is defined for this number of classes.
 
     Raises:
-        ValueError: naming the first that is not, and the attacks that can run instead.
+        ValueError: naming the first attack that needs more classes, and the attacks that can run instead.
     """
     for attack in attacks:
         if classes < FEWEST_CLASSES[attack]:
@@ -67,16 +68,16 @@ def check_classes(attacks: Sequence[str], classes: int) -> None:
 class ReferenceAttacks:
     """The library's attacks on one model, with the settings of its standard version.
 
-    Images are given and returned in ``bounds``; the library sees them scaled to [0, 1], which is all it knows.
+    Images are given and returned within ``bounds``. The library gets them scaled to [0, 1], its only range.
 
     Args:
-        model: in evaluation mode.
+        model: the model, in evaluation mode.
         eps: radius of the ball, in the units of the images.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
-        device: of the model.
-        seed: given to the library anew for every batch, as its own loop does.
-        passes: through the network for each gradient of Auto-PGD.
+        device: device of the model.
+        seed: set in the library before every batch, as in its own loop.
+        passes: number of passes through the network for each gradient of Auto-PGD.
     """
 
     def __init__(
@@ -108,9 +109,10 @@ class ReferenceAttacks:
         self._library, self._may_draw = library, passes > 1
 
     def check_model(self, x: Tensor, y: Tensor) -> list[str]:
-        """Run the library's checks of the kind of model: random, unless it may be, dynamic, without logits.
+        """Run the library's checks whether the model is random, is dynamic, or returns no logits.
 
-        Also fits the number of target classes to the model's classes: the library's 9 is an index error below 10.
+        The check for random numbers is left out where the version is for random models. The number of target
+        classes is limited to the model's classes: the library's 9 raises an IndexError below 10 classes.
 
         Args:
             x: images [B, C, H, W].
@@ -130,12 +132,12 @@ class ReferenceAttacks:
         return self._warnings.take()
 
     def check_square(self, clean: int, stages: Sequence[Stage], n: int) -> list[str]:
-        """The library's check that Square found no more than the gradient attacks had left.
+        """Run the library's check whether Square breaks many images that the gradient attacks did not break.
 
         Args:
-            clean: images classified correctly without an attack.
-            stages: the images that each attack left.
-            n: images in all.
+            clean: number of images classified correctly without an attack.
+            stages: the stages, with the number of images that each attack left.
+            n: number of all images.
         """
         accuracies = {"clean": clean / n} | {stage.name: stage.correct / n for stage in stages}
         self._checks.check_square_sr(accuracies, logger=self._warnings.logger)
@@ -150,7 +152,7 @@ class ReferenceAttacks:
             y: labels [B].
 
         Returns:
-            Images [B, C, H, W], adversarial where the attack found something, and the library's warnings.
+            Images [B, C, H, W], adversarial where the attack succeeded, and the library's warnings.
         """
         method = self._method(attack)
         method.seed = self._seed
@@ -182,7 +184,7 @@ class _Warnings(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._messages: list[str] = []
-        # A logger of our own: it is not in the process's table, so nothing has to be put back.
+        # A logger of our own, which is not in the process's table of loggers, so that nothing must be restored.
         self.logger = logging.Logger("fastadv.autoattack")
         self.logger.addHandler(self)
 
@@ -197,7 +199,7 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def _untraced(checks: Any) -> Iterator[None]:
-    """Start the library's counters of traced calls at zero; put them and the trace function back."""
+    """Set the library's counters of traced calls to zero; restore them and the trace function on exit."""
     trace, counts = sys.gettrace(), dict(checks.funcs)
     checks.funcs.update(dict.fromkeys(checks.funcs, 0))
     try:

@@ -1,4 +1,4 @@
-"""Auto-PGD as a part of AutoAttack: on the engine, in a pool, and confirmed by the plain model in float32."""
+"""Auto-PGD as a part of AutoAttack: runs in a pool on the engine, confirmed by the plain model in float32."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ LOSSES: dict[str, Loss] = {"apgd-ce": "ce", "apgd-dlr": "dlr", "apgd-t": "dlr-t"
 class PoolSearch:
     """One Auto-PGD attack on the images that are left.
 
-    A point that breaks its image in the engine's precision and in float32 ends the image's search. A point that
-    does so for the engine alone goes on with the plain model from there. An image that an engine in a narrower
-    precision does not break is tried in float32 for a few more steps, from the best points of its best runs.
+    A point that breaks its image on the engine and on the plain model in float32 ends the image's search. From a
+    point that breaks it on the engine alone, the search continues on the plain model. An image that an engine in a
+    narrower precision does not break is tried in float32 for a few more steps, from the best points of its best
+    runs.
 
     Args:
         hunt: the run of AutoAttack.
@@ -37,9 +38,9 @@ class PoolSearch:
         self._targeted = LOSSES[attack] == "dlr-t"
         self._finished = Finished()
         self._broken: set[int] = set()
-        self._left: dict[int, int] = {}  # image -> runs that are not over
-        self._tails: dict[int, list[Ended]] = {}  # image -> what float32 is to go on with
-        self._waiting: list[int] = []  # images whose search is over, for float32
+        self._left: dict[int, int] = {}  # image -> number of runs that have not ended
+        self._tails: dict[int, list[Ended]] = {}  # image -> ended runs to continue in float32
+        self._waiting: list[int] = []  # images whose runs have ended, which wait for float32
         self._records: list[BatchRecord] = []
         self._refining = False
         self._advance: Callable[[int], object] = lambda images: None
@@ -48,17 +49,17 @@ class PoolSearch:
 
     @property
     def by(self) -> str:
-        """How it searches."""
+        """The precision of the search, as in `Hunt.search`."""
         return self._hunt.search
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
         """Attack images.
 
         Args:
-            remaining: their indices, int64 [R] on the CPU.
+            remaining: indices of the images, int64 [R] on the CPU.
 
         Returns:
-            The finds, including records that a state held already.
+            The records of all batches, including the records of the state.
         """
         hunt, state = self._hunt, self._hunt.state
         self._records = state.load_all(self._attack, remaining) if state else []
@@ -73,7 +74,7 @@ class PoolSearch:
         return self._records
 
     def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
-        """Let the plain model say which points break their images."""
+        """Return which points the plain model misclassifies."""
         adv, wrong = self._hunt.judged(torch.tensor(images), points, self._audit)
         confirmed = wrong.tolist()
         for image, one, yes in zip(images, adv, confirmed, strict=True):
@@ -87,7 +88,7 @@ class PoolSearch:
         return confirmed
 
     def end(self, ended: Sequence[Ended]) -> None:
-        """Note runs that have broken nothing; an image without further runs waits for float32."""
+        """Record runs that have ended without success. An image without further runs waits for float32."""
         if self._refining:
             return
         for one in ended:
@@ -116,7 +117,7 @@ class PoolSearch:
         )
 
     def _runs(self, todo: Tensor) -> Iterator[Run]:
-        """All runs, batch by batch of images: the likeliest wrong class of each image first."""
+        """All runs, by batches of images; within a batch the likeliest wrong classes come first."""
         for indices in self._hunt.runner.samples.batches(self._hunt.runner.batch_size, todo):
             images = indices.tolist()
             if not self._targeted:
@@ -135,13 +136,13 @@ class PoolSearch:
         return self._hunt.runner.samples.take(indices, self._hunt.runner.device)
 
     def _worth_refining(self, tails: list[Ended]) -> list[Ended]:
-        """Runs whose points only the engine takes for misclassified, and the best of the other runs."""
+        """The runs whose points only the engine misclassifies, and the best of the other runs."""
         claims = [one for one in tails if one.succeeded]
         others = sorted((one for one in tails if not one.succeeded), key=lambda one: -one.value)
         return claims + others[: self._hunt.refined_runs]
 
     def _refine(self) -> None:
-        """Go on in float32 with the images that wait, which then are through."""
+        """Continue the waiting images in float32, and settle them."""
         images, self._waiting = self._waiting, []
         if not images:
             return
@@ -166,7 +167,7 @@ class PoolSearch:
         self._settle(images)
 
     def _settle(self, images: Sequence[int]) -> None:
-        """The attack is through with these images."""
+        """Mark these images as finished."""
         for image in images:
             self._left.pop(image, None)
             self._tails.pop(image, None)

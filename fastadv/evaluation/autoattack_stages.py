@@ -1,4 +1,4 @@
-"""Who carries out each attack of AutoAttack: Auto-PGD in a pool, another attack of ours, or the reference."""
+"""The code that runs each attack of AutoAttack: Auto-PGD in a pool, another attack of ours, or the reference."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Own:
     """An attack of this package that takes a batch at a time.
 
     Attributes:
-        kind: its class.
-        settings: as in AutoAttack's standard version.
-        thorough: where a search in a narrower precision breaks an image of a batch, float32 tries the others of
-            the batch, too. Square breaks hardly anything that gradient attacks leave, unless gradients are masked.
-            Then Square counts, and rounding weakens it.
+        kind: the attack's class.
+        settings: its settings in AutoAttack's standard version.
+        thorough: whether the other images of a batch are attacked in float32 as well, once a search in a narrower
+            precision breaks one of them. Square breaks few images that gradient attacks leave, unless gradients
+            are masked. Then its result matters, and rounding would weaken it.
     """
 
     kind: Callable[..., Attack]
@@ -37,8 +37,8 @@ class Own:
     thorough: bool = False
 
 
-# In l1 Auto-PGD goes through balls of three sizes, which the pool's rows do not, and has other numbers of restarts
-# and of target classes (pyautoattack's for its standard version).
+# In l1 Auto-PGD runs in balls of three sizes, which the pool does not support, and has other numbers of restarts
+# and target classes (those of pyautoattack's standard version).
 _RESTARTS_L1, _TARGET_CLASSES_L1 = 5, 5
 
 BY_BATCH = {
@@ -60,10 +60,10 @@ class Search(Protocol):
 
     @property
     def by(self) -> str:
-        """How it searches, as `Hunt.search`."""
+        """The precision of the search, as in `Hunt.search`."""
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
-        """Attack images, by indices [R]; with the records that a state held already."""
+        """Attack the images with indices [R], and return their records, including the records of the state."""
 
 
 def search_for(hunt: Hunt, attack: str) -> Search:
@@ -90,7 +90,7 @@ class BatchSearch:
         self._rows = hunt.runner.batch_size
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
-        """As in `Search`."""
+        """Attack images; see `Search.run`."""
         runner, state = self._hunt.runner, self._hunt.state
         batches = runner.samples.batches(self._rows, remaining)
         bar = runner.progress.bar(batches, f"autoattack {self._attack}", len(batches))
@@ -129,7 +129,13 @@ class BatchSearch:
     def _again(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float]:
-        """Search in float32 where the engine was wrong; writes to ``adv`` and ``fooled``."""
+        """Search again in float32 where the engine was wrong.
+
+        Successes are written to ``adv`` and ``fooled``.
+
+        Returns:
+            The number of images broken in this way, and the seconds.
+        """
         return 0, 0.0
 
 
@@ -196,12 +202,12 @@ class OwnSearch(BatchSearch):
             tried = attack(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
             adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
             refined += int(fooled[rows].sum())
-            # Only what a copy takes for broken and the plain model does not is left for the plain model.
+            # The plain model attacks only the images that the copy misclassifies and the plain model does not.
             chosen[rows] = self._claims(attack, tried, y[chosen]).cpu() & ~fooled[rows]
         return refined, time.perf_counter() - begun
 
     def _in_float32(self, x: Tensor) -> list[Attack]:
-        """The attack on a float32 copy of the model, if one serves, and then on the plain model."""
+        """The attack on a float32 copy of the model, if there is one for such images, and on the plain model."""
         if self._exact is not None:
             try:
                 self._exact.engine_for(x)
@@ -211,7 +217,7 @@ class OwnSearch(BatchSearch):
         return [self._wide]
 
     def _claims(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
-        """Which images an attack's engine takes for broken, [B] bool."""
+        """Which images an attack's engine misclassifies, [B] bool."""
         engine = attack.engine_for(found)
         with engine.session(attack.model, self._seed, current=True):
             return engine.logits(engine.images(found)).argmax(1) != y

@@ -1,8 +1,8 @@
-"""State of an AutoAttack run on disk: one file per batch, so that an interrupted run can go on.
+"""State of an AutoAttack run on disk: one file per batch, so that an interrupted run can continue.
 
-A folder holds ``manifest.json``, which says which run it belongs to, and files ``apgd-ce-00003.pt``, one per
-attack and batch, each written atomically once its batch is finished. Which batches are still to do follows from
-the files alone: going through them in order rebuilds everything else.
+A folder holds ``manifest.json``, which identifies the run, and files such as ``apgd-ce-00003.pt``, one per attack
+and batch. Each is written atomically when its batch is finished. The files alone determine the batches that are
+still to do: reading them in order rebuilds everything else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The run that a state belongs to.
+    """The identity of a run: everything that its results depend on.
 
     Attributes:
         model: SHA-256 of the structure, parameters and buffers.
@@ -55,8 +55,8 @@ class BatchRecord:
         violations: counts of the faults of the returned images, fields of ``Violations``.
         warnings: the warnings of the attack.
         seconds: wall-clock time.
-        refined: how many of those fooled were found by float32 steps after the search.
-        unconfirmed: how often a point broke its image for the engine alone.
+        refined: number of images among ``fooled`` that were broken by float32 steps after the search.
+        unconfirmed: number of points that the engine misclassified and the plain model did not.
         refinement_seconds: wall-clock time of these float32 steps, a part of ``seconds``.
     """
 
@@ -75,7 +75,7 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     """Identify a run.
 
     Raises:
-        TypeError: when the model is not a module: the state of another callable could not be told apart.
+        TypeError: when the model is not a module: another callable cannot be identified.
     """
     answers = answers_of(model, samples)
     listed = None if answers is None else answers.tolist()
@@ -87,10 +87,10 @@ class StateFolder:
 
     Args:
         directory: the folder, made if missing.
-        identity: of the run.
+        identity: the identity of the run.
 
     Raises:
-        ValueError: when the folder belongs to another run or is no state.
+        ValueError: when the folder belongs to another run, or holds .pt files without a manifest.
     """
 
     def __init__(self, directory: str | os.PathLike[str], identity: Fingerprint) -> None:
@@ -112,10 +112,10 @@ class AutoAttackState(StateFolder):
     """The batches of an AutoAttack finished so far, in a folder of its own; arguments as in `StateFolder`."""
 
     def load(self, attack: str, batch: int, indices: Tensor) -> BatchRecord | None:
-        """The record of a batch, or None when it is not finished.
+        """Return the record of a batch, or None when it is not finished.
 
         Raises:
-            ValueError: when the file is damaged or about other images; the message names it.
+            ValueError: when the file is damaged or about other images; the message names the file.
         """
         record = self._read(attack, batch)
         if record is not None and not torch.equal(record.indices, indices):
@@ -123,11 +123,11 @@ class AutoAttackState(StateFolder):
         return record
 
     def load_all(self, attack: str, images: Tensor) -> list[BatchRecord]:
-        """The records of an attack whose batches are formed as their images are finished.
+        """Return the records of an attack whose batches hold images in the order in which they were finished.
 
         Args:
             attack: the attack.
-            images: the indices [N] of all images that it is to attack.
+            images: the indices [N] of all images for this attack.
 
         Raises:
             ValueError: as in `load`.
@@ -159,7 +159,7 @@ class AutoAttackState(StateFolder):
         return f"{path} is about other images than this run attacks; use a new state_dir"
 
     def save(self, attack: str, batch: int, record: BatchRecord) -> None:
-        """Keep the record of a finished batch."""
+        """Write the record of a finished batch."""
         content = io.BytesIO()
         torch.save({name: getattr(record, name) for name in record.__dataclass_fields__}, content)
         write_atomically(self._path(attack, batch), content.getvalue())
@@ -206,7 +206,7 @@ def hash_model(model: Model) -> str:
     """SHA-256 of a model's structure, settings, parameters and buffers.
 
     Raises:
-        TypeError: when the model is not a module: the state of another callable could not be told apart.
+        TypeError: when the model is not a module: another callable cannot be identified.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"state_dir needs a torch module as model, got {type(model).__name__}")
@@ -217,7 +217,7 @@ def hash_model(model: Model) -> str:
             f"{name}:{kind.__module__}.{kind.__qualname__}({module.extra_repr()})\n".encode()
         )
         digest.update(f"{_settings_of(module)}\n".encode())
-    # Buffers that are not in the state dict count too: they change the outputs all the same.
+    # Buffers that are not in the state dict count as well, because they change the outputs.
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name}\n".encode())
         _update(digest, tensor)
@@ -225,7 +225,7 @@ def hash_model(model: Model) -> str:
 
 
 def _settings_of(module: nn.Module) -> list[tuple[str, str]]:
-    """Numbers, words and flags that a module's code may use: a temperature, a quality, a kind of padding."""
+    """Attributes of a module that its code may use: numbers, text and flags, such as a temperature."""
     return sorted(
         (name, repr(value))
         for name, value in vars(module).items()

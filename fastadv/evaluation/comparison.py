@@ -1,4 +1,4 @@
-"""Runs side by side: a line for whatever was judged at one radius, a column for each attack."""
+"""The table of several runs: one line for each run, radius and set of images, one column for each attack."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Judged:
     """A run and all its results.
 
     Attributes:
-        name: tells it from the other runs.
-        method: how it was trained.
+        name: a name that no other run of the table has.
+        method: the method of its training.
         network: the name of its model.
-        results: in the order in which they were found.
-        folder: of the file of results, from which the files that they name are found.
-        series: common to runs that differ in the seed of their training alone; empty where it is unknown.
-        seed: of the training.
+        results: its results, in the order in which they were added.
+        folder: the folder of the file of results; files named in results are relative to it.
+        series: a key that runs share which differ only in the seed of their training; empty where it is unknown.
+        seed: the seed of the training.
         checks: findings of masking checks, in the order in which they were made.
         analyses: findings of analyses, later ones after earlier ones.
     """
@@ -56,13 +56,13 @@ class Line:
     Attributes:
         run: the run.
         subject: weights and images.
-        n: how many images.
-        norm: of the perturbations; empty for a line without an attack.
+        n: number of images.
+        norm: norm of the perturbations; empty for a line without an attack.
         eps: radius, in the norm.
-        seed: of everything random.
+        seed: seed of the random numbers.
         cells: results by column.
-        ball: whether the attacks kept to a ball of this radius.
-        surrogate: the model on which the adversarial images were made; empty where it was the judged one.
+        ball: whether the attacks were in a ball of this radius.
+        surrogate: the model on which the adversarial images were made; empty where it was the judged model.
     """
 
     run: Judged
@@ -77,12 +77,12 @@ class Line:
 
     @property
     def radius(self) -> tuple[str, float]:
-        """Norm and eps."""
+        """The norm and the radius in it."""
         return self.norm, self.eps
 
     @property
     def is_white_box(self) -> bool:
-        """Whether the attacks kept to a ball and the judged model itself was attacked, or there was no attack."""
+        """Whether the attacks were in a ball and on the judged model itself; also true without an attack."""
         return self.ball and not self.surrogate
 
 
@@ -110,7 +110,9 @@ class Comparison:
         return sorted(found, key=lambda title: title != CLEAN)  # the sort keeps the order of equals
 
     def cells(self, intervals: bool = False) -> list[list[str]]:
-        """The heading and the lines of `white_box` as text. Columns that tell nothing apart are left out.
+        """The heading and the lines of `white_box` as text.
+
+        An optional column is left out if all runs have the same value in it.
 
         Args:
             intervals: whether each accuracy has its 95 % interval beside it.
@@ -130,7 +132,7 @@ class Comparison:
         return table
 
     def radius(self, eps: float | None = None, norm: str | None = None) -> tuple[str, float]:
-        """Choose the radius of a figure: the one asked for, else one at which all runs were attacked.
+        """Choose the radius of a figure: the given one, else the radius at which all runs were attacked.
 
         Raises:
             ValueError: when there is no such radius, or there are several and 8/255 is not among them.
@@ -161,7 +163,7 @@ class Comparison:
         return [line for line in self.white_box if line.radius == radius]
 
     def label(self, line: Line) -> str:
-        """The name of a line among the lines of its radius and kind."""
+        """A name for a line that no other line of its radius and kind has."""
         kind = (line.radius, line.ball, line.surrogate)
         beside = [one for one in self.lines if (one.radius, one.ball, one.surrogate) == kind]
         rows = {id(one): self.describe(one) for one in beside}
@@ -210,7 +212,7 @@ class Comparison:
         }
 
     def _with_hash(self, line: Line, name: str, content: str) -> str:
-        """The name of weights or images, with a part of their hash where one name stands for several."""
+        """The name of weights or images, with a part of their hash where several have this name."""
         text, digest = getattr(line.subject, name) or "-", getattr(line.subject, content)
         others = {
             getattr(other.subject, content)
@@ -223,13 +225,12 @@ class Comparison:
 
     def _tells_apart(self, name: str, rows: Sequence[dict[str, str]]) -> bool:
         """Whether a run has lines that differ in this column."""
-        return len({(row["run"], row[name]) for row in rows if row[name] != "-"}) > len(
-            {row["run"] for row in rows if row[name] != "-"}
-        )
+        values = {(row["run"], row[name]) for row in rows if row[name] != "-"}
+        return len(values) > len({run for run, _ in values})
 
 
 class _Titles:
-    """Names of columns: the attack's own, with the settings that differ between results."""
+    """Names of columns: the attack's name, with the settings that differ between results."""
 
     def __init__(self, results: Sequence[Result]) -> None:
         self._variants: dict[str, set[str]] = {}
@@ -247,7 +248,7 @@ def _plain_title(result: Result) -> str:
 
 
 def _variant(result: Result) -> str:
-    """Further parameters, relative to the radius, as a step size follows it."""
+    """The further parameters of an attack, in words; a step size is relative to the radius."""
     row = result.row
     if row.name == AUTOATTACK:
         return f"batches of {result.batch_size}" + (f", {row.search}" if row.search else "")

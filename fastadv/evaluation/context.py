@@ -1,4 +1,4 @@
-"""The state in which a model is judged: eval mode, frozen, float32 without TF32; put back afterwards."""
+"""The state in which a model is judged: eval mode, frozen, float32 without TF32. It is restored afterwards."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def evaluation_mode(
 ) -> Iterator[torch.device]:
     """Hold a model in evaluation mode, in full float32, with frozen parameters.
 
-    Frozen parameters make attacks cheaper and keep those that call ``backward()`` from adding to ``.grad``.
-    On exit every module has its own training flag again, every parameter its ``requires_grad``, the model its
-    device and torch its precision settings. Networks that the model runs without having registered them, such as
-    those in a closure, are held likewise. Other threads that evaluate or attack them wait.
+    Frozen parameters make attacks cheaper, and an attack that calls ``backward()`` does not add to ``.grad``.
+    On exit the training flag of every module, the ``requires_grad`` of every parameter, the device of the model
+    and the precision settings of torch are restored. The same holds for networks that the model runs without
+    having registered them, such as a network in a closure. Other threads that evaluate or attack them wait.
 
     Args:
         model: a module, or any other callable.
-        device: where to evaluate; by default where the model's parameters are, else the CPU.
+        device: device of the evaluation; by default the device of the model's parameters, else the CPU.
 
     Yields:
         The device of the evaluation.
@@ -74,7 +74,7 @@ def assert_eval(model: Model) -> None:
     """Require that no module is in training mode.
 
     Raises:
-        RuntimeError: naming the first module that is.
+        RuntimeError: naming the first module in training mode.
     """
     if isinstance(model, nn.Module):
         for name, module in model.named_modules():
@@ -85,7 +85,7 @@ def assert_eval(model: Model) -> None:
 
 
 def device_of(model: Model) -> torch.device:
-    """Where a module is; the CPU for other callables."""
+    """The device of a module's first parameter or buffer; the CPU for other callables."""
     if isinstance(model, nn.Module):
         for tensor in chain(model.parameters(), model.buffers()):
             return tensor.device
@@ -94,8 +94,8 @@ def device_of(model: Model) -> torch.device:
 
 @contextmanager
 def private_generators(seed: int) -> Iterator[None]:
-    """Seed torch's default generators, and put all of them back on exit."""
-    # torch.manual_seed reaches the generators of every CUDA device, in use here or not.
+    """Seed torch's default generators, and restore all of them on exit."""
+    # torch.manual_seed seeds the generators of all CUDA devices.
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

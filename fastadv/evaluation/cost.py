@@ -1,4 +1,4 @@
-"""The cost of one image in a network."""
+"""The number of multiply-adds of a network for one image."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fastadv.ops.values import integer, shown
 def multiply_adds(model: nn.Module, shape: Sequence[int]) -> int:
     """Count the multiplications, each with its addition, of one pass of one image.
 
-    Counted are convolutions, matrix products, attention and the merger of a stack, as PyTorch carries them out.
-    Operations by element, such as BatchNorm and ReLU, do not count, as in the figures of papers.
+    Convolutions, matrix products, attention and the merger of a stack are counted, as PyTorch carries them out.
+    Elementwise operations, such as BatchNorm and ReLU, are not counted, as in the figures of papers.
 
     Args:
         model: the network; the pass is in evaluation mode.
-        shape: of one image, [C, H, W].
+        shape: shape of one image, [C, H, W].
 
     Raises:
-        TypeError: if the model is no module, or the shape no sequence of integers.
-        ValueError: if the shape is no image's.
-        Exception: whatever the network raises for such an image.
+        TypeError: if the model is not a module, or the shape is not a sequence of integers.
+        ValueError: if the shape has not three axes, or a length below 1.
+        Exception: the exception of the network for such an image.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {shown(model)}")

@@ -1,4 +1,4 @@
-"""How far a model's smallest adversarial perturbations reach, where an attack has no ball."""
+"""The distances of a model's smallest adversarial perturbations, for attacks without a ball."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Distances:
     distance and are in neither figure.
 
     Attributes:
-        norm: in which the distances are.
-        broken: images that the attack broke, at whatever distance.
+        norm: norm of the distances.
+        broken: number of images that the attack broke, at any distance.
         mean: mean of their distances; None if no image was broken.
         median: median of their distances; None if no image was broken.
         curve: (radius, share of all images that are classified correctly and not broken within it).
@@ -38,21 +38,21 @@ class Distances:
 
     @classmethod
     def of(cls, distances: Tensor, norm: str, radii: Sequence[float]) -> Distances:
-        """Sum up distances.
+        """Summarise distances.
 
         Args:
             distances: [N], 0 for images that need no attack and infinite where no adversarial image was found.
-            norm: in which they are.
-            radii: at which accuracy is to be told, each an accuracy under this attack in a ball of that radius.
+            norm: norm of the distances.
+            radii: radii of the curve. Each gives the accuracy under this attack in a ball of that radius.
         """
-        far = distances.double()
-        found = far[(far > 0) & far.isfinite()]
-        # An image at a radius itself is within it, whatever the last bit of the radius in float32.
-        curve = tuple((r, float((far > r * (1 + 1e-6)).double().mean())) for r in radii)
+        exact = distances.double()
+        found = exact[(exact > 0) & exact.isfinite()]
+        # An image exactly at a radius counts as within it, in spite of the radius's rounding to float32.
+        curve = tuple((r, float((exact > r * (1 + 1e-6)).double().mean())) for r in radii)
         if len(found) == 0:
             return cls(norm, 0, curve=curve)
-        middle = torch.quantile(found, 0.5)
-        return cls(norm, len(found), float(found.mean()), float(middle), curve)
+        median = torch.quantile(found, 0.5)
+        return cls(norm, len(found), float(found.mean()), float(median), curve)
 
     @classmethod
     def from_dict(cls, entry: dict[str, Any]) -> Distances:
@@ -64,7 +64,7 @@ class Distances:
         """The distances in words.
 
         Args:
-            radius_text: the curve in words, if it is to be told.
+            radius_text: the curve in words; empty to leave it out.
         """
         if self.mean is None or self.median is None:
             text = "no ball; no image was broken at any distance"

@@ -1,4 +1,4 @@
-"""Signs that figures will be too high, checked before the attacks."""
+"""Checks before the attacks for signs that figures will be too high: useless gradients, a guessing surrogate."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.verify import predict
 from fastadv.seeding import derive_seed
 
-_LOOKED_AT = 64  # images whose gradients are looked at
+_CHECKED = 64  # images whose gradients are checked
 _PROBABILITIES = (
     "the model returns probabilities, of which the losses of logits have other, smaller gradients, so that this "
     "attack finds too little; leave its softmax out, or return the logarithm"
 )
-_BLIND_SHARE = 0.1  # of these, from which on figures are in doubt
+_BLIND_SHARE = 0.1  # share of useless gradients above which figures are in doubt
 _JUDGED = 256  # images on which a surrogate is judged
-_ENOUGH = 50  # images to tell guessing from knowing
+_ENOUGH = 50  # fewest images on which guessing can be recognised
 
 
 @dataclass(frozen=True)
 class Blindness:
-    """Images whose gradient leads nowhere: it is zero everywhere, or not finite somewhere.
+    """Images with a useless gradient: it is zero everywhere, or not finite somewhere.
 
     Attributes:
-        cross_entropy: how many there are by the cross entropy.
-        margin: by the label's logit less the largest other one.
+        cross_entropy: number of images whose cross-entropy has a useless gradient.
+        margin: number of images whose margin, the label's logit less the largest other logit, has one.
         n: number of checked images.
-        probabilities: the model seems to return probabilities, whose cross-entropy hardly has a gradient where
-            the model is certain.
+        probabilities: whether the model seems to return probabilities. Their cross-entropy has almost no gradient
+            where the model is certain.
     """
 
     cross_entropy: int = 0
@@ -45,7 +45,7 @@ class Blindness:
     probabilities: bool = False
 
     def note(self, attack: ChosenAttack) -> str:
-        """The notes of an attack's row; empty where there is nothing to say."""
+        """The note for an attack's row; empty where there is no doubt."""
         hint = "this attack follows gradients and finds too little: run square, too, or autoattack"
         if isinstance(attack, Ensemble):
             by_entropy = False  # its targeted attacks follow differences of logits
@@ -53,7 +53,7 @@ class Blindness:
                 "of its attacks square alone follows no gradients, and finds less than they would"
             )
         elif isinstance(attack, BallAttack):
-            if attack.kind == "square":
+            if not attack.follows_gradients:
                 return ""
             by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
         elif isinstance(attack, Minimum):
@@ -70,7 +70,7 @@ class Blindness:
 
 def blindness(runner: Runner, correct: Tensor) -> Blindness:
     """Check the gradients of some images that are classified correctly, [N] bool."""
-    indices = correct.nonzero().flatten()[: min(_LOOKED_AT, runner.batch_size)]
+    indices = correct.nonzero().flatten()[: min(_CHECKED, runner.batch_size)]
     if len(indices) == 0:
         return Blindness()
     x, y = runner.samples.take(indices, runner.device)
@@ -92,19 +92,19 @@ def blindness(runner: Runner, correct: Tensor) -> Blindness:
 
 
 def count_blind(gradient: Tensor) -> int:
-    """How many images' gradients [B, ...] are zero everywhere or not finite somewhere."""
+    """The number of images whose gradient [B, ...] is zero everywhere or not finite somewhere."""
     flat = gradient.flatten(1)
     return int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
 
 
 def seems_to_guess(right: int, n: int, classes: int) -> bool:
-    """Whether a model that is right on so many of n images may as well guess."""
+    """Whether a model that is right on ``right`` of n images is no better than guessing."""
     chance = 1 / classes
     return n >= _ENOUGH and right / n <= chance + 3 * math.sqrt(chance * (1 - chance) / n)
 
 
 def doubt_surrogate(runner: Runner, classes: int, name: str) -> str:
-    """Warn where a surrogate seems to guess, and return the note for every row; else return nothing."""
+    """Warn where a surrogate seems to guess, and return the note for every row; else return an empty text."""
     assert runner.surrogate is not None
     right = n = 0
     seed = derive_seed(runner.seed, "evaluate/surrogate")

@@ -1,4 +1,4 @@
-"""AutoAttack called as the other attacks are: images and labels in, adversarial images out."""
+"""The class `AutoAttack`, which is called like the other attacks: images and labels in, adversarial images out."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _known_engine(engine: SearchEngine) -> SearchEngine:
 class AutoAttack(Configured):
     """AutoAttack on one model: ``adv = AutoAttack(model, eps=8 / 255)(x, y)``.
 
-    Each of its attacks gets the images that all before it have left, and an image leaves once it is broken.
-    `fastadv.evaluation.autoattack` says how it searches, and is the function for long runs: it keeps its state on
-    disk and shows its progress.
+    Each of its attacks gets the images that no attack before it has broken. The function
+    `fastadv.evaluation.autoattack` describes the search. It is for long runs: it keeps its state on disk and shows
+    its progress.
 
     Source: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", ICML 2020.
@@ -57,7 +57,7 @@ class AutoAttack(Configured):
         seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
 
     Raises:
-        TypeError: an argument of another type, or one that there is not.
+        TypeError: an argument of another type, or an unknown argument.
         ValueError: a value out of range or an unknown word.
     """
 
@@ -84,7 +84,7 @@ class AutoAttack(Configured):
     ) -> None:
         self.model, self.norm, self.bounds = model, norm, bounds
         self.eps = radius_or_default(eps, self.norm, self.bounds)
-        if self.norm == "linf":  # in others it takes the size of an image to tell
+        if self.norm == "linf":  # in l2 and l1 the largest radius depends on the images' size
             check_radius("eps", self.eps, self.norm, self.bounds)
         self.version, self.batch_size, self.engine = version, batch_size, engine
         self.seed = seed
@@ -99,7 +99,7 @@ class AutoAttack(Configured):
         Args:
             x: images [B, C, H, W] within the bounds, on the model's device.
             y: labels [B], of an integer dtype.
-            seed: of the random numbers, for this call.
+            seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each image gets; default 0 .. B-1.
 
         Returns:

@@ -1,11 +1,11 @@
-"""Accuracy of a model, clean and under attack, with an interval and a status for every number."""
+"""The function `evaluate`: accuracy of a model, clean and under attack, with an interval and a status for each."""
 
 from __future__ import annotations
 
 import math
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -36,6 +36,7 @@ from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
+from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.rows import Judge
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
@@ -78,7 +79,7 @@ def evaluate(
 
     The model is in eval mode, frozen, in float32 without TF32 while this runs, and as before afterwards.
     Images that are classified wrongly without an attack count as wrong under every attack and are not attacked.
-    Whatever an attack returns is checked independently of it: inside the ball and the bounds, finite, and
+    The images that an attack returns are checked independently of it: inside the ball and the bounds, finite, and
     classified again by the plain model.
 
     Args:
@@ -220,27 +221,38 @@ def evaluate(
             versions=library_versions(),
             worst_case=worst_case,
         )
-        for number, radius in enumerate(radii):
-            left: Tensor | None = None
-            for attack in parse_attacks(attacks, radius, alpha):
-                in_ball = not isinstance(attack, (Clean, Minimum))
-                if number > 0 and not in_ball:
-                    continue  # no radius changes it
-                row, robust = judge.row(attack, radius, left)
-                if worst_case and in_ball:
-                    left = robust
-                report = replace(report, rows=(*report.rows, row))
-                at = f"at {format_eps(radius)}: " if len(radii) > 1 and in_ball else ""
-                say.line(at + row.line())
-                if on_row is not None:
-                    on_row(report)
+        for row, where_in_eps in _judged_rows(judge, attacks, alpha, worst_case):
+            report = replace(report, rows=(*report.rows, row))
+            say.line(where_in_eps + row.line())
+            if on_row is not None:
+                on_row(report)
     return report
+
+
+def _judged_rows(
+    judge: Judge,
+    attacks: AttackChoice | Sequence[AttackChoice],
+    alpha: float | None,
+    worst_case: bool,
+) -> Iterator[tuple[Row, str]]:
+    """Run the attacks at each radius, and yield each row with the radius in words where there are several."""
+    for number, radius in enumerate(judge.radii):
+        left: Tensor | None = None
+        for attack in parse_attacks(attacks, radius, alpha):
+            in_ball = not isinstance(attack, (Clean, Minimum))
+            if number > 0 and not in_ball:
+                continue  # it does not depend on the radius
+            row, robust = judge.row(attack, radius, left)
+            if worst_case and in_ball:
+                left = robust
+            several = len(judge.radii) > 1 and in_ball
+            yield row, f"at {format_eps(radius)}: " if several else ""
 
 
 def _facts(
     norm: str, bounds: tuple[float, float], seed: int, eot: int, surrogate: Surrogate | None
 ) -> dict[str, Any]:
-    """The settings that every attack's result depends on, beside model, data and the attack."""
+    """The settings that every attack's result depends on, besides model, data and attack."""
     other = None if surrogate is None else hash_model(surrogate.model)
     return {
         "norm": norm,
@@ -266,23 +278,23 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
 
 
 def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
-    """Whose gradients lead nowhere, where an attack follows them."""
+    """The images with useless gradients; nothing is checked where no attack follows gradients."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, BallAttack) and attack.kind != "square")
+        or (isinstance(attack, BallAttack) and attack.follows_gradients)
         for attack in attacks
     )
     return blindness(runner, correct) if follows else Blindness()
 
 
 def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
-    """Warn where another network than the one that was meant seems to be judged."""
+    """Warn where the clean accuracy is as by guessing, or not the expected one: the network may be a wrong one."""
     n, right = len(correct), _count(correct) / len(correct)
     doubt = None
     if seems_to_guess(_count(correct), n, classes):
         doubt = f"about as many as by guessing among {classes} classes"
     elif expected is not None:
-        # Of a part of the images another share may be right, by chance.
+        # On a part of the images the accuracy may differ by chance.
         spread = 3 * math.sqrt(max(expected * (1 - expected), 1e-4) / n)
         if abs(right - expected) > 0.01 + spread:
             doubt = f"while {100 * expected:.2f} % are recorded for this model"

@@ -1,4 +1,4 @@
-"""The findings of the checks for gradient masking: how a row of figures is judged, and the words for it."""
+"""The findings of the checks for gradient masking: the criterion of each check, and the text of its finding."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Finding:
     Attributes:
         check: ``"eps"``, ``"steps"``, ``"unbounded"``, ``"loss"``, ``"black box"``, ``"gradients"`` or
             ``"random"``.
-        ok: whether the model behaves as one with useful gradients does.
+        ok: whether the model behaves like a model with useful gradients.
         message: the finding, in one sentence.
-        accuracies: (value varied, accuracy as a fraction) for every run, for a plot or a table; of ``"loss"`` the
+        accuracies: (varied value, accuracy as a fraction) for every run, for a plot or a table. For ``"loss"`` the
             second number is the mean loss.
     """
 
@@ -34,12 +34,12 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """``"ok"``, or ``"suspect"`` where robust accuracy as gradient attacks measure it may be too high."""
+        """``"ok"``, or ``"suspect"`` where the robust accuracy under gradient attacks may be too high."""
         return "ok" if self.ok else "suspect"
 
 
 def verdict_of(findings: Sequence[Finding]) -> str:
-    """The sum of all findings, in words."""
+    """The summary of all findings, in words."""
     failed = sum(not finding.ok for finding in findings)
     if failed == 0:
         return "no sign, which proves nothing"
@@ -53,7 +53,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
         findings: the result of `sanity_checks`.
         n: number of images.
         eps: radius of the ball.
-        norm: of the ball.
+        norm: norm of the ball.
     """
     width = max((len(finding.check) for finding in findings), default=0)
     lines = [
@@ -67,7 +67,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
 
 
 def monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: float) -> Finding:
-    """Compare every accuracy with the lowest before it: a slow rise in many small steps counts too."""
+    """Check that accuracy does not rise: each value is compared with the lowest before it, to find a slow rise."""
     worst, where = 0.0, None
     lowest = accuracies[0]
     for point in accuracies[1:]:
@@ -87,14 +87,14 @@ def monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: float
 
 
 def unbounded(eps: float, accuracy: float, slack: float) -> Finding:
-    """Require that next to no image is left when any image is allowed."""
+    """Check that almost no image withstands an attack that may choose any image."""
     ok = accuracy <= slack + ROUNDING
     message = f"{100 * accuracy:.2f} % are still right when any image is allowed (eps {eps:.4g})"
     return Finding("unbounded", ok, message, ((eps, accuracy),))
 
 
 def rising_loss(losses: Sequence[tuple[float, float]], slack: float) -> Finding:
-    """Compare every mean loss with the highest before it."""
+    """Check that the mean loss does not fall. Each is compared with the highest before it."""
     highest, fall, where = losses[0], 0.0, None
     for point in losses[1:]:
         if highest[1] - point[1] > fall:

@@ -1,4 +1,4 @@
-"""Where to write the labels of a scatter plot so that they cover neither each other nor the points."""
+"""Placing the labels of a scatter plot so that they cover neither each other nor the points."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-_DIRECTIONS = 16
-_GAPS = (6.0, 11.0, 18.0, 28.0, 40.0)
+_DIRECTIONS = 16  # tried around each anchor
+_GAPS = (6.0, 11.0, 18.0, 28.0, 40.0)  # tried distances from the anchor, in typographic points
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,15 @@ def place_labels(
 ) -> list[Box]:
     """Choose a place for every label, in the order given.
 
-    Places are tried all around the anchor at growing distance. Taken is the one that covers least of the
-    obstacles, of labels placed before and of the space outside the frame; among equals the nearest.
+    Places are tried in all directions around the anchor and at several distances. The place is chosen that covers
+    the least area of obstacles, of labels placed before and of the space outside the frame; among equal places the
+    nearest one.
 
     Args:
         anchors: the points that the labels belong to.
         sizes: width and height of each label.
         obstacles: the places that are taken already.
-        frame: where labels may be.
+        frame: the box in which labels should lie.
         unit: length of one typographic point in the unit of the other arguments.
 
     Returns:
@@ -67,7 +68,7 @@ def place_labels(
 def _candidates(
     anchor: tuple[float, float], size: tuple[float, float], unit: float
 ) -> Iterator[tuple[Box, float]]:
-    """Boxes around an anchor with how far each is from the best of places, close and to the upper right."""
+    """Boxes around an anchor, each with a penalty that is smallest close to the anchor and to the upper right."""
     for gap in _GAPS:
         for number in range(_DIRECTIONS):
             angle = 2 * math.pi * number / _DIRECTIONS

@@ -1,4 +1,4 @@
-"""Numbers made of accuracies and features: intervals, ARDist, Sum, cosine similarity to a teacher.
+"""Metrics of accuracies and features: Wilson's interval, ARDist, Sum, cosine similarity to a teacher.
 
 Accuracies in the trade-off metrics are percentages (0 to 100), as in the papers' tables and curves.
 """
@@ -81,7 +81,7 @@ class Cubic:
 # Fitted to the methods that the ARREST paper compares, (clean, AutoAttack) in percent.
 ARREST_CIFAR10_CURVE = Cubic(9.877e-5, -0.3922, 63.82, -2600.0)
 ARREST_CIFAR100_CURVE = Cubic(5.615e-4, -0.1582, 12.44, -271.8)
-# The figures that this paper reports of WRN-34-10 at 8/255 linf, the same pairs.
+# The figures that the ARREST paper reports for WRN-34-10 at 8/255 linf, (clean, AutoAttack) in percent.
 ARREST_CIFAR10_POINTS = {
     "AT": (87.14, 44.04),
     "LAS-AT": (86.23, 53.58),
@@ -103,8 +103,8 @@ ARREST_CIFAR100_POINTS = {
 def ardist(clean: float, robust: float, curve: Cubic) -> float:
     """Signed distance of a method from a trade-off curve, ARREST's ARDist.
 
-    The distance is that to the nearest point of the curve. It is found exactly: the squared distance is a
-    polynomial in the clean accuracy, so its minimum is at a real root of its derivative, of degree five.
+    It is the distance to the nearest point of the curve. It is found exactly: the squared distance is a polynomial
+    in the clean accuracy, so its minimum is at a real root of its derivative, of degree five.
 
     Args:
         clean: clean accuracy, percent.
@@ -176,14 +176,14 @@ def cosine_similarity_to(
     device: torch.device | str | None = None,
     max_examples: int | None = None,
 ) -> float:
-    """Mean cosine similarity of a model's features to a teacher's, on clean images.
+    """Mean cosine similarity of the features of a model and of a teacher, on clean images.
 
-    The features are ``forward_features(x)``, the maps before global pooling, flattened: ARREST compares the
-    representations of robust models with the standard model's this way (its table 3).
+    The features are ``forward_features(x)``, the maps before global pooling, flattened. In this way ARREST
+    compares the representations of robust models with the representations of the standard model (its table 3).
 
     Args:
         model: a model with ``forward_features``.
-        teacher: another one whose features have the same shape.
+        teacher: another model whose features have the same shape.
         data: as for ``evaluate``.
         batch_size: images per pass.
         device: as for ``evaluate``.
@@ -209,7 +209,7 @@ def cosine_similarities_to(
     batch_size: int = 256,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """The similarity of each image's features, [N] float32 on the CPU; as for `cosine_similarity_to`."""
+    """The cosine similarity for each image, [N] float32 on the CPU; arguments as in `cosine_similarity_to`."""
     for role, network in (("model", model), ("teacher", teacher)):
         if not callable(getattr(network, "forward_features", None)):
             raise TypeError(

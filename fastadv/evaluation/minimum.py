@@ -1,4 +1,4 @@
-"""Attacks without a ball: the smallest perturbation that breaks each image, as far as an attack can tell."""
+"""Attacks without a ball: the smallest perturbation that breaks each image, as far as an attack finds it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fastadv.evaluation.context import Model
 from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
 from fastadv.evaluation.verify import NORM_ORDERS, Audit, predict, tolerance
 from fastadv.evaluation.work import key_of
-from fastadv.ops.values import limit
+from fastadv.ops.values import largest_radius, limit
 from fastadv.seeding import derive_seed
 
-# (images, labels, indices in the data) -> distance of each image's adversarial image, infinite where the search
-# found no adversarial image
+# (images, labels, indices in the data) -> distance of each image's adversarial image, infinite where no
+# adversarial image was found
 Search = Callable[[Tensor, Tensor, Tensor], Tensor]
-_FIXED_C, _FIRST_C = 1.0, 1e-3  # for one value of c; where a search for c begins
-_HALVINGS = 7  # of the largest radius: radii are tried from the smallest of these upwards
+_FIXED_C, _FIRST_C = 1.0, 1e-3  # the only value of c, and the first value of a search for c
+_HALVINGS = 7  # of the largest radius; the smallest of these radii is tried first
 _BISECTIONS = 10
 
 
@@ -33,8 +33,8 @@ class CarliniWagner:
     """The settings with which `cwl2` is run.
 
     Attributes:
-        c: weight of the margin against the squared distance; None is 1 where one value is tried, and .001 as the
-            first of several.
+        c: weight of the margin against the squared distance; None means 1 where one value is tried, and .001 for
+            the first of several.
         lr: learning rate of Adam.
     """
 
@@ -56,7 +56,7 @@ class CarliniWagner:
         return _FIXED_C if attack.search_steps == 1 else _FIRST_C
 
     def variant(self, attack: Minimum) -> str:
-        """The notes of an attack's row; empty for another attack."""
+        """The settings in words, for the row of an attack; empty for an attack that does not use them."""
         if attack.kind != "cwl2":
             return ""
         first = f"c {'from ' * (attack.search_steps > 1)}{self.first_c(attack):g}"
@@ -71,12 +71,12 @@ def norm_of(attack: Minimum, norm: str) -> str:
 def smallest_perturbations(
     runner: Runner, attack: Minimum, constants: CarliniWagner, correct: Tensor
 ) -> tuple[Outcome, Tensor]:
-    """Look for the smallest perturbation of each image that is classified correctly.
+    """Search the smallest perturbation of each image that is classified correctly.
 
     Args:
         runner: the model and the data.
-        attack: which attack.
-        constants: of the attack of Carlini and Wagner.
+        attack: the attack.
+        constants: settings of the attack of Carlini and Wagner.
         correct: [N] bool, the images to attack.
 
     Returns:
@@ -132,7 +132,7 @@ def _by_bisection(
 ) -> Search:
     x, _ = runner.samples.take(torch.tensor([0]), runner.device)
     low, high = runner.samples.bounds
-    largest = (high - low) * {"linf": 1, "l2": x.numel() ** 0.5, "l1": x.numel()}[runner.norm]
+    largest = largest_radius((low, high), runner.norm, x.numel())
     common: dict[str, Any] = dict(
         norm=runner.norm, bounds=(low, high), precision="fp32", engine="eager"
     )
@@ -168,22 +168,22 @@ def smallest_radii(
     sample_ids: Tensor,
     judge: Model | None = None,
 ) -> Tensor:
-    """The smallest radius at which an attack breaks each image, as far as bisection can tell.
+    """The smallest radius at which an attack breaks each image, found by bisection.
 
     Args:
         method: the attack.
         x: images [B, ...].
         y: labels [B].
-        largest: radius tried.
-        seed: of the attack.
+        largest: the largest radius to try.
+        seed: seed of the attack.
         sample_ids: [B], which random numbers each image gets.
         judge: the model that decides about success; None is the attacked model.
 
     Returns:
-        [B] float32: 0 for images that need no attack, infinite for those that are not broken at any radius tried.
+        [B] float32: 0 for images that need no attack, infinite for images that no radius breaks.
     """
     radii = torch.full((len(x),), torch.inf, device=x.device)
-    # An attack can fail at a large radius where it succeeds at a small one, so that one goes upwards.
+    # An attack can fail at a large radius and succeed at a small one. Therefore small radii are tried first.
     for halvings in range(_HALVINGS, -1, -1):
         rows = radii.isinf().nonzero().flatten()
         if len(rows) == 0:

@@ -1,4 +1,4 @@
-"""Tell where a network is judged in another mode than the caller may think."""
+"""Warnings about networks in train mode where the caller may expect eval mode, or the other way round."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fastadv.evaluation.context import Model
 
 
 def doubt_modes(model: Model, argument: str = "model") -> str:
-    """Warn of train mode that evaluation does not end, or does end though it seems to be wanted.
+    """Warn where evaluation leaves a network in train mode, or ends a train mode that seems to be intended.
 
-    To be called before the model is held in evaluation mode.
+    This must be called before the model is put into evaluation mode.
 
     Args:
         model: a module or another callable.
         argument: the model's name in the warning.
 
     Returns:
-        The note of every row; empty where no figure is in doubt.
+        The note for every row; empty where no figure is in doubt.
     """
     if isinstance(model, nn.Module) and not model.training:
         inside = next((name for name, part in model.named_modules() if part.training), None)

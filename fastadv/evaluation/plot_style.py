@@ -1,4 +1,4 @@
-"""How pictures look: inks for a light and a dark page, one colour per method, PNG."""
+"""The style of pictures: colours for a light and a dark page, one colour per method, and PNG output."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _RESOLUTION = 160  # pixels per inch
 
 @dataclass(frozen=True)
 class Style:
-    """The inks of a picture.
+    """The colours of a picture.
 
     Attributes:
-        paper: the background.
-        ink: text and axes.
-        grey: colour of the background's marks.
-        colours: of the methods, in their order.
+        paper: colour of the background.
+        ink: colour of text and axes.
+        grey: colour of auxiliary lines and published points.
+        colours: colours of the methods, in their order.
     """
 
     paper: str
@@ -32,7 +32,7 @@ class Style:
     colours: tuple[str, ...]
 
     def colour(self, number: int) -> str:
-        """The colour of a method by its number; after the last the first comes again."""
+        """The colour of a method by its number; after the last colour the first follows again."""
         return self.colours[number % len(self.colours)]
 
 
@@ -56,7 +56,7 @@ def numbered(names: Iterable[str]) -> dict[str, int]:
 
 
 def new_figure(style: Style, width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, on a canvas of its own: pyplot and its backend are not touched."""
+    """A figure with one pair of axes, on a canvas of its own; pyplot and its backend are not used."""
     figure_class, canvas_class = _import_matplotlib()
     figure = figure_class(figsize=(width, height), layout="constrained", facecolor=style.paper)
     canvas_class(figure)

@@ -35,9 +35,9 @@ class TradeOffPoint:
         clean: clean accuracy.
         robust: robust accuracy.
         clean_interval: lower and upper end of its 95 % interval, None to draw no bar.
-        robust_interval: likewise.
+        robust_interval: the same of the robust accuracy.
         method: points of one method have one colour; empty for a colour of its own.
-        minor: whether it is one of several that another point sums up: a small marker without a label.
+        minor: draw a small marker without a label, for one of several points that another point summarises.
         curve: points of one curve are joined, in their order, by a line of this name; empty for no line.
 
     Raises:
@@ -72,7 +72,7 @@ class TradeOffPoint:
         """Take the figures from two rows.
 
         Raises:
-            ValueError: where the second is not of an attack in a ball on the judged model itself.
+            ValueError: where ``robust`` is not an attack in a ball on the judged model itself.
         """
         check_white_box(robust)
         return cls(
@@ -101,8 +101,8 @@ def plot_trade_off(
 
     Args:
         points: at least one method; their labels are placed so that they do not overlap.
-        path: where the picture goes, ending in ``.png``; it is written atomically.
-        curve: a cubic to draw, such as the one ARDist measures from.
+        path: file of the picture, ending in ``.png``; it is written atomically.
+        curve: a cubic to draw, such as the curve of ARDist.
         title: heading of the picture.
         robust_label: name of the vertical axis.
         published: (clean, robust) of further methods by name, drawn in grey.
@@ -180,7 +180,7 @@ def _set_limits(axes: Axes, points: Sequence[TradeOffPoint]) -> None:
 
 
 def _draw_equal_sums(axes: Axes, style: Style) -> None:
-    """Lines of equal clean + robust at round sums, named where they leave the picture on the right."""
+    """Draw lines of equal clean + robust at round sums, with labels where they leave the picture on the right."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     span = right + top - left - bottom
     step = next(s for s in (0.5, 1, 2, 5, 10, 20, 50) if span / s <= 9)
@@ -228,7 +228,7 @@ def _draw_point(axes: Axes, point: TradeOffPoint, marker: str, ink: str, style: 
 
 
 def _draw_curves(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[str]) -> bool:
-    """Join the points of each curve; whether there is one."""
+    """Join the points of each curve, and return whether there is a curve."""
     curves: dict[str, list[int]] = {}
     for number, point in enumerate(points):
         if point.curve:
@@ -244,7 +244,7 @@ def _bar(value: float, interval: tuple[float, float] | None) -> list[list[float]
 
 
 def _write_labels(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[str]) -> None:
-    """Write the names of the methods where there is room, with a thin line to the marker if that is far."""
+    """Write the names of the methods where there is room, with a thin line to a marker that is far away."""
     pixels = axes.figure.dpi / 72  # per typographic point
     labelled = [(p, ink) for p, ink in zip(points, inks, strict=True) if not p.minor]
     anchors = [tuple(axes.transData.transform((p.clean, p.robust))) for p, _ in labelled]
@@ -269,7 +269,7 @@ def _write_labels(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[st
     frame = Box(window.x0, window.y0, window.x1, window.y1)
     boxes = place_labels(anchors, sizes, obstacles, frame, pixels)
     for text, box, (x, y) in zip(texts, boxes, anchors, strict=True):
-        # In points from the marker, so that the place holds at any resolution.
+        # The offset from the marker is in typographic points, so that it is right at any resolution.
         text.set_position(
             (((box.left + box.right) / 2 - x) / pixels, ((box.bottom + box.top) / 2 - y) / pixels)
         )
@@ -280,13 +280,13 @@ def _write_labels(axes: Axes, points: Sequence[TradeOffPoint], inks: Sequence[st
 
 
 def _obstacles(axes: Axes, point: TradeOffPoint, pixels: float) -> list[Box]:
-    """Boxes of a marker and its bars, in pixels, with a little air."""
-    air = 2.5 * pixels
+    """Boxes of a marker and its bars, in pixels, with a margin."""
+    margin = 2.5 * pixels
     x, y = axes.transData.transform((point.clean, point.robust))
-    boxes = [Box(x - 2 * air, y - 2 * air, x + 2 * air, y + 2 * air)]
+    boxes = [Box(x - 2 * margin, y - 2 * margin, x + 2 * margin, y + 2 * margin)]
     for interval, across in ((point.clean_interval, False), (point.robust_interval, True)):
         if interval is not None:
             ends = [(point.clean, v) if across else (v, point.robust) for v in interval]
             (x0, y0), (x1, y1) = axes.transData.transform(ends)
-            boxes.append(Box(x0 - air, y0 - air, x1 + air, y1 + air))
+            boxes.append(Box(x0 - margin, y0 - margin, x1 + margin, y1 + margin))
     return boxes

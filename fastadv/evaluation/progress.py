@@ -1,4 +1,4 @@
-"""The progress of an evaluation: bars on a terminal, one line per attack elsewhere, or nothing."""
+"""The display of an evaluation's progress: bars on a terminal, one line per attack elsewhere, or nothing."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ T = TypeVar("T")
 
 
 class Advance(Protocol):
-    """Moves a bar on."""
+    """A function that advances a bar."""
 
     def __call__(self, images: int, **shown: str) -> None:
-        """Say that so many more images are done, and give the bar's other figures."""
+        """Advance the bar by a number of images, and set its other figures."""
 
 
 class ProgressDisplay:
@@ -36,7 +36,7 @@ class ProgressDisplay:
 
     @contextmanager
     def count(self, label: str, total: int) -> Iterator[Advance]:
-        """A bar of images, with the time left; it is called with the number of new images and other figures."""
+        """Show a bar of images with the time left, and yield the function that advances it."""
         if not self.on_terminal:
             yield lambda images, **shown: None
             return
@@ -50,7 +50,7 @@ class ProgressDisplay:
             yield advance
 
     def line(self, text: str) -> None:
-        """Say one line that stays."""
+        """Write one line that stays on the screen."""
         if not self.enabled:
             return
         if self.on_terminal:

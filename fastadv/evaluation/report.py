@@ -1,4 +1,4 @@
-"""The result of an evaluation: rows of figures, written and read as JSON, shown as CSV, text or markdown."""
+"""The report of one evaluation: its rows, written and read as JSON, and written as CSV, text or markdown."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Report:
     """All rows of one evaluation and their common facts.
 
     Attributes:
-        rows: one per attack, in the order asked for.
+        rows: one row per attack, in the order of the attacks.
         model: class of the model.
         data: name of the data.
-        norm: of the perturbations.
+        norm: norm of the perturbations.
         bounds: range of image values.
         batch_size: images per pass; AutoAttack's figures depend on it.
-        device: where it ran.
-        versions: of the libraries that matter.
-        worst_case: whether each row counts the images that withstand its attack and all before it.
+        device: device of the evaluation.
+        versions: versions of the libraries on which figures depend.
+        worst_case: whether each row counts the images that withstand its attack and all attacks before it.
     """
 
     rows: tuple[Row, ...]
@@ -54,7 +54,7 @@ class Report:
         """The row of an attack.
 
         Raises:
-            KeyError: naming the attacks there are, or the radii of one that was run at several.
+            KeyError: naming the existing attacks, or the radii of an attack that was run at several.
         """
         found = [row for row in self.rows if row.name == name]
         if len(found) > 1:
@@ -103,7 +103,7 @@ class Report:
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
             content = _as_one_report(content) if version == _RESULTS_FORMAT else content
-            # Reports of before there was a choice counted every attack by itself.
+            # Earlier versions wrote no worst_case and judged every attack on all images.
             values = {f.name: {"worst_case": False, **content}[f.name] for f in fields(cls)}
             values["rows"] = tuple(row_from_dict(entry) for entry in content["rows"])
             values["bounds"] = tuple(content["bounds"])
@@ -112,7 +112,7 @@ class Report:
             raise ValueError(f"report is damaged: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the report atomically, as its suffix says: ``.json``, ``.csv``, ``.md`` or ``.txt``.
+        """Write the report atomically, in the format of the suffix: ``.json``, ``.csv``, ``.md`` or ``.txt``.
 
         Raises:
             ValueError: for another suffix.
@@ -142,7 +142,7 @@ class Report:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def to_csv(self) -> str:
-        """One line per row; accuracies are fractions, notes are joined with semicolons."""
+        """The report as CSV, one line per row; accuracies are fractions, notes are joined with semicolons."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(_CSV_COLUMNS)
@@ -192,7 +192,11 @@ _WRITERS: dict[str, Callable[[Report], str]] = {
 
 
 def _as_one_report(content: dict[str, Any]) -> dict[str, Any]:
-    """Take collected results for one report, where they can be one: each attack once, all else in common."""
+    """Turn a file of results into the content of one report.
+
+    Raises:
+        ValueError: when an attack occurs twice, or the results differ in their settings.
+    """
     names = [f.name for f in fields(Report) if f.name not in ("rows", "model", "worst_case")]
     entries = [
         {**entry, "model": entry["network"], "worst_case": bool(entry["after"])}
@@ -209,7 +213,7 @@ def _as_one_report(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def library_versions(*names: str) -> dict[str, str]:
-    """Versions of libraries that are installed, by default of those on which accuracies depend."""
+    """Versions of libraries that are installed, by default of the libraries on which accuracies depend."""
     versions = {}
     for name in names or ("fastadv", "torch", "pyautoattack"):
         try:

@@ -1,4 +1,4 @@
-"""The cells, the rule and the notes of a report's table."""
+"""The texts of a report's table: headings, cells and notes."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _WORDS = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def _search_of(row: Row) -> list[str]:
-    """How an ensemble was searched, where that was not by the reference alone."""
+    """Sentences on the precision and the refinement of AutoAttack; empty where the reference alone ran."""
     if row.search in ("", REFERENCE):
         return []
     sentences = []
@@ -87,7 +87,7 @@ def _search_of(row: Row) -> list[str]:
         return [text]
     found = sum(stage.refined for stage in row.stages)
     refused = sum(stage.unconfirmed for stage in row.stages)
-    # A search in float32 ran on a copy of the model, if another had to go on after it.
+    # A search in float32 that needed refinement ran on a copy of the model.
     judge = "the plain model" if row.search == "fp32" else "float32"
     steps = "steps of the plain model" if row.search == "fp32" else "float32 steps"
     return [

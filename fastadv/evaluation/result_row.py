@@ -23,14 +23,14 @@ class Stage:
     """One attack of an ensemble.
 
     Attributes:
-        name: of the attack.
-        correct: images still classified correctly after it and all before it.
-        search: how it searched: a precision of this package's engine, or ``"reference"``.
-        refined: images that were found only by float32 steps after a search in a narrower precision, or after one
-            on a copy of the model whose point the model itself refused.
-        unconfirmed: how often a point broke its image for the engine alone.
+        name: name of the attack.
+        correct: number of images still classified correctly after this attack and all before it.
+        search: precision of this package's engine in the search, or ``"reference"``.
+        refined: number of images that were broken only by float32 steps on the plain model or an exact copy, after
+            a search in a narrower precision or on a copy of the model.
+        unconfirmed: number of points that the engine misclassified and the plain model did not.
         seconds: wall-clock time.
-        refinement_seconds: of these float32 steps, a part of ``seconds``.
+        refinement_seconds: wall-clock time of these float32 steps, a part of ``seconds``.
     """
 
     name: str
@@ -52,9 +52,9 @@ class Row:
     """Accuracy under one attack.
 
     Attributes:
-        name: of the attack.
-        n: images evaluated.
-        correct: images classified correctly under the attack.
+        name: name of the attack.
+        n: number of images evaluated.
+        correct: number of images classified correctly under the attack.
         eps: radius of the ball, 0 without an attack and for an attack without a ball.
         seed: seed of the random numbers.
         seconds: wall-clock time.
@@ -63,12 +63,12 @@ class Row:
         status: ``"ok"``, ``"suspect"`` (may be too high) or ``"invalid"``.
         notes: warnings and violations, one sentence each.
         stages: for an ensemble, the images that withstood each of its attacks.
-        search: for an ensemble, how it was searched: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``, or
-            ``"reference"``.
-        variant: the difference from other attacks of its name, such as a constant of its own.
-        surrogate: the model on which the adversarial images were made; empty where it was the judged one.
-        distances: for an attack without a ball, how far its adversarial images are.
-        worst: adversarial images of the attack, where some were to be kept; they are no part of its JSON.
+        search: for an ensemble, the precision of its search: ``"bf16"`` or ``"fp16"`` on the engine, ``"fp32"``,
+            or ``"reference"``.
+        variant: settings that other attacks of this name may not have, such as a constant, in words.
+        surrogate: the model on which the adversarial images were made; empty where it was the judged model.
+        distances: for an attack without a ball, the distances of its adversarial images.
+        worst: adversarial images of the attack, where some are kept; JSON does not contain them.
     """
 
     name: str
@@ -116,7 +116,7 @@ class Row:
 
     @property
     def is_white_box(self) -> bool:
-        """Whether it is an accuracy in a ball, on images made for the judged model itself, or on clean images."""
+        """Whether the attack was in a ball and on the judged model itself; also true without an attack."""
         return not self.surrogate and self.distances is None
 
     def line(self) -> str:
@@ -144,11 +144,11 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
     """Read a row back from an entry of ``Report.to_dict``.
 
     Raises:
-        KeyError: when something is missing.
-        TypeError: when something is of another kind.
+        KeyError: when an entry is missing.
+        TypeError: when an entry is of another type.
         ValueError: when a number is out of range.
     """
-    # Before there was a choice, only the reference ran ensembles, which alone have stages.
+    # Earlier versions wrote no "search": ensembles, which have stages, ran by the reference.
     known: dict[str, Any] = {"search": REFERENCE if entry["stages"] else "", **entry}
     values = known_fields(Row, known)
     accuracy = entry.get("accuracy")
@@ -167,9 +167,9 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
 
 
 def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
-    """The values that an entry has for the fields of a dataclass.
+    """The values of an entry for the fields of a dataclass.
 
-    Other versions may write more fields, or fewer of the later ones.
+    Entries of other versions may have further fields, or lack newer fields.
 
     Raises:
         KeyError: when a field without a default is missing.
@@ -181,7 +181,7 @@ def known_fields(kind: Any, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_white_box(robust: Row) -> None:
-    """Require an accuracy that may stand for a model's robust accuracy.
+    """Require an accuracy that can serve as a model's robust accuracy.
 
     Raises:
         ValueError: for adversarial images of a surrogate, and for an attack without a ball.

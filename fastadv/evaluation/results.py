@@ -1,4 +1,4 @@
-"""The results of a run's evaluations, together in one file: a later evaluation adds to the earlier ones."""
+"""The file of results of a run: the results of all its evaluations, to which later evaluations add."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from fastadv.files import text_of, write_atomically
 from fastadv.locks import locked, rewriting
 from fastadv.ops.values import NORMS, check_choice, shown
 
-_FORMAT = 2  # `Report` knows it, too
-_REPORT_FORMAT = 1  # files from before results were collected hold the report of one evaluation
+_FORMAT = 2  # `Report.from_dict` reads it as well
+_REPORT_FORMAT = 1  # files of earlier versions hold the report of one evaluation
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The model and the images of an evaluation. Facts that a file does not tell are empty.
+    """The model and the images of an evaluation. Fields that a file does not have are empty.
 
     Attributes:
         run: name of the run directory.
-        method: how the model was trained.
+        method: method of the model's training.
         network: the name of the model.
         checkpoint: name of the checkpoint.
         weights: SHA-256 of the weights that were judged.
         data: name of the images, with their split.
         images: SHA-256 of the images and labels that were used.
-        parameters: how many parameters the model has; 0 where a file does not tell.
-        multiply_adds: of one pass of one image, as `multiply_adds` counts them; 0 where a file does not tell.
+        parameters: number of the model's parameters; 0 where a file does not have it.
+        multiply_adds: result of `multiply_adds` for one image; 0 where a file does not have it.
     """
 
     run: str = ""
@@ -57,19 +57,19 @@ class Subject:
 
 @dataclass(frozen=True)
 class Result:
-    """The accuracy of one model under one attack, with all that it depends on.
+    """The accuracy of one model under one attack, with everything that it depends on.
 
     Attributes:
         subject: the judged model and data.
         row: the attack and its result.
-        norm: of the perturbations.
+        norm: norm of the perturbations.
         bounds: range of image values.
         batch_size: images per pass.
-        device: where it ran.
-        versions: of the libraries that matter.
-        after: names of the attacks before it, where it got only the images that those had left.
-        command: the command line that found it, where there was one.
-        date: when it was found, in ISO 8601, UTC.
+        device: device of the evaluation.
+        versions: versions of the libraries on which figures depend.
+        after: names of the attacks before it, where it got only the images that they had not broken.
+        command: the command line of the evaluation, where there was one.
+        date: time of the evaluation, in ISO 8601, UTC.
         worst_file: a file with the worst adversarial images, relative to the folder of the results.
     """
 
@@ -101,7 +101,7 @@ class Result:
 
     @property
     def setting(self) -> str:
-        """In which sense this is an accuracy under attack.
+        """The kind of attack.
 
         Returns:
             ``"no attack"``; ``"white box"``, in a ball, on images made for the judged model itself;
@@ -115,25 +115,25 @@ class Result:
 
     @property
     def judged(self) -> tuple[Any, ...]:
-        """Network, weights and images: results that agree in these belong to one another."""
+        """Network, weights and images. Results that agree in these can be compared with each other."""
         subject = self.subject
-        # One state dict can fit several networks, which compute something else of it.
+        # One state dict can fit several networks, which compute different functions.
         model = (subject.network, subject.weights, subject.checkpoint)
         return (*model, subject.data, subject.images, self.row.n)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that the accuracy depends on; a result replaces an earlier result of the same key."""
+        """Everything that the accuracy depends on. A result replaces an earlier result with the same key."""
         row = self.row
         if self.is_clean:
             return (*self.judged, row.name, self.bounds)
-        # Of all attacks AutoAttack's alone depends on the batches, and on how it searches.
+        # Only AutoAttack's result depends on the batch size and on the precision of the search.
         batch_size = self.batch_size if row.name == AUTOATTACK else None
         attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything side by side as JSON types, with accuracy and interval written out for other readers."""
+        """All fields in one dict of JSON types, with accuracy and interval written out for other readers."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _PARTS}
         return json.loads(json.dumps({**row_to_dict(self.row), **asdict(self.subject), **own}))
 
@@ -142,8 +142,8 @@ class Result:
         """Read back the result of `to_dict`.
 
         Raises:
-            KeyError: when something is missing.
-            TypeError: when something is of another kind.
+            KeyError: when an entry is missing.
+            TypeError: when an entry is of another type.
             ValueError: when a number is out of range.
         """
         parts = {"subject": None, "row": None}
@@ -157,13 +157,15 @@ _WORST_FOLDER = "worst"
 _CHANGED = (
     "its entry was damaged or changed after it was written: it does not have the SHA-256 beside it"
 )
-_PARTS = ("subject", "row")  # fields of a result that are spelled out in its entry
+_PARTS = ("subject", "row")  # fields of a result whose own fields are in its entry
 
 
 def results_of(report: Report, subject: Subject) -> list[Result]:
-    """Take the results out of the report of one evaluation."""
+    """Return the results in the report of one evaluation."""
     results: list[Result] = []
-    before: dict[float, list[str]] = {}  # by radius; an attack without a ball is in no worst case
+    before: dict[
+        float, list[str]
+    ] = {}  # attacks by radius; attacks without a ball belong to no worst case
     for row in report.rows:
         chain = before.setdefault(row.eps, [])
         in_ball = row.name != CLEAN and row.distances is None
@@ -185,9 +187,9 @@ def results_of(report: Report, subject: Subject) -> list[Result]:
 
 
 def worst_file(results: Path, result: Result) -> str:
-    """Where the worst images of a result belong, relative to the folder of the file of results.
+    """The path of a result's worst images, relative to the folder of the file of results.
 
-    The name follows from the result's key and the file's name, so that no other result's images are there.
+    The name follows from the result's key and the name of the file of results, so that no other result has it.
     """
     key = hashlib.sha256(repr((results.name, result.key)).encode()).hexdigest()
     attack = re.sub(r"[^A-Za-z0-9_.-]", "_", result.row.name)
@@ -221,13 +223,13 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
 
 
 def results_in(entries: list[Any]) -> list[Result]:
-    """Read the results of a file's entries. One that was changed after it was written is suspect.
+    """Read the results of a file's entries. A result that was changed after it was written is suspect.
 
     Raises:
-        KeyError: when something is missing.
-        TypeError: when something is of another kind.
-        ValueError: when a number is out of range, or two entries say different things about one attack; the
-            message says which entry.
+        KeyError: when an entry lacks a field.
+        TypeError: when a field is of another type.
+        ValueError: when a number is out of range, or two entries contradict each other about one attack; the
+            message names the entry.
     """
     if not isinstance(entries, list):
         raise TypeError(f"rows must be a list, got {shown(entries)}")
@@ -249,7 +251,7 @@ def results_in(entries: list[Any]) -> list[Result]:
 
 
 def _doubtful(row: Row) -> Row:
-    """A row whose entry in a file does not have the hash that was written with it."""
+    """A row, marked as suspect because its entry in a file does not have the hash that was written with it."""
     status: Status = row.status if row.status == "invalid" else "suspect"
     return replace(row, status=status, notes=(*row.notes, _CHANGED))
 
@@ -257,18 +259,18 @@ def _doubtful(row: Row) -> Row:
 def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path:
     """Add results to a file. A result replaces a result with the same key. No other result is lost.
 
-    The file is read and written under a lock, so that processes which add at the same time lose nothing.
+    The file is read and written under a lock, so that processes can add at the same time.
 
     Args:
-        path: a file of results, or where one shall be; missing folders are made.
+        path: a file of results, which need not exist; missing folders are made.
         results: the results to add.
 
     Returns:
         The path written.
 
     Raises:
-        TypeError: something else than a result is to be added.
-        ValueError: when the file is there and damaged; it stays as it is.
+        TypeError: when an item is not a result.
+        ValueError: when the file exists and is damaged; it is not changed.
         OSError: when the file cannot be written.
     """
     if not isinstance(results, Iterable):
@@ -294,7 +296,7 @@ def check_destination(path: str | os.PathLike[str]) -> str | None:
     """Return the reason why results cannot be added to a file, or None.
 
     Raises:
-        ValueError: when the file is there and damaged.
+        ValueError: when the file exists and is damaged.
     """
     target = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""The rows of an evaluation: each attack runs, and its result becomes a row of the report."""
+"""The rows of an evaluation: running each attack, and making a row of the report from its result."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ class Judge:
 
     Attributes:
         runner: the model and the data.
-        clean: which images are classified correctly without an attack.
+        clean: the outcome without an attack.
         radii: all radii of the evaluation.
-        constants: of the attack of Carlini and Wagner.
-        engine: how AutoAttack searches.
-        state_dir: where AutoAttack's state is kept; with several radii, a folder of each is in it.
+        constants: settings of the attack of Carlini and Wagner.
+        engine: the argument ``engine`` of `autoattack`.
+        state_dir: folder of AutoAttack's state; with several radii it has a folder for each.
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
-        blind: images whose gradient leads nowhere.
-        doubt: why the surrogate does not serve, or a network is not in eval mode; empty where all is well.
+        blind: images with useless gradients.
+        doubt: a note for all rows, on a surrogate that guesses or a network in train mode; empty without doubt.
     """
 
     runner: Runner
@@ -64,9 +64,9 @@ class Judge:
         """Run one attack.
 
         Args:
-            attack: which one.
+            attack: the attack.
             eps: radius of the ball.
-            left: [N] bool, the images to attack; None is all that are classified correctly.
+            left: [N] bool, the images to attack; None means all images that are classified correctly.
 
         Returns:
             Its row, and the images that are left after it, [N] bool.
@@ -86,7 +86,7 @@ class Judge:
         return row, robust
 
     def _of_random_model(self, attack: ChosenAttack, row: Row) -> Row:
-        """Say how randomness changes a row: an attack that follows one gradient each time finds too little."""
+        """Add the note for a model that draws random numbers. An attack with one gradient per step is suspect."""
         note = _RANDOM
         weak = averages(attack) and self.runner.passes == 1
         if weak:
@@ -155,7 +155,8 @@ class Judge:
         result = None
         if len(indices):
             result = autoattack_of(runner, indices, eps, self.engine, self._state_of(eps))
-        whole = joined([part for part in ranks.gather_objects(_told(result)) if part is not None])
+        parts = ranks.gather_objects(_without_images(result))
+        whole = joined([part for part in parts if part is not None])
         row = replace(
             row,
             seconds=whole.seconds,
@@ -168,7 +169,8 @@ class Judge:
                 robust[indices] = result.robust
             row = replace(row, notes=whole.notes, stages=whole.stages)
         else:
-            # Warnings, and the accuracies after each attack, are about the surrogate, which nobody asked about.
+            # Warnings and the accuracies after each attack are about the surrogate, and not about the judged
+            # model.
             robust[indices] = True
             if result is not None:
                 robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
@@ -186,13 +188,15 @@ class Judge:
         return self.runner.worst_of(attack.name, indices, result.fooled, result.adversarial)
 
     def _state_of(self, eps: float) -> str | os.PathLike[str] | None:
-        """Where this process keeps AutoAttack's state at a radius."""
+        """The folder of AutoAttack's state for a radius and this process."""
         if self.state_dir is None:
             return None
         folder, ranks = Path(self.state_dir), self.runner.work.ranks
         if len(self.radii) > 1:
             folder /= f"eps-{eps:.9g}"
-        return folder / f"rank-{ranks.rank}-of-{ranks.count}" if ranks.count > 1 else folder
+        return (
+            folder / f"rank-{ranks.rank}-of-{ranks.world_size}" if ranks.world_size > 1 else folder
+        )
 
 
 def autoattack_of(
@@ -202,7 +206,7 @@ def autoattack_of(
     engine: SearchEngine = "auto",
     state_dir: str | os.PathLike[str] | None = None,
 ) -> AutoAttackResult:
-    """AutoAttack on some of a runner's images, in this process, on the model on which it makes them."""
+    """Run AutoAttack in this process, on some of a runner's images and on the model that it attacks."""
     samples = runner.samples
     return autoattack(
         runner.source,
@@ -220,8 +224,8 @@ def autoattack_of(
     )
 
 
-def _told(result: AutoAttackResult | None) -> AutoAttackResult | None:
-    """The part of a result that processes send each other: all but its images."""
+def _without_images(result: AutoAttackResult | None) -> AutoAttackResult | None:
+    """The part of a result that processes send to each other: everything but its images."""
     if result is None:
         return None
     nothing = torch.empty(0)
@@ -229,10 +233,10 @@ def _told(result: AutoAttackResult | None) -> AutoAttackResult | None:
 
 
 def joined(results: Sequence[AutoAttackResult]) -> AutoAttackResult:
-    """The results of several processes, each on some of the images, as one, without images.
+    """Join the results of several processes, each on some of the images, to one result without images.
 
     Args:
-        results: at least one.
+        results: the results, at least one.
     """
     if len(results) == 1:
         return results[0]

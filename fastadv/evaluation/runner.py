@@ -1,4 +1,4 @@
-"""Running attacks over a data set: which images a model still gets right after them."""
+"""Running attacks over a data set: which images a model still classifies correctly after each attack."""
 
 from __future__ import annotations
 
@@ -27,18 +27,17 @@ from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data) -> adversarial images
 Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
-_LOOKED_AT = 16  # images, to tell a random model
-_PASSES = 8  # over them
-_MOST_PASSES = 64  # where a generator moves
+# To recognise a random model: images, passes over them, and passes where a generator changes.
+_CHECKED, _PASSES, _MOST_PASSES = 16, 8, 64
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The part of a model's accuracy that an attack left.
+    """The images that withstand an attack.
 
     Attributes:
         robust: [N] bool on the CPU; false also where the clean image is classified wrongly.
-        problems: violations found, one sentence each.
+        problems: violations by the returned images, one sentence each.
         seconds: wall-clock time.
         notes: further notes, one sentence each.
     """
@@ -54,15 +53,15 @@ class Runner:
     """A model, already in evaluation mode, and the data and settings common to all attacks on it.
 
     Attributes:
-        model: the judged one.
+        model: the judged model.
         samples: images and labels.
-        norm: of the perturbations.
+        norm: norm of the perturbations.
         batch_size: images per pass.
-        device: where it all is.
-        seed: of everything random.
-        work: how the images are gone through.
-        surrogate: the model on which adversarial images are made, in evaluation mode; None is the judged one.
-        passes: through the network for each gradient, which is their mean.
+        device: device of the models and of the attacks.
+        seed: seed of the random numbers.
+        work: splits the images into batches and among processes.
+        surrogate: the model on which adversarial images are made, in evaluation mode; None is the judged model.
+        passes: number of passes through the network for each gradient, which is their mean.
         worst: keeps the worst images of each attack.
     """
 
@@ -88,11 +87,11 @@ class Runner:
         return self.model if self.surrogate is None else self.surrogate
 
     def check_labels(self) -> int:
-        """Require that the model knows all labels, and return its number of classes.
+        """Require that the model has all classes of the labels, and return its number of classes.
 
         Raises:
-            ValueError: when a label is too large, the data set has more classes, the surrogate another number, or
-                the channels come last.
+            ValueError: when a label is too large, the data set has more classes, the surrogate has another number
+                of classes, or the images have their channels last.
         """
         x, _ = self.samples.take(torch.tensor([0]), self.device)
         draws = private_generators(derive_seed(self.seed, "evaluate/labels"))
@@ -114,17 +113,17 @@ class Runner:
     def draws(self) -> bool:
         """Whether the model draws random numbers: two passes over the same images differ.
 
-        A coin that is tossed once for a pass can fall alike in several of them, so that there are more passes,
-        and many where a generator is seen to move. torch's generators are as before afterwards.
+        A model that draws one bit per pass can draw the same bit in several passes. Therefore there are more than
+        two passes, and many where the state of a generator changes. torch's generators are restored afterwards.
         """
-        first = torch.arange(min(len(self.samples), _LOOKED_AT, self.batch_size))
+        first = torch.arange(min(len(self.samples), _CHECKED, self.batch_size))
         x, _ = self.samples.take(first, self.device)
         with private_generators(derive_seed(self.seed, "evaluate/draws")):
             before = randomness.generator_states(self.model, self.device)
             one = logits_of(self.model, x.clone())
             moved = randomness.generator_states(self.model, self.device) != before
             for _ in range(1, _MOST_PASSES if moved else _PASSES):
-                # Kernels that add in another order from pass to pass differ by rounding alone.
+                # Kernels that add in a different order in each pass differ by rounding only.
                 other = logits_of(self.model, x.clone())
                 if not torch.allclose(one, other, rtol=1e-4, atol=1e-5):
                     return True
@@ -145,7 +144,7 @@ class Runner:
     def gradient(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
         """Run an attack of this package on the images that are classified correctly.
 
-        A restart attacks only the images that those before it have left; a whole run attacks them all.
+        A restart attacks only the images that the restarts before it have not broken. A whole run attacks all.
 
         Raises:
             RuntimeError: when an adversarial image is not admissible, which is a fault of this package.
@@ -159,7 +158,7 @@ class Runner:
         if isinstance(attack, UserAttack):
             return [self._foreign(attack)]
         method = self._make(attack, eps)
-        # Whole runs begin where restarts of the same number do, so that one can be held against the other.
+        # Whole runs have the same seeds as restarts of the same number, so that the two can be compared.
         seed = derive_seed(self.seed, f"evaluate/{attack.name.removesuffix('runs')}")
         return [
             partial(_perturbed, method, derive_seed(seed, "restart", number) if number else seed)
@@ -174,7 +173,7 @@ class Runner:
         correct: Tensor,
         first: int = 0,
     ) -> Outcome:
-        """One run after the other, each on the images that are left; the runs are numbered from ``first`` on."""
+        """Run the perturbations in order, each on the images that are left; their numbers begin at ``first``."""
         outcome = Outcome(correct, (), 0.0)
         for number, perturb in enumerate(perturbations, first):
             key = key_of(attack.name, attack, eps, number)
@@ -187,7 +186,7 @@ class Runner:
         return outcome
 
     def _lowest_run(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
-        """The whole run that leaves the fewest images."""
+        """Run all whole runs, and return the one that leaves the fewest images."""
         runs = [
             self._in_turn(attack, [perturb], eps, correct, number)
             for number, perturb in enumerate(self.perturbations(attack, eps))
@@ -201,7 +200,7 @@ class Runner:
         return replace(runs[left.index(min(left))], seconds=seconds, notes=(note,))
 
     def _make(self, attack: BallAttack, eps: float) -> Attack:
-        """The attack, on the source's own operations and in float32."""
+        """The attack on the plain source model in float32, with gradients that are means over the passes."""
         method = self._bare(attack, eps)
         method.passes = self.passes
         return method
@@ -228,12 +227,12 @@ class Runner:
         return PGD(self.source, eps, attack.alpha, attack.steps, attack.random_start, **common)
 
     def foreign(self, attack: UserAttack, eps: float, correct: Tensor) -> Outcome:
-        """Run a callable of the user's on the images that are classified correctly.
+        """Run the user's callable on the images that are classified correctly.
 
-        torch's generators are seeded per batch and restored afterwards.
+        torch's generators are seeded for each batch and restored afterwards.
 
         Raises:
-            RuntimeError: when the callable changed parameters, buffers or the function of the model.
+            RuntimeError: when the callable changed the model's parameters, buffers or function.
         """
         (perturb,) = self.perturbations(attack, eps)
         return self._attack(attack.name, None, perturb, eps, correct)
@@ -263,24 +262,24 @@ class Runner:
         return perturb
 
     def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
-        """The judged model's classes [B], from `logits_of`."""
+        """The classes [B] that the judged model predicts, from `logits_of`."""
         return self.logits_of(x, purpose, indices).argmax(dim=1)
 
     def logits_of(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
-        """The judged model's logits; the draws of a random model follow from seed, purpose and images."""
+        """The judged model's logits. The random numbers of a random model follow from seed, purpose and images."""
         seed = derive_seed(self.seed, f"evaluate/judge/{purpose}", int(indices[0]))
         with private_generators(seed):
             return logits_of(self.model, x)
 
     def misjudged(self, indices: Tensor, adversarial: Tensor) -> Tensor:
-        """Which images the judged model gets wrong in the form that another one gets wrong.
+        """Which adversarial images of a surrogate the judged model misclassifies.
 
         Args:
-            indices: of the images, int64 [M] on the CPU.
-            adversarial: the adversarial images made of them, [M, ...].
+            indices: indices of the images, int64 [M] on the CPU.
+            adversarial: their adversarial images, [M, ...].
 
         Returns:
-            [N] bool on the CPU, false for all others.
+            [N] bool on the CPU, false for all other images.
         """
         wrong = torch.zeros(len(self.samples), dtype=torch.bool)
         for rows in torch.arange(len(indices)).split(self.batch_size) if len(indices) else ():
@@ -292,7 +291,7 @@ class Runner:
     def _attack(
         self, name: str, key: str | None, perturb: Perturb, eps: float, correct: Tensor
     ) -> Outcome:
-        """One run on the images that are classified correctly; ``key`` is of its finished batches."""
+        """One run on the images that are classified correctly; ``key`` identifies its finished batches."""
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
         kept = self.work.finished if key else None
@@ -321,13 +320,13 @@ class Runner:
     def worst_of(
         self, name: str, attacked: Tensor, fooled: Tensor, adversarial: Tensor
     ) -> WorstImages | None:
-        """The worst of the images that an ensemble broke, where any are to be kept; to be called by all ranks.
+        """The worst images of an ensemble, where any are kept. All ranks must call this.
 
         Args:
-            name: of the attack.
-            attacked: which images of the data it was given, [N].
+            name: name of the attack.
+            attacked: indices of the images that it got, [N].
             fooled: which of these it broke, [M].
-            adversarial: the images that it made of them, [M, ...].
+            adversarial: the adversarial images of these, [M, ...].
         """
         if self.worst.keep and len(fooled):
             for part in torch.arange(len(fooled)).split(self.batch_size):
@@ -338,7 +337,7 @@ class Runner:
         return self.take_worst(name)
 
     def take_worst(self, name: str) -> WorstImages | None:
-        """Hand over the worst images of an attack, of all ranks; to be called by all of them."""
+        """Return the worst images of an attack over all ranks, and forget them. All ranks must call this."""
         own = self.worst.take(name)
         if not self.worst.keep:
             return None
@@ -359,7 +358,10 @@ class Runner:
         share: float = 1.0,
         again: Callable[[Tensor], object] | None = None,
     ) -> Tensor:
-        """As `SharedWork.collect`; a bar shows the mean of the values, of images that are this share of all."""
+        """Call `SharedWork.collect` with a bar that shows the accuracy so far.
+
+        ``share`` is the share of the images among all images; the others count as wrong.
+        """
         self.samples.source.expect(self.work.own(indices))
         return self.work.collect(
             name,
@@ -374,7 +376,7 @@ class Runner:
 
 
 def _perturbed(method: Attack, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
-    # Noise by image index: the result does not depend on how the images are batched.
+    # Random numbers by image index: the result does not depend on the batches.
     return method(x, y, seed=seed, sample_ids=indices.to(x.device))
 
 

@@ -29,7 +29,7 @@ class Samples:
         labels: [N] int64.
         bounds: smallest and largest value of an image given to the model.
         name: the name of the data in reports.
-        num_classes: of the data set, where it says so.
+        num_classes: number of classes of the data set, where it says so.
     """
 
     source: ImageSource
@@ -50,14 +50,14 @@ class Samples:
     def batches(self, batch_size: int, indices: Tensor | None = None) -> tuple[Tensor, ...]:
         """Split the indices of some images, by default of all, into batches. Indices are int64 on the CPU.
 
-        The batches are expected to be taken in this order next, and are read ahead where worker processes read.
+        Worker processes read the batches ahead in this order, so that they should be taken in this order.
         """
         indices = torch.arange(len(self)) if indices is None else indices
         self.source.expect(indices)
         return indices.split(batch_size) if len(indices) else ()
 
     def part(self, indices: Tensor) -> Samples:
-        """Some of the images; all of them are these samples themselves."""
+        """Return some of the images as samples; for all images, these samples themselves."""
         if len(indices) == len(self):
             return self
         labels = self.labels[indices.to(self.labels.device)]
@@ -86,8 +86,8 @@ def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None 
         data: an object with ``images`` and ``labels`` (``fastadv.data.ImageData``), a pair of tensors (images,
             labels), a map-style torch ``Dataset`` of pairs (image, label), a ``DataLoader``, or samples.
         bounds: the range of image values.
-        max_examples: keep only so many: the first, or evenly spread ones where the labels are known and in
-            ascending order.
+        max_examples: the number of images to keep: the first ones, or evenly spread ones where the labels are
+            known and in ascending order. None keeps all.
 
     Raises:
         TypeError: for another kind of data or another dtype.
@@ -98,7 +98,7 @@ def as_samples(data: Any, bounds: tuple[float, float], max_examples: int | None 
     if max_examples is not None:
         max_examples = integer("max_examples", max_examples, at_least=1)
     if isinstance(data, Samples):
-        return _again(data, bounds, max_examples)
+        return _restricted(data, bounds, max_examples)
     lazy = None
     if isinstance(data, DataLoader):
         lazy = of_loader(data)
@@ -139,14 +139,14 @@ def _in_memory(
 
 
 def _holds_tensors(data: Any) -> bool:
-    """Whether all images are in memory; a Dataset with such attributes may transform the images in them."""
+    """Whether all images are in memory. A Dataset with tensor attributes does not count: it may transform them."""
     return not isinstance(data, Dataset) and all(
         isinstance(getattr(data, name, None), Tensor) for name in ("images", "labels")
     )
 
 
-def _again(samples: Samples, bounds: tuple[float, float], max_examples: int | None) -> Samples:
-    """Samples that were made before, within other bounds or fewer of them."""
+def _restricted(samples: Samples, bounds: tuple[float, float], max_examples: int | None) -> Samples:
+    """The samples within other bounds (uint8 images only), or fewer of them."""
     if bounds != samples.bounds and samples.source.dtype != torch.uint8:
         raise ValueError(f"bounds must be those of the samples, {samples.bounds}, got {bounds}")
     samples = replace(samples, bounds=bounds)
@@ -168,7 +168,7 @@ def check_eps(eps: float, norm: str, samples: Samples) -> float:
 
 
 def radius_or_default(eps: R | None, norm: str, bounds: tuple[float, float]) -> R | float:
-    """The radius that is given, or several; by default 8/255, which is for linf and images in 0..1 alone.
+    """Return the given radius or radii; by default 8/255, for linf and images in 0..1 only.
 
     Raises:
         ValueError: it is missing for another norm or other bounds.

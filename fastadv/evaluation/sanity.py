@@ -1,4 +1,6 @@
-"""Signs of gradient masking: a right attack gets no weaker with more steps or a larger radius.
+"""The functions `masking_checks` and `sanity_checks`: signs of gradient masking.
+
+An attack with useful gradients gets no weaker with more steps or a larger radius.
 
 Source: A. Athalye, N. Carlini and D. Wagner, "Obfuscated gradients give a false sense of security", ICML 2018,
 section 3.1; N. Carlini et al., "On evaluating adversarial robustness", 2019, sections 3.2 and 4.
@@ -28,7 +30,7 @@ from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, 
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, logits_of, predict
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import integer, limit, norm_name, number, shown
+from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 
 
 def masking_checks(
@@ -47,30 +49,31 @@ def masking_checks(
     max_examples: int | None = None,
     progress: bool = True,
 ) -> list[Finding]:
-    """Check that PGD behaves on a model as it does where gradients lead somewhere.
+    """Check that PGD behaves on a model as it does where gradients are useful.
 
-    Three checks: robust accuracy does not rise with eps; it does not rise with the number of steps, each of
-    size eps / 4; and with eps so large that any image is allowed it is next to zero.
+    There are three checks. Robust accuracy does not rise with eps. It does not rise with the number of steps, each
+    of size eps / 4. With eps so large that any image is allowed, it is almost zero.
 
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``; a few hundred images are enough.
         eps: radius at which the number of steps is varied; by default 8/255, in linf within bounds (0, 1) alone.
-        eps_factors: eps is varied by these, in increasing order, at the largest number of steps.
+        eps_factors: factors of eps, in increasing order, for the attacks at several radii. These have the largest
+            number of steps.
         steps: numbers of steps, in increasing order.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
-        slack: by how much, as a fraction of the images, accuracy may rise before a check fails, and how much may
-            be left when eps is unbounded.
+        slack: share of the images by which accuracy may rise before a check fails, and that may be left when eps
+            is unbounded.
         batch_size: images per pass.
-        device: where to run; by default where the model is.
+        device: device of the run; by default the device of the model.
         seed: seed of the random starts.
-        max_examples: use only the first so many images.
-        progress: say which check is running.
+        max_examples: use only so many images, as for ``evaluate``.
+        progress: show which check is running.
 
     Returns:
-        One finding per check. A failed one means that the robust accuracy of this model, as measured by gradient
-        attacks, is too high; passing them all proves nothing.
+        One finding per check. A failed check means that the robust accuracy of this model, as measured by gradient
+        attacks, is too high. Passing all checks proves nothing.
 
     Raises:
         ValueError: for an argument out of range.
@@ -116,32 +119,32 @@ def sanity_checks(
 ) -> list[Finding]:
     """Check a model for signs of gradient masking.
 
-    The checks of `masking_checks`, and further: the loss does not fall as eps grows; no black-box attack breaks
-    more images than Auto-PGD, neither Square nor, with a surrogate, PGD on it; next to no image has a gradient
-    that is zero everywhere; and the model draws no random numbers.
+    The checks are the three of `masking_checks` and four others. The loss does not fall as eps grows. No black-box
+    attack breaks more images than Auto-PGD, neither Square nor PGD on the surrogate. Almost no image has a
+    gradient that is zero everywhere. The model draws no random numbers.
 
     Args:
         model: as for ``evaluate``.
         data: as for ``evaluate``.
-        eps: as in `masking_checks`; Auto-PGD, Square and the surrogate's images keep to it.
+        eps: as in `masking_checks`; also the radius of Auto-PGD, Square and PGD on the surrogate.
         eps_factors: as in `masking_checks`.
         steps: as in `masking_checks`; Auto-PGD, and PGD on a surrogate, have the largest number.
-        queries: of Square.
+        queries: number of queries of Square.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
-        slack: as in `masking_checks`, for every check; of the loss, by which part of its largest value it may
+        slack: as in `masking_checks`, for every check; for the loss, the part of its largest value by which it may
             fall.
         batch_size: images per pass.
-        device: where to run; by default where the model is.
-        seed: of everything random.
-        max_examples: use only the first so many images.
+        device: device of the run; by default the device of the model.
+        seed: seed of the random numbers.
+        max_examples: use only so many images, as for ``evaluate``.
         surrogate: another model, as for ``evaluate``.
         eot: as for ``evaluate``.
-        progress: say which check is running.
+        progress: show which check is running.
 
     Returns:
-        One finding per check. A failed one means that the robust accuracy of this model, as measured by gradient
-        attacks, may be too high; passing them all proves nothing.
+        One finding per check. A failed check means that the robust accuracy of this model, as measured by gradient
+        attacks, may be too high. Passing all checks proves nothing.
 
     Raises:
         ValueError: for an argument out of range.
@@ -163,12 +166,12 @@ def sanity_checks(
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
-        eps_factors = [factor for factor in eps_factors if eps * factor <= _everything(runner)]
-        findings = [_random(runner), _blind(probe, slack)]
-        findings += _of_pgd(probe, eps, eps_factors, steps, slack)
-        findings.insert(3, rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack))
-        findings += _black_box(probe, eps, steps[-1], queries, slack, other)
-    return findings
+        eps_factors = [factor for factor in eps_factors if eps * factor <= _any_image(runner)]
+        first = [_random(runner), _blind(probe, slack)]
+        over_eps, *others = _of_pgd(probe, eps, eps_factors, steps, slack)
+        loss = rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack)
+        black_box = _black_box(probe, eps, steps[-1], queries, slack, other)
+    return [*first, over_eps, loss, *others, *black_box]
 
 
 class _Probe:
@@ -180,11 +183,11 @@ class _Probe:
         self._found: dict[tuple[float, int], tuple[float, float]] = {}
 
     def accuracy(self, eps: float, steps: int) -> float:
-        """Share of all images that PGD leaves."""
+        """Share of all images that PGD does not break."""
         return self._run(eps, steps)[0]
 
     def losses(self, eps: float, factors: Sequence[float], steps: int) -> list[tuple[float, float]]:
-        """(radius, mean loss) of the images that are classified correctly, clean ones first."""
+        """(radius, mean loss) over the images that are classified correctly, beginning with radius 0."""
         total = 0.0
         for indices in self.runner.batches("loss", self.correct.nonzero().flatten()):
             total += self._loss(*self.runner.samples.take(indices, self.runner.device))
@@ -192,7 +195,7 @@ class _Probe:
         return [(0.0, clean), *((eps * f, self._run(eps * f, steps)[1]) for f in factors)]
 
     def _run(self, eps: float, steps: int) -> tuple[float, float]:
-        """Accuracy, and the mean loss of the points that PGD ends at."""
+        """Accuracy, and the mean loss at the last points of PGD."""
         if (eps, steps) not in self._found:
             runner, left, total = self.runner, self.correct.clone(), 0.0
             attack = BallAttack(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
@@ -216,7 +219,7 @@ class _Probe:
         return float(nn.functional.cross_entropy(logits, y, reduction="sum"))
 
     def blind(self) -> int:
-        """Images, of those that are classified correctly, whose gradient leads nowhere."""
+        """The number of correctly classified images with a useless gradient."""
         count = 0
         for indices in self.runner.batches("gradients", self.correct.nonzero().flatten()):
             x, y = self.runner.samples.take(indices, self.runner.device)
@@ -234,19 +237,18 @@ def _of_pgd(
     """Accuracy over eps and over steps, and with any image allowed."""
     by_eps = [(0.0, probe.clean), *((eps * f, probe.accuracy(eps * f, steps[-1])) for f in factors)]
     by_steps = [(float(count), probe.accuracy(eps, count)) for count in steps]
-    everything = _everything(probe.runner)
+    any_image = _any_image(probe.runner)
     return [
         monotone("eps", by_eps, slack),
         monotone("steps", by_steps, slack),
-        unbounded(everything, probe.accuracy(everything, steps[-1]), slack),
+        unbounded(any_image, probe.accuracy(any_image, steps[-1]), slack),
     ]
 
 
-def _everything(runner: Runner) -> float:
+def _any_image(runner: Runner) -> float:
     """The radius of a ball that holds any image."""
     samples = runner.samples
-    width, elements = samples.bounds[1] - samples.bounds[0], math.prod(samples.image_shape)
-    return width * {"linf": 1.0, "l2": elements**0.5, "l1": float(elements)}[runner.norm]
+    return largest_radius(samples.bounds, runner.norm, math.prod(samples.image_shape))
 
 
 def _random(runner: Runner) -> Finding:

@@ -1,4 +1,4 @@
-"""The findings of masking checks, together in one file: a later check adds to the earlier ones."""
+"""The file of findings of masking checks, to which later checks add."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class SanityResult:
-    """The findings on one model, with all that they depend on.
+    """The findings on one model, with everything that they depend on.
 
     Attributes:
         subject: the judged model and data.
-        findings: of the checks.
+        findings: findings of the checks.
         n: number of images.
         eps: radius of the ball.
-        norm: of the ball.
-        seed: of everything random.
+        norm: norm of the ball.
+        seed: seed of the random numbers.
         surrogate: the name of the surrogate; empty without one.
-        eot: passes for each gradient.
+        eot: number of passes for each gradient.
         bounds: range of image values.
     """
 
@@ -53,7 +53,7 @@ class SanityResult:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """All that the findings depend on; a result replaces an earlier result of the same key."""
+        """Everything that the findings depend on. A result replaces an earlier result with the same key."""
         subject = self.subject
         model = (subject.network, subject.weights, subject.checkpoint)
         judged = (*model, subject.data, subject.images, self.n)
@@ -65,7 +65,7 @@ class SanityResult:
 
 
 def sanity_file_of(results: Path) -> Path:
-    """Where the findings belong that stand beside a file of results."""
+    """The file of findings that belongs to a file of results."""
     return results.with_suffix(".sanity.json")
 
 
@@ -86,10 +86,10 @@ def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
 
 
 def add_sanity_result(path: str | os.PathLike[str], result: SanityResult) -> Path:
-    """Add findings to a file, in the place of earlier findings of the same key.
+    """Add findings to a file, in place of earlier findings with the same key.
 
     Raises:
-        ValueError: when the file is there and damaged; it stays as it is.
+        ValueError: when the file exists and is damaged; it is not changed.
         OSError: when the file cannot be written.
     """
     with rewriting(path) as target:

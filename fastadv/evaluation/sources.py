@@ -1,4 +1,4 @@
-"""Where the images of an evaluation come from: a tensor, or a Dataset that is read image by image."""
+"""The source of an evaluation's images: a tensor, or a Dataset that is read image by image."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fastadv.data.selection import evenly_spread
 from fastadv.digest import digest_of
 
 _PROBED = 16  # items that are read twice at the beginning
-_HASHED = 64  # images of a Dataset that its fingerprint holds
+_HASHED = 64  # images of a Dataset that are part of its fingerprint
 
 
 class ImageSource(Protocol):
@@ -25,23 +25,23 @@ class ImageSource(Protocol):
 
     @property
     def shape(self) -> torch.Size:
-        """Of one image."""
+        """The shape of one image."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images, uint8 or floating point."""
+        """The dtype of the images, uint8 or floating point."""
 
     def read(self, indices: Tensor) -> Tensor:
-        """The images [B, ...] at indices int64 [B]."""
+        """Return the images [B, ...] at indices int64 [B]."""
 
     def expect(self, indices: Tensor) -> None:
-        """Take notice of the images that will be read next, in their order."""
+        """Announce the images that will be read next, in their order."""
 
     def part(self, indices: Tensor) -> ImageSource:
-        """Some of the images as a source of their own."""
+        """Return some of the images as a source of their own."""
 
     def fingerprint(self, labels: Tensor) -> str:
-        """SHA-256 that stands for the images with their labels [N]."""
+        """Return a SHA-256 that identifies the images with their labels [N]."""
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class TensorSource:
 
     @property
     def shape(self) -> torch.Size:
-        """Of one image."""
+        """The shape of one image."""
         return self.images.shape[1:]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images."""
+        """The dtype of the images."""
         return self.images.dtype
 
     def read(self, indices: Tensor) -> Tensor:
-        """The images [B, ...] at indices int64 [B], where the tensor is."""
+        """The images [B, ...] at indices int64 [B], on the device of the tensor."""
         return self.images[indices.to(self.images.device)]
 
     def expect(self, indices: Tensor) -> None:
-        """Nothing is read ahead: all is there."""
+        """Do nothing: all images are in memory."""
 
     def part(self, indices: Tensor) -> TensorSource:
         """Some of the images, copied."""
@@ -82,8 +82,8 @@ class DatasetSource:
 
     Attributes:
         dataset: the Dataset.
-        reader: reads it; shared by the parts of a source.
-        items: int64 [N], the items of the Dataset that the images are.
+        reader: the reader of the Dataset, which the parts of a source share.
+        items: int64 [N], for each image the index of its item in the Dataset.
     """
 
     dataset: Any
@@ -92,12 +92,12 @@ class DatasetSource:
 
     @property
     def shape(self) -> torch.Size:
-        """Of one image."""
+        """The shape of one image."""
         return self.reader.shape
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the images, uint8 or float32."""
+        """The dtype of the images, uint8 or float32."""
         return cast(torch.dtype, self.reader.dtype)
 
     def read(self, indices: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class DatasetSource:
     def fingerprint(self, labels: Tensor) -> str:
         """SHA-256 of the labels and the result of the Dataset's own ``fingerprint(items)``.
 
-        Without one the first, the last and 62 further images in equal distances stand for all.
+        For a Dataset without this method the first, the last and 62 evenly spread images are hashed.
         """
         own = getattr(self.dataset, "fingerprint", None)
         if callable(own):
@@ -135,13 +135,14 @@ def open_source(
     Args:
         data: the Dataset.
         bounds: smallest and largest value of floating-point images.
-        max_examples: choose so many: evenly spread ones where the items are listed class by class, else the first.
+        max_examples: number of images to choose: evenly spread ones where the items are listed class by class,
+            else the first ones.
 
     Returns:
         The source, and the labels [N] int64 of its images.
 
     Raises:
-        TypeError: if an item is something else than an image with a label.
+        TypeError: if an item is not an image with a label.
         ValueError: if there are no items, or they change from one reading to the next.
     """
     n = len(cast(Sized, data.dataset))
@@ -157,7 +158,7 @@ def open_source(
         items = first_or_spread(listed, count)
     probed = items[:_PROBED]
     first = reader.probe(probed.tolist())
-    # A list of labels which is not the one that the items give is not believed.
+    # The Dataset's list of labels is used only if it agrees with the labels of the probed items.
     if listed is not None and torch.equal(listed[probed], first):
         labels = listed[items]
         reader.trust(items, labels)
@@ -167,11 +168,11 @@ def open_source(
 
 
 def first_or_spread(labels: Tensor, count: int) -> Tensor:
-    """The first so many indices of labels [N], int64; where images lie class by class, evenly spread ones."""
+    """The first ``count`` indices of labels [N], int64; where images lie class by class, evenly spread ones."""
     n = len(labels)
-    return (
-        evenly_spread(n, count) if count < n and _by_class(labels) else torch.arange(min(n, count))
-    )
+    if count < n and _by_class(labels):
+        return evenly_spread(n, count)
+    return torch.arange(min(n, count))
 
 
 def _by_class(labels: Tensor) -> bool:

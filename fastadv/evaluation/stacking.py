@@ -1,4 +1,4 @@
-"""Which extractors are worth stacking: how much an attack moves each, over the radii they were trained for."""
+"""AFS's delta z: how much an attack lowers the margin of each extractor, over the radius of its training."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from fastadv.ops.values import integer, limit, shown
 
 @dataclass(frozen=True)
 class DeltaZ:
-    """How far an attack moves the margins of several extractors.
+    """The effect of an attack on the margins of several extractors.
 
     Attributes:
         radii: radius for which each extractor was trained, ascending.
-        margin: mean margin on clean images, the logit of the label minus the largest other one.
-        delta_z: by how much the attack lowers it, on average; AFS calls it delta z.
+        margin: mean margin on clean images, the logit of the label minus the largest other logit.
+        delta_z: mean decrease of the margin under the attack; AFS calls it delta z.
         curvature: second divided differences of `delta_z` over `radii`, one for each inner radius.
     """
 
@@ -49,21 +49,21 @@ def delta_z(
     device: torch.device | str | None = None,
     seed: int = 0,
 ) -> DeltaZ:
-    """Measure how far an attack moves each extractor, and whether that is concave in the radius of its training.
+    """Measure delta z of each extractor, and whether it is concave in the radius of the extractor's training.
 
-    AFS chooses extractors by this concavity: where it holds, a stack of several is expected to trade accuracy for
-    robustness better than the networks between them. Source: Liu and Zhao 2021, equations 8 to 10; that delta z is
-    the mean drop of each network's own margin, under PGD on its own cross-entropy, is our reading of them.
+    AFS chooses extractors by this concavity. Where it holds, a stack of several extractors is expected to have a
+    better trade-off than a single network. Source: Liu and Zhao 2021, equations 8 to 10. Our reading of them is
+    that delta z is the mean decrease of each network's own margin under PGD on its own cross-entropy.
 
     Args:
         extractors: the networks by the radius of their training, at least three.
         data: as for ``evaluate``; a few hundred images are enough.
-        eps: radius of the L-infinity attack, for all networks the same.
-        steps: of PGD, each of size eps / 4, in float32.
+        eps: radius of the linf attack, the same for all networks.
+        steps: number of steps of PGD, each of size eps / 4, in float32.
         batch_size: images per pass.
-        max_examples: use only the first so many images.
+        max_examples: use only so many images, as for ``evaluate``.
         device: as for ``evaluate``.
-        seed: of the random start.
+        seed: seed of the random start.
 
     Raises:
         ValueError: for fewer than three extractors, or numbers out of range.
@@ -95,7 +95,7 @@ def delta_z(
 
 
 def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """The logit of the label minus the largest other one, [B, C] -> [B]."""
+    """The logit of the label minus the largest other logit, [B, C] -> [B]."""
     right = logits.gather(1, y[:, None]).squeeze(1)
     others = logits.scatter(1, y[:, None], -torch.inf)
     return right - others.amax(1)

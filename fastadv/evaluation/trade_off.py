@@ -1,4 +1,4 @@
-"""One number for clean and robust accuracy together: Sum, their mean, ARDist, each with a 95 % interval."""
+"""The trade-off of clean and robust accuracy as one number: Sum, mean or ARDist, each with a 95 % interval."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Published:
 
     Attributes:
         data: the data set.
-        curve: from which ARDist measures.
-        points: (clean, AutoAttack) in percent by method, of WRN-34-10.
+        curve: the curve of ARDist.
+        points: (clean, AutoAttack) in percent by method, for WRN-34-10.
     """
 
     data: str
@@ -52,7 +52,7 @@ _PUBLISHED = {
 
 
 def published_for(result: Result) -> Published | None:
-    """The published curve of a result's data, if it is AutoAttack's at 8/255 linf as the curve is; else None."""
+    """The published curve for a result of AutoAttack at 8/255 in linf, the threat of the curve; None otherwise."""
     fits = (
         result.row.name == AUTOATTACK
         and result.row.is_white_box
@@ -101,26 +101,26 @@ class TradeOff:
 def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
     """Measure the trade-off between two rows.
 
-    Both are of the same images, and an image that is wrong without an attack is wrong under it. So their errors
-    are not independent: the intervals follow from the shares of images that are robust, right without an attack
-    alone, and wrong, by the delta method. To these counts z^2 / 3 each is added for the variance, as Agresti and
-    Coull do for one share, so that the interval is not too narrow near 0 and 1.
+    Both rows are about the same images, and an image that is wrong without an attack is wrong under it. So their
+    errors are not independent. The intervals follow by the delta method from three shares of images: robust, right
+    only without an attack, and wrong. For the variance z^2 / 3 is added to each of the three counts, as Agresti
+    and Coull do for one share, so that the interval is not too narrow near 0 and 1.
 
     Args:
-        clean: accuracy without an attack.
-        robust: accuracy under one.
-        curve: the curve from which ARDist is to be measured.
+        clean: the row without an attack.
+        robust: the row under an attack.
+        curve: the curve of ARDist; None for no ARDist.
 
     Raises:
-        ValueError: when the rows are of different numbers of images, or the second is not of an attack in a ball
-            on the judged model itself.
+        ValueError: when the rows have different numbers of images, or ``robust`` is not an attack in a ball on the
+            judged model itself.
     """
     check_white_box(robust)
     if clean.n != robust.n:
         raise ValueError(f"robust must be of the {clean.n} images of clean, got {robust.n}")
-    more = _Z * _Z / 3
-    r = (min(robust.correct, clean.correct) + more) / (clean.n + 3 * more)
-    c = (clean.correct + 2 * more) / (clean.n + 3 * more)
+    added = _Z * _Z / 3
+    r = (min(robust.correct, clean.correct) + added) / (clean.n + 3 * added)
+    c = (clean.correct + 2 * added) / (clean.n + 3 * added)
     covariance = (c * (1 - c), r * (1 - c), r * (1 - r))
     at = (100 * clean.accuracy, 100 * robust.accuracy)
 
@@ -135,7 +135,7 @@ def trade_off(clean: Row, robust: Row, curve: Cubic | None = None) -> TradeOff:
             + 2 * by_clean * by_robust * covariance[1]
             + by_robust**2 * covariance[2]
         )
-        half = 100 * _Z * math.sqrt(max(variance, 0.0) / (clean.n + 3 * more))
+        half = 100 * _Z * math.sqrt(max(variance, 0.0) / (clean.n + 3 * added))
         return NumberWithInterval(value, max(value - half, least), min(value + half, most))
 
     return TradeOff(

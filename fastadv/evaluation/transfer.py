@@ -45,10 +45,10 @@ from fastadv.ops.values import integer, limit, norm_name, shown
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A model on which adversarial images for another are made.
+    """A model on which adversarial images for another model are made.
 
     Attributes:
-        model: as for ``evaluate``, with the same classes as the judged one.
+        model: a model as for ``evaluate``, with the same classes as the judged model.
         name: its name in a report; by default the model's class.
     """
 
@@ -62,10 +62,10 @@ class Surrogate:
 
 
 def as_surrogate(surrogate: Surrogate | Model | None) -> Surrogate | None:
-    """Give a model that comes without a name its class's.
+    """Return a surrogate; a model without a name gets the name of its class.
 
     Raises:
-        TypeError: it is no model.
+        TypeError: it is not a model.
     """
     if surrogate is None or isinstance(surrogate, Surrogate):
         return surrogate
@@ -78,7 +78,7 @@ def check_transferable(
     """Require an attack in a ball, run once per image or with restarts.
 
     Raises:
-        ValueError: for another one, or an unknown name.
+        ValueError: for another attack, or an unknown name.
     """
     parsed = parse_attacks(attack, eps, alpha)
     found = parsed[0]
@@ -109,24 +109,24 @@ def transfer_matrix(
     max_examples: int | None = None,
     progress: bool = True,
 ) -> TransferMatrix:
-    """Make adversarial images on each of several models, and let every one of them judge these.
+    """Make adversarial images on each of several models, and judge them by every model.
 
     The accuracy of a pair equals the accuracy by ``evaluate(target, data, attack, surrogate=source)``: among all
     images, including the images that the target misclassifies without an attack. The images are made once for all
     targets.
 
     Args:
-        models: by name, at least two, as for ``evaluate``; all with the same classes.
+        models: at least two models by name, as for ``evaluate``; all with the same classes.
         data: as for ``evaluate``.
         attack: a name or a pair as for ``evaluate``, of an attack in a ball.
         eps: radius of the ball; by default 8/255, in linf within bounds (0, 1) alone.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
-        norm: of the ball.
+        norm: norm of the ball.
         bounds: range of image values.
         batch_size: images per pass.
-        device: where to run; by default where the first model is.
-        seed: of everything random.
-        max_examples: use only the first so many images.
+        device: device of the run; by default the device of the first model.
+        seed: seed of the random numbers.
+        max_examples: use only so many images, as for ``evaluate``.
         progress: bars on a terminal, one line per model elsewhere; false for silence.
 
     Returns:
@@ -198,7 +198,7 @@ def transfer_matrix(
 
 
 def _doubts(models: Mapping[str, Model]) -> list[str]:
-    """Warn of the models whose mode puts figures in doubt."""
+    """Warn about models in a mode that puts figures in doubt, and return the notes."""
     found = []
     for name, model in models.items():
         found.append(doubt_modes(model, f"model {name}"))
@@ -226,7 +226,7 @@ def _judged(
     targets: Sequence[Runner],
     clean: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[str]]:
-    """Which images [N] bool each target still gets right as they were made on the source, and their violations."""
+    """For each target, the source's adversarial images that it classifies correctly, [N] bool; and violations."""
     samples, robust = source.samples, [flags.clone() for flags in clean]
     if isinstance(attack, Ensemble):
         indices = torch.stack(robust).any(0).nonzero().flatten()

@@ -1,4 +1,4 @@
-"""The accuracies of several models on each other's adversarial images: a table, written and read."""
+"""The matrix of black-box transfer between several models: written as a table, and read from JSON."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class TransferMatrix:
     """Accuracies of models on adversarial images that were made on each of them.
 
     Attributes:
-        attack: its name.
-        names: of the models.
-        correct: images that a model still classifies correctly, by source and then by target; where the two are
-            one, the attack is a white-box one.
-        clean: images that each model classifies correctly without an attack.
-        n: images.
+        attack: name of the attack.
+        names: names of the models.
+        correct: number of images that a model still classifies correctly, by source and then by target; where both
+            are the same model, the attack is a white-box attack.
+        clean: number of images that each model classifies correctly without an attack.
+        n: number of images.
         eps: radius of the ball.
-        norm: of the ball.
+        norm: norm of the ball.
         bounds: range of image values.
-        seed: of everything random.
+        seed: seed of the random numbers.
         alpha: step size, where the attack has one.
         data: name of the data.
         seconds: wall-clock time.
-        notes: on the attack, and on violations of its images, one sentence each.
-        versions: of the libraries that matter.
+        notes: notes on the attack and on violations by its images, one sentence each.
+        versions: versions of the libraries on which figures depend.
     """
 
     attack: str
@@ -69,10 +69,10 @@ class TransferMatrix:
             wilson_interval(value, self.n)  # checks the count
 
     def accuracy(self, source: str, target: str) -> float:
-        """Share of all images that the target classifies correctly as they were made on the source.
+        """Share of all images whose adversarial image, made on the source, the target classifies correctly.
 
         Raises:
-            KeyError: naming the models there are.
+            KeyError: naming the existing models.
         """
         return self.correct[self._index(source)][self._index(target)] / self.n
 
@@ -106,7 +106,7 @@ class TransferMatrix:
         return "\n".join([markdown_text(self._caption()), "", heading, rule, *rest, *texts]) + "\n"
 
     def to_csv(self) -> str:
-        """One line per pair of models; accuracies are fractions."""
+        """The matrix as CSV, one line per pair of models; accuracies are fractions."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("source", "target", "attack", "accuracy", "low", "high", "correct", "n"))
@@ -119,11 +119,11 @@ class TransferMatrix:
         return text.getvalue()
 
     def to_json(self) -> str:
-        """All of it as JSON text."""
+        """The matrix as JSON text."""
         return json.dumps(sealed({"format": _FORMAT, **asdict(self)}), indent=2) + "\n"
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the matrix atomically, as its suffix says: ``.json``, ``.csv`` or ``.md``.
+        """Write the matrix atomically, in the format of the suffix: ``.json``, ``.csv`` or ``.md``.
 
         Raises:
             ValueError: for another suffix.

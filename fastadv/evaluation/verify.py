@@ -1,4 +1,4 @@
-"""Independent checks of an attack's result: in the ball, in the bounds, finite, and the model's predictions."""
+"""Checks of an attack's images that do not rely on the attack: ball, bounds, finite values, and predictions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def predict(model: Model, x: Tensor) -> Tensor:
 
 
 def tolerance(norm: str, elements: int, bounds: tuple[float, float]) -> float:
-    """By how much a perturbation may exceed eps: 1e-6 per element, measured in the norm.
+    """The amount by which a perturbation may exceed eps: 1e-6 per element, measured in the norm.
 
     Rounding in float32 moves each element by up to 6e-8; an L1 norm over 3,072 of them adds that up.
     """
@@ -107,7 +107,7 @@ class Audit:
 
         Raises:
             TypeError: when ``adv`` is not a floating-point tensor.
-            ValueError: when its shape is another.
+            ValueError: when its shape differs from the shape of ``x``.
         """
         if not isinstance(adv, Tensor) or not adv.is_floating_point():
             kind = adv.dtype if isinstance(adv, Tensor) else type(adv).__name__

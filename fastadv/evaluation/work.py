@@ -1,4 +1,4 @@
-"""Going through images batch by batch: shared out to several processes, and kept on disk as it is done."""
+"""Working through images batch by batch: shared among processes, with finished batches kept on disk."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _DIGITS = 12  # of a hash
 
 
 class FinishedBatches:
-    """The values of batches that are finished, one small file each, in a folder that belongs to one evaluation.
+    """The values of finished batches, one small file each, in a folder that belongs to one evaluation.
 
     Args:
         directory: the folder, made if missing.
-        identity: of the evaluation.
+        identity: the identity of the evaluation.
 
     Raises:
         ValueError: when the folder belongs to another evaluation.
@@ -38,10 +38,10 @@ class FinishedBatches:
         self._folder = StateFolder(Path(directory) / _FOLDER, identity)
 
     def load(self, key: str, batch: Tensor) -> tuple[Tensor, Violations] | None:
-        """The values [B] of a batch, by image indices [B], and its violations; None if it is not finished.
+        """Return the values [B] of a batch of image indices [B], and its violations; None if it is not finished.
 
         Raises:
-            ValueError: when the file is damaged; the message names it.
+            ValueError: when the file is damaged; the message names the file.
         """
         path = self._path(key, batch)
         if not path.exists():
@@ -58,12 +58,12 @@ class FinishedBatches:
             ) from error
 
     def save(self, key: str, batch: Tensor, values: Tensor, violations: Violations) -> None:
-        """Keep the values [B] of a finished batch."""
+        """Write the values [B] of a finished batch."""
         content = {"values": values.tolist(), "violations": violations.as_dict()}
         write_atomically(self._path(key, batch), json.dumps(sealed(content)))
 
     def worst_path(self, key: str, batch: Tensor) -> Path:
-        """Where the worst images of a batch belong."""
+        """The file of the worst images of a batch."""
         return self._path(key, batch).with_suffix(".npz")
 
     def _path(self, key: str, batch: Tensor) -> Path:
@@ -72,7 +72,7 @@ class FinishedBatches:
 
 
 def key_of(name: str, *facts: object) -> str:
-    """A name for files whose content depends on these facts, which must have a repr of their own."""
+    """A name for files whose content depends on these facts. Their repr must show their value."""
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
     return f"{plain}-{digest[:_DIGITS]}"
@@ -80,12 +80,12 @@ def key_of(name: str, *facts: object) -> str:
 
 @dataclass(frozen=True)
 class SharedWork:
-    """How an evaluation goes through images.
+    """How an evaluation works through its images.
 
     Attributes:
-        progress: says how far it is.
-        ranks: the processes that share the images; every call must be made by all of them.
-        finished: keeps the batches that are done; None keeps nothing.
+        progress: the display of the progress.
+        ranks: the processes that share the images. All of them must make every call.
+        finished: keeps finished batches; None keeps nothing.
     """
 
     progress: ProgressDisplay = field(default_factory=lambda: ProgressDisplay(False))
@@ -94,7 +94,7 @@ class SharedWork:
 
     def own(self, indices: Tensor) -> Tensor:
         """This process's part of some images, by int64 indices."""
-        return indices[self.ranks.rank :: self.ranks.count]
+        return indices[self.ranks.rank :: self.ranks.world_size]
 
     def collect(
         self,
@@ -110,14 +110,14 @@ class SharedWork:
         """Find one number for each of some images.
 
         Args:
-            name: the name that is shown meanwhile.
-            key: of the finished batches, from `key_of`; None keeps no batch.
-            indices: of the images, int64 [M].
+            name: the name in the progress display.
+            key: the key of finished batches, from `key_of`; None keeps no batch.
+            indices: indices of the images, int64 [M].
             batch_size: images per batch.
-            values_of: gives the values [B] of a batch of indices [B].
-            audit: of the batches' results; the findings of other processes and of finished batches are added.
-            done: the figures that a bar shows, given the mean of the values so far.
-            again: called with the indices of each batch that is finished already.
+            values_of: returns the values [B] of a batch of indices [B].
+            audit: counts violations. The counts of other processes and of finished batches are added to it.
+            done: returns the figures for the bar from the mean of the values so far.
+            again: called with the indices of each batch that was finished before.
 
         Returns:
             The values [M] float32 on the CPU, in the order of the indices.
@@ -141,7 +141,7 @@ class SharedWork:
                     audit.found += violations
                 total, count = total + float(values[places].sum()), count + len(places)
                 advance(len(places), **({} if done is None else done(total / count)))
-        if self.ranks.count > 1:
+        if self.ranks.world_size > 1:
             values = self.ranks.sum(values.to(self.ranks.device)).cpu()
             if audit is not None:
                 parts = self.ranks.gather_objects(audit.found)
@@ -152,7 +152,7 @@ class SharedWork:
 def _audited(
     values_of: Callable[[Tensor], Tensor], batch: Tensor, audit: Audit | None
 ) -> tuple[Tensor, Violations]:
-    """The values of one batch, and its violations, which are left out of the audit."""
+    """The values of one batch, and the violations in it, which are not added to the audit."""
     if audit is None:
         return values_of(batch).float().cpu(), Violations()
     before, audit.found = audit.found, Violations()

@@ -1,4 +1,4 @@
-"""The worst adversarial images of an attack: the model is wrong about them with the highest confidence."""
+"""The worst adversarial images of an attack: the images of whose wrong class the model is most confident."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastadv.files import write_atomically
+from fastadv.files import read_npz, write_atomically
 
 _ARRAYS = (
     *("originals", "adversarials", "labels", "predictions", "confidences"),
@@ -33,7 +33,7 @@ class WorstImages:
         predictions: [M] int64, classes that the model gives to the adversarial images.
         confidences: [M] float32, probability of the predicted class.
         label_confidences: [M] float32, probability of the label.
-        indices: [M] int64, which images of the data they are.
+        indices: [M] int64, the images' indices in the data.
     """
 
     originals: Tensor
@@ -45,16 +45,16 @@ class WorstImages:
     indices: Tensor
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """The number of images."""
         return self.labels.shape[0]
 
     @property
     def margins(self) -> Tensor:
-        """How sure the model is of the wrong class: [M] float32, at least 0."""
+        """Probability of the predicted class minus probability of the label, [M] float32, at least 0."""
         return self.confidences - self.label_confidences
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write them atomically as a .npz file, one array per attribute.
+        """Write the images atomically as a .npz file, with one array per attribute.
 
         Raises:
             OSError: when it cannot be written.
@@ -70,7 +70,7 @@ class WorstImages:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it holds something else; the message names the file.
+            ValueError: when it holds other content; the message names the file.
         """
         worst = cls(**read_arrays(path, _ARRAYS))
         lengths = {getattr(worst, name).shape[:1] for name in _ARRAYS}
@@ -79,28 +79,23 @@ class WorstImages:
         return worst
 
     def _first(self, keep: int) -> WorstImages:
-        """The ``keep`` with the largest margin, in a fixed order."""
+        """The ``keep`` images with the largest margins, by margin and index."""
         order = np.lexsort((self.indices.numpy(), -self.margins.numpy()))
-        # Whole runs can break an image several times; it is kept once, in its worst form.
+        # Several runs can break the same image; it is kept once, with its largest margin.
         _, first = np.unique(self.indices.numpy()[order], return_index=True)
         chosen = torch.from_numpy(order[np.sort(first)][:keep])
         return WorstImages(*(getattr(self, name)[chosen] for name in _ARRAYS))
 
 
 def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, Tensor]:
-    """Read arrays of a .npz file by their names, and check its checksums; nothing is unpickled.
+    """Read arrays of a .npz file as tensors, by their names, with `read_npz`.
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is damaged or something else; the message names the file.
+        ValueError: when it is damaged or another file; the message names the file.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            # numpy stops at the end of an array, before the checksum, where a damaged header shortens it.
-            damaged = arrays.zip.testzip()
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
-            return {name: torch.from_numpy(arrays[name]) for name in names}
+        return {name: torch.from_numpy(array) for name, array in read_npz(path, names).items()}
     except FileNotFoundError:
         raise
     except Exception as error:  # a damaged archive can raise nearly anything
@@ -110,10 +105,10 @@ def read_arrays(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str,
 
 
 class WorstKeeper:
-    """Keeps the worst images of one attack at a time while it runs, and no more of them than asked for.
+    """Keeps the worst images of one attack at a time while it runs.
 
     Args:
-        keep: how many images at most; 0 to keep nothing.
+        keep: the largest number of images to keep; 0 keeps nothing.
     """
 
     def __init__(self, keep: int = 0) -> None:
@@ -124,18 +119,18 @@ class WorstKeeper:
     def see(
         self, attack: str, x: Tensor, adv: Tensor, y: Tensor, logits: Tensor, indices: Tensor
     ) -> WorstImages | None:
-        """Look at one batch.
+        """Find the worst images of one batch, and keep them.
 
         Args:
-            attack: name of the attack; the images of another one are forgotten.
+            attack: name of the attack; images of another attack are forgotten.
             x: clean images [B, ...].
             adv: the same images after the attack.
             y: labels [B].
-            logits: of the adversarial images, [B, classes].
-            indices: which images of the data they are, [B].
+            logits: logits of the adversarial images, [B, classes].
+            indices: the images' indices in the data, [B].
 
         Returns:
-            The worst of this batch; None where nothing is to be kept.
+            The worst images of this batch; None where nothing is kept.
         """
         if self.keep == 0:
             return None
@@ -144,20 +139,20 @@ class WorstKeeper:
         return found
 
     def add(self, attack: str, new: WorstImages) -> None:
-        """Take the worst of one batch, which `see` returned."""
+        """Keep the worst images of a batch, as `see` returned them."""
         if attack != self._attack:
             self._attack, self._worst = attack, None
         parts = [new] if self._worst is None else [self._worst, new]
         self._worst = _together(parts)._first(self.keep)
 
     def take(self, attack: str) -> WorstImages | None:
-        """Hand over the images that have been kept of an attack and forget them; None where it broke no image."""
+        """Return the kept images of an attack, and forget them; None where it broke no image."""
         worst = self._worst if attack == self._attack else None
         self._attack, self._worst = "", None
         return worst if worst is not None and len(worst) else None
 
     def worst_of_all(self, parts: Sequence[WorstImages | None]) -> WorstImages | None:
-        """The worst of the images that all processes have kept of one attack; None where no image was broken."""
+        """The worst images among those that all processes have kept; None where no image was broken."""
         found = [part for part in parts if part is not None]
         return _together(found)._first(self.keep) if found else None
 
@@ -169,14 +164,14 @@ def _together(parts: Sequence[WorstImages]) -> WorstImages:
 def _broken(
     x: Tensor, adv: Tensor, y: Tensor, logits: Tensor, indices: Tensor, keep: int
 ) -> WorstImages:
-    """The worst of a batch. The choice is made where the images are; the chosen alone go to the CPU."""
-    shares = logits.detach().float().softmax(dim=1)
-    # By the logits, as shares can round to equal ones.
+    """The worst images of a batch. They are chosen on the device, and only the chosen ones go to the CPU."""
+    probabilities = logits.detach().float().softmax(dim=1)
+    # The prediction comes from the logits, because different logits can round to equal probabilities.
     prediction = logits.argmax(dim=1)
-    confidence = shares.gather(1, prediction.view(-1, 1)).squeeze(1)
-    of_label = shares.gather(1, y.view(-1, 1)).squeeze(1)
+    confidence = probabilities.gather(1, prediction.view(-1, 1)).squeeze(1)
+    label_confidence = probabilities.gather(1, y.view(-1, 1)).squeeze(1)
     wrong = (prediction != y).nonzero().flatten()
-    margin = (confidence - of_label)[wrong]
+    margin = (confidence - label_confidence)[wrong]
     chosen = wrong[margin.argsort(descending=True, stable=True)[:keep]]
-    parts = (x, adv, y, prediction, confidence, of_label, indices.to(y.device))
+    parts = (x, adv, y, prediction, confidence, label_confidence, indices.to(y.device))
     return WorstImages(*(part[chosen].detach().cpu().contiguous() for part in parts))

@@ -1,4 +1,4 @@
-"""The common parts of the losses: reductions and dtypes."""
+"""The common parts of the losses: reduction over the batch, checks of pairs of tensors, and dtypes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Reduction = Literal["mean", "none"]
 
 
 def reduced(values: Tensor, reduction: Reduction) -> Tensor:
-    """Values [B] as they are, or their mean."""
+    """The mean of values [B], or the values as they are for "none"."""
     checks.check_choice("reduction", reduction, REDUCTIONS)
     return values.mean() if reduction == "mean" else values
 

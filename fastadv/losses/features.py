@@ -1,4 +1,4 @@
-"""Objectives on logits and features together."""
+"""Objectives on features: ARREST's and VFD's losses, and the distances of features that they use."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _FEATURE_DISTANCES = ("angular", "mse", "attention")
 def feature_distance(
     features: Tensor, teacher_features: Tensor, kind: FeatureDistance = "angular"
 ) -> Tensor:
-    """Distance of features from a frozen model's, by which ARREST or a rival in its table 4 distills.
+    """Distance of features from the features of a frozen model, for ARREST and the variants in its table 4.
 
-    "angular" is `1 - |u.v| / (|u| |v|)` (ARREST, equation 3); "mse" the mean over all features of `(u - v)^2`;
-    "attention" the distance of normalised attention maps (Zagoruyko and Komodakis 2017), for u [B, C, ...].
+    "angular" is `1 - |u.v| / (|u| |v|)` (ARREST, equation 3). "mse" is the mean over all features of `(u - v)^2`.
+    "attention" is the distance of normalised attention maps (Zagoruyko and Komodakis 2017), for u [B, C, ...].
 
     Args:
         features: u, the trained model's features [B, ...].
@@ -95,12 +95,12 @@ def vfd(
     *,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Vanilla feature distillation: both kinds of images keep the features of a vanilla model.
+    """Vanilla feature distillation: attacked and clean images are to have the features of a vanilla model.
 
     `|h(x') - h_vanilla(x)|_2 + |h(x) - h_vanilla(x)|_2`, norms per sample over all features.
 
-    Source: VFD-Adv, equation 5; the paper adds it to its base method's loss with a weight lambda of 0 to .04, h
-    being the output of the last block.
+    Source: VFD-Adv, equation 5. The paper adds it to the loss of its base method with a weight lambda of 0 to .04;
+    h is the output of the last block.
 
     Args:
         adv_features: h(x'), the trained model's features of the attacked images [B, ...].

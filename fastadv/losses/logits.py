@@ -1,4 +1,4 @@
-"""Objectives on logits: each one pass over them that yields the value and the gradients."""
+"""Objectives on logits. Each computes its value and its gradients in one pass over the logits."""
 
 from __future__ import annotations
 
@@ -81,7 +81,8 @@ def cw(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 def dlr(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Difference of logits ratio, `(max_{k != y} z_k - z_y) / (z_(1) - z_(3))`, z_(i) the i-th largest logit.
 
-    Source: Croce and Hein 2020, equation 6 (the span enlarged by 1e-12). Unchanged by a scaling of the logits.
+    Source: Croce and Hein 2020, equation 6; 1e-12 is added to the denominator. A scaling of the logits does not
+    change it.
 
     Args:
         logits: z, [B, C], C >= 3.
@@ -102,8 +103,8 @@ def kl(
 ) -> Tensor:
     """`T^2 KL(p || q)`, p and q the softmax of the logits over T, with gradients to both.
 
-    Source: Hinton et al. 2015, section 2, for the factor T^2, which keeps gradients alike over temperatures.
-    Detach the logits that serve as the teacher's.
+    Source: Hinton et al. 2015, section 2, for the factor T^2, which keeps gradients of the same size over
+    temperatures. Detach the logits of a teacher.
 
     Args:
         p_logits: [B, C].

@@ -87,14 +87,12 @@ def mart(
 def _mart_of_the_code(
     clean_logits: Tensor, adv_logits: Tensor, y: Tensor, beta: float, reduction: Reduction
 ) -> Tensor:
-    beta = checks.number("beta", beta)
-    checks.check_finite_at_least_zero("beta", beta)
+    beta = checks.limit("beta", beta)
     hard = softmax_losses(
         "cross_entropy", adv_logits, y=y, reduction="none", names=Names("adv_logits")
     )
     checks.check_float("clean_logits", clean_logits)
     checks.check_same_shape("clean_logits", clean_logits, "adv_logits", adv_logits)
-    checks.check_same_device("clean_logits", clean_logits, "adv_logits", adv_logits)
     if clean_logits.shape[1] < 2:
         shape = tuple(clean_logits.shape)
         raise ValueError(f"clean_logits must have shape [B, C] with C >= 2, got {shape}")
@@ -102,7 +100,7 @@ def _mart_of_the_code(
     p, q = log_p.exp(), log_q.exp()
     labelled = y[:, None] == torch.arange(p.shape[1], device=y.device)
     likeliest = q.masked_fill(labelled, -1).argmax(1, keepdim=True)
-    # 1 - q_j and 1 - p_y as sums of the others, which do not cancel.
+    # 1 - q_j and 1 - p_y as sums of the other probabilities, which have no cancellation.
     others = q.scatter(1, likeliest, 0).sum(1)
     doubt = p.masked_fill(labelled, 0).sum(1)
     divergence = (p * (log_p - (q + 1e-12).log())).sum(1)
@@ -140,7 +138,7 @@ def alp(
         clean_logits: f(x), [B, C].
         adv_logits: f(x'), [B, C].
         y: labels [B], int64 or another integer dtype.
-        weight: of the pairing.
+        weight: weight of the pairing.
         reduction: "mean" over the batch or "none".
 
     Returns:
@@ -288,7 +286,7 @@ def lbgat(
     )
     apart = at_least_float32(adv_logits) - at_least_float32(natural_logits)
     loss = natural + reduced(apart.square().mean(1), reduction)
-    # A number that torch.compile sees change is not looked at, so that there is one graph for all its values.
+    # torch.compile makes one graph for all values of a number that changes, if no branch depends on it.
     if not changes(beta) and beta == 0:
         return loss
     if clean_logits is None:

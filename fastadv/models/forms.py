@@ -1,4 +1,8 @@
-"""Networks whose state dicts are alike but which compute something else: which there are, and which is meant."""
+"""Forms of a network: networks with equal names and shapes in their state dicts but different functions.
+
+A state dict does not say of which form it is. Here are the forms of a network, and the check that the caller has
+said which form is meant.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import nn
 
 from fastadv.fields import arguments_checked
 from fastadv.models.registry import create_model
-from fastadv.models.split import Normalized
+from fastadv.models.split import without_normalization
 
 
 @arguments_checked
@@ -20,16 +24,16 @@ def forms_of(model: nn.Module) -> Mapping[str, str]:
         model: the model, possibly inside `Normalized`.
 
     Returns:
-        The difference of each form, by its name for `create_model`, the usual one first; empty if there is only
-        the model itself.
+        A description of each form, by its name for `create_model`, the usual form first; empty if the model has
+        one form only.
     """
-    return getattr(_inside(model), "forms", {})
+    return getattr(without_normalization(model), "forms", {})
 
 
 @arguments_checked
 def form_of(model: nn.Module) -> str | None:
-    """Return which of `forms_of` a model is, None if there are no forms."""
-    return getattr(_inside(model), "form", None) if forms_of(model) else None
+    """Return the name of a model's form, a key of `forms_of`; None if there are no forms."""
+    return getattr(without_normalization(model), "form", None) if forms_of(model) else None
 
 
 @arguments_checked
@@ -39,9 +43,9 @@ def usual_form(model: nn.Module) -> bool:
 
 
 def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool = False) -> None:
-    """Check that somebody said of which form a state dict is that fits a model.
+    """Check that the caller has said of which form a state dict is.
 
-    A model of another than the usual form was asked for by its name, which counts.
+    The caller has said so by `form`, or by building a model of another form than the usual one.
 
     Args:
         model: the model that the state dict fits.
@@ -58,7 +62,7 @@ def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool =
         raise ValueError(f"form must {kinds}, got {form!r}; create_model(form) builds another one")
     if form is not None or not forms or not usual_form(model):
         return
-    if built_by_caller and getattr(_inside(model), "usual_form_prevails", False):
+    if built_by_caller and getattr(without_normalization(model), "usual_form_prevails", False):
         warnings.warn(
             f"the state dict fits several networks, which compute different functions, and is taken as one of "
             f"{own}, the usual one: {described(forms)}. Pass form={own!r} where that is right, else build the "
@@ -74,14 +78,14 @@ def check_form_named(model: nn.Module, form: str | None, built_by_caller: bool =
 
 
 def described(forms: Mapping[str, str]) -> str:
-    """Return names of networks with the difference of each, for a message."""
+    """Return the names and the descriptions of forms, for a message."""
     return "; ".join(f"{name} ({what})" for name, what in forms.items())
 
 
 @arguments_checked
 def in_form(model: nn.Module, form: str) -> nn.Module:
     """Return a network of a model's size in another of its forms, with fresh weights."""
-    network = _inside(model)
+    network = without_normalization(model)
     if not forms_of(network):
         raise ValueError(f"model must be a network of several forms, got {type(network).__name__}")
     if form not in forms_of(network):
@@ -94,8 +98,8 @@ def copy_weights(target: nn.Module, source: nn.Module) -> None:
     """Load a model's state dict into another model.
 
     Raises:
-        ValueError: if the two compute different functions of it.
-        RuntimeError: if it does not fit.
+        ValueError: if the two models are of different forms.
+        RuntimeError: if the state dict does not fit.
     """
     forms = form_of(target), form_of(source)
     if None not in forms and forms[0] != forms[1]:
@@ -104,7 +108,3 @@ def copy_weights(target: nn.Module, source: nn.Module) -> None:
             "another function of them"
         )
     target.load_state_dict(source.state_dict())
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    return model.model if isinstance(model, Normalized) else model

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastadv.fields import arguments_checked
 from fastadv.models.split import SplitModel, check_counts, global_average
 
-# In the names of forms.
+# Parts of the names of forms.
 _RAW_SHORTCUT, _NO_LAST_NORM = "_raw_shortcut", "_no_last_norm"
 
 
@@ -53,8 +53,9 @@ class PreActResNet(SplitModel):
     `layer1.0.bn1`, `layer2.0.shortcut.0`, `linear`). Two variants circulate: with a last BatchNorm
     and ReLU (`bn`), as in the paper and in the code of Rice et al. (2020) and AWP, and without.
 
-    Of each there are two forms whose state dicts are alike. A projecting shortcut starts from relu(bn1(x)), as in
-    He et al. and most published code, or from x, as in the code of Wong et al. (2020, fast_adversarial) and AFS.
+    Each variant has two forms with the same names and shapes in their state dicts. A projecting shortcut starts
+    from relu(bn1(x)), as in He et al. and most published code, or from x, as in the code of Wong et al. (2020,
+    fast_adversarial) and AFS.
 
     Args:
         blocks: number of blocks in each of the four stages.
@@ -99,7 +100,7 @@ class PreActResNet(SplitModel):
 
     @property
     def form(self) -> str:
-        """Which of `forms` this is."""
+        """The name of this network's form, a key of `forms`."""
         return list(self.forms)[self.raw_shortcut]
 
     def forward_features(self, x: Tensor) -> Tensor:

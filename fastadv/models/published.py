@@ -1,4 +1,4 @@
-"""Loading state dicts as others publish them: containers, name prefixes, normalisation buffers."""
+"""Loading published state dicts, with their containers, name prefixes and normalisation buffers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
-from fastadv.models.split import Normalized
+from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import Foreign, StateFileError, read_state_file
 from fastadv.ops.checks import FLOAT_DTYPES
 from fastadv.ops.values import check_bool, shown
@@ -22,12 +22,12 @@ _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
 _MEAN_NAMES = ("mean", "mu", "new_mean")
 _STD_NAMES = ("std", "sigma", "new_std")
-_MOST_CHANNELS = 16  # of images; a longer vector called "mean" is no normalisation of theirs
-_LARGEST_MEAN = 2.0
-_DEEPEST = 4  # mappings inside each other
+_MOST_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
+_LARGEST_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
+_DEEPEST = 4  # levels of mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
-# Single numbers that AveragedModel, thop, MAIR's RobModel and ema_pytorch leave among the weights.
+# Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
 _COUNTERS = (
     *("n_averaged", "total_ops", "total_params"),
     *("n_classes", "num_labels", "initted", "step"),
@@ -36,7 +36,7 @@ _COUNTERS = (
 
 @dataclass
 class LoadReport:
-    """The fate of each entry of a published state dict.
+    """Which entries of a published state dict were loaded, and why the others were not.
 
     Attributes:
         loaded: names of the model's entries that were filled.
@@ -61,7 +61,7 @@ class LoadReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every entry found its place."""
+        """Whether the entries of the file and of the model are the same."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     @property
@@ -88,21 +88,21 @@ def load_published_state_dict(
     *,
     form: str | None = None,
 ) -> LoadReport:
-    """Load weights in any of the usual published wrappings into a model.
+    """Load published weights into a model, in any of the usual forms.
 
-    Accepted are: a plain state dict; anything that holds one, under whatever key ("state_dict", "model",
-    "ema_state_dict"), beside whatever else; any prefix before all names ("module." of DataParallel and
-    AveragedModel, "model." of RobustBench, "_orig_mod." of torch.compile, or several); the same weights several
-    times over; files from before `num_batches_tracked`; the unused `sub_block1` of TRADES' WideResNet; counters of
-    AveragedModel, thop and ema_pytorch; MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma) are
-    loaded into the buffers of a `Normalized` model.
+    The state dict may be plain, or an entry of nested dicts under any key ("state_dict", "model",
+    "ema_state_dict"). All its names may have a prefix ("module." of DataParallel and AveragedModel, "model." of
+    RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
+    also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
+    AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
+    are loaded into the buffers of a `Normalized` model.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
-        state: a file, whatever its suffix, of which nothing is run; or the object that
+        state: a file with any suffix, of which no code is run; or the object that
             `torch.load(path, map_location="cpu", weights_only=True)` returned.
-        strict: refuse, and change nothing, unless everything fits. Otherwise load the entries that fit.
-        form: name of the network that the file is of, where several take it: "preact_resnet18" or
+        strict: raise, and change nothing, unless everything fits. If False, load the entries that fit.
+        form: name of the network that the file belongs to, where several fit it: "preact_resnet18" or
             "preact_resnet18_raw_shortcut", "resnet18" or "resnet18_layer2_stride1"; see `forms_of`. The model must
             be of that form.
 
@@ -123,7 +123,7 @@ def load_published_state_dict(
     with _naming(state):
         if isinstance(state, str | os.PathLike):
             state = read_state_file(state)
-        network = model.model if isinstance(model, Normalized) else model
+        network = without_normalization(model)
         targets = network.state_dict()
         tensors, prefix, copies = _choose_weights(state, network, targets)
         report = LoadReport(prefix=prefix)
@@ -146,10 +146,10 @@ def load_published_state_dict(
 
 @contextmanager
 def _naming(source: object) -> Iterator[None]:
-    """Let errors about a file's content name the file."""
+    """Let errors about the content of a file name the file."""
     try:
         yield
-    except StateFileError:  # it does so already
+    except StateFileError:  # its message names the file already
         raise
     except (TypeError, ValueError) as error:
         if not isinstance(source, str | os.PathLike):
@@ -163,7 +163,8 @@ def _choose_weights(
     """Find the weights of a network inside a saved object.
 
     Returns:
-        The tensors by name beside each other; the prefix before the network's names; the names of further copies.
+        The tensors by name of the mapping that holds the weights; the prefix before the network's names; the names
+        in the mapping that belong to further copies of the weights.
 
     Raises:
         TypeError: if there are no tensors by name.
@@ -189,12 +190,17 @@ def _choose_weights(
             key=lambda found: sum(found[1] + name in mappings[found[0]] for name in targets),
         )
         return mappings[place], prefix, set()
-    # Of copies in several precisions the first of the widest one.
+    # Of copies in several precisions the first one of the widest dtype is taken.
     whole.sort(key=lambda found: -_width(mappings[found[0]], found[1], parameters))
     place, prefix = whole[0]
     for other in whole[1:]:
         _require_same(mappings, whole[0], other, targets)
-    copies = {p + name for q, p in whole[1:] if q == place for name in targets}
+    copies = {
+        other_prefix + name
+        for other_place, other_prefix in whole[1:]
+        if other_place == place
+        for name in targets
+    }
     return mappings[place], prefix, copies - {prefix + name for name in targets}
 
 
@@ -222,7 +228,7 @@ def _tensor_mappings(
 
 
 def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """A mean and a std of each channel among the entries of a mapping, as tensors or lists; both or nothing."""
+    """The mean and the std per channel among the entries of a mapping, tensors or lists; empty without both."""
     found: dict[str, Tensor] = {}
     for names in (_MEAN_NAMES, _STD_NAMES):
         for name in names:
@@ -251,7 +257,7 @@ def _require_same(
     other: tuple[str, str],
     targets: Mapping[str, Tensor],
 ) -> None:
-    """Check that two places hold the same weights, up to the rounding of the other one's narrower dtype."""
+    """Check that two places hold the same weights, up to rounding to the dtype of ``other``."""
     for name in targets:
         a, b = (mappings[place].get(prefix + name) for place, prefix in (one, other))
         if a is None or b is None or name.endswith("num_batches_tracked"):
@@ -312,7 +318,7 @@ def _sort_entries(
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has its values at hand, each in a place of its own."""
+    """Whether a tensor has values (it is not on "meta") and a dense layout."""
     return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
 
 
@@ -337,7 +343,7 @@ def _is_counter(name: str, tensor: Tensor) -> bool:
 
 
 def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
-    """Whether the entry is a normalisation constant, which is then put in the report."""
+    """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
     last = name.rpartition(".")[2]
     kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
     if kind is None or not _is_dense(tensor) or tensor.numel() > _MOST_CHANNELS:
@@ -372,14 +378,14 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 
 
 def _set_normalization(model: Normalized, report: LoadReport) -> None:
-    """Take over mean and std from the file, where it has them."""
+    """Set the model's mean and std to the values in the file, where it has them."""
     mean, std = report.mean or [0.0], report.std or [1.0]
     if any(abs(value) > _LARGEST_MEAN for value in mean):
         raise ValueError(
             f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
             "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
         )
-    # A wrong normalisation, such as a std of 0, is refused here as anywhere.
+    # The constructor refuses a wrong normalisation, such as a std of 0.
     checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
     for name in ("mean", "std"):
         if getattr(report, name) is not None:
@@ -388,5 +394,5 @@ def _set_normalization(model: Normalized, report: LoadReport) -> None:
 
 
 def _as_many(values: list[float], others: list[float]) -> list[float]:
-    """One number for each channel, where there is one for all."""
+    """The values, repeated to the length of ``others`` if there is one value for all channels."""
     return values * len(others) if len(values) == 1 else values

@@ -22,11 +22,11 @@ from fastadv.models.small_cnn import small_cnn
 from fastadv.models.stack import Stack
 from fastadv.models.vgg import vgg16_bn
 from fastadv.models.wide_resnet import WideResNet, wrn_28_10, wrn_34_10
-from fastadv.ops.values import closest, integer, shown
+from fastadv.ops.values import did_you_mean, integer, shown
 
 ModelFactory = Callable[..., nn.Module]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.]+")
-# Wide residual networks of any size; those of the papers are listed below.
+# Wide residual networks of any size. The sizes used in the papers are listed below.
 _WIDE = re.compile(r"wrn_(?P<depth>[1-9][0-9]{0,3})_(?P<widen>[1-9][0-9]{0,2})")
 
 _FACTORIES: dict[str, ModelFactory] = {
@@ -63,16 +63,16 @@ def create_model(
             - a name from `model_names()`; case does not matter, and "wrn-34-10" is "wrn_34_10"; or "wrn_D_W", a
               wide residual network of depth D, which must be 6 n + 4, and width W, such as "wrn_28_30";
             - "timm:NAME" for any model of timm, which must be installed;
-            - "stack:NAME+NAME" for several of these under one linear merger, see `Stack`; "stack:3*NAME" for three
-              of a kind;
-            - "package.module:function" for a factory of your own, called with those of
-              `num_classes` and `in_channels` that it takes by name.
+            - "stack:NAME+NAME" for several such networks under one linear merger, see `Stack`; "stack:3*NAME" for
+              three networks of the same name;
+            - "package.module:function" for a factory of your own. It is called with `num_classes` and
+              `in_channels`, where it has arguments of these names.
         num_classes: number of logits, at least 1.
         in_channels: channels of the images, at least 1.
         **options: passed on to the factory, e.g. `final_norm=False` for "preact_resnet18".
 
     Returns:
-        The model. Ours and most of timm's have the feature split; see `check_feature_split`.
+        The model. fastadv's models and most of timm's have the feature split; see `check_feature_split`.
 
     Raises:
         ValueError: for an unknown name or a number below 1.
@@ -98,7 +98,7 @@ def create_model(
 
 
 def stacked_names(names: str) -> list[str]:
-    """Spell out the part of a stack's name behind "stack:": "2*a+b" is a, a, b.
+    """Return the names in the part of a stack's name behind "stack:": a, a, b for "2*a+b".
 
     Raises:
         ValueError: if a name is empty or a number is not at least 1.
@@ -116,7 +116,7 @@ def stacked_names(names: str) -> list[str]:
 
 
 def check_plain_name(argument: str, name: str | None) -> None:
-    """Refuse the name of a further network that stands for code, as a run's files may not name code to import.
+    """Refuse a model name that makes Python import code of the user's: the files of a run must not name such code.
 
     Raises:
         ValueError: naming the argument.
@@ -148,7 +148,7 @@ def names_code(name: str) -> bool:
 
 
 def _timm_is_beside() -> bool:
-    """Whether the module that would be imported as timm lies in the current directory, not where packages are."""
+    """Whether the module that would be imported as timm lies in the current directory, beside the user's files."""
     if "timm" in sys.modules:
         return False
     try:
@@ -162,7 +162,7 @@ def _timm_is_beside() -> bool:
 
 
 def check_model_name(argument: str, name: str) -> None:
-    """Check the name of a model, as far as neither timm nor code of the user's is needed for that.
+    """Check the name of a model, where that needs neither timm nor code of the user's.
 
     Args:
         argument: the argument that the name was given as, for messages.
@@ -186,7 +186,7 @@ def _own_factory(name: str, argument: str = "name") -> ModelFactory:
         return partial(WideResNet, int(size["depth"]), int(size["widen"]))
     raise ValueError(
         f"{argument} must be one of {', '.join(_FACTORIES)}, 'wrn_DEPTH_WIDTH', 'timm:NAME', 'stack:NAME+NAME' or "
-        f"'package.module:function', got {name!r}{closest(name, _FACTORIES)}"
+        f"'package.module:function', got {name!r}{did_you_mean(name, _FACTORIES)}"
     )
 
 
@@ -220,7 +220,7 @@ def _create_from_factory(
 
 
 def _accepted(factory: Callable[..., Any], offered: dict[str, int]) -> dict[str, int]:
-    """Those of the offered arguments that the factory takes by name."""
+    """The offered arguments that the factory takes by name."""
     parameters = inspect.signature(factory).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return offered

@@ -41,7 +41,8 @@ class ResNet(SplitModel):
     `layer1.0.conv1`, `layer2.0.shortcut.0`, `linear`).
 
     The stages have strides 1, 2, 2, 2. The natural model of LBGAT's code (Cui et al. 2021) has stride 1 in the
-    second stage as well, with a state dict that is alike; its feature map of 32x32 images is [B, 512, 8, 8].
+    second stage as well. Its state dict has the same names and shapes; its feature map of 32x32 images is
+    [B, 512, 8, 8].
 
     Args:
         blocks: number of blocks in each of the four stages.
@@ -73,7 +74,7 @@ class ResNet(SplitModel):
         self.layer4 = _stage(256, 512, blocks[3], stride=2)
         self.linear = nn.Linear(512, num_classes)
 
-    # The other one is LBGAT's natural model alone.
+    # Only LBGAT's natural model is published in the other form.
     usual_form_prevails = True
 
     @property
@@ -86,7 +87,7 @@ class ResNet(SplitModel):
 
     @property
     def form(self) -> str:
-        """Which of `forms` this is."""
+        """The name of this network's form, a key of `forms`."""
         return list(self.forms)[self.layer2_stride == 1]
 
     def forward_features(self, x: Tensor) -> Tensor:

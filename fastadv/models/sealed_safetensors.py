@@ -1,8 +1,8 @@
 """safetensors files with a hash of their own content: safetensors itself has no checksum.
 
 The header of a file that fastadv writes has an entry "fastadv_sha256" among its metadata: the SHA-256 of all other
-entries of the header and of the tensors' bytes. So a damaged file is refused wherever it was copied. Files of
-others have no such entry, and are read as they are.
+entries of the header and of the tensors' bytes. So a file that was damaged, for example by copying, is refused.
+Files that other programs wrote have no such entry, and are read without this check.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def check_seal(path: Path) -> None:
     """Check the content of a safetensors file by its hash, if it has one.
 
     Args:
-        path: of a file that safetensors can read.
+        path: a file that safetensors can read.
 
     Raises:
         ValueError: if it is damaged.
@@ -66,11 +66,11 @@ def check_seal(path: Path) -> None:
 
 def _header_of(file: BinaryIO) -> dict[str, Any]:
     header = json.loads(file.read(int.from_bytes(file.read(_LENGTH), "little")))
-    assert isinstance(header, dict)  # as safetensors has seen
+    assert isinstance(header, dict)  # safetensors has read the file before
     return header
 
 
 def _digest_of(header: Mapping[str, Any]) -> Any:
-    """A SHA-256 that has seen a header without its hash, whatever the order of its entries."""
+    """A SHA-256 of a header without its hash, with entries sorted; to be continued with the tensors' bytes."""
     text = json.dumps(header, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode())

@@ -25,7 +25,7 @@ class FeatureSplit(Protocol):
 
 
 class SplitModel(nn.Module):
-    """Base of the models here: subclasses define the two halves, the whole is their composition.
+    """Base of the models here: subclasses define the two halves, and `forward` is their composition.
 
     Attributes:
         num_features: length of the pooled vector that the classifier sees.
@@ -74,7 +74,7 @@ def check_counts(**counts: int) -> None:
 def global_average(features: Tensor) -> Tensor:
     """Mean over height and width, [B, C, H, W] -> [B, C].
 
-    `mean` rather than adaptive pooling: its backward is deterministic on every device.
+    It uses `mean` and not adaptive pooling, because the backward pass of `mean` is deterministic on every device.
     """
     return features.mean(dim=(-2, -1))
 
@@ -82,8 +82,8 @@ def global_average(features: Tensor) -> Tensor:
 class Normalized(nn.Module):
     """A model behind per-channel normalisation: model((x - mean) / std), so that x stays in 0..1.
 
-    Keeps the feature split of the model inside. `mean` and `std` are buffers [1, C, 1, 1], so they
-    travel in the state dict.
+    It keeps the feature split of the model inside. `mean` and `std` are buffers [1, C, 1, 1], so the state dict
+    holds them.
 
     Args:
         model: any module on normalised images.
@@ -134,6 +134,11 @@ class Normalized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the inner model's logits for images in 0..1."""
         return cast(Tensor, self.model(self.normalize(x)))
+
+
+def without_normalization(model: nn.Module) -> nn.Module:
+    """Return the model inside a `Normalized`; any other model is returned as it is."""
+    return model.model if isinstance(model, Normalized) else model
 
 
 def _channel_buffer(name: str, value: float | Sequence[float] | Tensor) -> Tensor:

@@ -25,8 +25,8 @@ fx.wrap("linear_merger")
 class Stack(SplitModel):
     """The pooled features of several extractors, classified together by one linear merger.
 
-    Source: AFS, equations 1 and 2: z = w^T [g_1(x); ...; g_n(x)] + b. The merger computes in the precision of its
-    weights, also where the extractors run in a narrower one.
+    Source: AFS, equations 1 and 2: z = w^T [g_1(x); ...; g_n(x)] + b. The merger computes in the dtype of its
+    weights, also where the extractors run in a narrower dtype.
 
     Args:
         extractors: at least one model with the feature split and `num_features`; they may differ in kind. Their
@@ -62,7 +62,7 @@ class Stack(SplitModel):
             numbers: of the extractors, counted from 1, in ascending order.
 
         Raises:
-            ValueError: if there is no extractor, one is not there, or they are not in ascending order.
+            ValueError: if numbers is empty, not in ascending order, or has the number of no extractor.
         """
         count = len(self.extractors)
         chosen = [integer("numbers", number, at_least=1) for number in numbers]
@@ -132,8 +132,8 @@ def _width(extractor: nn.Module) -> int:
 def importance_ratios(stack: Stack) -> list[float]:
     """Return how much the merger relies on each extractor: its part of the sum of absolute weights.
 
-    Source: AFS's analysis of the merger by its weights. They say something about importance as far as the features
-    of the extractors are of one size.
+    Source: AFS's analysis of the merger by its weights. The ratios measure importance only where the features of
+    all extractors have about the same magnitude.
 
     Returns:
         One number per extractor, in their order; they add up to 1. All equal where every weight is 0.

@@ -7,7 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastadv.models.split import Normalized, SplitModel, check_feature_split
+from fastadv.models.split import (
+    Normalized,
+    SplitModel,
+    check_feature_split,
+    without_normalization,
+)
 
 LAST, LOGITS = "last", "logits"
 _Part = Callable[[Tensor], Tensor]
@@ -24,12 +29,13 @@ def layer_names(model: nn.Module) -> tuple[str, ...]:
         model: the network, possibly inside `Normalized`.
 
     Returns:
-        "layer1", "layer2", ... and "logits". layer1 is the map behind the first stage; the last one is the map
-        before global pooling, with the network's last BatchNorm and ReLU if it ends in these. A network whose
-        stages are not known has "last", that map, where it has the feature split. The stages are known of the
-        networks of fastadv, of ResNet in torchvision and timm, and of any `SplitModel` with `feature_stages`.
+        "layer1", "layer2", ... and "logits". layer1 is the map behind the first stage. The last stage's layer is
+        the map before global pooling, with the network's last BatchNorm and ReLU if it ends in these. A network
+        with the feature split whose stages are not known has "last", the map before global pooling. The stages
+        are known for the networks of fastadv, for ResNet in torchvision and timm, and for any `SplitModel` with
+        `feature_stages`.
     """
-    network = _inside(model)
+    network = without_normalization(model)
     stages = _stages(network)
     if stages is not None:
         return (*(f"layer{i}" for i in range(1, len(stages) + 1)), LOGITS)
@@ -61,9 +67,9 @@ def check_layer(model: nn.Module, layer: str, role: str = "model") -> None:
         return
     if layer == LAST:
         check_feature_split(model)
-    inside = type(_inside(model)).__name__
+    kind = type(without_normalization(model)).__name__
     raise MissingLayerError(
-        f"layer must be one of {', '.join(dict.fromkeys((*names, LAST)))} of the {role}, a {inside}, got {layer!r}"
+        f"layer must be one of {', '.join(dict.fromkeys((*names, LAST)))} of the {role}, a {kind}, got {layer!r}"
     )
 
 
@@ -118,12 +124,12 @@ def layer_and_logits(model: nn.Module, layer: str, x: Tensor) -> tuple[Tensor, T
 
 
 def _count(stages: Sequence[_Part], layer: str) -> int:
-    """How many stages lead to a layer."""
+    """The number of stages up to a layer, inclusive."""
     return len(stages) if layer == LAST else int(layer.removeprefix("layer"))
 
 
 def _stages(network: Any) -> Sequence[_Part] | None:
-    """The stages of a network, the first with all that lies before it; None if they are not known."""
+    """The stages of a network, the first one with the stem before it; None if they are not known."""
     if isinstance(network, SplitModel):
         return network.feature_stages()
     stem = _foreign_stem(network)
@@ -161,12 +167,8 @@ def _foreign_stem(network: nn.Module) -> list[str] | None:
     return None
 
 
-def _inside(model: nn.Module) -> nn.Module:
-    return model.model if isinstance(model, Normalized) else model
-
-
 def _prepared(model: nn.Module, x: Tensor) -> tuple[Any, Tensor]:
-    """The network itself, with its input."""
+    """The network without `Normalized`, and its input."""
     return (model.model, model.normalize(x)) if isinstance(model, Normalized) else (model, x)
 
 

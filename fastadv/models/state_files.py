@@ -1,4 +1,4 @@
-"""Files of weights as others publish them, read without running anything that they name."""
+"""Reading published files of weights without running any code that they name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastadv.fields import arguments_checked
 from fastadv.files import check_archive
 from fastadv.models.sealed_safetensors import check_seal
 
-# How torch wrote before 1.6: four pickles, of which the last is the saved object.
+# torch before 1.6 wrote four pickles, of which the last is the saved object.
 _PICKLES_OF_OLD_FILES = 4
 _ZIP = b"PK\x03\x04"
 
@@ -33,22 +33,22 @@ class Foreign:
     kind = ""
 
     def __new__(cls, *arguments: Any) -> Foreign:
-        """Make an object of whatever arguments the file has."""
+        """Make an object, whatever arguments the file has."""
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
-        """Leave the arguments aside; an old-fashioned object begins with its class."""
+        """Ignore the arguments, except the class, which is the first argument of an object in an old protocol."""
         first = arguments[0] if arguments else None
         if isinstance(first, type) and issubclass(first, Foreign):
             self.kind = first.kind
 
     def __setstate__(self, state: Any) -> None:
-        """Leave the state aside."""
+        """Ignore the state."""
 
 
 @arguments_checked
 def read_state_file(path: str | os.PathLike[str]) -> Any:
-    """Read a file that `torch.save` or safetensors wrote, whatever its name ends in.
+    """Read a file with any suffix that `torch.save` or safetensors wrote.
 
     Tensors, numbers, text and the dicts, lists and tuples of them are read. An object of any other class, such as
     the training script's options or a number of numpy's, becomes a `Foreign`.
@@ -78,7 +78,7 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         check_archive(path)
         return state
     except Exception as error:  # both readers raise many types for foreign files
-        # torch puts its reason into an advice to let the file run any code, which is not repeated here.
+        # torch's message advises to let the file run any code. Only its reason is repeated here.
         refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
         reason = str(error.__context__ if refused else error).strip().partition("\n")[0]
         raise StateFileError(
@@ -95,14 +95,14 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _stand_in(name: str) -> Any:
-    """The class that torch is to take for a name: one of its own for each, which records the name."""
+    """What `torch.serialization.safe_globals` takes for a name: the class that records it, and the name."""
     if name == "collections.defaultdict":  # in which a state dict may be kept
         return lambda *_: {}, name
     return type("Foreign", (Foreign,), {"kind": name}), name
 
 
 def _names_in(path: Path) -> list[str]:
-    """The names of classes and functions that torch does not read by itself."""
+    """The names of classes and functions in a file that ``weights_only=True`` would refuse."""
     with path.open("rb") as file:
         if file.read(len(_ZIP)) == _ZIP:
             return torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Angular distance of two batches of features, and ARREST's replay switch on it."""
+"""Angular distance of two batches of features, and ARREST's replay mask, which compares it with a threshold."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _distance(moments: Tensor) -> Tensor:
     dot, uu, vv = moments.unbind(1)
     length = uu.sqrt() * vv.sqrt()
     distance = torch.where(length == 0, torch.ones_like(dot), 1 - dot.abs() / length)
-    return distance.clamp(min=0)  # rounding can carry it below
+    return distance.clamp(min=0)  # rounding can make it negative
 
 
 def _reference(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,12 +39,12 @@ def _fake(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _backward_reference(
     grad: Tensor, u: Tensor, v: Tensor, moments: Tensor, want_u: bool, want_v: bool
 ) -> tuple[Tensor, Tensor]:
-    shape, dtype = (-1, *[1] * (u.dim() - 1)), checks.accumulate_dtype(u, v)
-    dot, uu, vv = (moment.view(shape) for moment in moments.unbind(1))
+    dtype = checks.accumulate_dtype(u, v)
+    dot, uu, vv = (checks.over_samples(moment, u) for moment in moments.unbind(1))
     length = uu.sqrt() * vv.sqrt()
     zero, nothing = length == 0, torch.zeros_like(dot)
     # The gradient in u is across * v + along_u * u; the distance is symmetric.
-    across = torch.where(zero, nothing, -grad.view(shape) * torch.sign(dot) / length)
+    across = torch.where(zero, nothing, -checks.over_samples(grad, u) * torch.sign(dot) / length)
 
     def gradient(of: Tensor, square: Tensor, other: Tensor) -> Tensor:
         along = torch.where(zero, nothing, -across * dot / square)
@@ -85,7 +85,7 @@ _op = define(
         batched=("u", "v"),
     )
 )
-# Both gradients from one pass over u and v. One that is not wanted is empty.
+# Both gradients come from one pass over u and v. A gradient that is not wanted is empty.
 _backward_op = define(
     Op(
         "angular_distance_backward",
@@ -138,9 +138,9 @@ def _check(u: Tensor, v: Tensor) -> None:
 def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """``1 - |u.v| / (||u|| ||v||)`` per sample, over all axes but the first.
 
-    Source: ARREST, equation 3 and section 5.2. 0 for parallel, 1 for orthogonal features. Where a norm is
-    zero the distance is 1 and the gradient 0; NaN features give NaN. Gradients flow to both arguments;
-    detach a frozen teacher's. There is no second derivative.
+    Source: ARREST, equation 3 and section 5.2. Parallel features have the distance 0, orthogonal features 1.
+    Where a norm is zero the distance is 1 and the gradient 0; NaN features give NaN. Gradients flow to both
+    arguments; detach the features of a frozen teacher. There is no second derivative.
 
     Args:
         u: features [B, ...], any dense layout, float32, float64, bfloat16 or float16.
@@ -158,7 +158,7 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
 
 
 def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    """Angular distance and ARREST's replay switch, ``distance > tau``, in one pass without gradient.
+    """Angular distance and ARREST's replay mask, ``distance > tau``, in one pass without gradient.
 
     Source: ARREST, equation 5.
 
@@ -168,13 +168,13 @@ def replay_mask(u: Tensor, v: Tensor, tau: float) -> tuple[Tensor, Tensor]:
         tau: the largest drift at which a sample is still attacked; ``1 - cos(phi)`` for an angle phi.
 
     Returns:
-        Distances [B] and the switch [B] bool, True where the sample is to be replayed.
+        Distances [B] and the mask [B] bool, True where the sample is to be replayed.
 
     Raises:
-        TypeError: ``u`` or ``v`` is not a floating-point tensor, or tau no number.
+        TypeError: ``u`` or ``v`` is not a floating-point tensor, or tau is not a number.
         ValueError: shapes or devices differ, or tau is NaN.
     """
     _check(u, v)
     tau = checks.threshold("tau", tau)
-    distance, switch = call("replay_mask", u.detach(), v.detach(), tau)
-    return distance, switch
+    distance, mask = call("replay_mask", u.detach(), v.detach(), tau)
+    return distance, mask

@@ -21,10 +21,10 @@ def _maps(features: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unit(maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps [B, P] over their norms, and the norms [B]; zero stays zero.
+    """Maps [B, P] divided by their norms, and the norms [B]; a map of zeros stays zero.
 
-    The squares of a map are fourth powers of features, which leave the range of float32 early: hence the
-    largest element is divided out first. The 0 beside each map is for maps without positions.
+    The squares of a map are fourth powers of features, which soon leave the range of float32. Therefore each map
+    is divided by its largest element first. The 0 beside each map is for maps without positions.
     """
     peak = F.pad(maps, (0, 1)).amax(1, keepdim=True)
     scaled = maps / torch.where(peak == 0, 1, peak)
@@ -126,14 +126,15 @@ register_gradient(_op, _backward, _setup_context)
 def attention_map_distance(u: Tensor, v: Tensor) -> Tensor:
     """``||a(u) / ||a(u)||_2 - a(v) / ||a(v)||_2||_2`` per sample, a the map of the channels' summed squares.
 
-    Source: Zagoruyko and Komodakis 2017, section 3.1, equations 1 and 2 with ``F_sum^2``; the rival of the
-    angular distance in ARREST's table 4. A map of zeros counts as the zero vector, at distance 1 from any
-    other, and has the gradient 0, as have equal maps; NaN features give NaN for their sample. Gradients flow
-    to both arguments; detach a frozen teacher's. There is no second derivative.
+    Source: Zagoruyko and Komodakis 2017, section 3.1, equations 1 and 2 with ``F_sum^2``. ARREST's table 4
+    compares it with the angular distance. A map of zeros counts as the zero vector, whose distance from every
+    other map is 1. The gradient is 0 where a map is zero and where the maps are equal. NaN features give NaN for
+    their sample. Gradients flow to both arguments; detach the features of a frozen teacher. There is no second
+    derivative.
 
-    Squares are summed in the dtype of the result: in float32, features between 1e-18 and 1e18 in magnitude
-    give results exact to rounding. Squares of smaller ones fade to 0, as if the features were 0; infinite
-    squares give NaN.
+    Squares are summed in the dtype of the result. In float32, features between 1e-18 and 1e18 in magnitude
+    give results exact to rounding. Squares of smaller features underflow to 0, as if the features were 0;
+    infinite squares give NaN.
 
     Args:
         u: features [B, C, ...], float32, float64, bfloat16 or float16. Memory [B, C, ...] and channels-last

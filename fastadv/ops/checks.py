@@ -1,6 +1,7 @@
 """Checks of op arguments. Each message names the argument, its value and the values that it may have.
 
-Those of plain values come from `fastadv.ops.values`.
+The checks of tensors are here. The checks of plain values are in `fastadv.ops.values`, and can be imported from
+here as well.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def class_labels(name: str, value: Tensor, batch: int) -> Tensor:
 
 
 def one_hot_hint(name: str, value: object) -> str:
-    """What to do with one-hot labels, for the end of a message; "" of others."""
+    """How to pass one-hot labels, for the end of a message; "" where the value has not two axes."""
     is_table = isinstance(value, Tensor) and value.dim() == 2
     return f"; of one-hot labels pass {name}.argmax(1)" if is_table else ""
 
@@ -152,11 +153,11 @@ def check_sample_ids(sample_ids: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"sample_ids must be on the device {like.device}, got {sample_ids.device}")
 
 
-def is_readable(t: Tensor) -> bool:
-    """Whether a check may read values: they are at hand without waiting, and of one call only."""
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a check may read a tensor's values: no GPU has to wait, and the values belong to one call."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return not torch._C._are_functorch_transforms_active()  # values of a vmapped tensor are many
+    return not torch._C._are_functorch_transforms_active()  # vmap holds the values of many calls
 
 
 def check_written(name: str, value: Tensor) -> None:
@@ -169,7 +170,7 @@ def check_written(name: str, value: Tensor) -> None:
 
 
 def check_active(active: Tensor | None, like: Tensor) -> None:
-    """Require a bool per sample."""
+    """Require a bool tensor with one element per sample."""
     if active is None:
         return
     check_tensor("active", active)
@@ -181,14 +182,21 @@ def check_active(active: Tensor | None, like: Tensor) -> None:
         raise ValueError(f"active must be on the device {like.device}, got {active.device}")
 
 
+def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor in the memory layout of another tensor of its shape; itself if it has this layout."""
+    if t.stride() == like.stride():
+        return t
+    return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
+
+
 def over_samples(values: Tensor, like: Tensor) -> Tensor:
     """Values [B] in a shape in which they broadcast over ``like`` [B, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
-def rows(t: Tensor) -> Tensor:
+def rows(samples: Tensor) -> Tensor:
     """The samples as rows [B, N], whatever axes they have; also without axes, and for a batch of 0."""
-    return t.reshape(t.shape[0], math.prod(t.shape[1:]))
+    return samples.reshape(samples.shape[0], math.prod(samples.shape[1:]))
 
 
 def broadcast_per_sample(number: float, values: Tensor | None, like: Tensor) -> Tensor | float:

@@ -31,9 +31,8 @@ def _reference(
     rows = torch.arange(height, device=images.device) + shifts[:, :1]  # [B, H]
     columns = torch.arange(width, device=images.device).expand(len(indices), width)
     columns = torch.where(flipped, width - 1 - columns, columns) + shifts[:, 1:]  # [B, W]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[
-        :, None, :
-    ]
+    row_inside, column_inside = _is_inside(rows, height), _is_inside(columns, width)
+    inside = row_inside[:, :, None] & column_inside[:, None, :]  # [B, H, W]
     rows, columns = _fold(rows, height, mode), _fold(columns, width, mode)
     sample = indices[:, None, None, None]
     channel = torch.arange(channels, device=images.device)[None, :, None, None]
@@ -46,8 +45,12 @@ def _reference(
     return out.copy_(scaled)
 
 
+def _is_inside(position: Tensor, size: int) -> Tensor:
+    return (position >= 0) & (position < size)
+
+
 def _fold(position: Tensor, size: int, mode: str) -> Tensor:
-    """Positions outside the image to those they are read from."""
+    """The position from which each one is read: its own inside the image, and one by ``mode`` outside."""
     if mode == "constant":
         return position.clamp(0, size - 1)
     position = position.abs()
@@ -106,7 +109,7 @@ def crop_flip(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
 ) -> Tensor:
-    """Augmented batch of a device-resident uint8 data set: gather, random crop, flip, scale to 0..1.
+    """Augmented batch from a uint8 data set in the device's memory: gather, random crop, flip, scale to 0..1.
 
     Each image is padded by ``pad`` on every side, a window of its own size is cut at a random place, and
     with probability 1/2 the window is mirrored. The draws are word 0 (down), 1 (right) and 2 (mirror) of
@@ -116,8 +119,8 @@ def crop_flip(
     Args:
         images: the data set, uint8 [N, C, H, W].
         indices: which images, int64 [B], each in 0 .. N-1.
-        pad: width of the border, in pixels; 0 = no crop.
-        mode: the content of the border: ``"constant"`` zeros, ``"reflect"`` the mirrored image.
+        pad: width of the border, in pixels; 0 means no crop.
+        mode: the content of the border: zeros for ``"constant"``, the mirrored image for ``"reflect"``.
         flip: mirror half of the images.
         seed: the key of the numbers; None draws one from torch's default generator.
         sample_ids: int64 [B], which numbers each image gets; default ``indices``.
@@ -138,13 +141,7 @@ def crop_flip(
     flip = checks.check_bool("flip", flip)
     channels_last = checks.check_bool("channels_last", channels_last)
     sample_ids = indices if sample_ids is None else sample_ids
-    checks.check_tensor("sample_ids", sample_ids)
-    if sample_ids.dtype != torch.int64 or sample_ids.shape != indices.shape:
-        raise ValueError(
-            f"sample_ids must be int64 of shape {tuple(indices.shape)}, "
-            f"got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
-        )
-    checks.check_same_device("sample_ids", sample_ids, "images", images)
+    checks.check_sample_ids(sample_ids, indices)
     if seed is None:
         seed = draw_seed() if pad or flip else 0
     seed = checks.check_seed(seed)
@@ -154,6 +151,7 @@ def crop_flip(
 
 
 def _checked_pad(images: Tensor, indices: Tensor, pad: int, mode: str, dtype: torch.dtype) -> int:
+    """Check these arguments, whose ranges depend on each other, and return pad as Python's integer."""
     checks.check_tensor("images", images)
     checks.check_tensor("indices", indices)
     if images.dtype != torch.uint8:

@@ -33,7 +33,7 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.accumulate_dtype(u, v)
     slope = 2 * grad if squared else torch.where(distance == 0, 0, grad / distance)
-    gradient = slope.view(-1, *[1] * (u.dim() - 1)) * (u.to(dtype) - v.to(dtype))
+    gradient = checks.over_samples(slope, u) * (u.to(dtype) - v.to(dtype))
     return (
         torch.empty_like(u).copy_(gradient) if want_u else u.new_empty(0),
         torch.empty_like(v).copy_(-gradient) if want_v else v.new_empty(0),
@@ -65,7 +65,8 @@ _op = define(
         batched=("u", "v"),
     )
 )
-# Both gradients from one pass over u and v, as one is the other's negative. One that is not wanted is empty.
+# Both gradients come from one pass over u and v, because each is the negative of the other. A gradient that is not
+# wanted is empty.
 _backward_op = define(
     Op(
         "euclidean_distance_backward",
@@ -101,10 +102,10 @@ register_gradient(_op, _backward, _setup_context)
 def euclidean_distance(u: Tensor, v: Tensor, squared: bool = False) -> Tensor:
     """``||u - v||_2`` per sample, over all axes but the first; its square with ``squared=True``.
 
-    Source: the distance of vanilla feature distillation (VFD-Adv, equation 5) and of ARREST's rival with a
-    mean squared error (its table 4; that is the square over the number of features). The gradient of the norm
-    is taken as 0 where u equals v; NaN features give NaN for their sample. Gradients flow to both arguments;
-    detach a frozen teacher's, and its gradient is not computed. There is no second derivative.
+    Source: vanilla feature distillation (VFD-Adv, equation 5). ARREST's table 4 has a variant with the mean
+    squared error, which is the squared distance over the number of features. The gradient of the norm is taken
+    as 0 where u equals v; NaN features give NaN for their sample. Gradients flow to both arguments. Detach the
+    features of a frozen teacher: their gradient is then not computed. There is no second derivative.
 
     Squares are summed in the dtype of the result. In float32, differences below about 1e-22 count as 0, and a
     distance of 1.8e19 or more is infinite with gradient 0; from 1e-18 to 1e18 results are exact to rounding.

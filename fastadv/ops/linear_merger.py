@@ -166,8 +166,8 @@ def linear_merger(features: Sequence[Tensor], weight: Tensor, bias: Tensor | Non
 
     Source: AFS, equations 1 and 2. The same as ``F.linear(torch.cat(features, 1), weight, bias)`` without
     the concatenation, forward and backward. Half precision is summed over all features in float32 and rounded
-    once. Gradients flow to every argument that requires one, and only those are computed. There is no second
-    derivative. As with any matrix product a row's last bits may depend on how many rows are computed with it.
+    once. Only the gradients of arguments that require one are computed. There is no second derivative. As with
+    any matrix product a row's last bits may depend on how many rows are computed with it.
 
     Args:
         features: n >= 1 tensors [B, d_i], one per extractor; the widths d_i may differ.

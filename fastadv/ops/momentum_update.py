@@ -10,7 +10,7 @@ from fastadv.ops.pgd_step_reference import rounded_to_float_precision
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
 
-DTYPES = (torch.float32, torch.float64)  # of the momentum, which half precision would wear away
+DTYPES = (torch.float32, torch.float64)  # of the momentum; half precision would round at every step
 
 
 def _reference_(momentum: Tensor, grad: Tensor, decay: float, active: Tensor | None) -> None:
@@ -43,15 +43,15 @@ def momentum_update_(
     """``momentum = decay * momentum + grad / ||grad||_1`` per sample, in place.
 
     Source: Dong et al. 2018, "Boosting adversarial attacks with momentum" (MI-FGSM), equation 6; equation 7 is
-    ``pgd_step(adv, momentum, ...)``. A sample whose gradient is zero or has an element that is not finite adds
-    nothing; nor does one whose norm is beyond a double or below 6e-309.
+    ``pgd_step(adv, momentum, ...)``. A sample adds nothing where its gradient is zero, has an element that is not
+    finite, or has a norm that is infinite in float64 or below 6e-309.
 
-    It is a pass of its own and no argument of `pgd_step`, because so it composes with every norm, and because an
-    update of the images is about 0.2 % of a step of PGD on a GPU and 4 % on a CPU: there is little to save.
+    It is an op of its own, and not an argument of `pgd_step`, so that it works with every norm. Little time would
+    be saved by one op: an update of the images is about 0.2 % of a step of PGD on a GPU and 4 % on a CPU.
 
-    Norms are added up in float64 and rounded before they divide, so that with float32 momentum the result is
-    bit-equal on every backend, layout and thread count, but for about one sample in ten million, where the last
-    bits of its sum decide how it is rounded.
+    Norms are added up in float64 and rounded before they divide. With float32 momentum the result is therefore
+    bit-equal on every backend, layout and thread count, except for about one sample in ten million, where the
+    last bits of its sum decide how it is rounded.
 
     Args:
         momentum: the accumulated gradient [B, ...], float32 or float64, any dense layout; zeros at the start of an

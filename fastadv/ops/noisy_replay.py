@@ -25,7 +25,7 @@ def _reference(
     sample_ids: Tensor | None,
 ) -> Tensor:
     noisy = random_start_reference(x, eps, eps_per_sample, "linf", low, high, seed, sample_ids)
-    replayed = (distance > tau).view(-1, *[1] * (x.dim() - 1))
+    replayed = checks.over_samples(distance > tau, x)
     return torch.empty_like(x).copy_(torch.where(replayed, noisy, adv))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, vary
+from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, varies_by_channel
 from fastadv.ops.pgd_step_reference import Numbers, add_counts, chosen, take_step
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
@@ -79,12 +79,13 @@ def pgd_step(
     A zero or NaN gradient element moves nothing in linf (``sign(0) = sign(NaN) = 0``); a sample whose gradient is
     zero or has an element that is not finite is not moved in l2 and l1, only projected and clipped.
 
-    Computed in float32 (float64 for float64 images), sums in float64. For images in float32 and half precision
-    linf and l1 are bit-equal on every backend, layout and thread count. So is l2 but for about one sample in
-    ten million, where the last bits of its sums, which depend on their order, decide how a float32 number that
-    all its elements share is rounded. In float32, ``||result - x||`` exceeds eps by at most 1e-5 of it, plus the
-    rounding of each element of the result (half a unit in the last place, 3e-8 just below 1). In half precision
-    the result is rounded to the nearest number of the dtype and can leave the ball by as much more.
+    The step is computed in float32 (float64 for float64 images), its sums in float64. For images in float32 and
+    half precision linf and l1 are bit-equal on every backend, layout and thread count. l2 is so except for about
+    one sample in ten million: there the last bits of its sums, which depend on their order, decide how a float32
+    number that all its elements share is rounded. In float32, ``||result - x||`` exceeds eps by at most 1e-5 of
+    it, plus the rounding of each element of the result (half a unit in the last place, 3e-8 just below 1). In
+    half precision the result is rounded to the nearest number of the dtype, and can leave the ball by that
+    rounding.
 
     Args:
         adv: the current point [B, ...], any dense layout.
@@ -193,7 +194,7 @@ def _checked(
     if not 0 <= sparsity < 1:
         raise ValueError(f"sparsity must be in [0, 1), got {sparsity}")
     checks.check_active(active, adv)
-    if vary(eps, alpha, bounds, adv):
+    if varies_by_channel(eps, alpha, bounds, adv):
         limits = channel_limits(eps, alpha, bounds, norm, adv)
         return "pgd_step_per_channel", (grad.detach(), x.detach(), limits, active)
     low, high = checks.check_bounds(bounds)

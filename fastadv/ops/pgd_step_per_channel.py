@@ -87,7 +87,7 @@ define(
 )
 
 
-def vary(eps: object, alpha: object, bounds: object, like: Tensor) -> bool:
+def varies_by_channel(eps: object, alpha: object, bounds: object, like: Tensor) -> bool:
     """Whether one of these is a tensor that is neither one number nor one per sample, or a bound any tensor."""
     pair = bounds if isinstance(bounds, tuple | list) else ()
     return any(isinstance(bound, Tensor) for bound in pair) or any(
@@ -103,16 +103,15 @@ def channel_limits(eps: Number, alpha: Number, bounds: Any, norm: str, like: Ten
         eps: a number, one per sample [B], or one per channel [C, 1, ...], [1, C, 1, ...] or [B, C, 1, ...].
         alpha: likewise.
         bounds: a pair of such.
-        norm: of the ball.
+        norm: the norm of the ball.
         like: the images [B, C, ...].
 
     Raises:
         TypeError: one is neither a number nor a dense tensor of real numbers.
         ValueError: a shape or a device does not fit, a number is out of range, or the norm is not ``"linf"``.
     """
-    if not (isinstance(bounds, tuple | list) and len(bounds) == 2):
-        checks.check_bounds(bounds)
-    if not any(isinstance(bound, Tensor) for bound in bounds):
+    is_pair = isinstance(bounds, tuple | list) and len(bounds) == 2
+    if not (is_pair and any(isinstance(bound, Tensor) for bound in bounds)):
         checks.check_bounds(bounds)
     named = {"eps": eps, "alpha": alpha, "bounds[0]": bounds[0], "bounds[1]": bounds[1]}
     columns = [_column(name, value, norm, like) for name, value in named.items()]
@@ -121,7 +120,7 @@ def channel_limits(eps: Number, alpha: Number, bounds: Any, norm: str, like: Ten
 
 
 def numbers(name: str, value: Number, norm: str, like: Tensor) -> Number:
-    """A number, one per sample [B], or one per image and channel [B, C, 1, ...], checked as of a step."""
+    """A radius or step size, checked as in `pgd_step`: a number, [B], or [B, C, 1, ...] for one per channel."""
     if isinstance(value, Tensor) and not checks.is_per_sample(value, like):
         column = _column(name, value, norm, like).expand(like.shape[0], _channels(like))
         return column.reshape(*column.shape, *[1] * (like.dim() - 2))
@@ -130,7 +129,7 @@ def numbers(name: str, value: Number, norm: str, like: Tensor) -> Number:
 
 
 def image_bounds(bounds: object, norm: str, like: Tensor) -> Bounds:
-    """Bounds as numbers, or as tensors that broadcast over the images, checked as of a step."""
+    """Bounds, checked as `pgd_step` does: numbers, or tensors that broadcast over the images."""
     if not (isinstance(bounds, tuple | list) and any(isinstance(b, Tensor) for b in bounds)):
         return checks.check_bounds(bounds)
     if len(bounds) != 2:
@@ -164,7 +163,7 @@ def _column(name: str, value: Number, norm: str, like: Tensor) -> Tensor:
 
 
 def _table_shape(value: Tensor, like: Tensor) -> tuple[int, int] | None:
-    """The rows and columns of numbers per image and channel; None where a shape says neither."""
+    """The numbers of rows (images) and columns (channels) of a tensor; None where its shape fits neither."""
     batch, channels = like.shape[0], _channels(like)
     if value.numel() == 1:
         return 1, 1

@@ -95,22 +95,22 @@ def _scaled(grad: Tensor) -> Tensor:
 def rounded_to_float_precision(t: Tensor) -> Tensor:
     """Positive doubles rounded to 24 significant bits, in float64 for its range.
 
-    Sums in another order differ in their last bits. Rounded here, once per sample, the difference is gone but
-    for about one sample in ten million; in the products with every element it would show far more often.
+    Sums in another order differ in their last bits. This rounding, once per sample, removes the difference except
+    for about one sample in ten million. In the products with every element the difference would be seen far more
+    often.
     """
-    dropped = 29
+    dropped = 29  # of the 53 significant bits of a double
     bits = t.view(torch.int64) + (1 << (dropped - 1))
     return (bits >> dropped << dropped).view(torch.float64)
 
 
 def l1(rows: Rows) -> Tensor:
-    """The largest gradient elements move by equal parts of alpha; soft threshold onto the ball."""
+    """The largest gradient elements move by equal parts of alpha; a soft threshold projects on the ball."""
     dtype = rows.adv.dtype
     chosen = _largest_elements(rows.grad.abs(), rows.sparsity)
     count = chosen.sum(1, keepdim=True).double()
-    share = (rows.alpha.double() / count).to(
-        dtype
-    )  # infinite where no element is chosen, and not used
+    # Where no element is chosen, the share is infinite, and nothing uses it.
+    share = (rows.alpha.double() / count).to(dtype)
     moved = rows.adv + torch.where(chosen, torch.where(rows.grad > 0, share, -share), 0.0)
     delta = moved - rows.x
     theta = soft_threshold(delta.abs(), rows.eps.double())
@@ -136,9 +136,10 @@ def _largest_elements(magnitude: Tensor, sparsity: float) -> Tensor:
 def soft_threshold(magnitude: Tensor, radius: Tensor) -> Tensor:
     """The theta [B, 1] with ``sum(max(magnitude - theta, 0)) = radius``; 0 for a row inside the ball.
 
-    It is 0 also where a magnitude is not finite. Source: Michelot 1986: theta is the mean excess over the
-    elements that exceed it; the others are taken out until there are no others. Theta only grows, so that
-    at most N passes are needed, and mostly fewer than ten.
+    It is 0 also where a magnitude is not finite. Source: Michelot 1986. Theta is (sum - radius) / number of the
+    elements that exceed it. Each pass leaves out the elements that do not exceed the theta of the pass before,
+    until every element left exceeds it. Theta only grows, so that at most N passes are needed, and mostly fewer
+    than ten.
     """
     terms = _exactly_summable(magnitude)
     theta = torch.zeros_like(radius)
@@ -162,9 +163,9 @@ def _sum_above(terms: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
 def _exactly_summable(magnitude: Tensor) -> Tensor:
     """float32 magnitudes as doubles that add up without rounding, and so to the same sum in every order.
 
-    They are rounded to multiples of ``2**(head - 52)`` of the largest one, ``2**head >= N``: a number is added and
-    subtracted whose last bit is that multiple. All partial sums then fit a double. float64 magnitudes, which
-    need all their bits, stay as they are.
+    They are rounded to multiples of ``2**(head - 52)`` times the largest magnitude's power of two, with
+    ``2**head >= N``. To round, a number whose last bit has that value is added and subtracted. All partial sums
+    then fit a double. float64 magnitudes, which need all their bits, stay as they are.
     """
     if magnitude.dtype == torch.float64:
         return magnitude
@@ -211,7 +212,7 @@ def chosen(active: Tensor | None, stepped: Tensor, adv: Tensor) -> Tensor:
 
 
 def add_counts(counts: Tensor | None, grad: Tensor, active: Tensor | None) -> None:
-    """Add the numbers of zero and of NaN gradient elements of the active samples, if they are asked for."""
+    """Add the numbers of zero and of NaN gradient elements of the active samples to ``counts``, if it is given."""
     if counts is not None:
         seen = grad if active is None else grad[active]
         counts += torch.stack(((seen == 0).sum(), torch.isnan(seen).sum()))

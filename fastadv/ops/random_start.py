@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.pgd_step_per_channel import Bounds, channel_limits, clipped, radii, vary
+from fastadv.ops.pgd_step_per_channel import (
+    Bounds,
+    channel_limits,
+    clipped,
+    radii,
+    varies_by_channel,
+)
 from fastadv.ops.philox import random_words, symmetric_uniform
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
@@ -50,10 +56,10 @@ def _near_gaussian(words: Tensor) -> Tensor:
 
 
 def _near_laplace(words: Tensor) -> Tensor:
-    """Of random sign, the magnitude nearly exponential, in units of log(2) * 2**-16: integers of up to 21 bits.
+    """Integers of up to 21 bits, of random sign and nearly exponential magnitude in units of log(2) * 2**-16.
 
-    The sign is a word's lowest bit. The magnitude is -log2 of the number u in 0..1 that the highest 24 bits form,
-    the last of them set so that u is not 0: the exponent and the fraction of a float, whose bits hold them.
+    The sign is a word's lowest bit. The magnitude is -log2(u), where the word's highest 24 bits form u in 0..1,
+    the last of them set so that u is not 0. Exponent and fraction of u as a float give the logarithm.
     """
     bits = (words >> 8 | 1).to(torch.float32).view(torch.int32).to(torch.int64)
     exponent, fraction = (bits >> 23) - 127, bits >> 7 & 0xFFFF
@@ -110,9 +116,9 @@ def random_start(
 
     The numbers are Philox 4x32-10 (see `fastadv.ops.philox`): for one seed and sample id the noise has the
     same bits on every backend, device and memory layout. In l2 the direction comes from integers that are
-    the sum of four uniform bytes, a close stand-in for a Gaussian whose norm every backend computes exactly. In
-    l1 it comes from integers of random sign whose magnitudes are exponential to within 4e-4 of probability: n
-    of them over the sum of their magnitudes are uniform on the surface of the ball.
+    the sum of four uniform bytes, which are close to a Gaussian and have a norm that every backend computes
+    exactly. In l1 it comes from integers of random sign whose magnitudes are exponential to within 4e-4 of
+    probability: n of them over the sum of their magnitudes are uniform on the surface of the ball.
 
     Args:
         x: images [B, ...], any dense layout.
@@ -135,7 +141,7 @@ def random_start(
     norm = checks.norm_name(norm)
     checks.check_sample_ids(sample_ids, x)
     seed = checks.check_seed(draw_seed() if seed is None else seed)
-    if vary(eps, 0.0, bounds, x):
+    if varies_by_channel(eps, 0.0, bounds, x):
         limits = channel_limits(eps, 0.0, bounds, norm, x)
         return _start_per_channel(x.detach(), limits, seed, sample_ids)
     low, high = checks.check_bounds(bounds)

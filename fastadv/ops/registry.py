@@ -21,11 +21,7 @@ from fastadv.ops import traced, transforms
 
 NAMESPACE = "fastadv"
 BACKENDS = ("native", "triton", "reference")
-SOURCES = (
-    "C++",
-    "CUDA C++",
-    "Triton",
-)  # the languages of an op's implementations, beside plain torch
+SOURCES = ("C++", "CUDA C++", "Triton")  # the languages of an op's implementations, beside torch
 
 
 @dataclass(frozen=True)
@@ -36,16 +32,16 @@ class Op:
         name: the op's name in ``torch.ops.fastadv``.
         schema: its arguments and results in torch's schema language.
         reference: the plain torch implementation.
-        fake: shapes, dtypes and strides of the results, for tracing. By default an op without results writes to
-            its arguments and has nothing to tell, and the result of another is like its first argument.
+        fake: shapes, dtypes and strides of the results, for tracing. None for an op without results, and for an op
+            whose result is like its first argument.
         triton: where the Triton implementation is, as ``"file:function"`` below ``fastadv.kernels``; None
             where there is none.
         backward_of: the op whose gradient this one computes, None for a forward op.
-        without: for each implementation of `SOURCES` that the source does not have, why. Where it names none
-            the source has it, though a build or a machine may not.
+        without: for each implementation of `SOURCES` that the source does not have, the reason. The source has
+            the others, which a build or a machine may still lack.
         batched: the tensor arguments (or lists of tensors) that have a row per sample, where each row of
             every result depends on that row of these alone: ``torch.func.vmap`` merges its axis with theirs
-            and calls the op once. None where a result combines rows: it is then called slice by slice.
+            and calls the op once. None where a result combines rows: the op is then called slice by slice.
     """
 
     name: str
@@ -91,7 +87,7 @@ class Op:
         return "reference"
 
     def missing(self) -> dict[str, str]:
-        """For each of `SOURCES` that cannot run the op in this installation, why."""
+        """For each of `SOURCES` that cannot run the op in this installation, the reason."""
         found = dict(self.without)
         if "C++" not in found and not self.has_native("cpu"):
             found["C++"] = "in the source (csrc/cpu), but not in this build"
@@ -158,7 +154,7 @@ def define(op: Op) -> Op:
 
 
 def _define_traced(op: Op) -> None:
-    """Register the form of an op that takes its floats as tensors, if it has any; it is no op of its own."""
+    """Register the form of an op that takes its floats as tensors, if it has floats; it is not in `REGISTRY`."""
     schema = traced.traced_schema(op.schema)
     if schema is None:
         return
@@ -195,7 +191,7 @@ def register_traced_gradient(
 
 
 def _no_second_derivative(op: Op) -> Callable[..., Any]:
-    """Without this torch would only warn, and leave the gradient out."""
+    """A gradient formula that raises: without one torch would only warn, and leave the gradient out."""
 
     def backward(*_: Any) -> Any:
         raise RuntimeError(f"{op.backward_of} has no second derivative")

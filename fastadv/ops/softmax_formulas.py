@@ -81,7 +81,7 @@ def _boosted(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     _, best = _best_other(logits, y)
     is_best = _one_hot(best, logits)
     rest = _Rows(logits.masked_fill(is_best.bool(), -torch.inf))  # the softmax without class j
-    # 1 - q_j is the others' share. Of it and their softmax, both known at one class, follows its logarithm.
+    # For every class k but j, log(1 - q_j) = log q_k - log rest_k. The likeliest such class is taken.
     at = rest.log_p.argmax(1)
     log_rest = _at(rows.log_p, at) - _at(rest.log_p, at)
     losses = rows.cross_entropy(y) - log_rest
@@ -173,14 +173,15 @@ def _act(logits: Tensor, other: Tensor, y: Tensor, weight: float, temperature: f
 
 @dataclass(frozen=True)
 class Kind:
-    """One of the losses, whichever backend computes it.
+    """One kind of loss, and the arguments that it takes.
 
     Attributes:
         formula: losses and gradients in plain torch, from both kinds of logits, labels, weight and temperature.
-        takes_other: whether there is a second kind of logits.
-        takes_labels: whether there are labels.
-        fewest_classes: the loss needs.
-        losses: of a sample; of two, each has a gradient in its own kind of logits alone.
+        takes_other: whether the loss takes a second kind of logits.
+        takes_labels: whether the loss takes labels.
+        fewest_classes: the number of classes that the loss needs at least.
+        losses: the number of losses of a sample. Where it is 2, each has a gradient in its own kind of logits
+            alone.
     """
 
     formula: Callable[[Tensor, Tensor, Tensor, float, float], Result]
@@ -195,7 +196,8 @@ class Kind:
         return () if self.losses == 1 else (self.losses,)
 
 
-# The kinds, here and in csrc/cpu/softmax_losses.cpp. Tests and benchmarks go through these.
+# All kinds. csrc/cpu/softmax_losses.cpp and kernels/softmax_losses.py have the same. Tests and benchmarks run over
+# this table.
 KINDS = {
     "cross_entropy": Kind(_cross_entropy),
     "boosted_cross_entropy": Kind(_boosted_cross_entropy, fewest_classes=2),

@@ -149,7 +149,8 @@ define(
 )
 
 
-# Under torch.func, which has no use for gradients registered in C++, and without the compiled part.
+# The gradient in Python, for torch.func, which does not use gradients registered in C++, and for installations
+# without the compiled part.
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, other, _, kind, *_ = inputs
     ctx.save_for_backward(*output[1:])
@@ -179,7 +180,7 @@ _python_gradient = False
 
 
 def register_python_gradient() -> None:
-    """Give the losses their gradient where no compiled part is there to do so."""
+    """Register the gradient in Python for plain autograd, where there is no compiled part to register its own."""
     global _python_gradient
     register_gradient(_op, _backward, _setup_context)
     _python_gradient = True
@@ -225,14 +226,14 @@ def softmax_losses(
         other: z', [B, C], for the kinds that have a q; its dtype may differ.
         y: labels [B], of any integer dtype, for the kinds that take labels. On a GPU a label out of range gives
             NaN.
-        weight: in these formulas.
+        weight: the weight in the formula of the kind, finite and >= 0.
         temperature: T, above 0.
         reduction: ``"mean"`` over the batch, or ``"none"``.
         names: the arguments' names in messages.
 
     Returns:
-        A scalar, or [B]; of a kind with two losses, ``"act"``, [2] or [B, 2]. float32, or float64 if an argument
-        is.
+        A scalar, or [B]. For ``"act"``, the kind with two losses, [2] or [B, 2]. float32, or float64 if an
+        argument is float64.
 
     Raises:
         TypeError: logits are not floating point, ``y`` holds no integers, or a number is of another type.
@@ -256,7 +257,8 @@ def softmax_losses(
     temperature = checks.number("temperature", temperature)
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be finite and > 0, got {temperature}")
-    # Autograd in C++ asks for the gradients that it needs by itself; in Python they must be there.
+    # The gradient in C++ asks for what it needs by itself. The gradient in Python reads what the forward pass
+    # left.
     in_python = _python_gradient or changes(weight, temperature)
     wanted = _in_transform() or (in_python and torch.is_grad_enabled())
     losses: Tensor

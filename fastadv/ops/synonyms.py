@@ -1,4 +1,4 @@
-"""Words of other libraries and of papers' code, with ours: the hints of messages are made from them."""
+"""Words of other libraries and of papers' code, and our word for each; the hints in messages come from here."""
 
 from __future__ import annotations
 

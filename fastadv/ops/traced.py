@@ -1,8 +1,9 @@
-"""Calls of ops inside ``torch.compile`` whose numbers change: a warm-up of eps, a schedule of beta.
+"""Calls of ops inside ``torch.compile`` with numbers that change, such as a warm-up of eps or a schedule of beta.
 
-``torch.compile`` takes an op's float argument for a constant, so each new value is compiled anew until a limit, at
-which ``fullgraph=True`` fails. Every op with float arguments therefore has a second form, ``<name>_traced``, that
-takes them as float64 tensors without axes, inputs of the graph like any tensor. It reads them and calls the op.
+``torch.compile`` takes an op's float argument for a constant. It compiles anew for each new value until a limit,
+at which ``fullgraph=True`` fails. Every op with float arguments therefore has a second form, ``<name>_traced``,
+that takes them as float64 tensors without axes. Such a tensor is an input of the graph like any other. The second
+form reads its value and calls the op.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def traced_reference(overload: torch._ops.OpOverload) -> Callable[..., Any]:
 
 
 def changes(*numbers: float) -> bool:
-    """Whether one of these is no constant of what ``torch.compile`` is tracing."""
+    """Whether one of these numbers is not a constant of the code that ``torch.compile`` is tracing."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value
@@ -55,5 +56,5 @@ def call(name: str, *arguments: Any) -> Any:
 
 
 def _as_tensor(number: float) -> Tensor:
-    # A product with a tensor is what torch.compile turns into tensor arithmetic; on the CPU, to be read there.
+    # torch.compile turns a product with a tensor into tensor arithmetic. The value is read on the CPU.
     return torch.ones((), dtype=torch.float64, device="cpu") * number

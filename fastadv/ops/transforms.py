@@ -1,9 +1,10 @@
-"""Every op under ``torch.func``: ``vmap``, ``grad``, ``vjp``, ``jacrev`` and what they are combined to.
+"""Every op under ``torch.func``: ``vmap``, ``grad``, ``vjp``, ``jacrev`` and their combinations.
 
 The gradient formula that ``torch.library`` registers is for plain autograd: under ``torch.func.grad`` it raises,
-and under ``torch.func.jvp`` it loses the tangent without a word. So each op gets one kernel more, for the dispatch
-key that takes part only while a transform is active. It runs the op as a `torch.autograd.Function` that has all
-that a transform asks for: the formula in two halves, and the batching rule.
+and under ``torch.func.jvp`` it silently drops the tangent. Therefore each op gets one more kernel, for the
+dispatch key that takes part only while a transform is active. This kernel runs the op as a
+`torch.autograd.Function` that has everything that a transform needs: ``setup_context``, ``backward`` and the
+batching rule.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ GRADIENTS: dict[str, Gradient] = {}  # by op name
 
 
 def install(op: Op, library: torch.library.Library) -> None:
-    """Make a registered op work under ``torch.func``, or refuse there what cannot."""
+    """Make a registered op work under ``torch.func``; an op in place raises there."""
     schema = op.overload._schema
     if schema.is_mutable:
         torch.library.register_vmap(op.qualified_name, _refusal(op), lib=library)
@@ -62,7 +63,7 @@ def _refusal(op: Op) -> Callable[..., Any]:
 
 
 def _functionalized(op: Op, arguments: tuple[Any, ...]) -> Any:
-    """The op has no views and writes to nothing, so it passes through."""
+    """The op on functional tensors: it returns no views and writes to nothing, so it is called as it is."""
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
     from torch._subclasses.functional_tensor import FunctorchFunctionalizeAPI
 
@@ -75,7 +76,12 @@ def _functionalized(op: Op, arguments: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class _Call:
-    """An op, and which of its arguments are lists of how many entries: an autograd function takes no lists."""
+    """An op, and the length of each argument that is a list: an autograd function takes no lists.
+
+    Attributes:
+        op: the op.
+        lengths: for each argument its number of entries, None where it is not a list.
+    """
 
     op: Op
     lengths: tuple[int | None, ...]
@@ -106,7 +112,7 @@ class _Call:
 
 
 class _Transformed(torch.autograd.Function):
-    """An op as ``torch.func`` wants it."""
+    """An op as an autograd function with all rules that ``torch.func`` needs."""
 
     @staticmethod
     def forward(call: _Call, *leaves: Any) -> Any:
@@ -203,7 +209,7 @@ def _with_axis(t: Tensor, axis: int | None, count: int) -> Tensor:
 def _slice_by_slice(
     call: _Call, count: int, dims: tuple[int | None, ...], leaves: tuple[Any, ...]
 ) -> Any:
-    """One call per slice: what sums over the batch must not see the rows of two slices at once."""
+    """One call per slice, for an op that sums over the batch: it must not see the rows of two slices at once."""
 
     def slices() -> Iterator[Any]:
         for i in range(count):

@@ -1,9 +1,8 @@
-"""Checks of plain values: numbers, integers, flags, words, norms and bounds, one place for each.
+"""Checks of plain values: numbers, integers, flags, words, norms and bounds.
 
 Every message names the argument, its value and the values that it may have. Numpy's numbers and flags count as
-Python's.
-Under torch.compile a number that changes must not be looked into, only compared, for one graph to hold for all its
-values.
+Python's. Under torch.compile these checks only compare a number that changes and never convert it, so that one
+graph serves all its values.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fastadv.ops.synonyms import WORDS
 NORMS = ("linf", "l2", "l1")
 _ORDERS = {math.inf: "linf", 2: "l2", 1: "l1"}
 _NORM_WORDS = {**dict.fromkeys(("inf", "infty", "infinity"), "linf"), "2": "l2", "1": "l1"}
-_LONGEST = 200  # of a value in a message
+_LONGEST = 200  # characters of a value in a message
 
 
 def shown(value: object) -> str:
@@ -57,7 +56,7 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
 
     Raises:
         TypeError: it is no integer.
-        ValueError: it is below ``at_least``, or then does not fit into 64 bits.
+        ValueError: it is below ``at_least``, or ``at_least`` is given and it does not fit into 64 bits.
     """
     if type(value) is not int and (not isinstance(value, Integral) or isinstance(value, bool)):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
@@ -69,7 +68,7 @@ def integer(name: str, value: object, at_least: int | None = None) -> int:
 
 
 def check_bool(name: str, value: object) -> bool:
-    """Require True or False, and return it as Python's: of text or a number it would be a guess what is meant.
+    """Require True or False, and return it as Python's. Text and numbers are refused, because they are ambiguous.
 
     Raises:
         TypeError: it is neither.
@@ -87,7 +86,7 @@ def check_choice(name: str, value: object, choices: Collection[str]) -> None:
     """
     if not (isinstance(value, str) and value in choices):
         word = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-        hint = closest(word, choices, WORDS) if isinstance(word, str) else ""
+        hint = did_you_mean(word, choices, WORDS) if isinstance(word, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shown(value)}{hint}")
 
 
@@ -195,14 +194,14 @@ def norm_name(norm: object) -> str:
 def check_radius(
     name: str, eps: float, norm: str, bounds: tuple[float, float], elements: int = 1
 ) -> None:
-    """Refuse a radius whose ball holds more than every image. It was meant in other units.
+    """Refuse a radius larger than the distance between any two images. It must be in other units.
 
     Args:
-        name: the argument.
+        name: the argument's name.
         eps: a radius.
-        norm: of the ball.
+        norm: the norm of the ball.
         bounds: lowest and highest value of an image.
-        elements: of an image, on which the largest radius depends but for ``"linf"``.
+        elements: the number of elements of an image, on which the largest radius depends in ``"l2"`` and ``"l1"``.
 
     Raises:
         ValueError: the radius is larger.
@@ -226,17 +225,17 @@ def largest_radius(bounds: tuple[object, object], norm: str, elements: int) -> f
     return (number("bounds", high) - number("bounds", low)) * float(elements ** (1 / order))
 
 
-def closest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
+def did_you_mean(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
     """``"; did you mean 'eps'?"``, for the end of a message about an unknown word; "" where none is near.
 
-    Neither case counts nor whether parts are joined by a hyphen or an underscore.
+    Upper and lower case count as the same, and so do hyphens and underscores.
     """
     meant = nearest(word, known, synonyms)
     return f"; did you mean {meant!r}?" if meant else ""
 
 
 def nearest(word: str, known: Iterable[str], synonyms: dict[str, str] | None = None) -> str:
-    """Return the known word that an unknown one is nearest to, as `closest` says it; "" where no word is near."""
+    """The known word that is nearest to an unknown one, as in `did_you_mean`; "" where no word is near."""
     by_key = {_key(one): one for one in known}
     ours = synonyms or {}
     meant = _key(ours.get(word) or ours.get(_key(word), ""))

@@ -46,7 +46,7 @@ def _backward_reference(
 
     def gradient(f: Tensor, slope: Tensor) -> Tensor:
         difference = f.to(dtype) - vanilla
-        return torch.empty_like(f).copy_(slope.view(-1, *[1] * (f.dim() - 1)) * difference)
+        return torch.empty_like(f).copy_(checks.over_samples(slope, f) * difference)
 
     return (
         gradient(f_adv, slopes[:, 0]) if want_adv else f_adv.new_empty(0),
@@ -79,7 +79,8 @@ _op = define(
         batched=("f_adv", "f_clean", "f_vanilla"),
     )
 )
-# Both gradients from one pass over the features. One that is not wanted is empty, and its features are not read.
+# Both gradients come from one pass over the features. A gradient that is not wanted is empty, and its features are
+# not read.
 _backward_op = define(
     Op(
         "vanilla_feature_distillation_backward",
@@ -123,8 +124,9 @@ def vanilla_feature_distillation(
 
     Source: VFD-Adv, equation 5. The norms are per sample, over all axes but the first. The gradient of a norm
     is taken as 0 where the norm is 0; NaN features give NaN for their sample. Gradients flow to ``f_adv`` and
-    ``f_clean``, each computed only where it is needed. ``f_vanilla`` gets no gradient. Both directions read it
-    once. There is no second derivative. float32 has the same range as in `euclidean_distance`.
+    ``f_clean``, each computed only where it is needed. ``f_vanilla`` gets no gradient. The forward and the
+    backward pass read it once each. There is no second derivative. float32 has the same range as in
+    `euclidean_distance`.
 
     Args:
         f_adv: the trained model's features of the attacked images [B, ...], any dense layout, float32,

@@ -17,7 +17,8 @@ from fastadv.trainers import Runtime
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.phases import PhaseTimer
 
-# Forward passes per image of attacks whose name does not tell: half of the images withstand the first of them.
+# Forward passes per image of attacks whose names have no number of steps, if half of the images withstand
+# AutoAttack's first attack.
 _PASSES = {"clean": 1.0, "fgsm": 3.0, "autoattack": 4500.0, "fab-t": 1800.0, "square": 2500.0}
 _BATCH, _CPU_BATCH = 128, 16
 _STAND_IN = "small_cnn"
@@ -29,10 +30,10 @@ class Estimate:
     """The work that is left, and its time.
 
     Attributes:
-        runs: how many trainings.
-        training: seconds.
-        evaluation: seconds.
-        device: where.
+        runs: the number of trainings.
+        training: seconds of the trainings.
+        evaluation: seconds of the attacks.
+        device: the type of the device.
     """
 
     runs: int
@@ -51,11 +52,11 @@ class Estimate:
 
 
 class Clock:
-    """Times forward passes of networks, each once.
+    """The measured time of a forward pass of each network.
 
     Args:
         source: the images, for their size.
-        device: where; None chooses.
+        device: the device; None chooses.
     """
 
     def __init__(self, source: Source, device: str | None) -> None:
@@ -85,9 +86,9 @@ class Clock:
 
 
 def passes_of(run: Resolved) -> float:
-    """Forward passes of a training per image of the training set, counted on a small network.
+    """Forward passes of a training per image of the training set, as the method counts them for a small network.
 
-    Where a method does not take that network, it is counted as most methods are, by the steps of its attack.
+    Where a method does not take the small network, the number follows from the steps of its attack.
     """
     try:
         return _counted(run)
@@ -111,7 +112,7 @@ def _counted(run: Resolved) -> float:
 
 
 def attack_passes(attack: str) -> float:
-    """About how many forward passes an attack takes per image."""
+    """The approximate number of forward passes of an attack per image."""
     if attack in _PASSES:
         return _PASSES[attack]
     kind, *numbers = re.split(r"-(?=\d)", attack)
@@ -133,9 +134,9 @@ def estimate(
     Args:
         missing: the runs that are to be trained, each once.
         attacks: the missing measurements: a run and the name of an attack.
-        scale: at which scale.
+        scale: the scale.
         source: the images.
-        device: where; None chooses.
+        device: the device; None chooses.
     """
     clock, runs, training, evaluation = Clock(source, device), 0, 0.0, 0.0
     for run in missing:

@@ -1,4 +1,4 @@
-"""The images that a reproduction trains on and judges by: a data set by name, or pictures in folders."""
+"""The training and test images of a reproduction: a data set by name, or pictures in folders."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Source:
     def name(self) -> str:
         """The data set's name in tables.
 
-        Pictures are called by their folder's name. A folder that is named like a data set gets a longer name, so
-        that its tables do not pass for tables of the data set.
+        Pictures have the name of their folder. A folder that is named like a data set gets the prefix "folder-",
+        so that its tables cannot be taken for tables of the data set.
         """
         if not self.is_folder:
             return self.data
@@ -53,7 +53,7 @@ class Source:
 
     @property
     def file_name(self) -> str:
-        """The data set's name in names of files, where a digest tells folders of the same name apart."""
+        """The data set's name in names of files. A digest is added for folders, which may have the same name."""
         if not self.is_folder:
             return self.name
         place = os.fsencode(self._folder.resolve())
@@ -77,35 +77,35 @@ class Source:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; the number of a folder of pictures is counted on the disk."""
+        """Number of classes; the classes of a folder of pictures are counted on the disk."""
         return self.tests.num_classes if self.is_folder else _CLASSES.get(self.data, 10)
 
     @cached_property
     def train_count(self) -> int:
-        """How many training images there are."""
+        """The number of training images."""
         if self.is_folder:
             return len(FolderImages(self._folder / "train"))
         return _TRAIN_IMAGES[self.data]
 
     @property
     def test_count(self) -> int:
-        """How many test images there are; of a data set by name without reading it."""
+        """The number of test images; a data set by name is not read for this."""
         return len(self.tests) if self.is_folder else _TEST_IMAGES[self.data]
 
     def first_train_images(self, n: int | None) -> ImageData:
-        """The first training images.
+        """Return ``n`` training images, or all for None.
 
         Raises:
-            CannotRun: of pictures in folders, which do not stay in memory.
+            CannotRun: for pictures in folders, which do not stay in memory.
         """
         if self.is_folder:
             raise CannotRun("pictures in folders do not stay in memory, as this analysis needs")
         whole = load_dataset(self.data, self.root).train
-        assert isinstance(whole, ImageData)  # as data sets by name are
+        assert isinstance(whole, ImageData)  # data sets by name are in memory
         return whole if n is None else subset(whole, min(n, len(whole)))
 
     def for_training(self, recipe: Recipe) -> Splits | str:
-        """The images as `train` takes them."""
+        """The value of the argument `data` of `train`."""
         if not self.is_folder:
             return self.data
         return load_folders(

@@ -1,10 +1,8 @@
-"""Measurements of a trained model for a cell of a table."""
+"""The measurements of a trained model for the cells of a table, one class for each kind of figure."""
 
 from __future__ import annotations
 
 import abc
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +14,7 @@ from fastadv.evaluation import (
     delta_z,
     trade_off_sum,
 )
+from fastadv.evaluation.analyses import ANALYSES, analyse
 from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.result_row import Row
 from fastadv.models import Stack, importance_ratios
@@ -25,33 +24,31 @@ from fastadv.reproduction.tables import MeasuredCell
 if TYPE_CHECKING:
     from fastadv.reproduction.workshop import Place
 
-_ANALYSES = "fastadv.evaluation.analyses"
-
 
 class Measure(abc.ABC):
-    """Something that is measured of the model of a row."""
+    """A figure that is measured on the model of a row."""
 
     def needs(self) -> tuple[RunSpec, ...]:
-        """Other trainings without which it cannot be measured."""
+        """Other trainings that the measurement needs."""
         return ()
 
     def attacks(self) -> tuple[Accuracy, ...]:
-        """Accuracies that it is made of, so that all of a row can be measured together."""
+        """The accuracies that the measurement needs. All accuracies of a row are measured together."""
         return ()
 
     def on(self, network: str) -> Measure:
-        """The same on another network of the paper."""
+        """The same measurement on another network of the paper."""
         return self
 
     @abc.abstractmethod
     def measure(self, place: Place) -> MeasuredCell:
-        """Measure it.
+        """Measure the figure.
 
         Args:
-            place: a trained model, and where to measure.
+            place: a trained model, with images and device.
 
         Raises:
-            CannotRun: if it needs something that is not there.
+            CannotRun: if the model or the installation lacks something that the measurement needs.
         """
 
 
@@ -60,7 +57,7 @@ class Accuracy(Measure):
     """Accuracy in percent, clean or under an attack.
 
     Attributes:
-        attack: a name as `evaluate` takes it.
+        attack: a name that `evaluate` takes.
         eps: radius in units of 1/255.
         source: training of the model on which the adversarial images are made; None for the judged model itself.
     """
@@ -74,11 +71,11 @@ class Accuracy(Measure):
         return () if self.source is None else (self.source,)
 
     def attacks(self) -> tuple[Accuracy, ...]:
-        """Itself."""
+        """This accuracy itself."""
         return (self,)
 
     def on(self, network: str) -> Accuracy:
-        """The same, with the source on the other network, too."""
+        """The same accuracy, with the source on the other network as well."""
         source = None if self.source is None else self.source.on(network)
         return Accuracy(self.attack, self.eps, source)
 
@@ -119,7 +116,8 @@ class Together(Measure):
 
     Attributes:
         robust: the accuracy under attack.
-        of: "sum" or "ardist", which is measured from the paper's curve on CIFAR-100, or that on CIFAR-10.
+        of: "sum", or "ardist": the distance from the paper's curve, on CIFAR-100 the curve of CIFAR-100, on all
+            other data the curve of CIFAR-10.
     """
 
     robust: Accuracy
@@ -146,10 +144,10 @@ def together(clean: float, robust: float, of: str, data: str) -> float:
 
 @dataclass(frozen=True)
 class CosineMeasure(Measure):
-    """Cosine similarity of the features of clean images to another model's.
+    """Cosine similarity of the features of clean images to the features of another model.
 
     Attributes:
-        teacher: its training.
+        teacher: the training of the other model.
     """
 
     teacher: RunSpec
@@ -159,7 +157,7 @@ class CosineMeasure(Measure):
         return (self.teacher,)
 
     def on(self, network: str) -> CosineMeasure:
-        """The same, with the other model on the other network, too."""
+        """The same similarity, with the other model on the other network as well."""
         return CosineMeasure(self.teacher.on(network))
 
     def measure(self, place: Place) -> MeasuredCell:
@@ -181,8 +179,8 @@ class Importance(Measure):
     """How much a merger relies on one of its extractors.
 
     Attributes:
-        number: of the extractor, from 1.
-        of: "share", of the sum of absolute weights in percent, or "weight", their mean.
+        number: number of the extractor, from 1.
+        of: "share", its part of the sum of absolute weights in percent, or "weight", their mean.
     """
 
     number: int
@@ -204,7 +202,7 @@ class DeltaZOf(Measure):
     """AFS's delta z of one extractor, and its curvature over the radii of several.
 
     Attributes:
-        number: of the extractor, from 1.
+        number: number of the extractor, from 1.
         of: "delta_z", or "curvature".
     """
 
@@ -212,7 +210,7 @@ class DeltaZOf(Measure):
     of: str = "delta_z"
 
     def measure(self, place: Place) -> MeasuredCell:
-        """Return the figure of an extractor; a curvature is that at its radius."""
+        """Return the figure of the extractor; for a curvature, the curvature at the extractor's radius."""
 
         def found() -> list[float]:
             stacked = cast(Stack, place.model())
@@ -247,7 +245,7 @@ class Size(Measure):
     of: str = "parameters"
 
     def measure(self, place: Place) -> MeasuredCell:
-        """Count."""
+        """Count the parameters or the multiply-adds."""
         model = place.model()
         if self.of == "parameters":
             return MeasuredCell(sum(p.numel() for p in model.parameters()) / 1e6)
@@ -256,16 +254,14 @@ class Size(Measure):
 
 @dataclass(frozen=True)
 class AnalysisMeasure(Measure):
-    """A number that an analysis of `fastadv.evaluation.analyses` sums up.
-
-    The analysis is looked up by name when it is needed, so that a cell comes alive when its analysis is there.
+    """A number in the summary of an analysis of `fastadv.evaluation.analyses`.
 
     Attributes:
-        name: of the analysis.
-        of: which number of its summary.
+        name: the analysis.
+        of: the number's name in the summary.
         unit: factor of the number.
-        train: whether it is of training images.
-        attacked: whether it takes a radius.
+        train: whether the analysis takes training images.
+        attacked: whether the analysis takes a radius.
     """
 
     name: str
@@ -278,12 +274,11 @@ class AnalysisMeasure(Measure):
         """Return the number."""
 
         def summary() -> dict[str, float]:
-            analyse, known = _analyses()
-            if self.name not in known:
-                raise CannotRun(f"analysis {self.name} is not there")
-            settings = {"eps": place.scale.eps(8)} if self.attacked else {}
+            if self.name not in ANALYSES:
+                raise CannotRun(f"there is no analysis {self.name}")
+            settings: dict[str, Any] = {"eps": place.scale.eps(8)} if self.attacked else {}
             images: dict[str, Any] = {"train": place.shop.train_images} if self.train else {}
-            if "images" in known[self.name].needs:
+            if "images" in ANALYSES[self.name].needs:
                 images["max_examples"] = place.n
             try:
                 found = analyse(
@@ -295,27 +290,14 @@ class AnalysisMeasure(Measure):
                     **settings,
                 )
             except ImportError as error:
-                raise CannotRun(f"analysis {self.name} is not there: {error}") from error
+                raise CannotRun(f"analysis {self.name} cannot be made: {error}") from error
             return dict(found[self.name].summary)
 
         numbers = place.kept(f"analysis {self.name}", summary)
         if self.of not in numbers:
-            raise CannotRun(f"analysis {self.name} is not there with {self.of!r}")
+            raise CannotRun(f"analysis {self.name} has no number {self.of!r}")
         n = len(place.shop.train_images) if self.train else place.n
         return MeasuredCell(self.unit * numbers[self.of], n=n)
-
-
-def _analyses() -> tuple[Callable[..., Any], Any]:
-    """The function that analyses, and the names that it knows."""
-    try:
-        module = importlib.import_module(_ANALYSES)
-        return module.analyse, module.ANALYSES
-    except (ModuleNotFoundError, AttributeError):
-        return _nothing, ()
-
-
-def _nothing(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError  # of no name that is known
 
 
 def _note(row: Row) -> str:

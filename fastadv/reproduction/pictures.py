@@ -1,4 +1,4 @@
-"""The picture of a reproduced table: a trade-off, lines, or bars, with the paper's figures in grey."""
+"""The picture of a reproduced table: a trade-off, lines, or bars, with the paper's figures beside ours."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CURVES = {"cifar10": ARREST_CIFAR10_CURVE, "cifar100": ARREST_CIFAR100_CURVE}
-_FEWEST = 4  # points of different clean accuracy, for a cubic
+_FEWEST = 4  # points with different clean accuracies that a cubic needs
 
 
 def picture(table: PaperTable) -> bytes | None:
@@ -64,7 +64,7 @@ def _trade_off(table: PaperTable) -> bytes | None:
 
 
 def _fitted(points: list[TradeOffPoint]) -> Cubic | None:
-    """The cubic through some points; None where they are too few, or too near each other, to say anything."""
+    """The cubic fitted to the points; None where fewer than `_FEWEST` have different clean accuracies."""
     different = {round(point.clean, 1) for point in points}
     if len(different) < _FEWEST:
         return None
@@ -72,7 +72,7 @@ def _fitted(points: list[TradeOffPoint]) -> Cubic | None:
 
 
 def _interval(cell: Cell) -> tuple[float, float] | None:
-    """An interval as far as an accuracy can go, around the mean."""
+    """The interval of a cell, clipped to 0..100 and widened to hold the mean."""
     interval = cell.interval
     if interval is None or cell.mean is None:
         return None
@@ -80,7 +80,7 @@ def _interval(cell: Cell) -> tuple[float, float] | None:
 
 
 def _lines(table: PaperTable) -> bytes | None:
-    """A line for each row over the places of the columns."""
+    """A line for each row; the columns are the places on the axis."""
     figure, axes = new_figure(LIGHT, 7.2, 4.8)
     places = [c.x if c.x is not None else i for i, c in enumerate(table.item.columns)]
     colours = numbered(row.label for row in table.item.rows)

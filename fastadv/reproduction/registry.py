@@ -1,8 +1,8 @@
-"""All items by name."""
+"""All items (tables and figures of the papers) by name."""
 
 from __future__ import annotations
 
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.reproduction import act, afs, arrest, vfd
 from fastadv.reproduction.tables import Item
 
@@ -25,6 +25,6 @@ def find_item(name: str) -> Item:
     items = all_items()
     if name not in items:
         raise ValueError(
-            f"item must be one of {', '.join(items)}, got {name!r}{closest(name, items)}"
+            f"item must be one of {', '.join(items)}, got {name!r}{did_you_mean(name, items)}"
         )
     return items[name]

@@ -1,7 +1,8 @@
-"""`reproduce`: train the models that an item needs, measure them, and lay the results out as the paper does."""
+"""`reproduce`: train the models that an item needs, measure them, and write the results in the paper's layout."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ _RUNS = "runs"
 
 @dataclass(frozen=True)
 class Reproduced:
-    """A table and where it is.
+    """A table and its files.
 
     Attributes:
         table: the table.
-        files: written for it.
-        trained: names of the runs that were trained now.
-        judged: how many evaluations were made now.
+        files: the files that were written for it.
+        trained: names of the runs that this call trained.
+        judged: the number of evaluations that this call made.
         failures: trainings that were refused for another reason than a limit of the scale.
     """
 
@@ -60,16 +61,16 @@ def reproduce(
     an interruption the same call goes on where it was.
 
     Args:
-        item: such as "arrest/table2".
+        item: an item or its name, such as "arrest/table2".
         out: folder for the trained models and the table.
         data: data set, or folder:PATH as `fastadv train` takes it; by default the scale's data set.
         root: folder of the files of a data set by name.
         scale: "paper", "small" or "tiny".
         seeds: number of trainings of each row; by default the scale's number.
         network: replaces every network of the paper; by default the scale's network.
-        device: where to train and measure; by default a GPU if there is one.
+        device: the device for training and measuring; by default a GPU if there is one.
         extra: a .npz file of further training images, which RST needs; see `fastadv.data.load_npz`.
-        quiet: say nothing.
+        quiet: write no messages.
         on_estimate: called before the first training with the work that is left.
 
     Returns:
@@ -94,9 +95,9 @@ class Work:
     """The work for an item.
 
     Attributes:
-        item: which.
-        shop: where its models are.
-        seeds: trainings of each row.
+        item: the item.
+        shop: the folder of its models.
+        seeds: the number of trainings of each row.
     """
 
     item: Item
@@ -117,7 +118,7 @@ class Work:
         extra: str | None = None,
         quiet: bool = True,
     ) -> Work:
-        """Take the arguments of `reproduce`."""
+        """Make the work from the arguments of `reproduce`."""
         found = find_item(item) if isinstance(item, str) else item
         chosen = find_scale(scale) if isinstance(scale, str) else scale
         if network is not None:
@@ -131,21 +132,20 @@ class Work:
         """The time of the remaining work."""
         runs: dict[str, Resolved] = {}
         attacks: dict[tuple[str, str, float, str], tuple[Resolved, str]] = {}
-        for row in self.item.rows:
-            for column in self.item.columns:
-                for seed in range(self.seeds):
-                    try:
-                        needed = self._needs(row, column, seed)
-                    except CannotRun:
-                        continue
-                    for one in self.shop.missing(needed):
-                        runs[one.name] = one
-                    judged = needed[0]
-                    for accuracy in column.measure.attacks():
-                        if not self._is_known(judged, accuracy, seed):
-                            name = self.shop.scale.attack(accuracy.attack)
-                            key = (judged.place, name, accuracy.eps, str(accuracy.source))
-                            attacks[key] = judged, name
+        cells = itertools.product(self.item.rows, self.item.columns, range(self.seeds))
+        for row, column, seed in cells:
+            try:
+                needed = self._needs(row, column, seed)
+            except CannotRun:
+                continue
+            for one in self.shop.missing(needed):
+                runs[one.name] = one
+            judged = needed[0]
+            for accuracy in column.measure.attacks():
+                if not self._is_known(judged, accuracy, seed):
+                    name = self.shop.scale.attack(accuracy.attack)
+                    key = (judged.place, name, accuracy.eps, str(accuracy.source))
+                    attacks[key] = judged, name
         shop = self.shop
         return estimate(runs.values(), attacks.values(), shop.scale, shop.source, shop.device)
 
@@ -153,24 +153,19 @@ class Work:
         return accuracy in self.shop.known(run, [accuracy], seed)
 
     def table(self) -> PaperTable:
-        """Train, measure, and lay out."""
-        len(self.shop.images)  # images that are not there are told before anything else
+        """Train and measure all rows, and return the table."""
+        len(self.shop.images)  # raises for missing images before anything is trained
         paper_data, published = self.item.published_on(self.shop.source.name)
         cells = []
         for row in self.item.rows:
-            of_row: list[Cell] = []
             measured = [self._row(row, seed) for seed in range(self.seeds)]
-            for number, column in enumerate(self.item.columns):
-                figure = published.get(row.label, {}).get(column.label)
-                found = [of_seed[number] for of_seed in measured]
-                reason = next((one for one in found if isinstance(one, str)), "")
-                good = (
-                    tuple(one for one in found if isinstance(one, MeasuredCell))
-                    if not reason
-                    else ()
+            figures = published.get(row.label, {})
+            cells.append(
+                tuple(
+                    _cell([of_seed[number] for of_seed in measured], figures.get(column.label))
+                    for number, column in enumerate(self.item.columns)
                 )
-                of_row.append(Cell(good, figure, reason))
-            cells.append(tuple(of_row))
+            )
         return PaperTable(
             self.item,
             tuple(cells),
@@ -183,7 +178,7 @@ class Work:
         )
 
     def _row(self, row: RowSpec, seed: int) -> list[MeasuredCell | str]:
-        """The figures of a row with one seed; in place of one that cannot be measured, the reason."""
+        """The figures of a row with one seed; the reason in place of a figure that cannot be measured."""
         ready: dict[int, Place] = {}
         figures: list[MeasuredCell | str] = ["" for _ in self.item.columns]
         wanted: dict[str, list[Accuracy]] = {}
@@ -210,7 +205,7 @@ class Work:
         return figures
 
     def _needs(self, row: RowSpec, column: Column, seed: int) -> list[Resolved]:
-        """The run of a cell, then the others that its measure needs."""
+        """The run of a cell, followed by the other runs that its measure needs."""
         run = row.run if column.network is None else row.run.on(column.network)
         specs: list[RunSpec] = [run, *_on(column).needs()]
         return [self.shop.resolve(one, seed) for one in specs]
@@ -234,5 +229,13 @@ class Work:
         return list(dict.fromkeys(remarks))
 
 
+def _cell(found: list[MeasuredCell | str], published: float | None) -> Cell:
+    """A cell from its figures over the seeds; with one reason among them it has no figure of ours."""
+    reason = next((one for one in found if isinstance(one, str)), "")
+    measured = () if reason else tuple(one for one in found if isinstance(one, MeasuredCell))
+    return Cell(measured, published, reason)
+
+
 def _on(column: Column) -> Measure:
+    """The measure of a column, on the column's network if it names one."""
     return column.measure if column.network is None else column.measure.on(column.network)

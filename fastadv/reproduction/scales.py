@@ -12,29 +12,29 @@ from fastadv.ops.values import check_choice
 from fastadv.trainers import AdversarialRecipe, FreeRecipe, Recipe
 
 _EPS = 8 / 255
-# Of AWP, FAT and SAT: fields that count epochs from the start of a run.
+# Fields of AWP's and SAT's recipes that count epochs from the start of a run.
 _EPOCH_FIELDS = ("awp_warmup", "gap_start", "gap_end")
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The numbers that are smaller than in the papers.
+    """The numbers in which a reproduction differs from the papers.
 
     Attributes:
-        name: on the command line.
+        name: the scale's name on the command line.
         about: one sentence for the help.
         data: the data set, if the user names no data set.
-        seeds: how many trainings each row gets, if the user does not say.
-        network: stands for every network of the papers; None for the papers' own.
-        epochs: by method, and "" for all others; empty for the papers' own numbers.
+        seeds: the number of trainings of each row, if the user does not give it.
+        network: the network in place of every network of the papers; None for the papers' networks.
+        epochs: epochs by method, and under "" for all other methods; empty for the papers' numbers.
         numbers: fields of every recipe.
         attacked: fields of the recipes with an attack.
-        steps: the most steps that an attack in training has; its step size grows as the steps become fewer.
+        steps: the largest number of steps of an attack in training. With fewer steps the step size is larger.
         radius: the factor of every radius of the papers.
-        attacks: which attack stands for one that costs too much.
-        test_images: how many test images are attacked; None for all.
-        fewer_images: the same for single attacks.
+        attacks: for an attack that costs too much, the attack in its place.
+        test_images: the number of test images that are attacked; None for all.
+        fewer_images: the number of test images for single attacks.
     """
 
     name: str
@@ -52,23 +52,23 @@ class Scale:
     fewer_images: Mapping[str, int] = field(default_factory=lambda: _NOTHING)
 
     def with_network(self, name: str) -> Scale:
-        """The same with another network in place of the papers'."""
+        """The same scale with another network in place of the papers' networks."""
         return replace(self, network=name)
 
     def network_for(self, name: str) -> str:
-        """The network that stands for one of the papers."""
+        """The network in place of a network of the papers."""
         return self.network or name
 
     def eps(self, of_255: float) -> float:
-        """A radius, given in units of 1/255 as the papers have it."""
+        """The radius at this scale for a radius of the papers in units of 1/255."""
         return self.radius * of_255 / 255
 
     def attack(self, name: str) -> str:
-        """The attack that stands for one of the papers."""
+        """The attack in place of an attack of the papers."""
         return self.attacks.get(name, name)
 
     def images_for(self, attack: str) -> int | None:
-        """How many test images an attack gets."""
+        """The number of test images for an attack; None for all."""
         return self.fewer_images.get(attack, self.test_images)
 
     def numbers_for(self, method: str, recipe: Recipe) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Scale:
             numbers["strategy"] = self.network
         if isinstance(recipe, AdversarialRecipe):
             steps = recipe.steps if self.steps is None else min(self.steps, recipe.steps)
-            if not isinstance(recipe, FreeRecipe):  # which has no passes of the attack alone
+            if not isinstance(recipe, FreeRecipe):  # its attack is part of the training passes
                 numbers.update(self.attacked)
             numbers["eps"], numbers["steps"] = recipe.eps * self.radius, steps
             numbers["alpha"] = recipe.alpha * self.radius * recipe.steps / steps
@@ -96,7 +96,7 @@ class Scale:
 def _epoch_fields(recipe: Recipe) -> list[str]:
     """Fields of a recipe that count epochs from the start of a run, where they have an effect."""
     fields = ["replay_epochs"] if getattr(recipe, "replay", False) else []
-    friendly = getattr(recipe, "friendly", True)  # which TRADES and MART have, and FAT always is
+    friendly = getattr(recipe, "friendly", True)  # an option of TRADES and MART; FAT is always so
     fields += ["tau_epochs"] if hasattr(recipe, "tau_epochs") and friendly else []
     return fields + [name for name in _EPOCH_FIELDS if getattr(recipe, name, 0)]
 

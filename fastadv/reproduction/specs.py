@@ -21,24 +21,26 @@ from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.plain_recipe import as_plain
 
 _DIGITS = 12  # of a digest in a name
-_APART = 1000  # seeds between a training and its repetition
+_APART = 1000  # difference of the seeds of a training and its repetition
 
 
 class CannotRun(Exception):
-    """A row needs something that this package does not have. The message names it."""
+    """A row or a cell cannot be reproduced here. The message says the reason."""
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """A training as the paper has it, whatever the scale.
+    """A training of the paper, independent of the scale.
 
     Attributes:
         method: name of the method.
         changes: fields of its recipe that differ from the defaults, with their values.
         network: the paper's network, a name for `create_model`.
-        teachers: by name, the trainings of the networks that the method may need. Which it takes, it says itself.
+        teachers: by name, the trainings of the networks that are offered to the method. The method chooses by
+            `teachers_needed`.
         repetition: 0, or the number of a further training that differs in its random numbers alone.
-        checkpoint: which one is judged, or handed to others: "latest", or "best" where the paper stops early.
+        checkpoint: the checkpoint that is judged or used as a teacher: "latest", or "best" where the paper stops
+            early.
     """
 
     method: str
@@ -49,16 +51,16 @@ class RunSpec:
     checkpoint: str = LATEST
 
     def on(self, network: str) -> RunSpec:
-        """The same with another network, also of its teachers."""
+        """The same training on another network, for its teachers as well."""
         teachers = tuple((name, teacher.on(network)) for name, teacher in self.teachers)
         return dataclasses.replace(self, network=network, teachers=teachers)
 
     def at_best(self) -> RunSpec:
-        """The same training, stopped early."""
+        """The same training with its best checkpoint."""
         return dataclasses.replace(self, checkpoint=BEST)
 
     def changed(self, **changes: Any) -> RunSpec:
-        """The same with further fields of the recipe changed."""
+        """The same training with further fields of the recipe changed."""
         return dataclasses.replace(
             self, changes=tuple(sorted({**dict(self.changes), **changes}.items()))
         )
@@ -70,14 +72,14 @@ def spec(method: str, network: str = "resnet18", **changes: Any) -> RunSpec:
 
 
 def taught(method: str, *teachers: RunSpec, **changes: Any) -> RunSpec:
-    """A training with a "teacher" and, as the second, a "robust_teacher", on the network of the first."""
+    """A training with a "teacher" and optionally a "robust_teacher", on the network of the first teacher."""
     names = ("teacher", "robust_teacher")
     offered = tuple(zip(names, teachers, strict=False))
     return RunSpec(method, tuple(sorted(changes.items())), teachers[0].network, offered)
 
 
 def stack(extractors: list[RunSpec], **changes: Any) -> RunSpec:
-    """AFS over extractors."""
+    """A training of AFS over extractors, with the network of the first one."""
     names = [f"extractor_{number}" for number in range(1, len(extractors) + 1)]
     offered = tuple(zip(names, extractors, strict=True))
     return RunSpec("afs", tuple(sorted(changes.items())), extractors[0].network, offered)
@@ -88,13 +90,13 @@ class Resolved:
     """A training at one scale, with one seed.
 
     Attributes:
-        method: its class.
+        method: the class of its method.
         recipe: all its numbers.
         network: name for `create_model`.
         data: name of the data set.
         teachers: by name, the trainings of the networks that it takes.
         extra: SHA-256 of the further images that it takes; empty without any.
-        checkpoint: which of its checkpoints counts. The training is the same, and so is its name.
+        checkpoint: the checkpoint that is judged. `name` does not depend on it.
     """
 
     method: MethodClass
@@ -107,7 +109,7 @@ class Resolved:
 
     @property
     def name(self) -> str:
-        """A name that follows from all that the training depends on, so that the items share trainings."""
+        """A name with a hash of everything that the training depends on, so that items share equal trainings."""
         content = {
             "method": self.method.name,
             "recipe": as_plain(self.recipe),
@@ -121,11 +123,11 @@ class Resolved:
 
     @property
     def place(self) -> str:
-        """The name, followed by the checkpoint's name if it is not the latest: where the network lies."""
+        """The path of the network in the folder of runs: the name, and the checkpoint if it is not the latest."""
         return self.name if self.checkpoint == LATEST else f"{self.name}/{self.checkpoint}"
 
     def with_teachers(self) -> Iterator[Resolved]:
-        """All trainings that this one needs, then itself; each after those that it needs."""
+        """All trainings that this one needs, and this one last. Each comes after its teachers."""
         for _, teacher in self.teachers:
             yield from teacher.with_teachers()
         yield self
@@ -138,14 +140,14 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
         run: the training.
         scale: the scale.
         data: name of the data set, or folder:PATH.
-        seed: of the training.
-        extra: SHA-256 of further images, for the methods that take such; empty where there are no further images.
+        seed: the seed of the training.
+        extra: SHA-256 of the file of further images; empty where there are no further images.
 
     Raises:
         CannotRun: if a method, an option, a value or a network does not exist here.
     """
     if run.method not in method_names():
-        raise CannotRun(f"method {run.method} is not there")
+        raise CannotRun(f"there is no method {run.method}")
     method = find_method(run.method)
     seed += _APART * run.repetition
     recipe = _recipe(method, dict(run.changes), scale, seed)
@@ -154,11 +156,11 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     teachers = dict(run.teachers)
     needed = tuple(teachers) if run.method == "afs" else method.teachers_needed(recipe)
     if missing := [name for name in needed if name not in teachers]:
-        raise CannotRun(f"method {run.method} takes {', '.join(missing)}, which this row has not")
+        raise CannotRun(f"method {run.method} takes {', '.join(missing)}, which this row lacks")
     found = tuple((name, resolve(teachers[name], scale, data, seed, extra)) for name in needed)
     network = scale.network_for(run.network)
     if not _is_model(network):
-        raise CannotRun(f"model {network} is not there")
+        raise CannotRun(f"there is no model {network}")
     if run.method == "afs":
         network = "stack:" + "+".join(teacher.network for _, teacher in found)
     if recipe.extra_fraction > 0 and not extra:
@@ -169,7 +171,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
 
 @lru_cache
 def _is_model(name: str) -> bool:
-    """Whether a network can be made by its name; without its weights, which take memory."""
+    """Whether a network can be made by its name. It is made on "meta", where weights take no memory."""
     try:
         with torch.device("meta"):
             create_model(name)

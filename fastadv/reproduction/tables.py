@@ -17,7 +17,7 @@ Picture: TypeAlias = Literal["trade_off", "lines", "bars"]
 Published: TypeAlias = Mapping[str, Mapping[str, Mapping[str, float]]]
 NOT_AT_HAND = "not at hand"
 _PAPERS = {"arrest": "ARREST", "vfd": "VFD-Adv", "afs": "AFS", "act": "ACT"}
-# 97.5 % quantiles of Student's t by degrees of freedom, from 1; beyond, the normal distribution is near.
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1. For more, the normal distribution is close enough.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 _NORMAL = 1.96
 
@@ -27,9 +27,9 @@ class RowSpec:
     """A row of a paper's table, or a line or point of its figure.
 
     Attributes:
-        label: as the paper has it.
-        run: how its model is trained.
-        group: rows of one group are one colour, and one curve where the picture has curves.
+        label: the paper's label.
+        run: the training of its model.
+        group: rows of one group have one colour, and form one curve where the picture has curves.
     """
 
     label: str
@@ -42,10 +42,10 @@ class Column:
     """A column of a paper's table, or a place on the axis of its figure.
 
     Attributes:
-        label: as the paper has it.
+        label: the paper's label.
         measure: the measurement of a row's model.
-        network: the paper's network, where the table has several; None for the row's own.
-        x: place on the axis of a figure with lines.
+        network: the paper's network, where the table has several; None for the row's network.
+        x: position on the axis of a figure with lines.
     """
 
     label: str
@@ -62,11 +62,11 @@ class Item:
         paper: "arrest", "vfd", "afs" or "act".
         name: "table2", "figure4a".
         title: the title of the picture or table.
-        rows: in the paper's order.
-        columns: likewise.
-        picture: how it is drawn.
-        published: the paper's own figures, as far as they are known here.
-        guess: the parts of the layout that are our guess; empty where the paper gives them all.
+        rows: the rows in the paper's order.
+        columns: the columns in the paper's order.
+        picture: the kind of picture.
+        published: the paper's own figures, where they are known here.
+        guess: the parts of the layout that are our guess; empty where the paper gives all of them.
         axes: names of the picture's axes.
         curve: whether a trade-off is drawn with a cubic through the methods.
     """
@@ -97,27 +97,27 @@ class Item:
 
     @property
     def id(self) -> str:
-        """Its name on the command line."""
+        """The item's name on the command line."""
         return f"{self.paper}/{self.name}"
 
     @property
     def heading(self) -> str:
-        """The paper and the item."""
-        kind = self.name.rstrip("0123456789abcdefghijklmnopqrstuvwxyz-") or self.name
-        number = self.name.removeprefix("table").removeprefix("figure")
-        what = {"table": "table ", "figure": "figure "}
-        prefix = next((text for word, text in what.items() if self.name.startswith(word)), "")
-        return f"{_PAPERS[self.paper]}, {prefix}{number if prefix else kind}"
+        """The paper and the item, such as "ARREST, table 2"."""
+        item = self.name
+        for word in ("table", "figure"):
+            if item.startswith(word):
+                item = f"{word} {item.removeprefix(word)}"
+        return f"{_PAPERS[self.paper]}, {item}"
 
     def published_on(self, data: str) -> tuple[str, Mapping[str, Mapping[str, float]]]:
-        """The data set whose figures of the paper stand beside ours, and these."""
+        """The data set of the paper's figures that are shown beside ours, and these figures by row and column."""
         chosen = (
             data if data in self.published or not self.published else next(iter(self.published))
         )
         return chosen, self.published.get(chosen, {})
 
     def lacks(self) -> bool:
-        """Whether not all of the paper's figures are known here, on the data set that it is best known on."""
+        """Whether some of the paper's figures are unknown, on the data set for which the most are known."""
         known = max((sum(map(len, v.values())) for v in self.published.values()), default=0)
         return known < len(self.rows) * len(self.columns)
 
@@ -146,9 +146,9 @@ class Cell:
     """Our figure beside the paper's.
 
     Attributes:
-        measured: by seed.
+        measured: our figures by seed.
         paper: the paper's figure; None where it is not known here.
-        reason: why there is no figure of ours.
+        reason: the reason why there is no figure of ours.
     """
 
     measured: tuple[MeasuredCell, ...] = ()
@@ -187,12 +187,12 @@ class PaperTable:
 
     Attributes:
         item: the item of the table.
-        cells: by row and column.
-        scale: its name.
+        cells: the cells by row and column.
+        scale: the scale's name.
         data: the data set.
         paper_data: the data set of the paper's figures.
-        seeds: how many.
-        networks: the network of this scale by the paper's.
+        seeds: the number of seeds.
+        networks: for each network of the paper the network at this scale.
         remarks: remarks, one sentence each.
     """
 

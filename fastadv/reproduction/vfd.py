@@ -46,7 +46,7 @@ def _vfd(base: str = "trades", **changes: Any) -> RunSpec:
 
 
 def _guided(base: str) -> dict[str, RunSpec]:
-    """KD, BGAT and LBGAT around a base. (L)BGAT around TRADES is their own method."""
+    """KD, BGAT and LBGAT on a base method. BGAT and LBGAT on TRADES are the published methods themselves."""
     around: dict[str, Any] = {} if base == "trades" else {"base": base}
     beta: dict[str, Any] = {"beta": 6.0} if base == "trades" else {}
     return {

@@ -1,4 +1,4 @@
-"""Training and measuring of the models of the tables; existing results are used, stopped runs continue."""
+"""Training and measuring the models of the tables. Existing results are used again, and stopped runs continue."""
 
 from __future__ import annotations
 
@@ -31,10 +31,9 @@ from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
-_RECORD = (
-    "reproduction.json"  # in a run: a sign that it is whole, and its measures other than accuracies
-)
-_DIVERGED = "diverged"
+# A file in the directory of a run: that it is complete, and its measures other than accuracies.
+_RECORD = "reproduction.json"
+_SECONDS, _DIVERGED = "seconds", "diverged"
 _SEED = 0  # of the attacks
 T = TypeVar("T")
 
@@ -44,16 +43,16 @@ class Workshop:
     """A folder of trained models.
 
     Attributes:
-        folder: where the runs are.
-        scale: how large they are.
+        folder: the directory of the runs.
+        scale: the scale of the runs.
         source: the images.
-        device: where to train and measure; None chooses.
-        extra: a .npz file of further training images, for the methods that take such.
-        quiet: say nothing.
+        device: the device for training and measuring; None chooses.
+        extra: a .npz file of further training images, for the methods that take such images.
+        quiet: write no messages.
         trained: names of the runs that were trained, in full or in part, by this object.
-        judged: how many evaluations were made by this object.
-        failures: trainings that were refused, and why. It is a limit of the scale and no failure that a network
-            which stands for the paper's lacks a layer.
+        judged: the number of evaluations made by this object.
+        failures: trainings that were refused, with the reason. A layer that the scale's network lacks is a limit
+            of the scale, and not a failure.
     """
 
     folder: Path
@@ -80,7 +79,7 @@ class Workshop:
         """Return the details of a training here.
 
         Raises:
-            CannotRun: if something that it needs is not there.
+            CannotRun: if a method, an option, a value or a network does not exist here.
         """
         return resolve(run, self.scale, self.source.data, seed, self.extra_digest)
 
@@ -93,17 +92,17 @@ class Workshop:
         """The directory of a run."""
         return self.folder / run.name
 
-    def is_whole(self, run: Resolved) -> bool:
+    def is_complete(self, run: Resolved) -> bool:
         """Whether a run has been trained to its end."""
-        return "seconds" in self._record(run)
+        return _SECONDS in self._record(run)
 
     def missing(self, runs: Iterable[Resolved]) -> list[Resolved]:
-        """Those of some runs and of the runs that they need that are to be trained, in order, each once."""
+        """The runs that must be trained, among these and their teachers, each once and after its teachers."""
         needed = {one.name: one for run in runs for one in run.with_teachers()}
-        return [run for run in needed.values() if not self.is_whole(run)]
+        return [run for run in needed.values() if not self.is_complete(run)]
 
     def ensure(self, run: Resolved) -> None:
-        """Train a run, and those that it needs, unless they are there. One that stopped half way goes on."""
+        """Train a run and its teachers, except complete ones. A run that was stopped is resumed."""
         for one in self.missing([run]):
             self._say(f"training {one.method.name} in {self.path(one)}")
             if (diverged := self._record(one).get(_DIVERGED)) is not None:
@@ -129,7 +128,7 @@ class Workshop:
                 progress=not self.quiet,
             )
         except NonFiniteLossError as error:
-            # The others of the table can still be trained, and a second try would end as this one.
+            # The other rows can still be trained. This run is not tried again, since it would diverge again.
             reason = f"{run.method.name} in {run.name} diverged: {str(error).partition(';')[0]}"
             self._keep(run, _DIVERGED, reason)
             raise CannotRun(reason) from error
@@ -139,21 +138,19 @@ class Workshop:
             if not (isinstance(error, MissingLayerError) and self.scale.network is not None):
                 self.failures.append(f"{run.name}: {reason}")
             raise CannotRun(reason) from error
-        self._keep(run, "seconds", time.perf_counter() - began)
+        self._keep(run, _SECONDS, time.perf_counter() - began)
 
     def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
-        """Accuracies of a trained run. Accuracies in its file of results are not measured again."""
+        """Return accuracies of a trained run. Accuracies in its file of results are not measured again."""
         wanted = list(dict.fromkeys(wanted))
         found = self.known(run, wanted, seed)
         groups: dict[tuple[Any, ...], list[Accuracy]] = {}
         for one in wanted:
             if one not in found:
                 attack = self.scale.attack(one.attack)
-                groups.setdefault((one.source, attack, self.scale.images_for(attack)), []).append(
-                    one
-                )
-        for group in _joined(groups, self.scale):
-            source, n, attacks, radii = group
+                key = (one.source, attack, self.scale.images_for(attack))
+                groups.setdefault(key, []).append(one)
+        for source, n, attacks, radii in _joined(groups, self.scale):
             self.judged += 1
             run_evaluation(
                 str(self.path(run)),
@@ -174,7 +171,7 @@ class Workshop:
         return found
 
     def known(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
-        """Accuracies of a run that its file of results has."""
+        """Return the accuracies of a run that are in its file of results."""
         file = self.path(run) / EVAL_FILE
         if not file.exists():
             return {}
@@ -196,17 +193,17 @@ class Workshop:
         return found
 
     def _is_ours(self, result: Result, checkpoint: str) -> bool:
-        """Whether `rows` would find this, and not a user's `fastadv eval` with other options."""
+        """Whether `rows` has made this result, and not `fastadv eval` with other options."""
         row = result.row
-        free = row.name == CLEAN or row.distances is not None  # of norm and radius
+        without_ball = row.name == CLEAN or row.distances is not None
         own_alpha = row.alpha is None or row.name.startswith("fgsm")
         (attack,) = parse_attacks(row.name, 1.0, None)
         usual = CarliniWagner().variant(attack) if isinstance(attack, Minimum) else ""
         return (
             not result.after
             and row.variant == usual
-            and (free or result.norm == "linf")
-            and (free or own_alpha or _near(row.alpha or 0.0, row.eps / 4))
+            and (without_ball or result.norm == "linf")
+            and (without_ball or own_alpha or _near(row.alpha or 0.0, row.eps / 4))
             and result.bounds == (0.0, 1.0)
             and (result.subject.data, result.subject.checkpoint) == (self.images.name, checkpoint)
         )
@@ -215,7 +212,7 @@ class Workshop:
         return self.path(self.resolve(source, seed))
 
     def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
-        """Return a measure of a run, from its file if it is there; otherwise measure it and keep it."""
+        """Return a measure of a run from its file, or call ``find`` and write the result to the file."""
         record = self._record(run)
         title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
@@ -245,13 +242,13 @@ class Workshop:
 
 @dataclass
 class Place:
-    """One trained model, and where to measure it.
+    """One trained model, with the images and the device of its measurements.
 
     Attributes:
         shop: the folder of models.
         run: the training.
-        seed: of the training.
-        found: accuracies that are known.
+        seed: the seed of the training.
+        found: the accuracies that are known.
     """
 
     shop: Workshop
@@ -261,7 +258,7 @@ class Place:
 
     @property
     def scale(self) -> Scale:
-        """How large it is."""
+        """The scale of the training."""
         return self.shop.scale
 
     @property
@@ -276,12 +273,12 @@ class Place:
 
     @property
     def device(self) -> str | None:
-        """Where to measure."""
+        """The device for measuring."""
         return self.shop.device
 
     @property
     def n(self) -> int:
-        """How many test images are used."""
+        """The number of test images that are used."""
         n = self.scale.test_images
         return len(self.images) if n is None else min(n, len(self.images))
 
@@ -291,7 +288,7 @@ class Place:
         return self.shop.source.image_shape
 
     def row(self, accuracy: Accuracy) -> Row:
-        """An accuracy of the model."""
+        """The result with an accuracy of the model."""
         return self.found[accuracy]
 
     def model(self, run: RunSpec | None = None) -> nn.Module:
@@ -308,7 +305,7 @@ class Place:
         return self.shop.resolve(run, self.seed)
 
     def kept(self, title: str, find: Callable[[], T]) -> T:
-        """As `Workshop.kept`, of this model."""
+        """`Workshop.kept` for this model."""
         return self.shop.kept(self.run, title, find)
 
     def extractor_radii(self) -> list[float]:
@@ -323,7 +320,7 @@ def _near(a: float, b: float) -> bool:
 def _joined(
     groups: dict[tuple[Any, ...], list[Accuracy]], scale: Scale
 ) -> list[tuple[RunSpec | None, int | None, list[str], list[float]]]:
-    """Which evaluations give some accuracies: source, images, attacks and radii of each."""
+    """The evaluations that measure these accuracies: source, number of images, attacks and radii of each."""
     joined: dict[tuple[Any, ...], list[str]] = {}
     for (source, attack, n), ones in groups.items():
         radii = tuple(sorted({scale.eps(one.eps) for one in ones}))

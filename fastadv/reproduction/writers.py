@@ -16,11 +16,11 @@ _FORMAT = 1
 
 
 def write_table(table: PaperTable, folder: Path, data: str) -> list[Path]:
-    """Write a table and its picture. The names hold scale, data and seeds, so that others stay.
+    """Write a table and its picture. The files' names hold scale, data and seeds, so that other tables are kept.
 
     Args:
         table: the table.
-        folder: of its item.
+        folder: the folder of its item.
         data: the data set in the files' names.
 
     Returns:
@@ -30,9 +30,9 @@ def write_table(table: PaperTable, folder: Path, data: str) -> list[Path]:
         OSError: when one cannot be written.
     """
     name = f"{table.scale}-{data}-{table.seeds}{'seed' if table.seeds == 1 else 'seeds'}"
-    others = sorted({network for network in table.networks.values()})
-    if table.scale == "paper" or others != ["small_cnn"]:
-        name += f"-{others[0] if len(others) == 1 else 'several'}"
+    networks = sorted(set(table.networks.values()))
+    if table.scale == "paper" or networks != ["small_cnn"]:
+        name += f"-{networks[0] if len(networks) == 1 else 'several'}"
     contents: dict[str, str | bytes | None] = {
         ".md": markdown(table),
         ".csv": to_csv(table),
@@ -47,7 +47,7 @@ def write_table(table: PaperTable, folder: Path, data: str) -> list[Path]:
 
 
 def markdown(table: PaperTable) -> str:
-    """The table as the paper lays it out, with the paper's figure under "paper" right of ours."""
+    """The table in the paper's layout, with a column "paper" to the right of each column of ours."""
     item = table.item
     networks = {
         f"{here} for {theirs}" if here != theirs else here
@@ -120,7 +120,7 @@ def _notes(table: PaperTable) -> list[str]:
 
 
 def to_csv(table: PaperTable) -> str:
-    """One line per cell."""
+    """The table as CSV, one line per cell."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -136,12 +136,12 @@ def to_csv(table: PaperTable) -> str:
 
 
 def to_json(table: PaperTable) -> str:
-    """All of it as JSON text."""
+    """The table as JSON text."""
     return json.dumps(as_record(table), indent=1) + "\n"
 
 
 def as_record(table: PaperTable) -> dict[str, Any]:
-    """All of it as JSON types, with the figure of every seed."""
+    """The table as JSON types, with the figure of every seed."""
     item = table.item
     return {
         "format": _FORMAT,

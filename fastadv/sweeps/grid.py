@@ -9,8 +9,8 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 SEED, SEEDS = "seed", "seeds"
-_MOST_VALUES = 10_000  # of one axis; a range of more is a slip
-_PLAIN_DIGITS = 15  # an integer of more digits is written with an exponent
+_MOST_VALUES = 10_000  # of one axis; a range with more values is a typing error
+_PLAIN_DIGITS = 15  # an integer with more digits is written with an exponent
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,9 @@ class Axis:
     """An option and its values.
 
     Attributes:
-        name: of the option, without dashes.
-        values: as the command line takes them. A number has one spelling, so `.5` and `0.50` are the same value.
+        name: the option's name, without dashes.
+        values: its values, as text for the command line. A number has one spelling: `.5` and `0.50` are the same
+            value.
     """
 
     name: str
@@ -32,7 +33,7 @@ class Grid:
 
     Attributes:
         axes: the options; empty for a sweep over seeds alone.
-        seeds: of the trainings; empty where nothing is said of them.
+        seeds: the seeds of the trainings; empty where the grid does not name seeds.
     """
 
     axes: tuple[Axis, ...]
@@ -54,7 +55,7 @@ def parse_grid(words: Sequence[str]) -> Grid:
             it is left out. `seeds=N` is for the seeds 0 to N - 1, `seed=A,B` for those that are named.
 
     Raises:
-        ValueError: for anything else; the message names the option.
+        ValueError: for words of another form; the message names the option.
     """
     axes: dict[str, Axis] = {}
     seeds: tuple[int, ...] = ()
@@ -79,7 +80,7 @@ def parse_grid(words: Sequence[str]) -> Grid:
 
 
 def canonical(text: str) -> str:
-    """Return the one spelling of a number; any other text as it is.
+    """Return the one spelling of a number; return any other text as it is.
 
     A fraction keeps its denominator: 8/255 stays 8/255.
     """
@@ -119,7 +120,7 @@ def _values(name: str, text: str) -> tuple[str, ...]:
 
 
 def _split(name: str, text: str) -> list[str]:
-    """The parts between the commas that stand in no brackets."""
+    """The parts between commas; commas inside brackets do not separate."""
     parts, depth = [""], 0
     for character in text:
         depth += (character in "[{(") - (character in "]})")
@@ -157,17 +158,18 @@ def _range(name: str, text: str) -> list[str]:
         )
     if count >= _MOST_VALUES:
         raise ValueError(f"grid: {name} must have at most {_MOST_VALUES} values, got {text!r}")
-    below = {part.partition("/")[2].strip() for part in parts if "/" in part}
-    denominator = int(below.pop()) if len(below) == 1 and next(iter(below)).isdecimal() else None
+    denominators = {part.partition("/")[2].strip() for part in parts if "/" in part}
+    common = denominators.pop() if len(denominators) == 1 else ""
+    denominator = int(common) if common.isdecimal() else None
     return [_spelled(first + step * number, denominator) for number in range(int(count) + 1)]
 
 
 def _spelled(number: Fraction, denominator: int | None) -> str:
     """Write a number over the denominator of its range, else as a decimal number, else as a fraction."""
     if denominator is not None and number.denominator != 1:
-        above = number * denominator
-        if above.denominator == 1:
-            return f"{above}/{denominator}"
+        numerator = number * denominator
+        if numerator.denominator == 1:
+            return f"{numerator}/{denominator}"
     rest = number.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -179,9 +181,11 @@ def _spelled(number: Fraction, denominator: int | None) -> str:
 
 def _number(text: str) -> Fraction | None:
     """The value of a number or of a fraction of two numbers; None for other text."""
-    above, slash, below = text.partition("/")
+    numerator, slash, denominator = text.partition("/")
     try:
-        found = [Decimal(part.strip()) for part in ([above, below] if slash else [above])]
+        found = [
+            Decimal(part.strip()) for part in ([numerator, denominator] if slash else [numerator])
+        ]
     except InvalidOperation:
         return None
     if not all(number.is_finite() and abs(number.adjusted()) < 400 for number in found):
@@ -192,6 +196,6 @@ def _number(text: str) -> Fraction | None:
 
 
 def _decimal(number: Decimal) -> str:
-    plain = number.normalize() + 0  # the sum takes the sign from -0
+    plain = number.normalize() + 0  # the addition turns -0 into 0
     whole = plain == plain.to_integral_value() and plain.adjusted() < _PLAIN_DIGITS
     return f"{plain:f}" if whole else str(plain)

@@ -32,11 +32,11 @@ class SweepRun:
     """One run of a sweep.
 
     Attributes:
-        name: tells it from the others, and is the name of its directory.
+        name: a name that no other run of the sweep has, also the name of its directory.
         folder: its directory.
         log: the file with everything that its processes print.
         settings: the values of the grid's options.
-        seed: of its training.
+        seed: the seed of its training.
     """
 
     name: str
@@ -46,7 +46,7 @@ class SweepRun:
     seed: int
 
     def is_trained(self) -> bool:
-        """Whether the training has ended as it should."""
+        """Whether the training has ended without an error."""
         return self._state().get("trained") is True
 
     def is_finished(self, evaluation: Sequence[str]) -> bool:
@@ -59,11 +59,11 @@ class SweepRun:
         return self.is_trained() and _key(evaluation) in judged and self._has_results()
 
     def mark_trained(self) -> None:
-        """Keep that the training has ended."""
+        """Record that the training has ended."""
         self._write({**self._state(), "trained": True})
 
     def mark_judged(self, evaluation: Sequence[str]) -> None:
-        """Keep that an evaluation has ended."""
+        """Record that an evaluation has ended."""
         state = self._state()
         self._write({**state, "judged": sorted({*state.get("judged", []), _key(evaluation)})})
 
@@ -72,7 +72,7 @@ class SweepRun:
         return file.is_file() and bool(load_results(file))
 
     def _state(self) -> dict[str, Any]:
-        """The results kept of the run that is in the directory now; empty where it is another run."""
+        """The record of the run that is in the directory now; empty where it is a record of another run."""
         directory = RunDirectory(self.folder)
         if not directory.exists:
             return {}
@@ -98,7 +98,7 @@ class Plan:
         training: options of `fastadv train` that all runs share, as words.
         evaluation: options of `fastadv eval`, as words.
         grid: the options that differ, and at least one seed.
-        config: of a plan that was read, the text that the file of options had when the plan was saved.
+        config: for a plan that was read from its file, the text of the `--config` file when the plan was saved.
     """
 
     folder: Path
@@ -219,7 +219,7 @@ class Plan:
             raise ValueError(f"{file}: the description of the sweep is damaged: {error}") from error
 
     def _run(self, settings: Mapping[str, str], seed: int) -> SweepRun:
-        # By the names of the options, so that a run keeps its name when the grid is written in another order.
+        # Sorted by option, so that a run keeps its name when the grid is written in another order.
         parts = [f"{name}={_for_file(value)}" for name, value in sorted(settings.items())]
         name = ",".join([*parts, f"seed={seed}"])
         if len(name) > _LONGEST_NAME:
@@ -237,7 +237,7 @@ class Plan:
 
 
 def _for_file(value: str) -> str:
-    """A value as part of a file's name; a hash tells values apart that would have one name."""
+    """A value as part of a file's name. A value that has to be changed gets a hash, to keep names distinct."""
     plain = re.fullmatch(r"(\d+)/(\d+)", value)
     if plain:
         return f"{plain[1]}_{plain[2]}"
@@ -246,7 +246,7 @@ def _for_file(value: str) -> str:
 
 
 def _options(words: Sequence[str]) -> dict[str, str]:
-    """The options of a command line and their values, numbers in one spelling, a config by its text."""
+    """The options of a command line with their values: numbers in one spelling, for `--config` the file's text."""
     found: dict[str, str] = {}
     name = ""
     for word in words:
@@ -262,6 +262,6 @@ def _options(words: Sequence[str]) -> dict[str, str]:
 
 
 def _key(evaluation: Sequence[str]) -> str:
-    """The facts that tell one evaluation from another."""
+    """A hash of the options of an evaluation, by which evaluations are told apart."""
     options = sorted(_options(evaluation).items())
     return hashlib.sha256(json.dumps(options).encode()).hexdigest()[:16]

@@ -14,11 +14,11 @@ _SHOWN_LINES = 8  # of a log
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that did not end as it should.
+    """A run that failed.
 
     Attributes:
-        name: of the run.
-        reason: in words.
+        name: the run's name.
+        reason: the reason, in words.
         log: the file with everything that its processes printed.
     """
 
@@ -27,7 +27,7 @@ class Failure:
     log: Path
 
     def text(self) -> str:
-        """Name the run and the reason, and show the end of the log."""
+        """Return the run, the reason and the last lines of the log, as text."""
         lines = [f"{self.name}: {self.reason}; the end of {self.log}:"]
         return "\n".join([*lines, *(f"  {line}" for line in last_lines(self.log))])
 
@@ -37,7 +37,7 @@ def command_of(folder: Path, name: str) -> list[str]:
 
     Args:
         folder: the sweep's directory.
-        name: of the run.
+        name: the run's name.
     """
     return [sys.executable, "-m", "fastadv.sweeps.work", str(folder), name]
 
@@ -50,14 +50,14 @@ def start(
     environment: Mapping[str, str] | None = None,
     directory: str | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start the process of a run. It is told to stop when the thread that starts it ends.
+    """Start the process of a run. It gets SIGTERM when the thread that starts it ends.
 
     Args:
         folder: the sweep's directory.
-        name: of the run.
-        log: where its output is added.
+        name: the run's name.
+        log: the file to which its output is appended.
         environment: variables to set in addition to this process's variables.
-        directory: where it runs; by default the current directory.
+        directory: its working directory; by default the current directory.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "ab") as output:
@@ -74,7 +74,7 @@ def start(
 
 
 def reason_of(status: int) -> str:
-    """Say how a process ended that did not end with status 0."""
+    """Return in words how a process ended whose status is not 0."""
     return f"ended by signal {-status}" if status < 0 else f"exit status {status}"
 
 
@@ -86,6 +86,6 @@ def last_lines(log: Path) -> list[str]:
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []
-    # A progress bar renews its line by a carriage return.
+    # A progress bar rewrites its line after a carriage return.
     lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return [line for line in lines if line][-_SHOWN_LINES:]

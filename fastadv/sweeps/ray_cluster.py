@@ -1,4 +1,4 @@
-"""Running a sweep on a Ray cluster: an actor for each run, which goes on elsewhere when its node is lost."""
+"""Running a sweep on a Ray cluster: an actor for each run. A run whose node is lost is started on another node."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastadv.sweeps.local import STOPPED, say
 from fastadv.sweeps.plan import Plan, SweepRun
 from fastadv.sweeps.processes import Failure, reason_of, start
 
-_PAUSE = 0.2  # seconds between two looks at a signal
-_MOST_LOSSES = 10  # of the nodes of one run, after which something else is wrong with it
+_PAUSE = 0.2  # seconds between two checks for a signal
+_MOST_LOSSES = 10  # nodes that one run may lose; more losses have another cause
 
 
 class RunWorker:
@@ -24,7 +24,7 @@ class RunWorker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def work(self, folder: str, name: str, log: str, directory: str) -> int:
-        """Do a run of the sweep; the exit status of its process."""
+        """Train and judge a run of the sweep, and return the exit status of its process."""
         self._process = start(Path(folder), name, Path(log), directory=directory)
         return self._process.wait()
 
@@ -44,11 +44,12 @@ def run_on_ray(
     Args:
         plan: the sweep.
         runs: the unfinished runs.
-        address: of the cluster; by default the one this machine belongs to, else this machine alone.
-        jobs: how many at once; None for as many as the cluster has room for.
-        gpus: of each run; by default 1 where the cluster has any.
-        cpus: of each run; by default 1.
-        quiet: say nothing meanwhile.
+        address: address of the cluster; by default the cluster that this machine belongs to, else this machine
+            alone.
+        jobs: the number of runs at once; None for as many as the cluster has room for.
+        gpus: the number of GPUs for each run; by default 1 where the cluster has GPUs.
+        cpus: the number of CPUs for each run; by default 1.
+        quiet: write no messages.
 
     Returns:
         The runs that failed.
@@ -74,7 +75,7 @@ def run_on_ray(
                 raise ValueError(
                     f"{option} must be at most the cluster's number, {resources.get(kind, 0):g}, got {needed:g}"
                 )
-        # The runs take the place of one that a node has lost; Ray itself is not to start them anew.
+        # A run on a lost node is started again by the driver. Ray must not restart it as well.
         actor = ray.remote(RunWorker).options(max_restarts=0, max_task_retries=0, **needs)
         return _Driver(ray, actor, plan, quiet).drive(list(runs), jobs or len(runs))
     finally:
@@ -83,13 +84,13 @@ def run_on_ray(
 
 
 class _Driver:
-    """Hands runs to actors and follows them.
+    """Hands runs to actors and collects their results.
 
     Args:
-        ray: the module.
-        actor: makes an actor.
+        ray: the module ray.
+        actor: the actor class.
         plan: the sweep.
-        quiet: say nothing.
+        quiet: write no messages.
     """
 
     def __init__(self, ray: Any, actor: Any, plan: Plan, quiet: bool) -> None:
@@ -106,24 +107,30 @@ class _Driver:
                         self._start(waiting.pop(0))
                     ready, _ = self._ray.wait(list(self._going), timeout=_PAUSE)
                     for reference in ready:
-                        run, worker = self._going.pop(reference)
-                        reason = self._end_of(reference)
-                        self._ray.kill(worker)
-                        if reason is None:  # its node is lost
-                            waiting.insert(0, run)
-                        elif reason:
-                            failures.append(Failure(run.name, reason, run.log))
-                        say(self._quiet, f"{run.name}: {self._word(reason, run)}")
-                        if reason is None and self._counted(run) > _MOST_LOSSES:
-                            waiting.remove(run)
-                            lost = f"lost its node {_MOST_LOSSES} times"
-                            failures.append(Failure(run.name, lost, run.log))
+                        self._collect(reference, waiting, failures)
             finally:
                 for _, worker in self._going.values():
                     self._ray.kill(worker)
         if request.signal is not None:
             raise Interrupted(STOPPED, request.signal)
         return failures
+
+    def _collect(self, reference: Any, waiting: list[SweepRun], failures: list[Failure]) -> None:
+        """Take note of a run that has ended. A run whose node is lost waits again, up to `_MOST_LOSSES` times."""
+        run, worker = self._going.pop(reference)
+        reason = self._end_of(reference)
+        self._ray.kill(worker)
+        if reason is not None:
+            say(self._quiet, f"{run.name}: {reason or 'done'}")
+            if reason:
+                failures.append(Failure(run.name, reason, run.log))
+            return
+        say(self._quiet, f"{run.name}: its node is lost; it goes on elsewhere")
+        self._losses[run.name] = self._losses.get(run.name, 0) + 1
+        if self._losses[run.name] > _MOST_LOSSES:
+            failures.append(Failure(run.name, f"lost its node {_MOST_LOSSES} times", run.log))
+        else:
+            waiting.insert(0, run)
 
     def _start(self, run: SweepRun) -> None:
         worker = self._actor.remote()
@@ -132,7 +139,7 @@ class _Driver:
         say(self._quiet, f"{run.name}: handed to Ray")
 
     def _end_of(self, reference: Any) -> str | None:
-        """How a run ended: empty for as it should, None for its node's loss, else a reason."""
+        """How a run ended: empty without an error, None where its node is lost, else the reason of the failure."""
         errors = self._ray.exceptions
         try:
             status = self._ray.get(reference)
@@ -141,13 +148,6 @@ class _Driver:
         except errors.RayTaskError as error:
             return f"could not be started: {' '.join(str(error.cause).split())}"
         return reason_of(status) if status else ""
-
-    def _word(self, reason: str | None, run: SweepRun) -> str:
-        return "its node is lost; it goes on elsewhere" if reason is None else reason or "done"
-
-    def _counted(self, run: SweepRun) -> int:
-        self._losses[run.name] = self._losses.get(run.name, 0) + 1
-        return self._losses[run.name]
 
 
 def _ray() -> Any:

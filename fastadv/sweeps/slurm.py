@@ -1,4 +1,4 @@
-"""Handing a sweep to Slurm, as an array with a job per run."""
+"""Submitting a sweep to Slurm, as a job array with one task per run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastadv.sweeps.processes import command_of
 
 SCRIPT_FILE = "sweep.sbatch"
 _JOB_FILE = "slurm.json"
-_NOTICE = 120  # seconds before the end of its time at which a job is told to save its checkpoint
+_NOTICE = 120  # seconds before the end of its time limit at which a job gets SIGTERM, to save its checkpoint
 
 
 def write_script(
@@ -30,18 +30,18 @@ def write_script(
     cpus: int | None = None,
     options: Sequence[str] = (),
 ) -> Path:
-    """Write the script of an array.
+    """Write the script of a job array.
 
     Args:
         plan: the sweep.
         runs: the unfinished runs, at least one.
-        jobs: how many at once; None for as many as the cluster has room for.
-        gpus: of each run.
-        cpus: of each run.
+        jobs: the number of runs at once; None for as many as the cluster has room for.
+        gpus: the number of GPUs for each run.
+        cpus: the number of CPUs for each run.
         options: further options of `sbatch`, such as "partition=gpu" or "time=12:00:00".
 
     Raises:
-        ValueError: when Slurm could not give so many GPUs, or an option is not of that form.
+        ValueError: when gpus is not a whole number, or an option is not of that form.
     """
     if gpus is not None and gpus != int(gpus):
         raise ValueError(f"gpus_per_run must be a whole number for Slurm, got {gpus:g}")
@@ -84,7 +84,7 @@ def write_script(
 
 
 def submit(script: Path) -> str:
-    """Submit the script of an array, unless the one that was submitted last is still there.
+    """Submit the script of a job array, unless the sweep's last job is still in the queue.
 
     Returns:
         The number of the job.
@@ -123,6 +123,6 @@ def _is_there(job: str) -> bool:
 
 
 def _escaped(path: Path) -> str:
-    """A path as a directive of the script takes it."""
+    """A path in a directive of the script; a path with spaces needs quotation marks."""
     text = str(path)
     return f'"{text}"' if " " in text else text

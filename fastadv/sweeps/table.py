@@ -21,7 +21,7 @@ from fastadv.sweeps.plan import SweepRun
 _NOTE = (
     "Mean ± standard deviation (n - 1) over the seeds of the trainings; one seed has no deviation."
 )
-_LABELLED = 16  # points of a curve, more of which would hide each other's labels
+_LABELLED = 16  # points in the plot; the labels of more points would hide each other
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class PointCell:
     """The accuracies of one point under one attack, over the seeds.
 
     Attributes:
-        values: in percent, one per seed.
+        values: the accuracies in percent, one per seed.
     """
 
     values: tuple[float, ...]
@@ -72,10 +72,10 @@ class PointRow:
     Attributes:
         curve: the sweep's curve in the plot.
         settings: the values of the grid's options.
-        seeds: of the trainings.
-        where: data, number of images, norm and radius.
-        radius: norm and radius as a comparison has them.
-        cells: by attack.
+        seeds: the seeds of the trainings.
+        where: data, number of images, norm and radius, as text.
+        radius: norm and radius as numbers of a `Comparison`.
+        cells: the accuracies by attack.
     """
 
     curve: str
@@ -98,7 +98,7 @@ class SweepTable:
         judgements: the finished runs, at least one; runs of one point stand together.
 
     Attributes:
-        summary: of the same runs, for a report.
+        summary: the summary of the same runs, for a report.
         rows: the points, in the order of the runs.
         attacks: the columns.
     """
@@ -137,7 +137,7 @@ class SweepTable:
         return Table("Sweep", heading, tuple(body), (_NOTE,))
 
     def csv(self) -> str:
-        """The same as CSV, mean and deviation in columns of their own."""
+        """The table as CSV, with mean and deviation in columns of their own."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.settings))
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -178,7 +178,7 @@ class SweepTable:
         ]
 
     def points(self) -> list[TradeOffPoint]:
-        """The points of the plot: those of a curve from the lowest clean accuracy to the highest."""
+        """The points of the plot, for each curve from the lowest clean accuracy to the highest."""
         robust, radius = self.summary.robust, self.summary.radius
         rows = [
             row for row in self.rows if row.radius == radius and {CLEAN, robust} <= row.cells.keys()
@@ -241,7 +241,7 @@ def distinct_curves(names: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _bar(cell: PointCell) -> tuple[float, float] | None:
-    """One deviation to either side."""
+    """The interval of one deviation on either side of the mean; None without a deviation."""
     deviation = cell.deviation
     if deviation is None:
         return None

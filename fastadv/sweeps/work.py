@@ -20,15 +20,15 @@ from fastadv.trainers import RunInUseError
 from fastadv.trainers.run_lock import RunLock
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_PATIENCE = 600.0  # seconds for a process of an earlier sweep to end
+_PATIENCE = 600.0  # seconds to wait for a process of an earlier sweep to end
 
 
 def work(folder: Path, name: str) -> int:
-    """Train a run and judge it, as far as that is not done yet.
+    """Train a run and judge it. Steps that are done already are skipped.
 
     Args:
         folder: the sweep's directory.
-        name: of the run.
+        name: the run's name.
 
     Returns:
         The exit status of the first command that failed, or 0.
@@ -51,10 +51,10 @@ def work(folder: Path, name: str) -> int:
 
 
 def end_with(parent: int) -> None:
-    """Let this process get SIGTERM when its parent ends, however that happens, even by SIGKILL.
+    """Let the kernel send SIGTERM to this process when its parent ends, even by SIGKILL.
 
     Args:
-        parent: number of the parent.
+        parent: process id of the parent.
     """
     ctypes.CDLL(None, use_errno=True).prctl(_SET_PARENT_DEATH_SIGNAL, int(signal.SIGTERM), 0, 0, 0)
     if os.getppid() != parent:  # it ended before

@@ -33,7 +33,7 @@ class ActRecipe(NaturalRecipe):
     step size is a quarter of eps.
 
     Attributes:
-        weight: weight of each model's divergence from the other, alpha in the paper.
+        weight: weight of each model's divergence from the other model, alpha in the paper.
         temperature: temperature of the divergences in training; 4 in the authors' code.
         attack_divergence: the second term of the attack's loss, besides (1 - weight) CE. "mean" is weight KL.
             "sum" is weight B KL as in the authors' code, where the attack depends on the batch size B.
@@ -89,9 +89,9 @@ class Act(NaturalMethod[ActRecipe]):
     """ACT: L_G = (1 - a) CE(G(x')) + a KL(F(x) || G(x')) and L_F = (1 - a) CE(F(x)) + a KL(G(x') || F(x)).
 
     Source: Arani et al. 2020, algorithm 1. The robust model G sees adversarial images, which maximise L_G. The
-    natural model F sees clean images. In each divergence the second model teaches the first, without a gradient of
-    its own. Each model has its own optimiser, and both are updated together. G is evaluated. During the attack G
-    is in evaluation mode. The attack uses the logits of F's one training pass, as in the authors' code.
+    natural model F sees clean images. In each divergence the second model teaches the first, and gets no gradient
+    itself. Each model has its own optimiser, and both are updated together. G is evaluated. During the attack G
+    is in evaluation mode. The attack uses the logits of F's single training pass, as in the authors' code.
 
     Cost per batch: 2KF for the attack, 6F for training. Running statistics of each model move once.
     """
@@ -109,10 +109,10 @@ class Act(NaturalMethod[ActRecipe]):
         super().setup()
 
     def _attack_objective(self, logits: Tensor, y: Tensor) -> Tensor:
-        """L_G of each image, the divergence weighted as the recipe has it, [B]."""
+        """L_G of each image, [B], with the recipe's weight of the divergence."""
         assert self._natural_logits is not None
         weight, natural = self.recipe.weight, self._natural_logits
-        images = len(y) * self.runtime.ranks.count
+        images = len(y) * self.runtime.ranks.world_size
         factor = images if self.recipe.attack_divergence == "sum" else 1
         divergence = losses.kl(natural, logits, reduction="none")
         hard = losses.cross_entropy(logits, y, reduction="none")
@@ -144,5 +144,5 @@ class Act(NaturalMethod[ActRecipe]):
         return LossResult(loss, pair_metrics(adv.natural_logits, robust_logits, batch.y))
 
     def passes(self, epoch: int) -> float:
-        """Return the robust model's cost and 3F of the natural one, whose pass AWP does not repeat."""
+        """Return the robust model's cost and 3F for the natural model, whose pass AWP does not repeat."""
         return super().passes(epoch) + 3

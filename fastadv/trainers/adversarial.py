@@ -23,15 +23,16 @@ AdversarialT = TypeVar("AdversarialT", bound=AdversarialRecipe)
 
 
 class AdversarialMethod(Method[AdversarialT, AttackedT]):
-    """A method whose attack is PGD on the trained model, in evaluation mode unless its recipe has another.
+    """A method whose attack is PGD on the trained model, in evaluation mode unless its recipe has another mode.
 
-    Its recipe can ask for AWP, `WeightPerturbation`, around the training loss: the loss is then computed twice,
-    with the same attacked images, and the log has that at the perturbed weights.
+    Its recipe can ask for AWP, `WeightPerturbation`, around the training loss. The loss is then computed twice,
+    with the same attacked images, and the log has the loss at the perturbed weights.
 
     Attributes:
-        attack_loss: the loss that PGD maximises; a name or a callable as `fastadv.pgd_fused` takes it.
-        attack_class: PGD, or a subclass made with the same arguments.
-        images_trained: how many images per image of the batch the trained model sees in the training loss.
+        attack_loss: the loss that PGD maximises; a name or a callable, as for `fastadv.pgd_fused`.
+        attack_class: PGD, or a subclass with the same arguments.
+        images_trained: number of images that the trained model sees in the training loss for each image of the
+            batch.
     """
 
     attack_loss: str | LossFunction = "ce"
@@ -64,17 +65,17 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
             self.bn_updates += recipe.steps + (self.attack_loss == "kl")
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        """Return the images at which the attack starts; None for PGD's own start: a random point, or the image."""
         recipe = self.recipe
         drawn = recipe.random_start and recipe.norm == "l2" and recipe.l2_start == "radius"
         return self.random_point(batch, "attack") if drawn else None
 
     def random_point(self, batch: TrainBatch, purpose: str) -> Tensor:
-        """Return a random point of the ball around each image, drawn as the recipe has it.
+        """Return a random point of the ball around each image, drawn by the recipe's `l2_start`.
 
         Args:
             batch: the images.
-            purpose: of its random numbers.
+            purpose: the purpose of the random numbers; another purpose gives other numbers.
 
         Returns:
             Images [B, C, H, W] in 0..1.
@@ -82,18 +83,18 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         recipe, seed = self.recipe, batch.seed(purpose)
         eps = (
             self.pgd.eps
-        )  # where a method draws the radius of a batch, this one and not the recipe's
+        )  # differs from the recipe's eps if the method draws a radius for each batch
         if recipe.norm == "l2" and recipe.l2_start == "radius":
             return uniform_radius_start(batch.x, eps, seed=seed, sample_ids=batch.ids)
         return random_start(batch.x, eps, recipe.norm, seed=seed, sample_ids=batch.ids)
 
     def perturb(self, batch: TrainBatch, rows: Tensor | None = None) -> Tensor:
-        """Attack a batch, or some of it.
+        """Attack a batch, or some of its images.
 
         Args:
             batch: the batch.
-            rows: int64 indices of the images to attack; the others are returned as they are. The
-                result of a row does not depend on which others are attacked with it.
+            rows: int64 indices of the images to attack; the other images are returned unchanged. The result of an
+                image does not depend on the other images that are attacked with it.
 
         Returns:
             Images [B, C, H, W].
@@ -119,11 +120,11 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         return adv
 
     def gauges(self) -> dict[str, Tensor]:
-        """Return the share of exact zeros in the gradients of the attack, a sign of masking."""
+        """Return the fraction of exact zeros in the gradients of the attack, a sign of gradient masking."""
         return self._gauges
 
     def perturbs_weights(self, epoch: int) -> bool:
-        """Whether there is AWP in an epoch, counted from 0."""
+        """Whether AWP perturbs the weights in an epoch, counted from 0."""
         return self.recipe.awp_gamma > 0 and epoch >= self.recipe.awp_warmup
 
     @cached_property
@@ -132,7 +133,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
         return WeightPerturbation(models, self.recipe.awp_gamma, self.runtime.ranks)
 
     def step(self, batch: TrainBatch, update: Update) -> None:
-        """Train on one batch, with AWP at perturbed weights."""
+        """Train on one batch; with AWP the gradient is taken at perturbed weights."""
         if not self.perturbs_weights(batch.epoch):
             super().step(batch, update)
             return

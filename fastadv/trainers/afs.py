@@ -31,10 +31,11 @@ class AfsRecipe(AdversarialRecipe):
     triangular noise and is clipped to 0..1 at its end.
 
     Attributes:
-        weight: weight of the clean images' cross-entropy, alpha in the paper. The adversarial images have 1 -
-            weight.
-        mix: "loss" computes both terms for every image. "batch", as in the authors' code, keeps a part `weight` of
-            each batch clean, rounded down, and attacks the others. Its expectation is the same, and it costs less.
+        weight: weight of the clean images' cross-entropy, alpha in the paper. The adversarial images have the
+            weight 1 - weight.
+        mix: "loss" computes both terms for every image. "batch", as in the authors' code, keeps the fraction
+            `weight` of each batch clean, rounded down, and attacks the other images. Its expectation is the same,
+            and it costs less.
         eps_low: draw the radius of each batch's attack uniformly from eps_low to eps, with the step size in
             proportion. By default every batch has eps. The draw depends only on the seed, the epoch and the
             iteration.
@@ -78,7 +79,7 @@ class AfsRecipe(AdversarialRecipe):
 
 
 class Afs(AdversarialMethod[AfsRecipe, Attacked]):
-    """AFS: weight CE(z(x)) + (1 - weight) CE(z(x')), z a linear merger of frozen extractors, x' made against z.
+    """AFS: weight CE(z(x)) + (1 - weight) CE(z(x')), z a linear merger of frozen extractors, x' an attack on z.
 
     Source: Liu and Zhao 2021, equations 1 to 4; recipe of the paper. The model is a stack, such as
     "stack:6*wrn_28_10", and each of its extractors gets the weights of a trained network. They stay in evaluation
@@ -112,7 +113,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         self.stack.extractors.requires_grad_(False)
         self._compiled: Callable[[Tensor], list[Tensor]] | None = None
         super().setup()
-        if self._clips_late:  # bounds that no image of the ball reaches
+        if self._clips_late:  # no image of the ball reaches these bounds, so PGD does not clip
             self.pgd.bounds = (-self.recipe.eps, 1 + self.recipe.eps)
 
     @property
@@ -123,10 +124,10 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         """Give the extractors their weights."""
         for extractor, source in zip(self.stack.extractors, self.teachers.values(), strict=True):
             copy_weights(extractor, source)
-            source.cpu()  # out of the way
+            source.cpu()  # frees the memory of the device
 
     def compile(self, mode: str | None = None) -> None:
-        """Let torch.compile make the extractors' pass, which is all that costs."""
+        """Run the extractors' pass, which is nearly the whole cost, through torch.compile."""
         super().compile(mode)
         self._compiled = torch.compile(self.stack.pooled_features, mode=mode)
 
@@ -148,7 +149,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         return Attacked(x.clamp(0, 1) if self._clips_late else x)
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        """Return the images at which the attack starts; None for PGD's own start: a random point, or the image."""
         if not (self._clips_late and self.recipe.random_start):
             return super().start_of(batch)
         seeds = (batch.seed(purpose) for purpose in ("attack", "second half of the attack's noise"))
@@ -165,10 +166,10 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         return batch.x + (halves[0] + halves[1])
 
     def _attacked_places(self, size: int) -> list[int]:
-        """The places of this process's part of the batch that are attacked with mix "batch".
+        """The positions, in this process's part of the batch, of the images that mix "batch" attacks.
 
-        The clean ones are spread evenly over the global batch, so that they are the same whatever process has
-        them, and all processes have nearly as many. In all they are truncated, as in the authors' code.
+        The clean images are spread evenly over the global batch. So they do not depend on the number of processes,
+        and all processes have nearly the same number. Their total number is rounded down, as in the authors' code.
         """
         weight, first = self.recipe.weight, self.runtime.ranks.rank * size
         return [
@@ -176,7 +177,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         ]
 
     def radius_of(self, batch: TrainBatch) -> float:
-        """Return the radius of a batch's attack, which all processes have in common."""
+        """Return the radius of a batch's attack, the same in all processes."""
         low, high = self.recipe.eps_low, self.recipe.eps
         if low is None:
             return high
@@ -206,7 +207,7 @@ class Afs(AdversarialMethod[AfsRecipe, Attacked]):
         return stack.merge(pooled.split(stack.widths, 1))
 
     def passes(self, epoch: int) -> float:
-        """Return the cost of the attack, for the attacked part, and the cost of the features."""
+        """Return the cost of the attack on the attacked images, and the cost of the features."""
         both = self.recipe.mix == "loss"
         attacked = 1 if both else 1 - self.recipe.weight
         features = (2 if both else 1) * (1 + self.perturbs_weights(epoch))

@@ -1,4 +1,4 @@
-"""Adversarial logit pairing."""
+"""ALP: adversarial logit pairing."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class AlpRecipe(PairRecipe):
-    """Schedule of standard training; the weight that is used in practice.
+    """The schedule of standard training, and the weight that is used in practice.
 
     Attributes:
-        weight: of the logit pairing.
+        weight: weight of the logit pairing.
     """
 
     schedule: Schedule = _TENTH_AFTER_75_AND_90

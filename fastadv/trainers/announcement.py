@@ -1,4 +1,4 @@
-"""The plan that a run prints before it starts: the work, the cost, and where the results go."""
+"""The text that a run prints before it starts: the work, the expected time, and where the results go."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LONG_PASS = 5.0  # seconds
 
 
 def announcement(loop: Loop, model_name: str | None) -> str:
-    """Return a few lines on a run that is about to start.
+    """Return a few lines about a run that is about to start.
 
     Args:
         loop: the run.
@@ -32,7 +32,7 @@ def announcement(loop: Loop, model_name: str | None) -> str:
     model = next(iter(loop.models.values()))
     size = sum(p.numel() for p in model.parameters())
     precision = "float32" if runtime.autocast_dtype is None else str(runtime.autocast_dtype)[6:]
-    where = f"{runtime.device}" + f" x {loop.ranks.count}" * (loop.ranks.count > 1)
+    where = f"{runtime.device}" + f" x {loop.ranks.world_size}" * (loop.ranks.world_size > 1)
     done = loop.progress
     begun = f", continued after epoch {done.epoch} iteration {done.epoch_step}" if done.step else ""
     return "\n".join(
@@ -59,9 +59,10 @@ def _images(loader: Batches) -> str:
 
 
 def _expected_seconds(loop: Loop) -> float:
-    """Time a forward pass and a step of the attack, and multiply; validations and checkpoints come on top.
+    """Estimate the seconds of the remaining iterations, without validations and checkpoints.
 
-    Both run in evaluation mode on the first batch and leave the model as it was.
+    A forward pass and a step of the attack are timed on the first batch, in evaluation mode. They do not change
+    the model.
     """
     method, recipe = loop.method, loop.recipe
     model = next(iter(loop.models.values()))
@@ -92,7 +93,7 @@ def _passes_left(loop: Loop) -> float:
 
 
 def _seconds_of(work: Callable[[], Tensor]) -> float:
-    """Time work, a second time unless it takes long: the first one also pays for starting up."""
+    """The seconds of a second call, as the first call includes the start-up; of the first call if it is long."""
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
@@ -114,7 +115,7 @@ def _optimizer_line(loop: Loop) -> list[str]:
 
 
 def _schedule_line(recipe: Recipe) -> list[str]:
-    """Say so where the recipe's schedule was scaled from another number of epochs."""
+    """A line about the schedule, if it was scaled from another number of epochs."""
     kind = type(recipe)
     decided = {name: getattr(recipe, name) for name in kind.deciders()}
     for name in kind.presets:
@@ -129,7 +130,7 @@ def _schedule_line(recipe: Recipe) -> list[str]:
 
 
 def _rounded(value: Any) -> str:
-    """A number for people, or several."""
+    """A number, or several, with four digits."""
     numbers = value if isinstance(value, tuple) else (value,)
     return ", ".join(f"{number:.4g}" for number in numbers)
 
@@ -146,7 +147,7 @@ def _attack_line(loop: Loop) -> list[str]:
 
 
 def _passes(loop: Loop) -> str:
-    """The cost of each stretch of epochs, in forward passes."""
+    """The cost in forward passes, for each range of epochs with the same cost."""
     costs = [loop.method.passes(epoch) for epoch in range(loop.recipe.epochs)]
     parts, first = [], 1
     for cost, stretch in groupby(costs):

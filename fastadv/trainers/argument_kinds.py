@@ -1,4 +1,4 @@
-"""Checks of the kinds of the arguments of `train`."""
+"""Checks of the types of the arguments of `train`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def check_kinds(
     on_start: object,
     on_step: object,
 ) -> None:
-    """Check the kinds of the arguments that are neither numbers nor switches.
+    """Check the types of the arguments that are neither numbers nor switches.
 
     Raises:
-        TypeError: naming the first that is of another kind.
-        ValueError: the run directory has no name.
+        TypeError: if an argument has a wrong type; the message names the first.
+        ValueError: if the run directory is an empty path.
     """
     if isinstance(data, ImageData | StreamedData) or not isinstance(data, Splits | str):
         raise TypeError(
@@ -37,7 +37,7 @@ def check_kinds(
         raise TypeError(f"model must be a module or a name, got {type(model).__name__}{hint}")
     if not isinstance(run_dir, str | os.PathLike):
         raise TypeError(f"run_dir must be the path of a directory, got {run_dir!r}")
-    if not os.fspath(run_dir):  # such as of a variable of the shell that is not set
+    if not os.fspath(run_dir):  # for example a shell variable that is not set
         raise ValueError("run_dir must be the path of a directory, got ''")
     if not isinstance(extra, ImageData | None):
         raise TypeError(f"extra must be ImageData, got {type(extra).__name__}; see from_tensors")
@@ -52,7 +52,7 @@ def checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:
     """Return the recipe, or the method's own recipe if there is no recipe.
 
     Raises:
-        TypeError: the recipe belongs to another method.
+        TypeError: if the recipe belongs to another method.
     """
     if recipe is None:
         return method.recipe_class()

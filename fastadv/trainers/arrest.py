@@ -23,7 +23,7 @@ from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe, check_field
 from fastadv.trainers.schedules import Piecewise, Schedule
 
-# Of .025: all of it in epochs 1 to 10, .02 from epoch 11, then halved every two epochs.
+# The learning rate is .025 in epochs 1 to 10 and .02 from epoch 11; then it is halved every two epochs.
 _FINE_TUNING = Piecewise((0, 10, 12, 14, 16, 18), (1.0, 0.8, 0.4, 0.2, 0.1, 0.05))
 
 _DISTANCES_OF_LOGITS = ("logits_mse", "logits_kl")
@@ -31,23 +31,23 @@ _DISTANCES_OF_LOGITS = ("logits_mse", "logits_kl")
 
 @dataclass(frozen=True, kw_only=True)
 class ArrestRecipe(AdversarialRecipe):
-    """Numbers of the ARREST paper, section 5.1, with the parts and rivals of its tables 2 and 4 and figure 4.
+    """Numbers of the ARREST paper, section 5.1, and the variants of its tables 2 and 4 and figure 4.
 
     Attributes:
         finetune: start from the standard weights (AFT); otherwise from random weights.
         distill: keep the model close to the standard one (RGKD).
         replay: do not attack images whose features have drifted (NR).
-        distance: distance that the distillation minimises. "angular" is the angular distance of features. Its
-            rivals are "mse", the mean squared difference of features; "attention", the distance of attention maps;
-            "logits_mse", the mean squared difference of logits, LBGAT's loss, as in table 4; and "logits_kl",
-            Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
+        distance: distance that the distillation minimises. "angular" is the angular distance of features. The
+            alternatives are "mse", the mean squared difference of features; "attention", the distance of attention
+            maps; "logits_mse", the mean squared difference of logits, LBGAT's loss, as in table 4; and
+            "logits_kl", Hinton's divergence of logits, T^2 KL(f_std(x) || f(x')).
         temperature: T of "logits_kl".
         replay_with: replacement of drifted images: "noise", a random point of the ball, or "clean", the clean
             image.
         lam: weight of the distillation, lambda; the default is meant for the angular distance.
         phi: angle in degrees beyond which features count as drifted; tau = 1 - cos(phi). The
             paper has 30, 37.5 and 45 for CIFAR-10, 30, 32.5 and 35 for CIFAR-100.
-        replay_epochs: number of epochs from the start with replay.
+        replay_epochs: number of epochs with replay, from the start of the run.
     """
 
     epochs: int = 20
@@ -83,9 +83,9 @@ class Replayed(Attacked):
 
     Attributes:
         teacher_features: the standard model's features of the clean images [B, C, H, W]; None
-            where no part of the method needs them.
-        teacher_logits: its logits [B, K]; None unless these are distilled.
-        replayed: part of the batch that was replayed, a scalar.
+            if no part of the method needs them.
+        teacher_logits: the standard model's logits [B, K]; None unless logits are distilled.
+        replayed: fraction of the batch that was replayed, a scalar.
     """
 
     teacher_features: Tensor | None = None
@@ -134,8 +134,8 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
             copy_weights(self.model, self.teachers["teacher"])
 
     def attack(self, batch: TrainBatch) -> Replayed:
-        """Return PGD's images, or noise where the features have drifted."""
-        with self.pgd.unchanged():  # between the drift and the attack
+        """Return PGD's images; images whose features have drifted are replaced."""
+        with self.pgd.unchanged():  # the weights stay the same between the drift and the attack
             return self._attacked(batch)
 
     def _attacked(self, batch: TrainBatch) -> Replayed:
@@ -178,7 +178,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         return LossResult(batch.mean(loss + self.recipe.lam * distance), metrics)
 
     def passes(self, epoch: int) -> float:
-        """Return PGD-AT's cost, plus 1F of the teacher and 1F of the model where they are needed."""
+        """Return PGD-AT's cost, plus 1F for the teacher and 1F for the model if they are needed."""
         replaying = self._replaying(epoch)
         return super().passes(epoch) + (replaying or self.recipe.distill) + replaying
 
@@ -186,7 +186,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         return self.recipe.replay and epoch < self.recipe.replay_epochs
 
     def _teacher_pass(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the standard model's features and, where they are distilled, its logits."""
+        """Return the standard model's features, and its logits if they are distilled."""
         teacher = cast(Any, self.teachers["teacher"])
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             features = self.teacher_output("teacher", x, features_of)
@@ -207,7 +207,7 @@ class Arrest(AdversarialMethod[ArrestRecipe, Replayed]):
         return losses.feature_distance(features, adv.teacher_features, recipe.distance)
 
     def _drifting_features(self, x: Tensor) -> Tensor:
-        """Return the model's features in evaluation mode, if possible by the copy that is to be attacked."""
+        """Return the model's features in evaluation mode, if possible from the engine that runs the attack."""
         if self.runtime.autocast_dtype == torch.bfloat16 and self.recipe.attack_mode == "eval":
             with self.pgd.held(x.device):
                 found = self._tap.features(self.pgd.engine_for(x), self.model, x)

@@ -13,21 +13,22 @@ from fastadv.trainers.optim import BufferGuard
 
 
 class WeightPerturbation:
-    """Adversarial weight perturbation: loss, gradient and step at w + gamma |w| g / |g|, which is then taken back.
+    """Adversarial weight perturbation: the gradient step is computed at w + gamma |w| g / |g|.
 
-    w is a weight tensor of more than one dimension, g the gradient of the training loss on the batch, norms are
-    those of the whole tensor. Biases and BatchNorm's weights stay. Weight decay acts on the perturbed weights.
+    Afterwards the perturbation is subtracted. w is a weight tensor with more than one dimension, g is the gradient
+    of the training loss on the batch, and the norms are norms of the whole tensor. Biases and BatchNorm's weights
+    are not perturbed. Weight decay acts on the perturbed weights.
 
-    Source: Wu et al. 2020, algorithm 1 with one step; as in the authors' code (csdongxian/AWP), whose copy of the
-    model, from which g is taken, is not needed.
+    Source: Wu et al. 2020, algorithm 1 with one step, as in the authors' code (csdongxian/AWP). That code takes g
+    from a copy of the model, which is not needed here.
 
     Args:
-        models: the models that are trained; the first one's weights are perturbed.
+        models: the trained models; the weights of the first are perturbed.
         gamma: size of the perturbation relative to the weights.
-        ranks: the processes that train together, which perturb alike.
+        ranks: the processes that train together; all apply the same perturbation.
 
     Raises:
-        ValueError: if the first model has no such weights that are trained.
+        ValueError: if the first model has no trained weights with more than one dimension.
     """
 
     def __init__(self, models: Sequence[nn.Module], gamma: float, ranks: Ranks) -> None:
@@ -38,19 +39,19 @@ class WeightPerturbation:
         ]
         if not self._weights:
             raise ValueError(
-                f"awp_gamma must be 0 for {type(models[0]).__name__}, of whose weights that are trained "
+                f"awp_gamma must be 0 for {type(models[0]).__name__}: of its trained weights "
                 "no parameter has more than one dimension"
             )
         self._guard = BufferGuard(list(models))
 
     def moves(self, loss: Callable[[], LossResult]) -> list[Tensor]:
-        """Compute the perturbation of each weight tensor; weights, their `.grad` and buffers stay as they are.
+        """Return the perturbation of each weight tensor. The weights, their `.grad` and the buffers do not change.
 
         Args:
             loss: runs the models and returns the training loss.
 
         Returns:
-            gamma |w| g / |g|; 0 for a tensor whose g is 0 or not finite.
+            gamma |w| g / |g| for each weight tensor; 0 for a tensor whose g is 0 or not finite.
         """
         self._guard.save()
         try:
@@ -59,7 +60,9 @@ class WeightPerturbation:
             )
         finally:
             self._guard.restore()
-        gradients = self._ranks.sum_all(found)  # of whose mean only the direction counts
+        gradients = self._ranks.sum_all(
+            found
+        )  # the sum in place of the mean: only the direction counts
         with torch.no_grad():
             sizes = torch.stack(torch._foreach_norm(self._weights))
             slopes = torch.stack(torch._foreach_norm(gradients))
@@ -71,15 +74,15 @@ class WeightPerturbation:
             ]
 
     def step(self, moves: list[Tensor], loss: Callable[[], LossResult], update: Update) -> bool:
-        """Take a step at the perturbed weights, and take the perturbation back.
+        """Take a step at the perturbed weights, and undo the perturbation.
 
-        After a step the perturbation is subtracted, so that weights which the step leaves alone come back up to
-        the rounding of one addition and one subtraction. If no step was taken, or something was raised, they come
-        back bit for bit.
+        After a step the perturbation is subtracted. Weights that the step does not change get their old values, up
+        to the rounding of one addition and one subtraction. If no step was taken, or an exception was raised, all
+        weights get their old values, bit for bit.
 
         Args:
-            moves: of `moves`.
-            loss: as there.
+            moves: the result of `moves`.
+            loss: runs the models and returns the training loss.
             update: as in `Method.step`.
 
         Returns:

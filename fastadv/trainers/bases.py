@@ -1,4 +1,4 @@
-"""Base methods around which others go: VFD-Adv, KD, BGAT and LBGAT."""
+"""Base methods to which other methods add terms: VFD-Adv, KD-AT, BGAT and LBGAT."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BASES: dict[str, type[PGDAT[Any]] | type[PairMethod[Any]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AroundRecipe(PairRecipe):
-    """Options of the base, under the base's names, in the recipe of a method around it.
+    """Options of the base, under the base's names, in the recipe of a method that adds terms to the base.
 
     Attributes:
         beta: weight of the divergence, with base "trades", "hat" or "mart"; by default the beta of the base's
@@ -51,12 +51,12 @@ class AroundRecipe(PairRecipe):
 
 
 def numbers_of_base(base: str, preset: str, kind: type[Recipe]) -> dict[str, Any]:
-    """Return the numbers of a base's own recipe for the fields that another class has as well.
+    """Return the numbers of a base's own recipe for the fields that another recipe class has as well.
 
     Args:
         base: a name in `BASES`.
-        preset: the preset that is asked for; "paper" where the base has no such preset.
-        kind: the other class.
+        preset: the preset; "paper" is used if the base has no such preset.
+        kind: the other recipe class.
     """
     recipe = BASES[base].recipe_class
     return shared_numbers(recipe.preset(preset if preset in recipe.presets else "paper"), kind, ())
@@ -69,14 +69,14 @@ def build_base(
     runtime: Runtime,
     teachers: Mapping[str, nn.Module],
 ) -> BaseMethod:
-    """Make the base as it would train alone: its attack and its loss.
+    """Make the base method, with its own attack and its own loss.
 
     Args:
         base: a name in `BASES`.
-        recipe: of the method around it, whose fields of the same names hold the base's numbers.
-        model: the model that is trained.
-        runtime: device, precision and timer of the method around it.
-        teachers: its frozen models; HAT needs "teacher".
+        recipe: the recipe of the method that adds terms. Its fields with the base's names hold the base's numbers.
+        model: the trained model.
+        runtime: device, precision and timer of the method that adds terms.
+        teachers: the frozen models of the method that adds terms; HAT needs "teacher".
     """
     kind = BASES[base]
     needed = kind.teachers_needed(recipe)
@@ -85,7 +85,7 @@ def build_base(
 
 
 def base_losses(base: BaseMethod, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
-    """Return the results of a base for a batch: f(x') [B, C], and the base's loss of each image [B]."""
+    """Return f(x') [B, C], and the base's loss of each image of a batch [B]."""
     if isinstance(base, PairMethod):
         clean_logits, adv_logits = base.logits(batch, adv)
         return adv_logits, base.image_losses(batch, adv, clean_logits, adv_logits)
@@ -94,7 +94,7 @@ def base_losses(base: BaseMethod, batch: TrainBatch, adv: Attacked) -> tuple[Ten
 
 
 def unused_of_base(base: str | None) -> list[str]:
-    """Return the fields of `AroundRecipe`, and the Gaussian start, that a base does not have; all without one."""
+    """Return the fields of `AroundRecipe`, and "start_std", that a base does not have; all if base is None."""
     names = ("beta", "weight", "code_constants", "gamma", "reach", "start_std")
     if base not in BASES:
         return list(names)

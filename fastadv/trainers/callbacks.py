@@ -1,4 +1,4 @@
-"""Functions of the user's that are called while a run trains, with the metrics."""
+"""Callbacks: the user's functions that a run calls with its metrics while it trains."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class RunStart:
     """The facts that a callback gets about a run that is about to train.
 
     Attributes:
-        run_dir: where everything of the run is.
-        identity: tells this run from all others; a run that is resumed keeps it.
+        run_dir: the run directory.
+        identity: a text that no other run has; a resumed run keeps it.
         method: the method's name.
-        recipe: all its numbers, as JSON types.
-        model: how the model is built.
-        data: which images.
-        step: steps done before; more than 0 where the run is resumed.
-        total_steps: steps of the whole run.
+        recipe: all numbers of the recipe, as JSON types.
+        model: the facts by which the model is built.
+        data: the facts about the training images.
+        step: number of steps done before; more than 0 if the run is resumed.
+        total_steps: number of steps of the whole run.
     """
 
     run_dir: Path
@@ -44,11 +44,11 @@ class RunStart:
 class Callback:
     """Base class of callbacks; override the functions that you need.
 
-    All functions are called only in the first process. Its metrics are means over all processes. A callback does
-    not change a run: random numbers that it draws are not missing elsewhere, and the metrics are its own copy.
+    All functions are called only in the first process. The metrics are means over all processes. A callback does
+    not change a run: the generators of random numbers are restored after each call, and the metrics are a copy.
 
-    An exception ends the run, as one anywhere else: it can be resumed from its last checkpoint. `on_end` of all
-    callbacks is called in any case.
+    An exception in a callback ends the run, like any other exception. The run can be resumed from its last
+    checkpoint. `on_end` of all callbacks is called in any case.
     """
 
     def on_start(self, run: RunStart) -> None:
@@ -58,22 +58,22 @@ class Callback:
         """Called with each record of steps in metrics.jsonl: every `log_every` steps, and at an epoch's end.
 
         Args:
-            metrics: "step", "epoch", "lr", "loss", the method's own and the rest, each a mean over the steps since
-                the last record.
+            metrics: "step", "epoch", "lr", "loss", the method's own metrics and others, each a mean over the steps
+                since the last record.
         """
 
     def on_epoch(self, metrics: Metrics) -> None:
         """Called with each record of an epoch in metrics.jsonl.
 
         Args:
-            metrics: means over the epoch, and "clean_accuracy" and "robust_accuracy" where there was a look.
+            metrics: means over the epoch, and "clean_accuracy" and "robust_accuracy" if there was a validation.
         """
 
     def on_end(self, finished: bool) -> None:
         """Called once, at the end.
 
         Args:
-            finished: False where the run was interrupted or has failed.
+            finished: False if the run was interrupted or has failed.
         """
 
 
@@ -89,29 +89,29 @@ class Callbacks:
         self._started: list[Callback] = []
 
     def start(self, run: RunStart) -> None:
-        """Tell all that a run begins."""
+        """Call `on_start` of all callbacks."""
         for callback in self._callbacks:
             self._started.append(callback)
             with _apart():
                 callback.on_start(run)
 
     def step(self, metrics: Metrics) -> None:
-        """Hand a record of steps on."""
+        """Call `on_step` of all callbacks."""
         for callback in self._callbacks:
             with _apart():
                 callback.on_step(dict(metrics))
 
     def epoch(self, metrics: Metrics) -> None:
-        """Hand a record of an epoch on."""
+        """Call `on_epoch` of all callbacks."""
         for callback in self._callbacks:
             with _apart():
                 callback.on_epoch(dict(metrics))
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Tell the callbacks that have begun when a with statement ends.
+        """Call `on_end` of the started callbacks when a with statement ends.
 
-        Where it ends by an exception, or a callback before has raised one, further exceptions become warnings.
+        If it ends by an exception, or an earlier callback has raised one, further exceptions become warnings.
         """
         failure: BaseException | None = None
         try:
@@ -129,10 +129,10 @@ class Callbacks:
 
 
 def check_callbacks(callbacks: object) -> None:
-    """Check the argument of `train`.
+    """Check the argument `callbacks` of `train`.
 
     Raises:
-        TypeError: if it is no list of callbacks.
+        TypeError: if it is not a list of callbacks.
     """
     if not isinstance(callbacks, list | tuple):
         kind = type(callbacks).__name__
@@ -164,7 +164,7 @@ def _ending(
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Give back the random numbers and the switches of torch as they were."""
+    """Restore the generators of random numbers and torch's switch of gradients after a with statement."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state()
     try:

@@ -1,11 +1,11 @@
-"""Checkpoints that survive a kill at any moment, and notice any damage or exchange.
+"""Writing and reading checkpoints. They survive a kill at any moment, and any damage is noticed.
 
 A checkpoint is a directory `step_000123` with
 
-- `model.safetensors`: the trained model's state dict under its own names; the average of what
-  training moves in it under "ema/" or "swa/", further trained models under "<name>/";
-- `train_state.pt`: optimisers and counters, loads with `weights_only=True`;
-- `meta.json`: format, run, recipe, versions, place in the run, the SHA-256 of the other two and its own.
+- `model.safetensors`: the trained model's state dict under its own names; the average of the tensors that
+  training changes under "ema/" or "swa/"; further trained models under "<name>/";
+- `train_state.pt`: optimisers and counters, which load with `weights_only=True`;
+- `meta.json`: format, run, recipe, versions, position in the run, the SHA-256 of the other two files and its own.
 
 It is written under a name that begins with a dot, flushed to disk and renamed. Then the link
 `latest` is switched to it. So `latest` always names a complete checkpoint.
@@ -51,13 +51,13 @@ _LONGEST_NAME = 40
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and whose hashes were right.
+    """A checkpoint that was read and whose hashes were correct.
 
     Attributes:
-        path: its directory.
+        path: the checkpoint's directory.
         meta: content of `meta.json`.
         weights: content of `model.safetensors`, on the CPU.
-        train_state: content of `train_state.pt`, on the CPU; empty if it was not asked for.
+        train_state: content of `train_state.pt`, on the CPU; empty if it was not read.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the directory name of a checkpoint after so many steps."""
+    """Return the directory name of the checkpoint after a number of steps."""
     return f"step_{step:06d}"
 
 
@@ -81,18 +81,18 @@ def save_checkpoint(
     """Write a checkpoint and switch `latest` to it.
 
     Args:
-        folder: where the checkpoints of the run are.
-        step: steps done; a checkpoint of the same step is replaced.
+        folder: the folder of the run's checkpoints.
+        step: number of steps done; a checkpoint of the same step is replaced.
         weights: tensors by name.
-        train_state: tensors, numbers, text, and dicts and lists of them.
+        train_state: tensors, numbers, text, and dicts and lists of these.
         meta: further facts to record, JSON types.
 
     Returns:
         The checkpoint's directory.
 
     Raises:
-        OSError: if it cannot be written, for example on a full disk. The message names the file; the checkpoints
-            before it are as they were.
+        OSError: if it cannot be written, for example on a full disk. The message names the file; earlier
+            checkpoints are unchanged.
     """
     name = checkpoint_name(step)
     temporary = folder / f"{TEMPORARY}{name}"
@@ -111,14 +111,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
-    """Read a checkpoint and check that it is whole.
+    """Read a checkpoint and check that it is complete.
 
     Args:
-        path: its directory, or a link to it.
+        path: the checkpoint's directory, or a link to it.
         with_state: also read the state that only a continued training needs.
 
     Raises:
-        CheckpointError: if it is absent, damaged, of another format or no checkpoint. Nothing on
+        CheckpointError: if the checkpoint is absent, damaged, in another format or no checkpoint. Nothing on
             disk is changed. The message names the newest good checkpoint beside it, if any.
     """
     path = _under_its_name(path)
@@ -131,7 +131,7 @@ def load_checkpoint(path: Path, with_state: bool = True) -> Checkpoint:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, oldest first, without looking inside them."""
+    """Return the checkpoints in a folder, oldest first. Their content is not read."""
     if not folder.is_dir():
         return []
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()]
@@ -139,11 +139,11 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def newest_good(folder: Path, besides: str = "") -> Path | None:
-    """Return the newest whole checkpoint of a folder, or None.
+    """Return the newest complete checkpoint in a folder, or None.
 
     Args:
-        folder: where checkpoints are.
-        besides: name of one not to consider.
+        folder: the folder of checkpoints.
+        besides: name of a checkpoint to leave out.
     """
     for path in reversed(checkpoints_in(folder)):
         if path.name != besides:
@@ -159,8 +159,8 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     """Find a checkpoint's directory.
 
     Args:
-        path: a run directory, its `checkpoints` folder or a checkpoint, which may be named in its run: "RUN/best".
-        which: in a run: "latest", "best" or a name such as "step_000123".
+        path: a run directory, its `checkpoints` folder, a checkpoint, or a name in a run such as "RUN/best".
+        which: if the path is a run: "latest", "best" or a name such as "step_000123".
 
     Raises:
         CheckpointError: if there is no checkpoint.
@@ -178,7 +178,7 @@ def find_checkpoint(path: str | os.PathLike[str], which: str = LATEST) -> Path:
     if wanted.is_dir():
         return wanted
     found = checkpoints_in(folder)
-    if which == LATEST and found:  # the link was lost in a copy, or dangles
+    if which == LATEST and found:  # the link was lost in a copy, or its target is gone
         return _under_its_name(found[-1])
     there = f"there are {', '.join(p.name for p in found)}" if found else "there are none"
     raise CheckpointError(f"{folder}: no checkpoint {which!r}; {there}")
@@ -192,10 +192,10 @@ def in_its_run(path: Path) -> Path:
 
 
 def _under_its_name(path: Path) -> Path:
-    """Return a checkpoint's directory by its own name, step_000123, in the folder in which it was found.
+    """Return a checkpoint's directory under its own name, step_000123, in the folder in which it was found.
 
-    The links `latest` and `best` are followed, also where a tool that copied the run has made folders or files of
-    them. A checkpoint that is a link itself is not followed elsewhere: it belongs to the run where it is found.
+    The links `latest` and `best` are followed, also if a tool that copied the run has turned them into folders or
+    files. A link with the name of a checkpoint is not followed: the checkpoint belongs to the run of the link.
     """
     if path.name in ("", ".."):
         path = path.resolve()
@@ -224,20 +224,20 @@ def prune(folder: Path, keep: int, step: int, best: str | None) -> None:
     """Delete old checkpoints.
 
     Args:
-        folder: where the checkpoints of the run are.
-        keep: how many of the newest to keep.
-        step: the run's step. Later checkpoints belong to a course that the run has left by
-            starting again from an earlier one, and go too.
+        folder: the folder of the run's checkpoints.
+        keep: number of newest checkpoints to keep.
+        step: the run's step. Later checkpoints are deleted, too: the run has since started again from an earlier
+            checkpoint.
         best: name of a checkpoint to keep in any case.
     """
     current = [path for path in checkpoints_in(folder) if _step_of(path) <= step]
     kept = {path.name for path in current[-keep:]} | {best}
     for path in checkpoints_in(folder):
         if path.name not in kept:
-            # Renamed first, so that a kill in the middle leaves no half checkpoint under its name.
-            doomed = folder / f"{TEMPORARY}{path.name}.old"
-            os.replace(path, doomed)
-            remove(doomed)
+            # Renamed first, so that a kill in the middle leaves no incomplete checkpoint under its name.
+            aside = folder / f"{TEMPORARY}{path.name}.old"
+            os.replace(path, aside)
+            remove(aside)
 
 
 def _step_of(path: Path) -> int:
@@ -257,7 +257,7 @@ def _write_files(
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in weights.items()}
     model = sealed_safetensors(plain, {"format": "pt"})
     files = {MODEL_FILE: _write(folder / MODEL_FILE, model, final)}
-    # In memory first: where a disk is full, torch's own writer does not say so.
+    # In memory first: on a full disk torch's own writer raises no error that names the file.
     state = io.BytesIO()
     torch.save(dict(train_state), state)
     files[STATE_FILE] = _write(folder / STATE_FILE, state.getvalue(), final)
@@ -266,13 +266,13 @@ def _write_files(
 
 
 def _write(path: Path, content: bytes, final: Path) -> dict[str, Any]:
-    """Write a file of the future folder `final`, and return its entry for the meta data."""
+    """Write a file that will lie in the folder `final`, and return its entry in the meta data."""
     write_through(path, content, final / path.name)
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a finished checkpoint, out of the way of one of the same step."""
+    """Rename a finished checkpoint to its name; an older checkpoint of the same step is deleted."""
     if final.exists():
         aside = temporary.with_name(f"{TEMPORARY}{final.name}.old")
         os.replace(final, aside)
@@ -284,9 +284,10 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete files that a killed process left in a folder of checkpoints, to which one process alone writes.
+    """Delete the files that a killed process left in a folder of checkpoints. Only one process may write there.
 
-    A checkpoint that the process had moved aside for one of the same step, which then did not come, is put back.
+    A process may have been killed after it moved a checkpoint aside and before the new checkpoint of the same step
+    was in its place. The older checkpoint is then put back.
     """
     latest = folder / LATEST
     if latest.is_symlink() and not latest.exists():
@@ -299,7 +300,7 @@ def remove_unfinished(folder: Path) -> None:
 
 
 def _verify(path: Path) -> dict[str, Any]:
-    """Check everything but the content of the two files, and return the meta data."""
+    """Check the meta data and the hashes of both files, and return the meta data."""
     meta = _read_meta(path)
     files = meta.get("files")
     if not isinstance(files, dict):
@@ -331,7 +332,7 @@ def _read_meta(path: Path) -> dict[str, Any]:
 
 
 def _check_place(path: Path, meta: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint under the name of another one, or in the directory of another run."""
+    """Refuse a checkpoint under the name of another checkpoint, or in the directory of another run."""
     name = _NAME.fullmatch(path.name)
     if name is not None and meta.get("step") != int(name[1]):
         raise CheckpointError(
@@ -342,7 +343,7 @@ def _check_place(path: Path, meta: Mapping[str, Any]) -> None:
         return
     try:
         run = read_sealed(run_file).get("run")
-    except (OSError, CheckpointError):  # whoever needs the run says so
+    except (OSError, CheckpointError):  # code that needs the run's description reports this
         return
     if run is not None and run != meta["run"]:
         raise CheckpointError(
@@ -370,7 +371,7 @@ def _read(path: Path, with_state: bool) -> Checkpoint:
 
 
 def pack_weights(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Put several state dicts into one: the first under its own names, the others under "name/"."""
+    """Join several state dicts into one: the first under its own names, the others under "name/"."""
     packed: dict[str, Tensor] = {}
     for position, (name, state) in enumerate(states.items()):
         prefix = "" if position == 0 else f"{name}/"
@@ -382,13 +383,13 @@ def pack_weights(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor
 
 
 def unpack_average(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take the first state dict out of packed ones, with its average in place of the averaged tensors."""
+    """Return the first of the packed state dicts, with the averages in place of the averaged tensors."""
     averages = (unpack_weights(weights, name) for name in ("ema", "swa"))
     return unpack_weights(weights) | next(filter(None, averages), {})
 
 
 def unpack_weights(weights: Mapping[str, Tensor], name: str | None = None) -> dict[str, Tensor]:
-    """Take one state dict out of packed ones: the first (None), or that under "name/"."""
+    """Return one of the packed state dicts: the first (None), or the state dict under "name/"."""
     if name is None:
         return {key: value for key, value in weights.items() if "/" not in key}
     prefix = f"{name}/"

@@ -1,4 +1,4 @@
-"""Whether a model has a logit for every class of the data, checked before the first iteration."""
+"""The check, before the first iteration, that a model has a logit for every class of the data."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fastadv.engine.frozen import frozen
 def check_classes(
     model: nn.Module, splits: Splits, device: torch.device, dtype: torch.dtype | None
 ) -> None:
-    """Require as many logits as the training and test images have classes, checked on two images.
+    """Check, by a pass over two images, that a model has a logit for every class of the training and test images.
 
     Args:
         model: the model to be trained, on its device.
         splits: the data.
-        device: where the model is.
-        dtype: of autocast in training; None is float32.
+        device: the model's device.
+        dtype: dtype of autocast in training; None is float32.
 
     Raises:
-        ValueError: the model has fewer, or its result is no [B, classes].
+        ValueError: if the model has fewer logits than classes, or its result does not have the shape [B, classes].
     """
     train, test = splits.train, splits.test
     seen = test if len(test) or not isinstance(train, ImageData) else train

@@ -1,4 +1,4 @@
-"""The progress of a run: a bar on a terminal, one line per interval elsewhere, or nothing."""
+"""Printing the progress of a run: a bar on a terminal, else one line per interval, or nothing."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Console:
     """Progress of a run on standard error.
 
     Args:
-        enabled: False for silence.
-        total_steps: steps of the whole run.
-        done_steps: steps done before this process.
+        enabled: False to print nothing.
+        total_steps: number of steps of the whole run.
+        done_steps: number of steps done before this process.
         batch_size: images per step.
-        interval: seconds between two lines where there is no terminal.
+        interval: seconds between two lines if standard error is no terminal.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Console:
             self._aside += self._since - began
 
     def show(self, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
-        """Show where the run is, if it is time to.
+        """Show the position of the run, if the interval since the last line is over.
 
         Args:
             epoch: current epoch, counted from 1.
@@ -119,13 +119,13 @@ class Console:
         return (self._left - self._done) * spent / max(self._done, 1)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def duration(seconds: float) -> str:
-    """Write a time span for people: "42 s", "3.5 min", "2.1 h"."""
+    """Return a time span as text: "42 s", "3.5 min", "2.1 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
@@ -136,7 +136,7 @@ def _figures(metrics: Mapping[str, float]) -> list[str]:
 
 
 def epoch_line(record: dict[str, Any], epochs: int) -> str:
-    """One line on an epoch, for people."""
+    """Return the line that is printed after an epoch."""
     parts = [f"epoch {record['epoch']}/{epochs}", f"lr {record['lr']:.4g}"]
     if "loss" in record:
         parts.append(f"loss {record['loss']:.4f}")

@@ -1,8 +1,8 @@
 """Training by several processes, the ranks, each on its part of every global batch.
 
 `torchrun --nproc-per-node N -m fastadv train ...` starts them; `train` finds them by itself. Between two steps
-all ranks hold the same weights, buffers, averages and counters, to the bit. So each can decide alone for all
-must decide alike: whether a step is taken, which checkpoint is the best, when to stop.
+all ranks hold the same weights, buffers, averages and counters, to the bit. So all ranks come to the same
+decisions without communication: whether a step is taken, which checkpoint is the best, when to stop.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fastadv.losses.common import at_least_float32
 from fastadv.lost_ranks import communicating
 from fastadv.ranks import Ranks, pack, unpack
 
-_BUCKET_BYTES = 25 << 20  # as DistributedDataParallel has it
+_BUCKET_BYTES = 25 << 20  # the default of DistributedDataParallel
 
 
 class Synchroniser:
     """Differentiates a loss so that the models of all ranks stay equal.
 
-    Gradients are averaged over the ranks in buckets, each sent as soon as the backward pass has filled it, and
-    buffers, such as BatchNorm's statistics, become those of rank 0. DistributedDataParallel does the same. Its
-    wrapper is not used, as it wants one module to be called once for each backward pass: methods here call parts
-    of a model, or several models, or one several times, in training mode and between them in an attack. The hooks
-    live for one backward pass, so no attack and no other gradient of a method's own sets off communication.
+    Gradients are averaged over the ranks in buckets, and each bucket is sent as soon as the backward pass has
+    filled it. Buffers, such as BatchNorm's statistics, are copied from rank 0. DistributedDataParallel does the
+    same. Its wrapper is not used, as it needs one module that is called once for each backward pass. The methods
+    here call parts of a model, or several models, or one model several times, and run attacks between these calls.
+    The hooks exist for one backward pass only, so that an attack causes no communication.
 
     Args:
         models: the trained models, equal on all ranks.
@@ -47,16 +47,16 @@ class Synchroniser:
         """Put the gradient of the ranks' mean loss into the parameters, which have no gradient before.
 
         Args:
-            loss: this rank's, a scalar.
+            loss: this rank's loss, a scalar.
 
         Returns:
             The mean loss, without gradient; like the gradients, it is finite on all ranks or on no rank.
         """
-        if self._ranks.count == 1:
+        if self._ranks.world_size == 1:
             loss.backward()
             return loss.detach()
         sent = self._send_during_backward(loss)
-        # The loss, and for each parameter how many ranks have a gradient of it.
+        # The loss, and for each parameter the number of ranks that have a gradient for it.
         summary = loss.new_ones(1 + len(self._bucket_of))
         summary[0] = loss.detach()
         unused = [(i, p) for i, p in enumerate(self._bucket_of, 1) if p.grad is None]
@@ -68,15 +68,15 @@ class Synchroniser:
         for bucket, (packed, work) in zip(self._buckets, sent, strict=True):
             with communicating():
                 work.wait()
-            unpack(packed.div_(self._ranks.count), [p.grad for p in bucket])
+            unpack(packed.div_(self._ranks.world_size), [p.grad for p in bucket])
         for place, parameter in unused:
             if summary[place] == 0:
                 parameter.grad = None
-        self._ranks.share(self._buffers)
-        return summary[0] / self._ranks.count
+        self._ranks.broadcast(self._buffers)
+        return summary[0] / self._ranks.world_size
 
     def _send_during_backward(self, loss: Tensor) -> list[tuple[Tensor, Any]]:
-        """Differentiate; return the sent tensors, in the order of the buckets, which all ranks share."""
+        """Differentiate, and return the sent tensors in the order of the buckets, the same on all ranks."""
         missing = [len(bucket) for bucket in self._buckets]
         sent: list[tuple[Tensor, Any]] = []
 
@@ -95,7 +95,7 @@ class Synchroniser:
 
 
 def _in_buckets(parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Cut a list of parameters into runs of one dtype and at most so many bytes, or of one parameter."""
+    """Cut a list of parameters into buckets with one dtype, each of limited size or with a single parameter."""
     buckets: list[list[nn.Parameter]] = []
     size = 0
     for parameter in parameters:
@@ -116,17 +116,17 @@ def _send(bucket: Sequence[nn.Parameter]) -> tuple[Tensor, Any]:
 
 def with_synced_norms(model: nn.Module, ranks: Ranks) -> nn.Module:
     """Return the model with BatchNorm over the global batch in training mode, in place where possible."""
-    if ranks.count == 1:
+    if ranks.world_size == 1:
         return model
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
         if type(module) is nn.SyncBatchNorm and ranks.device.type == "cpu":
-            module.__class__ = CPUSyncBatchNorm  # of the same attributes
+            module.__class__ = CPUSyncBatchNorm  # it has the same attributes
     return model
 
 
 class CPUSyncBatchNorm(nn.SyncBatchNorm):
-    """Torch's SyncBatchNorm, which refuses CPU tensors in training mode, for equal batches on CPUs."""
+    """SyncBatchNorm for CPU tensors, which torch's class refuses in training mode; batches need equal sizes."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [B, C, ...] by the mean and variance of each channel over all ranks."""
@@ -145,7 +145,7 @@ class CPUSyncBatchNorm(nn.SyncBatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor, values: int) -> None:
-        """Move the running statistics, given those of a batch and its values per channel and rank."""
+        """Update the running statistics by a batch's statistics; ``values`` is its number per channel and rank."""
         if self.running_mean is None or self.running_var is None:
             return
         assert self.num_batches_tracked is not None
@@ -162,7 +162,7 @@ def _mean_of_channels(x: Tensor) -> Tensor:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over the ranks; the gradient of the ranks' summed loss in it is a mean, too."""
+    """The mean of a tensor over the ranks; the gradient is averaged over the ranks as well."""
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:

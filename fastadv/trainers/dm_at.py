@@ -27,8 +27,8 @@ class DmAtRecipe(TradesRecipe):
     decay, and the learning rate changes with each epoch, as in that code. `DmAt` states the remaining differences.
 
     Attributes:
-        extra_fraction: part of each batch drawn from the generated images.
-        ema_decay: decay of the average of the weights, tau.
+        extra_fraction: fraction of each batch that is drawn from the generated images.
+        ema_decay: decay of the moving average of the weights, tau.
     """
 
     epochs: int = 400
@@ -72,7 +72,7 @@ class DmAt(Trades):
     recipe_class = DmAtRecipe
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the attack starts; None leaves it to PGD: a uniform point of the ball, or the image."""
+        """Return the images at which the attack starts; None for PGD's own start: a random point, or the image."""
         if self.recipe.norm == "l2":
             return super().start_of(batch)
         return super(PairMethod, self).start_of(batch)

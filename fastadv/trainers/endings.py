@@ -1,4 +1,4 @@
-"""The exceptions that end a run before its last epoch, and the file that one of them leaves."""
+"""The exceptions that end a run before its last epoch, and the file with a batch whose loss is not finite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NonFiniteLossError(ArithmeticError):
 
 
 def write_nonfinite(file: Path, content: dict[str, Any]) -> None:
-    """Write the batch of a failed iteration, its loss and the weights before it, to a file of `torch.load`."""
+    """Write the batch of a failed iteration, its loss and the weights before it, into a file for `torch.load`."""
     written = io.BytesIO()
     torch.save(content, written)
     write_atomically(file, written.getvalue())
@@ -29,8 +29,8 @@ class TrainingInterrupted(Interrupted):
     """SIGTERM or Ctrl-C ended a run, after a step and with a checkpoint; see `Interrupted`.
 
     Attributes:
-        run_dir: the run, which resuming continues bit for bit.
-        checkpoint: the checkpoint.
+        run_dir: the run directory. A resumed run goes on bit for bit.
+        checkpoint: the checkpoint that was written.
     """
 
     def __init__(self, signum: int, run: RunDirectory, step: int) -> None:

@@ -1,4 +1,4 @@
-"""Fast adversarial training: one step from a random start."""
+"""FGSM-RS, "fast" adversarial training: one step from a random start."""
 
 from __future__ import annotations
 

@@ -79,10 +79,10 @@ class FreeRecipe(AdversarialRecipe):
 
 @dataclass(frozen=True)
 class Carried(Attacked):
-    """Images with the perturbation that earlier batches left; here they have a gradient.
+    """Images with the perturbation from earlier batches. Unlike for other methods they have a gradient.
 
     Attributes:
-        delta: the perturbation [B, C, H, W], a leaf from which `x` was made.
+        delta: the perturbation [B, C, H, W], the leaf from which `x` was computed.
     """
 
     delta: Tensor
@@ -109,7 +109,7 @@ class Free(PGDAT[FreeRecipe]):
     recipe_class = FreeRecipe
 
     def setup(self) -> None:
-        """Begin without a perturbation; there is no attack to build."""
+        """Start without a perturbation; there is no attack to build."""
         self.bn_updates = self.recipe.steps
         self._delta: Tensor | None = None
         self._gauges = {}
@@ -134,8 +134,8 @@ class Free(PGDAT[FreeRecipe]):
                     return
                 delta, gradient = adv.delta.detach(), adv.delta.grad
                 assert gradient is not None
-                # The ball around 0; differences of images are never outside -1..1. In l2 images that were
-                # clipped to 0..1 have moved by less than delta, and so are in the ball, too.
+                # A step in the ball around 0: differences of images are never outside -1..1. In l2 images that
+                # were clipped to 0..1 have moved by less than delta, and so they are in the ball, too.
                 self._delta = pgd_step(
                     delta,
                     gradient,
@@ -155,6 +155,6 @@ class Free(PGDAT[FreeRecipe]):
         return {} if self._delta is None else {"delta": self._delta}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the perturbation up again."""
+        """Restore the perturbation."""
         delta = state.get("delta")
         self._delta = None if delta is None else delta.to(self.runtime.device)

@@ -1,4 +1,4 @@
-"""Friendly versions of the pair methods: an attack that leaves an image soon after the boundary is crossed."""
+"""Friendly versions of the pair methods: the attack on an image stops soon after it succeeds."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ class FriendlyPairRecipe(PairRecipe):
 
 
 def check_tau(recipe: Any) -> None:
-    """Raise ValueError unless a recipe's tau and the epochs in which it grows can be."""
+    """Check a recipe's tau, and the epochs after which it grows.
+
+    Raises:
+        ValueError: if tau is negative, or the epochs are not ascending.
+    """
     check_field(recipe, "tau", at_least=0)
     if list(recipe.tau_epochs) != sorted(recipe.tau_epochs):
         raise ValueError(f"tau_epochs must be ascending, got {recipe.tau_epochs}")
@@ -54,16 +58,16 @@ FriendlyT = TypeVar("FriendlyT", bound=FriendlyPairRecipe)
 class FriendlyPairMethod(PairMethod[FriendlyT]):
     """A pair method whose recipe can ask for a friendly attack.
 
-    Images that are left early stay in the passes, so that the attack costs as much as PGD's.
+    Images whose attack has stopped stay in the passes, so that the attack costs as much as PGD.
     """
 
     def setup(self) -> None:
-        """Build the attack, friendly where the recipe has it."""
+        """Build the attack, a friendly one if the recipe asks for it."""
         self.attack_class = FriendlyPGD if self.recipe.friendly else PGD
         super().setup()
 
     def attack(self, batch: TrainBatch) -> Attacked:
-        """Return PGD's images, or the friendly ones with the epoch's tau."""
+        """Return the images of PGD, or of friendly PGD with the epoch's tau."""
         if isinstance(self.pgd, FriendlyPGD):
             self.pgd.tau = self.recipe.tau_at(batch.epoch)
         return super().attack(batch)

@@ -1,4 +1,4 @@
-"""The passes of frozen models in training: teachers and extractors, which stand still for the whole run."""
+"""The passes of frozen models in training: teachers and extractors, whose weights do not change during a run."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def features_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 class FrozenForward:
-    """One result of a frozen model.
+    """Computes one result of a frozen model, such as its logits.
 
-    In a run in bfloat16 a copy of the model computes it, made at the first call: see `ForwardCopy`. A model that
-    cannot be copied, or whose copy computes something else, runs as it is, with one warning that says why. In
-    float32 the model runs as it is, so that the results are the plain ones to the bit.
+    In a bfloat16 run a faster copy of the model computes it. The copy is made at the first call: see
+    `ForwardCopy`. A model that cannot be copied, or whose copy computes something else, runs itself, with one
+    warning that says why. In float32 the model always runs itself, so that the results are the same to the bit.
 
     Args:
         name: the model's name in messages.
         model: the model, in evaluation mode.
-        output: the function of the model that is wanted.
-        dtype: of the run's passes; None is float32.
+        output: the function of the model and the images that gives the result.
+        dtype: dtype of the run's passes; None is float32.
 
     Attributes:
-        reason: why the model runs as it is; None where a copy runs, and before the first call.
+        reason: why the model runs itself; None if a copy runs, and before the first call.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FrozenForward:
         self.reason: str | None = None
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether this is a result of that very model."""
+        """Whether this computes a result of this model object."""
         return self._model is model
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -56,14 +56,14 @@ class FrozenForward:
         return self._output(self._model, x) if copy is None else copy(x)
 
     def _ready(self, x: Tensor) -> ForwardCopy | None:
-        """The copy, made anew if the model has changed; None where the model runs as it is."""
+        """The copy, made again if the model has changed; None if the model runs itself."""
         if self._dtype is None or self.reason is not None or x.shape[0] == 0:
             return None
         if any(module.training for module in self._model.modules()):
             return None
         if self._copy is None or not self._copy.is_current:
             try:
-                self._copy = None  # its memory is free before the next one takes as much
+                self._copy = None  # frees its memory before the next copy is made
                 self._copy = ForwardCopy(self._model, self._output, x, self._dtype)
             except Unrecordable as error:
                 self.reason = str(error)

@@ -77,12 +77,13 @@ class GradAlign(PGDAT[GradAlignRecipe]):
         here = self._input_gradient(batch.x, batch.y, keep=False)
         there = self._input_gradient(near, batch.y, keep=True)
         present = (here != 0).any(1) & (there.detach() != 0).any(1)
-        # A gradient of 0 has no direction; the norm's derivative there is not finite.
+        # A gradient of 0 has no direction, and the derivative of its norm is not finite.
         safe = torch.where(present[:, None], there, 1.0)
         cosines = F.cosine_similarity(here, safe, dim=1, eps=0.0)
         apart = torch.where(present, 1 - cosines, 0.0)
         ranks = self.runtime.ranks
-        among = ranks.sum(present.sum().float()).clamp_min(1) / ranks.count  # of the global batch
+        # The mean is over the images of the global batch that have both gradients.
+        among = ranks.sum(present.sum().float()).clamp_min(1) / ranks.world_size
         gap = batch.mean(apart) * len(present) / among
         metrics = {**result.metrics, "misalignment": gap.detach()}
         return LossResult(result.loss + self.recipe.lam * gap, metrics)

@@ -1,4 +1,4 @@
-"""Where a run computes, and in which number format."""
+"""Choosing the device and the precision of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype for autocast, or None for plain float32.
 
     Args:
-        precision: "auto", "fp32" or "bf16"; "auto" is bfloat16 where the device computes it
-            faster than float32.
-        device: where the passes run.
+        precision: "auto", "fp32" or "bf16"; "auto" is bfloat16 if the device is faster in it than in float32.
+        device: the device of the passes.
 
     Raises:
-        ValueError: for another precision.
+        ValueError: if the precision is unknown.
     """
     if precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
@@ -26,17 +25,17 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def choose_device(device: torch.device | str | None) -> torch.device:
-    """Return the device to use: the one asked for, or a GPU if there is one, or the CPU.
+    """Return the given device; for None a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: if there is no such device here.
+        ValueError: if the device does not exist on this machine.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises the latter
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
     return chosen

@@ -29,7 +29,7 @@ class HatRecipe(PairRecipe):
     Attributes:
         beta: weight of the divergence.
         gamma: weight of the helper examples.
-        reach: how far beyond x' a helper example lies, in units of x' - x; 2 is twice as far from x.
+        reach: distance of a helper example from x, in units of x' - x; 2 is twice as far from x as x'.
     """
 
     epochs: int = 50
@@ -66,13 +66,13 @@ class Helped(Attacked):
 def helper_examples(
     standard: Callable[[Tensor], Tensor], x: Tensor, adv: Tensor, reach: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the helper examples behind adversarial images, and their labels by the standard model.
+    """Return the helper examples beyond adversarial images, and the standard model's labels for them.
 
     Args:
-        standard: the standard model's logits of images.
+        standard: a function that returns the standard model's logits for images.
         x: clean images [B, C, H, W].
         adv: x', adversarial images [B, C, H, W].
-        reach: how far beyond, in units of x' - x.
+        reach: distance from x, in units of x' - x.
 
     Returns:
         x + reach (x' - x), not clipped, [B, C, H, W], and the standard model's prediction for x', [B] int64.
@@ -102,7 +102,7 @@ class Hat(PairMethod[HatRecipe]):
         return ("teacher",)
 
     def attack(self, batch: TrainBatch) -> Helped:
-        """Return PGD's images and the helper examples behind them."""
+        """Return PGD's images and the helper examples beyond them."""
         x, standard = self.perturb(batch), partial(self.teacher_output, "teacher")
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
             return Helped(x, *helper_examples(standard, batch.x, x, self.recipe.reach))
@@ -114,11 +114,11 @@ class Hat(PairMethod[HatRecipe]):
     def image_losses(
         self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
     ) -> Tensor:
-        """Return TRADES' loss and the loss of the helper examples, which pass the model here."""
+        """Return TRADES' loss and the loss of the helper examples, whose logits are computed here."""
         assert isinstance(adv, Helped)
         helper = losses.cross_entropy(self.model(adv.helper), adv.helper_y, reduction="none")
         return self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper
 
     def passes(self, epoch: int) -> float:
-        """Return TRADES' cost, 3F for the helper examples and 1F of the standard model."""
+        """Return TRADES' cost, 3F for the helper examples and 1F for the standard model."""
         return super().passes(epoch) + 1

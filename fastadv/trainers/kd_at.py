@@ -1,4 +1,4 @@
-"""KD-AT: adversarial training that is smoothed by teachers, around any base."""
+"""KD-AT: distillation from teachers, added to the loss of a base method."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _PGD_AT = "pgd_at"
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class KdAtRecipe(AroundRecipe):
-    """Numbers of the authors' code. Around another base than PGD-AT the base's numbers.
+    """Numbers of the authors' code; with another base than PGD-AT the numbers of the base.
+
+    So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ only in the
+    distillation.
 
     With "official" the model is attacked in training mode, as in that code, so running statistics move K + 1 times
     per batch.
 
-    So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ in the distillation
-    alone.
-
     Attributes:
-        base: the method that is smoothed: "pgd_at", "trades", "mart", "alp" or "hat".
+        base: the method to whose loss the distillation is added: "pgd_at", "trades", "mart", "alp" or "hat".
         label_weight: weight of the base's loss, which is the cross-entropy with the labels for PGD-AT.
         standard_weight: weight of the distillation from the standard teacher. With 0 the method needs no standard
             teacher, except for HAT's helper examples.
@@ -73,9 +73,7 @@ class KdAtRecipe(AroundRecipe):
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the preset, or of the base if it is another base than PGD-AT."""
         base = given.get("base", _PGD_AT)
-        if (
-            base == _PGD_AT or base not in BASES
-        ):  # an unknown one is for the recipe itself to complain about
+        if base == _PGD_AT or base not in BASES:  # the recipe's own check reports an unknown base
             return super().start(preset, given)
         return numbers_of_base(base, preset, cls)
 
@@ -120,7 +118,7 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
 
     @classmethod
     def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
-        """Return the standard and the robust teacher, as far as they teach."""
+        """Return the names of the teachers that the recipe uses."""
         assert isinstance(recipe, KdAtRecipe)
         standard = recipe.standard_weight > 0 or recipe.base == "hat"
         return ("teacher",) * standard + ("robust_teacher",) * (recipe.robust_weight > 0)
@@ -162,11 +160,11 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
         return LossResult(batch.mean(loss), {"train_adv_accuracy": accuracy(logits, batch.y)})
 
     def gauges(self) -> dict[str, Tensor]:
-        """Return the share of exact zeros in the gradients of the base's attack."""
+        """Return the fraction of exact zeros in the gradients of the base's attack."""
         return self.base.gauges()
 
     def passes(self, epoch: int) -> float:
-        """Return the base's cost and 1F of each teacher that teaches."""
+        """Return the base's cost and 1F for each teacher that is used."""
         recipe = self.recipe
         teaching = (recipe.standard_weight > 0) + (recipe.robust_weight > 0)
         return self.base.passes(epoch) + teaching

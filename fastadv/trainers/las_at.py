@@ -28,9 +28,9 @@ from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 _TENTH_AFTER_99_AND_104 = MultiStep((99, 104), 0.1)
-_MOST_REWARD = 10.0
-_LARGEST_NORM = 1.0  # of the strategy network's gradient
-_RESTARTS = 2
+_LARGEST_CROSS_ENTROPY = 10.0  # bound of the cross-entropy in the reward
+_LARGEST_NORM = 1.0  # bound of the norm of the strategy network's gradient
+_RESTARTS = 2  # of the attack in the reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +43,15 @@ class LasAtRecipe(AdversarialRecipe):
     Attributes:
         eps: radius of the noise from which attacks start, and of the attack in the reward.
         alpha: step size of the attack in the reward.
-        steps: of the attack in the reward.
-        eps_choices: radii that the strategy network chooses from, in 255ths.
-        alpha_choices: step sizes, likewise.
-        steps_choices: numbers of steps.
+        steps: number of steps of the attack in the reward.
+        eps_choices: radii from which the strategy network chooses, in 255ths.
+        alpha_choices: step sizes from which it chooses, in 255ths.
+        steps_choices: numbers of steps from which it chooses.
         strategy: architecture of the strategy network, one of fastadv's names or "timm:NAME".
-        strategy_lr: its learning rate, which no schedule changes.
+        strategy_lr: learning rate of the strategy network, which no schedule changes.
         strategy_every: iterations of the run between two updates of the strategy network.
-        robust_weight: in the reward, of the robust accuracy after one step of training.
-        clean_weight: likewise, of the clean accuracy.
+        robust_weight: weight, in the reward, of the robust accuracy after one step of training.
+        clean_weight: weight, in the reward, of the clean accuracy after one step of training.
     """
 
     epochs: int = 110
@@ -94,7 +94,7 @@ class StrategyNetwork(nn.Module):
 
     Args:
         body: a model that can be cut before its pooling; its own classifier is not used.
-        counts: how many choices there are for each quantity.
+        counts: the number of choices for each quantity.
     """
 
     def __init__(self, body: nn.Module, counts: tuple[int, ...]) -> None:
@@ -111,7 +111,7 @@ class StrategyNetwork(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(width, count) for count in counts).to(like)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return the logits of the choices of each quantity, [B, count] each."""
+        """Return the logits of the choices for each quantity, [B, count] each."""
         pooled = global_average(cast(Any, self.body).forward_features(x))
         return [at_least_float32(head(pooled)) for head in self.heads]
 
@@ -155,18 +155,18 @@ class LasAt(PGDAT[LasAtRecipe]):
         self._probe: tuple[nn.Module, PGD] | None = None
 
     def trainable(self) -> dict[str, nn.Module]:
-        """Return the model and the strategy network, which is moved here and never by the loop."""
+        """Return the model and the strategy network. The loop's updates do not change the strategy network."""
         return {"model": self.model, "strategy": self.strategy}
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return uniform noise of the recipe's radius, whatever the image's own."""
+        """Return the images with uniform noise of the recipe's radius, which the drawn radius does not change."""
         if not self.recipe.random_start:
             return batch.x
         seed = batch.seed("attack")
         return random_start(batch.x, self.recipe.eps, seed=seed, sample_ids=batch.ids)
 
     def step(self, batch: TrainBatch, update: Update) -> None:
-        """Train the strategy network where it is its turn, then the model."""
+        """Train the strategy network in every `strategy_every`-th iteration, then the model."""
         step = batch.step if batch.run_step is None else batch.run_step
         if (step + 1) % self.recipe.strategy_every == 0:
             with self.runtime.phases("strategy"):
@@ -210,10 +210,10 @@ class LasAt(PGDAT[LasAtRecipe]):
         ]
         loss = -reward * torch.cat(scores, 1).sum(1).mean()
         _move(self.strategy, self._mean_gradient(self.strategy, loss), self.recipe.strategy_lr)
-        self.runtime.ranks.share(list(self.strategy.buffers()))
+        self.runtime.ranks.broadcast(list(self.strategy.buffers()))
 
     def reward(self, batch: TrainBatch, adv: Tensor) -> Tensor:
-        """Return the reward of the strategies that led to these images, a scalar, the mean over the processes."""
+        """Return the reward of the strategies that made these images: a scalar, the mean over the processes."""
         recipe, ranks = self.recipe, self.runtime.ranks
         with frozen(self.model), torch.no_grad(), self.autocast():
             hard = cross_entropy(self.model(adv), batch.y)
@@ -223,10 +223,10 @@ class LasAt(PGDAT[LasAtRecipe]):
         with frozen(model), torch.no_grad(), self.autocast():
             robust = accuracy(model(worst), batch.y)
             clean = accuracy(model(batch.x), batch.y)
-        parts = ranks.sum(torch.stack([hard.float(), robust, clean])) / ranks.count
+        parts = ranks.sum(torch.stack([hard.float(), robust, clean])) / ranks.world_size
         hard, robust, clean = parts.unbind()
         return (
-            hard.clamp(0, _MOST_REWARD)
+            hard.clamp(0, _LARGEST_CROSS_ENTROPY)
             + recipe.robust_weight * robust
             + recipe.clean_weight * clean
         )
@@ -258,15 +258,15 @@ class LasAt(PGDAT[LasAtRecipe]):
         with torch.no_grad():
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.sub_(lr * gradient.add_(weight, alpha=decay_of(weight)))
-        self.runtime.ranks.share(list(model.buffers()))
+        self.runtime.ranks.broadcast(list(model.buffers()))
         return model, attack
 
     def _mean_gradient(self, model: nn.Module, loss: Tensor) -> list[Tensor]:
-        """Return the gradient of the processes' mean loss in the weights of a model that are trained."""
+        """Return the gradient of the processes' mean loss with respect to the trained weights of a model."""
         weights = [p for p in model.parameters() if p.requires_grad]
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         ranks = self.runtime.ranks
-        return [gradient / ranks.count for gradient in ranks.sum_all(found)]
+        return [gradient / ranks.world_size for gradient in ranks.sum_all(found)]
 
     def passes(self, epoch: int) -> float:
         """Return the cost with the longest strategy, the strategy network's passes counted as the model's."""

@@ -1,4 +1,4 @@
-"""LBGAT: the logits of a natural model guide a robust model; the natural model is trained, too, or fixed."""
+"""LBGAT and BGAT: the logits of a natural model guide a robust model; the natural model is trained, or fixed."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SLOW_FIRST_EPOCH = Piecewise((0, 1, 75, 90), (0.2, 1.0, 0.1, 0.01))
 @follows_start
 @dataclass(frozen=True, kw_only=True)
 class LbgatRecipe(NaturalRecipe, AroundRecipe):
-    """Numbers of the authors' code, which has the attack of TRADES. Around a base the base's numbers.
+    """Numbers of the authors' code, which has the attack of TRADES; with a base the numbers of the base.
 
-    The preset "official" also has its natural model, a ResNet-18 whose second stage has stride 1. BGAT has no
-    published code. It starts from the numbers of TRADES' own recipe.
+    The preset "official" also has that code's natural model, a ResNet-18 whose second stage has stride 1. BGAT has
+    no published code. It has the numbers of TRADES' own recipe.
 
     Attributes:
         base: the guided method: "pgd_at", "trades", "mart", "alp" or "hat". Its whole loss is added. Without a
@@ -100,7 +100,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
 
     @classmethod
     def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
-        """Return the standard model where it is fixed, or labels HAT's helper examples."""
+        """Return the name of the standard model if it guides, or if it labels HAT's helper examples."""
         assert isinstance(recipe, LbgatRecipe)
         return ("teacher",) if recipe.fixed or recipe.base == "hat" else ()
 
@@ -110,7 +110,7 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         return not self.recipe.fixed
 
     def setup(self) -> None:
-        """Build the natural model and the attack, and count the images with a backward pass."""
+        """Build the natural model and the attack, and count the images that have a backward pass."""
         self.images_trained = 2 if self.recipe.beta else 1
         super().setup()
         self.base: BaseMethod | None = None
@@ -126,11 +126,11 @@ class Lbgat(NaturalMethod[LbgatRecipe]):
         return super().attack(batch) if self.base is None else self.base.attack(batch)
 
     def gauges(self) -> dict[str, Tensor]:
-        """Return the share of exact zeros in the gradients of the attack."""
+        """Return the fraction of exact zeros in the gradients of the attack."""
         return super().gauges() if self.base is None else self.base.gauges()
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
-        """Return the guidance of f(x') by T(x), whose logits stand in the place of the clean ones."""
+        """Return the guidance of f(x') by T(x); ``clean_logits`` are T(x)."""
         if self.recipe.fixed:
             apart = at_least_float32(adv_logits) - at_least_float32(clean_logits)
             return apart.square().mean(1)

@@ -19,21 +19,21 @@ from fastadv.ranks import Ranks
 
 
 class Meter:
-    """Means over images of scalars that stay on the device until they are read."""
+    """Means over images of logged scalars. The sums stay on the device until they are read."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
         self._images: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor], images: int) -> None:
-        """Take in means over a batch of so many images."""
+        """Add means over a batch, given the number of its images."""
         for name, value in values.items():
-            # float64, so that a long epoch's sum does not lose its small terms
+            # In float64, so that a long epoch's sum does not lose its small terms.
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().double() * images
             self._images[name] = self._images.get(name, 0) + images
 
     def merge(self, other: Meter) -> None:
-        """Take in all that another meter has; waits for the device."""
+        """Add all values of another meter; waits for the device."""
         for name, (total, images) in other.state().items():
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._images[name] = self._images.get(name, 0) + int(images)
@@ -43,8 +43,8 @@ class Meter:
         return {name: float(total) / self._images[name] for name, total in self._sums.items()}
 
     def average(self, ranks: Ranks) -> None:
-        """Give all ranks the means over all ranks' values, in batches of the same sizes."""
-        if ranks.count > 1:
+        """Average the means over all ranks, whose batches have the same sizes."""
+        if ranks.world_size > 1:
             totals = ranks.means([float(total) for total in self._sums.values()])
             self._sums = dict(zip(self._sums, totals, strict=True))
 
@@ -64,14 +64,14 @@ class Meter:
 
 
 class MetricsLog:
-    """The records of a run.
+    """Writes the records of a run to `metrics.jsonl` and `summary.csv`.
 
-    `metrics.jsonl` has one object a line: {"kind": "step", ...} every few steps and
-    {"kind": "epoch", ...} after each epoch. `summary.csv` has a line per epoch.
+    `metrics.jsonl` has one object per line: {"kind": "step", ...} every few steps and
+    {"kind": "epoch", ...} after each epoch. `summary.csv` has one line per epoch.
 
     Args:
         folder: the run directory.
-        step: the step that the run continues from; later records are dropped.
+        step: the step from which the run goes on; later records are deleted.
         enabled: False to write nothing.
     """
 
@@ -86,7 +86,7 @@ class MetricsLog:
         write_atomically(self._file, "".join(_as_line(record) for record in records))
 
     def _earlier_records(self) -> list[dict[str, Any]]:
-        """The records of a run that is resumed, which goes on also where they cannot be read."""
+        """The records of a run that is resumed. If the file cannot be read, it is renamed, and the run goes on."""
         try:
             return read_records(self._file)
         except OSError as error:
@@ -120,7 +120,7 @@ class MetricsLog:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics.jsonl.
 
-    Lines that are damaged or were cut off are left out. Unless it is the last one, a warning counts them.
+    Damaged lines are left out. A warning gives their number, unless only the last line is damaged.
     """
     if not path.is_file():
         return []
@@ -146,7 +146,7 @@ def _record_in(line: bytes) -> dict[str, Any] | None:
 
 
 def _step_of(record: Mapping[str, Any]) -> float:
-    """The iteration of a record: 0 without an entry, not a number where the entry is no number."""
+    """The step of a record: 0 if the record has none, NaN if its entry is not a number."""
     step = record.get("step", 0)
     return step if isinstance(step, int | float) else math.nan
 
@@ -156,7 +156,7 @@ def _as_line(record: Mapping[str, Any]) -> str:
 
 
 def _json_value(value: Any) -> Any:
-    """Keep the file strict JSON, which has no NaN."""
+    """A value with six digits; None for NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

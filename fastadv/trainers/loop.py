@@ -58,14 +58,16 @@ class Loop:
     Args:
         method: the method, with its models on the device.
         loader: the training images.
-        monitor: validates the model that counts.
-        run: where the results go.
-        settings: how the run is kept and shown.
+        monitor: validates the evaluated model.
+        run: the run directory.
+        settings: the settings of checkpoints and logs.
         meta: facts to record in each checkpoint.
-        average: average of the weights of the first trained model, if the recipe has one.
+        average: average of the weights of the first trained model, if the recipe asks for it.
         on_step: called after each step with the run's progress.
+        callbacks: called with the metrics.
         show: print progress on standard error.
-        ranks: the processes that train together; the first one alone writes and speaks.
+        ranks: the processes that train together; only the first writes and prints.
+        progress: the position of the run.
     """
 
     method: Method[Any, Any]
@@ -96,12 +98,12 @@ class Loop:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model that is monitored and returned: the average, if there is one."""
+        """The model that is validated and returned: the average of the weights if there is one."""
         return self.average.model if self.average else next(iter(self.models.values()))
 
     @property
     def stopped(self) -> bool:
-        """Whether the last validations, as many as the recipe's patience, brought no improvement."""
+        """Whether the recipe's patience is over: that number of validations in a row brought no improvement."""
         patience = self.recipe.patience
         return patience is not None and self.progress.validations_since_best >= patience
 
@@ -126,7 +128,7 @@ class Loop:
             self.progress.validations_since_best = 0
 
     def train(self) -> dict[str, Any]:
-        """Run to the last epoch, or until patience ends, and return the last epoch's record.
+        """Train up to the last epoch, or until patience ends, and return the last epoch's record.
 
         Raises:
             TrainingInterrupted: after SIGTERM or Ctrl-C.
@@ -186,7 +188,7 @@ class Loop:
 
     def _stop(self, signum: int) -> None:
         """End the run after a checkpoint, on all ranks."""
-        self.ranks.wait()  # for the checkpoint: the first rank to end makes torchrun end the others
+        self.ranks.wait()  # for the checkpoint: when one rank ends, torchrun ends the others
         raise TrainingInterrupted(signum, self.run, self.progress.step)
 
     def _train_on(self, batch: Batch) -> None:
@@ -207,7 +209,7 @@ class Loop:
         self._guard.save()
         self._moved = False
         self.method.step(self._batch, self._update)
-        # The following is not within the step, in which AWP holds the weights elsewhere and Free moves them
+        # This must come after the whole step: within it AWP has perturbed the weights, and Free updates them
         # several times.
         if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
             self._give_up()
@@ -215,13 +217,13 @@ class Loop:
             self.average.update(next(iter(self.models.values())), self.progress.step + 1)
 
     def _update(self, result: LossResult) -> bool:
-        """Move the weights along the gradient of a loss; not if something is not finite."""
+        """Update the weights by a loss's gradient. If it is not finite, undo the iteration and return False."""
         check_loss(self.method, result)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss = self._sync.backward(result.loss)
         norms = [gradient_norm(optimizer) for optimizer in self.optimizers.values()]
-        # The backward pass is under way when the device is waited for here.
+        # This waits for the device, while the backward pass is still running on it.
         if not bool(torch.isfinite(torch.stack([loss, *norms])).all()):
             self._reject(float(loss))
             return False
@@ -251,7 +253,7 @@ class Loop:
         )
 
     def _give_up(self) -> None:
-        """Save the batch of a failed iteration, with the weights before it, and stop."""
+        """Save the batch of a failed iteration and the weights before it, and raise the error."""
         assert self._batch is not None
         batch = {
             name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
@@ -262,7 +264,7 @@ class Loop:
         file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
         if self.ranks.first:
             write_nonfinite(file, content)
-        self.ranks.wait()  # the first rank to fail ends the others
+        self.ranks.wait()  # when one rank fails, torchrun ends the others
         raise NonFiniteLossError(
             f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "
             f"finite; the last batch and the weights before it are in {file}"
@@ -282,7 +284,7 @@ class Loop:
         record = {
             "step": self.progress.step,
             "epoch": self.progress.epoch + 1,
-            **self._circumstances(),
+            **self._rate_and_bad_steps(),
             **means,
             "images_per_second": self.console.take_rate(),
             **{f"seconds_{name}": value for name, value in seconds.items()},
@@ -292,7 +294,7 @@ class Loop:
             self.callbacks.step(record)
         self.console.show(self.progress.epoch + 1, self.recipe.epochs, means)
 
-    def _circumstances(self) -> dict[str, Any]:
+    def _rate_and_bad_steps(self) -> dict[str, Any]:
         rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         return {"lr": rate, "bad_steps": self.progress.bad_steps}
 
@@ -304,7 +306,7 @@ class Loop:
         record = {
             "epoch": progress.epoch + 1,
             "step": progress.step,
-            **self._circumstances(),
+            **self._rate_and_bad_steps(),
             **self._epoch.means(),
             **{f"seconds_{name}": value for name, value in self._seconds.items()},
         }
@@ -331,7 +333,7 @@ class Loop:
         return record
 
     def _average_epoch(self) -> None:
-        """Take the epoch's last weights into their plain average; before that begins, follow them."""
+        """Add the epoch's last weights to the plain average (SWA). Before `swa_start` the average copies them."""
         progress, average = self.progress, self.average
         if not isinstance(average, EpochAverage) or self.recipe.swa_start is None:
             return
@@ -341,9 +343,9 @@ class Loop:
             torch.manual_seed(derive_seed(self.recipe.seed, "swa", progress.epoch))  # for dropout
             with self.method.autocast():
                 average.estimate_statistics(self.loader.epoch(progress.epoch - 1))
-            for buffer in average.model.buffers():  # each rank has seen its part of each batch
+            for buffer in average.model.buffers():  # each rank has used its own part of each batch
                 if buffer.is_floating_point():
-                    self.ranks.sum(buffer).div_(self.ranks.count)
+                    self.ranks.sum(buffer).div_(self.ranks.world_size)
 
     def _validation(self) -> Validation | None:
         done = self.progress.epoch
@@ -360,7 +362,7 @@ class Loop:
             progress.validations_since_best = 0
 
     def _checkpoint_due(self) -> bool:
-        """Whether this rank wants a checkpoint, by the iterations or, on the first rank, by its clock."""
+        """Whether a checkpoint is due by the number of iterations or, on the first rank, by the time."""
         if self.progress.epoch_step == len(self.loader):
             return False  # the epoch's end saves anyway
         every, minutes = self.settings.checkpoint_every, self.settings.checkpoint_minutes

@@ -1,4 +1,4 @@
-"""MART."""
+"""MART: misclassification-aware adversarial training."""
 
 from __future__ import annotations
 

@@ -29,18 +29,17 @@ _ALONE = Ranks()
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One batch and its place in the run.
+    """One batch and its position in the run.
 
     Attributes:
         x: images [B, C, H, W] in 0..1, float32.
         y: labels [B], int64; with mixup soft labels [B, K], float32.
         ids: the images' indices in the data set [B], int64.
-        epoch: counted from 0.
-        step: within the epoch, counted from 0.
+        epoch: the epoch, counted from 0.
+        step: the step within the epoch, counted from 0.
         run_seed: the recipe's seed.
-        weights: of the images' losses [B], 1 in the mean over the global batch; None where all
-            weigh the same.
-        run_step: within the run, counted from 0; None where a method is used without a run.
+        weights: weights of the images' losses [B], with mean 1 over the global batch; None if all weights are 1.
+        run_step: the step within the run, counted from 0; None if a method is used without a run.
     """
 
     x: Tensor
@@ -63,7 +62,7 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class Attacked:
-    """The result of the attack, for the loss. Methods whose attack computes more subclass this.
+    """The result of the attack, for the loss. A method whose attack computes further results has a subclass.
 
     Attributes:
         x: the images to train on [B, C, H, W], without gradient.
@@ -87,15 +86,15 @@ class LossResult:
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how precisely a run computes.
+    """The device, the precision and the processes of a run.
 
     Attributes:
-        device: of models and batches.
-        autocast_dtype: of the passes that run under `Method.autocast`; None is float32.
+        device: device of models and batches.
+        autocast_dtype: dtype of the passes that run under `Method.autocast`; None is float32.
         phases: collects seconds per phase.
         ranks: the processes that train together; each has its part of every batch.
-        build: makes a further model by its name for `create_model`, for the images of the run and as its own model
-            is; None where a method is used without a run.
+        build: makes a further model by its name for `create_model`, for the images of the run, on its device and
+            in its memory layout; None if a method is used without a run.
         network: the name by which the run's own model was made; None for a module.
     """
 
@@ -107,10 +106,14 @@ class Runtime:
     network: str | None = None
 
     def make(self, argument: str, name: str) -> nn.Module:
-        """Make a further model by its name, given by a number of the recipe that messages then name.
+        """Make a further model by its name.
+
+        Args:
+            argument: the recipe's field that holds the name, for messages.
+            name: a name for `create_model`.
 
         Raises:
-            ValueError: for an unknown name, or where there is no run that would build it.
+            ValueError: if the name is unknown, or if there is no run that can build the model.
         """
         if self.build is None:
             raise ValueError(
@@ -131,10 +134,10 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     """Base of the training methods.
 
     A method defines how a batch is attacked, and its loss. The loop does the rest: optimiser,
-    schedule, precision, averaging, checkpoints, logs. A subclass writes `attack` and
-    `training_loss`, and overrides the other hooks only where it differs. Its docstring states the
+    schedule, precision, averaging, checkpoints, logs. A subclass defines `attack` and
+    `training_loss`, and overrides other functions only where it differs. Its docstring states the
     passes per batch in F (one forward pass of the model over the batch; input gradients cost 2F,
-    a training pass 3F) and how often BatchNorm's running statistics move.
+    a training pass 3F) and the number of updates of BatchNorm's running statistics.
 
     Args:
         recipe: an instance of `recipe_class`.
@@ -144,10 +147,10 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     Attributes:
         name: name of the method on the command line.
-        recipe_class: its recipe.
+        recipe_class: class of the method's recipe.
         bn_updates: updates of the running statistics per batch.
-        supports: the fields "label_smoothing" and "extra_weight" of the recipe that the loss supports.
-            A class that defines another loss does not inherit it.
+        supports: the recipe's fields "label_smoothing" and "extra_weight", if the loss supports them.
+            A class that defines another loss does not inherit this.
         takes_soft_labels: whether a method that supports "label_smoothing" can also be trained on mixed labels.
             Its attack and all other code that reads labels then accept soft labels.
     """
@@ -206,7 +209,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
 
     @classmethod
     def teachers_for(cls, recipe: Recipe, model: nn.Module) -> dict[str, nn.Module]:
-        """Return, by the name of each frozen model, one of its kind: the model to be trained or a part of it."""
+        """Return, by the name of each frozen model, a module with its architecture: the model or a part of it."""
         return dict.fromkeys(cls.teachers_needed(recipe), model)
 
     def setup(self) -> None:
@@ -216,39 +219,39 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         """Set the starting weights; the weights of a resumed run replace them afterwards."""
 
     def trainable(self) -> dict[str, nn.Module]:
-        """Return the models that are trained, each by an optimiser of its own.
+        """Return the trained models by name. Each has its own optimiser.
 
-        The first is the one that is monitored, averaged and evaluated. Parameters that do not
-        require gradients are left alone.
+        The first model is validated, averaged and evaluated. Parameters that do not require gradients are not
+        changed.
         """
         return {"model": self.model}
 
     def compile(self, mode: str | None = None) -> None:
-        """Let torch.compile make the passes of the trained models, which keep their state dicts.
+        """Run the passes of the trained models through torch.compile. Their state dicts do not change.
 
         Args:
-            mode: of ``torch.compile``; ``"reduce-overhead"`` captures the passes as CUDA graphs.
+            mode: mode of ``torch.compile``; ``"reduce-overhead"`` captures the passes as CUDA graphs.
         """
-        self._convolutions = None  # the compiler has its own
+        self._convolutions = None  # the compiler chooses its own convolutions
         for module in self.trainable().values():
             module.compile(mode=mode)
         self._split_pass = torch.compile(_features_and_logits, mode=mode)
 
     def gauges(self) -> dict[str, Tensor]:
-        """Return scalars on the last batch that are read only when something is logged.
+        """Return scalars about the last batch. They are read only when a record is written.
 
-        The names must not change with the batch.
+        The names must be the same for all batches.
         """
         return {}
 
     def train_mode(self) -> None:
-        """Put the models in the modes that an iteration expects."""
+        """Put the models in the modes that an iteration needs, such as training mode."""
         for module in self.trainable().values():
             module.train()
 
     @abc.abstractmethod
     def attack(self, batch: TrainBatch) -> AttackedT:
-        """Return the images to train on, with any results that `training_loss` can use again."""
+        """Return the images to train on, and further results for `training_loss`."""
 
     @abc.abstractmethod
     def training_loss(self, batch: TrainBatch, adv: AttackedT) -> LossResult:
@@ -257,13 +260,13 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
     def step(self, batch: TrainBatch, update: Update) -> None:
         """Train on one batch.
 
-        Override it for another order of things, such as several updates per batch or a loss at
-        shifted weights.
+        Override it for another order of steps, such as several updates per batch or a loss at
+        perturbed weights.
 
         Args:
             batch: the batch.
-            update: takes a loss, computes its gradients and moves the weights; returns False if
-                it took no step because something was not finite.
+            update: takes a loss, computes its gradients and updates the weights; returns False if
+                it took no step because the loss or a gradient is not finite.
         """
         with self.runtime.phases("attack"):
             adv = self.attack(batch)
@@ -274,27 +277,28 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             update(result)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the state between batches besides models and optimisers, for checkpoints.
+        """Return the state between batches, besides models and optimisers, for checkpoints.
 
-        By default nothing; else tensors [B, ...] by name, B the places in this process's part of the batch.
+        By default it is empty. Else it has tensors [B, ...] by name, B the size of this process's part of the
+        batch.
         """
         return {}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from the result of `state`; the tensors may be on another device."""
+        """Restore the result of `state`; the tensors may be on another device."""
 
     @abc.abstractmethod
     def passes(self, epoch: int) -> float:
-        """Return the cost per image in F, at most, in one epoch (counted from 0)."""
+        """Return the largest cost per image in one epoch, counted from 0, in F."""
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Return the context in which this run's passes compute."""
+        """Return the context for this run's passes, which sets their precision."""
         device, dtype = self.runtime.device.type, self.runtime.autocast_dtype
         context = torch.autocast(device, dtype=dtype, enabled=dtype is not None)
         return context if self._convolutions is None else _both(context, self._convolutions)
 
     def cross_entropy(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy of each image [B], its labels smoothed as the recipe has it.
+        """Return the cross-entropy of each image [B], with the recipe's label smoothing.
 
         Args:
             logits: [B, K].
@@ -308,13 +312,13 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return cross_entropy(logits, y, label_smoothing=smoothing, reduction="none")
 
     def teacher_output(self, name: str, x: Tensor, output: Output = logits_of) -> Tensor:
-        """Run a frozen model without gradients, where possible by a copy that is faster; see `FrozenForward`.
+        """Run a frozen model without gradients, if possible by a faster copy; see `FrozenForward`.
 
         Args:
-            name: of the frozen model.
+            name: name of the frozen model.
             x: images [B, C, H, W].
-            output: the result that is wanted, a function of the model and the images, always the same object:
-                by default the logits, or `features_of` for the map before pooling.
+            output: a function of the model and the images that gives the result; by default it gives the logits.
+                `features_of` gives the map before pooling. It must be the same object in all calls.
 
         Returns:
             The result of `output`, in float32 or in the dtype of the run's passes.
@@ -322,13 +326,16 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         return self.frozen_output(name, self.teachers[name], x, output)
 
     def frozen_output(self, name: str, model: nn.Module, x: Tensor, output: Output) -> Tensor:
-        """As `teacher_output`, of any model in evaluation mode whose weights stand still.
+        """Run any model in evaluation mode whose weights do not change, as `teacher_output` does.
 
         Args:
             name: the model's name in messages.
-            model: the model. Another one by this name takes the place of the former.
+            model: the model. If it is another model than in the last call with this name, it replaces that model.
             x: images [B, C, H, W].
-            output: as there.
+            output: as for `teacher_output`.
+
+        Returns:
+            The result of `output`, in float32 or in the dtype of the run's passes.
         """
         found = self._frozen.get((name, output))
         if found is None or not found.is_of(model):
@@ -338,7 +345,7 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
             return found(x)
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Run the trained model once: the map before pooling [B, C, H, W] and logits [B, K]."""
+        """Run the trained model once, and return the map before pooling [B, C, H, W] and the logits [B, K]."""
         return self._split_pass(self.model, x)
 
 
@@ -354,8 +361,8 @@ def _features_and_logits(model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the part of the batch that is classified correctly, as a scalar tensor.
+    """Return the fraction of the batch that is classified correctly, as a scalar tensor.
 
-    Of mixtures the likelier class is the right one.
+    For soft labels the most probable class counts as the right class.
     """
     return (logits.detach().argmax(1) == hard(y)).float().mean()

@@ -1,10 +1,10 @@
-"""The methods by name."""
+"""The list of all training methods, and finding one by its name."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 from fastadv.trainers.act import Act
 from fastadv.trainers.afs import Afs
 from fastadv.trainers.alp import Alp
@@ -71,13 +71,13 @@ def find_method(method: str | MethodClass) -> MethodClass:
     """Return a method's class.
 
     Args:
-        method: its name ("pgd-at" is "pgd_at"); "package.module:Class" for a method of your own, which is imported
-            and must not come from a file; or the class itself.
+        method: the method's name ("pgd-at" is "pgd_at"); "package.module:Class" for a method of your own; or the
+            class itself. "package.module:Class" is imported, so it must not be read from a file that others wrote.
 
     Raises:
-        ValueError: for an unknown name, or a method of your own without one.
+        ValueError: if the name is unknown, or a method of your own has no name.
         ImportError: if a method of your own cannot be imported.
-        TypeError: for anything else.
+        TypeError: if the argument is no name and no subclass of `Method`.
     """
     if isinstance(method, type) and issubclass(method, Method):
         check_method(method)
@@ -93,12 +93,12 @@ def find_method(method: str | MethodClass) -> MethodClass:
     known_names = method_names()
     raise ValueError(
         f"method must be one of {', '.join(known_names)}, or package.module:Class, got {method!r}"
-        f"{closest(method, known_names)}"
+        f"{did_you_mean(method, known_names)}"
     )
 
 
 def command_name(method: MethodClass) -> str:
-    """Return how the command line names a method: by its name, or by "package.module:Class"."""
+    """Return a method's name on the command line: its own name, or "package.module:Class"."""
     return method.name if method in _METHODS else label_of(method) or method.name
 
 

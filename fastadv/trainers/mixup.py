@@ -1,4 +1,4 @@
-"""Mixup: batches whose images and labels are mixtures of two."""
+"""Mixup: batches in which each image and its label are mixed with another image and its label."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from fastadv.trainers.method import TrainBatch
 
 
 def mixed(batch: TrainBatch, alpha: float, num_classes: int, ranks: Ranks) -> TrainBatch:
-    """Return a batch of ``share x_i + (1 - share) x_j`` with soft labels mixed alike.
+    """Return a batch with images ``share x_i + (1 - share) x_j`` and soft labels with the same shares.
 
     The share is one number per step from the Beta(alpha, alpha) distribution. The partner j of each image is
-    another one of the global batch: the next in an order that random numbers of the images' ids give. So the
-    mixtures are functions of the seed, the epoch, the step and the images, whatever process has which of them.
+    another image of the global batch: the next in an order that random numbers of the images' ids give. So the
+    mixtures depend on the seed, the epoch, the step and the images, and not on the number of processes.
 
     Source: Zhang et al. 2018; one share per batch, as in their code and in robust_overfitting.
 
     Args:
         batch: images and labels [B] of this process.
-        alpha: of the distribution, > 0.
-        num_classes: C, of the soft labels.
+        alpha: parameter of the distribution, > 0.
+        num_classes: number of classes.
         ranks: the processes, each with its part of the batch.
 
     Returns:
@@ -50,14 +50,14 @@ def share_of(batch: TrainBatch, alpha: float) -> float:
 
 
 def partners_of(ids: Tensor, seed: int) -> Tensor:
-    """Return the place of each image's partner, [B] int64: the next image in a random cyclic order."""
+    """Return the index of each image's partner, [B] int64: the next image in a random cyclic order."""
     first, second = philox(seed, ids, 1)[:, :2].unbind(1)
-    # The words have 32 bits: 63 bits tell any images apart but those with the same id, which keep their order.
+    # 63 bits of two 32-bit words give all ids different places; images with the same id keep their order.
     order = (first << 31 | second >> 1).argsort(stable=True)
     return torch.empty_like(order).scatter_(0, order, order.roll(-1))
 
 
 def classes_of(model: nn.Module, x: Tensor) -> int:
-    """Return the number of a model's logits, by a pass over the first of the images [B, C, H, W]."""
+    """Return the number of a model's logits, by a pass over the first image of [B, C, H, W]."""
     with frozen(model), torch.no_grad():
         return int(model(x[:1]).shape[1])

@@ -23,11 +23,11 @@ _ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Validation:
-    """Accuracies at one moment, fractions.
+    """The result of one validation.
 
     Attributes:
-        clean: on the clean images.
-        robust: under PGD; None for methods without an eps.
+        clean: accuracy on the clean images, 0..1.
+        robust: accuracy under PGD, 0..1; None for methods without an eps.
         drift: mean angular distance of the features from the teacher's features, on the clean
             images; None without a teacher whose features are comparable.
     """
@@ -38,7 +38,7 @@ class Validation:
 
     @property
     def score(self) -> float:
-        """The score that chooses the best checkpoint."""
+        """The score that chooses the best checkpoint: the robust accuracy if there is one."""
         return self.clean if self.robust is None else self.robust
 
     def numbers(self) -> dict[str, float]:
@@ -55,9 +55,9 @@ class Monitor:
     """Measures a model on the same images and with the same noise every time.
 
     Args:
-        model: the model to validate, with its weights at each call.
+        model: the model to validate; each validation uses its current weights.
         data: the images.
-        recipe: gives eps, the number of steps, batch size and seed.
+        recipe: the recipe, for eps, the number of steps, batch size and seed.
         runtime: device and precision.
         teacher: the frozen model with whose features the features of the model are compared, if there is one.
         ranks: the processes that share the work; all get the same result.
@@ -83,7 +83,7 @@ class Monitor:
             device=runtime.device,
             channels_last=recipe.channels_last,
             rank=ranks.rank,
-            world_size=ranks.count,
+            world_size=ranks.world_size,
         )
         self._teacher: nn.Module | None = None
         if teacher is not None and _are_comparable(model, teacher, data, runtime.device):
@@ -93,9 +93,8 @@ class Monitor:
             self._attack = PGD(
                 model,
                 recipe.eps,
-                min(
-                    recipe.alpha, recipe.eps / 4
-                ),  # one-step methods train with steps of eps and more
+                # Methods with one step train with steps of eps and more, which are too long for several steps.
+                min(recipe.alpha, recipe.eps / 4),
                 recipe.monitor_steps,
                 norm=recipe.norm,
                 precision=recipe.attack_precision,
@@ -130,6 +129,7 @@ class Monitor:
         )
 
     def _correct(self, x: Tensor, y: Tensor) -> Tensor:
+        """The number of images that are classified correctly, a scalar tensor."""
         with frozen(self._model), torch.no_grad():
             return (self._model(x).argmax(1) == y).sum()
 
@@ -145,7 +145,7 @@ def _distances(model: nn.Module, teacher: nn.Module, x: Tensor) -> Tensor:
 def _are_comparable(
     model: nn.Module, teacher: nn.Module, data: ImageData, device: torch.device
 ) -> bool:
-    """Whether both can be cut before their pooling and have features of one shape."""
+    """Whether both models can be cut before their pooling and have features of the same shape."""
     try:
         check_feature_split(model)
         check_feature_split(teacher)

@@ -71,7 +71,7 @@ class NFgsm(PGDAT[NFgsmRecipe]):
     recipe_class = NFgsmRecipe
 
     def setup(self) -> None:
-        """Build the attack, whose ball is one that noise and step do not leave."""
+        """Build the attack, with a ball that is large enough for noise and step together."""
         super().setup()
         self.pgd.eps = self.recipe.noise * self.recipe.eps + self.recipe.alpha
 

@@ -37,8 +37,8 @@ class NaturalMethod(PairMethod[NaturalT]):
     """A pair method with a model of clean images, which learns beside the robust one unless it is a teacher.
 
     Attributes:
-        natural: where it learns, a model of the architecture that the recipe names or of the robust one's, with
-            weights and an optimiser of its own; else the frozen model "teacher".
+        natural: if it is trained, a model with its own weights and optimiser, of the architecture that the recipe
+            names or of the robust model's architecture; else the frozen model "teacher".
     """
 
     @property
@@ -55,9 +55,8 @@ class NaturalMethod(PairMethod[NaturalT]):
     def _build_natural(self) -> nn.Module:
         name = self.recipe.natural
         if name is None and ":" in (self.runtime.network or ""):
-            name = (
-                self.runtime.network
-            )  # of others, who may draw weights only where the network is built
+            # A network of other packages may draw its weights only when it is built: a copy could not draw again.
+            name = self.runtime.network
         if name is None:
             self._is_copy = True
             return copy.deepcopy(self.model)
@@ -65,18 +64,21 @@ class NaturalMethod(PairMethod[NaturalT]):
         return self.runtime.make("natural", name)
 
     def initialise(self) -> None:
-        """Draw weights of its own for a natural model that learns and is a copy of the robust one."""
+        """Draw new weights for a natural model that was made as a copy of the robust model."""
         if self._is_copy:
             torch.manual_seed(derive_seed(self.recipe.seed, "natural"))
             _reset_parameters(self.natural)
 
     def trainable(self) -> dict[str, nn.Module]:
-        """Return the robust model, then the natural one where it learns."""
-        return {"model": self.model, **({"natural": self.natural} if self.natural_learns else {})}
+        """Return the robust model, then the natural model if it is trained."""
+        models = {"model": self.model}
+        if self.natural_learns:
+            models["natural"] = self.natural
+        return models
 
 
 def _reset_parameters(model: nn.Module) -> None:
-    """Draw all weights again, as each class does on creation: layers first, then the changes by their owners."""
+    """Draw all weights again, as each class does when it is created: inner modules first, then their owners."""
     for module in reversed(list(model.modules())):
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()

@@ -1,4 +1,4 @@
-"""Numbers that a person may write as fractions, "8/255", on the command line and in configs."""
+"""Numbers that may be written as fractions, "8/255", on the command line and in configs."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 else:
 
     class Number(float):
-        """The annotation of recipe fields that the command line also takes as "8/255".
+        """The annotation of recipe fields for which the command line also accepts "8/255".
 
-        Only a marker: the values themselves are plain floats.
+        It is only a marker: the values themselves are plain floats.
         """
 
 
@@ -23,7 +23,7 @@ def parse_number(value: object) -> float:
         value: a number, or text such as "0.1", "1e-3" or "8/255".
 
     Raises:
-        ValueError: for anything else, a zero denominator, or a result that is not finite.
+        ValueError: if the value is neither, if a denominator is 0, or if the result is not finite.
     """
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError(f"expected a number or a fraction such as 8/255, got {value!r}")

@@ -67,10 +67,23 @@ def open_run(
     ranks: Ranks,
     facts: Mapping[str, Any],
 ) -> Checkpoint | None:
-    """Take possession of the run directory, and return the checkpoint to continue from, if any."""
+    """Lock the run directory, write the run's description, and return the checkpoint to go on from, if any.
+
+    Args:
+        run: the run directory.
+        description: the description of the run.
+        defaults: the recipe's defaults, for runs that were recorded before a number existed.
+        source: where the images come from, to be recorded.
+        teachers: the frozen models by name, whose weights are copied into the directory.
+        resume: whether to go on with an existing run, or the name of the checkpoint to go on from.
+        overwrite: whether to delete an existing run.
+        allow_changes: whether the existing run may differ from the description.
+        ranks: the processes that train together; only the first writes.
+        facts: further facts to record.
+    """
     if ranks.first:
         run.take()
-        run.check_free(bool(resume), overwrite)  # once more, now that nobody else can write there
+        run.check_free(bool(resume), overwrite)  # again, now that no other process can write there
     start: Checkpoint | None = None
     clear = run.exists and overwrite
     if run.exists and not clear:
@@ -91,7 +104,11 @@ def open_run(
 
 
 def restore(loop: Loop, start: Checkpoint) -> None:
-    """Go back to a checkpoint, whose state may come from another version."""
+    """Load the state of a checkpoint into the loop.
+
+    Raises:
+        CheckpointError: if the state does not fit, for example because another version wrote it.
+    """
     try:
         loop.restore(start)
     except torch.OutOfMemoryError:

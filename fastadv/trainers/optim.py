@@ -18,18 +18,18 @@ _NORMS = (
     nn.GroupNorm,
     nn.RMSNorm,
 )
-# Where torch has its optimisers as one kernel over all parameters.
+# Devices for which torch has fused optimisers: one kernel over all parameters.
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
 def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """Build the recipe's optimiser over the parameters of a model that require gradients.
 
-    Without `norm_decay` the weights and biases of normalisation layers are a group of their own, whose weight
-    decay is 0.
+    Without `norm_decay` the weights and biases of normalisation layers are a separate parameter group with weight
+    decay 0.
 
     Raises:
-        ValueError: if there are no parameters.
+        ValueError: if no parameter requires a gradient.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     decay_of = decays(model, recipe)
@@ -57,14 +57,14 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def decays(model: nn.Module, recipe: Recipe) -> Callable[[Tensor], float]:
-    """Return a function that tells the weight decay of each parameter of a model."""
+    """Return a function that gives the weight decay of each parameter of a model."""
     norms = [m for m in model.modules() if isinstance(m, _NORMS) and not recipe.norm_decay]
-    still = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
-    return lambda parameter: 0.0 if id(parameter) in still else recipe.weight_decay
+    without_decay = {id(p) for norm in norms for p in norm.parameters(recurse=False)}
+    return lambda parameter: 0.0 if id(parameter) in without_decay else recipe.weight_decay
 
 
 def set_place(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) -> None:
-    """Give an optimiser the learning rate and the momentum after so many epochs, counted from 0."""
+    """Set an optimiser's learning rate and momentum for a position in the run, in epochs counted from 0."""
     for group in optimizer.param_groups:
         group["lr"] = recipe.lr_at(epoch)
         if recipe.optimizer == "adamw":
@@ -75,9 +75,9 @@ def set_place(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) ->
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load a saved state; momenta get the memory layout of their parameter.
+    """Load a saved state. Each momentum gets the memory layout of its parameter.
 
-    The fused kernel walks them in memory order, so equal layouts are a matter of correctness.
+    The fused kernel reads both in memory order, so that different layouts would give wrong results.
     """
     optimizer.load_state_dict(state)
     for group in optimizer.param_groups:
@@ -95,7 +95,7 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:
-    """Scale the gradients down to a largest norm, given their norm."""
+    """Scale the gradients down so that their norm is at most ``largest``; ``norm`` is their norm before."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     nn.utils.clip_grads_with_norm_(parameters, largest, norm)
 
@@ -107,12 +107,12 @@ def _gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class Average:
-    """An average of a model's moving tensors: weights that require gradients, and buffers that change.
+    """An average of a model's changing tensors: weights that require gradients, and buffers that change.
 
     Args:
-        model: the model to follow, its modules in the modes in which it is trained: buffers of those in evaluation
+        model: the model, its modules in the modes in which it is trained. The buffers of modules in evaluation
             mode do not change.
-        every_buffer: take these as well.
+        every_buffer: average the buffers of modules in evaluation mode as well.
 
     Attributes:
         model: a copy of the model that holds the average, in evaluation mode.
@@ -127,7 +127,7 @@ class Average:
         for path, module in model.named_modules(remove_duplicate=False):
             if not (module.training or every_buffer):
                 still |= {name for name, _ in module.named_buffers(path, recurse=False)}
-        # A name that the model's own hooks have changed is not known to stand still.
+        # A tensor whose name the model's own hooks have changed counts as changing.
         self._moving = set(model.state_dict()) - still
 
     def state(self) -> dict[str, Tensor]:
@@ -136,7 +136,7 @@ class Average:
 
     @torch.no_grad()
     def _move_towards(self, model: nn.Module, weight: float) -> None:
-        """Make each value (1 - weight) of itself plus weight of the model's; copy integers."""
+        """Replace each average by (1 - weight) average + weight value, with the model's value; copy integers."""
         averages, values = [], []
         live = model.state_dict()
         for name, value in self.state().items():
@@ -152,11 +152,11 @@ class WeightAverage(Average):
     """Exponential moving average of a model's state; integers are copied.
 
     The decay grows from 0.1 to its value over the first steps, as min(decay, (1 + t) / (10 + t)),
-    so that the random start is soon forgotten.
+    so that the random initial weights soon have little influence.
 
     Args:
-        model: the model to follow, as in `Average`.
-        decay: weight of the past at each step.
+        model: the model, as for `Average`.
+        decay: weight of the old average at each step.
     """
 
     name = "ema"
@@ -166,7 +166,7 @@ class WeightAverage(Average):
         self.decay = decay
 
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the model's weights after its step number `step`, counted from 1."""
+        """Add the model's weights after a step to the average; steps are counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         self._move_towards(model, 1 - decay)
 
@@ -177,20 +177,22 @@ class EpochAverage(Average):
     Source: Izmailov et al. 2018, algorithm 1.
 
     Args:
-        model: the model to follow.
+        model: the model.
     """
 
     name = "swa"
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(model, every_buffer=True)  # `estimate_statistics` takes all of them anew
+        super().__init__(
+            model, every_buffer=True
+        )  # `estimate_statistics` computes all buffers again
 
     def update(self, model: nn.Module, count: int) -> None:
-        """Take in the model as number `count`; number 1 replaces the average."""
+        """Add the model's weights to the average as number ``count``; number 1 replaces the average."""
         self._move_towards(model, 1 / count)
 
     def estimate_statistics(self, batches: Iterable[tuple[Any, ...]]) -> None:
-        """Take BatchNorm's running statistics anew, as plain means over batches (x, ...).
+        """Compute BatchNorm's running statistics again, as plain means over batches (x, ...).
 
         The mean of the models' statistics differs from the statistics of the averaged weights. Dropout is active,
         as in training.
@@ -206,12 +208,12 @@ def build_average(model: nn.Module, recipe: Recipe) -> WeightAverage | EpochAver
 
 
 class BufferGuard:
-    """Keeps a copy of the buffers of some models, to go back to when a step fails.
+    """Keeps a copy of the buffers of some models, which is restored when a step fails.
 
-    A forward pass over something not finite leaves NaN in BatchNorm's running statistics.
+    A forward pass with values that are not finite leaves NaN in BatchNorm's running statistics.
 
     Args:
-        models: whose buffers to keep.
+        models: the models.
     """
 
     def __init__(self, models: list[nn.Module]) -> None:
@@ -226,7 +228,8 @@ class BufferGuard:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the buffers back to their values at the last `save`."""
+        """Restore the values of the buffers at the last `save`."""
         if self._buffers:
-            # Past the version counters, so that a graph made before the `save` can still be differentiated.
+            # `data` leaves the version counters unchanged, so that a graph made before can still be
+            # differentiated.
             torch._foreach_copy_([buffer.data for buffer in self._buffers], self._copies)

@@ -1,4 +1,4 @@
-"""Methods that are not fastadv's own: named as `package.module:Class`, and checked before they are used."""
+"""Importing and checking a user's own method, which is named as `package.module:Class`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def own_method(label: str, taken: tuple[str, ...] = ()) -> type[Method[Any, Any]
     """Import a method that the user names.
 
     Args:
-        label: "package.module:Class". Its code runs, so that a label that a file holds must not come here.
-        taken: names that other methods have.
+        label: "package.module:Class". Its code runs, so the label must come from the user, and not from a file.
+        taken: names of other methods.
 
     Raises:
-        ImportError: if there is no such class, or its module fails.
-        TypeError: if it is no subclass of `Method`, or not a whole one.
-        ValueError: if its name is missing or taken.
+        ImportError: if there is no such class, or its module cannot be imported.
+        TypeError: if it is not a subclass of `Method`, or abstract methods are missing.
+        ValueError: if its name is missing, or another method has this name.
     """
     found = import_named(label, "method", "class")
     if not isinstance(found, type) or not issubclass(found, Method):
@@ -44,8 +44,8 @@ def check_method(method: type[Method[Any, Any]]) -> None:
     """Check that a class can be used as a method.
 
     Raises:
-        TypeError: if it lacks a function, or its recipe is no `Recipe`.
-        ValueError: if it has no name, or one that a run cannot record.
+        TypeError: if abstract methods are missing, or its recipe is not a `Recipe`.
+        ValueError: if it has no name, or a name that a run cannot record.
     """
     label = method.__qualname__
     missing = sorted(getattr(method, "__abstractmethods__", ()))
@@ -70,7 +70,7 @@ def check_method(method: type[Method[Any, Any]]) -> None:
 
 
 def _check_recipe(recipe: type[Recipe]) -> None:
-    """Check that a recipe has all the fields that it writes, each with a default."""
+    """Check that all annotated fields of a recipe are dataclass fields, and that each field has a default."""
     own = [
         field
         for field, kind in inspect.get_annotations(recipe).items()
@@ -90,13 +90,13 @@ def _check_recipe(recipe: type[Recipe]) -> None:
 
 
 def label_of(method: type[Method[Any, Any]]) -> str | None:
-    """Return "package.module:Class" of a method's class; None where no import would find it."""
+    """Return "package.module:Class" for a method's class; None if it cannot be imported by such a name."""
     module, name = method.__module__, method.__qualname__
     return None if module == "__main__" or "." in name else f"{module}:{name}"
 
 
 def _suggested(method: type) -> str:
-    """The name of a class as the names of methods are written: SmoothAT is smooth_at."""
+    """A class name in the form of method names: SmoothAT becomes smooth_at."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", method.__name__).lower()
 
 

@@ -22,11 +22,13 @@ _TENTH_AT_75_90_AND_100 = MultiStep((74, 89, 99), 0.1)
 
 @dataclass(frozen=True, kw_only=True)
 class PairRecipe(AdversarialRecipe):
-    """Numbers that TRADES and its descendants share, from their authors' code, whose 75th epoch is at a tenth.
+    """Numbers that TRADES and similar methods share, from their authors' code.
+
+    The learning rate falls to a tenth at the 75th epoch, as in that code.
 
     Attributes:
         start_std: standard deviation of the Gaussian noise from which the attack starts, in units of the 0..1
-            image; with `random_start` off it starts from the image.
+            image. Without `random_start` the attack starts from the image.
     """
 
     eps: Number = 0.031
@@ -45,19 +47,19 @@ PairT = TypeVar("PairT", bound=PairRecipe)
 class PairMethod(AdversarialMethod[PairT, Attacked]):
     """A method whose loss compares the logits of clean and of adversarial images.
 
-    The attack starts from Gaussian noise. It is drawn as a uniform point of the l2 ball of radius
-    `start_std * sqrt(n)`, which in the n dimensions of an image is nearly a Gaussian, and clipped to 0..1, where
-    the authors' code clips after the first step, whatever the preset.
+    The attack starts from Gaussian noise. The noise is drawn as a uniform point of the l2 ball of radius
+    `start_std * sqrt(n)`, which in the n dimensions of an image is nearly Gaussian. The noisy image is clipped to
+    0..1. The authors' code clips only after the first step; no preset does this.
 
-    Cost per batch: 2KF for the attack, 1F more where it compares with the clean logits, 6F for training. Running
-    statistics move twice, first by the clean images.
+    Cost per batch: 2KF for the attack, 1F more if the attack compares with the clean logits, 6F for training.
+    Running statistics move twice, first by the clean images.
     """
 
     bn_updates = 2
     images_trained = 2
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return the images with a little Gaussian noise."""
+        """Return the images with a little Gaussian noise; None, for the images, without `random_start`."""
         if not self.recipe.random_start:
             return None
         radius = self.recipe.start_std * math.sqrt(batch.x[0].numel())
@@ -79,7 +81,7 @@ class PairMethod(AdversarialMethod[PairT, Attacked]):
     def image_losses(
         self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
     ) -> Tensor:
-        """Return the whole loss of each image [B]: the objective of both logits."""
+        """Return the whole loss of each image [B]; by default it is the objective."""
         return self.objective(clean_logits, adv_logits, batch.y)
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
@@ -94,7 +96,7 @@ class PairMethod(AdversarialMethod[PairT, Attacked]):
 
 
 def pair_metrics(clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> dict[str, Tensor]:
-    """Return both accuracies on the batch."""
+    """Return the metrics "train_accuracy" and "train_adv_accuracy" of a batch."""
     return {
         "train_accuracy": accuracy(clean_logits, y),
         "train_adv_accuracy": accuracy(adv_logits, y),

@@ -1,4 +1,4 @@
-"""Seconds per phase of a training iteration, on the CPU and on CUDA without stopping the stream."""
+"""Measuring the seconds of each phase of a training iteration, on CUDA without a synchronisation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Mark: TypeAlias = "float | torch.cuda.Event"
 
 
 class PhaseTimer:
-    """Adds up the time of named phases; a phase inside another is not counted in the outer one.
+    """Adds up the time of named phases. The time of an inner phase does not count for the outer phase.
 
     On CUDA it is the time between two events on the current stream, read only in `take`.
 
     Args:
-        device: where the work runs.
+        device: the device of the work.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class PhaseTimer:
         return dict(seconds)
 
     def _close_segment(self) -> None:
-        """End the running segment, if there is one, and let the next begin."""
+        """End the running segment, if there is one, and begin the next."""
         now = self._mark()
         if self._running:
             self._segments.append((self._running[-1], self._since, now))

@@ -1,4 +1,4 @@
-"""Recipes as JSON types, in which run directories and checkpoints keep them and by which they are compared."""
+"""Recipes as JSON types, for run directories and checkpoints, and for comparing two recipes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fastadv.trainers.schedules import Schedule
 
 
 def as_plain(value: Any) -> Any:
-    """Turn a recipe into JSON types: dicts, lists, numbers, text.
+    """Return a recipe as JSON types: dicts, lists, numbers, text.
 
-    A dataclass inside, such as the schedule, becomes its class name and its fields.
+    A schedule becomes a dict of its class name and its fields.
     """
     if isinstance(value, Schedule):
         fields = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else vars(value)
@@ -27,13 +27,13 @@ def as_plain(value: Any) -> Any:
 
 
 def plain_defaults(kind: type[Recipe]) -> dict[str, Any]:
-    """Return the default of each field that has one, as JSON types."""
+    """Return the defaults of a recipe's fields, as JSON types."""
     found = ((f.name, f.default) for f in dataclasses.fields(kind))
     return {name: as_plain(value) for name, value in found if value is not dataclasses.MISSING}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return one "name: old -> new" for each entry in which two plain recipes differ."""
+    """Return a text "name: old -> new" for each entry in which two plain recipes differ."""
     missing = "(not there)"
     return [
         f"{name}: {old.get(name, missing)} -> {new.get(name, missing)}"

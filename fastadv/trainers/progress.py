@@ -17,8 +17,8 @@ class Progress:
         bad_steps: iterations without an update, because loss or gradient was not finite.
         bad_in_a_row: the number of consecutive bad iterations at the end.
         best_step: iteration of the best checkpoint so far; None before the first validation.
-        best_score: its accuracy.
-        validations_since_best: validations after that.
+        best_score: score of the best checkpoint, an accuracy.
+        validations_since_best: validations after the best checkpoint.
         averaged: epochs whose last weights are in the plain average (SWA).
     """
 
@@ -34,7 +34,7 @@ class Progress:
 
 
 def renamed(progress: dict[str, Any]) -> dict[str, Any]:
-    """A stored progress under the present names of its fields."""
+    """Return a stored progress under the present names of the fields, which older versions named differently."""
     if "looks_since_best" in progress:
         progress = dict(progress)
         progress["validations_since_best"] = progress.pop("looks_since_best")

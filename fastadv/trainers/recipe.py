@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from fastadv.attacks.arguments import EngineName
 from fastadv.fields import check_fields
-from fastadv.ops.values import check_radius, closest
+from fastadv.ops.values import check_radius, did_you_mean
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe_type import RecipeType
 from fastadv.trainers.schedules import MultiStep, Schedule
@@ -25,7 +25,7 @@ Presets: TypeAlias = Mapping[str, Mapping[str, Any]]
 RecipeT = TypeVar("RecipeT", bound="Recipe")
 _TENTH_AFTER_75_AND_90 = MultiStep((75, 90), 0.1)
 _ADAMW = {"lr": 1e-3, "weight_decay": 1e-2}
-# Of one-step methods, whose step is 1.25 eps.
+# The numbers of one-step methods in l2: their step is 1.25 eps.
 ONE_STEP_IN_L2: Mapping[str, Any] = {"eps": 128 / 255, "alpha": 160 / 255}
 
 
@@ -34,12 +34,12 @@ class Recipe(metaclass=RecipeType):
     """Numbers that every method has. The defaults are the numbers of standard training in the papers.
 
     Attributes:
-        presets: by name, the fields in which a preset differs from the defaults, which are "paper". Recipes of
+        presets: for each preset, the fields in which it differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
-        deciding: fields by which `beginning` chooses the numbers that a recipe begins with.
+        deciding: fields from which `beginning` chooses the defaults of the other fields.
         epochs: passes over the training images.
         batch_size: images per iteration; the incomplete last batch of an epoch is dropped.
-        lr: learning rate that the schedule scales.
+        lr: learning rate, which the schedule scales.
         schedule: how the learning rate changes over the run; the default scales in proportion with the epochs.
         warmup: epochs in which a linear rise from 0 goes on top of the schedule.
         optimizer: "sgd" or "adamw" (Loshchilov and Hutter 2019). With AdamW a recipe begins with PyTorch's
@@ -51,7 +51,7 @@ class Recipe(metaclass=RecipeType):
         weight_decay: weight decay of the parameters; in SGD it is part of the gradient, in AdamW it is decoupled.
         norm_decay: let the weights and biases of normalisation layers decay as well.
         clip_grad_norm: largest L2 norm of the gradient of a model; longer ones are scaled down.
-        label_smoothing: share of the target that the cross-entropy spreads evenly over all classes;
+        label_smoothing: fraction of the target that the cross-entropy spreads evenly over all classes;
             methods that compare the logits of clean and adversarial images do not support it.
         mixup: alpha of mixup (Zhang et al. 2018). Each image and its label are mixed with another image of the
             batch and its label. The ratio is drawn from the Beta(alpha, alpha) distribution. 0 turns mixup off.
@@ -64,7 +64,7 @@ class Recipe(metaclass=RecipeType):
         pad: pixels of padding for the random crop; 0 turns the crop off.
         pad_mode: content of the padding.
         flip: random horizontal flips.
-        extra_fraction: part of each batch drawn from extra images, such as synthetic ones (Carmon
+        extra_fraction: fraction of each batch that is drawn from extra images, such as synthetic ones (Carmon
             et al. 2019). An epoch has as many iterations as without them, so it does not use all training images.
         extra_weight: weight of an extra image's loss. The weight of a training image is 1. The weighted losses
             are divided by the mean weight.
@@ -125,6 +125,11 @@ class Recipe(metaclass=RecipeType):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        """Check each number by itself, and the averages of the weights."""
         for name in ("epochs", "batch_size", "monitor_images", "monitor_every", "max_bad_steps"):
             check_field(self, name, at_least=1)
         for name in ("pad", "holdout", "monitor_steps"):
@@ -155,6 +160,9 @@ class Recipe(metaclass=RecipeType):
             raise ValueError(f"extra_weight must be > 0, got {self.extra_weight}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
+
+    def _check_combinations(self) -> None:
+        """Check numbers that do not go together, and the momentum."""
         if self.mixup and self.extra_weight != 1:
             raise ValueError(f"extra_weight must be 1 with mixup, got {self.extra_weight}")
         if self.momentum >= 1:
@@ -181,14 +189,14 @@ class Recipe(metaclass=RecipeType):
 
         Args:
             name: one of `presets`.
-            changes: fields that are to be otherwise.
+            changes: fields with other values than in the preset.
 
         Raises:
-            ValueError: for an unknown preset, or a number out of range.
+            ValueError: if the preset is unknown, or a number is out of range.
         """
         if name not in cls.presets:
             official = "; it follows no published code"
-            reason = official if name == "official" else closest(name, cls.presets)
+            reason = official if name == "official" else did_you_mean(name, cls.presets)
             raise ValueError(
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
@@ -197,10 +205,10 @@ class Recipe(metaclass=RecipeType):
 
     @classmethod
     def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the first numbers of a recipe: of `start`, then of the threat and the optimiser.
+        """Return the defaults of a recipe, which depend on the fields that the caller sets.
 
-        For another number of epochs the schedule is scaled, so that the learning rate drops at the same parts of
-        the run.
+        They are the numbers of `start`, then of the threat, then of the optimiser. For another number of epochs
+        the schedule is scaled, so that the learning rate drops at the same fractions of the run.
 
         Args:
             preset: one of `presets`.
@@ -216,18 +224,18 @@ class Recipe(metaclass=RecipeType):
 
     @classmethod
     def deciders(cls) -> tuple[str, ...]:
-        """Return the fields of `deciding`, including the base classes' fields."""
+        """Return the fields in `deciding`, including the fields of the base classes."""
         names = [name for kind in cls.__mro__ for name in vars(kind).get("deciding", ())]
         return tuple(dict.fromkeys(names))
 
     @classmethod
     def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the numbers that differ in the threat that is given."""
+        """Return the numbers that depend on the given threat, such as the norm."""
         return {}
 
     @classmethod
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the fields in which a recipe begins otherwise than its class says.
+        """Return the fields whose defaults differ from the defaults of the class.
 
         Args:
             preset: one of `presets`.
@@ -236,25 +244,25 @@ class Recipe(metaclass=RecipeType):
         return dict(cls.presets[preset])
 
     def lr_at(self, epoch: float) -> float:
-        """Return the learning rate after so many epochs, counted from 0."""
+        """Return the learning rate at a position in the run, in epochs counted from 0."""
         rise = min(epoch / self.warmup, 1.0) if self.warmup else 1.0
         return self.lr * rise * self.schedule.factor(epoch, self.epochs)
 
     def momentum_at(self, epoch: float) -> float:
-        """Return the momentum after so many epochs, counted from 0."""
+        """Return the momentum at a position in the run, in epochs counted from 0."""
         cycled = self.schedule.momentum(epoch, self.epochs)
         return self.momentum if cycled is None else cycled
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdversarialRecipe(Recipe):
-    """The numbers that methods with a PGD attack in training add.
+    """Further numbers of methods with a PGD attack in training.
 
-    In l2 a recipe begins with the radius and the step size of robust_overfitting (Rice et al. 2020), 128/255 and
-    15/255, whichever of them are not given. `dataclasses.replace` keeps both numbers when it changes the norm.
+    In l2 the default radius and step size are those of robust_overfitting (Rice et al. 2020), 128/255 and 15/255.
+    `dataclasses.replace` keeps both numbers when it changes the norm.
 
     Attributes:
-        norms: of the balls that the method is defined in.
+        norms: norms of the balls for which the method is defined.
         norm: norm of the ball for the attack, its start and the noise.
         eps: radius of the ball, in units of the 0..1 image.
         alpha: step size of the attack, in the same units; in l2 the length of the whole step.
@@ -266,9 +274,9 @@ class AdversarialRecipe(Recipe):
             which an image's attack depends on its batch; BatchNorm's running statistics are restored afterwards.
             "moving" is training mode in which every pass of the attack updates them, as in robust_overfitting and
             AWP-AT.
-        attack_precision: precision of the attack's passes, as `precision`.
-        engine: how the attack is run; see `fastadv.pgd_fused`. "auto" measures nothing in training, so that a run
-            can be repeated and resumed to the bit.
+        attack_precision: precision of the attack's passes, with the same values as `precision`.
+        engine: how the attack is run; see `fastadv.pgd_fused`. In training "auto" does not choose by measuring
+            times, so that a run can be repeated and resumed to the bit.
         awp_gamma: size of AWP's perturbation of the weights, relative to the weights. 0 turns AWP off. Its paper
             has .01 for PGD-AT and .005 for TRADES. AWP costs one more training pass.
         awp_warmup: epochs from the start without AWP.
@@ -311,26 +319,26 @@ class AdversarialRecipe(Recipe):
                 "attack_mode must be 'eval' with sync_bn, whose statistics no attack gathers, "
                 f"got {self.attack_mode!r}"
             )
-        if self.norm == "linf":  # in l2 it takes the size of an image to tell
+        if self.norm == "linf":  # in l2 the check needs the size of the images
             check_radius("eps", self.eps, "linf", (0.0, 1.0))
 
     @property
     def attack_engine(self) -> EngineName:
-        """The engine of the attack, chosen in a fixed order where it is "auto"."""
+        """The engine of the attack; "fixed", which chooses in a fixed order, for "auto"."""
         return "fixed" if self.engine == "auto" else self.engine
 
     @classmethod
     def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the radius and the step size in l2."""
+        """Return the default radius and step size in l2; empty in linf."""
         return dict(cls.l2_numbers) if given.get("norm") == "l2" else {}
 
 
 def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
     """Keep `dataclasses.replace` from changing a field on which other numbers of the recipe depend.
 
-    It goes above `dataclass`, for a class whose `start` depends on the given numbers. `dataclasses.replace` hands
-    on every number as if it were given. The class has an `InitVar` called `replaces`, by which `replace` tells
-    which recipe it began with.
+    This decorator goes above `dataclass`, on a class whose `start` depends on the given numbers.
+    `dataclasses.replace` passes every number as if the caller had given it. The class needs an `InitVar` with the
+    name `replaces`: through it `dataclasses.replace` passes the recipe that it changes.
     """
     init = kind.__init__
 
@@ -346,7 +354,7 @@ def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
 
 
 def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
-    """Refuse to change a field by which `start` has chosen numbers that would stay."""
+    """Refuse to change a field from which `start` has chosen numbers that would not change with it."""
     for name in recipe.deciders():
         old, new = getattr(recipe, name), numbers[name]
         if new != old:
@@ -358,19 +366,23 @@ def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
 
 
 def shared_numbers(recipe: Recipe, kind: type[Recipe], without: tuple[str, ...]) -> dict[str, Any]:
-    """Return the numbers of a recipe for the fields that another class has as well.
+    """Return the numbers of a recipe for the fields that another recipe class has as well.
 
     Args:
-        recipe: where the numbers come from.
+        recipe: the recipe.
         kind: the other class.
-        without: fields that mean something else there.
+        without: fields to leave out, as they mean something else in the other class.
     """
     names = {f.name for f in dataclasses.fields(kind)} - set(without)
     return {f.name: getattr(recipe, f.name) for f in dataclasses.fields(recipe) if f.name in names}
 
 
 def check_field(recipe: Recipe, name: str, at_least: float) -> None:
-    """Raise ValueError unless a recipe's number is finite and at least so large."""
+    """Check that a recipe's number is finite and not less than a bound.
+
+    Raises:
+        ValueError: if it is not.
+    """
     value = getattr(recipe, name)
     if not (math.isfinite(value) and value >= at_least):
         raise ValueError(f"{name} must be >= {at_least}, got {value}")

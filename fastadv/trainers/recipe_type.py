@@ -1,4 +1,4 @@
-"""The type of the recipe classes, which knows the names that other code gives to their numbers."""
+"""The metaclass of recipes: it checks the names of the numbers, and fills in defaults that depend on others."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABCMeta
 from typing import Any, TypeVar
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import closest
+from fastadv.ops.values import did_you_mean
 
 T = TypeVar("T")
 # The names of these numbers in other code.
@@ -23,18 +23,18 @@ _SYNONYMS = {
 
 
 class RecipeType(ABCMeta):
-    """The type of the recipe classes: looks at the names of the numbers before a recipe is made."""
+    """The metaclass of recipes: it checks the names of the numbers before a recipe is made."""
 
     def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
-        """Make a recipe.
+        """Make a recipe, with the defaults of `beginning`.
 
         Raises:
-            TypeError: an option that it does not have; the message says which was probably meant.
+            TypeError: if the recipe does not have a given option; the message names a similar one.
         """
         known = inspect.signature(cls).parameters
         for name in numbers:
             if name not in known:
-                hint = closest(name, known, _SYNONYMS)
+                hint = did_you_mean(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
         began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
         made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
@@ -42,6 +42,6 @@ class RecipeType(ABCMeta):
 
     @property
     def __signature__(cls) -> inspect.Signature:
-        """The signature of the constructor, which the call above would hide from ``help`` and editors."""
+        """The signature of the constructor, which `__call__` would hide from ``help`` and editors."""
         signature = inspect.signature(cls.__init__)  # type: ignore[misc]
         return signature.replace(parameters=list(signature.parameters.values())[1:])

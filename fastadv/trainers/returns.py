@@ -1,6 +1,6 @@
 """Checks of the values that a method returns.
 
-They read only kinds, shapes and dtypes, so they wait for no device.
+They read only types, shapes and dtypes, so they do not wait for the device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fastadv.trainers.method import Method, TrainBatch
 
-# The names that the loop itself writes to a record, besides `seconds_...`.
+# Names of a record that the loop itself writes, besides `seconds_...`.
 RESERVED = frozenset(
     {"kind", "step", "epoch", "lr", "loss", "grad_norm", "bad_steps", "images_per_second"}
 )
@@ -24,8 +24,8 @@ def check_attacked(method: Method[Any, Any], attacked: object, batch: TrainBatch
     """Check the result of `attack`.
 
     Raises:
-        TypeError: if it is no `Attacked`, or holds something else than images.
-        ValueError: if its images are not of the batch's size.
+        TypeError: if it is not an `Attacked`, or does not hold a tensor of floats.
+        ValueError: if its images do not have the size of the batch's images.
     """
     from fastadv.trainers.method import Attacked
 
@@ -49,8 +49,9 @@ def check_loss(method: Method[Any, Any], result: object) -> None:
     """Check the result of `training_loss`, or the loss that `step` gives to the update.
 
     Raises:
-        TypeError: if it is no `LossResult`, or holds something else than tensors.
-        ValueError: if the loss is no scalar or has no gradient, or a metric is no scalar or has a name taken.
+        TypeError: if it is not a `LossResult`, or does not hold tensors.
+        ValueError: if the loss or a metric is not a scalar, if the loss has no gradient, or if a metric has a name
+            that the loop uses.
     """
     from fastadv.trainers.method import LossResult
 
@@ -76,16 +77,16 @@ def check_loss(method: Method[Any, Any], result: object) -> None:
 
 
 def check_scalars(where: str, what: str, values: object) -> None:
-    """Check scalars that are to be logged.
+    """Check scalars that will be logged.
 
     Args:
-        where: the function that returned them.
-        what: the name of the values in messages.
+        where: the function that returned them, for messages.
+        what: the name of the values, for messages.
         values: the returned values.
 
     Raises:
-        TypeError: if they are no mapping of names to tensors.
-        ValueError: if one is no scalar, or has a name of the loop's own.
+        TypeError: if they are not a mapping of names to real tensors.
+        ValueError: if a value is not a scalar, or has a name that the loop uses.
     """
     if not isinstance(values, Mapping):
         raise TypeError(
@@ -115,8 +116,8 @@ def check_trainable(method: Method[Any, Any]) -> None:
     """Check the results of `trainable` and `passes`, before the first step.
 
     Raises:
-        TypeError: if the one returns no modules by name, or the other no number.
-        ValueError: if there is no module.
+        TypeError: if `trainable` does not return modules by name, or `passes` does not return a number.
+        ValueError: if `trainable` returns no module.
     """
     kind, models = type(method).__name__, method.trainable()
     good = isinstance(models, dict) and all(
@@ -136,7 +137,7 @@ def check_trainable(method: Method[Any, Any]) -> None:
 
 
 def described(value: object) -> str:
-    """Describe a value: a tensor by shape and dtype, anything else by its kind."""
+    """Return a description of a value: a tensor's shape and dtype, a number or a text itself, or the type."""
     if isinstance(value, Tensor):
         return f"a tensor {_shape(value)} of {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, tuple | list):

@@ -20,7 +20,7 @@ class RstRecipe(TradesRecipe):
     The cosine falls with each iteration. With "official" it falls with each epoch, as in the code.
 
     Attributes:
-        extra_fraction: part of each batch drawn from the pseudo-labelled images.
+        extra_fraction: fraction of each batch that is drawn from the pseudo-labelled images.
     """
 
     epochs: int = 200
@@ -38,7 +38,7 @@ class Rst(Trades):
 
     Source: Carmon et al. 2019, equations 5 and 6 with adversarial training; recipe as in the authors' code
     (yaircarmon/semisup-adv). `--extra FILE` gives the images. It reads the published file
-    ti_500K_pseudo_labeled.pickle. An epoch has as many iterations as the training images have batches.
+    ti_500K_pseudo_labeled.pickle. The number of iterations in an epoch is the same as without these images.
 
     Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
     """

@@ -34,9 +34,9 @@ class Description:
 
     Attributes:
         method: the method's name.
-        recipe: all its numbers, as JSON types.
-        model: how the model is built.
-        data: which images.
+        recipe: all numbers of the recipe, as JSON types.
+        model: the facts by which the model is built.
+        data: the facts about the training images.
         teachers: digest of the weights of each frozen model.
     """
 
@@ -47,7 +47,7 @@ class Description:
     teachers: dict[str, str]
 
     def flat(self) -> dict[str, Any]:
-        """Return all entries side by side, for a comparison."""
+        """Return all entries in one dict, for a comparison."""
         flat: dict[str, Any] = {"method": self.method, **self.recipe}
         for part in ("model", "data", "teachers"):
             flat.update({f"{part}.{key}": value for key, value in getattr(self, part).items()})
@@ -58,11 +58,11 @@ class RunDirectory:
     """The directory of a run: `run.json`, logs, `checkpoints/` and the frozen models' weights.
 
     Args:
-        path: where it is or shall be.
+        path: the path of the directory, which need not exist yet.
 
     Attributes:
-        path: where it is.
-        lock: the right to write to it.
+        path: the path of the directory.
+        lock: the lock of the directory, which a process needs to write there.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -75,7 +75,7 @@ class RunDirectory:
         return self.path / CHECKPOINTS
 
     def teacher_file(self, name: str) -> Path:
-        """Return where the weights of a frozen model are kept."""
+        """Return the file with the weights of a frozen model."""
         return self.path / f"{name}.safetensors"
 
     @property
@@ -99,7 +99,7 @@ class RunDirectory:
         return Description(**{field.name: content[field.name] for field in fields(Description)})
 
     def source(self) -> tuple[str | None, str | None]:
-        """Return name and folder of the data set; None for a part without a name.
+        """Return the name and the folder of the data set; each is None if it was not recorded.
 
         Raises:
             CheckpointError: if `run.json` is absent or damaged.
@@ -131,18 +131,18 @@ class RunDirectory:
         return reading
 
     def method_code(self) -> str | None:
-        """Return "package.module:Class" of a method that is not fastadv's own, to be shown, never imported."""
+        """Return "package.module:Class" of a user's own method, or None. It may be shown, but never imported."""
         code = self._read_json().get("method_code") if self.exists else None
         return code if isinstance(code, str) else None
 
     def launch(self) -> str | None:
-        """Return the torchrun job that began the run or went on with it last, None if there is no such job."""
+        """Return the torchrun job that last began or resumed the run; None if there is no such job."""
         return self._read_json().get("launch") if self.exists else None
 
     def identity(self) -> str | None:
-        """Return the identity that tells this run from all others, and stands in its checkpoints.
+        """Return the identity of the run, a text that no other run has and that its checkpoints record.
 
-        None if there is no run, or it is from before runs had one.
+        None if there is no run, or if an older version wrote it, which recorded no identity.
         """
         return self._read_json().get("run") if self.exists else None
 
@@ -158,8 +158,8 @@ class RunDirectory:
         """Check that a run may start or go on here, before anything is written.
 
         Raises:
-            ValueError: if both are asked for.
-            FileExistsError: if there is something here and neither is asked for.
+            ValueError: if both ``resume`` and ``overwrite`` are true.
+            FileExistsError: if there is a run here and both are false, or if there are files of a damaged run.
             NotADirectoryError: if the path is a file.
         """
         if resume and overwrite:
@@ -177,14 +177,14 @@ class RunDirectory:
             )
 
     def check_same(self, new: Description, defaults: Mapping[str, Any]) -> None:
-        """Check that a run to be resumed is the one that is here.
+        """Check that the run to be resumed is the run in this directory.
 
         Args:
-            new: the description of the resumed run.
-            defaults: the recipe's numbers that a run from before there were such numbers has.
+            new: the description of the run to be resumed.
+            defaults: the recipe's defaults, for numbers that an older version did not record.
 
         Raises:
-            ValueError: naming the differences.
+            ValueError: if it is another run; the message names the differences.
         """
         old = self.read()
         new = replace(new, data=_as_far_as(old.data, new.data))
@@ -196,7 +196,7 @@ class RunDirectory:
             )
 
     def take(self) -> None:
-        """Make the directory, take its lock, and delete files that a killed process has left half written.
+        """Make the directory, take its lock, and delete incomplete files that a killed process has left.
 
         Raises:
             RunInUseError: if another process holds the lock.
@@ -222,7 +222,7 @@ class RunDirectory:
         write_atomically(self._file, sealed_json({"run": identity, **asdict(description), **facts}))
 
     def save_teacher(self, name: str, teacher: nn.Module) -> None:
-        """Keep a frozen model's weights, so that the run can be resumed without their source."""
+        """Save a frozen model's weights, so that the run can be resumed without their source."""
         state = {
             key: value.cpu().contiguous().clone() for key, value in teacher.state_dict().items()
         }
@@ -239,13 +239,13 @@ class RunDirectory:
         shutil.rmtree(self.path / "analyses", ignore_errors=True)
         names = ["metrics.jsonl", "summary.csv", "eval.json", "mlflow_run"]
         with suppress(CheckpointError):  # a damaged run can be overwritten, too
-            # Names in a run from elsewhere could lead out of its directory.
+            # Names in a run that others wrote could be paths out of the directory.
             names += [f"{name}.safetensors" for name in self.read().teachers if name.isidentifier()]
         for name in names:
             (self.path / name).unlink(missing_ok=True)
         for file in self.path.glob("nonfinite_step_*.pt"):
             file.unlink()
-        self._file.unlink()  # last, so that a kill leaves something to clear again
+        self._file.unlink()  # last, so that after a kill the directory still counts as a run and can be cleared
 
     @property
     def _file(self) -> Path:
@@ -257,7 +257,7 @@ class RunDirectory:
 
 
 def _as_far_as(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of data, without the digest of pixels where the older one is from before there was one."""
+    """The new description of data, without the digest of pixels if an older version did not record it."""
     return {
         name: _as_far_as(old[name], value)
         if isinstance(value, dict) and isinstance(old.get(name), dict)

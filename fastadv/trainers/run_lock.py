@@ -1,4 +1,4 @@
-"""One process per run directory: a lock that says who holds it and ends with its process."""
+"""The lock of a run directory, which lets only one process write. It ends with the process."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from typing import Any
 from fastadv.files import is_running
 from fastadv.locks import NO_LOCKS
 
-_PATIENCE = 2.0  # seconds: a process that was killed may take a moment to end
-_held: dict[Path, dict[str, Any]] = {}  # by this process
+_PATIENCE = 2.0  # seconds to wait: a process that was killed may take a moment to end
+_held: dict[Path, dict[str, Any]] = {}  # the locks of this process
 _taking = threading.Lock()
 
 
 class RunInUseError(OSError):
-    """Another process trains in the run directory; the message says which."""
+    """Another process trains in the run directory; the message names it."""
 
 
 class RunLock:
-    """The right to write to a run directory.
+    """The lock of a run directory; only the process that holds it writes there.
 
-    It is a lock of the operating system on a file, which the system takes back when the process ends, however it
-    ends, and which network file systems pass on between machines. The processes that read data ahead do not
+    It is a lock of the operating system on a file. The system releases it when the process ends for any reason.
+    Network file systems share it between machines. Child processes, such as those that read data ahead, do not
     inherit it. The file names the holder.
 
-    Leaving the `with` statement gives the lock back, if it was taken.
+    Leaving the `with` statement releases the lock, if it was taken.
 
     Args:
         folder: the run directory.
@@ -57,10 +57,10 @@ class RunLock:
         self.release()
 
     def check(self) -> None:
-        """Check that nobody holds the lock, without taking it.
+        """Check that no process holds the lock, without taking it.
 
         Raises:
-            RunInUseError: if somebody does.
+            RunInUseError: if a process holds it.
         """
         self._check_own()
         try:
@@ -71,16 +71,18 @@ class RunLock:
             return
 
     def take(self) -> None:
-        """Take the lock; the folder must be there.
+        """Take the lock; the folder must exist.
 
         Raises:
-            RunInUseError: if somebody else holds it.
+            RunInUseError: if another process holds it, or another object of this process.
             OSError: if the folder cannot be written.
         """
         with _taking:
             self._check_own()
             descriptor = self._open(os.O_RDWR | os.O_CREAT)
-            while not self._is_current(descriptor):  # the one who held it has deleted it meanwhile
+            while not self._is_current(
+                descriptor
+            ):  # the last holder has deleted the file meanwhile
                 os.close(descriptor)
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
@@ -91,7 +93,7 @@ class RunLock:
             _held[self._key] = holder
 
     def release(self) -> None:
-        """Give the lock back and delete its file; nothing happens where this process does not hold it."""
+        """Release the lock and delete its file, if this process holds it."""
         if self._descriptor is None or _held.get(self._key, {}).get("pid") != os.getpid():
             return
         with suppress(OSError):
@@ -105,7 +107,7 @@ class RunLock:
         return self._path.parent.resolve() / self._path.name
 
     def _check_own(self) -> None:
-        """Look for a lock of this process, which the operating system would let it take once more."""
+        """Refuse a second lock of this process, which the operating system would allow."""
         if self._key in _held:
             raise self._in_use(_held[self._key])
 
@@ -123,7 +125,7 @@ class RunLock:
         deadline = time.monotonic() + _PATIENCE
         while True:
             try:
-                # Not `flock`, which child processes would hold on to.
+                # Not `flock`, which child processes would inherit.
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except OSError as error:
@@ -136,7 +138,7 @@ class RunLock:
             time.sleep(0.05)
 
     def _go_by_name(self, descriptor: int) -> None:
-        """Where the file system has no locks, believe the file about processes on this machine."""
+        """Check the holder that the file names, as the file system has no locks. Elsewhere it gives a warning."""
         holder = _holder(descriptor)
         pid = holder.get("pid")
         if holder.get("host") == socket.gethostname() and pid != os.getpid():
@@ -163,7 +165,7 @@ class RunLock:
 
 
 def _holder(descriptor: int) -> dict[str, Any]:
-    """Who the file says holds the lock; empty if it does not say."""
+    """The holder of the lock that the file names; empty if it names no holder."""
     try:
         content = json.loads(os.pread(descriptor, 4096, 0))
     except (OSError, ValueError):

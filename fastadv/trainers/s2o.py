@@ -34,7 +34,7 @@ class S2oRecipe(PairRecipe):
         beta: weight of the divergence, with base "trades".
         weight: weight w of the statistics' term. The cross-entropy has 1 - w. The default is .1 with base "pgd_at"
             and .3 with "trades".
-        own: share of an image's own class in the targets; .2 in the code for 10 classes, .02 for 100.
+        own: target probability of an image's own class; .2 in the code for 10 classes, .02 for 100.
     """
 
     epochs: int = 200
@@ -68,9 +68,9 @@ class S2o(PairMethod[S2oRecipe]):
     With base "trades" the cross-entropy is CE(f(x)), and 6 KL(f(x) || f(x')) is added.
 
     The soft targets t of each class come from the second moments M = sum over the batch of f f^T. The own class
-    has .2. The other classes share .8, class j in proportion to max_k |M_yk| - |M_yj|. So a class gets little if
-    its logits vary together with the logits of y. t uses the clean logits and t' the adversarial logits, both
-    without gradient.
+    has .2. The other classes share .8, class j in proportion to max_k |M_yk| - |M_yj|. So the target of a class is
+    small if its logits vary together with the logits of y. t uses the clean logits and t' the adversarial logits,
+    both without gradient.
 
     Source: Jin et al. 2022; the loss follows the authors' code (Alexkael/S2O), in which it replaces the paper's
     term in the correlation of the weights. Choices where the code leaves something open: if the shares of all
@@ -81,8 +81,8 @@ class S2o(PairMethod[S2oRecipe]):
     Here each kind runs once. With base "pgd_at" the attack starts from uniform noise, and `start_std` has no
     effect.
 
-    Cost per batch: 2KF for the attack (1F more on TRADES), 6F for training. Running statistics move twice (four
-    times or more in the authors' code).
+    Cost per batch: 2KF for the attack (1F more with base "trades"), 6F for training. Running statistics move twice
+    (four times or more in the authors' code).
     """
 
     name = "s2o"
@@ -95,7 +95,7 @@ class S2o(PairMethod[S2oRecipe]):
         super().setup()
 
     def start_of(self, batch: TrainBatch) -> Tensor | None:
-        """Return where the base's attack starts."""
+        """Return the images at which the base's attack starts; None for PGD's own start."""
         if self.recipe.base == "trades":
             return super().start_of(batch)
         return super(PairMethod, self).start_of(batch)  # the start of PGD-AT
@@ -120,12 +120,12 @@ def second_order_targets(logits: Tensor, own: float, ranks: Ranks) -> Tensor:
     """Return the soft targets of each class.
 
     Args:
-        logits: of this process's part of the batch, [B, K].
-        own: the class's own share.
+        logits: logits of this process's part of the batch, [B, K].
+        own: target probability of the own class.
         ranks: the processes whose parts make up the batch.
 
     Returns:
-        [K, K], a row for each class, which sums to 1.
+        Targets [K, K]: a row for each class, which sums to 1.
     """
     with torch.autocast(logits.device.type, enabled=False):
         values = at_least_float32(logits)

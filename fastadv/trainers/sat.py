@@ -23,9 +23,10 @@ class SatRecipe(AdversarialRecipe):
         gap: the largest gap of probabilities at which the attack on an image goes on, in the first epochs. The gap
             is the probability of the most probable other class minus the probability of the image's own class,
             from -1 to 1.
-        final_gap: the same in the last epochs.
-        gap_start: epochs before the gap begins to grow.
-        gap_end: epochs after which the gap stays constant. In between it grows by the same amount with each epoch.
+        final_gap: the largest gap in the last epochs.
+        gap_start: number of epochs before the gap begins to grow.
+        gap_end: number of epochs after which the gap stays constant. From `gap_start` to `gap_end` it grows by the
+            same amount with each epoch.
     """
 
     epochs: int = 100

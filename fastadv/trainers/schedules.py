@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the place in the run, so that resuming needs no state."""
+"""Learning-rate schedules: pure functions of the position in the run, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastadv.trainers.number import Number
 
 
 class Schedule(abc.ABC):
-    """A factor on the recipe's learning rate; of a dataclass the fields are checked, its numbers being >= 0."""
+    """Base of the schedules: a factor on the recipe's learning rate. The numbers of a dataclass must be >= 0."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -32,27 +32,27 @@ class Schedule(abc.ABC):
         """
 
     def momentum(self, epoch: float, epochs: int) -> float | None:
-        """Return the momentum at one step; None where the schedule leaves it to the recipe.
+        """Return the momentum at one step; None if the schedule does not change the recipe's momentum.
 
         Args:
-            epoch: as in `factor`.
-            epochs: as there.
+            epoch: as for `factor`.
+            epochs: as for `factor`.
         """
         return None
 
     def scaled(self, epochs: int, to: int) -> Schedule:
-        """Return the schedule of a run of another length: numbers of epochs change in proportion.
+        """Return the schedule for a run of another length: numbers of epochs change in proportion.
 
         Args:
-            epochs: of the run that the schedule was made for.
-            to: epochs of the other run.
+            epochs: number of epochs for which the schedule was made.
+            to: number of epochs of the other run.
         """
         return self
 
 
 @dataclass(frozen=True)
 class Constant(Schedule):
-    """The recipe's learning rate throughout."""
+    """The recipe's learning rate in all epochs."""
 
     def factor(self, epoch: float, epochs: int) -> float:
         """Return 1."""
@@ -61,7 +61,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True)
 class Step(Schedule):
-    """Multiply by gamma every so many epochs.
+    """Multiply by gamma after each period of `every` epochs.
 
     Attributes:
         every: epochs between two drops.
@@ -77,7 +77,7 @@ class Step(Schedule):
             raise ValueError(f"every must be > 0 epochs, got {self.every}")
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return gamma to the number of whole periods done."""
+        """Return gamma to the power of the number of finished periods."""
         return self.gamma ** int(epoch // self.every)
 
     def scaled(self, epochs: int, to: int) -> Step:
@@ -103,7 +103,7 @@ class MultiStep(Schedule):
         _check_ascending("milestones", self.milestones)
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return gamma to the number of milestones passed."""
+        """Return gamma to the power of the number of passed milestones."""
         return self.gamma ** bisect.bisect_right(self.milestones, epoch)
 
     def scaled(self, epochs: int, to: int) -> MultiStep:
@@ -115,10 +115,10 @@ class MultiStep(Schedule):
 
 @dataclass(frozen=True)
 class Piecewise(Schedule):
-    """Any factors by epoch.
+    """A constant factor in each of several pieces of the run.
 
     Attributes:
-        starts: epochs after which each piece begins, ascending from 0; 12.5 is the middle of the 13th.
+        starts: epochs after which each piece begins, ascending from 0; 12.5 is the middle of the 13th epoch.
         factors: factor on the recipe's learning rate in each piece.
     """
 
@@ -130,7 +130,7 @@ class Piecewise(Schedule):
         _check_pieces("starts", self.starts, self.factors)
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return the factor of the piece that the epoch is in."""
+        """Return the factor of the piece that contains the epoch."""
         return self.factors[bisect.bisect_right(self.starts, epoch) - 1]
 
     def scaled(self, epochs: int, to: int) -> Piecewise:
@@ -140,11 +140,11 @@ class Piecewise(Schedule):
 
 @dataclass(frozen=True)
 class Interpolated(Schedule):
-    """Straight lines between any factors by epoch; after the last the rate stays.
+    """Linear interpolation between factors at given epochs; after the last epoch the factor is constant.
 
     Attributes:
-        epochs: where the lines meet, ascending from 0.
-        factors: factor on the recipe's learning rate at each of these.
+        epochs: epochs with given factors, ascending from 0.
+        factors: factor on the recipe's learning rate at each of these epochs.
     """
 
     epochs: tuple[int | Number, ...] = (0, 100)
@@ -155,7 +155,7 @@ class Interpolated(Schedule):
         _check_pieces("epochs", self.epochs, self.factors)
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return the factor on the line that the epoch is on."""
+        """Return the interpolated factor at an epoch."""
         after = bisect.bisect_right(self.epochs, epoch)
         if after == len(self.epochs):
             return self.factors[-1]
@@ -166,7 +166,7 @@ class Interpolated(Schedule):
 
 @dataclass(frozen=True)
 class Cosine(Schedule):
-    """Half a cosine down to a floor, step by step.
+    """Half a cosine from the recipe's rate down to a floor; the rate changes with each step.
 
     Attributes:
         floor: factor at the end.
@@ -182,22 +182,22 @@ class Cosine(Schedule):
 
 @dataclass(frozen=True)
 class EpochCosine(Cosine):
-    """`Cosine` whose rate changes when an epoch begins, and stays within it."""
+    """`Cosine` whose rate changes only when an epoch begins."""
 
     def factor(self, epoch: float, epochs: int) -> float:
-        """Return the factor of this epoch's first step."""
+        """Return the factor at the first step of the epoch."""
         return super().factor(math.floor(epoch), epochs)
 
 
 @dataclass(frozen=True)
 class Cyclic(Schedule):
-    """One triangle, step by step: from 0 up to the recipe's rate and down to 0.
+    """One triangle: from 0 up to the recipe's rate and down to 0; the rate changes with each step.
 
-    Source: Smith 2017, in the form that torch's CyclicLR has, whose names for the momentum these are.
+    Source: Smith 2017, in the form of torch's CyclicLR, which has the same names for the momentum.
 
     Attributes:
-        peak: where the top is, as a part of the run, between 0 and 1.
-        base_momentum: momentum at the top of the rate; None leaves the momentum as the recipe has it.
+        peak: position of the highest rate, as a fraction of the run, between 0 and 1.
+        base_momentum: momentum at the highest rate; by default the recipe's momentum does not change.
         max_momentum: momentum at both ends; set it together with base_momentum.
     """
 
@@ -222,15 +222,15 @@ class Cyclic(Schedule):
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    """Half a cosine up to the recipe's rate and half a cosine down, step by step.
+    """Half a cosine up to the recipe's rate and half a cosine down; the rate changes with each step.
 
-    Source: Smith and Topin 2018, in the form that torch's OneCycleLR has, whose names for the momentum these are.
+    Source: Smith and Topin 2018, in the form of torch's OneCycleLR, which has the same names for the momentum.
 
     Attributes:
-        peak: where the top is, as a part of the run, between 0 and 1.
+        peak: position of the highest rate, as a fraction of the run, between 0 and 1.
         start: factor at the beginning.
         floor: factor at the end.
-        base_momentum: momentum at the top of the rate; None leaves the momentum as the recipe has it.
+        base_momentum: momentum at the highest rate; by default the recipe's momentum does not change.
         max_momentum: momentum at both ends; set it together with base_momentum.
     """
 
@@ -255,7 +255,7 @@ class OneCycle(Schedule):
         return _lowered(self.base_momentum, self.max_momentum, self._height(epoch / epochs))
 
     def _height(self, done: float) -> float:
-        """How far up the top the curve is after a part of the run, from 0 at both ends to 1."""
+        """The height of the curve after a fraction of the run: 0 at both ends, 1 at the highest rate."""
         done = min(done, 1.0)
         way = done / self.peak if done < self.peak else (1 - done) / (1 - self.peak)
         return (1 - math.cos(math.pi * way)) / 2
@@ -263,10 +263,10 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class EpochOneCycle(OneCycle):
-    """`OneCycle` whose rate and momentum change when an epoch begins, and stay within it.
+    """`OneCycle` whose rate and momentum change only when an epoch begins.
 
-    They are those of torch's OneCycleLR with one step for each epoch. Its top is in the epoch before the part
-    `peak` of the run is over, and its last epoch is at the floor.
+    They equal the rate and momentum of torch's OneCycleLR with one step for each epoch. The highest rate is in the
+    epoch before the fraction `peak` of the run is over, and the last epoch has the rate of the floor.
     """
 
     def factor(self, epoch: float, epochs: int) -> float:
@@ -278,7 +278,7 @@ class EpochOneCycle(OneCycle):
         return super().momentum(self._place(epoch, epochs), 1)
 
     def _place(self, epoch: float, epochs: int) -> float:
-        """The place of an epoch on the curve, as a part of it."""
+        """The position of an epoch on the curve of `OneCycle`, as a fraction of the run."""
         now, top, last = math.floor(epoch), self.peak * epochs - 1, epochs - 1
         if now <= top:
             return self.peak * now / top if top > 0 else self.peak
@@ -286,7 +286,7 @@ class EpochOneCycle(OneCycle):
 
 
 def _in_proportion(place: float, epochs: int, to: int) -> int | Number:
-    """A place in a run of so many epochs, in a run of another length."""
+    """A position in a run of ``epochs`` epochs, scaled to a run of ``to`` epochs."""
     there = place * to / epochs
     return int(there) if there == int(there) else Number(there)
 
@@ -307,7 +307,7 @@ def _check_momenta(base: float | None, largest: float | None) -> None:
 
 
 def _lowered(base: float | None, largest: float | None, height: float) -> float | None:
-    """The momentum at a height of the learning rate's curve, None where it is not cycled."""
+    """The momentum at a height of the learning rate's curve; None if the momentum is not cycled."""
     return None if base is None or largest is None else largest - (largest - base) * height
 
 

@@ -1,7 +1,7 @@
-"""JSON files with a hash of their own content, which shows any change: `run.json` and `meta.json`.
+"""Reading and writing JSON files with a hash of their own content, the seal: `run.json` and `meta.json`.
 
-Each has an entry "sha256", the hash of all other entries, so that a damaged file is refused and not believed.
-Files of format 1, which fastadv wrote before, have no seal.
+The entry "sha256" is the hash of all other entries. A file whose hash is wrong is refused. Files in format 1,
+which older versions wrote, have no seal.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _UNSEALED = 1
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint or run is absent, damaged or not one; the message names the file and the reason."""
+    """A checkpoint or a run is absent, damaged or in another format; the message names the file and the reason."""
 
 
 def sealed_json(content: Mapping[str, Any]) -> str:
-    """Return the text of a file with this content, its format and its hash.
+    """Return the text of a sealed file with this content, the format and the hash.
 
     Args:
         content: JSON types; tuples become lists.
@@ -34,14 +34,14 @@ def sealed_json(content: Mapping[str, Any]) -> str:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """Read such a file.
+    """Read a sealed file.
 
     Returns:
-        Its content with its format, without its hash.
+        The content and the format, without the hash.
 
     Raises:
-        CheckpointError: if it is damaged, or of another format. The message names the file.
-        OSError: if it cannot be read.
+        CheckpointError: if the file is damaged, or has another format. The message names the file.
+        OSError: if the file cannot be read.
     """
     try:
         content = json.loads(text_of(path))

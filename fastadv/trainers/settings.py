@@ -1,4 +1,4 @@
-"""How a run is kept and shown: settings that change no result."""
+"""Settings of checkpoints and logs, which change no result."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastadv.trainers.trackers import tracker_names
 
 @dataclass(frozen=True)
 class Settings:
-    """Checkpoints, logs and the like, which change no result.
+    """Settings of checkpoints and logs, which change no result.
 
     Attributes:
         checkpoint_every: iterations between two checkpoints. A checkpoint is also written after each epoch.
@@ -22,8 +22,8 @@ class Settings:
         log_every: iterations between two records in metrics.jsonl.
         tensorboard: also write TensorBoard events; short for log tensorboard.
         log: programs that also get the metrics, joined by commas: tensorboard, wandb, mlflow.
-        timeout: with several processes under torchrun, seconds that a process waits for another process. Then it
-            counts the other as lost, and ends.
+        timeout: with several processes under torchrun, seconds that a process waits for another process. After
+            that time it ends with an error.
     """
 
     checkpoint_every: int | None = None

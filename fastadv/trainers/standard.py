@@ -1,4 +1,4 @@
-"""Standard training, the start and the teacher of ARREST and others."""
+"""Standard training on clean images. ARREST and other methods use its models as start or teacher."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fastadv.trainers.recipe import Recipe
 class Standard(Method[Recipe, Attacked]):
     """Standard training: cross-entropy of the clean images.
 
-    Source: ARREST, section 5.1: SGD .9, lr .1 times .1 after epochs 75 and 90, 100 epochs.
+    Source: ARREST, section 5.1: SGD with momentum .9; learning rate .1, times .1 after epochs 75 and 90; 100
+    epochs.
 
     Cost per batch: 3F. Running statistics move once.
     """

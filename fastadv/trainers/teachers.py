@@ -1,4 +1,4 @@
-"""The frozen models of a method: their names, and the kind of each."""
+"""The frozen models of a method: their names, and a model with the architecture of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadv.trainers.weights import WeightSource
 
 Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
 Architectures: TypeAlias = "str | Mapping[str, str] | Sequence[str] | None"
-# A model of a teacher's kind, and the name that the caller gives its network.
+# By the teacher's name: a model with its architecture, and the name that the caller gives this architecture.
 Likes: TypeAlias = dict[str, tuple[nn.Module, "str | None"]]
 
 
@@ -26,7 +26,18 @@ def teachers_like(
     network: nn.Module,
     data: ImageData | StreamedData,
 ) -> Likes:
-    """For each frozen model that the method needs, a model of its kind, with the name that the caller gives it."""
+    """Return, for each frozen model that the method needs, a model with its architecture, and its name or None.
+
+    Args:
+        method: the training method.
+        recipe: the method's recipe.
+        named: names of the architectures as the caller gives them, the argument `teacher_model` of `train`.
+        network: the model to be trained, whose architecture a teacher has by default.
+        data: the training images, for the numbers of classes and channels.
+
+    Raises:
+        ValueError: if a name is unknown, or belongs to no frozen model.
+    """
     needed = method.teachers_for(recipe, network)
     if named is None:
         return {name: (like, None) for name, like in needed.items()}
@@ -45,7 +56,7 @@ def teachers_like(
 
 
 def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.Module:
-    """Build a model for images, given its name by an argument, which messages then name."""
+    """Build a model by its name; messages name the argument that gives it."""
     try:
         return create_model(name, data.num_classes, data.in_channels)
     except ValueError as error:
@@ -53,13 +64,12 @@ def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.
 
 
 def by_name(given: Teachers | Architectures, names: list[str]) -> dict[str, Any]:
-    """The caller's teachers, by name: a list goes with the names in their order, one alone with the first."""
+    """Return the caller's values by name. A list gets the names in their order, a single value the first name."""
     if given is None:
         return {}
     if isinstance(given, Mapping):
         return dict(given)
     several: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
-    more = (
-        [f"teacher_{i}" for i in range(len(names) + 1, len(several) + 1)] if names else ["teacher"]
-    )
-    return dict(zip(names + more, several, strict=False))
+    # Names for values that are too many; `train` refuses them by these names.
+    more = [f"teacher_{i}" for i in range(len(names) + 1, len(several) + 1)]
+    return dict(zip(names + more if names else ["teacher"], several, strict=False))

@@ -31,10 +31,11 @@ class TlaRecipe(AdversarialRecipe):
 
     Attributes:
         weight: weight of each triplet's loss, lambda_1; 2 for CIFAR-10.
-        margin: margin by which an adversarial image must be nearer to the positive than to the negative, alpha.
+        margin: alpha, the margin by which an adversarial image must be nearer to the positive than to the
+            negative.
         norm_weight: weight of the mean square of the features inside a triplet's loss, lambda_2.
-        positives: the clean images that are positives: "own", the attacked image; "class", another image of its
-            class; or "both", as two triplets.
+        positives: the clean images that are positives: "own", the clean version of the attacked image; "class",
+            another image of its class; or "both", as two triplets.
     """
 
     epochs: int = 80
@@ -124,12 +125,12 @@ def _distance(u: Tensor, v: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_of_other_classes(anchors: Tensor, clean: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Find, for each anchor, the clean image of another class whose features have the largest cosine with its own.
+    """Find, for each anchor, the clean image of another class whose features have the largest cosine with it.
 
     Args:
         anchors: features [B, d].
         clean: features of the clean images [B, d].
-        y: labels of both [B].
+        y: labels of anchors and clean images [B].
 
     Returns:
         Indices [B], int64, and whether there is any image of another class [B], bool.
@@ -141,15 +142,15 @@ def nearest_of_other_classes(anchors: Tensor, clean: Tensor, y: Tensor) -> tuple
 
 @torch.no_grad()
 def partners(y: Tensor, ids: Tensor, seed: int) -> Tensor:
-    """Draw, for each image of a batch, another one of its class; the image itself where there is no other.
+    """Draw, for each image of a batch, another image of its class; the image itself if there is no other.
 
-    Each image gets a random number that depends on the seed and its id alone. Its partner is the image of its
-    class with the next larger number, the smallest coming after the largest.
+    Each image gets a random number that depends only on the seed and its id. Its partner is the image of its
+    class with the next larger number; after the largest number comes the smallest.
 
     Args:
         y: labels [B].
         ids: numbers of the images [B].
-        seed: of the random numbers.
+        seed: seed of the random numbers.
 
     Returns:
         Indices [B], int64.

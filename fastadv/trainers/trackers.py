@@ -1,4 +1,4 @@
-"""Callbacks that hand a run's metrics to TensorBoard, Weights & Biases and MLflow."""
+"""Callbacks that send a run's metrics to TensorBoard, Weights & Biases and MLflow."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MLFLOW_FILE = "mlflow_run"  # holds the id of MLflow's run, with which a resumed
 
 
 class Tracker(Callback, abc.ABC):
-    """Base of the callbacks that hand metrics to a program that shows them.
+    """Base of the callbacks that send metrics to another program, which shows them.
 
-    A tracker that cannot be imported or begun is an error before the first step. Later a tracker that fails costs
-    no run: the first failure is a warning, and `metrics.jsonl` has all records.
+    A tracker that cannot be imported or started is an error before the first step. A tracker that fails later does
+    not end the run: the first failure is a warning, and `metrics.jsonl` has all records.
 
     Attributes:
         title: name of the program.
@@ -43,25 +43,25 @@ class Tracker(Callback, abc.ABC):
 
     @abc.abstractmethod
     def send(self, values: dict[str, float], step: int) -> None:
-        """Hand over numbers, by "step/NAME" and "epoch/NAME"."""
+        """Send numbers, with the names "step/NAME" and "epoch/NAME"."""
 
     @abc.abstractmethod
     def close(self, finished: bool) -> None:
-        """End the tracking that `on_start` began; called also where `on_start` has failed."""
+        """End the tracking that `on_start` began. It is called also if `on_start` has failed."""
 
     def on_step(self, metrics: Metrics) -> None:
-        """Hand a record of steps over."""
+        """Send a record of steps."""
         self._try_to_send("step", metrics)
 
     def on_epoch(self, metrics: Metrics) -> None:
-        """Hand a record of an epoch over."""
+        """Send a record of an epoch."""
         self._try_to_send("epoch", metrics)
 
     def on_end(self, finished: bool) -> None:
         """End the tracker's own run."""
         try:
             self.close(finished)
-        except Exception as error:  # another package, and often a network
+        except Exception as error:  # code of another package, which often uses a network
             self._warn(f"could not be ended ({type(error).__name__}: {error})")
 
     def _try_to_send(self, kind: str, metrics: Metrics) -> None:
@@ -73,7 +73,7 @@ class Tracker(Callback, abc.ABC):
         }
         try:
             self.send(values, step)
-        except Exception as error:  # another package, and often a network
+        except Exception as error:  # code of another package, which often uses a network
             if not self._warned:
                 self._warned = True
                 self._warn(
@@ -113,12 +113,12 @@ class TensorBoardCallback(Tracker):
 
 
 class WandbCallback(Tracker):
-    """Hands metrics to Weights & Biases, whose run has the identity and the folder's name of fastadv's.
+    """Sends metrics to Weights & Biases, in a run with the identity and the folder's name of fastadv's run.
 
     A run that is resumed goes on there, too.
 
     Args:
-        project: of Weights & Biases; by default WANDB_PROJECT of the environment, else "fastadv".
+        project: project of Weights & Biases; by default WANDB_PROJECT of the environment, else "fastadv".
         options: further arguments of `wandb.init`.
     """
 
@@ -133,7 +133,7 @@ class WandbCallback(Tracker):
         self._run: Any = None
 
     def on_start(self, run: RunStart) -> None:
-        """Begin, or go on with, the run there."""
+        """Begin or resume the run of Weights & Biases."""
         arguments: dict[str, Any] = {
             "project": self._project,
             "name": run.run_dir.resolve().name,
@@ -149,13 +149,13 @@ class WandbCallback(Tracker):
         self._run.log(values, step=step)
 
     def close(self, finished: bool) -> None:
-        """Finish the run there, with exit code 1 where fastadv's did not end."""
+        """Finish the run of Weights & Biases, with exit code 1 if fastadv's run has not finished."""
         if self._run is not None:
             self._run.finish(exit_code=0 if finished else 1)
 
 
 class MlflowCallback(Tracker):
-    """Hands metrics to MLflow, in the active run if there is one, else in one of the folder's name.
+    """Sends metrics to MLflow, in the active run if there is one, else in a run with the folder's name.
 
     A run that is resumed goes on there, too. The server and the experiment are MLflow's own settings, such as
     MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME of the environment.
@@ -170,7 +170,7 @@ class MlflowCallback(Tracker):
         self._begun = False
 
     def on_start(self, run: RunStart) -> None:
-        """Begin, or go on with, the run there."""
+        """Begin or resume the run of MLflow."""
         file = run.run_dir / MLFLOW_FILE
         if self.program.active_run() is None:
             known = file.read_text().strip() if run.step and file.is_file() else ""
@@ -182,16 +182,16 @@ class MlflowCallback(Tracker):
             self._begun = True
             write_atomically(file, f"{begun.info.run_id}\n")
             if known:
-                return  # its parameters are there
+                return  # MLflow has the parameters already
         self.program.log_params(_flat({"method": run.method, **run.recipe, "model": run.model}))
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Log numbers; MLflow's databases take no others than finite ones."""
+        """Log the finite numbers; MLflow's databases take no other numbers."""
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         self.program.log_metrics(finite, step=step)
 
     def close(self, finished: bool) -> None:
-        """End the run there if it was begun here."""
+        """End MLflow's run, if this callback began it."""
         if self._begun:
             self.program.end_run(status="FINISHED" if finished else "FAILED")
 
@@ -225,7 +225,7 @@ def make_trackers(names: list[str]) -> list[Callback]:
 
 
 def _flat(values: Metrics, prefix: str = "") -> dict[str, Any]:
-    """Entries of dicts within dicts side by side, "model.name"."""
+    """The entries of nested dicts in one dict, with names such as "model.name"."""
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):

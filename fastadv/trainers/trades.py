@@ -1,4 +1,4 @@
-"""TRADES."""
+"""TRADES: cross-entropy of the clean images, and the divergence of the adversarial from the clean predictions."""
 
 from __future__ import annotations
 

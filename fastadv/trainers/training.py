@@ -1,4 +1,4 @@
-"""`train`: from a method, data and a model to a finished run."""
+"""`train`, which trains a model by a method and returns the finished run."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class TrainResult:
 
     Attributes:
         model: the trained model in evaluation mode; the average of its weights if there is one.
-        run_dir: where everything is.
+        run_dir: the run directory.
         checkpoint: the last checkpoint.
-        best_checkpoint: the one with the best monitored accuracy.
-        record: the last epoch's record, as in metrics.jsonl; empty if nothing was left to do.
+        best_checkpoint: the checkpoint with the best accuracy in a validation; None if there was no validation.
+        record: the last epoch's record, as in metrics.jsonl; empty if no epoch was left to train.
         progress: the counters of the run.
     """
 
@@ -99,10 +99,9 @@ def train(
 ) -> TrainResult:
     """Train a model, or go on with a run that was interrupted.
 
-    Under torchrun, or where the caller has made a process group, all processes train together; each
-    is to call this with the same arguments. `run_dir` must be visible to all of them; the first
-    alone writes there. Processes that torchrun restarts go on from the latest checkpoint, whatever
-    `resume` and `overwrite` say.
+    Under torchrun, or if the caller has made a process group, all processes train together. Each must call this
+    function with the same arguments. `run_dir` must be visible to all processes; only the first writes there.
+    Processes that torchrun restarts go on from the latest checkpoint, whatever `resume` and `overwrite` say.
 
     Args:
         method: a name such as "arrest", or a subclass of `Method`.
@@ -110,45 +109,46 @@ def train(
         data: training and test images, or a name for `load_dataset`. Training images may be `StreamedData`,
             which are read while they are needed.
         model: a name for `create_model`, or a module, which is then trained in place.
-        run_dir: directory for everything the run leaves.
+        run_dir: directory for everything that the run writes.
         root: folder of the data set, for a name that needs one.
         extra: further images, such as synthetic ones, of which each batch takes the recipe's
             `extra_fraction`.
-        teacher: for methods with a frozen model (ARREST's standard model): a run or checkpoint
-            directory, a file with a state dict, or a module; with several (AFS's extractors), a mapping
-            by name or a list in their order. A resumed run has its own copy.
-        teacher_model: networks of the teachers, names for `create_model`: one for all of them, a mapping by name
-            or a list in their order. By default teachers are of the model's own kind, or of the kind that their
-            runs record. A file with a state dict that several networks take must have one.
-        resume: True to continue from the latest checkpoint (or start, if there is no run yet), or
+        teacher: for a method with a frozen model, such as ARREST's standard model: a run or checkpoint
+            directory, a file with a state dict, or a module. For several frozen models, such as AFS's extractors:
+            a mapping by name or a list in their order. A resumed run has its own copies.
+        teacher_model: names for `create_model` of the teachers' architectures: one for all teachers, a mapping by
+            name or a list in their order. By default a teacher has the architecture that its run records, or the
+            model's own. It is needed for a file with a state dict that fits several architectures.
+        resume: True to go on from the latest checkpoint (or start, if there is no run yet), or
             the name of a checkpoint.
         overwrite: delete a run that is in `run_dir` and start again.
-        allow_changes: resume although the recipe, the data or the model is another.
-        device: where to train; by default a GPU if there is one, under torchrun one for each process.
-        settings: how the run is kept and shown.
-        progress: False for silence.
-        on_start: called with `run_dir` when it is ready, before the first step; in the first process alone.
+        allow_changes: resume although the recipe, the data or the model has changed.
+        device: the device; by default a GPU if there is one, under torchrun one GPU for each process.
+        settings: settings of checkpoints and logs.
+        progress: False to print nothing.
+        on_start: called with `run_dir` when it is ready, before the first step; only in the first process.
         on_step: called after each step, in every process.
-        callbacks: called with the metrics, in the first process alone; see `Callback`.
+        callbacks: called with the metrics, only in the first process; see `Callback`.
 
     Returns:
-        The trained model and where things are.
+        The trained model, and the paths of the run and its checkpoints.
 
     Raises:
-        ValueError: for arguments out of range, a number of the recipe that others leave without effect, a model
-            with fewer classes than the data, or a run that does not fit the arguments.
-        TypeError: for arguments of a wrong kind.
-        FileExistsError: if `run_dir` holds a run and neither resume nor overwrite is asked for.
-        RunInUseError: if another process trains in `run_dir`; the message says which.
+        ValueError: if an argument is out of range, if a number of the recipe has no effect, if the model has fewer
+            classes than the data, or if the run in `run_dir` does not fit the arguments.
+        TypeError: if an argument has a wrong type.
+        FileExistsError: if `run_dir` holds a run, and `resume` and `overwrite` are false.
+        RunInUseError: if another process trains in `run_dir`; the message names it.
         OSError: if `run_dir` cannot be written.
-        ImportError: if a tracker that `settings` ask for, such as TensorBoard, is not installed.
-        CheckpointError: if a checkpoint or the teacher's cannot be read.
+        ImportError: if a tracker that `settings` name, such as TensorBoard, is not installed.
+        CheckpointError: if a checkpoint of the run or of a teacher cannot be read.
         NonFiniteLossError: if several steps in a row had a loss that is not finite.
-        Interrupted: after SIGTERM or Ctrl-C.
-        TrainingInterrupted: likewise, while steps are taken. The step under way is finished and a checkpoint
-            written; it names the checkpoint, and `resume=True` goes on from there. A second signal ends the run at
-            once. It is a `KeyboardInterrupt`; a script that does not catch it exits with status 143 or 130.
-            Handlers of your own for these signals stay in force, and then decide.
+        Interrupted: after SIGTERM or Ctrl-C, before the first step or after the last.
+        TrainingInterrupted: after SIGTERM or Ctrl-C between the first and the last step. The current step is
+            finished and a checkpoint is written. The exception names the checkpoint, and `resume=True` goes on
+            from there. A second signal ends the run at once. The exception is a `KeyboardInterrupt`; a script that
+            does not catch it exits with status 143 or 130. The caller's own handlers for these signals stay in
+            force, and then decide.
         LostRanksError: if another process that torchrun started hangs (see `Settings.timeout`) or has ended.
     """
     resume = resume if isinstance(resume, str) else check_bool("resume", resume)
@@ -177,9 +177,11 @@ def train(
         run.lock.check()
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    aside = "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
+    notice = (
+        "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
+    )
     with (
-        stopped_by_signals(aside),
+        stopped_by_signals(notice),
         run.lock,
         joined_ranks(where, settings.timeout) as ranks,
         _run_environment(where),
@@ -204,25 +206,27 @@ def train(
             data=describe_data(splits.train, extra),
             teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
         )
-        source = {
-            "dataset": data if isinstance(data, str) else None,
-            "root": None if root is None else str(Path(root).resolve()),
-            **(splits.source or {}),
-        }
         trainer.initialise()
         check_trainable(trainer)
         for trained in trainer.trainable().values():
-            ranks.share([*trained.parameters(), *trained.buffers()])
+            ranks.broadcast([*trained.parameters(), *trained.buffers()])
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
         if ranks.first:
             loop.callbacks = hooks
         facts = {"versions": versions(), "launch": launch(), **own_code(method_class)}
-        defaults = plain_defaults(method_class.recipe_class)
         start = open_run(
-            *(run, description, defaults, source, frozen, resume),
-            *(overwrite, allow_changes, ranks, facts),
+            run,
+            description,
+            plain_defaults(method_class.recipe_class),
+            _source(data, root, splits),
+            frozen,
+            resume=resume,
+            overwrite=overwrite,
+            allow_changes=allow_changes,
+            ranks=ranks,
+            facts=facts,
         )
         if ranks.first:
             loop.meta["run"] = run.identity()
@@ -247,14 +251,23 @@ def train(
     )
 
 
+def _source(data: Splits | str, root: str | Path | None, splits: Splits) -> dict[str, Any]:
+    """The name and the folder of the data set, and how its images were read, for the record of the run."""
+    return {
+        "dataset": data if isinstance(data, str) else None,
+        "root": None if root is None else str(Path(root).resolve()),
+        **(splits.source or {}),
+    }
+
+
 @contextmanager
 def _run_environment(device: torch.device) -> Iterator[None]:
-    """Leave the caller's random numbers alone, and let cuDNN choose by measuring."""
+    """Restore the caller's generators of random numbers afterwards, and let cuDNN choose by measuring times."""
     cuda = [device] if device.type == "cuda" else []
     cudnn = torch.backends.cudnn
     benchmark = cudnn.benchmark
     with torch.random.fork_rng(devices=cuda):
-        cudnn.benchmark = True  # not by `cudnn.flags`, which by default switches cuDNN off
+        cudnn.benchmark = True  # not by `cudnn.flags`, whose default turns cuDNN off
         try:
             yield
         finally:
@@ -271,7 +284,7 @@ def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Mod
 def _model_builder(
     data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
 ) -> Callable[[str], nn.Module]:
-    """Return a function that makes further models by name, which are trained like the run's own."""
+    """Return a function that builds further models by name, on the run's device and in its memory layout."""
 
     def build(name: str) -> nn.Module:
         model = _on_device(create_model(name, data.num_classes, data.in_channels), recipe, device)
@@ -288,7 +301,7 @@ def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
 def _build_teachers(
     method: MethodClass, needed: Likes, given: Teachers, resumed: RunDirectory | None
 ) -> dict[str, nn.Module]:
-    """Load the frozen models that the method needs, from where the caller says or from the run."""
+    """Load the frozen models that the method needs, from the caller's sources or from the resumed run."""
     sources = by_name(given, list(needed))
     unknown = sorted(sources.keys() - needed.keys())
     if unknown:

@@ -1,4 +1,4 @@
-"""The training batches of a run, and the images that are held out of them."""
+"""Building the training batches of a run, and choosing the images for its validation."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ def build_loader(
     device: torch.device,
     ranks: Ranks,
 ) -> tuple[Batches, ImageData]:
-    """Build the training batches, and choose the images that are held out of them or for testing."""
+    """Return the training batches, and the images for validation: the held-out training images or the test images.
+
+    Raises:
+        ValueError: if a number of the recipe does not fit the data.
+    """
     training, watched = splits.train, splits.test
     common: dict[str, Any] = {
         "seed": recipe.seed,
         "device": device,
         "channels_last": recipe.channels_last,
         "rank": ranks.rank,
-        "world_size": ranks.count,
+        "world_size": ranks.world_size,
     }
     if isinstance(training, StreamedData):
         _check_streamed(recipe, extra, training.supports)
@@ -58,7 +62,7 @@ def build_loader(
 
 
 def _check_streamed(recipe: Recipe, extra: ImageData | None, supported: frozenset[str]) -> None:
-    """Refuse options that only images in memory can have."""
+    """Refuse options that need all images in memory."""
     if extra is not None:
         raise ValueError(
             f"extra must be None with StreamedData, got {len(extra)} images of {extra.name!r}: let the "

@@ -1,8 +1,8 @@
-"""Numbers of a recipe that its other numbers, or its method, leave without effect."""
+"""Finding the numbers of a recipe that have no effect, because of its other numbers or of its method."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastadv.trainers.bases import unused_of_base
 from fastadv.trainers.methods import MethodClass
@@ -10,17 +10,21 @@ from fastadv.trainers.recipe import Recipe
 
 _GROWING_TAU = ("fat", "trades", "mart", "rst", "dm_at")
 
+# Whether some fields have no effect, the reason, and the names of the fields.
+_Condition: TypeAlias = tuple[bool, str, list[str]]
+
 
 def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = None) -> None:
-    """Refuse a number that was chosen and would be dropped in silence.
+    """Refuse a number that the caller chose and that has no effect.
 
     Args:
         method: the training method.
-        recipe: its numbers.
-        preset: where they came from: a number as it stands there was not chosen. None means any preset.
+        recipe: the method's recipe.
+        preset: the preset of the recipe. A number that equals the preset's number was not chosen by the caller.
+            For None all presets are compared.
 
     Raises:
-        ValueError: naming the first such field, and why it has no effect.
+        ValueError: if there is such a number; the message names the first and the reason.
     """
     decided = {name: getattr(recipe, name) for name in method.recipe_class.deciders()}
     presets = method.recipe_class.presets if preset is None else (preset,)
@@ -32,12 +36,12 @@ def check_all_used(method: MethodClass, recipe: Recipe, preset: str | None = Non
 
 
 def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
-    """The fields that nothing reads, each with the reason."""
+    """The fields that have no effect, each with the reason."""
 
     def value(name: str) -> Any:
         return getattr(recipe, name, None)
 
-    conditions = [
+    conditions: list[_Condition] = [
         (not value("pad"), "with pad 0", ["pad_mode"]),
         (value("optimizer") == "sgd", "with optimizer sgd", ["betas"]),
         (value("optimizer") == "adamw", "with optimizer adamw", ["momentum", "nesterov"]),
@@ -60,52 +64,41 @@ def _without_effect(method: str, recipe: Recipe) -> dict[str, str]:
             "beside start_std, by which the attack starts",
             ["l2_start"],
         ),
+        *_conditions_of_method(method, recipe),
     ]
+    return {name: reason for holds, reason, names in conditions if holds for name in names}
+
+
+def _conditions_of_method(method: str, recipe: Recipe) -> list[_Condition]:
+    """The conditions on fields that only this method has, or that it alone does not use."""
+
+    def value(name: str) -> Any:
+        return getattr(recipe, name, None)
+
     if method == "free":
-        conditions.append(
-            (
-                True,
-                "with free, which attacks in its training passes",
-                ["attack_mode", "attack_precision", "engine"],
-            )
-        )
+        fields = ["attack_mode", "attack_precision", "engine"]
+        return [(True, "with free, which attacks in its training passes", fields)]
     if method == "arrest":
-        conditions += [
-            (
-                value("distance") != "logits_kl" or not value("distill"),
-                "without distance logits_kl",
-                ["temperature"],
-            ),
+        distils_divergence = value("distill") and value("distance") == "logits_kl"
+        return [
+            (not distils_divergence, "without distance logits_kl", ["temperature"]),
             (not value("distill"), "with distill false", ["distance", "lam"]),
             (not value("replay"), "with replay false", ["replay_with", "phi", "replay_epochs"]),
         ]
     if method == "vfd":
-        conditions.append(
-            (value("base") != "hat", "with another base than hat", ["gamma", "reach"])
-        )
+        return [(value("base") != "hat", "with another base than hat", ["gamma", "reach"])]
     if method in ("kd_at", "lbgat"):
         unused = unused_of_base(value("base"))
         if method == "lbgat" and value("base") is None:
             unused = [name for name in unused if name not in ("beta", "start_std")]
-        conditions.append((True, f"with base {value('base')}", unused))
+        return [(True, f"with base {value('base')}", unused)]
     if method == "dm_at":
-        conditions.append(
-            (
-                value("norm") == "linf",
-                "with dm_at in linf, whose attack starts from uniform noise",
-                ["start_std"],
-            )
-        )
+        reason = "with dm_at in linf, whose attack starts from uniform noise"
+        return [(value("norm") == "linf", reason, ["start_std"])]
     if method == "sat":
-        conditions.append(
-            (
-                value("gap_start") >= recipe.epochs,
-                f"with {recipe.epochs} epochs, before the end of which the gap does not grow",
-                ["final_gap", "gap_end"],
-            )
-        )
+        reason = f"with {recipe.epochs} epochs, before the end of which the gap does not grow"
+        return [(value("gap_start") >= recipe.epochs, reason, ["final_gap", "gap_end"])]
     if method == "s2o":
-        conditions.append(
-            (value("base") != "trades", "with another base than trades", ["beta", "start_std"])
-        )
-    return {name: reason for holds, reason, names in conditions if holds for name in names}
+        reason = "with another base than trades"
+        return [(value("base") != "trades", reason, ["beta", "start_std"])]
+    return []

@@ -61,7 +61,8 @@ def _layer_of(model: nn.Module, x: Tensor, layer: str) -> Tensor:
 
 
 _Loss: TypeAlias = Callable[..., Tensor]
-# For each base L_clean + beta L_adv, of clean logits, adversarial logits, labels and beta; and its own recipe.
+# For each base the loss L_clean + beta L_adv, a function of clean logits, adversarial logits, labels and beta; and
+# the base's own recipe.
 _BASES: dict[str, tuple[_Loss, type[Recipe]]] = {
     name: (loss, BASES[name].recipe_class)
     for name, loss in (
@@ -71,7 +72,7 @@ _BASES: dict[str, tuple[_Loss, type[Recipe]]] = {
         ("hat", losses.trades),
     )
 }
-# Where L_adv has two terms, the field of the base's recipe that weighs the second one; L_adv's beta is then 1.
+# For a base whose L_adv has two terms, the field of its recipe that weighs the second; beta of L_adv is then 1.
 _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
 
 
@@ -80,7 +81,7 @@ _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
 class VfdRecipe(PairRecipe):
     """Options that are not given have the numbers of the base's recipe: epochs, learning rate, radius and others.
 
-    So `fastadv train mart` and `fastadv train vfd --base mart` differ in the distillation and L_clean alone.
+    So `fastadv train mart` and `fastadv train vfd --base mart` differ only in the distillation and in L_clean.
 
     Attributes:
         base: the method to which the distillation is added: "alp", "trades", "mart" or "hat".
@@ -96,7 +97,9 @@ class VfdRecipe(PairRecipe):
         reach: distance of the helper examples from x, in units of x' - x, with base "hat".
     """
 
-    epochs: int = TradesRecipe.epochs  # the default base's; others' come by way of `start`
+    epochs: int = (
+        TradesRecipe.epochs
+    )  # TRADES is the default base; `start` has the numbers of other bases
     weight_decay: Number = TradesRecipe.weight_decay
     base: Literal["alp", "trades", "mart", "hat"] = "trades"
     beta: Number | None = None
@@ -126,27 +129,27 @@ class VfdRecipe(PairRecipe):
     def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the base's recipe."""
         base = given.get("base", cls.base)
-        if base not in _BASES:  # for the recipe itself to complain about
+        if base not in _BASES:  # the recipe's own check reports an unknown base
             return {}
-        own = {"beta", "weight"}  # which mean something else here
+        own = {"beta", "weight"}  # they mean something else in the base's recipe
         numbers = {k: v for k, v in numbers_of_base(base, preset, cls).items() if k not in own}
         return {**numbers, **super().start(preset, given)}
 
     @property
     def base_weight(self) -> float:
-        """Beta, of the base where the recipe leaves it open."""
+        """Beta; by default the beta of the base."""
         if self.beta is not None:
             return self.beta
         return 1.0 if self.base in _INNER_WEIGHTS else float(self._of_base("beta"))
 
     @property
     def inner_weight(self) -> float:
-        """The weight inside L_adv, of the base where the recipe leaves it open; 0 where the base has no weight."""
+        """The weight inside L_adv; by default the weight of the base, or 0 if L_adv has one term."""
         if self.weight is not None:
             return self.weight
-        return (
-            float(self._of_base(_INNER_WEIGHTS[self.base])) if self.base in _INNER_WEIGHTS else 0.0
-        )
+        if self.base not in _INNER_WEIGHTS:
+            return 0.0
+        return float(self._of_base(_INNER_WEIGHTS[self.base]))
 
     def _of_base(self, name: str) -> Any:
         return getattr(_BASES[self.base][1], name)
@@ -157,9 +160,9 @@ class Guided(Attacked):
     """Adversarial images with the features of the vanilla model.
 
     Attributes:
-        vanilla_features: of the clean images, at the recipe's layer: [B, C, H, W], or logits [B, K].
-        helper: HAT's helper examples [B, C, H, W] and their labels [B]; None with another base.
-        helper_y: their labels.
+        vanilla_features: output of the vanilla model's layer for the clean images: [B, C, H, W], or logits [B, K].
+        helper: HAT's helper examples [B, C, H, W]; None with another base.
+        helper_y: labels of the helper examples [B]; None with another base.
     """
 
     vanilla_features: Tensor
@@ -204,7 +207,7 @@ class Vfd(PairMethod[VfdRecipe]):
         self._vanilla_layer = partial(_layer_of, layer=self.recipe.layer)
 
     def compile(self, mode: str | None = None) -> None:
-        """Let torch.compile make the pass that gives the layer's features as well."""
+        """Run the passes of the trained model through torch.compile."""
         super().compile(mode)
         self._layer_pass = torch.compile(layer_and_logits, mode=mode)
 
@@ -247,5 +250,5 @@ class Vfd(PairMethod[VfdRecipe]):
         return LossResult(batch.mean(loss + self.recipe.lam * distance), metrics)
 
     def passes(self, epoch: int) -> float:
-        """Return the base's cost and 1F or 2F of the vanilla model."""
+        """Return the base's cost and 1F or 2F for the vanilla model."""
         return super().passes(epoch) + (2 if self.recipe.base == "hat" else 1)

@@ -1,4 +1,4 @@
-"""Trained weights from wherever they are: a run, a checkpoint, a file, a module."""
+"""Loading trained models and teachers from a run, a checkpoint, a file or a module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from fastadv.trainers.checkpoint import (
     unpack_weights,
 )
 
-ROBUST = "model"  # the methods' name of the network that is attacked and evaluated
+ROBUST = "model"  # the methods' name for the network that is attacked and evaluated
 
 WeightSource: TypeAlias = "str | os.PathLike[str] | nn.Module"
 
@@ -51,21 +51,21 @@ def load_model(
 
     Args:
         path: a run directory or a checkpoint.
-        model: a module to fill, for runs whose model was not made by name; or a name for `create_model`, which is
-            needed where the run names a function of your own, "package.module:function": its code runs only when
-            you name it.
-        checkpoint: which one of a run: "latest", "best" or a name such as "step_000123".
-        averaged: take the average of the weights (EMA or SWA) where the checkpoint has one.
-        network: which of the networks that were trained together: "model", the robust one, or "natural", the one
-            of clean images beside it in ACT and LBGAT, of whose weights there is no average.
+        model: a module into which the weights are loaded, for runs whose model was not made by name; or a name for
+            `create_model`. The name is needed if the run names a function of your own, "package.module:function":
+            its code runs only if you name it.
+        checkpoint: the checkpoint of a run: "latest", "best" or a name such as "step_000123".
+        averaged: take the average of the weights (EMA or SWA) if the checkpoint has one.
+        network: which of the networks that were trained together: "model", the robust network, or "natural", which
+            ACT and LBGAT train on clean images beside it. There is no average of the natural network's weights.
 
     Returns:
         The model, in evaluation mode.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
-        ValueError: if the run's model has no name, or the name of your own function, and `model` is None; if it
-            does not fit; or if the run has no such network.
+        ValueError: if `model` is None and the run's model has no name or is a function of your own; if the weights
+            do not fit the model; or if the run has no such network.
     """
     read = load_checkpoint(find_checkpoint(path, checkpoint), with_state=False)
     recorded = _recorded_model(read)
@@ -85,13 +85,13 @@ def load_model(
 
 
 def trained_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the networks that were trained beside the robust one, as methods call them."""
+    """Return the methods' names of the networks that were trained beside the robust network."""
     names = {key.partition("/")[0] for key in checkpoint.weights if "/" in key}
     return tuple(sorted(names - {"ema", "swa"}))
 
 
 def _state_beside(checkpoint: Checkpoint, network: str) -> dict[str, Tensor]:
-    """The weights of a network that was trained beside the robust one."""
+    """The weights of a network that was trained beside the robust network."""
     there = trained_beside(checkpoint)
     if network not in there:
         raise ValueError(
@@ -101,15 +101,15 @@ def _state_beside(checkpoint: Checkpoint, network: str) -> dict[str, Tensor]:
 
 
 def _architecture_beside(checkpoint: Checkpoint, network: str) -> dict[str, Any]:
-    """The record of a network beside the robust one; empty where it is of the robust one's kind."""
+    """The recorded architecture of a network beside the robust network; empty if both have the same."""
     recipe = checkpoint.meta.get("recipe", {})
     name = recipe.get(network) if isinstance(recipe, dict) else None
     return {} if name is None else {"name": name, "form": _form_named(name)}
 
 
 def _form_named(name: str) -> str | None:
-    """The form that a network's name stands for; None for the usual one, and where there is one alone."""
-    if ":" in name:  # of timm, or code of others
+    """The form that a network's name stands for; None for the usual form, and for networks with a single form."""
+    if ":" in name:  # a network of timm, or a user's own function
         return None
     with torch.device("meta"):
         network = create_model(name)
@@ -121,8 +121,8 @@ def build_model(description: dict[str, Any], path: Path, named: str | None = Non
 
     Args:
         description: "name", "num_classes" and "in_channels".
-        path: where the description comes from, for messages.
-        named: the name that the user gives, which counts before the recorded one.
+        path: the path of the run, for messages.
+        named: the name that the user gives; it is used in place of the recorded name.
 
     Raises:
         ValueError: if the model was not made by name, or its name stands for code and the user does not give it.
@@ -153,11 +153,11 @@ def check_no_code(name: Any, path: str | os.PathLike[str], argument: str = "mode
 
     Args:
         name: the name of the model in a run.
-        path: where it says so.
-        argument: by which the user can give the name.
+        path: the path of the run, for messages.
+        argument: the argument by which the user can give the name, for messages.
 
     Raises:
-        ValueError: if it stands for code.
+        ValueError: if the name stands for code.
     """
     if names_code(name):
         raise ValueError(
@@ -169,25 +169,25 @@ def check_no_code(name: Any, path: str | os.PathLike[str], argument: str = "mode
 def load_teacher(
     source: WeightSource, like: nn.Module, architecture: str | None = None
 ) -> nn.Module:
-    """Make a frozen model of given weights.
+    """Make a frozen model from trained weights.
 
     Args:
-        source: a run directory (its latest checkpoint), a checkpoint directory, or its name in a run ("RUN/best",
-            where the paper stops early); a file with a state dict in any of the published wrappings; or a module,
-            which is copied.
-        like: the model to be trained; the teacher is of the same kind unless the source is a run
-            that says otherwise. It is `Normalized` as well where a file holds mean and std.
-        architecture: name that the caller gives the teacher's network, of which `like` then is. It is needed for a
-            run that names a function of your own, and for a state dict that several networks take, which compute
-            different functions.
+        source: a run directory (its latest checkpoint), a checkpoint directory, or a checkpoint's name in a run,
+            such as "RUN/best"; a file with a state dict in any of the published wrappings; or a module, which is
+            copied.
+        like: a model with the architecture of the teacher, unless the source is a run that records another
+            architecture. The teacher is `Normalized` as well if a file holds mean and std.
+        architecture: the caller's name for the architecture of `like`. It is needed for a run that names a
+            function of your own, and for a state dict that fits several architectures, which compute different
+            functions.
 
     Returns:
-        A module of its own, in evaluation mode, without gradients.
+        A new module, in evaluation mode, without gradients.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        CheckpointError: if it is damaged.
-        ValueError: if the weights do not fit the model, or it is not said of which network they are.
+        CheckpointError: if the file or the checkpoint is damaged.
+        ValueError: if the weights do not fit the model, or they fit several architectures and no name is given.
     """
     if isinstance(source, nn.Module):
         if architecture is not None:
@@ -206,9 +206,9 @@ def load_teacher(
 
 
 def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
-    """Load a state dict into a model of the kind of another one, or of the form that the file itself says.
+    """Load a state dict into a copy of a model, or into the form of it that the file records.
 
-    It normalises its inputs if the file says how.
+    The result normalises its inputs if the file holds mean and std.
     """
     if not path.exists():
         raise FileNotFoundError(
@@ -216,7 +216,7 @@ def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
         )
     state, recorded = read_state_file(path), _recorded_form(path)
     if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
-        state = unpack_average(state)  # of a run's checkpoint
+        state = unpack_average(state)  # the file may be part of a run's checkpoint
     other = recorded is not None and recorded != form_of(like)
     teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
     normalized = teacher if isinstance(teacher, Normalized) else Normalized(teacher)
@@ -239,12 +239,12 @@ def _recorded_form(path: Path) -> str | None:
 def _check_architecture(name: str | None, given: str | None, path: Path) -> None:
     if given is not None and given.lower().replace("-", "_") != str(name).lower().replace("-", "_"):
         raise ValueError(
-            f"{path}: teacher_model must be what the run says, {name!r}, got {given!r}"
+            f"{path}: teacher_model must be the name that the run records, {name!r}, got {given!r}"
         )
 
 
 def _check_form(model: nn.Module, recorded: dict[str, Any], path: Path) -> None:
-    """Refuse a model that would compute something else of a run's weights."""
+    """Refuse a model that would compute another function with a run's weights."""
     form = recorded.get("form")
     if not (usual_form(model) if form is None else form_of(model) == form):
         raise ValueError(
@@ -254,7 +254,7 @@ def _check_form(model: nn.Module, recorded: dict[str, Any], path: Path) -> None:
 
 
 def _load_run(path: Path, like: nn.Module, architecture: str | None) -> nn.Module:
-    """Load the model of a run, built as the run says unless that would run code of its choosing."""
+    """Load the model of a run, built by the recorded name. A recorded name that stands for code is refused."""
     name = _recorded_model(load_checkpoint(path, with_state=False)).get("name")
     _check_architecture(name, architecture, path)
     named = name is not None and name == architecture

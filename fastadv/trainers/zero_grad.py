@@ -23,8 +23,8 @@ class ZeroGradRecipe(AdversarialRecipe):
 
     Attributes:
         alpha: size of the step; 2 eps in the paper. Set it together with eps.
-        quantile: quantile of the gradient's magnitudes in each image. Pixels below it do not move. The code has
-            .35 for CIFAR-10, .45 for CIFAR-100 and .7 for SVHN.
+        quantile: quantile of the gradient's magnitudes in each image. Elements below it do not change. The code
+            has .35 for CIFAR-10, .45 for CIFAR-100 and .7 for SVHN.
     """
 
     epochs: int = 30

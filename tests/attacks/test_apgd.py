@@ -100,8 +100,13 @@ def test_it_equals_the_algorithm_as_printed(norm: str, eps: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("norm", "eps"), RADII)
-@pytest.mark.parametrize(("loss", "count", "slack"), [("ce", 200, 6), ("dlr-t", 100, 3)])
+@pytest.mark.parametrize(
+    ("loss", "count", "slack", "norm", "eps"),
+    [
+        *[("ce", 200, 6, *radius) for radius in RADII],
+        ("dlr-t", 100, 3, *RADII[0]),  # a loss that knows nothing of the norm
+    ],
+)
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_finds_as_many_as_the_reference(
     loss: str, count: int, slack: int, norm: str, eps: float

@@ -17,7 +17,7 @@ from training_helpers import small_recipe
 from fastadv.cli import main
 from fastadv.commands import Flags
 from fastadv.models import create_model
-from fastadv.ops.values import check_choice, closest
+from fastadv.ops.values import check_choice, did_you_mean
 from fastadv.trainers import Settings, method_names, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -414,8 +414,8 @@ def test_a_run_from_python_that_the_command_line_has_no_options_for(
 
 
 def test_suggestions() -> None:
-    assert closest("Resnet-18", ["resnet18", "resnet_18"]) == "; did you mean 'resnet_18'?"
-    assert closest("zebra", ["resnet18"]) == ""
+    assert did_you_mean("Resnet-18", ["resnet18", "resnet_18"]) == "; did you mean 'resnet_18'?"
+    assert did_you_mean("zebra", ["resnet18"]) == ""
     check_choice("norm", "l2", ["linf", "l2"])
     with pytest.raises(
         ValueError, match=r"norm must be one of linf, l2, got 'L2'; did you mean 'l2'\?"

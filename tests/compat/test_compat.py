@@ -304,7 +304,7 @@ def test_images_that_are_not_normalised_are_refused() -> None:
     """They would be cut to 0..1 without a word."""
     x, y = digits_test(4)
     attack = short(compat.PGD, trained_small_cnn())
-    with pytest.raises(ValueError, match=r"mean must be that of images in 0\.\.1, got 128"):
+    with pytest.raises(ValueError, match=r"mean must be the mean of images in 0\.\.1, got 128"):
         attack.set_normalization_used(128, 64)
     attack.set_normalization_used([0.5], [0.25])
     with pytest.raises(ValueError, match="inputs must be normalised by the mean and std"):

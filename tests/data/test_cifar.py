@@ -358,7 +358,7 @@ def test_the_test_images_need_no_training_files(layout, records, kind, request):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_where_there_is_nothing_the_origin_is_told(name, tmp_path):
     stem = name.replace("cifar", "cifar-")
-    told = rf"{name} is to be had at https://www.cs.toronto.edu/~kriz/cifar.html as {stem}-binary.tar.gz"
+    told = rf"{name} is available at https://www.cs.toronto.edu/~kriz/cifar.html as {stem}-binary.tar.gz"
     with pytest.raises(FileNotFoundError, match=told):
         load_dataset(name, tmp_path)
     with pytest.raises(ValueError, match=rf"--root DATA on the command line. {told}"):

@@ -72,7 +72,7 @@ def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float, float], Cl
 
     def set_times(program: float, copy: float, live: float) -> Clock:
         clock = Clock()
-        monkeypatch.setattr(choice, "seconds", clock)
+        monkeypatch.setattr("fastadv.engine.proof.seconds", clock)
         kinds: tuple[tuple[Any, float], ...] = (
             (ProgramEngine, program),
             (CopyEngine, copy),
@@ -224,6 +224,42 @@ def test_engines_of_passes_that_take_no_time_are_not_compared(takes: Any) -> Non
     engine = narrow(attack, x)
     assert type(engine) is ProgramEngine
     assert engine.reason == "the model can be copied; measured on 4 images: fused program 1 ms"
+
+
+@pytest.mark.parametrize(
+    ("copy", "live", "kind", "passes"),
+    [
+        (
+            700.0,
+            300.0,
+            ProgramEngine,
+            4 + 1,
+        ),  # one pass of the copy tells enough, and one of the live model too
+        (
+            500.0,
+            600.0,
+            ProgramEngine,
+            4 + 2 + 2,
+        ),  # the live model is clearly slower; the others run once more
+        (390.0, 300.0, LiveEngine, 4 + 2 + 3 + 4),  # with its proof
+    ],
+)
+def test_long_passes_are_timed_seldom_and_on_fewer_images(
+    takes: Any, copy: float, live: float, kind: type[Engine], passes: int
+) -> None:
+    clock = takes(400.0, copy, live)
+    model, x = model_and_images()
+    engine = narrow(fastadv.PGD(model), x)
+    assert type(engine) is kind and clock.passes == passes
+    assert f"measured on 2 images: fused program 400 ms, copy {copy:g} ms" in engine.reason
+
+
+def test_a_copy_that_is_used_at_another_size_is_timed_without_its_proof(takes: Any) -> None:
+    takes(400.0, 390.0, 300.0)
+    model, x = model_and_images()
+    attack = fastadv.PGD(model)
+    assert type(narrow(attack, x[:1])) is LiveEngine
+    assert type(narrow(attack, x)) is LiveEngine
 
 
 @pytest.mark.parametrize("contiguous", [30.0, 50.0])

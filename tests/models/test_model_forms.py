@@ -267,7 +267,9 @@ def test_a_run_says_itself_what_its_network_is(tmp_path: Path) -> None:
     run = tmp_path / "standard"
     train_one_epoch("standard", run, model="small_cnn")
     options: dict[str, Any] = {"model": "small_cnn", "teacher": run}
-    with pytest.raises(ValueError, match="must be what the run says, 'small_cnn', got 'resnet18'"):
+    with pytest.raises(
+        ValueError, match="must be the name that the run records, 'small_cnn', got 'resnet18'"
+    ):
         train_one_epoch("hat", tmp_path / "a", teacher_model="resnet18", **options)
     train_one_epoch("hat", tmp_path / "b", teacher_model="small-cnn", **options)
 

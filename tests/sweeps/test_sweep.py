@@ -9,7 +9,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from report_helpers import result
 from fastadv.cli import main
 from fastadv.evaluation.comparison import Judged
 from fastadv.sweeps import Axis, Grid, Plan, parse_grid
-from fastadv.sweeps.processes import last_lines
+from fastadv.sweeps.processes import command_of, last_lines
 from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.table import Judgement, SweepTable
 
@@ -44,6 +44,22 @@ def sweep_words(out: Path, *grid: str) -> list[str]:
 
 def started(words: list[str]) -> Started:
     return Started(["-m", "fastadv", *words], {**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture
+def warm_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let sweeps of this process start their runs without the seconds that a new interpreter takes.
+
+    Sweeps that are processes of their own, see `started`, start theirs as users do.
+    """
+
+    def start(folder: Path, name: str, log: Path, *, environment: Mapping[str, str]) -> Started:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "ab") as output:
+            words, variables = command_of(folder, name)[1:], {**os.environ, **environment}
+            return Started(words, variables, merged=True, stdout=output.fileno())
+
+    monkeypatch.setattr("fastadv.sweeps.local.start", start)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -146,6 +162,8 @@ def test_a_config_whose_text_has_changed_is_another_sweep(tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.processes
+@pytest.mark.usefixtures("warm_runs")
 def test_a_method_of_ones_own_is_swept_and_each_checkpoint_has_a_table_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +227,7 @@ def test_unknown_options_of_train_and_eval_end_it(tmp_path: Path, words: list[st
 
 @pytest.mark.slow
 @pytest.mark.processes
+@pytest.mark.usefixtures("warm_runs")
 def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

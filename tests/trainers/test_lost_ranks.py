@@ -19,6 +19,8 @@ CHILD = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
 folder, what, who, timeout = sys.argv[1:]
+from fastadv import lost_ranks
+lost_ranks._PATIENCE = 3.0  # seconds, in place of ten, in which no mark of a lost rank appears
 from run_helpers import run
 from training_helpers import make_model
 from fastadv.trainers import Settings

@@ -1,4 +1,4 @@
-"""Analysing one model from Python."""
+"""The function `analyse`, which runs analyses on one model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.modes import doubt_modes
 from fastadv.evaluation.samples import Samples, as_samples
-from fastadv.ops.values import closest, shown
+from fastadv.ops.values import did_you_mean, shown
 
 
 def analyse(
@@ -33,8 +33,8 @@ def analyse(
     """Analyse a model.
 
     Args:
-        model: a float32 module on images [B, C, H, W] in 0..1. Analyses of features need one that is cut before
-            its global pooling, as all of `fastadv.models` are.
+        model: a float32 module on images [B, C, H, W] in 0..1. Analyses of features need a model with the feature
+            split of `fastadv.models`.
         data: images, as for ``evaluate``; None where no analysis needs any.
         what: names of analyses, such as ``["cosine", "frobenius"]``; see docs/analyses.md.
         teacher: the standard model, for ``"cosine"``.
@@ -50,8 +50,8 @@ def analyse(
 
     Raises:
         ImportError: when a library is missing, before anything is computed.
-        TypeError: for a model or settings of another kind.
-        ValueError: for an unknown name, or where something that is needed is missing.
+        TypeError: for a model or settings of another type.
+        ValueError: for an unknown name, or where an input that an analysis needs is missing.
     """
     chosen = find_analyses(what)
     checked = settings_of(chosen, settings)
@@ -85,17 +85,17 @@ def settings_of(chosen: Sequence[Analysis], given: dict[str, Any]) -> AnalysisSe
 
     Args:
         chosen: the analyses.
-        given: settings that somebody gave, by name.
+        given: the settings given by the caller, by name.
 
     Raises:
-        ImportError: when a library of one of them is missing.
+        ImportError: when a library of an analysis is missing.
         TypeError: for an unknown setting, or a value of another type.
         ValueError: for a value out of range, or a setting that no chosen analysis uses.
     """
     known = [field.name for field in fields(AnalysisSettings)]
     for name in given:
         if name not in known:
-            raise TypeError(f"analyse has no argument {name!r}{closest(name, known)}")
+            raise TypeError(f"analyse has no argument {name!r}{did_you_mean(name, known)}")
     settings = AnalysisSettings(**given)
     check_settings_used(chosen, list(given))
     for analysis in chosen:
@@ -117,13 +117,13 @@ def run_analyses(
 
     Args:
         model: the model.
-        chosen: which analyses.
-        settings: of all of them.
-        samples: the images, where one needs some.
-        train: the training set, likewise.
-        teacher: the standard model, likewise.
-        device: where to run; by default where the model is.
-        on_measured: called after each.
+        chosen: the analyses.
+        settings: the settings of all analyses.
+        samples: the images, where an analysis needs them.
+        train: the training set, where an analysis needs it.
+        teacher: the standard model, where an analysis needs it.
+        device: device of the run; by default the device of the model.
+        on_measured: called with the findings of each analysis when it has ended.
 
     Returns:
         The findings of each analysis, by its name.

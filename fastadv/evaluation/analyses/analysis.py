@@ -1,4 +1,4 @@
-"""The base class of analyses: needs, computation, and drawing of the numbers."""
+"""The base class of analyses, their input and their findings, and functions for their pictures."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Measured:
     """The findings of an analysis on one model.
 
     Attributes:
-        analysis: its name.
+        analysis: name of the analysis.
         columns: names of the columns.
-        rows: as many cells each as there are columns; None where there is no number.
-        summary: the numbers that matter most, by name.
+        rows: the rows, each with one cell per column; None where there is no number.
+        summary: the most important numbers, by name.
         notes: further notes, one sentence each.
-        originals: [M, C, H, W] float32 in 0..1, where pictures belong to the numbers.
+        originals: [M, C, H, W] float32 in 0..1, where the analysis shows images.
         adversarials: the same images after an attack.
     """
 
@@ -51,7 +51,7 @@ class Measured:
         """The cells of a column.
 
         Raises:
-            KeyError: naming the columns there are.
+            KeyError: naming the existing columns.
         """
         if name not in self.columns:
             raise KeyError(f"no column {name!r}, there are {', '.join(self.columns)}")
@@ -79,11 +79,11 @@ class AnalysisContext:
 
     Attributes:
         model: the model, in float32.
-        device: where it is.
-        settings: how it is analysed.
+        device: device of the model.
+        settings: the settings of the analyses.
         samples: images, where the analysis needs them.
-        train: images of the training set, likewise.
-        teacher: the standard model, likewise.
+        train: images of the training set, where the analysis needs them.
+        teacher: the standard model, where the analysis needs it.
     """
 
     model: nn.Module
@@ -95,19 +95,19 @@ class AnalysisContext:
 
     @property
     def images(self) -> Samples:
-        """The images, which are there for an analysis that needs them."""
+        """The images, for an analysis that needs them."""
         assert self.samples is not None
         return self.samples
 
     @property
     def train_images(self) -> Samples:
-        """The training set, which is there for an analysis that needs it."""
+        """The training set, for an analysis that needs it."""
         assert self.train is not None
         return self.train
 
     @property
     def merger(self) -> Stack:
-        """The model as a stack, which it is for an analysis that needs one."""
+        """The model as a stack, for an analysis that needs a merger."""
         assert isinstance(self.model, Stack)
         return self.model
 
@@ -124,10 +124,10 @@ class Analysis(abc.ABC):
     Attributes:
         name: its name on the command line.
         title: heading of its picture.
-        needs: the inputs that must be there.
+        needs: the inputs that it needs.
         uses: the settings on which its numbers depend.
-        libraries: beyond torch on which its numbers depend.
-        shared: whether the runs have one picture together; else each has its own.
+        libraries: the libraries besides torch on which its numbers depend.
+        shared: whether several runs share one picture; else each run has its own.
     """
 
     name: ClassVar[str]
@@ -146,17 +146,17 @@ class Analysis(abc.ABC):
         """Draw the numbers.
 
         Args:
-            found: by the name of each model; one alone where the analysis is not shared.
-            axes: empty ones.
-            style: inks and colours.
+            found: the findings by the name of each model; of one model where the analysis is not shared.
+            axes: empty axes.
+            style: the colours.
         """
 
     def check(self, settings: AnalysisSettings) -> None:
-        """Refuse, before anything is computed, a model or inputs that this analysis cannot run with.
+        """Check libraries and settings before anything is computed.
 
         Raises:
             ImportError: when a library is missing.
-            ValueError: for settings that it cannot be run with.
+            ValueError: for settings with which this analysis cannot run.
         """
         return
 
@@ -172,12 +172,11 @@ def pooled_features(model: nn.Module, x: Tensor) -> Tensor:
     return pooled.flatten(1)
 
 
-def label_axes(axes: Axes, style: Style, x: str, y: str, names: Sequence[str]) -> None:
-    """Name the axes, and the models where there are several or the picture has a legend."""
+def label_axes(axes: Axes, style: Style, x: str, y: str) -> None:
+    """Name the axes, and add the legend."""
     axes.set_xlabel(x, fontsize=13, color=style.ink)
     axes.set_ylabel(y, fontsize=13, color=style.ink)
-    if names:
-        axes.legend(frameon=False, fontsize=11, labelcolor=style.ink)
+    axes.legend(frameon=False, fontsize=11, labelcolor=style.ink)
 
 
 def draw_bars(
@@ -186,10 +185,10 @@ def draw_bars(
     """Bars side by side, one colour per model.
 
     Args:
-        values: of each model, as many as there are labels, or fewer.
-        labels: of the groups of bars.
-        axes: to draw on.
-        style: inks and colours.
+        values: the values of each model, at most one per label.
+        labels: labels of the groups of bars.
+        axes: the axes to draw on.
+        style: the colours.
     """
     width = 0.8 / max(len(values), 1)
     for number, (name, heights) in enumerate(values.items()):

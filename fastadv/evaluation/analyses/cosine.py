@@ -1,4 +1,4 @@
-"""How similar a model's features are to the standard model's."""
+"""The analysis "cosine": similarity of a model's features to the features of the standard model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CosineSimilarity(Analysis):
-    """Cosine similarity of the features of clean images to the teacher's, image by image.
+    """Cosine similarity of the features of the model and of the teacher, for each clean image.
 
     Source: ARREST, table 3. The features are the maps before global pooling, flattened.
     """
@@ -56,7 +56,7 @@ class CosineSimilarity(Analysis):
         return Measured(self.name, ("image", "label", "cosine", "angle"), tuple(rows), summary)
 
     def draw(self, found: Mapping[str, Measured], axes: Axes, style: Style) -> None:
-        """The mean of each model, and of each class."""
+        """Draw the mean of each model over all images and over each class."""
         classes = sorted({label for one in found.values() for label in one.column("label")})
         values = {}
         for name, one in found.items():
@@ -66,8 +66,8 @@ class CosineSimilarity(Analysis):
                 of_class = [value for label, value in cells if label == wanted]
                 means.append(sum(of_class) / len(of_class) if of_class else math.nan)
             values[name] = means
-        # Hundreds of classes leave no room for a bar each.
+        # With many classes there is no room for a bar each.
         shown = classes if len(classes) <= 20 else []
         values = {name: means[: 1 + len(shown)] for name, means in values.items()}
         draw_bars(values, ["all", *map(str, shown)], axes, style)
-        label_axes(axes, style, "class", "cosine similarity", list(found))
+        label_axes(axes, style, "class", "cosine similarity")

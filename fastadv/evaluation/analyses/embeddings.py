@@ -1,4 +1,4 @@
-"""Features of clean, noisy and adversarial images in the plane: t-SNE and UMAP."""
+"""The analyses "tsne" and "umap": features of clean, noisy and adversarial images, placed in the plane."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 KINDS = ("clean", "noisy", "adversarial")
-_MOST_NAMED = 20  # classes
+_MOST_NAMED = 20  # classes that are named in the picture
 _MARKERS = dict(zip(KINDS, ("o", "s", "x"), strict=True))
 
 
 class Embedding(Analysis):
     """Base of t-SNE and UMAP: the pooled features of three kinds of images, placed in the plane together.
 
-    Noisy images have uniform noise in the ball of the attack, adversarial ones are PGD's.
+    Noisy images have uniform noise in the ball of the attack. The adversarial images are made by PGD.
     """
 
     needs = ("images",)
@@ -106,7 +106,7 @@ class Embedding(Analysis):
             _name_classes(one, axes, style)
         axes.set_xticks([])
         axes.set_yticks([])
-        label_axes(axes, style, "", "", KINDS)
+        label_axes(axes, style, "", "")
 
 
 def _colours(labels: list[int], style: Style) -> dict[int, Any]:
@@ -165,7 +165,7 @@ class UMAPEmbedding(Embedding):
             n_components=2, n_neighbors=min(15, len(features) - 1), random_state=seed, n_jobs=1
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of few points, which are told by their number
+            warnings.simplefilter("ignore")  # about few points, whose number the record has
             return np.asarray(method.fit_transform(features))
 
 

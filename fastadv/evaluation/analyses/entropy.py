@@ -1,4 +1,4 @@
-"""How sure a model is of its answers on the training set."""
+"""The analysis "entropy": entropy of the predicted probabilities on the training set."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ class PosteriorEntropy(Analysis):
             shares = one.column("share")
             axes.stairs(shares, edges, color=style.colour(number), linewidth=1.8, label=name)
         axes.set_yscale("symlog", linthresh=1e-3)
-        label_axes(axes, style, "entropy (nats)", "share of the images", list(found))
+        label_axes(axes, style, "entropy (nats)", "share of the images")

@@ -1,4 +1,4 @@
-"""How far an attack moves the extractors of a merger, and whether that is concave in their radius."""
+"""The analysis "delta-z": AFS's delta z of a merger's extractors, and whether it is concave in their radius."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastadv.evaluation.stacking import delta_z
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_PAPER = tuple(k / 255 for k in range(3, 9))  # of the six extractors of AFS
+_PAPER = tuple(k / 255 for k in range(3, 9))  # radii of the six extractors of AFS
 
 
 class DeltaZCurve(Analysis):
-    """By how much PGD lowers the margin of each extractor, over the radius for which it was trained.
+    """Decrease of each extractor's margin under PGD, over the radius for which it was trained.
 
     Source: AFS, equations 8 to 10; see `fastadv.evaluation.delta_z`.
     """
@@ -67,4 +67,4 @@ class DeltaZCurve(Analysis):
                 color=style.colour(number),
                 label=f"{name}, {word}",
             )
-        label_axes(axes, style, "radius of the extractor's training (1/255)", "delta z", ["one"])
+        label_axes(axes, style, "radius of the extractor's training (1/255)", "delta z")

@@ -1,4 +1,4 @@
-"""How large the weights of each layer are."""
+"""The analysis "frobenius": norms of the weights of each layer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class FrobeniusNorms(Analysis):
-    """Frobenius norm of the weights of each layer: of every parameter with two axes or more.
+    """Frobenius norm of the weights of each layer, the parameters with two axes or more.
 
     ``rms`` is the norm divided by the square root of the number of weights, so that layers of different size can
     be compared.
@@ -53,4 +53,4 @@ class FrobeniusNorms(Analysis):
                 label=name,
             )
         axes.set_ylim(bottom=0)
-        label_axes(axes, style, "layer", "Frobenius norm", list(found))
+        label_axes(axes, style, "layer", "Frobenius norm")

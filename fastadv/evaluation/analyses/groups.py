@@ -1,4 +1,4 @@
-"""Records of several models that one picture can show."""
+"""Groups of records of several models that one picture can show."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class AnalysisGroup:
     """The findings of one analysis on several models, on the same images and with the same settings.
 
     Attributes:
-        records: by the name of each model.
+        records: the records by the name of each model.
     """
 
     records: dict[str, AnalysisRecord]
 
     @property
     def first(self) -> AnalysisRecord:
-        """One of the records, whose settings they have in common."""
+        """The first record; all records have the same settings."""
         return next(iter(self.records.values()))
 
     @property
@@ -53,7 +53,7 @@ class AnalysisGroup:
 
     @property
     def stem(self) -> str:
-        """A name for files, which another choice of models or settings does not have."""
+        """A name for files that no other choice of models or settings has."""
         return key_of(self.analysis, *sorted((n, one.key) for n, one in self.records.items()))
 
     @property
@@ -68,7 +68,7 @@ class AnalysisGroup:
         return ", ".join(parts)
 
     def summary(self) -> list[list[str]]:
-        """Heading and one line per model with the numbers that matter most."""
+        """A heading, and one line per model with the numbers of its summary."""
         names = list(dict.fromkeys(name for one in self.found.values() for name in one.summary))
         lines = [["run", *names]]
         for name, one in self.found.items():
@@ -99,10 +99,10 @@ _OF_ONE_MODEL = ("run", "method", "network", "checkpoint", "weights", "parameter
 
 
 def grouped(records: Mapping[str, Sequence[AnalysisRecord]]) -> list[AnalysisGroup]:
-    """Put records together that one picture can show.
+    """Group the records that one picture can show.
 
     Args:
-        records: of each run, by the name of the run, later ones after earlier ones.
+        records: the records of each run by the run's name, later records after earlier ones.
 
     Returns:
         The groups, in the order of `ANALYSES`.
@@ -115,7 +115,7 @@ def grouped(records: Mapping[str, Sequence[AnalysisRecord]]) -> list[AnalysisGro
             others = [one for one in of_run if one.common == record.common]
             if len({one.subject.weights for one in others}) > 1:
                 name = f"{run} {record.subject.checkpoint or record.subject.weights[:7]}"
-            group[name] = record  # the latest of several that differ in their versions alone
+            group[name] = record  # a later record replaces one that differs only in versions
     order = list(ANALYSES)
     known = [AnalysisGroup(group) for group in groups.values()]
     known = [group for group in known if group.analysis in ANALYSES]
@@ -125,14 +125,14 @@ def grouped(records: Mapping[str, Sequence[AnalysisRecord]]) -> list[AnalysisGro
 def of_weights(
     records: Iterable[AnalysisRecord], weights: Iterable[str]
 ) -> tuple[list[AnalysisRecord], int]:
-    """The records of certain weights, and how many others there are."""
+    """The records of the given weights, and the number of the other records."""
     wanted, found = set(weights), list(records)
     kept = [one for one in found if one.subject.weights in wanted]
     return kept, len(found) - len(kept)
 
 
 def number_text(value: object) -> str:
-    """A cell for a person: numbers with four digits."""
+    """The text of a cell, with four digits of a number."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

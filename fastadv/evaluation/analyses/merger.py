@@ -1,4 +1,4 @@
-"""The weights that a merger of adversarial feature stacking gives to its extractors."""
+"""The analyses "importance" and "merger-weights": the weights that AFS's merger gives to its extractors."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class ImportanceRatios(Analysis):
         values = {name: one.column("ratio") for name, one in found.items()}
         labels = [str(k + 1) for k in range(max(map(len, values.values())))]
         draw_bars(values, labels, axes, style)
-        label_axes(axes, style, "extractor", "importance ratio", list(found))
+        label_axes(axes, style, "extractor", "importance ratio")
 
 
 class MergerWeights(Analysis):
@@ -81,8 +81,7 @@ class MergerWeights(Analysis):
             colour = style.colour(number - 1)
             axes.vlines(places, 0, means, color=colour, linewidth=0.8, label=f"extractor {number}")
         axes.set_ylim(bottom=0)
-        names = [str(number) for number in dict.fromkeys(extractors)]
-        label_axes(axes, style, "feature", "mean absolute weight", names)
+        label_axes(axes, style, "feature", "mean absolute weight")
 
 
 def _mean_magnitude(weights: tuple[object, ...]) -> float:

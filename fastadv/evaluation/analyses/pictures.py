@@ -1,4 +1,4 @@
-"""Pictures of the findings of analyses, as PNG."""
+"""The pictures of analyses as PNG: their numbers, and their images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.analyses.registry import ANALYSES
 from fastadv.evaluation.plot_style import LIGHT, Style, new_figure, png_of
 
-_MAGNIFIED = 5
+_MAGNIFIED = 5  # factor of the perturbation in its picture
 _GAP = 1  # pixels between two images
 
 
@@ -18,13 +18,14 @@ def picture_of(found: Mapping[str, Measured], style: Style = LIGHT, title: str =
     """Draw the findings of one analysis, as a PNG.
 
     Args:
-        found: by the name of each model, all of one analysis; one alone where each model has its own picture.
-        style: inks and colours.
+        found: the findings of one analysis by the name of each model; of one model where the analysis is not
+            shared.
+        style: the colours.
         title: second line of the heading.
 
     Raises:
         ImportError: when matplotlib is not installed.
-        ValueError: for nothing, or for several models where each has its own picture.
+        ValueError: for no findings, or for several models where the analysis is not shared.
     """
     names = {one.analysis for one in found.values()}
     if len(names) != 1:
@@ -41,7 +42,7 @@ def picture_of(found: Mapping[str, Measured], style: Style = LIGHT, title: str =
 def images_of(measured: Measured, style: Style = LIGHT) -> bytes | None:
     """Draw original, adversarial image and perturbation x 5 below each other, as a PNG; None without images.
 
-    The perturbation stands around grey.
+    Grey in the perturbation means no change.
 
     Raises:
         ImportError: when matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""How well random labels can be learned from a model's features."""
+"""The analysis "random-labels": how well random labels can be learned from a model's features."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _BATCH = 128
 class RandomLabelFit(Analysis):
     """Training accuracy of a network with hidden layers of 400 and 200 on frozen features and random labels.
 
-    Source: ARREST's figure. The features are the pooled vectors of the training images. The rest is our
-    choice. The mean of each feature is taken away and all are divided by one number, so that they have variance 1
-    together: the size of a model's features says nothing about their content. The optimiser is Adam with a
-    learning rate of .001 and batches of 128.
+    Source: ACT, figure 3. The features are the pooled vectors of the training images. The rest is our choice. The
+    mean of each feature is subtracted, and all features are divided by one number so that their mean variance is
+    1, because the magnitude of a model's features does not matter here. The optimiser is Adam with a learning rate
+    of .001 and batches of 128.
     """
 
     name = "random-labels"
@@ -69,7 +69,7 @@ class RandomLabelFit(Analysis):
                 label=name,
             )
         axes.set_ylim(0, 100)
-        label_axes(axes, style, "epoch", "accuracy on random labels (%)", list(found))
+        label_axes(axes, style, "epoch", "accuracy on random labels (%)")
 
 
 def _train(

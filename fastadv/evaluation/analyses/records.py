@@ -1,4 +1,4 @@
-"""The findings of an analysis in files: JSON with all that they depend on, CSV, and images where it has some."""
+"""The files of an analysis's findings: JSON with everything that they depend on, CSV, and images."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from fastadv.files import remove_leftovers, text_of, write_atomically
 
 _FORMAT = 1
 _FOLDER = "analyses"
-_RESULTS = ".eval.json"  # of a file of weights, beside it
+_RESULTS = ".eval.json"  # suffix of the file of results beside a file of weights
 _IMAGES = ("originals", "adversarials")
 
 
 @dataclass(frozen=True)
 class AnalysisRecord:
-    """The findings of an analysis on one model, with all that they depend on.
+    """The findings of an analysis on one model, with everything that they depend on.
 
     Attributes:
-        measured: the numbers.
+        measured: the findings.
         subject: the model and the images; parts that the analysis does not need are empty.
-        n: how many images.
-        settings: those that it uses, by name.
-        teacher: SHA-256 of the standard model's weights, where it was compared with one.
-        versions: of the libraries that matter.
-        device: where it ran.
-        command: the command line that found it, where there was one.
-        date: when it was found, in ISO 8601, UTC.
+        n: number of images.
+        settings: the settings that the analysis uses, by name.
+        teacher: SHA-256 of the standard model's weights, where the analysis uses it.
+        versions: versions of the libraries on which the numbers depend.
+        device: device of the run.
+        command: the command line of the analysis, where there was one.
+        date: time of the analysis, in ISO 8601, UTC.
     """
 
     measured: Measured
@@ -58,7 +58,7 @@ class AnalysisRecord:
 
     @property
     def common(self) -> tuple[Any, ...]:
-        """The facts in which records must agree for one picture to show them."""
+        """The facts that must be equal in records which one picture shows."""
         subject = self.subject
         settings = tuple(sorted((name, str(value)) for name, value in self.settings.items()))
         return (
@@ -72,18 +72,18 @@ class AnalysisRecord:
 
     @property
     def key(self) -> str:
-        """A name for the files of this record; a record of other settings has another one."""
+        """A name for the files of this record that no record with other settings has."""
         subject = self.subject
         model = (subject.network, subject.weights, subject.checkpoint)
         facts = (*self.common, *model, sorted(self.versions.items()))
         return key_of(self.measured.analysis, *facts)
 
     def path(self, folder: Path, suffix: str = ".json") -> Path:
-        """Where this record is in a folder; a suffix names another of its files."""
+        """The path of this record's JSON file in a folder, or of its file with another suffix."""
         return folder / f"{self.key}{suffix}"
 
     def save(self, folder: Path) -> Path:
-        """Write the CSV, the images, and last the JSON that says the record is there.
+        """Write the CSV, the images, and last the JSON file, without which the record does not count.
 
         Raises:
             OSError: when they cannot be written.
@@ -100,7 +100,7 @@ class AnalysisRecord:
         return write_atomically(self.path(folder), text + "\n")
 
     def facts(self) -> dict[str, Any]:
-        """All that the numbers depend on, by name, for a person."""
+        """Everything that the numbers depend on, by name, for people."""
         subject = {name: value for name, value in asdict(self.subject).items() if value}
         others = {"teacher": self.teacher, "command": self.command, "date": self.date}
         return {
@@ -127,7 +127,7 @@ class AnalysisRecord:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it holds something else; the message names the file.
+            ValueError: when it holds other content; the message names the file.
         """
         try:
             content = json.loads(text_of(path))
@@ -156,17 +156,17 @@ def _read_images(path: Path) -> dict[str, torch.Tensor]:
 
 
 def analyses_folder(results: Path) -> Path:
-    """Where the analyses of the model are whose results are in a file: ``RUN/analyses``, ``FILE.analyses``."""
+    """The folder of analyses that belongs to a file of results: ``RUN/analyses`` or ``FILE.analyses``."""
     if results.name.endswith(_RESULTS):
         return results.with_name(f"{results.name.removesuffix(_RESULTS)}.{_FOLDER}")
     return results.parent / _FOLDER
 
 
 def load_records(folder: Path) -> list[AnalysisRecord]:
-    """All records of a folder, by analysis and date; an empty result where there is no folder.
+    """Read all records of a folder, sorted by analysis and date; an empty list where there is no folder.
 
     Raises:
-        ValueError: when a file is damaged; the message names it.
+        ValueError: when a file is damaged; the message names the file.
     """
     found: Sequence[Path] = sorted(folder.glob("*.json")) if folder.is_dir() else ()
     records = [AnalysisRecord.load(path) for path in found]

@@ -1,4 +1,4 @@
-"""The analyses by name, and the needs of each."""
+"""All analyses by name, and checks that their inputs and settings are given."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ ANALYSES: dict[str, Analysis] = {kind.name: kind() for kind in _ALL}
 
 
 def find_analyses(what: Sequence[str]) -> list[Analysis]:
-    """The analyses of these names, each once, in this order.
+    """The analyses with these names, each once, in this order.
 
     Raises:
-        TypeError: for one word in place of several.
-        ValueError: for no name, or one that no analysis has.
+        TypeError: for a single word in place of a list.
+        ValueError: for an empty list, or an unknown name.
     """
     if isinstance(what, str):
         raise TypeError(f"what must be a list of names, got {what!r}; write [{what!r}]")
@@ -56,8 +56,8 @@ def check_settings_used(analyses: Sequence[Analysis], given: Sequence[str]) -> N
     """Refuse settings on which no chosen analysis depends.
 
     Args:
-        analyses: those that are to be run.
-        given: names of the settings that somebody gave.
+        analyses: the analyses to run.
+        given: names of the settings that the caller has given.
 
     Raises:
         ValueError: naming the setting, and the analyses that use it.
@@ -71,17 +71,17 @@ def check_settings_used(analyses: Sequence[Analysis], given: Sequence[str]) -> N
 
 
 def check_needs(analysis: Analysis, model: nn.Module, teacher: bool, train: bool) -> None:
-    """Refuse an analysis of which something is missing.
+    """Refuse an analysis that lacks an input.
 
     Args:
-        analysis: which one.
+        analysis: the analysis.
         model: the model to analyse.
-        teacher: whether there is one.
+        teacher: whether there is a teacher.
         train: whether there are images of the training set.
 
     Raises:
-        TypeError: the model is no merger, where one is needed.
-        ValueError: there is no teacher or no training set, where one is needed.
+        TypeError: the analysis needs a merger, and the model is not one.
+        ValueError: the analysis needs a teacher or a training set, which is missing.
     """
     if "merger" in analysis.needs and not isinstance(model, Stack):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Accuracy under PGD over the radius, and over the number of steps."""
+"""The analyses "eps-curve" and "steps-curve": accuracy under PGD over the radius, and over the number of steps."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class RobustnessOverEps(Analysis):
     uses = ("radii", "alpha", "steps", "seed")
 
     def compute(self, context: AnalysisContext) -> Measured:
-        """One row per radius; the one at 0 is without an attack."""
+        """One row per radius; the row at 0 is without an attack."""
         settings = context.settings
         attacks = ["clean", f"pgd-{settings.steps}"]
         report = _judge(context, attacks, settings.radii, settings.alpha)
-        # Without an attack there is one accuracy, which every radius repeats.
+        # The clean accuracy is kept once, though the report may have it for each radius.
         rows = [report.rows[0], *(row for row in report.rows if row.name != "clean")]
         found = tuple((row.eps, *_figures(row)) for row in rows)
         summary = {
@@ -43,7 +43,7 @@ class RobustnessOverEps(Analysis):
         """One curve per model, with 95 % intervals; radii in units of 1/255."""
         _draw(found, "eps", 255, axes, style)
         axes.set_xlim(left=0)
-        label_axes(axes, style, "radius (1/255)", "accuracy (%)", list(found))
+        label_axes(axes, style, "radius (1/255)", "accuracy (%)")
 
 
 class RobustnessOverSteps(Analysis):
@@ -55,7 +55,7 @@ class RobustnessOverSteps(Analysis):
     uses = ("eps", "alpha", "step_counts", "seed")
 
     def compute(self, context: AnalysisContext) -> Measured:
-        """One row per number of steps; the one of 0 is without an attack."""
+        """One row per number of steps; the row at 0 is without an attack."""
         settings = context.settings
         attacks = ["clean", *(f"pgd-{count}" for count in settings.step_counts)]
         report = _judge(context, attacks, [settings.eps], settings.alpha)
@@ -75,7 +75,7 @@ class RobustnessOverSteps(Analysis):
         axes.set_xticks(ticks, [str(count) for count in ticks])
         axes.minorticks_off()
         axes.set_xlim(left=-0.1)
-        label_axes(axes, style, "steps", "accuracy (%)", list(found))
+        label_axes(axes, style, "steps", "accuracy (%)")
 
 
 def _judge(

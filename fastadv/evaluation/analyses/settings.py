@@ -1,4 +1,4 @@
-"""How models are analysed: radii, steps, numbers of pictures, seed."""
+"""The settings of analyses: radii, steps, numbers of images, seed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ class AnalysisSettings:
 
     Attributes:
         eps: radius of the noise and of the attack.
-        alpha: step size of PGD; None is a quarter of the radius.
-        steps: of PGD.
-        radii: of `eps-curve`.
-        step_counts: of `steps-curve`.
+        alpha: step size of PGD; None means a quarter of the radius.
+        steps: number of steps of PGD.
+        radii: radii of `eps-curve`.
+        step_counts: numbers of steps of `steps-curve`.
         max_eps: largest radius that `minimum` tries.
-        pictures: images that `minimum` shows.
-        epochs: of the network that `random-labels` trains.
-        points: images that `tsne` and `umap` show, three times each.
+        pictures: number of images that `minimum` shows.
+        epochs: epochs for which `random-labels` trains its network.
+        points: number of images that `tsne` and `umap` show, three times each.
         extractor_eps: radius for which each extractor of a merger was trained, for `delta-z`; empty for 3/255 to
             8/255, the radii of AFS, where there are six extractors.
         batch_size: images per pass.
-        seed: of everything random.
+        seed: seed of the random numbers.
     """
 
     eps: float = 8 / 255
@@ -77,5 +77,5 @@ class AnalysisSettings:
 
     @property
     def step_size(self) -> float:
-        """How far a step goes at `eps`."""
+        """The step size of PGD at `eps`."""
         return self.eps / 4 if self.alpha is None else self.alpha

@@ -1,4 +1,4 @@
-"""The smallest perturbation that breaks each image, with pictures."""
+"""The analysis "minimum": the smallest perturbation that breaks each image, with pictures."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class SmallestPerturbation(Analysis):
         for number, (name, one) in enumerate(found.items()):
             radii = one.column("radius")
             broken = sorted(radius for radius in radii if radius is not None)
-            # The last step leads to where no image is left, or only those that are not broken.
+            # The last step ends at the share of the images that are not broken at any radius.
             x = [0.0, *(255 * radius for radius in broken)]
             y = [100 * (1 - k / len(radii)) for k in range(len(broken) + 1)]
             axes.step(x, y, where="post", color=style.colour(number), linewidth=1.8, label=name)
         axes.set_xlim(left=0)
         axes.set_ylim(0, 100)
-        label_axes(axes, style, "radius (1/255)", "images not broken (%)", list(found))
+        label_axes(axes, style, "radius (1/255)", "images not broken (%)")

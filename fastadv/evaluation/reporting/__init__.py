@@ -1,4 +1,4 @@
-"""Results to hand on: tables, pictures and model cards of several runs, in several formats."""
+"""Reports on several runs: tables, pictures and model cards, in several formats."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fastadv.evaluation.plot_style import DARK, LIGHT, Style
 from fastadv.evaluation.reporting.pages import Plot
 from fastadv.evaluation.reporting.tables import Table
 
-_SHORT = 40  # rows of a table that is shown whole
+_SHORT = 40  # a table with at most so many rows is shown completely
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class AnalysisParts:
     """The part of a report that shows analyses.
 
     Attributes:
-        plots: the pictures, by the name of their file.
-        tables: the numbers that matter most, and all of them where they are few.
-        files: all numbers as CSV, by the name of their file.
+        plots: the pictures, by the names of their files.
+        tables: the summaries, and all numbers where they are few.
+        files: all numbers as CSV, by the names of their files.
         notes: further notes.
     """
 

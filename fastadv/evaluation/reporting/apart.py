@@ -1,4 +1,4 @@
-"""Tables of black-box transfer and of attacks without a ball, whose accuracies are no robust accuracy."""
+"""The tables of black-box transfer and of attacks without a ball, whose accuracies are not robust accuracies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def transfers(comparison: Comparison) -> Table:
 
 
 def without_ball(comparison: Comparison) -> Table:
-    """How far the smallest adversarial perturbations are that attacks without a ball have found."""
+    """Distances of the smallest adversarial perturbations that attacks without a ball have found."""
     lines = [line for line in comparison.lines if not line.ball]
     rows = []
     for line in lines:

@@ -1,4 +1,4 @@
-"""Model cards: one JSON file per model and threat, with all that its robust accuracy depends on."""
+"""Model cards: one JSON file per model and threat, with everything that its robust accuracy depends on."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _FORMAT = 1
 def model_cards(summary: Summary) -> dict[str, dict[str, Any]]:
     """The cards of all models that were attacked in a ball, by the names of their files.
 
-    Adversarial images of a surrogate, and attacks without a ball, are in no card.
-    The robust accuracy of a card is AutoAttack's, or else the lowest under one of the attacks.
+    The cards leave out adversarial images of a surrogate and attacks without a ball. The robust accuracy of a card
+    is the accuracy under AutoAttack, or else the lowest accuracy under one of the attacks.
     """
     cards: dict[str, dict[str, Any]] = {}
     for line in summary.comparison.white_box:
@@ -79,7 +79,7 @@ def _accuracy(result: Result) -> dict[str, Any]:
 
 
 def _attack(result: Result) -> dict[str, Any]:
-    """The settings that an accuracy depends on, beside the model, the threat and the data."""
+    """The settings that an accuracy depends on, besides the model, the threat and the data."""
     row, is_ensemble = result.row, result.row.name == AUTOATTACK
     return {
         "attack": row.name,

@@ -35,12 +35,12 @@ class CurvePlot:
     """Curves that belong in one picture.
 
     Attributes:
-        attack: which one.
-        norm: of the radius.
+        attack: name of the attack.
+        norm: norm of the radius.
         data: name of the images.
-        n: how many.
-        curves: one per model.
-        surrogate: the model on which the adversarial images were made; empty where each was the judged one.
+        n: number of images.
+        curves: one curve per model.
+        surrogate: the model on which the adversarial images were made; empty where each was the judged model.
     """
 
     attack: str

@@ -1,4 +1,4 @@
-"""Worst adversarial images as pictures: the original, the adversarial one, and their difference magnified."""
+"""The worst adversarial images as pictures: original, adversarial image, and magnified difference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastadv.evaluation.comparison import Comparison, Line
 from fastadv.evaluation.worst import WorstImages
 
 _MOST = 8  # images of one result
-_MOST_LARGE = 4  # of images larger than these
-_LARGE = 96 * 96
+_MOST_LARGE = 4  # images of one result, where they are large
+_LARGE = 96 * 96  # pixels above which images are large
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Pictures:
         original: PNG.
         adversarial: PNG.
         difference: PNG, grey where nothing has changed.
-        magnified: by how much the difference is multiplied.
-        index: which image of the data it is.
+        magnified: factor of the difference.
+        index: the image's index in the data.
         label: its class.
         prediction: the class that the model gives to the adversarial image.
         confidence: probability of that class.
@@ -51,9 +51,9 @@ class Gallery:
     Attributes:
         run: the name of the model.
         attack: the column of the table.
-        norm: of the perturbation.
-        eps: its radius; None for an attack without a ball.
-        pictures: the worst first.
+        norm: norm of the perturbation.
+        eps: radius of the ball; None for an attack without a ball.
+        pictures: the images, the worst first.
     """
 
     run: str
@@ -64,10 +64,10 @@ class Gallery:
 
 
 def galleries(comparison: Comparison, radius: tuple[str, float] | None) -> list[Gallery]:
-    """The worst images of all results, or of those at one radius, as far as their files are there.
+    """The worst images of all results, or of the results at one radius, where their files exist.
 
     Raises:
-        ValueError: when a file is damaged; the message names it.
+        ValueError: when a file is damaged; the message names the file.
     """
     found = []
     for line in comparison.lines:
@@ -85,7 +85,7 @@ def galleries(comparison: Comparison, radius: tuple[str, float] | None) -> list[
 
 
 def _read(line: Line, name: str) -> WorstImages | None:
-    # A name from a file of elsewhere may not lead out of the folder of the results.
+    # A file of results may come from elsewhere: its names must not lead out of its folder.
     if not name or Path(name).is_absolute() or ".." in Path(name).parts:
         return None
     file = line.run.folder / name
@@ -101,7 +101,7 @@ def _pictures(worst: WorstImages, bounds: tuple[float, float]) -> tuple[Pictures
         original = (worst.originals[number] - low) / width
         adversarial = (worst.adversarials[number] - low) / width
         change = adversarial - original
-        # As large as fits between black and white, in a round number.
+        # The largest round factor with which the difference fits between black and white.
         magnified = _round_down(0.5 / max(float(change.abs().max()), 1e-6))
         found.append(
             Pictures(
@@ -128,7 +128,7 @@ def _round_down(factor: float) -> float:
 
 
 def _png(image: Tensor) -> bytes:
-    """A PNG of an image [C, H, W] in 0..1; other than 3 channels become grey."""
+    """A PNG of an image [C, H, W] in 0..1; an image without 3 channels becomes grey."""
     from matplotlib.image import imsave
 
     channels = image if image.shape[0] == 3 else image.mean(dim=0, keepdim=True).expand(3, -1, -1)

@@ -32,9 +32,9 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text in one line as LaTeX prints it."""
+    """Text in one line, with LaTeX's special characters escaped."""
     plain = "".join(_SPECIAL.get(character, character) for character in one_line(text))
-    return plain.replace("--", "-{}-")  # which would be printed as one dash
+    return plain.replace("--", "-{}-")  # LaTeX would print "--" as one dash
 
 
 def _environment(table: Table) -> str:
@@ -56,7 +56,7 @@ def _environment(table: Table) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    # Intervals are small. In braces, as a bracket after \\ would be taken for its argument.
+    # Intervals are set in a small size, in braces because LaTeX takes a bracket after \\ for its argument.
     intervals = (re.sub(r"\[[-0-9., ]+\]$", r"{\\scriptsize \g<0>}", escape(c)) for c in cells)
     text = " & ".join(intervals)
     # The \\ of the row before would take either character for an argument of its own.

@@ -1,4 +1,4 @@
-"""The findings of masking checks in a report, as far as they are of the weights and images that it shows."""
+"""The findings of masking checks in a report, for the weights and images that it shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastadv.evaluation.sanity_file import SanityResult, sanity_entry
 
 
 def masking_checks_of(comparison: Comparison) -> Iterable[tuple[Judged, SanityResult]]:
-    """The findings that are of the same weights and images as a result of their run."""
+    """The findings on the same weights and images as a result of their run."""
     for run in comparison.runs:
         judged = {_judged(result.subject) for result in run.results}
         for check in run.checks:
@@ -37,7 +37,7 @@ def masking_table(comparison: Comparison) -> Table:
 
 
 def verdicts(comparison: Comparison) -> list[str]:
-    """The verdicts of the checks, one sentence for each time that they were made."""
+    """The verdicts of the checks, one sentence for each `SanityResult`."""
     shown = [
         f"{run.name}, masking checks {radius_text(check.norm, check.eps)} on {check.n} images of "
         f"{check.subject.data or 'unknown data'}{_how(check)}: {verdict_of(check.findings)}."

@@ -1,4 +1,4 @@
-"""A report as one HTML page, which needs nothing but itself."""
+"""A report as one HTML page without external files."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def page(
     Args:
         title: heading.
         subtitle: one line below it.
-        tables: the first one is the one that matters most.
-        plots: in their order.
+        tables: the tables, the most important one first.
+        plots: the pictures in their order.
         galleries: worst images of attacks.
         notes: further notes.
         analyses: pictures and tables of the findings of analyses.
@@ -153,7 +153,7 @@ def _class(table: Table, column: int) -> str:
 
 
 def _cell(cell: str) -> str:
-    """A cell, whose interval stands small below its number."""
+    """A cell; an interval is set in a small size below its number."""
     parts = re.fullmatch(r"(.+) (\[.+\])", cell)
     return f"{_text(parts[1])} <small>{_text(parts[2])}</small>" if parts else _text(cell)
 

@@ -1,4 +1,4 @@
-"""A report for programs: JSON and CSV, with the numbers as the files of results have them."""
+"""A report for programs: JSON and CSV, with the same numbers as in the files of results."""
 
 from __future__ import annotations
 
@@ -15,17 +15,8 @@ from fastadv.files import csv_cell
 
 _FORMAT = 1
 _COLUMNS = (
-    *(
-        "run",
-        "method",
-        "network",
-        "checkpoint",
-        "data",
-        "attack",
-        "variant",
-        "setting",
-        "surrogate",
-    ),
+    *("run", "method", "network", "checkpoint", "data"),
+    *("attack", "variant", "setting", "surrogate"),
     *("norm", "eps", "median_distance", "mean_distance", "n", "correct"),
     *("accuracy", "low", "high", "sum", "mean", "ardist", "alpha", "steps", "after", "seed"),
     *("batch_size", "search", "status", "notes", "seconds", "device", "parameters"),
@@ -34,7 +25,7 @@ _COLUMNS = (
 
 
 def as_record(summary: Summary) -> dict[str, Any]:
-    """Everything as JSON types.
+    """The report as JSON types.
 
     Returns:
         ``results``: the entries of the files of results, each with the name that its run has in the report and its
@@ -44,11 +35,13 @@ def as_record(summary: Summary) -> dict[str, Any]:
         ``masking_checks``: the findings on these weights and images, with their verdict in words.
         ``plot``: norm, eps and attack of the trade-off plot, or null.
     """
+    plot = None
+    if summary.radius is not None:
+        norm, eps = summary.radius
+        plot = {"norm": norm, "eps": eps, "attack": summary.robust}
     return {
         "format": _FORMAT,
-        "plot": None
-        if summary.radius is None
-        else {"norm": summary.radius[0], "eps": summary.radius[1], "attack": summary.robust},
+        "plot": plot,
         "results": [
             {
                 **result.to_dict(),
@@ -70,14 +63,14 @@ def to_json(summary: Summary) -> str:
 
 
 def to_csv(summary: Summary) -> str:
-    """One line per result; accuracies are fractions; sum, mean and ardist are in percent."""
+    """The report as CSV, one line per result; accuracies are fractions; sum, mean and ardist are in percent."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for line, title, result in summary.listed():
         entry = result.to_dict() | {"run": line.run.name, "method": line.run.method}
         entry["setting"], distances = result.setting, result.row.distances
-        if distances is not None:  # its eps of 0 is no radius
+        if distances is not None:  # without a ball, eps is 0 in the row and has no meaning
             entry["eps"] = None
             entry["median_distance"], entry["mean_distance"] = distances.median, distances.mean
         entry["attack"], (entry["low"], entry["high"]) = entry["name"], entry["interval"]

@@ -11,10 +11,10 @@ from fastadv.evaluation.comparison import Comparison, Line
 
 @dataclass(frozen=True)
 class Series:
-    """Lines of one table that differ in the seed of the training alone.
+    """Lines of one table that differ only in the seed of the training.
 
     Attributes:
-        lines: one per seed, at least two.
+        lines: one line per seed, at least two.
     """
 
     lines: tuple[Line, ...]
@@ -26,7 +26,7 @@ class Series:
 
     @property
     def method(self) -> str:
-        """How all of them were trained."""
+        """The method of all trainings."""
         return self.lines[0].run.method
 
     def accuracies(self, title: str) -> list[float] | None:
@@ -42,7 +42,7 @@ def mean_and_deviation(values: list[float]) -> tuple[float, float]:
 
 
 def series_of(comparison: Comparison) -> list[Series]:
-    """Find the lines that differ in the seed of the training alone. Of one seed twice the first run counts."""
+    """Find the lines that differ only in the training seed. If a seed occurs twice, its first line counts."""
     found: dict[tuple[Any, ...], dict[int, Line]] = {}
     for line in comparison.lines:
         if line.run.series and line.run.seed is not None:
@@ -55,5 +55,5 @@ def _key(comparison: Comparison, line: Line) -> tuple[Any, ...]:
     same = (subject.data, subject.images, line.n, line.norm, line.eps, line.seed)
     kind = (line.ball, line.surrogate)
     checkpoints = {other.subject.checkpoint for other in comparison.lines if other.run is run}
-    # The best checkpoints of two runs may be of different steps. Their names count where a run has several.
+    # Names of checkpoints count only where a run has several: the best checkpoints of two runs may differ in step.
     return (run.series, *same, *kind, subject.checkpoint if len(checkpoints) > 1 else "")

@@ -1,4 +1,4 @@
-"""The content of a report on some runs, as tables and points, for every format of file."""
+"""The content of a report on several runs, as tables and points, for all formats of files."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ class Summary:
 
     Args:
         comparison: the runs.
-        robust: the attack on the plot's vertical axis; by default the last one that all runs have.
-        eps: the radius of the plot; by default the one that all runs have, or 8/255 of several.
-        norm: its norm.
+        robust: the attack on the plot's vertical axis; by default the last attack that all runs have.
+        eps: the radius of the plot; by default the only radius that all runs have, or 8/255 among several.
+        norm: the norm of this radius.
 
     Attributes:
         comparison: the runs.
         radius: norm and eps of the plot; None where there is no plot.
         robust: the column of its vertical axis; empty where there is no plot.
         no_plot: the reason why there is no plot.
-        series: runs that differ in the seed of their training alone.
+        series: runs that differ only in the seed of their training.
 
     Raises:
-        ValueError: when the attack or the radius that is asked for is not one that all runs have.
+        ValueError: when not all runs have the given attack and radius.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Summary:
 
     @property
     def tables(self) -> list[Table]:
-        """All tables that have a row; those for print first."""
+        """All tables that have a row, the tables for print first."""
         tables = [*self.printed, masking_table(self.comparison), self.results(), self.origins()]
         return [table for table in tables if table.rows]
 
@@ -94,7 +94,7 @@ class Summary:
         return [table for table in tables if table.rows]
 
     def accuracies(self) -> Table:
-        """A line for whatever was judged at one radius, a column for each attack."""
+        """One line for each run, radius and set of images, one column for each attack."""
         heading, *rows = self.comparison.cells(intervals=True)
         notes = ["In brackets are Wilson's 95 % intervals over the images."]
         notes += verdicts(self.comparison)
@@ -104,7 +104,7 @@ class Summary:
         )
 
     def strongest(self, line: Line) -> str | None:
-        """The attack by which a line's trade-off is measured: the plot's, else AutoAttack, else its last one."""
+        """The attack for a line's trade-off: the plot's attack, else AutoAttack, else the line's last attack."""
         attacks = [title for title in self.comparison.attacks if title in line.cells]
         attacks = [title for title in attacks if title != CLEAN]
         if self.robust in attacks and line.radius == self.radius:
@@ -176,7 +176,7 @@ class Summary:
         return Table("Over seeds", heading, tuple(rows), notes)
 
     def published(self) -> Published | None:
-        """The published curve and points beside which the plot's results stand, if there are any for all."""
+        """The published curve and points for the plot, if they apply to all its results; else None."""
         if self.radius is None:
             return None
         cells = [line.cells.get(self.robust) for line in self.comparison.at(self.radius)]
@@ -184,7 +184,7 @@ class Summary:
         return found[0] if found and all(one is found[0] for one in found) else None
 
     def published_points(self) -> Table:
-        """The accuracies that the ARREST paper reports, where results may be compared with them."""
+        """The accuracies that the ARREST paper reports, where they can be compared with the results."""
         published = self.published()
         heading = ("method", "clean %", "autoattack %", "Sum", "mean", "ARDist")
         if published is None:
@@ -227,7 +227,7 @@ class Summary:
         return Table("AutoAttack, stage by stage", heading, tuple(rows), notes)
 
     def results(self) -> Table:
-        """Every number as the file of results has it."""
+        """All results, with every field of the file of results."""
         rows = []
         for line, _, result in self.listed():
             row, distances = result.row, result.row.distances
@@ -249,25 +249,13 @@ class Summary:
         heading = (
             *("run", "checkpoint", "data", "attack", "variant", "setting", "surrogate"),
             *("accuracy %", "95 % interval", "right", "of"),
-            *(
-                "norm",
-                "eps",
-                "median distance",
-                "mean distance",
-                "alpha",
-                "steps",
-                "after",
-                "seed",
-                "batch",
-                "search",
-                "status",
-            ),
-            *("seconds", "date"),
+            *("norm", "eps", "median distance", "mean distance", "alpha", "steps"),
+            *("after", "seed", "batch", "search", "status", "seconds", "date"),
         )
         return Table("All results", heading, tuple(rows))
 
     def origins(self) -> Table:
-        """Which weights were judged, by which command, and with which versions."""
+        """The weights, the command and the versions of each result."""
         rows = []
         for line, _, result in self.listed():
             subject = result.subject
@@ -291,7 +279,7 @@ class Summary:
         return Table("Where the numbers are from", heading, tuple(dict.fromkeys(rows)), notes)
 
     def points(self) -> list[TradeOffPoint]:
-        """The points of the plot: the runs, and the means of those that differ in their seed alone."""
+        """The points of the plot: the runs, and the means of runs that differ only in their seed."""
         if self.radius is None:
             return []
         lines = [
@@ -316,7 +304,7 @@ class Summary:
         return f"{data}, {n} images, {radius}"
 
     def listed(self) -> Iterable[tuple[Line, str, Result]]:
-        """Each result once, though several lines may share an accuracy without an attack."""
+        """Each result once; several lines can share a result without an attack."""
         seen = set()
         for line in self.comparison.lines:
             for title, result in line.cells.items():

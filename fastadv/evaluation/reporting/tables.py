@@ -1,4 +1,4 @@
-"""A table of text, and how it is written as aligned text and as Markdown."""
+"""The class `Table` of cells of text, written as aligned text and as Markdown."""
 
 from __future__ import annotations
 
@@ -7,22 +7,13 @@ from dataclasses import dataclass
 
 from fastadv.files import markdown_text, one_line
 
-_TEXT_COLUMNS = frozenset(
-    (
-        *("run", "runs", "method", "model", "checkpoint", "data", "norm", "attack", "after"),
-        *(
-            "variant",
-            "setting",
-            "surrogate",
-            "radius",
-            "check",
-            "verdict",
-            "finding",
-            "right within a radius",
-        ),
-        *("stage", "search", "status", "device", "command", "versions", "weights", "date", "layer"),
-    )
-)
+# Columns that hold words, which are aligned to the left.
+_TEXT_COLUMNS = {
+    *("run", "runs", "method", "model", "checkpoint", "data", "norm", "attack", "after"),
+    *("variant", "setting", "surrogate", "radius", "check", "verdict", "finding"),
+    *("right within a radius", "stage", "search", "status", "device", "command", "versions"),
+    *("weights", "date", "layer"),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +23,8 @@ class Table:
     Attributes:
         title: heading of the table.
         heading: names of the columns.
-        rows: as many cells each as there are columns.
-        notes: sentences that belong below it.
+        rows: the rows, each with one cell per column.
+        notes: sentences below the table.
     """
 
     title: str
@@ -42,12 +33,12 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def is_text(self, column: int) -> bool:
-        """Whether a column holds words, which stand at its left, and not numbers."""
+        """Whether a column holds words, which are aligned to the left, and not numbers."""
         return self.heading[column] in _TEXT_COLUMNS
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells as text in columns."""
+    """Lines of cells as text, with aligned columns."""
     plain = [[one_line(cell) for cell in line] for line in lines]
     widths = [max(len(cell) for cell in column) for column in zip(*plain, strict=True)]
     rows = (
@@ -58,7 +49,7 @@ def aligned(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(tables: Sequence[Table], title: str) -> str:
-    """A Markdown document of some tables."""
+    """A Markdown document with a title and tables."""
     return "\n\n".join([f"# {markdown_text(title)}", *map(_section, tables)]) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""Writing a report into a folder, in every format."""
+"""Writing a report into a folder, in all formats."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
 
     Args:
         summary: the content of the report.
-        folder: where; it is made where it is not there.
+        folder: the folder, made if missing.
 
     Returns:
         The files.

@@ -1,0 +1,34 @@
+"""The functions of torch that a recording refuses or leaves out, and the kinds of arguments that it keeps."""
+
+from __future__ import annotations
+
+import functools
+import types
+
+import torch
+from torch import nn
+
+# Functions that hand a tensor's values to Python, which may then do anything with them.
+READS = frozenset(
+    ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
+     "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__")
+)  # fmt: skip
+# Functions that a recording refuses, each with the reason.
+REFUSED = {
+    "register_hook": "its forward registers a hook on a tensor",
+    "backward": "its forward takes gradients of its own",
+    "grad": "its forward takes gradients of its own",
+}
+# Functions that compute nothing.
+NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
+
+# Types of arguments that a recording keeps as they are; KEPT are those that need no further check.
+ARGUMENTS = (int, float, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
+             torch.memory_format)  # fmt: skip
+KEPT = frozenset((*ARGUMENTS, bool))
+# Types of arguments that stand for code.
+CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
+# Functions that return a size.
+SIZES = frozenset(("size", "numel", "nelement"))
+# Properties of a tensor that are tensors.
+TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
