@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -31,6 +32,19 @@ class Bar(tqdm):
         self.rest: list[str] = []
         super().__init__(file=sys.stderr, dynamic_ncols=True, **options)
 
+    def display(self, *args: Any, **options: Any) -> bool | None:
+        """Show the bar as tqdm does; nothing more is shown once the terminal is gone."""
+        try:
+            return super().display(*args, **options)
+        except OSError:
+            self.disable = True
+            return None
+
+    def close(self) -> None:
+        """Take the bar away, if the terminal is still there."""
+        with suppress(OSError):
+            super().close()
+
     @property
     def format_dict(self) -> dict[str, Any]:
         """The values from which tqdm writes the line."""
@@ -43,6 +57,18 @@ class Bar(tqdm):
             tail = fitted(["", "{remaining} left", *self.rest], room)
             layout += "|{bar}|" + tail.replace(", ", " ", 1)
         return {**found, "ncols": width, "prefix": head, "bar_format": layout}
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, and go on where nobody is there to read it: the work is worth more."""
+    with suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def say_above(text: str) -> None:
+    """Print a line above the bars, likewise."""
+    with suppress(OSError, ValueError):
+        Bar.write(text, file=sys.stderr)
 
 
 def fitted(parts: Sequence[str], width: int) -> str:

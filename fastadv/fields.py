@@ -35,8 +35,8 @@ def check_fields(instance: Any) -> None:
     """Check every field against its type hint, and put Python's own type in place of numpy's and of lists.
 
     ``bool``, ``int``, ``float`` and ``str`` take only values of their own type; ``float`` takes integers too.
-    ``Literal`` takes one of its words, ``tuple`` a tuple or list of such items, a class its instances, and
-    ``Callable`` any callable. ``|`` takes a value that one of its parts takes.
+    ``Literal`` takes one of its words, ``tuple`` a tuple or list of such items, ``dict`` a dict of such keys and
+    values, a class its instances, and ``Callable`` any callable. ``|`` takes a value that one of its parts takes.
 
     Args:
         instance: an instance of a dataclass, frozen or not.
@@ -119,6 +119,8 @@ def _check_of(hint: Any) -> Check:
         return partial(
             _sequence, [_check_of(p) for p in parts if p is not ...], count, _words(hint)
         )
+    if origin is dict:
+        return partial(_mapping, _check_of(parts[0]), _check_of(parts[1]))
     if hint in _SIMPLE:
         return _SIMPLE[hint]
     if isinstance(hint, type) and issubclass(hint, float):  # a number that may be written otherwise
@@ -164,6 +166,15 @@ def _sequence(checks: list[Check], count: int | None, words: str, name: str, val
     found = tuple(check(name, item) for check, item in zip(each, value, strict=True))
     same = isinstance(value, tuple) and all(a is b for a, b in zip(found, value, strict=True))
     return value if same else found
+
+
+def _mapping(key: Check, content: Check, name: str, value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict, got {shown(value)}")
+    for word, one in value.items():
+        key(f"each key of {name}", word)
+        content(f"{name}[{word!r}]", one)
+    return value
 
 
 def _text(name: str, value: Any) -> str:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a request to stop that the work takes up at the next good moment, and an exception."""
+"""Signals that end a process, such as SIGTERM: a request to stop at the next good moment, and an exception."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from typing import Any
 _DEFAULTS = {
     signal.SIGINT: (signal.default_int_handler, signal.SIG_DFL),
     signal.SIGTERM: (signal.SIG_DFL,),
+    signal.SIGHUP: (signal.SIG_DFL,),  # the terminal is gone; under nohup it is ignored
+    signal.SIGUSR1: (signal.SIG_DFL,),  # of Slurm's --signal=USR1@SECONDS
 }
 _ours: list[Any] = []  # handlers set by this module; with statements may be nested
 
 
 class Interrupted(KeyboardInterrupt, SystemExit):
-    """SIGTERM or Ctrl-C ended the work. The message says which work is kept, and how to go on.
+    """SIGTERM, Ctrl-C, SIGHUP or SIGUSR1 ended the work. The message says which work is kept, and how to go on.
 
     It is a `KeyboardInterrupt`, so that no `except Exception` takes it for a fault, and a `SystemExit`: a script
-    that does not catch it ends with the status that a shell gives, 143 or 130.
+    that does not catch it ends with the status that a shell gives, 128 and the signal's number.
 
     Attributes:
-        signal: the signal, SIGTERM or SIGINT.
+        signal: the signal, SIGTERM, SIGINT, SIGHUP or SIGUSR1.
         code: the exit status.
     """
 
@@ -37,7 +39,7 @@ class Interrupted(KeyboardInterrupt, SystemExit):
 
 
 class StopRequest:
-    """Takes SIGTERM and SIGINT as a request to stop soon, while a with statement lasts.
+    """Takes SIGTERM, SIGINT, SIGHUP and SIGUSR1 as a request to stop soon, while a with statement lasts.
 
     A second signal raises `Interrupted` at once. Handlers are set in the main thread only, and only where a signal
     has its default handler: a caller's own handler decides for itself, and an ignored signal stays ignored.
@@ -79,7 +81,7 @@ class StopRequest:
 
 @contextmanager
 def stopped_by_signals(message: str) -> Iterator[None]:
-    """Let SIGTERM and SIGINT raise `Interrupted` with a message while a with statement lasts."""
+    """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 raise `Interrupted` with a message while a with statement lasts."""
 
     def stop(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(message, signum)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import fastadv
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; by default the words of this process.
 
     Returns:
-        The exit status: 0 after success; 2 after an error that the user can put right; 130 after Ctrl-C; 143 after
-        SIGTERM.
+        The exit status: 0 after success; 2 after an error that the user can put right; 128 and the signal's number
+        after a signal, such as 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -88,7 +89,8 @@ def _run(words: list[str]) -> int:
     try:
         return _COMMANDS[words[0]].run(words[1:])
     except Interrupted as stop:
-        print(f"fastadv: {stop}", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(f"fastadv: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print("fastadv: interrupted", file=sys.stderr)

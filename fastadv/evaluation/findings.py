@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fastadv.evaluation.wording import format_eps
+from fastadv.fields import check_fields
 
 ROUNDING = 1e-9  # of shares of images, which are compared with each other
 
@@ -27,6 +28,9 @@ class Finding:
     ok: bool
     message: str
     accuracies: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def verdict(self) -> str:
@@ -51,7 +55,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
         eps: radius of the ball.
         norm: norm of the ball.
     """
-    width = max(len(finding.check) for finding in findings)
+    width = max((len(finding.check) for finding in findings), default=0)
     lines = [
         f"  {finding.verdict:<7}  {finding.check:<{width}}  {finding.message}"
         for finding in findings

@@ -19,7 +19,7 @@ from fastadv.engine.alone import alone_with
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.samples import Samples, as_samples, check_batch_size
 from fastadv.fields import arguments_checked, check_fields
-from fastadv.ops.values import shown
+from fastadv.ops.values import integer, shown
 
 
 @arguments_checked
@@ -40,8 +40,7 @@ def wilson_interval(correct: int, n: int, confidence: float = 0.95) -> tuple[flo
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     Journal of the American Statistical Association 22 (1927), without continuity correction.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}")
+    n = integer("n", n, at_least=1)
     if not 0 <= correct <= n:
         raise ValueError(f"correct must be between 0 and n = {n}, got {correct}")
     if not 0 < confidence < 1:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
 
+from fastadv.bars import Bar, say, say_above
 from fastadv.ops.values import check_bool
 
 T = TypeVar("T")
@@ -31,8 +32,6 @@ class ProgressDisplay:
         if not self.on_terminal:
             yield from items
             return
-        from fastadv.bars import Bar
-
         yield from Bar([label], iterable=items, total=total, leave=False)
 
     @contextmanager
@@ -41,8 +40,6 @@ class ProgressDisplay:
         if not self.on_terminal:
             yield lambda images, **shown: None
             return
-        from fastadv.bars import Bar
-
         with Bar([label], total=total, leave=False) as bar:
 
             def advance(images: int, **shown: str) -> None:
@@ -57,8 +54,6 @@ class ProgressDisplay:
         if not self.enabled:
             return
         if self.on_terminal:
-            from fastadv.bars import Bar
-
-            Bar.write(text, file=sys.stderr)
+            say_above(text)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text)

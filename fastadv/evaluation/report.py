@@ -14,7 +14,8 @@ from typing import Any
 
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
 from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
-from fastadv.files import csv_cell, write_atomically
+from fastadv.fields import check_fields
+from fastadv.files import csv_cell, markdown_text, text_of, write_atomically
 
 _FORMAT = 1
 _RESULTS_FORMAT = 2
@@ -45,6 +46,9 @@ class Report:
     device: str = "cpu"
     versions: dict[str, str] = field(default_factory=dict)
     worst_case: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def __getitem__(self, name: str) -> Row:
         """The row of an attack.
@@ -95,18 +99,16 @@ class Report:
             ValueError: for another format, or content that does not fit.
         """
         version = content.get("format") if isinstance(content, dict) else None
-        if version == _RESULTS_FORMAT:
-            content = _as_one_report(content)
-            version = _FORMAT
-        if version != _FORMAT:
+        if version not in (_FORMAT, _RESULTS_FORMAT):
             raise ValueError(f"report must have format {_FORMAT}, got {version!r}")
         try:
+            content = _as_one_report(content) if version == _RESULTS_FORMAT else content
             # Earlier versions wrote no worst_case and judged every attack on all images.
             values = {f.name: {"worst_case": False, **content}[f.name] for f in fields(cls)}
             values["rows"] = tuple(row_from_dict(entry) for entry in content["rows"])
             values["bounds"] = tuple(content["bounds"])
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"report is damaged: {error!r}") from error
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -131,8 +133,8 @@ class Report:
             ValueError: when it is not a report; the message names the file.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+            return cls.from_dict(json.loads(text_of(path)))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def to_json(self) -> str:
@@ -165,11 +167,10 @@ class Report:
         """A markdown table, with the notes below it."""
         rule = ["---" if left else "---:" for left in LEFT]
         cells = [HEADINGS, rule, *(cells_of(row) for row in self.rows)]
-        lines = [
-            "| " + " | ".join(text.replace("|", r"\|") for text in line) + " |" for line in cells
-        ]
-        notes = [f"- {note}" for note in notes_of(self.rows)]
-        return "\n".join([self._caption(), "", *lines, *([""] if notes else []), *notes]) + "\n"
+        lines = ["| " + " | ".join(map(markdown_text, line)) + " |" for line in cells]
+        notes = [f"- {markdown_text(note)}" for note in notes_of(self.rows)]
+        caption = markdown_text(self._caption())
+        return "\n".join([caption, "", *lines, *([""] if notes else []), *notes]) + "\n"
 
     def _caption(self) -> str:
         parts = [part for part in (self.model, self.data) if part]

@@ -11,7 +11,7 @@ from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import distances_text
 from fastadv.evaluation.worst import WorstImages
 from fastadv.fields import check_fields
-from fastadv.ops.values import limit
+from fastadv.ops.values import integer, limit, number
 
 Status = Literal["ok", "suspect", "invalid"]
 STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
@@ -40,6 +40,11 @@ class Stage:
     unconfirmed: int = field(default=0, compare=False)
     seconds: float = field(default=0.0, compare=False)
     refinement_seconds: float = field(default=0.0, compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("correct", "refined", "unconfirmed", "seconds", "refinement_seconds"):
+            limit(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -88,7 +93,10 @@ class Row:
         limit("eps", self.eps)
         if self.alpha is not None:
             limit("alpha", self.alpha)
+        limit("seconds", self.seconds)
         wilson_interval(self.correct, self.n)  # checks the counts
+        for stage in self.stages:
+            wilson_interval(stage.correct, self.n)
 
     @property
     def accuracy(self) -> float:
@@ -144,8 +152,9 @@ def row_from_dict(entry: dict[str, Any]) -> Row:
     known: dict[str, Any] = {"search": REFERENCE if entry["stages"] else "", **entry}
     values = known_fields(Row, known)
     accuracy = entry.get("accuracy")
+    whole = integer("correct", values["correct"], at_least=0), integer("n", values["n"], at_least=1)
     if accuracy is not None and not math.isclose(
-        accuracy, values["correct"] / max(values["n"], 1), abs_tol=1e-9
+        number("accuracy", accuracy), whole[0] / whole[1], abs_tol=1e-9
     ):
         raise ValueError(
             f"accuracy must be correct / n, {values['correct']} / {values['n']}, got {accuracy}: one of them was "

@@ -11,9 +11,12 @@ from typing import Any
 
 from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.findings import Finding, findings_text
+from fastadv.evaluation.result_row import known_fields
 from fastadv.evaluation.results import Subject
-from fastadv.files import write_atomically
+from fastadv.fields import check_fields
+from fastadv.files import text_of, write_atomically
 from fastadv.locks import rewriting
+from fastadv.ops.values import limit
 
 _FORMAT = 1
 
@@ -44,6 +47,10 @@ class SanityResult:
     eot: int = 1
     bounds: tuple[float, float] = (0.0, 1.0)
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+        limit("eps", self.eps)
+
     @property
     def key(self) -> tuple[Any, ...]:
         """Everything that the findings depend on. A result replaces an earlier result with the same key."""
@@ -70,11 +77,11 @@ def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
         ValueError: when it is damaged or something else; the message names the file.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(text_of(path))
         if content["format"] != _FORMAT:
             raise ValueError(f"findings must have format {_FORMAT}, got {content['format']!r}")
         return [_from_dict(unsealed(entry)) for entry in content["checks"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{os.fspath(path)}: findings are damaged: {error}") from error
 
 
@@ -109,10 +116,11 @@ def _from_dict(entry: dict[str, Any]) -> SanityResult:
             found["check"],
             found["ok"],
             found["message"],
-            tuple((float(value), float(share)) for value, share in found["accuracies"]),
+            tuple((value, share) for value, share in found["accuracies"]),
         )
         for found in entry["findings"]
     )
-    bounds = tuple(float(value) for value in entry.get("bounds", (0.0, 1.0)))
-    parts = {"subject": Subject(**entry["subject"]), "findings": findings, "bounds": bounds}
-    return SanityResult(**{**entry, **parts})
+    bounds = tuple(entry.get("bounds", (0.0, 1.0)))
+    subject = Subject(**known_fields(Subject, entry["subject"]))
+    parts = {"subject": subject, "findings": findings, "bounds": bounds}
+    return SanityResult(**{**known_fields(SanityResult, entry), **parts})

@@ -14,7 +14,8 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import csv_cell, write_atomically
+from fastadv.files import csv_cell, markdown_text, one_line, text_of, write_atomically
+from fastadv.ops.values import limit
 
 _FORMAT = 1
 
@@ -58,6 +59,8 @@ class TransferMatrix:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        limit("eps", self.eps)
+        limit("seconds", self.seconds)
         rows = (*self.correct, self.clean)
         count = len(self.names)
         if len(self.correct) != count or any(len(row) != count for row in rows):
@@ -96,11 +99,11 @@ class TransferMatrix:
     def markdown(self) -> str:
         """The table in markdown."""
         heading, *rest = (
-            "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |"
-            for line in self._cells()
+            "| " + " | ".join(map(markdown_text, line)) + " |" for line in self._cells()
         )
         rule = "| --- |" + " ---: |" * len(self.names)
-        return "\n".join([self._caption(), "", heading, rule, *rest, *self._remarks()]) + "\n"
+        texts = map(markdown_text, self._remarks())
+        return "\n".join([markdown_text(self._caption()), "", heading, rule, *rest, *texts]) + "\n"
 
     def to_csv(self) -> str:
         """The matrix as CSV, one line per pair of models; accuracies are fractions."""
@@ -136,20 +139,20 @@ class TransferMatrix:
             ValueError: when it is no matrix; the message names the file.
         """
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(text_of(path))
             content = unsealed(content) if isinstance(content, dict) else {}
             version = content.pop("format", None)
             if version != _FORMAT:
                 raise ValueError(f"a transfer matrix must have format {_FORMAT}, got {version!r}")
             return cls(**{f.name: content[f.name] for f in fields(cls)})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def _cells(self) -> list[list[str]]:
         def line(title: str, row: Sequence[int]) -> list[str]:
-            return [title, *(f"{100 * correct / self.n:.2f}" for correct in row)]
+            return [one_line(title), *(f"{100 * correct / self.n:.2f}" for correct in row)]
 
-        heading = ["made on \\ judged", *self.names]
+        heading = ["made on \\ judged", *map(one_line, self.names)]
         made = [line(name, row) for name, row in zip(self.names, self.correct, strict=True)]
         return [heading, line("no attack", self.clean), *made]
 

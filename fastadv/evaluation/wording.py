@@ -7,7 +7,7 @@ from fastadv.evaluation.distances import Distances
 
 def format_eps(eps: float) -> str:
     """Write eps as k/255 for a whole number k, else as a decimal number."""
-    k = round(eps * 255)
+    k = round(eps * 255) if abs(eps) < 1 else 0
     return f"{k}/255" if k > 0 and abs(eps * 255 - k) < 1e-6 and k < 255 else f"{eps:.4g}"
 
 

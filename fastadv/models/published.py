@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
 from fastadv.models.split import Normalized, without_normalization
-from fastadv.models.state_files import Foreign, read_state_file
+from fastadv.models.state_files import Foreign, StateFileError, read_state_file
 from fastadv.ops.checks import FLOAT_DTYPES
 from fastadv.ops.values import check_bool, shown
 
@@ -26,8 +27,11 @@ _LARGEST_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
 _DEEPEST = 4  # levels of mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
-# Counters that AveragedModel and the package thop store beside the weights.
-_COUNTERS = ("n_averaged", "total_ops", "total_params")
+# Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
+_COUNTERS = (
+    *("n_averaged", "total_ops", "total_params"),
+    *("n_classes", "num_labels", "initted", "step"),
+)
 
 
 @dataclass
@@ -89,9 +93,9 @@ def load_published_state_dict(
     The state dict may be plain, or an entry of nested dicts under any key ("state_dict", "model",
     "ema_state_dict"). All its names may have a prefix ("module." of DataParallel and AveragedModel, "model." of
     RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
-    also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, and counters of
-    AveragedModel and thop. Normalisation buffers (mean/std or mu/sigma) are loaded into the buffers of a
-    `Normalized` model.
+    also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
+    AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
+    are loaded into the buffers of a `Normalized` model.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -116,27 +120,41 @@ def load_published_state_dict(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {shown(model)}")
     check_bool("strict", strict)
-    if isinstance(state, str | os.PathLike):
-        state = read_state_file(state)
-    network = without_normalization(model)
-    targets = network.state_dict()
-    tensors, prefix, copies = _choose_weights(state, network, targets)
-    report = LoadReport(prefix=prefix)
-    fitting = _sort_entries(tensors, targets, report, copies)
-    if not fitting:
-        raise ValueError(
-            f"state has no entry that fits {type(network).__name__}; it has "
-            f"{', '.join(list(tensors)[:5])}, the model has {', '.join(list(targets)[:5])}"
-        )
-    if strict:
-        _require_fit(model, network, report)
-        _require_finite(fitting)
-    check_form_named(network, form, built_by_caller=True)
-    if isinstance(model, Normalized):
-        _set_normalization(model, report)
-    network.load_state_dict(fitting, strict=False)
-    report.loaded = list(fitting)
-    return report
+    with _naming(state):
+        if isinstance(state, str | os.PathLike):
+            state = read_state_file(state)
+        network = without_normalization(model)
+        targets = network.state_dict()
+        tensors, prefix, copies = _choose_weights(state, network, targets)
+        report = LoadReport(prefix=prefix)
+        fitting = _sort_entries(tensors, targets, report, copies)
+        if not fitting:
+            raise ValueError(
+                f"state has no entry that fits {type(network).__name__}; it has "
+                f"{', '.join(list(tensors)[:5])}, the model has {', '.join(list(targets)[:5])}"
+            )
+        if strict:
+            _require_fit(model, network, report)
+            _require_finite(fitting)
+        check_form_named(network, form, built_by_caller=True)
+        if isinstance(model, Normalized):
+            _set_normalization(model, report)
+        network.load_state_dict(fitting, strict=False)
+        report.loaded = list(fitting)
+        return report
+
+
+@contextmanager
+def _naming(source: object) -> Iterator[None]:
+    """Let errors about the content of a file name the file."""
+    try:
+        yield
+    except StateFileError:  # its message names the file already
+        raise
+    except (TypeError, ValueError) as error:
+        if not isinstance(source, str | os.PathLike):
+            raise
+        raise type(error)(f"{os.fspath(source)}: {error}") from error
 
 
 def _choose_weights(

@@ -57,12 +57,16 @@ def number(name: str, value: object) -> float:
 
     Raises:
         TypeError: it is no number.
+        ValueError: it is larger than a float can be.
     """
     if type(value) is float:
         return value
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {shown(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # of a file, which can hold any integer
+        raise ValueError(f"{name} must be at most 1.8e308, got a larger number") from None
 
 
 def integer(name: str, value: object, at_least: int | None = None) -> int:

@@ -15,6 +15,7 @@ from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
 from fastadv.evaluation.reporting import Summary, Table
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.wording import format_eps
+from fastadv.files import csv_cell
 from fastadv.sweeps.plan import SweepRun
 
 _NOTE = (
@@ -151,7 +152,8 @@ class SweepTable:
             ]
             settings = [row.settings.get(name, "") for name in names]
             seeds = " ".join(map(str, row.seeds))
-            writer.writerow([row.curve, *settings, seeds, *row.where, *numbers])
+            line = [row.curve, *settings, seeds, *row.where, *numbers]
+            writer.writerow(map(csv_cell, line))
         return text.getvalue()
 
     def records(self) -> list[dict[str, Any]]:

@@ -284,7 +284,17 @@ def _put_in_place(temporary: Path, final: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete the files that a killed process left in a folder of checkpoints. Only one process may write there."""
+    """Delete the files that a killed process left in a folder of checkpoints. Only one process may write there.
+
+    A process may have been killed after it moved a checkpoint aside and before the new checkpoint of the same step
+    was in its place. The older checkpoint is then put back.
+    """
+    latest = folder / LATEST
+    if latest.is_symlink() and not latest.exists():
+        name = os.readlink(latest)
+        aside = folder / f"{TEMPORARY}{name}.old"
+        if _NAME.fullmatch(name) and aside.is_dir():
+            os.replace(aside, folder / name)
     for path in folder.glob(f"{TEMPORARY}*"):
         remove(path)
 

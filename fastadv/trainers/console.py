@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from fastadv.bars import Bar, say, say_above
+
 _FIRST_ESTIMATE_STEPS = 20
 _FIRST_ESTIMATE_SECONDS = 10.0
 
@@ -44,16 +46,14 @@ class Console:
         self._estimated = False
         self._taken = (0, 0.0)
         if self._on_terminal:
-            from fastadv.bars import Bar
-
             self._bar = Bar([], total=total_steps, initial=done_steps, smoothing=0.1)
 
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            say_above(text)
         elif self.enabled:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     def step_done(self) -> None:
         """Count an iteration."""

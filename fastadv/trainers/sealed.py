@@ -14,6 +14,7 @@ from typing import Any
 
 import fastadv
 from fastadv.digest import SEAL, digest_of_json, sealed
+from fastadv.files import text_of
 
 FORMAT = 2
 _UNSEALED = 1
@@ -43,7 +44,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: if the file cannot be read.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text_of(path))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged, it is not valid JSON ({error})") from error
     version = content.get("format") if isinstance(content, dict) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from fastadv.attacks.options import names_checked
+from fastadv.bars import say
 from fastadv.data import ImageData, Splits, load_dataset, subset
 from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
@@ -233,7 +233,7 @@ def train(
         if start is not None:
             restore(loop, start)
         if progress and ranks.first:
-            print(announcement(loop, name), file=sys.stderr, flush=True)
+            say(announcement(loop, name))
         if on_start is not None and ranks.first:
             on_start(run.path)
         if recipe.compile:

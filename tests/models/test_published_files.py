@@ -62,6 +62,16 @@ WRAPPINGS: dict[str, Callable[[State], dict[str, Any]]] = {
         "total_ops": torch.zeros(1),
         "conv1.total_params": torch.zeros(1),
     },
+    "MAIR's": lambda s: {
+        "rmodel": {
+            **{"n_classes": torch.tensor(10), "mean": torch.zeros(3), "std": torch.ones(3)},
+            **under(s, "model."),
+        }
+    },
+    "ema_pytorch's": lambda s: {
+        **{"initted": torch.tensor(True), "step": torch.tensor([7])},
+        **under(s, "online_model.", "ema_model."),
+    },
     "with an optimiser": lambda s: {"net": s, "optimizer": optimizer_state()},
     "with numbers": lambda s: {"state_dict": s, "best": np.float64(93.2), "n": np.int64(3)},
 }
@@ -328,6 +338,20 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
             load_teacher(tmp_path / name, make_model(2))
     with pytest.raises(FileNotFoundError, match=r"a\.pt: no such file"):
         load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+def test_a_file_whose_weights_do_not_fit_is_named(tmp_path: Path) -> None:
+    weights = make_model(1).state_dict()
+    broken = {**weights, "conv1.weight": torch.full_like(weights["conv1.weight"], torch.nan)}
+    for content, words in (
+        ({**weights, "more": torch.ones(2)}, "1 unexpected: more"),
+        (broken, "must hold finite numbers"),
+        ({"epoch": 3}, "must map names to tensors"),
+    ):
+        torch.save(content, tmp_path / "a.pt")
+        with pytest.raises((TypeError, ValueError), match=words) as caught:
+            load_published_state_dict(make_model(2), tmp_path / "a.pt")
+        assert str(caught.value).startswith(str(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize("with_checksums", [True, False])

@@ -23,6 +23,7 @@ from fastadv.trainers.checkpoint import (
     newest_good,
     pack_weights,
     prune,
+    remove_unfinished,
     save_checkpoint,
     unpack_average,
     unpack_weights,
@@ -188,6 +189,16 @@ def test_saving_the_same_step_again_replaces_it(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 5, {"w": torch.ones(1)}, {}, {})
     assert set(load_checkpoint(path).weights) == {"w"}
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_kill_between_the_renames_of_one_step_loses_nothing(tmp_path: Path) -> None:
+    """Found by stopping after each call of the system: the only checkpoint is then beside its name."""
+    path = save(tmp_path, 5)
+    path.rename(tmp_path / ".writing-step_000005.old")
+    (tmp_path / ".writing-step_000005").mkdir()
+    remove_unfinished(tmp_path)
+    assert load_checkpoint(find_checkpoint(tmp_path)).meta["step"] == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_000005"]
 
 
 def test_prune_keeps_the_newest_the_best_and_no_abandoned_course(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ from processes import Started
 from run_helpers import assert_same_end, run
 from training_helpers import small_data, small_recipe
 
+from fastadv.evaluation import evaluate
 from fastadv.interruption import Interrupted, StopRequest, stopped_by_signals
 from fastadv.trainers import Settings, TrainingInterrupted, train
 from fastadv.trainers.checkpoint import checkpoints_in
@@ -25,10 +28,11 @@ from fastadv.trainers.monitor import Monitor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+ALL = [*BOTH, (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]
 
 
 def handlers() -> list[Any]:
-    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    return [signal.getsignal(number) for number, _ in ALL]
 
 
 def signal_at(step: int, *numbers: int) -> Any:
@@ -63,6 +67,49 @@ def test_the_step_is_finished_and_resuming_is_bit_for_bit(
     assert str(stop.checkpoint) in str(stop) and f"after step {step}" in str(stop)
     run("pgd_at", cut, resume=True)
     assert_same_end(tmp_path / "whole", cut)
+
+
+@pytest.mark.parametrize(("signum", "status"), ALL[2:])
+def test_a_closed_terminal_and_slurms_signal_leave_a_checkpoint(
+    signum: int, status: int, tmp_path: Path
+) -> None:
+    before = handlers()
+    with pytest.raises(TrainingInterrupted, match="after step 2") as caught:
+        run("standard", tmp_path, on_step=signal_at(2, signum))
+    assert caught.value.code == status and handlers() == before
+    assert run("standard", tmp_path, resume=True).progress.step == 8
+
+
+class GoneTerminal(io.StringIO):
+    """Standard error whose reader has gone."""
+
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.terminal, self.tries = terminal, 0
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> int:
+        self.tries += 1
+        raise OSError(errno.EIO if self.terminal else errno.EPIPE, "gone")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_nobody_who_reads_the_progress_is_no_reason_to_stop(
+    terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stderr", gone := GoneTerminal(terminal))
+    result = train(
+        "standard",
+        small_recipe("standard"),
+        data=small_data(),
+        model="small_cnn",
+        run_dir=tmp_path,
+        settings=Settings(log_every=1),
+    )
+    report = evaluate(result.model, small_data().test, ("clean", "fgsm"), eps=0.1)
+    assert result.progress.step == 8 and len(report.rows) == 2 and gone.tries
 
 
 @pytest.mark.processes

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from fastadv.evaluation.reporting.tables import Table
+from fastadv.files import one_line
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -16,6 +17,7 @@ _SPECIAL = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     '"': r"\textquotedbl{}",
+    "`": r"\textasciigrave{}",
     "±": r"$\pm$",
 }  # fmt: skip
 
@@ -30,8 +32,9 @@ def latex(tables: Sequence[Table]) -> str:
 
 
 def escape(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
-    return "".join(_SPECIAL.get(character, character) for character in text)
+    """Text in one line, with LaTeX's special characters escaped."""
+    plain = "".join(_SPECIAL.get(character, character) for character in one_line(text))
+    return plain.replace("--", "-{}-")  # LaTeX would print "--" as one dash
 
 
 def _environment(table: Table) -> str:
@@ -56,4 +59,6 @@ def _row(cells: Sequence[str]) -> str:
     # Intervals are set in a small size, in braces because LaTeX takes a bracket after \\ for its argument.
     intervals = (re.sub(r"\[[-0-9., ]+\]$", r"{\\scriptsize \g<0>}", escape(c)) for c in cells)
     text = " & ".join(intervals)
-    return rf"    {text} \\"
+    # The \\ of the row before would take either character for an argument of its own.
+    shield = "{}" if text.startswith(("[", "*")) else ""
+    return rf"    {shield}{text} \\"

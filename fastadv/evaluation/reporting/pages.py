@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastadv.evaluation.reporting.gallery import Gallery, Pictures
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.wording import format_eps
+from fastadv.files import one_line
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1e22; --soft: #5c646d; --line: #d5d9de;
@@ -117,7 +118,7 @@ def page(
 
 
 def _text(text: str) -> str:
-    return html.escape(text, quote=True)
+    return html.escape(one_line(text), quote=True)
 
 
 def _notes(notes: Sequence[str]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fastadv.files import markdown_text, one_line
+
 # Columns that hold words, which are aligned to the left.
 _TEXT_COLUMNS = {
     *("run", "runs", "method", "model", "checkpoint", "data", "norm", "attack", "after"),
@@ -37,27 +39,23 @@ class Table:
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Lines of cells as text, with aligned columns."""
-    widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
+    plain = [[one_line(cell) for cell in line] for line in lines]
+    widths = [max(len(cell) for cell in column) for column in zip(*plain, strict=True)]
     rows = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
+        for line in plain
     )
     return "\n".join(rows)
 
 
 def markdown(tables: Sequence[Table], title: str) -> str:
     """A Markdown document with a title and tables."""
-    return "\n\n".join([f"# {_escaped(title)}", *map(_section, tables)]) + "\n"
+    return "\n\n".join([f"# {markdown_text(title)}", *map(_section, tables)]) + "\n"
 
 
 def _section(table: Table) -> str:
     rule = ["---" if table.is_text(i) else "---:" for i in range(len(table.heading))]
     lines = [table.heading, rule, *table.rows]
-    text = "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
-    notes = "".join(f"\n- {_escaped(note)}" for note in table.notes)
-    return f"## {table.title}\n\n{text}" + (f"\n{notes}" if notes else "")
-
-
-def _escaped(cell: str) -> str:
-    """Text with the characters escaped that end a cell or begin HTML."""
-    return cell.replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+    text = "\n".join("| " + " | ".join(map(markdown_text, line)) + " |" for line in lines)
+    notes = "".join(f"\n- {markdown_text(note)}" for note in table.notes)
+    return f"## {markdown_text(table.title)}\n\n{text}" + (f"\n{notes}" if notes else "")

@@ -20,7 +20,7 @@ from fastadv.evaluation.reporting.pages import Plot, page
 from fastadv.evaluation.reporting.records import to_csv, to_json
 from fastadv.evaluation.reporting.summary import Summary
 from fastadv.evaluation.reporting.tables import markdown
-from fastadv.files import write_atomically
+from fastadv.files import markdown_text, write_atomically
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]:
@@ -55,7 +55,7 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
     worst = galleries(summary.comparison, summary.radius) or galleries(summary.comparison, None)
     files: dict[str, str | bytes] = {
         "report.md": markdown([*tables, *analyses.tables], title)
-        + "".join(f"\n{note}\n" for note in notes),
+        + "".join(f"\n{markdown_text(note)}\n" for note in notes),
         "report.csv": to_csv(summary),
         "report.tex": latex(summary.printed),
         "report.json": to_json(summary),
