@@ -117,6 +117,9 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, nargs="+", default=[], help="run directories or checkpoints of networks"
     )
+    parser.add_argument(
+        "--model", help="network of the runs, if it is a function of yours: package.module:function"
+    )
     parser.add_argument("--weights", type=Path, help="a file with the weights of a ResNet-18")
     parser.add_argument("--images", type=int, default=200, help="test images")
     parser.add_argument("--parts", type=int, default=2, help="into which they are split")
@@ -171,7 +174,7 @@ def networks(
         model = trained_network(ground, data, 1 if options.quick else None)
         yield "", f"{type(model).__name__} from PGD-AT as in methods.py", model
     for run in options.run:
-        model = load_model(run)
+        model = load_model(run, options.model)
         suffix = run.name if len(options.run) > 1 else ""
         yield suffix, f"{type(model).__name__} from {run.name}", model
 

@@ -133,7 +133,8 @@ def test_the_choices_are_listed(capfd: pytest.CaptureFixture[str]) -> None:
         in line
     )
     text = prints(["train", "pgd_at", "--schedule.help"], capfd)
-    assert "Half a cosine down to a floor" in text and "  Piecewise     Any factors" in text
+    assert "Half a cosine from the recipe's rate down to a floor" in text
+    assert "  Piecewise     A constant factor" in text
     assert "--schedule.floor" in prints(["train", "pgd_at", "--schedule.help", "Cosine"], capfd)
     for value, kind in (
         (["--epochs", "1.5"], "a whole number"),
