@@ -31,13 +31,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make workers of pytest-xdist share the cores, and Ctrl-C reach the tests that send it."""
+    """Make workers of pytest-xdist share the cores, and signals reach the tests that send them."""
     if _is_worker(config) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
         torch.set_num_threads(1)
-    # A shell starts its background jobs with Ctrl-C ignored, and they hand that on to what they start.
+    # A shell starts its background jobs with Ctrl-C ignored, and nohup with SIGHUP ignored. They hand that on.
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
