@@ -63,13 +63,8 @@ __all__ = [
 ]
 
 _SUBPACKAGES = ("attacks", "compat", "data", "evaluation", "losses", "models", "sweeps", "trainers")
-_SEARCHED = (
-    "trainers",
-    "evaluation",
-    "models",
-    "data",
-    "losses",
-)  # for names that fastadv itself does not have
+# Subpackages in which names are looked up that fastadv itself does not have.
+_SEARCHED = ("trainers", "evaluation", "models", "data", "losses")
 _ATTACKS = (
     "APGD",
     "CW",
