@@ -15,7 +15,8 @@ from typing import Any
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
 from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
-from fastadv.files import csv_cell, markdown_text, text_of, write_atomically
+from fastadv.files import text_of, write_atomically
+from fastadv.plain_text import csv_cell, markdown_text
 
 _FORMAT = 1
 _RESULTS_FORMAT = 2

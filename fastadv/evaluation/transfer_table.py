@@ -14,8 +14,9 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import csv_cell, markdown_text, one_line, text_of, write_atomically
+from fastadv.files import text_of, write_atomically
 from fastadv.ops.values import limit
+from fastadv.plain_text import csv_cell, markdown_text, one_line
 
 _FORMAT = 1
 

@@ -15,7 +15,7 @@ from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
 from fastadv.evaluation.reporting import Summary, Table
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.wording import format_eps
-from fastadv.files import csv_cell
+from fastadv.plain_text import csv_cell
 from fastadv.sweeps.plan import SweepRun
 
 _NOTE = (

@@ -22,7 +22,7 @@ from fastadv.evaluation.autoattack_state import Fingerprint
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import FinishedBatches
 from fastadv.evaluation.worst import WorstImages
-from fastadv.files import csv_cell
+from fastadv.plain_text import csv_cell
 
 
 def edited(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

@@ -18,7 +18,7 @@ from fastadv.evaluation.reporting.latex import latex
 from fastadv.evaluation.reporting.pages import page
 from fastadv.evaluation.reporting.records import to_csv, to_json
 from fastadv.evaluation.reporting.tables import markdown
-from fastadv.files import csv_cell, markdown_text, one_line
+from fastadv.plain_text import csv_cell, markdown_text, one_line
 
 # The last is the name of a folder whose bytes are no UTF-8, as Python reads it.
 BREAKING = ["two\nlines", "a\rb", "\x1b[2Jgone", "a\u2028b", "\u202eback", "caf\udce9"]

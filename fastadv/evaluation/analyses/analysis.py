@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.plot_style import Style
 from fastadv.evaluation.samples import Samples
-from fastadv.files import csv_cell
 from fastadv.models import Stack, check_feature_split
+from fastadv.plain_text import csv_cell
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

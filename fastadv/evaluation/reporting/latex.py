@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from fastadv.evaluation.reporting.tables import Table
-from fastadv.files import one_line
+from fastadv.plain_text import one_line
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",

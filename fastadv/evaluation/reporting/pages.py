@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fastadv.evaluation.reporting.gallery import Gallery, Pictures
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.wording import format_eps
-from fastadv.files import one_line
+from fastadv.plain_text import one_line
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1b1e22; --soft: #5c646d; --line: #d5d9de;

@@ -11,7 +11,7 @@ from typing import Any
 from fastadv.evaluation.reporting.masking import masking_records
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.reporting.summary import Summary
-from fastadv.files import csv_cell
+from fastadv.plain_text import csv_cell
 
 _FORMAT = 1
 _COLUMNS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastadv.files import markdown_text, one_line
+from fastadv.plain_text import markdown_text, one_line
 
 # Columns that hold words, which are aligned to the left.
 _TEXT_COLUMNS = {

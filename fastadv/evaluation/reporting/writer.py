@@ -20,7 +20,8 @@ from fastadv.evaluation.reporting.pages import Plot, page
 from fastadv.evaluation.reporting.records import to_csv, to_json
 from fastadv.evaluation.reporting.summary import Summary
 from fastadv.evaluation.reporting.tables import markdown
-from fastadv.files import markdown_text, write_atomically
+from fastadv.files import write_atomically
+from fastadv.plain_text import markdown_text
 
 
 def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]:
