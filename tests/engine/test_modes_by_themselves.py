@@ -124,7 +124,7 @@ def test_models_made_in_inference_mode_are_attacked_without_gradients() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_frozen_scripts_have_no_mode() -> None:
     scripted = torch.jit.freeze(torch.jit.script(small().eval()))
-    attack = fastadv.PGD(scripted, steps=2, random_start=False)
+    attack = fastadv.PGD(scripted, steps=2, random_start=False, precision="fp32")
     plain = fastadv.PGD(small().eval(), steps=2, random_start=False, precision="fp32")
     assert torch.allclose(attack(X, Y), plain(X, Y), atol=1e-5)
 
