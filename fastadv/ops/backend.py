@@ -16,7 +16,8 @@ from fastadv.ops.registry import BACKENDS, NAMESPACE, REGISTRY, Op
 def backend(name: str) -> Iterator[None]:
     """Run every fastadv op in the block, backward passes included, on one backend.
 
-    A backend that an op or a device does not have is an error at the op's call, never a fallback. The block
+    A backend that an op or a device does not have is an error at the op's call, never a fallback. Internal helpers
+    of the attacks and the engine, such as the engine's convolutions, are no ops in this sense. The block
     acts on the calling thread and on eager calls; of nested blocks the innermost counts. A function compiled
     by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside.
 
@@ -61,7 +62,9 @@ class _ForcedBackend(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.active or func.namespace != NAMESPACE:
             return func(*args, **kwargs)
-        op = REGISTRY[func._schema.name.split("::")[1]]
+        op = REGISTRY.get(func._schema.name.split("::")[1])
+        if op is None:  # a helper of the attacks or the engine, which has no other backend
+            return func(*args, **kwargs)
         return _implementation(op, self._name, _device_type(args))(*args, **kwargs)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from op_cases.running import has_triton
+from torch import nn
 
 import fastadv
 from fastadv.ops import REGISTRY, angular_distance, pgd_step, registry
@@ -127,3 +128,24 @@ def test_owners(name: str) -> None:
 def test_an_op_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="op name must be new, got 'pgd_step' a second time"):
         registry.define(REGISTRY["pgd_step"])
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda model: fastadv.PGD(model, steps=2, engine="compiled"),
+        lambda model: fastadv.Square(model, queries=4),
+        lambda model: fastadv.FAB(model, steps=2),
+    ],
+    ids=["PGD", "Square", "FAB"],
+)
+def test_whole_attacks_run_on_a_forced_backend(attack: Any) -> None:
+    """The helpers of attacks and engines, which have one implementation each, are no error there."""
+    torch.manual_seed(0)
+    convolutions = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(1024, 4)).eval()
+    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
+    expected = attack(model)(x, y, seed=0)
+    with fastadv.backend("reference"):
+        found = attack(model)(x, y, seed=0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
