@@ -185,14 +185,16 @@ class Comparison:
                 lines.setdefault(key, new).cells[self._titles.of(result)] = result
         for result in run.results:
             if result.is_clean:
+                # Only of a model that draws random numbers the clean accuracy belongs to one seed.
+                seed = result.row.seed if result.row.is_random else None
                 attacked = [
                     line
                     for key, line in lines.items()
-                    if key[: len(result.judged)] == result.judged
+                    if key[: len(result.judged)] == result.judged and seed in (None, line.seed)
                 ]
                 if not any(line.is_white_box for line in attacked):
-                    attacked.append(Line(run, result.subject, result.row.n))
-                    lines[result.judged] = attacked[-1]
+                    attacked.append(Line(run, result.subject, result.row.n, seed=seed))
+                    lines[(*result.judged, seed)] = attacked[-1]
                 for line in attacked:
                     line.cells[self._titles.of(result)] = result
         return lines.values()
