@@ -20,7 +20,7 @@ from fastadv.cli.completion import is_completing, offer, typed_words
 from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
-from fastadv.cli.parsing import complain, home_expanded
+from fastadv.cli.parsing import complain, home_expanded, with_norms
 from fastadv.cli.reproduce import reproduce
 from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train
@@ -77,7 +77,7 @@ def _run(words: list[str]) -> int:
         if not words:
             offer(_PROGRAM, [*_COMMANDS, "--help", "--version"])
     debug = "--debug" in words
-    words = [_option(word) for word in words if word != "--debug"]
+    words = with_norms([_option(word) for word in words if word != "--debug"])
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0

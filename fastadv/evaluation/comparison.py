@@ -11,6 +11,7 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
 from fastadv.evaluation.wording import format_eps
+from fastadv.ops.values import norm_name
 
 if TYPE_CHECKING:
     from fastadv.evaluation.analyses.records import AnalysisRecord
@@ -137,6 +138,7 @@ class Comparison:
         Raises:
             ValueError: when there is no such radius, or there are several and 8/255 is not among them.
         """
+        norm = None if norm is None else norm_name(norm)
         attacked: dict[tuple[str, float], set[str]] = {}
         for line in self.lines:
             if line.norm and line.is_white_box:
