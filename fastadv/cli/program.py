@@ -7,6 +7,8 @@ options, and the words of a sweep could not be divided among three parsers.
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after a signal, such as 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _escape_signs_without_code()
     try:
         try:
             return _run(words)
@@ -69,6 +72,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has closed the pipe. Python would print the error again when it ends.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
         return 0
+
+
+def _escape_signs_without_code() -> None:
+    """Print signs that the output's encoding does not have as escapes, such as \\xb1.
+
+    Else a table that took hours would end in an error at its "±", or at the name of a folder.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            if stream.errors == "strict" or not is_utf8:
+                stream.reconfigure(errors="backslashreplace")
 
 
 def _run(words: list[str]) -> int:
