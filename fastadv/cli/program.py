@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _escape_signs_without_code() -> None:
-    """Print signs that the output's encoding does not have as escapes, such as \\xb1.
+    """Print signs that the output's encoding does not have as escapes, with a backslash.
 
     Else a table that took hours would end in an error at its "±", or at the name of a folder.
     """

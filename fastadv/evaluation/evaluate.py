@@ -181,17 +181,20 @@ def evaluate(
             held.enter_context(evaluation_mode(other.model, where))
         ranks = group_of_caller(where) if sharded else Ranks()
         if ranks.world_size > 1:
-            ranks.check_same(
-                {
-                    "attacks": [attack.name for attack in chosen],
-                    **{"eps": radii, "alpha": alpha, "batch_size": batch_size, "engine": engine},
-                    **{"worst_case": worst_case, "keep_images": keep_images, "constants": constants},
-                    **_facts(norm, samples.bounds, seed, eot, other),
-                    "data": samples.fingerprint(),
-                    "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
-                    "state_dir": "a folder" if state_dir is not None else None,
-                }
-            )
+            call = {
+                "attacks": [attack.name for attack in chosen],
+                "eps": radii,
+                "alpha": alpha,
+                "batch_size": batch_size,
+                "engine": engine,
+                "worst_case": worst_case,
+                "keep_images": keep_images,
+                "constants": constants,
+                "data": samples.fingerprint(),
+                "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
+                "state_dir": "a folder" if state_dir is not None else None,
+            }
+            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot, other)})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:

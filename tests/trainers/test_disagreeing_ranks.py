@@ -1,4 +1,4 @@
-"""Processes that were started with other arguments or other data than the first are refused, all of them at once."""
+"""Processes that were started with other arguments or data than the first are refused, all of them at once."""
 
 from __future__ import annotations
 
