@@ -18,7 +18,7 @@ from jsonargparse.typing import register_type
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean, nearest
+from fastadv.ops.values import did_you_mean, nearest, norm_name
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
@@ -252,6 +252,26 @@ def _is_number(word: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def with_norms(words: Sequence[str]) -> list[str]:
+    """Take a norm as Python's functions do, also as other libraries write it: `--norm Linf` is `--norm linf`."""
+    return [
+        f"--norm={_norm_of(word.removeprefix('--norm='))}"
+        if word.startswith("--norm=")
+        else _norm_of(word)
+        if before == "--norm"
+        else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def _norm_of(word: str) -> str:
+    """The name of a norm; another word as it is, for the parser to refuse it."""
+    try:
+        return norm_name(word)
+    except ValueError:
+        return word
 
 
 def home_expanded(value: str) -> str:

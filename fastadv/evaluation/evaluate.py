@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
@@ -180,6 +180,21 @@ def evaluate(
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
         ranks = group_of_caller(where) if sharded else Ranks()
+        if ranks.world_size > 1:
+            call = {
+                "attacks": [attack.name for attack in chosen],
+                "eps": radii,
+                "alpha": alpha,
+                "batch_size": batch_size,
+                "engine": engine,
+                "worst_case": worst_case,
+                "keep_images": keep_images,
+                "constants": constants,
+                "data": samples.fingerprint(),
+                "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
+                "state_dir": "a folder" if state_dir is not None else None,
+            }
+            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot, other)})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:

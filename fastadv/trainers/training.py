@@ -206,6 +206,10 @@ def train(
             data=describe_data(splits.train, extra),
             teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
         )
+        # Else each process would train a model of its own, or wait for the others without end.
+        ranks.check_same(
+            {**description.flat(), "resume": bool(resume), "log_every": settings.log_every}
+        )
         trainer.initialise()
         check_trainable(trainer)
         for trained in trainer.trainable().values():
