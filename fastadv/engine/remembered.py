@@ -120,7 +120,8 @@ class Changes:
         versions = self._versions
         for part in modules_of(model) if versions else ():
             for tensor in (*part._parameters.values(), *part._buffers.values()):
-                if id(tensor) in versions and version_of(tensor) != versions[id(tensor)]:
+                version = versions.get(id(tensor))
+                if version is not None and tensor is not None and version_of(tensor) != version:
                     return True
         return False
 

@@ -127,3 +127,19 @@ def test_buffers_that_did_not_change_are_not_written() -> None:
     with Watch(), frozen(model, freeze_parameters=False):
         model[1].running_mean.add_(1)
     assert "copy_" in written and torch.equal(model[1].running_mean, torch.zeros(8))
+
+
+def test_an_attack_within_a_compiled_step_is_no_part_of_its_graphs() -> None:
+    """Torch's compiler would go through the attack's own code for half a minute."""
+    model, graphs = small(), []
+    attack = fastadv.PGD(model, steps=2, seed=0)
+
+    def step(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(attack(x, y)), y)
+
+    def backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    assert torch.allclose(torch.compile(step, backend=backend)(X, Y), step(X, Y))
+    assert len(graphs) == 1  # what follows the attack
