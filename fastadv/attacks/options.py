@@ -169,7 +169,7 @@ def names_checked(function: Function) -> Function:
                 raise TypeError(f"{what} has no argument {name!r}{_similar_or_all(name, known)}")
         if len(args) > most:
             raise TypeError(_too_many(what, len(args) - most + len(ordered), ordered, known))
-        if torch.compiler.is_compiling():  # the caller's step: nothing of ours belongs into its graphs
+        if torch.compiler.is_compiling():  # the caller's step, whose graphs need nothing of ours
             return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
