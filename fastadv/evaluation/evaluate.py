@@ -50,7 +50,15 @@ from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
-from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
+from fastadv.ops.values import (
+    check_bool,
+    check_choice,
+    check_path,
+    integer,
+    limit,
+    norm_name,
+    share,
+)
 from fastadv.ranks import Ranks, group_of_caller
 
 
@@ -160,6 +168,8 @@ def evaluate(
     if on_row is not None and not callable(on_row):
         raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
     check_bool("progress", progress)
+    if state_dir is not None:
+        check_path("state_dir", state_dir)
     radii = _radii(radius_or_default(eps, norm, bounds))
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
