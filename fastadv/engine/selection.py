@@ -234,7 +234,7 @@ class EngineCache:
                 worth = size == PROBES and copy.changes.worth_remembering(model, recording)
                 engine.remembered = Remembered.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
-                    _choose(copy, Known(model, x, copy.tape), precision, wish)
+                    _choose(copy, Known(model, x, copy.tape, precision), precision, wish)
                 return _used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
@@ -355,12 +355,12 @@ def _build(
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = proof.evidence_of(recording, model)
+    live = proof.evidence_of(recording, model, precision)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
     remembered = None if few is None else Remembered.of(few, tape.settling)
     if remembered is not None and not is_steady(model, tape, remembered, few):
         raise Unrecordable("its operations change from call to call")
-    known = Known(model, x, tape, recording, live, few is not None)
+    known = Known(model, x, tape, precision, recording, live, few is not None)
     failures = []
     for make in candidates(tape, recording, precision, wish):
         try:
