@@ -159,6 +159,9 @@ SCALES = {scale.name: scale for scale in (PAPER, SMALL, TINY)}
 def find_scale(name: str) -> Scale:
     """Return a scale by its name.
 
+    Args:
+        name: "paper", "small" or "tiny".
+
     Raises:
         ValueError: for an unknown name.
     """
