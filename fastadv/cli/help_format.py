@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import textwrap
 from argparse import SUPPRESS, Action, _HelpAction
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,23 @@ class HelpFormatter(DefaultHelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = (textwrap.fill(part, width) for part in text.split("\n\n"))
         return textwrap.indent("\n\n".join(paragraphs), indent)
+
+
+def table_line(name: str, text: str, width: int) -> str:
+    """Return a line of a list of names, wrapped for the terminal.
+
+    Args:
+        name: the name.
+        text: its description.
+        width: the width of the column of names.
+    """
+    return textwrap.fill(
+        text,
+        max(shutil.get_terminal_size().columns, width + 30),
+        initial_indent=f"  {name:<{width}}  ",
+        subsequent_indent=" " * (width + 4),
+        break_on_hyphens=False,
+    )
 
 
 def as_typed(value: Any) -> str:

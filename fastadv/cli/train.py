@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 
 from fastadv.cli.completion import is_completing, offer
 from fastadv.cli.flags import FALSE, TRUE
-from fastadv.cli.help_format import as_typed
+from fastadv.cli.help_format import as_typed, table_line
 from fastadv.cli.parsing import FAILED, Parser, complain, given_options, schedule_classes
 from fastadv.cli.saved_options import (
     CONFIG_FILE,
@@ -256,11 +256,11 @@ def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
 def _methods_overview() -> str:
     width = max(map(len, method_names()))
     lines = [
-        f"  {name:<{width}}  {(inspect.getdoc(find_method(name)) or '').splitlines()[0]}"
+        table_line(name, (inspect.getdoc(find_method(name)) or "").splitlines()[0], width)
         for name in method_names()
     ]
     head = ["usage: fastadv train METHOD --data DATA --run RUN ...", "", "methods:"]
-    own = "A method of your own is package.module:Class, a subclass of fastadv.trainers.Method."
+    own = "A method of your own is package.module:Class, a subclass of\nfastadv.trainers.Method."
     return "\n".join([*head, *lines, "", own, "`fastadv train METHOD --help` lists the options."])
 
 
@@ -278,7 +278,7 @@ def _schedules_overview() -> str:
     width = max(map(len, kinds))
     lines = []
     for name, kind in kinds.items():
-        lines.append(f"  {name:<{width}}  {(inspect.getdoc(kind) or '').splitlines()[0]}")
+        lines.append(table_line(name, (inspect.getdoc(kind) or "").splitlines()[0], width))
         lines += [
             f"  {'':<{width}}    --schedule.{field.name} {as_typed(field.default)}"
             for field in fields(cast(Any, kind))
@@ -289,8 +289,9 @@ def _schedules_overview() -> str:
             "",
             *lines,
             "",
-            "The numbers are those of a schedule by itself. A method begins with its own schedule, which",
-            "`fastadv train METHOD --help` shows. `--schedule.help NAME` explains the options of one.",
+            "The numbers are those of a schedule by itself. A method begins with its own",
+            "schedule, which `fastadv train METHOD --help` shows. `--schedule.help NAME`",
+            "explains the options of one.",
         ]
     )
 

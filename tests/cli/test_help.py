@@ -62,6 +62,12 @@ def test_the_help_has_plain_words_in_80_columns(
     assert [line for line in explained.splitlines() if len(line) > 80] == []
 
 
+@pytest.mark.parametrize("words", ["", "train", "train pgd_at --schedule.help"])
+def test_lists_fit_80_columns(words: str, capfd: pytest.CaptureFixture[str]) -> None:
+    text = prints([*words.split(), "--help"] if words in ("", "train") else words.split(), capfd)
+    assert [line for line in text.splitlines() if len(line) > 80] == []
+
+
 @pytest.mark.parametrize("schedule", schedule_classes())
 def test_the_help_of_a_schedule_has_plain_words(
     schedule: str, capfd: pytest.CaptureFixture[str]
