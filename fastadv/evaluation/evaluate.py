@@ -38,7 +38,7 @@ from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.rows import Judge
-from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import (
     as_samples,
     check_batch_size,
@@ -181,14 +181,13 @@ def evaluate(
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
-    doubts = [doubt_modes(model)]
-    if other is not None:
-        doubts.append(doubt_modes(other.model, "surrogate"))
+    others = [] if other is None else [other.model]
+    doubts = [doubt_modes(model), *(doubt_modes(one, "surrogate") for one in others)]
     with ExitStack() as held:
-        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
+        held.enter_context(alone_with(model, *others))
         where = held.enter_context(evaluation_mode(model, device))
-        if other is not None:
-            held.enter_context(evaluation_mode(other.model, where))
+        for one in others:
+            held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
         if ranks.world_size > 1:
             call = {
@@ -222,14 +221,7 @@ def evaluate(
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
-        classes = runner.check_labels()
-        if asks_autoattack:
-            check_classes(STANDARD, classes)
-        check_fewest_classes(chosen, classes)
-        clean = runner.clean()
-        if not isinstance(chosen[0], Clean):
-            say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
-        _doubt_clean(clean.robust, classes, expected)
+        clean, classes = _clean_outcome(runner, chosen, expected)
         name = "" if other is None else other.name
         if other is not None:
             doubts.append(doubt_surrogate(runner, classes, name))
@@ -262,6 +254,23 @@ def evaluate(
             if on_row is not None:
                 on_row(report)
     return report
+
+
+def _clean_outcome(
+    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None
+) -> tuple[Outcome, int]:
+    """Classify the images without an attack, and count the classes, of which the attacks need enough."""
+    classes = runner.check_labels()
+    if any(isinstance(attack, Ensemble) for attack in chosen):
+        check_classes(STANDARD, classes)
+    check_fewest_classes(chosen, classes)
+    clean = runner.clean()
+    if not isinstance(chosen[0], Clean):
+        runner.progress.line(
+            f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
+        )
+    _doubt_clean(clean.robust, classes, expected)
+    return clean, classes
 
 
 def _judged_rows(
@@ -337,7 +346,7 @@ def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
         warnings.warn(
             f"the model is right on {_percent(correct)} of the clean images, {doubt}; is it the network of these "
             "weights, are images normalised as in training, and are the classes numbered alike?",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
