@@ -79,7 +79,7 @@ def test_the_natural_model_is_of_the_network_that_is_named(name: str, tmp_path: 
 
 
 def test_a_run_with_another_natural_network_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    changes = {"natural": "resnet18", "epochs": 2}
+    changes = {"natural": "wrn_10_1", "epochs": 2}
     whole = run("lbgat", tmp_path / "whole", **changes)
 
     def stop(progress: Any) -> None:
