@@ -32,7 +32,7 @@ def test_going_on_takes_the_saved_options(
         "--schedule.factors",
         "[1,1/2]",
     ]
-    options += ["--lr", "1/20", "--keep", "5", "--model", "resnet18", "--checkpoint_minutes", "7"]
+    options += ["--lr", "1/20", "--keep", "5", "--model", "wrn_10_1", "--checkpoint_minutes", "7"]
     first = ["train", "standard", "--data", "digits", "--run", str(run), *QUICK, *options]
     assert main(first) == 0
     before = fingerprint(run / "checkpoints")

@@ -191,11 +191,11 @@ def test_float32_steps_run_on_a_copy_where_one_serves(
 
 
 def test_it_depends_on_neither_batches_nor_order() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(30)
+    model, (x, y) = trained_small_cnn(), digits_test(20)
     settings: dict[str, Any] = dict(eps=0.06, version=("apgd-ce", "apgd-dlr"), engine="fp32")
-    first = autoattack(model, (x, y), batch_size=30, **settings)
+    first = autoattack(model, (x, y), batch_size=20, **settings)
     small = autoattack(model, (x, y), batch_size=7, **settings)
-    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     turned = autoattack(model, (x[order], y[order]), batch_size=16, sample_ids=order, **settings)
     assert torch.equal(first.robust, small.robust)
     assert torch.equal(first.robust[order], turned.robust)

@@ -41,26 +41,25 @@ TINIEST = replace(
 )
 
 
-def kind_of(run: RunSpec) -> Any:
+def facts_of(run: RunSpec) -> set[Any]:
     """What a training is, apart from its numbers and the count of its teachers."""
-    words = [
-        (name, value if isinstance(value, str | bool) else type(value))
-        for name, value in run.changes
-    ]
-    teachers = frozenset(kind_of(teacher) for _, teacher in run.teachers)
-    return run.method, tuple(words), teachers, run.repetition > 0, run.checkpoint
+    names = tuple(name for name, _ in run.changes)
+    words = {(name, value) for name, value in run.changes if isinstance(value, str | bool)}
+    taught = {(run.method, fact) for _, teacher in run.teachers for fact in facts_of(teacher)}
+    return {(run.method, names), run.repetition > 0, run.checkpoint} | words | taught
 
 
 def few_rows() -> Mapping[str, Item]:
-    """All items, each with its first two rows and those rows whose kind no earlier item of its paper has."""
-    seen, found = set(), {}
+    """All items, each with its first two rows, and those in which its paper has something for the first time."""
+    seen: set[Any] = set()
+    found = {}
     for name, item in all_items().items():
         kept = []
         for row in item.rows:
-            kind = item.paper, kind_of(row.run)
-            if len(kept) < 2 or kind not in seen:
+            facts = {(item.paper, fact) for fact in facts_of(row.run)}
+            if len(kept) < 2 or not facts <= seen:
                 kept.append(row)
-            seen.add(kind)
+            seen |= facts
         labels = {row.label for row in kept}
         published = {
             data: {label: cells for label, cells in figures.items() if label in labels}
