@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # For each script the package that it needs, its arguments, and what it prints.
 SCRIPTS: dict[str, tuple[str, list[str], str]] = {
-    "own_loop.py": ("torch", ["--epochs", "1"], r"epoch 1: loss .*, clean .*%, robust .*%"),
+    "own_loop.py": ("torch", ["--epochs", "1"], r"epoch 0: loss .*, clean .*%, robust .*%"),
     "lightning_module.py": ("lightning", ["--epochs", "1"], r"clean .*%, robust .*%"),
     "accelerate_loop.py": ("accelerate", ["--epochs", "1"], r"clean .*%, robust .*%"),
     "timm_finetuning.py": ("timm", ["--images", "128"], r"trained: .*"),

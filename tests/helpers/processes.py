@@ -180,11 +180,13 @@ def warm_python() -> Iterator[str]:
         words = [sys.executable, "-IS", str(HELPERS / "warm_client.py"), str(address)]
         program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
         program.chmod(0o755)
-        server = threading.Thread(target=_attend_all, args=(listener,))
+        server = threading.Thread(target=_attend_all, args=(listener,), daemon=True)
         server.start()
-        yield str(program)
-        listener.shutdown(socket.SHUT_RDWR)
-        server.join()
+        try:
+            yield str(program)
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
 
 
 def _attend_all(listener: socket.socket) -> None:
@@ -192,7 +194,7 @@ def _attend_all(listener: socket.socket) -> None:
     with contextlib.suppress(OSError):
         while True:
             connection, _ = listener.accept()
-            threading.Thread(target=_attend, args=(connection,)).start()
+            threading.Thread(target=_attend, args=(connection,), daemon=True).start()
 
 
 def _attend(connection: socket.socket) -> None:
