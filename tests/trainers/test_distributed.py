@@ -341,7 +341,7 @@ def test_a_run_goes_on_after_a_worker_was_killed(
     words = [*launcher, str(script), str(folder), here]
     with warm_python() as python:
         variables = environment(OMP_NUM_THREADS="1", PYTHON_EXEC=python)
-        done = ran(words, env=variables, timeout=120)
+        done = ran(words, env=variables)
     assert done.returncode == 0, done.stderr
     assert f"{-signal.SIGKILL}" in done.stderr
     assert_same_end(folder, together[0] / "plain")
