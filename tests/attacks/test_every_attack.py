@@ -64,6 +64,7 @@ def test_the_result_is_inside_ball_and_bounds(
     assert attack.last.outside_share == 0
 
 
+@pytest.mark.covering(facts=classes_with("bounds"))
 @pytest.mark.parametrize("bounds", [(-0.3, 0.5), (-1.0, 3.0)])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_other_bounds_hold(name: str, bounds: tuple[float, float]) -> None:

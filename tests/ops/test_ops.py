@@ -101,12 +101,13 @@ def _layouts(case: OpCase) -> tuple[str, ...]:
 def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator[Spec]:
     """Every shape in every layout in float32; in each other dtype the layouts take turns, another first.
 
-    The slow ways to run a kernel get fewer. In the emulator three layouts take turns in float32. In Triton's
-    interpreter one layout does, and another dtype gets every second shape.
+    Three layouts take turns in float32 in the emulator, which is slow, and in the reference, which leaves layouts
+    to torch. In Triton's interpreter, which is slower, one layout does, and another dtype gets every second shape.
     """
     layouts, shift = _layouts(case), case.dtypes.index(dtype)
     slow, first = name == "triton" and interpreted(device), dtype == torch.float32
-    at_once = 1 if slow or not first else 3 if name == "native" and emulated() else len(layouts)
+    few = name == "reference" or (name == "native" and emulated())
+    at_once = 1 if slow or not first else 3 if few else len(layouts)
     for turn, shape in enumerate(case.shapes):
         if slow and not first and (turn + shift) % 2:
             continue
