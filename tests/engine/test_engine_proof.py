@@ -50,6 +50,9 @@ def worst_cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.double().flatten(1), b.double().flatten(1)).min())
 
 
+@pytest.mark.covering(
+    facts=lambda given: {given["precision"], (given["switch"], given["precision"] == "bf16")}
+)
 @pytest.mark.parametrize("precision", ["auto", "bf16", "fp32"])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_what_switches_a_model_is_seen(switch: str, precision: str) -> None:
