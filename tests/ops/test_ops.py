@@ -101,8 +101,9 @@ def _layouts(case: OpCase) -> tuple[str, ...]:
 def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator[Spec]:
     """Every shape in every layout in float32; in each other dtype the layouts take turns, another first.
 
-    Three layouts take turns in float32 in the emulator, which is slow, so that float16 gets no large shape, and in the reference, which leaves layouts
-    to torch. In Triton's interpreter, which is slower, one layout does, and another dtype gets every second shape.
+    Three layouts take turns in float32 in the reference, which leaves layouts to torch, and in the emulator, which
+    is slow and gets no large shape in float16. In Triton's interpreter, which is slower, one layout does, and
+    another dtype gets every second shape.
     """
     layouts, shift = _layouts(case), case.dtypes.index(dtype)
     slow, first = name == "triton" and interpreted(device), dtype == torch.float32
