@@ -148,6 +148,7 @@ def test_a_run_from_python_that_the_command_line_has_no_options_for(
         line = fails(["train", "standard", "--run", str(run), "--resume"], capfd)
         assert "begun in Python" in line and "resume it there" in line
 
+
 @pytest.mark.parametrize("schedule", ["EpochCosine", "EpochOneCycle"])
 def test_a_run_goes_on_with_a_schedule_that_changes_with_each_epoch(
     schedule: str, tmp_path: Path
