@@ -16,10 +16,10 @@ from fastadv.ops.registry import BACKENDS, NAMESPACE, REGISTRY, Op
 def backend(name: str) -> Iterator[None]:
     """Run every fastadv op in the block, backward passes included, on one backend.
 
-    A backend that an op or a device does not have is an error at the op's call, never a fallback. Internal helpers
-    of the attacks and the engine, such as the engine's convolutions, are no ops in this sense. The block
+    A backend that an op or a device does not have is an error at the op's call, never a fallback. The block
     acts on the calling thread and on eager calls; of nested blocks the innermost counts. A function compiled
-    by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside.
+    by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside. Kernels that
+    are no op of `fastadv.ops`, such as a copied model's convolutions, have one implementation and run as outside.
 
     Args:
         name: ``"native"`` (C++ on CPU tensors, CUDA C++ on CUDA tensors), ``"triton"`` or ``"reference"``.
@@ -63,7 +63,7 @@ class _ForcedBackend(TorchDispatchMode):
         if not self.active or func.namespace != NAMESPACE:
             return func(*args, **kwargs)
         op = REGISTRY.get(func._schema.name.split("::")[1])
-        if op is None:  # a helper of the attacks or the engine, which has no other backend
+        if op is None:  # a kernel of the engine's or an attack's own
             return func(*args, **kwargs)
         return _implementation(op, self._name, _device_type(args))(*args, **kwargs)
 

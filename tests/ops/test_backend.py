@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from op_cases.running import has_triton
-from torch import nn
 
 import fastadv
 from fastadv.ops import REGISTRY, angular_distance, pgd_step, registry
@@ -90,6 +89,30 @@ def test_other_ops_are_left_alone() -> None:
         assert torch.equal(torch.ones(3) + 1, torch.full((3,), 2.0))
 
 
+ATTACKS: list[tuple[type[fastadv.attacks.Attack], dict[str, Any]]] = [
+    (fastadv.PGD, {"steps": 1}),
+    (fastadv.Square, {"queries": 4}),
+    (fastadv.FAB, {"steps": 2}),
+    (fastadv.APGD, {"steps": 3, "norm": "l1", "eps": 2.0}),
+]
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize(("kind", "settings"), ATTACKS, ids=lambda v: getattr(v, "__name__", ""))
+def test_attacks_run_with_kernels_of_their_own(
+    kind: Any, settings: dict[str, Any], name: str
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(3, 3, 6, 6), torch.arange(3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3))
+    attack = kind(model, seed=0, **settings)
+    wanted = attack(x, y)
+    engine = attack.last.engine
+    with fastadv.backend(name):
+        found = attack(x, y)
+    assert torch.allclose(found, wanted, atol=1e-4) and attack.last.engine == engine
+
+
 def test_native_where_there_is_none() -> None:
     x = torch.rand(2, 3, device="meta")
     with (
@@ -128,24 +151,3 @@ def test_owners(name: str) -> None:
 def test_an_op_name_is_registered_once() -> None:
     with pytest.raises(ValueError, match="op name must be new, got 'pgd_step' a second time"):
         registry.define(REGISTRY["pgd_step"])
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        lambda model: fastadv.PGD(model, steps=2, engine="compiled"),
-        lambda model: fastadv.Square(model, queries=4),
-        lambda model: fastadv.FAB(model, steps=2),
-    ],
-    ids=["PGD", "Square", "FAB"],
-)
-def test_whole_attacks_run_on_a_forced_backend(attack: Any) -> None:
-    """The helpers of attacks and engines, which have one implementation each, are no error there."""
-    torch.manual_seed(0)
-    convolutions = (nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))
-    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(1024, 4)).eval()
-    x, y = torch.rand(4, 3, 8, 8), torch.arange(4)
-    expected = attack(model)(x, y, seed=0)
-    with fastadv.backend("reference"):
-        found = attack(model)(x, y, seed=0)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)

@@ -49,7 +49,8 @@ export TSAN_OPTIONS=suppressions=$PWD/tests/sanitizers/thread.supp:halt_on_error
 
 case $kind in
 address)
-  tests=(tests/ops/test_ops.py tests/ops/test_crop_flip.py tests/ops/test_pgd_step.py tests/ops/test_softmax_losses.py
+  tests=(--thorough tests/ops/test_ops.py tests/ops/test_crop_flip.py tests/ops/test_pgd_step.py
+    tests/ops/test_pgd_step_l1.py tests/ops/test_softmax_losses.py
     tests/engine/test_convolution.py tests/engine/test_float_convolution.py tests/engine/test_program.py
     tests/engine/test_tile_convolution.py tests/engine/test_cpu_training.py tests/engine/test_channels.py
     tests/engine/test_remembered.py
