@@ -14,7 +14,6 @@ from fastadv.fields import check_fields
 from fastadv.ops.values import integer, limit, number
 
 Status = Literal["ok", "suspect", "invalid"]
-STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
 REFERENCE = "reference"
 # How the note of a row begins whose model draws random numbers.
 RANDOM = "the model draws random numbers: two passes over the same images differ"

@@ -210,10 +210,7 @@ def train(
         ranks.check_same(
             {**description.flat(), "resume": bool(resume), "log_every": settings.log_every}
         )
-        trainer.initialise()
-        check_trainable(trainer)
-        for trained in trainer.trainable().values():
-            ranks.broadcast([*trained.parameters(), *trained.buffers()])
+        _initialise(trainer, ranks)
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
@@ -244,6 +241,19 @@ def train(
             trainer.compile()
         record = loop.train()
         ranks.wait()  # for the last checkpoint
+    return _result(loop, run, record)
+
+
+def _initialise(trainer: Method[Any, Any], ranks: Ranks) -> None:
+    """Let the method set its weights and buffers, which then are the first process's in all processes."""
+    trainer.initialise()
+    check_trainable(trainer)
+    for trained in trainer.trainable().values():
+        ranks.broadcast([*trained.parameters(), *trained.buffers()])
+
+
+def _result(loop: Loop, run: RunDirectory, record: dict[str, Any]) -> TrainResult:
+    """The result of a run that has ended."""
     best = loop.progress.best_step
     return TrainResult(
         model=loop.evaluated.eval(),
