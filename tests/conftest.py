@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from thinning import Thinning
 
 _UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
@@ -30,10 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     left_out = ", ".join(QUICK_LEAVES_OUT)
     text = f"leave out the tests marked {left_out}; the others run with their first and last parameters"
     parser.addoption("--quick", action="store_true", help=text)
+    text = "run the tests marked `covering` with all combinations of their parameters"
+    parser.addoption("--thorough", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make workers of pytest-xdist share the cores, and signals reach the tests that send them."""
+    config.pluginmanager.register(Thinning())
     if _is_worker(config) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
         torch.set_num_threads(1)

@@ -147,3 +147,13 @@ def test_a_run_from_python_that_the_command_line_has_no_options_for(
         train("standard", recipe, run_dir=run, device="cpu", progress=False, **options)  # type: ignore[arg-type]
         line = fails(["train", "standard", "--run", str(run), "--resume"], capfd)
         assert "begun in Python" in line and "resume it there" in line
+
+
+@pytest.mark.parametrize("schedule", ["EpochCosine", "EpochOneCycle"])
+def test_a_run_goes_on_with_a_schedule_that_changes_with_each_epoch(
+    schedule: str, tmp_path: Path
+) -> None:
+    run = ["--run", str(tmp_path / "r")]
+    options = ["--data", "digits", *QUICK, "--schedule", schedule]
+    assert main(["train", "standard", *run, *options]) == 0
+    assert main(["train", "standard", *run, "--resume", "--quiet"]) == 0
