@@ -101,8 +101,8 @@ def _layouts(case: OpCase) -> tuple[str, ...]:
 def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator[Spec]:
     """Every shape in every layout in float32; in each other dtype the layouts take turns, another first.
 
-    Three layouts take turns in float32 in the reference, which leaves layouts and threads to torch and gets a large
-    shape in float32 alone. So do they in the emulator, which is slow and gets no large shape in float16. In
+    In float32 three layouts take turns in the reference, which leaves layouts and threads to torch and gets a
+    large shape in float32 alone, and in the emulator, which is slow and gets no large shape in float16. In
     Triton's interpreter, which is slower, one layout does, and another dtype gets every second shape.
     """
     layouts, shift = _layouts(case), case.dtypes.index(dtype)
