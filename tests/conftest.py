@@ -11,6 +11,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -117,6 +119,26 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stacks_of_seeds() -> Iterator[None]:
+    """Without a GPU, `torch.manual_seed` writes the stack down three times, for a device that never starts.
+
+    The stack of a test is deep, and a training sets a seed in each step.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch.cuda, torch.xpu, torch.mtia):
+            patch.setattr(module, "traceback", SimpleNamespace(format_stack=list))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of training that many tests compare with, see `run_helpers.SharedRuns`."""
+    from run_helpers import SharedRuns  # which imports fastadv
+
+    return SharedRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

@@ -55,11 +55,11 @@ _MOST_IMAGES, _FEWEST_IMAGES = 8, 4  # numbers of images for timing, with many a
 _ENOUGH = 0.2  # seconds of a pass; where a pass is longer, half as many images tell as much
 _ROUNDS = 3
 _SECONDS = 0.5  # after this time there is no further round
-# Factors of time beyond which a rival is not timed again: in its first pass, which also prepares later passes, and
-# in a later pass.
-_HOPELESS, _SLOWER = 1.4, 1.15
+_SLOWER = 1.15  # factor of time beyond which a rival is not timed again
 # Seconds. A longer first pass counts by itself. In a shorter one too much of the time prepares later passes.
-_LONG = 0.3
+_LONG = 0.1
+# Where passes are that long, fractions of the first engine's time between which its fastest rival is timed again.
+_UNCERTAIN = (0.9, 1.03)
 # Seconds of a pass. In shorter passes the engines differ by less than the noise of their times.
 _SHORT = 0.002
 _CLEARLY = 0.97  # largest fraction of the first engine's time with which a rival takes its place
@@ -222,9 +222,8 @@ def _measured(
             continue
         if is_near:
             close[other] = engine
-    if len(close) > 1:
-        again = times_of(close, model, x, rounds=_ROUNDS - 1, warm=False)
-        times |= {other: min(times[other], spent) for other, spent in again.items()}
+    again = times_of(_to_time_again(name, times, close), model, x, rounds=_ROUNDS - 1, warm=False)
+    times |= {other: min(times[other], spent) for other, spent in again.items()}
     milliseconds = {other: 1e3 * spent for other, spent in times.items()}
     faults: dict[str, str] = {}
     for other in sorted(close, key=lambda other: times[other]):
@@ -237,6 +236,23 @@ def _measured(
     return Choice(name, len(x), milliseconds, faults), first
 
 
+def _to_time_again(
+    name: str, times: Mapping[str, float], close: Mapping[str, Contender]
+) -> dict[str, Contender]:
+    """The engines that further rounds decide between, by name; ``name`` is the first engine's.
+
+    Long passes scatter little and cost much, so that only a narrow decision is worth another round.
+    """
+    rivals = [other for other in close if other != name]
+    if not rivals:
+        return {}
+    if times[name] < _LONG:
+        return dict(close)
+    fastest = min(rivals, key=lambda other: times[other])
+    low, high = (fraction * times[name] for fraction in _UNCERTAIN)
+    return {one: close[one] for one in (name, fastest)} if low < times[fastest] < high else {}
+
+
 def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> tuple[float, bool]:
     """Seconds of a gradient pass of an engine that has not run yet, and whether it may be the fastest.
 
@@ -245,7 +261,7 @@ def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> 
     for _ in range(2):
         (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
         if spent >= _LONG:
-            return spent, spent <= _HOPELESS * best
+            break
     return spent, spent <= _SLOWER * best
 
 

@@ -21,7 +21,7 @@ SIZES = (3, 4)  # of the two batches of which a copy is made
 PROBES = 2  # images that prove a copy at every use
 _CALLS = 8  # in which a model must do the same, to be copied
 _COUNTED_CALLS = 64  # if it counts them
-_SETTLING = 2  # calls in which a model may do something else than ever after
+_SETTLING = 2  # most calls in which a model may do something else than ever after
 _CHANGES = "its operations change from call to call"
 _OTHER_WITHOUT_GRADIENTS = "its logits are others where no gradients are computed"
 
@@ -41,7 +41,7 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
     Raises:
         Unrecordable: no copy can be made.
     """
-    for settling in (0, 0, _SETTLING):
+    for settling in (0, 0, 1, _SETTLING):
         try:
             tape, recording = _of_two_sizes(model, x, settling)
             if tape.describes(whole_outline(model, x, tape, recording)):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastadv.engine import proof
 from fastadv.engine.engines import Engine
 from fastadv.engine.first_recordings import PROBES, finite
+from fastadv.engine.live_engines import LiveEngine
 from fastadv.engine.proof import Evidence
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
@@ -22,6 +23,7 @@ class Known:
         model: the live model.
         x: images to attack [B, ...].
         tape: the model's operations.
+        precision: the narrowest precision of the engines.
         recording: a recording of a few images, or of all images if the operations hold for one batch size only.
         evidence: the evidence of that recording.
         few: whether engines must also be right for a batch of only the first images.
@@ -35,11 +37,12 @@ class Known:
         model: nn.Module,
         x: Tensor,
         tape: Tape,
+        precision: str,
         recording: Recording | None = None,
         evidence: Evidence | None = None,
         few: bool = False,
     ) -> None:
-        self.model, self.x, self.tape = model, x, tape
+        self.model, self.x, self.tape, self._precision = model, x, tape, precision
         self._recording, self._evidence = recording, evidence
         self._few = few
         self.spent: dict[int, float] = {}
@@ -56,7 +59,7 @@ class Known:
     @cached_property
     def evidence(self) -> Evidence:
         """The model's logits and gradients on the recorded images."""
-        return self._evidence or proof.evidence_of(self.recording, self.model)
+        return self._evidence or proof.evidence_of(self.recording, self.model, self._precision)
 
     def fault_of(self, engine: Engine) -> str | None:
         """In words, what is wrong with an engine; None where it is right.
@@ -64,8 +67,16 @@ class Known:
         It must be right for the recorded batch, and for the few images that every later use begins with. These
         are the first of the recorded ones, so that their logits and gradients are there already, unless the
         model mixes the images of a batch.
+
+        The live model in float32 computes the same function by its own code, on images that may lie otherwise in
+        memory. The few images show whether its code bears that.
         """
         self.spent = {}
+        if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:
+            with engine.session(self.model, 0, current=True):
+                fault = self.evidence.first(PROBES).against(engine)
+            if fault is None:
+                return None  # else it may be a model that mixes the images of a batch
         with engine.session(self.model, 0, current=True):
             fault = self.evidence.against(engine, self.spent)
             if fault is not None or not self._few:
@@ -75,7 +86,7 @@ class Known:
                 if self.evidence.first(count).against(engine, self.spent) is None:
                     return None
                 alone = self._recorded(self.x[:count])
-                self._alone = proof.evidence_of(alone, self.model)
+                self._alone = proof.evidence_of(alone, self.model, self._precision)
             return self._alone.against(engine, self.spent)
 
     def _recorded(self, images: Tensor) -> Recording:

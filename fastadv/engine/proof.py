@@ -23,7 +23,7 @@ COSINES = {"fp32": 0.99, "bf16": 0.8, "fp16": 0.9}
 seconds: Callable[[], float] = time.perf_counter
 
 
-def objectives(logits: Tensor) -> tuple[ValueOfLogits, ...]:
+def objectives(logits: Tensor, in_turn: bool = False) -> tuple[ValueOfLogits, ...]:
     """Values of logits, one per image, whose gradients are compared: of all classes, and of the likeliest two.
 
     Attacks follow the second. It tells more of networks in which each class has a maximum of its own, since
@@ -31,11 +31,19 @@ def objectives(logits: Tensor) -> tuple[ValueOfLogits, ...]:
 
     Args:
         logits: of the live model [B, C]; they say which two classes.
+        in_turn: the images take turns, so that one pass serves both values.
     """
     if logits.shape[1] < 2:
         return (weighted_sum,)
     first, second = logits.detach().topk(2, dim=1).indices.split(1, dim=1)
-    return weighted_sum, lambda z: (z.gather(1, first) - z.gather(1, second)).squeeze(1)
+
+    def margin(z: Tensor) -> Tensor:
+        return (z.gather(1, first) - z.gather(1, second)).squeeze(1)
+
+    if not in_turn:
+        return weighted_sum, margin
+    is_odd = torch.arange(len(logits), device=logits.device) % 2 == 1
+    return (lambda z: torch.where(is_odd, margin(z), weighted_sum(z)),)
 
 
 def weighted_sum(logits: Tensor) -> Tensor:
@@ -52,11 +60,13 @@ class Evidence:
         images: [B, ...].
         values: the differentiated values.
         gradients: of each value, with the logits.
+        in_turn: as in `objectives`.
     """
 
     images: Tensor
     values: tuple[ValueOfLogits, ...]
     gradients: tuple[InputGradient, ...]
+    in_turn: bool
 
     def tells(self) -> bool:
         """Whether these gradients can tell a right copy from a wrong one."""
@@ -68,8 +78,8 @@ class Evidence:
         gradients = tuple(
             InputGradient(g.value[:count], g.logits[:count], g.grad[:count]) for g in self.gradients
         )
-        values = objectives(gradients[0].logits)
-        return Evidence(self.images[:count], values, gradients)
+        values = objectives(gradients[0].logits, self.in_turn)
+        return Evidence(self.images[:count], values, gradients, self.in_turn)
 
     def against(self, engine: Engine, spent: dict[int, float] | None = None) -> str | None:
         """In words, how an engine differs from this; None where it does not.
@@ -90,34 +100,38 @@ class Evidence:
         return None
 
 
-def evidence_of(recording: Recording, model: nn.Module) -> Evidence:
+def evidence_of(recording: Recording, model: nn.Module, precision: str) -> Evidence:
     """The live model's logits and gradients, from a recording's own graph.
 
     Args:
         recording: of a few images.
         model: the recorded model. Gradient checkpointing runs parts of it again, in the mode that it then has.
+        precision: the narrowest precision of the engines to be proven. In a narrow one the gradient of every image
+            is a matter of degree, so that each image shows both values. In float32 a copy computes another
+            function or the same, and several images that take turns show that at half the cost.
 
     Raises:
         Unrecordable: there are no gradients, or random numbers are drawn for them.
     """
     if not hides_draws(recording):
-        return _evidence_of(recording, model)
+        return _evidence_of(recording, model, precision)
     found, drawn = watched_for_draws(
-        lambda: _evidence_of(recording, model), recording.images.device
+        lambda: _evidence_of(recording, model, precision), recording.images.device
     )
     if drawn:
         raise Unrecordable("its backward draws random numbers")
     return found
 
 
-def _evidence_of(recording: Recording, model: nn.Module) -> Evidence:
+def _evidence_of(recording: Recording, model: nn.Module, precision: str) -> Evidence:
     logits = recording.logits
     if logits.dim() != 2 or logits.is_complex() or not logits.requires_grad:
         raise Unrecordable(
             "its logits have another shape than [B, C], or no gradient, or are complex"
         )
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    values, gradients = objectives(wide), []
+    in_turn = precision == "fp32" and len(wide) > 1
+    values, gradients = objectives(wide, in_turn), []
     with held(model):
         for value_of in values:
             value = value_of(wide)
@@ -127,7 +141,7 @@ def _evidence_of(recording: Recording, model: nn.Module) -> Evidence:
             if grad is None:
                 raise Unrecordable("its logits have no gradient in the images")
             gradients.append(InputGradient(value.detach(), wide.detach(), grad))
-    return Evidence(recording.images.detach(), values, tuple(gradients))
+    return Evidence(recording.images.detach(), values, tuple(gradients), in_turn)
 
 
 def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> InputGradient:
@@ -182,7 +196,7 @@ def agrees(engine: Engine, recording: Recording, model: nn.Module, with_gradient
     try:
         logits = engine.logits(engine.images(images))
         if with_gradient and recording.gradients:
-            fault = evidence_of(recording, model).against(engine)
+            fault = evidence_of(recording, model, engine.precision).against(engine)
             if fault is not None:
                 return False
     except Exception:  # as when building

@@ -277,3 +277,13 @@ def test_the_gradient_of_two_classes_is_compared_as_well() -> None:
     wanted = live_gradient(model.eval(), x, y)
     assert worst_cosine(gradient(attack, model, x, y), wanted) > 0.99
     assert "bf16" in attack.engine_for(x).reason and attack.engine_for(x).precision == "fp32"
+
+
+def test_images_that_take_turns_show_both_gradients() -> None:
+    logits = torch.randn(5, 7, requires_grad=True)
+    (both,) = proof.objectives(logits, in_turn=True)
+    (found,) = torch.autograd.grad(both(logits).sum(), logits)
+    of_all, of_two = (
+        torch.autograd.grad(value(logits).sum(), logits)[0] for value in proof.objectives(logits)
+    )
+    assert torch.equal(found[::2], of_all[::2]) and torch.equal(found[1::2], of_two[1::2])

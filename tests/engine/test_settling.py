@@ -70,6 +70,16 @@ def test_a_network_that_fills_a_cache_is_copied(keep: str, training: bool) -> No
         model.late = None
 
 
+def test_one_call_is_enough_to_fill_a_cache() -> None:
+    model, x = randomise(Cached("dictionary")).eval(), images(8)
+    attack = fastadv.PGD(model, engine="fixed")
+    calls: list[int] = []
+    attack.engine_for(x)
+    model.net.register_forward_pre_hook(lambda *_: calls.append(1))
+    attack.engine_for(x)
+    assert len(calls) == 2  # that one, and the one that is compared
+
+
 class WarmsUp(Cached):
     """Its first calls in a row have other logits, which is no cache."""
 

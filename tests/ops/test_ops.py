@@ -289,6 +289,9 @@ def test_vectors_may_be_strided(case: OpCase, device: str, name: str) -> None:
         results = case.call_public(apart)
     for result, wanted in zip(results, expected, strict=True):
         check_same_bits(result, wanted, case.name)
+    # The op itself, too, as a call of torch.ops reaches it.
+    for result, wanted in zip(run(case, apart, name), run(case, arguments, name), strict=True):
+        check_same_bits(result, wanted, case.name)
 
 
 @pytest.mark.parametrize(("case", "device", "name"), _parameters(PUBLIC))
