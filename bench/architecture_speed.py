@@ -54,12 +54,26 @@ def drawn(model: nn.Module) -> nn.Module:
     return model
 
 
+def plain_loop(
+    name: str, x: Tensor, y: Tensor, steps: int, layout: torch.memory_format, narrow: bool
+) -> Callable[[], Tensor]:
+    """The attack as a plain loop on a network of its own, in one memory layout, under autocast if `narrow`."""
+    from arrangements import attack_loop
+
+    own = drawn(build(name).model.eval()).requires_grad_(False).to(memory_format=layout)
+    laid_out = x.contiguous(memory_format=layout)
+
+    def forward(batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            return own(batch)
+
+    return lambda: attack_loop(forward, laid_out, y, steps)
+
+
 def timed(
     name: str, images: int, steps: int, rounds: int, threads: int, tell: Callable[[str], None]
 ) -> Row:
     """One network's row."""
-    from arrangements import attack_loop
-
     import fastadv
 
     torch.set_num_threads(threads)
@@ -72,20 +86,9 @@ def timed(
     y = torch.arange(images) % 2
     tell("the plain loop")
     narrow = fast_bf16(cpu)
-
-    def plain(layout: torch.memory_format) -> Callable[[], Tensor]:
-        own = drawn(build(name).model.eval()).requires_grad_(False).to(memory_format=layout)
-        laid_out = x.contiguous(memory_format=layout)
-
-        def forward(batch: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
-                return own(batch)
-
-        return lambda: attack_loop(forward, laid_out, y, steps)
-
-    loops = {"channels-last": plain(torch.channels_last)}
+    loops = {"channels-last": plain_loop(name, x, y, steps, torch.channels_last, narrow)}
     if not narrow:
-        loops["contiguous"] = plain(torch.contiguous_format)
+        loops["contiguous"] = plain_loop(name, x, y, steps, torch.contiguous_format, narrow)
     for loop in loops.values():
         loop()
     tell("the attack")

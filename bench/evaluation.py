@@ -108,7 +108,8 @@ def _compared(value: Any, name: str) -> Any:
     return {key: value[key] for key in ("cpu", "packages")} if name == "machine" else value
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -145,11 +146,16 @@ def main() -> None:
         "--out", type=Path, help="folder; by default bench/results, not with --quick"
     )
     options = parser.parse_args()
+    if len({run.name for run in options.run}) < len(options.run):
+        raise SystemExit("--run needs folders of different names")
+    return options
+
+
+def main() -> None:
+    options = parsed()
     ground = GROUNDS[options.data]
     data = load_dataset(ground.data, options.root)
     out = options.out or (None if options.quick else RESULTS)
-    if len({run.name for run in options.run}) < len(options.run):
-        raise SystemExit("--run needs folders of different names")
     files = []
     for suffix, network, model in networks(options, ground, data):
         words = [f"evaluation_{ground.data}", options.name, suffix]

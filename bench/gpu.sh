@@ -69,7 +69,7 @@ prepare() {
       local marked=gpu
       if [ "$1" = rest ]; then marked='not gpu'; fi
       # One thread each: processes that share the cores would wait for one another.
-      command=(env OMP_NUM_THREADS=1 "$python" -m pytest tests -m "$marked" --tb=short -rfE -p no:cacheprovider)
+      command=(env OMP_NUM_THREADS=1 "$python" -m pytest tests --thorough -m "$marked" --tb=short -rfE -p no:cacheprovider)
       if has_module xdist; then command+=(-n 12); fi
       if ! has_module jsonargparse; then
         local file

@@ -130,7 +130,14 @@ def main() -> None:
     facts = machine(CPU)
     out = options.out or RESULTS / f"loops_cpu_{options.model}_b{options.batch}.json"
     write_json(
-        out, {"machine": facts, "batch": options.batch, "model": options.model, "loops": found}
+        out,
+        {
+            "machine": facts,
+            "command": " ".join(sys.argv),
+            "batch": options.batch,
+            "model": options.model,
+            "loops": found,
+        },
     )
     print(machine_line(facts))
     print(text_table(["loop", "before, s (min to max)", "after, s (min to max)", "ratio"], rows))

@@ -16,6 +16,8 @@ from op_rows import CASES
 # Marks of tests; see pyproject.toml. Tests that say nothing about results, and take longest, are left out.
 FOR_ALL = "every_op"
 LEFT_OUT = "compiles or refusals"
+# The files of a family beside test_<family>.py.
+MORE_FILES = {"pgd_step": ("test_pgd_step_l1.py",)}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,14 +28,14 @@ def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
     its family. A test marked `every_op` counts for all; an op without a passed test does not pass.
     """
     cases = [case for case in CASES.values() if case.op in ops]
-    files = {"test_ops.py", *(f"test_{case.family}.py" for case in cases)}
+    files = {"test_ops.py", *(file for case in cases for file in _files(case.family))}
     named = " or ".join(f"[{op}/" for op in sorted({case.op for case in cases}))
     families = " or ".join(sorted(files - {"test_ops.py"}))
     chosen = f"{named} or {families} or {FOR_ALL}"  # which looks for marks as well as for names
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         parallel = _in_parallel()
-        command = [sys.executable, "-m", "pytest", "-k", chosen, *parallel]
+        command = [sys.executable, "-m", "pytest", "--thorough", "-k", chosen, *parallel]
         place = "gpu" if device == "cuda" else "not gpu"
         command += ["-m", f"{place} and not ({LEFT_OUT})"]
         command += [f"--junitxml={report}", *(f"tests/ops/{name}" for name in sorted(files))]
@@ -45,6 +47,12 @@ def failures(ops: Collection[str], device: str = "cpu") -> dict[str, str]:
             return dict.fromkeys(ops, f"the tests did not run: {finished.stdout[-500:]}")
         tests = list(ElementTree.parse(report).iter("testcase"))
     return {op: why for op in ops if (why := _why_refused(op, tests))}
+
+
+def _files(family: str) -> tuple[str, ...]:
+    folder = ROOT / "tests" / "ops"
+    more = (file for file in MORE_FILES.get(family, ()) if (folder / file).is_file())
+    return (f"test_{family}.py", *more)
 
 
 def _in_parallel() -> list[str]:
@@ -64,7 +72,7 @@ def _why_refused(op: str, tests: list[ElementTree.Element]) -> str | None:
 def _concerns(test: ElementTree.Element, op: str) -> bool:
     family = next(case.family for case in CASES.values() if case.op == op)
     name, file = test.get("name", ""), test.get("classname", "").rpartition(".")[2]
-    if file == f"test_{family}":
+    if f"{file}.py" in _files(family):
         return True
     return file == "test_ops" and ("/" not in name or f"[{op}/" in name)
 

@@ -84,8 +84,9 @@ at::Tensor nothing_like(const at::Tensor& gradient) {
 // silently treat it as a constant.
 class Refusal : public torch::autograd::Function<Refusal> {
  public:
-  static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor& logits,
-                            const at::Tensor& other, const at::Tensor& grad) {
+  // The tensors after the gradient are what it depends on: logits, other logits, incoming gradient.
+  static at::Tensor forward(AutogradContext*, const at::Tensor& gradient, const at::Tensor&,
+                            const at::Tensor&, const at::Tensor&) {
     return gradient.alias();
   }
   static variable_list backward(AutogradContext*, variable_list) {

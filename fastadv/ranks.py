@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,6 +141,25 @@ class Ranks:
         with communicating():
             dist.all_gather_object(found, own)
         return found
+
+    def check_same(self, facts: Mapping[str, object]) -> None:
+        """Require that all ranks were started with the same arguments and data.
+
+        Args:
+            facts: what must be the same, by name; each value's repr must show it.
+
+        Raises:
+            ValueError: on all ranks, if the facts differ; the message names the first that does.
+        """
+        every = self.gather_objects({name: repr(value) for name, value in facts.items()})
+        for name in dict.fromkeys(name for one in every for name in one):
+            values = [one.get(name, "nothing") for one in every]
+            for rank, value in enumerate(values):
+                if value != values[0]:
+                    raise ValueError(
+                        f"{name} must be the same in all processes, got {values[0]} in rank 0 and {value} in rank "
+                        f"{rank}"
+                    )
 
     def wait(self) -> None:
         """Wait until all ranks are here."""

@@ -38,6 +38,11 @@ def batch_major(t: Tensor) -> Tensor:
     return t if t.shape[0] <= 1 or t.stride(0) == expected else t.contiguous()
 
 
+def dense(values: Tensor | None) -> Tensor | None:
+    """Values [B] side by side, as kernels read them; None for None."""
+    return None if values is None else values.contiguous()
+
+
 def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
     """``t`` in the memory layout of ``like``; ``t`` itself if it has this layout already."""
     if same_layout(t, like):

@@ -15,7 +15,7 @@ from .launch import (
     number,
     rounded_to_float_precision,
 )
-from .layout import Parts, batch_major, in_layout_of, reduction_loop, sample_size
+from .layout import Parts, batch_major, dense, in_layout_of, reduction_loop, sample_size
 
 
 @triton.jit
@@ -128,7 +128,7 @@ def momentum_update_(momentum: Tensor, grad: Tensor, decay: float, active: Tenso
         return
     at_hand = batch_major(momentum)
     g = in_layout_of(grad, at_hand)
-    chosen = None if active is None else active.contiguous()
+    chosen = dense(active)
     bits, compute = double_bits(decay), compute_dtype(momentum)
     parts = Parts.of(size)
     loop = reduction_loop(parts.length)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import clip, compute_dtype, double_bits, launch, number, per_sample, seed_bits
-from .layout import in_layout_of
+from .layout import dense, in_layout_of
 from .noise import Tiles, tile_of_noise
 
 
@@ -84,11 +84,11 @@ def noisy_replay(
         distance.stride(0),
         double_bits(threshold),
         double_bits(eps),
-        eps_per_sample,
+        dense(eps_per_sample),
         double_bits(low),
         double_bits(high),
         seed_bits(seed),
-        None if sample_ids is None else sample_ids.contiguous(),
+        dense(sample_ids),
         tiles.size,
         tiles.channels,
         tiles.per_sample,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import clip, compute_dtype, elements_to_read, launch
-from .layout import batch_major, in_layout_of, same_layout, sample_size
+from .layout import batch_major, dense, in_layout_of, same_layout, sample_size
 from .pgd_step_shared import count_gradient, linf_moved
 
 _BLOCK = 1024
@@ -83,7 +83,7 @@ def _step_into(
         in_layout_of(x, adv),
         limits,
         limits.stride(0),
-        None if active is None else active.contiguous(),
+        dense(active),
         counts,
         1 if counts is None else counts.stride(0),
         size,

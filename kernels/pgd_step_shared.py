@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import clip, double_bits
+from .layout import dense
 
 
 @triton.jit
@@ -58,8 +59,8 @@ class Step:
         return self.counts, 1 if self.counts is None else self.counts.stride(0)
 
     def __post_init__(self) -> None:
-        if self.active is not None:
-            object.__setattr__(self, "active", self.active.contiguous())
+        for name in ("eps_values", "alpha_values", "active"):
+            object.__setattr__(self, name, dense(getattr(self, name)))
 
     @property
     def same_for_all(self) -> bool:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import clip, compute_dtype, double_bits, launch, number, per_sample, seed_bits
-from .layout import Parts, sample_size
+from .layout import Parts, dense, sample_size
 from .noise import Tiles, near_gaussian, near_laplace, philox, tile_of_noise
 
 _RADIUS_STREAM = 1
@@ -133,7 +133,7 @@ def random_start(
     rows, size = x.shape[0], sample_size(x)
     if rows == 0 or size == 0:
         return out
-    ids = None if sample_ids is None else sample_ids.contiguous()
+    ids = dense(sample_ids)
     key = seed_bits(seed)
     partial, parts = None, Parts.of(size)
     if norm != "linf":
@@ -161,7 +161,7 @@ def random_start(
         out,
         x,
         double_bits(eps),
-        eps_per_sample,
+        dense(eps_per_sample),
         double_bits(low),
         double_bits(high),
         key,

@@ -11,9 +11,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from thinning import Thinning
 
 _UNPACK = Path(__file__).resolve().parents[2] / "shared" / "data" / "unpack_cifar10.py"
 
@@ -28,10 +31,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     left_out = ", ".join(QUICK_LEAVES_OUT)
     text = f"leave out the tests marked {left_out}; the others run with their first and last parameters"
     parser.addoption("--quick", action="store_true", help=text)
+    text = "run the tests marked `covering` with all combinations of their parameters"
+    parser.addoption("--thorough", action="store_true", help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make workers of pytest-xdist share the cores, and signals reach the tests that send them."""
+    config.pluginmanager.register(Thinning())
     if _is_worker(config) and "OMP_NUM_THREADS" not in os.environ:
         os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
         torch.set_num_threads(1)
@@ -113,6 +119,26 @@ def no_waiting_for_the_disk() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", os.fstat)  # which refuses what is no open file, too
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_stacks_of_seeds() -> Iterator[None]:
+    """Without a GPU, `torch.manual_seed` writes the stack down three times, for a device that never starts.
+
+    The stack of a test is deep, and a training sets a seed in each step.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (torch.cuda, torch.xpu, torch.mtia):
+            patch.setattr(module, "traceback", SimpleNamespace(format_stack=list))
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs of training that many tests compare with, see `run_helpers.SharedRuns`."""
+    from run_helpers import SharedRuns  # which imports fastadv
+
+    return SharedRuns(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture

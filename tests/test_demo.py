@@ -28,7 +28,8 @@ def test_recipes_change_only_what_small_images_need() -> None:
 
 def test_the_demo_runs_and_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short() -> dict[str, Recipe]:
-        return {name: replace(r, epochs=1, monitor_images=50) for name, r in full.items()}
+        few = {"epochs": 1, "train_images": 200, "monitor_images": 50}
+        return {name: replace(r, **few) for name, r in full.items()}
 
     full = demo.demo_recipes()
     monkeypatch.setattr(demo, "demo_recipes", short)

@@ -13,10 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastadv
 from fastadv import compat, evaluation
+from fastadv.cli import main
+from fastadv.cli.parsing import with_norms
 from fastadv.data import Loader, Splits, from_dataset, from_tensors, load_cifar10
+from fastadv.evaluation import load_results
 from fastadv.models import small_cnn
 from fastadv.ops.values import norm_name, shown
-from fastadv.trainers import AdversarialRecipe, Cosine, Recipe, train
+from fastadv.trainers import AdversarialRecipe, Cosine, Recipe, find_method, train
+from fastadv.trainers.run_directory import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 X, Y = torch.rand(4, 3, 8, 8), torch.arange(4)
@@ -29,6 +33,25 @@ def net() -> nn.Module:
 @pytest.mark.parametrize("word", ["Linfty", "infinity", "l_inf", "Inf"])
 def test_linf_has_many_names(word: str) -> None:
     assert norm_name(word) == "linf"
+
+
+def test_recipes_and_commands_take_the_norms_that_attacks_take(tmp_path: Path) -> None:
+    recipe = find_method("pgd_at").recipe_class
+    for word in ("L2", "l_2", 2):
+        assert recipe(norm=word) == recipe.preset("paper", norm=word) == recipe(norm="l2")
+    assert recipe(norm="Linf").norm == "linf"
+    with pytest.raises(ValueError, match="norm must be one of linf, l2, got 'l3'"):
+        recipe(norm="l3")
+    assert with_norms(["train", "--norm", "Linf", "L2", "--norm=L2"]) == [
+        *("train", "--norm", "linf", "L2", "--norm=l2")
+    ]
+    run = str(tmp_path / "run")
+    images = ("--data", "digits", "--epochs", "1", "--train_images", "128", "--monitor_images", "8")
+    assert main(["train", "pgd_at", *images, "--run", run, "--norm", "L2", "--quiet"]) == 0
+    assert RunDirectory(run).read().recipe["norm"] == "l2"
+    words = ["--attacks", "clean", "fgsm", "--max_examples", "20", "--quiet"]
+    assert main(["eval", run, *words, "--norm", "Linf"]) == 0
+    assert {one.norm for one in load_results(tmp_path / "run" / "eval.json")} == {"linf"}
 
 
 ARGUMENTS: list[tuple[Callable[[], object], str]] = [

@@ -88,7 +88,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "autoattack": (
         evaluation.autoattack,
-        {**RUN, "version": ["apgd-ce"], "max_examples": 1, "engine": "fp32", "norm": "linf"},
+        {**RUN, "version": ["apgd-ce"], "max_examples": 1, "engine": "fp32", "norm": "linf", "state_dir": None},
     ),
     "AutoAttack": (
         evaluation.AutoAttack(LINEAR, eps=0.1, version=["apgd-ce"], engine="fp32"),
@@ -96,7 +96,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
     "evaluate": (
         evaluation.evaluate,
-        {**RUN, "attacks": ["clean", "pgd-1"], "on_row": None, "progress": False},
+        {**RUN, "attacks": ["clean", "pgd-1"], "on_row": None, "state_dir": None, "progress": False},
     ),
 }  # fmt: skip
 WRONG = (

@@ -14,7 +14,7 @@ FASTADV_INLINE void affine_rows(T* out, const T* x, const float* scale, const fl
     const int64_t at = row * channels;
     for (int64_t c = 0; c < channels; ++c) {
       float v = load(x[at + c]) * scale[c] + shift[c];
-      if (relu) v = v > 0 ? v : 0;
+      if (relu) v = v < 0 ? 0 : v;  // NaN stays
       if (has_mask) v = load(mask[at + c]) > 0 ? v : 0;
       if (has_add) v += load(add[at + c]);
       store(out[at + c], v);

@@ -36,7 +36,7 @@ void conv3x3_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalTe
   const bool last = !weight.is_contiguous() && weight.is_contiguous(at::MemoryFormat::ChannelsLast);
   const at::Tensor wide = weight.to(at::kFloat), w = last ? wide : wide.contiguous();
   const int64_t tap = last ? c : 1, channel = last ? 1 : 9;
-  const at::Tensor s = scale ? scale->to(at::kFloat).contiguous() : at::Tensor();
+  const at::Tensor s = conv::checked_scale(scale, k);
   const float* factors = s.defined() ? s.const_data_ptr<float>() : nullptr;
   const float* source = w.const_data_ptr<float>();
   const Filters filters =

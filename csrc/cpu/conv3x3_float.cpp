@@ -34,8 +34,7 @@ void conv3x3_float_pack_(at::Tensor packed, const at::Tensor& weight, const Opti
   const FloatKernel& kernel = kernel_of(lanes, in);
   conv::check_packed<float>(packed, conv3x3::kPoints * in * conv::padded(out));
   const at::Tensor w = weight.to(at::kFloat).contiguous();
-  const at::Tensor s = scale ? scale->to(at::kFloat).contiguous() : at::Tensor();
-  TORCH_CHECK_VALUE(!s.defined() || s.numel() == k, "scale must have shape [", k, "]");
+  const at::Tensor s = conv::checked_scale(scale, k);
   const float* factors = s.defined() ? s.const_data_ptr<float>() : nullptr;
   const float* source = w.const_data_ptr<float>();
   const Filters filters = backward ? Filters{source, 9, 9 * c, 1, true, factors, true, in, out}

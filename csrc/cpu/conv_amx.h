@@ -5,6 +5,21 @@
 // some images are first laid out together, place by place, with zeros beside their rows. Then every
 // tap of a tile lies at one distance from the tile's first place, and all taps and filters read
 // memory that the first two caches hold.
+//
+// Two images, p = place (column), n = image, each box the input channels of one place:
+//
+//   zeros   p0 n0 | p0 n1 | p1 n0 | p1 n1 | p2 n0 | p2 n1 | ...   zeros    row 0
+//   zeros   p0 n0 | p0 n1 | p1 n0 | p1 n1 | p2 n0 | p2 n1 | ...   zeros    row 1
+//           '------ 16 boxes: the rows of one tile -------'
+//           the tap one column to the right: the same, 2 boxes on; one row down: one row on
+//
+// The eight tiles, for one tap and 32 input channels. A tile of inputs is [16 places][32 channels],
+// one of filters [16 pairs of input channels][16 output channels][2]:
+//
+//                              filters: tile 6      tile 7
+//                              16 output channels   the next 16
+//   inputs: tile 4, 16 places   sums: tile 0         tile 1
+//           tile 5, 16 places         tile 2         tile 3
 #pragma once
 
 #include <cstdint>

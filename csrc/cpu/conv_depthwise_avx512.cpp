@@ -52,7 +52,8 @@ FASTADV_AVX512_INLINE void finish(uint16_t* out, Pair value, const conv::Epilogu
     const Pair a = load(epilogue.add + at, live);
     value = {_mm512_add_ps(value.even, a.even), _mm512_add_ps(value.odd, a.odd)};
   }
-  if (epilogue.relu) value = {_mm512_max_ps(value.even, zero), _mm512_max_ps(value.odd, zero)};
+  // As in csrc/cpu/conv_inner.h, NaN stays.
+  if (epilogue.relu) value = {_mm512_max_ps(zero, value.even), _mm512_max_ps(zero, value.odd)};
   if (epilogue.mask) {
     const Pair m = load(epilogue.mask + at, live);
     value = {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(m.even, zero, _CMP_GT_OQ), value.even),

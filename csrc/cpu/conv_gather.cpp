@@ -50,8 +50,7 @@ void conv_amx_pack_(at::Tensor packed, const at::Tensor& weight, const OptionalT
   const int64_t depth = in * int64_t(taps.size());
   conv::check_packed(packed, conv::padded(out) * depth);
   const at::Tensor w = weight.to(at::kFloat).contiguous(at::MemoryFormat::ChannelsLast);
-  const at::Tensor s = scale ? scale->to(at::kFloat).contiguous() : at::Tensor();
-  TORCH_CHECK_VALUE(!s.defined() || s.numel() == k, "scale must have shape [", k, "]");
+  const at::Tensor s = conv::checked_scale(scale, k);
   const conv_amx::Filters filters{w.const_data_ptr<float>(),
                                   s.defined() ? s.const_data_ptr<float>() : nullptr,
                                   out,

@@ -52,7 +52,8 @@ FASTADV_AVX512_INLINE void finish(uint16_t* out, __m512 value, const Epilogue& e
     value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(live, epilogue.bias + channel));
   }
   if (epilogue.add) value = _mm512_add_ps(value, load_bf16(epilogue.add + at, live));
-  if (epilogue.relu) value = _mm512_max_ps(value, _mm512_setzero_ps());
+  // The maximum is its second argument where one of the two is NaN: NaN stays.
+  if (epilogue.relu) value = _mm512_max_ps(_mm512_setzero_ps(), value);
   if (epilogue.mask) {
     const __m512 sign = load_bf16(epilogue.mask + at, live);
     const __mmask16 positive = _mm512_cmp_ps_mask(sign, _mm512_setzero_ps(), _CMP_GT_OQ);

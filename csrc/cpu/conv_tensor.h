@@ -29,6 +29,14 @@ void check_packed(const at::Tensor& packed, int64_t elements) {
                     " elements for these channels, got ", packed.numel());
 }
 
+// The factors of the K filters of a weight, in float32; undefined where there are none.
+inline at::Tensor checked_scale(const OptionalTensor& scale, int64_t filters) {
+  if (!scale) return {};
+  TORCH_CHECK_VALUE(scale->numel() == filters, "scale must have shape [", filters, "], got ",
+                    scale->sizes());
+  return scale->to(at::kFloat).contiguous();
+}
+
 template <class Stored>
 const Stored* stored(const OptionalTensor& t) {
   return t ? static_cast<const Stored*>(t->const_data_ptr()) : nullptr;

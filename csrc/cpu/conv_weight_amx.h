@@ -6,6 +6,15 @@
 // pairs of places, once for every column of the filter; a tap one row down then reads the same
 // pairs one row further on. Rows of zeros between the images keep the taps of one image off the
 // next.
+//
+// The eight tiles, for one tap and 32 places:
+//
+//                                 inputs [16 pairs of places][16 channels][2]:
+//                                       tile 6               tile 7
+//                                       channels 0 .. 15     channels 16 .. 31
+//   gradients [16 filters][32 places]:
+//     tile 4, filters 0 .. 15     sums: tile 0               tile 1
+//     tile 5, filters 16 .. 31          tile 2               tile 3
 #pragma once
 
 #include <cstdint>
@@ -16,8 +25,8 @@ namespace fastadv::conv_weight {
 constexpr int64_t kTileSide = 16;         // rows of a tile, and pairs of places in it
 constexpr int64_t kPair = 2 * kTileSide;  // numbers of a row of a tile
 constexpr int64_t kTile = 16 * kPair;     // numbers of a tile
-constexpr int64_t kChannels =
-    2 * kTileSide;  // channels of both kinds come in multiples of this: two tiles
+// Channels of both kinds come in multiples of this: two tiles.
+constexpr int64_t kChannels = 2 * kTileSide;
 
 struct Shape {
   int64_t batch, in_channels, out_channels;
@@ -29,8 +38,8 @@ struct Shape {
 // Inputs laid out for the taps of one column of the filter whose rows have the same remainder
 // modulo the stride.
 struct Group {
-  int64_t remainder,
-      column;  // the row and column of the input that the first place of a result reads
+  // The row and column of the input that the first place of a result reads.
+  int64_t remainder, column;
 };
 
 struct Tap {

@@ -10,9 +10,10 @@ namespace {
 
 constexpr int kWordBits = 32;
 
-// Where an image's square begins along an axis, from 32 random bits.
+// Where an image's square begins along an axis, from 32 random bits; no others are read, so that
+// the square lies in the image whatever the word.
 int64_t start_of(int64_t word, int64_t side, int64_t length) {
-  return word * (length - side + 1) >> kWordBits;
+  return int64_t(uint32_t(word)) * (length - side + 1) >> kWordBits;
 }
 
 at::Tensor square_points(const at::Tensor& images, const at::Tensor& highest,

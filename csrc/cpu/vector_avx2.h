@@ -31,7 +31,8 @@ FASTADV_LEVEL_INLINE V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 FASTADV_LEVEL_INLINE V mul(V a, V b) { return _mm256_mul_ps(a, b); }
 FASTADV_LEVEL_INLINE V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }    // a b + c
 FASTADV_LEVEL_INLINE V fnmadd(V a, V b, V c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a b
-FASTADV_LEVEL_INLINE V at_least_zero(V v) { return _mm256_max_ps(v, zero()); }
+// The maximum is its second argument where one of the two is NaN: NaN stays.
+FASTADV_LEVEL_INLINE V at_least_zero(V v) { return _mm256_max_ps(zero(), v); }
 
 // v where sign > 0, else 0.
 FASTADV_LEVEL_INLINE V where_positive(V sign, V v) {

@@ -13,6 +13,8 @@ from dataclasses import fields, replace
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
+import torch
+
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import did_you_mean
 
@@ -167,6 +169,8 @@ def names_checked(function: Function) -> Function:
                 raise TypeError(f"{what} has no argument {name!r}{_similar_or_all(name, known)}")
         if len(args) > most:
             raise TypeError(_too_many(what, len(args) - most + len(ordered), ordered, known))
+        if torch.compiler.is_compiling():  # the caller's step, whose graphs need nothing of ours
+            return torch.compiler.disable(function)(*args, **kwargs)
         return function(*args, **kwargs)
 
     return cast(Function, checked)

@@ -52,7 +52,7 @@ def demo(words: list[str]) -> int:
     from fastadv.demo import run_demo
 
     parser = Parser(prog="fastadv demo", description=_summary(run_demo))
-    parser.add_function_arguments(run_demo)
+    parser.add_function_arguments(run_demo, as_group=False)
     options = vars(parser.parse_args(words))
     print(run_demo(**options))
     return 0

@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import re
 import sys
-import textwrap
-from argparse import Action
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import register_type
 
 from fastadv.cli.completion import is_completing, offer_options
-from fastadv.cli.flags import as_switch, is_flag, spellings, turned_off, with_values
+from fastadv.cli.flags import is_flag, spellings, turned_off, with_values
+from fastadv.cli.help_format import HelpFormatter
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean, nearest
+from fastadv.ops.values import did_you_mean, nearest, norm_name
+from fastadv.trainers import schedules
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
 
@@ -40,28 +40,6 @@ register_type(
 )
 
 
-class HelpFormatter(DefaultHelpFormatter):
-    """Formats the help: the paragraphs of a description are kept, and a flag has no value."""
-
-    def _format_usage(self, usage: str | None, actions: Any, *args: Any, **kwargs: Any) -> str:
-        switches = [as_switch(action) for action in actions]
-        return super()._format_usage(usage, switches, *args, **kwargs)
-
-    def _format_action_invocation(self, action: Action) -> str:
-        if is_flag(action):
-            return ", ".join(spellings(action))
-        return super()._format_action_invocation(action)
-
-    def _get_help_string(self, action: Action) -> str:
-        if is_flag(action):
-            return f"{action.help or ''} (default: {str(bool(action.default)).lower()})"
-        return super()._get_help_string(action)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        paragraphs = (textwrap.fill(part, width) for part in text.split("\n\n"))
-        return textwrap.indent("\n\n".join(paragraphs), indent)
-
-
 class Parser(ArgumentParser):
     """A parser that takes a flag with and without a value, and whose error messages are one line.
 
@@ -73,8 +51,13 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, *args: Any, needs: dict[str, str] | None = None, **kwargs: Any) -> None:
-        # For the fields of a schedule's class, jsonargparse makes a parser without a name.
         self._help = f"{kwargs['prog']} --help" if "prog" in kwargs else "--schedule.help"
+        if (
+            "prog" not in kwargs
+        ):  # jsonargparse makes such a parser for the fields of a schedule's class
+            schedule = str(kwargs.get("description") or "").rpartition(".")[2]
+            kwargs["description"] = f"The options of --schedule {schedule}."
+            kwargs.setdefault("usage", "fastadv train METHOD --schedule NAME ...")
         kwargs.setdefault("prog", _PROGRAM)
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
@@ -188,7 +171,7 @@ def _expectation(text: str) -> str:
     if "import path" in text.lower() and (
         found := re.search(r"(?:string: |Import path )(\S+)", text)
     ):
-        names = schedule_names()
+        names = list(schedule_classes())
         return (
             f" must be one of {', '.join(names)}, got {found[1]!r}{did_you_mean(found[1], names)}"
         )
@@ -254,14 +237,38 @@ def _is_number(word: str) -> bool:
     return True
 
 
+def with_norms(words: Sequence[str]) -> list[str]:
+    """Take a norm as Python's functions do, also as other libraries write it: `--norm Linf` is `--norm linf`."""
+    return [
+        f"--norm={_norm_of(word.removeprefix('--norm='))}"
+        if word.startswith("--norm=")
+        else _norm_of(word)
+        if before == "--norm"
+        else word
+        for before, word in zip(["", *words], words, strict=False)
+    ]
+
+
+def _norm_of(word: str) -> str:
+    """The name of a norm; another word as it is, for the parser to refuse it."""
+    try:
+        return norm_name(word)
+    except ValueError:
+        return word
+
+
 def home_expanded(value: str) -> str:
     """Return a path that begins with ~ as the shell would write it, and any other text as it is."""
     return os.path.expanduser(value) if value.startswith("~") else value
 
 
-def schedule_names() -> list[str]:
-    """Return the names of the schedules of the learning rate."""
-    return sorted(kind.__name__ for kind in Schedule.__subclasses__())
+def schedule_classes() -> dict[str, type[Schedule]]:
+    """Return the package's schedules of the learning rate by their names, in alphabetical order."""
+    return {
+        name: kind
+        for name, kind in sorted(vars(schedules).items())
+        if isinstance(kind, type) and issubclass(kind, Schedule) and kind is not Schedule
+    }
 
 
 def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:

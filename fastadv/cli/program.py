@@ -7,6 +7,8 @@ options, and the words of a sweep could not be divided among three parsers.
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import signal
 import sys
@@ -20,7 +22,7 @@ from fastadv.cli.completion import is_completing, offer, typed_words
 from fastadv.cli.data import data
 from fastadv.cli.evaluate import evaluate
 from fastadv.cli.others import demo, info, report
-from fastadv.cli.parsing import complain, home_expanded
+from fastadv.cli.parsing import complain, home_expanded, with_norms
 from fastadv.cli.reproduce import reproduce
 from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         after a signal, such as 130 after Ctrl-C.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    _escape_signs_without_code()
     try:
         try:
             return _run(words)
@@ -71,13 +74,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
 
 
+def _escape_signs_without_code() -> None:
+    """Print signs that the output's encoding does not have as escapes, with a backslash.
+
+    Else a table that took hours would end in an error at its "±", or at the name of a folder.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            is_utf8 = codecs.lookup(stream.encoding).name == "utf-8"
+            if stream.errors == "strict" or not is_utf8:
+                stream.reconfigure(errors="backslashreplace")
+
+
 def _run(words: list[str]) -> int:
     if is_completing():
         words = typed_words()
         if not words:
             offer(_PROGRAM, [*_COMMANDS, "--help", "--version"])
     debug = "--debug" in words
-    words = [_option(word) for word in words if word != "--debug"]
+    words = with_norms([_option(word) for word in words if word != "--debug"])
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
@@ -138,7 +153,8 @@ def _overview() -> str:
             "commands:",
             *lines,
             "",
-            "`fastadv COMMAND --help` explains a command, `fastadv --version` prints the version.",
+            "`fastadv COMMAND --help` explains a command, and `fastadv --version` prints the",
+            "version.",
             "Any command takes --debug, which shows the traceback of an error.",
             "Numbers may be fractions, --eps 8/255; options may have dashes or underscores.",
             "A flag stands alone, --quiet, and --no-flip turns off one that is on.",

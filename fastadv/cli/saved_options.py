@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from fastadv.cli.parsing import schedule_names
+from fastadv.cli.parsing import schedule_classes
 from fastadv.models.registry import names_code
 from fastadv.trainers import CheckpointError, Settings
 from fastadv.trainers.methods import MethodClass, command_name
@@ -116,7 +116,7 @@ def _is_known(value: Any) -> bool:
     """
     if isinstance(value, str):
         return not names_code(value)
-    return not isinstance(value, dict) or value.get("class") in schedule_names()
+    return not isinstance(value, dict) or value.get("class") in schedule_classes()
 
 
 def saved_teachers(run_dir: str | Path) -> list[str] | None:

@@ -9,14 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from jsonargparse import Namespace
 
 from fastadv.cli.completion import is_completing, offer
 from fastadv.cli.flags import FALSE, TRUE
-from fastadv.cli.parsing import FAILED, Parser, complain, given_options, schedule_names
+from fastadv.cli.help_format import as_typed, table_line
+from fastadv.cli.parsing import FAILED, Parser, complain, given_options, schedule_classes
 from fastadv.cli.saved_options import (
     CONFIG_FILE,
     as_config,
@@ -31,7 +32,7 @@ from fastadv.data.training_folders import FOLDER
 from fastadv.files import write_atomically
 from fastadv.interruption import Interrupted
 from fastadv.ranks import is_first, launch
-from fastadv.trainers import Afs, Recipe, Settings, find_method, method_names, schedules
+from fastadv.trainers import Afs, Recipe, Settings, find_method, method_names
 from fastadv.trainers.methods import MethodClass, command_name
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.unused import check_all_used
@@ -155,8 +156,8 @@ def training_parser(
         description=inspect.getdoc(method),
         needs=_needs(method, _begun(recipe_class, {**start, **given})),
     )
-    for name in schedule_names():
-        for field in fields(getattr(schedules, name)):
+    for schedule in schedule_classes().values():
+        for field in fields(cast(Any, schedule)):
             parser.explain(f"--{field.name}", f"of a schedule it is --schedule.{field.name}")
     parser.add_argument("--config", action="config", help="YAML file with any of the options.")
     skipped: set[str | int] = {"method", "recipe", "settings", "flags", "on_start"}
@@ -165,12 +166,14 @@ def training_parser(
     parser.add_argument(
         "--teacher",
         nargs="+",
+        metavar="MODEL",
         help="Trained models for methods that need them, in their order: runs, checkpoints, or state "
         "dicts in .safetensors or .pt files.",
     )
     parser.add_argument(
         "--teacher_model",
         nargs="+",
+        metavar="NETWORK",
         help="Networks of these models, names as for --model, in their order or one for all. Needed for a state "
         "dict that several networks take, such as resnet18 and resnet18_layer2_stride1.",
     )
@@ -253,11 +256,11 @@ def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
 def _methods_overview() -> str:
     width = max(map(len, method_names()))
     lines = [
-        f"  {name:<{width}}  {(inspect.getdoc(find_method(name)) or '').splitlines()[0]}"
+        table_line(name, (inspect.getdoc(find_method(name)) or "").splitlines()[0], width)
         for name in method_names()
     ]
     head = ["usage: fastadv train METHOD --data DATA --run RUN ...", "", "methods:"]
-    own = "A method of your own is package.module:Class, a subclass of fastadv.trainers.Method."
+    own = "A method of your own is package.module:Class, a subclass of\nfastadv.trainers.Method."
     return "\n".join([*head, *lines, "", own, "`fastadv train METHOD --help` lists the options."])
 
 
@@ -271,14 +274,14 @@ def _asks_for_schedules(words: Sequence[str]) -> bool:
 
 def _schedules_overview() -> str:
     """The schedules as text, each with its options and their defaults."""
-    width = max(map(len, schedule_names()))
+    kinds = schedule_classes()
+    width = max(map(len, kinds))
     lines = []
-    for name in schedule_names():
-        kind = getattr(schedules, name)
-        lines.append(f"  {name:<{width}}  {(inspect.getdoc(kind) or '').splitlines()[0]}")
+    for name, kind in kinds.items():
+        lines.append(table_line(name, (inspect.getdoc(kind) or "").splitlines()[0], width))
         lines += [
-            f"  {'':<{width}}    --schedule.{field.name} {_as_word(field.default)}"
-            for field in fields(kind)
+            f"  {'':<{width}}    --schedule.{field.name} {as_typed(field.default)}"
+            for field in fields(cast(Any, kind))
         ]
     return "\n".join(
         [
@@ -286,17 +289,11 @@ def _schedules_overview() -> str:
             "",
             *lines,
             "",
-            "The numbers are those of a schedule by itself. A method begins with its own schedule, which",
-            "`fastadv train METHOD --help` shows. `--schedule.help NAME` explains the options of one.",
+            "The numbers are those of a schedule by itself. A method begins with its own",
+            "schedule, which `fastadv train METHOD --help` shows. `--schedule.help NAME`",
+            "explains the options of one.",
         ]
     )
-
-
-def _as_word(value: object) -> str:
-    """A number, or several, as the command line takes it."""
-    if isinstance(value, tuple):
-        return f"[{','.join(map(str, value))}]"
-    return "null" if value is None else str(value)
 
 
 def _fields_of(kind: type[Any], options: Namespace) -> dict[str, Any]:

@@ -164,9 +164,10 @@ def run_evaluation(
         UnsavedResultsError: if results could not be written; the error holds the table.
     """
     where = own_device(choose_device(device))
-    for option, value in (("weights", weights), ("normalise", normalise)):
-        if run is not None and value is not None:
-            raise ValueError(f"{option} must be left out with a run, got {value!r}")
+    if run is None:
+        _check_without_run(network, extractors)
+    else:
+        _check_with_run(weights, normalise)
     recorded = None if run is None else _recorded(run, checkpoint)
     low, high = check_bounds(tuple(bounds))
     given, (norm, eps) = eps, threat_of(recorded, norm, eps, (low, high))
@@ -175,10 +176,6 @@ def run_evaluation(
     _check_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
     if run is None:
-        if network != ROBUST:
-            raise ValueError(f"network must come with a run, got {network!r}")
-        if extractors is not None:
-            raise ValueError(f"extractors must come with a run, got {extractors!r}")
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         images = images_of_run(RunDirectory(run), data, root, reading)
@@ -274,6 +271,21 @@ def run_evaluation(
         if ranks.first:
             keeper.close(text)
     return text
+
+
+def _check_without_run(network: str, extractors: str | None) -> None:
+    """Refuse options that choose a part of a run."""
+    if network != ROBUST:
+        raise ValueError(f"network must come with a run, got {network!r}")
+    if extractors is not None:
+        raise ValueError(f"extractors must come with a run, got {extractors!r}")
+
+
+def _check_with_run(weights: str | None, normalise: Sequence[str] | None) -> None:
+    """Refuse options that describe a file of weights."""
+    for option, value in (("weights", weights), ("normalise", normalise)):
+        if value is not None:
+            raise ValueError(f"{option} must be left out with a run, got {value!r}")
 
 
 def _warn_of_other_networks(judged: JudgedModel) -> None:

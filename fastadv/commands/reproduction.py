@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastadv.commands.documents import as_json
 from fastadv.commands.judged import check_training_images
 from fastadv.models.registry import check_model_name
 from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
+from fastadv.reproduction.reproduce import Reproduced
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
 from fastadv.reproduction.writers import as_record, markdown
 
@@ -74,11 +75,9 @@ def run_reproduction(
     if plan:
         work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
         left = work.estimate()
-        if json:
-            planned = as_json({"item": work.item.id, "scale": scale, **asdict(left)})
-        else:
-            planned = f"{find_item(item).heading} at scale {scale}: {left}.\n"
-        return ReproductionResult(planned)
+        facts = {"item": work.item.id, "scale": scale, **asdict(left)}
+        text = f"{find_item(item).heading} at scale {scale}: {left}.\n"
+        return ReproductionResult(as_json(facts) if json else text)
 
     def print_estimate(estimated: Estimate) -> None:
         if not quiet:
@@ -97,22 +96,30 @@ def run_reproduction(
         quiet=quiet,
         on_estimate=print_estimate,
     )
-    if json:
-        document = {
-            **as_record(done.table),
-            "files": [str(path) for path in done.files],
-            "trained": list(done.trained),
-            "evaluations": done.judged,
-            "failures": list(done.failures),
-        }
-        return ReproductionResult(as_json(document), done.failures)
+    text = as_json(_document(done)) if json else _as_text(done)
+    return ReproductionResult(text, done.failures)
+
+
+def _document(done: Reproduced) -> dict[str, Any]:
+    """A table that was reproduced, its files, and what was done for it, as JSON types."""
+    return {
+        **as_record(done.table),
+        "files": [str(path) for path in done.files],
+        "trained": list(done.trained),
+        "evaluations": done.judged,
+        "failures": list(done.failures),
+    }
+
+
+def _as_text(done: Reproduced) -> str:
+    """A table that was reproduced in Markdown, its files, and the failures."""
     files = "\n".join(str(path) for path in done.files)
     text = f"{markdown(done.table)}\n{files}\n"
     if not any(path.suffix == ".png" for path in done.files):
         text += "There is no picture: nothing was measured, or matplotlib is not installed.\n"
     if done.failures:
         text += "\n".join(["failed; the same command tries them again:", *done.failures]) + "\n"
-    return ReproductionResult(text, done.failures)
+    return text
 
 
 def list_items(json: bool = False) -> str:

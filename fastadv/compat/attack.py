@@ -15,23 +15,25 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import AttackType, names_checked
+from fastadv.compat.their_names import THEIR_NAMES, in_their_names
 from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import check_bool, check_choice, did_you_mean, integer, number, shown
+from fastadv.ops.values import (
+    check_bool,
+    check_choice,
+    check_path,
+    did_you_mean,
+    integer,
+    number,
+    shown,
+)
 from fastadv.seeding import draw_seed
 
 Images = TypeVar("Images", Tensor, "np.ndarray[Any, Any]")
 TargetFunction = Callable[[Tensor, Tensor], Tensor]
 BY_LABEL = "targeted(label)"
-# torchattacks' names of our settings.
-_THEIR_NAMES = {
-    "n_restarts": "restarts",
-    "n_queries": "queries",
-    "eot_iter": "passes",
-    "resc_schedule": "rescale_schedule",
-}
 
 
 class Attack(metaclass=AttackType):
@@ -50,7 +52,8 @@ class Attack(metaclass=AttackType):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a module, got {shown(model)}")
         self.model = model
-        self.own = make(model)
+        with in_their_names():
+            self.own = make(model)
         self.normalization_used: dict[str, Tensor] | None = None
         self._mode = "default"
         self._target_function: TargetFunction | None = None
@@ -63,7 +66,7 @@ class Attack(metaclass=AttackType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name in ("own", "model"):
             raise AttributeError(name)
-        setting = _THEIR_NAMES.get(name, name)
+        setting = THEIR_NAMES.get(name, name)
         if setting == "passes" or setting in _settings_of(self.own):
             return getattr(self.own, setting)
         raise self._no_attribute(name)
@@ -76,13 +79,11 @@ class Attack(metaclass=AttackType):
         if name in ("model", "targeted"):
             instead = "make a new attack" if name == "model" else "call a set_mode method"
             raise AttributeError(f"{name} of {type(self).__name__} cannot be set; {instead}")
-        name = _THEIR_NAMES.get(name, name)
-        if name == "passes":
-            own.passes = value
-        elif name in _settings_of(own):
-            setattr(own, name, value)
-        else:
+        name = THEIR_NAMES.get(name, name)
+        if name != "passes" and name not in _settings_of(own):
             raise self._no_attribute(name)
+        with in_their_names():
+            setattr(own, name, value)
 
     def _no_attribute(self, name: str) -> AttributeError:
         hint = did_you_mean(name, _settings_of(self.own), SYNONYMS)
@@ -263,6 +264,8 @@ class Attack(metaclass=AttackType):
                 "from which no accuracy follows"
             )
         check_choice("save_type", save_type, ("float", "int"))
+        if save_path is not None:
+            check_path("save_path", save_path)
         check_bool("verbose", verbose)
         check_bool("return_verbose", return_verbose)
         check_bool("save_predictions", save_predictions)

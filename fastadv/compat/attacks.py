@@ -133,6 +133,7 @@ class APGD(Attack):
         rho: float = 0.75,
         verbose: bool = False,
     ) -> None:
+        check_bool("verbose", verbose)
         check_choice("loss", loss, ("ce", "dlr"))
         super().__init__(
             model,
@@ -147,7 +148,7 @@ class APGD(Attack):
                 seed=seed,
             ),
         )
-        self.own.passes = eot_iter
+        self.eot_iter = eot_iter
 
 
 class APGDT(Attack):
@@ -166,6 +167,7 @@ class APGDT(Attack):
         verbose: bool = False,
         n_classes: int = 10,
     ) -> None:
+        check_bool("verbose", verbose)
         super().__init__(
             model,
             lambda m: fastadv.APGD(
@@ -180,7 +182,7 @@ class APGDT(Attack):
                 seed=seed,
             ),
         )
-        self.own.passes = eot_iter
+        self.eot_iter = eot_iter
 
 
 class FAB(Attack):
@@ -201,6 +203,7 @@ class FAB(Attack):
         multi_targeted: bool = False,
         n_classes: int = 10,
     ) -> None:
+        check_bool("verbose", verbose)
         towards_all = check_bool("multi_targeted", multi_targeted)
         classes = integer("n_classes", n_classes, at_least=2) - 1 if towards_all else None
         super().__init__(
@@ -242,6 +245,7 @@ class Square(Attack):
         seed: int | None = 0,
         verbose: bool = False,
     ) -> None:
+        check_bool("verbose", verbose)
         check_choice("loss", loss, ("margin", "ce"))
         super().__init__(
             model,

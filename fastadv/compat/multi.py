@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastadv.compat.attack import BY_LABEL, Attack, Images
-from fastadv.ops.values import shown
+from fastadv.ops.values import check_bool, shown
 
 
 class MultiAttack:
@@ -25,6 +25,7 @@ class MultiAttack:
     """
 
     def __init__(self, attacks: Sequence[Attack], verbose: bool = False) -> None:
+        check_bool("verbose", verbose)
         if not isinstance(attacks, Sequence) or not all(isinstance(a, Attack) for a in attacks):
             raise TypeError(
                 f"attacks must be a list of attacks of fastadv.compat, got {shown(attacks)}"

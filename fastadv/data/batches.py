@@ -81,6 +81,13 @@ class Batches(ABC):
         _check_sizes(name, count, self.batch_size, self.drop_last)
         _check_ranks(self.batch_size, self.rank, self.world_size, self.train)
 
+    def __repr__(self) -> str:
+        extra = f" and {self.extra_count} extra" if self.extra_count else ""
+        return (
+            f"{type(self).__name__}({self.name!r}, {self.first_extra} images{extra}, "
+            f"batch_size={self.batch_size}, train={self.train})"
+        )
+
     def __len__(self) -> int:
         """Steps in an epoch, over all ranks."""
         full, rest = divmod(self.first_extra, self.batch_size)

@@ -25,12 +25,38 @@ from fastadv.ops.values import check_bool
 
 
 def load_cifar10(root: str | Path, verify: bool = True) -> Splits:
-    """Read CIFAR-10; see `read_cifar`."""
+    """Read both splits of CIFAR-10 from the official files in either layout.
+
+    Args:
+        root: the unpacked folder, such as cifar-10-batches-bin, or its parent.
+        verify: check that the content is the genuine one, as `read_cifar` does. Turn it off for data that were
+            changed on purpose.
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        FileNotFoundError: if there is nothing at root, or a file is missing.
+        DataFormatError: if the content of a file is wrong.
+    """
     return read_cifar(CIFAR10, root, verify)
 
 
 def load_cifar100(root: str | Path, verify: bool = True) -> Splits:
-    """Read CIFAR-100 with its 100 fine labels; see `read_cifar`."""
+    """Read both splits of CIFAR-100, with its 100 fine labels, from the official files in either layout.
+
+    Args:
+        root: the unpacked folder, such as cifar-100-binary, or its parent.
+        verify: check that the content is the genuine one, as `read_cifar` does. Turn it off for data that were
+            changed on purpose.
+
+    Returns:
+        Training and test images.
+
+    Raises:
+        FileNotFoundError: if there is nothing at root, or a file is missing.
+        DataFormatError: if the content of a file is wrong.
+    """
     return read_cifar(CIFAR100, root, verify)
 
 

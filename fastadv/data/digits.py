@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fastadv.data.images import ImageData, Splits
 from fastadv.data.selection import balanced_choice
@@ -28,10 +33,7 @@ def load_digits() -> Splits:
             "data set 'digits' is read from scikit-learn, which cannot be imported "
             f"({error}); install it with `pip install scikit-learn`"
         ) from error
-    bunch = load_bunch()
-    counts = torch.from_numpy(bunch.images).to(torch.float64)  # [1797, 8, 8]
-    images = (counts * 255 / _LEVELS).round().to(torch.uint8)[:, None]
-    labels = torch.from_numpy(bunch.target).to(torch.int64)
+    images, labels = _read(load_bunch)
     test = balanced_choice(labels, TEST_IMAGES, _SPLIT_SEED)
     is_train = torch.ones(len(labels), dtype=torch.bool, device="cpu")
     is_train[test] = False
@@ -40,3 +42,12 @@ def load_digits() -> Splits:
         train=everything.select(is_train.nonzero().flatten(), "digits train"),
         test=everything.select(test, "digits test"),
     )
+
+
+@functools.cache  # the file is text, which takes longer to read than what is made of it
+def _read(load_bunch: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """The images [1797, 1, 8, 8] and labels; every user gets copies."""
+    bunch = load_bunch()
+    counts = torch.from_numpy(bunch.images).to(torch.float64)  # [1797, 8, 8]
+    images = (counts * 255 / _LEVELS).round().to(torch.uint8)[:, None]
+    return images, torch.from_numpy(bunch.target).to(torch.int64)

@@ -94,6 +94,9 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         self.targets = torch.tensor(targets, device="cpu")
         self.name = self.root.resolve().name if name is None else name
 
+    def __repr__(self) -> str:
+        return f"FolderImages({str(self.root)!r}, {len(self)} images, {self.num_classes} classes)"
+
     def __len__(self) -> int:
         return len(self._paths)
 

@@ -79,6 +79,9 @@ class HubImages(Dataset[tuple[Tensor, int]]):
         self._mode = "L" if self._picture(0).mode in _GREY else "RGB"
         self.in_channels = 1 if self._mode == "L" else 3
 
+    def __repr__(self) -> str:
+        return f"HubImages({self.name!r}, {len(self)} images, {self.num_classes} classes)"
+
     def __len__(self) -> int:
         return len(self.targets)
 

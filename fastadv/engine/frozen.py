@@ -45,6 +45,7 @@ def frozen(
     if isinstance(model, nn.Module):
         _refuse_lazy_weights(model)
     with ExitStack() as stack:
+        stack.enter_context(_own_parametrized_weights())
         parts = parts_of(networks_of(model))
         if parts:
             if keep_buffers:
@@ -57,6 +58,23 @@ def frozen(
             seeded = _forked_at_first_draw if watch else _forked_random_state
             stack.enter_context(seeded(model, seed))
         yield
+
+
+@contextmanager
+def _own_parametrized_weights() -> Iterator[None]:
+    """Keep weights that are computed inside out of the cache of `torch.nn.utils.parametrize.cached`.
+
+    The caller's next pass would take them from there, and they may have no gradient in the parameters.
+    """
+    if not torch.nn.utils.parametrize._cache_enabled:
+        yield
+        return
+    before = torch.nn.utils.parametrize._cache
+    torch.nn.utils.parametrize._cache = dict(before)
+    try:
+        yield
+    finally:
+        torch.nn.utils.parametrize._cache = before
 
 
 def _refuse_lazy_weights(model: nn.Module) -> None:
@@ -108,12 +126,17 @@ def _has_other_mode(model: nn.Module, training: bool) -> bool:
 
 def _train(module: nn.Module, training: bool) -> None:
     with suppress(NotImplementedError):  # exported programs have only one mode
-        module.train(training)
+        if training:
+            module.train()
+        else:
+            module.eval()  # which some override, not `train`
 
 
 def _trains_by_itself(module: nn.Module) -> bool:
-    """Whether a module has a ``train`` method of its own."""
-    return "train" in vars(module) or type(module).train is not nn.Module.train
+    """Whether a module has a ``train`` or ``eval`` method of its own."""
+    kind = type(module)
+    own = kind.train is not nn.Module.train or kind.eval is not nn.Module.eval
+    return own or not vars(module).keys().isdisjoint(("train", "eval"))
 
 
 def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
@@ -146,8 +169,19 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
             # `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
-            _once(buffer.data).copy_(_once(value, buffer))
+            now, before = _once(buffer.data), _once(value, buffer)
+            if not _known_equal(now, before):
+                now.copy_(before)
             module._buffers[name] = buffer
+
+
+def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:
+    """Whether nothing is to be written. Memory such as that of a file opened for reading bears no writing.
+
+    On a GPU the question would wait for the device.
+    """
+    simple = now.device.type == "cpu" and now.layout is torch.strided and not now.is_quantized
+    return simple and torch.equal(now, before)
 
 
 def _once(tensor: torch.Tensor, like: torch.Tensor | None = None) -> torch.Tensor:

@@ -128,12 +128,14 @@ class LiveChoice:
         """
         before, reason, last = self._found.get(kind), obstacle, False
         draws = _draws(model, x, bool(train_mode))
+        # That the forward pass draws nothing tells nothing of the backward pass, which trials run, too.
+        in_trials: Draws = "assumed" if draws == "never" else draws
         if precision != "fp32" and free:
             assert isinstance(model, nn.Module)
             place = (kind, obstacle)
             compared = self._compared.get(place)
             if compared is None or not compared.right or compared.is_due(model):
-                right = _is_right(model, x, precision, bool(train_mode), draws)
+                right = _is_right(model, x, precision, bool(train_mode), in_trials)
                 compared = self._compared[place] = _Comparison(model, right, compared)
             if not compared.right:
                 precision, reason = "fp32", f"{obstacle}; in {precision} its gradients are others"
@@ -142,7 +144,7 @@ class LiveChoice:
                 last = (
                     before.channels_last
                     if before is not None and known
-                    else _faster_channels_last(model, x, precision, draws)
+                    else _faster_channels_last(model, x, precision, in_trials)
                 )
         uses = 1 if before is None else before.uses + 1
         live = Live(obstacle, precision, reason, draws, last, uses, _LONGER * uses)

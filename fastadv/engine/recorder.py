@@ -296,7 +296,7 @@ class Recorder(TorchFunctionMode):
 
     def _add_several(self, result: Any, place: int, depends: bool) -> None:
         """Give each tensor of a tuple its place, behind the place of the tuple itself."""
-        self.recording.values.append(torch.empty(0, device="cpu", dtype=torch.float32))
+        self.recording.values.append(_NOTHING)
         self.recording.depends.append(depends)
         if not isinstance(result, (tuple, list)):
             raise self._refuse(f"a function of its forward returns a {type(result).__name__}")

@@ -9,7 +9,6 @@ operations, and if all weights that they use have the recorded content, bit for 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,8 @@ from torch.autograd.graph import increment_version
 from fastadv.engine.content import content
 from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.holding import held, settle
+from fastadv.engine.networks import modules_of
+from fastadv.engine.operands import version_of
 from fastadv.engine.outline import blank, makes_new
 from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
@@ -109,38 +110,41 @@ class Changes:
     """
 
     def __init__(self) -> None:
-        self._versions: list[tuple[weakref.ref[Tensor], int]] = []
+        # By id, since torch cannot swap the contents of a tensor that has weak references.
+        self._versions: dict[int, int] = {}
         self._wasted = 0  # proofs in a row that were remembered for nothing
         self._by_logits = 0  # proofs since gradients were compared
 
-    def are_certain(self) -> bool:
-        """Whether a tensor of the last proof has been written to."""
-        for place, version in self._versions:
-            tensor = place()
-            if tensor is not None and tensor._version != version:
-                return True
+    def are_certain(self, model: nn.Module) -> bool:
+        """Whether a weight of the model has been written to since the last proof."""
+        versions = self._versions
+        for part in modules_of(model) if versions else ():
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                version = versions.get(id(tensor))
+                if version is not None and tensor is not None and version_of(tensor) != version:
+                    return True
         return False
 
     def used(self) -> None:
         """Note that a remembered proof has served."""
         self._wasted = -1  # the next change does not come too early
 
-    def gradients_are_due(self) -> bool:
+    def gradients_are_due(self, model: nn.Module) -> bool:
         """Whether the next proof is to compare gradients; asked once for each proof.
 
         In a narrow precision other weights can have right logits and wrong gradients. In training the weights
         change a little before each use, so that some proofs in a row may do without.
         """
-        in_training = self._wasted + 1 >= _MOST_WASTED and self.are_certain()
+        in_training = self._wasted + 1 >= _MOST_WASTED and self.are_certain(model)
         due = not in_training or self._by_logits >= _WITHOUT_GRADIENTS
         self._by_logits = 0 if due else self._by_logits + 1
         return due
 
-    def worth_remembering(self, recording: Recording) -> bool:
+    def worth_remembering(self, model: nn.Module, recording: Recording) -> bool:
         """Note a new proof; whether one like it is likely to serve again."""
-        self._wasted = self._wasted + 1 if self.are_certain() else 0
+        self._wasted = self._wasted + 1 if self.are_certain(model) else 0
         tensors = (recording.values[place] for place in recording.external())
-        self._versions = [(weakref.ref(t), t._version) for t in tensors if not t.is_inference()]
+        self._versions = {id(tensor): version_of(tensor) for tensor in tensors}
         return self._wasted < _MOST_WASTED
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine import choice, proof, randomness
+from fastadv.engine.callers_modes import callers_mode
 from fastadv.engine.candidates import candidates, rivals_of
 from fastadv.engine.choice import Contender
 from fastadv.engine.compiled_parts import unwrapped
@@ -117,7 +118,8 @@ class EngineCache:
             ValueError: the engine asked for cannot run this model; the message says why.
         """
         precision = _narrowest(wish, model, x)
-        obstacle, kind = _obstacle(model, x, wish), _kind(x, wish)
+        mode = callers_mode()
+        obstacle, kind = _obstacle(model, x, wish, mode), (*_kind(x, wish), mode)
         if obstacle is None and isinstance(model, nn.Module):
             waiting = self._live.waiting(kind, model) if wish.is_free else None
             if waiting is not None:
@@ -218,7 +220,7 @@ class EngineCache:
             if copy is not None:
                 engine, is_new = copy.engine_for(batch), batch not in copy.sizes
                 engine.refresh(recording)
-                with_gradient = is_new or copy.changes.gradients_are_due()
+                with_gradient = is_new or copy.changes.gradients_are_due(model)
                 shown = recording
                 if with_gradient and not recording.gradients:
                     shown = _with_gradients(copy, model, x, careful) or recording
@@ -229,7 +231,7 @@ class EngineCache:
                     self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                worth = size == PROBES and copy.changes.worth_remembering(recording)
+                worth = size == PROBES and copy.changes.worth_remembering(model, recording)
                 engine.remembered = Remembered.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
                     _choose(copy, Known(model, x, copy.tape, precision), precision, wish)
@@ -288,7 +290,7 @@ def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
     """
     engine = copy.engine_for(batch)
     remembered, engine.remembered = engine.remembered, None
-    if remembered is None or not copy.evidence or copy.changes.are_certain():
+    if remembered is None or not copy.evidence or copy.changes.are_certain(model):
         return False
     recording = remembered.repeated(model)
     if recording is None or not copy.tape.describes(recording):
@@ -304,7 +306,7 @@ def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:
     return next(fitting, None)
 
 
-def _kind(x: Tensor, wish: Wish) -> Hashable:
+def _kind(x: Tensor, wish: Wish) -> tuple[Hashable, ...]:
     return (x.device, x.dtype, x.shape[1:], wish)
 
 
@@ -326,7 +328,7 @@ def _runs(model: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
+def _obstacle(model: Model, x: Tensor, wish: Wish, mode: str | None) -> str | None:
     """Why no copy is to be made; None when a recording will tell."""
     if wish.engine == "eager":
         return "asked for"
@@ -336,6 +338,8 @@ def _obstacle(model: Model, x: Tensor, wish: Wish) -> str | None:
         return "train mode needs the live model"
     if not isinstance(model, nn.Module):
         return "it is a plain callable"
+    if mode is not None:
+        return f"the caller's {mode} may change what torch's functions compute"
     free = wish.precision == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
     if wish.is_free and not free and _narrowest(wish, model, x) == "fp32":
         return "in fp32 the model's own operations run, bit for bit"

@@ -47,7 +47,7 @@ from fastadv.evaluation.samples import (
 )
 from fastadv.evaluation.verify import Violations
 from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import check_choice, did_you_mean, integer, norm_name, shown
+from fastadv.ops.values import check_choice, check_path, did_you_mean, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
@@ -145,6 +145,8 @@ def autoattack(
     norm, seed = norm_name(norm), integer("seed", seed)
     attacks = check_version(version)
     check_choice("engine", engine, ENGINES)
+    if state_dir is not None:
+        check_path("state_dir", state_dir)
     if not 0 <= seed < _MAX_SEED:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
     samples = as_samples(data, bounds, max_examples)

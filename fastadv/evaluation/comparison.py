@@ -11,6 +11,7 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
 from fastadv.evaluation.wording import format_eps
+from fastadv.ops.values import norm_name
 
 if TYPE_CHECKING:
     from fastadv.evaluation.analyses.records import AnalysisRecord
@@ -137,6 +138,7 @@ class Comparison:
         Raises:
             ValueError: when there is no such radius, or there are several and 8/255 is not among them.
         """
+        norm = None if norm is None else norm_name(norm)
         attacked: dict[tuple[str, float], set[str]] = {}
         for line in self.lines:
             if line.norm and line.is_white_box:
@@ -185,14 +187,16 @@ class Comparison:
                 lines.setdefault(key, new).cells[self._titles.of(result)] = result
         for result in run.results:
             if result.is_clean:
+                # Only of a model that draws random numbers the clean accuracy belongs to one seed.
+                seed = result.row.seed if result.row.is_random else None
                 attacked = [
                     line
                     for key, line in lines.items()
-                    if key[: len(result.judged)] == result.judged
+                    if key[: len(result.judged)] == result.judged and seed in (None, line.seed)
                 ]
                 if not any(line.is_white_box for line in attacked):
-                    attacked.append(Line(run, result.subject, result.row.n))
-                    lines[result.judged] = attacked[-1]
+                    attacked.append(Line(run, result.subject, result.row.n, seed=seed))
+                    lines[(*result.judged, seed)] = attacked[-1]
                 for line in attacked:
                     line.cells[self._titles.of(result)] = result
         return lines.values()

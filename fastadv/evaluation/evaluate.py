@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
 from fastadv.engine.alone import alone_with
@@ -38,7 +38,7 @@ from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.rows import Judge
-from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import (
     as_samples,
     check_batch_size,
@@ -50,7 +50,15 @@ from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
-from fastadv.ops.values import check_bool, check_choice, integer, limit, norm_name, share
+from fastadv.ops.values import (
+    check_bool,
+    check_choice,
+    check_path,
+    integer,
+    limit,
+    norm_name,
+    share,
+)
 from fastadv.ranks import Ranks, group_of_caller
 
 
@@ -160,6 +168,8 @@ def evaluate(
     if on_row is not None and not callable(on_row):
         raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
     check_bool("progress", progress)
+    if state_dir is not None:
+        check_path("state_dir", state_dir)
     radii = _radii(radius_or_default(eps, norm, bounds))
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
@@ -171,15 +181,29 @@ def evaluate(
         import_library()  # missing, it should fail now and not after the other attacks
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
-    doubts = [doubt_modes(model)]
-    if other is not None:
-        doubts.append(doubt_modes(other.model, "surrogate"))
+    others = [] if other is None else [other.model]
+    doubts = [doubt_modes(model), *(doubt_modes(one, "surrogate") for one in others)]
     with ExitStack() as held:
-        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
+        held.enter_context(alone_with(model, *others))
         where = held.enter_context(evaluation_mode(model, device))
-        if other is not None:
-            held.enter_context(evaluation_mode(other.model, where))
+        for one in others:
+            held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
+        if ranks.world_size > 1:
+            call = {
+                "attacks": [attack.name for attack in chosen],
+                "eps": radii,
+                "alpha": alpha,
+                "batch_size": batch_size,
+                "engine": engine,
+                "worst_case": worst_case,
+                "keep_images": keep_images,
+                "constants": constants,
+                "data": samples.fingerprint(),
+                "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
+                "state_dir": "a folder" if state_dir is not None else None,
+            }
+            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot, other)})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
@@ -197,14 +221,7 @@ def evaluate(
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
-        classes = runner.check_labels()
-        if asks_autoattack:
-            check_classes(STANDARD, classes)
-        check_fewest_classes(chosen, classes)
-        clean = runner.clean()
-        if not isinstance(chosen[0], Clean):
-            say.line(f"right on {_percent(clean.robust)} of {len(samples)} clean images")
-        _doubt_clean(clean.robust, classes, expected)
+        clean, classes = _clean_outcome(runner, chosen, expected)
         name = "" if other is None else other.name
         if other is not None:
             doubts.append(doubt_surrogate(runner, classes, name))
@@ -237,6 +254,23 @@ def evaluate(
             if on_row is not None:
                 on_row(report)
     return report
+
+
+def _clean_outcome(
+    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None
+) -> tuple[Outcome, int]:
+    """Classify the images without an attack, and count the classes, of which the attacks need enough."""
+    classes = runner.check_labels()
+    if any(isinstance(attack, Ensemble) for attack in chosen):
+        check_classes(STANDARD, classes)
+    check_fewest_classes(chosen, classes)
+    clean = runner.clean()
+    if not isinstance(chosen[0], Clean):
+        runner.progress.line(
+            f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
+        )
+    _doubt_clean(clean.robust, classes, expected)
+    return clean, classes
 
 
 def _judged_rows(
@@ -312,7 +346,7 @@ def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
         warnings.warn(
             f"the model is right on {_percent(correct)} of the clean images, {doubt}; is it the network of these "
             "weights, are images normalised as in training, and are the classes numbered alike?",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -163,7 +163,12 @@ def fit_cubic(points: Iterable[tuple[float, float]]) -> Cubic:
 
 @arguments_checked
 def trade_off_sum(clean: float, robust: float) -> float:
-    """Sum of clean and robust accuracy, the simplest trade-off metric, in percentage points."""
+    """Return the sum of clean and robust accuracy, the simplest trade-off metric, in percentage points.
+
+    Args:
+        clean: accuracy on clean images, in percent.
+        robust: accuracy under attack, in percent.
+    """
     return clean + robust
 
 

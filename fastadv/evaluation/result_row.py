@@ -14,8 +14,9 @@ from fastadv.fields import check_fields
 from fastadv.ops.values import integer, limit, number
 
 Status = Literal["ok", "suspect", "invalid"]
-STATUSES: tuple[Status, ...] = ("ok", "suspect", "invalid")
 REFERENCE = "reference"
+# How the note of a row begins whose model draws random numbers.
+RANDOM = "the model draws random numbers: two passes over the same images differ"
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class Row:
     def is_white_box(self) -> bool:
         """Whether the attack was in a ball and on the judged model itself; also true without an attack."""
         return not self.surrogate and self.distances is None
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the model draws random numbers, so that even the clean accuracy depends on the seed."""
+        return any(note.startswith(RANDOM) for note in self.notes)
 
     def line(self) -> str:
         """The row in one line of text."""

@@ -126,7 +126,7 @@ class Result:
         """Everything that the accuracy depends on. A result replaces an earlier result with the same key."""
         row = self.row
         if self.is_clean:
-            return (*self.judged, row.name, self.bounds)
+            return (*self.judged, row.name, self.bounds, row.seed if row.is_random else None)
         # Only AutoAttack's result depends on the batch size and on the precision of the search.
         batch_size = self.batch_size if row.name == AUTOATTACK else None
         attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)

@@ -26,11 +26,9 @@ from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoat
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.doubts import Blindness
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
-from fastadv.evaluation.result_row import Row, Stage, Status
+from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.worst import WorstImages
-
-_RANDOM = "the model draws random numbers: two passes over the same images differ"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Judge:
 
     def _of_random_model(self, attack: ChosenAttack, row: Row) -> Row:
         """Add the note for a model that draws random numbers. An attack with one gradient per step is suspect."""
-        note = _RANDOM
+        note = RANDOM
         weak = averages(attack) and self.runner.passes == 1
         if weak:
             note += (

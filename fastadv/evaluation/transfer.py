@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +141,7 @@ def transfer_matrix(
         RuntimeError: when one of this package's attacks returned an inadmissible image.
     """
     start = time.perf_counter()
-    if not isinstance(models, Mapping) or len(models) < 2:
-        raise ValueError(f"models must be two or more in a dict, by name, got {shown(models)}")
-    for name in models:
-        if not isinstance(name, str):
-            raise TypeError(f"models must have names that are text, got {shown(name)}")
+    _check_models(models)
     norm, seed = norm_name(norm), integer("seed", seed)
     eps = limit("eps", radius_or_default(eps, norm, bounds))
     alpha = None if alpha is None else limit("alpha", alpha)
@@ -166,21 +162,13 @@ def transfer_matrix(
         ]
         classes = _check_classes(list(models), runners, chosen)
         clean = [runner.clean().robust for runner in runners]
+        notes += _guessing(models, clean, classes)
         rows: list[tuple[int, ...]] = []
-        notes += [
-            f"{name} seems to guess, so that what is made on it says nothing of the others"
-            for name, right in zip(models, clean, strict=True)
-            if seems_to_guess(int(right.sum()), len(samples), classes)
-        ]
         for name, source in zip(models, runners, strict=True):
             robust, problems = _judged(chosen, eps, source, runners, clean)
             rows.append(tuple(int(flags.sum()) for flags in robust))
             notes += [f"{chosen.name} on {name}: {problem}" for problem in problems]
-            shares = ", ".join(
-                f"{100 * correct / len(samples):.2f} % on {target}"
-                for target, correct in zip(models, rows[-1], strict=True)
-            )
-            say.line(f"{chosen.name} made on {name}: {shares}")
+            say.line(f"{chosen.name} made on {name}: {_shares(models, rows[-1], len(samples))}")
     return TransferMatrix(
         attack=chosen.name,
         names=tuple(models),
@@ -196,6 +184,32 @@ def transfer_matrix(
         seconds=time.perf_counter() - start,
         notes=tuple(notes),
         versions=library_versions(),
+    )
+
+
+def _check_models(models: Mapping[str, Model]) -> None:
+    """Require two or more models by name."""
+    if not isinstance(models, Mapping) or len(models) < 2:
+        raise ValueError(f"models must be two or more in a dict, by name, got {shown(models)}")
+    for name in models:
+        if not isinstance(name, str):
+            raise TypeError(f"models must have names that are text, got {shown(name)}")
+
+
+def _guessing(names: Iterable[str], clean: Sequence[Tensor], classes: int) -> list[str]:
+    """The notes about models that seem to guess, by whether each image is classified correctly, [N] bool."""
+    return [
+        f"{name} seems to guess, so that what is made on it says nothing of the others"
+        for name, right in zip(names, clean, strict=True)
+        if seems_to_guess(int(right.sum()), len(right), classes)
+    ]
+
+
+def _shares(names: Iterable[str], correct: Sequence[int], images: int) -> str:
+    """The accuracies of all models on the images that one model made, in words."""
+    return ", ".join(
+        f"{100 * count / images:.2f} % on {name}"
+        for name, count in zip(names, correct, strict=True)
     )
 
 

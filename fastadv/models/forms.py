@@ -32,13 +32,21 @@ def forms_of(model: nn.Module) -> Mapping[str, str]:
 
 @arguments_checked
 def form_of(model: nn.Module) -> str | None:
-    """Return the name of a model's form, a key of `forms_of`; None if there are no forms."""
+    """Return the name of a model's form, a key of `forms_of`; None if there are no forms.
+
+    Args:
+        model: the model, possibly inside `Normalized`.
+    """
     return getattr(without_normalization(model), "form", None) if forms_of(model) else None
 
 
 @arguments_checked
 def usual_form(model: nn.Module) -> bool:
-    """Return whether a model is the form that its architecture's plain name means."""
+    """Return whether a model is the form that its architecture's plain name means.
+
+    Args:
+        model: the model, possibly inside `Normalized`.
+    """
     return form_of(model) == next(iter(forms_of(model)), None)
 
 
@@ -84,7 +92,15 @@ def described(forms: Mapping[str, str]) -> str:
 
 @arguments_checked
 def in_form(model: nn.Module, form: str) -> nn.Module:
-    """Return a network of a model's size in another of its forms, with fresh weights."""
+    """Return a network of a model's size in another of its forms, with fresh weights.
+
+    Args:
+        model: the model, possibly inside `Normalized`.
+        form: the name of the other form, a key of `forms_of`.
+
+    Raises:
+        ValueError: if the model has one form only, or not this one.
+    """
     network = without_normalization(model)
     if not forms_of(network):
         raise ValueError(f"model must be a network of several forms, got {type(network).__name__}")
@@ -96,6 +112,10 @@ def in_form(model: nn.Module, form: str) -> nn.Module:
 @arguments_checked
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
     """Load a model's state dict into another model.
+
+    Args:
+        target: the model that gets the weights and buffers.
+        source: the model that has them.
 
     Raises:
         ValueError: if the two models are of different forms.

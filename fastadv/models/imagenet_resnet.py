@@ -129,10 +129,20 @@ def _stage(block: Block, in_planes: int, planes: int, count: int, stride: int) -
 
 
 def resnet50(num_classes: int = 1000, in_channels: int = 3) -> ImageNetResNet:
-    """ResNet-50 in its ImageNet form: 25,557,032 parameters for 1000 classes and 3 channels."""
+    """ResNet-50 in its ImageNet form: 25,557,032 parameters for 1000 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+    """
     return ImageNetResNet(BottleneckBlock, (3, 4, 6, 3), num_classes, in_channels)
 
 
 def resnet18_imagenet(num_classes: int = 1000, in_channels: int = 3) -> ImageNetResNet:
-    """ResNet-18 in its ImageNet form: 11,689,512 parameters for 1000 classes and 3 channels."""
+    """ResNet-18 in its ImageNet form: 11,689,512 parameters for 1000 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+    """
     return ImageNetResNet(PlainBlock, (2, 2, 2, 2), num_classes, in_channels)

@@ -137,5 +137,12 @@ def preact_resnet18(
     final_norm: bool = True,
     raw_shortcut: bool = False,
 ) -> PreActResNet:
-    """PreAct ResNet-18: 11,172,170 parameters for 10 classes (11,171,146 without `final_norm`)."""
+    """PreAct ResNet-18: 11,172,170 parameters for 10 classes (11,171,146 without `final_norm`).
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+        final_norm: as in `PreActResNet`.
+        raw_shortcut: as in `PreActResNet`.
+    """
     return PreActResNet((2, 2, 2, 2), num_classes, in_channels, final_norm, raw_shortcut)

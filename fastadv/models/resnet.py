@@ -113,5 +113,11 @@ def _stage(in_planes: int, planes: int, count: int, stride: int) -> nn.Sequentia
 
 
 def resnet18(num_classes: int = 10, in_channels: int = 3, layer2_stride: int = 2) -> ResNet:
-    """ResNet-18 in its CIFAR form: 11,173,962 parameters for 10 classes and 3 channels."""
+    """ResNet-18 in its CIFAR form: 11,173,962 parameters for 10 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+        layer2_stride: stride of the second stage, as in `ResNet`.
+    """
     return ResNet((2, 2, 2, 2), num_classes, in_channels, layer2_stride)

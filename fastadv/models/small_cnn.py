@@ -59,5 +59,10 @@ class SmallCNN(SplitModel):
 
 
 def small_cnn(num_classes: int = 10, in_channels: int = 1) -> SmallCNN:
-    """A network of 56,554 parameters for 10 classes and 1 channel."""
+    """A network of 56,554 parameters for 10 classes and 1 channel.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+    """
     return SmallCNN(num_classes, in_channels)

@@ -135,6 +135,9 @@ def importance_ratios(stack: Stack) -> list[float]:
     Source: AFS's analysis of the merger by its weights. The ratios measure importance only where the features of
     all extractors have about the same magnitude.
 
+    Args:
+        stack: the extractors and their merger.
+
     Returns:
         One number per extractor, in their order; they add up to 1. All equal where every weight is 0.
     """

@@ -73,5 +73,10 @@ class VGG(SplitModel):
 
 
 def vgg16_bn(num_classes: int = 10, in_channels: int = 3) -> VGG:
-    """VGG-16 with BatchNorm: 14,728,266 parameters for 10 classes and 3 channels."""
+    """VGG-16 with BatchNorm: 14,728,266 parameters for 10 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+    """
     return VGG(VGG16_STAGES, num_classes, in_channels)

@@ -123,10 +123,22 @@ class WideResNet(SplitModel):
 
 
 def wrn_28_10(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """WRN-28-10: 36,479,194 parameters for 10 classes and 3 channels."""
+    """WRN-28-10: 36,479,194 parameters for 10 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+        dropout: rate of dropout inside the blocks.
+    """
     return WideResNet(28, 10, num_classes, in_channels, dropout)
 
 
 def wrn_34_10(num_classes: int = 10, in_channels: int = 3, dropout: float = 0.0) -> WideResNet:
-    """WRN-34-10: 46,160,474 parameters for 10 classes and 3 channels."""
+    """WRN-34-10: 46,160,474 parameters for 10 classes and 3 channels.
+
+    Args:
+        num_classes: number of logits.
+        in_channels: number of channels of an image.
+        dropout: rate of dropout inside the blocks.
+    """
     return WideResNet(34, 10, num_classes, in_channels, dropout)

@@ -18,7 +18,8 @@ def backend(name: str) -> Iterator[None]:
 
     A backend that an op or a device does not have is an error at the op's call, never a fallback. The block
     acts on the calling thread and on eager calls; of nested blocks the innermost counts. A function compiled
-    by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside.
+    by ``torch.compile`` keeps the owners that the dispatcher gives it and cannot be called inside. Kernels that
+    are no op of `fastadv.ops`, such as a copied model's convolutions, have one implementation and run as outside.
 
     Args:
         name: ``"native"`` (C++ on CPU tensors, CUDA C++ on CUDA tensors), ``"triton"`` or ``"reference"``.
@@ -61,7 +62,9 @@ class _ForcedBackend(TorchDispatchMode):
         kwargs = kwargs or {}
         if not self.active or func.namespace != NAMESPACE:
             return func(*args, **kwargs)
-        op = REGISTRY[func._schema.name.split("::")[1]]
+        op = REGISTRY.get(func._schema.name.split("::")[1])
+        if op is None:  # a kernel of the engine's or an attack's own
+            return func(*args, **kwargs)
         return _implementation(op, self._name, _device_type(args))(*args, **kwargs)
 
 

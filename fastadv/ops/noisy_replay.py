@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadv.ops import checks
-from fastadv.ops.random_start import _reference as random_start_reference
+from fastadv.ops.random_start import reference as random_start_reference
 from fastadv.ops.registry import Op, define
 from fastadv.ops.traced import call
 from fastadv.seeding import draw_seed

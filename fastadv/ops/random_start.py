@@ -75,7 +75,7 @@ def _radius_share(words: Tensor) -> Tensor:
     return ((words >> 8).amax(1, keepdim=True) + 1).double() * 2.0**-24
 
 
-def _reference(
+def reference(
     x: Tensor,
     eps: float,
     eps_per_sample: Tensor | None,
@@ -85,6 +85,7 @@ def _reference(
     seed: int,
     sample_ids: Tensor | None,
 ) -> Tensor:
+    """Compute the op in plain torch. The reference of `noisy_replay` computes its start by this function, too."""
     noise = uniform_ball_noise(x, eps, eps_per_sample, norm, seed, sample_ids)
     moved = x.to(noise.dtype) + noise
     clipped = torch.where(moved < low, low, moved)
@@ -96,7 +97,7 @@ _op = define(
         "random_start",
         "(Tensor x, float eps, Tensor? eps_per_sample, str norm, float low, float high, SymInt seed, "
         "Tensor? sample_ids) -> Tensor",
-        reference=_reference,
+        reference=reference,
         triton="random_start:random_start",
         batched=("x", "eps_per_sample", "sample_ids"),
     )

@@ -23,7 +23,6 @@ class Scale:
 
     Attributes:
         name: the scale's name on the command line.
-        about: one sentence for the help.
         data: the data set, if the user names no data set.
         seeds: the number of trainings of each row, if the user does not give it.
         network: the network in place of every network of the papers; None for the papers' networks.
@@ -38,7 +37,6 @@ class Scale:
     """
 
     name: str
-    about: str
     data: str
     seeds: int
     network: str | None = None
@@ -112,10 +110,10 @@ def _fewer(epochs: int | tuple[int, ...], ratio: float) -> int | tuple[int, ...]
     return math.ceil(epochs * ratio)
 
 
-PAPER = Scale("paper", "The papers' own settings.", "cifar10", 3)
+PAPER = Scale("paper", "cifar10", 3)  # the papers' own settings
+# Real CIFAR-10 on a processor of 2 cores: a part of the images, a small network, few epochs.
 SMALL = Scale(
     "small",
-    "Real CIFAR-10 on a processor of 2 cores: a part of the images, a small network, few epochs.",
     "cifar10",
     1,
     "small_cnn",
@@ -125,9 +123,9 @@ SMALL = Scale(
     test_images=1000,
     fewer_images={"autoattack": 300, "min-pgd-20": 300, "cwl2-1000": 200},
 )
+# Digits of 8x8 pixels in seconds, to see that everything works. The figures say nothing.
 TINY = Scale(
     "tiny",
-    "Digits of 8x8 pixels in seconds, to see that everything works. The figures say nothing.",
     "digits",
     1,
     "small_cnn",
@@ -158,6 +156,9 @@ SCALES = {scale.name: scale for scale in (PAPER, SMALL, TINY)}
 
 def find_scale(name: str) -> Scale:
     """Return a scale by its name.
+
+    Args:
+        name: "paper", "small" or "tiny".
 
     Raises:
         ValueError: for an unknown name.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fastadv.attacks import FriendlyPGD
-from fastadv.trainers.friendly import check_tau, grown_tau
+from fastadv.trainers.friendly import FriendlyTau
 from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
@@ -18,7 +18,7 @@ _DROPS_AT_60_90_AND_110 = Piecewise((0, 59, 89, 109), (1.0, 0.1, 0.01, 0.005))
 
 
 @dataclass(frozen=True, kw_only=True)
-class FatRecipe(AdversarialRecipe):
+class FatRecipe(FriendlyTau, AdversarialRecipe):
     """Numbers of the authors' code; both presets have them.
 
     Attributes:
@@ -39,11 +39,7 @@ class FatRecipe(AdversarialRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tau(self)
-
-    def tau_at(self, epoch: int) -> int:
-        """Return tau in an epoch, counted from 0."""
-        return grown_tau(self.tau, self.tau_epochs, epoch)
+        self.check_tau()
 
 
 class Fat(PGDAT[FatRecipe]):

@@ -4,16 +4,40 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastadv.attacks import PGD, FriendlyPGD
 from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.pair import PairMethod, PairRecipe
-from fastadv.trainers.recipe import check_field
+
+
+class FriendlyTau:
+    """The part of a recipe that says how far a friendly attack goes on for an image.
+
+    The recipe, a dataclass, has the fields `tau` and `tau_epochs`.
+    """
+
+    tau: int
+    tau_epochs: tuple[int, ...]
+
+    def check_tau(self) -> None:
+        """Check the fields.
+
+        Raises:
+            ValueError: if tau is negative, or the epochs are not ascending.
+        """
+        if self.tau < 0:
+            raise ValueError(f"tau must be >= 0, got {self.tau}")
+        if list(self.tau_epochs) != sorted(self.tau_epochs):
+            raise ValueError(f"tau_epochs must be ascending, got {self.tau_epochs}")
+
+    def tau_at(self, epoch: int) -> int:
+        """Return tau in an epoch, counted from 0: one more after each of `tau_epochs`."""
+        return self.tau + bisect.bisect_right(self.tau_epochs, epoch)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FriendlyPairRecipe(PairRecipe):
+class FriendlyPairRecipe(FriendlyTau, PairRecipe):
     """Options of TRADES and MART that come from FAT. Its paper calls the results FAT for TRADES and FAT for MART.
 
     Attributes:
@@ -29,27 +53,7 @@ class FriendlyPairRecipe(PairRecipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_tau(self)
-
-    def tau_at(self, epoch: int) -> int:
-        """Return tau in an epoch, counted from 0."""
-        return grown_tau(self.tau, self.tau_epochs, epoch)
-
-
-def check_tau(recipe: Any) -> None:
-    """Check a recipe's tau, and the epochs after which it grows.
-
-    Raises:
-        ValueError: if tau is negative, or the epochs are not ascending.
-    """
-    check_field(recipe, "tau", at_least=0)
-    if list(recipe.tau_epochs) != sorted(recipe.tau_epochs):
-        raise ValueError(f"tau_epochs must be ascending, got {recipe.tau_epochs}")
-
-
-def grown_tau(tau: int, tau_epochs: tuple[int, ...], epoch: int) -> int:
-    """Return tau in an epoch, counted from 0: one more after each of `tau_epochs`."""
-    return tau + bisect.bisect_right(tau_epochs, epoch)
+        self.check_tau()
 
 
 FriendlyT = TypeVar("FriendlyT", bound=FriendlyPairRecipe)

@@ -202,6 +202,9 @@ class Method(abc.ABC, Generic[RecipeT, AttackedT]):
         self._convolutions = TrainingConvolutions() if fast else None
         self.setup()
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.recipe}, model={type(self.model).__name__})"
+
     @classmethod
     def teachers_needed(cls, recipe: Recipe) -> tuple[str, ...]:
         """Return the names of the frozen models that this recipe needs."""

@@ -14,7 +14,7 @@ from fastadv.attacks.arguments import EngineName
 from fastadv.fields import check_fields
 from fastadv.ops.values import check_radius, did_you_mean
 from fastadv.trainers.number import Number
-from fastadv.trainers.recipe_type import RecipeType
+from fastadv.trainers.recipe_type import RecipeType, with_norm
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 if TYPE_CHECKING:
@@ -201,6 +201,7 @@ class Recipe(metaclass=RecipeType):
                 f"preset of {cls.__name__} must be one of {', '.join(cls.presets)}, "
                 f"got {name!r}{reason}"
             )
+        changes = with_norm(cls, changes)
         return cls(**{**cls.beginning(name, changes), **changes})
 
     @classmethod

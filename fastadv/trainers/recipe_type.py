@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from abc import ABCMeta
+from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean
+from fastadv.ops.values import did_you_mean, norm_name
 
 T = TypeVar("T")
 # The names of these numbers in other code.
@@ -22,6 +24,16 @@ _SYNONYMS = {
 }
 
 
+def with_norm(kind: type, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's numbers, with fastadv's name of a norm that is written as other libraries write it."""
+    found = dict(numbers)
+    # A recipe without `norms` may have a field of this name for something else.
+    if "norm" in found and hasattr(kind, "norms"):
+        with suppress(ValueError):  # the recipe's own check reports an unknown norm
+            found["norm"] = norm_name(found["norm"])
+    return found
+
+
 class RecipeType(ABCMeta):
     """The metaclass of recipes: it checks the names of the numbers before a recipe is made."""
 
@@ -31,7 +43,7 @@ class RecipeType(ABCMeta):
         Raises:
             TypeError: if the recipe does not have a given option; the message names a similar one.
         """
-        known = inspect.signature(cls).parameters
+        known, numbers = inspect.signature(cls).parameters, with_norm(cls, numbers)
         for name in numbers:
             if name not in known:
                 hint = did_you_mean(name, known, _SYNONYMS)

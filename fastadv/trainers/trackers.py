@@ -32,6 +32,9 @@ class Tracker(Callback, abc.ABC):
     module: ClassVar[str]
     package: ClassVar[str]
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.module!r})"
+
     def __init__(self) -> None:
         self._warned = False
         try:

@@ -206,10 +206,11 @@ def train(
             data=describe_data(splits.train, extra),
             teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
         )
-        trainer.initialise()
-        check_trainable(trainer)
-        for trained in trainer.trainable().values():
-            ranks.broadcast([*trained.parameters(), *trained.buffers()])
+        # Else each process would train a model of its own, or wait for the others without end.
+        ranks.check_same(
+            {**description.flat(), "resume": bool(resume), "log_every": settings.log_every}
+        )
+        _initialise(trainer, ranks)
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
@@ -240,6 +241,19 @@ def train(
             trainer.compile()
         record = loop.train()
         ranks.wait()  # for the last checkpoint
+    return _result(loop, run, record)
+
+
+def _initialise(trainer: Method[Any, Any], ranks: Ranks) -> None:
+    """Let the method set its weights and buffers, which then are the first process's in all processes."""
+    trainer.initialise()
+    check_trainable(trainer)
+    for trained in trainer.trainable().values():
+        ranks.broadcast([*trained.parameters(), *trained.buffers()])
+
+
+def _result(loop: Loop, run: RunDirectory, record: dict[str, Any]) -> TrainResult:
+    """The result of a run that has ended."""
     best = loop.progress.best_step
     return TrainResult(
         model=loop.evaluated.eval(),

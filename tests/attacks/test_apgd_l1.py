@@ -32,7 +32,7 @@ def reference_adversarial(loss: str, steps: int, x: Tensor, y: Tensor) -> Tensor
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "count", "slack"), [("ce", 200, 10), ("dlr-t", 100, 5)])
+@pytest.mark.parametrize(("loss", "count", "slack"), [("ce", 100, 5), ("dlr-t", 100, 5)])
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_finds_as_many_as_the_reference(loss: str, count: int, slack: int) -> None:
     """At equal steps, of as many images; another start changes as much."""

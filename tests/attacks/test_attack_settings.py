@@ -66,6 +66,8 @@ def arguments_of(kind: type[Attack]) -> dict[str, inspect.Parameter]:
 def short(kind: type[Attack], name: str = "") -> dict[str, Any]:
     known = arguments_of(kind)
     options = {**BASE, "steps": 2, "search_steps": 1, "c": 1.0, "lr": 0.1, "queries": 15}
+    if kind is fastadv.FAB:  # of the nine classes that it would try one after the other
+        options["target_classes"] = 1
     if kind is fastadv.MIM and name == "restarts":  # which without chance would be one run again
         options["random_start"] = True
     return {key: value for key, value in options.items() if key in known and key != name}

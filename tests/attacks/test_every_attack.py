@@ -25,14 +25,23 @@ from attack_zoo import (
     TARGETED,
     WAYS,
     WITHOUT_GRADIENT,
+    classes_with,
 )
 from torch import Tensor, nn
 
 import fastadv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+every_class_every_way = pytest.mark.covering(facts=classes_with("way"))
 
 
+@pytest.mark.covering(
+    facts=lambda given: {
+        (given["name"], given["norm"]),
+        (given["norm"], given["way"], given["dtype"]),
+        *classes_with("way", "dtype")(given),
+    }
+)
 @pytest.mark.parametrize(
     ("way", "dtype"),
     [*((way, torch.float32) for way in WAYS), ("compiled bf16", torch.bfloat16)],
@@ -55,6 +64,7 @@ def test_the_result_is_inside_ball_and_bounds(
     assert attack.last.outside_share == 0
 
 
+@pytest.mark.covering(facts=classes_with("bounds"))
 @pytest.mark.parametrize("bounds", [(-0.3, 0.5), (-1.0, 3.0)])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_other_bounds_hold(name: str, bounds: tuple[float, float]) -> None:
@@ -67,6 +77,7 @@ def test_other_bounds_hold(name: str, bounds: tuple[float, float]) -> None:
     assert not torch.equal(adv, x)
 
 
+@every_class_every_way
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in WITHOUT_GRADIENT])
 def test_it_lowers_the_accuracy(name: str, way: str) -> None:
@@ -75,6 +86,7 @@ def test_it_lowers_the_accuracy(name: str, way: str) -> None:
     assert robust_accuracy(model, adv, y) < robust_accuracy(model, x, y) - 0.15
 
 
+@every_class_every_way
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_model_and_random_state_are_as_before(name: str, way: str) -> None:
@@ -121,6 +133,7 @@ def test_all_is_as_before_when_the_model_raises_midway(name: str) -> None:
         _ = attack.last
 
 
+@every_class_every_way
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_one_seed_gives_one_result(name: str, way: str) -> None:
@@ -132,6 +145,7 @@ def test_one_seed_gives_one_result(name: str, way: str) -> None:
     assert torch.equal(attack(x, y, seed=2), first) != draws
 
 
+@every_class_every_way
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_part_of_a_batch_gets_what_it_gets_in_the_whole(name: str, way: str) -> None:
@@ -165,6 +179,7 @@ def test_targeted_attacks_reach_their_targets(name: str) -> None:
     assert reached > (0.2 if name.startswith("fgsm") else 0.35), reached
 
 
+@pytest.mark.covering(facts=classes_with("norm"))
 @pytest.mark.parametrize(("name", "norm"), NAMES_AND_NORMS)
 def test_every_image_may_have_its_own_radius(name: str, norm: str) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(16)

@@ -27,6 +27,7 @@ def plane() -> tuple[LinearModel, Tensor, Tensor, dict[str, Tensor]]:
     return model, x, logits.argmax(1), {"linf": gap / normal.abs().sum(), "l2": gap / normal.norm()}
 
 
+@pytest.mark.covering
 @pytest.mark.parametrize("targeted", [False, True])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(

@@ -139,8 +139,7 @@ def counted(model: nn.Module) -> tuple[nn.Module, list[int]]:
     return model, sizes
 
 
-@pytest.mark.parametrize("norm", RADIUS)
-@pytest.mark.parametrize("queries", [70, 331])
+@pytest.mark.parametrize(("norm", "queries"), [("linf", 70), *((norm, 331) for norm in RADIUS)])
 def test_looking_ahead_changes_no_result(
     norm: str, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,3 +47,15 @@ def test_the_op_refuses_what_it_cannot_take() -> None:
         op(images, images[:1], images, words, 2)
     with pytest.raises(TypeError, match="images must be float32 or float64"):
         op(images.half(), images.half(), images.half(), words, 2)
+
+
+def test_only_the_low_32_bits_of_a_word_count() -> None:
+    """Other numbers, as from a plain random int64, once put squares outside of the images."""
+    images, ends = torch.zeros(64, 1, 4, 4), torch.ones(64, 1, 4, 4)
+    words = torch.randint(-(2**63), 2**63 - 1, (64, 3), generator=torch.Generator().manual_seed(0))
+    words[:, 2] = 1
+    found = torch.ops.fastadv.square_points(images, ends, -ends, words, 2)
+    assert torch.equal(
+        found, torch.ops.fastadv.square_points(images, ends, -ends, words & 0xFFFFFFFF, 2)
+    )
+    assert found.flatten(1).sum(1).eq(4).all()

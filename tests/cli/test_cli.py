@@ -79,7 +79,7 @@ def test_help_of_a_method_explains_every_option(
 def test_training_says_what_it_does_and_leaves_its_config(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert train_quickly("pgd_at", tmp_path / "at") == 0
+    assert train_quickly("pgd_at", tmp_path / "at", "--train_images", "1297") == 0
     out, err = capfd.readouterr()
     assert f"next: fastadv eval {tmp_path / 'at'}" in out
     assert "pgd_at on digits train (1,297 images) with small_cnn" in err

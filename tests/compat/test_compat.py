@@ -240,6 +240,35 @@ def test_wrong_inputs_are_named() -> None:
         attack(x + 1, y)
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong", "message"),
+    [
+        (compat.APGD, {"n_restarts": 0}, "^n_restarts must be >= 1"),
+        (compat.APGDT, {"eot_iter": "2"}, "^eot_iter must be an integer"),
+        (compat.APGD, {"verbose": "no"}, "^verbose must be True or False"),
+        (compat.Square, {"n_queries": 0}, "^n_queries must be >= 1"),
+        (compat.Square, {"resc_schedule": "no"}, "^resc_schedule must be True or False"),
+        (compat.FAB, {"verbose": 2}, "^verbose must be True or False"),
+    ],
+)
+def test_wrong_settings_are_named_as_they_were_given(
+    kind: Any, wrong: dict[str, Any], message: str
+) -> None:
+    model = trained_small_cnn()
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind(model, **wrong)
+    attack, ((name, value),) = kind(model), wrong.items()
+    if name != "verbose":
+        with pytest.raises((TypeError, ValueError), match=message):
+            setattr(attack, name, value)
+
+
+def test_a_file_that_is_no_path_is_named_before_the_attack() -> None:
+    attack, batch = short(compat.BIM, trained_small_cnn()), digits_test(2)
+    with pytest.raises(TypeError, match="save_path must be a path, got 3"):
+        attack.save([batch], 3)  # type: ignore[arg-type]
+
+
 def test_bytes_under_a_normalisation_are_judged_as_they_come_back(tmp_path: Path) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(24)
     wrapped = nn.Sequential(fastadv.models.Normalized(nn.Identity(), [-2.0], [4.0]), model)

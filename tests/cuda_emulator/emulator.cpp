@@ -6,8 +6,8 @@
 // Within a warp the lanes go in random order from one shuffle to the next.
 #include "emulator.h"
 
+#include <c10/util/Exception.h>  // torch's other headers take ten seconds
 #include <setjmp.h>
-#include <torch/library.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -157,13 +157,26 @@ void exchange(unsigned mask, void* value, size_t size, int (*lane_of)(int lane, 
   memcpy(value, values[lane_of(lane, distance)], size);
 }
 
-TORCH_LIBRARY(cuda_emulator, m) {
-  m.def("seed", [](int64_t value) { random_order.seed(unsigned(value)); });
-  m.def("launched_kernels",
-        [] { return std::vector<std::string>(launched_kernels.begin(), launched_kernels.end()); });
+}  // namespace cuda_emulator
+
+// For plugin.py, by way of ctypes.
+extern "C" {
+
+[[gnu::visibility("default")]] void cuda_emulator_seed(unsigned value) {
+  cuda_emulator::random_order.seed(value);
 }
 
-}  // namespace cuda_emulator
+// The kernels launched so far, with ", " between them.
+[[gnu::visibility("default")]] const char* cuda_emulator_launched() {
+  static std::string text;
+  text.clear();
+  for (const std::string& kernel : cuda_emulator::launched_kernels) {
+    text += (text.empty() ? "" : ", ") + kernel;
+  }
+  return text.c_str();
+}
+
+}  // extern "C"
 
 void __syncthreads() { cuda_emulator::pause_in(cuda_emulator::State::kAtBarrier); }
 

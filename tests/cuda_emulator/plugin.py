@@ -6,6 +6,8 @@ time, with the threads of a block in another order.
 
 from __future__ import annotations
 
+import ctypes
+
 import pytest
 import torch
 from marks import parameters
@@ -17,6 +19,7 @@ LAUNCHED = "emulated kernels: "
 REORDERED = "tests in another order: "
 FIRST, SECOND = 0, 1  # seeds of the order of threads
 _reordered: list[str] = []
+library: ctypes.CDLL | None = None  # the emulator, where it has taken the place of the C++ kernels
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,8 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    torch.ops.load_library(config.getoption("--emulator-library"))
-    torch.ops.cuda_emulator.seed(FIRST)
+    global library
+    path = config.getoption("--emulator-library")
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(path)
+    library.cuda_emulator_launched.restype = ctypes.c_char_p
+    _use_order(FIRST)
+
+
+def _use_order(seed: int) -> None:
+    assert library is not None
+    library.cuda_emulator_seed(ctypes.c_uint(seed))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,15 +58,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_call(item: pytest.Item) -> None:
     """Runs after pytest's own, hence a second time."""
     if item.get_closest_marker("other_order"):
-        torch.ops.cuda_emulator.seed(SECOND)
+        _use_order(SECOND)
         try:
             item.runtest()
         finally:
-            torch.ops.cuda_emulator.seed(FIRST)
+            _use_order(FIRST)
         _reordered.append(item.name)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    launched = torch.ops.cuda_emulator.launched_kernels()
-    terminalreporter.write_line(LAUNCHED + ", ".join(launched))
+    assert library is not None
+    terminalreporter.write_line(LAUNCHED + library.cuda_emulator_launched().decode())
     terminalreporter.write_line(f"{REORDERED}{len(_reordered)}")

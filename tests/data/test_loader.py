@@ -182,3 +182,11 @@ def test_position_is_checked_at_the_call():
         loader.epoch(0, start_step=6)
     with pytest.raises(ValueError, match="epoch must be >= 0, got -1"):
         loader.epoch(-1)
+
+
+def test_a_loader_shows_what_it_holds():
+    assert repr(Loader(toy(), 10, train=True)) == (
+        "Loader('toy', 50 images, batch_size=10, train=True)"
+    )
+    extra = Loader(toy(), 10, train=True, extra=toy(20), extra_fraction=0.5)
+    assert "50 images and 20 extra" in repr(extra)

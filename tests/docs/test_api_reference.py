@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 import fastadv
+from fastadv.trainers import Callback, Schedule
 
 API = Path(__file__).resolve().parents[2] / "docs" / "api"
 COMMAND_LINE = {"cli", "commands"}  # their options are public, and their names are not
@@ -42,6 +44,37 @@ def _has_docstring(value: Any) -> bool:
     """Whether autodoc finds words for it; a constant has only the words of its class."""
     named = hasattr(value, "__name__") and value.__module__.startswith("fastadv.")
     return named and bool(value.__doc__)
+
+
+def _public(package: str) -> dict[str, Any]:
+    module = importlib.import_module(f"fastadv.{package}")
+    return {name: getattr(module, name) for name in PACKAGES[package]}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_argument_of_a_public_function_is_described(package: str) -> None:
+    missing = [
+        f"{name}: {argument}"
+        for name, value in _public(package).items()
+        if inspect.isfunction(value)
+        for argument in inspect.signature(value).parameters
+        if not re.search(rf"^ *\*{{0,2}}(\w+, )*{argument}\b.*:", value.__doc__ or "", re.MULTILINE)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_every_public_class_shows_what_its_instances_hold(package: str) -> None:
+    bases = {Callback, Schedule}  # without anything of their own to show
+    plain = [
+        name
+        for name, value in _public(package).items()
+        if inspect.isclass(value)
+        and value not in bases
+        and not getattr(value, "_is_protocol", False)
+        if value.__repr__ is object.__repr__
+    ]
+    assert plain == []
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -8,18 +8,18 @@ import re
 from pathlib import Path
 
 import pytest
-from processes import ran
+from processes import ran, warm_python
 
 pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # For each script the package that it needs, its arguments, and what it prints.
 SCRIPTS: dict[str, tuple[str, list[str], str]] = {
-    "own_loop.py": ("torch", ["--epochs", "2"], r"epoch 1: loss .*, clean .*%, robust .*%"),
+    "own_loop.py": ("torch", ["--epochs", "1"], r"epoch 0: loss .*, clean .*%, robust .*%"),
     "lightning_module.py": ("lightning", ["--epochs", "1"], r"clean .*%, robust .*%"),
     "accelerate_loop.py": ("accelerate", ["--epochs", "1"], r"clean .*%, robust .*%"),
     "timm_finetuning.py": ("timm", ["--images", "128"], r"trained: .*"),
-    "judge_checkpoint.py": ("torch", ["--images", "8"], r'"clean_acc": .*"autoattack_acc": .*'),
+    "judge_checkpoint.py": ("torch", ["--images", "4"], r'"clean_acc": .*"autoattack_acc": .*'),
     "own_method.py": ("torch", ["--epochs", "1"], r"trained: .*"),
     "ddp.py": ("torch", ["--epochs", "1"], r"robust .*%"),
 }
@@ -27,7 +27,8 @@ SCRIPTS: dict[str, tuple[str, list[str], str]] = {
 
 def run(words: list[str], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = ran(words, environment, folder)
+    with warm_python() as python:  # for torchrun
+        done = ran(words, {**environment, "PYTHON_EXEC": python}, folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -137,6 +137,9 @@ CHANGES: dict[str, Callable[[Adjustable], object]] = {
 Adjustable.conv_of_half = lambda self, x: F.conv2d(x / 2, self.conv.weight, padding=1)  # type: ignore[attr-defined]
 
 
+@pytest.mark.covering(
+    facts=lambda given: {given["way"], (given["change"], given["way"].startswith("compiled"))}
+)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_structural_change_is_seen(change: str, way: str) -> None:

@@ -327,7 +327,7 @@ def test_nothing_is_measured_of_a_fused_network(monkeypatch: pytest.MonkeyPatch)
     engine = narrow(attack, torch.rand(8, 1, 8, 8))
     assert type(engine) is ProgramEngine and engine.reason == "the model can be copied"
     grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten())
-    with pytest.raises(AssertionError, match="measured"):  # no kernel for its gradient
+    with pytest.warns(UserWarning, match="something was measured"):  # no kernel for its gradient
         fastadv.PGD(nn.Sequential(grouped, nn.Linear(128, 4)).eval()).engine_for(images(8))
 
 

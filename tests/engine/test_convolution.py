@@ -345,6 +345,8 @@ def test_bad_arguments_are_named() -> None:
         OPS.conv3x3_pack_(packed, torch.randn(16, 8, 3, 3), None, False)
     with pytest.raises(ValueError, match="weight must have shape"):
         OPS.conv3x3_pack_(packed, torch.randn(16, 16, 5, 5), None, False)
+    with pytest.raises(ValueError, match="scale must have shape"):
+        OPS.conv3x3_pack_(packed, torch.randn(16, 16, 3, 3), torch.ones(8), False)
     assert not convolution.supported(3, 64)
     assert not convolution.supported(16, 0)
 

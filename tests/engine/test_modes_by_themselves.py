@@ -81,6 +81,37 @@ def test_an_adapter_in_eval_mode_of_a_model_in_train_mode_stays_merged() -> None
     assert model.training and not model[-1].training and model[-1].merged
 
 
+class Deployed(nn.Module):
+    """Does something else in eval mode, by an `eval` method of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small()
+        self.sign = 1.0
+
+    def eval(self) -> Deployed:
+        self.sign = -1.0
+        return super().eval()
+
+    def train(self, mode: bool = True) -> Deployed:
+        self.sign = 1.0 if mode else self.sign
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sign * self.net(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "eager"])
+def test_an_eval_method_of_its_own_is_called(engine: Any) -> None:
+    model = Deployed().train()
+    attack = fastadv.PGD(model, steps=2, random_start=False, engine=engine, precision="fp32")
+    found = attack(X, Y)
+    assert model.sign == 1.0 and model.training
+    model.eval()
+    assert model.sign == -1.0 and torch.equal(attack(X, Y), found)
+    assert model.sign == -1.0 and not model.training
+
+
 @pytest.mark.parametrize("mode", [True, False])
 @pytest.mark.parametrize("engine", ["auto", "eager"])
 def test_what_may_be_trained_stays_so(engine: Any, mode: bool) -> None:
@@ -124,7 +155,7 @@ def test_models_made_in_inference_mode_are_attacked_without_gradients() -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_frozen_scripts_have_no_mode() -> None:
     scripted = torch.jit.freeze(torch.jit.script(small().eval()))
-    attack = fastadv.PGD(scripted, steps=2, random_start=False)
+    attack = fastadv.PGD(scripted, steps=2, random_start=False, precision="fp32")
     plain = fastadv.PGD(small().eval(), steps=2, random_start=False, precision="fp32")
     assert torch.allclose(attack(X, Y), plain(X, Y), atol=1e-5)
 

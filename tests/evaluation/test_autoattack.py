@@ -1,9 +1,8 @@
-"""AutoAttack: against a closed form and the library's own loop, its state on disk, and its side effects."""
+"""AutoAttack: against a closed form and the library's own loop, its warnings, and its side effects."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import sys
 
@@ -14,7 +13,6 @@ from torch import nn
 
 from fastadv.evaluation import autoattack, evaluate
 from fastadv.evaluation.autoattack import merge_warnings
-from fastadv.evaluation.autoattack_state import AutoAttackState
 
 pyautoattack = pytest.importorskip("pyautoattack")
 
@@ -26,19 +24,19 @@ FAST = ("apgd-ce", "apgd-t")
 @pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
 def test_the_standard_version_agrees_with_the_closed_form(engine):
     # apgd-t and fab-t try every other class, and for a linear model each class alone is a convex problem.
-    model, x, y = linear_problem(classes=5, n=24, wrong=4)
+    model, x, y = linear_problem(classes=5, n=16, wrong=3)
     exact = model.exactly_robust(x, y, EPS)
-    result = autoattack(model, (x, y), eps=EPS, batch_size=16, engine=engine)
+    result = autoattack(model, (x, y), eps=EPS, batch_size=10, engine=engine)
     assert torch.equal(result.robust, exact)
-    assert 0 < int(exact.sum()) < 20
+    assert 0 < int(exact.sum()) < 13
     assert [stage.name for stage in result.stages] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert result.stages[-1].correct == int(exact.sum())
-    assert (result.status, result.notes, result.seed, result.batch_size) == ("ok", (), 0, 16)
+    assert (result.status, result.notes, result.seed, result.batch_size) == ("ok", (), 0, 10)
 
     assert (result.search == engine) == (engine != "auto")
 
     adversarial = result.adversarial
-    assert len(result.fooled) == len(adversarial) == 20 - int(exact.sum())
+    assert len(result.fooled) == len(adversarial) == 13 - int(exact.sum())
     assert (adversarial - x[result.fooled]).abs().max() <= EPS + 1e-6
     assert (model(adversarial).argmax(1) != y[result.fooled]).all()
 
@@ -55,13 +53,13 @@ def test_evaluate_reports_it():
 
 
 def test_the_library_itself_finds_the_same_images():
-    model, x, y = linear_problem(classes=6, n=30, wrong=3)
+    model, x, y = linear_problem(classes=5, n=16, wrong=2)
     ours = autoattack(
         model, (x, y), eps=EPS, version=FAST, batch_size=8, seed=3, engine="reference"
     )
     library = pyautoattack.AutoAttack(model, eps=EPS, seed=3, version="standard")
     library.attacks_to_run = list(FAST)
-    library.apgd_targeted.n_target_classes = 5
+    library.apgd_targeted.n_target_classes = 4
     with _side_effects_undone():
         adversarial, _ = library.run_standard_evaluation(x, y, batch_size=8)
     changed = (adversarial != x).flatten(1).any(1)
@@ -97,126 +95,6 @@ def test_the_seed_decides():
     ]
     assert torch.equal(runs[0].adversarial, runs[1].adversarial)
     assert not torch.equal(runs[0].adversarial, runs[2].adversarial)
-
-
-@pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, engine, monkeypatch):
-    # Passes have more rows than a batch, as those of small images have, and fewer than all images.
-    monkeypatch.setattr("fastadv.evaluation.autoattack_hunt._MOST_ROWS", 8)
-    n = {"reference": 16, "fp32": 32, "auto": 64}[engine]  # a pool takes longer for a batch
-    model, x, y = linear_problem(classes=4, n=n, wrong=2)
-    settings = {"eps": EPS, "version": FAST, "batch_size": 4, "engine": engine}
-    counts = []
-    with _counted(model, counts):
-        whole = autoattack(model, (x, y), state_dir=tmp_path / "whole", **settings)
-    stopped = tmp_path / "stopped"
-    finished = []
-    for part in (1 / 3, 1 / 3):
-        # A copy hardly asks the model itself, so that its runs are stopped where they keep something.
-        stop = (
-            _stopped_at_record(monkeypatch, 5)
-            if engine == "auto"
-            else _stopped_after(model, int(part * len(counts)))
-        )
-        with pytest.raises(KeyboardInterrupt), stop:
-            autoattack(model, (x, y), state_dir=stopped, **settings)
-        finished.append(len(list(stopped.glob("*.pt"))))
-    assert 0 < finished[0] < finished[1]
-
-    counts.clear()
-    with _counted(model, counts):
-        resumed = autoattack(model, (x, y), state_dir=stopped, **settings)
-        needed = len(counts)
-        again = autoattack(model, (x, y), state_dir=stopped, **settings)
-    for result in (resumed, again):
-        assert torch.equal(result.robust, whole.robust)
-        assert torch.equal(result.fooled, whole.fooled)
-        if engine == "reference":  # of several images that break one, an engine may find another
-            assert torch.equal(result.adversarial, whole.adversarial)
-        assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
-        assert (result.stages, result.status, result.notes) == (
-            whole.stages,
-            whole.status,
-            whole.notes,
-        )
-    # The engine's proof of a new model takes some passes.
-    assert len(counts) - needed < 40, "a finished run must attack nothing again"
-    assert not list(stopped.glob("*.tmp"))
-
-
-def test_evaluate_resumes_too(tmp_path):
-    model, x, y = linear_problem(classes=4, n=10)
-    arguments = {"eps": EPS, "progress": False, "state_dir": tmp_path}
-    first = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]
-    counts = []
-    with _counted(model, counts):
-        second = evaluate(model, (x, y), "autoattack", **arguments)["autoattack"]
-    assert second.correct == first.correct and second.stages == first.stages
-    assert len(counts) < 40  # the proof of the engine, and the clean images
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ("weights", "other model"),
-        ("buffer", "other model"),
-        ("images", "other data"),
-        ("labels", "other data"),
-        ("eps", r"eps was 0\.02 and is 0\.03"),
-        ("seed", "seed was 0 and is 1"),
-        ("batch_size", "batch_size was 256 and is 5"),
-        ("version", "attacks was"),
-    ],
-)
-def test_the_state_of_another_run_is_refused(tmp_path, change, message):
-    model, x, y = linear_problem(classes=4, n=6)
-    model.register_buffer("scale", torch.ones(1), persistent=False)
-    settings = {"eps": EPS, "version": ("apgd-ce",), "seed": 0, "batch_size": 256}
-    autoattack(model, (x, y), state_dir=tmp_path, **settings)
-    with torch.no_grad():
-        if change == "weights":
-            model.linear.weight[0, 0] += 1e-3
-        elif change == "buffer":
-            model.scale += 1
-        elif change == "images":
-            x = x.clone()
-            x[5, 0, 0, 0] = 0.5
-        elif change == "labels":
-            y = y.clone()
-            y[5] = (y[5] + 1) % 4
-        else:
-            settings[change] = {"eps": 0.03, "seed": 1, "batch_size": 5, "version": FAST}[change]
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir())
-    with pytest.raises(ValueError, match=message):
-        autoattack(model, (x, y), state_dir=tmp_path, **settings)
-    assert sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.iterdir()) == before
-
-
-def test_a_damaged_or_foreign_state_is_refused(tmp_path):
-    model, x, y = linear_problem(classes=4, n=6)
-    settings = {"eps": EPS, "version": ("apgd-ce",), "state_dir": tmp_path}
-    autoattack(model, (x, y), **settings)
-    (batch,) = tmp_path.glob("*.pt")
-    whole = batch.read_bytes()
-    indices = torch.load(batch)["indices"].numpy().tobytes()
-    place = whole.index(indices)  # one other bit in the numbers of the images
-    batch.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-    with pytest.raises(
-        ValueError, match=r"apgd-ce-00000\.pt cannot be read .*is damaged.* delete it"
-    ):
-        autoattack(model, (x, y), **settings)
-    batch.write_bytes(whole[:100])
-    with pytest.raises(ValueError, match=r"apgd-ce-00000\.pt cannot be read .* delete it"):
-        autoattack(model, (x, y), **settings)
-    manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 0}))
-    with pytest.raises(ValueError, match="has format 0"):
-        autoattack(model, (x, y), **settings)
-    manifest.unlink()
-    with pytest.raises(ValueError, match=r"no manifest\.json"):
-        autoattack(model, (x, y), **settings)
-    with pytest.raises(TypeError, match="state_dir needs a torch module"):
-        autoattack(lambda images: model(images), (x, y), **settings)
 
 
 def test_nothing_is_left_behind_in_the_process():
@@ -391,42 +269,3 @@ def _side_effects_undone():
         yield
     sys.settrace(trace)
     pyautoattack.checks.funcs.update(counts)
-
-
-@contextlib.contextmanager
-def _counted(model, counts):
-    handle = model.register_forward_hook(lambda *_: counts.append(1))
-    yield
-    handle.remove()
-
-
-@contextlib.contextmanager
-def _stopped_at_record(monkeypatch, count):
-    """Interrupt a run when it is about to keep so many records."""
-    save, made = AutoAttackState.save, []
-
-    def save_or_stop(self, *arguments):
-        made.append(arguments)
-        if len(made) == count:
-            raise KeyboardInterrupt
-        save(self, *arguments)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(AutoAttackState, "save", save_or_stop)
-        yield
-
-
-@contextlib.contextmanager
-def _stopped_after(model, calls):
-    left = [calls]
-
-    def stop(*_):
-        left[0] -= 1
-        if left[0] < 0:
-            raise KeyboardInterrupt
-
-    handle = model.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()

@@ -10,6 +10,7 @@ import pytest
 from fastadv.commands import run_report
 from fastadv.evaluation import Report, Result, Row, Subject, add_results
 from fastadv.evaluation.comparison import Comparison, Judged, distinct_names, distinct_paths
+from fastadv.evaluation.result_row import RANDOM
 
 WEIGHTS = Subject("at", "pgd_at", "small_cnn", "step_000010", "a1" * 32, "digits test", "b2" * 32)
 OTHERS = replace(WEIGHTS, checkpoint="step_000020", weights="c3" * 32)
@@ -76,6 +77,19 @@ def test_checkpoints_seeds_and_images_are_apart_and_shown_where_they_differ() ->
     assert [line["seed"] for line in lines] == ["0", "0", "1", "0"]
     assert [line["clean %"] for line in lines] == ["90.00", "95.00", "90.00", "-"]
     assert [line["n"] for line in lines] == ["100", "100", "100", "20"]
+
+
+def test_the_clean_accuracy_of_a_model_that_draws_is_of_one_seed() -> None:
+    def drawn(name: str, correct: int, seed: int) -> Result:
+        plain = result(name, correct, seed=seed)
+        return replace(plain, row=replace(plain.row, notes=(RANDOM,)))
+
+    lines = table(
+        drawn("clean", 90, 0), drawn("pgd-20", 40, 0), drawn("pgd-20", 41, 1), drawn("clean", 93, 2)
+    )
+    assert [(line["seed"], line["clean %"], line["pgd-20 %"]) for line in lines] == [
+        *(("0", "90.00", "40.00"), ("1", "-", "41.00"), ("2", "93.00", "-"))
+    ]
 
 
 def test_one_name_for_other_weights_or_images_gets_a_hash() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from report_helpers import result
 
-from fastadv.evaluation import load_results
+from fastadv.cli import main
+from fastadv.evaluation import add_results, load_results
 from fastadv.evaluation.comparison import Comparison, Judged
 from fastadv.evaluation.reporting import Summary, aligned
 from fastadv.evaluation.reporting.latex import latex
@@ -49,6 +51,19 @@ def test_no_name_breaks_a_line_of_a_report(name: str) -> None:
     assert [row["run"] for row in rows] == [plain] * 2
     assert [row["correct"] for row in rows] == ["137", "271"]
     assert json.loads(to_json(summary))["results"][0]["run"] == name
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_table_is_printed_in_every_encoding(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "modèle.json"
+    add_results(file, [result("clean", 271), result("pgd-20", 137)])
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    assert main(["report", str(file)]) == 0
+    name = "modèle" if encoding == "utf-8" else r"mod\xe8le"
+    assert name in shown.getvalue().decode(encoding)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_network_that_is_not_there_is_told(tmp_path: Path) -> None:
 
 def test_both_networks_are_judged_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    options = ["--natural", "resnet18", "--train_images", "64", "--batch-size", "32", "--quiet"]
+    options = ["--natural", "wrn_10_1", "--train_images", "64", "--batch-size", "32", "--quiet"]
     assert train_quickly("act", run, *options) == 0
     words = ["--attacks", "clean", "fgsm", "--max-examples", "40", "--quiet", "--device", "cpu"]
     assert main(["eval", str(run), *words]) == 0
@@ -87,7 +87,7 @@ def test_both_networks_are_judged_apart(tmp_path: Path, capsys: pytest.CaptureFi
     assert (subject.run, subject.method, subject.network) == (
         "run natural",
         "act natural",
-        "resnet18",
+        "wrn_10_1",
     )
     assert (robust[0].subject.method, robust[0].subject.network) == ("act", "small_cnn")
     assert subject.checkpoint == robust[0].subject.checkpoint

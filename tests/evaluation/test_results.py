@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastadv.evaluation import Report, Result, Row, Subject, add_results, load_results
+from fastadv.evaluation.result_row import RANDOM
 from fastadv.evaluation.results import check_destination, results_of
 from fastadv.files import temporary_beside
 from fastadv.locks import locked
@@ -74,15 +75,18 @@ def test_a_repeat_replaces_its_own_key_alone(tmp_path: Path) -> None:
     assert load_results(file) == [result(CLEAN), again, result(replace(PGD, seed=8))]
 
 
-def test_clean_accuracy_depends_on_neither_norm_nor_seed_and_autoattack_on_the_batches(
+def test_clean_accuracy_depends_on_the_seed_of_random_models_alone_and_autoattack_on_the_batches(
     tmp_path: Path,
 ) -> None:
     file = tmp_path / "eval.json"
     add_results(file, [result(CLEAN), result(replace(CLEAN, seed=8), norm="l2")])
     assert len(load_results(file)) == 1
+    random = replace(CLEAN, notes=(f"{RANDOM}; and more",))
+    add_results(file, [result(random), result(replace(random, seed=8, correct=180))])
+    assert [one.row.correct for one in load_results(file)] == [190, 190, 180]
     ensemble = Row("autoattack", 200, 90, 8 / 255, 7, 60.0)
     add_results(file, [result(ensemble), result(ensemble, batch_size=50)])
-    assert len(load_results(file)) == 3
+    assert len(load_results(file)) == 5
 
 
 def report(*rows: Row, worst_case: bool = False) -> Report:

@@ -30,7 +30,7 @@ ATTACKS = (
     "autoattack",
 )
 WORDS = (
-    *("--attacks", *ATTACKS, "--engine", "fp32", "--eps", "0.2", "--max-examples", "30"),
+    *("--attacks", *ATTACKS, "--engine", "fp32", "--eps", "0.2", "--max-examples", "20"),
     *("--batch-size", "8", "--device", "cpu", "--quiet"),
 )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from networks import Function, Residual
+from network_layers import Function, Residual
 from torch import Tensor, nn
 from torch.nn.utils import prune
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from covering import Facts
 from torch import nn
 
 import fastadv
@@ -102,3 +103,17 @@ ATTACKS: dict[str, Make] = {
     "fab": crossing(target_classes=None),
 }
 TARGETED = ["pgd", "pgd best", "fgsm", "fgsm-rs", "mim", "cw", "apgd-ce", "apgd-dlr", "cw-l2"]
+
+
+def classes_with(*others: str) -> Callable[[Mapping[str, Any]], Facts]:
+    """Facts for `pytest.mark.covering`: every attack, and every class of attacks with every value of each other.
+
+    The attacks of a class differ in options that are dealt with above the engine and the norm.
+    """
+
+    def facts(given: Mapping[str, Any]) -> Facts:
+        name = given["name"]
+        kind = type(ATTACKS[name](nn.Identity())).__name__
+        return {name, *((kind, other, given[other]) for other in others)}
+
+    return facts

@@ -36,5 +36,6 @@ ATTACK = [
 
 def train_quickly(method: str, run: Path, *options: str) -> int:
     attack = [] if method == "standard" else ATTACK
+    few = [] if "--train_images" in options else ["--train_images", "256"]
     base = ["train", method, "--data", "digits", "--run", str(run)]
-    return main([*base, *QUICK, *attack, *options])
+    return main([*base, *QUICK, *few, *attack, *options])

@@ -7,17 +7,22 @@ modules are imported, a variable of the environment that a library reads once, t
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import reduction
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -25,7 +30,7 @@ from typing import IO, Any
 
 import pytest
 import torch.multiprocessing
-from paths import environment
+from paths import HELPERS, environment
 
 _PRELOADED = [
     *("torch._dynamo", "torch.distributed", "torch.utils.data", "fastadv.cli", "fastadv.sweeps"),
@@ -69,6 +74,7 @@ class Started:
         cwd: its working directory; None for this process's.
         merged: whether errors go where the output goes.
         stdout: a file descriptor for its output; None keeps the output for `communicate`.
+        stderr: the same for its errors.
     """
 
     def __init__(
@@ -78,11 +84,13 @@ class Started:
         cwd: Path | None = None,
         merged: bool = False,
         stdout: int | None = None,
+        stderr: int | None = None,
     ) -> None:
         self.args = [str(word) for word in words]
         self._out, self._err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115  as long as it
         out = self._out.fileno() if stdout is None else stdout
-        err = out if merged else self._err.fileno()
+        err = self._err.fileno() if stderr is None else stderr
+        err = out if merged else err
         where = dict(os.environ if env is None else env), str(cwd or Path.cwd())
         self._process = _server().Process(target=_run, args=(self.args, *where, _Files(out, err)))
         self._process.start()
@@ -103,6 +111,10 @@ class Started:
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return self.returncode
+
+    def wait_or(self, connection: socket.socket) -> None:
+        """Wait for its end, or until a connection has something to read or is closed."""
+        multiprocessing.connection.wait([self._process.sentinel, connection])
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Wait for its end and return what it has written as output and as errors."""
@@ -152,6 +164,57 @@ def _text_of(file: IO[bytes]) -> str:
     return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode()
 
 
+@contextlib.contextmanager
+def warm_python() -> Iterator[str]:
+    """A program that does what `python` does, by a process that is forked from the server.
+
+    It is for programs that start an interpreter by its path, such as torchrun, which takes the path from the
+    variable PYTHON_EXEC. It hands on the signals that it gets, and ends as the forked process ends. If it is
+    killed, the forked process is killed too. The forked process has another number and another parent.
+    """
+    _server()
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX) as listener:
+        address, program = Path(folder, "server"), Path(folder, "python")
+        listener.bind(str(address))
+        listener.listen()
+        words = [sys.executable, "-IS", str(HELPERS / "warm_client.py"), str(address)]
+        program.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+        program.chmod(0o755)
+        server = threading.Thread(target=_attend_all, args=(listener,), daemon=True)
+        server.start()
+        try:
+            yield str(program)
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            server.join()
+
+
+def _attend_all(listener: socket.socket) -> None:
+    """Give each client a thread, until nobody listens any more."""
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            threading.Thread(target=_attend, args=(connection,), daemon=True).start()
+
+
+def _attend(connection: socket.socket) -> None:
+    """Start the process that a client asks for; tell its number and its status, or kill it after the client."""
+    with connection:
+        length, files, _, _ = socket.recv_fds(connection, 4, 2)
+        asked = connection.makefile("rb").read(int.from_bytes(length, "little"))
+        words, variables, folder = json.loads(asked)
+        process = Started(words, variables, folder, stdout=files[0], stderr=files[1])
+        for file in files:
+            os.close(file)
+        with contextlib.suppress(ConnectionError):  # of a client that was killed
+            connection.sendall(process.pid.to_bytes(4, "little"))
+            process.wait_or(connection)
+            if process.returncode is not None:
+                connection.sendall(process.returncode.to_bytes(4, "little", signed=True))
+        process.kill()
+        process.wait()
+
+
 def rank_environments(count: int) -> list[dict[str, str]]:
     """The environments in which torchrun starts so many processes of one machine."""
     with socket.socket() as probe:
@@ -193,6 +256,9 @@ def _run(words: list[str], variables: dict[str, str], folder: str, files: _Hande
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)
+    words = (
+        words[1:] if words[0] == "-u" else words
+    )  # what is written is read when the process has ended
     kind, *rest = words
     first = str(Path(kind).resolve().parent) if kind not in ("-m", "-c") else folder
     asked = [path for path in variables.get("PYTHONPATH", "").split(os.pathsep) if path]

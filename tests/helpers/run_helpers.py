@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
@@ -41,6 +43,32 @@ def run(method: str, folder: Path, stop_after: int | None = None, **options: Any
     }
     recipe = small_recipe(method, **({"ema_decay": 0.8} | options.pop("changes", {})))
     return train(method, recipe, **(arguments | options))
+
+
+class SharedRuns:
+    """Runs by `run` with its own options, which are trained once for all tests of a process, and only read.
+
+    Args:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def whole(self, method: str) -> Path:
+        """The folder of a run that nothing has stopped."""
+        folder = self._folder / method
+        if not folder.exists():
+            run(method, folder)
+        return folder
+
+    def copy_of_cut(self, method: str, step: int, folder: Path) -> None:
+        """Copy a run that was stopped after so many steps."""
+        cut = self._folder / f"{method}-{step}"
+        if not cut.exists():
+            with pytest.raises(Interruption):
+                run(method, cut, step)
+        shutil.copytree(cut, folder, symlinks=True)
 
 
 def assert_same_end(one: Path, other: Path) -> None:

@@ -275,7 +275,7 @@ def test_a_run_says_itself_what_its_network_is(tmp_path: Path) -> None:
 
 
 def on_the_command_line(method: str, run: Path, *words: str) -> int:
-    quick = "--epochs 1 --batch_size 32 --train_images 64 --monitor_images 8 --monitor_steps 1"
+    quick = "--epochs 1 --batch_size 16 --train_images 32 --monitor_images 8 --monitor_steps 1"
     attack = "--steps 1 --pad 1 --device cpu --precision fp32 --attack_precision fp32 --quiet"
     common = ["train", method, "--data", "digits", "--run", str(run)]
     return main([*common, *quick.split(), *attack.split(), *words])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from covering import Facts
 from torch import Tensor
 
 from fastadv.ops import REGISTRY
@@ -131,6 +132,13 @@ class OpCase:
     def family(self) -> str:
         """The file that defines the op; its own tests are in tests/ops/test_<family>.py."""
         return self.registered.reference.__module__.rpartition(".")[2]
+
+    def signatures(self) -> Facts:
+        """What torch sees of a call: the function, each word, and which arguments are tensors of which dtype."""
+        found = self.arguments(Spec(self.shapes[0]))
+        dtypes = tuple((name, tuple(t.dtype for t in tensors_of(found, [name]))) for name in found)
+        words = [(name, value) for name, value in found.items() if isinstance(value, str)]
+        return {(self.op, fact) for fact in (self.function, *words, dtypes)}
 
     @property
     def has_gradient(self) -> bool:

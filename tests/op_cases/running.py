@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def interpreted(device: str) -> bool:
 
 def emulated() -> bool:
     """Whether CUDA kernels run in place of the C++ kernels, in the emulator."""
-    return hasattr(torch.ops.cuda_emulator, "seed")
+    plugin = sys.modules.get("cuda_emulator.plugin")
+    return plugin is not None and plugin.library is not None
 
 
 def written_arguments(op: Op) -> tuple[str, ...]:

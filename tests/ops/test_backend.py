@@ -89,6 +89,30 @@ def test_other_ops_are_left_alone() -> None:
         assert torch.equal(torch.ones(3) + 1, torch.full((3,), 2.0))
 
 
+ATTACKS: list[tuple[type[fastadv.attacks.Attack], dict[str, Any]]] = [
+    (fastadv.PGD, {"steps": 1}),
+    (fastadv.Square, {"queries": 4}),
+    (fastadv.FAB, {"steps": 2}),
+    (fastadv.APGD, {"steps": 3, "norm": "l1", "eps": 2.0}),
+]
+
+
+@pytest.mark.parametrize("name", ["native", "reference"])
+@pytest.mark.parametrize(("kind", "settings"), ATTACKS, ids=lambda v: getattr(v, "__name__", ""))
+def test_attacks_run_with_kernels_of_their_own(
+    kind: Any, settings: dict[str, Any], name: str
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.rand(3, 3, 6, 6), torch.arange(3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(108, 3))
+    attack = kind(model, seed=0, **settings)
+    wanted = attack(x, y)
+    engine = attack.last.engine
+    with fastadv.backend(name):
+        found = attack(x, y)
+    assert torch.allclose(found, wanted, atol=1e-4) and attack.last.engine == engine
+
+
 def test_native_where_there_is_none() -> None:
     x = torch.rand(2, 3, device="meta")
     with (

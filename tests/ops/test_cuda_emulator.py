@@ -25,6 +25,7 @@ FILES = (
     "test_momentum_update.py",
     "test_noisy_replay.py",
     "test_pgd_step.py",
+    "test_pgd_step_l1.py",
     "test_random_start.py",
     "test_vanilla_feature_distillation.py",
 )

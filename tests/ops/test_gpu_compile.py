@@ -1,26 +1,31 @@
 """What can be known about the GPU kernels without a GPU: that they compile, and into what.
 
-Every Triton kernel is compiled for sm_90 as the ops launch it, every CUDA C++ file to PTX for sm_80 and from there
-for sm_90; none may spill registers, and those that move images must do it 16 bytes at a time.
+Every Triton kernel is compiled for sm_90 on every path through its source that the ops take, every CUDA C++ file
+to PTX for sm_80 and from there for sm_90; none may spill registers, and those that move images must do it 16 bytes
+at a time.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import pkgutil
 import re
 import shutil
 import subprocess
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from compiled import FOLDER, kept, version_of
+from covering import Facts, covering
 from op_cases import CASES
 from op_cases.case import OpCase, Shape
 from op_cases.draw import Spec
@@ -31,6 +36,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.longest]
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 CUDA_FILES = sorted(path.name for path in (SOURCES / "cuda").glob("*.cu"))
+TRITON_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Straight into registers, or by way of shared memory.
 WIDE_LOAD = re.compile(
     r"ld\.global\.(v4\.[buf]32|v2\.[buf]64)|cp\.async\.cg\.shared\.global .*, 0x10,"
@@ -66,8 +72,6 @@ TRITON_READERS |= {"_merge", "_features_backward", "_weight_backward"}
 TRITON_WRITERS = {"_step_linf", "_step_l2", "_write_parts", "_start", "_replay", "_backward"}
 TRITON_WRITERS |= {"_crop_flip", "_rows", "_scale_rows", "_gradients", "_map_gradient"}
 TRITON_WRITERS |= {"_step_per_channel", "_step_l1", "_update_samples", "_update_parts"}
-# No momentum in half precision.
-TRITON_WIDE = {"_update_samples", "_norms_of_parts", "_update_parts"}
 # Three interleaved channels in a tile of four: Triton goes element by element.
 TRITON_NARROW = {("_start", "channels_last"), ("_replay", "channels_last")}
 TRITON_NARROW |= {("_maps", "channels_last"), ("_map_gradient", "channels_last")}
@@ -174,34 +178,74 @@ def _samples(case: OpCase) -> list[tuple[Shape, str]]:
     return found if case.large is None else [*found, (case.large, "contiguous")]
 
 
-@pytest.mark.processes
-@needs_triton
-@not_interpreted
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_triton_kernels_for_hopper(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    launches = Launches(monkeypatch)
-    done: set[str] = set()
-    names: set[str] = set()
-    for case in CASES.values():
+@dataclass(frozen=True)
+class Specialised:
+    """A Triton kernel as one call of an op launches it."""
+
+    source: Any
+    settings: dict[str, Any]
+    case: OpCase
+    dtype: torch.dtype
+    layout: str
+    last_axis: int
+
+    @property
+    def name(self) -> str:
+        return str(self.source.fn.__name__)
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.case.name} in {self.dtype}, {self.layout}"
+
+    def facts(self) -> Facts:
+        """What its machine code depends on: a path through its source, sizes, types, alignments, registers."""
+        constants = self.source.constants.items()
+        sizes = [(key, value) for key, value in constants if type(value) is int]
+        path = [(key, str(value)) for key, value in constants if type(value) is not int]
+        settings = [(key, self.settings.get(key)) for key in ("num_warps", "maxnreg")]
+        found: dict[str, Hashable] = {
+            **{"path": tuple(part for part in path if part[1] not in ("fp32", "fp64"))},
+            **{"sizes": (*sizes, *settings), "dtype": self.dtype, "layout": self.layout},
+            "aligned": len(self.source.attrs),
+        }
+        return {(self.name, key, value) for key, value in found.items()}
+
+
+def _specialised(launches: Launches) -> list[Specialised]:
+    """Every Triton kernel in all ways in which the cases launch it."""
+    found: dict[str, Specialised] = {}
+    for dtype, case in itertools.product(TRITON_DTYPES, CASES.values()):
         for shape, layout in _samples(case) if dtype in case.dtypes else ():
             launches.found.clear()
             case.registered.triton_function()(*case.arguments(Spec(shape, dtype, layout)).values())
             assert launches.found, f"{case.name} launched nothing"
             for kernel, arguments, settings in launches.found:
-                names.add(kernel.__name__)
                 source = _source(kernel, arguments, settings)
-                label = f"{kernel.__name__} of {case.name} in {dtype}, {layout}"
-                if source.hash() not in done:
-                    done.add(source.hash())
-                    binary = _compiled(source, settings).asm
-                    assert _stack_bytes(binary["cubin"], tmp_path) == 0, f"{label} spills registers"
-                    if shape[-1] % 16 == 0:  # odd rows cannot be read in 16 bytes
-                        _check_widths(binary["ptx"], kernel.__name__, layout, label)
-    missing = (TRITON_READERS | TRITON_WRITERS) - names
-    absent = {"_largest_parts"} | (TRITON_WIDE if dtype == torch.bfloat16 else set())
-    assert missing <= absent, "kernels were renamed: correct the lists above"
+                one = Specialised(source, settings, case, dtype, layout, shape[-1])
+                found.setdefault(source.hash(), one)
+    return list(found.values())
+
+
+@pytest.mark.processes
+@needs_triton
+@not_interpreted
+def test_triton_kernels_for_hopper(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Each path through a kernel's source once, and each dtype, layout and size once; all with --thorough."""
+    everything = _specialised(Launches(monkeypatch))
+    chosen = everything
+    if not pytestconfig.option.thorough:
+        places = covering([one.facts() for one in everything])
+        chosen = [everything[place] for place in places]
+    looked_at = set()
+    for one in chosen:
+        binary = _compiled(one.source, one.settings).asm
+        assert _stack_bytes(binary["cubin"], tmp_path) == 0, f"{one} spills registers"
+        if one.last_axis % 16 == 0:  # odd rows cannot be read in 16 bytes
+            looked_at.add(one.name)
+            _check_widths(binary["ptx"], one.name, one.layout, str(one))
+    missing = (TRITON_READERS | TRITON_WRITERS) - looked_at
+    assert not missing, "kernels were renamed: correct the lists above"
 
 
 @needs_triton

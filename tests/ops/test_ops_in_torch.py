@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.compiles,
     pytest.mark.usefixtures("poisoned_memory", "one_thread"),
 ]
+each_signature = pytest.mark.covering(facts=lambda given: given["case"].signatures())
 PUBLIC = [case for case in CASES.values() if case.function is not None]
 
 
@@ -30,6 +31,7 @@ def first(case: OpCase, layout: str = "contiguous") -> Arguments:
     return case.arguments(Spec(case.shapes[0], layout=layout))
 
 
+@each_signature
 @pytest.mark.parametrize("case", named(CASES.values()))
 def test_opcheck(case: OpCase) -> None:
     """All of torch's checks on one sample; in other shapes and layouts those of schema and fake."""
@@ -72,6 +74,7 @@ def check_compiled(case: OpCase, compiler: str) -> None:
                 check_same_bits(traced[argument], eager[argument], case.name)
 
 
+@each_signature
 @pytest.mark.parametrize("case", named(PUBLIC))
 def test_compiles_to_one_graph(case: OpCase) -> None:
     check_compiled(case, "aot_eager")

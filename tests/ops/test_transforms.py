@@ -102,8 +102,15 @@ def _dims(case: OpCase, kind: str) -> Dims:
 
 
 KINDS = ("first axis", "other axes", "only the first", "only the last")
+every_case_and_kind = pytest.mark.covering(
+    facts=lambda given: {
+        given["case"].name,
+        *((fact, given["kind"]) for fact in given["case"].signatures()),
+    }
+)
 
 
+@every_case_and_kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", _named(FUNCTIONAL))
 def test_vmap_is_a_loop_over_the_slices(case: OpCase, kind: str) -> None:
@@ -112,6 +119,7 @@ def test_vmap_is_a_loop_over_the_slices(case: OpCase, kind: str) -> None:
     _check_against_loop(case, function, _stacked(samples, names, dims), dims)
 
 
+@every_case_and_kind
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", _named(DIFFERENTIABLE))
 def test_vmap_over_grad(case: OpCase, kind: str) -> None:

@@ -1,145 +1,52 @@
-"""Every table and figure of the papers at the scale tiny, what they share, and that a kill loses nothing."""
+"""Tables at the scale tiny: what stands in them, what they share, and that a kill loses nothing."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from processes import Started
+from reproduction_helpers import lines_of, small_item, tiny
 
 import fastadv
 from fastadv.cli.program import main
 from fastadv.data import load_dataset
 from fastadv.evaluation import load_results, wilson_interval
-from fastadv.evaluation.metrics import ARREST_CIFAR10_POINTS
 from fastadv.reproduction import (
     Cell,
     Column,
     Item,
     MeasuredCell,
-    Reproduced,
     RowSpec,
     Work,
-    all_items,
     find_item,
     find_scale,
     reproduce,
 )
-from fastadv.reproduction.cost import attack_passes, passes_of
-from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy, Size
-from fastadv.reproduction.specs import CannotRun, resolve, spec, stack
+from fastadv.reproduction.specs import resolve, spec, stack
 from fastadv.reproduction.tables import NOT_AT_HAND
 from fastadv.reproduction.writers import markdown
-from fastadv.trainers import load_model, method_names, methods
+from fastadv.trainers import load_model, methods
 from fastadv.trainers.checkpoint import checkpoints_in
 from fastadv.trainers.pgd_at import PGDAT
-from fastadv.trainers.unused import check_all_used
 
 pytestmark = [pytest.mark.longest, pytest.mark.usefixtures("one_thread")]
-
-IDS = {
-    "arrest": "table1 table2 table3 table4 table5 figure1 figure3 figure4 figure5 figure6",
-    "vfd": "table1 table2 figure2 figure3 figure4a figure4b vgg16",
-    "afs": "table1 table2 table3 table4 table5 table6 figure3 figure4 figure5a figure5b figure6",
-    "act": "table1 table2 table3 table4 table5 figure2 figure3-left figure3-right figure4",
-}
-ALL = [f"{paper}/{name}" for paper, names in IDS.items() for name in names.split()]
-CLEAN, PGD_20 = Column("Clean", Accuracy()), Column("PGD-20", Accuracy("pgd-20"))
+PGD_20 = Column("PGD-20", Accuracy("pgd-20"))
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all items, which share their trainings."""
     return tmp_path_factory.mktemp("reproduced")
-
-
-def tiny(item: str | Item, out: Path, seeds: int | None = None) -> Reproduced:
-    return reproduce(item, out=out, scale="tiny", seeds=seeds)
-
-
-def small_item(*rows: RowSpec, columns: tuple[Column, ...] = (CLEAN,)) -> Item:
-    return Item("arrest", "table9", "a test", rows, columns)
-
-
-def test_the_list_shows_every_item(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["reproduce", "--list"]) == 0
-    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert shown == ALL == list(all_items())
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the model is right on")
-@pytest.mark.parametrize("name", ALL)
-def test_an_item_runs_at_the_scale_tiny(name: str, out: Path) -> None:
-    done = tiny(name, out)
-    item, files = find_item(name), {file.suffix: file for file in done.files}
-    assert [row.label for row in item.rows] == [line[0] for line in lines_of(files[".md"])]
-    with open(files[".csv"]) as file:
-        rows = list(csv.DictReader(file))
-    places = [(row.label, column.label) for row in item.rows for column in item.columns]
-    assert [(row["row"], row["column"]) for row in rows] == places
-    for row in rows:
-        if row["reason"]:
-            assert row["mean"] == "" and is_true(row["reason"]), row
-        else:
-            assert float(row["mean"]) == float(row["mean"]), row
-    measured = any(not row["reason"] for row in rows)
-    assert (".png" in files) == measured
-    if measured:
-        assert files[".png"].read_bytes().startswith(b"\x89PNG")
-
-
-def lines_of(markdown_file: Path) -> list[list[str]]:
-    """The rows of a table below its heading."""
-    lines = [line for line in markdown_file.read_text().splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
-
-
-def is_true(reason: str) -> bool:
-    """Whether what a row is said to lack is lacking indeed."""
-    assert reason.startswith("cannot run: "), reason
-    if found := re.search(r"there is no method (\w+)", reason):
-        return found[1] not in method_names()
-    if found := re.search(r"method (\w+) has no option (\w+)", reason):
-        fields = fastadv.trainers.find_method(found[1]).recipe_class.__dataclass_fields__
-        return found[2] not in fields
-    if re.search(r"method vfd refuses|method rst needs further images", reason):
-        return True  # a layer that a small network has not; images that are not there
-    if reason.endswith("broke no image"):
-        return True  # a model that knows one class alone
-    return "analysis" in reason and "cannot be made" in reason
-
-
-def test_the_tables_have_the_rows_and_columns_of_the_papers() -> None:
-    for name in ("vfd/table1", "vfd/table2", "vfd/vgg16"):
-        labels = [row.label for row in find_item(name).rows]
-        assert len(labels) == 21 and labels[:3] == ["Vanilla", "ALP", "ALP + KD"]
-    table = find_item("arrest/table2")
-    assert [row.label for row in table.rows] == [
-        "ST",
-        "AT",
-        "AFT",
-        "AFT + RGKD",
-        "AFT + NR",
-        "ARREST",
-    ]
-    assert [c.label for c in table.columns] == [
-        "Clean (ResNet-18)",
-        "AA (ResNet-18)",
-        "Clean (WRN-34-10)",
-        "AA (WRN-34-10)",
-    ]
-    assert [c.label for c in find_item("arrest/table1").columns] == ["Clean", "AA", "Sum", "ARDist"]
-    assert {row.label for row in find_item("arrest/table1").rows} == set(ARREST_CIFAR10_POINTS)
 
 
 @pytest.mark.slow
@@ -187,16 +94,17 @@ def test_what_a_user_has_judged_by_other_options_gets_into_no_table(
 @pytest.mark.filterwarnings("ignore:the model is right on")
 def test_a_cell_is_what_evaluate_finds(out: Path) -> None:
     scale, images = find_scale("tiny"), load_dataset("digits").test
-    shop = Work.of("vfd/table2", out, scale="tiny").shop
-    item = find_item("vfd/table2")
+    whole = find_item("vfd/table2")
+    item = replace(whole, rows=whole.rows[6:7], columns=whole.columns[:1])
+    shop = Work.of(item, out, scale="tiny").shop
     table, n = tiny(item, out).table, scale.test_images
-    judged = load_model(shop.path(resolve(item.rows[6].run, scale, "digits", 0)))
+    judged = load_model(shop.path(resolve(item.rows[0].run, scale, "digits", 0)))
     source = item.columns[0].measure.needs()[0]
     surrogate = load_model(shop.path(resolve(source, scale, "digits", 0)))
     report = fastadv.evaluate(
         judged, images, "pgd-20", eps=0.1, max_examples=n, surrogate=surrogate, progress=False
     )
-    assert item.rows[6].label == "TRADES"
+    assert item.rows[0].label == "TRADES"
     cell = table.cell("TRADES", item.columns[0].label)
     assert cell.mean == 100 * report.rows[0].accuracy
     assert cell.interval == tuple(100 * end for end in wilson_interval(report.rows[0].correct, n))
@@ -282,42 +190,6 @@ def test_a_training_that_diverges_costs_its_own_row_alone(out: Path) -> None:
         assert "diverged" in done.table.cell("bad", "Clean").reason
         assert done.table.cell("good", "Clean").mean is not None
     assert done.trained == ()  # it is not tried again
-
-
-@pytest.mark.parametrize("scale", ["paper", "small", "tiny"])
-def test_every_row_has_a_recipe_that_trains(scale: str) -> None:
-    chosen = find_scale(scale)
-    found = 0
-    for item in all_items().values():
-        for row in item.rows:
-            try:
-                run = resolve(row.run, chosen, chosen.data, 0)
-            except CannotRun as reason:
-                assert is_true(f"cannot run: {reason}") or "model" in str(reason), reason
-                continue
-            for one in run.with_teachers():
-                check_all_used(one.method, one.recipe)
-                found += 1
-    assert found > 150
-
-
-def test_the_scale_paper_has_the_recipes_of_the_papers() -> None:
-    paper = find_scale("paper")
-    for row in find_item("arrest/table2").rows:
-        run = resolve(row.run, paper, "cifar10", 0)
-        default = run.method.recipe_class(**dict(row.run.changes))
-        assert run.recipe == default and run.network == "resnet18"
-    stacked = resolve(find_item("afs/table2").rows[0].run, paper, "cifar10", 0)
-    assert stacked.network == "stack:" + "+".join(["wrn_28_10"] * 6)
-    assert [t.recipe.eps for _, t in stacked.teachers] == [e / 255 for e in range(3, 9)]
-
-
-def test_the_cost_is_that_of_the_methods() -> None:
-    paper = find_scale("paper")
-    assert passes_of(resolve(spec("pgd_at"), paper, "cifar10", 0)) == 100 * 23
-    stacked = stack([spec("pgd_at", eps=0.01), spec("pgd_at", eps=0.02)])
-    assert passes_of(resolve(stacked, paper, "cifar10", 0)) == 5 * 22
-    assert attack_passes("pgd-20-5") == 200 and attack_passes("clean") == 1
 
 
 @pytest.mark.slow
@@ -406,51 +278,6 @@ def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(
     assert again.trained == () and again.judged == 0
 
 
-def test_pictures_in_a_folder_named_like_a_data_set_have_tables_of_their_own() -> None:
-    names = [Source(data).name for data in ("cifar10", "folder:a/CIFAR10", "folder:b/ImageNet")]
-    assert names == ["cifar10", "folder-cifar10", "imagenet"]
-    files = [
-        Source(data).file_name for data in ("cifar10", "folder:a/b", "folder:c/b", "folder:./a/b")
-    ]
-    assert files[0] == "cifar10" and files[1] == files[3] != files[2]
-    assert all(re.fullmatch("b-[0-9a-f]{8}", name) for name in files[1:])
-
-
-@pytest.mark.filterwarnings("ignore:the model is right on")
-def test_pictures_in_folders_stand_for_imagenet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    pictures = pytest.importorskip("PIL.Image")
-    numbers = np.random.default_rng(0)
-    for split, count in (("train", 17), ("val", 2)):
-        for label in "abc":
-            (tmp_path / "ImageNet" / split / label).mkdir(parents=True)
-            for number in range(count):
-                pixels = numbers.integers(0, 255, (40, 44, 3)).astype(np.uint8)
-                file = tmp_path / "ImageNet" / split / label / f"{number}.png"
-                pictures.fromarray(pixels).save(file)
-    for name, pixels in (("CROP", 32), ("RESIZE", 36)):  # small pictures, for a test
-        monkeypatch.setattr(f"fastadv.reproduction.images.{name}", pixels)
-    words = ["reproduce", "act/table4", "--data", f"folder:{tmp_path / 'ImageNet'}"]
-    words += ["--out", str(tmp_path / "out"), "--scale", "tiny"]
-    assert main([*words, "--plan", "true"]) == 0
-    assert "for 2 trainings" in capsys.readouterr().out
-    assert main([*words, "--quiet", "true"]) == 0
-    files = {file.suffix: file for file in (tmp_path / "out" / "act" / "table4").iterdir()}
-    assert re.fullmatch(r"tiny-imagenet-[0-9a-f]{8}-1seed\.md", files[".md"].name)
-    made = json.loads(files[".json"].read_text())
-    assert made["data"] == made["paper_data"] == "imagenet"
-    figures = [[cell["paper"] for cell in row] for row in made["cells"]]
-    assert figures == [[65.70, 42.36], [68.20, 44.29]]
-    assert all(
-        cell["n"] == [6] and cell["mean"] is not None for row in made["cells"] for cell in row
-    )
-    run = json.loads(next((tmp_path / "out" / "runs").glob("act-*/run.json")).read_text())
-    assert run["recipe"]["weight"] == 0.5 and run["recipe"]["pad"] == 0
-    assert main([*words, "--plan", "true"]) == 0
-    assert "nothing is left" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -470,14 +297,6 @@ def test_mistakes_are_told(
         status = stop.code
     assert status == 2
     assert message in capsys.readouterr().err
-
-
-def test_an_item_has_each_row_once_and_a_place_for_each_figure() -> None:
-    row = RowSpec("AT", spec("pgd_at"))
-    with pytest.raises(ValueError, match="rows of arrest/table9"):
-        small_item(row, row)
-    with pytest.raises(ValueError, match="have no place: ST"):
-        Item("arrest", "t", "t", (row,), (CLEAN,), published={"cifar10": {"ST": {"Clean": 1.0}}})
 
 
 def test_the_options_of_the_document_exist(capsys: pytest.CaptureFixture[str]) -> None:

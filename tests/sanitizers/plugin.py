@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 _PACKAGE = "fastadv"
 
@@ -34,11 +35,19 @@ class _Finder:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--native-library", type=Path, help="the compiled part to be used")
+    parser.addoption(
+        "--emulated",
+        action="store_true",
+        help="the compiled part emulates AVX512-BF16 and AMX: take the processor to have both",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     assert _PACKAGE not in sys.modules, "the package has been imported before"
     sys.meta_path.insert(0, _Finder(config.getoption("--native-library").parent))  # type: ignore[arg-type]
+    if config.getoption("--emulated"):
+        for feature in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            setattr(torch.cpu, feature, lambda: True)
 
 
 def pytest_report_header(config: pytest.Config) -> str:

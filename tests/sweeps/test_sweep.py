@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from processes import Started
+from processes import Started, warm_python
 from report_helpers import result
 
 from fastadv.cli import main
@@ -341,7 +342,11 @@ def test_slurm_gets_an_array_of_the_runs_that_are_left(
 
     (tmp_path / "queue").write_text("")
     task = {**os.environ, "SLURM_ARRAY_TASK_ID": "2", "OMP_NUM_THREADS": "1"}
-    subprocess.run(["bash", str(tmp_path / "submitted")], env=task, check=True, capture_output=True)
+    with warm_python() as python:
+        words_of_python = script.replace(sys.executable, python)
+        assert words_of_python != script
+        bash = ["bash", "-c", words_of_python]
+        subprocess.run(bash, env=task, check=True, capture_output=True)
     assert Plan.load(out).run_named("lr=0.2,seed=0").is_finished(Plan.load(out).evaluation)
     assert main(words) == 0
     script = (tmp_path / "submitted").read_text()

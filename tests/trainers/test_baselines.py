@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import Interruption, assert_same_end
+from run_helpers import Interruption, SharedRuns, assert_same_end
 from run_helpers import run as resumable_run
 from test_awp import SlowSGD, updating
 from test_methods import take_step
@@ -83,15 +83,17 @@ def test_frees_perturbation_stays_when_a_step_is_not_taken() -> None:
 
 
 @pytest.mark.parametrize("stop_after", [2, 4, 5, 7])
-def test_a_resumed_run_of_free_ends_bit_for_bit(stop_after: int, tmp_path: Path) -> None:
-    resumable_run("free", tmp_path / "whole")
+def test_a_resumed_run_of_free_ends_bit_for_bit(
+    stop_after: int, shared_runs: SharedRuns, tmp_path: Path
+) -> None:
+    whole = shared_runs.whole("free")
     with pytest.raises(Interruption):
         resumable_run("free", tmp_path / "cut", stop_after)
     resumable_run("free", tmp_path / "cut", resume=True)
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(whole, tmp_path / "cut")
     one, other = (
-        load_checkpoint(find_checkpoint(tmp_path / name)).train_state["method"]["delta"]
-        for name in ("whole", "cut")
+        load_checkpoint(find_checkpoint(folder)).train_state["method"]["delta"]
+        for folder in (whole, tmp_path / "cut")
     )
     assert one.any() and torch.equal(one, other)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import OFTEN, Interruption, assert_same_end, run
+from run_helpers import OFTEN, Interruption, SharedRuns, assert_same_end, run
 from test_checkpoint import save
 
 import fastadv.files
@@ -55,13 +55,14 @@ COPIES = [follow_links, links_as_files, leave_links_out]
 
 
 @pytest.mark.parametrize("copy", COPIES)
-def test_a_copied_run_goes_on_where_it_was(copy: Any, cut: Path, tmp_path: Path) -> None:
-    run("standard", tmp_path / "whole")
+def test_a_copied_run_goes_on_where_it_was(
+    copy: Any, cut: Path, shared_runs: SharedRuns, tmp_path: Path
+) -> None:
     copy(cut, tmp_path / "copy")
     resumed = run("standard", tmp_path / "copy", resume=True)
     assert resumed.progress.step == 8
     assert resumed.checkpoint.name == "step_000008"
-    assert_same_end(tmp_path / "whole", tmp_path / "copy")
+    assert_same_end(shared_runs.whole("standard"), tmp_path / "copy")
     folder = tmp_path / "copy" / "checkpoints"
     assert os.readlink(folder / "latest") == "step_000008"
     assert (folder / "best").is_symlink()
@@ -203,15 +204,14 @@ def as_format_1(run_dir: Path) -> None:
 
 
 def test_a_run_of_the_older_format_is_read_with_a_note_and_goes_on(
-    cut: Path, tmp_path: Path
+    cut: Path, shared_runs: SharedRuns
 ) -> None:
-    run("standard", tmp_path / "whole")
     as_format_1(cut)
     with pytest.warns(UserWarning, match=r"meta\.json: written by an older fastadv in format 1"):
         load_model(cut)
     with pytest.warns(UserWarning, match="no hash of its own"):
         assert run("standard", cut, resume=True).progress.step == 8
-    assert_same_end(tmp_path / "whole", cut)
+    assert_same_end(shared_runs.whole("standard"), cut)
     identity = read_sealed(cut / "run.json")["run"]
     assert read_sealed(find_checkpoint(cut) / "meta.json")["run"] == identity
 

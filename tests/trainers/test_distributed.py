@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from attack_helpers import copy_of
 from paths import environment
-from processes import ran, spawn
+from processes import ran, spawn, warm_python
 from run_helpers import assert_same_end
 from torch import Tensor, nn
 from training_helpers import make_model, small_data, small_recipe, states_equal
@@ -339,7 +339,9 @@ def test_a_run_goes_on_after_a_worker_was_killed(
     launcher += ["--nproc-per-node", "2", "--max-restarts", "1"]
     here = str(Path(__file__).parent)
     words = [*launcher, str(script), str(folder), here]
-    done = ran(words, env=environment(OMP_NUM_THREADS="1"), timeout=120)
+    with warm_python() as python:
+        variables = environment(OMP_NUM_THREADS="1", PYTHON_EXEC=python)
+        done = ran(words, env=variables)
     assert done.returncode == 0, done.stderr
     assert f"{-signal.SIGKILL}" in done.stderr
     assert_same_end(folder, together[0] / "plain")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import ran
-from run_helpers import Interruption, assert_same_end, fingerprint, run
+from run_helpers import SharedRuns, assert_same_end, fingerprint, run
 
 from fastadv.files import write_atomically
 from fastadv.trainers.checkpoint import find_checkpoint, load_checkpoint
@@ -42,11 +42,9 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, name: str, code: int = errno.ENOSPC
     ],
 )
 def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, shared_runs: SharedRuns, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run("standard", tmp_path / "whole")
-    with pytest.raises(Interruption):
-        run("standard", tmp_path / "cut", 5)
+    shared_runs.copy_of_cut("standard", 5, tmp_path / "cut")
     before = fingerprint(find_checkpoint(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         fail_at(patch, name)
@@ -60,7 +58,7 @@ def test_a_full_disk_is_named_and_the_run_goes_on_afterwards(
         assert fingerprint(newest) == before
     assert not list((tmp_path / "cut").rglob(".writing-*"))
     assert run("standard", tmp_path / "cut", resume=True).progress.step == 8
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(shared_runs.whole("standard"), tmp_path / "cut")
 
 
 def test_a_full_disk_at_the_very_start_is_named(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from processes import Started
-from run_helpers import assert_same_end, run
+from run_helpers import SharedRuns, assert_same_end, run
 from training_helpers import small_data, small_recipe
 
 from fastadv.evaluation import evaluate
@@ -51,12 +51,11 @@ def signal_at(step: int, *numbers: int) -> Any:
     "step", [2, 4, 5]
 )  # within an epoch of four steps, at its end, in the next
 def test_the_step_is_finished_and_resuming_is_bit_for_bit(
-    signum: int, status: int, step: int, tmp_path: Path
+    signum: int, status: int, step: int, shared_runs: SharedRuns, tmp_path: Path
 ) -> None:
     before = handlers()
     cut = tmp_path / "cut"
     settings = Settings(log_every=2)
-    run("pgd_at", tmp_path / "whole")
     with pytest.raises(TrainingInterrupted) as caught:
         run("pgd_at", cut, settings=settings, on_step=signal_at(step, signum))
     assert handlers() == before
@@ -66,7 +65,7 @@ def test_the_step_is_finished_and_resuming_is_bit_for_bit(
     assert stop.checkpoint.name == f"step_{step:06d}" and stop.run_dir == cut
     assert str(stop.checkpoint) in str(stop) and f"after step {step}" in str(stop)
     run("pgd_at", cut, resume=True)
-    assert_same_end(tmp_path / "whole", cut)
+    assert_same_end(shared_runs.whole("pgd_at"), cut)
 
 
 @pytest.mark.parametrize(("signum", "status"), ALL[2:])

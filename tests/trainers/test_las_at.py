@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from run_helpers import Interruption, assert_same_end
+from run_helpers import Interruption, SharedRuns, assert_same_end
 from run_helpers import run as resumable_run
 from test_awp import updating
 from test_pair_methods import ce
@@ -199,19 +199,21 @@ def test_without_noise_the_attacks_start_from_the_images() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [2, 3, 5])
-def test_a_resumed_run_ends_bit_for_bit(stop_after: int, tmp_path: Path) -> None:
-    resumable_run("las_at", tmp_path / "whole")
+def test_a_resumed_run_ends_bit_for_bit(
+    stop_after: int, shared_runs: SharedRuns, tmp_path: Path
+) -> None:
+    whole = shared_runs.whole("las_at")
     with pytest.raises(Interruption):
         resumable_run("las_at", tmp_path / "cut", stop_after)
     resumable_run("las_at", tmp_path / "cut", resume=True)
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(whole, tmp_path / "cut")
     one, other = (
         {
             name: value
-            for name, value in load_checkpoint(find_checkpoint(tmp_path / run)).weights.items()
+            for name, value in load_checkpoint(find_checkpoint(folder)).weights.items()
             if "heads" in name
         }
-        for run in ("whole", "cut")
+        for folder in (whole, tmp_path / "cut")
     )
     assert len(one) == 6 and states_equal(one, other)
 

@@ -20,7 +20,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 folder, what, who, timeout = sys.argv[1:]
 from fastadv import lost_ranks
-lost_ranks._PATIENCE = 3.0  # seconds, in place of ten, in which no mark of a lost rank appears
+lost_ranks._PATIENCE = 2.0  # seconds, in place of ten, in which no mark of a lost rank appears
 from run_helpers import run
 from training_helpers import make_model
 from fastadv.trainers import Settings
@@ -53,11 +53,11 @@ def two_ranks(folder: Path, what: str, who: int, timeout: float) -> Iterator[lis
 
 @pytest.mark.processes
 def test_a_hanging_rank_is_noticed_and_named(tmp_path: Path) -> None:
-    with two_ranks(tmp_path, "SIGSTOP", who=1, timeout=4.0) as (first, second):
+    with two_ranks(tmp_path, "SIGSTOP", who=1, timeout=2.0) as (first, second):
         out, _ = first.communicate(timeout=120)
         assert first.returncode == 1
         assert "LostRanksError rank 0 got no answer from rank 1 of 0 to 1" in out
-        assert "waits 4 s (timeout)" in out and "Resuming" in out
+        assert "waits 2 s (timeout)" in out and "Resuming" in out
         assert second.poll() is None  # it hangs still
 
 

@@ -20,7 +20,7 @@ from training_helpers import (
     states_equal,
 )
 
-from fastadv.models import ResNet, SmallCNN, create_model
+from fastadv.models import SmallCNN, WideResNet, create_model
 from fastadv.trainers import (
     ActRecipe,
     Attacked,
@@ -60,7 +60,7 @@ def test_the_natural_model_is_of_the_network_that_is_named(name: str, tmp_path: 
             super().setup()
             seen.append(self.natural)
 
-    recipe = small_recipe(name, natural="resnet18", epochs=1)
+    recipe = small_recipe(name, natural="wrn_10_1", epochs=1)
     folder = tmp_path / "run"
     result = train(
         Watched,
@@ -72,14 +72,14 @@ def test_the_natural_model_is_of_the_network_that_is_named(name: str, tmp_path: 
         device="cpu",
     )
     (natural,) = seen
-    assert isinstance(natural, ResNet) and isinstance(result.model, SmallCNN)
+    assert isinstance(natural, WideResNet) and isinstance(result.model, SmallCNN)
     assert isinstance(load_model(folder), SmallCNN)
-    assert json.loads((folder / "run.json").read_text())["recipe"]["natural"] == "resnet18"
+    assert json.loads((folder / "run.json").read_text())["recipe"]["natural"] == "wrn_10_1"
     assert result.progress.bad_steps == 0
 
 
 def test_a_run_with_another_natural_network_is_resumed_bit_for_bit(tmp_path: Path) -> None:
-    changes = {"natural": "resnet18", "epochs": 2}
+    changes = {"natural": "wrn_10_1", "epochs": 2}
     whole = run("lbgat", tmp_path / "whole", **changes)
 
     def stop(progress: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from processes import ran
+from processes import ran, warm_python
 from torch import nn
 from training_helpers import make_model, small_data, small_recipe
 
@@ -215,7 +216,8 @@ def test_modules_that_cannot_be_imported_are_named(
 def test_torchrun_trains_it_from_the_current_directory(own: str, tmp_path: Path) -> None:
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastadv"]
     words = ["train", f"{own}:MixAT", "--data", "digits", "--run-dir", "r", *QUICK, "--quiet"]
-    done = ran(["-m", *launch, *words], cwd=tmp_path)
+    with warm_python() as python:
+        done = ran(["-m", *launch, *words], {**os.environ, "PYTHON_EXEC": python}, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "r/checkpoints/step_000002" in done.stdout
 

@@ -156,7 +156,7 @@ def test_help_shows_the_numbers_of_the_base(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main(["train", "vfd", "--base", "mart", "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "passes over the training images. (type: int, default: 120)" in text
+    assert "passes over the training images. (a whole number; default: 120)" in text
 
 
 def test_an_unknown_base_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

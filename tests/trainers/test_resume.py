@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from processes import Started
-from run_helpers import Interruption, assert_same_end, fingerprint, run
+from run_helpers import Interruption, SharedRuns, assert_same_end, fingerprint, run
 from test_checkpoint import truncate
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
@@ -29,18 +29,18 @@ METHODS = ["standard", "pgd_at", "arrest"]
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("stop_after", [2, 4, 5, 7])
 def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(
-    method: str, stop_after: int, tmp_path: Path
+    method: str, stop_after: int, shared_runs: SharedRuns, tmp_path: Path
 ) -> None:
     # Two epochs of four steps; there are checkpoints after steps 3, 4, 6 and 8.
-    whole = run(method, tmp_path / "whole")
+    whole = shared_runs.whole(method)
     with pytest.raises(Interruption):
         run(method, tmp_path / "cut", stop_after)
     torch.manual_seed(stop_after)
     resumed = run(method, tmp_path / "cut", resume=True)
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
-    assert states_equal(whole.model.state_dict(), resumed.model.state_dict())
+    assert_same_end(whole, tmp_path / "cut")
+    assert states_equal(load_model(whole).state_dict(), resumed.model.state_dict())
 
-    logs = [read_records(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut")]
+    logs = [read_records(folder / "metrics.jsonl") for folder in (whole, tmp_path / "cut")]
     untimed = [
         [{k: v for k, v in r.items() if "seconds" not in k and "per_second" not in k} for r in log]
         for log in logs
@@ -48,8 +48,9 @@ def test_a_resumed_run_ends_bit_for_bit_where_it_would_have(
     assert untimed[0] == untimed[1]
 
 
-def test_a_run_stopped_twice_and_resumed_from_an_older_checkpoint(tmp_path: Path) -> None:
-    run("pgd_at", tmp_path / "whole")
+def test_a_run_stopped_twice_and_resumed_from_an_older_checkpoint(
+    shared_runs: SharedRuns, tmp_path: Path
+) -> None:
     with pytest.raises(Interruption):
         run("pgd_at", tmp_path / "cut", 5)
     with pytest.raises(Interruption):
@@ -57,7 +58,7 @@ def test_a_run_stopped_twice_and_resumed_from_an_older_checkpoint(tmp_path: Path
     names = [path.name for path in checkpoints_in(tmp_path / "cut" / "checkpoints")]
     assert names == ["step_000003", "step_000004", "step_000006"]
     run("pgd_at", tmp_path / "cut", resume="step_000003")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(shared_runs.whole("pgd_at"), tmp_path / "cut")
 
 
 def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
@@ -147,8 +148,9 @@ def test_overwriting_starts_again_and_spares_foreign_files(tmp_path: Path) -> No
     assert [r["epoch"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 1, 1]
 
 
-def test_a_damaged_checkpoint_is_refused_with_the_last_good_one_offered(tmp_path: Path) -> None:
-    run("standard", tmp_path / "whole")
+def test_a_damaged_checkpoint_is_refused_with_the_last_good_one_offered(
+    shared_runs: SharedRuns, tmp_path: Path
+) -> None:
     with pytest.raises(Interruption):
         run("standard", tmp_path / "cut", 7)
     truncate(tmp_path / "cut" / "checkpoints" / "step_000006" / "model.safetensors")
@@ -157,7 +159,7 @@ def test_a_damaged_checkpoint_is_refused_with_the_last_good_one_offered(tmp_path
         run("standard", tmp_path / "cut", resume=True)
     assert fingerprint(tmp_path / "cut") == before
     run("standard", tmp_path / "cut", resume="step_000004")
-    assert_same_end(tmp_path / "whole", tmp_path / "cut")
+    assert_same_end(shared_runs.whole("standard"), tmp_path / "cut")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"format": 2}', '{"format": 1}'])

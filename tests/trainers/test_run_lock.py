@@ -54,7 +54,10 @@ def holder(tmp_path: Path) -> Iterator[Started]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_a_second_process_is_told_who_is_there(tmp_path: Path, holder: Started) -> None:
+def test_a_second_process_is_told_who_is_there(
+    tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "_PATIENCE", 0.1)
     words = rf"{tmp_path} is in use by process {holder.pid} on host {socket.gethostname()} since \d"
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(RunInUseError, match=words):

@@ -1,0 +1,79 @@
+"""The checks for masked gradients, on honest and on masked models."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linear_model import linear_problem
+from torch import nn
+
+from fastadv.evaluation import masking_checks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+QUIET = {"progress": False}
+
+
+class _Masked(nn.Module):
+    """Ends in a staircase, whose gradient is zero: attacks by gradients find nothing."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model((x * 20).round() / 20)
+
+
+def test_masking_checks_pass_an_honest_model():
+    model, x, y = linear_problem(classes=4, n=80)
+    findings = masking_checks(model, (x, y), eps=0.02, **QUIET)
+    assert [finding.check for finding in findings] == ["eps", "steps", "unbounded"]
+    assert all(finding.ok for finding in findings), findings
+    eps = findings[0].accuracies
+    assert eps[0] == (0.0, 1.0) and eps[-1][1] < 0.5
+
+
+def test_masking_checks_find_a_masked_gradient():
+    model, x, _ = linear_problem(classes=4, n=80)
+    masked = _Masked(model)
+    findings = {
+        f.check: f for f in masking_checks(masked, (x, masked(x).argmax(1)), eps=0.02, **QUIET)
+    }
+    assert not findings["unbounded"].ok
+    assert "still right when any image is allowed" in findings["unbounded"].message
+
+
+def test_masking_checks_find_accuracy_that_rises_with_eps():
+    model, x, y = linear_problem(classes=2, n=80)
+    findings = masking_checks(
+        _GrowsSure(model), (x, y), eps=0.01, eps_factors=(1, 4), steps=(3,), **QUIET
+    )
+    assert not findings[0].ok and "rises with eps" in findings[0].message
+
+
+class _GrowsSure(nn.Module):
+    """Linear near real images and sure of the clean answer farther away, so that a longer step fails."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.clean = None
+
+    def forward(self, x):
+        if self.clean is None or self.clean.shape != x.shape:
+            self.clean = x.detach().clone()
+        far = (x - self.clean).abs().amax((1, 2, 3)) > 0.015
+        return torch.where(far[:, None], self.model(self.clean), self.model(x))
+
+
+def test_masking_checks_refuse_wrong_arguments():
+    model, x, y = linear_problem(classes=2, n=4)
+    for arguments in (
+        {"eps": 0.0},
+        {"steps": (5, 1)},
+        {"eps_factors": ()},
+        {"slack": 1.5},
+        {"norm": "l3"},
+    ):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must"):
+            masking_checks(model, (x, y), **arguments, **QUIET)
