@@ -20,7 +20,7 @@ FEWEST = {
     "compiles": 180,
     "other_dtype": 300,
     "longest": 35,
-    "covering": 50,
+    "covering": 250,
     "whole": 300,
     "interpreter": 500,
     "other_order": 75,

@@ -180,7 +180,9 @@ def _expectation(text: str) -> str:
         value = value.partition("Given value: ")[2]
         kinds = [_kind(error) for error in re.split(" - (?=Expected|Not of)", errors)]
         kinds += ["null"] if value.lower() == "none" and "<class 'NoneType'>" in errors else []
-        kinds = [kind for kind in kinds if kind]
+        kinds = [
+            kind for kind in dict.fromkeys(kinds) if kind
+        ]  # a list's error is its values' error
         hint = did_you_mean(
             value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors)))
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_command_line import RUN, prints
+from test_command_line import RUN, fails, prints
 
 from fastadv.cli import main, program
 from fastadv.cli.help_format import as_typed
@@ -145,6 +145,11 @@ def test_a_schedule_of_ones_own_is_none_of_the_packages(capfd: pytest.CaptureFix
     assert "Mine" not in schedule_classes()
     assert schedule_classes()["MultiStep"] is MultiStep
     assert "Mine" not in prints(["train", "pgd_at", "--schedule.help"], capfd)
+
+
+def test_a_wrong_value_of_a_list_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    line = fails(["eval", "r", "--eps", "[a]"], capfd)
+    assert "must be a number or a fraction such as 8/255, got" in line
 
 
 def test_every_command_is_looked_at() -> None:

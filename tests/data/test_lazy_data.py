@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from attack_helpers import trained_small_cnn
-from processes import Started
+from processes import Started, ran
 from torch import Tensor
 from torch.utils.data import (
     ConcatDataset,
@@ -312,7 +311,8 @@ def test_memory_stays_flat(tmp_path: Path) -> None:
     """Six hundred megabytes of images fill no more than a few batches and what is kept of the last ones."""
     script = Path(__file__).parents[2] / "bench" / "many_images.py"
     words = ["--count", "4000", "--few", "1000", "--cache", "32", "--out", str(tmp_path)]
-    subprocess.run([sys.executable, str(script), *words], capture_output=True, check=True)
+    done = ran([str(script), *words])
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "many_images.json").read_text())
     growth = found["peak_mib"] - found["peak_mib_before"]
     assert growth < 120 < found["megabytes"] / 4

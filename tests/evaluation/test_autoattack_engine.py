@@ -86,18 +86,21 @@ def test_it_is_called_as_the_other_attacks_are(narrow: None) -> None:
         attack(x, y, sample_id=None)
 
 
-@pytest.mark.parametrize(("engine", "norm", "eps"), [("auto", "linf", 0.06), ("fp32", "l2", 0.4)])
+@pytest.mark.parametrize(
+    ("engine", "norm", "eps", "version"),
+    [("auto", "linf", 0.06, FAST), ("fp32", "l2", 0.4, ("apgd-ce", "apgd-dlr"))],
+)
 @pytest.mark.filterwarnings("ignore:there are")
 def test_it_leaves_as_many_images_as_the_reference(
-    engine: Any, norm: str, eps: float, narrow: None
+    engine: Any, norm: str, eps: float, version: Any, narrow: None
 ) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(20)
-    settings: dict[str, Any] = dict(eps=eps, norm=norm, version=FAST, batch_size=20)
+    settings: dict[str, Any] = dict(eps=eps, norm=norm, version=version, batch_size=20)
     expected = autoattack(model, (x, y), engine="reference", **settings)
     result = autoattack(model, (x, y), engine=engine, **settings)
     assert abs(int(result.robust.sum()) - int(expected.robust.sum())) <= 1
     assert 3 < int(result.robust.sum()) < 18
-    assert result.status == "ok" and [stage.name for stage in result.stages] == list(FAST)
+    assert result.status == "ok" and [stage.name for stage in result.stages] == list(version)
     with torch.no_grad():
         assert (model(result.adversarial).argmax(1) != y[result.fooled]).all()
     assert all((stage.refinement_seconds > 0) == (engine == "auto") for stage in result.stages)

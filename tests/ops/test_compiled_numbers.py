@@ -27,8 +27,6 @@ FEATURES, TEACHER, DISTANCE = torch.randn(4, 6, 2, 2), torch.randn(4, 6, 2, 2), 
 
 Call = Callable[[float], Tensor]
 OPS: dict[str, Call] = {
-    "pgd_step eps": lambda v: ops.pgd_step(ADV, GRAD, X, eps=v, alpha=0.01),
-    "pgd_step alpha": lambda v: ops.pgd_step(ADV, GRAD, X, eps=0.1, alpha=v),
     "pgd_step both": lambda v: ops.pgd_step(ADV, GRAD, X, eps=v, alpha=v / 4),
     "pgd_step l2": lambda v: ops.pgd_step(ADV, GRAD, X, eps=v, alpha=v / 4, norm="l2"),
     "pgd_step sparsity": lambda v: ops.pgd_step(ADV, GRAD, X, 2.0, 1.0, "l1", sparsity=v),

@@ -101,9 +101,9 @@ def _layouts(case: OpCase) -> tuple[str, ...]:
 def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator[Spec]:
     """Every shape in every layout in float32; in each other dtype the layouts take turns, another first.
 
-    Three layouts take turns in float32 in the reference, which leaves layouts to torch, and in the emulator, which
-    is slow and gets no large shape in float16. In Triton's interpreter, which is slower, one layout does, and
-    another dtype gets every second shape.
+    In float32 three layouts take turns in the reference, which leaves layouts and threads to torch and gets a
+    large shape in float32 alone, and in the emulator, which is slow and gets no large shape in float16. In
+    Triton's interpreter, which is slower, one layout does, and another dtype gets every second shape.
     """
     layouts, shift = _layouts(case), case.dtypes.index(dtype)
     slow, first = name == "triton" and interpreted(device), dtype == torch.float32
@@ -117,7 +117,8 @@ def _specs(case: OpCase, device: str, name: str, dtype: torch.dtype) -> Iterator
             layout = layouts[(turn + shift + 5 * more) % len(layouts)]
             yield Spec(shape, dtype, layout, seed=turn, device=device)
     biggest = _biggest(case, device, name)
-    if biggest.shape != case.shapes[0] and not (emulated() and dtype == torch.float16):
+    no_large = not first if name == "reference" else emulated() and dtype == torch.float16
+    if biggest.shape != case.shapes[0] and not no_large:
         for layout in ("contiguous", "channels_last") if first else ("contiguous",):
             yield replace(biggest, dtype=dtype, layout=layout)
 

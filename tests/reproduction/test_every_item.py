@@ -87,9 +87,11 @@ def test_the_list_shows_every_item(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the model is right on")
 @pytest.mark.parametrize("name", ALL)
-def test_an_item_runs_on_few_small_images(name: str, out: Path) -> None:
-    item = FEW_ROWS[name]
-    done = reproduce(item, out=out, scale=TINIEST)
+def test_an_item_runs(name: str, out: Path, request: pytest.FixtureRequest) -> None:
+    """With few rows, on few images; `--thorough` has all rows at the scale tiny."""
+    thorough = request.config.getoption("--thorough")
+    item, scale = (find_item(name), TINY) if thorough else (FEW_ROWS[name], TINIEST)
+    done = reproduce(item, out=out, scale=scale)
     files = {file.suffix: file for file in done.files}
     assert [row.label for row in item.rows] == [line[0] for line in lines_of(files[".md"])]
     with open(files[".csv"]) as file:
