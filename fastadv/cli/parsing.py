@@ -52,9 +52,8 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, needs: dict[str, str] | None = None, **kwargs: Any) -> None:
         self._help = f"{kwargs['prog']} --help" if "prog" in kwargs else "--schedule.help"
-        if (
-            "prog" not in kwargs
-        ):  # jsonargparse makes such a parser for the fields of a schedule's class
+        # jsonargparse makes a parser without a name for the fields of a schedule's class.
+        if "prog" not in kwargs:
             schedule = str(kwargs.get("description") or "").rpartition(".")[2]
             kwargs["description"] = f"The options of --schedule {schedule}."
             kwargs.setdefault("usage", "fastadv train METHOD --schedule NAME ...")

@@ -189,6 +189,7 @@ def evaluate(
         for one in others:
             held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
+        facts = _facts(norm, samples.bounds, seed, eot, other)
         if ranks.world_size > 1:
             call = {
                 "attacks": [attack.name for attack in chosen],
@@ -203,11 +204,10 @@ def evaluate(
                 "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
                 "state_dir": "a folder" if state_dir is not None else None,
             }
-            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot, other)})
+            ranks.check_same({**call, **facts})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
-            facts = _facts(norm, samples.bounds, seed, eot, other)
             finished = FinishedBatches(state_dir, fingerprint(model, samples, facts))
         runner = Runner(
             model,

@@ -81,7 +81,7 @@ class SweepRun:
         except (OSError, ValueError):
             return {}
         same = isinstance(state, dict) and state.get("run") == directory.identity()
-        return state if same else {}
+        return state if same and isinstance(state.get("judged", []), list) else {}
 
     def _write(self, state: dict[str, Any]) -> None:
         content = {**state, "run": RunDirectory(self.folder).identity()}

@@ -106,6 +106,27 @@ def test_it_leaves_as_many_images_as_the_reference(
     assert all((stage.refinement_seconds > 0) == (engine == "auto") for stage in result.stages)
 
 
+def test_targeted_apgd_aims_at_the_nine_likeliest_wrong_classes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, x, y = linear_problem(classes=12, n=6, wrong=0)
+    aims: dict[int, list[int]] = {}
+    whole = APGDPool.run
+
+    def run(self: APGDPool, runs: Any, *arguments: Any) -> Any:
+        runs = list(runs)
+        for one in runs:
+            aims.setdefault(one.image, []).append(one.target)
+        return whole(self, runs, *arguments)
+
+    monkeypatch.setattr(APGDPool, "run", run)
+    result = autoattack(model, (x, y), eps=1e-4, version=("apgd-t",), engine="fp32")
+    assert result.robust.all()
+    others = model(x).scatter(1, y[:, None], -torch.inf)
+    expected = others.topk(9, dim=1).indices.tolist()
+    assert aims == dict(enumerate(expected))
+
+
 @pytest.mark.parametrize("refuses", [False, True])
 def test_a_search_in_float32_is_not_made_again_in_float32(
     refuses: bool, monkeypatch: pytest.MonkeyPatch

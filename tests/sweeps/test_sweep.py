@@ -269,6 +269,17 @@ def test_a_sweep_that_is_killed_ends_as_an_undisturbed_one(
     assert failed.partition("\n\n")[0] == table and log.read_text() == content
 
 
+def test_a_damaged_record_of_a_run_is_no_record(tmp_path: Path) -> None:
+    run = plan_of(tmp_path, "lr=.1", "seed=0").runs[0]
+    run.folder.mkdir(parents=True)
+    (run.folder / "run.json").write_text('{"format": 1, "run": "one"}')
+    run.mark_trained()
+    record = run.folder / "sweep_run.json"
+    assert run.is_trained()
+    record.write_text(json.dumps({**json.loads(record.read_text()), "judged": 3}))
+    assert not run.is_trained() and not run.is_finished(())
+
+
 def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "lr=.1,.2", "seeds=2")
     judgements = []
