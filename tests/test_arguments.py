@@ -50,7 +50,7 @@ def wrong_for(hint: Any) -> list[object]:
     if get_origin(hint) in (Union, types.UnionType):
         return wrong_for(parts[0]) if len(parts) == 1 else [object()]
     if get_origin(hint) is Literal:
-        return ["nonsense", parts[0].upper(), True, 3]
+        return ["nonsense", f"{parts[0]}s", True, 3]
     if get_origin(hint) is tuple:
         return ["(1, 2)", 5, ("a", "b")]
     if hint is bool:

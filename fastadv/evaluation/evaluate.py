@@ -189,7 +189,6 @@ def evaluate(
         for one in others:
             held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
-        facts = _facts(norm, samples.bounds, seed, eot, other)
         if ranks.world_size > 1:
             call = {
                 "attacks": [attack.name for attack in chosen],
@@ -201,13 +200,16 @@ def evaluate(
                 "keep_images": keep_images,
                 "constants": constants,
                 "data": samples.fingerprint(),
-                "model": hash_model(model) if isinstance(model, nn.Module) else "a callable",
+                "model": _identity(model),
+                "surrogate": None if other is None else _identity(other.model),
                 "state_dir": "a folder" if state_dir is not None else None,
             }
-            ranks.check_same({**call, **facts})
+            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot)})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
         if state_dir is not None:
+            facts = _facts(norm, samples.bounds, seed, eot)
+            facts["surrogate"] = None if other is None else hash_model(other.model)
             finished = FinishedBatches(state_dir, fingerprint(model, samples, facts))
         runner = Runner(
             model,
@@ -293,19 +295,20 @@ def _judged_rows(
             yield row, f"at {format_eps(radius)}: " if several else ""
 
 
-def _facts(
-    norm: str, bounds: tuple[float, float], seed: int, eot: int, surrogate: Surrogate | None
-) -> dict[str, Any]:
-    """The settings that every attack's result depends on, besides model, data and attack."""
-    other = None if surrogate is None else hash_model(surrogate.model)
+def _facts(norm: str, bounds: tuple[float, float], seed: int, eot: int) -> dict[str, Any]:
+    """The settings that every attack's result depends on, besides models, data and attack."""
     return {
         "norm": norm,
         "bounds": bounds,
         "seed": seed,
         "eot": eot,
-        "surrogate": other,
         "versions": library_versions(),
     }
+
+
+def _identity(model: Model) -> str:
+    """The hash of a module. Other callables cannot be told apart."""
+    return hash_model(model) if isinstance(model, nn.Module) else "a callable"
 
 
 def _radii(eps: float | Sequence[float]) -> list[float]:

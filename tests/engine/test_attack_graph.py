@@ -37,7 +37,7 @@ def install(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
         yield lambda: made
 
     monkeypatch.setattr("fastadv.engine.selection.candidates", candidates)
-    monkeypatch.setattr("fastadv.engine.selection._obstacle", lambda model, x, wish: None)
+    monkeypatch.setattr("fastadv.engine.selection._obstacle", lambda *_: None)
     # On a GPU no engine is timed against another.
     monkeypatch.setattr("fastadv.engine.choice.is_open", lambda engine: False)
 
