@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import textwrap
 from argparse import SUPPRESS, Action, _HelpAction
@@ -124,6 +125,8 @@ def as_typed(value: Any) -> str:
 
 def _number(value: float) -> str:
     """A number without a needless point; a fraction such as 8/255 if it is shorter than the digits, and equal."""
+    if not math.isfinite(value):
+        return str(value)
     if value.is_integer():
         return str(int(value))
     fraction = Fraction(value).limit_denominator(255)

@@ -117,6 +117,7 @@ def test_text_for_values() -> None:
     ]
     assert as_typed((75, 90)) == "[75,90]"
     assert as_typed(math.pi / 1000) == str(math.pi / 1000)
+    assert [as_typed(math.inf), as_typed(math.nan)] == ["inf", "nan"]
 
 
 def defaults(parser: Parser) -> Iterator[tuple[str, Any]]:
