@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from attack_helpers import digits_test, trained_small_cnn
+from linear_model import Staircase
 from torch import Tensor, nn
 
 import fastadv
@@ -179,15 +180,7 @@ def test_a_run_may_begin_where_another_has_ended() -> None:
 
 
 def test_runs_without_a_gradient_are_counted() -> None:
-    class Flat(nn.Module):
-        def __init__(self, model: nn.Module) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model((x * 50).round() / 50)
-
-    (x, y), model = digits_test(6), Flat(trained_small_cnn()).eval()
+    (x, y), model = digits_test(6), Staircase(trained_small_cnn(), levels=50).eval()
     attack = fastadv.APGD(model, 0.01, 3, loss="dlr", precision="fp32", engine="eager")
     keeper, pool = Collector(model, x, y), APGDPool(attack, 4, SEED)
     pool.run(runs_of(model, x, y, 0), keeper.take, keeper)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_model import linear_problem
+from linear_model import Staircase, linear_problem
 from torch import Tensor, nn
 from training_helpers import small_recipe
 
@@ -64,20 +64,9 @@ def test_a_rise_by_as_much_as_the_slack_is_allowed() -> None:
     assert not monotone("steps", [(1.0, 0.04), (5.0, 0.06)], 0.01).ok
 
 
-class Steps(nn.Module):
-    """Rounds images, so that no gradient comes back, but an image still gets one of zeros."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model((x * 20).round() / 20)
-
-
 def test_a_model_without_gradients_is_found_out() -> None:
     model, x, _ = linear_problem(classes=4, n=60)
-    masked = Steps(model)
+    masked = Staircase(model, levels=20)
     found = by_check(sanity_checks(masked, (x, masked(x).argmax(1)), eps=0.1, **SMALL))
     assert "60 of the 60 images" in found["gradients"].message
     assert "is the stronger one" in found["black box"].message
@@ -99,7 +88,7 @@ def test_saturated_losses_count_as_gradients_of_zero() -> None:
 
 def test_a_surrogate_that_breaks_more_than_the_white_box_is_a_sign() -> None:
     model, x, _ = linear_problem(classes=4, n=60)
-    masked = Steps(model)
+    masked = Staircase(model, levels=20)
     data = (x, masked(x).argmax(1))
     findings = sanity_checks(masked, data, eps=0.03, surrogate=Surrogate(model, "plain"), **SMALL)
     last = findings[-1]

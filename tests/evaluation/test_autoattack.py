@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from linear_model import linear_problem
+from linear_model import Staircase, linear_problem
 from torch import nn
 
 from fastadv.evaluation import autoattack, evaluate
@@ -149,7 +149,7 @@ def test_warnings_of_the_library_make_a_result_suspect():
 
 def test_square_beating_the_gradient_attacks_is_suspect():
     model, x, _ = linear_problem(classes=4, n=20)
-    masked = _Masked(model)
+    masked = Staircase(model, levels=50)
     y = masked(x).argmax(1)
     result = autoattack(masked, (x, y), eps=0.1, version=("apgd-ce", "apgd-t", "square"))
     assert result.stages[0].correct > result.stages[2].correct
@@ -248,17 +248,6 @@ class _Dynamic(nn.Module):
             probe = torch.zeros(1, requires_grad=True)
             torch.autograd.grad(probe.sum(), probe)
         return self.model(x)
-
-
-class _Masked(nn.Module):
-    """A staircase before the model: its gradient is zero."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model((x * 50).round() / 50)
 
 
 @contextlib.contextmanager
