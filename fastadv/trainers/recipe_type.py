@@ -38,7 +38,7 @@ class RecipeType(ABCMeta):
     """The metaclass of recipes: it checks the names of the numbers before a recipe is made."""
 
     def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
-        """Make a recipe, with the defaults of `beginning`.
+        """Make a recipe, with the defaults of `defaults_for`.
 
         Raises:
             TypeError: if the recipe does not have a given option; the message names a similar one.
@@ -48,8 +48,8 @@ class RecipeType(ABCMeta):
             if name not in known:
                 hint = did_you_mean(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
-        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
-        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
+        defaults = cls.defaults_for("paper", numbers)  # type: ignore[attr-defined]
+        made: T = super().__call__(*args, **{**defaults, **numbers})  # type: ignore[misc]
         return made
 
     @property
