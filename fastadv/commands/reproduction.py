@@ -122,7 +122,7 @@ def _as_text(done: Reproduced) -> str:
     return text
 
 
-def list_items(json: bool = False) -> str:
+def list_items(json: bool) -> str:
     """Return all items as lines or as JSON, with a note where figures of the paper are missing."""
     items = all_items()
     if json:

@@ -17,7 +17,6 @@ from fastadv.evaluation.reporting import aligned, markdown, write_report
 from fastadv.fields import check_fields
 from fastadv.files import naming, write_atomically
 from fastadv.locks import locked
-from fastadv.sweeps.judging import judged_checkpoint
 from fastadv.sweeps.local import run_locally, say
 from fastadv.sweeps.plan import PLAN_FILE, Plan, SweepRun
 from fastadv.sweeps.processes import Failure
@@ -227,5 +226,5 @@ def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
 
 def _results_of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
     """The results of the checkpoint that the sweep judges; earlier evaluations may have judged others."""
-    name = judged_checkpoint(plan, run)
+    name = plan.judged_checkpoint(run)
     return [result for result in results if result.subject.checkpoint == name]

@@ -250,6 +250,14 @@ def norm_name(norm: object) -> str:
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {shown(norm)}")
 
 
+def norm_name_if_known(word: object) -> object:
+    """`norm_name` of a norm; any other value unchanged, for a later check to refuse it."""
+    try:
+        return norm_name(word)
+    except ValueError:
+        return word
+
+
 def check_radius(
     name: str, eps: float, norm: str, bounds: tuple[float, float], elements: int = 1
 ) -> None:

@@ -32,8 +32,8 @@ _TABLE_1 = {
 }
 
 
-def _vanilla(network: str = "resnet18") -> RunSpec:
-    return spec("standard", network)
+def _vanilla() -> RunSpec:
+    return spec("standard")
 
 
 def _base(name: str, **changes: Any) -> RunSpec:

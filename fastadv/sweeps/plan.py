@@ -14,6 +14,7 @@ from fastadv.evaluation.results import load_results
 from fastadv.files import write_atomically
 from fastadv.sweeps.grid import Axis, Grid, canonical
 from fastadv.trainers import Settings
+from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 
 PLAN_FILE = "sweep.json"
@@ -145,6 +146,14 @@ class Plan:
             *(f"--{name}={value}" for name, value in run.settings.items()),
             f"--seed={run.seed}",
         ]
+
+    def judged_checkpoint(self, run: SweepRun) -> str:
+        """The name of the checkpoint of a run that `fastadv eval` judges with the plan's options."""
+        # The parser imports the commands, which import the sweeps.
+        from fastadv.cli.evaluate import evaluation_options
+
+        which = evaluation_options(["RUN", *self.evaluation])["checkpoint"]
+        return find_checkpoint(run.folder, which).name
 
     def check(self) -> None:
         """Check that the directory holds no other sweep than this one, or one with fewer points.

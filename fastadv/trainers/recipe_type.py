@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from abc import ABCMeta
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean, norm_name
+from fastadv.ops.values import did_you_mean, norm_name_if_known
 
 T = TypeVar("T")
 # The names of these numbers in other code.
@@ -29,8 +28,7 @@ def with_norm(kind: type, numbers: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(numbers)
     # A recipe without `norms` may have a field of this name for something else.
     if "norm" in found and hasattr(kind, "norms"):
-        with suppress(ValueError):  # the recipe's own check reports an unknown norm
-            found["norm"] = norm_name(found["norm"])
+        found["norm"] = norm_name_if_known(found["norm"])
     return found
 
 
