@@ -17,7 +17,7 @@ from typing import Any
 
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
-_LONGEST_NAME = 100
+_MAX_NAME_LENGTH = 100
 _DAY = 24 * 60 * 60
 _FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
@@ -122,7 +122,9 @@ def point_link(link: Path, target: str) -> None:
 def temporary_beside(path: Path) -> Path:
     """Return a new name beside a path, which names the future file and the process that writes it."""
     owner = f"{socket.gethostname()}@{os.getpid()}"
-    return path.with_name(f"{TEMPORARY}{path.name[:_LONGEST_NAME]}@{owner}@{secrets.token_hex(4)}")
+    return path.with_name(
+        f"{TEMPORARY}{path.name[:_MAX_NAME_LENGTH]}@{owner}@{secrets.token_hex(4)}"
+    )
 
 
 def remove_leftovers(folder: Path) -> None:

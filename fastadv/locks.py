@@ -14,7 +14,7 @@ from fastadv.files import naming, remove_leftovers
 
 # The errors of file systems that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_PAUSE = 0.02  # seconds between two tries
+_POLL_SECONDS = 0.02  # seconds between two tries
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def _acquire(lock: Path, deadline: float) -> int:
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
         except OSError as error:
             if error.errno in NO_LOCKS:  # work goes on without a lock
                 return descriptor

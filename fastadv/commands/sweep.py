@@ -24,7 +24,7 @@ from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
 from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
 
-_PATIENCE = 3.0  # seconds to wait for the lock of a sweep that was killed a moment ago
+_TIMEOUT = 3.0  # seconds to wait for the lock of a sweep that was killed a moment ago
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def run_sweep(
         return _commands(plan)
     with naming(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    with locked(plan.folder / PLAN_FILE, _PATIENCE):
+    with locked(plan.folder / PLAN_FILE, _TIMEOUT):
         plan.save()
         left = plan.unfinished()
         say(quiet, f"{len(plan.runs)} runs, {len(left)} of them left to do")

@@ -28,7 +28,7 @@ _NORM_WORDS = {
     "2": "l2",
     "1": "l1",
 }
-_LONGEST = 200  # characters of a value in a message
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 def shown(value: object) -> str:
@@ -40,7 +40,7 @@ def shown(value: object) -> str:
     if isinstance(value, Mapping | list | tuple) and _holds_tensors(value):
         return f"{with_article(type(value).__name__)} of {len(value)} with tensors or modules"
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def with_article(word: str) -> str:
