@@ -125,10 +125,12 @@ class Result:
     def key(self) -> tuple[Any, ...]:
         """Everything that the accuracy depends on. A result replaces an earlier result with the same key."""
         row = self.row
+        # A model that draws random numbers draws them for each batch. Of other models only AutoAttack's result
+        # depends on the batch size and on the precision of the search.
         if self.is_clean:
-            return (*self.judged, row.name, self.bounds, row.seed if row.is_random else None)
-        # Only AutoAttack's result depends on the batch size and on the precision of the search.
-        batch_size = self.batch_size if row.name == AUTOATTACK else None
+            drawn = (row.seed, self.batch_size) if row.is_random else (None, None)
+            return (*self.judged, row.name, self.bounds, *drawn)
+        batch_size = self.batch_size if row.name == AUTOATTACK or row.is_random else None
         attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 

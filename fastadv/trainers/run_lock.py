@@ -87,8 +87,13 @@ class RunLock:
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            except OSError:  # such as on a full disk
+                self._path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
             self._descriptor = descriptor
             _held[self._key] = holder
 

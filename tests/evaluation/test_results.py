@@ -87,6 +87,11 @@ def test_clean_accuracy_depends_on_the_seed_of_random_models_alone_and_autoattac
     ensemble = Row("autoattack", 200, 90, 8 / 255, 7, 60.0)
     add_results(file, [result(ensemble), result(ensemble, batch_size=50)])
     assert len(load_results(file)) == 5
+    # A random model draws for each batch, so that its figures depend on the batches as well.
+    drawn = replace(PGD, notes=(RANDOM,))
+    for row in (random, drawn):
+        add_results(file, [result(row), result(replace(row, correct=99), batch_size=50)])
+    assert len(load_results(file)) == 8
 
 
 def report(*rows: Row, worst_case: bool = False) -> Report:

@@ -221,3 +221,20 @@ def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
     os.utime(tmp_path / old, (long_ago, long_ago))
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_disk_that_is_full_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"), RunLock(tmp_path) as lock:
+            lock.take()
+    assert list(tmp_path.iterdir()) == []
+    held = os.listdir("/proc/self/fd")
+    with RunLock(tmp_path) as lock:
+        lock.take()
+    assert os.listdir("/proc/self/fd") == held
