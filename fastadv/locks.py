@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastadv.files import naming, remove_leftovers
+from fastadv.files import followed, naming, remove_leftovers
 
 # The errors of file systems that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -21,8 +21,8 @@ _PAUSE = 0.02  # seconds between two tries
 def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     """Hold the lock of a file: one process or thread at a time is inside the with statement.
 
-    The lock is on `.NAME.lock` in the file's folder. The kernel releases it when its holder ends, however that
-    happens. The lock's file is removed at the end of the with statement.
+    The lock is on `.NAME.lock` in the file's folder, where a link is the file to which it leads. The kernel releases
+    it when its holder ends, however that happens. The lock's file is removed at the end of the with statement.
 
     Args:
         path: the file, which need not exist; its folder must.
@@ -32,7 +32,7 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
         TimeoutError: when another holder has it for longer than that.
         OSError: when the folder cannot be written.
     """
-    target = Path(path)
+    target = followed(path)  # so that all links to a file share its lock
     lock = target.with_name(f".{target.name}.lock")
     with naming(target):
         descriptor = _acquire(lock, time.monotonic() + wait)
@@ -55,13 +55,13 @@ def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file, which need not exist.
 
     Yields:
-        The same path.
+        The same path; of a link the file to which it leads.
 
     Raises:
         TimeoutError: as `locked`.
         OSError: when the file cannot be written; the message names it.
     """
-    target = Path(path)
+    target = followed(path)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target), naming(target):

@@ -179,6 +179,21 @@ def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
 
 
+def test_links_to_one_file_share_its_lock(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").symlink_to("../all/results.json")
+    add_results(tmp_path / "one" / "eval.json", [result()])
+    with (
+        locked(tmp_path / "one" / "eval.json"),
+        pytest.raises(TimeoutError),
+        locked(tmp_path / "other" / "eval.json", wait=0.1),
+    ):
+        pass
+    assert load_results(tmp_path / "all" / "results.json") == [result()]
+    assert [path.name for path in tmp_path.rglob(".*")] == []
+
+
 def test_a_lock_is_waited_for_and_not_for_ever(tmp_path: Path) -> None:
     with locked(tmp_path / "x"):
         with pytest.raises(TimeoutError, match=r"\.x\.lock"), locked(tmp_path / "x", wait=0.1):
