@@ -21,7 +21,7 @@ _PAUSE = 0.02  # seconds between two tries
 def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     """Hold the lock of a file: one process or thread at a time is inside the with statement.
 
-    The lock is on `.NAME.lock` in the file's folder, where a link is the file to which it leads. The kernel releases
+    The lock is on `.NAME.lock` in the file's folder; a link stands for its file. The kernel releases
     it when its holder ends, however that happens. The lock's file is removed at the end of the with statement.
 
     Args:
