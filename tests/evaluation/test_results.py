@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.digest import sealed
 from fastadv.evaluation import Report, Result, Row, Subject, add_results, load_results
 from fastadv.evaluation.result_row import RANDOM
 from fastadv.evaluation.results import check_destination, results_of
@@ -113,6 +114,22 @@ def test_a_file_of_an_earlier_version_is_read_and_added_to(tmp_path: Path) -> No
     assert old[0].subject == Subject(network="Net", data="digits test")
     add_results(file, [result()])
     assert load_results(file) == [*old, result()]
+
+
+def test_what_a_later_version_wrote_stays(tmp_path: Path) -> None:
+    file = tmp_path / "eval.json"
+    add_results(file, [result(), result(CLEAN)])
+    content = json.loads(file.read_text())
+    first = {name: value for name, value in content["rows"][0].items() if name != "sha256"}
+    later = [sealed({**first, "kernel": kernel}) for kernel in ("a", "b")]
+    file.write_text(json.dumps({**content, "rows": [*later, content["rows"][1]]}))
+    add_results(file, [result(replace(PGD, seed=8))])
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[:2] == later and len(rows) == 4
+    assert load_results(file) == [result(), result(CLEAN), result(replace(PGD, seed=8))]
+    add_results(file, [result(replace(PGD, correct=99))])
+    assert [one.row.correct for one in load_results(file)] == [99, 190, PGD.correct]
+    assert len(json.loads(file.read_text())["rows"]) == 3
 
 
 def test_a_report_can_be_read_where_the_results_are_of_one_evaluation(tmp_path: Path) -> None:
