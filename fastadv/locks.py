@@ -24,6 +24,9 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     The lock is on `.NAME.lock` in the file's folder; a link stands for its file. The kernel releases
     it when its holder ends, however that happens. The lock's file is removed at the end of the with statement.
 
+    Some file systems, such as Lustre by default, have no locks. There the holder makes the file `.NAME.held`. A
+    file that a killed process has left is taken over when the time to wait is over.
+
     Args:
         path: the file, which need not exist; its folder must.
         wait: seconds to wait for another holder.
@@ -35,13 +38,14 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     target = followed(path)  # so that all links to a file share its lock
     lock = target.with_name(f".{target.name}.lock")
     with naming(target):
-        descriptor = _acquire(lock, time.monotonic() + wait)
+        lock, descriptor = _acquire(lock, time.monotonic() + wait)
     try:
         yield
     finally:
         # Removed while the lock is held: a process that has opened the file already gets its lock, finds it
         # removed, and opens a new one.
-        lock.unlink(missing_ok=True)
+        if _is_still(lock, descriptor):
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -69,25 +73,37 @@ def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
 
 
-def _acquire(lock: Path, deadline: float) -> int:
-    """Return the descriptor of the lock's file, locked."""
+def _acquire(lock: Path, deadline: float) -> tuple[Path, int]:
+    """Return the lock's file, locked, and its descriptor."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(lock, descriptor):
-                return descriptor
+                return lock, descriptor
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
             time.sleep(_PAUSE)
         except OSError as error:
-            if error.errno in NO_LOCKS:  # work goes on without a lock
-                return descriptor
             os.close(descriptor)
-            raise
+            if error.errno not in NO_LOCKS:
+                raise
+            lock.unlink(missing_ok=True)
+            return _make(lock.with_suffix(".held"), deadline)
         os.close(descriptor)
+
+
+def _make(file: Path, deadline: float) -> tuple[Path, int]:
+    """Return a file that this process alone has made, and its descriptor."""
+    while True:
+        try:
+            return file, os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            if time.monotonic() >= deadline:
+                file.unlink(missing_ok=True)
+            time.sleep(_PAUSE)
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

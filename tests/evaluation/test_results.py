@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -180,9 +182,19 @@ def add_one_by_one(file: str, seeds: list[int]) -> None:
         add_results(file, [result(replace(PGD, seed=seed))])
 
 
+def refuse(*_: object) -> None:
+    """A lock where the file system has no locks."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
 @pytest.mark.processes
-def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_and_threads_that_add_at_once_lose_nothing(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "eval.json"
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
     spawn = multiprocessing.get_context("fork")
     seeds = [list(range(i, 60, 3)) for i in range(3)]
     workers = [spawn.Process(target=add_one_by_one, args=(str(file), s)) for s in seeds[:2]]
@@ -194,6 +206,18 @@ def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> 
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert {one.row.seed for one in load_results(file)} == set(range(60))
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_without_locks_what_a_killed_process_holds_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".x.held").write_text("")
+    with locked(tmp_path / "x", wait=0.1):
+        assert (tmp_path / ".x.held").exists()
+        with locked(tmp_path / "x", wait=0.1):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_links_to_one_file_share_its_lock(tmp_path: Path) -> None:
