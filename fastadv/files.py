@@ -44,8 +44,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     Raises:
         OSError: if it cannot be written; the message names the file, the reason and a remedy.
     """
-    # A link is followed, so that the file it points to is replaced and the link stays.
-    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    target = followed(path)  # so that the link stays
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)
@@ -57,6 +56,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
             temporary.unlink(missing_ok=True)
             raise
     return target
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file to which a link leads in the end; the path itself where it is no link."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def write_through(path: Path, content: bytes, final: Path) -> None:

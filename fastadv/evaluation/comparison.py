@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
-from fastadv.evaluation.wording import format_eps
+from fastadv.evaluation.wording import bounds_text, format_eps
 from fastadv.ops.values import norm_name
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ class Comparison:
             "n": str(line.n),
             "norm": line.norm or "-",
             "eps": "no ball" if not line.ball else format_eps(line.eps) if line.norm else "-",
-            "bounds": f"{line.bounds[0]:g} {line.bounds[1]:g}",
+            "bounds": bounds_text(line.bounds),
             "batch": "-" if line.batch_size is None else str(line.batch_size),
             "seed": "-" if line.seed is None else str(line.seed),
         }

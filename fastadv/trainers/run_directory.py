@@ -24,7 +24,7 @@ from fastadv.trainers.checkpoint import (
     remove_unfinished,
 )
 from fastadv.trainers.plain_recipe import differences
-from fastadv.trainers.run_lock import RunLock
+from fastadv.trainers.run_lock import RunInUseError, RunLock
 from fastadv.trainers.sealed import read_sealed, sealed_json
 
 _DIGESTS = ("labels", "pixels", "files")  # of data, which older versions did not all record
@@ -209,6 +209,25 @@ class RunDirectory:
             self.lock.take()
         remove_leftovers(self.path)
         remove_unfinished(self.checkpoints)
+
+    def check_held(self, identity: str | None) -> None:
+        """Check that the directory still holds the run of this process, before more is written to it.
+
+        Args:
+            identity: the run's identity.
+
+        Raises:
+            RunInUseError: if it was moved or deleted, or another run or process has taken its place; the message
+                says so.
+        """
+        with suppress(CheckpointError):  # damage to the record makes no other run
+            if self.identity() != identity:
+                found = "another run" if self.exists else "no run"
+                raise RunInUseError(
+                    f"run_dir {self.path} holds {found} now: the run of this process was moved, deleted or "
+                    "overwritten. Resume it where its last checkpoint is"
+                )
+        self.lock.keep()
 
     def begin(self, description: Description, facts: Mapping[str, Any]) -> None:
         """Write `run.json`.
