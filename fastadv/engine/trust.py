@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.engines import Engine
 from fastadv.engine.live_engines import LiveEngine
+from fastadv.engine.randomness import shared_states
 
 _Result = TypeVar("_Result")
 _LONGER = 3  # times as many attacks as so far, before the next proof
@@ -54,16 +55,12 @@ class _Generators:
     """The states of the generators that all code shares."""
 
     def __init__(self) -> None:
-        self._torch, self._python = torch.get_rng_state(), random.getstate()
-        self._numpy: Any = np.random.get_state()
+        self._torch, self._others = torch.get_rng_state(), shared_states()
+        self._python, self._numpy = random.getstate(), np.random.get_state()
 
     def have_moved(self) -> bool:
-        now: Any = np.random.get_state()
         return (
-            not torch.equal(torch.get_rng_state(), self._torch)
-            or random.getstate() != self._python
-            or now[2:] != self._numpy[2:]
-            or not np.array_equal(now[1], self._numpy[1])
+            not torch.equal(torch.get_rng_state(), self._torch) or shared_states() != self._others
         )
 
     def put_back(self) -> None:
@@ -130,7 +127,7 @@ class Trial(Generic[_Result]):
             self._found = (self._watched(engine, run),)
         except (
             Exception
-        ):  # the caller's, which comes again; or of code that no longer takes channels-last images
+        ):  # it comes again, unless it was that of code which bears no channels-last images
             return None
         is_sure = self._calls == standing.calls and not self._before.have_moved()
         return self._found[0] if is_sure else None
