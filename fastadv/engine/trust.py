@@ -125,9 +125,7 @@ class Trial(Generic[_Result]):
         self._before = _Generators()
         try:
             self._found = (self._watched(engine, run),)
-        except (
-            Exception
-        ):  # it comes again, unless it was that of code which bears no channels-last images
+        except Exception:  # it comes again, unless the code no longer bears channels-last images
             return None
         is_sure = self._calls == standing.calls and not self._before.have_moved()
         return self._found[0] if is_sure else None

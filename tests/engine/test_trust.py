@@ -31,7 +31,6 @@ class Net(nn.Module):
         super().__init__()
         self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
         self.form, self.passes, self.factor = "plain", 0, 1.0
-        self.kept: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.conv(x)
@@ -43,10 +42,8 @@ class Net(nn.Module):
         z = torch.tanh(F.instance_norm(z))
         if self.form == "mirrored":
             z = torch.sin(z)
-        elif self.form == "keeps":
-            if self.kept is None:
-                self.kept = self.fc.bias.detach().exp()[:1]
-            z = z * self.kept
+        elif self.form == "asks":
+            assert z.dim() == 4
         elif self.form == "dropout":
             z = F.dropout(z, 0.2, True)
         elif self.form == "scaled":
@@ -199,13 +196,13 @@ def test_another_number_is_proven(runs: str, proofs: list[int]) -> None:
     assert len(proofs) == before + 1
 
 
-def test_a_first_pass_that_fills_a_cache_costs_one_proof(runs: str, proofs: list[int]) -> None:
-    """It is proven once more, and the result stands."""
+def test_a_call_that_computes_nothing_costs_one_proof(runs: str, proofs: list[int]) -> None:
+    """The result stands, and later attacks may make that call."""
     model, x = net(), images(8)
-    model.form = "keeps"
-    attack = fastadv.PGD(model, steps=3, seed=7)
-    results = [attack(x, Y) for _ in range(6)]
-    assert model.kept is not None and len(proofs) == 2
+    attack = trusted_attack(model, x)
+    before, model.form = len(proofs), "asks"
+    results = [attack(x, Y) for _ in range(3)]
+    assert len(proofs) == before + 1
     assert all(torch.equal(result, results[0]) for result in results)
 
 
