@@ -103,7 +103,7 @@ def _make(file: Path, deadline: float) -> tuple[Path, int]:
         except FileExistsError:
             if time.monotonic() >= deadline:
                 file.unlink(missing_ok=True)
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:
