@@ -215,24 +215,30 @@ class Attack(Configured):
                 check_limits("alpha", overrides.alpha)
                 if start is not None:
                     check_start(start)
-            engine = self._ready(x)
-            with engine.session(self.model, seed, current=True):
-                images = engine.images(x)
-                batch = AttackBatch(
-                    engine,
-                    images,
-                    y,
-                    radius,
-                    settings.norm,
-                    bounds,
-                    settings.targeted,
-                    sample_ids,
-                    partial(check_labels, y) if self.check_inputs else None,
-                    None if start is None else engine.images(_usable(start)).to(images.dtype),
-                    passes=self.passes,
-                    overrides=overrides,
-                )
-                adv = round_towards(self._perturb(batch, seed), x)
+
+            def attacked_by(engine: Engine) -> tuple[Engine, AttackBatch, Tensor]:
+                with engine.session(self.model, seed, current=True):
+                    images = engine.images(x)
+                    batch = AttackBatch(
+                        engine,
+                        images,
+                        y,
+                        radius,
+                        settings.norm,
+                        bounds,
+                        settings.targeted,
+                        sample_ids,
+                        partial(check_labels, y) if self.check_inputs else None,
+                        None if start is None else engine.images(_usable(start)).to(images.dtype),
+                        passes=self.passes,
+                        overrides=overrides,
+                    )
+                    adv = round_towards(self._perturb(batch, seed), x)
+                return engine, batch, adv
+
+            trial = self._engines.trial(self.model, x, self._wish())
+            found = trial.unproven(attacked_by) or trial.proven(self._ready(x), attacked_by)
+            engine, batch, adv = found
             self._last = AttackReport(
                 batch.counters.engine,
                 batch.counters.reason,
@@ -248,9 +254,11 @@ class Attack(Configured):
         return adv
 
     def _ready(self, x: Tensor) -> Engine:
+        return self._engines.ready(self.model, x, self._wish())
+
+    def _wish(self) -> Wish:
         settings = self.settings
-        wish = Wish(settings.precision, settings.engine, settings.train_mode)
-        return self._engines.ready(self.model, x, wish)
+        return Wish(settings.precision, settings.engine, settings.train_mode)
 
     def _alone(self) -> AbstractContextManager[object]:
         """A context in which other threads wait if they attack the model or one that shares a network with it."""

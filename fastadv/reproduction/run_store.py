@@ -81,7 +81,7 @@ class RunStore:
         Raises:
             CannotRun: if a method, an option, a value or a network does not exist here.
         """
-        return resolve(run, self.scale, self.source.data, seed, self.extra_digest)
+        return resolve(run, self.scale, self.source.place, seed, self.extra_digest)
 
     @cached_property
     def train_images(self) -> ImageData:

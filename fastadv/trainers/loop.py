@@ -391,6 +391,7 @@ class Loop:
         meta = {**self.meta, "epoch": progress.epoch, "epoch_step": progress.epoch_step}
         if validation is not None:
             meta["validation"] = asdict(validation)
+        self.run.check_held(self.meta.get("run"))
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
         best = None if progress.best_step is None else checkpoint_name(progress.best_step)
