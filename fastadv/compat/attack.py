@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import AttackType, names_checked
+from fastadv.compat.saved import load_results, write_results
 from fastadv.compat.their_names import THEIR_NAMES, in_their_names
-from fastadv.files import write_atomically
 from fastadv.models import Normalized
 from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
@@ -208,6 +208,24 @@ class Attack(metaclass=AttackType):
         self.own.targeted = function is not None
         self._mode, self._target_function = mode, function
 
+    def set_model_training_mode(
+        self,
+        model_training: bool = False,
+        batchnorm_training: bool = False,
+        dropout_training: bool = False,
+    ) -> None:
+        """Attack the model in eval mode, or with all three True in train mode, which moves BatchNorm's statistics.
+
+        Raises:
+            ValueError: if some flags are True and others are not. No attack here mixes the modes.
+        """
+        check_bool("model_training", model_training)
+        parts = {"batchnorm_training": batchnorm_training, "dropout_training": dropout_training}
+        for name, flag in parts.items():
+            if not check_bool(name, flag) and model_training:
+                raise ValueError(f"{name} must be True where model_training is, got False")
+        self.own.train_mode = "moving" if model_training else False
+
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take images that are normalised by these numbers, for a model that expects such images.
 
@@ -237,7 +255,7 @@ class Attack(metaclass=AttackType):
         save_predictions: bool = False,
         save_clean_inputs: bool = False,
         save_type: str = "float",
-    ) -> tuple[float, float] | None:
+    ) -> tuple[float, float, float] | None:
         """Attack all batches of a loader, and write the results into a file for ``torch.load``.
 
         Args:
@@ -250,8 +268,8 @@ class Attack(metaclass=AttackType):
             save_type: ``"float"``: images in 0..1; ``"int"``: bytes.
 
         Returns:
-            With ``return_verbose``, the robust accuracy in percent, and the mean L2 distance of the adversarial
-            images that are misclassified. Else None.
+            With ``return_verbose``, the robust accuracy in percent, the mean L2 distance of the adversarial images
+            that are misclassified, and the seconds that the last batch took. Else None.
 
         Raises:
             OSError: if the file cannot be written.
@@ -286,6 +304,7 @@ class Attack(metaclass=AttackType):
                 raise TypeError(
                     f"data_loader must give batches (images, labels), got {shown(batch)}"
                 )
+            began = time.perf_counter()
             inputs, labels = batch
             clean = self._taken(inputs)[0]
             adv = self._result_taken(self(inputs, labels), inputs)
@@ -294,6 +313,7 @@ class Attack(metaclass=AttackType):
             distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
             for name, values in zip(parts, (adv, labels, found, clean), strict=True):
                 parts[name].append(values.detach().cpu())
+            seconds = time.perf_counter() - began
         if not parts["labels"]:
             raise ValueError("data_loader must have at least one batch, got 0")
         content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
@@ -303,10 +323,12 @@ class Attack(metaclass=AttackType):
         if save_path is not None:
             kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
             content = {name: value for name, value in content.items() if kept.get(name, True)}
-            _write_results(save_path, content, save_type)
+            write_results(save_path, content, save_type)
         if verbose:
             print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
-        return (accuracy, distance) if return_verbose else None
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    load = staticmethod(load_results)
 
     def _taken(
         self, inputs: Tensor | np.ndarray[Any, Any]
@@ -341,18 +363,6 @@ class Attack(metaclass=AttackType):
     def _logits(self, x: Tensor) -> Tensor:
         """The model's logits for images in 0..1, in eval mode."""
         return self.own.logits_of_model(x)
-
-
-def _write_results(
-    path: str | os.PathLike[str], content: dict[str, Tensor], save_type: str
-) -> None:
-    """Write the results of `Attack.save` into a file for ``torch.load``, the images as floats or as bytes."""
-    if save_type == "int":
-        for name in {"adv_inputs", "clean_inputs"} & content.keys():
-            content[name] = (content[name] * 255).round().to(torch.uint8)
-    buffer = io.BytesIO()
-    torch.save({**content, "save_type": save_type}, buffer)
-    write_atomically(path, buffer.getvalue())
 
 
 def _check_normalised(x: Tensor) -> None:
