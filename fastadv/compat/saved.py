@@ -40,8 +40,8 @@ def load_results(
         load_path: the file.
         batch_size: images in a batch.
         shuffle: give the images in a random order, which is new in each pass.
-        normalize: ``{"mean": ..., "std": ...}`` per channel, by which the images are normalised. In the file they are
-            in 0..1.
+        normalize: ``{"mean": ..., "std": ...}`` per channel, by which the images are normalised. In the file they
+            are in 0..1.
         load_predictions: add the predicted classes, which ``save`` kept with ``save_predictions``.
         load_clean_inputs: add the clean images, which ``save`` kept with ``save_clean_inputs``.
 
