@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import AttackType, names_checked
+from fastadv.compat.inputs import check_normalised, integer_labels
 from fastadv.compat.saved import load_results, write_results
 from fastadv.compat.their_names import THEIR_NAMES, in_their_names
 from fastadv.models import Normalized
-from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import (
     check_bool,
@@ -288,17 +288,32 @@ class Attack(metaclass=AttackType):
         check_bool("return_verbose", return_verbose)
         check_bool("save_predictions", save_predictions)
         check_bool("save_clean_inputs", save_clean_inputs)
-        parts: dict[str, list[Tensor]] = {
-            "adv_inputs": [],
-            "labels": [],
-            "preds": [],
-            "clean_inputs": [],
-        }
-        distances = []
+        content, distance, seconds = self._attack_all(data_loader)
+        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
+        if save_path is not None:
+            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
+            content = {name: value for name, value in content.items() if kept.get(name, True)}
+            write_results(save_path, content, save_type)
+        if verbose:
+            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    def _attack_all(
+        self, data_loader: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Attack all batches of a loader.
+
+        Returns:
+            Images, labels and predictions under their names in the file; the mean L2 distance of the adversarial
+            images that are misclassified, 0 without any; and the seconds of the last batch.
+        """
         if isinstance(data_loader, Tensor | tuple) or not isinstance(data_loader, Iterable):
             raise TypeError(
                 f"data_loader must be a DataLoader or a list of batches (images, labels), got {shown(data_loader)}"
             )
+        names = ("adv_inputs", "labels", "preds", "clean_inputs")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        distances = []
         for batch in data_loader:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TypeError(
@@ -311,22 +326,14 @@ class Attack(metaclass=AttackType):
             found = self._logits(adv).argmax(1)
             wrong = found != integer_labels(labels).to(found.device)
             distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
-            for name, values in zip(parts, (adv, labels, found, clean), strict=True):
+            for name, values in zip(names, (adv, labels, found, clean), strict=True):
                 parts[name].append(values.detach().cpu())
             seconds = time.perf_counter() - began
-        if not parts["labels"]:
+        if not distances:
             raise ValueError("data_loader must have at least one batch, got 0")
-        content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
-        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
         broken = torch.cat(distances)
-        distance = broken.mean().item() if len(broken) else 0.0
-        if save_path is not None:
-            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
-            content = {name: value for name, value in content.items() if kept.get(name, True)}
-            write_results(save_path, content, save_type)
-        if verbose:
-            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
-        return (accuracy, distance, seconds) if return_verbose else None
+        content = {name: torch.cat(values) for name, values in parts.items()}
+        return content, broken.mean().item() if len(broken) else 0.0, seconds
 
     load = staticmethod(load_results)
 
@@ -343,7 +350,7 @@ class Attack(metaclass=AttackType):
             x = x.float() / 255
         elif used is not None:
             x = (x * used["std"].to(x) + used["mean"].to(x)).detach()
-            _check_normalised(x)
+            check_normalised(x)
             x = x.clamp(0, 1)  # rounding may lead a little out of the bounds
 
         def back(adv: Tensor) -> Any:
@@ -365,35 +372,5 @@ class Attack(metaclass=AttackType):
         return self.own.logits_of_model(x)
 
 
-def _check_normalised(x: Tensor) -> None:
-    """Check that images [B, C, H, W], after the normalisation was undone, are in 0..1.
-
-    Raises:
-        ValueError: if a value is more than half a grey level outside 0..1.
-    """
-    slack = max(8 * torch.finfo(x.dtype).eps, 0.5 / 255)
-    if x.numel() and not (-slack <= x.min() and x.max() <= 1 + slack):  # also where one is NaN
-        raise ValueError(
-            "inputs must be normalised by the mean and std of set_normalization_used; without the normalisation "
-            f"their values go from {float(x.min()):.4g} to {float(x.max()):.4g}, and not from 0 to 1"
-        )
-
-
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:
     return (*(field.name for field in fields(own.settings) if field.init), "seed")
-
-
-def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Tensor:
-    """Return labels of any integer width in int64.
-
-    Raises:
-        TypeError: if the labels are no integers.
-    """
-    found = (
-        labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels), device="cpu")
-    )
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(
-            f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"
-        )
-    return found.to(torch.int64)
