@@ -120,6 +120,17 @@ def test_what_a_new_attack_warns_of_is_told_of_a_changed_one_too(
     assert told(lambda: attack(x, y)) == []  # once for each change
 
 
+def test_few_steps_of_adam_are_told_of() -> None:
+    model = trained_small_cnn()
+    (message,) = told(lambda: fastadv.CWL2(model, 0.01, 0.0, 10, 0.01, 10))  # ART's defaults
+    assert "lr * steps is 0.1: a pixel can move by about 0.05 of the range" in message
+    assert told(lambda: fastadv.CWL2(model)) == []
+    assert told(lambda: fastadv.CWL2(model, 1.0, 0.0, 50, 0.01, 1)) == []  # torchattacks' defaults
+    attack = fastadv.CWL2(model, steps=40)
+    attack.lr = 0.001
+    assert "lr * steps is 0.04" in told(lambda: attack(*digits_test(2)))[0]
+
+
 def test_nothing_is_told_of_a_norm_whose_radius_follows() -> None:
     attack = fastadv.PGD(trained_small_cnn(), alpha=0.1)
     attack.norm = "l2"

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from fastadv.attacks.attack import AttackSettings
 
 
+# Each of Adam's steps moves a coordinate by about lr, and a pixel by at most half of this, in units of the range.
+_REACH_OF_ADAM = 0.2
+
+
 def warn_of_settings(settings: AttackSettings) -> None:
     """Warn if the radius is meant for other images, or if all steps together are too short."""
     warn_of_default_radius(settings.eps, settings.norm, settings.bounds, stacklevel=6)
@@ -22,6 +26,14 @@ def warn_of_settings(settings: AttackSettings) -> None:
         doubt = short_reach_warning(step, steps, settings.eps)
         if doubt:
             warnings.warn(doubt, stacklevel=5)
+    rate = getattr(settings, "lr", None)
+    if rate is not None and steps is not None and rate * steps < _REACH_OF_ADAM:
+        warnings.warn(
+            f"lr * steps is {rate * steps:.3g}: a pixel can move by about {rate * steps / 2:.2g} of the range "
+            "between the bounds, and the attack finds too little; Adam needs more steps than a line search, such "
+            "as in ART's CarliniL2Method; the default is 1000 steps of .01",
+            stacklevel=5,
+        )
 
 
 def warn_of_default_radius(

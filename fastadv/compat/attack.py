@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from fastadv.attacks import Attack as OwnAttack
 from fastadv.attacks.arguments import module_device
 from fastadv.attacks.options import AttackType, names_checked
+from fastadv.compat.inputs import check_normalised, integer_labels
+from fastadv.compat.saved import load_results, write_results
 from fastadv.compat.their_names import THEIR_NAMES, in_their_names
-from fastadv.files import write_atomically
 from fastadv.models import Normalized
-from fastadv.ops.checks import one_hot_hint
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import (
     check_bool,
@@ -208,6 +208,24 @@ class Attack(metaclass=AttackType):
         self.own.targeted = function is not None
         self._mode, self._target_function = mode, function
 
+    def set_model_training_mode(
+        self,
+        model_training: bool = False,
+        batchnorm_training: bool = False,
+        dropout_training: bool = False,
+    ) -> None:
+        """Attack the model in eval mode, or with all three True in train mode, which moves BatchNorm's statistics.
+
+        Raises:
+            ValueError: if some flags are True and others are not. No attack here mixes the modes.
+        """
+        check_bool("model_training", model_training)
+        parts = {"batchnorm_training": batchnorm_training, "dropout_training": dropout_training}
+        for name, flag in parts.items():
+            if not check_bool(name, flag) and model_training:
+                raise ValueError(f"{name} must be True where model_training is, got False")
+        self.own.train_mode = "moving" if model_training else False
+
     def set_normalization_used(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Take images that are normalised by these numbers, for a model that expects such images.
 
@@ -237,7 +255,7 @@ class Attack(metaclass=AttackType):
         save_predictions: bool = False,
         save_clean_inputs: bool = False,
         save_type: str = "float",
-    ) -> tuple[float, float] | None:
+    ) -> tuple[float, float, float] | None:
         """Attack all batches of a loader, and write the results into a file for ``torch.load``.
 
         Args:
@@ -250,8 +268,8 @@ class Attack(metaclass=AttackType):
             save_type: ``"float"``: images in 0..1; ``"int"``: bytes.
 
         Returns:
-            With ``return_verbose``, the robust accuracy in percent, and the mean L2 distance of the adversarial
-            images that are misclassified. Else None.
+            With ``return_verbose``, the robust accuracy in percent, the mean L2 distance of the adversarial images
+            that are misclassified, and the seconds that the last batch took. Else None.
 
         Raises:
             OSError: if the file cannot be written.
@@ -270,43 +288,54 @@ class Attack(metaclass=AttackType):
         check_bool("return_verbose", return_verbose)
         check_bool("save_predictions", save_predictions)
         check_bool("save_clean_inputs", save_clean_inputs)
-        parts: dict[str, list[Tensor]] = {
-            "adv_inputs": [],
-            "labels": [],
-            "preds": [],
-            "clean_inputs": [],
-        }
-        distances = []
+        content, distance, seconds = self._attack_all(data_loader)
+        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
+        if save_path is not None:
+            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
+            content = {name: value for name, value in content.items() if kept.get(name, True)}
+            write_results(save_path, content, save_type)
+        if verbose:
+            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
+        return (accuracy, distance, seconds) if return_verbose else None
+
+    def _attack_all(
+        self, data_loader: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Tensor], float, float]:
+        """Attack all batches of a loader.
+
+        Returns:
+            Images, labels and predictions under their names in the file; the mean L2 distance of the adversarial
+            images that are misclassified, 0 without any; and the seconds of the last batch.
+        """
         if isinstance(data_loader, Tensor | tuple) or not isinstance(data_loader, Iterable):
             raise TypeError(
                 f"data_loader must be a DataLoader or a list of batches (images, labels), got {shown(data_loader)}"
             )
+        names = ("adv_inputs", "labels", "preds", "clean_inputs")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        distances = []
         for batch in data_loader:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TypeError(
                     f"data_loader must give batches (images, labels), got {shown(batch)}"
                 )
+            began = time.perf_counter()
             inputs, labels = batch
             clean = self._taken(inputs)[0]
             adv = self._result_taken(self(inputs, labels), inputs)
             found = self._logits(adv).argmax(1)
             wrong = found != integer_labels(labels).to(found.device)
             distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
-            for name, values in zip(parts, (adv, labels, found, clean), strict=True):
+            for name, values in zip(names, (adv, labels, found, clean), strict=True):
                 parts[name].append(values.detach().cpu())
-        if not parts["labels"]:
+            seconds = time.perf_counter() - began
+        if not distances:
             raise ValueError("data_loader must have at least one batch, got 0")
-        content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
-        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
         broken = torch.cat(distances)
-        distance = broken.mean().item() if len(broken) else 0.0
-        if save_path is not None:
-            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
-            content = {name: value for name, value in content.items() if kept.get(name, True)}
-            _write_results(save_path, content, save_type)
-        if verbose:
-            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
-        return (accuracy, distance) if return_verbose else None
+        content = {name: torch.cat(values) for name, values in parts.items()}
+        return content, broken.mean().item() if len(broken) else 0.0, seconds
+
+    load = staticmethod(load_results)
 
     def _taken(
         self, inputs: Tensor | np.ndarray[Any, Any]
@@ -321,7 +350,7 @@ class Attack(metaclass=AttackType):
             x = x.float() / 255
         elif used is not None:
             x = (x * used["std"].to(x) + used["mean"].to(x)).detach()
-            _check_normalised(x)
+            check_normalised(x)
             x = x.clamp(0, 1)  # rounding may lead a little out of the bounds
 
         def back(adv: Tensor) -> Any:
@@ -343,47 +372,5 @@ class Attack(metaclass=AttackType):
         return self.own.logits_of_model(x)
 
 
-def _write_results(
-    path: str | os.PathLike[str], content: dict[str, Tensor], save_type: str
-) -> None:
-    """Write the results of `Attack.save` into a file for ``torch.load``, the images as floats or as bytes."""
-    if save_type == "int":
-        for name in {"adv_inputs", "clean_inputs"} & content.keys():
-            content[name] = (content[name] * 255).round().to(torch.uint8)
-    buffer = io.BytesIO()
-    torch.save({**content, "save_type": save_type}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def _check_normalised(x: Tensor) -> None:
-    """Check that images [B, C, H, W], after the normalisation was undone, are in 0..1.
-
-    Raises:
-        ValueError: if a value is more than half a grey level outside 0..1.
-    """
-    slack = max(8 * torch.finfo(x.dtype).eps, 0.5 / 255)
-    if x.numel() and not (-slack <= x.min() and x.max() <= 1 + slack):  # also where one is NaN
-        raise ValueError(
-            "inputs must be normalised by the mean and std of set_normalization_used; without the normalisation "
-            f"their values go from {float(x.min()):.4g} to {float(x.max()):.4g}, and not from 0 to 1"
-        )
-
-
 def _settings_of(own: OwnAttack) -> tuple[str, ...]:
     return (*(field.name for field in fields(own.settings) if field.init), "seed")
-
-
-def integer_labels(labels: Tensor | np.ndarray[Any, Any] | Sequence[int]) -> Tensor:
-    """Return labels of any integer width in int64.
-
-    Raises:
-        TypeError: if the labels are no integers.
-    """
-    found = (
-        labels if isinstance(labels, Tensor) else torch.as_tensor(np.asarray(labels), device="cpu")
-    )
-    if found.is_floating_point() or found.is_complex() or found.dtype == torch.bool:
-        raise TypeError(
-            f"labels must be integers, got {found.dtype}{one_hot_hint('labels', found)}"
-        )
-    return found.to(torch.int64)

@@ -78,6 +78,22 @@ class MIFGSM(Attack):
         super().__init__(model, lambda m: fastadv.MIM(m, eps, alpha, steps, decay))
 
 
+class EOTPGD(Attack):
+    """`fastadv.PGD` in linf on the mean of several gradients, for models that draw random numbers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        eps: float = 8 / 255,
+        alpha: float = 2 / 255,
+        steps: int = 10,
+        eot_iter: int = 2,
+        random_start: bool = True,
+    ) -> None:
+        super().__init__(model, lambda m: fastadv.PGD(m, eps, alpha, steps, random_start))
+        self.eot_iter = eot_iter
+
+
 class TPGD(Attack):
     """The attack of TRADES: `fastadv.PGD` on the KL divergence from the clean logits, from normal noise."""
 

@@ -86,12 +86,14 @@ def test_it_moves_the_images_as_the_own_attack_does() -> None:
 def test_it_moves_the_images_as_torchattacks_does() -> None:
     theirs = pytest.importorskip("torchattacks")
     model, (x, y) = trained_small_cnn().eval(), digits_test(16)
-    for name in ("BIM", "FGSM"):
-        options = {"eps": EPS, "alpha": 0.03, "steps": 4} if name == "BIM" else {"eps": EPS}
+    steps: dict[str, Any] = {"eps": EPS, "alpha": 0.03, "steps": 4}
+    in_l2 = {**steps, "eps": 0.8, "alpha": 0.2, "random_start": False}
+    every = {"BIM": steps, "FGSM": {"eps": EPS}, "MIFGSM": steps, "PGDL2": in_l2}
+    for name, options in every.items():
         wanted = getattr(theirs, name)(model, **options)(x, y)
         ours = getattr(compat, name)(model, **options)
         ours.own.precision = "fp32"
-        assert ((ours(x, y) - wanted).abs() > 1e-6).float().mean() < 0.01
+        assert ((ours(x, y) - wanted).abs() > 1e-6).float().mean() < 0.01, name
 
 
 def test_settings_are_read_and_set_with_their_checks() -> None:
@@ -206,11 +208,60 @@ def test_saved_images_are_those_of_the_batches(tmp_path: Path) -> None:
     assert found is not None and found[0] == pytest.approx(100 * float(robust.float().mean()))
     distance = (content["adv_inputs"] - x).flatten(1).norm(dim=1)[~robust].mean()
     assert found[1] == pytest.approx(float(distance), abs=1e-5)
+    assert len(found) == 3 and found[2] > 0
     attack.save(
         loader, tmp_path / "bytes.pt", verbose=False, save_clean_inputs=True, save_type="int"
     )
     content = torch.load(tmp_path / "bytes.pt", weights_only=True)
     assert content["adv_inputs"].dtype == content["clean_inputs"].dtype == torch.uint8
+
+
+def test_saved_images_are_loaded_as_they_were_attacked(tmp_path: Path) -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(10)
+    attack, loader = short(compat.BIM, model), DataLoader(TensorDataset(x, y), batch_size=4)
+    for save_type, atol in (("float", 1e-6), ("int", 0.51 / 255)):
+        file = tmp_path / f"{save_type}.pt"
+        options: dict[str, Any] = {"save_type": save_type, "save_clean_inputs": True}
+        attack.save(loader, file, verbose=False, save_predictions=True, **options)
+        normalize = {"mean": [0.5], "std": [0.25]}
+        plain = list(attack.load(file, batch_size=6))
+        assert [len(part) for part in plain] == [2, 2] and len(plain[0][0]) == 6
+        adv, labels = (torch.cat(part) for part in zip(*plain, strict=True))
+        torch.testing.assert_close(adv, attack(x, y), rtol=0, atol=atol)
+        assert torch.equal(labels, y)
+        ((seen, _, predicted, clean),) = compat.Attack.load(
+            file, normalize=normalize, load_predictions=True, load_clean_inputs=True
+        )
+        torch.testing.assert_close(seen, (adv - 0.5) / 0.25)
+        torch.testing.assert_close(clean * 0.25 + 0.5, x, rtol=0, atol=atol)
+        assert torch.equal(predicted, model(attack(x, y)).argmax(1))
+    attack.save(loader, file, verbose=False)
+    with pytest.raises(ValueError, match="load_path must be a file with preds"):
+        attack.load(file, load_predictions=True)
+    with pytest.raises(ValueError, match="normalize must have mean and std"):
+        attack.load(file, normalize={"mean": [0.5]})
+
+
+def test_the_model_is_attacked_in_the_mode_that_was_set() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    attack, before = short(compat.BIM, model), model.bn1.running_mean.clone()
+    attack.set_model_training_mode(False, False, False)
+    evaluated = attack(x, y)
+    assert torch.equal(model.bn1.running_mean, before)
+    attack.set_model_training_mode(True, True, True)
+    assert not torch.equal(attack(x, y), evaluated)
+    assert not torch.equal(model.bn1.running_mean, before)  # as in torchattacks
+    for flags, name in (((True, False, True), "batchnorm"), ((True, True, False), "dropout")):
+        with pytest.raises(ValueError, match=f"{name}_training must be True"):
+            attack.set_model_training_mode(*flags)
+
+
+def test_the_mean_of_several_gradients_is_followed() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(8)
+    noisy = nn.Sequential(nn.Dropout(0.3), model)
+    several = compat.EOTPGD(noisy, EPS, 0.03, 4, eot_iter=3, random_start=False)
+    assert several.own.passes == several.eot_iter == 3
+    assert torch.equal(several(x, y), compat.BIM(model, EPS, 0.03, 4)(x, y))  # in eval mode
 
 
 def test_several_attacks_take_what_is_left() -> None:
