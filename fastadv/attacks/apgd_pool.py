@@ -104,6 +104,7 @@ class APGDPool:
         steps: number of gradients of rows with a run so far.
         rows: number of gradients so far, with those of rows that only filled up a batch.
         blind: number of runs that began at a point without a gradient, a sign of gradient masking.
+        nan_points: number of points so far with a NaN among their logits; such a point is no success.
 
     Raises:
         ValueError: if the attack is targeted, in train mode, or in another norm than linf and l2.
@@ -132,7 +133,7 @@ class APGDPool:
         self._set_aside, self._early, self._passes = set_aside, early, passes
         self._points = checkpoints(attack.steps)
         self._sizes = _sizes(attack, size)
-        self.steps = self.rows = self.blind = 0
+        self.steps = self.rows = self.blind = self.nan_points = 0
 
     def run(
         self,
@@ -198,6 +199,7 @@ class _Work:
         self._last = self._attack.steps
         self._is_check = torch.zeros(self._last + 1, dtype=torch.bool, device="cpu")
         self._is_check[list(pool._points)] = True
+        self._nan_points = torch.zeros((), dtype=torch.int64, device=x.device)
         self._load(list(range(len(first))), first)
 
     def carry_out(self) -> None:
@@ -229,12 +231,14 @@ class _Work:
         fresh, since, step = (one.to(device) for one in (begun, self._since, self._step))
         checked = at_check.to(device) if bool(at_check.any()) else None
         early, passes = self._pool._early, self._pool._passes
-        grad = self._slots.advance(
+        found = self._slots.advance(
             engine, settings, fresh, checked, since, step, first=early, passes=passes
         )
         if settings.loss in ("dlr", "dlr-t") and bool(begun.any()):
-            zero = (grad.flatten(1) == 0).all(1) & fresh
+            zero = (found.grad.flatten(1) == 0).all(1) & fresh
             self._pool.blind += int(zero.sum())
+        nan = found.logits.isnan().any(1) & self._used.to(device)
+        self._nan_points = self._nan_points + nan.sum()
         self._pool.steps += int(self._used.sum())
         self._pool.rows += len(begun)
         self._since = self._since.masked_fill(at_check, 0) + 1
@@ -247,6 +251,8 @@ class _Work:
 
     def _attend(self, every_row: bool, over: list[int]) -> None:
         """Remove the runs of broken images and finished runs, and begin other runs in their rows."""
+        self._pool.nan_points += int(self._nan_points)
+        self._nan_points = torch.zeros_like(self._nan_points)
         if self._pool._early:
             self._judge(list(range(len(self._runs))) if every_row else over)
         self._end([row for row in over if self._runs[row] is not None])
