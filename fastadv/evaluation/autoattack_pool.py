@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD, Loss
 from fastadv.attacks.apgd_pool import APGDPool, Ended, Run
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.objectives import likeliest_wrong_classes
-from fastadv.attacks.weakness import nan_logits
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, TARGET_CLASSES, Finished, Hunt
 from fastadv.evaluation.autoattack_state import BatchRecord
 from fastadv.evaluation.verify import logits_of
@@ -193,7 +193,7 @@ class PoolSearch:
             )
         nan = self._pool.nan_points - self._nan_then + self._nan_refined
         if nan:
-            warnings.append(nan_logits(nan))
+            warnings.append(nan_logits_warning(nan))
         record = self._finished.record(
             self._hunt.runner.samples.image_shape,
             violations=self._audit.found.as_dict(),

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadv.attacks import APGD, FAB, Square
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.weakness import nan_logits
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
@@ -230,4 +230,4 @@ class OwnSearch(BatchSearch):
 def _doubts(attack: Attack) -> list[str]:
     """A warning if the last call of an attack met NaN among the logits."""
     points = attack.last.nan_points
-    return [nan_logits(points)] if points else []
+    return [nan_logits_warning(points)] if points else []
