@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD, checkpoints
 from fastadv.attacks.apgd_slots import Slots
+from fastadv.attacks.leaving import batch_sizes, fine_size
 from fastadv.engine.engines import Engine
 from fastadv.ops import pgd_step_, random_start
 from fastadv.seeding import derive_seed
@@ -25,7 +26,6 @@ from fastadv.seeding import derive_seed
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]
 NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
 _LOOKED_AT_EVERY = 4  # steps: rows are judged so often, so that the referee gets several at once
-_SMALLEST = 8  # batches of a copy are not made smaller than this
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,7 @@ class APGDPool:
         steps: number of gradients of rows with a run so far.
         rows: number of gradients so far, with those of rows that only filled up a batch.
         blind: number of runs that began at a point without a gradient, a sign of gradient masking.
+        nan_points: number of points so far with a NaN among their logits; such a point is no success.
 
     Raises:
         ValueError: if the attack is targeted, in train mode, or in another norm than linf and l2.
@@ -131,8 +132,10 @@ class APGDPool:
         self._attack, self._seed, self._otherwise = attack, seed, otherwise
         self._set_aside, self._early, self._passes = set_aside, early, passes
         self._points = checkpoints(attack.steps)
-        self._sizes = _sizes(attack, size)
-        self.steps = self.rows = self.blind = 0
+        free = attack.engine in ("auto", "fixed")
+        live = attack.engine == "eager" or (free and attack.precision == "fp32")
+        self._sizes = batch_sizes(size, live)
+        self.steps = self.rows = self.blind = self.nan_points = 0
 
     def run(
         self,
@@ -184,6 +187,7 @@ class _Work:
         self._pool, self._attack, self._ids = pool, pool._attack, sample_ids
         self._queue, self._take, self._referee = queue, take, referee
         self._exhausted = len(first) < pool._sizes[0]
+        self._any_size = False  # whether the engine takes batches of any size without another proof
         self._closed: set[int] = set()  # images that are broken
         size = self._size_for(len(first))
         # Rows without a run hold the first image, as the engine needs something to look at.
@@ -198,6 +202,7 @@ class _Work:
         self._last = self._attack.steps
         self._is_check = torch.zeros(self._last + 1, dtype=torch.bool, device="cpu")
         self._is_check[list(pool._points)] = True
+        self._nan_points = torch.zeros((), dtype=torch.int64, device=x.device)
         self._load(list(range(len(first))), first)
 
     def carry_out(self) -> None:
@@ -205,7 +210,11 @@ class _Work:
         attack = self._attack
         with attack.held(self._slots.x.device):
             while bool(self._used.any()):
-                engine = self._pool.engine_for(self._slots.adv)
+                if not self._any_size:
+                    engine = self._pool.engine_for(self._slots.adv)
+                    self._any_size = engine.any_batch and self._slots.x.device.type == "cpu"
+                    if self._any_size:
+                        self._shrink()
                 with engine.session(attack.model, self._pool._seed, current=True):
                     self._slots.fit(engine.images)
                     self._advance_while_full(engine)
@@ -229,12 +238,14 @@ class _Work:
         fresh, since, step = (one.to(device) for one in (begun, self._since, self._step))
         checked = at_check.to(device) if bool(at_check.any()) else None
         early, passes = self._pool._early, self._pool._passes
-        grad = self._slots.advance(
+        found = self._slots.advance(
             engine, settings, fresh, checked, since, step, first=early, passes=passes
         )
         if settings.loss in ("dlr", "dlr-t") and bool(begun.any()):
-            zero = (grad.flatten(1) == 0).all(1) & fresh
+            zero = (found.grad.flatten(1) == 0).all(1) & fresh
             self._pool.blind += int(zero.sum())
+        nan = found.logits.isnan().any(1) & self._used.to(device)
+        self._nan_points = self._nan_points + nan.sum()
         self._pool.steps += int(self._used.sum())
         self._pool.rows += len(begun)
         self._since = self._since.masked_fill(at_check, 0) + 1
@@ -247,6 +258,8 @@ class _Work:
 
     def _attend(self, every_row: bool, over: list[int]) -> None:
         """Remove the runs of broken images and finished runs, and begin other runs in their rows."""
+        self._pool.nan_points += int(self._nan_points)
+        self._nan_points = torch.zeros_like(self._nan_points)
         if self._pool._early:
             self._judge(list(range(len(self._runs))) if every_row else over)
         self._end([row for row in over if self._runs[row] is not None])
@@ -371,24 +384,8 @@ class _Work:
 
     def _size_for(self, runs: int) -> int:
         """The smallest allowed size that holds a number of runs."""
-        return min(size for size in self._pool._sizes if size >= runs)
-
-
-def _sizes(attack: APGD, size: int) -> list[int]:
-    """The sizes that batches may have, the largest first.
-
-    A copy of the model is proven at each size that it sees, so it gets few sizes. The live model takes any size.
-    """
-    free = attack.engine in ("auto", "fixed")
-    live = attack.engine == "eager" or (free and attack.precision == "fp32")
-    if live:
-        return list(range(size, 0, -1)) if size <= _SMALLEST else _eighths(size)
-    sizes = (size * eighths // 8 for eighths in (6, 4, 3, 2, 1) if size * eighths % 8 == 0)
-    return [size, *(one for one in sizes if one >= _SMALLEST)]
-
-
-def _eighths(size: int) -> list[int]:
-    parts = [size * eighths // 8 for eighths in range(8, 0, -1)]
-    while parts[-1] > 1:
-        parts.append(parts[-1] // 2)
-    return parts
+        sizes = self._pool._sizes
+        return min(
+            fine_size(runs) if self._any_size and runs else sizes[0],
+            *(size for size in sizes if size >= runs),
+        )

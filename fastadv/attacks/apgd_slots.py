@@ -17,7 +17,7 @@ from fastadv.attacks.apgd import APGDSettings
 from fastadv.attacks.apgd_advance import RowFlags, SlotImages, advance
 from fastadv.attacks.averaging import mean_gradient
 from fastadv.attacks.objectives import Objective, targeted_value
-from fastadv.engine.engines import Engine
+from fastadv.engine.engines import Engine, InputGradient
 
 _NUMBERS = ("alpha", "value", "best_value", "value_then", "kept_value", "kept_alpha")
 
@@ -124,7 +124,7 @@ class Slots:
         step: Tensor,
         first: bool,
         passes: int = 1,
-    ) -> Tensor:
+    ) -> InputGradient:
         """Compute the values and gradients of all rows, and make one step in every row.
 
         Args:
@@ -139,7 +139,8 @@ class Slots:
                 draw random numbers.
 
         Returns:
-            The input gradients [S, ...], valid until the engine's next call.
+            The values, logits and input gradients before the step; the gradients are valid until the engine's next
+            call.
         """
         found = mean_gradient(engine, self.adv, self._value_of(settings), passes)
         value, grad = found.value, found.grad
@@ -159,7 +160,7 @@ class Slots:
         moved = advance(self._images(), grad, rows, self.alpha, eps, norm, bounds)
         for name, images in moved._asdict().items():
             setattr(self, name, images)
-        return grad
+        return found
 
     def _images(self) -> SlotImages:
         return SlotImages(self.x, self.adv, self.before, self.best, self.best_grad, self.kept)

@@ -200,7 +200,7 @@ class Attack(Configured):
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
-                "none", "the batch is empty", "none", 0, nothing, (), nothing[0]
+                "none", "the batch is empty", "none", 0, nothing, nothing[0], (), nothing[0]
             )
             return x.detach().clone()
         if seed is None:
@@ -245,6 +245,7 @@ class Attack(Configured):
                 engine.precision,
                 batch.counters.elements,
                 batch.counters.counts,
+                batch.counters.nan_points,
                 tuple(batch.counters.losses),
                 outside_share(adv, x, radius, settings.norm, bounds),
             )

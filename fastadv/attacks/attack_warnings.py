@@ -64,7 +64,9 @@ _FOLLOWED_PAST_SUCCESS = ("ce", "kl", "cw")
 
 
 def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
+    """Warn if gradients were zero or NaN, or logits NaN: then images seem robust that are not."""
+    if report.nan_points and not report.nan_gradients:
+        warnings.warn(nan_logits_warning(report.nan_points), stacklevel=5)
     expects_gradient = (
         getattr(settings, "loss", None) in _FOLLOWED_PAST_SUCCESS and not settings.targeted
     )
@@ -78,6 +80,14 @@ def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
         f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
         "nothing of the model; fastadv.Square needs no gradient",
         stacklevel=5,
+    )
+
+
+def nan_logits_warning(points: int) -> str:
+    """The warning that a model returned NaN at a number of points of an attack."""
+    return (
+        f"the model returned NaN at {points} points that the attack tried; the attack passed over them, and an "
+        "image that only such points break seems robust"
     )
 
 

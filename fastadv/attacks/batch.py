@@ -28,6 +28,7 @@ class CallCounters:
         engine: name of the engine that ran.
         reason: the reason for this engine.
         counts: int64 [2], zero and NaN elements of the gradients.
+        nan_points: int64 scalar, number of points with a NaN among their logits.
         elements: number of elements of the gradients.
         losses: mean loss at each gradient.
         first_logits: the logits of the first gradient [B, C]; None before it.
@@ -36,6 +37,7 @@ class CallCounters:
     engine: str
     reason: str
     counts: Tensor
+    nan_points: Tensor
     elements: int = 0
     losses: list[Tensor] = field(default_factory=list)
     first_logits: Tensor | None = None
@@ -100,8 +102,10 @@ class AttackBatch:
     overrides: CallOverrides = CallOverrides()  # noqa: RUF009, it is immutable
 
     def __post_init__(self) -> None:
-        counts = torch.zeros(2, dtype=torch.int64, device=self.x.device)
-        self.counters = CallCounters(self.engine.name, self.engine.reason, counts)
+        counts, nan_points = (
+            torch.zeros(size, dtype=torch.int64, device=self.x.device) for size in ((2,), ())
+        )
+        self.counters = CallCounters(self.engine.name, self.engine.reason, counts, nan_points)
 
     def logits(self, adv: Tensor) -> Tensor:
         """Logits [B, C] without gradient."""
@@ -180,9 +184,10 @@ class AttackBatch:
         self.counters.counts += torch.stack((zero.sum(), nan.sum()))
 
     def succeeded(self, logits: Tensor) -> Tensor:
-        """Which samples are where the attack wants them, [B] bool; NaN logits are no success."""
-        reached = logits.argmax(1) == hard(self.y)
-        return (reached if self.targeted else ~reached) & ~logits.isnan().any(1)
+        """Which samples are where the attack wants them, [B] bool; NaN logits are no success, and are counted."""
+        reached, nan = logits.argmax(1) == hard(self.y), logits.isnan().any(1)
+        self.counters.nan_points += (nan if self.active is None else nan & self.active).sum()
+        return (reached if self.targeted else ~reached) & ~nan
 
     def rows(self, rows: Tensor) -> AttackBatch:
         """Some of the samples, by int64 indices; they keep their random numbers, and are counted here."""

@@ -177,17 +177,19 @@ class PGD(Attack):
             x, y, eps, alpha, *starts = inputs
             recorded = batch.on(x, y, eps, active)
             adv = self._search(recorded, [start.clone() for start in starts], alpha)
-            return adv, torch.stack(recorded.counters.losses), recorded.counters.counts
+            counters = recorded.counters
+            return adv, torch.stack(counters.losses), counters.counts, counters.nan_points
 
         found = graphs.run(self._graph_key(), inputs, loop)
         if found is None:
             batch.counters.reason += f"; {graphs.refusal}"
             return None
-        adv, losses, counts = found
+        adv, losses, counts, nan_points = found
         batch.counters.engine = "graph"
         batch.counters.elements += len(losses) * adv.numel()
         batch.counters.losses.extend(losses.clone().unbind())
         batch.counters.counts += counts
+        batch.counters.nan_points += nan_points
         return adv
 
     def _graph_obstacle(self) -> str | None:

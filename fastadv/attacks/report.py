@@ -26,6 +26,7 @@ class AttackReport:
         precision: precision of the network's passes: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         elements: number of elements of input gradients that the attack used, over all steps and restarts.
         counts: int64 [2] on the device, the numbers of zero and of NaN elements among them.
+        nan_among_logits: int64 scalar on the device, the number of points with a NaN among their logits.
         losses: one scalar per gradient, on the device.
         outside: share of the result outside ball or bounds, a scalar on the device.
     """
@@ -35,6 +36,7 @@ class AttackReport:
     precision: str
     elements: int
     counts: Tensor
+    nan_among_logits: Tensor
     losses: tuple[Tensor, ...]
     outside: Tensor
 
@@ -47,6 +49,11 @@ class AttackReport:
     def nan_gradients(self) -> int:
         """Number of NaN elements in the input gradients."""
         return int(self.counts[1])
+
+    @property
+    def nan_points(self) -> int:
+        """Number of points with a NaN among their logits. An attack passes over them: they count as no success."""
+        return int(self.nan_among_logits)
 
     @property
     def outside_share(self) -> float:
@@ -71,7 +78,8 @@ class AttackReport:
         return (
             f"{self.engine} engine ({self.reason}), {self.precision}{course}, "
             f"zero gradients {100 * self.zero_gradient_share:.2f} %, "
-            f"NaN gradients {self.nan_gradients}, outside {100 * self.outside_share:.2f} %"
+            f"NaN gradients {self.nan_gradients}, NaN logits at {self.nan_points} points, "
+            f"outside {100 * self.outside_share:.2f} %"
         )
 
 

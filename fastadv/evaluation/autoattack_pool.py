@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD, Loss
 from fastadv.attacks.apgd_pool import APGDPool, Ended, Run
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.objectives import likeliest_wrong_classes
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, TARGET_CLASSES, Finished, Hunt
 from fastadv.evaluation.autoattack_state import BatchRecord
@@ -163,6 +164,7 @@ class PoolSearch:
             else:
                 pool = self._pool_of(exact, set_aside=False, otherwise=wide)
             pool.run(runs, self._take, self)
+            self._nan_refined += pool.nan_points
         finally:
             self._refining = False
         self._refinement += time.perf_counter() - begun
@@ -189,6 +191,9 @@ class PoolSearch:
                 f"{blind} runs of {self._attack} began at a point with zero gradient; "
                 "attacks that follow gradients may find too little"
             )
+        nan = self._pool.nan_points - self._nan_then + self._nan_refined
+        if nan:
+            warnings.append(nan_logits_warning(nan))
         record = self._finished.record(
             self._hunt.runner.samples.image_shape,
             violations=self._audit.found.as_dict(),
@@ -207,4 +212,5 @@ class PoolSearch:
         self._audit, self._since = self._hunt.audit(), time.perf_counter()
         self._refined = self._unconfirmed = 0
         self._refinement = 0.0
-        self._blind = self._pool.blind
+        self._blind, self._nan_then = self._pool.blind, self._pool.nan_points
+        self._nan_refined = 0  # points in float32

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastadv.attacks import APGD, FAB, Square
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.attack import Attack
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_state import BatchRecord
@@ -110,13 +111,13 @@ class BatchSearch:
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         found, warnings = self._perturb(x, y, indices)
         adv, fooled = self._hunt.judged(indices, found, audit)
-        refined, seconds = self._again(indices, found, adv, fooled, audit)
+        refined, seconds, more = self._again(indices, found, adv, fooled, audit)
         return BatchRecord(
             indices=indices.clone(),
             fooled=indices[fooled],
             adversarial=adv[fooled],
             violations=audit.found.as_dict(),
-            warnings=warnings,
+            warnings=[*warnings, *more],
             seconds=time.perf_counter() - begun,
             refined=refined,
             refinement_seconds=seconds,
@@ -128,15 +129,15 @@ class BatchSearch:
 
     def _again(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
-    ) -> tuple[int, float]:
+    ) -> tuple[int, float, list[str]]:
         """Search again in float32 where the engine was wrong.
 
         Successes are written to ``adv`` and ``fooled``.
 
         Returns:
-            The number of images broken in this way, and the seconds.
+            The number of images broken in this way, the seconds, and warnings.
         """
-        return 0, 0.0
+        return 0, 0.0, []
 
 
 class ReferenceSearch(BatchSearch):
@@ -178,13 +179,15 @@ class OwnSearch(BatchSearch):
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
         ids = self._hunt.ids_of(indices)
-        return self._narrow(x, y, seed=self._seed, sample_ids=ids), []
+        found = self._narrow(x, y, seed=self._seed, sample_ids=ids)
+        return found, _doubts(self._narrow)
 
     def _again(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
-    ) -> tuple[int, float]:
+    ) -> tuple[int, float, list[str]]:
+        warnings: list[str] = []
         if not self._hunt.is_narrow:
-            return 0, 0.0
+            return 0, 0.0, warnings
         begun, refined = time.perf_counter(), 0
         x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
         chosen = ~fooled
@@ -192,7 +195,7 @@ class OwnSearch(BatchSearch):
         if not (thorough and bool(fooled.any())):
             chosen &= self._claims(self._narrow, found, y).cpu()
         if not bool(chosen.any()):
-            return 0, 0.0
+            return 0, 0.0, warnings
         for attack in self._in_float32(x[chosen]):
             rows = chosen.nonzero().flatten()
             if len(rows) == 0:
@@ -200,11 +203,12 @@ class OwnSearch(BatchSearch):
             some = indices[rows]
             ids = self._hunt.ids_of(some)
             tried = attack(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
+            warnings += _doubts(attack)
             adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
             refined += int(fooled[rows].sum())
             # The plain model attacks only the images that the copy misclassifies and the plain model does not.
             chosen[rows] = self._claims(attack, tried, y[chosen]).cpu() & ~fooled[rows]
-        return refined, time.perf_counter() - begun
+        return refined, time.perf_counter() - begun, warnings
 
     def _in_float32(self, x: Tensor) -> list[Attack]:
         """The attack on a float32 copy of the model, if there is one for such images, and on the plain model."""
@@ -221,3 +225,9 @@ class OwnSearch(BatchSearch):
         engine = attack.engine_for(found)
         with engine.session(attack.model, self._seed, current=True):
             return engine.logits(engine.images(found)).argmax(1) != y
+
+
+def _doubts(attack: Attack) -> list[str]:
+    """A warning if the last call of an attack met NaN among the logits."""
+    points = attack.last.nan_points
+    return [nan_logits_warning(points)] if points else []

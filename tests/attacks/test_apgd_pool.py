@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fastadv
 from fastadv.attacks.apgd_pool import APGDPool, Ended, Run
 from fastadv.attacks.objectives import likeliest_wrong_classes
+from fastadv.engine.engines import Engine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 5
@@ -115,6 +116,35 @@ def test_images_leave_once_broken_and_the_batch_stays_full(precision: Any) -> No
     assert pool.steps > 0.9 * pool.rows
     for image, point in keeper.broken.items():
         assert (point - x[image]).abs().max() <= 0.08 + 1e-6
+
+
+def test_batches_shrink_with_their_runs_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the CPU an engine takes every size, so that few rows are without a run."""
+    model, (x, y) = trained_small_cnn(), digits_test(41)
+    attack = fastadv.APGD(model, 0.06, 30, precision="fp32", engine="compiled")
+
+    def searched() -> tuple[APGDPool, Collector]:
+        pool, keeper = APGDPool(attack, 64, SEED), Collector(model, x, y)
+        pool.run(runs_of(model, x, y, 0), keeper.take, keeper)
+        return pool, keeper
+
+    pool, found = searched()
+    engine_for = attack.engine_for
+
+    def of_few_sizes(images: Tensor) -> Engine:
+        engine = engine_for(images)
+        engine.any_batch = False
+        return engine
+
+    monkeypatch.setattr(attack, "engine_for", of_few_sizes)
+    coarse, known = searched()
+    assert found.broken.keys() == known.broken.keys() and 3 < len(found.broken) < 38
+    for image, point in found.broken.items():
+        assert torch.allclose(point, known.broken[image], atol=1e-6)
+    assert pool.steps == coarse.steps
+    assert pool.steps > 0.85 * pool.rows and pool.rows < 0.95 * coarse.rows
 
 
 def test_the_batches_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

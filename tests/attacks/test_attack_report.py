@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,24 @@ def test_nan_gradients_are_counted(name: str) -> None:
     gradients = len(attack.last.loss_per_step)
     assert attack.last.nan_gradients == 4 * gradients > 0
     assert adv.isfinite().all() and attack.last.outside_share == 0
+
+
+@pytest.mark.parametrize("engine", ["eager", "compiled"])
+@pytest.mark.parametrize("kind", [fastadv.Square, fastadv.APGD])
+def test_points_at_which_logits_are_nan_are_counted_and_told(kind: Any, engine: str) -> None:
+    """Also those of an attack that takes no gradient, which passes over them as if they broke no image."""
+
+    class NaNWhereBright(HalfMasked):
+        def forward(self, x: Tensor) -> Tensor:
+            bright = x.mean((1, 2, 3)) > 0.5  # no image is, but points near the images are
+            return super().forward(x) + torch.where(bright, torch.nan, 0.0)[:, None]
+
+    model, x = NaNWhereBright(), torch.full((4, 1, 8, 8), 0.499)
+    attack = kind(model, 0.1, 20, engine=engine)
+    with pytest.warns(UserWarning, match="NaN"):
+        attack(x, model(x).argmax(1), seed=0)
+    assert attack.last.nan_points > 0
+    assert f"NaN logits at {attack.last.nan_points} points" in str(attack.last)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -389,3 +389,35 @@ def test_models_that_draw_random_numbers_have_a_version(
     assert int((result.robust != exact).sum()) <= 4
     plain = autoattack(noisy, (x, y), eps=EPS, version=("apgd-ce",), engine=engine)
     assert plain.status == "suspect" and "randomized" in plain.notes[0]
+
+
+@pytest.mark.parametrize("engine", ["auto", "fp32"])
+@pytest.mark.parametrize("attack", ["apgd-ce", "apgd-t", "fab-t", "square"])
+def test_nan_among_the_logits_near_images_makes_a_result_suspect(
+    attack: str, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The attacks pass over such points, so that an image seems robust that only they break."""
+    settings = {"target_classes": 1} if attack == "fab-t" else {"queries": 50}
+    if attack in autoattack_stages.BY_BATCH:
+        own = autoattack_stages.BY_BATCH[attack]
+        changed = replace(own, settings={**own.settings, **settings})
+        monkeypatch.setitem(autoattack_stages.BY_BATCH, attack, changed)
+
+    class NaNFarFrom(nn.Module):
+        def __init__(self, model: nn.Module, x: Tensor) -> None:
+            super().__init__()
+            self.model = model
+            self.register_buffer("limit", x.mean((1, 2, 3)).amax() + 0.0005)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bright = x.mean((1, 2, 3)) > self.limit
+            return self.model(x) + torch.where(bright, torch.nan, 0.0)[:, None]
+
+    linear, x, y = linear_problem(classes=5, n=12)
+    x = x * 0.1 + 0.5 - 0.1 * x.mean((1, 2, 3), keepdim=True)
+    y = linear(x).argmax(1)
+    options: Any = dict(eps=0.004, version=[attack], engine=engine)
+    assert autoattack(linear, (x, y), **options).status == "ok"
+    found = autoattack(NaNFarFrom(linear, x).eval(), (x, y), **options)
+    assert found.status == "suspect"
+    assert "the model returned NaN at" in " ".join(found.notes)
