@@ -111,13 +111,19 @@ def item(values: Any, number: int) -> Any:
     return values[number]
 
 
+_PLAIN = frozenset((int, float, bool, str, type(None)))  # most arguments
+
+
 def refs(value: Any) -> Iterator[Ref]:
     """The references in nested arguments."""
     if isinstance(value, Ref):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from refs(item)
+            if item.__class__ is Ref:
+                yield item
+            elif item.__class__ not in _PLAIN:
+                yield from refs(item)
     elif isinstance(value, dict):
         yield from refs(tuple(value.values()))
     elif isinstance(value, slice):
