@@ -17,7 +17,7 @@ from typing import Any
 
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
-_LONGEST_NAME = 100  # bytes; file systems take 255
+_MAX_NAME_LENGTH = 100  # bytes; file systems take 255
 _DAY = 24 * 60 * 60
 _FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
@@ -127,13 +127,13 @@ def temporary_beside(path: Path) -> Path:
     """Return a new name beside a path, which names the future file and the process that writes it."""
     owner = f"{socket.gethostname()}@{os.getpid()}"
     return path.with_name(
-        f"{TEMPORARY}{shortened(path.name, _LONGEST_NAME)}@{owner}@{secrets.token_hex(4)}"
+        f"{TEMPORARY}{shortened(path.name, _MAX_NAME_LENGTH)}@{owner}@{secrets.token_hex(4)}"
     )
 
 
-def shortened(name: str, most: int) -> str:
+def shortened(name: str, max_length: int) -> str:
     """Return the beginning of a file's name that has at most a number of bytes, in which file systems count."""
-    return os.fsencode(name)[:most].decode(errors="ignore")
+    return os.fsencode(name)[:max_length].decode(errors="ignore")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -14,7 +14,7 @@ from fastadv.files import followed, naming, remove_leftovers
 
 # The errors of file systems that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_PAUSE = 0.02  # seconds between two tries
+_POLL_SECONDS = 0.02  # seconds between two tries
 
 
 @contextmanager
@@ -85,7 +85,7 @@ def _acquire(lock: Path, deadline: float) -> tuple[Path, int]:
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
         except OSError as error:
             os.close(descriptor)
             if error.errno not in NO_LOCKS:
@@ -103,7 +103,7 @@ def _make(file: Path, deadline: float) -> tuple[Path, int]:
         except FileExistsError:
             if time.monotonic() >= deadline:
                 file.unlink(missing_ok=True)
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

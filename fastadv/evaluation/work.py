@@ -21,7 +21,7 @@ from fastadv.ranks import Ranks
 
 _FOLDER = "batches"
 _DIGITS = 12  # of a hash
-_LONGEST_NAME = 150  # bytes of a key beside its hash; file systems take 255 for all of a name
+_MAX_NAME_LENGTH = 150  # bytes of a key beside its hash; file systems take 255 for all of a name
 
 
 class FinishedBatches:
@@ -75,7 +75,7 @@ class FinishedBatches:
 def key_of(name: str, *facts: object) -> str:
     """A name for files whose content depends on these facts. Their repr must show their value."""
     plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-    kept = shortened(plain, _LONGEST_NAME)
+    kept = shortened(plain, _MAX_NAME_LENGTH)
     if kept != plain:  # such as that of an evaluation at many radii
         facts = (*facts, name)
     digest = hashlib.sha256(repr(facts).encode()).hexdigest()

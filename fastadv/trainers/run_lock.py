@@ -18,7 +18,7 @@ from typing import Any
 from fastadv.files import is_running
 from fastadv.locks import NO_LOCKS
 
-_PATIENCE = 2.0  # seconds to wait: a process that was killed may take a moment to end
+_TIMEOUT = 2.0  # seconds to wait: a process that was killed may take a moment to end
 _held: dict[Path, dict[str, Any]] = {}  # the locks of this process
 _taking = threading.Lock()
 
@@ -147,7 +147,7 @@ class RunLock:
         return descriptor
 
     def _lock(self, descriptor: int) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while True:
             try:
                 # Not `flock`, which child processes would inherit.

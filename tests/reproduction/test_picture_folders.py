@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastadv.reproduction.workshop import Workshop
 
 from fastadv.cli.program import main
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.scales import find_scale
 from fastadv.reproduction.specs import spec
-from fastadv.reproduction.workshop import Workshop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -59,7 +59,7 @@ def holder(tmp_path: Path) -> Iterator[Started]:
 def test_a_second_process_is_told_who_is_there(
     tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lock_module, "_TIMEOUT", 0.1)
     words = rf"{tmp_path} is in use by process {holder.pid} on host {socket.gethostname()} since \d"
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(RunInUseError, match=words):
@@ -171,7 +171,7 @@ def test_a_stale_lock_file_of_any_content_is_taken_over(content: bytes, tmp_path
 def test_a_process_that_is_about_to_end_is_waited_for(
     tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
+    monkeypatch.setattr(lock_module, "_TIMEOUT", 30.0)
     threading.Timer(0.5, holder.kill).start()
     began = time.monotonic()
     with RunLock(tmp_path) as lock:
