@@ -312,10 +312,17 @@ def _attribute_docs(kind: type[Any]) -> dict[str, str]:
 def _config_text(parser: Parser, options: Namespace, teachers: list[str] | None) -> str:
     """All options as a config, except the preset, which is resolved, and options that hold for one call only."""
     kept = options.clone()
-    kept.teacher = kept.teacher or teachers
-    for name in ("root", "extra"):  # the config may be used in another folder
+    # Whole paths, because the config may be used in another folder.
+    kept.teacher = [
+        str(Path(one).expanduser().absolute()) for one in kept.teacher or teachers or ()
+    ]
+    kept.teacher = kept.teacher or None
+    for name in ("root", "extra"):
         if kept[name] is not None:
             kept[name] = str(Path(kept[name]).resolve())
+    if str(kept.data).startswith(FOLDER):
+        place = Path(kept.data.removeprefix(FOLDER)).expanduser()
+        kept.data = f"{FOLDER}{place.resolve()}"
     for name in ("config", "preset", "from_checkpoint", *(f.name for f in fields(Flags))):
         kept.pop(name, None)
     return parser.dump(kept, skip_validation=True)

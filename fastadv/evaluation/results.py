@@ -305,7 +305,8 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         for entry in entries:
             result = _result_in(entry)
             if result.key not in fresh:
-                rows.setdefault(result.key, []).append(_as_it_was(entry, result))
+                kept, same = _as_it_was(entry, result), rows.setdefault(result.key, [])
+                same += [] if kept in same else [kept]
             else:
                 rows[result.key] = [fresh[result.key]]
         rows |= {key: [entry] for key, entry in fresh.items()}

@@ -54,13 +54,16 @@ def test_going_on_takes_the_saved_options(
 
 
 def test_a_run_goes_on_without_its_config_and_without_its_teacher(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for method, more in (("standard", []), ("arrest", ["--teacher", str(tmp_path / "standard")])):
+    monkeypatch.chdir(tmp_path)
+    for method, more in (("standard", []), ("arrest", ["--teacher", "standard"])):
         words = ["--data", "digits", "--run", str(tmp_path / method), *QUICK, *more]
         assert main(["train", method, *words]) == 0
     capfd.readouterr()
     config = tmp_path / "arrest" / "config.yaml"
+    # A config that is used in another folder names the same teacher there.
+    assert yaml.safe_load(config.read_text())["teacher"] == [str(tmp_path / "standard")]
     (tmp_path / "standard").rename(tmp_path / "gone")
     go_on = ["train", "arrest", "--run", str(tmp_path / "arrest"), "--resume", "--quiet"]
     assert main(go_on) == 0

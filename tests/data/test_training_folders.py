@@ -159,10 +159,16 @@ def words_for(root: Path, run: Path) -> list[str]:
 
 
 def test_the_whole_way_on_the_command_line(
-    root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    root: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = tmp_path / "r"
-    assert main(words_for(root, run)) == 0
+    monkeypatch.chdir(root.parent)
+    assert main(words_for(Path(root.name), run)) == 0
+    assert f"data: folder:{root}\n" in (run / "config.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
     recorded = json.loads((run / "run.json").read_text())
     reading = {"resize": 40, "crop": 32, "interpolation": "bilinear"}
     assert recorded["source"]["reading"] == reading == RunDirectory(run).reading()

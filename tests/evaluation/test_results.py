@@ -124,7 +124,7 @@ def test_what_a_later_version_wrote_stays(tmp_path: Path) -> None:
     content = json.loads(file.read_text())
     first = {name: value for name, value in content["rows"][0].items() if name != "sha256"}
     later = [sealed({**first, "kernel": kernel}) for kernel in ("a", "b")]
-    file.write_text(json.dumps({**content, "rows": [*later, content["rows"][1]]}))
+    file.write_text(json.dumps({**content, "rows": [*later, content["rows"][1], later[0]]}))
     add_results(file, [result(replace(PGD, seed=8))])
     rows = json.loads(file.read_text())["rows"]
     assert rows[:2] == later and len(rows) == 4
