@@ -20,7 +20,7 @@ _EXTRAS = {
     "datasets": "hf: data",
     "timm": "timm: models",
     "umap-learn": "UMAP",
-    "tensorboard": "train --tensorboard",
+    "tensorboard": "train --log tensorboard",
     "wandb": "train --log wandb",
     "mlflow": "train --log mlflow",
     "ray": "sweep --launcher ray",

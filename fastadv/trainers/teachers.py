@@ -16,16 +16,16 @@ from fastadv.trainers.weights import WeightSource
 Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
 Architectures: TypeAlias = "str | Mapping[str, str] | Sequence[str] | None"
 # By the teacher's name: a model with its architecture, and the name that the caller gives this architecture.
-Likes: TypeAlias = dict[str, tuple[nn.Module, "str | None"]]
+Templates: TypeAlias = dict[str, tuple[nn.Module, "str | None"]]
 
 
-def teachers_like(
+def teacher_templates(
     method: MethodClass,
     recipe: Recipe,
     named: Architectures,
     network: nn.Module,
     data: ImageData | StreamedData,
-) -> Likes:
+) -> Templates:
     """Return, for each frozen model that the method needs, a model with its architecture, and its name or None.
 
     Args:
@@ -40,19 +40,19 @@ def teachers_like(
     """
     needed = method.teachers_for(recipe, network)
     if named is None:
-        return {name: (like, None) for name, like in needed.items()}
+        return {name: (template, None) for name, template in needed.items()}
     names = dict.fromkeys(needed, named) if isinstance(named, str) else by_name(named, list(needed))
     unknown = sorted(names.keys() - needed.keys())
     if unknown or not needed:
         takes = f"name {', '.join(needed)}" if needed else "be None without frozen models"
         raise ValueError(f"teacher_model must {takes} for {method.name}, got {named!r}")
-    likes: Likes = {}
-    for name, like in needed.items():
+    templates: Templates = {}
+    for name, template in needed.items():
         architecture = names.get(name)
         if architecture is not None:
-            like = named_model("teacher_model", architecture, data)
-        likes[name] = like, architecture
-    return likes
+            template = named_model("teacher_model", architecture, data)
+        templates[name] = template, architecture
+    return templates
 
 
 def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.Module:

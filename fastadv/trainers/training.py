@@ -47,7 +47,7 @@ from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.settings import Settings
-from fastadv.trainers.teachers import Architectures, Likes, Teachers, by_name, teachers_like
+from fastadv.trainers.teachers import Architectures, Teachers, Templates, by_name, teacher_templates
 from fastadv.trainers.trackers import make_trackers
 from fastadv.trainers.training_batches import build_loader
 from fastadv.trainers.unused import check_all_used
@@ -187,8 +187,8 @@ def train(
         _run_environment(where),
     ):
         network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
-        likes = teachers_like(method_class, recipe, teacher_model, network, splits.train)
-        frozen = _build_teachers(method_class, likes, teacher, run if resume else None)
+        templates = teacher_templates(method_class, recipe, teacher_model, network, splits.train)
+        frozen = _build_teachers(method_class, templates, teacher, run if resume else None)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
         dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
@@ -313,7 +313,7 @@ def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Mod
 
 
 def _build_teachers(
-    method: MethodClass, needed: Likes, given: Teachers, resumed: RunDirectory | None
+    method: MethodClass, needed: Templates, given: Teachers, resumed: RunDirectory | None
 ) -> dict[str, nn.Module]:
     """Load the frozen models that the method needs, from the caller's sources or from the resumed run."""
     sources = by_name(given, list(needed))

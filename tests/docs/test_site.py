@@ -177,3 +177,16 @@ def test_links_between_files_lead_somewhere(name: str) -> None:
     path = ROOT / f"{name}.md" if name.isupper() else DOCS / f"{name}.md"
     for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", path.read_text()):
         assert (path.parent / link).exists(), link
+
+
+def test_the_documents_and_examples_import_from_public_packages_alone() -> None:
+    pages = [*DOCS.glob("*.md"), ROOT / "README.md", *(ROOT / "examples").glob("*.py")]
+    found = {
+        (page.name, module)
+        for page in pages
+        for module in re.findall(
+            r"^\s*(?:from|import) (fastadv\.[\w.]+)", page.read_text(), re.MULTILINE
+        )
+    }
+    assert ("write_a_method.md", "fastadv.trainers") in found
+    assert not [(page, module) for page, module in found if module.count(".") > 1]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fastadv.reproduction.workshop import Workshop
 
 from fastadv.cli.program import main
 from fastadv.reproduction.images import Source
+from fastadv.reproduction.run_store import RunStore
 from fastadv.reproduction.scales import find_scale
 from fastadv.reproduction.specs import spec
 
@@ -35,8 +35,8 @@ def test_a_path_from_another_working_directory_is_another_training(
     for here, data in (("a", "folder:imgs"), ("b", "folder:imgs"), ("b", "folder:../a/imgs")):
         (tmp_path / here).mkdir(exist_ok=True)
         monkeypatch.chdir(tmp_path / here)
-        shop = Workshop(tmp_path / "runs", find_scale("tiny"), Source(data))
-        names.append(shop.resolve(spec("standard"), seed=0).name)
+        store = RunStore(tmp_path / "runs", find_scale("tiny"), Source(data))
+        names.append(store.resolve(spec("standard"), seed=0).name)
     assert names[0] == names[2] != names[1]
 
 

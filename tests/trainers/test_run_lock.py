@@ -279,7 +279,7 @@ def test_a_lock_that_a_copy_of_the_directory_gave_back_is_taken_again(
 def test_of_two_that_lost_and_took_a_lock_the_first_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lock_module, "_TIMEOUT", 0.1)
     with RunLock(tmp_path) as lock:
         lock.take()
         (tmp_path / ".lock").unlink()
