@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -302,32 +303,25 @@ def test_targeted_restarts_keep_the_lowest_loss() -> None:
     assert (loss[1] <= loss[0]).all() and (loss[1] < loss[0]).any()
 
 
+@cache
+def accuracy_under_a_plain_loop(norm: str, eps: float) -> float:
+    model, (x, y) = trained_small_cnn(), digits_test()
+    start = random_start(x, eps, norm, seed=9)
+    options = dict(eps=eps, alpha=eps / 8, steps=20, loss=cross_entropy, norm=norm)
+    return robust_accuracy(model, plain_pgd(model, x, y, start, **options), y)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.08), ("l2", 0.5)])
 def test_bf16_is_as_strong_as_a_plain_fp32_loop(norm: str, eps: float, engine: str) -> None:
     """PGD-20, robust accuracy judged by the float32 model: within one point."""
     model, (x, y) = trained_small_cnn(), digits_test()
-    start = random_start(x, eps, norm, seed=9)
-    plain = plain_pgd(
-        model, x, y, start, eps=eps, alpha=eps / 8, steps=20, loss=cross_entropy, norm=norm
-    )
-    adv = fastadv.pgd_fused(
-        model,
-        x,
-        y,
-        eps=eps,
-        alpha=eps / 8,
-        steps=20,
-        norm=norm,
-        precision="bf16",
-        engine=engine,
-        seed=9,
-    )
-    expected = robust_accuracy(model, plain, y)
-    assert (
-        0.1 < expected < 0.8 < robust_accuracy(model, x, y)
-    )  # the attack is neither idle nor total
+    options = dict(eps=eps, alpha=eps / 8, steps=20, norm=norm, precision="bf16", engine=engine)
+    adv = fastadv.pgd_fused(model, x, y, seed=9, **options)
+    expected = accuracy_under_a_plain_loop(norm, eps)
+    # The attack is neither idle nor total.
+    assert 0.1 < expected < 0.8 < robust_accuracy(model, x, y)
     assert abs(robust_accuracy(model, adv, y) - expected) <= 0.01
 
 

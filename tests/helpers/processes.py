@@ -35,6 +35,10 @@ from paths import HELPERS, environment
 _PRELOADED = [
     *("torch._dynamo", "torch.distributed", "torch.utils.data", "fastadv.cli", "fastadv.sweeps"),
     *("fastadv.trainers", "fastadv.evaluation", "fastadv.engine", "fastadv.reproduction"),
+    *(
+        "sklearn.datasets",
+        "torch.distributed.run",
+    ),  # which take a process over a second where it needs them
 ]
 
 

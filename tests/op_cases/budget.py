@@ -10,6 +10,8 @@ truth, so that torch's own error reads 0; its eps counts sqrt(N) times instead, 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,28 +21,50 @@ from op_cases.case import Arguments, OpCase, in_dtype, mapped, tensors_of
 FACTOR = 2.0
 
 
+@dataclass(frozen=True)
+class Truth:
+    """What a definition gives in float64.
+
+    Attributes:
+        results: all of them.
+        scales: per result, the magnitude of the largest number that is rounded on the way.
+    """
+
+    results: tuple[Tensor, ...]
+    scales: tuple[float, ...]
+
+
+def truth_of(case: OpCase, arguments: Arguments) -> Truth:
+    """The truth for tensors on the CPU, whatever their layout."""
+    wide = in_dtype(arguments, torch.float64)
+    results = case.formula(**wide)
+    if not any(result.numel() for result in results):
+        return Truth(results, (0.0,) * len(results))
+    return Truth(results, case.scale(**wide))
+
+
 def check_budget(
-    case: OpCase, arguments: Arguments, results: tuple[Tensor, ...], where: object
+    case: OpCase,
+    arguments: Arguments,
+    results: tuple[Tensor, ...],
+    where: object,
+    truth: Callable[[Arguments], Truth] | None = None,
 ) -> None:
     """Assert that every result is within its budget; what is not a float must be equal."""
     # On the CPU, where torch has a deterministic kernel for everything.
     arguments = mapped(arguments, Tensor.cpu)
     results = tuple(result.cpu() for result in results)
-    wide = in_dtype(arguments, torch.float64)
-    truth = case.formula(**wide)
+    true = truth_of(case, arguments) if truth is None else truth(arguments)
     own = case.formula(**in_dtype(arguments, _compute_dtype(arguments)))
-    assert len(results) == len(truth), f"{case.name}: {len(results)} results, not {len(truth)}"
-    if not any(exact.numel() for exact in truth):
-        scales: tuple[float, ...] = (0.0,) * len(truth)
-    else:
-        scales = case.scale(**wide)
-    for index, (result, exact, rival) in enumerate(zip(results, truth, own, strict=True)):
+    count = len(true.results)
+    assert len(results) == count, f"{case.name}: {len(results)} results, not {count}"
+    for index, (result, exact, rival) in enumerate(zip(results, true.results, own, strict=True)):
         label = f"{case.name} result {index}, {where}"
         assert result.shape == exact.shape, f"{label}: shape {tuple(result.shape)}"
         if not result.is_floating_point():
             assert torch.equal(result, exact), f"{label}: differs from the truth"
             continue
-        allowed = _allowed(result.dtype, exact, rival, scales[index], _terms(arguments))
+        allowed = _allowed(result.dtype, exact, rival, true.scales[index], _terms(arguments))
         error = (result.double() - exact).abs()
         worst = float(error.max()) if error.numel() else 0.0
         assert not error.isnan().any(), f"{label}: NaN (memory left unwritten?)"

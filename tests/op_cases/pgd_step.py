@@ -31,6 +31,7 @@ def _arguments(
     x, adv, grad = draw.images(), draw.images(), draw.normal(grad_dtype)
     if norm == "linf":  # distances of up to 2 * EPS; for l2 whole images of noise are far outside
         adv = draw.arranged((x + (adv - 0.5) * (4 * EPS)).clamp(0, 1))
+    if norm == "linf" or counts:  # the zeros are counted
         grad = draw.arranged(torch.where(grad.abs() < 0.2, 0.0, grad), grad_dtype)
     wide = torch.float64 if spec.dtype == torch.float64 else torch.float32
     eps, alpha = {"linf": (EPS, ALPHA), "l2": (0.5, 0.1), "l1": (5.0, 2.0)}[norm]

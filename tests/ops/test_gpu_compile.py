@@ -267,7 +267,23 @@ def _check_widths(ptx: str, name: str, layout: str, label: str) -> None:
     assert name not in TRITON_WRITERS or WIDE_STORE.search(ptx), f"{label}: no 16-byte store"
 
 
-def _nvcc(file: str, folder: Path) -> tuple[str, str]:
+def _cuda_sources(folder: Path, thorough: bool) -> Path:
+    """The sources, in which float16 has the code of bfloat16 unless all is to be compiled.
+
+    Both have two bytes and are computed in float32. With one of them a pair of dtypes has nine combinations in
+    place of 16. The emulator's tests compile and run the code of both.
+    """
+    sources = folder / "csrc"
+    shutil.copytree(SOURCES, sources, ignore=shutil.ignore_patterns("cpu"))
+    if not thorough:
+        dispatch = sources / "cuda" / "launch.cuh"
+        half, text = "Type<__half>", dispatch.read_text()
+        assert text.count(half) == 1
+        dispatch.write_text(text.replace(half, "Type<__nv_bfloat16>"))
+    return sources
+
+
+def _nvcc(file: str, sources: Path, folder: Path) -> tuple[str, str]:
     """PTX of one file, compiled as CMakeLists.txt has it compiled, and ptxas's report on it.
 
     No source has code for one architecture alone, and both have as many registers. So the PTX is the older one's
@@ -275,15 +291,15 @@ def _nvcc(file: str, folder: Path) -> tuple[str, str]:
     """
     command = ["nvcc", "-ptx", "-O3", "-std=c++20", "-fmad=false", "-arch=compute_80"]
     assemble = ["ptxas", "-v", "-O3", "-arch=sm_90"]
-    source = SOURCES / "cuda" / file
+    source = sources / "cuda" / file
 
     def compile_it(made: Path) -> None:
         ptx = folder / f"{file}.ptx"
-        _run([*command, "-I", str(SOURCES), str(source), "-o", str(ptx)])
+        _run([*command, "-I", str(sources), str(source), "-o", str(ptx)])
         report = _run([*assemble, str(ptx), "-o", str(folder / f"{file}.cubin")])
         made.write_text(json.dumps([ptx.read_text(), report]))
 
-    headers = [path for pattern in ("*.h", "*.cuh") for path in SOURCES.rglob(pattern)]
+    headers = [path for pattern in ("*.h", "*.cuh") for path in sources.rglob(pattern)]
     texts = [path.read_text() for path in sorted([*headers, source])]
     described = [str(command), str(assemble), version_of("nvcc"), *texts]
     made = kept(FOLDER / "nvcc" / f"{Path(file).stem}.json", described, compile_it)
@@ -300,9 +316,10 @@ def _run(words: list[str]) -> str:
 
 @pytest.mark.processes
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_cuda_files_for_ampere_and_hopper(tmp_path: Path) -> None:
+def test_cuda_files_for_ampere_and_hopper(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    sources = _cuda_sources(tmp_path, pytestconfig.option.thorough)
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        outputs = list(pool.map(lambda file: _nvcc(file, tmp_path), CUDA_FILES))
+        outputs = list(pool.map(lambda file: _nvcc(file, sources, tmp_path), CUDA_FILES))
     seen: set[str] = set()
     for file, (ptx, report) in zip(CUDA_FILES, outputs, strict=True):
         spilled = [int(size) for size in re.findall(r"(\d+) bytes spill", report)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from op_cases import CASES
 from op_cases.budget import check_same_bits
-from op_cases.case import Arguments, OpCase, replaced, requiring_grad, tensors_of
+from op_cases.case import Arguments, OpCase, as_tuple, replaced, requiring_grad, tensors_of
 from op_cases.draw import Spec
 from op_cases.running import written_arguments
 from torch import Tensor
@@ -117,6 +117,26 @@ def test_vmap_is_a_loop_over_the_slices(case: OpCase, kind: str) -> None:
     samples, names, dims = _samples(case), _with_rows(case), _dims(case, kind)
     function = _of_tensors(case, samples[0], names)
     _check_against_loop(case, function, _stacked(samples, names, dims), dims)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "angular_distance_backward/u",
+        "euclidean_distance_backward/squared-bfloat16-v",
+        "vanilla_feature_distillation_backward/clean",
+    ],
+)
+def test_a_result_that_was_not_asked_for_is_empty_in_every_slice(name: str) -> None:
+    case = CASES[name]
+    samples, names = _samples(case), _with_rows(case)
+
+    def op(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return as_tuple(case.registered.overload(*replaced(samples[0], names, tensors).values()))
+
+    assert any(result.shape == (0,) for result in op(*tensors_of(samples[0], names)))
+    dims = (0,) * len(tensors_of(samples[0], names))
+    _check_against_loop(case, op, _stacked(samples, names, dims), dims)
 
 
 @every_case_and_kind
