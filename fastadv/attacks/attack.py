@@ -28,7 +28,12 @@ from fastadv.attacks.batch import AttackBatch, Pace
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.weakness import tell_of_gradients, tell_of_probabilities, tell_of_settings
+from fastadv.attacks.weakness import (
+    tell_of_gradients,
+    tell_of_modes,
+    tell_of_probabilities,
+    tell_of_settings,
+)
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen, in_mode
@@ -133,6 +138,7 @@ class Attack(Configured):
         self.settings = settings
         tell_of_settings(settings)
         self._told_of = settings  # those that were set later are told of at the next call
+        self._told_of_modes = False
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -193,6 +199,8 @@ class Attack(Configured):
         if settings is not self._told_of:
             tell_of_settings(settings)
             self._told_of = settings
+        if not self._told_of_modes and not settings.train_mode:
+            self._told_of_modes = tell_of_modes(self.model)
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
