@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import fastadv
 
@@ -60,15 +59,6 @@ def _escape_docstring(app, what, name, obj, options, lines: list[str]) -> None:
     lines[:] = "".join(parts).split("\n")
 
 
-def _list_other_pages(app, docname: str, source: list[str]) -> None:
-    """Put the pages that index.md does not name in the place that it keeps for them."""
-    if docname == "index":
-        named = set(re.findall(r"^(\w+)$", source[0], re.MULTILINE))
-        others = {page.stem for page in Path(app.srcdir).glob("*.md")} - named - {"index"}
-        source[0] = source[0].replace("(others)", "\n".join(sorted(others)))
-
-
 def setup(app) -> None:
-    """Complete the list of pages, and escape docstrings before napoleon reads them."""
-    app.connect("source-read", _list_other_pages)
+    """Escape docstrings before napoleon reads them."""
     app.connect("autodoc-process-docstring", _escape_docstring, priority=100)

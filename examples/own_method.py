@@ -11,9 +11,15 @@ import argparse
 import tempfile
 from dataclasses import dataclass
 
-from fastadv.trainers import AdversarialRecipe, Attacked, LossResult, TrainBatch, train
-from fastadv.trainers.adversarial import AdversarialMethod
-from fastadv.trainers.number import Number
+from fastadv.trainers import (
+    AdversarialMethod,
+    AdversarialRecipe,
+    Attacked,
+    LossResult,
+    Number,
+    TrainBatch,
+    train,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

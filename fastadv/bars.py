@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 _PERCENT = len(" 100%")
-_SHORTEST = len("||") + 4  # a bar shorter than this says nothing
+_MIN_WIDTH = len("||") + 4  # a bar shorter than this says nothing
 _USUAL = 80
 
 
@@ -52,7 +52,7 @@ class Bar(tqdm):
         width = columns(self.fp) - 1  # the last column would break the line on some terminals
         head = fitted(self.figures, width - _PERCENT)
         layout = "{desc} {percentage:3.0f}%" if found.get("total") else "{desc} {n_fmt}"
-        room = width - len(head) - _PERCENT - _SHORTEST
+        room = width - len(head) - _PERCENT - _MIN_WIDTH
         if found.get("total") and room >= 0:
             tail = fitted(["", "{remaining} left", *self.rest], room)
             layout += "|{bar}|" + tail.replace(", ", " ", 1)

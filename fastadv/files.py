@@ -17,7 +17,7 @@ from typing import Any
 
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
-_LONGEST_NAME = 100
+_MAX_NAME_LENGTH = 100  # bytes; file systems take 255
 _DAY = 24 * 60 * 60
 _FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
@@ -44,8 +44,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
     Raises:
         OSError: if it cannot be written; the message names the file, the reason and a remedy.
     """
-    # A link is followed, so that the file it points to is replaced and the link stays.
-    target = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    target = followed(path)  # so that the link stays
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_beside(target)
@@ -57,6 +56,11 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
             temporary.unlink(missing_ok=True)
             raise
     return target
+
+
+def followed(path: str | os.PathLike[str]) -> Path:
+    """Return the file to which a link leads in the end; the path itself where it is no link."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
 
 
 def write_through(path: Path, content: bytes, final: Path) -> None:
@@ -122,7 +126,14 @@ def point_link(link: Path, target: str) -> None:
 def temporary_beside(path: Path) -> Path:
     """Return a new name beside a path, which names the future file and the process that writes it."""
     owner = f"{socket.gethostname()}@{os.getpid()}"
-    return path.with_name(f"{TEMPORARY}{path.name[:_LONGEST_NAME]}@{owner}@{secrets.token_hex(4)}")
+    return path.with_name(
+        f"{TEMPORARY}{shortened(path.name, _MAX_NAME_LENGTH)}@{owner}@{secrets.token_hex(4)}"
+    )
+
+
+def shortened(name: str, max_length: int) -> str:
+    """Return the beginning of a file's name that has at most a number of bytes, in which file systems count."""
+    return os.fsencode(name)[:max_length].decode(errors="ignore")
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,19 +10,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastadv.files import naming, remove_leftovers
+from fastadv.files import followed, naming, remove_leftovers
 
 # The errors of file systems that have no locks.
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
-_PAUSE = 0.02  # seconds between two tries
+_POLL_SECONDS = 0.02  # seconds between two tries
 
 
 @contextmanager
 def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     """Hold the lock of a file: one process or thread at a time is inside the with statement.
 
-    The lock is on `.NAME.lock` in the file's folder. The kernel releases it when its holder ends, however that
-    happens. The lock's file is removed at the end of the with statement.
+    The lock is on `.NAME.lock` in the file's folder; a link stands for its file. The kernel releases
+    it when its holder ends, however that happens. The lock's file is removed at the end of the with statement.
+
+    Some file systems, such as Lustre by default, have no locks. There the holder makes the file `.NAME.held`. A
+    file that a killed process has left is taken over when the time to wait is over.
 
     Args:
         path: the file, which need not exist; its folder must.
@@ -32,16 +35,17 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
         TimeoutError: when another holder has it for longer than that.
         OSError: when the folder cannot be written.
     """
-    target = Path(path)
+    target = followed(path)  # so that all links to a file share its lock
     lock = target.with_name(f".{target.name}.lock")
     with naming(target):
-        descriptor = _acquire(lock, time.monotonic() + wait)
+        lock, descriptor = _acquire(lock, time.monotonic() + wait)
     try:
         yield
     finally:
         # Removed while the lock is held: a process that has opened the file already gets its lock, finds it
         # removed, and opens a new one.
-        lock.unlink(missing_ok=True)
+        if _is_still(lock, descriptor):
+            lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -55,13 +59,13 @@ def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
         path: the file, which need not exist.
 
     Yields:
-        The same path.
+        The same path; of a link the file to which it leads.
 
     Raises:
         TimeoutError: as `locked`.
         OSError: when the file cannot be written; the message names it.
     """
-    target = Path(path)
+    target = followed(path)
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with locked(target), naming(target):
@@ -69,25 +73,37 @@ def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
 
 
-def _acquire(lock: Path, deadline: float) -> int:
-    """Return the descriptor of the lock's file, locked."""
+def _acquire(lock: Path, deadline: float) -> tuple[Path, int]:
+    """Return the lock's file, locked, and its descriptor."""
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_still(lock, descriptor):
-                return descriptor
+                return lock, descriptor
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 os.close(descriptor)
                 raise TimeoutError(f"{lock}: another process holds this lock") from None
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
         except OSError as error:
-            if error.errno in NO_LOCKS:  # work goes on without a lock
-                return descriptor
             os.close(descriptor)
-            raise
+            if error.errno not in NO_LOCKS:
+                raise
+            lock.unlink(missing_ok=True)
+            return _make(lock.with_suffix(".held"), deadline)
         os.close(descriptor)
+
+
+def _make(file: Path, deadline: float) -> tuple[Path, int]:
+    """Return a file that this process alone has made, and its descriptor."""
+    while True:
+        try:
+            return file, os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        except FileExistsError:
+            if time.monotonic() >= deadline:
+                file.unlink(missing_ok=True)
+            time.sleep(_POLL_SECONDS)
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

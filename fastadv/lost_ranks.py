@@ -9,8 +9,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_PATIENCE = 10.0  # seconds in which all ranks that are alive should have noticed
-_PAUSE = 0.1
+_TIMEOUT = 10.0  # seconds in which all ranks that are alive should have noticed
+_POLL_SECONDS = 0.1
 
 
 class LostRanksError(RuntimeError):
@@ -60,15 +60,15 @@ def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) 
 
 
 def _without_mark(store: dist.Store, rank: int, count: int) -> list[int]:
-    """The ranks that leave no mark within `_PATIENCE`; empty if the store is gone."""
+    """The ranks that leave no mark within `_TIMEOUT`; empty if the store is gone."""
     try:
-        store.set_timeout(timedelta(seconds=_PATIENCE))
+        store.set_timeout(timedelta(seconds=_TIMEOUT))
         store.set(f"noticed_{rank}", "")
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         missing = set(range(count))
         while missing and time.monotonic() < deadline:
             missing = {other for other in missing if not store.check([f"noticed_{other}"])}
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_SECONDS)
         return sorted(missing)
     except RuntimeError:  # the store has gone with the process that held it
         return []

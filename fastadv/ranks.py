@@ -186,7 +186,7 @@ def group_of_caller(device: torch.device) -> Ranks:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
     """Join the other processes: those of the caller's process group, or those that torchrun started.
 
     Args:

@@ -21,7 +21,7 @@ _RADII = (3.0, 2.0, 1.0)  # the radii, one after the other, in units of eps
 _CHECK_AFTER = 0.04  # interval between checks, as a fraction of the steps at a radius
 _FEWER = 1.5  # the number of elements that the best point has changed, divided by the number that a step moves
 _SHRINK = 1.5  # divisor of the step size at a check
-_LEAST = 0.1  # smallest step size, in units of the first step size
+_MIN_STEP = 0.1  # smallest step size, in units of the first step size
 _SPARSER = 0.95  # below this fraction of the elements of the last check, the step size starts again
 
 
@@ -134,7 +134,7 @@ class SparseSchedule:
         """
         before, self._changed = self._changed, self._count_changed()
         sparser = self._changed < _SPARSER * before
-        shrunk = torch.maximum(self.alpha / _SHRINK, _LEAST * self._first_alpha)
+        shrunk = torch.maximum(self.alpha / _SHRINK, _MIN_STEP * self._first_alpha)
         self.alpha = torch.where(sparser, self._first_alpha, shrunk)
         self.moved = self._changed / _FEWER
         self.grad = where_images(sparser, self._best_grad, self.grad)

@@ -24,16 +24,16 @@ from fastadv.attacks.arguments import (
     check_seed,
     check_start,
 )
-from fastadv.attacks.batch import AttackBatch, Pace
+from fastadv.attacks.attack_warnings import (
+    warn_of_gradients,
+    warn_of_modes,
+    warn_of_probabilities,
+    warn_of_settings,
+)
+from fastadv.attacks.batch import AttackBatch, CallOverrides
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.weakness import (
-    tell_of_gradients,
-    tell_of_modes,
-    tell_of_probabilities,
-    tell_of_settings,
-)
 from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen, in_mode
@@ -136,7 +136,7 @@ class Attack(Configured):
         self.model = model
         self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
-        tell_of_settings(settings)
+        warn_of_settings(settings)
         self._told_of = settings  # those that were set later are told of at the next call
         self._told_of_modes = False
         self.seed = seed
@@ -185,22 +185,22 @@ class Attack(Configured):
         sample_ids: Tensor | None,
         eps: float | Tensor | None,
         start: Tensor | None,
-        pace: Pace = Pace(),  # noqa: B008, it is immutable
+        overrides: CallOverrides = CallOverrides(),  # noqa: B008, it is immutable
     ) -> Tensor:
-        """Do the work of `__call__`; ``pace`` may give each image its own step size and number of steps."""
+        """Do the work of `__call__`; ``overrides`` has the step sizes, numbers of steps and bounds of the call."""
         y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
         seed = check_seed(seed)
-        bounds = self.settings.bounds if pace.bounds is None else pace.bounds
+        bounds = self.settings.bounds if overrides.bounds is None else overrides.bounds
         radius = self._radius(x, eps, bounds)
         if start is not None:
             checks.check_float("start", start)
             checks.check_same_shape("start", start, "x", x)
         settings, self._last = self.settings, None
         if settings is not self._told_of:
-            tell_of_settings(settings)
+            warn_of_settings(settings)
             self._told_of = settings
         if not self._told_of_modes and not settings.train_mode:
-            self._told_of_modes = tell_of_modes(self.model)
+            self._told_of_modes = warn_of_modes(self.model)
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
@@ -216,27 +216,33 @@ class Attack(Configured):
                 check_images(x, bounds)
                 largest = largest_radius(bounds, settings.norm, x.shape[1:].numel())
                 check_limits("eps", radius, largest)
-                check_limits("alpha", pace.alpha)
+                check_limits("alpha", overrides.alpha)
                 if start is not None:
                     check_start(start)
-            engine = self._ready(x)
-            with engine.session(self.model, seed, current=True):
-                images = engine.images(x)
-                batch = AttackBatch(
-                    engine,
-                    images,
-                    y,
-                    radius,
-                    settings.norm,
-                    bounds,
-                    settings.targeted,
-                    sample_ids,
-                    partial(check_labels, y) if self.check_inputs else None,
-                    None if start is None else engine.images(_usable(start)).to(images.dtype),
-                    passes=self.passes,
-                    pace=pace,
-                )
-                adv = round_towards(self._perturb(batch, seed), x)
+
+            def attacked_by(engine: Engine) -> tuple[Engine, AttackBatch, Tensor]:
+                with engine.session(self.model, seed, current=True):
+                    images = engine.images(x)
+                    batch = AttackBatch(
+                        engine,
+                        images,
+                        y,
+                        radius,
+                        settings.norm,
+                        bounds,
+                        settings.targeted,
+                        sample_ids,
+                        partial(check_labels, y) if self.check_inputs else None,
+                        None if start is None else engine.images(_usable(start)).to(images.dtype),
+                        passes=self.passes,
+                        overrides=overrides,
+                    )
+                    adv = round_towards(self._perturb(batch, seed), x)
+                return engine, batch, adv
+
+            trial = self._engines.trial(self.model, x, self._wish())
+            found = trial.unproven(attacked_by) or trial.proven(self._ready(x), attacked_by)
+            engine, batch, adv = found
             self._last = AttackReport(
                 batch.counters.engine,
                 batch.counters.reason,
@@ -247,14 +253,16 @@ class Attack(Configured):
                 outside_share(adv, x, radius, settings.norm, bounds),
             )
         if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
-            tell_of_gradients(self._last, settings)
-            tell_of_probabilities(batch.counters.first_logits, settings)
+            warn_of_gradients(self._last, settings)
+            warn_of_probabilities(batch.counters.first_logits, settings)
         return adv
 
     def _ready(self, x: Tensor) -> Engine:
+        return self._engines.ready(self.model, x, self._wish())
+
+    def _wish(self) -> Wish:
         settings = self.settings
-        wish = Wish(settings.precision, settings.engine, settings.train_mode)
-        return self._engines.ready(self.model, x, wish)
+        return Wish(settings.precision, settings.engine, settings.train_mode)
 
     def _alone(self) -> AbstractContextManager[object]:
         """A context in which other threads wait if they attack the model or one that shares a network with it."""

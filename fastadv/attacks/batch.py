@@ -41,22 +41,22 @@ class CallCounters:
     first_logits: Tensor | None = None
 
 
-class Pace(NamedTuple):
-    """Step sizes and numbers of steps of one call, in place of the attack's own.
+class CallOverrides(NamedTuple):
+    """Step sizes, numbers of steps and bounds that a call gives, in place of the attack's own.
 
     Attributes:
         alpha: step size, a number, [B] or [B, C, 1, ...]; None is the attack's, in proportion to the radius.
         steps: int64 [B] on the images' device; None is the attack's number.
-        most: the largest of these numbers of steps.
+        max_steps: the largest of these numbers of steps.
         bounds: lowest and highest value, numbers or tensors that broadcast over the images; None is the attack's.
     """
 
     alpha: float | Tensor | None = None
     steps: Tensor | None = None
-    most: int = 0
+    max_steps: int = 0
     bounds: Bounds | None = None
 
-    def rows(self, rows: Tensor) -> Pace:
+    def rows(self, rows: Tensor) -> CallOverrides:
         """Some of the samples, by int64 indices."""
         alpha = self.alpha[rows] if isinstance(self.alpha, Tensor) else self.alpha
         steps = None if self.steps is None else self.steps[rows]
@@ -82,7 +82,7 @@ class AttackBatch:
         active: bool [B], false for samples that only fill up the batch: they are neither moved nor counted. None
             means that all are true.
         passes: number of passes through the network for one gradient, which is their mean.
-        pace: step sizes and numbers of steps of this call.
+        overrides: the step sizes, numbers of steps and bounds that this call gives.
     """
 
     engine: Engine
@@ -97,7 +97,7 @@ class AttackBatch:
     given_start: Tensor | None = None
     active: Tensor | None = None
     passes: int = 1
-    pace: Pace = Pace()  # noqa: RUF009, it is immutable
+    overrides: CallOverrides = CallOverrides()  # noqa: RUF009, it is immutable
 
     def __post_init__(self) -> None:
         counts = torch.zeros(2, dtype=torch.int64, device=self.x.device)
@@ -149,7 +149,7 @@ class AttackBatch:
         return self._step_(adv, grad, alpha, active=self.active, counts=self.counters.counts)
 
     def step_along_(
-        self, adv: Tensor, direction: Tensor, alpha: float | Tensor, sparsity: float = 0.95
+        self, adv: Tensor, direction: Tensor, alpha: float | Tensor, sparsity: float
     ) -> Tensor:
         """Step along a direction that is not a gradient of the engine, in place.
 
@@ -195,7 +195,7 @@ class AttackBatch:
             some.given_start = self.given_start[rows]
         if isinstance(self.eps, Tensor):
             some.eps = self.eps[rows]
-        some.pace = self.pace.rows(rows)
+        some.overrides = self.overrides.rows(rows)
         return some
 
     def with_radius(self, eps: float | Tensor) -> AttackBatch:
@@ -215,7 +215,7 @@ class AttackBatch:
             sample_ids=None,
             check=None,
             given_start=None,
-            pace=Pace(),
+            overrides=CallOverrides(),
         )
 
     def check_values(self, classes: int) -> None:

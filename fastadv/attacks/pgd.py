@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.arguments import EngineName, Precision, TrainMode
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.batch import AttackBatch, Pace, ValueOf
+from fastadv.attacks.batch import AttackBatch, CallOverrides, ValueOf
 from fastadv.attacks.best import Best
 from fastadv.attacks.objectives import SOFT_OBJECTIVES, LabelCrossEntropy, LossFunction, Objective
 from fastadv.attacks.options import Setting, names_checked
@@ -147,8 +147,8 @@ class PGD(Attack):
             TypeError: as in `fastadv.pgd_fused`.
             ValueError: as in `fastadv.pgd_fused`.
         """
-        pace = pace_of(alpha, steps, x, bounds, self.norm)
-        return self._attack(x, y, seed, sample_ids, eps, start, pace)
+        overrides = checked_overrides(alpha, steps, x, bounds, self.norm)
+        return self._attack(x, y, seed, sample_ids, eps, start, overrides)
 
     def _perturb(self, batch: AttackBatch, seed: int) -> Tensor:
         alpha, graphs = self._alpha(batch), batch.engine.graphs
@@ -162,7 +162,7 @@ class PGD(Attack):
         obstacle = self._graph_obstacle()
         if obstacle is None and is_soft(batch.y):
             obstacle = "soft labels are not recorded"
-        if obstacle is None and batch.pace.steps is not None:
+        if obstacle is None and batch.overrides.steps is not None:
             obstacle = "images with numbers of steps of their own are not recorded"
         if obstacle is None and _has_own_numbers(batch, alpha):
             obstacle = "bounds of a call and numbers per channel are not recorded"
@@ -262,8 +262,8 @@ class PGD(Attack):
     ) -> Tensor:
         """One run of K steps from ``adv``, in place; every point but the last is offered to ``best``."""
         direction, size_at = self._direction(batch), self._size_at(batch, alpha)
-        sparsity, own = self.settings.sparsity, batch.pace.steps
-        for step in range(self.settings.steps if own is None else batch.pace.most):
+        sparsity, own = self.settings.sparsity, batch.overrides.steps
+        for step in range(self.settings.steps if own is None else batch.overrides.max_steps):
             found = batch.gradient(adv, value_of)
             if best is not None:
                 best.offer(adv, found.value, batch.succeeded(found.logits))
@@ -297,8 +297,8 @@ class PGD(Attack):
             ValueError: if the attack was made with a radius of 0, so that there is no proportion.
         """
         settings = self.settings
-        if batch.pace.alpha is not None:
-            return batch.pace.alpha
+        if batch.overrides.alpha is not None:
+            return batch.overrides.alpha
         if not isinstance(batch.eps, Tensor) and batch.eps == settings.eps:
             return settings.step_size
         if settings.eps == 0:
@@ -306,22 +306,22 @@ class PGD(Attack):
         return settings.step_size * (batch.eps / settings.eps)
 
 
-def pace_of(
+def checked_overrides(
     alpha: float | Tensor | None,
     steps: int | Tensor | None,
     x: Tensor,
     bounds: Bounds | None = None,
     norm: str = "linf",
-) -> Pace:
+) -> CallOverrides:
     """Check the step sizes, numbers of steps and bounds of a call."""
     if not isinstance(x, Tensor) or (alpha is None and steps is None and bounds is None):
-        return Pace()
+        return CallOverrides()
     if alpha is not None:
         alpha = numbers("alpha", alpha, norm, x)
     if bounds is not None:
         bounds = image_bounds(bounds, norm, x)
     if steps is None or x.shape[0] == 0:
-        return Pace(alpha, bounds=bounds)
+        return CallOverrides(alpha, bounds=bounds)
     if not isinstance(steps, Tensor):
         steps = torch.full((x.shape[0],), integer("steps", steps, at_least=1), device=x.device)
     if steps.dtype != torch.int64 or steps.shape != (x.shape[0],) or steps.device != x.device:
@@ -329,16 +329,16 @@ def pace_of(
             f"steps must be a number or int64 of shape ({x.shape[0]},) on the device {x.device}, got "
             f"{steps.dtype} {tuple(steps.shape)} on {steps.device}"
         )
-    least, most = torch.stack(steps.aminmax()).tolist()
-    if least < 0:
-        raise ValueError(f"steps must be >= 0, got {least}")
-    return Pace(alpha, steps, most, bounds)
+    smallest, largest = torch.stack(steps.aminmax()).tolist()
+    if smallest < 0:
+        raise ValueError(f"steps must be >= 0, got {smallest}")
+    return CallOverrides(alpha, steps, largest, bounds)
 
 
 def _has_own_numbers(batch: AttackBatch, alpha: float | Tensor) -> bool:
     """Whether the call has its own bounds, or a radius or a step size per channel."""
     per_channel = any(isinstance(n, Tensor) and n.dim() > 1 for n in (batch.eps, alpha))
-    return per_channel or batch.pace.bounds is not None
+    return per_channel or batch.overrides.bounds is not None
 
 
 def _per_image(value: float | Tensor, x: Tensor) -> Tensor:

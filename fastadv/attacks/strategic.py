@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastadv.attacks.batch import Pace
-from fastadv.attacks.pgd import PGD, pace_of
+from fastadv.attacks.batch import CallOverrides
+from fastadv.attacks.pgd import PGD, checked_overrides
 
 
 class StrategicPGD(PGD):
@@ -33,9 +33,9 @@ class StrategicPGD(PGD):
         sample_ids: Tensor | None,
         eps: float | Tensor | None,
         start: Tensor | None,
-        pace: Pace = Pace(),  # noqa: B008, it is immutable
+        overrides: CallOverrides = CallOverrides(),  # noqa: B008, it is immutable
     ) -> Tensor:
         if self.strategy is not None:
             eps, alpha, steps = self.strategy
-            pace = pace_of(alpha, steps, x)
-        return super()._attack(x, y, seed, sample_ids, eps, start, pace)
+            overrides = checked_overrides(alpha, steps, x)
+        return super()._attack(x, y, seed, sample_ids, eps, start, overrides)

@@ -17,7 +17,7 @@ from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import is_flag, spellings, turned_off, with_values
 from fastadv.cli.help_format import HelpFormatter
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean, nearest, norm_name
+from fastadv.ops.values import did_you_mean, nearest, norm_name_if_known
 from fastadv.trainers import schedules
 from fastadv.trainers.number import Number, parse_number
 from fastadv.trainers.schedules import Schedule
@@ -240,22 +240,14 @@ def _is_number(word: str) -> bool:
 
 def with_norms(words: Sequence[str]) -> list[str]:
     """Take a norm as Python's functions do, also as other libraries write it: `--norm Linf` is `--norm linf`."""
-    return [
-        f"--norm={_norm_of(word.removeprefix('--norm='))}"
-        if word.startswith("--norm=")
-        else _norm_of(word)
-        if before == "--norm"
-        else word
-        for before, word in zip(["", *words], words, strict=False)
-    ]
-
-
-def _norm_of(word: str) -> str:
-    """The name of a norm; another word as it is, for the parser to refuse it."""
-    try:
-        return norm_name(word)
-    except ValueError:
-        return word
+    found = []
+    for before, word in zip(["", *words], words, strict=False):
+        if word.startswith("--norm="):
+            word = f"--norm={norm_name_if_known(word.removeprefix('--norm='))}"
+        elif before == "--norm":
+            word = str(norm_name_if_known(word))
+        found.append(word)
+    return found
 
 
 def home_expanded(value: str) -> str:

@@ -20,9 +20,11 @@ import fastadv
 from fastadv.cli.analyse import analyse
 from fastadv.cli.completion import is_completing, offer, typed_words
 from fastadv.cli.data import data
+from fastadv.cli.demo import demo
 from fastadv.cli.evaluate import evaluate
-from fastadv.cli.others import demo, info, report
+from fastadv.cli.info import info
 from fastadv.cli.parsing import complain, home_expanded, with_norms
+from fastadv.cli.report import report
 from fastadv.cli.reproduce import reproduce
 from fastadv.cli.sweep import sweep
 from fastadv.cli.train import train

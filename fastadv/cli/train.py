@@ -148,13 +148,13 @@ def training_parser(
     preset = str(settings.get("preset", "paper"))
     recipe_class = method.recipe_class
     recipe_class.preset(preset)  # raises for an unknown preset
-    start = recipe_class.beginning(preset, given)
+    defaults = recipe_class.defaults_for(preset, given)
     if str(settings.get("data")).startswith(FOLDER):
-        start = {**start, "pad": 0}  # a folder's data set makes its own random crops
+        defaults = {**defaults, "pad": 0}  # a folder's data set makes its own random crops
     parser = Parser(
         prog=f"fastadv train {command_name(method)}",
         description=inspect.getdoc(method),
-        needs=_needs(method, _begun(recipe_class, {**start, **given})),
+        needs=_needs(method, _known_so_far(recipe_class, {**defaults, **given})),
     )
     for schedule in schedule_classes().values():
         for field in fields(cast(Any, schedule)):
@@ -186,7 +186,7 @@ def training_parser(
         help=f"Numbers that options and configs then change: {' or '.join(recipe_class.presets)}.",
     )
     parser.add_class_arguments(recipe_class, skip={"replaces"})
-    parser.set_defaults(start)
+    parser.set_defaults(defaults)
     parser.add_class_arguments(Settings)
     return parser
 
@@ -216,7 +216,7 @@ def _number(text: str) -> Any:
         return text
 
 
-def _begun(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
+def _known_so_far(recipe_class: type[Recipe], numbers: Mapping[str, Any]) -> Recipe:
     """The recipe as far as it is known; the default recipe if a number is wrong, which the parser reports."""
     known = {f.name for f in fields(recipe_class)} - {"epochs", "schedule"}
     try:

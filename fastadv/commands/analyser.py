@@ -37,6 +37,7 @@ class Analyser:
         anew: whether to compute also the analyses that are there.
         quiet: whether to show no progress.
         missing: why no picture was drawn; empty if nothing prevented it.
+        unsaved: why numbers were not written; empty if nothing prevented it.
     """
 
     chosen: Sequence[Analysis]
@@ -48,6 +49,7 @@ class Analyser:
     anew: bool
     quiet: bool
     missing: str = ""
+    unsaved: str = ""
 
     def __post_init__(self) -> None:
         self._teacher_digest = "" if self.teacher is None else digest_of(self.teacher.state_dict())
@@ -77,8 +79,12 @@ class Analyser:
                 )[analysis.name]
                 now = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 record = replace(record, measured=measured, date=now)
-                record.save(folder)
-            self._draw_pictures(name, record, folder)
+            try:
+                if not file.is_file() or self.anew:
+                    record.save(folder)
+                self._draw_pictures(name, record, folder)
+            except OSError as error:  # the numbers are not lost, as they are printed in the end
+                self.unsaved = str(error)
             found.append(record)
         return found
 

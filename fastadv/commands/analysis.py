@@ -13,6 +13,7 @@ from fastadv.commands.analyser import Analyser
 from fastadv.commands.documents import as_json
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
+from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.commands.surrogates import model_by_word
 from fastadv.commands.transfer import images_of_models
 from fastadv.data.datasets import dataset_names, load_dataset
@@ -118,6 +119,9 @@ def run_analysis(
 
     Returns:
         The numbers that matter most, and the folders with all numbers; or JSON.
+
+    Raises:
+        UnsavedResultsError: if numbers could not be written; the error holds the text.
     """
     chosen = find_analyses(what)
     settings = _settings(chosen, dict(locals()), seed)
@@ -167,8 +171,12 @@ def run_analysis(
         missing += [_write_together(group, Path(out)) for group in groups]
     obstacles = list(dict.fromkeys(filter(None, missing)))
     if json:
-        return as_json(_document(records, folders, out, obstacles))
-    return _as_text(groups, folders, out, obstacles)
+        text = as_json(_document(records, folders, out, obstacles))
+    else:
+        text = _as_text(groups, folders, out, obstacles)
+    if common.unsaved:
+        raise UnsavedResultsError(common.unsaved, text)
+    return text
 
 
 def _as_text(

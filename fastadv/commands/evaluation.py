@@ -50,7 +50,7 @@ from fastadv.trainers.weights import ROBUST
 EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 # Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
-_PATIENCE = 7 * 24 * 3600.0
+_TIMEOUT = 7 * 24 * 3600.0
 _UNFINISHED = "unfinished"  # folder of the finished work of an interrupted evaluation
 _SANITY_IMAGES = 200
 
@@ -212,7 +212,7 @@ def run_evaluation(
     )
     begun = _folder_of_unfinished(judged, subject, keeper.file, norm, radii, facts)
     with ExitStack() as held:
-        ranks = held.enter_context(joined_ranks(where, _PATIENCE))
+        ranks = held.enter_context(joined_ranks(where, _TIMEOUT))
         state: Path | None = begun
         if ranks.first:
             held.enter_context(keeper)

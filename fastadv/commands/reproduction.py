@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fastadv.commands.documents import as_json
 from fastadv.commands.judged import check_training_images
 from fastadv.models.registry import check_model_name
-from fastadv.reproduction import Work, all_items, find_item, find_scale, reproduce
+from fastadv.reproduction import ReproductionJob, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.reproduce import Reproduced
 from fastadv.reproduction.tables import NOT_AT_HAND, Item
@@ -73,7 +73,7 @@ def run_reproduction(
     if network is not None:
         check_model_name("network", network)
     if plan:
-        work = Work.of(item, out, data, root, scale, seeds, network, device, extra, True)
+        work = ReproductionJob.of(item, out, data, root, scale, seeds, network, device, extra, True)
         left = work.estimate()
         facts = {"item": work.item.id, "scale": scale, **asdict(left)}
         text = f"{find_item(item).heading} at scale {scale}: {left}.\n"
@@ -122,7 +122,7 @@ def _as_text(done: Reproduced) -> str:
     return text
 
 
-def list_items(json: bool = False) -> str:
+def list_items(json: bool) -> str:
     """Return all items as lines or as JSON, with a note where figures of the paper are missing."""
     items = all_items()
     if json:

@@ -17,7 +17,6 @@ from fastadv.evaluation.reporting import aligned, markdown, write_report
 from fastadv.fields import check_fields
 from fastadv.files import naming, write_atomically
 from fastadv.locks import locked
-from fastadv.sweeps.judging import judged_checkpoint
 from fastadv.sweeps.local import run_locally, say
 from fastadv.sweeps.plan import PLAN_FILE, Plan, SweepRun
 from fastadv.sweeps.processes import Failure
@@ -25,7 +24,7 @@ from fastadv.sweeps.ray_cluster import run_on_ray
 from fastadv.sweeps.slurm import SCRIPT_FILE, submit, write_script
 from fastadv.sweeps.table import Judgement, SweepTable, distinct_curves
 
-_PATIENCE = 3.0  # seconds to wait for the lock of a sweep that was killed a moment ago
+_TIMEOUT = 3.0  # seconds to wait for the lock of a sweep that was killed a moment ago
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ def run_sweep(
         return _commands(plan)
     with naming(plan.folder):
         plan.folder.mkdir(parents=True, exist_ok=True)
-    with locked(plan.folder / PLAN_FILE, _PATIENCE):
+    with locked(plan.folder / PLAN_FILE, _TIMEOUT):
         plan.save()
         left = plan.unfinished()
         say(quiet, f"{len(plan.runs)} runs, {len(left)} of them left to do")
@@ -227,5 +226,5 @@ def _judgements(plans: Sequence[Plan]) -> tuple[list[Judgement], list[str]]:
 
 def _results_of_checkpoint(results: Sequence[Result], run: SweepRun, plan: Plan) -> list[Result]:
     """The results of the checkpoint that the sweep judges; earlier evaluations may have judged others."""
-    name = judged_checkpoint(plan, run)
+    name = plan.judged_checkpoint(run)
     return [result for result in results if result.subject.checkpoint == name]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastadv.commands.judged import Images, Reading, images_named, images_of_run
+from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
 from fastadv.evaluation.comparison import distinct_names, distinct_paths
@@ -71,6 +72,9 @@ def run_transfer(
 
     Returns:
         The matrix as text, or JSON.
+
+    Raises:
+        UnsavedResultsError: if ``out`` could not be written; the error holds the text.
     """
     paths = distinct_paths(models)
     if len(paths) < 2:
@@ -101,9 +105,13 @@ def run_transfer(
         max_examples=max_examples,
         progress=not quiet,
     )
+    text = matrix.to_json() if json else matrix.table()
     if out is not None:
-        matrix.save(out)
-    return matrix.to_json() if json else matrix.table()
+        try:
+            matrix.save(out)
+        except OSError as error:
+            raise UnsavedResultsError(str(error), text) from error
+    return text
 
 
 def images_of_models(

@@ -270,17 +270,32 @@ class Attack(metaclass=AttackType):
         check_bool("return_verbose", return_verbose)
         check_bool("save_predictions", save_predictions)
         check_bool("save_clean_inputs", save_clean_inputs)
-        parts: dict[str, list[Tensor]] = {
-            "adv_inputs": [],
-            "labels": [],
-            "preds": [],
-            "clean_inputs": [],
-        }
-        distances = []
+        content, distance = self._attack_all(data_loader)
+        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
+        if save_path is not None:
+            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
+            content = {name: value for name, value in content.items() if kept.get(name, True)}
+            _write_results(save_path, content, save_type)
+        if verbose:
+            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
+        return (accuracy, distance) if return_verbose else None
+
+    def _attack_all(
+        self, data_loader: Iterable[tuple[Tensor, Tensor]]
+    ) -> tuple[dict[str, Tensor], float]:
+        """Attack all batches of a loader.
+
+        Returns:
+            Images, labels and predictions under their names in the file; and the mean L2 distance of the
+            adversarial images that are misclassified, 0 without any.
+        """
         if isinstance(data_loader, Tensor | tuple) or not isinstance(data_loader, Iterable):
             raise TypeError(
                 f"data_loader must be a DataLoader or a list of batches (images, labels), got {shown(data_loader)}"
             )
+        names = ("adv_inputs", "labels", "preds", "clean_inputs")
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        distances = []
         for batch in data_loader:
             if not isinstance(batch, tuple | list) or len(batch) != 2:
                 raise TypeError(
@@ -292,21 +307,13 @@ class Attack(metaclass=AttackType):
             found = self._logits(adv).argmax(1)
             wrong = found != integer_labels(labels).to(found.device)
             distances.append((adv - clean).flatten(1).norm(dim=1)[wrong].cpu())
-            for name, values in zip(parts, (adv, labels, found, clean), strict=True):
+            for name, values in zip(names, (adv, labels, found, clean), strict=True):
                 parts[name].append(values.detach().cpu())
-        if not parts["labels"]:
+        if not distances:
             raise ValueError("data_loader must have at least one batch, got 0")
-        content: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
-        accuracy = 100 * (content["preds"] == content["labels"]).float().mean().item()
         broken = torch.cat(distances)
-        distance = broken.mean().item() if len(broken) else 0.0
-        if save_path is not None:
-            kept = {"preds": save_predictions, "clean_inputs": save_clean_inputs}
-            content = {name: value for name, value in content.items() if kept.get(name, True)}
-            _write_results(save_path, content, save_type)
-        if verbose:
-            print(f"robust accuracy {accuracy:.2f} %, L2 distance {distance:.5f}")
-        return (accuracy, distance) if return_verbose else None
+        content = {name: torch.cat(values) for name, values in parts.items()}
+        return content, broken.mean().item() if len(broken) else 0.0
 
     def _taken(
         self, inputs: Tensor | np.ndarray[Any, Any]

@@ -24,8 +24,8 @@ from fastadv.data.array_pickle_values import (
     text_of,
 )
 
-_LONGEST_NUMBER = 32  # bytes or digits
-_LONGEST_REASON = 200  # characters: a file's text may be long
+_MAX_NUMBER_LENGTH = 32  # bytes or digits
+_MAX_REASON_LENGTH = 200  # characters: a file's text may be long
 
 
 def read_arrays(content: bytes) -> Any:
@@ -47,10 +47,10 @@ def read_arrays(content: bytes) -> Any:
             return {k: v.array() if isinstance(v, Array) else v for k, v in value.items()}
         return value
     except PickleContentError as error:
-        raise PickleContentError(str(error)[:_LONGEST_REASON]) from None
+        raise PickleContentError(str(error)[:_MAX_REASON_LENGTH]) from None
     except Exception as error:  # a damaged program can go wrong at any instruction
         reason = f"it is damaged: {type(error).__name__}: {error}"
-        raise PickleContentError(reason[:_LONGEST_REASON]) from error
+        raise PickleContentError(reason[:_MAX_REASON_LENGTH]) from error
 
 
 class _Machine:
@@ -207,8 +207,8 @@ def _long(data: bytes) -> int:
 
 
 def _short(number: bytes) -> bytes:
-    """The bytes of a number, if they are no more than `_LONGEST_NUMBER`."""
-    if len(number) > _LONGEST_NUMBER:
+    """The bytes of a number, if they are no more than `_MAX_NUMBER_LENGTH`."""
+    if len(number) > _MAX_NUMBER_LENGTH:
         raise PickleContentError(f"it has a number of {len(number):,} bytes")
     return number
 

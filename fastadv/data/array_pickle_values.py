@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _DTYPE = re.compile(r"[<>|=]?([biuf])([1248])")
-_MOST_DIMENSIONS = 8
+_MAX_DIMENSIONS = 8
 
 _MULTIARRAY = {
     ("numpy.core.multiarray", "_reconstruct"),
@@ -96,7 +96,7 @@ class Array:
         if self.dtype is None:
             raise PickleContentError("it has an array without content")
         dtype, shape = self.dtype.dtype(), self.shape
-        if not isinstance(shape, tuple) or len(shape) > _MOST_DIMENSIONS or self.order not in "CF":
+        if not isinstance(shape, tuple) or len(shape) > _MAX_DIMENSIONS or self.order not in "CF":
             raise PickleContentError("it has an array of an impossible shape or order")
         if any(type(length) is not int or length < 0 for length in shape):
             raise PickleContentError(f"it has an array of shape {shape}")

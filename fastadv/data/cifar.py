@@ -85,11 +85,10 @@ def read_cifar(layout: CifarLayout, root: str | Path, verify: bool = True) -> Sp
     )
 
 
-def read_cifar_test(layout: CifarLayout, root: str | Path, verify: bool = True) -> ImageData:
-    """Read the test images alone, with the arguments and the errors of `read_cifar`."""
-    verify = check_bool("verify", verify)
+def read_cifar_test(layout: CifarLayout, root: str | Path) -> ImageData:
+    """Read the test images alone, with the checks and the errors of `read_cifar`."""
     folder, is_binary = find_folder(layout, _folder(root))
-    return _read_split(layout, layout.test, "test", folder, is_binary, verify)
+    return _read_split(layout, layout.test, "test", folder, is_binary, verify=True)
 
 
 def _folder(root: str | os.PathLike[str]) -> Path:

@@ -67,7 +67,7 @@ def load_dataset(name: str, root: str | Path | None = None, verify: bool = True)
     return read_cifar(*_files(name, root), verify)
 
 
-def load_test_images(name: str, root: str | Path | None = None, verify: bool = True) -> ImageData:
+def load_test_images(name: str, root: str | Path | None) -> ImageData:
     """Load the test images of a data set by name. The files of the training images may be missing.
 
     The arguments and the errors are as in `load_dataset`.
@@ -75,7 +75,7 @@ def load_test_images(name: str, root: str | Path | None = None, verify: bool = T
     check_choice("name", name, dataset_names())
     if name == "digits":
         return load_digits().test
-    return read_cifar_test(*_files(name, root), verify)
+    return read_cifar_test(*_files(name, root))
 
 
 def _files(name: str, root: str | Path | None) -> tuple[CifarLayout, str | Path]:

@@ -53,7 +53,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         in_channels: 3; grey pictures become RGB.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no folder in it, or no picture in these.
+        FileNotFoundError: if there is no such folder, no folder in it, or no picture in these; or if a link in it
+            leads nowhere.
         NotADirectoryError: if root is a file.
         ImportError: if Pillow is not installed.
         ValueError: if a number is out of range, root holds the folders of splits, a link leads back to a folder
@@ -120,6 +121,13 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
         """The file of a picture."""
         return self.root / os.fsdecode(self._paths[index])
 
+    def listing(self) -> str:
+        """SHA-256 of the names and labels of all pictures; no file is read."""
+        digest = hashlib.sha256()
+        for path, label in zip(self._paths, self.targets.tolist(), strict=True):
+            digest.update(path + f":{label}\n".encode())
+        return digest.hexdigest()
+
     def fingerprint(self, indices: Tensor) -> str:
         """SHA-256 of some pictures: preprocessing, names, labels and file sizes, and the bytes of up to 4096.
 
@@ -140,7 +148,15 @@ def _class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         raise NotADirectoryError(f"{root} is a file; expected a folder with one folder per class")
     with os.scandir(root) as entries:
-        names = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        seen = [entry for entry in entries if not entry.name.startswith(".")]
+    # Left out, it would shift the numbers of the classes after it.
+    for entry in seen:
+        if entry.is_symlink() and not os.path.exists(entry):
+            raise FileNotFoundError(
+                f"{entry.path}: a link to {os.readlink(entry)}, which is not there, so that it may be a class "
+                "that is missing; mend the link or take it away"
+            )
+    names = sorted(entry.name for entry in seen if entry.is_dir())
     if not names:
         raise FileNotFoundError(
             f"{root} holds no folder; expected one folder per class, with pictures in it"
@@ -170,12 +186,13 @@ def _pictures(root: Path, name: str) -> Iterator[Path]:
     """The pictures in a class's folder and below it, sorted by folder and name; links are followed.
 
     Raises:
+        OSError: if a folder cannot be read.
         ValueError: if a link leads back to a folder that it lies in, so that pictures would be there many times.
     """
     # For each folder its real path and the real paths of the folders around it.
     around = {root: frozenset({os.path.realpath(root)})}
     folders = []
-    for here, below, files in os.walk(root / name, followlinks=True):
+    for here, below, files in os.walk(root / name, onerror=_raise, followlinks=True):
         folder, real = Path(here), os.path.realpath(here)
         if real in around[folder.parent]:
             raise ValueError(
@@ -189,6 +206,11 @@ def _pictures(root: Path, name: str) -> Iterator[Path]:
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES) and not file.startswith("."):
                 yield Path(parent, file)
+
+
+def _raise(error: OSError) -> None:
+    """Refuse a folder that cannot be read, which `os.walk` by itself would take for an empty one."""
+    raise error
 
 
 @contextmanager

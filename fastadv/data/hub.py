@@ -18,9 +18,11 @@ from fastadv.data.preprocessing import (
     picture_tensor,
     same_size_hint,
 )
+from fastadv.data.selection import evenly_spread
 
 _TEST_SPLITS = ("test", "validation", "val", "valid")
 _GREY = ("L", "1")
+_PROBED = 16  # images whose mode is looked at
 
 
 class HubImages(Dataset[tuple[Tensor, int]]):
@@ -37,7 +39,7 @@ class HubImages(Dataset[tuple[Tensor, int]]):
     Attributes:
         targets: labels [N] int64.
         num_classes: number of classes, from the data set's features, or else the largest label + 1.
-        in_channels: 1 if the first image is grey, else 3; all images are converted to the mode of the first.
+        in_channels: 1 if 16 evenly spread images are grey, else 3, and grey images become RGB.
 
     Raises:
         ImportError: if Pillow is not installed.
@@ -76,7 +78,10 @@ class HubImages(Dataset[tuple[Tensor, int]]):
             )
         feature = (getattr(dataset, "features", None) or {}).get(label)
         self.num_classes = int(getattr(feature, "num_classes", None) or high + 1)
-        self._mode = "L" if self._picture(0).mode in _GREY else "RGB"
+        # A data set of colours may hold grey pictures as well, such as its first one.
+        probed = evenly_spread(len(self), min(_PROBED, len(self))).tolist()
+        grey = all(self._picture(index).mode in _GREY for index in probed)
+        self._mode = "L" if grey else "RGB"
         self.in_channels = 1 if self._mode == "L" else 3
 
     def __repr__(self) -> str:
@@ -87,7 +92,13 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """An image, uint8 [C, H, W], and its label."""
-        picture = self.preprocessing(self._picture(index).convert(self._mode))
+        picture = self._picture(index)
+        if self._mode == "L" and picture.mode not in _GREY:
+            raise ValueError(
+                f"the images of {self.name} must be of one mode, got mode {picture.mode} at index {index} after "
+                f"{_PROBED} grey ones; convert all of them to RGB"
+            )
+        picture = self.preprocessing(picture.convert(self._mode))
         return picture_tensor(picture), int(self.targets[index])
 
     @property

@@ -178,13 +178,13 @@ def from_tensors(
         if labels.numel() == 0:
             raise ValueError("num_classes must be given for empty labels, got None")
         num_classes = int(labels.max()) + 1
-        _tell_of_labels_from_one(labels, name)
+        _warn_of_labels_from_one(labels, name)
     data = ImageData(_to_uint8(images), labels, num_classes, name)
-    _tell_of_dark_images(data.images, name)
+    _warn_of_dark_images(data.images, name)
     return data
 
 
-def _tell_of_labels_from_one(labels: Tensor, name: str) -> None:
+def _warn_of_labels_from_one(labels: Tensor, name: str) -> None:
     first, last = (int(value) for value in torch.aminmax(labels))
     if first == 1 < last:
         warnings.warn(
@@ -194,7 +194,7 @@ def _tell_of_labels_from_one(labels: Tensor, name: str) -> None:
         )
 
 
-def _tell_of_dark_images(images: Tensor, name: str) -> None:
+def _warn_of_dark_images(images: Tensor, name: str) -> None:
     if images.numel() > 0 and int(images.max()) == 1:
         warnings.warn(
             f"images of {name} hold nothing but 0 and 1 of 0 .. 255, which is black; uint8 images must be in "

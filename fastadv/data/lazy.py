@@ -116,13 +116,20 @@ def read_once(loader: DataLoader[Any], at_most: int | None) -> tuple[Tensor, Ten
 
     Raises:
         TypeError: if a batch is of another kind.
-        ValueError: if there are no batches, or more than `MEMORY_LIMIT` bytes of images.
+        ValueError: if there are no batches, more than `MEMORY_LIMIT` bytes of images, or if the workers of an
+            IterableDataset all give the same images.
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
     count = size = 0
     for number, batch in enumerate(loader):
         x, y = _batch(batch, number)
+        if number == 1 and _repeats(loader, x, images[0], y, labels[0]):
+            raise ValueError(
+                f"data must give each image once, but the first two of its {loader.num_workers} worker processes "
+                "gave the same images: let the IterableDataset give each worker its own part, by "
+                "torch.utils.data.get_worker_info, or read it with num_workers=0"
+            )
         images.append(x)
         labels.append(y)
         count, size = count + len(y), size + x.nbytes
@@ -144,6 +151,12 @@ def read_once(loader: DataLoader[Any], at_most: int | None) -> tuple[Tensor, Ten
             f"{' and '.join(sorted(kinds)[:3])}"
         )
     return torch.cat(images)[:at_most], torch.cat(labels)[:at_most]
+
+
+def _repeats(loader: DataLoader[Any], x: Tensor, first: Tensor, y: Tensor, labels: Tensor) -> bool:
+    """Whether the second batch of an IterableDataset is its first one, because each worker gives all images."""
+    several = isinstance(loader.dataset, IterableDataset) and loader.num_workers > 1
+    return several and torch.equal(y, labels) and torch.equal(x, first)
 
 
 def known_labels(dataset: Any) -> Tensor | None:
@@ -215,4 +228,5 @@ def _batch(batch: Any, number: int) -> tuple[Tensor, Tensor]:
         raise TypeError(
             f"batch {number} of data must be (images [B, ...], labels [B]), got {', '.join(shapes)}"
         )
-    return x.detach().cpu(), y.detach().cpu()
+    # Copies: a collate function may fill the same memory with each batch.
+    return x.detach().to("cpu", copy=True), y.detach().to("cpu", copy=True)

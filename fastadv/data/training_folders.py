@@ -59,6 +59,10 @@ class RandomCrops(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.pictures)
 
+    def listing(self) -> str:
+        """The pictures' own `listing`, by which a resumed run recognises them."""
+        return self.pictures.listing()
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """A picture, uint8 [3, size, size], and its label.
 

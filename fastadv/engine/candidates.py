@@ -67,8 +67,8 @@ def rivals_of(
 
     def live(channels_last: bool) -> LiveEngine:
         if names.contiguous is not None:
-            return LiveEngine(precision, "", channels_last)
-        return live_rival(model, probes, precision)
+            return LiveEngine(precision, "", channels_last, known.tape)
+        return live_rival(model, probes, precision, known.tape)
 
     rivals: dict[str, Callable[[], Contender]] = {}
     if choice.name_of(first) == names.program:

@@ -44,7 +44,7 @@ class EngineOnCopy(Engine):
     def __init__(self, tape: Tape, recording: Recording, precision: str, reason: str) -> None:
         self.precision, self.reason = precision, reason
         self.tape, self._careful = tape, tape.own_functions
-        self.any_batch = tape.only_batch is None and not tape.decides_by_batch
+        self.any_batch = tape.holds_for_any_batch
         images = recording.images.detach()
         self._example = (images[:2] if tape.only_batch is None else images).clone()
 

@@ -208,7 +208,7 @@ class GraphCache:
                     "engine must be 'auto', 'eager' or 'compiled' for this model, got 'graph': "
                     f"{self._failure}"
                 ) from error
-            warnings.warn(f"fastadv attacks without a CUDA graph: {self._failure}", stacklevel=8)
+            warnings.warn(f"fastadv attacks without a CUDA graph: {self._failure}", stacklevel=10)
             return None
         while len(self._recorded) >= CAPACITY:  # the device is done with it: recording has waited
             del self._recorded[next(iter(self._recorded))]

@@ -83,15 +83,20 @@ def _of_two_sizes(model: nn.Module, x: Tensor, settling: int) -> tuple[Tape, Rec
 def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> None:
     """Refuse a model that gives other logits without gradients, or before it has settled.
 
-    Attacks also ask for logits alone. A copy has one network for both.
+    Attacks also ask for logits alone. A copy has one network for both. A few of the recorded images tell, unless
+    the model mixes the images of a batch.
 
     Raises:
         Unrecordable: it does.
     """
-    with held(model), torch.no_grad():
-        logits = model(recording.images.detach().clone())
-    if proof.difference_of_logits(logits, recording.logits.detach(), "fp32") is not None:
-        raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
+    images, recorded_logits = recording.images.detach(), recording.logits.detach()
+    few = PROBES if tape.only_batch is None else len(images)
+    for count in dict.fromkeys((few, len(images))):
+        with held(model), torch.no_grad():
+            logits = model(images[:count].clone())
+        if proof.difference_of_logits(logits, recorded_logits[:count], "fp32") is None:
+            return
+    raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
 
 
 def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording | None:

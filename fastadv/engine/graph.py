@@ -93,9 +93,11 @@ class _Builder:
         self.constants = Constants()
         self.nodes: dict[int, fx.Node] = {0: self.graph.placeholder("x")}
         self._uses: dict[int, int] = {}
+        self._last_user: dict[int, RecordedOp] = {}
         for op in tape.ops:
             for ref in refs((op.args, op.kwargs)):
                 self._uses[ref.place] = self._uses.get(ref.place, 0) + 1
+                self._last_user[ref.place] = op
         self._uses[tape.output] = self._uses.get(tape.output, 0) + 1
         self._convolutions: dict[int, tuple[Part, Ref, Ref | None]] = {}  # by place of the result
         self.folded: set[int] = set()  # places of results into whose node a norm was folded
@@ -142,8 +144,7 @@ class _Builder:
         """The BatchNorm that alone uses a convolution's result."""
         if self._uses.get(place, 0) != 1 or place == self._tape.output:
             return None
-        users = (op for op in self._tape.ops if Ref(place) in refs((op.args, op.kwargs)))
-        user = next(users)
+        user = self._last_user[place]
         call = self._norm_call(user)
         return user if call is not None and call["input"] == Ref(place) else None
 

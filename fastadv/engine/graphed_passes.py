@@ -151,7 +151,7 @@ class GraphedPasses:
             self.failure = f"recording a pass as a CUDA graph failed: {error}"
             for kept in self._recorded.values():
                 kept.clear()
-            warnings.warn(f"fastadv attacks without a CUDA graph: {self.failure}", stacklevel=8)
+            warnings.warn(f"fastadv attacks without a CUDA graph: {self.failure}", stacklevel=10)
             return None
         return made
 

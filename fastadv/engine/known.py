@@ -68,11 +68,13 @@ class Known:
         are the first of the recorded ones, so that their logits and gradients are there already, unless the
         model mixes the images of a batch.
 
-        The live model in float32 computes the same function by its own code, on images that may lie otherwise in
-        memory. The few images show whether its code bears that.
+        The live model in float32 computes the same function by its own code. On images as they come it is what has
+        been recorded. The few images show whether its code bears images that lie otherwise in memory.
         """
         self.spent = {}
         if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:
+            if not engine.channels_last:
+                return None
             with engine.session(self.model, 0, current=True):
                 fault = self.evidence.first(PROBES).against(engine)
             if fault is None:

@@ -20,6 +20,7 @@ from fastadv.engine.holding import held, uncompiled
 from fastadv.engine.live_engines import Draws, EagerEngine, LiveEngine, as_model_takes
 from fastadv.engine.networks import networks_of, parts_of
 from fastadv.engine.recorder import Recorder
+from fastadv.engine.tape import Tape
 from fastadv.float32 import full_float32
 
 _LONGER = 3  # times as many uses as so far, before a copy is tried again
@@ -283,14 +284,14 @@ def _faster_channels_last(
     )
 
 
-def live_rival(model: nn.Module, images: Tensor, precision: str) -> LiveEngine:
+def live_rival(model: nn.Module, images: Tensor, precision: str, tape: Tape) -> LiveEngine:
     """The live model, on channels-last images unless its own code fails on them."""
-    engine = LiveEngine(precision, "", channels_last=True)
+    engine = LiveEngine(precision, "", True, tape)
     try:
         with engine.session(model, 0, current=True):
             engine.logits(engine.images(images))
     except Exception:
-        return LiveEngine(precision, "", channels_last=False)
+        return LiveEngine(precision, "", False, tape)
     return engine
 
 

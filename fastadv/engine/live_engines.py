@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.engines import Engine, Model, channels_last
 from fastadv.engine.frozen import frozen
+from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered
+from fastadv.engine.tape import Tape
 
 Draws: TypeAlias = Literal["never", "unlikely", "watched", "assumed"]
 
@@ -96,12 +98,18 @@ class LiveEngine(EagerEngine):
         precision: precision of the passes.
         reason: why no copy runs.
         channels_last: run on channels-last images, which the code of some models does not accept.
+        tape: the model's operations.
     """
 
     remembered: Remembered | None = None  # its proof
+    first_pass: AbstractContextManager[object] | None = None  # entered for the next pass alone
 
-    def __init__(self, precision: str, reason: str, channels_last: bool) -> None:
+    def __init__(self, precision: str, reason: str, channels_last: bool, tape: Tape) -> None:
         super().__init__(precision, reason, draws="never", channels_last=channels_last)
+        self.any_batch = tape.holds_for_any_batch
+        # Other people's operators and backward methods may draw random numbers, or look at what they like.
+        is_torchs_alone = not tape.own_functions and all(is_torchs(op.function) for op in tape.ops)
+        self.may_be_trusted = precision == "fp32" and self.any_batch and is_torchs_alone
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""
@@ -113,6 +121,11 @@ class LiveEngine(EagerEngine):
         inner = unwrapped(model) if isinstance(model, nn.Module) else model
         with super().session(inner, seed, current):
             yield
+
+    def _forward(self, x: Tensor) -> Tensor:
+        watch, self.first_pass = self.first_pass, None
+        with watch or nullcontext():
+            return super()._forward(x)
 
 
 @contextmanager

@@ -95,6 +95,8 @@ class Recorder(TorchFunctionMode):
         self._stale: set[int] = set()  # ids of tensors that a write through another has changed
         self._model_storages: set[int] = set()
         self._ragged: set[int] = set()  # places of tensors whose shape depends on values
+        # The arguments of the function that has just run, as `referred` gives them, if `call` has asked.
+        self._referred: tuple[Any, Any] | None = None
         self._inside = 0  # of autograd functions, which are recorded as one op
         self._comparisons = SizeComparisons()
         self._refusal = ""
@@ -150,6 +152,7 @@ class Recorder(TorchFunctionMode):
             operands.extend(tensors_in(kwargs.values()))
         self._check_draws(func, name, args, kwargs)
         versions = [version_of(t) for t in operands]
+        self._referred = None
         self._enter()  # an autograd function that torch itself calls is part of this function
         try:
             result = self.call(func, args, kwargs)
@@ -164,7 +167,7 @@ class Recorder(TorchFunctionMode):
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
                 self._comparisons.note(result)
         elif name not in functions.NO_OPERATION:
-            self._record(func, name, args, kwargs, result, written)
+            self._record(func, name, args, kwargs, result, written, self._referred)
         return result
 
     def _enter(self) -> None:
@@ -230,12 +233,13 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         result: Any,
         written: list[Tensor],
+        before: tuple[Any, Any] | None = None,
     ) -> None:
         recording = self.recording
         if name in functions.REFUSED:
             raise self._refuse(functions.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
-        before = (self.referred(args), self.referred(kwargs))
+        before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
         is_ragged = self._becomes_ragged(name, args, kwargs, written)
         if written:

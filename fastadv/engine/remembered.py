@@ -167,7 +167,8 @@ class _Repeat(Recorder):
         writes = then.writes and bool(args) and self._depends(args[0])
         if shape is None and not writes:
             return super().call(func, args, kwargs)
-        same = then.args == self.referred(args) and then.kwargs == self.referred(kwargs)
+        self._referred = self.referred(args), self.referred(kwargs)
+        same = self._referred == (then.args, then.kwargs)
         if not same or then.with_gradient != torch.is_grad_enabled():
             return super().call(func, args, kwargs)
         if shape is None:

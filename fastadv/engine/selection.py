@@ -44,6 +44,7 @@ from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Changes, Remembered
 from fastadv.engine.tape import Tape
+from fastadv.engine.trust import Trial, Trust
 from fastadv.engine.wish import Wish
 from fastadv.float32 import full_float32
 
@@ -87,6 +88,7 @@ class EngineCache:
     def __init__(self) -> None:
         self._copies: dict[Hashable, list[_Copy]] = {}
         self._live = LiveChoice()
+        self._trust = Trust()
         self._told: set[str] = set()
         self._still = False
         self._settled: Engine | None = None  # proven since the model stands still
@@ -149,6 +151,10 @@ class EngineCache:
         )
         return live.engine(wish.train_mode)
 
+    def trial(self, model: Model, x: Tensor, wish: Wish) -> Trial[Any]:
+        """An attack on images like ``x`` that may do without `ready`; arguments as there."""
+        return self._trust.trial(model, (*_kind(x, wish), len(x), callers_mode()))
+
     def _tell(self, message: str) -> None:
         """Warn, once."""
         if message not in self._told:
@@ -195,9 +201,7 @@ class EngineCache:
         batch, states = x.shape[0], randomness.shared_states()
         known = [copy for copy in kept if batch in copy.sizes]
         # Few images tell enough once a whole batch of this size has been seen.
-        few = known and all(
-            copy.tape.only_batch is None and not copy.tape.decides_by_batch for copy in known
-        )
+        few = known and all(copy.tape.holds_for_any_batch for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
         settling = max(copy.tape.settling for copy in kept)
         proven = (

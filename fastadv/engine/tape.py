@@ -60,6 +60,11 @@ class Tape:
         """Whether the model's code may decide by the batch size, so that few images do not tell for many."""
         return self.comparisons is None or None in self.comparisons
 
+    @property
+    def holds_for_any_batch(self) -> bool:
+        """Whether few images tell what the model does with any number of images."""
+        return self.only_batch is None and not self.decides_by_batch
+
     def describes(self, recording: Recording) -> bool:
         """Whether the network of a recording is this one."""
         batch = recording.images.shape[0]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.results import Result, Subject
-from fastadv.evaluation.wording import format_eps
+from fastadv.evaluation.wording import bounds_text, format_eps
 from fastadv.ops.values import norm_name
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_EPS = 8 / 255
 _SHOWN_DIGITS = 7  # of a hash
+_CIRCUMSTANCES = ("bounds", "batch", "seed")  # columns that are shown where they tell lines apart
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class Line:
         cells: results by column.
         ball: whether the attacks were in a ball of this radius.
         surrogate: the model on which the adversarial images were made; empty where it was the judged model.
+        bounds: range of image values.
+        batch_size: images per pass where the model draws random numbers, which differ from batch to batch; else
+            None.
     """
 
     run: Judged
@@ -75,6 +79,13 @@ class Line:
     cells: dict[str, Result] = field(default_factory=dict)
     ball: bool = True
     surrogate: str = ""
+    bounds: tuple[float, float] = (0.0, 1.0)
+    batch_size: int | None = None
+
+    @property
+    def circumstances(self) -> tuple[Any, ...]:
+        """What must be equal, besides model, images and radius, in lines that differ in the training alone."""
+        return (self.bounds, self.seed, self.batch_size)
 
     @property
     def radius(self) -> tuple[str, float]:
@@ -123,7 +134,7 @@ class Comparison:
         rows = [self.describe(line) for line in self.white_box]
         shown = [
             name
-            for name in ("run", "method", "model", "checkpoint", "data", "n", "norm", "eps", "seed")
+            for name in (*always[:3], "checkpoint", *always[3:], *_CIRCUMSTANCES)
             if name in always or self._tells_apart(name, rows)
         ]
         table = [[*shown, *(f"{title} %" for title in attacks)]]
@@ -170,7 +181,7 @@ class Comparison:
         beside = [one for one in self.lines if (one.radius, one.ball, one.surrogate) == kind]
         rows = {id(one): self.describe(one) for one in beside}
         parts = [line.run.name]
-        for name in ("checkpoint", "data", "n", "seed"):
+        for name in ("checkpoint", "data", "n", *_CIRCUMSTANCES):
             if len({row[name] for row in rows.values() if row["run"] == line.run.name}) > 1:
                 parts.append(rows[id(line)][name])
         return " ".join(parts)
@@ -180,23 +191,27 @@ class Comparison:
         for result in run.results:
             if not result.is_clean:
                 row = result.row
-                ball = row.distances is None
-                key = (*result.judged, result.norm, row.eps, row.seed, ball, row.surrogate)
                 new = Line(run, result.subject, row.n, result.norm, row.eps, row.seed)
-                new.ball, new.surrogate = ball, row.surrogate
+                new.ball, new.surrogate = row.distances is None, row.surrogate
+                new.bounds, new.batch_size = result.bounds, _batch_size(result)
+                key = (*result.judged, *new.circumstances, *new.radius, new.ball, new.surrogate)
                 lines.setdefault(key, new).cells[self._titles.of(result)] = result
         for result in run.results:
             if result.is_clean:
-                # Only of a model that draws random numbers the clean accuracy belongs to one seed.
+                # Only of a model that draws random numbers the clean accuracy belongs to one seed and batch size.
                 seed = result.row.seed if result.row.is_random else None
+                alone = Line(run, result.subject, result.row.n, seed=seed)
+                alone.bounds, alone.batch_size = result.bounds, _batch_size(result)
                 attacked = [
                     line
                     for key, line in lines.items()
-                    if key[: len(result.judged)] == result.judged and seed in (None, line.seed)
+                    if key[: len(result.judged)] == result.judged
+                    and line.bounds == result.bounds
+                    and (seed is None or line.circumstances == alone.circumstances)
                 ]
                 if not any(line.is_white_box for line in attacked):
-                    attacked.append(Line(run, result.subject, result.row.n, seed=seed))
-                    lines[(*result.judged, seed)] = attacked[-1]
+                    attacked.append(alone)
+                    lines[(*result.judged, *alone.circumstances)] = alone
                 for line in attacked:
                     line.cells[self._titles.of(result)] = result
         return lines.values()
@@ -212,6 +227,8 @@ class Comparison:
             "n": str(line.n),
             "norm": line.norm or "-",
             "eps": "no ball" if not line.ball else format_eps(line.eps) if line.norm else "-",
+            "bounds": bounds_text(line.bounds),
+            "batch": "-" if line.batch_size is None else str(line.batch_size),
             "seed": "-" if line.seed is None else str(line.seed),
         }
 
@@ -245,6 +262,11 @@ class _Titles:
         """The column of a result."""
         title, variant = _plain_title(result), _variant(result)
         return f"{title} ({variant})" if len(self._variants[title]) > 1 and variant else title
+
+
+def _batch_size(result: Result) -> int | None:
+    """The batch size of a model that draws random numbers; None of another model."""
+    return result.batch_size if result.row.is_random else None
 
 
 def _plain_title(result: Result) -> str:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.arguments import check_batch, check_model, check_seed
+from fastadv.attacks.attack_warnings import warn_of_default_radius
 from fastadv.attacks.options import Checked, Configured, names_checked
 from fastadv.attacks.rounding import round_towards
-from fastadv.attacks.weakness import tell_of_default_radius
 from fastadv.evaluation.autoattack import (
     ENGINES,
     AutoAttackResult,
@@ -111,7 +111,7 @@ class AutoAttack(Configured):
             ValueError: as `fastadv.evaluation.autoattack`.
         """
         self._last, seed = None, check_seed(seed)
-        tell_of_default_radius(self.eps, self.norm, self.bounds, stacklevel=4)
+        warn_of_default_radius(self.eps, self.norm, self.bounds, stacklevel=4)
         y = check_batch(x, y, sample_ids, self.model, "for AutoAttack")
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed

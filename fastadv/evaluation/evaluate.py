@@ -189,6 +189,10 @@ def evaluate(
         for one in others:
             held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
+        facts, identity = _facts(norm, samples.bounds, seed, eot), None
+        if state_dir is not None:
+            hashed = None if other is None else hash_model(other.model)
+            identity = fingerprint(model, samples, {**facts, "surrogate": hashed})
         if ranks.world_size > 1:
             call = {
                 "attacks": [attack.name for attack in chosen],
@@ -199,18 +203,17 @@ def evaluate(
                 "worst_case": worst_case,
                 "keep_images": keep_images,
                 "constants": constants,
-                "data": samples.fingerprint(),
-                "model": _identity(model),
+                # Not hashed twice, as this takes seconds of large models and data.
+                "data": samples.fingerprint() if identity is None else identity.data,
+                "model": _identity(model) if identity is None else identity.model,
                 "surrogate": None if other is None else _identity(other.model),
                 "state_dir": "a folder" if state_dir is not None else None,
             }
-            ranks.check_same({**call, **_facts(norm, samples.bounds, seed, eot)})
+            ranks.check_same({**call, **facts})
         say = ProgressDisplay(progress and ranks.first)
         finished = None
-        if state_dir is not None:
-            facts = _facts(norm, samples.bounds, seed, eot)
-            facts["surrogate"] = None if other is None else hash_model(other.model)
-            finished = FinishedBatches(state_dir, fingerprint(model, samples, facts))
+        if state_dir is not None and identity is not None:
+            finished = FinishedBatches(state_dir, identity)
         runner = Runner(
             model,
             samples,

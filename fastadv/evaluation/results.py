@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastadv.digest import is_unchanged, sealed
+from fastadv.digest import SEAL, is_unchanged, sealed
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Report
 from fastadv.evaluation.result_row import Row, Status, known_fields, row_from_dict, row_to_dict
@@ -125,10 +125,12 @@ class Result:
     def key(self) -> tuple[Any, ...]:
         """Everything that the accuracy depends on. A result replaces an earlier result with the same key."""
         row = self.row
+        # A model that draws random numbers draws them for each batch. Of other models only AutoAttack's result
+        # depends on the batch size and on the precision of the search.
         if self.is_clean:
-            return (*self.judged, row.name, self.bounds, row.seed if row.is_random else None)
-        # Only AutoAttack's result depends on the batch size and on the precision of the search.
-        batch_size = self.batch_size if row.name == AUTOATTACK else None
+            drawn = (row.seed, self.batch_size) if row.is_random else (None, None)
+            return (*self.judged, row.name, self.bounds, *drawn)
+        batch_size = self.batch_size if row.name == AUTOATTACK or row.is_random else None
         attack = (row.title, row.alpha, row.steps, batch_size, row.search, self.after)
         return (*self.judged, *attack, self.norm, row.eps, self.bounds, row.seed)
 
@@ -206,16 +208,22 @@ def load_results(path: str | os.PathLike[str]) -> list[Result]:
         FileNotFoundError: when there is no such file.
         ValueError: when it is damaged or something else; the message names the file.
     """
+    return _read(path)[0]
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[list[Result], list[dict[str, Any]]]:
+    """The results of a file, as `load_results`, and its entries, in which later versions may have more fields."""
     name = os.fspath(path)
     try:
         content = json.loads(text_of(path))
         version = content.get("format") if isinstance(content, dict) else None
         if version == _REPORT_FORMAT:
             report = Report.from_dict(content)
-            return results_of(report, Subject(network=report.model, data=report.data))
+            found = results_of(report, Subject(network=report.model, data=report.data))
+            return found, [result.to_dict() for result in found]
         if version != _FORMAT:
             raise ValueError(f"results must have format {_FORMAT}, got {version!r}")
-        return results_in(content["rows"])
+        return results_in(content["rows"]), content["rows"]
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name}: results are damaged: {error!r}") from error
     except ValueError as error:
@@ -236,9 +244,7 @@ def results_in(entries: list[Any]) -> list[Result]:
     found: dict[tuple[Any, ...], Result] = {}
     for number, entry in enumerate(entries, 1):
         try:
-            result = Result.from_dict(entry)
-            if not is_unchanged(entry):
-                result = replace(result, row=_doubtful(result.row))
+            result = _result_in(entry)
         except ValueError as error:
             raise ValueError(f"row {number}: {error}") from error
         other = found.setdefault(result.key, result)
@@ -250,6 +256,12 @@ def results_in(entries: list[Any]) -> list[Result]:
     return list(found.values())
 
 
+def _result_in(entry: dict[str, Any]) -> Result:
+    """The result of an entry; suspect if the entry was changed after it was written."""
+    result = Result.from_dict(entry)
+    return result if is_unchanged(entry) else replace(result, row=_doubtful(result.row))
+
+
 def _doubtful(row: Row) -> Row:
     """A row, marked as suspect because its entry in a file does not have the hash that was written with it."""
     status: Status = row.status if row.status == "invalid" else "suspect"
@@ -259,7 +271,8 @@ def _doubtful(row: Row) -> Row:
 def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path:
     """Add results to a file. A result replaces a result with the same key. No other result is lost.
 
-    The file is read and written under a lock, so that processes can add at the same time.
+    The file is read and written under a lock, so that processes can add at the same time. All other entries stay
+    as they are, with fields that only a later version knows.
 
     Args:
         path: a file of results, which need not exist; missing folders are made.
@@ -280,16 +293,31 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         if not isinstance(result, Result):
             raise TypeError(f"results must be a list of results, got {shown(result)} in it")
     with rewriting(path) as target:
-        there = load_results(target) if target.exists() else []
+        there, entries = _read(target) if target.exists() else ([], [])
         merged = {result.key: result for result in there}
         for result in results:
             old = merged.get(result.key)
             if old is not None and not result.worst_file:  # its images still belong to this key
                 result = replace(result, worst_file=old.worst_file)
             merged[result.key] = result
-        rows = [sealed(result.to_dict()) for result in merged.values()]
-        content = {"format": _FORMAT, "rows": rows}
+        fresh = {result.key: sealed(merged[result.key].to_dict()) for result in results}
+        rows: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for entry in entries:
+            result = _result_in(entry)
+            if result.key not in fresh:
+                rows.setdefault(result.key, []).append(_as_it_was(entry, result))
+            else:
+                rows[result.key] = [fresh[result.key]]
+        rows |= {key: [entry] for key, entry in fresh.items()}
+        content = {"format": _FORMAT, "rows": [one for of_key in rows.values() for one in of_key]}
         return write_atomically(target, json.dumps(content, indent=2) + "\n")
+
+
+def _as_it_was(entry: dict[str, Any], result: Result) -> dict[str, Any]:
+    """An entry with its hash; of an entry that was changed after it was written, the suspect result."""
+    if not is_unchanged(entry):
+        return sealed(result.to_dict())
+    return entry if SEAL in entry else sealed(entry)
 
 
 def check_destination(path: str | os.PathLike[str]) -> str | None:

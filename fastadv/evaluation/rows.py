@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.weakness import short_reach
+from fastadv.attacks.attack_warnings import short_reach_warning
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -206,7 +206,7 @@ def _short_reach(attack: ChosenAttack, eps: float) -> str:
     """The note of an attack whose steps cannot lead far into the ball; empty for others."""
     if not isinstance(attack, BallAttack) or attack.alpha is None:
         return ""
-    return short_reach(attack.alpha, attack.steps, eps)
+    return short_reach_warning(attack.alpha, attack.steps, eps)
 
 
 def autoattack_of(

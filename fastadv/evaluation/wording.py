@@ -17,3 +17,8 @@ def distances_text(distances: Distances) -> str:
         f"{100 * share:.2f} % at {format_eps(radius)}" for radius, share in distances.curve
     )
     return distances.sentence(f"an accuracy of {curve}" if curve else "")
+
+
+def bounds_text(bounds: tuple[float, float]) -> str:
+    """Write the range of image values for people, as on the command line: "0 1"."""
+    return f"{bounds[0]:g} {bounds[1]:g}"

@@ -16,11 +16,12 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.autoattack_state import Fingerprint, StateFolder
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.verify import Audit, Violations
-from fastadv.files import write_atomically
+from fastadv.files import shortened, write_atomically
 from fastadv.ranks import Ranks
 
 _FOLDER = "batches"
 _DIGITS = 12  # of a hash
+_MAX_NAME_LENGTH = 150  # bytes of a key beside its hash; file systems take 255 for all of a name
 
 
 class FinishedBatches:
@@ -73,9 +74,12 @@ class FinishedBatches:
 
 def key_of(name: str, *facts: object) -> str:
     """A name for files whose content depends on these facts. Their repr must show their value."""
-    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
     plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
-    return f"{plain}-{digest[:_DIGITS]}"
+    kept = shortened(plain, _MAX_NAME_LENGTH)
+    if kept != plain:  # such as that of an evaluation at many radii
+        facts = (*facts, name)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return f"{kept}-{digest[:_DIGITS]}"
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,11 @@ def dlr(logits: Tensor, y: Tensor, *, reduction: Reduction = "mean") -> Tensor:
 
 
 def kl(
-    p_logits: Tensor, q_logits: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+    p_logits: Tensor,
+    q_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """`T^2 KL(p || q)`, p and q the softmax of the logits over T, with gradients to both.
 

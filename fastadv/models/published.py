@@ -22,9 +22,9 @@ _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
 _MEAN_NAMES = ("mean", "mu", "new_mean")
 _STD_NAMES = ("std", "sigma", "new_std")
-_MOST_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
-_LARGEST_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
-_DEEPEST = 4  # levels of mappings inside each other
+_MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
+_MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
+_MAX_DEPTH = 4  # levels of mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
 # Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
@@ -216,7 +216,7 @@ def _tensor_mappings(
 
     Constants of a normalisation that stand around a mapping (`around`) count as its own.
     """
-    if not isinstance(state, Mapping) or place.count("[") > _DEEPEST:
+    if not isinstance(state, Mapping) or place.count("[") > _MAX_DEPTH:
         return
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
     around = {**around, **_constants(state)}
@@ -346,7 +346,7 @@ def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
     """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
     last = name.rpartition(".")[2]
     kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
-    if kind is None or not _is_dense(tensor) or tensor.numel() > _MOST_CHANNELS:
+    if kind is None or not _is_dense(tensor) or tensor.numel() > _MAX_CHANNELS:
         return False
     values, earlier = tensor.flatten().tolist(), getattr(report, kind)
     if earlier is not None and earlier != values:
@@ -380,7 +380,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
 def _set_normalization(model: Normalized, report: LoadReport) -> None:
     """Set the model's mean and std to the values in the file, where it has them."""
     mean, std = report.mean or [0.0], report.std or [1.0]
-    if any(abs(value) > _LARGEST_MEAN for value in mean):
+    if any(abs(value) > _MAX_MEAN for value in mean):
         raise ValueError(
             f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
             "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"

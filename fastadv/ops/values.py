@@ -28,7 +28,7 @@ _NORM_WORDS = {
     "2": "l2",
     "1": "l1",
 }
-_LONGEST = 200  # characters of a value in a message
+_MAX_SHOWN = 200  # characters of a value in a message
 
 
 def shown(value: object) -> str:
@@ -40,7 +40,7 @@ def shown(value: object) -> str:
     if isinstance(value, Mapping | list | tuple) and _holds_tensors(value):
         return f"{with_article(type(value).__name__)} of {len(value)} with tensors or modules"
     text = repr(value)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def with_article(word: str) -> str:
@@ -248,6 +248,14 @@ def norm_name(norm: object) -> str:
     elif isinstance(norm, Real) and not isinstance(norm, bool) and norm in _ORDERS:
         return _ORDERS[float(norm)]
     raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {shown(norm)}")
+
+
+def norm_name_if_known(word: object) -> object:
+    """`norm_name` of a norm; any other value unchanged, for a later check to refuse it."""
+    try:
+        return norm_name(word)
+    except ValueError:
+        return word
 
 
 def check_radius(

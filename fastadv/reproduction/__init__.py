@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastadv.reproduction.registry import all_items, find_item
-from fastadv.reproduction.reproduce import Reproduced, Work, reproduce
+from fastadv.reproduction.reproduce import Reproduced, ReproductionJob, reproduce
 from fastadv.reproduction.scales import SCALES, Scale, find_scale
 from fastadv.reproduction.tables import Cell, Column, Item, MeasuredCell, PaperTable, RowSpec
 
@@ -15,9 +15,9 @@ __all__ = [
     "MeasuredCell",
     "PaperTable",
     "Reproduced",
+    "ReproductionJob",
     "RowSpec",
     "Scale",
-    "Work",
     "all_items",
     "find_item",
     "find_scale",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastadv.reproduction.measures import Accuracy, DeltaZOf, Importance, Size
+from fastadv.reproduction.measures import Accuracy, DeltaZMeasure, ImportanceMeasure, SizeMeasure
 from fastadv.reproduction.specs import RunSpec, spec, stack
 from fastadv.reproduction.tables import Column, Item, RowSpec
 
@@ -129,8 +129,8 @@ def _table_5() -> Item:
         RowSpec("AFS, random eps", _afs().changed(eps_low=3 / 255)),
     )
     columns = (
-        Column("Parameters (M)", Size()),
-        Column("Multiply-adds (G)", Size("multiply_adds")),
+        Column("Parameters (M)", SizeMeasure()),
+        Column("Multiply-adds (G)", SizeMeasure("multiply_adds")),
         _CLEAN,
         _PGD_20,
     )
@@ -194,7 +194,7 @@ def _figure_4() -> Item:
 def _figure_5(name: str, title: str, of: str, unit: str) -> Item:
     rows = tuple(RowSpec(f"alpha = {w:g}", _afs(weight=w)) for w in _WEIGHTS)
     columns = tuple(
-        Column(f"eps = {r}/255", Importance(number, of), x=float(r))
+        Column(f"eps = {r}/255", ImportanceMeasure(number, of), x=float(r))
         for number, r in enumerate(_RADII, 1)
     )
     return Item(
@@ -211,7 +211,8 @@ def _figure_5(name: str, title: str, of: str, unit: str) -> Item:
 
 def _figure_6() -> Item:
     columns = tuple(
-        Column(f"eps = {r}/255", DeltaZOf(number), x=float(r)) for number, r in enumerate(_RADII, 1)
+        Column(f"eps = {r}/255", DeltaZMeasure(number), x=float(r))
+        for number, r in enumerate(_RADII, 1)
     )
     return Item(
         "afs",

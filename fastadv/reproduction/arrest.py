@@ -7,10 +7,10 @@ from fastadv.reproduction.measures import (
     Accuracy,
     AnalysisMeasure,
     CosineMeasure,
-    Together,
-    together,
+    TradeOffMeasure,
+    trade_off_number,
 )
-from fastadv.reproduction.specs import RunSpec, spec, taught
+from fastadv.reproduction.specs import RunSpec, spec, spec_with_teachers
 from fastadv.reproduction.tables import Column, Item, RowSpec
 
 _WRN = "wrn_34_10"
@@ -43,7 +43,7 @@ def _standard(network: str = "resnet18") -> RunSpec:
 
 
 def _arrest(network: str = "resnet18", **changes: object) -> RunSpec:
-    return taught("arrest", _standard(network), **changes)
+    return spec_with_teachers("arrest", _standard(network), **changes)
 
 
 def _parts(network: str) -> list[RowSpec]:
@@ -74,8 +74,8 @@ def _table_1() -> Item:
             row: {
                 "Clean": clean,
                 "AA": robust,
-                "Sum": round(together(clean, robust, "sum", data), 2),
-                "ARDist": round(together(clean, robust, "ardist", data), 3),
+                "Sum": round(trade_off_number(clean, robust, "sum", data), 2),
+                "ARDist": round(trade_off_number(clean, robust, "ardist", data), 3),
             }
             for row, (clean, robust) in points.items()
         }
@@ -88,8 +88,8 @@ def _table_1() -> Item:
         _rivals(),
         (
             *_CLEAN_AND_AA,
-            Column("Sum", Together(_AA)),
-            Column("ARDist", Together(_AA, "ardist")),
+            Column("Sum", TradeOffMeasure(_AA)),
+            Column("ARDist", TradeOffMeasure(_AA, "ardist")),
         ),
         "trade_off",
         published,
@@ -180,7 +180,7 @@ def _trade_off(name: str, title: str, guess: str) -> Item:
         }
         for data, points in _POINTS.items()
     }
-    columns = (*_CLEAN_AND_AA, Column("ARDist", Together(_AA, "ardist")))
+    columns = (*_CLEAN_AND_AA, Column("ARDist", TradeOffMeasure(_AA, "ardist")))
     rows = (*others, *ours)
     return Item("arrest", name, title, rows, columns, "trade_off", published, guess, curve=True)
 

@@ -12,7 +12,7 @@ import torch
 from fastadv.models import create_model
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.scales import Scale
-from fastadv.reproduction.specs import Resolved
+from fastadv.reproduction.specs import ResolvedRun
 from fastadv.trainers import Runtime
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.phases import PhaseTimer
@@ -85,7 +85,7 @@ class Clock:
         return seconds / batch
 
 
-def passes_of(run: Resolved) -> float:
+def passes_of(run: ResolvedRun) -> float:
     """Forward passes of a training per image of the training set, as the method counts them for a small network.
 
     Where a method does not take the small network, the number follows from the steps of its attack.
@@ -96,7 +96,7 @@ def passes_of(run: Resolved) -> float:
         return float(run.recipe.epochs * (2 * getattr(run.recipe, "steps", 0) + 7))
 
 
-def _counted(run: Resolved) -> float:
+def _counted(run: ResolvedRun) -> float:
     parts = (
         run.network.removeprefix("stack:").split("+") if run.network.startswith("stack:") else []
     )
@@ -123,8 +123,8 @@ def attack_passes(attack: str) -> float:
 
 
 def estimate(
-    missing: Iterable[Resolved],
-    attacks: Iterable[tuple[Resolved, str]],
+    missing: Iterable[ResolvedRun],
+    attacks: Iterable[tuple[ResolvedRun, str]],
     scale: Scale,
     source: Source,
     device: str | None,

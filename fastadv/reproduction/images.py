@@ -52,6 +52,11 @@ class Source:
         return f"folder-{name}" if name in dataset_names() else name
 
     @property
+    def place(self) -> str:
+        """The data set's name, or folder: and the whole path, which is the same from every working directory."""
+        return f"{FOLDER}{self._folder.resolve()}" if self.is_folder else self.data
+
+    @property
     def file_name(self) -> str:
         """The data set's name in names of files. A digest is added for folders, which may have the same name."""
         if not self.is_folder:

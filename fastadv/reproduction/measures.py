@@ -22,7 +22,7 @@ from fastadv.reproduction.specs import CannotRun, RunSpec
 from fastadv.reproduction.tables import MeasuredCell
 
 if TYPE_CHECKING:
-    from fastadv.reproduction.workshop import Place
+    from fastadv.reproduction.run_store import TrainedRun
 
 
 class Measure(abc.ABC):
@@ -41,11 +41,11 @@ class Measure(abc.ABC):
         return self
 
     @abc.abstractmethod
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Measure the figure.
 
         Args:
-            place: a trained model, with images and device.
+            trained: a trained model, with images and device.
 
         Raises:
             CannotRun: if the model or the installation lacks something that the measurement needs.
@@ -79,9 +79,9 @@ class Accuracy(Measure):
         source = None if self.source is None else self.source.on(network)
         return Accuracy(self.attack, self.eps, source)
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the accuracy with Wilson's interval."""
-        row = place.row(self)
+        row = trained.row(self)
         low, high = row.interval
         return MeasuredCell(100 * row.accuracy, 100 * low, 100 * high, row.n, _note(row))
 
@@ -102,16 +102,16 @@ class SmallestPerturbationMeasure(Measure):
         """The attack, whose row has the distances."""
         return (Accuracy(self.attack),)
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the mean over the images that the attack broke."""
-        row = place.row(Accuracy(self.attack))
+        row = trained.row(Accuracy(self.attack))
         if row.distances is None or row.distances.mean is None:
             raise CannotRun(f"{self.attack} broke no image")
         return MeasuredCell(self.unit * row.distances.mean, n=row.distances.broken, note=_note(row))
 
 
 @dataclass(frozen=True)
-class Together(Measure):
+class TradeOffMeasure(Measure):
     """A number made of clean and robust accuracy: their sum, or ARDist.
 
     Attributes:
@@ -127,14 +127,14 @@ class Together(Measure):
         """Both accuracies."""
         return (Accuracy(), self.robust)
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the number, in percentage points."""
-        clean, robust = Accuracy().measure(place), self.robust.measure(place)
-        value = together(clean.value, robust.value, self.of, place.data)
+        clean, robust = Accuracy().measure(trained), self.robust.measure(trained)
+        value = trade_off_number(clean.value, robust.value, self.of, trained.data)
         return MeasuredCell(value, n=robust.n, note=robust.note)
 
 
-def together(clean: float, robust: float, of: str, data: str) -> float:
+def trade_off_number(clean: float, robust: float, of: str, data: str) -> float:
     """The sum of two accuracies, or ARDist on a data set, in percentage points."""
     if of == "sum":
         return trade_off_sum(clean, robust)
@@ -160,22 +160,26 @@ class CosineMeasure(Measure):
         """The same similarity, with the other model on the other network as well."""
         return CosineMeasure(self.teacher.on(network))
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the mean over the test images."""
 
         def cosine() -> float:
-            other = place.model(self.teacher)
+            other = trained.model(self.teacher)
             return cosine_similarity_to(
-                place.model(), other, place.images, max_examples=place.n, device=place.device
+                trained.model(),
+                other,
+                trained.images,
+                max_examples=trained.n,
+                device=trained.device,
             )
 
         return MeasuredCell(
-            place.kept(f"cosine to {place.name_of(self.teacher)}", cosine), n=place.n
+            trained.cached(f"cosine to {trained.name_of(self.teacher)}", cosine), n=trained.n
         )
 
 
 @dataclass(frozen=True)
-class Importance(Measure):
+class ImportanceMeasure(Measure):
     """How much a merger relies on one of its extractors.
 
     Attributes:
@@ -186,9 +190,9 @@ class Importance(Measure):
     number: int
     of: str = "share"
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the figure of the extractor."""
-        stack = cast(Stack, place.model())
+        stack = cast(Stack, trained.model())
         if self.number > len(stack.widths):
             raise CannotRun(f"the stack has {len(stack.widths)} extractors")
         if self.of == "share":
@@ -198,7 +202,7 @@ class Importance(Measure):
 
 
 @dataclass(frozen=True)
-class DeltaZOf(Measure):
+class DeltaZMeasure(Measure):
     """AFS's delta z of one extractor, and its curvature over the radii of several.
 
     Attributes:
@@ -209,33 +213,33 @@ class DeltaZOf(Measure):
     number: int
     of: str = "delta_z"
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the figure of the extractor; for a curvature, the curvature at the extractor's radius."""
 
         def found() -> list[float]:
-            stacked = cast(Stack, place.model())
-            radii = place.extractor_radii()
+            stacked = cast(Stack, trained.model())
+            radii = trained.extractor_radii()
             if len(set(radii)) < len(radii) or len(radii) < 3:
                 raise CannotRun("delta z needs three extractors of different radii")
             models = dict(zip(radii, stacked.extractors, strict=True))
             whole = delta_z(
                 models,
-                place.images,
-                eps=place.scale.eps(8),
-                max_examples=place.n,
-                device=place.device,
+                trained.images,
+                eps=trained.scale.eps(8),
+                max_examples=trained.n,
+                device=trained.device,
             )
             return list(getattr(whole, self.of))
 
-        values = place.kept(f"{self.of} of all extractors", found)
+        values = trained.cached(f"{self.of} of all extractors", found)
         at = self.number - (1 if self.of == "delta_z" else 2)
         if not 0 <= at < len(values):
             raise CannotRun("there is no curvature at the first and the last radius")
-        return MeasuredCell(values[at], n=place.n)
+        return MeasuredCell(values[at], n=trained.n)
 
 
 @dataclass(frozen=True)
-class Size(Measure):
+class SizeMeasure(Measure):
     """Parameters in millions, or multiply-adds of one image in billions.
 
     Attributes:
@@ -244,12 +248,12 @@ class Size(Measure):
 
     of: str = "parameters"
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Count the parameters or the multiply-adds."""
-        model = place.model()
+        model = trained.model()
         if self.of == "parameters":
             return MeasuredCell(sum(p.numel() for p in model.parameters()) / 1e6)
-        return MeasuredCell(multiply_adds(model, place.image_shape) / 1e9)
+        return MeasuredCell(multiply_adds(model, trained.image_shape) / 1e9)
 
 
 @dataclass(frozen=True)
@@ -270,22 +274,22 @@ class AnalysisMeasure(Measure):
     train: bool = False
     attacked: bool = False
 
-    def measure(self, place: Place) -> MeasuredCell:
+    def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the number."""
 
         def summary() -> dict[str, float]:
             if self.name not in ANALYSES:
                 raise CannotRun(f"there is no analysis {self.name}")
-            settings: dict[str, Any] = {"eps": place.scale.eps(8)} if self.attacked else {}
-            images: dict[str, Any] = {"train": place.shop.train_images} if self.train else {}
+            settings: dict[str, Any] = {"eps": trained.scale.eps(8)} if self.attacked else {}
+            images: dict[str, Any] = {"train": trained.store.train_images} if self.train else {}
             if "images" in ANALYSES[self.name].needs:
-                images["max_examples"] = place.n
+                images["max_examples"] = trained.n
             try:
                 found = analyse(
-                    place.model(),
-                    place.images,
+                    trained.model(),
+                    trained.images,
                     [self.name],
-                    device=place.device,
+                    device=trained.device,
                     **images,
                     **settings,
                 )
@@ -293,10 +297,10 @@ class AnalysisMeasure(Measure):
                 raise CannotRun(f"analysis {self.name} cannot be made: {error}") from error
             return dict(found[self.name].summary)
 
-        numbers = place.kept(f"analysis {self.name}", summary)
+        numbers = trained.cached(f"analysis {self.name}", summary)
         if self.of not in numbers:
             raise CannotRun(f"analysis {self.name} has no number {self.of!r}")
-        n = len(place.shop.train_images) if self.train else place.n
+        n = len(trained.store.train_images) if self.train else trained.n
         return MeasuredCell(self.unit * numbers[self.of], n=n)
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CURVES = {"cifar10": ARREST_CIFAR10_CURVE, "cifar100": ARREST_CIFAR100_CURVE}
-_FEWEST = 4  # points with different clean accuracies that a cubic needs
+_MIN_POINTS = 4  # points with different clean accuracies that a cubic needs
 
 
 def picture(table: PaperTable) -> bytes | None:
@@ -64,9 +64,9 @@ def _trade_off(table: PaperTable) -> bytes | None:
 
 
 def _fitted(points: list[TradeOffPoint]) -> Cubic | None:
-    """The cubic fitted to the points; None where fewer than `_FEWEST` have different clean accuracies."""
+    """The cubic fitted to the points; None where fewer than `_MIN_POINTS` have different clean accuracies."""
     different = {round(point.clean, 1) for point in points}
-    if len(different) < _FEWEST:
+    if len(different) < _MIN_POINTS:
         return None
     return fit_cubic([(point.clean, point.robust) for point in points])
 

@@ -13,10 +13,10 @@ from fastadv.reproduction.cost import Estimate, estimate
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy, Measure
 from fastadv.reproduction.registry import find_item
+from fastadv.reproduction.run_store import RunStore, TrainedRun
 from fastadv.reproduction.scales import Scale, find_scale
-from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec
+from fastadv.reproduction.specs import CannotRun, ResolvedRun, RunSpec
 from fastadv.reproduction.tables import Cell, Column, Item, MeasuredCell, PaperTable, RowSpec
-from fastadv.reproduction.workshop import Place, Workshop
 from fastadv.reproduction.writers import write_table
 
 _RUNS = "runs"
@@ -80,28 +80,28 @@ def reproduce(
         ValueError: for an unknown item, scale or data set, or a number out of range.
         Interrupted: after SIGTERM or Ctrl-C.
     """
-    work = Work.of(item, out, data, root, scale, seeds, network, device, extra, quiet)
+    work = ReproductionJob.of(item, out, data, root, scale, seeds, network, device, extra, quiet)
     if on_estimate is not None:
         on_estimate(work.estimate())
     table = work.table()
     folder = Path(out) / work.item.paper / work.item.name
-    files = write_table(table, folder, work.shop.source.file_name)
-    failures = tuple(dict.fromkeys(work.shop.failures))
-    return Reproduced(table, tuple(files), tuple(work.shop.trained), work.shop.judged, failures)
+    files = write_table(table, folder, work.store.source.file_name)
+    failures = tuple(dict.fromkeys(work.store.failures))
+    return Reproduced(table, tuple(files), tuple(work.store.trained), work.store.judged, failures)
 
 
 @dataclass(frozen=True)
-class Work:
+class ReproductionJob:
     """The work for an item.
 
     Attributes:
         item: the item.
-        shop: the folder of its models.
+        store: the folder of its models.
         seeds: the number of trainings of each row.
     """
 
     item: Item
-    shop: Workshop
+    store: RunStore
     seeds: int
 
     @classmethod
@@ -117,7 +117,7 @@ class Work:
         device: str | None = None,
         extra: str | None = None,
         quiet: bool = True,
-    ) -> Work:
+    ) -> ReproductionJob:
         """Make the work from the arguments of `reproduce`."""
         found = find_item(item) if isinstance(item, str) else item
         chosen = find_scale(scale) if isinstance(scale, str) else scale
@@ -125,37 +125,37 @@ class Work:
             chosen = chosen.with_network(network)
         count = integer("seeds", chosen.seeds if seeds is None else seeds, at_least=1)
         source = Source(data or chosen.data, root)
-        shop = Workshop(Path(out) / _RUNS, chosen, source, device, extra, quiet)
-        return cls(found, shop, count)
+        store = RunStore(Path(out) / _RUNS, chosen, source, device, extra, quiet)
+        return cls(found, store, count)
 
     def estimate(self) -> Estimate:
         """The time of the remaining work."""
-        runs: dict[str, Resolved] = {}
-        attacks: dict[tuple[str, str, float, str], tuple[Resolved, str]] = {}
+        runs: dict[str, ResolvedRun] = {}
+        attacks: dict[tuple[str, str, float, str], tuple[ResolvedRun, str]] = {}
         cells = itertools.product(self.item.rows, self.item.columns, range(self.seeds))
         for row, column, seed in cells:
             try:
                 needed = self._needs(row, column, seed)
             except CannotRun:
                 continue
-            for one in self.shop.missing(needed):
+            for one in self.store.missing(needed):
                 runs[one.name] = one
             judged = needed[0]
             for accuracy in column.measure.attacks():
                 if not self._is_known(judged, accuracy, seed):
-                    name = self.shop.scale.attack(accuracy.attack)
-                    key = (judged.place, name, accuracy.eps, str(accuracy.source))
+                    name = self.store.scale.attack(accuracy.attack)
+                    key = (judged.relative_path, name, accuracy.eps, str(accuracy.source))
                     attacks[key] = judged, name
-        shop = self.shop
-        return estimate(runs.values(), attacks.values(), shop.scale, shop.source, shop.device)
+        store = self.store
+        return estimate(runs.values(), attacks.values(), store.scale, store.source, store.device)
 
-    def _is_known(self, run: Resolved, accuracy: Accuracy, seed: int) -> bool:
-        return accuracy in self.shop.known(run, [accuracy], seed)
+    def _is_known(self, run: ResolvedRun, accuracy: Accuracy, seed: int) -> bool:
+        return accuracy in self.store.known(run, [accuracy], seed)
 
     def table(self) -> PaperTable:
         """Train and measure all rows, and return the table."""
-        len(self.shop.images)  # raises for missing images before anything is trained
-        paper_data, published = self.item.published_on(self.shop.source.name)
+        len(self.store.images)  # raises for missing images before anything is trained
+        paper_data, published = self.item.published_on(self.store.source.name)
         cells = []
         for row in self.item.rows:
             measured = [self._row(row, seed) for seed in range(self.seeds)]
@@ -169,8 +169,8 @@ class Work:
         return PaperTable(
             self.item,
             tuple(cells),
-            self.shop.scale.name,
-            self.shop.source.name,
+            self.store.scale.name,
+            self.store.source.name,
             paper_data,
             self.seeds,
             self._networks(),
@@ -179,44 +179,44 @@ class Work:
 
     def _row(self, row: RowSpec, seed: int) -> list[MeasuredCell | str]:
         """The figures of a row with one seed; the reason in place of a figure that cannot be measured."""
-        ready: dict[int, Place] = {}
+        ready: dict[int, TrainedRun] = {}
         figures: list[MeasuredCell | str] = ["" for _ in self.item.columns]
         wanted: dict[str, list[Accuracy]] = {}
         for number, column in enumerate(self.item.columns):
             try:
                 runs = self._needs(row, column, seed)
                 for run in runs:
-                    self.shop.ensure(run)
+                    self.store.ensure(run)
             except CannotRun as reason:
                 figures[number] = f"cannot run: {reason}"
                 continue
-            ready[number] = Place(self.shop, runs[0], seed, {})
-            wanted.setdefault(runs[0].place, []).extend(_on(column).attacks())
+            ready[number] = TrainedRun(self.store, runs[0], seed, {})
+            wanted.setdefault(runs[0].relative_path, []).extend(_on(column).attacks())
         rows: dict[str, dict[Accuracy, Row]] = {}
-        for number, place in ready.items():
-            name = place.run.place
+        for number, trained in ready.items():
+            name = trained.run.relative_path
             if name not in rows:
-                rows[name] = self.shop.rows(place.run, wanted[name], seed)
-            place.found = rows[name]
+                rows[name] = self.store.rows(trained.run, wanted[name], seed)
+            trained.found = rows[name]
             try:
-                figures[number] = _on(self.item.columns[number]).measure(place)
+                figures[number] = _on(self.item.columns[number]).measure(trained)
             except CannotRun as reason:
                 figures[number] = f"cannot run: {reason}"
         return figures
 
-    def _needs(self, row: RowSpec, column: Column, seed: int) -> list[Resolved]:
+    def _needs(self, row: RowSpec, column: Column, seed: int) -> list[ResolvedRun]:
         """The run of a cell, followed by the other runs that its measure needs."""
         run = row.run if column.network is None else row.run.on(column.network)
         specs: list[RunSpec] = [run, *_on(column).needs()]
-        return [self.shop.resolve(one, seed) for one in specs]
+        return [self.store.resolve(one, seed) for one in specs]
 
     def _networks(self) -> dict[str, str]:
         names = {row.run.network for row in self.item.rows}
         names |= {column.network for column in self.item.columns if column.network is not None}
-        return {name: self.shop.scale.network_for(name) for name in sorted(names)}
+        return {name: self.store.scale.network_for(name) for name in sorted(names)}
 
     def _remarks(self) -> list[str]:
-        scale, remarks = self.shop.scale, []
+        scale, remarks = self.store.scale, []
         for column in self.item.columns:
             for accuracy in column.measure.attacks():
                 other = scale.attack(accuracy.attack)

@@ -21,7 +21,7 @@ from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.plain_recipe import as_plain
 
 _DIGITS = 12  # of a digest in a name
-_APART = 1000  # difference of the seeds of a training and its repetition
+_SEED_OFFSET = 1000  # difference of the seeds of a training and its repetition
 
 
 class CannotRun(Exception):
@@ -71,7 +71,7 @@ def spec(method: str, network: str = "resnet18", **changes: Any) -> RunSpec:
     return RunSpec(method, tuple(sorted(changes.items())), network)
 
 
-def taught(method: str, *teachers: RunSpec, **changes: Any) -> RunSpec:
+def spec_with_teachers(method: str, *teachers: RunSpec, **changes: Any) -> RunSpec:
     """A training with a "teacher" and optionally a "robust_teacher", on the network of the first teacher."""
     names = ("teacher", "robust_teacher")
     offered = tuple(zip(names, teachers, strict=False))
@@ -86,7 +86,7 @@ def stack(extractors: list[RunSpec], **changes: Any) -> RunSpec:
 
 
 @dataclass(frozen=True)
-class Resolved:
+class ResolvedRun:
     """A training at one scale, with one seed.
 
     Attributes:
@@ -103,7 +103,7 @@ class Resolved:
     recipe: Recipe
     network: str
     data: str
-    teachers: tuple[tuple[str, Resolved], ...]
+    teachers: tuple[tuple[str, ResolvedRun], ...]
     extra: str = ""
     checkpoint: str = LATEST
 
@@ -115,25 +115,25 @@ class Resolved:
             "recipe": as_plain(self.recipe),
             "network": self.network,
             "data": self.data,
-            "teachers": {name: teacher.place for name, teacher in self.teachers},
+            "teachers": {name: teacher.relative_path for name, teacher in self.teachers},
             **({"extra": self.extra} if self.extra else {}),
         }
         text = json.dumps(content, sort_keys=True)
         return f"{self.method.name}-{hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]}"
 
     @property
-    def place(self) -> str:
+    def relative_path(self) -> str:
         """The path of the network in the folder of runs: the name, and the checkpoint if it is not the latest."""
         return self.name if self.checkpoint == LATEST else f"{self.name}/{self.checkpoint}"
 
-    def with_teachers(self) -> Iterator[Resolved]:
+    def with_teachers(self) -> Iterator[ResolvedRun]:
         """All trainings that this one needs, and this one last. Each comes after its teachers."""
         for _, teacher in self.teachers:
             yield from teacher.with_teachers()
         yield self
 
 
-def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> Resolved:
+def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -> ResolvedRun:
     """Return the details of a training at a scale.
 
     Args:
@@ -149,7 +149,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     if run.method not in method_names():
         raise CannotRun(f"there is no method {run.method}")
     method = find_method(run.method)
-    seed += _APART * run.repetition
+    seed += _SEED_OFFSET * run.repetition
     recipe = _recipe(method, dict(run.changes), scale, seed)
     if data.startswith(FOLDER):  # pictures are read one by one, and cropped as they are read
         recipe = dataclasses.replace(recipe, train_images=None, pad=0)
@@ -166,7 +166,7 @@ def resolve(run: RunSpec, scale: Scale, data: str, seed: int, extra: str = "") -
     if recipe.extra_fraction > 0 and not extra:
         raise CannotRun(f"method {run.method} needs further images: --extra FILE")
     taken = extra if recipe.extra_fraction > 0 else ""
-    return Resolved(method, recipe, network, data, found, taken, run.checkpoint)
+    return ResolvedRun(method, recipe, network, data, found, taken, run.checkpoint)
 
 
 @lru_cache

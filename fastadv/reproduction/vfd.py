@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fastadv.reproduction.measures import Accuracy
-from fastadv.reproduction.specs import RunSpec, spec, taught
+from fastadv.reproduction.specs import RunSpec, spec, spec_with_teachers
 from fastadv.reproduction.tables import Column, Item, RowSpec
 
 _BASES = {"ALP": "alp", "TRADES": "trades", "MART": "mart", "HAT": "hat"}
@@ -32,17 +32,19 @@ _TABLE_1 = {
 }
 
 
-def _vanilla(network: str = "resnet18") -> RunSpec:
-    return spec("standard", network)
+def _vanilla() -> RunSpec:
+    return spec("standard")
 
 
 def _base(name: str, **changes: Any) -> RunSpec:
     """A base method, which for HAT needs the standard model."""
-    return taught("hat", _vanilla(), **changes) if name == "hat" else spec(name, **changes)
+    return (
+        spec_with_teachers("hat", _vanilla(), **changes) if name == "hat" else spec(name, **changes)
+    )
 
 
 def _vfd(base: str = "trades", **changes: Any) -> RunSpec:
-    return taught("vfd", _vanilla(), base=base, **changes)
+    return spec_with_teachers("vfd", _vanilla(), base=base, **changes)
 
 
 def _guided(base: str) -> dict[str, RunSpec]:
@@ -50,9 +52,11 @@ def _guided(base: str) -> dict[str, RunSpec]:
     around: dict[str, Any] = {} if base == "trades" else {"base": base}
     beta: dict[str, Any] = {"beta": 6.0} if base == "trades" else {}
     return {
-        "KD": taught("kd_at", _vanilla(), base=base, label_weight=1.0, robust_weight=0.0),
-        "BGAT": taught("lbgat", _vanilla(), fixed=True, **beta, **around),
-        "LBGAT": taught("lbgat", _vanilla(), **beta, **around),
+        "KD": spec_with_teachers(
+            "kd_at", _vanilla(), base=base, label_weight=1.0, robust_weight=0.0
+        ),
+        "BGAT": spec_with_teachers("lbgat", _vanilla(), fixed=True, **beta, **around),
+        "LBGAT": spec_with_teachers("lbgat", _vanilla(), **beta, **around),
     }
 
 

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 SEED, SEEDS = "seed", "seeds"
-_MOST_VALUES = 10_000  # of one axis; a range with more values is a typing error
+_MAX_VALUES = 10_000  # of one axis; a range with more values is a typing error
 _PLAIN_DIGITS = 15  # an integer with more digits is written with an exponent
 
 
@@ -92,7 +92,7 @@ def canonical(text: str) -> str:
 
 
 def _counted_seeds(text: str) -> tuple[int, ...]:
-    if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _MOST_VALUES:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= _MAX_VALUES:
         raise ValueError(
             f"grid: seeds must be how many there are, 1 or more, got {text!r}; seed=3,7 names them"
         )
@@ -156,8 +156,8 @@ def _range(name: str, text: str) -> list[str]:
         raise ValueError(
             f"grid: {name} must have a range with a whole number of steps, as both ends belong to it, got {text!r}"
         )
-    if count >= _MOST_VALUES:
-        raise ValueError(f"grid: {name} must have at most {_MOST_VALUES} values, got {text!r}")
+    if count >= _MAX_VALUES:
+        raise ValueError(f"grid: {name} must have at most {_MAX_VALUES} values, got {text!r}")
     denominators = {part.partition("/")[2].strip() for part in parts if "/" in part}
     common = denominators.pop() if len(denominators) == 1 else ""
     denominator = int(common) if common.isdecimal() else None

@@ -16,7 +16,7 @@ from fastadv.sweeps.plan import Plan, SweepRun
 from fastadv.sweeps.processes import Failure, reason_of, start
 
 _STOPPING = "waiting for the runs to save their checkpoints"
-_PAUSE = 0.05  # seconds between two looks at the processes
+_POLL_SECONDS = 0.05  # seconds between two looks at the processes
 STOPPED = "stopped; the same command goes on"
 
 
@@ -45,7 +45,7 @@ def run_locally(plan: Plan, runs: Sequence[SweepRun], jobs: int, quiet: bool) ->
                 if request.signal is not None:
                     processes.stop()
                 processes.collect_ended()
-                time.sleep(_PAUSE)
+                time.sleep(_POLL_SECONDS)
         finally:
             processes.kill()
     if request.signal is not None:

@@ -14,17 +14,18 @@ from fastadv.evaluation.results import load_results
 from fastadv.files import write_atomically
 from fastadv.sweeps.grid import Axis, Grid, canonical
 from fastadv.trainers import Settings
+from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 
 PLAN_FILE = "sweep.json"
 LOGS = "logs"
 _FORMAT = 1
 _RUNS = "runs"
-_LONGEST_NAME = 200  # file systems take 255 bytes
+_MAX_NAME_LENGTH = 200  # file systems take 255 bytes
 _STATE_FILE = "sweep_run.json"  # in a run's directory
 _EVAL_FILE = "eval.json"
 # Options that change how a run is done and not its numbers; so they may differ when a sweep goes on.
-_FREE = frozenset({"device", "root", "quiet", *(one.name for one in fields(Settings))})
+_MAY_DIFFER = frozenset({"device", "root", "quiet", *(one.name for one in fields(Settings))})
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,14 @@ class Plan:
             f"--seed={run.seed}",
         ]
 
+    def judged_checkpoint(self, run: SweepRun) -> str:
+        """The name of the checkpoint of a run that `fastadv eval` judges with the plan's options."""
+        # The parser imports the commands, which import the sweeps.
+        from fastadv.cli.evaluate import evaluation_options
+
+        which = evaluation_options(["RUN", *self.evaluation])["checkpoint"]
+        return find_checkpoint(run.folder, which).name
+
     def check(self) -> None:
         """Check that the directory holds no other sweep than this one, or one with fewer points.
 
@@ -160,7 +169,7 @@ class Plan:
         mine, old = (_options(plan.training) for plan in (self, there))
         if there.config is not None:  # its file may have changed since
             old["config"] = there.config
-        for name in sorted({*mine, *old} - _FREE):
+        for name in sorted({*mine, *old} - _MAY_DIFFER):
             if mine.get(name) != old.get(name):
                 if name == "config" and name in mine and name in old:
                     raise self._other(name, "a file with other options", "the file as it was")
@@ -222,9 +231,9 @@ class Plan:
         # Sorted by option, so that a run keeps its name when the grid is written in another order.
         parts = [f"{name}={_for_file(value)}" for name, value in sorted(settings.items())]
         name = ",".join([*parts, f"seed={seed}"])
-        if len(name) > _LONGEST_NAME:
+        if len(name) > _MAX_NAME_LENGTH:
             digest = hashlib.sha256(name.encode()).hexdigest()[:12]
-            name = f"{name[: _LONGEST_NAME - 40]}_{digest},seed={seed}"
+            name = f"{name[: _MAX_NAME_LENGTH - 40]}_{digest},seed={seed}"
         return SweepRun(
             name, self.folder / _RUNS / name, self.folder / LOGS / f"{name}.log", settings, seed
         )

@@ -13,8 +13,8 @@ from fastadv.sweeps.local import STOPPED, say
 from fastadv.sweeps.plan import Plan, SweepRun
 from fastadv.sweeps.processes import Failure, reason_of, start
 
-_PAUSE = 0.2  # seconds between two checks for a signal
-_MOST_LOSSES = 10  # nodes that one run may lose; more losses have another cause
+_POLL_SECONDS = 0.2  # seconds between two checks for a signal
+_MAX_LOST_NODES = 10  # nodes that one run may lose; more losses have another cause
 
 
 class RunWorker:
@@ -105,7 +105,7 @@ class _Driver:
                 while (waiting or self._going) and request.signal is None:
                     while waiting and len(self._going) < jobs:
                         self._start(waiting.pop(0))
-                    ready, _ = self._ray.wait(list(self._going), timeout=_PAUSE)
+                    ready, _ = self._ray.wait(list(self._going), timeout=_POLL_SECONDS)
                     for reference in ready:
                         self._collect(reference, waiting, failures)
             finally:
@@ -116,7 +116,7 @@ class _Driver:
         return failures
 
     def _collect(self, reference: Any, waiting: list[SweepRun], failures: list[Failure]) -> None:
-        """Take note of a run that has ended. A run whose node is lost waits again, up to `_MOST_LOSSES` times."""
+        """Record a run that has ended. A run whose node is lost waits again, `_MAX_LOST_NODES` times at most."""
         run, worker = self._going.pop(reference)
         reason = self._end_of(reference)
         self._ray.kill(worker)
@@ -127,8 +127,8 @@ class _Driver:
             return
         say(self._quiet, f"{run.name}: its node is lost; it goes on elsewhere")
         self._losses[run.name] = self._losses.get(run.name, 0) + 1
-        if self._losses[run.name] > _MOST_LOSSES:
-            failures.append(Failure(run.name, f"lost its node {_MOST_LOSSES} times", run.log))
+        if self._losses[run.name] > _MAX_LOST_NODES:
+            failures.append(Failure(run.name, f"lost its node {_MAX_LOST_NODES} times", run.log))
         else:
             waiting.insert(0, run)
 

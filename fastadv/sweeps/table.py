@@ -111,8 +111,9 @@ class SweepTable:
         for line in self.summary.comparison.white_box:
             one = by_run[id(line.run)]
             point = (one.curve, tuple(one.run.settings.items()))
-            place = (line.subject.data, line.subject.images, line.n, line.radius, line.seed)
-            groups.setdefault((*point, *place), []).append((one.run.seed, line))
+            images = (line.subject.data, line.subject.images, line.n)
+            key = (*point, *images, line.radius, *line.circumstances)
+            groups.setdefault(key, []).append((one.run.seed, line))
         self.rows = [self._row(key[0], dict(key[1]), lines) for key, lines in groups.items()]
 
     def table(self) -> Table:

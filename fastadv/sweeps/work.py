@@ -20,7 +20,7 @@ from fastadv.trainers import RunInUseError
 from fastadv.trainers.run_lock import RunLock
 
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
-_PATIENCE = 600.0  # seconds to wait for a process of an earlier sweep to end
+_TIMEOUT = 600.0  # seconds to wait for a process of an earlier sweep to end
 
 
 def work(folder: Path, name: str) -> int:
@@ -68,7 +68,7 @@ def _command(words: list[str]) -> int:
 
 def _wait_until_free(run: SweepRun) -> None:
     """Wait for a process that still trains the run, such as one that was told to stop and saves its checkpoint."""
-    deadline = time.monotonic() + _PATIENCE
+    deadline = time.monotonic() + _TIMEOUT
     while run.folder.is_dir():
         try:
             return RunLock(run.folder).check()

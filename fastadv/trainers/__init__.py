@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastadv.interruption import Interrupted
 from fastadv.lost_ranks import LostRanksError
 from fastadv.trainers.act import Act, ActRecipe
+from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.afs import Afs, AfsRecipe
 from fastadv.trainers.alp import Alp, AlpRecipe
 from fastadv.trainers.arrest import Arrest, ArrestRecipe
@@ -24,6 +25,7 @@ from fastadv.trainers.mart import Mart, MartRecipe
 from fastadv.trainers.method import Attacked, LossResult, Method, Runtime, TrainBatch
 from fastadv.trainers.methods import find_method, method_names
 from fastadv.trainers.n_fgsm import NFgsm, NFgsmRecipe
+from fastadv.trainers.number import Number
 from fastadv.trainers.pgd_at import PGDAT
 from fastadv.trainers.progress import Progress
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
@@ -58,6 +60,7 @@ __all__ = [
     "PGDAT",
     "Act",
     "ActRecipe",
+    "AdversarialMethod",
     "AdversarialRecipe",
     "Afs",
     "AfsRecipe",
@@ -103,6 +106,7 @@ __all__ = [
     "NFgsm",
     "NFgsmRecipe",
     "NonFiniteLossError",
+    "Number",
     "OneCycle",
     "Piecewise",
     "Progress",

@@ -26,7 +26,7 @@ BASES: dict[str, type[PGDAT[Any]] | type[PairMethod[Any]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class AroundRecipe(PairRecipe):
+class BaseOptionsRecipe(PairRecipe):
     """Options of the base, under the base's names, in the recipe of a method that adds terms to the base.
 
     Attributes:
@@ -94,7 +94,7 @@ def base_losses(base: BaseMethod, batch: TrainBatch, adv: Attacked) -> tuple[Ten
 
 
 def unused_of_base(base: str | None) -> list[str]:
-    """Return the fields of `AroundRecipe`, and "start_std", that a base does not have; all if base is None."""
+    """Return the fields of `BaseOptionsRecipe`, and "start_std", that a base lacks; all if base is None."""
     names = ("beta", "weight", "code_constants", "gamma", "reach", "start_std")
     if base not in BASES:
         return list(names)

@@ -46,7 +46,7 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"
 BEST = "best"
 _NAME = re.compile(r"step_(\d{6,})")
-_LONGEST_NAME = 40
+_MAX_NAME_LENGTH = 40
 
 
 @dataclass(frozen=True)
@@ -205,7 +205,7 @@ def _under_its_name(path: Path) -> Path:
     if path.is_symlink():
         return _under_its_name(path.parent / os.readlink(path))
     if path.is_file():
-        name = path.read_bytes()[:_LONGEST_NAME].decode("ascii", "replace").strip()
+        name = path.read_bytes()[:_MAX_NAME_LENGTH].decode("ascii", "replace").strip()
         return path.parent / name if _NAME.fullmatch(name) else path
     meta = path / META_FILE
     if meta.is_file():

@@ -12,6 +12,7 @@ from fastadv.bars import Bar, say, say_above
 
 _FIRST_ESTIMATE_STEPS = 20
 _FIRST_ESTIMATE_SECONDS = 10.0
+_SECONDS_BETWEEN_LINES = 30.0  # where standard error is no terminal
 
 
 class Console:
@@ -22,7 +23,6 @@ class Console:
         total_steps: number of steps of the whole run.
         done_steps: number of steps done before this process.
         batch_size: images per step.
-        interval: seconds between two lines if standard error is no terminal.
     """
 
     def __init__(
@@ -31,12 +31,10 @@ class Console:
         total_steps: int,
         done_steps: int,
         batch_size: int,
-        interval: float = 30.0,
     ) -> None:
         self.enabled = enabled
         self._left = total_steps - done_steps
         self._batch_size = batch_size
-        self._interval = interval
         self._on_terminal = enabled and sys.stderr.isatty()
         self._bar: Any = None
         self._done = 0
@@ -96,7 +94,7 @@ class Console:
             self._bar.figures = [f"epoch {epoch}/{epochs}", *figures]  # the rate is left out first
             self._bar.rest = [f"{rate:,.0f} images/s"]
             self._bar.refresh()
-        elif self.enabled and time.perf_counter() - self._said >= self._interval:
+        elif self.enabled and time.perf_counter() - self._said >= _SECONDS_BETWEEN_LINES:
             self._said = time.perf_counter()
             left = duration(self.seconds_left())
             self.say(

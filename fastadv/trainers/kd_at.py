@@ -13,24 +13,24 @@ from fastadv import losses
 from fastadv.trainers.adversarial import AdversarialMethod
 from fastadv.trainers.bases import (
     BASES,
-    AroundRecipe,
     BaseName,
+    BaseOptionsRecipe,
     base_losses,
     build_base,
     numbers_of_base,
 )
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.number import Number
-from fastadv.trainers.recipe import Presets, Recipe, check_field, follows_start
+from fastadv.trainers.recipe import Presets, Recipe, check_field, refuses_replaced_deciders
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 _TENTH_AFTER_50_AND_150 = MultiStep((50, 150), 0.1)
 _PGD_AT = "pgd_at"
 
 
-@follows_start
+@refuses_replaced_deciders
 @dataclass(frozen=True, kw_only=True)
-class KdAtRecipe(AroundRecipe):
+class KdAtRecipe(BaseOptionsRecipe):
     """Numbers of the authors' code; with another base than PGD-AT the numbers of the base.
 
     So `fastadv train trades` and `fastadv train kd_at --base trades --label_weight 1` differ only in the
@@ -58,7 +58,7 @@ class KdAtRecipe(AroundRecipe):
     standard_weight: Number = 0.1
     robust_weight: Number = 0.6
     temperature: Number = 2.0
-    replaces: InitVar[object] = None  # see `follows_start`
+    replaces: InitVar[object] = None  # see `refuses_replaced_deciders`
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {"attack_mode": "moving"}}
     deciding: ClassVar[tuple[str, ...]] = ("base",)
@@ -70,11 +70,11 @@ class KdAtRecipe(AroundRecipe):
         check_field(self, "temperature", at_least=1e-3)
 
     @classmethod
-    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def preset_defaults(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the preset, or of the base if it is another base than PGD-AT."""
         base = given.get("base", _PGD_AT)
         if base == _PGD_AT or base not in BASES:  # the recipe's own check reports an unknown base
-            return super().start(preset, given)
+            return super().preset_defaults(preset, given)
         return numbers_of_base(base, preset, cls)
 
 

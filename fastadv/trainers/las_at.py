@@ -28,8 +28,8 @@ from fastadv.trainers.recipe import AdversarialRecipe, Presets, check_field
 from fastadv.trainers.schedules import MultiStep, Schedule
 
 _TENTH_AFTER_99_AND_104 = MultiStep((99, 104), 0.1)
-_LARGEST_CROSS_ENTROPY = 10.0  # bound of the cross-entropy in the reward
-_LARGEST_NORM = 1.0  # bound of the norm of the strategy network's gradient
+_MAX_CROSS_ENTROPY = 10.0  # bound of the cross-entropy in the reward
+_MAX_GRADIENT_NORM = 1.0  # bound of the norm of the strategy network's gradient
 _RESTARTS = 2  # of the attack in the reward
 
 
@@ -226,7 +226,7 @@ class LasAt(PGDAT[LasAtRecipe]):
         parts = ranks.sum(torch.stack([hard.float(), robust, clean])) / ranks.world_size
         hard, robust, clean = parts.unbind()
         return (
-            hard.clamp(0, _LARGEST_CROSS_ENTROPY)
+            hard.clamp(0, _MAX_CROSS_ENTROPY)
             + recipe.robust_weight * robust
             + recipe.clean_weight * clean
         )
@@ -281,7 +281,9 @@ class LasAt(PGDAT[LasAtRecipe]):
 def _move(model: nn.Module, gradients: list[Tensor], lr: float) -> None:
     """Take a step of SGD along gradients clipped to norm 1, unless the norm is not finite."""
     norm = nn.utils.get_total_norm(gradients)
-    scale = torch.where(torch.isfinite(norm), (_LARGEST_NORM / (norm + 1e-6)).clamp_max(1), 0.0)
+    scale = torch.where(
+        torch.isfinite(norm), (_MAX_GRADIENT_NORM / (norm + 1e-6)).clamp_max(1), 0.0
+    )
     for weight, gradient in zip(
         (p for p in model.parameters() if p.requires_grad), gradients, strict=True
     ):

@@ -13,9 +13,9 @@ from fastadv import losses
 from fastadv.losses.common import at_least_float32
 from fastadv.trainers.bases import (
     BASES,
-    AroundRecipe,
     BaseMethod,
     BaseName,
+    BaseOptionsRecipe,
     base_losses,
     build_base,
     numbers_of_base,
@@ -23,7 +23,7 @@ from fastadv.trainers.bases import (
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch, accuracy
 from fastadv.trainers.natural import NaturalMethod, NaturalRecipe
 from fastadv.trainers.number import Number
-from fastadv.trainers.recipe import Presets, Recipe, follows_start, shared_numbers
+from fastadv.trainers.recipe import Presets, Recipe, refuses_replaced_deciders, shared_numbers
 from fastadv.trainers.schedules import Piecewise, Schedule
 from fastadv.trainers.trades import TradesRecipe
 
@@ -31,9 +31,9 @@ from fastadv.trainers.trades import TradesRecipe
 _SLOW_FIRST_EPOCH = Piecewise((0, 1, 75, 90), (0.2, 1.0, 0.1, 0.01))
 
 
-@follows_start
+@refuses_replaced_deciders
 @dataclass(frozen=True, kw_only=True)
-class LbgatRecipe(NaturalRecipe, AroundRecipe):
+class LbgatRecipe(NaturalRecipe, BaseOptionsRecipe):
     """Numbers of the authors' code, which has the attack of TRADES; with a base the numbers of the base.
 
     The preset "official" also has that code's natural model, a ResNet-18 whose second stage has stride 1. BGAT has
@@ -53,7 +53,7 @@ class LbgatRecipe(NaturalRecipe, AroundRecipe):
     base: BaseName | None = None
     beta: Number = 0.0
     fixed: bool = False
-    replaces: InitVar[object] = None  # see `follows_start`
+    replaces: InitVar[object] = None  # see `refuses_replaced_deciders`
 
     presets: ClassVar[Presets] = {"paper": {}, "official": {"natural": "resnet18_layer2_stride1"}}
     deciding: ClassVar[tuple[str, ...]] = ("fixed", "base")
@@ -66,15 +66,15 @@ class LbgatRecipe(NaturalRecipe, AroundRecipe):
             )
 
     @classmethod
-    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def preset_defaults(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the preset, of the base, or of TRADES for a fixed guide without a base."""
         base, fixed = given.get("base"), given.get("fixed") is True
         if base in BASES:
-            own = {} if fixed else super().start(preset, given)
+            own = {} if fixed else super().preset_defaults(preset, given)
             return {**numbers_of_base(str(base), preset, cls), **own}
         if fixed:
             return shared_numbers(TradesRecipe.preset(preset), cls, without=("beta",))
-        return super().start(preset, given)
+        return super().preset_defaults(preset, given)
 
 
 class Lbgat(NaturalMethod[LbgatRecipe]):

@@ -16,7 +16,6 @@ from fastadv.interruption import StopRequest
 from fastadv.ranks import Ranks, launch
 from fastadv.seeding import derive_seed
 from fastadv.trainers.callbacks import Callbacks, RunStart
-from fastadv.trainers.carried import checked_state, gathered, shared_out
 from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
@@ -32,6 +31,7 @@ from fastadv.trainers.distributed import Synchroniser
 from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted, write_nonfinite
 from fastadv.trainers.logs import Meter, MetricsLog
 from fastadv.trainers.method import LossResult, Method, TrainBatch
+from fastadv.trainers.method_state import checked_state, gather_state, shard_state
 from fastadv.trainers.mixup import classes_of, mixed
 from fastadv.trainers.monitor import Monitor, Validation
 from fastadv.trainers.optim import (
@@ -118,7 +118,7 @@ class Loop:
             load_optimizer_state(self.optimizers[name], state["optimizers"][name])
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
-        self.method.load_state(shared_out(state.get("method", {}), self.loader))
+        self.method.load_state(shard_state(state.get("method", {}), self.loader))
         self.progress = Progress(**renamed(state["progress"]))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
@@ -375,7 +375,7 @@ class Loop:
         progress = self.progress
         self._saved_at = time.monotonic()
         self._window.average(self.ranks)
-        carried = gathered(self.method, self.ranks)
+        state = gather_state(self.method, self.ranks)
         if not self.ranks.first:
             return
         states = {name: model.state_dict() for name, model in self.models.items()}
@@ -383,7 +383,7 @@ class Loop:
             states[self.average.name] = self.average.state()
         train_state = {
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
-            "method": carried,
+            "method": state,
             "progress": asdict(progress),
             "window": self._window.state(),
             "epoch": self._epoch.state(),
@@ -391,6 +391,7 @@ class Loop:
         meta = {**self.meta, "epoch": progress.epoch, "epoch_step": progress.epoch_step}
         if validation is not None:
             meta["validation"] = asdict(validation)
+        self.run.check_held(self.meta.get("run"))
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
         best = None if progress.best_step is None else checkpoint_name(progress.best_step)

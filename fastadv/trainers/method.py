@@ -24,7 +24,7 @@ from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_attacked
 
-_ALONE = Ranks()
+_SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Runtime:
     device: torch.device
     autocast_dtype: torch.dtype | None
     phases: PhaseTimer
-    ranks: Ranks = _ALONE
+    ranks: Ranks = _SINGLE_PROCESS
     build: Callable[[str], nn.Module] | None = None
     network: str | None = None
 

@@ -18,7 +18,7 @@ from fastadv.seeding import derive_seed
 from fastadv.trainers.method import Runtime
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 
-_ALONE = Ranks()
+_SINGLE_PROCESS = Ranks()
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Monitor:
         recipe: Recipe,
         runtime: Runtime,
         teacher: nn.Module | None = None,
-        ranks: Ranks = _ALONE,
+        ranks: Ranks = _SINGLE_PROCESS,
     ) -> None:
         self._model = model
         self._runtime = runtime

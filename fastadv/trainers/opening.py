@@ -11,6 +11,7 @@ from torch import nn
 
 import fastadv
 from fastadv.data import ImageData, StreamedData
+from fastadv.data.lazy import known_labels
 from fastadv.digest import digest_of
 from fastadv.models import form_of, usual_form
 from fastadv.ranks import Ranks
@@ -44,7 +45,11 @@ def describe_model(model: nn.Module, name: str | None, data: Images) -> dict[str
 def describe_data(train: Images, extra: ImageData | None = None) -> dict[str, Any]:
     """Return the facts about the training images by which a resumed run recognises them."""
     if isinstance(train, StreamedData):
-        return {"name": train.name, "images": len(train), "size": list(train.image_shape)}
+        facts = {"name": train.name, "images": len(train), "size": list(train.image_shape)}
+        labels, listing = known_labels(train.dataset), getattr(train.dataset, "listing", None)
+        if labels is not None:
+            facts["labels"] = digest_of({"labels": labels})
+        return facts | ({"files": str(listing())} if callable(listing) else {})
     description = {
         "name": train.name,
         "images": len(train),

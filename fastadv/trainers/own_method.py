@@ -14,7 +14,7 @@ from fastadv.trainers.recipe import Recipe
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 
 
-def own_method(label: str, taken: tuple[str, ...] = ()) -> type[Method[Any, Any]]:
+def own_method(label: str, taken: tuple[str, ...]) -> type[Method[Any, Any]]:
     """Import a method that the user names.
 
     Args:

@@ -36,7 +36,7 @@ class Recipe(metaclass=RecipeType):
     Attributes:
         presets: for each preset, the fields in which it differs from the defaults, which are "paper". Recipes of
             methods whose authors' code is known have "official" too: the numbers of that code.
-        deciding: fields from which `beginning` chooses the defaults of the other fields.
+        deciding: fields from which `defaults_for` chooses the defaults of the other fields.
         epochs: passes over the training images.
         batch_size: images per iteration; the incomplete last batch of an epoch is dropped.
         lr: learning rate, which the schedule scales.
@@ -202,21 +202,21 @@ class Recipe(metaclass=RecipeType):
                 f"got {name!r}{reason}"
             )
         changes = with_norm(cls, changes)
-        return cls(**{**cls.beginning(name, changes), **changes})
+        return cls(**{**cls.defaults_for(name, changes), **changes})
 
     @classmethod
-    def beginning(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def defaults_for(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the defaults of a recipe, which depend on the fields that the caller sets.
 
-        They are the numbers of `start`, then of the threat, then of the optimiser. For another number of epochs
-        the schedule is scaled, so that the learning rate drops at the same fractions of the run.
+        They are the numbers of `preset_defaults`, then of `threat_defaults`, then of the optimiser. For another
+        number of epochs the schedule is scaled, so that the learning rate drops at the same fractions of the run.
 
         Args:
             preset: one of `presets`.
             given: fields that the caller sets.
         """
         adamw = _ADAMW if given.get("optimizer") == "adamw" else {}
-        numbers = {**cls.start(preset, given), **cls.of_threat(given), **adamw}
+        numbers = {**cls.preset_defaults(preset, given), **cls.threat_defaults(given), **adamw}
         planned, epochs = numbers.get("epochs", cls.epochs), given.get("epochs", 0)
         if isinstance(epochs, Integral) and int(epochs) > 0:
             schedule = numbers.get("schedule", cls.schedule)
@@ -230,12 +230,12 @@ class Recipe(metaclass=RecipeType):
         return tuple(dict.fromkeys(names))
 
     @classmethod
-    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def threat_defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers that depend on the given threat, such as the norm."""
         return {}
 
     @classmethod
-    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def preset_defaults(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the fields whose defaults differ from the defaults of the class.
 
         Args:
@@ -339,33 +339,33 @@ class AdversarialRecipe(Recipe):
         return "fixed" if self.engine == "auto" else self.engine
 
     @classmethod
-    def of_threat(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+    def threat_defaults(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the default radius and step size in l2; empty in linf."""
         return dict(cls.l2_numbers) if given.get("norm") == "l2" else {}
 
 
-def follows_start(kind: type[RecipeT]) -> type[RecipeT]:
+def refuses_replaced_deciders(kind: type[RecipeT]) -> type[RecipeT]:
     """Keep `dataclasses.replace` from changing a field on which other numbers of the recipe depend.
 
-    This decorator goes above `dataclass`, on a class whose `start` depends on the given numbers.
+    This decorator goes above `dataclass`, on a class whose `preset_defaults` depends on the given numbers.
     `dataclasses.replace` passes every number as if the caller had given it. The class needs an `InitVar` with the
     name `replaces`: through it `dataclasses.replace` passes the recipe that it changes.
     """
     init = kind.__init__
 
     @functools.wraps(init)
-    def begin(self: RecipeT, *, replaces: RecipeT | None = None, **numbers: Any) -> None:
+    def checked(self: RecipeT, *, replaces: RecipeT | None = None, **numbers: Any) -> None:
         if replaces is not None:
-            _check_same_start(replaces, numbers)
+            _check_same_deciders(replaces, numbers)
         init(self, **numbers)
 
-    kind.__init__ = begin  # type: ignore[assignment, method-assign]
+    kind.__init__ = checked  # type: ignore[assignment, method-assign]
     kind.replaces = property(lambda self: self)  # type: ignore[attr-defined]
     return kind
 
 
-def _check_same_start(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
-    """Refuse to change a field from which `start` has chosen numbers that would not change with it."""
+def _check_same_deciders(recipe: Recipe, numbers: Mapping[str, Any]) -> None:
+    """Refuse to change a field from which `preset_defaults` has chosen numbers that would not change with it."""
     for name in recipe.deciders():
         old, new = getattr(recipe, name), numbers[name]
         if new != old:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 from abc import ABCMeta
 from collections.abc import Mapping
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from fastadv.ops.synonyms import SYNONYMS
-from fastadv.ops.values import did_you_mean, norm_name
+from fastadv.ops.values import did_you_mean, norm_name_if_known
 
 T = TypeVar("T")
 # The names of these numbers in other code.
@@ -29,8 +28,7 @@ def with_norm(kind: type, numbers: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(numbers)
     # A recipe without `norms` may have a field of this name for something else.
     if "norm" in found and hasattr(kind, "norms"):
-        with suppress(ValueError):  # the recipe's own check reports an unknown norm
-            found["norm"] = norm_name(found["norm"])
+        found["norm"] = norm_name_if_known(found["norm"])
     return found
 
 
@@ -38,7 +36,7 @@ class RecipeType(ABCMeta):
     """The metaclass of recipes: it checks the names of the numbers before a recipe is made."""
 
     def __call__(cls: type[T], *args: Any, **numbers: Any) -> T:
-        """Make a recipe, with the defaults of `beginning`.
+        """Make a recipe, with the defaults of `defaults_for`.
 
         Raises:
             TypeError: if the recipe does not have a given option; the message names a similar one.
@@ -48,8 +46,8 @@ class RecipeType(ABCMeta):
             if name not in known:
                 hint = did_you_mean(name, known, _SYNONYMS)
                 raise TypeError(f"{cls.__name__} has no option {name!r}{hint}")
-        began = cls.beginning("paper", numbers)  # type: ignore[attr-defined]
-        made: T = super().__call__(*args, **{**began, **numbers})  # type: ignore[misc]
+        defaults = cls.defaults_for("paper", numbers)  # type: ignore[attr-defined]
+        made: T = super().__call__(*args, **{**defaults, **numbers})  # type: ignore[misc]
         return made
 
     @property

@@ -24,8 +24,10 @@ from fastadv.trainers.checkpoint import (
     remove_unfinished,
 )
 from fastadv.trainers.plain_recipe import differences
-from fastadv.trainers.run_lock import RunLock
+from fastadv.trainers.run_lock import RunInUseError, RunLock
 from fastadv.trainers.sealed import read_sealed, sealed_json
+
+_DIGESTS = ("labels", "pixels", "files")  # of data, which older versions did not all record
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,25 @@ class RunDirectory:
         remove_leftovers(self.path)
         remove_unfinished(self.checkpoints)
 
+    def check_held(self, identity: str | None) -> None:
+        """Check that the directory still holds the run of this process, before more is written to it.
+
+        Args:
+            identity: the run's identity.
+
+        Raises:
+            RunInUseError: if it was moved or deleted, or another run or process has taken its place; the message
+                says so.
+        """
+        with suppress(CheckpointError):  # damage to the record makes no other run
+            if self.identity() != identity:
+                found = "another run" if self.exists else "no run"
+                raise RunInUseError(
+                    f"run_dir {self.path} holds {found} now: the run of this process was moved, deleted or "
+                    "overwritten. Resume it where its last checkpoint is"
+                )
+        self.lock.keep()
+
     def begin(self, description: Description, facts: Mapping[str, Any]) -> None:
         """Write `run.json`.
 
@@ -236,8 +257,13 @@ class RunDirectory:
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
         shutil.rmtree(self.path / "autoattack", ignore_errors=True)
         shutil.rmtree(self.path / "worst", ignore_errors=True)
-        shutil.rmtree(self.path / "analyses", ignore_errors=True)
-        names = ["metrics.jsonl", "summary.csv", "eval.json", "mlflow_run"]
+        names = ["metrics.jsonl", "summary.csv", "mlflow_run"]
+        # Of the run's other networks, too: a report would take their results for the new run's.
+        for network in ("", "natural.", "extractors_*."):
+            for folder in self.path.glob(f"{network}analyses"):
+                shutil.rmtree(folder, ignore_errors=True)
+            for kind in ("eval.json", "eval.sanity.json"):
+                names += [file.name for file in self.path.glob(f"{network}{kind}")]
         with suppress(CheckpointError):  # a damaged run can be overwritten, too
             # Names in a run that others wrote could be paths out of the directory.
             names += [f"{name}.safetensors" for name in self.read().teachers if name.isidentifier()]
@@ -257,11 +283,11 @@ class RunDirectory:
 
 
 def _as_far_as(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """The new description of data, without the digest of pixels if an older version did not record it."""
+    """The new description of data, without the digests that an older version did not record."""
     return {
         name: _as_far_as(old[name], value)
         if isinstance(value, dict) and isinstance(old.get(name), dict)
         else value
         for name, value in new.items()
-        if name != "pixels" or name in old
+        if name not in _DIGESTS or name in old
     }

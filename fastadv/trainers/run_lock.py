@@ -18,7 +18,7 @@ from typing import Any
 from fastadv.files import is_running
 from fastadv.locks import NO_LOCKS
 
-_PATIENCE = 2.0  # seconds to wait: a process that was killed may take a moment to end
+_TIMEOUT = 2.0  # seconds to wait: a process that was killed may take a moment to end
 _held: dict[Path, dict[str, Any]] = {}  # the locks of this process
 _taking = threading.Lock()
 
@@ -87,10 +87,35 @@ class RunLock:
                 descriptor = self._open(os.O_RDWR | os.O_CREAT)
             since = time.strftime("%Y-%m-%d %H:%M:%S %z")
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(holder).encode() + b"\n", 0)
+            except OSError:  # such as on a full disk
+                self._path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
             self._descriptor = descriptor
             _held[self._key] = holder
+
+    def keep(self) -> None:
+        """Hold the lock also from now on, if this process has taken it.
+
+        The system gives it back when this process closes any descriptor of the file, such as code that copies the
+        whole directory. Then it is taken again.
+
+        Raises:
+            RunInUseError: if another process has taken it meanwhile.
+            OSError: if the folder cannot be written.
+        """
+        if self._descriptor is None:
+            return
+        if self._is_current(self._descriptor):
+            self._lock(self._descriptor)
+            return
+        os.close(self._descriptor)
+        self._descriptor = None
+        del _held[self._key]
+        self.take()
 
     def release(self) -> None:
         """Release the lock and delete its file, if this process holds it."""
@@ -122,7 +147,7 @@ class RunLock:
         return descriptor
 
     def _lock(self, descriptor: int) -> None:
-        deadline = time.monotonic() + _PATIENCE
+        deadline = time.monotonic() + _TIMEOUT
         while True:
             try:
                 # Not `flock`, which child processes would inherit.
@@ -141,8 +166,8 @@ class RunLock:
         """Check the holder that the file names, as the file system has no locks. Elsewhere it gives a warning."""
         holder = _holder(descriptor)
         pid = holder.get("pid")
-        if holder.get("host") == socket.gethostname() and pid != os.getpid():
-            if isinstance(pid, int) and is_running(pid):
+        if holder.get("host") == socket.gethostname():
+            if isinstance(pid, int) and pid != os.getpid() and is_running(pid):
                 raise self._in_use(holder)
         elif holder:
             warnings.warn(

@@ -19,7 +19,7 @@ from fastadv.trainers.hat import helper_examples
 from fastadv.trainers.method import Attacked, LossResult, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.pair import PairMethod, PairRecipe, pair_metrics
-from fastadv.trainers.recipe import Recipe, check_field, follows_start
+from fastadv.trainers.recipe import Recipe, check_field, refuses_replaced_deciders
 from fastadv.trainers.trades import TradesRecipe
 
 
@@ -76,7 +76,7 @@ _BASES: dict[str, tuple[_Loss, type[Recipe]]] = {
 _INNER_WEIGHTS = {"alp": "weight", "mart": "beta"}
 
 
-@follows_start
+@refuses_replaced_deciders
 @dataclass(frozen=True, kw_only=True)
 class VfdRecipe(PairRecipe):
     """Options that are not given have the numbers of the base's recipe: epochs, learning rate, radius and others.
@@ -99,7 +99,7 @@ class VfdRecipe(PairRecipe):
 
     epochs: int = (
         TradesRecipe.epochs
-    )  # TRADES is the default base; `start` has the numbers of other bases
+    )  # TRADES is the default base; `preset_defaults` has the numbers of other bases
     weight_decay: Number = TradesRecipe.weight_decay
     base: Literal["alp", "trades", "mart", "hat"] = "trades"
     beta: Number | None = None
@@ -109,7 +109,7 @@ class VfdRecipe(PairRecipe):
     layer: str = LAST
     gamma: Number = 0.5
     reach: Number = 2.0
-    replaces: InitVar[object] = None  # see `follows_start`
+    replaces: InitVar[object] = None  # see `refuses_replaced_deciders`
 
     deciding: ClassVar[tuple[str, ...]] = ("base",)
 
@@ -126,14 +126,14 @@ class VfdRecipe(PairRecipe):
             check_field(self, name, at_least=0)
 
     @classmethod
-    def start(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    def preset_defaults(cls, preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return the numbers of the base's recipe."""
         base = given.get("base", cls.base)
         if base not in _BASES:  # the recipe's own check reports an unknown base
             return {}
         own = {"beta", "weight"}  # they mean something else in the base's recipe
         numbers = {k: v for k, v in numbers_of_base(base, preset, cls).items() if k not in own}
-        return {**numbers, **super().start(preset, given)}
+        return {**numbers, **super().preset_defaults(preset, given)}
 
     @property
     def base_weight(self) -> float:

@@ -116,7 +116,7 @@ def _form_named(name: str) -> str | None:
     return None if usual_form(network) else form_of(network)
 
 
-def build_model(description: dict[str, Any], path: Path, named: str | None = None) -> nn.Module:
+def build_model(description: dict[str, Any], path: Path, named: str | None) -> nn.Module:
     """Build the model that a run recorded, with fresh weights.
 
     Args:

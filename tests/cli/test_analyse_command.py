@@ -280,3 +280,19 @@ def test_records_of_other_settings_are_not_put_into_one_picture() -> None:
 def test_the_command_in_python_tells_where_the_numbers_are(runs: list[str]) -> None:
     text = run_analysis([runs[0]], ["frobenius"], quiet=True)
     assert str(Path(runs[0]) / "analyses") in text
+
+
+def test_numbers_that_cannot_be_written_are_printed(
+    runs: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    (Path(runs[0]) / "analyses").write_text("in the way")
+    assert analyse(*runs, "--what", "frobenius") == 2
+    out, err = capfd.readouterr()
+    assert "norm of all layers" in out
+    assert re.search(r"std/analyses.* cannot be written: ", err)
+    assert len(load_records(Path(runs[1]) / "analyses")) == 1
+    table = Path(runs[1]) / "table.json"
+    table.mkdir()
+    assert main(["transfer", *runs, "--attack", "fgsm", "--out", str(table), *FEW]) == 2
+    out, err = capfd.readouterr()
+    assert "std" in out and "table.json cannot be written: Is a directory" in err

@@ -22,6 +22,7 @@ from fastadv.digest import digest_of
 from fastadv.evaluation import AutoAttackResult, Report, Stage, evaluate, load_results
 from fastadv.models import create_model
 from fastadv.trainers import load_model, train
+from fastadv.trainers.checkpoint import find_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = ("--max_examples", "20", "--device", "cpu", "--quiet")
@@ -239,6 +240,17 @@ def test_unfinished_work_is_held_by_one_and_gone_after_success(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with unfinished_work(tmp_path / "file" / "run") as state:
         assert state is None
+
+
+def test_names_of_any_length_are_judged(run: Path, tmp_path: Path) -> None:
+    radii = [f"{number / 1000 + 1e-7:.7f}" for number in range(1, 41)]
+    assert judge(run, "--attacks", "clean", "fgsm", "--eps", *radii) == 0
+    assert len(load_results(run / "eval.json")) == 41
+    weights = tmp_path / f"{'模' * 70}.safetensors"
+    shutil.copy(find_checkpoint(run) / "model.safetensors", weights)
+    words = ["eval", "--model", "small_cnn", f"--weights={weights}", "--data", "digits", *FEW]
+    assert main([*words, "--attacks", "clean"]) == 0
+    assert len(load_results(weights.with_name(f"{weights.name}.eval.json"))) == 1
 
 
 CHILD = """

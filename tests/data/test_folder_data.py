@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -291,4 +292,25 @@ def test_a_link_that_leads_back_is_refused_and_not_followed_for_ever(tmp_path: P
         link.unlink()
     (tmp_path / "kitten").symlink_to("cat")
     with pytest.raises(ValueError, match="its folders cat and kitten are the same folder"):
+        FolderImages(tmp_path)
+
+
+def test_a_class_that_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cat", "dog/more", "owl"):
+        picture(tmp_path / name / "a.png", 8, 8)
+    (tmp_path / "cow").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"cow: a link to .*nowhere, which is not there"):
+        FolderImages(tmp_path)
+    (tmp_path / "cow").unlink()
+    scan = os.scandir
+
+    def locked(path: Any) -> Any:
+        if Path(path).name == "more":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(PermissionError, match="more"):
         FolderImages(tmp_path)

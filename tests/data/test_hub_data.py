@@ -191,3 +191,17 @@ def test_pictures_are_made_alike_and_preprocessed() -> None:
     mixed[1] = mixed[1].resize((50, 50))
     with pytest.raises(ValueError, match="give resize and crop"):
         as_samples(HubImages(Split({"image": mixed, "label": [0, 1, 2]}), workers=0), (0.0, 1.0))
+
+
+def test_a_grey_picture_at_first_makes_no_data_set_grey(digits: ImageData) -> None:
+    mixed = pictures(digits)
+    mixed[1:] = [one.convert("RGB") for one in mixed[1:]]
+    images = HubImages(Split({"image": mixed, "label": digits.labels.tolist()}))
+    assert images.in_channels == 3
+    assert images[0][0].shape == images[1][0].shape == (3, 8, 8)
+    late = pictures(digits)
+    late[0] = late[0].convert("RGB")
+    images = HubImages(Split({"image": late, "label": digits.labels.tolist()}))
+    assert images[1][0].shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="must be of one mode, got mode RGB at index 0"):
+        images[0]

@@ -155,6 +155,24 @@ def test_a_stream_is_read_once_and_kept(digits: ImageData, monkeypatch: pytest.M
         as_samples(DataLoader(stream, 16), (0.0, 1.0))
 
 
+@pytest.mark.processes
+def test_workers_that_all_give_all_images_are_refused(digits: ImageData) -> None:
+    with pytest.raises(ValueError, match="the first two of its 2 worker processes gave the same"):
+        as_samples(DataLoader(Stream(digits), 16, num_workers=2), (0.0, 1.0))
+    assert len(as_samples(DataLoader(Stream(digits), 16, num_workers=1), (0.0, 1.0))) == N
+
+
+def test_batches_in_the_same_memory_are_kept_apart(digits: ImageData) -> None:
+    memory = torch.empty(16, *digits.images.shape[1:], dtype=torch.uint8)
+
+    def fill(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        images = memory[: len(items)].copy_(torch.stack([x for x, _ in items]))
+        return images, torch.tensor([y for _, y in items])
+
+    samples = as_samples(DataLoader(Items(digits), 16, collate_fn=fill), (0.0, 1.0))
+    assert torch.equal(samples.source.read(torch.arange(N)), digits.images)
+
+
 def test_a_loader_of_a_part_judges_this_part(digits: ImageData) -> None:
     chosen = torch.tensor([9, 3, 40])
     loader = DataLoader(Items(digits), 2, sampler=SubsetRandomSampler(chosen.tolist()))

@@ -22,6 +22,7 @@ from fastadv.data.training_folders import random_box
 from fastadv.models import create_model, load_published_state_dict
 from fastadv.trainers import ActRecipe, FastRecipe, FreeRecipe, Interpolated, load_model, train
 from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.sealed import read_sealed, sealed_json
 
 Image = pytest.importorskip("PIL.Image")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -199,7 +200,20 @@ def test_a_cut_run_goes_on_bit_for_bit(root: Path, tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         weights(tmp_path / "cut", on_step=stop)
+    classes = root / "train" / "class00", root / "train" / "class01"
+    moved = classes[0] / "3.jpg", classes[1] / "4.jpg"
+    moved[0].rename(moved[1])
+    try:
+        with pytest.raises(ValueError, match=r"holds another run .*data\.files: "):
+            weights(tmp_path / "cut", resume=True)
+    finally:
+        moved[1].rename(moved[0])
     assert weights(tmp_path / "cut", resume=True) == weights(tmp_path / "whole")
+    file = tmp_path / "whole" / "run.json"
+    content = read_sealed(file)
+    del content["data"]["files"]  # as before they were recorded
+    file.write_text(sealed_json(content))
+    weights(tmp_path / "whole", resume=True)
 
 
 @pytest.mark.processes

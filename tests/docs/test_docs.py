@@ -113,12 +113,12 @@ def test_the_document_on_analyses_names_all_of_them_and_options_that_exist(
 
 def test_the_blocks_on_own_methods_run_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a module would have them, so that the classes have the names that a run records."""
-    document = (ROOT / "docs" / "own_methods.md").read_text()
-    module = ModuleType("own_methods_document")
+    document = (ROOT / "docs" / "write_a_method.md").read_text()
+    module = ModuleType("write_a_method_document")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     names = vars(module)
     for number, code in enumerate(re.findall(r"^```python\n(.*?)```", document, re.DOTALL | re.M)):
-        exec(compile(code, f"docs/own_methods.md, python block {number}", "exec"), names)
+        exec(compile(code, f"docs/write_a_method.md, python block {number}", "exec"), names)
     assert names["result"].progress.step == 8 and names["callback"].last_loss > 0
 
 

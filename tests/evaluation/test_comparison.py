@@ -201,3 +201,26 @@ def test_the_report_of_an_earlier_version_is_shown(tmp_path: Path) -> None:
     parts = ["old.json", "-", "Net", "digits", "test", "100", "linf", "8/255"]
     assert line.split()[:8] == parts
     assert line.split()[8:] == ["90.00", "[82.56,", "94.48]", "40.00", "[30.94,", "49.80]"]
+
+
+def test_results_in_other_bounds_are_apart_with_their_own_clean_accuracy() -> None:
+    wide = {"bounds": (-1.0, 1.0)}
+    lines = table(
+        *(result("clean", 90), result("pgd-20", 40)),
+        *(result("clean", 80, **wide), result("pgd-20", 60, **wide)),
+    )
+    found = [(line["bounds"], line["clean %"], line["pgd-20 %"]) for line in lines]
+    assert found == [("0 1", "90.00", "40.00"), ("-1 1", "80.00", "60.00")]
+
+
+def test_batch_sizes_of_a_random_model_are_apart_with_their_own_clean_accuracy() -> None:
+    def drawn(name: str, correct: int, batch_size: int) -> Result:
+        one = result(name, correct, batch_size=batch_size)
+        return replace(one, row=replace(one.row, notes=(RANDOM,)))
+
+    lines = table(
+        *(drawn("clean", 90, 8), drawn("pgd-20", 40, 8)),
+        *(drawn("clean", 80, 16), drawn("pgd-20", 60, 16)),
+    )
+    found = [(line["batch"], line["clean %"], line["pgd-20 %"]) for line in lines]
+    assert found == [("8", "90.00", "40.00"), ("16", "80.00", "60.00")]

@@ -143,6 +143,7 @@ def test_every_cell_of_the_page_is_that_of_the_results(written: Path) -> None:
             "of": str(entry["n"]),
             "norm": entry["norm"] if attacked else "-",
             "eps": shown(entry["eps"]) if attacked else "-",
+            "bounds": "0 1",
             "median distance": "-",
             "mean distance": "-",
             "alpha": "-" if entry["alpha"] is None else f"{entry['alpha']:.6g}",

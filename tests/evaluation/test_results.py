@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.digest import sealed
 from fastadv.evaluation import Report, Result, Row, Subject, add_results, load_results
 from fastadv.evaluation.result_row import RANDOM
 from fastadv.evaluation.results import check_destination, results_of
@@ -87,6 +90,11 @@ def test_clean_accuracy_depends_on_the_seed_of_random_models_alone_and_autoattac
     ensemble = Row("autoattack", 200, 90, 8 / 255, 7, 60.0)
     add_results(file, [result(ensemble), result(ensemble, batch_size=50)])
     assert len(load_results(file)) == 5
+    # A random model draws for each batch, so that its figures depend on the batches as well.
+    drawn = replace(PGD, notes=(RANDOM,))
+    for row in (random, drawn):
+        add_results(file, [result(row), result(replace(row, correct=99), batch_size=50)])
+    assert len(load_results(file)) == 8
 
 
 def report(*rows: Row, worst_case: bool = False) -> Report:
@@ -108,6 +116,22 @@ def test_a_file_of_an_earlier_version_is_read_and_added_to(tmp_path: Path) -> No
     assert old[0].subject == Subject(network="Net", data="digits test")
     add_results(file, [result()])
     assert load_results(file) == [*old, result()]
+
+
+def test_what_a_later_version_wrote_stays(tmp_path: Path) -> None:
+    file = tmp_path / "eval.json"
+    add_results(file, [result(), result(CLEAN)])
+    content = json.loads(file.read_text())
+    first = {name: value for name, value in content["rows"][0].items() if name != "sha256"}
+    later = [sealed({**first, "kernel": kernel}) for kernel in ("a", "b")]
+    file.write_text(json.dumps({**content, "rows": [*later, content["rows"][1]]}))
+    add_results(file, [result(replace(PGD, seed=8))])
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[:2] == later and len(rows) == 4
+    assert load_results(file) == [result(), result(CLEAN), result(replace(PGD, seed=8))]
+    add_results(file, [result(replace(PGD, correct=99))])
+    assert [one.row.correct for one in load_results(file)] == [99, 190, PGD.correct]
+    assert len(json.loads(file.read_text())["rows"]) == 3
 
 
 def test_a_report_can_be_read_where_the_results_are_of_one_evaluation(tmp_path: Path) -> None:
@@ -158,9 +182,19 @@ def add_one_by_one(file: str, seeds: list[int]) -> None:
         add_results(file, [result(replace(PGD, seed=seed))])
 
 
+def refuse(*_: object) -> None:
+    """A lock where the file system has no locks."""
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+
 @pytest.mark.processes
-def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("locks", [True, False])
+def test_processes_and_threads_that_add_at_once_lose_nothing(
+    locks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "eval.json"
+    if not locks:
+        monkeypatch.setattr(fcntl, "flock", refuse)
     spawn = multiprocessing.get_context("fork")
     seeds = [list(range(i, 60, 3)) for i in range(3)]
     workers = [spawn.Process(target=add_one_by_one, args=(str(file), s)) for s in seeds[:2]]
@@ -172,6 +206,33 @@ def test_processes_and_threads_that_add_at_once_lose_nothing(tmp_path: Path) -> 
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert {one.row.seed for one in load_results(file)} == set(range(60))
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_without_locks_what_a_killed_process_holds_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".x.held").write_text("")
+    with locked(tmp_path / "x", wait=0.1):
+        assert (tmp_path / ".x.held").exists()
+        with locked(tmp_path / "x", wait=0.1):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_links_to_one_file_share_its_lock(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "eval.json").symlink_to("../all/results.json")
+    add_results(tmp_path / "one" / "eval.json", [result()])
+    with (
+        locked(tmp_path / "one" / "eval.json"),
+        pytest.raises(TimeoutError),
+        locked(tmp_path / "other" / "eval.json", wait=0.1),
+    ):
+        pass
+    assert load_results(tmp_path / "all" / "results.json") == [result()]
+    assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
 def test_a_lock_is_waited_for_and_not_for_ever(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from typing import Any
 
 import pytest
@@ -93,3 +94,19 @@ def test_a_number_of_an_op_or_a_loss_is_a_number(number: Any) -> None:
     if not isinstance(number, Tensor):
         with pytest.raises(TypeError, match="eps must be a number"):
             fastadv.ops.random_start(x, number)
+
+
+def test_all_losses_take_their_numbers_by_position_and_the_reduction_by_name() -> None:
+    found = set()
+    for name in losses.__all__:
+        function = getattr(losses, name)
+        if not inspect.isfunction(function):
+            continue
+        for parameter in inspect.signature(function).parameters.values():
+            if parameter.name in ("alpha", "beta", "gamma", "lam", "temperature", "weight"):
+                found.add(name)
+                assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, (name, parameter.name)
+            elif parameter.name == "reduction":
+                assert parameter.kind is parameter.KEYWORD_ONLY, name
+    assert {"kl", "kd", "trades", "act"} <= found
+    assert losses.kl(A, B, 2.0) == losses.kl(A, B, temperature=2.0)

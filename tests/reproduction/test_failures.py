@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fastadv.cli import main
-from fastadv.reproduction import Column, Item, RowSpec, registry, workshop
+from fastadv.reproduction import Column, Item, RowSpec, registry, run_store
 from fastadv.reproduction.measures import Accuracy
-from fastadv.reproduction.specs import spec, taught
+from fastadv.reproduction.specs import spec, spec_with_teachers
 from fastadv.trainers import train
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -22,7 +22,7 @@ def test_a_refused_training_is_a_failure_and_a_missing_layer_is_not(
 ) -> None:
     standard = spec("standard")
     good = RowSpec("good", standard)
-    layer = RowSpec("layer", taught("vfd", standard, layer="layer4"))
+    layer = RowSpec("layer", spec_with_teachers("vfd", standard, layer="layer4"))
     bad = RowSpec("bad", spec("pgd_at"))
 
     def refusing(method: Any, *others: Any, **options: Any) -> Any:
@@ -30,7 +30,7 @@ def test_a_refused_training_is_a_failure_and_a_missing_layer_is_not(
             raise TypeError("an option that fits no more")
         return train(method, *others, **options)
 
-    monkeypatch.setattr(workshop, "train", refusing)
+    monkeypatch.setattr(run_store, "train", refusing)
 
     def status(*rows: RowSpec) -> int:
         item = Item("act", "table9", "Clean accuracy", rows, (Column("Clean", Accuracy()),))

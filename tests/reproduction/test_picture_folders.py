@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fastadv.reproduction.workshop import Workshop
 
 from fastadv.cli.program import main
 from fastadv.reproduction.images import Source
+from fastadv.reproduction.scales import find_scale
+from fastadv.reproduction.specs import spec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,6 +26,18 @@ def test_pictures_in_a_folder_named_like_a_data_set_have_tables_of_their_own() -
     ]
     assert files[0] == "cifar10" and files[1] == files[3] != files[2]
     assert all(re.fullmatch("b-[0-9a-f]{8}", name) for name in files[1:])
+
+
+def test_a_path_from_another_working_directory_is_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for here, data in (("a", "folder:imgs"), ("b", "folder:imgs"), ("b", "folder:../a/imgs")):
+        (tmp_path / here).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / here)
+        shop = Workshop(tmp_path / "runs", find_scale("tiny"), Source(data))
+        names.append(shop.resolve(spec("standard"), seed=0).name)
+    assert names[0] == names[2] != names[1]
 
 
 @pytest.mark.filterwarnings("ignore:the model is right on")

@@ -25,13 +25,13 @@ from fastadv.reproduction import (
     Column,
     Item,
     MeasuredCell,
+    ReproductionJob,
     RowSpec,
-    Work,
     find_item,
     find_scale,
     reproduce,
 )
-from fastadv.reproduction.measures import Accuracy, Size
+from fastadv.reproduction.measures import Accuracy, SizeMeasure
 from fastadv.reproduction.specs import resolve, spec, stack
 from fastadv.reproduction.tables import NOT_AT_HAND
 from fastadv.reproduction.writers import markdown
@@ -79,7 +79,7 @@ def test_what_a_user_has_judged_by_other_options_gets_into_no_table(
 ) -> None:
     item = Item("act", "table9", "pgd-20", (RowSpec("ST", spec("standard")),), (PGD_20,))
     first = tiny(item, out)
-    run = Work.of(item, out, scale="tiny").shop.path(
+    run = ReproductionJob.of(item, out, scale="tiny").store.path(
         resolve(item.rows[0].run, find_scale("tiny"), "digits", 0)
     )
     words = ["--attacks", "pgd-20", "--eps", "0.1", "--max_examples", "30", "--quiet"]
@@ -96,11 +96,11 @@ def test_a_cell_is_what_evaluate_finds(out: Path) -> None:
     scale, images = find_scale("tiny"), load_dataset("digits").test
     whole = find_item("vfd/table2")
     item = replace(whole, rows=whole.rows[6:7], columns=whole.columns[:1])
-    shop = Work.of(item, out, scale="tiny").shop
+    store = ReproductionJob.of(item, out, scale="tiny").store
     table, n = tiny(item, out).table, scale.test_images
-    judged = load_model(shop.path(resolve(item.rows[0].run, scale, "digits", 0)))
+    judged = load_model(store.path(resolve(item.rows[0].run, scale, "digits", 0)))
     source = item.columns[0].measure.needs()[0]
-    surrogate = load_model(shop.path(resolve(source, scale, "digits", 0)))
+    surrogate = load_model(store.path(resolve(source, scale, "digits", 0)))
     report = fastadv.evaluate(
         judged, images, "pgd-20", eps=0.1, max_examples=n, surrogate=surrogate, progress=False
     )
@@ -229,7 +229,7 @@ def test_sizes_are_counted(out: Path) -> None:
     item = small_item(
         RowSpec("ST", spec("standard")),
         RowSpec("AFS", stack([spec("pgd_at"), spec("pgd_at", eps=4 / 255)])),
-        columns=(Column("P", Size()), Column("M", Size("multiply_adds"))),
+        columns=(Column("P", SizeMeasure()), Column("M", SizeMeasure("multiply_adds"))),
     )
     table = tiny(item, out).table
     assert table.cell("ST", "P").mean == pytest.approx(0.056554)
@@ -242,10 +242,10 @@ def test_sizes_are_counted(out: Path) -> None:
 
 def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(out: Path) -> None:
     trained = spec("pgd_at", weight_decay=1e-4)
-    shop = Work.of(small_item(RowSpec("AT", trained)), out, scale="tiny").shop
-    run = shop.resolve(trained, 0)
-    shop.ensure(run)
-    checkpoints = shop.path(run) / "checkpoints"
+    store = ReproductionJob.of(small_item(RowSpec("AT", trained)), out, scale="tiny").store
+    run = store.resolve(trained, 0)
+    store.ensure(run)
+    checkpoints = store.path(run) / "checkpoints"
     first, last = (path.name for path in checkpoints_in(checkpoints))
     (checkpoints / "best").unlink()
     (checkpoints / "best").symlink_to(first)
@@ -261,11 +261,11 @@ def test_extractors_that_the_paper_stops_early_are_those_of_the_best_checkpoint(
     )  # the stacks; the early and the last checkpoint are of one training
     found = {
         result.subject.checkpoint: result.row.accuracy
-        for result in load_results(shop.path(run) / "eval.json")
+        for result in load_results(store.path(run) / "eval.json")
     }
     assert 100 * found[first] == done.table.cell("AT, stopped early", "Clean").mean
     assert 100 * found[last] == done.table.cell("AT", "Clean").mean
-    extractor = load_model(shop.path(shop.resolve(item.rows[2].run, 0))).extractors[0]
+    extractor = load_model(store.path(store.resolve(item.rows[2].run, 0))).extractors[0]
     for of, same in ((first, True), (last, False)):
         weights = load_model(checkpoints / of).state_dict()
         pairs = [

@@ -20,7 +20,7 @@ import os, signal, sys, torch
 torch.set_num_threads(1)
 folder, what, who, timeout = sys.argv[1:]
 from fastadv import lost_ranks
-lost_ranks._PATIENCE = 2.0  # seconds, in place of ten, in which no mark of a lost rank appears
+lost_ranks._TIMEOUT = 2.0  # seconds, in place of ten, in which no mark of a lost rank appears
 from run_helpers import run
 from training_helpers import make_model
 from fastadv.trainers import Settings

@@ -141,10 +141,17 @@ def test_another_teacher_is_another_run(tmp_path: Path) -> None:
 def test_overwriting_starts_again_and_spares_foreign_files(tmp_path: Path) -> None:
     run("arrest", tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
+    for network in ("", "natural.", "extractors_1+3."):
+        for name in ("eval.json", "eval.sanity.json", "analyses/a.json"):
+            (tmp_path / f"{network}{name}").parent.mkdir(exist_ok=True)
+            (tmp_path / f"{network}{name}").write_text("of the old run")
+    (tmp_path / "my.analyses").mkdir()
     result = run("standard", tmp_path, overwrite=True, changes={"epochs": 1})
     assert result.progress.step == 4
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "teacher.safetensors").exists()
+    assert not [*tmp_path.glob("*eval*"), *tmp_path.glob("*l.analyses"), *tmp_path.glob("ext*")]
+    assert (tmp_path / "my.analyses").is_dir()
     assert [r["epoch"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 1, 1]
 
 

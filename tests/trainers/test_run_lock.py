@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,12 +19,13 @@ from typing import Any
 
 import pytest
 from processes import Started
-from run_helpers import Interruption, run
+from run_helpers import Interruption, fingerprint, run
 
 from fastadv.files import TEMPORARY, remove_leftovers, temporary_beside
-from fastadv.trainers import RunInUseError
+from fastadv.trainers import RunInUseError, Settings
 from fastadv.trainers import run_lock as lock_module
 from fastadv.trainers.run_lock import RunLock
+from fastadv.trainers.sealed import sealed_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOLDER = """
@@ -57,7 +59,7 @@ def holder(tmp_path: Path) -> Iterator[Started]:
 def test_a_second_process_is_told_who_is_there(
     tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lock_module, "_TIMEOUT", 0.1)
     words = rf"{tmp_path} is in use by process {holder.pid} on host {socket.gethostname()} since \d"
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(RunInUseError, match=words):
@@ -169,7 +171,7 @@ def test_a_stale_lock_file_of_any_content_is_taken_over(content: bytes, tmp_path
 def test_a_process_that_is_about_to_end_is_waited_for(
     tmp_path: Path, holder: Started, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lock_module, "_PATIENCE", 30.0)
+    monkeypatch.setattr(lock_module, "_TIMEOUT", 30.0)
     threading.Timer(0.5, holder.kill).start()
     began = time.monotonic()
     with RunLock(tmp_path) as lock:
@@ -221,3 +223,93 @@ def test_what_others_are_writing_is_left_alone(tmp_path: Path) -> None:
     os.utime(tmp_path / old, (long_ago, long_ago))
     remove_leftovers(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_disk_that_is_full_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"), RunLock(tmp_path) as lock:
+            lock.take()
+    assert list(tmp_path.iterdir()) == []
+    held = os.listdir("/proc/self/fd")
+    with RunLock(tmp_path) as lock:
+        lock.take()
+    assert os.listdir("/proc/self/fd") == held
+
+
+def is_free(folder: Path) -> bool:
+    """Whether another process could take the lock."""
+    child = os.fork()
+    if child == 0:
+        with open(folder / ".lock", "rb+") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.processes
+def test_a_lock_that_a_copy_of_the_directory_gave_back_is_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with RunLock(folder) as lock:
+        lock.take()
+        shutil.copytree(folder, tmp_path / "copy")
+        assert is_free(folder)
+        lock.keep()
+        assert not is_free(folder)
+        (folder / ".lock").unlink()  # by somebody who took it for a stale one
+        lock.keep()
+        assert not is_free(folder)
+        without_locks(monkeypatch)
+        lock.keep()
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.processes
+def test_of_two_that_lost_and_took_a_lock_the_first_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock_module, "_PATIENCE", 0.1)
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        (tmp_path / ".lock").unlink()
+        process = Started(["-c", HOLDER, str(tmp_path)])
+        try:
+            assert process.first_line() == "taken"
+            with pytest.raises(RunInUseError, match=f"is in use by process {process.pid} on"):
+                lock.keep()
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.parametrize("place", ["gone", "taken"])
+def test_a_run_that_was_moved_writes_nothing_into_its_old_place(place: str, tmp_path: Path) -> None:
+    old, new = tmp_path / "run", tmp_path / "moved"
+    before: dict[str, str] = {}
+
+    def move(progress: Any) -> None:
+        if progress.step == 5:
+            old.rename(new)
+            if place == "taken":
+                shutil.copytree(new, old, symlinks=True)
+                record = json.loads((old / "run.json").read_text()) | {"run": "another"}
+                del record["sha256"]
+                (old / "run.json").write_text(sealed_json(record))
+                before.update(fingerprint(old / "checkpoints"))
+
+    found = "another run" if place == "taken" else "no run"
+    with pytest.raises(RunInUseError, match=f"run holds {found} now: the run of this process was"):
+        run("standard", old, on_step=move, settings=Settings(checkpoint_every=3, log_every=100))
+    assert fingerprint(old / "checkpoints") == before if before else not old.exists()
+    assert run("standard", new, resume=True).progress.step == 8

@@ -27,8 +27,8 @@ from fastadv.trainers import (
     train,
 )
 from fastadv.trainers.adversarial import AdversarialMethod
-from fastadv.trainers.carried import gathered, shared_out
 from fastadv.trainers.method import Update
+from fastadv.trainers.method_state import gather_state, shard_state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,9 +154,9 @@ def test_processes_keep_their_own_part_of_a_state_and_share_scalars(
     OwnState.wrong = {"rows": torch.ones(3, 2), "count": torch.tensor(4)}
     method = object.__new__(OwnState)
     monkeypatch.setattr(Ranks, "gather", lambda self, part: torch.cat((part, part + 1)))
-    state = gathered(method, Ranks(0, 2))
+    state = gather_state(method, Ranks(0, 2))
     assert state["rows"].shape == (6, 2) and state["count"].shape == ()
-    own = shared_out(state, Second())  # type: ignore[arg-type]
+    own = shard_state(state, Second())  # type: ignore[arg-type]
     assert torch.equal(own["rows"], torch.full((3, 2), 2.0)) and int(own["count"]) == 4
 
 

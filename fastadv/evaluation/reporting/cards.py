@@ -13,6 +13,7 @@ from fastadv.evaluation.results import Result
 from fastadv.evaluation.wording import format_eps
 
 _FORMAT = 1
+_MAX_NAME_LENGTH = 200  # bytes of a card's name; file systems take 255
 
 
 def model_cards(summary: Summary) -> dict[str, dict[str, Any]]:
@@ -26,7 +27,9 @@ def model_cards(summary: Summary) -> dict[str, dict[str, Any]]:
         attacked = [result for title, result in line.cells.items() if title != CLEAN]
         if attacked:
             parts = (summary.comparison.label(line), line.norm, format_eps(line.eps))
-            stem = "-".join(re.sub(r"[^A-Za-z0-9_.+-]", "_", part) for part in parts)
+            stem = "-".join(re.sub(r"[^A-Za-z0-9_.+-]", "_", part) for part in parts)[
+                -_MAX_NAME_LENGTH:
+            ]
             cards[_free(stem, cards)] = _card(line, attacked)
     return cards
 

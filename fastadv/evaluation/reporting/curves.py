@@ -65,7 +65,7 @@ def curve_plots(comparison: Comparison) -> list[CurvePlot]:
             if title != CLEAN and line.norm and line.ball:
                 subject = line.subject
                 plot = (title, line.norm, subject.data, subject.images, line.n, line.surrogate)
-                model = (line.run.name, subject.weights, subject.checkpoint, line.seed)
+                model = (line.run.name, subject.weights, subject.checkpoint, line.circumstances)
                 plots.setdefault(plot, {}).setdefault(model, []).append(line)
     found = []
     for (title, norm, data, _, n, surrogate), models in plots.items():

@@ -11,13 +11,14 @@ from typing import Any
 from fastadv.evaluation.reporting.masking import masking_records
 from fastadv.evaluation.reporting.seeds import mean_and_deviation
 from fastadv.evaluation.reporting.summary import Summary
+from fastadv.evaluation.wording import bounds_text
 from fastadv.plain_text import csv_cell
 
 _FORMAT = 1
 _COLUMNS = (
     *("run", "method", "network", "checkpoint", "data"),
     *("attack", "variant", "setting", "surrogate"),
-    *("norm", "eps", "median_distance", "mean_distance", "n", "correct"),
+    *("norm", "eps", "bounds", "median_distance", "mean_distance", "n", "correct"),
     *("accuracy", "low", "high", "sum", "mean", "ardist", "alpha", "steps", "after", "seed"),
     *("batch_size", "search", "status", "notes", "seconds", "device", "parameters"),
     *("multiply_adds", "weights", "images", "command", "date"),
@@ -74,6 +75,7 @@ def to_csv(summary: Summary) -> str:
             entry["eps"] = None
             entry["median_distance"], entry["mean_distance"] = distances.median, distances.mean
         entry["attack"], (entry["low"], entry["high"]) = entry["name"], entry["interval"]
+        entry["bounds"] = bounds_text(result.bounds)
         entry["notes"], entry["after"] = "; ".join(entry["notes"]), "+".join(entry["after"])
         measured = summary.trade_off(line, title)
         for name in ("sum", "mean", "ardist"):

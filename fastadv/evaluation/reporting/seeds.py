@@ -52,7 +52,7 @@ def series_of(comparison: Comparison) -> list[Series]:
 
 def _key(comparison: Comparison, line: Line) -> tuple[Any, ...]:
     subject, run = line.subject, line.run
-    same = (subject.data, subject.images, line.n, line.norm, line.eps, line.seed)
+    same = (subject.data, subject.images, line.n, *line.radius, *line.circumstances)
     kind = (line.ball, line.surrogate)
     checkpoints = {other.subject.checkpoint for other in comparison.lines if other.run is run}
     # Names of checkpoints count only where a run has several: the best checkpoints of two runs may differ in step.

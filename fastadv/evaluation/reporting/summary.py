@@ -14,7 +14,7 @@ from fastadv.evaluation.reporting.seeds import Series, mean_and_deviation, serie
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Result
 from fastadv.evaluation.trade_off import Published, TradeOff, published_for, trade_off
-from fastadv.evaluation.wording import format_eps
+from fastadv.evaluation.wording import bounds_text, format_eps
 
 _SHOWN_DIGITS = 12  # of a hash
 
@@ -239,6 +239,7 @@ class Summary:
                     *(f"{100 * row.accuracy:.2f}", interval_text(row)),
                     *(str(row.correct), str(row.n)),
                     *(("-", "-") if result.is_clean else (result.norm, radius)),
+                    bounds_text(result.bounds),
                     *(distance_text(distances.median if distances else None),),
                     *(distance_text(distances.mean if distances else None),),
                     *("-" if row.alpha is None else f"{row.alpha:.6g}", _or_dash(row.steps)),
@@ -249,7 +250,7 @@ class Summary:
         heading = (
             *("run", "checkpoint", "data", "attack", "variant", "setting", "surrogate"),
             *("accuracy %", "95 % interval", "right", "of"),
-            *("norm", "eps", "median distance", "mean distance", "alpha", "steps"),
+            *("norm", "eps", "bounds", "median distance", "mean distance", "alpha", "steps"),
             *("after", "seed", "batch", "search", "status", "seconds", "date"),
         )
         return Table("All results", heading, tuple(rows))

@@ -27,7 +27,7 @@ from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source
 from fastadv.reproduction.measures import Accuracy
 from fastadv.reproduction.scales import Scale
-from fastadv.reproduction.specs import CannotRun, Resolved, RunSpec, resolve
+from fastadv.reproduction.specs import CannotRun, ResolvedRun, RunSpec, resolve
 from fastadv.trainers import NonFiniteLossError, load_model, train
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 
@@ -39,8 +39,8 @@ T = TypeVar("T")
 
 
 @dataclass
-class Workshop:
-    """A folder of trained models.
+class RunStore:
+    """A folder of trained models: it trains the missing ones, measures them, and records the figures.
 
     Attributes:
         folder: the directory of the runs.
@@ -75,33 +75,33 @@ class Workshop:
         """SHA-256 of the further images; empty without any."""
         return "" if self.extra is None else sha256_of(Path(self.extra))
 
-    def resolve(self, run: RunSpec, seed: int) -> Resolved:
+    def resolve(self, run: RunSpec, seed: int) -> ResolvedRun:
         """Return the details of a training here.
 
         Raises:
             CannotRun: if a method, an option, a value or a network does not exist here.
         """
-        return resolve(run, self.scale, self.source.data, seed, self.extra_digest)
+        return resolve(run, self.scale, self.source.place, seed, self.extra_digest)
 
     @cached_property
     def train_images(self) -> ImageData:
         """The training images, as many as test images are used."""
         return self.source.first_train_images(self.scale.test_images)
 
-    def path(self, run: Resolved) -> Path:
+    def path(self, run: ResolvedRun) -> Path:
         """The directory of a run."""
         return self.folder / run.name
 
-    def is_complete(self, run: Resolved) -> bool:
+    def is_complete(self, run: ResolvedRun) -> bool:
         """Whether a run has been trained to its end."""
         return _SECONDS in self._record(run)
 
-    def missing(self, runs: Iterable[Resolved]) -> list[Resolved]:
+    def missing(self, runs: Iterable[ResolvedRun]) -> list[ResolvedRun]:
         """The runs that must be trained, among these and their teachers, each once and after its teachers."""
         needed = {one.name: one for run in runs for one in run.with_teachers()}
         return [run for run in needed.values() if not self.is_complete(run)]
 
-    def ensure(self, run: Resolved) -> None:
+    def ensure(self, run: ResolvedRun) -> None:
         """Train a run and its teachers, except complete ones. A run that was stopped is resumed."""
         for one in self.missing([run]):
             self._say(f"training {one.method.name} in {self.path(one)}")
@@ -109,7 +109,7 @@ class Workshop:
                 raise CannotRun(diverged)
             self._train(one)
 
-    def _train(self, run: Resolved) -> None:
+    def _train(self, run: ResolvedRun) -> None:
         began = time.perf_counter()
         self.trained.append(run.name)
         try:
@@ -120,7 +120,9 @@ class Workshop:
                 root=None if self.source.is_folder else self.source.root,
                 model=run.network,
                 run_dir=self.path(run),
-                teacher={name: self.folder / teacher.place for name, teacher in run.teachers}
+                teacher={
+                    name: self.folder / teacher.relative_path for name, teacher in run.teachers
+                }
                 or None,
                 extra=load_npz(self.extra) if run.extra and self.extra else None,
                 resume=True,
@@ -130,7 +132,7 @@ class Workshop:
         except NonFiniteLossError as error:
             # The other rows can still be trained. This run is not tried again, since it would diverge again.
             reason = f"{run.method.name} in {run.name} diverged: {str(error).partition(';')[0]}"
-            self._keep(run, _DIVERGED, reason)
+            self._write_record(run, _DIVERGED, reason)
             raise CannotRun(reason) from error
         except (ValueError, TypeError) as error:
             # The other rows can still be trained.
@@ -138,9 +140,9 @@ class Workshop:
             if not (isinstance(error, MissingLayerError) and self.scale.network is not None):
                 self.failures.append(f"{run.name}: {reason}")
             raise CannotRun(reason) from error
-        self._keep(run, _SECONDS, time.perf_counter() - began)
+        self._write_record(run, _SECONDS, time.perf_counter() - began)
 
-    def rows(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
+    def rows(self, run: ResolvedRun, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
         """Return accuracies of a trained run. Accuracies in its file of results are not measured again."""
         wanted = list(dict.fromkeys(wanted))
         found = self.known(run, wanted, seed)
@@ -170,7 +172,7 @@ class Workshop:
             found = self.known(run, wanted, seed)
         return found
 
-    def known(self, run: Resolved, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
+    def known(self, run: ResolvedRun, wanted: Iterable[Accuracy], seed: int) -> dict[Accuracy, Row]:
         """Return the accuracies of a run that are in its file of results."""
         file = self.path(run) / EVAL_FILE
         if not file.exists():
@@ -211,16 +213,16 @@ class Workshop:
     def _source(self, source: RunSpec, seed: int) -> Path:
         return self.path(self.resolve(source, seed))
 
-    def kept(self, run: Resolved, title: str, find: Callable[[], T]) -> T:
+    def cached(self, run: ResolvedRun, title: str, find: Callable[[], T]) -> T:
         """Return a measure of a run from its file, or call ``find`` and write the result to the file."""
         record = self._record(run)
         title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
-            self._keep(run, title, find())
+            self._write_record(run, title, find())
             self.judged += 1
         return self._record(run)[title]
 
-    def _record(self, run: Resolved) -> dict[str, Any]:
+    def _record(self, run: ResolvedRun) -> dict[str, Any]:
         file = self.path(run) / _RECORD
         if not file.exists():
             return {}
@@ -231,7 +233,7 @@ class Workshop:
                 f"{file} is damaged: {error}; delete it, and the run is checked anew"
             ) from error
 
-    def _keep(self, run: Resolved, title: str, value: Any) -> None:
+    def _write_record(self, run: ResolvedRun, title: str, value: Any) -> None:
         content = json.dumps({**self._record(run), title: value}, indent=2)
         write_atomically(self.path(run) / _RECORD, content + "\n")
 
@@ -241,40 +243,40 @@ class Workshop:
 
 
 @dataclass
-class Place:
+class TrainedRun:
     """One trained model, with the images and the device of its measurements.
 
     Attributes:
-        shop: the folder of models.
+        store: the folder of models.
         run: the training.
         seed: the seed of the training.
         found: the accuracies that are known.
     """
 
-    shop: Workshop
-    run: Resolved
+    store: RunStore
+    run: ResolvedRun
     seed: int
     found: dict[Accuracy, Row]
 
     @property
     def scale(self) -> Scale:
         """The scale of the training."""
-        return self.shop.scale
+        return self.store.scale
 
     @property
     def data(self) -> str:
         """The name of the data set."""
-        return self.shop.source.name
+        return self.store.source.name
 
     @property
     def images(self) -> ImageData | FolderImages:
         """The test images."""
-        return self.shop.images
+        return self.store.images
 
     @property
     def device(self) -> str | None:
         """The device for measuring."""
-        return self.shop.device
+        return self.store.device
 
     @property
     def n(self) -> int:
@@ -285,7 +287,7 @@ class Place:
     @property
     def image_shape(self) -> tuple[int, ...]:
         """[C, H, W]."""
-        return self.shop.source.image_shape
+        return self.store.source.image_shape
 
     def row(self, accuracy: Accuracy) -> Row:
         """The result with an accuracy of the model."""
@@ -294,19 +296,19 @@ class Place:
     def model(self, run: RunSpec | None = None) -> nn.Module:
         """The trained model, or the model of another training with the same seed."""
         resolved = self.run if run is None else self._resolved(run)
-        model = load_model(self.shop.folder / resolved.place)
+        model = load_model(self.store.folder / resolved.relative_path)
         return model if self.device is None else model.to(torch.device(self.device))
 
     def name_of(self, run: RunSpec) -> str:
         """The name of another training with the same seed."""
-        return self._resolved(run).place
+        return self._resolved(run).relative_path
 
-    def _resolved(self, run: RunSpec) -> Resolved:
-        return self.shop.resolve(run, self.seed)
+    def _resolved(self, run: RunSpec) -> ResolvedRun:
+        return self.store.resolve(run, self.seed)
 
-    def kept(self, title: str, find: Callable[[], T]) -> T:
-        """`Workshop.kept` for this model."""
-        return self.shop.kept(self.run, title, find)
+    def cached(self, title: str, find: Callable[[], T]) -> T:
+        """`RunStore.cached` for this model."""
+        return self.store.cached(self.run, title, find)
 
     def extractor_radii(self) -> list[float]:
         """The radii for which the extractors of a stack were trained."""

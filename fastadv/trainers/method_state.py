@@ -31,7 +31,7 @@ def checked_state(method: Method[Any, Any]) -> dict[str, Tensor]:
     return dict(found)
 
 
-def gathered(method: Method[Any, Any], ranks: Ranks) -> dict[str, Tensor]:
+def gather_state(method: Method[Any, Any], ranks: Ranks) -> dict[str, Tensor]:
     """Return a method's state: the parts of all processes one after the other, and of a scalar the first's."""
     state = checked_state(method)
     return {
@@ -39,6 +39,6 @@ def gathered(method: Method[Any, Any], ranks: Ranks) -> dict[str, Tensor]:
     }
 
 
-def shared_out(state: Mapping[str, Tensor], loader: Batches) -> dict[str, Tensor]:
-    """Return this process's part of a state that `gathered` returned."""
+def shard_state(state: Mapping[str, Tensor], loader: Batches) -> dict[str, Tensor]:
+    """Return this process's part of a state that `gather_state` returned."""
     return {k: value if value.dim() == 0 else loader.shard(value) for k, value in state.items()}

@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from fastadv.attacks.attack import AttackSettings
 
 
-def tell_of_settings(settings: AttackSettings) -> None:
+def warn_of_settings(settings: AttackSettings) -> None:
     """Warn if the radius is meant for other images, or if all steps together are too short."""
-    tell_of_default_radius(settings.eps, settings.norm, settings.bounds, stacklevel=6)
+    warn_of_default_radius(settings.eps, settings.norm, settings.bounds, stacklevel=6)
     step, steps = getattr(settings, "step_size", None), getattr(settings, "steps", None)
     if step is not None and steps is not None:
-        doubt = short_reach(step, steps, settings.eps)
+        doubt = short_reach_warning(step, steps, settings.eps)
         if doubt:
             warnings.warn(doubt, stacklevel=5)
 
 
-def tell_of_default_radius(
+def warn_of_default_radius(
     eps: float, norm: str, bounds: tuple[float, float], stacklevel: int
 ) -> None:
     """Warn if a radius is the default for linf and images in 0..1, but the norm or the bounds are others."""
@@ -38,7 +38,7 @@ def tell_of_default_radius(
         )
 
 
-def short_reach(alpha: float, steps: int, eps: float) -> str:
+def short_reach_warning(alpha: float, steps: int, eps: float) -> str:
     """The warning if all steps together are shorter than a tenth of the radius; "" if they are not."""
     if alpha * steps >= 0.1 * eps:
         return ""
@@ -48,7 +48,6 @@ def short_reach(alpha: float, steps: int, eps: float) -> str:
     )
 
 
-_ALWAYS_LEAD_ON = ("ce", "kl", "cw")  # losses with a gradient also where an image is wrong already
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -57,7 +56,7 @@ def _minds(layer: nn.Module) -> bool:
     return isinstance(layer, _BATCH_NORMS) or "Drop" in type(layer).__name__
 
 
-def tell_of_modes(model: object) -> bool:
+def warn_of_modes(model: object) -> bool:
     """Warn if dropout or BatchNorm alone was put into train mode, which an attack in eval mode ends.
 
     That is how Monte Carlo dropout is often written: `model.eval()`, then `train()` of each dropout.
@@ -78,12 +77,18 @@ def tell_of_modes(model: object) -> bool:
     return False
 
 
-def tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
+# Losses with a gradient also where an image is misclassified already.
+_FOLLOWED_PAST_SUCCESS = ("ce", "kl", "cw")
+
+
+def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
     """Warn if the gradients were zero or NaN: then images stay correctly classified that are not robust."""
-    leads_on = getattr(settings, "loss", None) in _ALWAYS_LEAD_ON and not settings.targeted
+    expects_gradient = (
+        getattr(settings, "loss", None) in _FOLLOWED_PAST_SUCCESS and not settings.targeted
+    )
     if report.nan_gradients:
         what = f"NaN in {report.nan_gradients} of {report.elements} elements"
-    elif leads_on and report.elements and report.zero_gradient_share == 1:
+    elif expects_gradient and report.elements and report.zero_gradient_share == 1:
         what = "zero everywhere"
     else:
         return
@@ -94,7 +99,7 @@ def tell_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
     )
 
 
-def tell_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
+def warn_of_probabilities(results: Tensor | None, settings: AttackSettings) -> None:
     """Warn if a loss of logits got probabilities: for a certain class its gradient is nearly 0."""
     of_logits = isinstance(getattr(settings, "loss", "cw"), str)
     if of_logits and results is not None and are_probabilities(results):
