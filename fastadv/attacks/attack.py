@@ -26,6 +26,7 @@ from fastadv.attacks.arguments import (
 )
 from fastadv.attacks.attack_warnings import (
     warn_of_gradients,
+    warn_of_modes,
     warn_of_probabilities,
     warn_of_settings,
 )
@@ -137,6 +138,7 @@ class Attack(Configured):
         self.settings = settings
         warn_of_settings(settings)
         self._told_of = settings  # those that were set later are told of at the next call
+        self._told_of_modes = False
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -197,6 +199,8 @@ class Attack(Configured):
         if settings is not self._told_of:
             warn_of_settings(settings)
             self._told_of = settings
+        if not self._told_of_modes and not settings.train_mode:
+            self._told_of_modes = warn_of_modes(self.model)
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(

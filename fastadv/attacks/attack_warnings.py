@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastadv.attacks.report import AttackReport
 from fastadv.attacks.soft_labels import are_probabilities
+from fastadv.engine.networks import modules_of
 
 if TYPE_CHECKING:
     from fastadv.attacks.attack import AttackSettings
@@ -57,6 +58,35 @@ def short_reach_warning(alpha: float, steps: int, eps: float) -> str:
         f"alpha * steps is {alpha * steps:.3g}, less than a tenth of eps, {eps:.3g}: the attack "
         "cannot get far from where it begins; alpha is in the units of the images, as eps is"
     )
+
+
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+def _minds(layer: nn.Module) -> bool:
+    """Whether a layer does something else in train mode."""
+    return isinstance(layer, _BATCH_NORMS) or "Drop" in type(layer).__name__
+
+
+def warn_of_modes(model: object) -> bool:
+    """Warn if dropout or BatchNorm alone was put into train mode, which an attack in eval mode ends.
+
+    That is how Monte Carlo dropout is often written: `model.eval()`, then `train()` of each dropout.
+
+    Returns:
+        Whether there was a warning.
+    """
+    for part in modules_of(model) if isinstance(model, nn.Module) else ():
+        for name, child in part.named_children() if not part.training else ():
+            if child.training and next(child.children(), None) is None and _minds(child):
+                warnings.warn(
+                    f"the attack runs the whole model in eval mode, though its {name!r}, a "
+                    f"{type(child).__name__}, is in train mode; where that is part of a defence, let its "
+                    "forward ask for it, such as by F.dropout(x, p, training=True)",
+                    stacklevel=5,
+                )
+                return True
+    return False
 
 
 # Losses with a gradient also where an image is misclassified already.

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastadv.engine.networks import modules_of, networks_of, parts_of
+from fastadv.engine.networks import TORCHS_ATTRIBUTES, modules_of, networks_of, parts_of
 from fastadv.engine.randomness import DrawWatch
+
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
 
 
 @contextmanager
@@ -17,24 +21,27 @@ def frozen(
     model: object,
     *,
     train_mode: bool = False,
-    keep_buffers: bool = True,
-    freeze_parameters: bool = True,
+    keep_state: bool = True,
+    freeze_parameters: bool = False,
+    keep_parameters: bool = False,
     seed: int | None = None,
     watch: bool = False,
 ) -> Iterator[None]:
-    """Freeze a module's parameters and set its mode; restore all of it on leaving, exceptions included.
+    """Set a module's mode and hold its state; restore all of it on leaving, exceptions included.
 
-    Inside, no parameter requires grad, so that an attack computes input gradients only. On leaving, every
-    module has its own mode back, every parameter its own ``requires_grad``, and every buffer its own value.
-    A module with a ``train`` method of its own, which may do more than to set the mode, is called to go back.
+    On leaving, every module has its own mode and plain attributes back, every parameter its own
+    ``requires_grad``, and every buffer its own value. A module with a ``train`` method of its own, which may do
+    more than to set the mode, is called to go back.
     All but the mode also holds for networks that the model runs without having registered them, and for those of
     another callable; see `fastadv.engine.networks`. Their mode is the caller's.
 
     Args:
         model: an ``nn.Module``, or another callable.
         train_mode: run in train instead of eval mode.
-        keep_buffers: put the buffers back on leaving.
-        freeze_parameters: whether parameters stop to require grad.
+        keep_state: put the buffers and plain attributes back on leaving.
+        freeze_parameters: inside, no parameter requires grad, so that gradients of the images alone are computed.
+        keep_parameters: put the values and gradients of the parameters back on leaving. Inside, they have no
+            gradient.
         seed: seed of the random numbers that the model draws inside, such as dropout's in train mode. The caller's
             random state is restored. None does not touch the random state.
         watch: do not touch the random state until the model draws.
@@ -48,9 +55,13 @@ def frozen(
         stack.enter_context(_own_parametrized_weights())
         parts = parts_of(networks_of(model))
         if parts:
-            if keep_buffers:
+            if keep_state:
                 stack.enter_context(_kept_buffers(parts))
             stack.enter_context(_in_mode(model, parts, train_mode))
+            if keep_state:
+                stack.enter_context(_kept_attributes(parts))
+            if keep_parameters:
+                stack.enter_context(_kept_parameters(_parameters_of(parts)))
             if freeze_parameters:
                 for parameter in _parameters_of(parts):
                     parameter.requires_grad_(False)
@@ -173,6 +184,60 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
             if not _known_equal(now, before):
                 now.copy_(before)
             module._buffers[name] = buffer
+
+
+@contextmanager
+def _kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Keep the values and gradients of parameters, which a model that learns in its forward pass changes."""
+    saved = [(p, p.grad, p.detach().clone()) for p in parameters]
+    try:
+        for parameter, _, _ in saved:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad, value in saved:
+            if not _known_equal(parameter.data, value):
+                parameter.data.copy_(value)
+            parameter.grad = grad
+
+
+@contextmanager
+def _kept_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back the plain attributes of every module, such as features that a forward pass keeps.
+
+    Lists and other containers get back the entries that they had: some passes compute no values that could stay.
+    """
+    saved = [(module, dict(vars(module))) for module in parts]
+    containers = [
+        (value, value.copy())
+        for _, attributes in saved
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in saved:
+            current = vars(module)
+            for name in [n for n in current if n not in attributes]:
+                del current[name]
+            for name, value in attributes.items():
+                if current.get(name, _ABSENT) is not value:
+                    current[name] = value
+        for container, before in containers:
+            if list(map(id, _entries(container))) != list(map(id, _entries(before))):
+                container.clear()
+                (container.extend if hasattr(container, "extend") else container.update)(before)
+
+
+def _entries(container: Any) -> Iterator[object]:
+    for entry in container:
+        yield entry
+        if isinstance(container, dict):
+            yield container[entry]
+
+
+_ABSENT = object()
 
 
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:

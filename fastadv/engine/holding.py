@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +11,8 @@ from torch import Tensor, nn
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
-from fastadv.engine.networks import TORCHS_ATTRIBUTES, modules_of
+from fastadv.engine.networks import modules_of
 
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
 _SETTLED_ON = 2  # number of images
 
 
@@ -27,7 +24,7 @@ def held(model: nn.Module) -> Iterator[None]:
         Unrecordable: the model has backward hooks.
     """
     _refuse_backward_hooks(model)
-    with frozen(model, freeze_parameters=False), _kept_attributes(model), _uncompiled(model):
+    with frozen(model), uncompiled(model):
         yield
 
 
@@ -46,46 +43,7 @@ def _refuse_backward_hooks(model: nn.Module) -> None:
 
 
 @contextmanager
-def _kept_attributes(model: nn.Module) -> Iterator[None]:
-    """Put back the plain attributes of every module, such as features that a forward pass keeps.
-
-    Lists and other containers get back the entries that they had: some passes compute no values that could stay.
-    """
-    saved = [(module, dict(vars(module))) for module in modules_of(model)]
-    containers = [
-        (value, value.copy())
-        for _, attributes in saved
-        for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in saved:
-            current = vars(module)
-            for name in [n for n in current if n not in attributes]:
-                del current[name]
-            for name, value in attributes.items():
-                if current.get(name, _ABSENT) is not value:
-                    current[name] = value
-        for container, before in containers:
-            if list(map(id, _entries(container))) != list(map(id, _entries(before))):
-                container.clear()
-                (container.extend if hasattr(container, "extend") else container.update)(before)
-
-
-def _entries(container: Any) -> Iterator[object]:
-    for entry in container:
-        yield entry
-        if isinstance(container, dict):
-            yield container[entry]
-
-
-_ABSENT = object()
-
-
-@contextmanager
-def _uncompiled(model: nn.Module) -> Iterator[None]:
+def uncompiled(model: nn.Module) -> Iterator[None]:
     """Run parts that `torch.compile` has compiled as they were written, so that their operations can be seen.
 
     torch has one such switch for the whole process; it is touched for models with compiled parts only.

@@ -33,6 +33,8 @@ class EagerEngine(Engine):
             are noticed when they happen. "unlikely": the same, for a model that did not draw when it was looked
             at.
         channels_last: run on channels-last images, which the code of some models does not accept.
+        learns: whether the model takes gradients in its own parameters during its forward pass. They must then
+            require grad, and are put back.
     """
 
     name = "eager"
@@ -44,7 +46,9 @@ class EagerEngine(Engine):
         train_mode: bool | str = False,
         draws: Draws = "assumed",
         channels_last: bool = False,
+        learns: bool = False,
     ) -> None:
+        self._learns = learns
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
@@ -62,7 +66,9 @@ class EagerEngine(Engine):
             with frozen(
                 model,
                 train_mode=bool(self._train_mode),
-                keep_buffers=self._train_mode != "moving",
+                keep_state=self._train_mode != "moving",
+                freeze_parameters=not self._learns,
+                keep_parameters=self._learns,
                 seed=seed if self._draws != "never" else None,
                 watch=self._draws in ("watched", "unlikely"),
             ):

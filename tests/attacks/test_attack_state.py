@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -295,10 +296,43 @@ def test_a_graph_of_the_caller_survives_an_attack(way: str) -> None:
 
 
 def test_only_the_seed_is_drawn_from_the_default_generator() -> None:
-    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images(4), torch.arange(4)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images(4, 1), torch.arange(4)
     torch.manual_seed(3)
     fastadv.pgd_fused(model, x, y, steps=2)
     after_attack = torch.rand(1)
     torch.manual_seed(3)
     torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     assert torch.equal(torch.rand(1), after_attack)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_dropout_that_alone_is_in_train_mode_is_told_of_once(inside: bool) -> None:
+    """An attack in eval mode turns it off, so that it attacks another model than the caller may think."""
+    model = WithDropout().eval()
+    model.dropout.train()
+    x, y = images(4, 1), torch.arange(4)
+    attack = fastadv.PGD(nn.Sequential(model).train() if inside else model, steps=1)
+    model.eval().dropout.train()
+    with pytest.warns(UserWarning, match="its 'dropout', a Dropout, is in train mode"):
+        attack(x, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attack(x, y)
+
+
+@pytest.mark.parametrize(
+    "setting", ["train mode", "train mode asked for", "frozen", "whole network"]
+)
+def test_modes_that_an_attack_may_well_end_are_not_told_of(setting: str) -> None:
+    model = WithDropout().train()
+    attacked, train_mode = model, setting == "train mode asked for"
+    if setting == "frozen":
+        model.dropout.eval()
+    if setting == "whole network":  # of a wrapper whose network is trained
+        attacked = nn.Sequential(model).eval()
+        model.train()
+    if train_mode:
+        model.eval().dropout.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.PGD(attacked, steps=1, train_mode=train_mode)(images(4, 1), torch.arange(4))

@@ -1,0 +1,144 @@
+"""Models that change themselves in their forward pass: attacked as they are, and left as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import fastadv
+
+X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
+
+
+class Adapting(nn.Module):
+    """Takes two steps towards certain predictions before each prediction, from the same scales each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)
+        )
+        self.adapted = [self.network[1].weight, self.network[1].bias]
+        self.first = [p.detach().clone() for p in self.adapted]
+        self.optimizer = torch.optim.SGD(self.adapted, 1.0)
+
+    def entropy(self, x: Tensor) -> Tensor:
+        logits = self.network(x)
+        return -(logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+
+    def descend(self, x: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self.entropy(x).backward()
+        self.optimizer.step()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for parameter, first in zip(self.adapted, self.first, strict=True):
+                parameter.copy_(first)
+        with torch.enable_grad():
+            for _ in range(2):
+                self.descend(x)
+        return self.network(x)
+
+
+class AdaptingToValues(Adapting):
+    """Adapts to images that have no gradient."""
+
+    def descend(self, x: Tensor) -> None:
+        super().descend(x.detach())
+
+
+class AdaptingFunctionally(Adapting):
+    """Leaves its parameters alone, and predicts with others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            found = torch.autograd.grad(self.entropy(x.detach()), self.adapted)
+        pairs = zip(("1.weight", "1.bias"), self.adapted, found, strict=True)
+        return functional_call(self.network, {name: p - g for name, p, g in pairs}, (x,))
+
+
+def plain_attack(model: Callable[[Tensor], Tensor]) -> Tensor:
+    adv = X.clone()
+    for _ in range(3):
+        adv.requires_grad_()
+        (grad,) = torch.autograd.grad(F.cross_entropy(model(adv), Y), adv)
+        adv = adv.detach() + 2 / 255 * grad.sign()
+        adv = adv.clamp(X - 8 / 255, X + 8 / 255).clamp(0, 1)
+    return adv
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+@pytest.mark.parametrize("kind", [Adapting, AdaptingToValues, AdaptingFunctionally])
+def test_a_model_that_adapts_in_its_forward_pass_adapts_under_attack(
+    kind: type[Adapting], train_mode: bool
+) -> None:
+    """With parameters that require no grad it would not adapt, and another network would be attacked."""
+    model = kind().train(train_mode)
+    parameter = model.network[0].weight
+    parameter.grad = torch.ones_like(parameter)
+    weights = [p.detach().clone() for p in model.parameters()]
+    attack = fastadv.PGD(
+        model, steps=3, random_start=False, train_mode=train_mode, precision="fp32"
+    )
+    found = [attack(X, Y), attack(X, Y)]
+    assert all(map(torch.equal, model.parameters(), weights))
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+    assert all(p.grad is None for p in model.parameters() if p is not parameter)
+    expected = plain_attack(model)
+    assert torch.equal(found[0], expected)
+    assert torch.equal(found[1], expected)
+
+
+def test_a_function_around_a_model_that_adapts_is_attacked_as_it_is() -> None:
+    model = Adapting().eval()
+    attack = fastadv.PGD(lambda x: model(x), steps=3, random_start=False)
+    assert torch.equal(attack(X, Y), plain_attack(model))
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_a_model_that_adapts_is_evaluated_as_it_is() -> None:
+    model = AdaptingToValues().eval()
+    with torch.no_grad():
+        clean = (model(X).argmax(1) == Y).float().mean().item()
+    report = fastadv.evaluate(model, (X, Y), ["clean", "pgd-2"], progress=False)
+    assert report.rows[0].accuracy == pytest.approx(clean)
+
+
+class Spiking(nn.Module):
+    """Keeps a membrane's voltage from pass to pass: as an attribute, and in a dictionary."""
+
+    def __init__(self, reset: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Linear(192, 4)
+        self.reset, self.voltage = reset, torch.zeros(1)
+        self.memories: dict[str, Tensor | float] = {"v": 0.0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reset:
+            self.voltage, self.memories["v"] = torch.zeros(1), 0.0
+        for _ in range(2):
+            self.voltage = 0.5 * self.voltage + self.network(x.flatten(1))
+            self.memories["v"] = self.memories["v"] + self.voltage.tanh()
+        return self.memories["v"]  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"engine": "eager"}, {"train_mode": True}])
+def test_the_state_that_passes_leave_in_attributes_is_as_before_an_attack(
+    settings: dict[str, object], reset: bool
+) -> None:
+    """Such as the voltages of spiking networks, which the caller's next pass would begin with."""
+    model = Spiking(reset)
+    voltage = model.voltage
+    fastadv.PGD(model, steps=2, **settings)(X, Y)  # type: ignore[arg-type]
+    assert model.voltage is voltage
+    assert model.memories == {"v": 0.0}
