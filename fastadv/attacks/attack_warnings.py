@@ -77,8 +77,14 @@ def warn_of_modes(model: object) -> bool:
         Whether there was a warning.
     """
     for part in modules_of(model) if isinstance(model, nn.Module) else ():
-        for name, child in part.named_children() if not part.training else ():
-            if child.training and next(child.children(), None) is None and _minds(child):
+        if getattr(part, "training", True):  # frozen scripts have no mode
+            continue
+        for name, child in part.named_children():
+            if (
+                getattr(child, "training", False)
+                and next(child.children(), None) is None
+                and _minds(child)
+            ):
                 warnings.warn(
                     f"the attack runs the whole model in eval mode, though its {name!r}, a "
                     f"{type(child).__name__}, is in train mode; where that is part of a defence, let its "

@@ -70,7 +70,10 @@ def load_results(
         if name in _IMAGES:
             values = values.float() / 255 if values.dtype == torch.uint8 else values
             if normalize is not None:
-                mean, std = (torch.tensor(normalize[key]).to(values) for key in ("mean", "std"))
+                mean, std = (
+                    torch.tensor(normalize[key], dtype=values.dtype, device=values.device)
+                    for key in ("mean", "std")
+                )
                 values = (values - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
         parts.append(values)
     size = integer("batch_size", batch_size, at_least=1)

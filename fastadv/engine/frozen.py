@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
 
 import torch
 from torch import nn
 
-from fastadv.engine.networks import TORCHS_ATTRIBUTES, modules_of, networks_of, parts_of
+from fastadv.engine.kept_attributes import kept_attributes
+from fastadv.engine.networks import modules_of, networks_of, parts_of
 from fastadv.engine.randomness import DrawWatch
 
-_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @contextmanager
@@ -29,7 +28,7 @@ def frozen(
 ) -> Iterator[None]:
     """Set a module's mode and hold its state; restore all of it on leaving, exceptions included.
 
-    On leaving, every module has its own mode and plain attributes back, every parameter its own
+    On leaving, every module has its own mode and the tensors in its attributes back, every parameter its own
     ``requires_grad``, and every buffer its own value. A module with a ``train`` method of its own, which may do
     more than to set the mode, is called to go back.
     All but the mode also holds for networks that the model runs without having registered them, and for those of
@@ -38,7 +37,7 @@ def frozen(
     Args:
         model: an ``nn.Module``, or another callable.
         train_mode: run in train instead of eval mode.
-        keep_state: put the buffers and plain attributes back on leaving.
+        keep_state: put the buffers and the tensors in attributes back on leaving.
         freeze_parameters: inside, no parameter requires grad, so that gradients of the images alone are computed.
         keep_parameters: put the values and gradients of the parameters back on leaving. Inside, they have no
             gradient.
@@ -59,11 +58,11 @@ def frozen(
                 stack.enter_context(_kept_buffers(parts))
             stack.enter_context(_in_mode(model, parts, train_mode))
             if keep_state:
-                stack.enter_context(_kept_attributes(parts))
+                stack.enter_context(kept_attributes(parts, tensors_only=True))
             if keep_parameters:
-                stack.enter_context(_kept_parameters(_parameters_of(parts)))
+                stack.enter_context(_kept_parameters(parameters_of(parts)))
             if freeze_parameters:
-                for parameter in _parameters_of(parts):
+                for parameter in parameters_of(parts):
                     parameter.requires_grad_(False)
         if seed is not None:
             seeded = _forked_at_first_draw if watch else _forked_random_state
@@ -89,7 +88,7 @@ def _own_parametrized_weights() -> Iterator[None]:
 
 
 def _refuse_lazy_weights(model: nn.Module) -> None:
-    if not any(map(nn.parameter.is_lazy, _parameters_of(modules_of(model)))):
+    if not any(map(nn.parameter.is_lazy, parameters_of(modules_of(model)))):
         return
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -112,7 +111,7 @@ def in_mode(model: object, train_mode: bool = False) -> Iterator[None]:
 @contextmanager
 def _in_mode(model: object, parts: Sequence[nn.Module], training: bool) -> Iterator[None]:
     modes = [(module, module.training) for module in parts if hasattr(module, "training")]
-    wanted = [(p, p.requires_grad) for p in _parameters_of(parts)]
+    wanted = [(p, p.requires_grad) for p in parameters_of(parts)]
     try:
         # Only if needed: some models empty their caches when their mode is set.
         if isinstance(model, nn.Module) and _has_other_mode(model, training):
@@ -150,7 +149,7 @@ def _trains_by_itself(module: nn.Module) -> bool:
     return own or not vars(module).keys().isdisjoint(("train", "eval"))
 
 
-def _parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
+def parameters_of(parts: Sequence[nn.Module]) -> list[nn.Parameter]:
     """The parameters of modules, each once, without those made in inference mode, which autograd refuses."""
     found = [p for part in parts for p in part._parameters.values() if p is not None]
     # Lazy ones cannot be asked. `frozen` refuses those of the model.
@@ -201,51 +200,15 @@ def _kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
             parameter.grad = grad
 
 
-@contextmanager
-def _kept_attributes(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back the plain attributes of every module, such as features that a forward pass keeps.
-
-    Lists and other containers get back the entries that they had: some passes compute no values that could stay.
-    """
-    saved = [(module, dict(vars(module))) for module in parts]
-    containers = [
-        (value, value.copy())
-        for _, attributes in saved
-        for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in saved:
-            current = vars(module)
-            for name in [n for n in current if n not in attributes]:
-                del current[name]
-            for name, value in attributes.items():
-                if current.get(name, _ABSENT) is not value:
-                    current[name] = value
-        for container, before in containers:
-            if list(map(id, _entries(container))) != list(map(id, _entries(before))):
-                container.clear()
-                (container.extend if hasattr(container, "extend") else container.update)(before)
-
-
-def _entries(container: Any) -> Iterator[object]:
-    for entry in container:
-        yield entry
-        if isinstance(container, dict):
-            yield container[entry]
-
-
-_ABSENT = object()
-
-
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:
     """Whether nothing is to be written. Memory such as that of a file opened for reading bears no writing.
 
     On a GPU the question would wait for the device.
     """
     simple = now.device.type == "cpu" and now.layout is torch.strided and not now.is_quantized
+    if simple and now.is_floating_point():  # by their bits, as NaN is not equal to itself
+        bits = _SAME_SIZE[now.element_size()]
+        return torch.equal(now.view(bits), before.view(bits))
     return simple and torch.equal(now, before)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastadv.engine.compiled_parts import has_compiled_parts
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.frozen import frozen
+from fastadv.engine.kept_attributes import kept_attributes
 from fastadv.engine.networks import modules_of
 
 _SETTLED_ON = 2  # number of images
@@ -24,7 +25,8 @@ def held(model: nn.Module) -> Iterator[None]:
         Unrecordable: the model has backward hooks.
     """
     _refuse_backward_hooks(model)
-    with frozen(model), uncompiled(model):
+    attributes = kept_attributes(modules_of(model), tensors_only=False)
+    with frozen(model), attributes, uncompiled(model):
         yield
 
 

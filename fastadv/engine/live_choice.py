@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
@@ -15,10 +13,9 @@ from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.engines import Model, ValueOfLogits
 from fastadv.engine.first_recordings import PROBES, SIZES, finite
-from fastadv.engine.frozen import frozen
-from fastadv.engine.holding import held, uncompiled
+from fastadv.engine.holding import held
+from fastadv.engine.learning import Learning
 from fastadv.engine.live_engines import Draws, EagerEngine, LiveEngine, as_model_takes
-from fastadv.engine.networks import networks_of, parts_of
 from fastadv.engine.recorder import Recorder
 from fastadv.engine.tape import Tape
 from fastadv.float32 import full_float32
@@ -40,7 +37,7 @@ class Live:
         reason: the reason for this precision.
         draws: as in `EagerEngine`.
         channels_last: as in `EagerEngine`.
-        learns: as in `EagerEngine`.
+        learning: as in `EagerEngine`.
         uses: number of uses so far.
         next_try: the number of uses after which a copy is tried.
     """
@@ -50,14 +47,14 @@ class Live:
     reason: str
     draws: Draws
     channels_last: bool
-    learns: bool
+    learning: Learning
     uses: int = 1
     next_try: int = 1
 
     def engine(self, train_mode: bool | str) -> EagerEngine:
         """The engine; it is not proven, since it is the model itself."""
         return EagerEngine(
-            self.precision, self.reason, train_mode, self.draws, self.channels_last, self.learns
+            self.precision, self.reason, train_mode, self.draws, self.channels_last, self.learning
         )
 
 
@@ -139,13 +136,16 @@ class LiveChoice:
         draws = _draws(model, x, bool(train_mode))
         # That the forward pass draws nothing tells nothing of the backward pass, which trials run, too.
         in_trials: Draws = "assumed" if draws == "never" else draws
-        learns = draws != "never" and self._learns(before, obstacle, model, x, bool(train_mode))
+        # Found out anew, in the first pass, as often as a copy is tried.
+        learning = Learning(never=draws == "never")
         if precision != "fp32" and free:
             assert isinstance(model, nn.Module)
             place = (kind, obstacle)
             compared = self._compared.get(place)
             if compared is None or not compared.right or compared.is_due(model):
-                right = _is_right(model, x, precision, bool(train_mode), in_trials, learns=learns)
+                right = _is_right(
+                    model, x, precision, bool(train_mode), in_trials, learning=learning
+                )
                 compared = self._compared[place] = _Comparison(model, right, compared)
             if not compared.right:
                 precision, reason = "fp32", f"{obstacle}; in {precision} its gradients are others"
@@ -154,25 +154,16 @@ class LiveChoice:
                 last = (
                     before.channels_last
                     if before is not None and known
-                    else _faster_channels_last(model, x, precision, in_trials, learns)
+                    else _faster_channels_last(model, x, precision, in_trials, learning)
                 )
         uses = 1 if before is None else before.uses + 1
-        live = Live(obstacle, precision, reason, draws, last, learns, uses, _LONGER * uses)
+        live = Live(obstacle, precision, reason, draws, last, learning, uses, _LONGER * uses)
         if draws == "never" and randomness.draws_can_be_watched(model):
             live.draws = "unlikely"  # for as long as nobody looks again
         elif draws == "never":
             live.next_try = uses
         self._found[kind] = live
         return live
-
-    @staticmethod
-    def _learns(
-        before: Live | None, obstacle: str, model: Model, x: Tensor, train_mode: bool
-    ) -> bool:
-        """Whether the model learns in its forward pass; known from before until a copy would be tried again."""
-        if before is not None and before.obstacle == obstacle and before.uses < before.next_try:
-            return before.learns
-        return learns_in_forward(model, x, train_mode)
 
 
 def _weights_of(model: nn.Module) -> Hashable:
@@ -182,43 +173,6 @@ def _weights_of(model: nn.Module) -> Hashable:
     if found is not None:
         return found
     return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-def learns_in_forward(model: Model, x: Tensor, train_mode: bool) -> bool:
-    """Whether a model takes gradients in its own parameters during its forward pass.
-
-    Models that adapt to the images do. If their parameters did not require grad, another network would be
-    attacked: one that does not adapt.
-
-    Args:
-        model: the live model.
-        x: images [B, ...].
-        train_mode: as in `EagerEngine`.
-    """
-    parts = parts_of(networks_of(model))
-    wanted = [p for part in parts for p in part.parameters(recurse=False) if p.requires_grad]
-    taken: list[Tensor] = []
-    hooks = []
-    try:
-        hooks = [p.register_hook(taken.append) for p in wanted if not p.is_inference()]
-        # Some models take batches of one size alone.
-        for images in (x[:PROBES], x) if hooks else ():
-            with suppress(Exception):  # the model's own message is to come from the real call
-                _run_once(model, as_model_takes(model, finite(images)), train_mode)
-                break
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return bool(taken)
-
-
-def _run_once(model: Model, images: Tensor, train_mode: bool) -> None:
-    """One forward pass as an attack runs it, but with parameters that may require grad."""
-    own = unwrapped(model) if isinstance(model, nn.Module) else model
-    seen = uncompiled(model) if isinstance(model, nn.Module) else nullcontext()
-    held_still = frozen(own, train_mode=train_mode, keep_parameters=True, seed=0)
-    with held_still, seen, full_float32(), torch.enable_grad():
-        own(images.detach().clone().requires_grad_())
 
 
 def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:
@@ -237,7 +191,7 @@ def _is_right(
     train_mode: bool,
     draws: Draws,
     channels_last: bool = False,
-    learns: bool = False,
+    learning: Learning | None = None,
 ) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
     images = finite(x if train_mode else x[: SIZES[-1]])
@@ -246,7 +200,7 @@ def _is_right(
         values: tuple[ValueOfLogits, ...] = ()
         for own in ("fp32", precision):
             last = channels_last and own == precision
-            engine = EagerEngine(own, "", train_mode, draws, last, learns)
+            engine = EagerEngine(own, "", train_mode, draws, last, learning)
             with full_float32(), engine.session(model, 0):
                 shown = engine.images(images)
                 values = values or proof.objectives(engine.logits(shown))
@@ -262,11 +216,11 @@ def _is_right(
 
 
 def _faster_channels_last(
-    model: Model, x: Tensor, precision: str, draws: Draws, learns: bool
+    model: Model, x: Tensor, precision: str, draws: Draws, learning: Learning
 ) -> bool:
     """Whether the live model is clearly faster on channels-last images, and right."""
     images, best = finite(x[: SIZES[-1]]), [float("inf"), float("inf")]
-    engines = [EagerEngine(precision, "", False, draws, last, learns) for last in (False, True)]
+    engines = [EagerEngine(precision, "", False, draws, last, learning) for last in (False, True)]
     try:
         for number in range(_ROUNDS + 1):
             for place, engine in enumerate(engines):
@@ -280,7 +234,7 @@ def _faster_channels_last(
     except Exception:  # its own code may not take this layout
         return False
     return best[1] < _CLEARLY * best[0] and _is_right(
-        model, x, precision, False, draws, True, learns
+        model, x, precision, False, draws, True, learning
     )
 
 

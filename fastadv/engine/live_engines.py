@@ -14,6 +14,7 @@ from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.engines import Engine, Model, channels_last
 from fastadv.engine.frozen import frozen
 from fastadv.engine.hidden_draws import is_torchs
+from fastadv.engine.learning import Learning
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recording import Recording
 from fastadv.engine.remembered import Remembered
@@ -33,8 +34,8 @@ class EagerEngine(Engine):
             are noticed when they happen. "unlikely": the same, for a model that did not draw when it was looked
             at.
         channels_last: run on channels-last images, which the code of some models does not accept.
-        learns: whether the model takes gradients in its own parameters during its forward pass. They must then
-            require grad, and are put back.
+        learning: whether the model learns in its forward pass. Its parameters must then require grad, and are put
+            back.
     """
 
     name = "eager"
@@ -46,9 +47,9 @@ class EagerEngine(Engine):
         train_mode: bool | str = False,
         draws: Draws = "assumed",
         channels_last: bool = False,
-        learns: bool = False,
+        learning: Learning | None = None,
     ) -> None:
-        self._learns = learns
+        self._learning = Learning() if learning is None else learning
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
@@ -67,8 +68,8 @@ class EagerEngine(Engine):
                 model,
                 train_mode=bool(self._train_mode),
                 keep_state=self._train_mode != "moving",
-                freeze_parameters=not self._learns,
-                keep_parameters=self._learns,
+                freeze_parameters=not self._learning.learns,
+                keep_parameters=self._learning.learns,
                 seed=seed if self._draws != "never" else None,
                 watch=self._draws in ("watched", "unlikely"),
             ):
@@ -84,11 +85,11 @@ class EagerEngine(Engine):
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
-        if self._dtype == torch.float32:
-            with naming_dtypes(self._model, x):
+        with self._learning.found_out(self._model), naming_dtypes(self._model, x):
+            if self._dtype == torch.float32:
                 return self._model(_in_dtype_of(self._weights, x).clone())
-        with torch.autocast(x.device.type, self._dtype), naming_dtypes(self._model, x):
-            return self._model(x.clone())
+            with torch.autocast(x.device.type, self._dtype):
+                return self._model(x.clone())
 
 
 class LiveEngine(EagerEngine):
@@ -105,7 +106,8 @@ class LiveEngine(EagerEngine):
     first_pass: AbstractContextManager[object] | None = None  # entered for the next pass alone
 
     def __init__(self, precision: str, reason: str, channels_last: bool, tape: Tape) -> None:
-        super().__init__(precision, reason, draws="never", channels_last=channels_last)
+        never = Learning(never=True)  # no recording holds gradients in parameters
+        super().__init__(precision, reason, False, "never", channels_last, never)
         self.any_batch = tape.holds_for_any_batch
         # Other people's operators and backward methods may draw random numbers, or look at what they like.
         is_torchs_alone = not tape.own_functions and all(is_torchs(op.function) for op in tape.ops)

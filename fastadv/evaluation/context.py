@@ -22,12 +22,13 @@ Model = nn.Module | Callable[[Tensor], Tensor]
 def evaluation_mode(
     model: Model, device: torch.device | str | None = None
 ) -> Iterator[torch.device]:
-    """Hold a model in evaluation mode, in full float32, with frozen parameters.
+    """Hold a model in evaluation mode, in full float32.
 
-    Frozen parameters make attacks cheaper, and an attack that calls ``backward()`` does not add to ``.grad``.
-    On exit the training flag of every module, the ``requires_grad`` of every parameter, the device of the model
-    and the precision settings of torch are restored. The same holds for networks that the model runs without
-    having registered them, such as a network in a closure. Other threads that evaluate or attack them wait.
+    On exit the training flag of every module, the value, ``grad`` and ``requires_grad`` of every parameter, the
+    device of the model and the precision settings of torch are restored. Parameters keep their ``requires_grad``
+    inside, because some models adapt to the images in their forward pass. The same holds for networks that the
+    model runs without having registered them, such as a network in a closure. Other threads that evaluate or
+    attack them wait.
 
     Args:
         model: a module, or any other callable.
@@ -50,7 +51,7 @@ def evaluation_mode(
         if isinstance(model, nn.Module):
             check_float32(model)
         stack.enter_context(alone_with(model))
-        stack.enter_context(frozen(model))
+        stack.enter_context(frozen(model, keep_parameters=True))
         if isinstance(model, nn.Module):
             assert_eval(model)
             if target != home:

@@ -79,11 +79,11 @@ def test_probabilities_in_place_of_logits_are_told(attack: type[fastadv.PGD]) ->
     x = digits_test(4)[0]
     y = HalfMasked()(x).argmax(1)
     with pytest.warns(UserWarning, match="the model returns probabilities") as told:
-        attack(nn.Sequential(HalfMasked(), nn.Softmax(1)), steps=2)(x, y)
+        attack(nn.Sequential(HalfMasked(), nn.Softmax(1)), steps=20)(x, y)
     assert told[-1].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        attack(nn.Sequential(HalfMasked(), nn.LogSoftmax(1)), steps=2, engine="eager")(x, y)
+        attack(nn.Sequential(HalfMasked(), nn.LogSoftmax(1)), steps=20, engine="eager")(x, y)
 
 
 def test_a_loss_of_ones_own_may_take_probabilities() -> None:
@@ -108,7 +108,7 @@ def test_gradients_that_lead_somewhere_are_not_talked_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastadv.PGD(HalfMasked(), steps=2, engine="eager")(x, y)
-        fastadv.CWL2(HalfMasked(), steps=2, engine="eager")(x, y)
+        fastadv.CWL2(HalfMasked(), steps=20, engine="eager")(x, y)
 
 
 @pytest.mark.parametrize("name", ["pgd", "mim", "apgd-ce"])

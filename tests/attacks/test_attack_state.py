@@ -296,7 +296,7 @@ def test_a_graph_of_the_caller_survives_an_attack(way: str) -> None:
 
 
 def test_only_the_seed_is_drawn_from_the_default_generator() -> None:
-    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images(4, 1), torch.arange(4)
+    model, x, y = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), images(4), torch.arange(4)
     torch.manual_seed(3)
     fastadv.pgd_fused(model, x, y, steps=2)
     after_attack = torch.rand(1)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
+from fastadv.engine.frozen import frozen
 
 X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
 
@@ -142,3 +144,55 @@ def test_the_state_that_passes_leave_in_attributes_is_as_before_an_attack(
     fastadv.PGD(model, steps=2, **settings)(X, Y)  # type: ignore[arg-type]
     assert model.voltage is voltage
     assert model.memories == {"v": 0.0}
+
+
+class Counting(nn.Module):
+    """Counts its passes, in a number and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.passes, self.modes = nn.Linear(192, 4), 0, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.passes += 1
+        self.modes.append(self.training)
+        return self.network(x.flatten(1))
+
+
+@pytest.mark.parametrize("settings", [{"engine": "eager"}, {"train_mode": True}])
+def test_a_model_that_counts_its_passes_keeps_the_count(settings: dict[str, object]) -> None:
+    """Such as the queries of a black-box attack."""
+    model = Counting()
+    fastadv.PGD(model, steps=3, precision="fp32", **settings)(X, Y)  # type: ignore[arg-type]
+    seen = model.passes
+    assert seen >= 3
+    assert model.modes == [bool(settings.get("train_mode", False))] * seen
+    fastadv.evaluate(model, (X, Y), ["clean"], progress=False)
+    assert model.passes > seen
+
+
+def test_whether_a_model_learns_is_found_out_without_another_pass() -> None:
+    model = Counting()
+    fastadv.PGD(model, steps=3, train_mode=True)(X, Y)
+    assert model.passes == 3
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_unchanged_values_are_not_written_back_even_if_they_are_nan() -> None:
+    """Of a file that is open for reading, this would end the process."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4)).eval()
+    assert isinstance(model[2].running_var, Tensor)
+    model[2].running_var[0] = torch.nan
+    before = model[2].running_var._version
+    written: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.copy_.default:
+                written.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch(), frozen(model, keep_parameters=True):
+        pass
+    assert not written
+    assert model[2].running_var._version == before

@@ -1,0 +1,74 @@
+"""Putting back the plain attributes that a model's passes change."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastadv.engine.networks import TORCHS_ATTRIBUTES
+
+_CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
+_MAX_DEPTH = 3  # of containers in containers that are searched for tensors
+_ABSENT = object()
+
+
+@contextmanager
+def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[None]:
+    """Put back the plain attributes of modules, and the entries of the containers among them, on leaving.
+
+    Args:
+        parts: the modules.
+        tensors_only: put back what held tensors, or holds them now, such as a neuron's voltage, with which the
+            caller's next pass would begin. Other attributes stay as the passes leave them, such as a count of
+            passes.
+    """
+    saved = [(module, dict(vars(module))) for module in parts]
+    containers = [
+        (value, value.copy())
+        for _, attributes in saved
+        for name, value in attributes.items()
+        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
+    ]
+
+    def goes_back(now: object, before: object) -> bool:
+        return not tensors_only or _holds_tensor(now) or _holds_tensor(before)
+
+    try:
+        yield
+    finally:
+        for module, attributes in saved:
+            current = vars(module)
+            for name in [n for n in current if n not in attributes]:
+                if goes_back(current[name], None):
+                    del current[name]
+            for name, value in attributes.items():
+                now = current.get(name, _ABSENT)
+                if now is not value and goes_back(now, value):
+                    current[name] = value
+        for container, before in containers:
+            changed = list(map(id, _entries(container))) != list(map(id, _entries(before)))
+            if changed and goes_back(container, before):
+                container.clear()
+                (container.extend if hasattr(container, "extend") else container.update)(before)
+
+
+def _entries(container: Any) -> Iterator[object]:
+    for entry in container:
+        yield entry
+        if isinstance(container, dict):
+            yield container[entry]
+
+
+def _holds_tensor(value: object, depth: int = _MAX_DEPTH) -> bool:
+    """Whether a value is a tensor, or a container with one in it."""
+    if isinstance(value, torch.Tensor):
+        return True
+    is_container = type(value) in _CONTAINERS or isinstance(value, tuple)
+    return (
+        is_container and depth > 0 and any(_holds_tensor(one, depth - 1) for one in _entries(value))
+    )
