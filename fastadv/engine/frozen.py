@@ -178,26 +178,33 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
                 del module._buffers[name]
             module._buffers.update({n: b for n, b in buffers.items() if b is None})
         for module, name, buffer, value in saved:
-            # `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
-            now, before = _once(buffer.data), _once(value, buffer)
-            if not _known_equal(now, before):
-                now.copy_(before)
+            _put_back(buffer, value)
             module._buffers[name] = buffer
 
 
 @contextmanager
 def _kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Keep the values and gradients of parameters, which a model that learns in its forward pass changes."""
-    saved = [(p, p.grad, p.detach().clone()) for p in parameters]
+    with_shape = [p for p in parameters if not nn.parameter.is_lazy(p)]
+    saved = [(p, p.grad, p.detach().clone()) for p in with_shape]
     try:
         for parameter, _, _ in saved:
             parameter.grad = None
         yield
     finally:
         for parameter, grad, value in saved:
-            if not _known_equal(parameter.data, value):
-                parameter.data.copy_(value)
+            _put_back(parameter, value)
             parameter.grad = grad
+
+
+def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the value that a tensor had.
+
+    `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
+    """
+    now, before = _once(tensor.data), _once(value, tensor)
+    if not _known_equal(now, before):
+        now.copy_(before)
 
 
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:

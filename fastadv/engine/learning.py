@@ -36,7 +36,12 @@ class Learning:
         if self.is_known or not torch.is_grad_enabled():
             yield
             return
-        parameters = [p for p in parameters_of(parts_of(networks_of(model))) if p.requires_grad]
+        # Lazy ones get their shape in the pass, and bear no hooks before.
+        parameters = [
+            p
+            for p in parameters_of(parts_of(networks_of(model)))
+            if p.requires_grad and not nn.parameter.is_lazy(p)
+        ]
         taken: list[Tensor] = []
         hooks = [parameter.register_hook(taken.append) for parameter in parameters]
         try:

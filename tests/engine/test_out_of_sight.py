@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from stubborn_models import NoisyBackward
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,18 +29,6 @@ class NoisyForward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
-
-
-class NoisyBackward(torch.autograd.Function):
-    """A gradient that differs at every pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + 0.05 * grad.abs().mean() * torch.randn_like(grad)
 
 
 @torch.library.custom_op("fastadv_tests::noise", mutates_args=())

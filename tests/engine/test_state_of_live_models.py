@@ -196,3 +196,19 @@ def test_unchanged_values_are_not_written_back_even_if_they_are_nan() -> None:
         pass
     assert not written
     assert model[2].running_var._version == before
+
+
+def test_a_lazy_network_in_a_function_gets_its_weights_under_attack() -> None:
+    """Its weights have no shape yet, so that nothing can be kept of them or asked of them."""
+    network = nn.Sequential(nn.Flatten(), nn.LazyLinear(4))
+    adv = fastadv.PGD(lambda x: network(x), steps=2)(X, Y)
+    assert adv.shape == X.shape
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_expanded_weights_are_put_back() -> None:
+    layer = nn.Linear(4, 4)
+    layer.bias = nn.Parameter(torch.ones(1).expand(4))
+    with frozen(layer, keep_parameters=True):
+        layer.bias.data[:1] = 3
+    assert torch.equal(layer.bias, torch.ones(4))

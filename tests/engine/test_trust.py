@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import images, randomise
+from stubborn_models import NoisyBackward
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -49,22 +50,10 @@ class Net(nn.Module):
         elif self.form == "scaled":
             z = z * float(np.random.rand())
         elif self.form == "noisy backward":
-            z = Noisy.apply(z)
+            z = NoisyBackward.apply(z)
         elif self.form == "noisy later" and self.passes > 1:
             z = z + 0.3 * torch.rand_like(z)
         return self.fc(torch.sigmoid(z).square().mul(self.factor).mean((2, 3)))
-
-
-class Noisy(torch.autograd.Function):
-    """Draws for its gradient alone."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad + torch.rand_like(grad) * grad.abs().mean()
 
 
 @pytest.fixture(params=[LAST, CONTIGUOUS])
