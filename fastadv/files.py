@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import secrets
 import shutil
@@ -192,6 +193,19 @@ def text_of(path: str | os.PathLike[str]) -> str:
     return file.read_text(encoding="utf-8-sig")
 
 
+def json_of(path: str | os.PathLike[str]) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        OSError: as in `text_of`.
+        ValueError: if it is no JSON; the message says so, and does not name the file.
+    """
+    try:
+        return json.loads(text_of(path))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+
+
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal."""
     digest = hashlib.sha256()
@@ -235,12 +249,22 @@ def read_npz(path: str | os.PathLike[str], names: Sequence[str]) -> dict[str, An
     """
     import numpy as np  # the other functions here need no numpy
 
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        raise ValueError("it is no zip archive")
     with np.load(path, allow_pickle=False) as archive:
         # Where a damaged header shortens an array, numpy stops reading before the checksum.
         damaged = archive.zip.testzip()
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        return {name: archive[name] for name in names}
+        absent = [name for name in names if name not in archive.files]
+        if absent:
+            there = ", ".join(archive.files) or "no array"
+            raise ValueError(f"it has no array {absent[0]!r}; it has {there}")
+        arrays = {name: archive[name] for name in names}
+        for name, array in arrays.items():
+            if not isinstance(array, np.ndarray):  # numpy returns a file that is no array as bytes
+                raise ValueError(f"its file {name!r} is no array")
+        return arrays
 
 
 def _modified(path: Path) -> float:

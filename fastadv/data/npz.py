@@ -67,6 +67,8 @@ def labelled_images(
         raise DataFormatError(
             f"{path}: {name} must be [N, H, W, C], got {list(images.shape)}, which looks like [N, C, H, W]"
         )
+    if labels.dtype.kind not in "biuf":
+        raise DataFormatError(f"{path}: labels must be integers, got {labels.dtype}")
     try:
         # A copy, as arrays of a pickle are read-only.
         pixels = torch.from_numpy(np.array(images.transpose(0, 3, 1, 2), order="C"))

@@ -15,7 +15,7 @@ from typing import Any
 from fastadv.evaluation.report_tables import HEADINGS, LEFT, aligned_line, cells_of, notes_of
 from fastadv.evaluation.result_row import Row, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
-from fastadv.files import text_of, write_atomically
+from fastadv.files import json_of, write_atomically
 from fastadv.plain_text import csv_cell, markdown_text
 
 _FORMAT = 1
@@ -134,7 +134,7 @@ class Report:
             ValueError: when it is not a report; the message names the file.
         """
         try:
-            return cls.from_dict(json.loads(text_of(path)))
+            return cls.from_dict(json_of(path))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 

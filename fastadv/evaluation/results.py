@@ -17,7 +17,7 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.report import Report
 from fastadv.evaluation.result_row import Row, Status, known_fields, row_from_dict, row_to_dict
 from fastadv.fields import check_fields
-from fastadv.files import text_of, write_atomically
+from fastadv.files import json_of, write_atomically
 from fastadv.locks import locked, rewriting
 from fastadv.ops.values import NORMS, check_choice, shown
 
@@ -215,7 +215,7 @@ def _read(path: str | os.PathLike[str]) -> tuple[list[Result], list[dict[str, An
     """The results of a file, as `load_results`, and its entries, in which later versions may have more fields."""
     name = os.fspath(path)
     try:
-        content = json.loads(text_of(path))
+        content = json_of(path)
         version = content.get("format") if isinstance(content, dict) else None
         if version == _REPORT_FORMAT:
             report = Report.from_dict(content)

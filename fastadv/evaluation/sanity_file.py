@@ -14,7 +14,7 @@ from fastadv.evaluation.findings import Finding, findings_text
 from fastadv.evaluation.result_row import known_fields
 from fastadv.evaluation.results import Subject
 from fastadv.fields import check_fields
-from fastadv.files import text_of, write_atomically
+from fastadv.files import json_of, write_atomically
 from fastadv.locks import rewriting
 from fastadv.ops.values import limit
 
@@ -77,7 +77,7 @@ def load_sanity_results(path: str | os.PathLike[str]) -> list[SanityResult]:
         ValueError: when it is damaged or something else; the message names the file.
     """
     try:
-        content = json.loads(text_of(path))
+        content = json_of(path)
         if content["format"] != _FORMAT:
             raise ValueError(f"findings must have format {_FORMAT}, got {content['format']!r}")
         return [_from_dict(unsealed(entry)) for entry in content["checks"]]

@@ -14,7 +14,7 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import text_of, write_atomically
+from fastadv.files import json_of, write_atomically
 from fastadv.ops.values import limit
 from fastadv.plain_text import csv_cell, markdown_text, one_line
 
@@ -140,7 +140,7 @@ class TransferMatrix:
             ValueError: when it is no matrix; the message names the file.
         """
         try:
-            content = json.loads(text_of(path))
+            content = json_of(path)
             content = unsealed(content) if isinstance(content, dict) else {}
             version = content.pop("format", None)
             if version != _FORMAT:

@@ -14,7 +14,7 @@ from typing import Any
 
 import fastadv
 from fastadv.digest import SEAL, digest_of_json, sealed
-from fastadv.files import text_of
+from fastadv.files import json_of
 
 FORMAT = 2
 _UNSEALED = 1
@@ -44,9 +44,9 @@ def read_sealed(path: Path) -> dict[str, Any]:
         OSError: if the file cannot be read.
     """
     try:
-        content = json.loads(text_of(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: damaged, it is not valid JSON ({error})") from error
+        content = json_of(path)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: damaged, {error}") from error
     version = content.get("format") if isinstance(content, dict) else None
     if version not in (FORMAT, _UNSEALED) or isinstance(version, bool):
         raise CheckpointError(_other_format(path, version, content))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,33 @@ def test_labels_that_are_no_integers_are_refused(y: Tensor) -> None:
     ):
         with pytest.raises(TypeError, match=r"(y|labels) must be"):
             call()
+
+
+def archive_of_texts(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("image.npy", b"no array")
+        archive.writestr("label.npy", b"")
+
+
+@pytest.mark.parametrize(
+    ("write", "words"),
+    [
+        (archive_of_texts, "its file 'image' is no array"),
+        (lambda path: path.write_text("text"), "it is no zip archive"),
+        (lambda path: path.write_bytes(b""), "it is no zip archive"),
+        (lambda path: np.savez(path, images=[1], y=[2]), "no array 'image'; it has images, y"),
+        (
+            lambda path: np.savez(path, image=np.zeros((1, 2, 2, 3), np.uint8), label=["a"]),
+            "labels must be integers, got <U1",
+        ),
+    ],
+)
+def test_what_an_archive_lacks_is_said(
+    write: Callable[[Path], Any], words: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "x.npz")
+    with pytest.raises(DataFormatError, match=rf"x\.npz: .*{words}"):
+        load_npz(tmp_path / "x.npz")
 
 
 HWC = (32, 32, 3)

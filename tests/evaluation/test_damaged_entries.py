@@ -142,3 +142,18 @@ def test_a_mark_in_front_is_no_damage_and_a_pipe_is_no_file(tmp_path: Path) -> N
 
 def test_a_radius_of_any_size_has_words() -> None:
     assert [format_eps(eps) for eps in (8 / 255, 1.0, 1e308)] == ["8/255", "1", "1e+308"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"format": 2, "rows": [', b"\xff\xfe", b"{}\0\0"])
+def test_a_file_that_is_no_json_is_said_to_be_none(content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    for read in (
+        load_results,
+        Report.load,
+        load_sanity_results,
+        AnalysisRecord.load,
+        TransferMatrix.load,
+    ):
+        with pytest.raises(ValueError, match=r"a\.json: .*it is not valid JSON"):
+            read(file)

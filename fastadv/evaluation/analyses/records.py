@@ -19,7 +19,7 @@ from fastadv.evaluation.results import Subject
 from fastadv.evaluation.work import key_of
 from fastadv.evaluation.worst import read_arrays
 from fastadv.fields import check_fields
-from fastadv.files import remove_leftovers, text_of, write_atomically
+from fastadv.files import json_of, remove_leftovers, write_atomically
 
 _FORMAT = 1
 _FOLDER = "analyses"
@@ -130,7 +130,7 @@ class AnalysisRecord:
             ValueError: when it holds other content; the message names the file.
         """
         try:
-            content = json.loads(text_of(path))
+            content = json_of(path)
             content = unsealed(content)
             if content.get("format") != _FORMAT:
                 raise ValueError(f"its format must be {_FORMAT}, got {content.get('format')!r}")
