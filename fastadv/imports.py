@@ -5,7 +5,20 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+
+
+@contextmanager
+def working_directory_kept() -> Iterator[None]:
+    """Within, code of the user's may change the working directory, to which relative paths of a command belong."""
+    before = os.getcwd()
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # if the directory is gone
+            os.chdir(before)
 
 
 def import_named(label: str, kind: str, what: str) -> Any:

@@ -93,7 +93,7 @@ def train(words: list[str]) -> int:
         return stop.code
     if is_first():
         print(f"trained: {result.checkpoint}")
-        print(f"next: fastadv eval {shlex.quote(str(result.run_dir))}")
+        print(f"next: fastadv eval {shlex.quote(chosen.run)}")
     return 0
 
 

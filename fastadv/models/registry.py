@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from fastadv.imports import import_named
+from fastadv.imports import import_named, working_directory_kept
 from fastadv.models.imagenet_resnet import resnet18_imagenet, resnet50
 from fastadv.models.preact_resnet import preact_resnet18
 from fastadv.models.resnet import resnet18
@@ -207,11 +207,12 @@ def _create_from_factory(
     module_name: str, attribute: str, num_classes: int, in_channels: int, options: dict[str, Any]
 ) -> nn.Module:
     label = f"{module_name}:{attribute}"
-    factory = import_named(label, "model", "function")
-    if not callable(factory):
-        raise ImportError(f"model {label!r}: {module_name} has no function {attribute!r}")
-    offered = {"num_classes": num_classes, "in_channels": in_channels}
-    model = factory(**_accepted(factory, offered), **options)
+    with working_directory_kept():
+        factory = import_named(label, "model", "function")
+        if not callable(factory):
+            raise ImportError(f"model {label!r}: {module_name} has no function {attribute!r}")
+        offered = {"num_classes": num_classes, "in_channels": in_channels}
+        model = factory(**_accepted(factory, offered), **options)
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model {label!r} must return a torch.nn.Module, got {type(model).__name__}"

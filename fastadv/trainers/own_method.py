@@ -7,7 +7,7 @@ import inspect
 import re
 from typing import Any
 
-from fastadv.imports import import_named
+from fastadv.imports import import_named, working_directory_kept
 from fastadv.trainers.method import Method
 from fastadv.trainers.recipe import Recipe
 
@@ -26,7 +26,8 @@ def own_method(label: str, taken: tuple[str, ...]) -> type[Method[Any, Any]]:
         TypeError: if it is not a subclass of `Method`, or abstract methods are missing.
         ValueError: if its name is missing, or another method has this name.
     """
-    found = import_named(label, "method", "class")
+    with working_directory_kept():
+        found = import_named(label, "method", "class")
     if not isinstance(found, type) or not issubclass(found, Method):
         raise TypeError(
             f"method {label!r} must be a subclass of fastadv.trainers.Method, got {_described(found)}"

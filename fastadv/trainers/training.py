@@ -165,7 +165,8 @@ def train(
     check_callbacks(callbacks)
     settings = settings or Settings()
     hooks = Callbacks([*make_trackers(settings.trackers), *callbacks])
-    run = RunDirectory(run_dir)
+    # The run stays where it is when a model's or a callback's code changes the working directory.
+    run = RunDirectory(Path(run_dir).expanduser().absolute())
     if restarted() and run.launch() == launch():
         resume, overwrite = True, False
     if not resume:

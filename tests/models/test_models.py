@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +313,20 @@ def test_create_model_from_factory():
         create_model("my_factories:absent")
     with pytest.raises(ImportError, match="no module named 'no_such_package'"):
         create_model("no_such_package.models:net")
+
+
+def test_a_factory_does_not_move_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "weights.txt").write_text("5")
+    (tmp_path / "code" / "moving_factory.py").write_text(
+        "import os, torch\n"
+        "os.chdir(os.path.dirname(os.path.abspath(__file__)))\n"
+        "def make(): return torch.nn.Linear(2, int(open('weights.txt').read()))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    monkeypatch.chdir(tmp_path)
+    assert create_model("moving_factory:make").out_features == 5
+    assert Path.cwd() == tmp_path
 
 
 def test_create_model_from_timm(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -324,3 +325,21 @@ def test_tensorboard_gets_both_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run(tmp_path, settings=settings, method="standard")
     assert made == [{"folder": str(tmp_path / "tensorboard"), "purge_step": 1}, {"closed": True}]
     assert {name.partition("/")[0] for name, _, _ in scalars} == {"step", "epoch"}
+
+
+class Moving(Callback):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step(self, metrics: Any) -> None:
+        os.chdir(self.folder)
+
+
+def test_a_run_stays_where_it_is_when_the_working_directory_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    result = run(Path("r"), Moving(tmp_path / "elsewhere"), method="standard")
+    assert result.checkpoint.is_relative_to(tmp_path / "r") and result.checkpoint.is_dir()
+    assert not any((tmp_path / "elsewhere").iterdir())
