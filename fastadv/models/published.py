@@ -371,6 +371,7 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"state must hold finite numbers, got NaN or infinity in {name!r}; its training has failed"
             )
+        tensor = tensor.detach()  # a file may hold parameters
         if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
             raise ValueError(
                 f"state must hold variances >= 0, got {float(tensor.min()):g} in {name!r}; the file is damaged"

@@ -81,10 +81,22 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         # torch's message advises to let the file run any code. Only its reason is repeated here.
         refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
         reason = str(error.__context__ if refused else error).strip().partition("\n")[0]
+        reason = _in_its_place(path) or reason
         raise StateFileError(
             f"{path}: cannot be read as a file of weights ({reason[:200] or type(error).__name__}); it must "
             "be a state dict that torch.save or safetensors wrote"
         ) from error
+
+
+def _in_its_place(path: Path) -> str | None:
+    """The kind of a file that downloads commonly leave in place of weights; None for any other file."""
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS, and `git lfs pull` fetches the weights"
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page"
+    return None
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -324,6 +324,32 @@ def test_files_of_another_kind_are_named(content: bytes, name: str, tmp_path: Pa
         load_teacher(tmp_path / name, make_model(2))
 
 
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_files_that_downloads_leave_are_named(
+    content: bytes, kind: str, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(StateFileError, match=f"{name}: cannot be read .*it is {kind}"):
+        read_state_file(tmp_path / name)
+
+
+def test_parameters_in_a_file_are_read_without_a_warning(tmp_path: Path) -> None:
+    state = {
+        name: nn.Parameter(value) if value.is_floating_point() else value
+        for name, value in make_model(1).state_dict().items()
+    }
+    torch.save(state, tmp_path / "a.pt")
+    loaded = load_teacher(tmp_path / "a.pt", make_model(2))
+    assert states_equal(loaded.state_dict(), make_model(1).state_dict())
+
+
 @pytest.mark.compiles
 def test_a_script_of_torch_is_named(tmp_path: Path) -> None:
     traced = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
