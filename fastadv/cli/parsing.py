@@ -78,6 +78,10 @@ class Parser(ArgumentParser):
             offer_options(self.prog, self._actions)
         words = None if args is None else with_values(args, self._actions, self.error)
         self._words = words or ()
+        for config in _configs_in(self._words):
+            repeated = _repeated_name(config)
+            if repeated is not None:
+                self.error(f'option "config" must have each name once, got {repeated!r} twice')
         found = super().parse_args(words, *others, **options)
         for name, value in vars(found).items():  # also those of a config
             if isinstance(value, str):
@@ -292,12 +296,37 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
 def _content_of(config: str) -> dict[str, Any]:
     """The entries of a config, a file or YAML; empty if it cannot be read, which the parser reports later."""
     try:
-        is_file = not config.lstrip().startswith("{") and Path(config).is_file()
-        text = Path(config).read_text(encoding="utf-8") if is_file else config
-        content = yaml.safe_load(text)
+        content = yaml.safe_load(_text_of(config))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _text_of(config: str) -> str:
+    is_file = not config.lstrip().startswith("{") and Path(config).is_file()
+    return Path(config).read_text(encoding="utf-8") if is_file else config
+
+
+def _configs_in(words: Sequence[str]) -> list[str]:
+    """The values of --config on a command line."""
+    apart = [word for word, before in zip(words[1:], words, strict=False) if before == "--config"]
+    return apart + [word[len("--config=") :] for word in words if word.startswith("--config=")]
+
+
+def _repeated_name(config: str) -> str | None:
+    """A name that a mapping of a config has twice, of which YAML takes the last; None if there is no such name."""
+    try:
+        nodes = [yaml.compose(_text_of(config), yaml.SafeLoader)]
+    except (OSError, ValueError, yaml.YAMLError):  # the parser reports it
+        return None
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.MappingNode):
+            names = [str(key.value) for key, _ in node.value]
+            if len(set(names)) < len(names):
+                return max(names, key=names.count)
+            nodes += [value for _, value in node.value]
+    return None
 
 
 def complain(text: str) -> int:

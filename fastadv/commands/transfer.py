@@ -78,7 +78,7 @@ def run_transfer(
     """
     paths = distinct_paths(models)
     if len(paths) < 2:
-        raise ValueError(f"models must be two or more, got {' '.join(models)!r}")
+        raise ValueError(f"models must be two or more that differ, got {' '.join(models)!r}")
     radius = radius_or_default(eps, norm, (0.0, 1.0))
     check_transferable(attack, radius, alpha)
     if out is not None:

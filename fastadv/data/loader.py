@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -142,11 +143,15 @@ class Loader(Batches):
 def _check_padding(data: ImageData, pad: int, mode: str) -> None:
     if mode not in ("constant", "reflect"):
         raise ValueError(f"mode must be 'constant' or 'reflect', got {mode!r}")
-    if mode == "reflect" and pad >= min(data.image_size):
-        raise ValueError(
-            f"pad must be < {min(data.image_size)} (the images' side) with mode 'reflect', "
-            f"got {pad}"
-        )
+    side = min(data.image_size)
+    if pad < side:
+        return
+    if mode == "reflect":
+        raise ValueError(f"pad must be < {side} (the images' side) with mode 'reflect', got {pad}")
+    warnings.warn(
+        f"pad is {pad}, and the images' side is {side}: some crops are padding alone, with nothing of an image",
+        stacklevel=3,
+    )
 
 
 def _check_extra(

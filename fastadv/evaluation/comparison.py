@@ -165,8 +165,9 @@ class Comparison:
         if len(fitting) != 1:
             asked = [text for text in (norm, None if eps is None else format_eps(eps)) if text]
             there = ", ".join(radius_text(*radius) for radius in common) or "at no radius"
+            name = "norm" if eps is None and norm else "eps"
             raise ValueError(
-                f"eps must name one radius at which all runs were attacked, got {' '.join(asked) or None}; "
+                f"{name} must name one radius at which all runs were attacked, got {' '.join(asked) or None}; "
                 f"they were all attacked {there}"
             )
         return fitting[0]

@@ -395,5 +395,7 @@ def check_field(recipe: Recipe, name: str, at_least: float) -> None:
         ValueError: if it is not.
     """
     value = getattr(recipe, name)
-    if not (math.isfinite(value) and value >= at_least):
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite and >= {at_least}, got {value}")
+    if value < at_least:
         raise ValueError(f"{name} must be >= {at_least}, got {value}")

@@ -44,6 +44,10 @@ def build_loader(
         _check_streamed(recipe, extra, training.supports)
         return StreamLoader(training, recipe.batch_size, **common), watched
     if recipe.holdout:
+        if recipe.holdout >= len(training):
+            raise ValueError(
+                f"holdout must be < {len(training)}, the training images there, got {recipe.holdout}"
+            )
         training, watched = split_validation(training, recipe.holdout, recipe.seed)
     if recipe.train_images is not None:
         training = _some_of(training, recipe.train_images, recipe.seed)

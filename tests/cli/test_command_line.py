@@ -301,6 +301,23 @@ def test_a_config_that_holds_no_options(
     assert 'option "config" must be a file of options' in fails(words, capfd)
 
 
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ("eps: .1\nsteps: 3\neps: .2\n", "eps"),
+        ("schedule:\n  class_path: MultiStep\n  init_args: {gamma: .1, gamma: .2}\n", "gamma"),
+    ],
+)
+def test_a_config_that_says_a_thing_twice(
+    content: str, name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    for words in (["--config", str(config)], [f"--config={config}"]):
+        line = fails(["train", "pgd_at", *RUN, *words], capfd)
+        assert f'option "config" must have each name once, got {name!r} twice' in line
+
+
 def test_paths_begin_in_the_home_folder(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,6 +290,7 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
     assert row.accuracy == matrix.accuracy("c", "a")
     for wrong, message in (
         ([runs / "a"], "models must be two or more"),
+        ([runs / "a", runs / "a"], "models must be two or more that differ"),
         ([*models, "--attack", "clean"], "attack must be one attack in a ball"),
         ([*models, "--out", "x.txt"], "out must end in one of"),
         ([*models, "--norm", "l2"], "eps must be given with norm l2"),

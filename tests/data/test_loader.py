@@ -176,6 +176,13 @@ def test_arguments_are_checked():
         Loader(toy(), 10, seed=0, train=True, world_size=3)
 
 
+@pytest.mark.parametrize("pad", [8, 100])
+def test_crops_without_an_image_are_told(pad):
+    with pytest.warns(UserWarning, match=f"pad is {pad}, and the images' side is 8: some crops"):
+        Loader(toy(), 10, seed=0, train=True, pad=pad)
+    Loader(toy(), 10, seed=0, train=True, pad=7)
+
+
 def test_position_is_checked_at_the_call():
     loader = Loader(toy(), 10, seed=0, train=True)
     with pytest.raises(ValueError, match=r"start_step must be in 0 \.\. 5, got 6"):

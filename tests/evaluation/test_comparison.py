@@ -153,6 +153,8 @@ def test_a_figure_is_of_one_radius() -> None:
         ValueError, match="got 4/255; they were all attacked at 8/255 linf, at 3/255"
     ):
         comparison.radius(eps=4 / 255)
+    with pytest.raises(ValueError, match=r"norm must name one radius .* got l2; they"):
+        comparison.radius(norm="l2")
     small = [result("pgd-20", 70, eps=e / 255) for e in (1, 3)]
     with pytest.raises(ValueError, match="eps must name one radius"):
         Comparison([Judged("a", "pgd_at", "small_cnn", tuple(small))]).radius()

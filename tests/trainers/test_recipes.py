@@ -88,7 +88,8 @@ def test_a_warm_up_goes_on_top_of_the_schedule() -> None:
     ("make", "words"),
     [
         (lambda: Recipe(epochs=0), "epochs must be >= 1, got 0"),
-        (lambda: Recipe(lr=float("nan")), "lr must be >= 0, got nan"),
+        (lambda: Recipe(lr=float("nan")), "lr must be finite and >= 0, got nan"),
+        (lambda: AdversarialRecipe(eps=float("inf")), "eps must be finite and >= 0, got inf"),
         (lambda: Recipe(ema_decay=1.0), "ema_decay must be"),
         (lambda: Recipe(clip_grad_norm=0.0), "clip_grad_norm must be > 0"),
         (lambda: AdversarialRecipe(eps=-0.1), "eps must be >= 0, got -0.1"),

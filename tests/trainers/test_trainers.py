@@ -165,6 +165,9 @@ def test_held_out_images_are_not_trained_on_and_are_looked_at(tmp_path: Path) ->
     with torch.no_grad():
         right = result.model(held.images.float() / 255).argmax(1) == held.labels
     assert result.record["clean_accuracy"] == pytest.approx(right.double().mean().item())
+    number = len(data.train)
+    with pytest.raises(ValueError, match=f"holdout must be < {number}, .* got {number}"):
+        run("standard", tmp_path / "none", data=data, changes={"holdout": number})
 
 
 class Failing(Standard):
