@@ -34,12 +34,12 @@ from fastadv.attacks.batch import AttackBatch, CallOverrides
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen, in_mode
 from fastadv.engine.layout import naming_layout
+from fastadv.engine.network_lock import locked
+from fastadv.engine.request import EngineRequest
 from fastadv.engine.selection import EngineCache
-from fastadv.engine.wish import Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
@@ -240,7 +240,7 @@ class Attack(Configured):
                     adv = round_towards(self._perturb(batch, seed), x)
                 return engine, batch, adv
 
-            trial = self._engines.trial(self.model, x, self._wish())
+            trial = self._engines.trial(self.model, x, self._request())
             found = trial.unproven(attacked_by) or trial.proven(self._ready(x), attacked_by)
             engine, batch, adv = found
             self._last = AttackReport(
@@ -259,15 +259,15 @@ class Attack(Configured):
         return adv
 
     def _ready(self, x: Tensor) -> Engine:
-        return self._engines.ready(self.model, x, self._wish())
+        return self._engines.ready(self.model, x, self._request())
 
-    def _wish(self) -> Wish:
+    def _request(self) -> EngineRequest:
         settings = self.settings
-        return Wish(settings.precision, settings.engine, settings.train_mode)
+        return EngineRequest(settings.precision, settings.engine, settings.train_mode)
 
     def _alone(self) -> AbstractContextManager[object]:
         """A context in which other threads wait if they attack the model or one that shares a network with it."""
-        return alone_with(self.model)
+        return locked(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)

@@ -13,20 +13,20 @@ from fastadv.engine.choice import Contender
 from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.cuda_graph import CudaRecorder, GraphCache
 from fastadv.engine.errors import Unrecordable
-from fastadv.engine.known import Known
 from fastadv.engine.live_choice import live_rival
 from fastadv.engine.live_engines import LiveEngine
+from fastadv.engine.live_reference import LiveReference
 from fastadv.engine.recording import Recording
+from fastadv.engine.request import EngineRequest
 from fastadv.engine.tape import Tape
-from fastadv.engine.wish import Wish
 
 
 def candidates(
-    tape: Tape, recording: Recording, precision: str, wish: Wish
+    tape: Tape, recording: Recording, precision: str, request: EngineRequest
 ) -> Iterator[Callable[[], EngineOnCopy]]:
     """The engines that may run a copy, the narrowest precision first."""
     images = recording.images
-    reason = "the model can be copied" if wish.is_free else "asked for"
+    reason = "the model can be copied" if request.is_free else "asked for"
     if tape.autocast and precision == "fp32":
         raise Unrecordable("its forward enters autocast")
     # Programs are for bfloat16 and float32; images in float64 get copies in float64.
@@ -36,19 +36,19 @@ def candidates(
             continue
         if images.device.type == "cpu" and own in programs:
             yield partial(ProgramEngine, tape, recording, reason, own)
-        yield partial(_under_autograd, tape, recording, own, reason, wish)
+        yield partial(_under_autograd, tape, recording, own, reason, request)
 
 
 def _under_autograd(
-    tape: Tape, recording: Recording, precision: str, reason: str, wish: Wish
+    tape: Tape, recording: Recording, precision: str, reason: str, request: EngineRequest
 ) -> CopyEngine:
     """A copy run by torch; on a GPU compiled, or its attacks recorded as CUDA graphs."""
     device, classes = recording.images.device, recording.logits.shape[-1]
     on_gpu = device.type == "cuda"
-    inductor = on_gpu and wish.engine in ("compiled", "graph")
+    inductor = on_gpu and request.engine in ("compiled", "graph")
     engine = CopyEngine(tape, recording, precision, reason, inductor)
-    if on_gpu and wish.engine != "compiled":
-        required = wish.engine == "graph"
+    if on_gpu and request.engine != "compiled":
+        required = request.engine == "graph"
         engine.name = "graph" if required else engine.name
         recorder = CudaRecorder(device)
         resting = engine.record_passes(recorder).resting
@@ -57,18 +57,18 @@ def _under_autograd(
 
 
 def rivals_of(
-    first: EngineOnCopy, known: Known, precision: str, probes: Tensor
+    first: EngineOnCopy, reference: LiveReference, precision: str, probes: Tensor
 ) -> dict[str, Callable[[], Contender]]:
     """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed."""
-    model, names = known.model, choice.NAMES[precision]
+    model, names = reference.model, choice.NAMES[precision]
 
     def copied() -> CopyEngine:
-        return CopyEngine(known.tape, known.recording, precision, "", False)
+        return CopyEngine(reference.tape, reference.recording, precision, "", False)
 
     def live(channels_last: bool) -> LiveEngine:
         if names.contiguous is not None:
-            return LiveEngine(precision, "", channels_last, known.tape)
-        return live_rival(model, probes, precision, known.tape)
+            return LiveEngine(precision, "", channels_last, reference.tape)
+        return live_rival(model, probes, precision, reference.tape)
 
     rivals: dict[str, Callable[[], Contender]] = {}
     if choice.name_of(first) == names.program:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine import proof
-from fastadv.engine.alone import alone_with
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
@@ -26,10 +26,10 @@ from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import is_steady, tape_now
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.network_lock import locked
 from fastadv.engine.operands import version_of
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
-from fastadv.engine.remembered import Remembered
 from fastadv.float32 import full_float32
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
@@ -55,7 +55,7 @@ class ForwardCopy:
         self._model = model
         self._whole = _OutputOf(unwrapped(model), output)
         self._sizes: dict[int, bool] = {}
-        with _apart(x.device), alone_with(model), full_float32():
+        with _apart(x.device), locked(model), full_float32():
             self._standstill = _Standstill(model)
             images = probe_images(x)
             try:
@@ -68,8 +68,8 @@ class ForwardCopy:
                 raise Unrecordable("what it does depends on the number of images")
             if self._tape.autocast:
                 raise Unrecordable("its forward enters autocast")
-            remembered = Remembered.of(recording, self._tape.settling)
-            if remembered is not None and not is_steady(self._whole, self._tape, remembered):
+            cached = CachedRecording.of(recording, self._tape.settling)
+            if cached is not None and not is_steady(self._whole, self._tape, cached):
                 raise Unrecordable("its operations change from call to call")
             pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
             try:
@@ -98,7 +98,7 @@ class ForwardCopy:
         """Whether the model does the same with this number of images, which is recorded once for each number."""
         size = x.shape[0]
         if size not in self._sizes:
-            with _apart(x.device), alone_with(self._model), full_float32():
+            with _apart(x.device), locked(self._model), full_float32():
                 images = probe_images(x)
                 settling = self._tape.settling
                 recording = record(

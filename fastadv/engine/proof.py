@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastadv.engine.engines import Engine, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import hides_draws, watched_for_draws
-from fastadv.engine.holding import held
 from fastadv.engine.recording import Recording
+from fastadv.engine.recording_mode import recording_mode
 
 # The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
 # cosine of its gradient.
@@ -132,7 +132,7 @@ def _evidence_of(recording: Recording, model: nn.Module, precision: str) -> Evid
     wide = logits if logits.dtype == torch.float64 else logits.float()
     in_turn = precision == "fp32" and len(wide) > 1
     values, gradients = objectives(wide, in_turn), []
-    with held(model):
+    with recording_mode(model):
         for value_of in values:
             value = value_of(wide)
             (grad,) = torch.autograd.grad(

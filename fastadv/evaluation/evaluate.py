@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     AttackChoice,
     BallAttack,
@@ -31,9 +31,14 @@ from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
 from fastadv.evaluation.autoattack_state import fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
+from fastadv.evaluation.early_checks import (
+    UselessGradients,
+    check_surrogate,
+    seems_to_guess,
+    useless_gradients,
+)
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
@@ -182,9 +187,9 @@ def evaluate(
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
     others = [] if other is None else [other.model]
-    doubts = [doubt_modes(model), *(doubt_modes(one, "surrogate") for one in others)]
+    doubts = [check_modes(model), *(check_modes(one, "surrogate") for one in others)]
     with ExitStack() as held:
-        held.enter_context(alone_with(model, *others))
+        held.enter_context(locked(model, *others))
         where = held.enter_context(evaluation_mode(model, device))
         for one in others:
             held.enter_context(evaluation_mode(one, where))
@@ -229,7 +234,7 @@ def evaluate(
         clean, classes = _clean_outcome(runner, chosen, expected)
         name = "" if other is None else other.name
         if other is not None:
-            doubts.append(doubt_surrogate(runner, classes, name))
+            doubts.append(check_surrogate(runner, classes, name))
         judge = Judge(
             runner,
             clean,
@@ -239,7 +244,7 @@ def evaluate(
             state_dir,
             name,
             is_random=runner.draws(),
-            blind=_blindness(runner, chosen, clean.robust),
+            blind=_useless_gradients(runner, chosen, clean.robust),
             doubt="; ".join(doubt for doubt in doubts if doubt),
         )
         report = Report(
@@ -274,7 +279,7 @@ def _clean_outcome(
         runner.progress.line(
             f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
         )
-    _doubt_clean(clean.robust, classes, expected)
+    _check_clean(clean.robust, classes, expected)
     return clean, classes
 
 
@@ -327,17 +332,19 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
-def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
+def _useless_gradients(
+    runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor
+) -> UselessGradients:
     """The images with useless gradients; nothing is checked where no attack follows gradients."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
         or (isinstance(attack, BallAttack) and attack.follows_gradients)
         for attack in attacks
     )
-    return blindness(runner, correct) if follows else Blindness()
+    return useless_gradients(runner, correct) if follows else UselessGradients()
 
 
-def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
+def _check_clean(correct: Tensor, classes: int, expected: float | None) -> None:
     """Warn where the clean accuracy is as by guessing, or not the expected one: the network may be a wrong one."""
     n, right = len(correct), _count(correct) / len(correct)
     doubt = None

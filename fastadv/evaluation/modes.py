@@ -10,7 +10,7 @@ from fastadv.engine.networks import modules_of, networks_of
 from fastadv.evaluation.context import Model
 
 
-def doubt_modes(model: Model, argument: str = "model") -> str:
+def check_modes(model: Model, argument: str = "model") -> str:
     """Warn where evaluation leaves a network in train mode, or ends a train mode that seems to be intended.
 
     This must be called before the model is put into evaluation mode.

@@ -24,7 +24,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
-from fastadv.evaluation.doubts import Blindness
+from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
@@ -56,7 +56,7 @@ class Judge:
     state_dir: str | os.PathLike[str] | None
     surrogate: str
     is_random: bool
-    blind: Blindness
+    blind: UselessGradients
     doubt: str
 
     def row(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:

@@ -15,9 +15,9 @@ from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
 from fastadv.engine.layout import naming_layout
-from fastadv.evaluation.answers import answers_of, are_alike, contents_of
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import Audit, logits_of
@@ -238,7 +238,7 @@ class Runner:
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: UserAttack) -> Perturb:
-        before, answers = contents_of(self.source), answers_of(self.source, self.samples)
+        before, answers = contents_of(self.source), probe_logits(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
             with private_generators(
@@ -252,7 +252,7 @@ class Runner:
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
             if answers is not None and not are_alike(
-                answers, answers_of(self.source, self.samples)
+                answers, probe_logits(self.source, self.samples)
             ):
                 raise RuntimeError(
                     f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import count_blind
+from fastadv.evaluation.early_checks import count_useless_gradients
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
@@ -158,8 +158,8 @@ def sanity_checks(
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
     with ExitStack() as held:
-        doubt_modes(model)
-        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
+        check_modes(model)
+        held.enter_context(locked(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
@@ -229,7 +229,7 @@ class _Probe:
                 leaf = x.clone().requires_grad_()
                 loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, leaf)
-            count += count_blind(grad)
+            count += count_useless_gradients(grad)
         return count
 
 

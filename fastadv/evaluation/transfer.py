@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
@@ -26,8 +26,8 @@ from fastadv.evaluation.attack_list import (
     stops_early,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import seems_to_guess
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.early_checks import seems_to_guess
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
@@ -152,7 +152,7 @@ def transfer_matrix(
     notes += _doubts(models)
     with ExitStack() as held:
         first, *others = models.values()
-        held.enter_context(alone_with(*models.values()))
+        held.enter_context(locked(*models.values()))
         where = held.enter_context(evaluation_mode(first, device))
         for model in others:
             held.enter_context(evaluation_mode(model, where))
@@ -217,7 +217,7 @@ def _doubts(models: Mapping[str, Model]) -> list[str]:
     """Warn about models in a mode that puts figures in doubt, and return the notes."""
     found = []
     for name, model in models.items():
-        found.append(doubt_modes(model, f"model {name}"))
+        found.append(check_modes(model, f"model {name}"))
     return [doubt for doubt in found if doubt]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.engine.networks import networks_of
 from fastadv.models import Normalized
 
@@ -200,10 +200,10 @@ def test_threads_whose_models_are_each_others_surrogates_do_not_wait_for_each_ot
 
 def test_a_thread_may_enter_again_and_others_wait_for_it_alone() -> None:
     network, entered = net(), []
-    with alone_with(network), alone_with(Normalized(network, [0.0] * 3, [1.0] * 3)):
+    with locked(network), locked(Normalized(network, [0.0] * 3, [1.0] * 3)):
 
         def work(model: nn.Module) -> None:
-            with alone_with(model):
+            with locked(model):
                 entered.append(model)
 
         other, same = net(), Hiding(network)

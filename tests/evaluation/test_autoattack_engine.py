@@ -247,7 +247,7 @@ def test_attacks_of_this_package_take_the_place_of_the_references(
     lie: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue("lying" if lie else "narrow")
-    monkeypatch.setattr("fastadv.evaluation.autoattack_hunt._MOST_ROWS", 1)  # beyond the batch size
+    monkeypatch.setattr("fastadv.evaluation.autoattack_run._MOST_ROWS", 1)  # beyond the batch size
     seen.clear()
     own = autoattack_stages.BY_BATCH["square"]
     monkeypatch.setitem(autoattack_stages.BY_BATCH, "square", replace(own, kind=Square))

@@ -14,7 +14,7 @@ from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.autoattack_state import hash_model
-from fastadv.evaluation.doubts import Blindness
+from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.evaluation.transfer import transfer_matrix
 
@@ -236,6 +236,6 @@ def test_masking_checks_find_gradients_that_are_not_finite() -> None:
 
 
 def test_autoattack_is_in_doubt_where_differences_of_logits_lead_nowhere() -> None:
-    note = Blindness(cross_entropy=0, margin=5, n=10).note(Ensemble())
+    note = UselessGradients(cross_entropy=0, margin=5, n=10).note(Ensemble())
     assert note.startswith("the gradient of 5 of 10 images") and "square alone" in note
-    assert Blindness(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""
+    assert UselessGradients(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""

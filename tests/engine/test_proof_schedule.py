@@ -19,7 +19,7 @@ import fastadv
 from fastadv.engine import choice, selection
 from fastadv.engine.choice import Choice
 from fastadv.engine.live_engines import LiveEngine
-from fastadv.engine.trust import _Generators
+from fastadv.engine.proof_schedule import _Generators
 
 Y = torch.arange(8) % 4
 LAST, CONTIGUOUS = "live model in fp32", "live model in fp32, contiguous"

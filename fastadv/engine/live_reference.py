@@ -16,7 +16,7 @@ from fastadv.engine.recording import Recording
 from fastadv.engine.tape import Tape
 
 
-class Known:
+class LiveReference:
     """The proof that engines must pass; recording and evidence are made at their first use unless they are given.
 
     Args:

@@ -38,7 +38,7 @@ class Refinement:
 
 
 @dataclass(frozen=True)
-class Hunt:
+class AutoAttackRun:
     """One AutoAttack run.
 
     Attributes:
