@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import short_reach_warning
+from fastadv.attacks.attack_warnings import nan_logits_warning, short_reach_warning
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -116,6 +116,7 @@ class Judge:
         return self._row_of(attack, outcome, eps), outcome.robust
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
+        doubts = [nan_logits_warning(outcome.nan_points)] if outcome.nan_points else []
         return Row(
             name=attack.name,
             n=len(self.runner.samples),
@@ -123,8 +124,8 @@ class Judge:
             eps=eps,
             seed=self.runner.seed,
             seconds=outcome.seconds,
-            status="invalid" if outcome.problems else "ok",
-            notes=(*outcome.problems, *outcome.notes),
+            status="invalid" if outcome.problems else "suspect" if doubts else "ok",
+            notes=(*outcome.problems, *doubts, *outcome.notes),
             worst=self.runner.take_worst(attack.name),
         )
 

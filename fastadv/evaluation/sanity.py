@@ -205,7 +205,7 @@ class _Probe:
             audit = Audit(eps, runner.norm, runner.samples.bounds)
             for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
                 x, y = runner.samples.take(indices, runner.device)
-                adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+                adv = admissible_or_clean(x, perturb(x, y, indices, audit), audit)
                 left[indices] = (predict(runner.model, adv) == y).cpu()
                 total += self._loss(adv, y)
             if problems := audit.problems():
