@@ -32,7 +32,7 @@ from fastadv.evaluation.worst import WorstImages
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Runs attacks and makes their rows.
 
     Attributes:
@@ -44,7 +44,7 @@ class Judge:
         state_dir: folder of AutoAttack's state; with several radii it has a folder for each.
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
-        blind: images with useless gradients.
+        useless_gradients: images whose gradients lead no attack.
         doubt: a note for all rows, on a surrogate that guesses or a network in train mode; empty without doubt.
     """
 
@@ -56,7 +56,7 @@ class Judge:
     state_dir: str | os.PathLike[str] | None
     surrogate: str
     is_random: bool
-    blind: UselessGradients
+    useless_gradients: UselessGradients
     doubt: str
 
     def row(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
@@ -80,7 +80,7 @@ class Judge:
             row = self._of_random_model(attack, row)
         for doubt in (
             _short_reach(attack, eps),
-            self.blind.note(attack),
+            self.useless_gradients.note(attack),
             "" if isinstance(attack, Clean) else self.doubt,
         ):
             if doubt:
