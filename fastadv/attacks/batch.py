@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.averaging import mean_gradient
+from fastadv.attacks.report import AttackReport
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.ops import pgd_step_, random_start
@@ -41,6 +42,24 @@ class CallCounters:
     elements: int = 0
     losses: list[Tensor] = field(default_factory=list)
     first_logits: Tensor | None = None
+
+    def report(self, precision: str, outside: Tensor) -> AttackReport:
+        """Return the report of the call.
+
+        Args:
+            precision: precision of the network's passes.
+            outside: share of the result outside ball or bounds, a scalar.
+        """
+        return AttackReport(
+            self.engine,
+            self.reason,
+            precision,
+            self.elements,
+            self.counts,
+            self.nan_points,
+            tuple(self.losses),
+            outside,
+        )
 
 
 class CallOverrides(NamedTuple):
