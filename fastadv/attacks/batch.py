@@ -204,9 +204,18 @@ class AttackBatch:
 
     def succeeded(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them, [B] bool; NaN logits are no success, and are counted."""
-        reached, nan = logits.argmax(1) == hard(self.y), logits.isnan().any(1)
+        success, nan = self._judged(logits)
         self.counters.nan_points += (nan if self.active is None else nan & self.active).sum()
-        return (reached if self.targeted else ~reached) & ~nan
+        return success
+
+    def is_success(self, logits: Tensor) -> Tensor:
+        """As `succeeded`, for points that are counted elsewhere."""
+        return self._judged(logits)[0]
+
+    def _judged(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples are where the attack wants them, and which have NaN logits, [B] bool each."""
+        reached, nan = logits.argmax(1) == hard(self.y), logits.isnan().any(1)
+        return (reached if self.targeted else ~reached) & ~nan, nan
 
     def rows(self, rows: Tensor) -> AttackBatch:
         """Some of the samples, by int64 indices; they keep their random numbers, and are counted here."""
