@@ -184,7 +184,7 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Keep the values and gradients of parameters, which a model that learns in its forward pass changes."""
+    """Keep the values and gradients of parameters, which a model that adapts in its forward pass changes."""
     with_shape = [p for p in parameters if not nn.parameter.is_lazy(p)]
     saved = [(p, p.grad, p.detach().clone()) for p in with_shape]
     try:
