@@ -395,7 +395,6 @@ def check_field(recipe: Recipe, name: str, at_least: float) -> None:
         ValueError: if it is not.
     """
     value = getattr(recipe, name)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite and >= {at_least}, got {value}")
-    if value < at_least:
-        raise ValueError(f"{name} must be >= {at_least}, got {value}")
+    if not (math.isfinite(value) and value >= at_least):
+        finite = "" if math.isfinite(value) else "finite and "
+        raise ValueError(f"{name} must be {finite}>= {at_least}, got {value}")
