@@ -190,9 +190,12 @@ def test_a_matrix_is_of_one_attack_in_a_ball(attack: str) -> None:
 
 def test_a_model_of_the_matrix_that_refuses_the_images_is_named() -> None:
     model, data = trained_small_cnn(), digits_test(8)
-    models: dict[str, nn.Module] = {"a": model, "b": nn.Sequential(nn.Flatten(), nn.Linear(256, 10))}
+    models: dict[str, nn.Module] = {
+        "a": model,
+        "b": nn.Sequential(nn.Flatten(), nn.Linear(256, 10)),
+    }
     with pytest.raises(RuntimeError, match="model b, on images of 1x8x8: mat1 and mat2 shapes"):
         transfer_matrix(models, data, "pgd-2", **QUIET)
     models["b"] = small_cnn(num_classes=5)
-    with pytest.raises(ValueError, match="model b, on images of 1x8x8: labels must be below .* 5"):
+    with pytest.raises(ValueError, match="model b, on images of 1x8x8: labels must be below"):
         transfer_matrix(models, data, "pgd-2", **QUIET)
