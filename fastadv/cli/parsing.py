@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -87,6 +88,15 @@ class Parser(ArgumentParser):
             if isinstance(value, str):
                 found[name] = home_expanded(value)
         return found
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        """Write options as YAML, as `ArgumentParser` does.
+
+        jsonargparse warns of each tuple, which YAML holds as a list. The options' types make it a tuple again.
+        """
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"\s*Dump of a value that does not round-trip")
+            return str(super().dump(*args, **options))
 
     def check_given(self, options: Any) -> None:
         """Require the arguments in `needs`, also options that the parser itself does not require."""

@@ -122,7 +122,7 @@ def autoattack(
         batch_size: images per batch.
         device: device of the run; by default the device of the model.
         seed: 0 to 2**63 - 1.
-        max_examples: use only so many images, the first ones.
+        max_examples: use only so many images, as for ``evaluate``.
         progress: show a bar per attack on a terminal.
         state_dir: folder for the state of this run; the same call continues from it. It belongs to one
             model, one data set and one choice of settings.

@@ -164,11 +164,13 @@ class Comparison:
             return "linf", _DEFAULT_EPS
         if len(fitting) != 1:
             asked = [text for text in (norm, None if eps is None else format_eps(eps)) if text]
+            if not common and not asked:
+                raise ValueError("the runs share no radius at which they were attacked in a ball")
+            got = f", got {' '.join(asked)}" if asked else ""
             there = ", ".join(radius_text(*radius) for radius in common) or "at no radius"
             name = "norm" if eps is None and norm else "eps"
             raise ValueError(
-                f"{name} must name one radius at which all runs were attacked, got {' '.join(asked) or None}; "
-                f"they were all attacked {there}"
+                f"{name} must name one radius at which all runs were attacked{got}; they were all attacked {there}"
             )
         return fitting[0]
 

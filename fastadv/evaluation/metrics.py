@@ -192,7 +192,7 @@ def cosine_similarity_to(
         data: as for ``evaluate``.
         batch_size: images per pass.
         device: as for ``evaluate``.
-        max_examples: use only the first so many images.
+        max_examples: use only so many images, as for ``evaluate``.
 
     Returns:
         The mean over images, in [-1, 1]. Features of norm zero count as similarity 0.

@@ -6,9 +6,10 @@ from fastadv.evaluation.distances import Distances
 
 
 def format_eps(eps: float) -> str:
-    """Write eps as k/255 for a whole number k, else as a decimal number."""
+    """Write eps as k/255 for a whole number k, else as a decimal number; .2, which is 51/255, as 0.2."""
     k = round(eps * 255) if abs(eps) < 1 else 0
-    return f"{k}/255" if k > 0 and abs(eps * 255 - k) < 1e-6 and k < 255 else f"{eps:.4g}"
+    whole = 0 < k < 255 and k % 51 > 0 and abs(eps * 255 - k) < 1e-6
+    return f"{k}/255" if whole else f"{eps:.4g}"
 
 
 def distances_text(distances: Distances) -> str:

@@ -25,6 +25,15 @@ def configuration(words: list[str], capfd: pytest.CaptureFixture[str]) -> dict[s
     return found
 
 
+def test_options_that_are_tuples_are_written_without_a_warning(
+    capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    config = configuration(["trades"], capfd)
+    assert config["betas"] == [0.9, 0.999]
+    assert isinstance(config["schedule"]["init_args"]["milestones"], list)  # type: ignore[index]
+    assert not [str(one.message) for one in recwarn]
+
+
 def test_a_flag_that_is_on_can_be_turned_off_by_its_opposite(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -141,7 +141,8 @@ def test_a_mark_in_front_is_no_damage_and_a_pipe_is_no_file(tmp_path: Path) -> N
 
 
 def test_a_radius_of_any_size_has_words() -> None:
-    assert [format_eps(eps) for eps in (8 / 255, 1.0, 1e308)] == ["8/255", "1", "1e+308"]
+    radii = (8 / 255, 128 / 255, 0.2, 1.0, 1e308)
+    assert [format_eps(eps) for eps in radii] == ["8/255", "128/255", "0.2", "1", "1e+308"]
 
 
 @pytest.mark.parametrize("content", [b"", b'{"format": 2, "rows": [', b"\xff\xfe", b"{}\0\0"])

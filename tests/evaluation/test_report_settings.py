@@ -103,6 +103,7 @@ def test_a_run_with_transfer_alone_still_shows_its_clean_accuracy() -> None:
     assert found.points() == [] and found.trade_offs().rows == () and model_cards(found) == {}
     with pytest.raises(ValueError, match="they were all attacked at no radius"):
         summary(CLEAN, TRANSFER[0], NO_BALL, eps=EPS)
+    assert found.no_plot.startswith("There is no trade-off plot: the runs share no radius")
     with pytest.raises(ValueError, match="they have clean, pgd-20 in common"):
         summary(CLEAN, WHITE, TRANSFER[0], robust="pgd-20 from b 12345678")
 

@@ -1,6 +1,6 @@
 """Samples of every op, from which the op tests and the op benchmark are driven.
 
-A new op adds a file here with its `OpCase` records and a line to the list below; nothing else changes.
+A new op adds a file with its `OpCase` records here, and a line to each of the two lists below.
 """
 
 from __future__ import annotations
