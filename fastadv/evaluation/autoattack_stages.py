@@ -22,7 +22,7 @@ from fastadv.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class Own:
+class StandardAttack:
     """An attack of this package that takes a batch at a time.
 
     Attributes:
@@ -43,14 +43,16 @@ class Own:
 _RESTARTS_L1, _TARGET_CLASSES_L1 = 5, 5
 
 BY_BATCH = {
-    "fab": Own(FAB, {"steps": 100, "target_classes": None}),
-    "fab-t": Own(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
-    "square": Own(Square, {"queries": 5000}, thorough=True),
+    "fab": StandardAttack(FAB, {"steps": 100, "target_classes": None}),
+    "fab-t": StandardAttack(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
+    "square": StandardAttack(Square, {"queries": 5000}, thorough=True),
 }
 BY_BATCH_L1 = BY_BATCH | {
-    "apgd-ce": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "ce"}),
-    "apgd-dlr": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "dlr"}),
-    "apgd-t": Own(
+    "apgd-ce": StandardAttack(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "ce"}),
+    "apgd-dlr": StandardAttack(
+        APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "dlr"}
+    ),
+    "apgd-t": StandardAttack(
         APGD, {"steps": APGD_STEPS, "loss": "dlr-t", "target_classes": _TARGET_CLASSES_L1}
     ),
 }
@@ -73,7 +75,7 @@ def search_for(run: AutoAttackRun, attack: str) -> Search:
         return ReferenceSearch(run, attack)
     if attack in LOSSES and run.runner.norm in NORMS:
         return PoolSearch(run, attack)
-    return OwnSearch(run, attack)
+    return EngineSearch(run, attack)
 
 
 class BatchSearch:
@@ -111,7 +113,7 @@ class BatchSearch:
         x, y = self._run.runner.samples.take(indices, self._run.runner.device)
         found, warnings = self._perturb(x, y, indices)
         adv, fooled = self._run.judged(indices, found, audit)
-        refined, seconds, more = self._again(indices, found, adv, fooled, audit)
+        refined, seconds, more = self._refine_batch(indices, found, adv, fooled, audit)
         return BatchRecord(
             indices=indices.clone(),
             fooled=indices[fooled],
@@ -127,7 +129,7 @@ class BatchSearch:
         """Adversarial images [B, C, H, W] and warnings."""
         raise NotImplementedError
 
-    def _again(
+    def _refine_batch(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float, list[str]]:
         """Search again in float32 where the engine was wrong.
@@ -147,13 +149,13 @@ class ReferenceSearch(BatchSearch):
         return self._run.library.perturb(self._attack, x, y)
 
 
-class OwnSearch(BatchSearch):
+class EngineSearch(BatchSearch):
     """An attack of this package that takes a batch at a time."""
 
     def __init__(self, run: AutoAttackRun, attack: str) -> None:
         super().__init__(run, attack)
         self._rows = run.rows
-        self._own = (BY_BATCH_L1 if run.runner.norm == "l1" else BY_BATCH)[attack]
+        self._standard = (BY_BATCH_L1 if run.runner.norm == "l1" else BY_BATCH)[attack]
         self._seed = derive_seed(run.runner.seed, f"autoattack/{attack}")
         self._narrow = self._make("auto" if run.is_narrow else FP32)
         self._narrow.share_engines(run.narrow)
@@ -165,16 +167,16 @@ class OwnSearch(BatchSearch):
         self.by = run.search
 
     def _make(self, precision: str, engine: str = "fixed") -> Attack:
-        own, runner = self._own, self._run.runner
-        return own.kind(
+        standard, runner = self._standard, self._run.runner
+        return standard.kind(
             runner.model,
             self._run.eps,
             norm=runner.norm,
             bounds=runner.samples.bounds,
             precision=precision,
             engine=engine,
-            **own.settings,
-            **({"batch_size": self._rows} if own.kind is FAB else {}),
+            **standard.settings,
+            **({"batch_size": self._rows} if standard.kind is FAB else {}),
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
@@ -182,7 +184,7 @@ class OwnSearch(BatchSearch):
         found = self._narrow(x, y, seed=self._seed, sample_ids=ids)
         return found, _doubts(self._narrow)
 
-    def _again(
+    def _refine_batch(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float, list[str]]:
         warnings: list[str] = []
@@ -191,9 +193,9 @@ class OwnSearch(BatchSearch):
         begun, refined = time.perf_counter(), 0
         x, y = self._run.runner.samples.take(indices, self._run.runner.device)
         chosen = ~fooled
-        thorough = self._own.thorough and self._run.search != FP32
+        thorough = self._standard.thorough and self._run.search != FP32
         if not (thorough and bool(fooled.any())):
-            chosen &= self._claims(self._narrow, found, y).cpu()
+            chosen &= self._misclassified_by_engine(self._narrow, found, y).cpu()
         if not bool(chosen.any()):
             return 0, 0.0, warnings
         for attack in self._in_float32(x[chosen]):
@@ -207,7 +209,9 @@ class OwnSearch(BatchSearch):
             adv[rows], fooled[rows] = self._run.judged(some, tried, audit)
             refined += int(fooled[rows].sum())
             # The plain model attacks only the images that the copy misclassifies and the plain model does not.
-            chosen[rows] = self._claims(attack, tried, y[chosen]).cpu() & ~fooled[rows]
+            chosen[rows] = (
+                self._misclassified_by_engine(attack, tried, y[chosen]).cpu() & ~fooled[rows]
+            )
         return refined, time.perf_counter() - begun, warnings
 
     def _in_float32(self, x: Tensor) -> list[Attack]:
@@ -220,7 +224,7 @@ class OwnSearch(BatchSearch):
                 self._exact = None
         return [self._wide]
 
-    def _claims(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
+    def _misclassified_by_engine(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
         """Which images an attack's engine misclassifies, [B] bool."""
         engine = attack.engine_for(found)
         with engine.session(attack.model, self._seed, current=True):
