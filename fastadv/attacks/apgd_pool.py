@@ -237,7 +237,10 @@ class _PoolRuns:
         settings, device = self._attack.settings, self._slots.x.device
         begun = self._used & (self._step == self._begin)
         at_check = self._used & ~begun & self._is_check[self._step.clamp(max=self._last)]
-        fresh, since, step = (one.to(device) for one in (begun, self._since, self._step))
+        # All copies to a GPU, which wait for it, before it gets the step's work.
+        used, fresh, since, step = (
+            one.to(device) for one in (self._used, begun, self._since, self._step)
+        )
         checked = at_check.to(device) if bool(at_check.any()) else None
         early, passes = self._pool._early, self._pool._passes
         found = self._slots.advance(
@@ -246,7 +249,7 @@ class _PoolRuns:
         if settings.loss in ("dlr", "dlr-t") and bool(begun.any()):
             zero = (found.grad.flatten(1) == 0).all(1) & fresh
             self._pool.starts_without_gradient += int(zero.sum())
-        nan = found.logits.isnan().any(1) & self._used.to(device)
+        nan = found.logits.isnan().any(1) & used
         self._nan_points = self._nan_points + nan.sum()
         self._pool.steps += int(self._used.sum())
         self._pool.rows += len(begun)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gpu.sh"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "bench" / "gpu.sh"
 # Takes the place of python3: it prints its command, and waits in the benchmark of the ops.
 PYTHON = """#!{python} -S
 import sys, time
@@ -78,8 +81,20 @@ def test_the_log_has_what_a_stage_found_before_the_script_was_killed(
             assert started.poll() is None and time.monotonic() < end
             time.sleep(0.1)
     finally:
-        subprocess.run(["kill", "-9", f"-{started.pid}"], check=True)
+        os.killpg(started.pid, signal.SIGKILL)  # the session of its own that was started above
         started.wait()
+
+
+def test_every_file_with_tests_for_a_gpu_is_run(python: Path, tmp_path: Path) -> None:
+    assert run(python, "-s", 60, tmp_path, "test") == 0
+    line = next(
+        line for line in (tmp_path / "log.txt").read_text().splitlines() if line.startswith("-m ")
+    )
+    assert " --continue-on-collection-errors -m gpu tests/ops " in line
+    chosen = [ROOT / word for word in line.split() if word.startswith("tests/")]
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        if file.parent.name != "bench" and "mark.gpu" in file.read_text():
+            assert any(file.is_relative_to(place) for place in chosen), file
 
 
 @pytest.mark.parametrize(
