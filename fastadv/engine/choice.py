@@ -119,7 +119,7 @@ class Beforehand:
         Args:
             name: of the engine.
             images: number of images on which passes are timed.
-            batch: number of images that are attacked, of those that share the choice the smallest.
+            batch: number of images that are attacked, as `group_of` gives it.
         """
         is_live = any(name in (names.live, names.contiguous) for names in NAMES.values())
         return 0.0 if is_live else self.proof / _PASSES * images / batch

@@ -81,7 +81,7 @@ class LiveReference:
         if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:
             if not engine.channels_last:
                 return None
-            if max(self._seen_right.get(engine, (0,))) >= PROBES:
+            if max(self._seen_right.get(engine, ()), default=0) >= PROBES:
                 return None
             with engine.session(self.model, 0, current=True):
                 fault = self.evidence.first(PROBES).against(engine)
@@ -119,9 +119,9 @@ class LiveReference:
             found = engine.gradient(shown, value_of)
             spent = proof.seconds() - began
             if evidence is not None:
-                wanted = evidence.gradients[0]
-                if proof.difference(found, wanted, engine.precision) is None:
-                    self._seen_right.setdefault(engine, set()).add(len(images))
+                fault = proof.difference(found, evidence.gradients[0], engine.precision)
+                right = self._seen_right.setdefault(engine, set())
+                (right.add if fault is None else right.discard)(len(images))
         return spent
 
     def least_seconds(self, count: int) -> float:
