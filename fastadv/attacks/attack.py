@@ -216,7 +216,7 @@ class Attack(Configured):
                 _for_autograd(y),
                 None if start is None else _for_autograd(start),
             )
-            call = _Call(x, y, seed, sample_ids, radius, start, bounds, overrides)
+            call = _CallArguments(x, y, seed, sample_ids, radius, start, bounds, overrides)
             if self.check_inputs:
                 call.check_values(settings.norm)
             trial = self._engines.trial(self.model, x, self._request())
@@ -229,7 +229,7 @@ class Attack(Configured):
             warn_of_probabilities(batch.counters.first_logits, settings)
         return adv
 
-    def _run_by(self, call: _Call, engine: Engine) -> tuple[AttackBatch, Tensor]:
+    def _run_by(self, call: _CallArguments, engine: Engine) -> tuple[AttackBatch, Tensor]:
         """Attack the images of a call by one engine, and return the batch with its counters, and the result."""
         settings = self.settings
         with engine.session(self.model, call.seed, current=True):
@@ -346,7 +346,7 @@ class Attack(Configured):
         return number
 
 
-class _Call(NamedTuple):
+class _CallArguments(NamedTuple):
     """The arguments of one call of an attack, after the checks of types, shapes and devices.
 
     Attributes:

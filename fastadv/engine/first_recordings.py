@@ -144,9 +144,8 @@ def is_steady(
             if again is None or not tape.describes(again):
                 return False
             done += 1
-            if (
-                done == 1
-            ):  # with the hash of the weights, timed when it was taken, it is a whole proof
+            if done == 1:
+                # A whole proof is this pass and the hash of the weights, whose time is in `cached` already.
                 cached.seconds += proof.seconds() - began
             if done == 1 and plain_state(model) != before:
                 calls = _COUNTED_CALLS
