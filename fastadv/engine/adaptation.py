@@ -26,13 +26,16 @@ class Adaptation:
 
     def __init__(self, never: bool = False) -> None:
         self.is_known, self.adapts = never, not never
+        self._to_freeze: list[nn.Parameter] = []
 
     @contextmanager
     def found_out(self, model: object) -> Iterator[None]:
         """Watch one forward pass, after which it is known whether the model adapts.
 
-        The parameters of a model that does not learn require no grad afterwards.
+        The parameters of a model that does not adapt require no grad from the next pass on. The backward pass of
+        the watched one must find them as its forward pass did: an autograd function may take their gradients.
         """
+        self.freeze()
         if self.is_known or not torch.is_grad_enabled():
             yield
             return
@@ -52,6 +55,10 @@ class Adaptation:
             for hook in hooks:
                 hook.remove()
         self.is_known, self.adapts = True, bool(taken)
-        if not taken:
-            for parameter in parameters:
-                parameter.requires_grad_(False)
+        self._to_freeze = [] if taken else parameters
+
+    def freeze(self) -> None:
+        """Let the parameters of a model that was found not to adapt require no grad."""
+        for parameter in self._to_freeze:
+            parameter.requires_grad_(False)
+        self._to_freeze = []

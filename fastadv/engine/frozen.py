@@ -202,9 +202,17 @@ def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
     `data` leaves the version counter unchanged, so that a graph made before can still be differentiated.
     """
+    if _is_freed(tensor):
+        return
     now, before = _once(tensor.data), _once(value, tensor)
     if not _known_equal(now, before):
         now.copy_(before)
+
+
+def _is_freed(tensor: torch.Tensor) -> bool:
+    """Whether a pass has given the tensor's memory back, as FSDP does with the parameters that it has gathered."""
+    has_memory = tensor.layout is torch.strided and tensor.numel() > 0
+    return has_memory and tensor.untyped_storage().size() == 0
 
 
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:

@@ -29,10 +29,11 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
     """
     saved = [(module, dict(vars(module))) for module in parts]
     containers = [
-        (value, value.copy())
+        (container, container.copy())
         for _, attributes in saved
         for name, value in attributes.items()
-        if type(value) in _CONTAINERS and name not in TORCHS_ATTRIBUTES
+        if name not in TORCHS_ATTRIBUTES
+        for container in _containers(value)
     ]
 
     def goes_back(now: object, before: object) -> bool:
@@ -55,6 +56,15 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
             if changed and goes_back(container, before):
                 container.clear()
                 (container.extend if hasattr(container, "extend") else container.update)(before)
+
+
+def _containers(value: object, depth: int = _MAX_DEPTH) -> Iterator[Any]:
+    """A container and those among its entries, which a pass may change as well."""
+    if type(value) in _CONTAINERS:
+        yield value
+    if depth > 0 and (type(value) in _CONTAINERS or isinstance(value, tuple)):
+        for entry in _entries(value):
+            yield from _containers(entry, depth - 1)
 
 
 def _entries(container: Any) -> Iterator[object]:

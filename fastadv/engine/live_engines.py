@@ -73,7 +73,10 @@ class EagerEngine(Engine):
                 seed=seed if self._draws != "never" else None,
                 watch=self._draws in ("watched", "unlikely"),
             ):
-                yield
+                try:
+                    yield
+                finally:
+                    self._adaptation.freeze()  # lets go of the parameters, which get their flags back
         finally:
             self._model = None
 

@@ -214,6 +214,80 @@ def test_expanded_weights_are_put_back() -> None:
     assert torch.equal(layer.bias, torch.ones(4))
 
 
+@pytest.mark.parametrize("settings", [{}, {"engine": "eager"}, {"train_mode": True}])
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+def test_the_state_in_containers_of_containers_is_as_before_an_attack(
+    settings: dict[str, object],
+) -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Linear(192, 4)
+            self.memories: list[dict[str, Tensor]] = [{"v": torch.zeros(1)}]
+
+        def forward(self, x: Tensor) -> Tensor:
+            v = 0.5 * self.memories[0]["v"] + self.network(x.flatten(1))
+            self.memories[0]["v"] = v.mean(0, keepdim=True).detach()
+            return v
+
+    model = Layers()
+    before = model.memories[0]["v"]
+    fastadv.PGD(model, steps=2, **settings)(X, Y)  # type: ignore[arg-type]
+    assert model.memories[0]["v"] is before
+
+
+class _Adjoint(torch.autograd.Function):
+    """A linear layer whose backward pass runs it again, as the adjoint method of neural ODEs does."""
+
+    @staticmethod
+    def forward(ctx, x, weight):  # type: ignore[no-untyped-def]
+        ctx.wanted = weight.requires_grad
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            wanted = (x, weight) if ctx.wanted else (x,)
+            grads = torch.autograd.grad(x @ weight.T, wanted, grad)
+        return grads if ctx.wanted else (*grads, None)
+
+
+@pytest.mark.parametrize("train_mode", [False, True])
+def test_a_backward_pass_may_take_the_gradients_that_its_forward_pass_saw_wanted(
+    train_mode: bool,
+) -> None:
+    class Flow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.weight = nn.Parameter(torch.randn(4, 192))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _Adjoint.apply(x.flatten(1), self.weight)
+
+    model = Flow()
+    settings = {"eps": 8 / 255, "steps": 3, "random_start": False, "train_mode": train_mode}
+    adv = fastadv.PGD(model, engine="eager", precision="fp32", **settings)(X, Y)
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(192, 4, bias=False))
+    plain[1].weight = model.weight
+    assert torch.equal(adv, fastadv.PGD(plain, engine="eager", precision="fp32", **settings)(X, Y))
+    assert model.weight.requires_grad
+    assert model.weight.grad is None
+
+
+def test_parameters_whose_memory_a_pass_gives_back_are_left_alone() -> None:
+    """As FSDP does with the parameters that it has gathered. A read of them would end the process."""
+    layer = nn.Linear(192, 4)
+    with frozen(layer, keep_parameters=True):
+        layer.weight.untyped_storage().resize_(0)
+        layer.bias.data.fill_(3)
+    assert layer.weight.untyped_storage().size() == 0
+    assert not torch.equal(layer.bias, torch.full((4,), 3.0))
+
+
 class OnThirdGpu(nn.Parameter):
     """A parameter that says where it would be."""
 
