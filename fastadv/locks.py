@@ -38,7 +38,7 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     target = followed(path)  # so that all links to a file share its lock
     lock = target.with_name(f".{target.name}.lock")
     with naming(target):
-        lock, descriptor = _acquire(lock, time.monotonic() + wait)
+        lock, descriptor = _acquire(lock, wait)
     try:
         yield
     finally:
@@ -73,8 +73,9 @@ def rewriting(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield target
 
 
-def _acquire(lock: Path, deadline: float) -> tuple[Path, int]:
+def _acquire(lock: Path, wait: float) -> tuple[Path, int]:
     """Return the lock's file, locked, and its descriptor."""
+    deadline = time.monotonic() + wait
     while True:
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -91,19 +92,38 @@ def _acquire(lock: Path, deadline: float) -> tuple[Path, int]:
             if error.errno not in NO_LOCKS:
                 raise
             lock.unlink(missing_ok=True)
-            return _make(lock.with_suffix(".held"), deadline)
+            return _make(lock.with_suffix(".held"), wait)
         os.close(descriptor)
 
 
-def _make(file: Path, deadline: float) -> tuple[Path, int]:
-    """Return a file that this process alone has made, and its descriptor."""
+def _make(file: Path, wait: float) -> tuple[Path, int]:
+    """Return a file that this process alone has made, and its descriptor.
+
+    Of several processes that wait, one takes over the file that a killed process has left. The others see a new
+    file, and wait for its holder.
+    """
+    seen, deadline = None, 0.0
     while True:
         try:
             return file, os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except FileExistsError:
-            if time.monotonic() >= deadline:
+            there = _identity(file)
+            if there is None:  # its holder has just removed it
+                continue
+            if there != seen:
+                seen, deadline = there, time.monotonic() + wait
+            elif time.monotonic() >= deadline:
                 file.unlink(missing_ok=True)
             time.sleep(_POLL_SECONDS)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """A value that another file in the same place does not have; None if there is no file."""
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_ctime_ns
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

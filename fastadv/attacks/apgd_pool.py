@@ -25,7 +25,9 @@ from fastadv.seeding import derive_seed
 # int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
 Take = Callable[[Tensor], tuple[Tensor, Tensor]]
 NORMS = ("linf", "l2")  # in l1 Auto-PGD takes other steps
-_LOOKED_AT_EVERY = 4  # steps: rows are judged so often, so that the referee gets several at once
+_STEPS_BETWEEN_VERIFICATIONS = (
+    4  # steps: points are verified so often, so that several are verified at once
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Ended:
+class FinishedRun:
     """A run that is over.
 
     Attributes:
@@ -70,40 +72,40 @@ class Ended:
     step: int
 
 
-class Referee(Protocol):
-    """The judge of the points that the pool finds."""
+class PointVerifier(Protocol):
+    """Decides, independently of the engine, which of the points that the pool finds break their images."""
 
     def confirm(self, images: Sequence[int], points: Tensor) -> Sequence[bool]:
         """Return which of the points [R, ...] break their images, which are given by index."""
 
-    def end(self, ended: Sequence[Ended]) -> None:
+    def record(self, finished: Sequence[FinishedRun]) -> None:
         """Record runs that are over and have not broken their images."""
 
 
 class APGDPool:
     """Runs of one APGD attack that share the engine's batches.
 
-    An image that the referee says is broken leaves, with all of its runs. Whether an image breaks does not depend
+    An image that the verifier says is broken leaves, with all of its runs. Whether an image breaks does not depend
     on the other images or on their order. Which of its runs is the first to break it may depend on them.
 
     Args:
         attack: model, settings and engine.
         size: number of rows of a full batch.
         seed: seed of the random starts.
-        set_aside: end a run at the first point that is misclassified by the engine but not by the referee;
+        set_aside: end a run at the first point that is misclassified by the engine but not by the verifier;
             otherwise the run goes on.
-        early: ask the referee as soon as a point is misclassified by the engine. Otherwise every run makes
-            all of its steps and the referee is never asked. An image's later runs are then left out once one has
+        early: ask the verifier as soon as a point is misclassified by the engine. Otherwise every run makes
+            all of its steps and the verifier is never asked. An image's later runs are then left out once one has
             succeeded.
         passes: number of passes through the network for one gradient, which is their mean; more than one for a
             model that draws random numbers (EOT, expectation over transformations).
-        otherwise: an attack with the same settings on another engine. It is used if the attack's own engine cannot
+        fallback: an attack with the same settings on another engine. It is used if the attack's own engine cannot
             run the model.
 
     Attributes:
         steps: number of gradients of rows with a run so far.
         rows: number of gradients so far, with those of rows that only filled up a batch.
-        blind: number of runs that began at a point without a gradient, a sign of gradient masking.
+        starts_without_gradient: runs that began at a point without a gradient, a sign of masking.
         nan_points: number of points so far with a NaN among their logits; such a point is no success.
 
     Raises:
@@ -119,7 +121,7 @@ class APGDPool:
         set_aside: bool = False,
         early: bool = True,
         passes: int = 1,
-        otherwise: APGD | None = None,
+        fallback: APGD | None = None,
     ) -> None:
         if attack.targeted or attack.train_mode:
             raise ValueError(
@@ -129,19 +131,19 @@ class APGDPool:
             raise ValueError(
                 f"norm must be one of {', '.join(NORMS)} in a pool, got {attack.norm!r}"
             )
-        self._attack, self._seed, self._otherwise = attack, seed, otherwise
+        self._attack, self._seed, self._fallback = attack, seed, fallback
         self._set_aside, self._early, self._passes = set_aside, early, passes
         self._points = checkpoints(attack.steps)
         free = attack.engine in ("auto", "fixed")
         live = attack.engine == "eager" or (free and attack.precision == "fp32")
         self._sizes = batch_sizes(size, live)
-        self.steps = self.rows = self.blind = self.nan_points = 0
+        self.steps = self.rows = self.starts_without_gradient = self.nan_points = 0
 
     def run(
         self,
         runs: Iterable[Run],
         take: Take,
-        referee: Referee,
+        verifier: PointVerifier,
         sample_ids: Tensor | None = None,
     ) -> None:
         """Carry out runs; they begin in the given order.
@@ -149,30 +151,30 @@ class APGDPool:
         Args:
             runs: the runs; the next is read when a row becomes free.
             take: returns images and labels by index.
-            referee: confirms the points that are found, and records the runs that are over.
+            verifier: confirms the points that are found, and records the runs that are over.
             sample_ids: int64 [N] on the CPU, which random numbers each image gets; by default its index.
         """
         queue = iter(runs)
         first = list(islice(queue, self._sizes[0]))
         if not first:
             return
-        _Work(self, first, queue, take, referee, sample_ids).carry_out()
+        _PoolRuns(self, first, queue, take, verifier, sample_ids).carry_out()
 
     def engine_for(self, x: Tensor) -> Engine:
         """The engine for a batch like ``x``."""
         try:
             return self._attack.engine_for(x)
         except ValueError:
-            if self._otherwise is None:
+            if self._fallback is None:
                 raise
-        return self._otherwise.engine_for(x)
+        return self._fallback.engine_for(x)
 
     def seed_of(self, number: int) -> int:
         """The seed of the random starts of an image's runs, as `APGD` chooses it."""
         return derive_seed(self._seed, "restart", number) if number else self._seed
 
 
-class _Work:
+class _PoolRuns:
     """One call of `APGDPool.run`."""
 
     def __init__(
@@ -181,14 +183,14 @@ class _Work:
         first: list[Run],
         queue: Iterator[Run],
         take: Take,
-        referee: Referee,
+        verifier: PointVerifier,
         sample_ids: Tensor | None,
     ) -> None:
         self._pool, self._attack, self._ids = pool, pool._attack, sample_ids
-        self._queue, self._take, self._referee = queue, take, referee
+        self._queue, self._take, self._verifier = queue, take, verifier
         self._exhausted = len(first) < pool._sizes[0]
         self._any_size = False  # whether the engine takes batches of any size without another proof
-        self._closed: set[int] = set()  # images that are broken
+        self._broken: set[int] = set()  # images that are broken
         size = self._size_for(len(first))
         # Rows without a run hold the first image, as the engine needs something to look at.
         x, y = take(torch.tensor([first[0].image] * size, device="cpu"))
@@ -226,16 +228,19 @@ class _Work:
         while self._fits():
             self._advance(engine)
             tick += 1
-            look = self._pool._early and tick % _LOOKED_AT_EVERY == 0
-            over = self._over()
+            look = self._pool._early and tick % _STEPS_BETWEEN_VERIFICATIONS == 0
+            over = self._finished_rows()
             if look or over:
-                self._attend(look, over)
+                self._verify_and_refill(look, over)
 
     def _advance(self, engine: Engine) -> None:
         settings, device = self._attack.settings, self._slots.x.device
         begun = self._used & (self._step == self._begin)
         at_check = self._used & ~begun & self._is_check[self._step.clamp(max=self._last)]
-        fresh, since, step = (one.to(device) for one in (begun, self._since, self._step))
+        # All copies to a GPU, which wait for it, before it gets the step's work.
+        used, fresh, since, step = (
+            one.to(device) for one in (self._used, begun, self._since, self._step)
+        )
         checked = at_check.to(device) if bool(at_check.any()) else None
         early, passes = self._pool._early, self._pool._passes
         found = self._slots.advance(
@@ -243,49 +248,49 @@ class _Work:
         )
         if settings.loss in ("dlr", "dlr-t") and bool(begun.any()):
             zero = (found.grad.flatten(1) == 0).all(1) & fresh
-            self._pool.blind += int(zero.sum())
-        nan = found.logits.isnan().any(1) & self._used.to(device)
+            self._pool.starts_without_gradient += int(zero.sum())
+        nan = found.logits.isnan().any(1) & used
         self._nan_points = self._nan_points + nan.sum()
         self._pool.steps += int(self._used.sum())
         self._pool.rows += len(begun)
         self._since = self._since.masked_fill(at_check, 0) + 1
         self._step = self._step + 1
 
-    def _over(self) -> list[int]:
+    def _finished_rows(self) -> list[int]:
         """The rows whose run is over."""
         over: list[int] = (self._used & (self._step > self._last)).nonzero().flatten().tolist()
         return over
 
-    def _attend(self, every_row: bool, over: list[int]) -> None:
+    def _verify_and_refill(self, every_row: bool, over: list[int]) -> None:
         """Remove the runs of broken images and finished runs, and begin other runs in their rows."""
         self._pool.nan_points += int(self._nan_points)
         self._nan_points = torch.zeros_like(self._nan_points)
         if self._pool._early:
-            self._judge(list(range(len(self._runs))) if every_row else over)
-        self._end([row for row in over if self._runs[row] is not None])
+            self._verify(list(range(len(self._runs))) if every_row else over)
+        self._report([row for row in over if self._runs[row] is not None])
         self._refill()
 
-    def _judge(self, rows: list[int]) -> None:
-        """Ask the referee about the rows whose points are misclassified by the engine."""
+    def _verify(self, rows: list[int]) -> None:
+        """Ask the verifier about the rows whose points are misclassified by the engine."""
         flags = self._slots.succeeded.tolist()
         rows = [row for row in rows if self._runs[row] is not None and flags[row]]
         if not rows:
             return
         index = torch.tensor(rows, device=self._slots.x.device)
         images = [self._image(row) for row in rows]
-        confirmed = self._referee.confirm(images, self._slots.kept[index])
+        confirmed = self._verifier.confirm(images, self._slots.kept[index])
         refused = [row for row, yes in zip(rows, confirmed, strict=True) if not yes]
-        self._closed.update(i for i, yes in zip(images, confirmed, strict=True) if yes)
+        self._broken.update(i for i, yes in zip(images, confirmed, strict=True) if yes)
         for row, run in enumerate(self._runs):
-            if run is not None and run.image in self._closed:
-                self._leave(row)
+            if run is not None and run.image in self._broken:
+                self._set_free(row)
         refused = [row for row in refused if self._runs[row] is not None]
         if self._pool._set_aside:
-            self._end(refused)
+            self._report(refused)
         elif refused:
             self._slots.succeeded[torch.tensor(refused, device=index.device)] = False
 
-    def _end(self, rows: list[int]) -> None:
+    def _report(self, rows: list[int]) -> None:
         """Report runs and free their rows."""
         if not rows:
             return
@@ -301,11 +306,11 @@ class _Work:
             run = self._runs[row]
             assert run is not None
             step = steps[i] if flags[i] else made[row] - 1
-            ended.append(Ended(run, points[i].clone(), values[i], flags[i], alphas[i], step))
-            self._leave(row)
+            ended.append(FinishedRun(run, points[i].clone(), values[i], flags[i], alphas[i], step))
+            self._set_free(row)
         if not self._pool._early:
-            self._closed.update(one.run.image for one in ended if one.succeeded)
-        self._referee.end(ended)
+            self._broken.update(one.run.image for one in ended if one.succeeded)
+        self._verifier.record(ended)
 
     def _refill(self) -> None:
         free = [row for row, run in enumerate(self._runs) if run is None]
@@ -313,7 +318,7 @@ class _Work:
             return
         runs = []
         for run in self._queue:
-            if run.image not in self._closed:
+            if run.image not in self._broken:
                 runs.append(run)
                 if len(runs) == len(free):
                     break
@@ -356,7 +361,7 @@ class _Work:
         alphas = torch.tensor(alpha, dtype=x.dtype, device=device)
         self._slots.load(index.to(device), x, y, target, start, alphas)
 
-    def _leave(self, row: int) -> None:
+    def _set_free(self, row: int) -> None:
         """Mark a row as free."""
         self._runs[row] = None
         self._used[row] = False

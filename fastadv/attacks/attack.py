@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,12 +34,12 @@ from fastadv.attacks.batch import AttackBatch, CallOverrides
 from fastadv.attacks.options import Checked, Configured, Setting, names_checked
 from fastadv.attacks.report import AttackReport, outside_share
 from fastadv.attacks.rounding import round_towards
-from fastadv.engine.alone import alone_with
 from fastadv.engine.engines import Engine, Model
 from fastadv.engine.frozen import frozen, in_mode
 from fastadv.engine.layout import naming_layout
+from fastadv.engine.network_lock import locked
+from fastadv.engine.request import EngineRequest
 from fastadv.engine.selection import EngineCache
-from fastadv.engine.wish import Wish
 from fastadv.fields import check_fields
 from fastadv.ops import checks
 from fastadv.ops.pgd_step_per_channel import Bounds
@@ -137,8 +137,8 @@ class Attack(Configured):
         self.passes = 1  # before the settings, whose check reads it
         self.settings = settings
         warn_of_settings(settings)
-        self._told_of = settings  # those that were set later are told of at the next call
-        self._told_of_modes = False
+        self._warned_of = settings  # settings that are set later are checked at the next call
+        self._warned_of_modes = False
         self.seed = seed
         self.check_inputs = check_inputs
         self._engines = EngineCache()
@@ -196,11 +196,11 @@ class Attack(Configured):
             checks.check_float("start", start)
             checks.check_same_shape("start", start, "x", x)
         settings, self._last = self.settings, None
-        if settings is not self._told_of:
+        if settings is not self._warned_of:
             warn_of_settings(settings)
-            self._told_of = settings
-        if not self._told_of_modes and not settings.train_mode:
-            self._told_of_modes = warn_of_modes(self.model)
+            self._warned_of = settings
+        if not self._warned_of_modes and not settings.train_mode:
+            self._warned_of_modes = warn_of_modes(self.model)
         if x.shape[0] == 0:
             nothing = torch.zeros(2, dtype=torch.int64, device="cpu")
             self._last = AttackReport(
@@ -211,63 +211,55 @@ class Attack(Configured):
             seed = draw_seed() if self.seed is None else self.seed
         in_its_mode = in_mode(self.model, bool(settings.train_mode))
         with self._alone(), _own_context(x.device), in_its_mode, naming_layout("x", self.model, x):
-            x, y = _usable(x), _usable(y)
-            if self.check_inputs:
-                check_images(x, bounds)
-                largest = largest_radius(bounds, settings.norm, x.shape[1:].numel())
-                check_limits("eps", radius, largest)
-                check_limits("alpha", overrides.alpha)
-                if start is not None:
-                    check_start(start)
-
-            def attacked_by(engine: Engine) -> tuple[Engine, AttackBatch, Tensor]:
-                with engine.session(self.model, seed, current=True):
-                    images = engine.images(x)
-                    batch = AttackBatch(
-                        engine,
-                        images,
-                        y,
-                        radius,
-                        settings.norm,
-                        bounds,
-                        settings.targeted,
-                        sample_ids,
-                        partial(check_labels, y) if self.check_inputs else None,
-                        None if start is None else engine.images(_usable(start)).to(images.dtype),
-                        passes=self.passes,
-                        overrides=overrides,
-                    )
-                    adv = round_towards(self._perturb(batch, seed), x)
-                return engine, batch, adv
-
-            trial = self._engines.trial(self.model, x, self._wish())
-            found = trial.unproven(attacked_by) or trial.proven(self._ready(x), attacked_by)
-            engine, batch, adv = found
-            self._last = AttackReport(
-                batch.counters.engine,
-                batch.counters.reason,
-                engine.precision,
-                batch.counters.elements,
-                batch.counters.counts,
-                batch.counters.nan_points,
-                tuple(batch.counters.losses),
-                outside_share(adv, x, radius, settings.norm, bounds),
+            x, y, start = (
+                _for_autograd(x),
+                _for_autograd(y),
+                None if start is None else _for_autograd(start),
             )
+            call = _Call(x, y, seed, sample_ids, radius, start, bounds, overrides)
+            if self.check_inputs:
+                call.check_values(settings.norm)
+            trial = self._engines.trial(self.model, x, self._request())
+            run = partial(self._run_by, call)
+            batch, adv = trial.unproven(run) or trial.proven(self._ready(x), run)
+            outside = outside_share(adv, x, radius, settings.norm, bounds)
+            self._last = batch.counters.report(batch.engine.precision, outside)
         if self.check_inputs and x.device.type == "cpu":  # elsewhere it would wait for the attack
             warn_of_gradients(self._last, settings)
             warn_of_probabilities(batch.counters.first_logits, settings)
         return adv
 
-    def _ready(self, x: Tensor) -> Engine:
-        return self._engines.ready(self.model, x, self._wish())
-
-    def _wish(self) -> Wish:
+    def _run_by(self, call: _Call, engine: Engine) -> tuple[AttackBatch, Tensor]:
+        """Attack the images of a call by one engine, and return the batch with its counters, and the result."""
         settings = self.settings
-        return Wish(settings.precision, settings.engine, settings.train_mode)
+        with engine.session(self.model, call.seed, current=True):
+            images = engine.images(call.x)
+            batch = AttackBatch(
+                engine,
+                images,
+                call.y,
+                call.radius,
+                settings.norm,
+                call.bounds,
+                settings.targeted,
+                call.sample_ids,
+                partial(check_labels, call.y) if self.check_inputs else None,
+                None if call.start is None else engine.images(call.start).to(images.dtype),
+                passes=self.passes,
+                overrides=call.overrides,
+            )
+            return batch, round_towards(self._perturb(batch, call.seed), call.x)
+
+    def _ready(self, x: Tensor) -> Engine:
+        return self._engines.ready(self.model, x, self._request())
+
+    def _request(self) -> EngineRequest:
+        settings = self.settings
+        return EngineRequest(settings.precision, settings.engine, settings.train_mode)
 
     def _alone(self) -> AbstractContextManager[object]:
         """A context in which other threads wait if they attack the model or one that shares a network with it."""
-        return alone_with(self.model)
+        return locked(self.model)
 
     def __setattr__(self, name: str, value: Any) -> None:
         before = vars(self).get(name)
@@ -354,6 +346,39 @@ class Attack(Configured):
         return number
 
 
+class _Call(NamedTuple):
+    """The arguments of one call of an attack, after the checks of types, shapes and devices.
+
+    Attributes:
+        x: images [B, ...], without gradient.
+        y: labels [B], or soft labels [B, C].
+        seed: seed of the random numbers.
+        sample_ids: int64 [B], or None.
+        radius: radius of the ball, a number or a tensor as `AttackBatch` has it.
+        start: the points at which the attack starts, [B, ...], or None.
+        bounds: lowest and highest value.
+        overrides: the step sizes, numbers of steps and bounds that the call gives.
+    """
+
+    x: Tensor
+    y: Tensor
+    seed: int
+    sample_ids: Tensor | None
+    radius: float | Tensor
+    start: Tensor | None
+    bounds: Bounds
+    overrides: CallOverrides
+
+    def check_values(self, norm: str) -> None:
+        """Check the values of images, radii, step sizes and start, which on a GPU waits for the device."""
+        check_images(self.x, self.bounds)
+        largest = largest_radius(self.bounds, norm, self.x.shape[1:].numel())
+        check_limits("eps", self.radius, largest)
+        check_limits("alpha", self.overrides.alpha)
+        if self.start is not None:
+            check_start(self.start)
+
+
 @contextmanager
 def _own_context(device: torch.device) -> Iterator[None]:
     """Leave the caller's inference mode and autocast: the attack needs gradients and has its own precision."""
@@ -361,6 +386,6 @@ def _own_context(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _usable(tensor: Tensor) -> Tensor:
+def _for_autograd(tensor: Tensor) -> Tensor:
     """The tensor without its gradient; a copy if it is an inference tensor, which autograd refuses to save."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()

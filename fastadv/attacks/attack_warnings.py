@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastadv.attacks.report import AttackReport
 from fastadv.attacks.soft_labels import are_probabilities
-from fastadv.engine.networks import modules_of
+from fastadv.engine.networks import depends_on_mode, switched_to_train_mode
 
 if TYPE_CHECKING:
     from fastadv.attacks.attack import AttackSettings
@@ -60,39 +60,30 @@ def short_reach_warning(alpha: float, steps: int, eps: float) -> str:
     )
 
 
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
-
-def _minds(layer: nn.Module) -> bool:
-    """Whether a layer does something else in train mode."""
-    return isinstance(layer, _BATCH_NORMS) or "Drop" in type(layer).__name__
-
-
 def warn_of_modes(model: object) -> bool:
-    """Warn if dropout or BatchNorm alone was put into train mode, which an attack in eval mode ends.
+    """Warn if a layer, such as dropout, alone was put into train mode, which an attack in eval mode ends.
 
-    That is how Monte Carlo dropout is often written: `model.eval()`, then `train()` of each dropout.
+    A part with layers of its own may be the network that is trained. Then an attack may well end its train mode.
 
     Returns:
         Whether there was a warning.
     """
-    for part in modules_of(model) if isinstance(model, nn.Module) else ():
-        if getattr(part, "training", True):  # frozen scripts have no mode
-            continue
-        for name, child in part.named_children():
-            if (
-                getattr(child, "training", False)
-                and next(child.children(), None) is None
-                and _minds(child)
-            ):
-                warnings.warn(
-                    f"the attack runs the whole model in eval mode, though its {name!r}, a "
-                    f"{type(child).__name__}, is in train mode; where that is part of a defence, let its "
-                    "forward ask for it, such as by F.dropout(x, p, training=True)",
-                    stacklevel=5,
-                )
-                return True
+    for name, part in switched_to_train_mode(model) if isinstance(model, nn.Module) else ():
+        if next(part.children(), None) is None and depends_on_mode(type(part)):
+            warnings.warn(
+                f"the attack runs the whole model in eval mode, {though_in_train_mode(name, part)}",
+                stacklevel=5,
+            )
+            return True
     return False
+
+
+def though_in_train_mode(name: str, part: nn.Module) -> str:
+    """The end of a warning that a model runs in eval mode, though one of its parts is in train mode."""
+    return (
+        f"though its {name!r}, a {type(part).__name__}, is in train mode; where that is part of a defence, let "
+        "its forward ask for it, such as by F.dropout(x, p, training=True)"
+    )
 
 
 # Losses with a gradient also where an image is misclassified already.

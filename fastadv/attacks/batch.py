@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.averaging import mean_gradient
+from fastadv.attacks.report import AttackReport
 from fastadv.attacks.soft_labels import hard
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.ops import pgd_step_, random_start
@@ -41,6 +42,24 @@ class CallCounters:
     elements: int = 0
     losses: list[Tensor] = field(default_factory=list)
     first_logits: Tensor | None = None
+
+    def report(self, precision: str, outside: Tensor) -> AttackReport:
+        """Return the report of the call.
+
+        Args:
+            precision: precision of the network's passes.
+            outside: share of the result outside ball or bounds, a scalar.
+        """
+        return AttackReport(
+            self.engine,
+            self.reason,
+            precision,
+            self.elements,
+            self.counts,
+            self.nan_points,
+            tuple(self.losses),
+            outside,
+        )
 
 
 class CallOverrides(NamedTuple):
@@ -185,9 +204,18 @@ class AttackBatch:
 
     def succeeded(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them, [B] bool; NaN logits are no success, and are counted."""
-        reached, nan = logits.argmax(1) == hard(self.y), logits.isnan().any(1)
+        success, nan = self._judged(logits)
         self.counters.nan_points += (nan if self.active is None else nan & self.active).sum()
-        return (reached if self.targeted else ~reached) & ~nan
+        return success
+
+    def is_success(self, logits: Tensor) -> Tensor:
+        """As `succeeded`, for points that are counted elsewhere."""
+        return self._judged(logits)[0]
+
+    def _judged(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Which samples are where the attack wants them, and which have NaN logits, [B] bool each."""
+        reached, nan = logits.argmax(1) == hard(self.y), logits.isnan().any(1)
+        return (reached if self.targeted else ~reached) & ~nan, nan
 
     def rows(self, rows: Tensor) -> AttackBatch:
         """Some of the samples, by int64 indices; they keep their random numbers, and are counted here."""

@@ -112,9 +112,11 @@ class FriendlyPGD(PGD):
     def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.x.shape[:1], alpha)
         left = torch.full_like(hard(batch.y), self.tau)
+        # With keep "best" the run itself counts the points whose logits are NaN.
+        succeeded = batch.is_success if self.settings.keep == "best" else batch.succeeded
 
         def size(logits: Tensor) -> Tensor:
-            left.sub_(batch.succeeded(logits).long())
+            left.sub_(succeeded(logits).long())
             # The step has size 0 and is not left out, so that a start outside the ball is brought into it.
             return torch.where(over_samples(left < 0, sizes), 0.0, sizes)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from fastadv.attacks.arguments import check_batch
 from fastadv.attacks.attack import Attack
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.options import names_checked
 from fastadv.engine.engines import Model
 from fastadv.engine.frozen import frozen
@@ -31,8 +33,9 @@ def minimum_perturbation(
     """Bisect for the smallest eps at which an attack succeeds, each image for itself.
 
     The live model decides about success, in eval mode and in the precision of its weights, whatever the precision
-    of the attack. Bisection assumes that success is monotone in eps. Otherwise it finds one of the radii at which
-    success begins. Images that need no attack have 0. Only images that ``max_eps`` breaks are attacked again.
+    of the attack. Points at which a logit is NaN are no success, and there is a warning. Bisection assumes that
+    success is monotone in eps. Otherwise it finds one of the radii at which success begins. Images that need no
+    attack have 0. Only images that ``max_eps`` breaks are attacked again.
 
     Args:
         attack: any attack on an eps-ball, such as ``fastadv.PGD(model, eps, alpha, steps)``; its own eps
@@ -66,36 +69,58 @@ def minimum_perturbation(
         seed = draw_seed() if attack.seed is None else attack.seed
     if sample_ids is None:
         sample_ids = torch.arange(x.shape[0], device=x.device)
-    ids = sample_ids
-    judge = attack.model if judge is None else judge
-
-    def broken(rows: Tensor, eps: Tensor) -> Tensor:
-        adv = attack(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=eps)
-        return _succeeds(attack, judge, adv, y[rows])
-
-    wide = torch.promote_types(x.dtype, torch.float32)
-    result = torch.full((x.shape[0],), torch.inf, dtype=wide, device=x.device)
-    if x.shape[0] == 0:
-        return result
-    everything = torch.arange(x.shape[0], device=x.device)
-    at_most = torch.full_like(result, max_eps)
-    result[broken(everything, at_most)] = max_eps
-    result[_succeeds(attack, judge, x, y)] = 0.0
-    rows = ((result > 0) & result.isfinite()).nonzero().flatten()
-    if rows.numel() == 0:
-        return result
-    low, high = torch.zeros_like(result[rows]), result[rows]
-    for _ in range(iterations):
-        middle = (low + high) / 2
-        found = broken(rows, middle)
-        low, high = torch.where(found, low, middle), torch.where(found, middle, high)
-    return result.index_copy(0, rows, high)
+    search = _Bisection(attack, attack.model if judge is None else judge, x, y, seed, sample_ids)
+    radii = search.radii(max_eps, iterations)
+    if search.nan_points:
+        warnings.warn(nan_logits_warning(search.nan_points), stacklevel=3)
+    return radii
 
 
-@torch.no_grad()
-def _succeeds(attack: Attack, judge: Model, images: Tensor, y: Tensor) -> Tensor:
-    """Whether the judge's class is as the attack wants, [B] bool."""
-    images = images.to(torch.promote_types(images.dtype, torch.float32))
-    with frozen(judge), torch.autocast(images.device.type, enabled=False):
-        reached = judge(images).argmax(1) == y
-    return reached if attack.settings.targeted else ~reached
+class _Bisection:
+    """The search of one call.
+
+    Attributes:
+        nan_points: number of judged points with a NaN among their logits.
+    """
+
+    def __init__(
+        self, attack: Attack, judge: Model, x: Tensor, y: Tensor, seed: int, sample_ids: Tensor
+    ) -> None:
+        self._attack, self._judge = attack, judge
+        self._x, self._y, self._seed, self._ids = x, y, seed, sample_ids
+        self.nan_points = 0
+
+    def radii(self, max_eps: float, iterations: int) -> Tensor:
+        """The smallest radii [B]; infinite for images that ``max_eps`` does not break."""
+        x = self._x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        result = torch.full((x.shape[0],), torch.inf, dtype=wide, device=x.device)
+        if x.shape[0] == 0:
+            return result
+        every_row = torch.arange(x.shape[0], device=x.device)
+        result[self._breaks(every_row, torch.full_like(result, max_eps))] = max_eps
+        result[self._succeeds(x, self._y)] = 0.0
+        rows = ((result > 0) & result.isfinite()).nonzero().flatten()
+        if rows.numel() == 0:
+            return result
+        low, high = torch.zeros_like(result[rows]), result[rows]
+        for _ in range(iterations):
+            middle = (low + high) / 2
+            found = self._breaks(rows, middle)
+            low, high = torch.where(found, low, middle), torch.where(found, middle, high)
+        return result.index_copy(0, rows, high)
+
+    def _breaks(self, rows: Tensor, eps: Tensor) -> Tensor:
+        """Which of some images the attack breaks at their radii, [R] bool."""
+        x, y, ids = self._x[rows], self._y[rows], self._ids[rows]
+        return self._succeeds(self._attack(x, y, seed=self._seed, sample_ids=ids, eps=eps), y)
+
+    @torch.no_grad()
+    def _succeeds(self, images: Tensor, y: Tensor) -> Tensor:
+        """Whether the judge's class is as the attack wants, [R] bool; NaN logits are no success."""
+        images = images.to(torch.promote_types(images.dtype, torch.float32))
+        with frozen(self._judge), torch.autocast(images.device.type, enabled=False):
+            logits = self._judge(images)
+        nan, reached = logits.isnan().any(1), logits.argmax(1) == y
+        self.nan_points += int(nan.sum())
+        return (reached if self._attack.settings.targeted else ~reached) & ~nan

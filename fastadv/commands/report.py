@@ -11,7 +11,7 @@ from typing import Literal
 from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.evaluation import Subject, load_results
 from fastadv.evaluation.analyses.records import analyses_folder, load_records
-from fastadv.evaluation.comparison import Comparison, Judged, distinct_names, distinct_paths
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun, distinct_names, distinct_paths
 from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, write_report
 from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
 from fastadv.trainers.number import Number
@@ -89,7 +89,7 @@ def _is_named(file: Path, paths: Sequence[str]) -> bool:
     return file.resolve() in [Path(path).resolve() for path in paths]
 
 
-def judged_run(path: str, name: str) -> Judged:
+def judged_run(path: str, name: str) -> EvaluatedRun:
     """Read the results of a run directory, or of a file.
 
     Raises:
@@ -112,7 +112,7 @@ def judged_run(path: str, name: str) -> Judged:
         network = recorded.model.get("name") or recorded.model.get("class", "")
         subject = Subject(method=recorded.method, network=str(network))
         series, seed = _series(recorded)
-    return Judged(
+    return EvaluatedRun(
         name,
         subject.method or "-",
         subject.network or "-",

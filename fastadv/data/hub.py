@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastadv.data.images import item_label
 from fastadv.data.items import IMAGE_COLUMNS, LABEL_COLUMNS, column
 from fastadv.data.preprocessing import (
     Interpolation,
@@ -43,7 +44,8 @@ class HubImages(Dataset[tuple[Tensor, int]]):
 
     Raises:
         ImportError: if Pillow is not installed.
-        ValueError: if there are no such columns, no items, or a label is no class index.
+        TypeError: if a label is no integer.
+        ValueError: if there are no such columns, no items, or a label is negative.
     """
 
     def __init__(
@@ -70,7 +72,12 @@ class HubImages(Dataset[tuple[Tensor, int]]):
         if len(dataset) == 0:
             raise ValueError(f"{name} must have at least one item, got none")
         self._dataset, self._image = dataset, image
-        self.targets = torch.tensor([int(value) for value in dataset[label]], device="cpu")
+        # A number such as 0.9 is no class index, and would become class 0.
+        classes = [
+            int(value) if isinstance(value, bool) else item_label(value, index)
+            for index, value in enumerate(dataset[label])
+        ]
+        self.targets = torch.tensor(classes, device="cpu")
         low, high = int(self.targets.min()), int(self.targets.max())
         if low < 0:
             raise ValueError(

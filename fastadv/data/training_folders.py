@@ -146,6 +146,7 @@ def load_folders(
     """
     place = Path(root).expanduser()
     test_folder = folder_of_tests(place)
+    wanted = None if test_images is None else integer("test_images", test_images, at_least=1)
     training = FolderImages(place / "train", interpolation=interpolation)
     tests = FolderImages(test_folder, resize=resize, crop=crop, interpolation=interpolation)
     _check_same_classes(training, tests)
@@ -158,7 +159,7 @@ def load_folders(
         processes,
         supports=frozenset({"flip"}),
     )
-    count = len(tests) if test_images is None else min(test_images, len(tests))
+    count = len(tests) if wanted is None else min(wanted, len(tests))
     chosen = balanced_choice(tests.targets, count, seed)
     test = _in_memory(tests, chosen, f"{name} {test_folder.name}", processes)
     reading = {"resize": resize, "crop": crop, "interpolation": interpolation}

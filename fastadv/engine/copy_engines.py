@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.cpu_program import Program
@@ -28,7 +29,6 @@ from fastadv.engine.graphed_passes import GraphedPasses
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape
 
 
@@ -36,7 +36,7 @@ class EngineOnCopy(Engine):
     """Base of the engines that run an attack copy."""
 
     name = "compiled"
-    remembered: Remembered | None = None  # the proof of the copy, its weights included
+    cached_recording: CachedRecording | None = None  # the proof of the copy, its weights included
     _copy: AttackCopy
     _example: Tensor
     tape: Tape  # the operations of the copy
@@ -55,7 +55,7 @@ class EngineOnCopy(Engine):
 
     def refresh(self, recording: Recording) -> None:
         """Copy the weights that the live model has used in a recording."""
-        self.remembered = None
+        self.cached_recording = None
         self._copy.refresh(recording)
 
     def rest(self) -> None:

@@ -31,7 +31,6 @@ from fastadv.engine.layers import CopiedFunction, CopiedLinear
 _ADDS = (operator.add, torch.add, "add")
 _PRODUCTS = (operator.mul, torch.mul, "mul")
 _PERMUTES = (torch.permute, "permute")
-_TRANSPOSES = (torch.transpose, torch.swapaxes, "transpose", "swapaxes")
 _RESHAPES = (torch.flatten, torch.reshape, torch.unsqueeze, "flatten", "reshape", "unsqueeze")
 _ACTIVATIONS: dict[Any, str] = {
     F.silu: "silu",

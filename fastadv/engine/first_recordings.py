@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine import proof
+from fastadv.engine.cached_recording import CachedRecording, counted_weights
 from fastadv.engine.counters import plain_state
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
-from fastadv.engine.holding import held, settle
 from fastadv.engine.outline import outlined
 from fastadv.engine.recorder import record, recorded
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Remembered, counted_weights
+from fastadv.engine.recording_mode import recording_mode, settle
 from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
 
 SIZES = (3, 4)  # of the two batches of which a copy is made
@@ -55,7 +55,7 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
         break
     others = 0.9 * finite(x) + 0.1 * finite(x).flip(0, -1)
     for settling in (0, _SETTLING):
-        with held(model):
+        with recording_mode(model):
             settle(model, x, settling)
             first, second = (
                 recorded(model, images, careful=True) for images in (others, finite(x))
@@ -70,7 +70,7 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
 def _of_two_sizes(model: nn.Module, x: Tensor, settling: int) -> tuple[Tape, Recording]:
     """The tape of batches of two sizes; the second was computed."""
     # Held once for both, so that a model which counts its calls, and acts on it, shows that.
-    with held(model):
+    with recording_mode(model):
         settle(model, x, settling)
         second = recorded(model, _some(x, SIZES[1]), careful=True)
         first = outlined(model, _some(x, SIZES[0]), second, careful=True)
@@ -92,8 +92,10 @@ def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> Non
     images, recorded_logits = recording.images.detach(), recording.logits.detach()
     few = PROBES if tape.only_batch is None else len(images)
     for count in dict.fromkeys((few, len(images))):
-        with held(model), torch.no_grad():
+        with recording_mode(model), torch.no_grad():
+            began = proof.seconds()
             logits = model(images[:count].clone())
+            recording.forward_seconds = (proof.seconds() - began) / count
         if proof.difference_of_logits(logits, recorded_logits[:count], "fp32") is None:
             return
     raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
@@ -109,7 +111,7 @@ def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Reco
         Unrecordable: these are all images of the batch.
     """
     images, careful = finite(x[:PROBES]), tape.own_functions
-    with held(model):
+    with recording_mode(model):
         settle(model, images, tape.settling)
         recording = outlined(model, images, like, careful=careful)
     if recording is None or not tape.describes(recording):
@@ -122,25 +124,30 @@ def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Reco
 
 
 def is_steady(
-    model: nn.Module, tape: Tape, remembered: Remembered, recording: Recording | None = None
+    model: nn.Module, tape: Tape, cached: CachedRecording, recording: Recording | None = None
 ) -> bool:
     """Whether a model does the same in each of several calls, as one does not that takes turns or counts.
 
     Args:
         model: the model.
         tape: its operations.
-        remembered: one recording of it.
+        cached: one recording of it.
         recording: that one, whose weights then are not looked at again unless torch counts a change of them.
     """
     unchanged = [] if recording is None else counted_weights(recording)
-    with held(model):
-        settle(model, remembered.images, tape.settling)
+    began = proof.seconds()
+    with recording_mode(model):
+        settle(model, cached.images, tape.settling)
         before, calls, done = plain_state(model), _CALLS, 0
         while done < calls:
-            again = remembered.again(model, unchanged)
+            again = cached.again(model, unchanged)
             if again is None or not tape.describes(again):
                 return False
             done += 1
+            if (
+                done == 1
+            ):  # with the hash of the weights, timed when it was taken, it is a whole proof
+                cached.seconds += proof.seconds() - began
             if done == 1 and plain_state(model) != before:
                 calls = _COUNTED_CALLS
     return True
@@ -148,7 +155,7 @@ def is_steady(
 
 def whole_outline(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording:
     """A recording of the whole batch, without values where that is enough."""
-    with held(model):
+    with recording_mode(model):
         settle(model, x, tape.settling)
         recording = outlined(model, finite(x), like, careful=tape.own_functions, gradients=False)
     if recording is not None and tape.describes(recording):

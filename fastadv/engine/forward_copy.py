@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.engine import proof
-from fastadv.engine.alone import alone_with
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.copy import AttackCopy
@@ -26,10 +26,10 @@ from fastadv.engine.errors import Unrecordable
 from fastadv.engine.first_recordings import is_steady, tape_now
 from fastadv.engine.forward_pass import ForwardPass
 from fastadv.engine.layers import CopiedConv2d
+from fastadv.engine.network_lock import locked
 from fastadv.engine.operands import version_of
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recorder import record
-from fastadv.engine.remembered import Remembered
 from fastadv.float32 import full_float32
 
 Output = Callable[[nn.Module, Tensor], Tensor]  # a model and images [B, ...] -> one result [B, ...]
@@ -55,8 +55,8 @@ class ForwardCopy:
         self._model = model
         self._whole = _OutputOf(unwrapped(model), output)
         self._sizes: dict[int, bool] = {}
-        with _apart(x.device), alone_with(model), full_float32():
-            self._standstill = _Standstill(model)
+        with _own_context(x.device), locked(model), full_float32():
+            self._snapshot = _ModelSnapshot(model)
             images = probe_images(x)
             try:
                 self._tape, recording = tape_now(self._whole, images)
@@ -68,8 +68,8 @@ class ForwardCopy:
                 raise Unrecordable("what it does depends on the number of images")
             if self._tape.autocast:
                 raise Unrecordable("its forward enters autocast")
-            remembered = Remembered.of(recording, self._tape.settling)
-            if remembered is not None and not is_steady(self._whole, self._tape, remembered):
+            cached = CachedRecording.of(recording, self._tape.settling)
+            if cached is not None and not is_steady(self._whole, self._tape, cached):
                 raise Unrecordable("its operations change from call to call")
             pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
             try:
@@ -91,14 +91,14 @@ class ForwardCopy:
     @property
     def is_current(self) -> bool:
         """Whether the model still has the weights, modes, hooks and settings that were copied."""
-        same = self._standstill.holds(self._model)
+        same = self._snapshot.matches(self._model)
         return same and plain_state(self._whole) == self._numbers
 
     def serves(self, x: Tensor) -> bool:
         """Whether the model does the same with this number of images, which is recorded once for each number."""
         size = x.shape[0]
         if size not in self._sizes:
-            with _apart(x.device), alone_with(self._model), full_float32():
+            with _own_context(x.device), locked(self._model), full_float32():
                 images = probe_images(x)
                 settling = self._tape.settling
                 recording = record(
@@ -109,7 +109,7 @@ class ForwardCopy:
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result for images [B, ...]; maps are in the copy's dtype and channels-last."""
-        with torch.no_grad(), _apart(x.device):
+        with torch.no_grad(), _own_context(x.device):
             found: Tensor = self._run(channels_last(x.detach().float()))
         return found
 
@@ -152,8 +152,8 @@ def probe_images(x: Tensor) -> Tensor:
     return channels_last(images[rows].to(x.device, torch.float32))
 
 
-class _Standstill:
-    """Tells whether a model has other weights, buffers, modes or hooks than when this was made.
+class _ModelSnapshot:
+    """The weights, buffers, modes and hooks of a model at one moment, to see later whether they have changed.
 
     Torch counts the changes of a tensor, but not those through ``tensor.data``, as averages of weights are often
     written. On the CPU a hash of all weights shows them. Buffers are compared as well, since processes that train
@@ -166,8 +166,8 @@ class _Standstill:
         self._buffers = [(b, version_of(b), b.clone()) for b in model.buffers()]
         self._modes = _modes_of(model)
 
-    def holds(self, model: nn.Module) -> bool:
-        """Whether the model is as it was."""
+    def matches(self, model: nn.Module) -> bool:
+        """Whether the model is as it was when the snapshot was made."""
         parameters, buffers = list(model.parameters()), list(model.buffers())
         if len(parameters) != len(self._parameters) or len(buffers) != len(self._buffers):
             return False
@@ -209,7 +209,7 @@ def _without_gradients(copy: AttackCopy) -> None:
 
 
 @contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
+def _own_context(device: torch.device) -> Iterator[None]:
     """Leave the caller's autocast and inference mode: recordings and copies have their own precision."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         yield

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fastadv.engine import proof, randomness
+from fastadv.engine.adaptation import Adaptation
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.content import content
 from fastadv.engine.engines import Model, ValueOfLogits
 from fastadv.engine.first_recordings import PROBES, SIZES, finite
-from fastadv.engine.holding import held
-from fastadv.engine.learning import Learning
 from fastadv.engine.live_engines import Draws, EagerEngine, LiveEngine, as_model_takes
 from fastadv.engine.recorder import Recorder
+from fastadv.engine.recording_mode import recording_mode
 from fastadv.engine.tape import Tape
 from fastadv.float32 import full_float32
 
@@ -37,7 +37,7 @@ class Live:
         reason: the reason for this precision.
         draws: as in `EagerEngine`.
         channels_last: as in `EagerEngine`.
-        learning: as in `EagerEngine`.
+        adaptation: as in `EagerEngine`.
         uses: number of uses so far.
         next_try: the number of uses after which a copy is tried.
     """
@@ -47,14 +47,14 @@ class Live:
     reason: str
     draws: Draws
     channels_last: bool
-    learning: Learning
+    adaptation: Adaptation
     uses: int = 1
     next_try: int = 1
 
     def engine(self, train_mode: bool | str) -> EagerEngine:
         """The engine; it is not proven, since it is the model itself."""
         return EagerEngine(
-            self.precision, self.reason, train_mode, self.draws, self.channels_last, self.learning
+            self.precision, self.reason, train_mode, self.draws, self.channels_last, self.adaptation
         )
 
 
@@ -137,14 +137,14 @@ class LiveChoice:
         # That the forward pass draws nothing tells nothing of the backward pass, which trials run, too.
         in_trials: Draws = "assumed" if draws == "never" else draws
         # Found out anew, in the first pass, as often as a copy is tried.
-        learning = Learning(never=draws == "never")
+        adaptation = Adaptation(never=draws == "never")
         if precision != "fp32" and free:
             assert isinstance(model, nn.Module)
             place = (kind, obstacle)
             compared = self._compared.get(place)
             if compared is None or not compared.right or compared.is_due(model):
                 right = _is_right(
-                    model, x, precision, bool(train_mode), in_trials, learning=learning
+                    model, x, precision, bool(train_mode), in_trials, adaptation=adaptation
                 )
                 compared = self._compared[place] = _Comparison(model, right, compared)
             if not compared.right:
@@ -154,10 +154,10 @@ class LiveChoice:
                 last = (
                     before.channels_last
                     if before is not None and known
-                    else _faster_channels_last(model, x, precision, in_trials, learning)
+                    else _faster_channels_last(model, x, precision, in_trials, adaptation)
                 )
         uses = 1 if before is None else before.uses + 1
-        live = Live(obstacle, precision, reason, draws, last, learning, uses, _LONGER * uses)
+        live = Live(obstacle, precision, reason, draws, last, adaptation, uses, _LONGER * uses)
         if draws == "never" and randomness.draws_can_be_watched(model):
             live.draws = "unlikely"  # for as long as nobody looks again
         elif draws == "never":
@@ -191,7 +191,7 @@ def _is_right(
     train_mode: bool,
     draws: Draws,
     channels_last: bool = False,
-    learning: Learning | None = None,
+    adaptation: Adaptation | None = None,
 ) -> bool:
     """Whether the live model under autocast has the gradients that it has in float32."""
     images = finite(x if train_mode else x[: SIZES[-1]])
@@ -200,7 +200,7 @@ def _is_right(
         values: tuple[ValueOfLogits, ...] = ()
         for own in ("fp32", precision):
             last = channels_last and own == precision
-            engine = EagerEngine(own, "", train_mode, draws, last, learning)
+            engine = EagerEngine(own, "", train_mode, draws, last, adaptation)
             with full_float32(), engine.session(model, 0):
                 shown = engine.images(images)
                 values = values or proof.objectives(engine.logits(shown))
@@ -216,11 +216,11 @@ def _is_right(
 
 
 def _faster_channels_last(
-    model: Model, x: Tensor, precision: str, draws: Draws, learning: Learning
+    model: Model, x: Tensor, precision: str, draws: Draws, adaptation: Adaptation
 ) -> bool:
     """Whether the live model is clearly faster on channels-last images, and right."""
     images, best = finite(x[: SIZES[-1]]), [float("inf"), float("inf")]
-    engines = [EagerEngine(precision, "", False, draws, last, learning) for last in (False, True)]
+    engines = [EagerEngine(precision, "", False, draws, last, adaptation) for last in (False, True)]
     try:
         for number in range(_ROUNDS + 1):
             for place, engine in enumerate(engines):
@@ -234,7 +234,7 @@ def _faster_channels_last(
     except Exception:  # its own code may not take this layout
         return False
     return best[1] < _CLEARLY * best[0] and _is_right(
-        model, x, precision, False, draws, True, learning
+        model, x, precision, False, draws, True, adaptation
     )
 
 
@@ -264,7 +264,7 @@ def _draws_nothing(model: nn.Module, images: Tensor) -> bool:
         images: a few [B, ...].
     """
     try:
-        with held(model):
+        with recording_mode(model):
             _Listener(images).run(model)
     except Exception:  # it draws, or was not seen to the end
         return False

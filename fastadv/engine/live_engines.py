@@ -10,14 +10,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.adaptation import Adaptation
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.engines import Engine, Model, channels_last
 from fastadv.engine.frozen import frozen
 from fastadv.engine.hidden_draws import is_torchs
-from fastadv.engine.learning import Learning
 from fastadv.engine.precision import COMPUTE_DTYPES
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Remembered
 from fastadv.engine.tape import Tape
 
 Draws: TypeAlias = Literal["never", "unlikely", "watched", "assumed"]
@@ -34,8 +34,8 @@ class EagerEngine(Engine):
             are noticed when they happen. "unlikely": the same, for a model that did not draw when it was looked
             at.
         channels_last: run on channels-last images, which the code of some models does not accept.
-        learning: whether the model learns in its forward pass. Its parameters must then require grad, and are put
-            back.
+        adaptation: whether the model adapts in its forward pass. Its parameters must then require grad, and
+            are put back.
     """
 
     name = "eager"
@@ -47,9 +47,9 @@ class EagerEngine(Engine):
         train_mode: bool | str = False,
         draws: Draws = "assumed",
         channels_last: bool = False,
-        learning: Learning | None = None,
+        adaptation: Adaptation | None = None,
     ) -> None:
-        self._learning = Learning() if learning is None else learning
+        self._adaptation = Adaptation() if adaptation is None else adaptation
         self._dtype, self.reason, self.precision = COMPUTE_DTYPES[precision], reason, precision
         self._narrow_range = precision == "fp16"
         self._train_mode, self._draws = train_mode, draws
@@ -68,8 +68,8 @@ class EagerEngine(Engine):
                 model,
                 train_mode=bool(self._train_mode),
                 keep_state=self._train_mode != "moving",
-                freeze_parameters=not self._learning.learns,
-                keep_parameters=self._learning.learns,
+                freeze_parameters=not self._adaptation.adapts,
+                keep_parameters=self._adaptation.adapts,
                 seed=seed if self._draws != "never" else None,
                 watch=self._draws in ("watched", "unlikely"),
             ):
@@ -85,7 +85,7 @@ class EagerEngine(Engine):
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
-        with self._learning.found_out(self._model), naming_dtypes(self._model, x):
+        with self._adaptation.found_out(self._model), naming_dtypes(self._model, x):
             if self._dtype == torch.float32:
                 return self._model(_in_dtype_of(self._weights, x).clone())
             with torch.autocast(x.device.type, self._dtype):
@@ -102,11 +102,11 @@ class LiveEngine(EagerEngine):
         tape: the model's operations.
     """
 
-    remembered: Remembered | None = None  # its proof
+    cached_recording: CachedRecording | None = None  # its proof
     first_pass: AbstractContextManager[object] | None = None  # entered for the next pass alone
 
     def __init__(self, precision: str, reason: str, channels_last: bool, tape: Tape) -> None:
-        never = Learning(never=True)  # no recording holds gradients in parameters
+        never = Adaptation(never=True)  # no recording holds gradients in parameters
         super().__init__(precision, reason, False, "never", channels_last, never)
         self.any_batch = tape.holds_for_any_batch
         # Other people's operators and backward methods may draw random numbers, or look at what they like.
@@ -115,7 +115,7 @@ class LiveEngine(EagerEngine):
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""
-        self.remembered = None
+        self.cached_recording = None
 
     @contextmanager
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:

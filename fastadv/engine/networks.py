@@ -59,6 +59,29 @@ def modules_of(network: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def switched_to_train_mode(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts in train mode, each with its name, whose parents are in eval mode.
+
+    Code that means the part's train mode writes so, such as Monte Carlo dropout: `model.eval()`, then `train()` of
+    each dropout.
+    """
+    for parent in modules_of(model):
+        if getattr(parent, "training", True):  # frozen scripts have no mode
+            continue
+        for name, child in parent.named_children():
+            if getattr(child, "training", False):
+                yield name, child
+
+
+def depends_on_mode(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class of modules reads `training`, as dropout and BatchNorm do."""
+    own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    functions = (f for parent in own for f in vars(parent).values())
+    return any(
+        isinstance(f, types.FunctionType) and "training" in f.__code__.co_names for f in functions
+    )
+
+
 class _NetworkSearch:
     """One search, which looks at no object twice."""
 

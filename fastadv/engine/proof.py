@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from fastadv.engine.engines import Engine, InputGradient, ValueOfLogits
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import hides_draws, watched_for_draws
-from fastadv.engine.holding import held
 from fastadv.engine.recording import Recording
+from fastadv.engine.recording_mode import recording_mode
 
 # The largest distance of an image's centred logits from the live ones, in parts of their size, and the smallest
 # cosine of its gradient.
@@ -61,12 +61,14 @@ class Evidence:
         values: the differentiated values.
         gradients: of each value, with the logits.
         in_turn: as in `objectives`.
+        seconds: of the backward pass of one value; None if it is not known.
     """
 
     images: Tensor
     values: tuple[ValueOfLogits, ...]
     gradients: tuple[InputGradient, ...]
     in_turn: bool
+    seconds: float | None = None
 
     def tells(self) -> bool:
         """Whether these gradients can tell a right copy from a wrong one."""
@@ -132,16 +134,17 @@ def _evidence_of(recording: Recording, model: nn.Module, precision: str) -> Evid
     wide = logits if logits.dtype == torch.float64 else logits.float()
     in_turn = precision == "fp32" and len(wide) > 1
     values, gradients = objectives(wide, in_turn), []
-    with held(model):
+    with recording_mode(model):
         for value_of in values:
-            value = value_of(wide)
+            value, began = value_of(wide), seconds()
             (grad,) = torch.autograd.grad(
                 value.sum(), recording.images, retain_graph=True, allow_unused=True
             )
             if grad is None:
                 raise Unrecordable("its logits have no gradient in the images")
+            spent = seconds() - began
             gradients.append(InputGradient(value.detach(), wide.detach(), grad))
-    return Evidence(recording.images.detach(), values, tuple(gradients), in_turn)
+    return Evidence(recording.images.detach(), values, tuple(gradients), in_turn, spent)
 
 
 def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> InputGradient:

@@ -22,10 +22,10 @@ from fastadv.engine import ragged, randomness
 from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
-from fastadv.engine.holding import held, settle, without_graph
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
+from fastadv.engine.recording_mode import recording_mode, settle, without_graph
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
@@ -52,7 +52,7 @@ def record(
         Unrecordable: with the reason why no copy of this model can be made.
         Exception: whatever the model itself raises.
     """
-    with held(model):
+    with recording_mode(model):
         settle(model, images, settling)
         return recorded(model, images, careful=careful, gradients=gradients)
 
@@ -65,7 +65,7 @@ def recorded(
     gradients: bool = True,
     make: Callable[[Tensor, bool], Recorder] | None = None,
 ) -> Recording:
-    """As `record`, for a model that is `held`, by a recorder of another kind unless None."""
+    """As `record`, for a model in `recording_mode`, by a recorder of another kind unless None."""
     make = make or Recorder
     with torch.enable_grad(), nullcontext() if gradients else without_graph(model):
         if not careful:

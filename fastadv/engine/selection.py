@@ -20,8 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine import choice, proof, randomness
+from fastadv.engine.cached_recording import CachedRecording, Changes
 from fastadv.engine.callers_modes import callers_mode
-from fastadv.engine.candidates import candidates, rivals_of
+from fastadv.engine.candidates import beforehand, candidates, live_is_known_to_win, rivals_of
 from fastadv.engine.choice import Contender
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.copy_engines import EngineOnCopy
@@ -36,16 +37,15 @@ from fastadv.engine.first_recordings import (
     whole,
 )
 from fastadv.engine.frozen import frozen
-from fastadv.engine.known import Known
 from fastadv.engine.live_choice import LiveChoice
-from fastadv.engine.live_engines import as_model_takes, naming_dtypes
+from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
+from fastadv.engine.live_reference import LiveReference
 from fastadv.engine.precision import fast_bf16
+from fastadv.engine.proof_schedule import ProofSchedule, Trial
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
-from fastadv.engine.remembered import Changes, Remembered
+from fastadv.engine.request import EngineRequest
 from fastadv.engine.tape import Tape
-from fastadv.engine.trust import Trial, Trust
-from fastadv.engine.wish import Wish
 from fastadv.float32 import full_float32
 
 _CHANCES = 2  # number of copies in one precision that may turn out wrong in use, before the precision is left out
@@ -61,14 +61,14 @@ class _Copy:
         tape: the operations.
         engine: the first that was found right.
         reason: why it was taken.
-        evidence: whether the images told anything about gradients.
+        evidence: whether the images told anything about gradients; true of the live model.
         sizes: the batch sizes.
         changes: of the weights since the last proof.
         chosen: the engine in its place, or itself, and the reason, by group of batch sizes.
     """
 
     tape: Tape
-    engine: EngineOnCopy
+    engine: Contender
     reason: str
     evidence: bool
     sizes: set[int] = field(default_factory=set)
@@ -88,7 +88,7 @@ class EngineCache:
     def __init__(self) -> None:
         self._copies: dict[Hashable, list[_Copy]] = {}
         self._live = LiveChoice()
-        self._trust = Trust()
+        self._schedule = ProofSchedule()
         self._told: set[str] = set()
         self._still = False
         self._settled: Engine | None = None  # proven since the model stands still
@@ -108,28 +108,28 @@ class EngineCache:
         finally:
             self._still, self._settled = False, None
 
-    def ready(self, model: Model, x: Tensor, wish: Wish) -> Engine:
+    def ready(self, model: Model, x: Tensor, request: EngineRequest) -> Engine:
         """The engine for images like ``x``, proven and with the model's current weights.
 
         Args:
             model: the live model, or any callable.
             x: images to attack [B, ...], B >= 1, where the model is.
-            wish: the options that the caller has asked for.
+            request: the options that the caller has asked for.
 
         Raises:
             ValueError: the engine asked for cannot run this model; the message says why.
         """
-        precision = _narrowest(wish, model, x)
+        precision = _narrowest(request, model, x)
         mode = callers_mode()
-        obstacle, kind = _obstacle(model, x, wish, mode), (*_kind(x, wish), mode)
+        obstacle, kind = _obstacle(model, x, request, mode), (*_kind(x, request), mode)
         if obstacle is None and isinstance(model, nn.Module):
-            waiting = self._live.waiting(kind, model) if wish.is_free else None
+            waiting = self._live.waiting(kind, model) if request.is_free else None
             if waiting is not None:
-                return waiting.engine(wish.train_mode)
+                return waiting.engine(request.train_mode)
             try:
                 with full_float32(), naming_dtypes(model, x):
                     images = as_model_takes(model, x)
-                    engine = self._copy(unwrapped(model), images, precision, wish)
+                    engine = self._copy(unwrapped(model), images, precision, request)
                 self._live.forget(kind)
                 return engine
             except Unrecordable as error:
@@ -140,20 +140,26 @@ class EngineCache:
                 if not _runs(model, x):
                     raise
                 obstacle = f"recording it fails: {error}".splitlines()[0]
-            if wish.is_free:
+            if request.is_free:
                 self._tell(f"fastadv attacks this model with the eager engine: {obstacle}")
-        if not wish.is_free and wish.engine != "eager":
+        if not request.is_free and request.engine != "eager":
             raise ValueError(
-                f"engine must be 'eager' or 'auto' for this model, got {wish.engine!r}: {obstacle}"
+                f"engine must be 'eager' or 'auto' for this model, got {request.engine!r}: {obstacle}"
             )
         live = self._live.found(
-            kind, model, x, wish.train_mode, precision, f"{obstacle}", wish.precision == "auto"
+            kind,
+            model,
+            x,
+            request.train_mode,
+            precision,
+            f"{obstacle}",
+            request.precision == "auto",
         )
-        return live.engine(wish.train_mode)
+        return live.engine(request.train_mode)
 
-    def trial(self, model: Model, x: Tensor, wish: Wish) -> Trial[Any]:
+    def trial(self, model: Model, x: Tensor, request: EngineRequest) -> Trial[Any]:
         """An attack on images like ``x`` that may do without `ready`; arguments as there."""
-        return self._trust.trial(model, (*_kind(x, wish), len(x), callers_mode()))
+        return self._schedule.trial(model, (*_kind(x, request), len(x), callers_mode()))
 
     def _tell(self, message: str) -> None:
         """Warn, once."""
@@ -161,29 +167,29 @@ class EngineCache:
             self._told.add(message)
             warnings.warn(message, stacklevel=7)
 
-    def _copy(self, model: nn.Module, x: Tensor, precision: str, wish: Wish) -> Engine:
+    def _copy(self, model: nn.Module, x: Tensor, precision: str, request: EngineRequest) -> Engine:
         """A copy that is the model, kept or new.
 
         Raises:
             Unrecordable: there is none.
         """
-        kind = _kind(x, wish)
+        kind = _kind(x, request)
         kept = self._copies.setdefault(kind, [])
         while len(self._copies) > _KINDS:
             del self._copies[next(iter(self._copies))]
         if kept:
-            found = self._proven(model, x, kept, kind, precision, wish)
+            found = self._proven(model, x, kept, kind, precision, request)
             if found is not None:
                 self._settled = found if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
-        made, known = _build(model, x, precision, wish, parted)
-        if made.engine.precision != precision and wish.precision != "auto":
+        made, reference = _build(model, x, precision, request, parted)
+        if made.engine.precision != precision and request.precision != "auto":
             self._tell(f"fastadv attacks in {made.engine.precision}: {made.engine.reason}")
         kept.insert(0, made)
         del kept[_COPIES:]
         if precision not in parted:
-            _choose(made, known, precision, wish)
+            _choose(made, reference, precision, request)
         engine = made.engine_for(x.shape[0])
         self._settled = engine if self._still else None
         return engine
@@ -195,7 +201,7 @@ class EngineCache:
         kept: list[_Copy],
         kind: Hashable,
         precision: str,
-        wish: Wish,
+        request: EngineRequest,
     ) -> Engine | None:
         """The kept copy whose operations and logits are the model's; None where there is no such copy."""
         batch, states = x.shape[0], randomness.shared_states()
@@ -236,9 +242,9 @@ class EngineCache:
                     return None
                 copy.sizes.add(batch)
                 worth = size == PROBES and copy.changes.worth_remembering(model, recording)
-                engine.remembered = Remembered.of(recording, settling) if worth else None
+                engine.cached_recording = CachedRecording.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
-                    _choose(copy, Known(model, x, copy.tape, precision), precision, wish)
+                    _choose(copy, LiveReference(model, x, copy.tape, precision), precision, request)
                 return _used(kept, copy, batch)
         kept[:] = [copy for copy in kept if copy.evidence]
         return None
@@ -265,25 +271,26 @@ def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> 
     return None
 
 
-def _choose(copy: _Copy, known: Known, precision: str, wish: Wish) -> None:
+def _choose(copy: _Copy, reference: LiveReference, precision: str, request: EngineRequest) -> None:
     """Let a copy have the fastest engine for batches of this size, where that is not known beforehand.
 
     The copy's own engine has the model's weights.
     """
-    x, model, spent = known.x, known.model, known.spent
+    x, spent = reference.x, reference.spent
     first, group = copy.engine, choice.group_of(x.shape[0])
     on_cpu = x.device.type == "cpu" and precision in ("bf16", "fp32")
-    if wish.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
+    if request.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
-    if not choice.is_open(first):
+    if not isinstance(first, EngineOnCopy) or not choice.is_open(first):
         return
     images = finite(x if copy.tape.only_batch is not None else x[: choice.enough_images(spent)])
-    rivals = rivals_of(first, known, precision, images[:PROBES])
+    rivals = rivals_of(first, reference, precision, images[:PROBES])
     key = choice.key_of(copy.tape, x, precision)
-    found, engine = choice.settled(key, model, images, first, rivals, known.fault_of, spent)
+    known = beforehand(first, reference, precision, len(images))
+    found, engine = choice.settled(key, reference, images, first, rivals, known)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
-        engine.remembered = first.remembered
+        engine.cached_recording = first.cached_recording
         first.rest()
 
 
@@ -293,13 +300,13 @@ def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
     Then its logits and gradients are right without another comparison.
     """
     engine = copy.engine_for(batch)
-    remembered, engine.remembered = engine.remembered, None
-    if remembered is None or not copy.evidence or copy.changes.are_certain(model):
+    cached, engine.cached_recording = engine.cached_recording, None
+    if cached is None or not copy.evidence or copy.changes.are_certain(model):
         return False
-    recording = remembered.repeated(model)
+    recording = cached.repeated(model)
     if recording is None or not copy.tape.describes(recording):
         return False
-    engine.remembered = remembered
+    engine.cached_recording = cached
     copy.changes.used()
     return True
 
@@ -310,14 +317,14 @@ def _described(recording: Recording, copies: list[_Copy]) -> _Copy | None:
     return next(fitting, None)
 
 
-def _kind(x: Tensor, wish: Wish) -> tuple[Hashable, ...]:
-    return (x.device, x.dtype, x.shape[1:], wish)
+def _kind(x: Tensor, request: EngineRequest) -> tuple[Hashable, ...]:
+    return (x.device, x.dtype, x.shape[1:], request)
 
 
-def _narrowest(wish: Wish, model: Model, x: Tensor) -> str:
+def _narrowest(request: EngineRequest, model: Model, x: Tensor) -> str:
     """The narrowest precision to be tried: ``"auto"`` is bf16 for modules where the hardware has it."""
-    if wish.precision != "auto":
-        return wish.precision
+    if request.precision != "auto":
+        return request.precision
     narrow = isinstance(model, nn.Module) and x.dtype != torch.float64 and fast_bf16(x.device)
     return "bf16" if narrow else "fp32"
 
@@ -332,54 +339,57 @@ def _runs(model: nn.Module, x: Tensor) -> bool:
     return True
 
 
-def _obstacle(model: Model, x: Tensor, wish: Wish, mode: str | None) -> str | None:
+def _obstacle(model: Model, x: Tensor, request: EngineRequest, mode: str | None) -> str | None:
     """Why no copy is to be made; None when a recording will tell."""
-    if wish.engine == "eager":
+    if request.engine == "eager":
         return "asked for"
-    if wish.engine == "graph" and x.device.type != "cuda":
+    if request.engine == "graph" and x.device.type != "cuda":
         return f"a CUDA graph needs images on a CUDA device, got {x.device}"
-    if wish.train_mode:
+    if request.train_mode:
         return "train mode needs the live model"
     if not isinstance(model, nn.Module):
         return "it is a plain callable"
     if mode is not None:
         return f"the caller's {mode} may change what torch's functions compute"
-    free = wish.precision == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
-    if wish.is_free and not free and _narrowest(wish, model, x) == "fp32":
+    free = request.precision == "auto" and x.device.type == "cpu" and x.dtype != torch.float64
+    if request.is_free and not free and _narrowest(request, model, x) == "fp32":
         return "in fp32 the model's own operations run, bit for bit"
     return None
 
 
 def _build(
-    model: nn.Module, x: Tensor, precision: str, wish: Wish, parted: Collection[str]
-) -> tuple[_Copy, Known]:
+    model: nn.Module, x: Tensor, precision: str, request: EngineRequest, parted: Collection[str]
+) -> tuple[_Copy, LiveReference]:
     """A copy in the narrowest precision whose gradients are the model's, ``parted`` left out, and the proof.
 
     Raises:
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = proof.evidence_of(recording, model, precision)
+    wins = live_is_known_to_win(tape, recording, precision, request)
+    live = None if wins else proof.evidence_of(recording, model, precision)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
-    remembered = None if few is None else Remembered.of(few, tape.settling)
-    if remembered is not None and not is_steady(model, tape, remembered, few):
+    cached = None if few is None else CachedRecording.of(few, tape.settling)
+    if cached is not None and not is_steady(model, tape, cached, few):
         raise Unrecordable("its operations change from call to call")
-    known = Known(model, x, tape, precision, recording, live, few is not None)
+    reference = LiveReference(model, x, tape, precision, recording, live, few is not None)
     failures = []
-    for make in candidates(tape, recording, precision, wish):
+    for make in candidates(tape, recording, precision, request):
         try:
             engine = make()
             if engine.precision in parted:
                 failures.append(f"in {engine.precision} its copies parted from it in use")
                 continue
-            fault = known.fault_of(engine)
+            fault = reference.fault_of(engine)
         except Exception as error:  # a copy may fail in any way that the model's own code allows
             failures.append(f"its copy fails: {error}")
             continue
         if fault is None:
-            engine.remembered = remembered
+            engine.cached_recording = cached
+            engine.proof_seconds = 0.0 if cached is None else cached.seconds
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]}), known
+            tells = isinstance(engine, LiveEngine) or reference.evidence.tells()
+            return _Copy(tape, engine, engine.reason, tells, {x.shape[0]}), reference
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")

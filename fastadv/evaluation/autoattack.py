@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.options import names_checked
-from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, Hunt, Refinement, rows_of
 from fastadv.evaluation.autoattack_library import (
     FEWEST_CLASSES,
     RAND,
@@ -27,6 +26,7 @@ from fastadv.evaluation.autoattack_library import (
     ReferenceAttacks,
     check_classes,
 )
+from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, AutoAttackRun, Refinement, rows_of
 from fastadv.evaluation.autoattack_stages import search_for
 from fastadv.evaluation.autoattack_state import (
     AutoAttackState,
@@ -74,9 +74,9 @@ class AutoAttackResult:
             stage that ran in another way says so itself.
     """
 
-    robust: Tensor
-    fooled: Tensor
-    adversarial: Tensor
+    robust: Tensor = field(repr=False)
+    fooled: Tensor = field(repr=False)
+    adversarial: Tensor = field(repr=False)
     stages: tuple[Stage, ...]
     status: Status
     notes: tuple[str, ...]
@@ -166,7 +166,7 @@ def autoattack(
             SharedWork(ProgressDisplay(progress)),
         )
         passes = RAND_PASSES if version == "rand" else 1
-        return _run(_hunt(runner, attacks, eps, engine, ids, state_dir, passes), attacks)
+        return _run(_prepared(runner, attacks, eps, engine, ids, state_dir, passes), attacks)
 
 
 def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
@@ -230,7 +230,7 @@ def _settings(
     return {**settings, **own}
 
 
-def _hunt(
+def _prepared(
     runner: Runner,
     attacks: tuple[str, ...],
     eps: float,
@@ -238,8 +238,8 @@ def _hunt(
     ids: Tensor | None,
     state_dir: str | os.PathLike[str] | None,
     passes: int,
-) -> Hunt:
-    """The `Hunt` of this run: its attacks in each precision, and its state."""
+) -> AutoAttackRun:
+    """The `AutoAttackRun` of this run: its attacks in each precision, and its state."""
     samples = runner.samples
     check_classes(attacks, runner.check_labels())
     library = ReferenceAttacks(
@@ -274,27 +274,29 @@ def _hunt(
         settings |= {"passes": passes} if passes > 1 else {}
         settings |= {"on": "a copy"} if search == FP32 and narrow is not wide else {}
         state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
-    return Hunt(runner, eps, library, search, narrow, wide, state, ids, passes=passes, exact=exact)
+    return AutoAttackRun(
+        runner, eps, library, search, narrow, wide, state, ids, passes=passes, exact=exact
+    )
 
 
-def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
+def _run(run: AutoAttackRun, attacks: tuple[str, ...]) -> AutoAttackResult:
     """Run the attacks one after the other; finished batches come from the state."""
-    runner, samples = hunt.runner, hunt.runner.samples
+    runner, samples = run.runner, run.runner.samples
     clean = runner.clean()
     first = samples.batches(runner.batch_size)[0]
-    warnings = hunt.library.check_model(*samples.take(first, runner.device))
+    warnings = run.library.check_model(*samples.take(first, runner.device))
     robust, records, stages, broken = clean.robust.clone(), [], [], []
     for attack in attacks:
-        search = search_for(hunt, attack)
+        search = search_for(run, attack)
         found = search.run(robust.nonzero().flatten())
         for record in found:
             robust[record.fooled] = False
         records += found
         broken.append(_broken(found, samples.image_shape))
         stages.append(_stage(attack, search.by, int(robust.sum()), found))
-    warnings += hunt.library.check_square(int(clean.robust.sum()), stages, len(samples))
+    warnings += run.library.check_square(int(clean.robust.sum()), stages, len(samples))
     warnings += [text for record in records for text in record.warnings]
-    audit = hunt.audit()
+    audit = run.audit()
     for record in records:
         audit.found += Violations(**record.violations)
     problems = audit.problems()
@@ -308,7 +310,7 @@ def _run(hunt: Hunt, attacks: tuple[str, ...]) -> AutoAttackResult:
         seed=runner.seed,
         batch_size=runner.batch_size,
         seconds=clean.seconds + sum(record.seconds for record in records),
-        search=hunt.search,
+        search=run.search,
     )
 
 

@@ -13,8 +13,8 @@ from fastadv.attacks import APGD, FAB, Square
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.attack import Attack
 from fastadv.attacks.attack_warnings import nan_logits_warning
-from fastadv.evaluation.autoattack_hunt import APGD_STEPS, FP32, TARGET_CLASSES, Hunt
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
+from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, TARGET_CLASSES, AutoAttackRun
 from fastadv.evaluation.autoattack_state import BatchRecord
 from fastadv.evaluation.result_row import REFERENCE
 from fastadv.evaluation.verify import Audit
@@ -22,7 +22,7 @@ from fastadv.seeding import derive_seed
 
 
 @dataclass(frozen=True)
-class Own:
+class StandardAttack:
     """An attack of this package that takes a batch at a time.
 
     Attributes:
@@ -43,14 +43,16 @@ class Own:
 _RESTARTS_L1, _TARGET_CLASSES_L1 = 5, 5
 
 BY_BATCH = {
-    "fab": Own(FAB, {"steps": 100, "target_classes": None}),
-    "fab-t": Own(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
-    "square": Own(Square, {"queries": 5000}, thorough=True),
+    "fab": StandardAttack(FAB, {"steps": 100, "target_classes": None}),
+    "fab-t": StandardAttack(FAB, {"steps": 100, "target_classes": TARGET_CLASSES}),
+    "square": StandardAttack(Square, {"queries": 5000}, thorough=True),
 }
 BY_BATCH_L1 = BY_BATCH | {
-    "apgd-ce": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "ce"}),
-    "apgd-dlr": Own(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "dlr"}),
-    "apgd-t": Own(
+    "apgd-ce": StandardAttack(APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "ce"}),
+    "apgd-dlr": StandardAttack(
+        APGD, {"steps": APGD_STEPS, "restarts": _RESTARTS_L1, "loss": "dlr"}
+    ),
+    "apgd-t": StandardAttack(
         APGD, {"steps": APGD_STEPS, "loss": "dlr-t", "target_classes": _TARGET_CLASSES_L1}
     ),
 }
@@ -61,38 +63,38 @@ class Search(Protocol):
 
     @property
     def by(self) -> str:
-        """The precision of the search, as in `Hunt.search`."""
+        """The precision of the search, as in `AutoAttackRun.search`."""
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
         """Attack the images with indices [R], and return their records, including the records of the state."""
 
 
-def search_for(hunt: Hunt, attack: str) -> Search:
+def search_for(run: AutoAttackRun, attack: str) -> Search:
     """The search that carries out an attack."""
-    if hunt.search == REFERENCE:
-        return ReferenceSearch(hunt, attack)
-    if attack in LOSSES and hunt.runner.norm in NORMS:
-        return PoolSearch(hunt, attack)
-    return OwnSearch(hunt, attack)
+    if run.search == REFERENCE:
+        return ReferenceSearch(run, attack)
+    if attack in LOSSES and run.runner.norm in NORMS:
+        return PoolSearch(run, attack)
+    return EngineSearch(run, attack)
 
 
 class BatchSearch:
     """An attack that takes the images in batches, in their order.
 
     Args:
-        hunt: the run of AutoAttack.
+        run: the run of AutoAttack.
         attack: name of the attack.
     """
 
     by = REFERENCE
 
-    def __init__(self, hunt: Hunt, attack: str) -> None:
-        self._hunt, self._attack = hunt, attack
-        self._rows = hunt.runner.batch_size
+    def __init__(self, run: AutoAttackRun, attack: str) -> None:
+        self._run, self._attack = run, attack
+        self._rows = run.runner.batch_size
 
     def run(self, remaining: Tensor) -> list[BatchRecord]:
         """Attack images; see `Search.run`."""
-        runner, state = self._hunt.runner, self._hunt.state
+        runner, state = self._run.runner, self._run.state
         batches = runner.samples.batches(self._rows, remaining)
         bar = runner.progress.bar(batches, f"autoattack {self._attack}", len(batches))
         records = []
@@ -107,11 +109,11 @@ class BatchSearch:
 
     def _batch(self, indices: Tensor) -> BatchRecord:
         """Attack one batch and check the result, independently of the attack."""
-        begun, audit = time.perf_counter(), self._hunt.audit()
-        x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
+        begun, audit = time.perf_counter(), self._run.audit()
+        x, y = self._run.runner.samples.take(indices, self._run.runner.device)
         found, warnings = self._perturb(x, y, indices)
-        adv, fooled = self._hunt.judged(indices, found, audit)
-        refined, seconds, more = self._again(indices, found, adv, fooled, audit)
+        adv, fooled = self._run.judged(indices, found, audit)
+        refined, seconds, more = self._refine_batch(indices, found, adv, fooled, audit)
         return BatchRecord(
             indices=indices.clone(),
             fooled=indices[fooled],
@@ -127,7 +129,7 @@ class BatchSearch:
         """Adversarial images [B, C, H, W] and warnings."""
         raise NotImplementedError
 
-    def _again(
+    def _refine_batch(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float, list[str]]:
         """Search again in float32 where the engine was wrong.
@@ -144,56 +146,56 @@ class ReferenceSearch(BatchSearch):
     """An attack of the reference implementation, in float32."""
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
-        return self._hunt.library.perturb(self._attack, x, y)
+        return self._run.library.perturb(self._attack, x, y)
 
 
-class OwnSearch(BatchSearch):
+class EngineSearch(BatchSearch):
     """An attack of this package that takes a batch at a time."""
 
-    def __init__(self, hunt: Hunt, attack: str) -> None:
-        super().__init__(hunt, attack)
-        self._rows = hunt.rows
-        self._own = (BY_BATCH_L1 if hunt.runner.norm == "l1" else BY_BATCH)[attack]
-        self._seed = derive_seed(hunt.runner.seed, f"autoattack/{attack}")
-        self._narrow = self._make("auto" if hunt.is_narrow else FP32)
-        self._narrow.share_engines(hunt.narrow)
+    def __init__(self, run: AutoAttackRun, attack: str) -> None:
+        super().__init__(run, attack)
+        self._rows = run.rows
+        self._standard = (BY_BATCH_L1 if run.runner.norm == "l1" else BY_BATCH)[attack]
+        self._seed = derive_seed(run.runner.seed, f"autoattack/{attack}")
+        self._narrow = self._make("auto" if run.is_narrow else FP32)
+        self._narrow.share_engines(run.narrow)
         self._wide = self._make(FP32)
         self._exact = None
-        if hunt.exact is not None:
+        if run.exact is not None:
             self._exact = self._make(FP32, engine="compiled")
-            self._exact.share_engines(hunt.exact)
-        self.by = hunt.search
+            self._exact.share_engines(run.exact)
+        self.by = run.search
 
     def _make(self, precision: str, engine: str = "fixed") -> Attack:
-        own, runner = self._own, self._hunt.runner
-        return own.kind(
+        standard, runner = self._standard, self._run.runner
+        return standard.kind(
             runner.model,
-            self._hunt.eps,
+            self._run.eps,
             norm=runner.norm,
             bounds=runner.samples.bounds,
             precision=precision,
             engine=engine,
-            **own.settings,
-            **({"batch_size": self._rows} if own.kind is FAB else {}),
+            **standard.settings,
+            **({"batch_size": self._rows} if standard.kind is FAB else {}),
         )
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
-        ids = self._hunt.ids_of(indices)
+        ids = self._run.ids_of(indices)
         found = self._narrow(x, y, seed=self._seed, sample_ids=ids)
         return found, _doubts(self._narrow)
 
-    def _again(
+    def _refine_batch(
         self, indices: Tensor, found: Tensor, adv: Tensor, fooled: Tensor, audit: Audit
     ) -> tuple[int, float, list[str]]:
         warnings: list[str] = []
-        if not self._hunt.is_narrow:
+        if not self._run.is_narrow:
             return 0, 0.0, warnings
         begun, refined = time.perf_counter(), 0
-        x, y = self._hunt.runner.samples.take(indices, self._hunt.runner.device)
+        x, y = self._run.runner.samples.take(indices, self._run.runner.device)
         chosen = ~fooled
-        thorough = self._own.thorough and self._hunt.search != FP32
+        thorough = self._standard.thorough and self._run.search != FP32
         if not (thorough and bool(fooled.any())):
-            chosen &= self._claims(self._narrow, found, y).cpu()
+            chosen &= self._misclassified_by_engine(self._narrow, found, y).cpu()
         if not bool(chosen.any()):
             return 0, 0.0, warnings
         for attack in self._in_float32(x[chosen]):
@@ -201,13 +203,15 @@ class OwnSearch(BatchSearch):
             if len(rows) == 0:
                 break
             some = indices[rows]
-            ids = self._hunt.ids_of(some)
+            ids = self._run.ids_of(some)
             tried = attack(x[chosen], y[chosen], seed=self._seed, sample_ids=ids)
             warnings += _doubts(attack)
-            adv[rows], fooled[rows] = self._hunt.judged(some, tried, audit)
+            adv[rows], fooled[rows] = self._run.judged(some, tried, audit)
             refined += int(fooled[rows].sum())
             # The plain model attacks only the images that the copy misclassifies and the plain model does not.
-            chosen[rows] = self._claims(attack, tried, y[chosen]).cpu() & ~fooled[rows]
+            chosen[rows] = (
+                self._misclassified_by_engine(attack, tried, y[chosen]).cpu() & ~fooled[rows]
+            )
         return refined, time.perf_counter() - begun, warnings
 
     def _in_float32(self, x: Tensor) -> list[Attack]:
@@ -220,7 +224,7 @@ class OwnSearch(BatchSearch):
                 self._exact = None
         return [self._wide]
 
-    def _claims(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
+    def _misclassified_by_engine(self, attack: Attack, found: Tensor, y: Tensor) -> Tensor:
         """Which images an attack's engine misclassifies, [B] bool."""
         engine = attack.engine_for(found)
         with engine.session(attack.model, self._seed, current=True):

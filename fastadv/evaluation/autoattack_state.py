@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.evaluation.answers import answers_of, are_alike
 from fastadv.evaluation.context import Model
+from fastadv.evaluation.logit_probe import are_alike, probe_logits
 from fastadv.evaluation.samples import Samples
 from fastadv.files import check_archive, write_atomically
 
@@ -35,7 +35,7 @@ class Fingerprint:
         model: SHA-256 of the structure, parameters and buffers.
         data: SHA-256 of images and labels.
         settings: everything else that the result depends on.
-        answers: the result of `answers_of` for the model, [B][classes]; None where it is unknown.
+        answers: the result of `probe_logits` for the model, [B][classes]; None where it is unknown.
     """
 
     model: str
@@ -77,7 +77,7 @@ def fingerprint(model: Model, samples: Samples, settings: dict[str, Any]) -> Fin
     Raises:
         TypeError: when the model is not a module: another callable cannot be identified.
     """
-    answers = answers_of(model, samples)
+    answers = probe_logits(model, samples)
     listed = None if answers is None else answers.tolist()
     return Fingerprint(hash_model(model), samples.fingerprint(), settings, listed)
 

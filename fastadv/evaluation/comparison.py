@@ -23,7 +23,7 @@ _CIRCUMSTANCES = ("bounds", "batch", "seed")  # columns that are shown where the
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluatedRun:
     """A run and all its results.
 
     Attributes:
@@ -70,7 +70,7 @@ class Line:
             None.
     """
 
-    run: Judged
+    run: EvaluatedRun
     subject: Subject
     n: int
     norm: str = ""
@@ -105,7 +105,7 @@ class Comparison:
         runs: the runs, in the table's order.
     """
 
-    def __init__(self, runs: Sequence[Judged]) -> None:
+    def __init__(self, runs: Sequence[EvaluatedRun]) -> None:
         self._titles = _Titles([result for run in runs for result in run.results])
         self.lines = [line for run in runs for line in self._lines_of(run)]
         self.runs = list(runs)
@@ -186,7 +186,7 @@ class Comparison:
                 parts.append(rows[id(line)][name])
         return " ".join(parts)
 
-    def _lines_of(self, run: Judged) -> Iterable[Line]:
+    def _lines_of(self, run: EvaluatedRun) -> Iterable[Line]:
         lines: dict[tuple[Any, ...], Line] = {}
         for result in run.results:
             if not result.is_clean:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.arguments import check_model
-from fastadv.engine.alone import alone_with
 from fastadv.engine.frozen import frozen
+from fastadv.engine.network_lock import locked
 from fastadv.float32 import full_float32
 from fastadv.ops.values import check_device
 
@@ -50,7 +50,7 @@ def evaluation_mode(
         target = check_device(device) if device is not None else home
         if isinstance(model, nn.Module):
             check_float32(model)
-        stack.enter_context(alone_with(model))
+        stack.enter_context(locked(model))
         stack.enter_context(frozen(model, keep_parameters=True))
         if isinstance(model, nn.Module):
             assert_eval(model)

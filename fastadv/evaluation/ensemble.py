@@ -21,7 +21,7 @@ from fastadv.evaluation.autoattack import (
     check_version,
 )
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.samples import check_batch_size, radius_or_default
 from fastadv.ops.values import check_bounds, check_choice, check_radius, limit, norm_name
 from fastadv.seeding import draw_seed
@@ -115,7 +115,7 @@ class AutoAttack(Configured):
         y = check_batch(x, y, sample_ids, self.model, "for AutoAttack")
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        doubt = doubt_modes(self.model)
+        doubt = check_modes(self.model)
         result = autoattack(
             self.model,
             (x, y),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     AttackChoice,
     BallAttack,
@@ -29,17 +29,23 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
-from fastadv.evaluation.autoattack_state import fingerprint, hash_model
+from fastadv.evaluation.autoattack_state import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import Blindness, blindness, doubt_surrogate, seems_to_guess
+from fastadv.evaluation.early_checks import (
+    UselessGradients,
+    check_surrogate,
+    seems_to_guess,
+    useless_gradients,
+)
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
-from fastadv.evaluation.rows import Judge
+from fastadv.evaluation.rows import Evaluator
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import (
+    Samples,
     as_samples,
     check_batch_size,
     check_eps,
@@ -182,14 +188,14 @@ def evaluate(
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
     others = [] if other is None else [other.model]
-    doubts = [doubt_modes(model), *(doubt_modes(one, "surrogate") for one in others)]
+    doubts = [check_modes(model), *(check_modes(one, "surrogate") for one in others)]
     with ExitStack() as held:
-        held.enter_context(alone_with(model, *others))
+        held.enter_context(locked(model, *others))
         where = held.enter_context(evaluation_mode(model, device))
         for one in others:
             held.enter_context(evaluation_mode(one, where))
         ranks = group_of_caller(where) if sharded else Ranks()
-        facts, identity = _facts(norm, samples.bounds, seed, eot), None
+        facts, finished, identity = _facts(norm, samples.bounds, seed, eot), None, None
         if state_dir is not None:
             hashed = None if other is None else hash_model(other.model)
             identity = fingerprint(model, samples, {**facts, "surrogate": hashed})
@@ -203,17 +209,11 @@ def evaluate(
                 "worst_case": worst_case,
                 "keep_images": keep_images,
                 "constants": constants,
-                # Not hashed twice, as this takes seconds of large models and data.
-                "data": samples.fingerprint() if identity is None else identity.data,
-                "model": _identity(model) if identity is None else identity.model,
-                "surrogate": None if other is None else _identity(other.model),
-                "state_dir": "a folder" if state_dir is not None else None,
             }
-            ranks.check_same({**call, **facts})
-        say = ProgressDisplay(progress and ranks.first)
-        finished = None
-        if state_dir is not None and identity is not None:
+            ranks.check_same({**call, **facts, **_hashes(model, samples, other, identity)})
+        if state_dir is not None and identity is not None:  # after the check of all processes
             finished = FinishedBatches(state_dir, identity)
+        say = ProgressDisplay(progress and ranks.first)
         runner = Runner(
             model,
             samples,
@@ -227,19 +227,18 @@ def evaluate(
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
         clean, classes = _clean_outcome(runner, chosen, expected)
-        name = "" if other is None else other.name
         if other is not None:
-            doubts.append(doubt_surrogate(runner, classes, name))
-        judge = Judge(
+            doubts.append(check_surrogate(runner, classes, other.name))
+        evaluator = Evaluator(
             runner,
             clean,
             radii,
             constants,
             engine,
             state_dir,
-            name,
+            "" if other is None else other.name,
             is_random=runner.draws(),
-            blind=_blindness(runner, chosen, clean.robust),
+            useless_gradients=_useless_gradients(runner, chosen, clean.robust),
             doubt="; ".join(doubt for doubt in doubts if doubt),
         )
         report = Report(
@@ -253,7 +252,7 @@ def evaluate(
             versions=library_versions(),
             worst_case=worst_case,
         )
-        for row, where_in_eps in _judged_rows(judge, attacks, alpha, worst_case):
+        for row, where_in_eps in _rows_of(evaluator, attacks, alpha, worst_case):
             report = replace(report, rows=(*report.rows, row))
             say.line(where_in_eps + row.line())
             if on_row is not None:
@@ -274,27 +273,27 @@ def _clean_outcome(
         runner.progress.line(
             f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
         )
-    _doubt_clean(clean.robust, classes, expected)
+    _check_clean(clean.robust, classes, expected)
     return clean, classes
 
 
-def _judged_rows(
-    judge: Judge,
+def _rows_of(
+    evaluator: Evaluator,
     attacks: AttackChoice | Sequence[AttackChoice],
     alpha: float | None,
     worst_case: bool,
 ) -> Iterator[tuple[Row, str]]:
     """Run the attacks at each radius, and yield each row with the radius in words where there are several."""
-    for number, radius in enumerate(judge.radii):
+    for number, radius in enumerate(evaluator.radii):
         left: Tensor | None = None
         for attack in parse_attacks(attacks, radius, alpha):
             in_ball = not isinstance(attack, (Clean, Minimum))
             if number > 0 and not in_ball:
                 continue  # it does not depend on the radius
-            row, robust = judge.row(attack, radius, left)
+            row, robust = evaluator.row(attack, radius, left)
             if worst_case and in_ball:
                 left = robust
-            several = len(judge.radii) > 1 and in_ball
+            several = len(evaluator.radii) > 1 and in_ball
             yield row, f"at {format_eps(radius)}: " if several else ""
 
 
@@ -306,6 +305,18 @@ def _facts(norm: str, bounds: tuple[float, float], seed: int, eot: int) -> dict[
         "seed": seed,
         "eot": eot,
         "versions": library_versions(),
+    }
+
+
+def _hashes(
+    model: Model, samples: Samples, other: Surrogate | None, identity: Fingerprint | None
+) -> dict[str, str | None]:
+    """The hashes of models and data, which all processes must have; ``identity`` has some of them already."""
+    return {
+        "data": samples.fingerprint() if identity is None else identity.data,
+        "model": _identity(model) if identity is None else identity.model,
+        "surrogate": None if other is None else _identity(other.model),
+        "state_dir": None if identity is None else "a folder",
     }
 
 
@@ -327,17 +338,19 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     return radii
 
 
-def _blindness(runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor) -> Blindness:
+def _useless_gradients(
+    runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor
+) -> UselessGradients:
     """The images with useless gradients; nothing is checked where no attack follows gradients."""
     follows = any(
         isinstance(attack, (Minimum, Ensemble))
         or (isinstance(attack, BallAttack) and attack.follows_gradients)
         for attack in attacks
     )
-    return blindness(runner, correct) if follows else Blindness()
+    return useless_gradients(runner, correct) if follows else UselessGradients()
 
 
-def _doubt_clean(correct: Tensor, classes: int, expected: float | None) -> None:
+def _check_clean(correct: Tensor, classes: int, expected: float | None) -> None:
     """Warn where the clean accuracy is as by guessing, or not the expected one: the network may be a wrong one."""
     n, right = len(correct), _count(correct) / len(correct)
     doubt = None

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.samples import Samples, as_samples, check_batch_size
 from fastadv.fields import arguments_checked, check_fields
@@ -222,7 +222,7 @@ def cosine_similarities_to(
             )
     batch_size, found = check_batch_size(batch_size), []
     with (
-        alone_with(model, teacher),
+        locked(model, teacher),
         evaluation_mode(model, device) as where,
         evaluation_mode(teacher, where),
     ):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
 from fastadv.evaluation.attack_list import Minimum
 from fastadv.evaluation.context import Model
 from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
-from fastadv.evaluation.verify import NORM_ORDERS, Audit, predict, tolerance
+from fastadv.evaluation.verify import NORM_ORDERS, Audit, logits_of, predict, tolerance
 from fastadv.evaluation.work import key_of
 from fastadv.ops.values import largest_radius, limit
 from fastadv.seeding import derive_seed
@@ -105,7 +106,13 @@ def smallest_perturbations(
     )
     if problems := audit.problems():
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
-    return Outcome(distances.isinf(), (), time.perf_counter() - start), distances
+    outcome = Outcome(
+        distances.isinf(),
+        (),
+        time.perf_counter() - start,
+        nan_points=audit.found.nan_points,
+    )
+    return outcome, distances
 
 
 def _carlini_wagner(
@@ -124,6 +131,7 @@ def _carlini_wagner(
 
     def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
+        audit.count_nan(method.last.nan_points)
         adv = admissible_or_clean(x, adv, audit)
         return _distances(x, adv, "l2").where(predict(runner.model, adv) != y, torch.inf)
 
@@ -169,7 +177,7 @@ def smallest_radii(
     largest: float,
     seed: int,
     sample_ids: Tensor,
-    judge: Model | None = None,
+    judge: Model,
 ) -> Tensor:
     """The smallest radius at which an attack breaks each image, found by bisection.
 
@@ -180,10 +188,13 @@ def smallest_radii(
         largest: the largest radius to try.
         seed: seed of the attack.
         sample_ids: [B], which random numbers each image gets.
-        judge: the model that decides about success; None is the attacked model.
+        judge: the model that decides about success.
 
     Returns:
         [B] float32: 0 for images that need no attack, infinite for images that no radius breaks.
+
+    Raises:
+        RuntimeError: when the logits of the judge are not finite.
     """
     radii = torch.full((len(x),), torch.inf, device=x.device)
     # An attack can fail at a large radius and succeed at a small one. Therefore small radii are tried first.
@@ -199,7 +210,7 @@ def smallest_radii(
             iterations=_BISECTIONS,
             seed=seed,
             sample_ids=sample_ids[rows],
-            judge=judge,
+            judge=partial(logits_of, judge),
         )
     return radii
 

@@ -6,11 +6,17 @@ import warnings
 
 from torch import nn
 
-from fastadv.engine.networks import modules_of, networks_of
+from fastadv.attacks.attack_warnings import though_in_train_mode
+from fastadv.engine.networks import (
+    depends_on_mode,
+    modules_of,
+    networks_of,
+    switched_to_train_mode,
+)
 from fastadv.evaluation.context import Model
 
 
-def doubt_modes(model: Model, argument: str = "model") -> str:
+def check_modes(model: Model, argument: str = "model") -> str:
     """Warn where evaluation leaves a network in train mode, or ends a train mode that seems to be intended.
 
     This must be called before the model is put into evaluation mode.
@@ -22,14 +28,13 @@ def doubt_modes(model: Model, argument: str = "model") -> str:
     Returns:
         The note for every row; empty where no figure is in doubt.
     """
-    if isinstance(model, nn.Module) and not model.training:
-        inside = next((name for name, part in model.named_modules() if part.training), None)
-        if inside is not None:
+    for name, part in switched_to_train_mode(model) if isinstance(model, nn.Module) else ():
+        if any(depends_on_mode(type(layer)) for layer in modules_of(part)):
             warnings.warn(
-                f"{argument} is judged in eval mode as a whole, though its {inside!r} is in train mode; where "
-                "that is part of a defence, let its forward ask for it, such as by F.dropout(x, p, training=True)",
+                f"{argument} is judged in eval mode as a whole, {though_in_train_mode(name, part)}",
                 stacklevel=4,
             )
+            break
     hidden = [network for network in networks_of(model) if network is not model]
     training = [network for network in hidden if any(part.training for part in modules_of(network))]
     if not training:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import short_reach_warning
+from fastadv.attacks.attack_warnings import nan_logits_warning, short_reach_warning
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -24,7 +24,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
-from fastadv.evaluation.doubts import Blindness
+from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
@@ -32,7 +32,7 @@ from fastadv.evaluation.worst import WorstImages
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """Runs attacks and makes their rows.
 
     Attributes:
@@ -44,7 +44,7 @@ class Judge:
         state_dir: folder of AutoAttack's state; with several radii it has a folder for each.
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
         is_random: whether the model draws random numbers.
-        blind: images with useless gradients.
+        useless_gradients: images whose gradients lead no attack.
         doubt: a note for all rows, on a surrogate that guesses or a network in train mode; empty without doubt.
     """
 
@@ -56,7 +56,7 @@ class Judge:
     state_dir: str | os.PathLike[str] | None
     surrogate: str
     is_random: bool
-    blind: Blindness
+    useless_gradients: UselessGradients
     doubt: str
 
     def row(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
@@ -80,7 +80,7 @@ class Judge:
             row = self._of_random_model(attack, row)
         for doubt in (
             _short_reach(attack, eps),
-            self.blind.note(attack),
+            self.useless_gradients.note(attack),
             "" if isinstance(attack, Clean) else self.doubt,
         ):
             if doubt:
@@ -116,6 +116,7 @@ class Judge:
         return self._row_of(attack, outcome, eps), outcome.robust
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
+        doubts = [nan_logits_warning(outcome.nan_points)] if outcome.nan_points else []
         return Row(
             name=attack.name,
             n=len(self.runner.samples),
@@ -123,8 +124,8 @@ class Judge:
             eps=eps,
             seed=self.runner.seed,
             seconds=outcome.seconds,
-            status="invalid" if outcome.problems else "ok",
-            notes=(*outcome.problems, *outcome.notes),
+            status="invalid" if outcome.problems else "suspect" if doubts else "ok",
+            notes=(*outcome.problems, *doubts, *outcome.notes),
             worst=self.runner.take_worst(attack.name),
         )
 

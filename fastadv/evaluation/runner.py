@@ -15,9 +15,9 @@ from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
 from fastadv.engine.layout import naming_layout
-from fastadv.evaluation.answers import answers_of, are_alike, contents_of
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import Audit, logits_of
@@ -25,8 +25,8 @@ from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
 
-# (x, y, indices of the images in the data) -> adversarial images
-Perturb = Callable[[Tensor, Tensor, Tensor], Tensor]
+# (x, y, indices of the images in the data, counts of the run) -> adversarial images
+Perturb = Callable[[Tensor, Tensor, Tensor, Audit], Tensor]
 # To recognise a random model: images, passes over them, and passes where a generator changes.
 _CHECKED, _PASSES, _MOST_PASSES = 16, 8, 64
 
@@ -40,12 +40,14 @@ class Outcome:
         problems: violations by the returned images, one sentence each.
         seconds: wall-clock time.
         notes: further notes, one sentence each.
+        nan_points: points that the attack passed over, because the attacked model returned NaN there.
     """
 
     robust: Tensor
     problems: tuple[str, ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    nan_points: int = 0
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,11 @@ class Runner:
                 raise RuntimeError(
                     f"{attack.name} returned inadmissible images: {'; '.join(found.problems)}"
                 )
-            outcome = replace(found, seconds=outcome.seconds + found.seconds)
+            outcome = replace(
+                found,
+                seconds=outcome.seconds + found.seconds,
+                nan_points=outcome.nan_points + found.nan_points,
+            )
         return outcome
 
     def _lowest_run(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
@@ -196,8 +202,12 @@ class Runner:
             f"the lowest of {len(runs)} whole runs, which left {min(left)} to {max(left)} images, "
             f"{sum(left) / len(left):.1f} on average"
         )
-        seconds = sum(run.seconds for run in runs)
-        return replace(runs[left.index(min(left))], seconds=seconds, notes=(note,))
+        return replace(
+            runs[left.index(min(left))],
+            seconds=sum(run.seconds for run in runs),
+            notes=(note,),
+            nan_points=sum(run.nan_points for run in runs),
+        )
 
     def _make(self, attack: BallAttack, eps: float) -> Attack:
         """The attack on the plain source model in float32, with gradients that are means over the passes."""
@@ -238,9 +248,9 @@ class Runner:
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _foreign(self, attack: UserAttack) -> Perturb:
-        before, answers = contents_of(self.source), answers_of(self.source, self.samples)
+        before, answers = contents_of(self.source), probe_logits(self.source, self.samples)
 
-        def perturb(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+        def perturb(x: Tensor, y: Tensor, indices: Tensor, audit: Audit) -> Tensor:
             with private_generators(
                 derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
             ):
@@ -252,7 +262,7 @@ class Runner:
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
             if answers is not None and not are_alike(
-                answers, answers_of(self.source, self.samples)
+                answers, probe_logits(self.source, self.samples)
             ):
                 raise RuntimeError(
                     f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"
@@ -300,7 +310,7 @@ class Runner:
 
         def left(indices: Tensor) -> Tensor:
             x, y = self.samples.take(indices, self.device)
-            adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+            adv = admissible_or_clean(x, perturb(x, y, indices, audit), audit)
             logits = self.logits_of(adv, name, indices)
             seen = self.worst.see(name, x, adv, y, logits, indices)
             if kept is not None and seen is not None and len(seen):
@@ -317,7 +327,12 @@ class Runner:
         robust, indices = correct.clone(), correct.nonzero().flatten()
         share = len(indices) / len(correct)
         robust[indices] = self.collect(name, key, indices, left, audit, share, again).bool()
-        return Outcome(robust, tuple(audit.problems()), time.perf_counter() - start)
+        return Outcome(
+            robust,
+            tuple(audit.problems()),
+            time.perf_counter() - start,
+            nan_points=audit.found.nan_points,
+        )
 
     def worst_of(
         self, name: str, attacked: Tensor, fooled: Tensor, adversarial: Tensor
@@ -377,9 +392,13 @@ class Runner:
         )
 
 
-def _perturbed(method: Attack, seed: int, x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
+def _perturbed(
+    method: Attack, seed: int, x: Tensor, y: Tensor, indices: Tensor, audit: Audit
+) -> Tensor:
     # Random numbers by image index: the result does not depend on the batches.
-    return method(x, y, seed=seed, sample_ids=indices.to(x.device))
+    adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
+    audit.count_nan(method.last.nan_points)
+    return adv
 
 
 def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:

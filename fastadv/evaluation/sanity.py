@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import count_blind
+from fastadv.evaluation.early_checks import count_useless_gradients
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner, admissible_or_clean
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
@@ -61,7 +61,7 @@ def masking_checks(
         data: as for ``evaluate``; a few hundred images are enough.
         eps: radius at which the number of steps is varied; by default 8/255, in linf within bounds (0, 1) alone.
         eps_factors: factors of eps, in increasing order, for the attacks at several radii. These have the largest
-            number of steps.
+            number of steps. Factors with which the ball would be larger than the range of images are left out.
         steps: numbers of steps, in increasing order.
         norm: ``"linf"``, ``"l2"`` or ``"l1"``.
         bounds: range of image values.
@@ -85,6 +85,7 @@ def masking_checks(
     _check_arguments(eps, eps_factors, steps, slack)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
+    check_modes(model)
     with evaluation_mode(model, device) as where:
         runner = Runner(
             model,
@@ -97,7 +98,8 @@ def masking_checks(
         )
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
-        return _of_pgd(probe, eps, eps_factors, steps, slack)
+        factors = _factors_within_reach(runner, eps, eps_factors)
+        return _of_pgd(probe, eps, factors, steps, slack)
 
 
 def sanity_checks(
@@ -157,9 +159,9 @@ def sanity_checks(
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
+    check_modes(model)
     with ExitStack() as held:
-        doubt_modes(model)
-        held.enter_context(alone_with(model, *([] if other is None else [other.model])))
+        held.enter_context(locked(model, *([] if other is None else [other.model])))
         where = held.enter_context(evaluation_mode(model, device))
         if other is not None:
             held.enter_context(evaluation_mode(other.model, where))
@@ -168,10 +170,10 @@ def sanity_checks(
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
         runner.check_labels()
         probe = _Probe(runner, runner.clean().robust)
-        eps_factors = [factor for factor in eps_factors if eps * factor <= _any_image(runner)]
-        first = [_random(runner), _blind(probe, slack)]
-        over_eps, *others = _of_pgd(probe, eps, eps_factors, steps, slack)
-        loss = rising_loss(probe.losses(eps, eps_factors, steps[-1]), slack)
+        factors = _factors_within_reach(runner, eps, eps_factors)
+        first = [_random(runner), _useless_gradients(probe, slack)]
+        over_eps, *others = _of_pgd(probe, eps, factors, steps, slack)
+        loss = rising_loss(probe.losses(eps, factors, steps[-1]), slack)
         black_box = _black_box(probe, eps, steps[-1], queries, slack, other)
     return [*first, over_eps, loss, *others, *black_box]
 
@@ -205,7 +207,7 @@ class _Probe:
             audit = Audit(eps, runner.norm, runner.samples.bounds)
             for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
                 x, y = runner.samples.take(indices, runner.device)
-                adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+                adv = admissible_or_clean(x, perturb(x, y, indices, audit), audit)
                 left[indices] = (predict(runner.model, adv) == y).cpu()
                 total += self._loss(adv, y)
             if problems := audit.problems():
@@ -220,7 +222,7 @@ class _Probe:
         logits = logits_of(self.runner.model, x).double()
         return float(nn.functional.cross_entropy(logits, y, reduction="sum"))
 
-    def blind(self) -> int:
+    def useless_gradients(self) -> int:
         """The number of correctly classified images with a useless gradient."""
         count = 0
         for indices in self.runner.batches("gradients", self.correct.nonzero().flatten()):
@@ -229,7 +231,7 @@ class _Probe:
                 leaf = x.clone().requires_grad_()
                 loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
                 (grad,) = torch.autograd.grad(loss, leaf)
-            count += count_blind(grad)
+            count += count_useless_gradients(grad)
         return count
 
 
@@ -245,6 +247,11 @@ def _of_pgd(
         monotone("steps", by_steps, slack),
         unbounded(any_image, probe.accuracy(any_image, steps[-1]), slack),
     ]
+
+
+def _factors_within_reach(runner: Runner, eps: float, factors: Sequence[float]) -> list[float]:
+    """The factors of eps whose balls are not larger than the ball that holds any image."""
+    return [factor for factor in factors if eps * factor <= _any_image(runner)]
 
 
 def _any_image(runner: Runner) -> float:
@@ -263,8 +270,8 @@ def _random(runner: Runner) -> Finding:
     return Finding("random", True, "two passes over the same images agree", ())
 
 
-def _blind(probe: _Probe, slack: float) -> Finding:
-    count, n = probe.blind(), max(int(probe.correct.sum()), 1)
+def _useless_gradients(probe: _Probe, slack: float) -> Finding:
+    count, n = probe.useless_gradients(), max(int(probe.correct.sum()), 1)
     message = (
         f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere "
         "or not finite"

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.options import names_checked
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
@@ -26,8 +27,8 @@ from fastadv.evaluation.attack_list import (
     stops_early,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.doubts import seems_to_guess
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.early_checks import seems_to_guess
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
@@ -152,7 +153,7 @@ def transfer_matrix(
     notes += _doubts(models)
     with ExitStack() as held:
         first, *others = models.values()
-        held.enter_context(alone_with(*models.values()))
+        held.enter_context(locked(*models.values()))
         where = held.enter_context(evaluation_mode(first, device))
         for model in others:
             held.enter_context(evaluation_mode(model, where))
@@ -217,7 +218,7 @@ def _doubts(models: Mapping[str, Model]) -> list[str]:
     """Warn about models in a mode that puts figures in doubt, and return the notes."""
     found = []
     for name, model in models.items():
-        found.append(doubt_modes(model, f"model {name}"))
+        found.append(check_modes(model, f"model {name}"))
     return [doubt for doubt in found if doubt]
 
 
@@ -225,7 +226,7 @@ def _check_classes(
     names: Sequence[str], runners: Sequence[Runner], attack: BallAttack | Ensemble | UserAttack
 ) -> int:
     """Require that all models have the same classes, and return their number."""
-    classes = [runner.check_labels() for runner in runners]
+    classes = [_classes_of(name, runner) for name, runner in zip(names, runners, strict=True)]
     for name, count in zip(names, classes, strict=True):
         if count != classes[0]:
             raise ValueError(
@@ -235,6 +236,16 @@ def _check_classes(
     return classes[0]
 
 
+def _classes_of(name: str, runner: Runner) -> int:
+    """The number of classes of a model; an error of the model, or about it, names it and the images."""
+    try:
+        return runner.check_labels()
+    except (ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        size = "x".join(map(str, runner.samples.image_shape))
+        raise kind(f"model {name}, on images of {size}: {error}") from error
+
+
 def _judged(
     attack: BallAttack | Ensemble | UserAttack,
     eps: float,
@@ -242,7 +253,7 @@ def _judged(
     targets: Sequence[Runner],
     clean: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[str]]:
-    """For each target, the source's adversarial images that it classifies correctly, [N] bool; and violations."""
+    """For each target, the source's adversarial images that it classifies correctly, [N] bool; and notes."""
     samples, robust = source.samples, [flags.clone() for flags in clean]
     if isinstance(attack, Ensemble):
         indices = torch.stack(robust).any(0).nonzero().flatten()
@@ -257,10 +268,11 @@ def _judged(
         left = torch.stack(robust).any(0).nonzero().flatten()
         for indices in source.batches(attack.name, left):
             x, y = samples.take(indices, source.device)
-            adv = admissible_or_clean(x, perturb(x, y, indices), audit)
+            adv = admissible_or_clean(x, perturb(x, y, indices, audit), audit)
             for flags, target in zip(robust, targets, strict=True):
                 flags[indices] &= (target.predicted(adv, attack.name, indices) == y).cpu()
     problems = audit.problems()
     if problems and isinstance(attack, BallAttack):
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
-    return robust, problems
+    nan_points = audit.found.nan_points
+    return robust, [*problems, *([nan_logits_warning(nan_points)] if nan_points else [])]

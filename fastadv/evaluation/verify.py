@@ -51,19 +51,21 @@ def tolerance(norm: str, elements: int, bounds: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class Violations:
-    """Counts of inadmissible images.
+    """Counts of inadmissible images, and of points of an attack at which the model returned NaN.
 
     Attributes:
         outside_ball: images whose perturbation exceeds eps by more than the tolerance.
         outside_box: images with a value outside the bounds.
         non_finite: images with a NaN or an infinity.
         largest: largest perturbation among the images outside the ball, in the norm.
+        nan_points: points that the attack tried and passed over, because the attacked model returned NaN there.
     """
 
     outside_ball: int = 0
     outside_box: int = 0
     non_finite: int = 0
     largest: float = 0.0
+    nan_points: int = 0
 
     def __add__(self, other: Violations) -> Violations:
         """The counts of two batches together."""
@@ -72,6 +74,7 @@ class Violations:
             self.outside_box + other.outside_box,
             self.non_finite + other.non_finite,
             max(self.largest, other.largest),
+            self.nan_points + other.nan_points,
         )
 
     def as_dict(self) -> dict[str, int | float]:
@@ -130,6 +133,10 @@ class Audit:
             largest=float(size[far].max()) if bool(far.any()) else 0.0,
         )
         return finite & ~far & ~out
+
+    def count_nan(self, points: int) -> None:
+        """Count points that an attack passed over, because the attacked model returned NaN there."""
+        self.found += Violations(nan_points=points)
 
     def problems(self) -> list[str]:
         """One sentence per kind of violation; empty without violations."""

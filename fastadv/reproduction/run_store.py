@@ -307,8 +307,10 @@ class TrainedRun:
         return self.store.resolve(run, self.seed)
 
     def cached(self, title: str, find: Callable[[], T]) -> T:
-        """`RunStore.cached` for this model."""
-        return self.store.cached(self.run, title, find)
+        """`RunStore.cached` for this model, the number of images and the radius; its name lacks these two."""
+        images = "all" if self.scale.test_images is None else self.scale.test_images
+        conditions = f"{images} images, 8/255 is {self.scale.eps(8):.6g}"
+        return self.store.cached(self.run, f"{title}, {conditions}", find)
 
     def extractor_radii(self) -> list[float]:
         """The radii for which the extractors of a stack were trained."""

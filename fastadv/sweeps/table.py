@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastadv.evaluation.attack_list import CLEAN
-from fastadv.evaluation.comparison import Comparison, Judged, Line, radius_text
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun, Line, radius_text
 from fastadv.evaluation.plot_style import png_of
 from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
 from fastadv.evaluation.reporting import Summary, Table
@@ -36,7 +36,7 @@ class Judgement:
 
     curve: str
     run: SweepRun
-    judged: Judged
+    judged: EvaluatedRun
 
 
 @dataclass(frozen=True)

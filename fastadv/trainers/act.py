@@ -75,7 +75,7 @@ class ActRecipe(NaturalRecipe):
 
 
 @dataclass(frozen=True)
-class Concurrent(Attacked):
+class AttackedWithNaturalLogits(Attacked):
     """Adversarial images, with the result of the natural model's training pass.
 
     Attributes:
@@ -118,13 +118,13 @@ class Act(NaturalMethod[ActRecipe]):
         hard = losses.cross_entropy(logits, y, reduction="none")
         return (1 - weight) * hard + weight * factor * divergence
 
-    def attack(self, batch: TrainBatch) -> Concurrent:
+    def attack(self, batch: TrainBatch) -> AttackedWithNaturalLogits:
         """Return PGD's images against L_G."""
         with self.runtime.phases("train"), self.autocast():
             natural_logits = self.natural(batch.x)
         self._natural_logits = natural_logits.detach()
         try:
-            return Concurrent(self.perturb(batch), natural_logits)
+            return AttackedWithNaturalLogits(self.perturb(batch), natural_logits)
         finally:
             self._natural_logits = None
 
@@ -138,7 +138,7 @@ class Act(NaturalMethod[ActRecipe]):
 
     def training_loss(self, batch: TrainBatch, adv: Attacked) -> LossResult:
         """Return the objective of the robust model's pass over x' and the natural model's over x."""
-        assert isinstance(adv, Concurrent)
+        assert isinstance(adv, AttackedWithNaturalLogits)
         robust_logits = self.model(adv.x)
         loss = batch.mean(self.objective(adv.natural_logits, robust_logits, batch.y))
         return LossResult(loss, pair_metrics(adv.natural_logits, robust_logits, batch.y))

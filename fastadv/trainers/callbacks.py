@@ -92,19 +92,19 @@ class Callbacks:
         """Call `on_start` of all callbacks."""
         for callback in self._callbacks:
             self._started.append(callback)
-            with _apart():
+            with _random_state_kept():
                 callback.on_start(run)
 
     def step(self, metrics: Metrics) -> None:
         """Call `on_step` of all callbacks."""
         for callback in self._callbacks:
-            with _apart():
+            with _random_state_kept():
                 callback.on_step(dict(metrics))
 
     def epoch(self, metrics: Metrics) -> None:
         """Call `on_epoch` of all callbacks."""
         for callback in self._callbacks:
-            with _apart():
+            with _random_state_kept():
                 callback.on_epoch(dict(metrics))
 
     @contextmanager
@@ -122,7 +122,7 @@ class Callbacks:
         finally:
             ended = failure is None
             for callback in self._started:
-                with _apart():
+                with _random_state_kept():
                     failure = _ending(callback.on_end, ended, failure)
             if ended and failure is not None:
                 raise failure
@@ -163,7 +163,7 @@ def _ending(
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def _random_state_kept() -> Iterator[None]:
     """Restore the generators of random numbers and torch's switch of gradients after a with statement."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     python, numpy = random.getstate(), np.random.get_state()

@@ -81,7 +81,7 @@ class FreeRecipe(AdversarialRecipe):
 
 
 @dataclass(frozen=True)
-class Carried(Attacked):
+class AttackedWithDelta(Attacked):
     """Images with the perturbation from earlier batches. Unlike for other methods they have a gradient.
 
     Attributes:
@@ -117,13 +117,13 @@ class Free(PGDAT[FreeRecipe]):
         self._delta: Tensor | None = None
         self._gauges = {}
 
-    def attack(self, batch: TrainBatch) -> Carried:
+    def attack(self, batch: TrainBatch) -> AttackedWithDelta:
         """Return the images under the present perturbation."""
         recipe, elements = self.recipe, batch.x[0].numel()
         check_radius("eps", recipe.eps, recipe.norm, (0.0, 1.0), elements)
         delta = torch.zeros_like(batch.x) if self._delta is None else self._delta.detach()
         delta.requires_grad_()
-        return Carried((batch.x + delta).clamp(0, 1), delta)
+        return AttackedWithDelta((batch.x + delta).clamp(0, 1), delta)
 
     def step(self, batch: TrainBatch, update: Update) -> None:
         """Train on the batch m times."""

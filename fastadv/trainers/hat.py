@@ -51,7 +51,7 @@ class HatRecipe(PairRecipe):
 
 
 @dataclass(frozen=True)
-class Helped(Attacked):
+class AttackedWithHelpers(Attacked):
     """Adversarial images with their helper examples.
 
     Attributes:
@@ -101,11 +101,11 @@ class Hat(PairMethod[HatRecipe]):
         """Return the standard model, which labels the helper examples."""
         return ("teacher",)
 
-    def attack(self, batch: TrainBatch) -> Helped:
+    def attack(self, batch: TrainBatch) -> AttackedWithHelpers:
         """Return PGD's images and the helper examples beyond them."""
         x, standard = self.perturb(batch), partial(self.teacher_output, "teacher")
         with self.runtime.phases("teacher"), torch.no_grad(), self.autocast():
-            return Helped(x, *helper_examples(standard, batch.x, x, self.recipe.reach))
+            return AttackedWithHelpers(x, *helper_examples(standard, batch.x, x, self.recipe.reach))
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return TRADES' loss."""
@@ -115,7 +115,7 @@ class Hat(PairMethod[HatRecipe]):
         self, batch: TrainBatch, adv: Attacked, clean_logits: Tensor, adv_logits: Tensor
     ) -> Tensor:
         """Return TRADES' loss and the loss of the helper examples, whose logits are computed here."""
-        assert isinstance(adv, Helped)
+        assert isinstance(adv, AttackedWithHelpers)
         helper = losses.cross_entropy(self.model(adv.helper), adv.helper_y, reduction="none")
         return self.objective(clean_logits, adv_logits, batch.y) + self.recipe.gamma * helper
 

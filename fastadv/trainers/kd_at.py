@@ -79,7 +79,7 @@ class KdAtRecipe(BaseOptionsRecipe):
 
 
 @dataclass(frozen=True)
-class Taught(Attacked):
+class AttackedWithTeachers(Attacked):
     """Adversarial images, with the teachers' logits for them.
 
     Attributes:
@@ -93,7 +93,7 @@ class Taught(Attacked):
     of_base: Attacked | None = None
 
 
-class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
+class KdAt(AdversarialMethod[KdAtRecipe, AttackedWithTeachers]):
     """KD-AT: .3 L_base + .1 KD(f(x'), T_std(x')) + .6 KD(f(x'), T_adv(x')), KD at temperature 2.
 
     L_base is the whole loss of `base`, with its numbers and its attack. For PGD-AT it is CE(f(x')), which gives
@@ -131,7 +131,7 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
         self.pgd = self.base.pgd
         self.bn_updates, self.images_trained = self.base.bn_updates, self.base.images_trained
 
-    def attack(self, batch: TrainBatch) -> Taught:
+    def attack(self, batch: TrainBatch) -> AttackedWithTeachers:
         """Return the base's images and the teachers' logits of them."""
         adv = self.base.attack(batch)
         recipe = self.recipe
@@ -143,9 +143,9 @@ class KdAt(AdversarialMethod[KdAtRecipe, Taught]):
                     ("robust_teacher", recipe.robust_weight),
                 )
             )
-            return Taught(adv.x, standard, robust, adv)
+            return AttackedWithTeachers(adv.x, standard, robust, adv)
 
-    def training_loss(self, batch: TrainBatch, adv: Taught) -> LossResult:
+    def training_loss(self, batch: TrainBatch, adv: AttackedWithTeachers) -> LossResult:
         """Return the weighted sum of the three terms."""
         recipe = self.recipe
         logits, own = base_losses(self.base, batch, adv.of_base or adv)

@@ -319,7 +319,7 @@ class Loop:
             validation = self._validation()
             if validation is not None:
                 record |= validation.numbers()
-                self._judge(validation)
+                self._note_validation(validation)
             if self.stopped:
                 record["stopped_early"] = True
             self.log.epoch(**record)
@@ -353,7 +353,7 @@ class Loop:
             return None
         return self.monitor.validate()
 
-    def _judge(self, validation: Validation) -> None:
+    def _note_validation(self, validation: Validation) -> None:
         """Make this checkpoint the best one if its validation has the best score so far."""
         progress = self.progress
         progress.validations_since_best += 1

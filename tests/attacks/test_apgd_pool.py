@@ -12,7 +12,7 @@ from linear_model import Staircase
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.attacks.apgd_pool import APGDPool, Ended, Run
+from fastadv.attacks.apgd_pool import APGDPool, FinishedRun, Run
 from fastadv.attacks.objectives import likeliest_wrong_classes
 from fastadv.engine.engines import Engine
 
@@ -25,7 +25,7 @@ class Collector:
 
     def __init__(self, model: nn.Module, x: Tensor, y: Tensor) -> None:
         self.model, self.x, self.y = model, x, y
-        self.ended: list[Ended] = []
+        self.ended: list[FinishedRun] = []
         self.broken: dict[int, Tensor] = {}
         self.asked = 0
 
@@ -41,8 +41,8 @@ class Collector:
                 self.broken.setdefault(image, point)
         return wrong.tolist()
 
-    def end(self, ended: Sequence[Ended]) -> None:
-        self.ended += ended
+    def record(self, finished: Sequence[FinishedRun]) -> None:
+        self.ended += finished
 
 
 def runs_of(model: nn.Module, x: Tensor, y: Tensor, targets: int) -> list[Run]:
@@ -58,7 +58,7 @@ def runs_of(model: nn.Module, x: Tensor, y: Tensor, targets: int) -> list[Run]:
     ]
 
 
-def best_of(ended: Iterable[Ended], x: Tensor) -> Tensor:
+def best_of(ended: Iterable[FinishedRun], x: Tensor) -> Tensor:
     """What `APGD` returns: the first run that succeeds, else the point of highest value."""
     adv, first, value = x.clone(), {}, {}
     for one in sorted(ended, key=lambda one: one.run.number):
@@ -214,7 +214,7 @@ def test_runs_without_a_gradient_are_counted() -> None:
     attack = fastadv.APGD(model, 0.01, 3, loss="dlr", precision="fp32", engine="eager")
     keeper, pool = Collector(model, x, y), APGDPool(attack, 4, SEED)
     pool.run(runs_of(model, x, y, 0), keeper.take, keeper)
-    assert pool.blind == 6
+    assert pool.starts_without_gradient == 6
 
 
 def test_attacks_that_no_pool_runs_are_refused() -> None:

@@ -144,6 +144,20 @@ def test_points_at_which_logits_are_nan_are_counted_and_told(kind: Any, engine: 
     assert f"NaN logits at {attack.last.nan_points} points" in str(attack.last)
 
 
+@pytest.mark.parametrize("keep", ["last", "best"])
+def test_a_point_whose_logits_are_nan_is_counted_once(keep: Any) -> None:
+    class NaNForAll(HalfMasked):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + torch.nan
+
+    model, x, y = NaNForAll(), torch.full((4, 1, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
+    attack = fastadv.FriendlyPGD(model, 0.1, 0.05, 3, keep=keep)
+    with pytest.warns(UserWarning, match="NaN"):
+        attack(x, y, seed=0)
+    points = 3 if keep == "last" else 4  # "best" looks at the last point as well
+    assert attack.last.nan_points == 4 * points
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_losses_are_those_of_the_points_on_the_way(way: str) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(32)

@@ -13,6 +13,7 @@ from attack_helpers import assert_same_state, digits_test, images, state_of, tra
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.networks import depends_on_mode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -303,6 +304,12 @@ def test_only_the_seed_is_drawn_from_the_default_generator() -> None:
     torch.manual_seed(3)
     torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
     assert torch.equal(torch.rand(1), after_attack)
+
+
+@pytest.mark.parametrize("kind", [nn.Dropout2d, nn.BatchNorm2d, nn.RNN, nn.MultiheadAttention])
+def test_layers_that_depend_on_their_mode_are_known(kind: type[nn.Module]) -> None:
+    assert depends_on_mode(kind)
+    assert not any(map(depends_on_mode, (nn.Conv2d, nn.ReLU, nn.Sequential, nn.LayerNorm)))
 
 
 @pytest.mark.parametrize("inside", [False, True])

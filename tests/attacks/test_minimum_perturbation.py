@@ -112,3 +112,17 @@ def test_bad_arguments_are_refused(case: dict, error: type[Exception], message: 
     arguments = {"attack": fastadv.PGD(trained_small_cnn()), "max_eps": 0.1, **case}
     with pytest.raises(error, match=message):
         minimum_perturbation(arguments.pop("attack"), x, y, **arguments)
+
+
+def test_nan_is_no_success() -> None:
+    class NaNAwayFromGrey(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            away = (x - 0.5).flatten(1).abs().amax(1) > 1e-3
+            logits = torch.stack((x.flatten(1).sum(1), x.new_full(x.shape[:1], 0.2)), 1)
+            return torch.where(away[:, None], torch.nan, logits)
+
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.tensor([0, 1])
+    attack = fastadv.FGSM(NaNAwayFromGrey(), check_inputs=False)
+    with pytest.warns(UserWarning, match="the model returned NaN at [12] points"):
+        radii = minimum_perturbation(attack, x, y, max_eps=0.1)
+    assert radii.tolist() == [float("inf"), 0.0]

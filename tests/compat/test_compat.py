@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastadv
 from fastadv import compat
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EVERY = [getattr(compat, n) for n in compat.__all__ if n not in ("Attack", "MultiAttack")]
@@ -52,7 +52,7 @@ def test_the_models_own_predictions_wait_while_another_thread_has_the_model() ->
         short(compat.BIM, model),
         compat.MultiAttack([short(compat.BIM, model), short(compat.FGSM, model)]),
     ]
-    with alone_with(model):
+    with locked(model):
         threads = [threading.Thread(target=attack, args=(x,), daemon=True) for attack in attacks]
         for thread in threads:
             thread.start()

@@ -174,6 +174,8 @@ def test_columns_and_labels_are_checked(digits: ImageData) -> None:
         HubImages(Split({"x": images, "label": labels}))
     with pytest.raises(ValueError, match="this split seems to have no labels"):
         HubImages(Split({"image": images, "label": [-1] * N}))
+    with pytest.raises(TypeError, match="the label of item 1 of dataset must be an integer"):
+        HubImages(Split({"image": images[:2], "label": [0, 0.9]}))
     with pytest.raises(ValueError, match="at least one item"):
         HubImages(Split({"image": [], "label": []}))
     with pytest.raises(TypeError, match="must hold PIL images, got list"):

@@ -144,7 +144,7 @@ def test_folders_that_do_not_fit_are_named(root: Path, tmp_path: Path) -> None:
         ValueError, match=r"must have the 2 classes of .*in one of the two alone: b, c"
     ):
         load_folders(tmp_path)
-    for name, value in (("crop", 0), ("workers", -1)):
+    for name, value in (("crop", 0), ("workers", -1), ("test_images", 0)):
         with pytest.raises(ValueError, match=f"{name} must be >= "):
             load_folders(root, **{name: value})  # type: ignore[arg-type]
 

@@ -22,7 +22,7 @@ from fastadv.engine import proof
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.copy_engines import CopyEngine
 from fastadv.engine.cuda_graph import GraphCache, padded_size
-from fastadv.engine.wish import Wish
+from fastadv.engine.request import EngineRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,10 +30,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def install(monkeypatch: pytest.MonkeyPatch, recorder: Any) -> None:
     """Make the engines that a GPU would have, without its compiler."""
 
-    def candidates(tape: Any, recording: Any, precision: str, wish: Wish) -> Any:
+    def candidates(tape: Any, recording: Any, precision: str, request: EngineRequest) -> Any:
         made = CopyEngine(tape, recording, precision, "the reason", inductor=False)
-        if wish.engine != "compiled":
-            made.graphs = GraphCache(recorder, classes=10, required=wish.engine == "graph")
+        if request.engine != "compiled":
+            made.graphs = GraphCache(recorder, classes=10, required=request.engine == "graph")
         yield lambda: made
 
     monkeypatch.setattr("fastadv.engine.selection.candidates", candidates)

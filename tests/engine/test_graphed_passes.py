@@ -25,9 +25,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def with_recorder(monkeypatch: pytest.MonkeyPatch, recorder: Any, whole: bool = False) -> None:
     """Make the engines that a GPU would have, without its compiler; recorded after `LONG` calls of a size."""
 
-    def candidates(tape: Any, recording: Any, precision: str, wish: Any) -> Any:
+    def candidates(tape: Any, recording: Any, precision: str, request: Any) -> Any:
         made = CopyEngine(tape, recording, precision, "the reason", inductor=False)
-        if wish.engine == "auto":
+        if request.engine == "auto":
             resting = made.record_passes(recorder).resting
             if whole:
                 made.graphs = GraphCache(recorder, 10, required=False, around=resting)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from attack_helpers import images, randomise
 from foreign_models import Pooled, conv
-from test_remembered import Ripple
+from test_cached_recording import Ripple
 from torch import Tensor, nn
 
 import fastadv

@@ -149,6 +149,6 @@ def test_a_function_of_a_list_runs_in_a_program_and_is_remembered() -> None:
     for _ in range(2):
         engine = attack.engine_for(x)
         assert isinstance(engine, ProgramEngine) and engine.precision == "bf16"
-        assert engine.remembered is not None
+        assert engine.cached_recording is not None
         found = engine.logits(engine.images(x))
         torch.testing.assert_close(found, model(x).detach(), atol=0.1, rtol=0.1)

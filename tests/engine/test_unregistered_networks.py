@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.alone import alone_with
+from fastadv.engine.network_lock import locked
 from fastadv.engine.networks import networks_of
 from fastadv.models import Normalized
 
@@ -120,12 +121,32 @@ def test_a_matrix_and_an_analysis_of_a_network_in_train_mode_say_so() -> None:
     assert not any("in train mode" in note for note in found["eps-curve"].notes)
 
 
-def test_a_layer_in_train_mode_that_evaluation_switches_off_is_told() -> None:
-    model = nn.Sequential(nn.Dropout(0.5), net()).eval()
+class Noisy(nn.Module):
+    """Draws noise in train mode, as many defences do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0.1 * torch.randn_like(x) if self.training else x
+
+
+@pytest.mark.parametrize(
+    "part", [nn.Dropout(0.5), nn.Sequential(nn.Identity(), nn.Dropout(0.5)), Noisy()]
+)
+def test_a_part_in_train_mode_that_evaluation_switches_off_is_told(part: nn.Module) -> None:
+    model = nn.Sequential(part, net()).eval()
     model[0].train()
-    with pytest.warns(UserWarning, match="'0' is in train mode"):
-        fastadv.evaluate(model, (X, Y), ["clean"], progress=False)
+    for judge in (fastadv.evaluate, fastadv.evaluation.masking_checks):
+        options = {"attacks": ["clean"]} if judge is fastadv.evaluate else {"steps": [1]}
+        with pytest.warns(UserWarning, match=f"'0', a {type(part).__name__}, is in train mode"):
+            judge(model, (X, Y), progress=False, **options)
     assert model[0].training and not model.training
+
+
+def test_a_part_whose_mode_changes_nothing_is_not_told_of() -> None:
+    model = nn.Sequential(nn.Identity(), net()).eval()
+    model[0].train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.evaluate(model, (X, Y), ["clean"], progress=False)
 
 
 def test_what_torch_and_the_caller_keep_beside_a_network_is_none_of_it() -> None:
@@ -200,10 +221,10 @@ def test_threads_whose_models_are_each_others_surrogates_do_not_wait_for_each_ot
 
 def test_a_thread_may_enter_again_and_others_wait_for_it_alone() -> None:
     network, entered = net(), []
-    with alone_with(network), alone_with(Normalized(network, [0.0] * 3, [1.0] * 3)):
+    with locked(network), locked(Normalized(network, [0.0] * 3, [1.0] * 3)):
 
         def work(model: nn.Module) -> None:
-            with alone_with(model):
+            with locked(model):
                 entered.append(model)
 
         other, same = net(), Hiding(network)

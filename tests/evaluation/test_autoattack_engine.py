@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv import attacks
-from fastadv.attacks.apgd_pool import APGDPool, Ended
+from fastadv.attacks.apgd_pool import APGDPool, FinishedRun
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
 from fastadv.evaluation.result_row import row_from_dict
@@ -247,7 +247,7 @@ def test_attacks_of_this_package_take_the_place_of_the_references(
     lie: bool, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     request.getfixturevalue("lying" if lie else "narrow")
-    monkeypatch.setattr("fastadv.evaluation.autoattack_hunt._MOST_ROWS", 1)  # beyond the batch size
+    monkeypatch.setattr("fastadv.evaluation.autoattack_run._MOST_ROWS", 1)  # beyond the batch size
     seen.clear()
     own = autoattack_stages.BY_BATCH["square"]
     monkeypatch.setitem(autoattack_stages.BY_BATCH, "square", replace(own, kind=Square))
@@ -297,11 +297,13 @@ def test_in_l1_the_reference_attacks_random_models(monkeypatch: pytest.MonkeyPat
 
 
 def test_images_outside_the_ball_make_a_result_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(self: Any, runs: Any, take: Any, referee: Any, ids: Any = None) -> None:
+    def run(self: Any, runs: Any, take: Any, verifier: Any, ids: Any = None) -> None:
         runs = list(runs)
         x, _ = take(torch.tensor([run.image for run in runs]))
-        assert not any(referee.confirm([run.image for run in runs], 1 - x))
-        referee.end([Ended(run, one, 0.0, True, 0.1, 1) for run, one in zip(runs, x, strict=True)])
+        assert not any(verifier.confirm([run.image for run in runs], 1 - x))
+        verifier.record(
+            [FinishedRun(run, one, 0.0, True, 0.1, 1) for run, one in zip(runs, x, strict=True)]
+        )
 
     monkeypatch.setattr(APGDPool, "run", run)
     model, x, y = linear_problem(classes=4, n=10)

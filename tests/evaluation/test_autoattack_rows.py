@@ -11,7 +11,7 @@ import pytest
 from linear_model import linear_problem
 
 from fastadv.evaluation import evaluate
-from fastadv.evaluation.autoattack_hunt import Hunt
+from fastadv.evaluation.autoattack_run import AutoAttackRun
 from fastadv.evaluation.result_row import Row
 
 EPS = 0.02
@@ -36,8 +36,8 @@ def test_small_images_fill_a_pass(
     runner: Any = SimpleNamespace(samples=samples, batch_size=batch_size)
     state: Any = Path() if has_state else None
     nothing: Any = None
-    hunt = Hunt(runner, 0.1, nothing, "bf16", nothing, nothing, state)
-    assert hunt.rows == rows
+    run = AutoAttackRun(runner, 0.1, nothing, "bf16", nothing, nothing, state)
+    assert run.rows == rows
 
 
 def test_the_search_is_part_of_a_results_key() -> None:

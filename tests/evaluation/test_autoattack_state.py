@@ -22,7 +22,7 @@ FAST = ("apgd-ce", "apgd-t")
 @pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, engine, monkeypatch):
     # Passes have more rows than a batch, as those of small images have, and fewer than all images.
-    monkeypatch.setattr("fastadv.evaluation.autoattack_hunt._MOST_ROWS", 8)
+    monkeypatch.setattr("fastadv.evaluation.autoattack_run._MOST_ROWS", 8)
     n = {"reference": 16, "fp32": 24, "auto": 40}[engine]  # a pool takes longer for a batch
     model, x, y = linear_problem(classes=4, n=n, wrong=2)
     settings = {"eps": EPS, "version": FAST, "batch_size": 4, "engine": engine}

@@ -9,7 +9,7 @@ import pytest
 
 from fastadv.commands import run_report
 from fastadv.evaluation import Report, Result, Row, Subject, add_results
-from fastadv.evaluation.comparison import Comparison, Judged, distinct_names, distinct_paths
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun, distinct_names, distinct_paths
 from fastadv.evaluation.result_row import RANDOM
 
 WEIGHTS = Subject("at", "pgd_at", "small_cnn", "step_000010", "a1" * 32, "digits test", "b2" * 32)
@@ -32,7 +32,7 @@ def result(
 
 
 def table(*results: Result, name: str = "at") -> list[dict[str, str]]:
-    return as_dicts(Comparison([Judged(name, "pgd_at", "small_cnn", results)]))
+    return as_dicts(Comparison([EvaluatedRun(name, "pgd_at", "small_cnn", results)]))
 
 
 def as_dicts(comparison: Comparison) -> list[dict[str, str]]:
@@ -144,7 +144,7 @@ def test_runs_of_one_name_are_told_apart() -> None:
 
 def test_a_figure_is_of_one_radius() -> None:
     both = [result("clean", 90), result("pgd-20", 40), result("pgd-20", 70, eps=3 / 255)]
-    runs = [Judged(name, "pgd_at", "small_cnn", tuple(both)) for name in ("a", "b")]
+    runs = [EvaluatedRun(name, "pgd_at", "small_cnn", tuple(both)) for name in ("a", "b")]
     comparison = Comparison(runs)
     assert comparison.radius() == ("linf", 8 / 255)
     assert comparison.radius(eps=3 / 255) == ("linf", 3 / 255)
@@ -155,12 +155,12 @@ def test_a_figure_is_of_one_radius() -> None:
         comparison.radius(eps=4 / 255)
     small = [result("pgd-20", 70, eps=e / 255) for e in (1, 3)]
     with pytest.raises(ValueError, match="eps must name one radius"):
-        Comparison([Judged("a", "pgd_at", "small_cnn", tuple(small))]).radius()
+        Comparison([EvaluatedRun("a", "pgd_at", "small_cnn", tuple(small))]).radius()
 
 
 def test_points_of_one_run_are_told_apart() -> None:
     results = (result("pgd-20", 40), result("pgd-20", 45, subject=OTHERS))
-    comparison = Comparison([Judged("a", "pgd_at", "small_cnn", results)])
+    comparison = Comparison([EvaluatedRun("a", "pgd_at", "small_cnn", results)])
     assert [comparison.label(line) for line in comparison.lines] == [
         "a step_000010",
         "a step_000020",

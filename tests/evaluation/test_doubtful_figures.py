@@ -14,7 +14,7 @@ from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
 from fastadv.evaluation.autoattack_state import hash_model
-from fastadv.evaluation.doubts import Blindness
+from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
 from fastadv.evaluation.transfer import transfer_matrix
 
@@ -236,6 +236,46 @@ def test_masking_checks_find_gradients_that_are_not_finite() -> None:
 
 
 def test_autoattack_is_in_doubt_where_differences_of_logits_lead_nowhere() -> None:
-    note = Blindness(cross_entropy=0, margin=5, n=10).note(Ensemble())
+    note = UselessGradients(cross_entropy=0, margin=5, n=10).note(Ensemble())
     assert note.startswith("the gradient of 5 of 10 images") and "square alone" in note
-    assert Blindness(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""
+    assert UselessGradients(cross_entropy=9, margin=1, n=10).note(Ensemble()) == ""
+
+
+class NaNOffTheGrid(nn.Module):
+    """Is NaN at images that are not whole multiples of 1/255, as where a forward pass checks its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        off = (x - (x * 255).round() / 255).flatten(1).abs().amax(1) > 1e-4
+        return torch.where(off[:, None], torch.nan, self.linear(x.flatten(1)))
+
+
+def nan_off_the_grid() -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = NaNOffTheGrid().eval()
+    images = (torch.rand(12, 3, 2, 2) * 255).round() / 255
+    return model, (images, model(images).argmax(1))
+
+
+@pytest.mark.filterwarnings("ignore:the model returned NaN")
+def test_an_attack_that_passes_over_nan_makes_its_row_suspect(tmp_path: Path) -> None:
+    """FAB and C&W return images at which the model is finite, so that the last check does not see the NaN."""
+    model, data = nan_off_the_grid()
+    attacks = ["fab-3", "fab-t-3", "cwl2-5"]
+    options: dict[str, Any] = dict(eps=0.3, progress=False, state_dir=tmp_path, batch_size=5)
+    for _ in range(2):  # the second report is read from the state
+        report = evaluate(model, data, attacks, **options)
+        for row in report.rows:
+            assert row.status == "suspect" and "model returned NaN at" in row.notes[0]
+    matrix = transfer_matrix({"a": model, "b": model}, data, "fab-3", eps=0.3, progress=False)
+    assert any("model returned NaN at" in note for note in matrix.notes)
+
+
+@pytest.mark.parametrize("attack", ["min-fgsm", "min-pgd-2"])
+def test_nan_at_a_judged_point_is_an_error_of_the_smallest_perturbation_too(attack: str) -> None:
+    model, data = nan_off_the_grid()
+    with pytest.raises(RuntimeError, match="logits that are not finite"):
+        evaluate(model, data, attack, progress=False)

@@ -14,7 +14,7 @@ from report_helpers import result
 
 from fastadv.cli import main
 from fastadv.evaluation import add_results, load_results
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.reporting import Summary, aligned
 from fastadv.evaluation.reporting.latex import latex
 from fastadv.evaluation.reporting.pages import page
@@ -30,7 +30,7 @@ def summary_of(name: str) -> Summary:
     found = [result("clean", 271), result("pgd-20", 137)]
     subject = replace(found[0].subject, data=name, checkpoint=name)
     results = tuple(replace(one, subject=subject) for one in found)
-    return Summary(Comparison([Judged(name, name, name, results)]))
+    return Summary(Comparison([EvaluatedRun(name, name, name, results)]))
 
 
 @pytest.mark.parametrize("name", BREAKING)

@@ -55,6 +55,12 @@ class _GrowsSure(nn.Module):
         return torch.where(far[:, None], self.model(self.clean), self.model(x))
 
 
+def test_masking_checks_leave_out_balls_larger_than_the_range_of_images():
+    model, x, y = linear_problem(classes=2, n=10)
+    findings = masking_checks(model, (x, y), eps=0.6, steps=(1,), **QUIET)
+    assert [point for point, _ in findings[0].accuracies] == [0.0, 0.15, 0.3, 0.6]
+
+
 def test_masking_checks_refuse_wrong_arguments():
     model, x, y = linear_problem(classes=2, n=4)
     for arguments in (

@@ -12,7 +12,7 @@ from attack_helpers import digits_test, trained_small_cnn
 from linear_model import linear_problem
 
 from fastadv.evaluation import Distances, Report, Subject, add_results, evaluate, load_results
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.results import results_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -133,7 +133,7 @@ def test_rows_without_a_ball_have_lines_of_their_own_in_a_comparison(tmp_path: P
     names = ["clean", "pgd-2", "cwl2-5", "min-fgsm"]
     report = evaluate(model, data, names, eps=0.08, **QUIET)
     file = add_results(tmp_path / "r.json", results_of(report, Subject(run="a", weights="w")))
-    comparison = Comparison([Judged("a", "-", "-", tuple(load_results(file)))])
+    comparison = Comparison([EvaluatedRun("a", "-", "-", tuple(load_results(file)))])
     heading, line = comparison.cells()
     assert dict(zip(heading, line, strict=True))["eps"] == "0.08"
     assert not any("cwl2" in title or "min-" in title for title in heading)

@@ -23,7 +23,7 @@ from fastadv.evaluation import (
     load_results,
     wilson_interval,
 )
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.reporting import Summary, model_cards
 from fastadv.evaluation.reporting.gallery import galleries
 from fastadv.evaluation.worst import WorstImages
@@ -283,7 +283,7 @@ def test_a_name_that_leads_out_of_the_folder_is_not_read(tmp_path: Path) -> None
     worst.save(tmp_path / "inside" / "a.npz")
     for name, count in (("../outside.npz", 0), (str(tmp_path / "outside.npz"), 0), ("a.npz", 1)):
         results = (result("clean", 9), result("pgd-20", 5, worst_file=name))
-        run = Judged("r", "m", "n", results, folder=tmp_path / "inside")
+        run = EvaluatedRun("r", "m", "n", results, folder=tmp_path / "inside")
         assert len(galleries(Comparison([run]), None)) == count
     assert model_cards(Summary(Comparison([run])))["r-linf-8_255.json"]["name"] == "r"
 

@@ -14,7 +14,7 @@ from report_helpers import EPS, result
 
 from fastadv.commands import run_report
 from fastadv.evaluation import Result, Subject, add_results
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.findings import Finding
 from fastadv.evaluation.plots import TradeOffPoint
@@ -54,7 +54,7 @@ VERDICT = "1 of 2 checks are suspect: the robust accuracy may be too high"
 
 
 def summary(*results: Result, **options: Any) -> Summary:
-    return Summary(Comparison([Judged("a", "pgd_at", "small_cnn", results)]), **options)
+    return Summary(Comparison([EvaluatedRun("a", "pgd_at", "small_cnn", results)]), **options)
 
 
 def by_heading(table: Any) -> list[dict[str, str]]:
@@ -154,7 +154,7 @@ def test_curves_keep_surrogates_apart() -> None:
 
 def test_means_over_seeds_do_not_mix_settings() -> None:
     runs = [
-        Judged(
+        EvaluatedRun(
             f"s{seed}",
             *("pgd_at", "small_cnn"),
             (CLEAN, varied(WHITE, correct=130 + seed), varied(TRANSFER[0], correct=200 + seed)),

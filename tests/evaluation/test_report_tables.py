@@ -14,16 +14,16 @@ from training_helpers import small_recipe
 
 from fastadv.commands import run_report
 from fastadv.evaluation import Result, Row, Subject, add_results
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.reporting import Summary
 from fastadv.trainers import train
 
 pytestmark = pytest.mark.slow
 
 
-def runs(*counts: tuple[int, int], series: str = "same", **changes: Any) -> list[Judged]:
+def runs(*counts: tuple[int, int], series: str = "same", **changes: Any) -> list[EvaluatedRun]:
     return [
-        Judged(
+        EvaluatedRun(
             f"at{seed}",
             *("pgd_at", "small_cnn"),
             (result("clean", clean, **changes), result("autoattack", robust, **changes)),
@@ -67,7 +67,7 @@ CIFAR = Subject(weights="a", data="cifar10 test", images="b")
 
 def test_ardist_is_there_for_what_the_curve_was_fitted_to_alone() -> None:
     def ardist_of(*results: Result) -> str:
-        table = Summary(Comparison([Judged("r", "m", "n", results)])).trade_offs()
+        table = Summary(Comparison([EvaluatedRun("r", "m", "n", results)])).trade_offs()
         return dict(zip(table.heading, table.rows[0], strict=True))["ARDist"]
 
     def pair(**changes: Any) -> tuple[Result, Result]:
@@ -91,7 +91,7 @@ def test_ardist_is_there_for_what_the_curve_was_fitted_to_alone() -> None:
     ):
         assert ardist_of(clean, other) == "-"
     assert ardist_of(*pair(subject=replace(CIFAR, data="digits test"))) == "-"
-    summary = Summary(Comparison([Judged("r", "m", "n", (clean, robust))]))
+    summary = Summary(Comparison([EvaluatedRun("r", "m", "n", (clean, robust))]))
     table = summary.published_points()
     assert ("AT", "87.14", "44.04", "131.18", "65.59", "-1.50") in table.rows
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,6 +219,28 @@ def test_without_locks_what_a_killed_process_holds_is_taken_over(
         with locked(tmp_path / "x", wait=0.1):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_one_of_several_takes_over_what_a_killed_process_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (tmp_path / ".x.held").write_text("")
+    inside, most = [], []
+
+    def enter() -> None:
+        with locked(tmp_path / "x", wait=0.5):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+
+    threads = [threading.Thread(target=enter) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
 
 
 def test_links_to_one_file_share_its_lock(tmp_path: Path) -> None:

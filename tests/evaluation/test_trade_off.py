@@ -7,7 +7,7 @@ import math
 import pytest
 
 from fastadv.evaluation import ARREST_CIFAR10_CURVE, Row, ardist, wilson_interval
-from fastadv.evaluation.comparison import Comparison, Judged
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun
 from fastadv.evaluation.metrics import ARREST_CIFAR10_POINTS, ARREST_CIFAR100_POINTS
 from fastadv.evaluation.plot_style import DARK, LIGHT
 from fastadv.evaluation.plots import TradeOffPoint, draw_trade_off
@@ -121,7 +121,7 @@ def test_curves_are_of_models_judged_at_several_radii() -> None:
         result("clean", 90, 0.0), result("pgd-20", 30, 16 / 255), result("pgd-20", 60, 8 / 255),
         result("fgsm", 70, 8 / 255),
     )  # fmt: skip
-    runs = [Judged("a", "at", "net", several), Judged("b", "at", "net", several[:2])]
+    runs = [EvaluatedRun("a", "at", "net", several), EvaluatedRun("b", "at", "net", several[:2])]
     (plot,) = curve_plots(Comparison(runs))
     assert (plot.attack, plot.norm, plot.n) == ("pgd-20", "linf", 100)
     (curve,) = plot.curves

@@ -53,7 +53,7 @@ address)
     tests/ops/test_pgd_step_l1.py tests/ops/test_softmax_losses.py
     tests/engine/test_convolution.py tests/engine/test_float_convolution.py tests/engine/test_program.py
     tests/engine/test_tile_convolution.py tests/engine/test_cpu_training.py tests/engine/test_channels.py
-    tests/engine/test_remembered.py
+    tests/engine/test_cached_recording.py
     tests/data/test_loader.py tests/attacks/test_attack_l1.py tests/fuzz/test_fuzz.py
     -m "not compiles")
   ;;

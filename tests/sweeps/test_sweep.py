@@ -19,7 +19,7 @@ from processes import Started, warm_python
 from report_helpers import result
 
 from fastadv.cli import main
-from fastadv.evaluation.comparison import Judged
+from fastadv.evaluation.comparison import EvaluatedRun
 from fastadv.sweeps import Axis, Grid, Plan, parse_grid
 from fastadv.sweeps.processes import command_of, last_lines
 from fastadv.sweeps.ray_cluster import run_on_ray
@@ -287,7 +287,7 @@ def test_the_table_has_mean_and_deviation_over_the_seeds(tmp_path: Path) -> None
         subject = replace(result("clean", 0).subject, weights=run.name)
         rows = [result("clean", 240 + 30 * number, subject=subject)]
         rows.append(result("pgd-20", 90 + 60 * number, subject=subject))
-        judged = Judged(run.name, "standard", "small_cnn", tuple(rows), seed=run.seed)
+        judged = EvaluatedRun(run.name, "standard", "small_cnn", tuple(rows), seed=run.seed)
         judgements.append(Judgement("standard", run, judged))
     table = SweepTable(judgements)
     text = dict(zip(table.table().heading, table.table().rows[0], strict=True))

@@ -37,7 +37,7 @@ from fastadv.trainers import (
     load_model,
 )
 from fastadv.trainers.checkpoint import find_checkpoint, load_checkpoint
-from fastadv.trainers.kd_at import KdAt, Taught
+from fastadv.trainers.kd_at import AttackedWithTeachers, KdAt
 from fastadv.trainers.phases import PhaseTimer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -197,7 +197,7 @@ def test_kd_at_equals_its_formula(numbers: dict[str, float]) -> None:
     shares = torch.linspace(0.5, 1.5, 8, dtype=DOUBLE)
     slow, batch = copy.deepcopy(model), replace(make_batch(dtype=DOUBLE), weights=shares)
     adv = method.attack(batch)
-    assert isinstance(adv, Taught)
+    assert isinstance(adv, AttackedWithTeachers)
     loss = method.training_loss(batch, adv).loss
     z = slow(adv.x)
     expected = 0.3 * (shares * ce(z, batch.y)).mean()

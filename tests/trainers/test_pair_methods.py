@@ -14,8 +14,8 @@ from training_helpers import CPU, make_batch, make_method, make_model, small_dat
 from fastadv.models import WideResNet
 from fastadv.ranks import Ranks
 from fastadv.trainers import Attacked, Recipe, Runtime, find_method, train
-from fastadv.trainers.act import Act, Concurrent
-from fastadv.trainers.hat import Helped
+from fastadv.trainers.act import Act, AttackedWithNaturalLogits
+from fastadv.trainers.hat import AttackedWithHelpers
 from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.vfd import Guided
 
@@ -158,10 +158,12 @@ def images_of(method: Any, x: Tensor, adv: Tensor) -> Attacked:
     with torch.no_grad():
         helper = (x + 2 * (adv - x), teacher(adv).argmax(1)) if helped else (None, None)
         if method.name == "hat":
-            return Helped(adv, *helper)
+            return AttackedWithHelpers(adv, *helper)
         if method.name == "vfd":
             return Guided(adv, teacher.forward_features(x), *helper)
-    return Concurrent(adv, method.natural(x)) if method.name == "act" else Attacked(adv)
+    return (
+        AttackedWithNaturalLogits(adv, method.natural(x)) if method.name == "act" else Attacked(adv)
+    )
 
 
 def build(name: str, model: nn.Module, teacher: nn.Module, **numbers: Any) -> Any:

@@ -13,7 +13,7 @@ from fastadv.evaluation.analyses.analysis import Analysis, AnalysisContext, Meas
 from fastadv.evaluation.analyses.registry import check_needs, check_settings_used, find_analyses
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
-from fastadv.evaluation.modes import doubt_modes
+from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import did_you_mean, shown
 
@@ -131,8 +131,8 @@ def run_analyses(
     found = {}
     doubts: list[str] = []
     if any({"images", "train"} & set(analysis.needs) for analysis in chosen):
-        doubts.append(doubt_modes(model))
-        doubts += [] if teacher is None else [doubt_modes(teacher, "teacher")]
+        doubts.append(check_modes(model))
+        doubts += [] if teacher is None else [check_modes(teacher, "teacher")]
     with evaluation_mode(model, device) as where:
         context = AnalysisContext(model, where, settings, samples, train, teacher)
         for analysis in chosen:

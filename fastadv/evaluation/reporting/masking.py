@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from fastadv.evaluation.comparison import Comparison, Judged, radius_text
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun, radius_text
 from fastadv.evaluation.findings import verdict_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Subject
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry
 
 
-def masking_checks_of(comparison: Comparison) -> Iterable[tuple[Judged, SanityResult]]:
+def masking_checks_of(comparison: Comparison) -> Iterable[tuple[EvaluatedRun, SanityResult]]:
     """The findings on the same weights and images as a result of their run."""
     for run in comparison.runs:
         judged = {_judged(result.subject) for result in run.results}

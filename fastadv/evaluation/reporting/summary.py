@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
-from fastadv.evaluation.comparison import Comparison, Judged, Line, interval_text, radius_text
+from fastadv.evaluation.comparison import Comparison, EvaluatedRun, Line, interval_text, radius_text
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
 from fastadv.evaluation.reporting.apart import distance_text, remarks, transfers, without_ball
@@ -314,7 +314,7 @@ class Summary:
                     yield line, title, result
 
 
-def _has(title: str, run: Judged, lines: Sequence[Line]) -> bool:
+def _has(title: str, run: EvaluatedRun, lines: Sequence[Line]) -> bool:
     return any(title in line.cells and CLEAN in line.cells for line in lines if line.run is run)
 
 

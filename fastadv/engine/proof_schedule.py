@@ -88,7 +88,7 @@ class _Standing:
     changes: int = 0
 
 
-class Trust:
+class ProofSchedule:
     """Which live models of one cache may be attacked without a proof."""
 
     def __init__(self) -> None:

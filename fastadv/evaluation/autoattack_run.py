@@ -38,7 +38,7 @@ class Refinement:
 
 
 @dataclass(frozen=True)
-class Hunt:
+class AutoAttackRun:
     """One AutoAttack run.
 
     Attributes:
@@ -121,7 +121,7 @@ def rows_of(image_shape: Sequence[int], batch_size: int) -> int:
     return max(batch_size, min(full, _MOST_ROWS))
 
 
-class Finished:
+class FinishedImages:
     """The images whose attack has ended, collected until there are enough for a record of the state."""
 
     def __init__(self) -> None:

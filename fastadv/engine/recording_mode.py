@@ -18,7 +18,7 @@ _SETTLED_ON = 2  # number of images
 
 
 @contextmanager
-def held(model: nn.Module) -> Iterator[None]:
+def recording_mode(model: nn.Module) -> Iterator[None]:
     """Within, a model is in eval mode and may be recorded; on leaving, it is as it was.
 
     Raises:
@@ -58,7 +58,7 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 def settle(model: nn.Module, images: Tensor, calls: int) -> None:
-    """Call a model that is `held` on a few images, so that its next calls are alike."""
+    """Call a model in `recording_mode` on a few images, so that its next calls are alike."""
     with torch.no_grad():
         for _ in range(calls):
             model(images[:_SETTLED_ON].detach().clone())

@@ -16,26 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastadv.engine import proof
 from fastadv.engine.content import content
 from fastadv.engine.hidden_draws import is_torchs
-from fastadv.engine.holding import held, settle
 from fastadv.engine.networks import modules_of
 from fastadv.engine.operands import version_of
 from fastadv.engine.outline import blank, makes_new
 from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
+from fastadv.engine.recording_mode import recording_mode, settle
 
 _MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
 
 
-class Remembered:
+class CachedRecording:
     """One recording on the CPU, without its model.
 
     Args:
         recording: of a few images.
         weights: the `content` of the tensors that no operation computes.
         settling: as in `fastadv.engine.recorder.record`.
+
+    Attributes:
+        seconds: of the first `repeated`, as far as it has been timed.
     """
 
     def __init__(self, recording: Recording, weights: tuple[Any, ...], settling: int = 0) -> None:
@@ -47,29 +51,34 @@ class Remembered:
             if recording.depends[op.place] and not op.writes and makes_new(op, recording)
         }
         self._default_dtype = torch.get_default_dtype()
+        self.seconds = 0.0
 
     @staticmethod
-    def of(recording: Recording, settling: int = 0) -> Remembered | None:
+    def of(recording: Recording, settling: int = 0) -> CachedRecording | None:
         """None where it cannot be remembered: on a GPU, and of a model with other people's operators."""
         if recording.autocast or recording.own_functions:
             return None
         if not all(is_torchs(op.function) for op in recording.ops):
             return None
+        began = proof.seconds()
         weights = content([recording.values[place] for place in recording.external()])
+        spent = proof.seconds() - began
         if weights is None or recording.images.device.type != "cpu":
             return None
-        return Remembered(recording, weights, settling)
+        made = CachedRecording(recording, weights, settling)
+        made.seconds = spent
+        return made
 
     def repeated(self, model: nn.Module) -> Recording | None:
         """A recording of now, of the same images, without values; None where weights differ or the model fails."""
-        with held(model):
+        with recording_mode(model):
             settle(model, self.images, self._settling)
             return self.again(model)
 
     def again(
         self, model: nn.Module, unchanged: Sequence[tuple[Tensor, int]] = ()
     ) -> Recording | None:
-        """As `repeated`, of a model that is `held` and has settled.
+        """As `repeated`, of a model in `recording_mode` and has settled.
 
         Args:
             model: the model.
@@ -105,8 +114,8 @@ def _shape(value: Tensor) -> tuple[Tensor, bool]:
 class Changes:
     """Whether a model's weights have changed since the last proof of its copy, as far as torch counts it.
 
-    In training they have at every use. A look at torch's counters then saves the pass that `Remembered` repeats,
-    and the hash of all weights is not taken for nothing. Writing past the counters is seen by that pass.
+    In training they have at every use. A look at torch's counters then saves the pass that `CachedRecording`
+    repeats, and the hash of all weights is not taken for nothing. Writing past the counters is seen by that pass.
     """
 
     def __init__(self) -> None:

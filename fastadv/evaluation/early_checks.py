@@ -28,7 +28,7 @@ _ENOUGH = 50  # fewest images on which guessing can be recognised
 
 
 @dataclass(frozen=True)
-class Blindness:
+class UselessGradients:
     """Images with a useless gradient: it is zero everywhere, or not finite somewhere.
 
     Attributes:
@@ -68,30 +68,32 @@ class Blindness:
         )
 
 
-def blindness(runner: Runner, correct: Tensor) -> Blindness:
+def useless_gradients(runner: Runner, correct: Tensor) -> UselessGradients:
     """Check the gradients of some images that are classified correctly, [N] bool."""
     indices = correct.nonzero().flatten()[: min(_CHECKED, runner.batch_size)]
     if len(indices) == 0:
-        return Blindness()
+        return UselessGradients()
     x, y = runner.samples.take(indices, runner.device)
     x = x.clone().requires_grad_(True)
     with private_generators(derive_seed(runner.seed, "evaluate/blindness")):
         logits = runner.source(x)
         if not logits.requires_grad:
-            return Blindness()  # attacks that follow gradients refuse such a model themselves
+            return (
+                UselessGradients()
+            )  # attacks that follow gradients refuse such a model themselves
         logits = logits.float()
         label = logits.gather(1, y.view(-1, 1))
         others = logits.scatter(1, y.view(-1, 1), -torch.inf)
         entropy = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
         margin = (label - others.amax(1, keepdim=True)).sum()
         by_entropy, by_margin = (
-            count_blind(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
+            count_useless_gradients(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
             for value in (entropy, margin)
         )
-    return Blindness(by_entropy, by_margin, len(indices), are_probabilities(logits.detach()))
+    return UselessGradients(by_entropy, by_margin, len(indices), are_probabilities(logits.detach()))
 
 
-def count_blind(gradient: Tensor) -> int:
+def count_useless_gradients(gradient: Tensor) -> int:
     """The number of images whose gradient [B, ...] is zero everywhere or not finite somewhere."""
     flat = gradient.flatten(1)
     return int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
@@ -103,7 +105,7 @@ def seems_to_guess(right: int, n: int, classes: int) -> bool:
     return n >= _ENOUGH and right / n <= chance + 3 * math.sqrt(chance * (1 - chance) / n)
 
 
-def doubt_surrogate(runner: Runner, classes: int, name: str) -> str:
+def check_surrogate(runner: Runner, classes: int, name: str) -> str:
     """Warn where a surrogate seems to guess, and return the note for every row; else return an empty text."""
     assert runner.surrogate is not None
     right = n = 0

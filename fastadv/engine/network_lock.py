@@ -15,7 +15,7 @@ _held: dict[int, list[set[int]]] = {}
 
 
 @contextmanager
-def alone_with(*models: object) -> Iterator[None]:
+def locked(*models: object) -> Iterator[None]:
     """Within, no other thread attacks a model that shares a module with one of these.
 
     All modules are taken at once, so that two threads cannot wait for each other. A thread may enter again.

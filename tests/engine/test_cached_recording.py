@@ -14,12 +14,12 @@ from foreign_models import Pooled, conv
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine import remembered
+from fastadv.engine import cached_recording
+from fastadv.engine.cached_recording import CachedRecording
 from fastadv.engine.content import content
 from fastadv.engine.copy_engines import EngineOnCopy
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.recorder import record
-from fastadv.engine.remembered import Remembered
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -56,8 +56,8 @@ class WritesThroughAView(nn.Module):
         return self.head(flat.mean(2))
 
 
-def known(model: nn.Module, x: Tensor) -> Remembered:
-    found = Remembered.of(record(model, x, careful=False))
+def known(model: nn.Module, x: Tensor) -> CachedRecording:
+    found = CachedRecording.of(record(model, x, careful=False))
     assert found is not None
     return found
 
@@ -91,13 +91,13 @@ def test_no_operation_on_the_images_runs_again(monkeypatch: pytest.MonkeyPatch) 
     model, x = randomise(Net()), images(2)
     found = known(model, x)
     ran: list[str] = []
-    plain = remembered.Recorder.call
+    plain = cached_recording.Recorder.call
 
     def counted(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
         ran.append(func.__name__)
         return plain(self, func, args, kwargs)
 
-    monkeypatch.setattr(remembered.Recorder, "call", counted)
+    monkeypatch.setattr(cached_recording.Recorder, "call", counted)
     again = found.repeated(model)
     assert again is not None and again.logits.shape == (2, 4)
     assert set(ran) <= {"dim"}
@@ -115,13 +115,13 @@ def test_operations_on_weights_run_again_and_views_stay_views(
 
     model, x = randomise(Standardised()), images(2)
     found, ran = known(model, x), []
-    plain = remembered.Recorder.call
+    plain = cached_recording.Recorder.call
 
     def counted(self: Any, func: Any, args: Any, kwargs: Any) -> Any:
         ran.append(func.__name__)
         return plain(self, func, args, kwargs)
 
-    monkeypatch.setattr(remembered.Recorder, "call", counted)
+    monkeypatch.setattr(cached_recording.Recorder, "call", counted)
     for _ in range(3):
         assert found.repeated(model) is not None
     assert {"std", "item", "flatten"} <= set(ran) and not {"conv2d", "mul_"} & set(ran)
@@ -133,7 +133,7 @@ def test_a_switch_is_seen(switch: str) -> None:
     attack = fastadv.PGD(model, precision="bf16", engine="fixed")
     for _ in range(3):
         engine = attack.engine_for(x)
-    assert isinstance(engine, EngineOnCopy) and engine.remembered is not None
+    assert isinstance(engine, EngineOnCopy) and engine.cached_recording is not None
     turn, undo = SWITCHES[switch]
     handle = turn(model)
     try:
@@ -201,7 +201,7 @@ amplified.register_autograd(lambda ctx, grad: grad * GAIN[0])
 def test_an_operator_of_others_is_run_and_compared() -> None:
     model, x = randomise(Net()), images(8)
     model.after = amplified
-    assert Remembered.of(record(model, x[:2], careful=False)) is None
+    assert CachedRecording.of(record(model, x[:2], careful=False)) is None
     attack = fastadv.PGD(model, precision="bf16")
     for _ in range(3):
         attack.engine_for(x)
@@ -313,7 +313,7 @@ def test_every_kind_of_images_has_its_own_memory() -> None:
             engine.logits(engine.images(x)), model.eval()(x), atol=0.05, rtol=0.05
         )
     kept = list(attack._engines._copies.values())
-    assert len(kept) == 2 and all(copies[0].engine.remembered for copies in kept)
+    assert len(kept) == 2 and all(copies[0].engine.cached_recording for copies in kept)
 
 
 def test_a_model_that_is_trained_is_not_remembered_for_nothing(
@@ -322,9 +322,9 @@ def test_a_model_that_is_trained_is_not_remembered_for_nothing(
     model = randomise(Net()).eval()
     attack = fastadv.PGD(model, 8 / 255, 2 / 255, 1, precision="bf16", engine="compiled")
     hashed: list[int] = []
-    plain = remembered.content
+    plain = cached_recording.content
     monkeypatch.setattr(
-        remembered, "content", lambda tensors: hashed.append(len(tensors)) or plain(tensors)
+        cached_recording, "content", lambda tensors: hashed.append(len(tensors)) or plain(tensors)
     )
 
     def use(change: bool) -> None:

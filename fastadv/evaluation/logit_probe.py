@@ -16,11 +16,11 @@ from fastadv.evaluation.context import Model, device_of, private_generators
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of
 
-_ASKED = 8  # number of images
+_PROBED = 8  # number of images
 _ROUNDING = 1e-3  # allowed difference, relative to the largest logit
 
 
-def answers_of(model: Model, samples: Samples) -> Tensor | None:
+def probe_logits(model: Model, samples: Samples) -> Tensor | None:
     """The logits of the first few images.
 
     Args:
@@ -31,7 +31,9 @@ def answers_of(model: Model, samples: Samples) -> Tensor | None:
         [B, classes] float32 on the CPU; None for a model that raises, or whose logits differ in a second pass.
     """
     try:
-        x, _ = samples.take(torch.arange(min(len(samples), _ASKED), device="cpu"), device_of(model))
+        x, _ = samples.take(
+            torch.arange(min(len(samples), _PROBED), device="cpu"), device_of(model)
+        )
         found = []
         for _ in range(2):
             with private_generators(0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Wish(NamedTuple):
+class EngineRequest(NamedTuple):
     """The options that the caller has asked for, in the words of `fastadv.pgd_fused`."""
 
     precision: str

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine.frozen import parameters_of
-from fastadv.engine.holding import uncompiled
 from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.recording_mode import uncompiled
 
 
-class Learning:
-    """Whether a model learns in its forward pass.
+class Adaptation:
+    """Whether a model adapts in its forward pass.
 
     Attributes:
         is_known: whether a pass has told.
-        learns: whether the model learns, for all that is known.
+        adapts: whether the model adapts, for all that is known.
     """
 
     def __init__(self, never: bool = False) -> None:
-        self.is_known, self.learns = never, not never
+        self.is_known, self.adapts = never, not never
 
     @contextmanager
     def found_out(self, model: object) -> Iterator[None]:
-        """Watch one forward pass, after which it is known whether the model learns.
+        """Watch one forward pass, after which it is known whether the model adapts.
 
         The parameters of a model that does not learn require no grad afterwards.
         """
@@ -51,7 +51,7 @@ class Learning:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.is_known, self.learns = True, bool(taken)
+        self.is_known, self.adapts = True, bool(taken)
         if not taken:
             for parameter in parameters:
                 parameter.requires_grad_(False)
