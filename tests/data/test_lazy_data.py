@@ -342,6 +342,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from fastadv.evaluation.samples import as_samples
 
+# How often a worker looks for its parent; torch's own interval is five seconds.
+torch.utils.data._utils.worker.MP_STATUS_CHECK_INTERVAL = 0.5
+
 class Slow(Dataset):
     def __len__(self):
         return 10_000

@@ -115,10 +115,10 @@ def test_uninitialised_memory_is_poisoned() -> None:
     [p for p in _parameters(ALL, dtypes=True) if not _bits_say_it_all(*p.values)],
 )
 def test_within_budget_of_the_truth(
-    case: OpCase, device: str, name: str, dtype: torch.dtype
+    case: OpCase, device: str, name: str, dtype: torch.dtype, pytestconfig: pytest.Config
 ) -> None:
     truth = Remembered(partial(truth_of, case))
-    for spec in specs(case, device, name, dtype):
+    for spec in specs(case, device, name, dtype, thorough=pytestconfig.option.thorough):
         arguments = case.arguments(spec)
         results = run(case, arguments, name)
         check_budget(case, arguments, results, f"{name}, {spec}", truth)
@@ -148,10 +148,10 @@ def _written(case: OpCase) -> tuple[str, ...]:
     [p for p in _parameters(ALL, dtypes=True) if p.values[3] in p.values[0].bit_equal],
 )
 def test_same_bits_as_the_reference_in_every_layout(
-    case: OpCase, device: str, name: str, dtype: torch.dtype
+    case: OpCase, device: str, name: str, dtype: torch.dtype, pytestconfig: pytest.Config
 ) -> None:
     reference = Remembered(lambda plain: run(case, plain, "reference"))
-    for spec in specs(case, device, name, dtype):
+    for spec in specs(case, device, name, dtype, thorough=pytestconfig.option.thorough):
         arguments = case.arguments(spec)
         results = run(case, arguments, name)
         _check_layout(case, arguments, results, f"{name}, {spec}")
