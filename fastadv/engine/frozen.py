@@ -208,7 +208,7 @@ def _put_back(tensor: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether nothing is to be written. Memory such as that of a file opened for reading bears no writing.
+    """Whether nothing is to be written. Some memory, such as that of a file opened for reading, cannot be written.
 
     On a GPU the question would wait for the device.
     """
