@@ -1,19 +1,29 @@
 #!/usr/bin/env bash
-# Build, test, sanitize and measure fastadv on a machine with a CUDA GPU and without network, in at most nine minutes.
+# Build, test, sanitize and measure fastadv on a machine with a CUDA GPU and without network.
 #
-#   bench/gpu.sh OUTDIR                    every stage
-#   bench/gpu.sh OUTDIR build ops          these stages, with the nine minutes for them alone
+#   bench/gpu.sh OUTDIR                         every stage, in nine minutes
+#   bench/gpu.sh -s 215 OUTDIR build smoke      these stages, in 215 seconds
+#   bench/gpu.sh -w WHEEL OUTDIR build smoke    install this wheel in place of compiling the package
 #
 # Stages: build, smoke (gpu_smoke.py: does all of it run, and the first headline), test (the tests that need a GPU),
 # sanitize (compute-sanitizer's memcheck and racecheck), ops, throughput, rest (the other tests). A stage that fails
 # or runs out of time does not stop the next; what was interrupted tells what it has found so far. The exit status is
-# 0 where all passed. OUTDIR gets log.txt, summary.txt and the benchmarks' results.
+# 0 where all passed. OUTDIR gets log.txt and summary.txt, to which each call adds, and the benchmarks' results.
 #
-# It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark,
-# scikit-build-core; nvcc, cmake, ninja and compute-sanitizer. The package is installed into that Python.
+# A GPU that is there for a quarter of an hour is well used by three calls, of which each can be repeated:
+#   bench/gpu.sh -s 215 -w WHEEL OUTDIR build smoke
+#   bench/gpu.sh -s 215 OUTDIR throughput
+#   bench/gpu.sh -s 215 OUTDIR test sanitize ops
+# A machine with nvcc and the same release of torch, built for CUDA, makes the wheel, without a GPU:
+#   pip wheel . --no-build-isolation --no-deps -C cmake.define.FASTADV_CUDA=ON -C cmake.define.FASTADV_CUDA_ARCHITECTURES=90
+#
+# It expects python3 with torch for CUDA, triton, numpy, safetensors, tqdm, matplotlib, pytest, pytest-benchmark; to
+# compile, scikit-build-core, nvcc, cmake and ninja; for its stage compute-sanitizer. The package is installed into
+# that Python.
 set -uo pipefail
 
-readonly TOTAL=540 # seconds
+total=540 # seconds
+wheel=
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly repo python=${PYTHON:-python3}
 export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
@@ -22,11 +32,20 @@ export PATH=$PATH:/usr/local/cuda/bin PYTHONUNBUFFERED=1
 declare -A share=([build]=24 [smoke]=18 [test]=26 [memcheck]=10 [racecheck]=8 [ops]=16 [throughput]=12 [rest]=4)
 
 usage() {
-  echo "usage: $0 OUTDIR [build] [smoke] [test] [sanitize] [ops] [throughput] [rest]" >&2
+  echo "usage: $0 [-s SECONDS] [-w WHEEL] OUTDIR [build] [smoke] [test] [sanitize] [ops] [throughput] [rest]" >&2
   exit 2
 }
 
-[ $# -ge 1 ] || usage
+while getopts s:w: option; do
+  case $option in
+    s) total=$OPTARG ;;
+    w) wheel=$(realpath -e "$OPTARG") || exit 2 ;;
+    *) usage ;;
+  esac
+done
+shift $((OPTIND - 1))
+readonly total wheel
+[[ $# -ge 1 && $total =~ ^[1-9][0-9]*$ ]] || usage
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 readonly out
@@ -43,8 +62,6 @@ for stage in "$@"; do
 done
 
 readonly log=$out/log.txt summary=$out/summary.txt
-: >"$log"
-: >"$summary"
 
 # Tests and benchmarks run in a copy without the package's source, so that what they import is what was installed.
 work=$(mktemp -d)
@@ -60,6 +77,10 @@ prepare() {
   case $1 in
     build)
       directory=$repo
+      if [ -n "$wheel" ]; then
+        command=("$python" -m pip install --no-index --no-deps --force-reinstall "$wheel")
+        return
+      fi
       local architecture
       architecture=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
       command=("$python" -m pip install --no-index --no-build-isolation --no-deps --force-reinstall
@@ -80,15 +101,18 @@ prepare() {
       fi
       ;;
     smoke)
-      command=("$python" bench/gpu_smoke.py --out "$out")
+      command=("$python" bench/gpu_smoke.py --compile-seconds $(($2 * 4 / 10)) --out "$out")
       ;;
     memcheck | racecheck)
       command=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9
         "$python" bench/native_kernels.py)
       ;;
-    ops | throughput)
-      command=("$python" "bench/$1.py" --device cuda --out "$out")
+    ops)
+      command=("$python" bench/ops.py --device cuda --out "$out")
       if [ "$2" -lt 200 ]; then command+=(--quick); fi
+      ;;
+    throughput)
+      command=("$python" bench/throughput.py --device cuda --seconds $(($2 * 8 / 10)) --out "$out")
       ;;
   esac
 }
@@ -109,16 +133,18 @@ essence() {
 }
 
 run_stage() {
-  local stage=$1 limit=$2 started=$SECONDS status result output=$work/output.txt
+  local stage=$1 limit=$2 started=$SECONDS status result before output=$work/output.txt
   local -a command
   local directory
   note "== $stage, at most $limit s"
   prepare "$stage" "$limit"
   note "$ ${command[*]}"
-  # In the foreground the interrupt reaches the command once, not its workers too, and it can end in order.
-  (cd "$directory" && timeout --foreground --signal=INT --kill-after=20 "$limit" "${command[@]}") >"$output" 2>&1
+  before=$(stat -c %s "$log")
+  # Straight into the log, which then has what was found before this script was killed. In the foreground the interrupt
+  # reaches the command once, not its workers too, and it can end in order.
+  (cd "$directory" && timeout --foreground --signal=INT --kill-after=20 "$limit" "${command[@]}") >>"$log" 2>&1
   status=$?
-  tee -a "$log" <"$output"
+  tail -c "+$((before + 1))" "$log" | tee "$output"
   case $status in
     0) result=passed ;;
     124 | 137) result="timed out" ;;
@@ -140,9 +166,10 @@ SECONDS=0
 left=0
 for stage in "${stages[@]}"; do left=$((left + share[$stage])); done
 for stage in "${stages[@]}"; do
-  limit=$(((TOTAL - SECONDS) * share[$stage] / left))
+  limit=$(((total - SECONDS) * share[$stage] / left))
   left=$((left - share[$stage]))
-  run_stage "$stage" "$limit" || passed=false
+  # A stage that did not end in order may have taken all the time. timeout takes 0 for no limit.
+  run_stage "$stage" $((limit > 1 ? limit : 1)) || passed=false
 done
 
 echo

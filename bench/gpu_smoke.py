@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from arrangements import ALPHA, ATTACKS, EPS, Task, arrest_method, trainer_step, without_graphs
-from measure import interleave, machine, machine_line, text_table, write_json
+from measure import first_line, interleave, machine, machine_line, text_table, write_json
 from throughput import OURS, RESULTS, build_all, make_task
 from torch import nn
 
@@ -88,7 +88,7 @@ def check_ops(device: torch.device, seconds: float) -> str:
                     arguments = case.arguments(spec)
                     check_budget(case, arguments, run(case, arguments, backend), backend)
                 except Exception as error:
-                    failures.append(f"{case.name} {spec} {backend}: {_first_line(error)}")
+                    failures.append(f"{case.name} {spec} {backend}: {first_line(error)}")
                 calls += 1
     if failures:
         raise Failed(f"{len(failures)} of {calls} calls: " + "; ".join(failures[:_SHOWN]))
@@ -160,10 +160,10 @@ def process_group(backend: str) -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def headline(task: Task, rounds: int, quick: bool) -> dict[str, Any]:
-    """Images per second of the strongest arrangements, interleaved."""
+def headline(task: Task, rounds: int, quick: bool, seconds: float) -> dict[str, Any]:
+    """Images per second of the strongest arrangements, interleaved; they may be prepared for so many seconds."""
     builders = {name: ATTACKS[name] for name in HEADLINE}
-    runs, _, missing = build_all(builders, task, quick)
+    runs, _, missing = build_all(builders, task, quick, seconds)
     times = interleave(runs, rounds, task.device)
     rates = {name: len(task.x) / s.median for name, s in times.items()}
     rows = [
@@ -180,11 +180,6 @@ def headline(task: Task, rounds: int, quick: bool) -> dict[str, Any]:
     }
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else repr(error)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
@@ -193,6 +188,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10, help="of the headline")
     parser.add_argument(
         "--triton-seconds", type=float, default=30.0, help="for the check of the ops with Triton"
+    )
+    parser.add_argument(
+        "--compile-seconds", type=float, default=60.0, help="for the arrangements that compile"
     )
     parser.add_argument("--quick", action="store_true", help="a headline without torch.compile")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of smoke.json")
@@ -214,14 +212,14 @@ def main() -> int:
         try:
             told, passed = check(), True
         except Exception as error:
-            told, passed = f"{type(error).__name__}: {_first_line(error)}", False
+            told, passed = f"{type(error).__name__}: {first_line(error)}", False
         seconds = time.perf_counter() - begun
         content["checks"][name] = {"passed": passed, "told": told, "seconds": seconds}
         print(f"{'ok' if passed else 'FAILED':<7}{name:<9}{seconds:5.1f} s  {told}", flush=True)
         write_json(args.out / "smoke.json", content)
     passed = all(check["passed"] for check in content["checks"].values())
     print("PASS" if passed else "FAIL", flush=True)
-    content["headline"] = headline(task, args.rounds, args.quick)
+    content["headline"] = headline(task, args.rounds, args.quick, args.compile_seconds)
     write_json(args.out / "smoke.json", content)
     return 0 if passed else 1
 

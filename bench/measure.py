@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import signal
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -77,6 +79,32 @@ def time_once(run: Callable[[], object], device: torch.device, calls: int = 1) -
     return (time.perf_counter() - start) / calls
 
 
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Interrupt the main thread's work after so many seconds.
+
+    Raises:
+        TimeoutError: the time is over.
+    """
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"not ready after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type where there is no message."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else repr(error)
+
+
 def calls_for(run: Callable[[], object], device: torch.device, seconds: float) -> int:
     """The number of calls that together last about `seconds`; at least 1."""
     run()
@@ -124,13 +152,18 @@ def interleave(
     device: torch.device,
     progress: Callable[[str], None] = lambda _: None,
     patience: float = float("inf"),
+    seconds: float = float("inf"),
 ) -> dict[str, Seconds]:
     """Time candidates in turn, `rounds` times; each must have run before.
 
-    One whose first time is over `patience` seconds is timed twice at the most.
+    One whose first time is over `patience` seconds is timed twice at the most. No second round begins after
+    ``seconds``.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    began = time.perf_counter()
     for number in range(rounds):
+        if number and time.perf_counter() - began > seconds:
+            break
         for name, run in candidates.items():
             if number >= 2 and times[name][0] > patience:
                 continue

@@ -15,6 +15,8 @@ Every arrangement runs in this process, interleaved round by round (see `measure
 2 F per attack step and 3 F per training pass, F one forward pass: an arrangement that spends 3 F on a step
 gets no credit for the third. An ARREST step is counted as (2K + 3) F though its two feature passes cost 2 F more.
 The first call of fastadv on a GPU is two, since the second is recorded.
+With `--seconds` arrangements that are still being compiled after 70 % of a table's time are left out, and there
+are as many rounds as the rest allows.
 Results go to bench/results: a JSON, and a picture beside it.
 """
 
@@ -24,6 +26,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,8 @@ from float32_arrangements import FLOAT32_ATTACKS, FLOAT32_COMPILED
 from measure import (
     PeakMemory,
     Seconds,
+    at_most,
+    first_line,
     interleave,
     machine,
     machine_line,
@@ -49,6 +54,7 @@ from fastadv.models import create_model
 
 OURS = "fastadv"
 RESULTS = Path(__file__).parent / "results"
+_PREPARING = 0.7  # of the time of a comparison, until which arrangements may be compiled
 
 
 def make_task(
@@ -84,24 +90,37 @@ def say(text: str) -> None:
 
 
 def build_all(
-    builders: Mapping[str, Callable[[Task], Run]], task: Task, quick: bool
+    builders: Mapping[str, Callable[[Task], Run]],
+    task: Task,
+    quick: bool,
+    seconds: float | None = None,
 ) -> tuple[dict[str, Run], dict[str, Any], dict[str, str]]:
-    """Build and warm up: the runs, their facts (first call, peak memory), and why others are missing."""
+    """Build and warm up: the runs, their facts (first call, peak memory), and why others are missing.
+
+    Those that compile come last. They are left out if they are not ready after ``seconds``, None is any time.
+    """
     runs: dict[str, Run] = {}
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    for name, build in builders.items():
-        compiles = name in COMPILED or name in FLOAT32_COMPILED
+    begun = time.perf_counter()
+    for name in sorted(builders, key=_compiles):
+        build, compiles = builders[name], _compiles(name)
         if quick and compiles:
             missing[name] = "left out by --quick"
             continue
+        left = None
+        if seconds is not None and compiles:
+            left = seconds - (time.perf_counter() - begun)
+            if left <= 0:
+                missing[name] = f"left out after {seconds:.0f} s"
+                continue
         say(f"preparing {name}")
         peak = PeakMemory(task.device)
         # A loop that neither compiles nor keeps memory is warm after one step, on a twin of its own.
         lasting = compiles or name.startswith(OURS)
         start = time.perf_counter()
         try:
-            with peak:
+            with nullcontext() if left is None else at_most(left), peak:
                 runs[name] = build(task)
                 first = runs[name] if lasting else build(replace(task, steps=1))
                 first()
@@ -115,26 +134,36 @@ def build_all(
             if name == OURS:
                 raise
             runs.pop(name, None)
-            missing[name] = (
-                f"failed ({str(error).strip().splitlines()[0] if str(error) else error!r})"
-            )
+            missing[name] = f"failed ({first_line(error)})"
             continue
-        seconds = time.perf_counter() - start
+        spent = time.perf_counter() - start
         if compiles:  # the compiler's own memory is not the arrangement's
             peak = PeakMemory(task.device)
             with peak:
                 runs[name]()
                 synchronize(task.device)
-        facts[name] = {"first_call_seconds": seconds if lasting else None, "peak_bytes": peak.bytes}
-    return runs, facts, missing
+        facts[name] = {"first_call_seconds": spent if lasting else None, "peak_bytes": peak.bytes}
+    return {name: runs[name] for name in builders if name in runs}, facts, missing
+
+
+def _compiles(name: str) -> bool:
+    return name in COMPILED or name in FLOAT32_COMPILED
 
 
 def compare(
-    title: str, builders: Mapping[str, Callable[[Task], Run]], task: Task, flops: float, args: Any
+    title: str,
+    builders: Mapping[str, Callable[[Task], Run]],
+    task: Task,
+    flops: float,
+    args: Any,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Run one comparison; returns its part of the JSON."""
-    runs, facts, missing = build_all(builders, task, args.quick)
-    times = interleave(runs, args.rounds, task.device, say, patience=5.0)
+    """Run one comparison, in about ``seconds`` if they are given; returns its part of the JSON."""
+    end = float("inf") if seconds is None else time.perf_counter() + seconds
+    preparing = None if seconds is None else _PREPARING * seconds
+    runs, facts, missing = build_all(builders, task, args.quick, preparing)
+    left = end - time.perf_counter()
+    times = interleave(runs, args.rounds, task.device, say, patience=5.0, seconds=left)
     images = len(task.x)
     rows = {
         name: {
@@ -269,6 +298,7 @@ def parse_arguments() -> Any:
     )
     parser.add_argument("--only", choices=("attack", "training"), help="one of the two tables")
     parser.add_argument("--quick", action="store_true", help="under a minute on 2 cores")
+    parser.add_argument("--seconds", type=float, help="for all of it, about; no limit by default")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     args = parser.parse_args()
     if args.precision == "fp32":
@@ -317,11 +347,12 @@ def main() -> None:
         attacks, steps = {**ATTACKS, **GPU_ATTACKS}, {**STEPS, **GPU_STEPS}
     if args.precision == "fp32":
         attacks = FLOAT32_ATTACKS
+    each = args.seconds and args.seconds / (1 if args.only else 2)
     if args.only != "training":
-        add(compare(f"PGD-{k} attack, {shape}", attacks, task, 2 * k * flops, args))
+        add(compare(f"PGD-{k} attack, {shape}", attacks, task, 2 * k * flops, args, each))
     if args.only != "attack":
         title = f"ARREST training step, K = {k}, {shape}"
-        add(compare(title, steps, task, (2 * k + 3) * flops, args))
+        add(compare(title, steps, task, (2 * k + 3) * flops, args, each))
     if device.type == "cpu":
         content["breakdown"] = {
             name: s.to_dict() for name, s in breakdown(task, 5, args.precision).items()

@@ -194,7 +194,7 @@ class AheadSearch:
         # The next queries [B, n] of each image, as far as their words are drawn and their squares have one side.
         count = ahead if self._tried is None else drawn
         queries = self._queries[:, None] + torch.arange(count, device=self._device)
-        last = torch.minimum(self._first + drawn, self._first.new_tensor(self._end)) - 1
+        last = (self._first + drawn).clamp(max=self._end) - 1
         sides = self._sides[self._queries]
         places = torch.minimum(queries, last[:, None])
         valid = (queries <= last[:, None]) & (self._sides[places] == sides[:, None])

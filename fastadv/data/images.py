@@ -70,6 +70,10 @@ class ImageData:
         object.__setattr__(self, "num_classes", classes)
         _check_label_range(self.labels, self.num_classes)
 
+    def __repr__(self) -> str:
+        size = "x".join(map(str, self.images.shape[1:]))
+        return f"{type(self).__name__}({self.name!r}, {len(self)} images of {size}, {self.num_classes} classes)"
+
     def __len__(self) -> int:
         return len(self.labels)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from fastadv.engine import proof
 from fastadv.engine.content import content
 from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.networks import modules_of
@@ -36,6 +37,9 @@ class CachedRecording:
         recording: of a few images.
         weights: the `content` of the tensors that no operation computes.
         settling: as in `fastadv.engine.recorder.record`.
+
+    Attributes:
+        seconds: of the first `repeated`, as far as it has been timed.
     """
 
     def __init__(self, recording: Recording, weights: tuple[Any, ...], settling: int = 0) -> None:
@@ -47,6 +51,7 @@ class CachedRecording:
             if recording.depends[op.place] and not op.writes and makes_new(op, recording)
         }
         self._default_dtype = torch.get_default_dtype()
+        self.seconds = 0.0
 
     @staticmethod
     def of(recording: Recording, settling: int = 0) -> CachedRecording | None:
@@ -55,10 +60,14 @@ class CachedRecording:
             return None
         if not all(is_torchs(op.function) for op in recording.ops):
             return None
+        began = proof.seconds()
         weights = content([recording.values[place] for place in recording.external()])
+        spent = proof.seconds() - began
         if weights is None or recording.images.device.type != "cpu":
             return None
-        return CachedRecording(recording, weights, settling)
+        made = CachedRecording(recording, weights, settling)
+        made.seconds = spent
+        return made
 
     def repeated(self, model: nn.Module) -> Recording | None:
         """A recording of now, of the same images, without values; None where weights differ or the model fails."""

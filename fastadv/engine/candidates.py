@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv.engine import choice
@@ -20,12 +21,23 @@ from fastadv.engine.recording import Recording
 from fastadv.engine.request import EngineRequest
 from fastadv.engine.tape import Tape
 
+_CONVOLUTIONS = frozenset(
+    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+)
+_PRODUCTS = frozenset(
+    ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
+     "scaled_dot_product_attention", "multi_head_attention_forward")
+)  # fmt: skip
+_MANY_PRODUCTS = 10
+
 
 def candidates(
     tape: Tape, recording: Recording, precision: str, request: EngineRequest
-) -> Iterator[Callable[[], EngineOnCopy]]:
-    """The engines that may run a copy, the narrowest precision first."""
+) -> Iterator[Callable[[], Contender]]:
+    """The engines that may run, those on a copy in the order of their precisions, the narrowest first."""
     images = recording.images
+    if live_is_known_to_win(tape, recording, precision, request):
+        yield partial(LiveEngine, "fp32", "no copy computes matrix products faster", False, tape)
     reason = "the model can be copied" if request.is_free else "asked for"
     if tape.autocast and precision == "fp32":
         raise Unrecordable("its forward enters autocast")
@@ -37,6 +49,25 @@ def candidates(
         if images.device.type == "cpu" and own in programs:
             yield partial(ProgramEngine, tape, recording, reason, own)
         yield partial(_under_autograd, tape, recording, own, reason, request)
+
+
+def live_is_known_to_win(
+    tape: Tape, recording: Recording, precision: str, request: EngineRequest
+) -> bool:
+    """Whether no copy is faster than the live model, so that nothing is to be built, proven or measured.
+
+    In float32 on the CPU torch's matrix products are as fast as any, and the live model needs few proofs. So this
+    holds for networks that consist of such products, except for one convolution that cuts the images into
+    patches. The layout of the images' memory then does not matter either.
+    """
+    if not request.is_free or precision != "fp32" or tape.autocast:
+        return False
+    if recording.images.device.type != "cpu" or recording.images.dtype != torch.float32:
+        return False
+    names = [getattr(op.function, "__name__", "") for op in tape.ops if tape.dynamic[op.place]]
+    is_of_products = sum(name in _PRODUCTS for name in names) >= _MANY_PRODUCTS
+    is_of_products = is_of_products and sum(name in _CONVOLUTIONS for name in names) <= 1
+    return is_of_products and LiveEngine("fp32", "", False, tape).may_be_trusted
 
 
 def _under_autograd(
@@ -59,21 +90,44 @@ def _under_autograd(
 def rivals_of(
     first: EngineOnCopy, reference: LiveReference, precision: str, probes: Tensor
 ) -> dict[str, Callable[[], Contender]]:
-    """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed."""
-    model, names = reference.model, choice.NAMES[precision]
+    """Builds the other engines that may be faster than a copy's own, by name, as they are to be timed.
+
+    In float32 a copy under autograd runs the operations of the live model, unless it folds BatchNorm or need not
+    compute weights anew. It is timed last, because it needs proofs that the live model does not.
+    """
+    model, names, tape = reference.model, choice.NAMES[precision], reference.tape
 
     def copied() -> CopyEngine:
-        return CopyEngine(reference.tape, reference.recording, precision, "", False)
+        return CopyEngine(tape, reference.recording, precision, "", False)
 
     def live(channels_last: bool) -> LiveEngine:
         if names.contiguous is not None:
-            return LiveEngine(precision, "", channels_last, reference.tape)
-        return live_rival(model, probes, precision, reference.tape)
+            return LiveEngine(precision, "", channels_last, tape)
+        return live_rival(model, probes, precision, tape)
 
-    rivals: dict[str, Callable[[], Contender]] = {}
-    if choice.name_of(first) == names.program:
-        rivals[names.copy] = copied
-    rivals[names.live] = partial(live, True)
+    rivals: dict[str, Callable[[], Contender]] = {names.live: partial(live, True)}
     if names.contiguous is not None:
         rivals[names.contiguous] = partial(live, False)
-    return rivals
+    if choice.name_of(first) != names.program:
+        return rivals
+    if names.contiguous is None:
+        return {names.copy: copied} | rivals
+    return rivals | ({names.copy: copied} if _copy_saves_work(tape) else {})
+
+
+def _copy_saves_work(tape: Tape) -> bool:
+    """Whether a copy has fewer operations than the live model: folded ones, or constants that it keeps."""
+    kept = (op for op in tape.ops if not tape.dynamic[op.place] and not choice.is_view(op.function))
+    return any(op.function is F.batch_norm for op in tape.ops) or any(kept)
+
+
+def beforehand(
+    first: EngineOnCopy, reference: LiveReference, precision: str, count: int
+) -> choice.Beforehand:
+    """What is known of the times of engines; ``count`` is the number of images on which they are to be timed."""
+    spent, names = reference.spent.get(count, 0.0), choice.NAMES[precision]
+    if names.contiguous is None:
+        return choice.Beforehand(spent)
+    least = {names.contiguous: reference.least_seconds(count)}
+    live_needs_none = LiveEngine(precision, "", False, reference.tape).may_be_trusted
+    return choice.Beforehand(spent, first.proof_seconds if live_needs_none else 0.0, least)

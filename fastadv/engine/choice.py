@@ -22,6 +22,7 @@ from fastadv.engine import proof
 from fastadv.engine.copy_engines import CopyEngine, EngineOnCopy, ProgramEngine
 from fastadv.engine.cpu_steps import PlainStep, ProgramStep
 from fastadv.engine.live_engines import LiveEngine
+from fastadv.engine.live_reference import LiveReference
 from fastadv.engine.tape import Tape
 
 Contender = EngineOnCopy | LiveEngine
@@ -63,6 +64,10 @@ _UNCERTAIN = (0.9, 1.03)
 # Seconds of a pass. In shorter passes the engines differ by less than the noise of their times.
 _SHORT = 0.002
 _CLEARLY = 0.97  # largest fraction of the first engine's time with which a rival takes its place
+# Fraction of the live model's time that a copy under autograd takes at least, of those with BatchNorm or weights
+# that the live model computes anew in each pass. So a program that is faster than that is faster than both.
+_FOLDED = 0.75
+_PASSES = 3  # in an attack with few steps, which share the cost of its proof
 _KEPT = 256  # number of choices that are kept
 
 
@@ -75,12 +80,14 @@ class Choice:
         images: number of images on which the engines were timed.
         milliseconds: time of a gradient pass, by engine.
         faults: the faults, in words, of engines that were faster and wrong.
+        proof: milliseconds of the proof before an attack, where copies alone need it; else 0.
     """
 
     name: str
     images: int
     milliseconds: Mapping[str, float]
     faults: Mapping[str, str] = field(default_factory=dict)
+    proof: float = 0.0
 
     def __str__(self) -> str:
         """In words, for `AttackReport.reason`."""
@@ -88,7 +95,34 @@ class Choice:
             f"{name} {ms:.3g} ms{f' ({self.faults[name]})' if name in self.faults else ''}"
             for name, ms in self.milliseconds.items()
         )
-        return f"measured on {self.images} image{'s' if self.images > 1 else ''}: {times}"
+        proven = f", a copy's proof {self.proof:.3g} ms" if self.proof else ""
+        return f"measured on {self.images} image{'s' if self.images > 1 else ''}: {times}{proven}"
+
+
+@dataclass(frozen=True)
+class Beforehand:
+    """What is known of the times of engines before they are measured.
+
+    Attributes:
+        first: seconds of a gradient pass of the first engine, in its proof.
+        proof: seconds of the proof of a copy before an attack, which the live model does not need; else 0.
+        least: seconds that a gradient pass of an engine takes at least, by name.
+    """
+
+    first: float = 0.0
+    proof: float = 0.0
+    least: Mapping[str, float] = field(default_factory=dict)
+
+    def share(self, name: str, images: int, batch: int) -> float:
+        """Seconds of an engine's proof for each gradient pass of an attack with few steps.
+
+        Args:
+            name: of the engine.
+            images: number of images on which passes are timed.
+            batch: number of images that are attacked, of those that share the choice the smallest.
+        """
+        is_live = any(name in (names.live, names.contiguous) for names in NAMES.values())
+        return 0.0 if is_live else self.proof / _PASSES * images / batch
 
 
 def name_of(engine: Contender) -> str:
@@ -141,8 +175,13 @@ def _is_free(step: ProgramStep) -> bool:
     if type(step) is not PlainStep:
         return False
     target = step.node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return name in _FREE or target in _POOLS
+    return is_view(target) or target in _POOLS
+
+
+def is_view(function: object) -> bool:
+    """Whether a function, or a method by its name, moves no element."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    return name in _FREE
 
 
 def key_of(tape: Tape, x: Tensor, precision: str) -> Hashable:
@@ -156,28 +195,25 @@ _choices: dict[Hashable, Choice] = {}
 
 def settled(
     key: Hashable,
-    model: nn.Module,
+    reference: LiveReference,
     x: Tensor,
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
-    fault_of: Callable[[Contender], str | None],
-    spent: Mapping[int, float],
+    known: Beforehand,
 ) -> tuple[Choice, Contender]:
     """The choice that was made in this process, or a new one, and its engine.
 
     Args:
         key: the result of `key_of`.
-        model: the live model.
+        reference: what engines must agree with, for the images to be attacked.
         x: images of the batch to measure on [B, ...].
         first: an engine that is right and has the model's weights.
         rivals: builds the others, by the names that `name_of` gives them.
-        fault_of: returns the fault of an engine, in words; None if it is right. It is called for the engine that
-            runs.
-        spent: seconds of a pass of ``first`` in its proof, by the number of images.
+        known: what is known of their times.
     """
     choice, engine = _choices.get(key), None
     if choice is None:
-        new, engine = _measured(model, x, first, rivals, fault_of, spent.get(len(x), 0.0))
+        new, engine = _measured(reference, x, first, rivals, known)
         while len(_choices) >= _KEPT:
             del _choices[next(iter(_choices))]
         choice = _choices.setdefault(key, new)  # another thread may have been faster
@@ -187,7 +223,7 @@ def settled(
         return choice, first
     try:
         engine = rivals[choice.name]()
-        fault = fault_of(engine)
+        fault = reference.fault_of(engine)
     except Exception as error:  # the model's own code may fail in any way
         fault = str(error)
     if fault is None and engine is not None:
@@ -196,73 +232,93 @@ def settled(
 
 
 def _measured(
-    model: nn.Module,
+    reference: LiveReference,
     x: Tensor,
     first: Contender,
     rivals: Mapping[str, Callable[[], Contender]],
-    fault_of: Callable[[Contender], str | None],
-    proven: float,
+    known: Beforehand,
 ) -> tuple[Choice, Contender]:
-    name = name_of(first)
+    name, model = name_of(first), reference.model
     # The time of its proof serves, unless that is so short that it may be chance.
-    times = {name: proven}
-    if proven < 5 * _SHORT:
+    times = {name: known.first}
+    if known.first < 5 * _SHORT:
         times = times_of({name: first}, model, x, rounds=1)
     if times[name] < 5 * _SHORT:
         again = times_of({name: first}, model, x, rounds=_ROUNDS - 1, warm=False)
         times = {name: min(times[name], again[name])}
+    batch = group_of(len(reference.x))
+
+    def costs() -> dict[str, float]:
+        """The times, each with its share of a proof."""
+        return {one: spent + known.share(one, len(x), batch) for one, spent in times.items()}
+
     close: dict[str, Contender] = {name: first}
     for other, make in rivals.items() if times[name] >= _SHORT else ():
-        if any(other == n.live and n.copy in times and n.copy not in close for n in NAMES.values()):
-            continue  # it does the work of the copy and more, and the copy is clearly slower already
+        if known.least.get(other, 0.0) >= costs()[name] or _is_hopeless(other, name, times, close):
+            continue
         try:
             engine = make()
-            times[other], is_near = _first_time(engine, model, x, min(times.values()))
+            times[other] = _first_time(engine, reference, x)
         except Exception:  # it may fail in any way that the model's own code allows
             continue
-        if is_near:
+        if costs()[other] <= _SLOWER * min(costs().values()):
             close[other] = engine
-    again = times_of(_to_time_again(name, times, close), model, x, rounds=_ROUNDS - 1, warm=False)
+    again = times_of(_to_time_again(name, costs(), close), model, x, rounds=_ROUNDS - 1, warm=False)
     times |= {other: min(times[other], spent) for other, spent in again.items()}
-    milliseconds = {other: 1e3 * spent for other, spent in times.items()}
-    faults: dict[str, str] = {}
-    for other in sorted(close, key=lambda other: times[other]):
-        if times[other] > _CLEARLY * times[name]:
+    milliseconds, cost = {other: 1e3 * spent for other, spent in times.items()}, costs()
+    found = Choice(name, len(x), milliseconds, {}, 1e3 * known.proof)
+    for other in sorted(close, key=lambda other: cost[other]):
+        if cost[other] > _CLEARLY * cost[name]:
             break
-        fault = fault_of(close[other])
+        fault = reference.fault_of(close[other])
         if fault is None:
-            return Choice(other, len(x), milliseconds, faults), close[other]
-        faults[other] = fault
-    return Choice(name, len(x), milliseconds, faults), first
+            return replace(found, name=other), close[other]
+        found = replace(found, faults={**found.faults, other: fault})
+    return found, first
+
+
+def _is_hopeless(
+    other: str, name: str, times: Mapping[str, float], close: Mapping[str, Contender]
+) -> bool:
+    """Whether an engine is known to be slower than those that have been timed; ``name`` is the first engine's."""
+    for names in NAMES.values():
+        if other == names.live and names.copy in times:
+            return names.copy not in close  # it does the work of the copy and more
+        if other == names.copy and names.live in times:
+            live = min(times[one] for one in (names.live, f"{names.contiguous}") if one in times)
+            return times[name] <= _FOLDED * live
+    return False
 
 
 def _to_time_again(
-    name: str, times: Mapping[str, float], close: Mapping[str, Contender]
+    name: str, costs: Mapping[str, float], close: Mapping[str, Contender]
 ) -> dict[str, Contender]:
     """The engines that further rounds decide between, by name; ``name`` is the first engine's.
 
-    Long passes scatter little and cost much, so that only a narrow decision is worth another round.
+    Long passes scatter little and take much time, so that only a narrow decision is worth another round.
     """
     rivals = [other for other in close if other != name]
     if not rivals:
         return {}
-    if times[name] < _LONG:
+    if costs[name] < _LONG:
         return dict(close)
-    fastest = min(rivals, key=lambda other: times[other])
-    low, high = (fraction * times[name] for fraction in _UNCERTAIN)
-    return {one: close[one] for one in (name, fastest)} if low < times[fastest] < high else {}
+    fastest = min(rivals, key=lambda other: costs[other])
+    low, high = (fraction * costs[name] for fraction in _UNCERTAIN)
+    if fastest in (NAMES["fp32"].live, NAMES["fp32"].contiguous):
+        low = _CLEARLY * costs[name]  # it takes no longer than the caller's own loop
+    return {one: close[one] for one in (name, fastest)} if low < costs[fastest] < high else {}
 
 
-def _first_time(engine: Contender, model: nn.Module, x: Tensor, best: float) -> tuple[float, bool]:
-    """Seconds of a gradient pass of an engine that has not run yet, and whether it may be the fastest.
+def _first_time(engine: Contender, reference: LiveReference, x: Tensor) -> float:
+    """Seconds of a gradient pass of an engine that has not run yet.
 
     A long first pass tells as much as the second.
     """
     for _ in range(2):
-        (spent,) = times_of({"": engine}, model, x, rounds=1, warm=False).values()
+        spent = reference.seconds_of(engine, x)
         if spent >= _LONG:
             break
-    return spent, spent <= _SLOWER * best
+    return spent
 
 
 def times_of(

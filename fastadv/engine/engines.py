@@ -39,6 +39,7 @@ class Engine(ABC):
     precision: str  # of the network's passes
     reason: str  # why this engine was chosen
     graphs: GraphCache | None = None  # recorded attacks, where there may be some
+    proof_seconds = 0.0  # of the shorter proof of an unchanged model, where it was first made
     # The passes draw no random numbers, and are the same for every number of images.
     any_batch = True
     _narrow_range = False  # computes in float16

@@ -93,7 +93,9 @@ def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> Non
     few = PROBES if tape.only_batch is None else len(images)
     for count in dict.fromkeys((few, len(images))):
         with recording_mode(model), torch.no_grad():
+            began = proof.seconds()
             logits = model(images[:count].clone())
+            recording.forward_seconds = (proof.seconds() - began) / count
         if proof.difference_of_logits(logits, recorded_logits[:count], "fp32") is None:
             return
     raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
@@ -133,6 +135,7 @@ def is_steady(
         recording: that one, whose weights then are not looked at again unless torch counts a change of them.
     """
     unchanged = [] if recording is None else counted_weights(recording)
+    began = proof.seconds()
     with recording_mode(model):
         settle(model, cached.images, tape.settling)
         before, calls, done = plain_state(model), _CALLS, 0
@@ -141,6 +144,10 @@ def is_steady(
             if again is None or not tape.describes(again):
                 return False
             done += 1
+            if (
+                done == 1
+            ):  # with the hash of the weights, timed when it was taken, it is a whole proof
+                cached.seconds += proof.seconds() - began
             if done == 1 and plain_state(model) != before:
                 calls = _COUNTED_CALLS
     return True

@@ -267,14 +267,21 @@ def _forked_at_first_draw(model: object, seed: int) -> Iterator[None]:
 
 
 def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
-    """The states of the generators of the CPU and of the model's GPUs."""
-    devices: set[int] = set()
+    """The states of the generators of the CPU and of the model's GPUs.
+
+    A model without weights may run on any GPU. It then counts as a model of the current GPU.
+    """
+    gpus: set[int] = set()
     if torch.cuda.is_initialized():  # else no tensor is on a GPU
-        if isinstance(model, nn.Module):
-            tensors = (*model.parameters(), *model.buffers())
-            devices = {t.device.index for t in tensors if t.device.type == "cuda"}
-        else:
-            devices = {torch.cuda.current_device()}
+        tensors = [
+            tensor
+            for part in parts_of(networks_of(model))
+            for tensor in (*part._parameters.values(), *part._buffers.values())
+            if tensor is not None
+        ]
+        gpus = {t.device.index for t in tensors if t.device.type == "cuda"}
+        if not tensors:
+            gpus = {torch.cuda.current_device()}
     generators = [torch.default_generator]
-    generators += [torch.cuda.default_generators[device] for device in sorted(devices)]
+    generators += [torch.cuda.default_generators[gpu] for gpu in sorted(gpus)]
     return {generator: generator.get_state() for generator in generators}

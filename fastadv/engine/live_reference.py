@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cached_property
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from fastadv.engine import proof
@@ -14,6 +16,8 @@ from fastadv.engine.proof import Evidence
 from fastadv.engine.recorder import record
 from fastadv.engine.recording import Recording
 from fastadv.engine.tape import Tape
+
+_LATER = 0.8  # of the time of a first pass, what a later one may take
 
 
 class LiveReference:
@@ -47,6 +51,8 @@ class LiveReference:
         self._few = few
         self.spent: dict[int, float] = {}
         self._alone: Evidence | None = None  # of a pass of the first images alone
+        # The numbers of images for which an engine was right in a pass whose time was taken.
+        self._seen_right: WeakKeyDictionary[Engine, set[int]] = WeakKeyDictionary()
 
     @cached_property
     def recording(self) -> Recording:
@@ -75,21 +81,66 @@ class LiveReference:
         if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:
             if not engine.channels_last:
                 return None
+            if max(self._seen_right.get(engine, (0,))) >= PROBES:
+                return None
             with engine.session(self.model, 0, current=True):
                 fault = self.evidence.first(PROBES).against(engine)
             if fault is None:
                 return None  # else it may be a model that mixes the images of a batch
+        right = self._seen_right.get(engine, set())
         with engine.session(self.model, 0, current=True):
-            fault = self.evidence.against(engine, self.spent)
+            fault = None
+            if len(self.evidence.images) not in right:
+                fault = self.evidence.against(engine, self.spent)
             if fault is not None or not self._few:
                 return fault
             count = min(PROBES, self.x.shape[0])
+            if count in right:
+                return None
             if self._alone is None:
                 if self.evidence.first(count).against(engine, self.spent) is None:
                     return None
                 alone = self._recorded(self.x[:count])
                 self._alone = proof.evidence_of(alone, self.model, self._precision)
             return self._alone.against(engine, self.spent)
+
+    def seconds_of(self, engine: Engine, images: Tensor) -> float:
+        """Seconds of a gradient pass of an engine, which may spare `fault_of` the same pass.
+
+        Args:
+            engine: the engine.
+            images: the first of the batch [B, ...].
+        """
+        evidence = self._evidence_for(images)
+        value_of = proof.weighted_sum if evidence is None else evidence.values[0]
+        with engine.session(self.model, 0, current=True):
+            shown = engine.images(images)
+            began = proof.seconds()
+            found = engine.gradient(shown, value_of)
+            spent = proof.seconds() - began
+            if evidence is not None:
+                wanted = evidence.gradients[0]
+                if proof.difference(found, wanted, engine.precision) is None:
+                    self._seen_right.setdefault(engine, set()).add(len(images))
+        return spent
+
+    def least_seconds(self, count: int) -> float:
+        """Seconds that a gradient pass of the model takes at least for so many images, in the layout recorded.
+
+        Its first passes tell, which have been made for other reasons, and may take longer than later ones.
+        """
+        if self._evidence is None or self._evidence.seconds is None:
+            return 0.0
+        backward = self._evidence.seconds / len(self._evidence.images)
+        forward = self.recording.forward_seconds
+        return count * (backward + forward) * (_LATER if forward else 1.0)
+
+    def _evidence_for(self, images: Tensor) -> Evidence | None:
+        """Evidence of the first images that one pass gives; None where there is no such evidence."""
+        evidence, count = self._evidence, len(images)
+        if evidence is None or not evidence.in_turn or count > len(evidence.images):
+            return None
+        return evidence.first(count) if torch.equal(evidence.images[:count], images) else None
 
     def _recorded(self, images: Tensor) -> Recording:
         tape = self.tape

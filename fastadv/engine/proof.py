@@ -61,12 +61,14 @@ class Evidence:
         values: the differentiated values.
         gradients: of each value, with the logits.
         in_turn: as in `objectives`.
+        seconds: of the backward pass of one value; None if it is not known.
     """
 
     images: Tensor
     values: tuple[ValueOfLogits, ...]
     gradients: tuple[InputGradient, ...]
     in_turn: bool
+    seconds: float | None = None
 
     def tells(self) -> bool:
         """Whether these gradients can tell a right copy from a wrong one."""
@@ -134,14 +136,15 @@ def _evidence_of(recording: Recording, model: nn.Module, precision: str) -> Evid
     values, gradients = objectives(wide, in_turn), []
     with recording_mode(model):
         for value_of in values:
-            value = value_of(wide)
+            value, began = value_of(wide), seconds()
             (grad,) = torch.autograd.grad(
                 value.sum(), recording.images, retain_graph=True, allow_unused=True
             )
             if grad is None:
                 raise Unrecordable("its logits have no gradient in the images")
+            spent = seconds() - began
             gradients.append(InputGradient(value.detach(), wide.detach(), grad))
-    return Evidence(recording.images.detach(), values, tuple(gradients), in_turn)
+    return Evidence(recording.images.detach(), values, tuple(gradients), in_turn, spent)
 
 
 def probe(engine: Engine, images: Tensor, value_of: ValueOfLogits) -> InputGradient:

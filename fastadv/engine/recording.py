@@ -82,6 +82,7 @@ class Recording:
         autocast: whether the forward pass enters autocast.
         own_functions: whether it calls an autograd function of its own.
         comparisons: comparisons of sizes by the model's code, as in `SizeComparisons.seen`.
+        forward_seconds: of a plain forward pass of the model, for each image; 0 if none was timed.
     """
 
     ops: list[RecordedOp] = field(default_factory=list)
@@ -99,6 +100,7 @@ class Recording:
     autocast: bool = False
     own_functions: bool = False
     comparisons: list[float] = field(default_factory=list)
+    forward_seconds: float = 0.0
 
     def external(self) -> list[int]:
         """Places of the tensors that no op computes, the images aside."""

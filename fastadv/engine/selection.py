@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastadv.engine import choice, proof, randomness
 from fastadv.engine.cached_recording import CachedRecording, Changes
 from fastadv.engine.callers_modes import callers_mode
-from fastadv.engine.candidates import candidates, rivals_of
+from fastadv.engine.candidates import beforehand, candidates, live_is_known_to_win, rivals_of
 from fastadv.engine.choice import Contender
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.copy_engines import EngineOnCopy
@@ -38,7 +38,7 @@ from fastadv.engine.first_recordings import (
 )
 from fastadv.engine.frozen import frozen
 from fastadv.engine.live_choice import LiveChoice
-from fastadv.engine.live_engines import as_model_takes, naming_dtypes
+from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
 from fastadv.engine.live_reference import LiveReference
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.proof_schedule import ProofSchedule, Trial
@@ -61,14 +61,14 @@ class _Copy:
         tape: the operations.
         engine: the first that was found right.
         reason: why it was taken.
-        evidence: whether the images told anything about gradients.
+        evidence: whether the images told anything about gradients; true of the live model.
         sizes: the batch sizes.
         changes: of the weights since the last proof.
         chosen: the engine in its place, or itself, and the reason, by group of batch sizes.
     """
 
     tape: Tape
-    engine: EngineOnCopy
+    engine: Contender
     reason: str
     evidence: bool
     sizes: set[int] = field(default_factory=set)
@@ -276,17 +276,18 @@ def _choose(copy: _Copy, reference: LiveReference, precision: str, request: Engi
 
     The copy's own engine has the model's weights.
     """
-    x, model, spent = reference.x, reference.model, reference.spent
+    x, spent = reference.x, reference.spent
     first, group = copy.engine, choice.group_of(x.shape[0])
     on_cpu = x.device.type == "cpu" and precision in ("bf16", "fp32")
     if request.engine != "auto" or not on_cpu or group in copy.chosen or not copy.evidence:
         return
-    if not choice.is_open(first):
+    if not isinstance(first, EngineOnCopy) or not choice.is_open(first):
         return
     images = finite(x if copy.tape.only_batch is not None else x[: choice.enough_images(spent)])
     rivals = rivals_of(first, reference, precision, images[:PROBES])
     key = choice.key_of(copy.tape, x, precision)
-    found, engine = choice.settled(key, model, images, first, rivals, reference.fault_of, spent)
+    known = beforehand(first, reference, precision, len(images))
+    found, engine = choice.settled(key, reference, images, first, rivals, known)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.cached_recording = first.cached_recording
@@ -365,7 +366,8 @@ def _build(
         Unrecordable: there is none.
     """
     tape, recording = tape_now(model, x)
-    live = proof.evidence_of(recording, model, precision)
+    wins = live_is_known_to_win(tape, recording, precision, request)
+    live = None if wins else proof.evidence_of(recording, model, precision)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
     cached = None if few is None else CachedRecording.of(few, tape.settling)
     if cached is not None and not is_steady(model, tape, cached, few):
@@ -384,8 +386,10 @@ def _build(
             continue
         if fault is None:
             engine.cached_recording = cached
+            engine.proof_seconds = 0.0 if cached is None else cached.seconds
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            return _Copy(tape, engine, engine.reason, live.tells(), {x.shape[0]}), reference
+            tells = isinstance(engine, LiveEngine) or reference.evidence.tells()
+            return _Copy(tape, engine, engine.reason, tells, {x.shape[0]}), reference
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -74,9 +74,9 @@ class AutoAttackResult:
             stage that ran in another way says so itself.
     """
 
-    robust: Tensor
-    fooled: Tensor
-    adversarial: Tensor
+    robust: Tensor = field(repr=False)
+    fooled: Tensor = field(repr=False)
+    adversarial: Tensor = field(repr=False)
     stages: tuple[Stage, ...]
     status: Status
     notes: tuple[str, ...]

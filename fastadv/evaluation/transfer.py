@@ -226,7 +226,7 @@ def _check_classes(
     names: Sequence[str], runners: Sequence[Runner], attack: BallAttack | Ensemble | UserAttack
 ) -> int:
     """Require that all models have the same classes, and return their number."""
-    classes = [runner.check_labels() for runner in runners]
+    classes = [_classes_of(name, runner) for name, runner in zip(names, runners, strict=True)]
     for name, count in zip(names, classes, strict=True):
         if count != classes[0]:
             raise ValueError(
@@ -234,6 +234,16 @@ def _check_classes(
             )
     check_fewest_classes([attack], classes[0])
     return classes[0]
+
+
+def _classes_of(name: str, runner: Runner) -> int:
+    """The number of classes of a model; an error of the model, or about it, names it and the images."""
+    try:
+        return runner.check_labels()
+    except (ValueError, RuntimeError) as error:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        size = "x".join(map(str, runner.samples.image_shape))
+        raise kind(f"model {name}, on images of {size}: {error}") from error
 
 
 def _judged(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +36,8 @@ class WorstImages:
         indices: [M] int64, the images' indices in the data.
     """
 
-    originals: Tensor
-    adversarials: Tensor
+    originals: Tensor = field(repr=False)
+    adversarials: Tensor = field(repr=False)
     labels: Tensor
     predictions: Tensor
     confidences: Tensor

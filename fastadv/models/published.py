@@ -70,15 +70,20 @@ class LoadReport:
         mean, std = self.mean or [], self.std or []
         return any(value != 0 for value in mean) or any(value != 1 for value in std)
 
-    def __str__(self) -> str:
+    @property
+    def misfits(self) -> list[str]:
         """One line per kind of misfit, each with its first few names."""
-        lines = [f"{len(self.loaded)} entries loaded"]
+        lines = []
         for kind in ("missing", "unexpected", "mismatched", "ignored"):
             names = getattr(self, kind)
             if names:
                 more = ", ..." if len(names) > 5 else ""
                 lines.append(f"{len(names)} {kind}: {', '.join(names[:5])}{more}")
-        return "\n".join(lines)
+        return lines
+
+    def __str__(self) -> str:
+        """The number of loaded entries, and one line per kind of misfit."""
+        return "\n".join([f"{len(self.loaded)} entries loaded", *self.misfits])
 
 
 def load_published_state_dict(
@@ -357,7 +362,8 @@ def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
 
 def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> None:
     if not report.complete:
-        raise ValueError(f"state does not fit {type(network).__name__}, nothing loaded:\n{report}")
+        misfits = ";\n".join(report.misfits)  # the command line joins the lines
+        raise ValueError(f"state does not fit {type(network).__name__}, nothing loaded:\n{misfits}")
     if report.normalizes and not isinstance(model, Normalized):
         raise ValueError(
             f"state normalises its inputs with mean={report.mean}, std={report.std}, but the "

@@ -155,6 +155,9 @@ def pgd_step_(
     checks.check_written("adv", adv)
     if counts is not None:
         _check_counts(counts, adv)
+    elif torch.autograd.graph._allow_mutation_on_saved_tensors_enabled:
+        # Inside that context of torch an op fails if a tensor that it may write is None.
+        counts = adv.new_zeros(2, dtype=torch.int64)
     call(f"{name}_", adv, *arguments, counts)
     # A graph that has saved the tensor overwritten here must not be run backward.
     torch.autograd.graph.increment_version(adv if counts is None else (adv, counts))

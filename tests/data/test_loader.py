@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastadv.data import ImageData, Loader
+from fastadv.data import ImageData, Loader, Splits
 from fastadv.ops import crop_flip
 from fastadv.seeding import derive_seed
 
@@ -184,7 +184,9 @@ def test_position_is_checked_at_the_call():
         loader.epoch(-1)
 
 
-def test_a_loader_shows_what_it_holds():
+def test_a_loader_and_its_data_show_what_they_hold():
+    assert repr(toy()) == "ImageData('toy', 50 images of 3x8x8, 7 classes)"
+    assert "tensor" not in repr(Splits(toy(), toy(20)))
     assert repr(Loader(toy(), 10, train=True)) == (
         "Loader('toy', 50 images, batch_size=10, train=True)"
     )

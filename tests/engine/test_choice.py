@@ -291,11 +291,11 @@ def test_a_copy_that_is_used_at_another_size_is_timed_without_its_proof(takes: A
     assert type(narrow(attack, x)) is LiveEngine
 
 
-@pytest.mark.parametrize(("contiguous", "passes"), [(30.0, 16), (50.0, 15)])
+@pytest.mark.parametrize(("contiguous", "passes"), [(30.0, 12), (50.0, 10)])
 def test_in_float32_the_live_model_is_timed_in_both_layouts(
     takes: Any, contiguous: float, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The contiguous one is the recorded model itself, of which no pass proves anything."""
+    """The contiguous one is the recorded model itself. The other one is proven by a pass that was timed."""
     monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
     clock, timed = takes(43.0, 45.0, 40.0), LiveEngine.gradient
 
@@ -314,7 +314,7 @@ def test_in_float32_the_live_model_is_timed_in_both_layouts(
     assert type(engine) is LiveEngine and engine.channels_last == (contiguous > 40)
     assert attack.last.precision == "fp32"
     assert attack.last.reason == (
-        "the model can be copied; measured on 4 images: fused program in fp32 43 ms, copy in fp32 45 ms, "
+        "the model can be copied; measured on 4 images: fused program in fp32 43 ms, "
         f"live model in fp32 40 ms, live model in fp32, contiguous {contiguous:g} ms"
     )
 

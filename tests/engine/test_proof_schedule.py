@@ -60,10 +60,10 @@ class Net(nn.Module):
 def runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The engine that is measured to be the fastest of those that are right."""
 
-    def measured(model: Any, x: Tensor, first: Any, rivals: Any, fault_of: Any, _: float) -> Any:
+    def measured(reference: Any, x: Tensor, first: Any, rivals: Any, _: object) -> Any:
         engine = rivals[request.param]()
         try:
-            right = fault_of(engine) is None
+            right = reference.fault_of(engine) is None
         except RuntimeError:
             right = False
         found = engine if right else first

@@ -212,3 +212,34 @@ def test_expanded_weights_are_put_back() -> None:
     with frozen(layer, keep_parameters=True):
         layer.bias.data[:1] = 3
     assert torch.equal(layer.bias, torch.ones(4))
+
+
+class OnThirdGpu(nn.Parameter):
+    """A parameter that says where it would be."""
+
+    device = property(lambda self: torch.device("cuda", 2))  # type: ignore[assignment]
+
+
+class Holder(nn.Module):
+    """May hold networks that it has not registered."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpu"), [("module", 2), ("list", 2), ("function", 2), ("without weights", 0)]
+)
+def test_the_generator_of_a_models_gpu_is_seeded_and_put_back(
+    monkeypatch: pytest.MonkeyPatch, kind: str, gpu: int
+) -> None:
+    """That of the current GPU, number 0, for a model that may run on any."""
+    generators = tuple(torch.Generator().manual_seed(number) for number in range(3))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    network, holder = nn.Linear(2, 2), Holder()
+    network.weight = OnThirdGpu(torch.ones(2, 2))
+    if kind == "list":
+        holder.networks = [network]  # type: ignore[assignment]
+    models = {"module": network, "function": lambda x: network(x)}
+    with frozen(models.get(kind, holder), seed=77):
+        assert [number for number in range(3) if generators[number].initial_seed() == 77] == [gpu]
+    assert [g.initial_seed() for g in generators] == [0, 1, 2]

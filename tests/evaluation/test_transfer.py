@@ -186,3 +186,16 @@ def test_a_matrix_is_of_one_attack_in_a_ball(attack: str) -> None:
     fewer, _, _ = linear_problem(classes=5, n=1)
     with pytest.raises(ValueError, match="got 4 of a and 5 of b"):
         transfer_matrix({"a": model, "b": fewer}, (x, y), **QUIET)
+
+
+def test_a_model_of_the_matrix_that_refuses_the_images_is_named() -> None:
+    model, data = trained_small_cnn(), digits_test(8)
+    models: dict[str, nn.Module] = {
+        "a": model,
+        "b": nn.Sequential(nn.Flatten(), nn.Linear(256, 10)),
+    }
+    with pytest.raises(RuntimeError, match=r"model b, on images of 1x8x8: mat1 and mat2 shapes"):
+        transfer_matrix(models, data, "pgd-2", **QUIET)
+    models["b"] = small_cnn(num_classes=5)
+    with pytest.raises(ValueError, match=r"model b, on images of 1x8x8: labels must be below .* 5"):
+        transfer_matrix(models, data, "pgd-2", **QUIET)

@@ -338,3 +338,14 @@ def test_inference_mode() -> None:
         x = images("cpu")
         adv = pgd_step_(x.clone(), gradient("cpu"), x, EPS, ALPHA)
         assert torch.equal(adv, pgd_step(x, gradient("cpu"), x, EPS, ALPHA))
+
+
+@pytest.mark.parametrize("eps", [0.1, torch.full((3, 1, 1), 0.1)], ids=["one", "per channel"])
+def test_it_writes_without_counts_where_torch_lets_saved_tensors_be_changed(
+    eps: float | Tensor,
+) -> None:
+    """Inside that context of torch, ops fail whose tensor to write is None."""
+    x, grad = torch.rand(2, 3, 4, 4), torch.randn(2, 3, 4, 4)
+    expected = pgd_step(x, grad, x, eps, 0.05)
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        assert torch.equal(pgd_step_(x.clone(), grad, x, eps, 0.05), expected)
