@@ -216,7 +216,7 @@ def _is_freed(tensor: torch.Tensor) -> bool:
 
 
 def _known_equal(now: torch.Tensor, before: torch.Tensor) -> bool:
-    """Whether nothing is to be written. Memory such as that of a file opened for reading bears no writing.
+    """Whether nothing is to be written. Some memory, such as that of a file opened for reading, cannot be written.
 
     On a GPU the question would wait for the device.
     """

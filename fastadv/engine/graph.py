@@ -16,9 +16,9 @@ from fastadv.engine.convolution_kernels import ConvShape
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.graph_functions import (
     Applied,
-    OnAClone,
+    OutOfPlace,
     WithoutGradient,
-    has_plain_twin,
+    has_out_of_place_form,
     is_method,
 )
 from fastadv.engine.layers import (
@@ -273,15 +273,15 @@ class _Builder:
             full = inspect.signature(op.function).bind(*args, **kwargs)
             full.arguments["inplace"] = False
             node = self.graph.call_function(op.function, full.args, full.kwargs)
-        elif name.endswith("_") and not name.endswith("__") and has_plain_twin(op.function, name):
+        elif has_out_of_place_form(op.function, name):
             plain = name[:-1]
             if is_method(op.function):
                 node = self.graph.call_method(plain, args, kwargs)
             else:
-                twin = getattr(torch, plain, None) or getattr(F, plain)
-                node = self.graph.call_function(twin, args, kwargs)
+                function = getattr(torch, plain, None) or getattr(F, plain)
+                node = self.graph.call_function(function, args, kwargs)
         else:
-            node = self.graph.call_function(OnAClone(op.function), args, kwargs)
+            node = self.graph.call_function(OutOfPlace(op.function), args, kwargs)
         self.nodes[op.place] = node
 
     def _is_constant(self, *values: Any) -> bool:

@@ -35,12 +35,12 @@ class WithoutGradient:
             return self._function(*args, **kwargs)
 
 
-class OnAClone:
+class OutOfPlace:
     """A function that writes into its first argument, on a copy of that argument, which it returns."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self.__name__ = "on_a_clone"
+        self.__name__ = "out_of_place"
 
     def __call__(self, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call the function on a clone of ``target``, and return the clone."""
@@ -49,8 +49,10 @@ class OnAClone:
         return own
 
 
-def has_plain_twin(function: Any, name: str) -> bool:
-    """Whether a function that writes in place, `name_`, has a form `name` that returns a new tensor."""
+def has_out_of_place_form(function: Any, name: str) -> bool:
+    """Whether a function that writes in place, such as `relu_`, has a form that returns a new tensor, `relu`."""
+    if not name.endswith("_") or name.endswith("__"):
+        return False
     plain = name[:-1]
     if is_method(function):
         return hasattr(Tensor, plain)

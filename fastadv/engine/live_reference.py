@@ -75,7 +75,7 @@ class LiveReference:
         model mixes the images of a batch.
 
         The live model in float32 computes the same function by its own code. On images as they come it is what has
-        been recorded. The few images show whether its code bears images that lie otherwise in memory.
+        been recorded. The few images show whether its code accepts images of another memory layout.
         """
         self.spent = {}
         if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:

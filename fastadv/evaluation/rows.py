@@ -112,7 +112,7 @@ class Evaluator:
             row = self._row_of(attack, outcome, eps)
             return replace(row, alpha=attack.alpha, steps=attack.steps), outcome.robust
         assert isinstance(attack, UserAttack)
-        outcome = self.runner.foreign(attack, eps, left)
+        outcome = self.runner.user_attack(attack, eps, left)
         return self._row_of(attack, outcome, eps), outcome.robust
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:

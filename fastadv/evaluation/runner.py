@@ -158,7 +158,7 @@ class Runner:
     def perturbations(self, attack: BallAttack | UserAttack, eps: float) -> list[Perturb]:
         """Functions that make adversarial images, one for each restart or whole run of an attack."""
         if isinstance(attack, UserAttack):
-            return [self._foreign(attack)]
+            return [self._perturb_by_user(attack)]
         method = self._make(attack, eps)
         # Whole runs have the same seeds as restarts of the same number, so that the two can be compared.
         seed = derive_seed(self.seed, f"evaluate/{attack.name.removesuffix('runs')}")
@@ -236,7 +236,7 @@ class Runner:
             return MIM(self.source, eps, attack.alpha, attack.steps, **common)
         return PGD(self.source, eps, attack.alpha, attack.steps, attack.random_start, **common)
 
-    def foreign(self, attack: UserAttack, eps: float, correct: Tensor) -> Outcome:
+    def user_attack(self, attack: UserAttack, eps: float, correct: Tensor) -> Outcome:
         """Run the user's callable on the images that are classified correctly.
 
         torch's generators are seeded for each batch and restored afterwards.
@@ -247,7 +247,7 @@ class Runner:
         (perturb,) = self.perturbations(attack, eps)
         return self._attack(attack.name, None, perturb, eps, correct)
 
-    def _foreign(self, attack: UserAttack) -> Perturb:
+    def _perturb_by_user(self, attack: UserAttack) -> Perturb:
         before, answers = contents_of(self.source), probe_logits(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor, audit: Audit) -> Tensor:
@@ -261,15 +261,17 @@ class Runner:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
-            if answers is not None and not are_alike(
-                answers, probe_logits(self.source, self.samples)
-            ):
-                raise RuntimeError(
-                    f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"
-                )
+            self._check_answers(attack, answers)
             return adv
 
         return perturb
+
+    def _check_answers(self, attack: UserAttack, before: Tensor | None) -> None:
+        """Refuse an attack after which the model computes something else; None if that cannot be compared."""
+        if before is not None and not are_alike(before, probe_logits(self.source, self.samples)):
+            raise RuntimeError(
+                f"attack {attack.name!r} changed what the model computes, such as by a hook that it left"
+            )
 
     def predicted(self, x: Tensor, purpose: str, indices: Tensor) -> Tensor:
         """The classes [B] that the judged model predicts, from `logits_of`."""

@@ -162,19 +162,16 @@ class CosineMeasure(Measure):
 
     def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the mean over the test images."""
+        title = f"cosine to {trained.name_of(self.teacher)}"
+        return MeasuredCell(trained.cached(title, lambda: self._mean(trained)), n=trained.n)
 
-        def cosine() -> float:
-            other = trained.model(self.teacher)
-            return cosine_similarity_to(
-                trained.model(),
-                other,
-                trained.images,
-                max_examples=trained.n,
-                device=trained.device,
-            )
-
-        return MeasuredCell(
-            trained.cached(f"cosine to {trained.name_of(self.teacher)}", cosine), n=trained.n
+    def _mean(self, trained: TrainedRun) -> float:
+        return cosine_similarity_to(
+            trained.model(),
+            trained.model(self.teacher),
+            trained.images,
+            max_examples=trained.n,
+            device=trained.device,
         )
 
 
@@ -215,27 +212,26 @@ class DeltaZMeasure(Measure):
 
     def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the figure of the extractor; for a curvature, the curvature at the extractor's radius."""
-
-        def found() -> list[float]:
-            stacked = cast(Stack, trained.model())
-            radii = trained.extractor_radii()
-            if len(set(radii)) < len(radii) or len(radii) < 3:
-                raise CannotRun("delta z needs three extractors of different radii")
-            models = dict(zip(radii, stacked.extractors, strict=True))
-            whole = delta_z(
-                models,
-                trained.images,
-                eps=trained.scale.eps(8),
-                max_examples=trained.n,
-                device=trained.device,
-            )
-            return list(getattr(whole, self.of))
-
-        values = trained.cached(f"{self.of} of all extractors", found)
+        title = f"{self.of} of all extractors"
+        values = trained.cached(title, lambda: self._of_all_extractors(trained))
         at = self.number - (1 if self.of == "delta_z" else 2)
         if not 0 <= at < len(values):
             raise CannotRun("there is no curvature at the first and the last radius")
         return MeasuredCell(values[at], n=trained.n)
+
+    def _of_all_extractors(self, trained: TrainedRun) -> list[float]:
+        stacked = cast(Stack, trained.model())
+        radii = trained.extractor_radii()
+        if len(set(radii)) < len(radii) or len(radii) < 3:
+            raise CannotRun("delta z needs three extractors of different radii")
+        found = delta_z(
+            dict(zip(radii, stacked.extractors, strict=True)),
+            trained.images,
+            eps=trained.scale.eps(8),
+            max_examples=trained.n,
+            device=trained.device,
+        )
+        return list(getattr(found, self.of))
 
 
 @dataclass(frozen=True)
@@ -276,32 +272,27 @@ class AnalysisMeasure(Measure):
 
     def measure(self, trained: TrainedRun) -> MeasuredCell:
         """Return the number."""
-
-        def summary() -> dict[str, float]:
-            if self.name not in ANALYSES:
-                raise CannotRun(f"there is no analysis {self.name}")
-            settings: dict[str, Any] = {"eps": trained.scale.eps(8)} if self.attacked else {}
-            images: dict[str, Any] = {"train": trained.store.train_images} if self.train else {}
-            if "images" in ANALYSES[self.name].needs:
-                images["max_examples"] = trained.n
-            try:
-                found = analyse(
-                    trained.model(),
-                    trained.images,
-                    [self.name],
-                    device=trained.device,
-                    **images,
-                    **settings,
-                )
-            except ImportError as error:
-                raise CannotRun(f"analysis {self.name} cannot be made: {error}") from error
-            return dict(found[self.name].summary)
-
-        numbers = trained.cached(f"analysis {self.name}", summary)
+        numbers = trained.cached(f"analysis {self.name}", lambda: self._summary(trained))
         if self.of not in numbers:
             raise CannotRun(f"analysis {self.name} has no number {self.of!r}")
         n = len(trained.store.train_images) if self.train else trained.n
         return MeasuredCell(self.unit * numbers[self.of], n=n)
+
+    def _summary(self, trained: TrainedRun) -> dict[str, float]:
+        if self.name not in ANALYSES:
+            raise CannotRun(f"there is no analysis {self.name}")
+        options: dict[str, Any] = {"eps": trained.scale.eps(8)} if self.attacked else {}
+        if self.train:
+            options["train"] = trained.store.train_images
+        if "images" in ANALYSES[self.name].needs:
+            options["max_examples"] = trained.n
+        try:
+            found = analyse(
+                trained.model(), trained.images, [self.name], device=trained.device, **options
+            )
+        except ImportError as error:
+            raise CannotRun(f"analysis {self.name} cannot be made: {error}") from error
+        return dict(found[self.name].summary)
 
 
 def _note(row: Row) -> str:
