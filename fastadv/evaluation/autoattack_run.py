@@ -13,8 +13,8 @@ from fastadv.attacks import APGD
 from fastadv.evaluation.autoattack_library import ReferenceAttacks
 from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord
 from fastadv.evaluation.result_row import REFERENCE
-from fastadv.evaluation.runner import Runner, admissible_or_clean
-from fastadv.evaluation.verify import Audit, predict
+from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.verify import Audit, admissible_or_clean, predict
 
 APGD_STEPS = 100
 TARGET_CLASSES = 9

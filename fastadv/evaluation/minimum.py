@@ -15,8 +15,15 @@ from torch import Tensor
 from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
 from fastadv.evaluation.attack_list import Minimum
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.runner import Outcome, Runner, admissible_or_clean
-from fastadv.evaluation.verify import NORM_ORDERS, Audit, logits_of, predict, tolerance
+from fastadv.evaluation.runner import Outcome, Runner
+from fastadv.evaluation.verify import (
+    NORM_ORDERS,
+    Audit,
+    admissible_or_clean,
+    logits_of,
+    predict,
+    tolerance,
+)
 from fastadv.evaluation.work import key_of
 from fastadv.ops.values import largest_radius, limit
 from fastadv.seeding import derive_seed

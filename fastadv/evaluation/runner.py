@@ -20,7 +20,7 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
-from fastadv.evaluation.verify import Audit, logits_of
+from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of
 from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
 from fastadv.seeding import derive_seed
@@ -251,9 +251,8 @@ class Runner:
         before, answers = contents_of(self.source), probe_logits(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor, audit: Audit) -> Tensor:
-            with private_generators(
-                derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
-            ):
+            seed = derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
+            with private_generators(seed):
                 adv = attack.attack(self.source, x.clone(), y.clone())
             if isinstance(self.source, nn.Module):
                 self.source.eval()
@@ -294,9 +293,8 @@ class Runner:
             [N] bool on the CPU, false for all other images.
         """
         wrong = torch.zeros(len(self.samples), dtype=torch.bool, device="cpu")
-        for rows in (
-            torch.arange(len(indices), device="cpu").split(self.batch_size) if len(indices) else ()
-        ):
+        every_row = torch.arange(len(indices), device="cpu")
+        for rows in every_row.split(self.batch_size) if len(indices) else ():
             _, y = self.samples.take(indices[rows], self.device)
             adv = adversarial[rows].to(self.device)
             wrong[indices[rows]] = (self.predicted(adv, "misjudged", indices[rows]) != y).cpu()
@@ -401,11 +399,3 @@ def _perturbed(
     adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
     audit.count_nan(method.last.nan_points)
     return adv
-
-
-def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
-    """Adversarial images in float32 [B, ...], with the clean image where the audit rejects one."""
-    if isinstance(adv, Tensor) and adv.is_floating_point():
-        adv = adv.detach().to(x.device, torch.float32)
-    valid = audit.check(x, adv)
-    return torch.where(valid.view(-1, *[1] * (x.dim() - 1)), adv, x)

@@ -26,10 +26,10 @@ from fastadv.evaluation.early_checks import count_useless_gradients
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
-from fastadv.evaluation.runner import Runner, admissible_or_clean
+from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
-from fastadv.evaluation.verify import Audit, logits_of, predict
+from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of, predict
 from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 

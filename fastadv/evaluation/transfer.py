@@ -32,7 +32,7 @@ from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
-from fastadv.evaluation.runner import Runner, admissible_or_clean
+from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import (
     as_samples,
     check_batch_size,
@@ -40,7 +40,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.transfer_table import TransferMatrix
-from fastadv.evaluation.verify import Audit
+from fastadv.evaluation.verify import Audit, admissible_or_clean
 from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name, shown
 

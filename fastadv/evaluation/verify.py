@@ -151,3 +151,11 @@ class Audit:
         if found.outside_box:
             sentences.append(f"{found.outside_box} images outside the bounds {self.bounds}")
         return sentences
+
+
+def admissible_or_clean(x: Tensor, adv: Tensor, audit: Audit) -> Tensor:
+    """Adversarial images in float32 [B, ...], with the clean image where the audit rejects one."""
+    if isinstance(adv, Tensor) and adv.is_floating_point():
+        adv = adv.detach().to(x.device, torch.float32)
+    valid = audit.check(x, adv)
+    return torch.where(valid.view(-1, *[1] * (x.dim() - 1)), adv, x)

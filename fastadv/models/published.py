@@ -331,10 +331,8 @@ def _require_dense(name: str, tensor: Tensor) -> None:
     if _is_dense(tensor):
         return
     if tensor.device.type == "meta":
-        found, advice = (
-            "one on the device 'meta'",
-            "it has a shape alone, and the weights were not saved",
-        )
+        found = "one on the device 'meta'"
+        advice = "it has a shape alone, and the weights were not saved"
     else:
         found = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
         advice = "save the result of its to_dense()"

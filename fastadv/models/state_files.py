@@ -81,14 +81,14 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         # torch's message advises to let the file run any code. Only its reason is repeated here.
         refused = isinstance(error, pickle.UnpicklingError) and error.__context__ is not None
         reason = str(error.__context__ if refused else error).strip().partition("\n")[0]
-        reason = _in_its_place(path) or reason
+        reason = _mistaken_download(path) or reason
         raise StateFileError(
             f"{path}: cannot be read as a file of weights ({reason[:200] or type(error).__name__}); it must "
             "be a state dict that torch.save or safetensors wrote"
         ) from error
 
 
-def _in_its_place(path: Path) -> str | None:
+def _mistaken_download(path: Path) -> str | None:
     """The kind of a file that downloads commonly leave in place of weights; None for any other file."""
     with path.open("rb") as file:
         start = file.read(64)
