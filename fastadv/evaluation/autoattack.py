@@ -35,6 +35,7 @@ from fastadv.evaluation.autoattack_state import (
     hash_tensors,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.early_checks import check_labels
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.result_row import REFERENCE, Stage, Status
@@ -241,7 +242,7 @@ def _prepared(
 ) -> AutoAttackRun:
     """The `AutoAttackRun` of this run: its attacks in each precision, and its state."""
     samples = runner.samples
-    check_classes(attacks, runner.check_labels())
+    check_classes(attacks, check_labels(runner))
     library = ReferenceAttacks(
         runner.model,
         eps=eps,

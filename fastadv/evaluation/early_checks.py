@@ -1,9 +1,11 @@
-"""Checks before the attacks for signs that figures will be too high: useless gradients, a guessing surrogate."""
+"""Checks before the attacks: models that do not fit the data, useless gradients, a guessing surrogate."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 
 from fastadv.attacks.soft_labels import are_probabilities
 from fastadv.data.selection import evenly_spread
+from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
 from fastadv.evaluation.context import private_generators
 from fastadv.evaluation.runner import Runner
-from fastadv.evaluation.verify import predict
+from fastadv.evaluation.verify import logits_of, predict
 from fastadv.seeding import derive_seed
 
 _CHECKED = 64  # images whose gradients are checked
@@ -66,6 +69,68 @@ class UselessGradients:
         return (
             f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
         )
+
+
+def check_labels(runner: Runner, name: str = "", surrogate: str = "") -> int:
+    """Require that the model has all classes of the labels, and return its number of classes.
+
+    This runs the first pass of an evaluation. An error of a model therefore names the model and the size of the
+    images.
+
+    Args:
+        runner: the model, the surrogate and the images.
+        name: the model's name in errors; by default its class.
+        surrogate: the surrogate's name in errors; by default its class.
+
+    Raises:
+        ValueError: a label is too large, the data set has more classes, the surrogate has another number of
+            classes, or the images have their channels last.
+        RuntimeError: a model does not take images of this size.
+    """
+    model, other, samples = runner.model, runner.surrogate, runner.samples
+    x, _ = samples.take(torch.tensor([0], device="cpu"), runner.device)
+    others = None
+    draws = private_generators(derive_seed(runner.seed, "evaluate/labels"))
+    with draws, naming_layout("images", model, x):
+        with _naming(f"model {name or type(model).__name__}", samples.image_shape):
+            classes = logits_of(model, x).shape[1]
+            _check_classes(runner, classes)
+        if other is not None:
+            with _naming(f"surrogate {surrogate or type(other).__name__}", samples.image_shape):
+                others = logits_of(other, x).shape[1]
+    if others not in (None, classes):
+        raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
+    return classes
+
+
+def _check_classes(runner: Runner, classes: int) -> None:
+    """Require that a model of so many classes has all classes of the images."""
+    largest = int(runner.samples.labels.max())
+    if largest >= classes:
+        raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
+    known = runner.samples.num_classes
+    if known is not None and known > classes:
+        raise ValueError(
+            f"model must have the {known} classes of {runner.samples.name!r}, got {classes} logits"
+        )
+
+
+@contextmanager
+def _naming(model: str, shape: Sequence[int]) -> Iterator[None]:
+    """Let an error of a model name it and the shape of one image, [C, H, W].
+
+    A network that does not take images of this size fails in one of its layers, whose error names neither.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, LookupError) as error:
+        kinds = (kind for kind in (TypeError, ValueError) if isinstance(error, kind))
+        said = str(error) or type(error).__name__
+        raise next(kinds, RuntimeError)(
+            f"{model}, on images of {'x'.join(map(str, shape))}: {said}"
+        ) from error
 
 
 def useless_gradients(runner: Runner, correct: Tensor) -> UselessGradients:

@@ -33,6 +33,7 @@ from fastadv.evaluation.autoattack_state import Fingerprint, fingerprint, hash_m
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.early_checks import (
     UselessGradients,
+    check_labels,
     check_surrogate,
     seems_to_guess,
     useless_gradients,
@@ -226,7 +227,9 @@ def evaluate(
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
-        clean, classes = _clean_outcome(runner, chosen, expected)
+        clean, classes = _clean_outcome(
+            runner, chosen, expected, "" if other is None else other.name
+        )
         if other is not None:
             doubts.append(check_surrogate(runner, classes, other.name))
         evaluator = Evaluator(
@@ -261,10 +264,10 @@ def evaluate(
 
 
 def _clean_outcome(
-    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None
+    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None, surrogate: str
 ) -> tuple[Outcome, int]:
     """Classify the images without an attack, and count the classes, of which the attacks need enough."""
-    classes = runner.check_labels()
+    classes = check_labels(runner, surrogate=surrogate)
     if any(isinstance(attack, Ensemble) for attack in chosen):
         check_classes(STANDARD, classes)
     check_fewest_classes(chosen, classes)

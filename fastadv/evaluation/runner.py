@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fastadv.attacks import APGD, FAB, MIM, PGD, Square
 from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
-from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
@@ -87,30 +86,6 @@ class Runner:
     def source(self) -> Model:
         """The model on which adversarial images are made."""
         return self.model if self.surrogate is None else self.surrogate
-
-    def check_labels(self) -> int:
-        """Require that the model has all classes of the labels, and return its number of classes.
-
-        Raises:
-            ValueError: when a label is too large, the data set has more classes, the surrogate has another number
-                of classes, or the images have their channels last.
-        """
-        x, _ = self.samples.take(torch.tensor([0], device="cpu"), self.device)
-        draws = private_generators(derive_seed(self.seed, "evaluate/labels"))
-        with draws, naming_layout("images", self.model, x):
-            classes = logits_of(self.model, x).shape[1]
-            others = None if self.surrogate is None else logits_of(self.surrogate, x).shape[1]
-        if others not in (None, classes):
-            raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
-        largest = int(self.samples.labels.max())
-        if largest >= classes:
-            raise ValueError(f"labels must be below the model's {classes} classes, got {largest}")
-        known = self.samples.num_classes
-        if known is not None and known > classes:
-            raise ValueError(
-                f"model must have the {known} classes of {self.samples.name!r}, got {classes} logits"
-            )
-        return classes
 
     def draws(self) -> bool:
         """Whether the model draws random numbers: two passes over the same images differ.
@@ -248,7 +223,7 @@ class Runner:
         return self._attack(attack.name, None, perturb, eps, correct)
 
     def _perturb_by_user(self, attack: UserAttack) -> Perturb:
-        before, answers = contents_of(self.source), probe_logits(self.source, self.samples)
+        before, logits = contents_of(self.source), probe_logits(self.source, self.samples)
 
         def perturb(x: Tensor, y: Tensor, indices: Tensor, audit: Audit) -> Tensor:
             seed = derive_seed(self.seed, f"evaluate/{attack.name}", int(indices[0]))
@@ -260,12 +235,12 @@ class Runner:
                 raise RuntimeError(
                     f"attack {attack.name!r} changed the model's parameters or buffers"
                 )
-            self._check_answers(attack, answers)
+            self._check_logits(attack, logits)
             return adv
 
         return perturb
 
-    def _check_answers(self, attack: UserAttack, before: Tensor | None) -> None:
+    def _check_logits(self, attack: UserAttack, before: Tensor | None) -> None:
         """Refuse an attack after which the model computes something else; None if that cannot be compared."""
         if before is not None and not are_alike(before, probe_logits(self.source, self.samples)):
             raise RuntimeError(

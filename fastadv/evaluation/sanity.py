@@ -22,7 +22,7 @@ from fastadv.attacks.options import names_checked
 from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.early_checks import count_useless_gradients
+from fastadv.evaluation.early_checks import check_labels, count_useless_gradients
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
@@ -96,7 +96,7 @@ def masking_checks(
             seed,
             SharedWork(ProgressDisplay(progress)),
         )
-        runner.check_labels()
+        check_labels(runner)
         probe = _Probe(runner, runner.clean().robust)
         factors = _factors_within_reach(runner, eps, eps_factors)
         return _of_pgd(probe, eps, factors, steps, slack)
@@ -168,7 +168,7 @@ def sanity_checks(
         size = check_batch_size(batch_size)
         work = SharedWork(ProgressDisplay(progress))
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)
-        runner.check_labels()
+        check_labels(runner)
         probe = _Probe(runner, runner.clean().robust)
         factors = _factors_within_reach(runner, eps, eps_factors)
         first = [_random(runner), _useless_gradients(probe, slack)]

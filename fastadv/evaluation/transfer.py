@@ -27,7 +27,7 @@ from fastadv.evaluation.attack_list import (
     stops_early,
 )
 from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.early_checks import seems_to_guess
+from fastadv.evaluation.early_checks import check_labels, seems_to_guess
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
@@ -226,7 +226,7 @@ def _check_classes(
     names: Sequence[str], runners: Sequence[Runner], attack: BallAttack | Ensemble | UserAttack
 ) -> int:
     """Require that all models have the same classes, and return their number."""
-    classes = [_classes_of(name, runner) for name, runner in zip(names, runners, strict=True)]
+    classes = [check_labels(runner, name) for name, runner in zip(names, runners, strict=True)]
     for name, count in zip(names, classes, strict=True):
         if count != classes[0]:
             raise ValueError(
@@ -234,16 +234,6 @@ def _check_classes(
             )
     check_fewest_classes([attack], classes[0])
     return classes[0]
-
-
-def _classes_of(name: str, runner: Runner) -> int:
-    """The number of classes of a model; an error of the model, or about it, names it and the images."""
-    try:
-        return runner.check_labels()
-    except (ValueError, RuntimeError) as error:
-        kind = ValueError if isinstance(error, ValueError) else RuntimeError
-        size = "x".join(map(str, runner.samples.image_shape))
-        raise kind(f"model {name}, on images of {size}: {error}") from error
 
 
 def _judged(

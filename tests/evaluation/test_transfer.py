@@ -20,6 +20,7 @@ from fastadv.evaluation import (
     add_results,
     evaluate,
     load_results,
+    masking_checks,
     transfer_matrix,
 )
 from fastadv.evaluation.results import results_of
@@ -199,3 +200,26 @@ def test_a_model_of_the_matrix_that_refuses_the_images_is_named() -> None:
     models["b"] = small_cnn(num_classes=5)
     with pytest.raises(ValueError, match=r"model b, on images of 1x8x8: labels must be below .* 5"):
         transfer_matrix(models, data, "pgd-2", **QUIET)
+
+
+def test_a_model_of_an_evaluation_that_refuses_the_images_is_named() -> None:
+    class OfFixedSize(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape[-1] == 32, "height of 32 needed"
+            return x.flatten(1)
+
+    data, good = digits_test(8), trained_small_cnn()
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(256, 10))
+    refusing = [
+        (linear, "Sequential, on images of 1x8x8: mat1 and mat2 shapes"),
+        (OfFixedSize(), "OfFixedSize, on images of 1x8x8: height of 32 needed"),
+    ]
+    for wrong, said in refusing:
+        with pytest.raises(RuntimeError, match=f"^model {said}"):
+            evaluate(wrong, data, ["clean"], **QUIET)
+        with pytest.raises(RuntimeError, match=f"^model {said}"):
+            masking_checks(wrong, data, **QUIET)
+        with pytest.raises(RuntimeError, match=f"^surrogate {said}"):
+            evaluate(good, data, ["fgsm"], surrogate=wrong, **QUIET)
+    with pytest.raises(RuntimeError, match=r"^surrogate theirs, on images of 1x8x8"):
+        evaluate(good, data, ["fgsm"], surrogate=Surrogate(linear, "theirs"), **QUIET)
