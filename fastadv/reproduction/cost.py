@@ -45,9 +45,10 @@ class Estimate:
         """One sentence."""
         if self.runs == 0 and self.evaluation == 0:
             return "nothing is left to train or to measure"
+        trainings = f"{self.runs} training{'s' * (self.runs != 1)}"
         return (
-            f"about {_long(self.training)} for {self.runs} trainings and at most {_long(self.evaluation)} for the "
-            f"attacks, on one {self.device}, going by the time of single forward passes"
+            f"about {_long(self.training)} for {trainings} and at most {_long(self.evaluation)} for the attacks, "
+            f"on one {self.device}, going by the time of single forward passes"
         )
 
 
@@ -153,4 +154,5 @@ def _long(seconds: float) -> str:
     for unit, size in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} seconds"
+    whole = round(seconds)
+    return f"{whole} second{'s' * (whole != 1)}"

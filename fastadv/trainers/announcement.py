@@ -152,9 +152,10 @@ def _passes(loop: Loop) -> str:
     parts, first = [], 1
     for cost, stretch in groupby(costs):
         last = first + len(list(stretch)) - 1
-        parts.append(f"up to {cost:g} forward passes in epochs {first} to {last}")
+        epochs = f"epoch {first}" if first == last else f"epochs {first} to {last}"
+        parts.append(f"up to {cost:g} forward passes in {epochs}")
         first = last + 1
-    return parts[0].partition(" in epochs")[0] if len(parts) == 1 else ", ".join(parts)
+    return parts[0].partition(" in epoch")[0] if len(parts) == 1 else ", ".join(parts)
 
 
 def _score(loop: Loop) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fastadv.reproduction.cost import Estimate
 from fastadv.reproduction.scales import PAPER, SMALL, TINY
 from fastadv.reproduction.specs import resolve, spec
 
@@ -37,3 +38,10 @@ def test_the_radii_that_las_at_chooses_from_grow_with_the_scale() -> None:
     tiny = numbers("las_at", TINY)
     assert tiny.eps_choices == tuple(round(RADIUS * eps) for eps in range(3, 16))
     assert tiny.alpha_choices == tuple(round(RADIUS * alpha) for alpha in range(1, 6))
+
+
+def test_an_estimate_counts_one_training_and_one_second_in_the_singular() -> None:
+    assert str(Estimate(1, 1.2, 0.4, "cpu")).startswith(
+        "about 1 second for 1 training and at most 0 seconds for the attacks, on one cpu"
+    )
+    assert "about 2.0 hours for 3 trainings" in str(Estimate(3, 7200.0, 0.4, "cpu"))

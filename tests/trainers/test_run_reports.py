@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_the_announcement_estimates_the_time(
     seconds = 0.5 * STEPS * (3 * 3 + 5 + 4 + 4)
     error = capsys.readouterr().err
     assert f"time: about {seconds:.0f} s, going by one batch" in error
+    assert re.search(r"up to \d+ forward passes in epoch 1, .* in epochs 2 to 3\n", error)
 
 
 def test_the_announcement_changes_nothing(tmp_path: Path) -> None:
