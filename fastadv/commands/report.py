@@ -67,7 +67,8 @@ def run_report(
     parts = []
     if summary.comparison.white_box:
         parts.append(aligned(summary.comparison.cells(intervals=True)))
-    for table in summary.apart:
+    over_seeds = summary.over_seeds()
+    for table in [*([over_seeds] if over_seeds.rows else []), *summary.apart]:
         body = aligned([table.heading, *table.rows])
         parts.append("\n".join([f"{table.title}:", "", body, "", *table.notes]))
     checked = verdicts(summary.comparison)

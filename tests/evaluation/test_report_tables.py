@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,11 @@ def test_run_directories_tell_their_seeds_and_lose_their_images_with_their_resul
     clean = series["accuracy_percent"]["clean"]
     assert clean["values"] == pytest.approx([90, 92])
     assert clean["mean"] == pytest.approx(91) and clean["std"] == pytest.approx(2**0.5)
+    printed = run_report([*map(str, paths)])
+    assert "Over seeds:" in printed and re.search(
+        r"pgd-20 %.* runs\n.* 0, 1 .* 91\.00 ± 1\.41 .* at0, at1\n", printed
+    )
     (paths[0] / "worst").mkdir()
+    assert "Over seeds" not in run_report([str(paths[0])])
     trained(0, overwrite=True)
     assert not (paths[0] / "worst").exists() and not (paths[0] / "eval.json").exists()
