@@ -62,8 +62,8 @@ def run_transfer(
         norm: norm of the ball.
         alpha: step size of PGD, C&W and MIM; by default eps / 4.
         batch_size: images per pass.
-        max_examples: use only this many test images: the first ones, or evenly spread ones where a folder or a
-            data set of Hugging Face lists its images class by class. By default all are used.
+        max_examples: use only this many test images: the first ones, or evenly spread ones where the images lie
+            class by class. By default all are used.
         device: device to run on, e.g. cpu or cuda:0; by default a GPU if there is one.
         seed: seed of all random numbers.
         out: file that the table is also written to; its name ends in .json, .csv or .md.

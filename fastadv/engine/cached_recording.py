@@ -26,7 +26,7 @@ from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
 from fastadv.engine.recording_mode import recording_mode, settle
 
-_MOST_WASTED = 2  # proofs in a row that are remembered though the weights change before each use
+_MOST_WASTED = 2  # proofs in a row that are cached though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
 
 
@@ -55,7 +55,7 @@ class CachedRecording:
 
     @staticmethod
     def of(recording: Recording, settling: int = 0) -> CachedRecording | None:
-        """None where it cannot be remembered: on a GPU, and of a model with other people's operators."""
+        """None where it cannot be cached: on a GPU, and of a model with other people's operators."""
         if recording.autocast or recording.own_functions:
             return None
         if not all(is_torchs(op.function) for op in recording.ops):
@@ -82,7 +82,7 @@ class CachedRecording:
 
         Args:
             model: the model.
-            unchanged: weights, with torch's counts of their changes, that are taken to be those remembered.
+            unchanged: weights, with torch's counts of their changes, that are taken to be as they were recorded.
         """
         if torch.get_default_dtype() != self._default_dtype:
             return None
@@ -121,7 +121,7 @@ class Changes:
     def __init__(self) -> None:
         # By id, since torch cannot swap the contents of a tensor that has weak references.
         self._versions: dict[int, int] = {}
-        self._wasted = 0  # proofs in a row that were remembered for nothing
+        self._wasted = 0  # proofs in a row that were cached for nothing
         self._by_logits = 0  # proofs since gradients were compared
 
     def are_certain(self, model: nn.Module) -> bool:
@@ -135,7 +135,7 @@ class Changes:
         return False
 
     def used(self) -> None:
-        """Note that a remembered proof has served."""
+        """Note that a cached recording has served."""
         self._wasted = -1  # the next change does not come too early
 
     def gradients_are_due(self, model: nn.Module) -> bool:
@@ -149,7 +149,7 @@ class Changes:
         self._by_logits = 0 if due else self._by_logits + 1
         return due
 
-    def worth_remembering(self, model: nn.Module, recording: Recording) -> bool:
+    def worth_caching(self, model: nn.Module, recording: Recording) -> bool:
         """Note a new proof; whether one like it is likely to serve again."""
         self._wasted = self._wasted + 1 if self.are_certain(model) else 0
         tensors = (recording.values[place] for place in recording.external())

@@ -67,7 +67,7 @@ def live_is_known_to_win(
     names = [getattr(op.function, "__name__", "") for op in tape.ops if tape.dynamic[op.place]]
     is_of_products = sum(name in _PRODUCTS for name in names) >= _MANY_PRODUCTS
     is_of_products = is_of_products and sum(name in _CONVOLUTIONS for name in names) <= 1
-    return is_of_products and LiveEngine("fp32", "", False, tape).may_be_trusted
+    return is_of_products and LiveEngine("fp32", "", False, tape).may_skip_proofs
 
 
 def _under_autograd(
@@ -129,5 +129,5 @@ def beforehand(
     if names.contiguous is None:
         return choice.Beforehand(spent)
     least = {names.contiguous: reference.least_seconds(count)}
-    live_needs_none = LiveEngine(precision, "", False, reference.tape).may_be_trusted
+    live_needs_none = LiveEngine(precision, "", False, reference.tape).may_skip_proofs
     return choice.Beforehand(spent, first.proof_seconds if live_needs_none else 0.0, least)

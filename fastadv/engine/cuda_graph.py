@@ -191,7 +191,7 @@ class GraphCache:
             return False
         if place in self._seen:
             return True
-        if len(self._seen) >= 8 * CAPACITY:  # more sizes than that are not worth remembering
+        if len(self._seen) >= 8 * CAPACITY:  # more sizes than that are not worth keeping
             del self._seen[next(iter(self._seen))]
         self._seen[place] = None
         self.refusal = "the first call of a batch size runs without a graph"

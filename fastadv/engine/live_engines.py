@@ -114,7 +114,7 @@ class LiveEngine(EagerEngine):
         self.any_batch = tape.holds_for_any_batch
         # Other people's operators and backward methods may draw random numbers, or look at what they like.
         is_torchs_alone = not tape.own_functions and all(is_torchs(op.function) for op in tape.ops)
-        self.may_be_trusted = precision == "fp32" and self.any_batch and is_torchs_alone
+        self.may_skip_proofs = precision == "fp32" and self.any_batch and is_torchs_alone
 
     def refresh(self, recording: Recording) -> None:
         """It has the live weights."""

@@ -241,7 +241,7 @@ class EngineCache:
                     self._parted[kind, engine.precision] += 1
                     return None
                 copy.sizes.add(batch)
-                worth = size == PROBES and copy.changes.worth_remembering(model, recording)
+                worth = size == PROBES and copy.changes.worth_caching(model, recording)
                 engine.cached_recording = CachedRecording.of(recording, settling) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
                     _choose(copy, LiveReference(model, x, copy.tape, precision), precision, request)

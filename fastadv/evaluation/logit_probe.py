@@ -1,4 +1,4 @@
-"""Detecting changes of a model, by its weights and by its logits for a few images ("answers").
+"""Detecting changes of a model, by its weights and by its logits for a few images.
 
 A hash of weights alone does not see changes of the forward method, of hooks and attributes, of tensors that are
 not buffers, and of networks that are not submodules.

@@ -97,7 +97,7 @@ def net() -> Net:
     return randomise(Net()).eval()
 
 
-def trusted_attack(model: nn.Module, x: Tensor, **options: Any) -> fastadv.PGD:
+def attack_after_proofs(model: nn.Module, x: Tensor, **options: Any) -> fastadv.PGD:
     """An attack whose next call needs no proof."""
     attack = fastadv.PGD(model, steps=3, seed=7, **options)
     attack(x, Y[: len(x)])
@@ -132,7 +132,7 @@ def test_proofs_become_rare_and_the_result_is_the_same(runs: str, proofs: list[i
 
 def test_new_weights_modes_and_hooks_need_no_proof(runs: str, proofs: list[int]) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     before = len(proofs)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -153,14 +153,14 @@ def test_new_weights_modes_and_hooks_need_no_proof(runs: str, proofs: list[int])
 )  # fmt: skip
 def test_a_change_is_seen_before_the_result_is_returned(runs: str, form: str) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     model.form = form
     like_a_new_attack(model, x, attack)
 
 
 def test_a_model_that_begins_to_draw_is_told_of(runs: str) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     model.form = "dropout"
     with pytest.warns(UserWarning, match="draws random numbers"):
         attack(x, Y)
@@ -178,7 +178,7 @@ def test_each_generator_is_watched_and_put_back(draw: Callable[[], Any]) -> None
 
 def test_another_number_is_proven(runs: str, proofs: list[int]) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     before = len(proofs)
     model.factor = 2.0
     attack(x, Y)
@@ -188,7 +188,7 @@ def test_another_number_is_proven(runs: str, proofs: list[int]) -> None:
 def test_a_call_that_computes_nothing_costs_one_proof(runs: str, proofs: list[int]) -> None:
     """The result stands, and later attacks may make that call."""
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     before, model.form = len(proofs), "asks"
     results = [attack(x, Y) for _ in range(3)]
     assert len(proofs) == before + 1
@@ -198,7 +198,7 @@ def test_a_call_that_computes_nothing_costs_one_proof(runs: str, proofs: list[in
 @last
 def test_weights_of_another_dtype_are_proven(runs: str, proofs: list[int]) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     before = len(proofs)
     model.bfloat16()
     attack(x, Y)
@@ -214,7 +214,7 @@ def test_a_callers_mode_is_seen(runs: str) -> None:
             return func(*args, **(kwargs or {}))
 
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     with Doubled():
         attack(x, Y)
     assert attack.last.reason.startswith("the caller's Doubled")
@@ -229,7 +229,7 @@ def test_numbers_that_others_draw_let_the_result_stand(runs: str, proofs: list[i
         torch.rand(1)
         return F.cross_entropy(z, y, reduction="none")
 
-    attack = trusted_attack(model, x, loss=loss)
+    attack = attack_after_proofs(model, x, loss=loss)
     before = len(proofs)
     model.passes, first = 0, torch.get_rng_state()
     found = attack(x, Y)
@@ -240,7 +240,7 @@ def test_numbers_that_others_draw_let_the_result_stand(runs: str, proofs: list[i
 @last
 def test_an_error_of_the_caller_comes_through(runs: str) -> None:
     model, x = net(), images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     with pytest.raises(ValueError, match="y must be in"):
         attack(x, Y + 9)
     assert torch.equal(attack(x, Y), fastadv.PGD(model, steps=3, seed=7)(x, Y))
@@ -251,7 +251,7 @@ def test_a_model_that_alternates_is_proven_before_every_attack(
     runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, x = net(), images(8)
-    attack, sessions = trusted_attack(model, x), []
+    attack, sessions = attack_after_proofs(model, x), []
     monkeypatch.setattr(attack, "_perturb", _counted(attack._perturb, sessions))
     for number in range(12):
         model.form = ("mirrored", "plain")[number % 2]
@@ -303,7 +303,7 @@ def test_what_few_calls_do_not_tell_is_proven_before_every_attack(
     if kind == "compiled":
         model.fc.compile(backend="eager")
     x = images(8)
-    attack = trusted_attack(model, x)
+    attack = attack_after_proofs(model, x)
     assert attack.engine_for(x).any_batch == (kind is not ByBatch)
     before = len(proofs)
     for _ in range(3):
