@@ -15,8 +15,9 @@ from fastadv.attacks.soft_labels import are_probabilities
 from fastadv.data.selection import evenly_spread
 from fastadv.engine.layout import naming_layout
 from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
-from fastadv.evaluation.context import private_generators
+from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of, predict
 from fastadv.seeding import derive_seed
 
@@ -101,6 +102,25 @@ def check_labels(runner: Runner, name: str = "", surrogate: str = "") -> int:
     if others not in (None, classes):
         raise ValueError(f"surrogate must have the model's {classes} classes, got {others}")
     return classes
+
+
+def check_takes_images(
+    model: Model, role: str, samples: Samples, device: torch.device | str
+) -> None:
+    """Run one image through a model, so that an error names the model and the size of the images.
+
+    Args:
+        model: the model, on the device.
+        role: the model in errors, such as ``"model ResNet"``.
+        samples: the images.
+        device: the device of the pass.
+
+    Raises:
+        RuntimeError: the model does not take images of this size.
+    """
+    x, _ = samples.take(torch.tensor([0], device="cpu"), torch.device(device))
+    with private_generators(0), torch.no_grad(), _naming(role, samples.image_shape):
+        model(x)
 
 
 def _check_classes(runner: Runner, classes: int) -> None:

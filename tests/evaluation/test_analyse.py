@@ -321,3 +321,10 @@ def test_pictures_of_every_analysis_and_of_the_smallest_perturbations() -> None:
     assert images_of(found["cosine"]) is None
     tiled = images_of(found["minimum"])
     assert tiled is not None and tiled.startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["entropy", "eps-curve", "minimum"])
+def test_a_model_that_refuses_the_images_is_named_with_their_size(name: str) -> None:
+    linear, data = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), digits_test(8)
+    with pytest.raises(RuntimeError, match=r"^model Sequential, on images of 1x8x8: mat1 and mat2"):
+        one(name, linear, data, train=data if name == "entropy" else None)

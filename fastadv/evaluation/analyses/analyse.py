@@ -13,6 +13,7 @@ from fastadv.evaluation.analyses.analysis import Analysis, AnalysisContext, Meas
 from fastadv.evaluation.analyses.registry import check_needs, check_settings_used, find_analyses
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
+from fastadv.evaluation.early_checks import check_takes_images
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import did_you_mean, shown
@@ -52,6 +53,7 @@ def analyse(
         ImportError: when a library is missing, before anything is computed.
         TypeError: for a model or settings of another type.
         ValueError: for an unknown name, or where an input that an analysis needs is missing.
+        RuntimeError: for a model that does not take images of this size.
     """
     chosen = find_analyses(what)
     checked = settings_of(chosen, settings)
@@ -134,6 +136,9 @@ def run_analyses(
         doubts.append(check_modes(model))
         doubts += [] if teacher is None else [check_modes(teacher, "teacher")]
     with evaluation_mode(model, device) as where:
+        for images in (samples, train):
+            if images is not None:
+                check_takes_images(model, f"model {type(model).__name__}", images, where)
         context = AnalysisContext(model, where, settings, samples, train, teacher)
         for analysis in chosen:
             measured = analysis.compute(context)
