@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models import (
+    LoadReport,
     Normalized,
     StateFileError,
     check_form_named,
@@ -80,8 +81,22 @@ def load_model(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"{read.path}: does not fit {type(model).__name__}: {error}") from error
+        misfits = "; ".join(_misfits(model, state)) or error
+        raise ValueError(f"{read.path}: does not fit {type(model).__name__}: {misfits}") from error
     return model.eval()
+
+
+def _misfits(model: nn.Module, state: dict[str, Tensor]) -> list[str]:
+    """The misfits in a few words; torch's error has the name of every entry."""
+    own = model.state_dict()
+    both = [name for name in own if name in state and state[name].shape != own[name].shape]
+    return LoadReport(
+        missing=[name for name in own if name not in state],
+        unexpected=[name for name in state if name not in own],
+        mismatched=[
+            f"{name}: {tuple(state[name].shape)}, {tuple(own[name].shape)}" for name in both
+        ],
+    ).misfits
 
 
 def trained_beside(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,12 @@ def test_code_that_the_user_names_is_run(trained: Path, trap: Path) -> None:
 
 
 def test_a_user_s_name_counts_before_the_recorded_one(trained: Path) -> None:
-    with pytest.raises(ValueError, match="does not fit ResNet"):
+    with pytest.raises(ValueError, match="does not fit ResNet") as caught:
         load_model(trained, "resnet18")
+    assert re.search(
+        r": \d+ missing: .*; \d+ unexpected: .*; \d+ mismatched: .*", str(caught.value)
+    )
+    assert len(str(caught.value)) < 1200  # torch's error has the names of all entries
 
 
 @pytest.mark.parametrize("name", ["small_cnn", "ResNet18", "stack:2*small_cnn+resnet18"])
