@@ -10,10 +10,15 @@
 # or runs out of time does not stop the next; what was interrupted tells what it has found so far. The exit status is
 # 0 where all passed. OUTDIR gets log.txt and summary.txt, to which each call adds, and the benchmarks' results.
 #
-# A GPU that is there for a quarter of an hour is well used by three calls, of which each can be repeated:
-#   bench/gpu.sh -s 215 -w WHEEL OUTDIR build smoke
-#   bench/gpu.sh -s 215 OUTDIR throughput
-#   bench/gpu.sh -s 215 OUTDIR test sanitize ops
+# A GPU that is there for a quarter of an hour, of which its start takes two minutes, is well used by three calls. Each
+# ends in its time, and each can be repeated:
+#   bench/gpu.sh -s 215 -w WHEEL OUTDIR build smoke       expected: build 10 s, smoke 150 s, of which the checks 60 s
+#   bench/gpu.sh -s 215 OUTDIR throughput                 expected: 190 s, half of them for each table
+#   bench/gpu.sh -s 260 OUTDIR test sanitize ops          at most: test 112 s, memcheck 43 s, racecheck 35 s, ops 70 s,
+#                                                         and what the stages before have left over
+# That is 690 s and leaves a minute or two to repeat a stage. The expected times are estimates from the stages' own
+# limits, and no GPU has confirmed them. On a machine that is new at the second or third call, begin the call with
+# -w WHEEL and the stage build again.
 # A machine with nvcc and the same release of torch, built for CUDA, makes the wheel, without a GPU:
 #   pip wheel . --no-build-isolation --no-deps -C cmake.define.FASTADV_CUDA=ON -C cmake.define.FASTADV_CUDA_ARCHITECTURES=90
 #

@@ -170,7 +170,7 @@ def _cpu_name() -> str:
     """The processor's name, with the family and model, which tell processors of one name apart."""
     fields: dict[str, str] = {}
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
             for line in lines:
                 key, _, value = line.partition(":")
                 fields.setdefault(key.strip(), value.strip())

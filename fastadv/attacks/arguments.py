@@ -85,9 +85,15 @@ def check_batch(
         TypeError: if ``x`` is no float tensor, ``y`` no tensor of labels, ``sample_ids`` no tensor, or the model
             not callable.
         ValueError: if shapes or devices do not fit.
+        RuntimeError: inside a transform of `torch.func`.
     """
     check_model(model)
     checks.check_float("x", x)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            "an attack must run outside the transforms of torch.func, such as grad and vmap; attack the whole "
+            "batch before"
+        )
     if x.dim() < 2:
         raise ValueError(f"x must have shape [B, ...] with at least two axes, got {tuple(x.shape)}")
     if 0 in x.shape[1:]:

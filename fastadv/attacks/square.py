@@ -212,7 +212,7 @@ class _Search:
         """Go on with some of the images."""
         self.best = self.best.rows(rows)
         self._batch, self._words = self._batch.rows(rows), self._words[rows]
-        self._proposals = proposals_for(self._batch)
+        self._proposals = self._proposals.rows(rows)
 
     def is_worth_looking_ahead(self) -> bool:
         """Whether several queries of an image are worth one pass; called when it is time to look."""

@@ -8,6 +8,9 @@ other.
 
 A query whose point is the image itself, or was tried before and not kept, changes nothing either. It counts as
 made and costs no pass. `fastadv.attacks.square_tried` finds these queries.
+
+On a GPU each look at a value waits until the device has done its work, which then stands still. So a round reads
+what it must know in three places, and everything else stays on the device.
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.batch import AttackBatch
-from fastadv.attacks.best import Best
+from fastadv.attacks.best import Best, where_images
 from fastadv.attacks.objectives import Objective
 from fastadv.attacks.square_proposals import proposals_for
-from fastadv.attacks.square_tried import TriedSquares
+from fastadv.attacks.square_tried import TriedSquares, indices
 from fastadv.ops.philox import WORDS, philox
 
 DRAWN_AT_ONCE = 64  # queries in a block; drawing random words for one query at a time costs many small operations
@@ -126,6 +129,8 @@ class AheadSearch:
         self._later = torch.tensor(_next_changes(sides), device=self._device)  # by query
         self._queries = torch.full((images,), query, device=self._device)  # the next ones [B]
         self._active = images  # how many images had a point in the last pass
+        # Of each image [2, B], not yet seen by the estimate: whether it changed, its points that counted.
+        self._outcome = torch.zeros(2, images, dtype=torch.int64, device=self._device)
         self._tried = TriedSquares.of(self._proposals, best.images, min(sides[query - 1 :]))
         # Random words [B, queries, words], from the first query of a block of each image, [B].
         shape = (images, _BLOCKS * DRAWN_AT_ONCE, self._proposals.next_words)
@@ -141,31 +146,43 @@ class AheadSearch:
             rows: the indices of these images in the whole batch, int64.
         """
         while True:
-            self._pass_over()
-            going = ((self._queries < self._end) & ~self._best.succeeded).nonzero().flatten()
-            if len(going) < len(rows):
+            going, used = self._pass_over()
+            if not all(going):
                 result.merge(self._best, rows)
-                if len(going) == 0:
+                if not any(going):
                     return
-                rows = rows[going]
-                self._keep(going)
-            self._round()
+                kept = [row for row, goes in enumerate(going) if goes]
+                rows = rows[indices(kept, self._device)]
+                self._keep(indices(kept, self._device))
+                used = [used[row] for row in kept]
+            self._round(used)
 
-    def _pass_over(self) -> None:
-        """Images with nothing to try any more go on with the first smaller square, or are through."""
-        while self._tried is not None:
+    def _pass_over(self) -> tuple[list[int], list[int]]:
+        """Images with nothing to try any more go on with the first smaller square, or are through.
+
+        Returns:
+            By image: whether its search goes on, and how many queries of its random words lie behind it.
+        """
+        while True:
             queries = self._queries.clamp(max=self._end - 1)
-            rows = self._tried.exhausted(self._sides[queries], self._best.images)
-            rows = rows[self._queries[rows] < self._end]
-            if len(rows) == 0:
-                return
-            self._queries = self._queries.index_copy(0, rows, self._later[queries[rows]])
+            within = self._queries < self._end
+            done = torch.zeros_like(within)
+            if self._tried is not None:
+                done = within & self._tried.exhausted(self._sides[queries], self._best.images)
+            going = within & ~self._best.succeeded
+            state = torch.stack((done, going, self._queries - self._first, *self._outcome))
+            through, goes, used, changed, counted = state.tolist()
+            self._accepted.see(sum(changed), sum(counted))
+            self._outcome = torch.zeros_like(self._outcome)
+            if not any(through):
+                return goes, used
+            self._queries = torch.where(done, self._later[queries], self._queries)
 
     def _keep(self, rows: Tensor) -> None:
         self._best, self._batch = self._best.rows(rows), self._batch.rows(rows)
         self._proposals = self._proposals.rows(rows)
         self._queries, self._words = self._queries[rows], self._words[rows]
-        self._first = self._first[rows]
+        self._first, self._outcome = self._first[rows], self._outcome[:, rows]
         self._active = min(self._active, len(rows))
         if self._tried is not None:
             self._tried.keep(rows)
@@ -184,13 +201,17 @@ class AheadSearch:
         self._words[rows] = torch.cat(list(every), dim=1)
         self._first[rows] = 1 + DRAWN_AT_ONCE * blocks
 
-    def _round(self) -> None:
-        """One pass: the points of the next queries of every image."""
+    def _round(self, used: list[int]) -> None:
+        """One pass: the points of the next queries of every image.
+
+        Args:
+            used: by image, how many queries of its random words lie behind it.
+        """
         ahead = queries_at_once(self._batch.x[: max(self._active, 1)], self._accepted)
         drawn = self._words.shape[1]
-        short = (self._queries + ahead > self._first + drawn).nonzero().flatten()
-        if len(short):
-            self._draw(short)
+        short = [row for row, number in enumerate(used) if number + ahead > drawn]
+        if short:
+            self._draw(indices(short, self._device))
         # The next queries [B, n] of each image, as far as their words are drawn and their squares have one side.
         count = ahead if self._tried is None else drawn
         queries = self._queries[:, None] + torch.arange(count, device=self._device)
@@ -207,29 +228,33 @@ class AheadSearch:
         picked = fresh & (number <= ahead)
         # All queries before the first one that is not looked at are settled, if no point is kept.
         settled = (valid & (number <= ahead)).sum(1)
-        rows, columns = picked.nonzero().unbind(1)
-        self._active = int(picked.any(1).sum())
-        if len(rows) == 0:
+        points_of, side_of = torch.stack((picked.sum(1), sides)).tolist()
+        found = {side for points, side in zip(points_of, side_of, strict=True) if points}
+        self._active = sum(points > 0 for points in points_of)
+        if self._active == 0:
             self._queries = self._queries + settled
             return
+        rows, columns = _true_places(picked, sum(points_of))
         words = words[rows, columns]
-        points, values, succeeded = self._looked_at(rows, words, sides)
+        points, values, succeeded = self._looked_at(rows, words, sides, found)
         self._take(rows, columns, points, values, succeeded, settled)
         if self._tried is not None:
             self._tried.add(rows, words, sides)
 
     def _looked_at(
-        self, rows: Tensor, words: Tensor, sides: Tensor
+        self, rows: Tensor, words: Tensor, sides: Tensor, found: set[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The points [R, ...] made of some images by some words, their values [R], which break an image [R]."""
+        """The points [R, ...] made of some images by some words, their values [R], which break an image [R].
+
+        ``found`` are the different sides of these images' squares.
+        """
         size = _pass_size(len(rows))
         filled = torch.cat((rows, rows[-1:].expand(size - len(rows))))
         words = torch.cat((words, words[-1:].expand(size - len(rows), -1)))
         some, proposals = self._batch.rows(filled), self._proposals.rows(filled)
         base, own = self._best.images[filled], sides[filled]
-        found = own.unique().tolist()
         if len(found) == 1:
-            points = proposals.next(base, words, found[0])
+            points = proposals.next(base, words, *found)
         else:
             points = torch.empty_like(base)
             for side in found:
@@ -251,20 +276,29 @@ class AheadSearch:
         """Keep each image's first point that raises its loss or breaks it, and count the queries up to it."""
         best, looked = self._best, len(rows)
         raised = (values > best.value[rows]) | best.value[rows].isnan()
-        kept = (raised | succeeded).nonzero().flatten()
-        first = torch.full_like(self._queries, looked)
-        first = first.scatter_reduce(0, rows[kept], kept, "amin")
-        changed = (first < looked).nonzero().flatten()
-        first = first[changed]
-        best.images = best.images.index_copy(0, changed, points[first])
-        best.value = best.value.index_copy(0, changed, values[first])
-        best.succeeded = best.succeeded.index_copy(0, changed, succeeded[first])
-        self._queries = self._queries + settled.index_copy(0, changed, columns[first] + 1)
+        numbers = torch.arange(looked, device=self._device)
+        kept = torch.where(raised | succeeded, numbers, looked)
+        first = torch.full_like(self._queries, looked).scatter_reduce(0, rows, kept, "amin")
+        changed = first < looked
+        # Of an image with no kept point any point will do, as it is not taken.
+        first = first.clamp(max=looked - 1)
+        best.images = where_images(changed, points[first], best.images)
+        best.value = torch.where(changed, values[first], best.value)
+        best.succeeded = torch.where(changed, succeeded[first], best.succeeded)
+        self._queries = self._queries + torch.where(changed, columns[first] + 1, settled)
         # Points after the one that was kept say nothing.
-        after = torch.searchsorted(rows, changed, right=True) - 1 - first
-        self._accepted.see(len(changed), looked - int(after.sum()))
+        counts = (numbers <= first[rows]) | ~changed[rows]
+        counted = torch.zeros_like(self._queries).scatter_add(0, rows, counts.long())
+        self._outcome = torch.stack((changed.long(), counted))
         if self._tried is not None:
             self._tried.forget(changed)
+
+
+def _true_places(flags: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the ``count`` true flags [B, n], in the order of `torch.nonzero`, without a wait."""
+    passed = flags.flatten().cumsum(0)
+    places = torch.searchsorted(passed, torch.arange(1, count + 1, device=flags.device))
+    return places // flags.shape[1], places % flags.shape[1]
 
 
 def _next_changes(sides: list[int]) -> list[int]:

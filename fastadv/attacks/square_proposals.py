@@ -11,6 +11,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from fastadv.attacks.batch import AttackBatch
 from fastadv.attacks.projections import to_l1_ball
 from fastadv.attacks.square_points import bits, inside_of, square_points, window, words_for
 from fastadv.ops.checks import over_samples
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _TINY = 1e-12
 _TILES = 5  # the first bumps of l2 and l1 form a grid of so many a side
@@ -51,9 +55,11 @@ class Proposals(ABC):
     def side_of(self, share: float) -> int:
         """The side of a square that covers a share of an image."""
 
-    def rows(self, rows: Tensor) -> Proposals:
+    def rows(self, rows: Tensor) -> Self:
         """The proposals for some of the images, by int64 indices."""
-        return type(self)(self._batch.rows(rows))
+        some = copy.copy(self)
+        some._batch = self._batch.rows(rows)
+        return some
 
     def _side(self, share: float) -> int:
         """The side of a square that covers a share of an image, not yet held to the image's sides."""
@@ -92,10 +98,9 @@ class Squares(Proposals):
         """At least 1, and not beyond the image."""
         return min(max(self._side(share), 1), self._height, self._width)
 
-    def rows(self, rows: Tensor) -> Squares:
+    def rows(self, rows: Tensor) -> Self:
         """The proposals for some of the images; the ends are copied and not computed again."""
-        some = copy.copy(self)
-        some._batch = self._batch.rows(rows)
+        some = super().rows(rows)
         some.highest, some.lowest = self.highest[rows], self.lowest[rows]
         return some
 

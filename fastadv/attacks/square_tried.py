@@ -51,22 +51,24 @@ class TriedSquares:
         self._highest, self._lowest = self._highest[rows], self._lowest[rows]
         self._table, self._sides = self._table[rows], self._sides[rows]
 
-    def forget(self, rows: Tensor) -> None:
-        """Drop the tables of images that have changed."""
-        self._sides = self._sides.index_fill(0, rows, 0)
+    def forget(self, changed: Tensor) -> None:
+        """Drop the tables of images that have changed, [B] bool."""
+        self._sides = self._sides.masked_fill(changed, 0)
 
     def exhausted(self, sides: Tensor, images: Tensor) -> Tensor:
-        """The images [R], as indices, all of whose squares are settled; also renews the tables that must be.
+        """Whether all squares of an image are settled, [B] bool; also renews the tables that must be.
 
         Args:
             sides: side of each image's squares, [B].
             images: the current images, [B, C, H, W].
         """
-        for side in sides[self._sides != sides].unique().tolist():
-            rows = ((self._sides != sides) & (sides == side)).nonzero().flatten()
-            self._begin(rows, side, images)
+        # The one wait for the device; no side is 0.
+        stale = torch.where(self._sides != sides, sides, 0).tolist()
+        for side in set(stale) - {0}:
+            rows = [row for row, own in enumerate(stale) if own == side]
+            self._begin(indices(rows, sides.device), side, images)
         self._sides = sides
-        return self._table.all(1).nonzero().flatten()
+        return self._table.all(1)
 
     def fresh(self, words: Tensor, sides: Tensor, valid: Tensor) -> Tensor:
         """Return which queries have a new point, [B, n] bool; of several queries with the same point the first.
@@ -113,6 +115,11 @@ class TriedSquares:
         )
         signs = words[..., 2] & (1 << channels) - 1
         return (row * across + column << channels) + signs
+
+
+def indices(rows: list[int], device: torch.device) -> Tensor:
+    """Indices that the host knows, int64 on the device; the host does not wait for the copy."""
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
 
 
 def _squares(images: Tensor, side: int) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any, cast, get_type_hints
 
 import yaml
 from jsonargparse import Namespace
@@ -185,10 +185,25 @@ def training_parser(
         default=preset,
         help=f"Numbers that options and configs then change: {' or '.join(recipe_class.presets)}.",
     )
+    _resolve_types(recipe_class)
     parser.add_class_arguments(recipe_class, skip={"replaces"})
     parser.set_defaults(defaults)
     parser.add_class_arguments(Settings)
     return parser
+
+
+def _resolve_types(recipe_class: type[Recipe]) -> None:
+    """Replace the names of types in the signature of a recipe by the types.
+
+    jsonargparse looks names up in the modules of the first base classes, and only as far as these are dataclasses.
+    Beyond another base class, such as a mixin, it finds no types. Then it reads no schedules and checks no values.
+    """
+    try:
+        types = get_type_hints(recipe_class)
+    except Exception:  # an own recipe can name types that its module does not have when it runs
+        return
+    stated = recipe_class.__init__.__annotations__
+    stated.update({f.name: types[f.name] for f in fields(recipe_class) if f.name in stated})
 
 
 def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:

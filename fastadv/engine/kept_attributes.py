@@ -62,9 +62,14 @@ def _containers(value: object, depth: int = _MAX_DEPTH) -> Iterator[Any]:
     """A container and those among its entries, which a pass may change as well."""
     if type(value) in _CONTAINERS:
         yield value
-    if depth > 0 and (type(value) in _CONTAINERS or isinstance(value, tuple)):
+    if depth > 0 and _may_be_searched(value):
         for entry in _entries(value):
             yield from _containers(entry, depth - 1)
+
+
+def _may_be_searched(value: object) -> bool:
+    # The type is asked, because `isinstance` reads the class of the value, which a weak reference may have lost.
+    return type(value) in _CONTAINERS or issubclass(type(value), tuple)
 
 
 def _entries(container: Any) -> Iterator[object]:
@@ -76,9 +81,10 @@ def _entries(container: Any) -> Iterator[object]:
 
 def _holds_tensor(value: object, depth: int = _MAX_DEPTH) -> bool:
     """Whether a value is a tensor, or a container with one in it."""
-    if isinstance(value, torch.Tensor):
+    if issubclass(type(value), torch.Tensor):
         return True
-    is_container = type(value) in _CONTAINERS or isinstance(value, tuple)
     return (
-        is_container and depth > 0 and any(_holds_tensor(one, depth - 1) for one in _entries(value))
+        depth > 0
+        and _may_be_searched(value)
+        and any(_holds_tensor(one, depth - 1) for one in _entries(value))
     )

@@ -70,7 +70,9 @@ NAMES = {
     "min-fgsm, min-pgd-K": "the smallest radius at which FGSM or PGD of K steps succeeds; no ball",
     **{name: ", ".join(attacks) for name, attacks in BUNDLES.items()},
 }
-_KNOWN = f"{', '.join(NAMES)}, or a pair (name, callable(model, x, y) -> adversarial images)"
+_KNOWN = (
+    f"{', '.join(NAMES)}, or in Python a pair (name, callable(model, x, y) -> adversarial images)"
+)
 
 
 @dataclass(frozen=True)

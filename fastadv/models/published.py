@@ -20,6 +20,7 @@ from fastadv.ops.values import check_bool, shown
 
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
+_MISMATCH = "{}: {} in the file, {} in the model"
 _MEAN_NAMES = ("mean", "mu", "new_mean")
 _STD_NAMES = ("std", "sigma", "new_std")
 _MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
@@ -306,10 +307,11 @@ def _sort_entries(
             ours = targets[name]
             _require_dense(full_name, tensor)
             if tensor.shape != ours.shape:
-                report.mismatched.append(f"{name}: {tuple(tensor.shape)}, {tuple(ours.shape)}")
+                shapes = tuple(tensor.shape), tuple(ours.shape)
+                report.mismatched.append(_MISMATCH.format(name, *shapes))
             elif ours.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
                 # Numbers of a quantised model, without their scale.
-                report.mismatched.append(f"{name}: {tensor.dtype}, {ours.dtype}")
+                report.mismatched.append(_MISMATCH.format(name, tensor.dtype, ours.dtype))
             else:
                 fitting[name] = tensor
         elif not _note_normalization(full_name, tensor, report):

@@ -62,6 +62,9 @@ class DmAt(Trades):
     from a uniform point of the ball, in l2 from the Gaussian noise of TRADES. Differences: in that code the model
     has SiLU instead of ReLU, BatchNorm's momentum is 1 in the first step and then .01, the average begins after
     .025 of the run, and it takes BatchNorm's running statistics from the model. Here these are averaged as well.
+    That code trains without the first 1,024 training images. They choose the checkpoint, by PGD-40 on the margin
+    of the logits. `--holdout 1024 --monitor_images 1024 --monitor_steps 40` is the nearest option here, with the
+    cross-entropy in place of the margin.
 
     Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
     """

@@ -30,7 +30,7 @@ class FreeRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10, in which m is 8; "paper" and "official" have them.
 
     With "official" images are padded by 2 pixels, and the weights and biases of BatchNorm do not decay, as in that
-    code.
+    code. That code ends after 80,000 updates, inside the 26th epoch. Here a run has whole epochs: 81,120 updates.
 
     The preset "imagenet" has the numbers of their code for ImageNet (mahyarnajibi/FreeAdversarialTraining), in
     which m is 4 and eps 4/255: 90 epochs and drops every 30, each divided by m and rounded up. That code

@@ -25,7 +25,7 @@ class GradAlignRecipe(AdversarialRecipe):
     """Numbers of the authors' code for CIFAR-10 at eps 8/255; both presets have them.
 
     With "official" the model is attacked in training mode, as in that code. There the attack and the regulariser
-    share a pass over x, so running statistics move three times as well.
+    share a pass over x, so running statistics move three times as well, but in the order x, x', x + u.
 
     Attributes:
         alpha: size of the step; 1.25 eps in the code. Set it together with eps.

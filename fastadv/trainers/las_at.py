@@ -134,7 +134,11 @@ class LasAt(PGDAT[LasAtRecipe]):
 
     With several processes the reward and the gradients refer to the global batch. The draws depend only on the
     seed, the epoch, the iteration and the image. The strategy network is part of the checkpoints.
-    `--awp_gamma .005` is LAS-AWP.
+
+    `--awp_gamma` adds AWP to this recipe. The authors' LAS-AWP differs in more: gamma .01, 200 epochs with drops
+    after 100 and 150, labels without smoothing, radii from 7 to 15, 8 to 16 steps, step sizes from 2 to 5, an
+    update of the strategy network in every iteration, and accuracies with weight 1. It also clips x' to 8/255, and
+    perturbs the weights of the copy in the reward.
 
     Cost per batch: 2KF for the attack, K the longest strategy in the batch, 1F of the strategy network, 3F for
     training; in every 20th iteration another 2KF + 48F and 3F of the strategy network. Running statistics move

@@ -31,7 +31,8 @@ class MartRecipe(FriendlyPairRecipe):
 
     The preset "official" adds the small constants of that code. `PairMethod` states the remaining
     differences. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
-    zjfheart/Friendly-Adversarial-Training), which uses the small constants, too.
+    zjfheart/Friendly-Adversarial-Training), which uses the small constants, too. That script passes the
+    adversarial images first. Here BatchNorm sees the clean images first with every preset.
 
     Attributes:
         beta: weight of the divergence.

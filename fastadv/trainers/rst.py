@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
+from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import Presets
 from fastadv.trainers.schedules import Cosine, EpochCosine, Schedule
@@ -38,11 +41,18 @@ class Rst(Trades):
 
     Source: Carmon et al. 2019, equations 5 and 6 with adversarial training; recipe as in the authors' code
     (yaircarmon/semisup-adv). `--extra FILE` gives the images. It reads the published file
-    ti_500K_pseudo_labeled.pickle. The number of iterations in an epoch is the same as without these images.
+    ti_500K_pseudo_labeled.pickle. The number of iterations in an epoch is the same as without these images. The
+    order of passes is as in that code: f(x'), then f(x).
 
-    Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice.
+    Cost per batch: 2KF and 1F for the attack, 6F for training. Running statistics move twice, first by the
+    adversarial images.
     """
 
     name = "rst"
     supports = frozenset({"extra_weight"})
     recipe_class = RstRecipe
+
+    def logits(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
+        """Return the trained model's logits of the clean and of the adversarial images, [B, C] each."""
+        adv_logits = self.model(adv.x)
+        return self.model(batch.x), adv_logits

@@ -77,12 +77,12 @@ class S2o(PairMethod[S2oRecipe]):
     other classes are 0, as with two classes, they are equal here. With several processes M is the sum over the
     global batch.
 
-    The code runs both kinds of images twice in training mode, once for the moments and once for the divergences.
-    Here each kind runs once. With base "pgd_at" the attack starts from uniform noise, and `start_std` has no
-    effect.
+    The code runs both kinds of images twice in training mode, once for the moments and once for the divergences,
+    and with base "trades" a third time for TRADES' divergence. Here each kind runs once. With base "pgd_at" the
+    attack starts from uniform noise, and `start_std` has no effect.
 
     Cost per batch: 2KF for the attack (1F more with base "trades"), 6F for training. Running statistics move twice
-    (four times or more in the authors' code).
+    (in the authors' code four times, with base "trades" six times).
     """
 
     name = "s2o"

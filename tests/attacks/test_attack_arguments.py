@@ -196,6 +196,21 @@ def test_an_unknown_setting_is_named(attack: Callable[..., object]) -> None:
         attack(linear_model(), momentum=0.9)
 
 
+@pytest.mark.parametrize("transform", ["vmap", "grad", "grad of weights"])
+def test_an_attack_inside_a_transform_of_torch_func_is_refused_in_words(transform: str) -> None:
+    x, y = batch()
+    attack = fastadv.PGD(linear_model(), 0.1, 0.02, 2)
+    with pytest.raises(RuntimeError, match=r"outside the transforms of torch\.func"):
+        if transform == "vmap":
+            torch.func.vmap(lambda x, y: attack(x[None], y[None]))(x, y)
+        elif transform == "grad":
+            torch.func.grad(lambda x: attack(x, y).sum())(x)
+        else:
+            torch.func.grad(lambda w: F.linear(attack(x, y).flatten(1), w).sum())(
+                torch.rand(4, 192)
+            )
+
+
 def test_the_seed_of_an_object_is_checked_when_it_is_made() -> None:
     with pytest.raises(TypeError, match=r"seed must be an integer, got 0\.5"):
         fastadv.PGD(linear_model(), seed=0.5)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from test_command_line import RUN, fails, prints
 
 from fastadv.cli import main
 from fastadv.cli.flags import is_flag, spellings
-from fastadv.cli.train import training_parser
-from fastadv.trainers import find_method
+from fastadv.cli.train import check_training, training_parser
+from fastadv.trainers import PGDAT, AdversarialRecipe, Cosine, find_method, method_names
 
 NO_PARTS = ["--no-distill", "--no_replay", "--finetune=no"]
 
@@ -179,6 +180,38 @@ def test_the_schedules_are_listed_with_their_numbers(capfd: pytest.CaptureFixtur
     words = ["--schedule", "MultiStep", "--schedule.milestones", "[75,90]"]
     config = configuration(["pgd_at", *words, "--schedule.gamma", "0.1"], capfd)
     assert config["schedule"]["init_args"] == {"milestones": [75, 90], "gamma": 0.1}  # type: ignore[index]
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_method_takes_every_schedule(name: str) -> None:
+    words = ["--data", "digits", "--run", "x", "--schedule", "Cosine", "--schedule.floor", ".1"]
+    assert check_training(find_method(name), words).schedule == Cosine(0.1)
+
+
+class Mixin:
+    """Beside the recipe's base class, and no dataclass."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedRecipe(Mixin, AdversarialRecipe):
+    """A recipe that begins with a class that is no dataclass."""
+
+
+class Mixed(PGDAT[MixedRecipe]):
+    """A method with such a recipe."""
+
+    name = "mixed"
+    recipe_class = MixedRecipe
+
+
+def test_options_of_an_own_recipe_with_a_mixin_have_types(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    words = ["--data", "digits", "--run", "x", "--schedule", "Cosine", "--schedule.floor", ".1"]
+    assert check_training(Mixed, words).schedule == Cosine(0.1)
+    with pytest.raises(SystemExit):
+        check_training(Mixed, [*words, "--norm", "l3"])
+    assert 'option "norm" must be one of linf, l2' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

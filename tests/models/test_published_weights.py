@@ -103,7 +103,7 @@ def test_misfits_are_refused_and_nothing_changes():
         load_published_state_dict(target, state)
     message = str(caught.value)
     assert "nothing loaded:\n1 missing: bn1.bias;\n1 unexpected: extra.weight;\n" in message
-    assert "fc.weight: (100, 64), (10, 64)" in message
+    assert "fc.weight: (100, 64) in the file, (10, 64) in the model" in message
     assert all(torch.equal(target.state_dict()[name], before[name]) for name in before)
 
 
@@ -116,7 +116,7 @@ def test_misfits_are_reported_when_not_strict():
     report = load_published_state_dict(target, state, strict=False)
     assert not report.complete
     assert report.missing == ["bn1.bias"]
-    assert report.mismatched == ["fc.weight: (100, 64), (10, 64)"]
+    assert report.mismatched == ["fc.weight: (100, 64) in the file, (10, 64) in the model"]
     assert torch.equal(target.conv1.weight, source.conv1.weight)
     assert target.fc.weight.shape == (10, 64)
 

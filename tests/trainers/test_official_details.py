@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastadv.models import create_model
 from fastadv.ops import random_start
 from fastadv.trainers import (
     AfsRecipe,
+    Attacked,
     FastRecipe,
     FreeRecipe,
     Recipe,
@@ -190,3 +192,17 @@ def test_a_network_of_others_is_built_anew_beside_the_robust_one() -> None:
         assert built == wanted
         if wanted:  # its own weights stay
             assert torch.equal(method.natural.conv1.weight, make_model(7).conv1.weight)
+
+
+@pytest.mark.parametrize(("name", "last"), [("rst", "clean"), ("trades", "adversarial")])
+def test_statistics_move_in_the_order_of_the_authors_passes(name: str, last: str) -> None:
+    method: Any = make_method(name, make_model(0, DOUBLE))
+    method.train_mode()
+    batch = make_batch(dtype=DOUBLE)
+    adv = (batch.x + 0.1 * batch.x.mul(50).sin().sign()).clamp(0, 1)
+    model = copy.deepcopy(method.model)
+    method.training_loss(batch, Attacked(adv))
+    for x in (adv, batch.x) if last == "clean" else (batch.x, adv):
+        model(x)
+    for ours, expected in zip(method.model.buffers(), model.buffers(), strict=True):
+        assert torch.allclose(ours, expected, rtol=1e-12, atol=0)
