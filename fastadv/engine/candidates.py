@@ -129,5 +129,6 @@ def beforehand(
     if names.contiguous is None:
         return choice.Beforehand(spent)
     least = {names.contiguous: reference.least_seconds(count)}
-    live_needs_none = LiveEngine(precision, "", False, reference.tape).may_skip_proofs
-    return choice.Beforehand(spent, first.proof_seconds if live_needs_none else 0.0, least)
+    if LiveEngine(precision, "", False, reference.tape).may_skip_proofs:
+        return choice.Beforehand(spent, first.proof_seconds, choice.HANDICAP, least)
+    return choice.Beforehand(spent, least=least)
