@@ -43,7 +43,7 @@ class Mixed(nn.Module):
 
 
 class Clock:
-    """A clock that moves only as engines compute: by so many seconds for a gradient of each kind."""
+    """A clock that moves only as engines compute: by so many milliseconds for a gradient of each kind."""
 
     def __init__(self) -> None:
         self.now, self.passes = 0.0, 0
@@ -51,9 +51,11 @@ class Clock:
     def __call__(self) -> float:
         return self.now
 
-    def slowed(self, method: Callable[..., InputGradient], spent: float) -> Any:
+    def slowed(
+        self, method: Callable[..., InputGradient], milliseconds: Callable[[Any], float]
+    ) -> Any:
         def gradient(engine: Engine, x: Tensor, value_of: Any) -> InputGradient:
-            self.now, self.passes = self.now + spent, self.passes + 1
+            self.now, self.passes = self.now + milliseconds(engine) / 1e3, self.passes + 1
             return method(engine, x, value_of)
 
         return gradient
@@ -73,17 +75,27 @@ def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float, float], Cl
     def set_times(program: float, copy: float, live: float) -> Clock:
         clock = Clock()
         monkeypatch.setattr("fastadv.engine.proof.seconds", clock)
-        kinds: tuple[tuple[Any, float], ...] = (
-            (ProgramEngine, program),
-            (CopyEngine, copy),
-            (LiveEngine, live),
-        )
-        for kind, milliseconds in kinds:
-            method = ProgramEngine.gradient if kind is ProgramEngine else Engine.gradient
-            monkeypatch.setattr(kind, "gradient", clock.slowed(method, milliseconds / 1e3))
+        slow_down(clock, monkeypatch, program, copy, lambda _: live)
         return clock
 
     return set_times
+
+
+def slow_down(
+    clock: Clock,
+    monkeypatch: pytest.MonkeyPatch,
+    program: float,
+    copy: float,
+    live: Callable[[Engine], float],
+) -> None:
+    """Let the passes of program, copy and live model take so many milliseconds of a clock."""
+    kinds: tuple[tuple[Any, Any, Callable[[Any], float]], ...] = (
+        (ProgramEngine, ProgramEngine.gradient, lambda _: program),
+        (CopyEngine, Engine.gradient, lambda _: copy),
+        (LiveEngine, Engine.gradient, live),
+    )
+    for kind, method, milliseconds in kinds:
+        monkeypatch.setattr(kind, "gradient", clock.slowed(method, milliseconds))
 
 
 def model_and_images() -> tuple[nn.Module, Tensor]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from attack_helpers import images, plain_pgd, randomise
-from test_choice import Clock, Mixed
+from test_choice import Clock, Mixed, slow_down
 from torch import Tensor, nn
 
 import fastadv
@@ -79,23 +79,9 @@ def takes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Clock]:
     def set_times(program: float, copy: float, last: float, contiguous: float) -> Clock:
         clock = Clock()
         monkeypatch.setattr("fastadv.engine.proof.seconds", clock)
-
-        def slowed(method: Any, milliseconds: Callable[[Any], float]) -> Any:
-            def gradient(engine: Engine, x: Tensor, value_of: Any) -> InputGradient:
-                clock.now, clock.passes = (
-                    clock.now + milliseconds(engine) / 1e3,
-                    clock.passes + 1,
-                )
-                found: InputGradient = method(engine, x, value_of)
-                return found
-
-            return gradient
-
-        program_pass = slowed(ProgramEngine.gradient, lambda _: program)
-        live_pass = slowed(Engine.gradient, lambda e: last if e.channels_last else contiguous)
-        monkeypatch.setattr(ProgramEngine, "gradient", program_pass)
-        monkeypatch.setattr(CopyEngine, "gradient", slowed(Engine.gradient, lambda _: copy))
-        monkeypatch.setattr(LiveEngine, "gradient", live_pass)
+        slow_down(
+            clock, monkeypatch, program, copy, lambda e: last if e.channels_last else contiguous
+        )
         return clock
 
     return set_times
