@@ -70,8 +70,8 @@ _FOLDED = 0.75
 _PASSES = 3  # in an attack with few steps, which share the cost of its proof
 # Factor of the times of copies and of contiguous images, where the live model needs few proofs. The live model on
 # channels-last images is the caller's own loop, which must not be faster. It gains more than these from the larger
-# batches of an attack. The program of ConvNeXt-T took 99 % of its time on two images, and 115 % on eight. Contiguous
-# images of ConvNeXt V2 took 99 % on four, and 109 % on eight.
+# batches of an attack. The program of ConvNeXt-T took 99 % of its time on two images, and 115 % on eight.
+# Contiguous images of ConvNeXt V2 took 99 % on four, and 109 % on eight.
 HANDICAP = 1.1
 _KEPT = 256  # number of choices that are kept
 
