@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.options import names_checked
-from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
@@ -26,7 +24,7 @@ from fastadv.evaluation.attack_list import (
     parse_attacks,
     stops_early,
 )
-from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import check_labels, seems_to_guess
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
@@ -151,12 +149,7 @@ def transfer_matrix(
     eps, say = check_eps(eps, norm, samples), ProgressDisplay(progress)
     notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
     notes += _doubts(models)
-    with ExitStack() as held:
-        first, *others = models.values()
-        held.enter_context(locked(*models.values()))
-        where = held.enter_context(evaluation_mode(first, device))
-        for model in others:
-            held.enter_context(evaluation_mode(model, where))
+    with all_in_evaluation_mode(list(models.values()), device) as where:
         runners = [
             Runner(model, samples, norm, check_batch_size(batch_size), where, seed, SharedWork(say))
             for model in models.values()

@@ -98,6 +98,16 @@ def test_surrogate_that_guesses_makes_rows_suspect() -> None:
     assert [row.status for row in report.rows] == ["ok", "suspect"]
 
 
+def test_warnings_about_a_surrogate_point_at_the_callers_line() -> None:
+    hidden = nn.Sequential(Linear(), nn.Dropout(0.5)).train()
+    hidden[0].scale.data.zero_()
+    settings: dict[str, Any] = {"eps": 0.2, "surrogate": lambda x: hidden(x), "progress": False}
+    with pytest.warns(UserWarning, match="the surrogate") as told:
+        evaluate(Linear(), bright_or_dark(), "square-5", **settings)
+    places = [one.filename for one in told if "the surrogate" in str(one.message)]
+    assert places == [__file__, __file__]
+
+
 def test_step_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"alpha must be > 0, got 0"):
         evaluate(Linear(), bright_or_dark(), "pgd-3", eps=0.2, alpha=0, progress=False)
