@@ -13,6 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
+from fastadv.models.normalization import (
+    MAX_DEPTH,
+    constants,
+    is_dense,
+    note_normalization,
+    set_normalization,
+    warn_of_lost_normalization,
+)
 from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import Foreign, StateFileError, read_state_file
 from fastadv.ops.checks import FLOAT_DTYPES
@@ -21,11 +29,6 @@ from fastadv.ops.values import check_bool, shown
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
 
 _MISMATCH = "{}: {} in the file, {} in the model"
-_MEAN_NAMES = ("mean", "mu", "new_mean")
-_STD_NAMES = ("std", "sigma", "new_std")
-_MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
-_MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
-_MAX_DEPTH = 4  # levels of mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
 # Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
@@ -101,7 +104,8 @@ def load_published_state_dict(
     RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
     also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
     AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
-    are loaded into the buffers of a `Normalized` model.
+    are loaded into the buffers of a `Normalized` model. A warning tells of a normalisation at which the file only
+    hints: constants among the options of its training, or a module before the network that has no weights.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -144,9 +148,10 @@ def load_published_state_dict(
             _require_finite(fitting)
         check_form_named(network, form, built_by_caller=True)
         if isinstance(model, Normalized):
-            _set_normalization(model, report)
+            set_normalization(model, report)
         network.load_state_dict(fitting, strict=False)
         report.loaded = list(fitting)
+        warn_of_lost_normalization(model, state, report)
         return report
 
 
@@ -222,30 +227,15 @@ def _tensor_mappings(
 
     Constants of a normalisation that stand around a mapping (`around`) count as its own.
     """
-    if not isinstance(state, Mapping) or place.count("[") > _MAX_DEPTH:
+    if not isinstance(state, Mapping) or place.count("[") > MAX_DEPTH:
         return
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    around = {**around, **_constants(state)}
+    around = {**around, **constants(state)}
     if tensors:
         yield place, {**around, **tensors}
     for key, value in state.items():
         if isinstance(key, str):
             yield from _tensor_mappings(value, f"{place}[{key!r}]", around)
-
-
-def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The mean and the std per channel among the entries of a mapping, tensors or lists; empty without both."""
-    found: dict[str, Tensor] = {}
-    for names in (_MEAN_NAMES, _STD_NAMES):
-        for name in names:
-            value = state.get(name)
-            if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
-                value = torch.tensor(value, dtype=torch.float64, device="cpu")
-            # A single number may be a score.
-            if isinstance(value, Tensor) and value.dim() and value.numel():
-                found[name] = value
-                break
-    return found if len(found) == 2 else {}
 
 
 def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
@@ -314,7 +304,7 @@ def _sort_entries(
                 report.mismatched.append(_MISMATCH.format(name, tensor.dtype, ours.dtype))
             else:
                 fitting[name] = tensor
-        elif not _note_normalization(full_name, tensor, report):
+        elif not note_normalization(full_name, tensor, report):
             unused = name.startswith(_UNUSED) or full_name in copies or _is_counter(name, tensor)
             (report.ignored if unused else report.unexpected).append(full_name)
     seen = {entry.partition(":")[0] for entry in report.mismatched} | set(fitting)
@@ -324,13 +314,8 @@ def _sort_entries(
     return fitting
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has values (it is not on "meta") and a dense layout."""
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
-
-
 def _require_dense(name: str, tensor: Tensor) -> None:
-    if _is_dense(tensor):
+    if is_dense(tensor):
         return
     if tensor.device.type == "meta":
         found = "one on the device 'meta'"
@@ -345,19 +330,6 @@ def _require_dense(name: str, tensor: Tensor) -> None:
 
 def _is_counter(name: str, tensor: Tensor) -> bool:
     return name.rpartition(".")[2] in _COUNTERS and tensor.numel() == 1
-
-
-def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
-    """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
-    last = name.rpartition(".")[2]
-    kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
-    if kind is None or not _is_dense(tensor) or tensor.numel() > _MAX_CHANNELS:
-        return False
-    values, earlier = tensor.flatten().tolist(), getattr(report, kind)
-    if earlier is not None and earlier != values:
-        raise ValueError(f"state normalises with two {kind}s, {earlier} and {values} ({name!r})")
-    setattr(report, kind, values)
-    return True
 
 
 def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> None:
@@ -381,24 +353,3 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"state must hold variances >= 0, got {tensor.detach().min():g} in {name!r}; the file is damaged"
             )
-
-
-def _set_normalization(model: Normalized, report: LoadReport) -> None:
-    """Set the model's mean and std to the values in the file, where it has them."""
-    mean, std = report.mean or [0.0], report.std or [1.0]
-    if any(abs(value) > _MAX_MEAN for value in mean):
-        raise ValueError(
-            f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
-            "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
-        )
-    # The constructor refuses a wrong normalisation, such as a std of 0.
-    checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
-    for name in ("mean", "std"):
-        if getattr(report, name) is not None:
-            old: Tensor = getattr(model, name)
-            setattr(model, name, getattr(checked, name).to(dtype=old.dtype, device=old.device))
-
-
-def _as_many(values: list[float], others: list[float]) -> list[float]:
-    """The values, repeated to the length of ``others`` if there is one value for all channels."""
-    return values * len(others) if len(values) == 1 else values
