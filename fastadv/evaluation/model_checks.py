@@ -1,7 +1,7 @@
 """Signs that AutoAttack's figure may be too high, for which a result becomes suspect.
 
-The code of AutoAttack's authors looks for the same: random numbers, probabilities in place of logits, gradients that
-the model takes in its forward pass, and a Square attack that beats the attacks by gradients.
+The code of AutoAttack's authors looks for the same: random numbers, probabilities in place of logits, gradients
+that the model takes in its forward pass, and a Square attack that beats the attacks by gradients.
 Sources: F. Croce and M. Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
 parameter-free attacks", ICML 2020, and F. Croce et al., "Evaluating the adversarial robustness of adaptive
 test-time defenses", ICML 2022.
