@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from fastadv.commands import run_evaluation
-from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.data import ImageData, load_npz
 from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.result_row import Row
+from fastadv.evaluation.results import EVAL_FILE
 from fastadv.files import sha256_of, write_atomically
 from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source

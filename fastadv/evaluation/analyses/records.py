@@ -15,7 +15,7 @@ import torch
 from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.result_row import known_fields
-from fastadv.evaluation.results import Subject
+from fastadv.evaluation.results import EVAL_FILE, Subject
 from fastadv.evaluation.work import key_of
 from fastadv.evaluation.worst import read_arrays
 from fastadv.fields import check_fields
@@ -23,7 +23,7 @@ from fastadv.files import json_of, remove_leftovers, write_atomically
 
 _FORMAT = 1
 _FOLDER = "analyses"
-_RESULTS = ".eval.json"  # suffix of the file of results beside a file of weights
+_RESULTS = f".{EVAL_FILE}"  # suffix of the file of results beside a file of weights
 _IMAGES = ("originals", "adversarials")
 
 
