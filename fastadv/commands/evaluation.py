@@ -31,7 +31,7 @@ from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.samples import Samples, as_samples, radius_or_default
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
-from fastadv.evaluation.work import key_of
+from fastadv.files import file_key
 from fastadv.interruption import stopped_by_signals
 from fastadv.ops.values import check_bounds
 from fastadv.ranks import Ranks, is_first, joined_ranks, own_device
@@ -271,7 +271,7 @@ def _folder_of_unfinished(
     """
     radius = "+".join(f"{radius:.6g}" for radius in radii)
     name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
-    name = key_of(f"{name}-{norm}-{radius}", *facts)
+    name = file_key(f"{name}-{norm}-{radius}", *facts)
     folders = [beside.parent / _UNFINISHED / name for beside in (judged.results, file)]
     return next((folder for folder in folders if folder.exists()), folders[-1])
 

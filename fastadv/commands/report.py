@@ -68,7 +68,7 @@ def run_report(
     if summary.comparison.white_box:
         parts.append(aligned(summary.comparison.cells(intervals=True)))
     over_seeds = summary.over_seeds()
-    for table in [*([over_seeds] if over_seeds.rows else []), *summary.apart]:
+    for table in [*([over_seeds] if over_seeds.rows else []), *summary.other_threat_models]:
         body = aligned([table.heading, *table.rows])
         parts.append("\n".join([f"{table.title}:", "", body, "", *table.notes]))
     checked = verdicts(summary.comparison)

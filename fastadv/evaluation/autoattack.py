@@ -46,8 +46,8 @@ from fastadv.evaluation.samples import (
     check_eps,
     radius_or_default,
 )
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.verify import Violations
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import check_choice, check_path, did_you_mean, integer, norm_name, shown
 
 SearchEngine = Literal["auto", "fp32", "reference"]
