@@ -28,12 +28,7 @@ from fastadv.evaluation.autoattack_library import (
 )
 from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, AutoAttackRun, Refinement, rows_of
 from fastadv.evaluation.autoattack_stages import search_for
-from fastadv.evaluation.autoattack_state import (
-    AutoAttackState,
-    BatchRecord,
-    fingerprint,
-    hash_tensors,
-)
+from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.early_checks import check_labels
 from fastadv.evaluation.progress import ProgressDisplay
@@ -47,6 +42,7 @@ from fastadv.evaluation.samples import (
     radius_or_default,
 )
 from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import fingerprint, hash_tensors
 from fastadv.evaluation.verify import Violations
 from fastadv.ops.values import check_choice, check_path, did_you_mean, integer, norm_name, shown
 

@@ -22,7 +22,6 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import import_library
-from fastadv.evaluation.autoattack_state import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import early_findings
 from fastadv.evaluation.finished_batches import FinishedBatches
@@ -42,6 +41,7 @@ from fastadv.evaluation.samples import (
     refusal,
 )
 from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
 from fastadv.evaluation.worst import WorstKeeper

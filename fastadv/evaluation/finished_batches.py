@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastadv.digest import sealed, unsealed
-from fastadv.evaluation.autoattack_state import Fingerprint, StateFolder
+from fastadv.evaluation.state_folder import Fingerprint, StateFolder
 from fastadv.evaluation.verify import Violations
 from fastadv.files import write_atomically
 
