@@ -24,6 +24,7 @@ from fastadv.models import (
     names_code,
     read_state_file,
 )
+from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
@@ -169,7 +170,7 @@ def model_of_file(
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; weights must be a file with a state dict")
     state = read_state_file(file)
-    wrapped = network if isinstance(network, Normalized) else Normalized(network)
+    wrapped = network if isinstance(network, Normalized) else Normalized(network, *(given or ()))
     try:
         report = load_published_state_dict(wrapped, state, form=form_of(network))
     except (TypeError, ValueError) as error:
@@ -257,13 +258,17 @@ def recorded_accuracy(state: Any) -> float | None:
     """Return the accuracy on clean images, 0..1, that a saved object records beside its weights, or None."""
     if not isinstance(state, Mapping):
         return None
-    numbers = {
-        str(key).lower(): float(value)
-        for key, value in state.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {str(key).lower(): _number(value) for key, value in state.items()}
     for name in _ACCURACIES:
         value = numbers.get(name)
         if value is not None and 0 < value <= 100:
             return value if value <= 1 else value / 100
     return None
+
+
+def _number(value: object) -> float | None:
+    """A number of Python's or numpy's; None for anything else."""
+    if isinstance(value, Foreign) and not value.is_array:
+        return next(iter(value.numbers), None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None  # type: ignore[arg-type]

@@ -22,18 +22,15 @@ from fastadv.evaluation.attack_list import (
     Minimum,
     check_fewest_classes,
 )
-from fastadv.evaluation.autoattack_library import STANDARD, check_classes
+from fastadv.evaluation.autoattack_versions import STANDARD, check_classes
 from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.model_checks import PROBABILITIES
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of, predict
 from fastadv.seeding import derive_seed
 
 _CHECKED = 64  # images whose gradients are checked
-_PROBABILITIES = (
-    "the model returns probabilities, of which the losses of logits have other, smaller gradients, so that this "
-    "attack finds too little; leave its softmax out, or return the logarithm"
-)
 _BLIND_SHARE = 0.1  # share of useless gradients above which figures are in doubt
 _JUDGED = 256  # images on which a surrogate is judged
 _ENOUGH = 50  # fewest images on which guessing can be recognised
@@ -74,7 +71,7 @@ class UselessGradients:
             return ""
         count = self.cross_entropy if by_entropy else self.margin
         if count <= _BLIND_SHARE * self.n:
-            return _PROBABILITIES if self.probabilities else ""
+            return PROBABILITIES if self.probabilities else ""
         return (
             f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
         )

@@ -222,9 +222,9 @@ def _check_reporting(on_row: object, progress: object, state_dir: object) -> Non
 
 
 def _check_attacks(chosen: Sequence[ChosenAttack], eot: int, engine: str) -> None:
-    """Refuse options that no attack takes, and AutoAttack where its library is not installed."""
+    """Refuse options that no attack takes, and AutoAttack's reference where it is not installed."""
     check_passes(chosen, eot)
-    if check_ensemble_asked_for(chosen, "engine", engine != "auto"):
+    if check_ensemble_asked_for(chosen, "engine", engine != "auto") and engine == "reference":
         import_library()  # missing, it should fail now and not after the other attacks
 
 

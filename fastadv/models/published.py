@@ -11,21 +11,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
+from fastadv.models.normalization import (
+    note_normalization,
+    set_normalization,
+    warn_of_lost_normalization,
+)
 from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import StateFileError, read_state_file
-from fastadv.models.weight_search import (
-    MEAN_NAMES,
-    STD_NAMES,
-    find_weights,
-    is_dense,
-    require_dense,
-)
+from fastadv.models.weight_search import find_weights, require_dense
 from fastadv.ops.checks import FLOAT_DTYPES
 from fastadv.ops.values import check_bool, shown
 
 _MISMATCH = "{}: {} in the file, {} in the model"
-_MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
-_MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
 # Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
@@ -101,7 +98,8 @@ def load_published_state_dict(
     RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
     also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
     AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
-    are loaded into the buffers of a `Normalized` model.
+    are loaded into the buffers of a `Normalized` model. A warning tells of a normalisation at which the file only
+    hints: constants among the options of its training, or a module before the network that has no weights.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -144,9 +142,10 @@ def load_published_state_dict(
             _require_finite(fitting)
         check_form_named(network, form, built_by_caller=True)
         if isinstance(model, Normalized):
-            _set_normalization(model, report)
+            set_normalization(model, report)
         network.load_state_dict(fitting, strict=False)
         report.loaded = list(fitting)
+        warn_of_lost_normalization(model, state, report)
         return report
 
 
@@ -184,7 +183,7 @@ def _sort_entries(
                 report.mismatched.append(_MISMATCH.format(name, tensor.dtype, ours.dtype))
             else:
                 fitting[name] = tensor
-        elif not _note_normalization(full_name, tensor, report):
+        elif not note_normalization(full_name, tensor, report):
             unused = name.startswith(_UNUSED) or full_name in copies or _is_counter(name, tensor)
             (report.ignored if unused else report.unexpected).append(full_name)
     seen = {entry.partition(":")[0] for entry in report.mismatched} | set(fitting)
@@ -196,19 +195,6 @@ def _sort_entries(
 
 def _is_counter(name: str, tensor: Tensor) -> bool:
     return name.rpartition(".")[2] in _COUNTERS and tensor.numel() == 1
-
-
-def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
-    """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
-    last = name.rpartition(".")[2]
-    kind = "mean" if last in MEAN_NAMES else "std" if last in STD_NAMES else None
-    if kind is None or not is_dense(tensor) or tensor.numel() > _MAX_CHANNELS:
-        return False
-    values, earlier = tensor.flatten().tolist(), getattr(report, kind)
-    if earlier is not None and earlier != values:
-        raise ValueError(f"state normalises with two {kind}s, {earlier} and {values} ({name!r})")
-    setattr(report, kind, values)
-    return True
 
 
 def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> None:
@@ -232,24 +218,3 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"state must hold variances >= 0, got {tensor.detach().min():g} in {name!r}; the file is damaged"
             )
-
-
-def _set_normalization(model: Normalized, report: LoadReport) -> None:
-    """Set the model's mean and std to the values in the file, where it has them."""
-    mean, std = report.mean or [0.0], report.std or [1.0]
-    if any(abs(value) > _MAX_MEAN for value in mean):
-        raise ValueError(
-            f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
-            "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
-        )
-    # The constructor refuses a wrong normalisation, such as a std of 0.
-    checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
-    for name in ("mean", "std"):
-        if getattr(report, name) is not None:
-            old: Tensor = getattr(model, name)
-            setattr(model, name, getattr(checked, name).to(dtype=old.dtype, device=old.device))
-
-
-def _as_many(values: list[float], others: list[float]) -> list[float]:
-    """The values, repeated to the length of ``others`` if there is one value for all channels."""
-    return values * len(others) if len(values) == 1 else values

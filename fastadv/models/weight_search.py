@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fastadv.models.normalization import MAX_DEPTH, constants, is_dense
 from fastadv.models.state_files import Foreign
 
 _Place: TypeAlias = tuple[str, dict[str, Tensor]]
-
-# Names under which published files hold the constants of a normalisation.
-MEAN_NAMES = ("mean", "mu", "new_mean")
-STD_NAMES = ("std", "sigma", "new_std")
-_MAX_DEPTH = 4  # levels of mappings inside each other
 
 
 def find_weights(
@@ -78,30 +74,15 @@ def _tensor_mappings(
 
     Constants of a normalisation that stand around a mapping (`around`) count as its own.
     """
-    if not isinstance(state, Mapping) or place.count("[") > _MAX_DEPTH:
+    if not isinstance(state, Mapping) or place.count("[") > MAX_DEPTH:
         return
     tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    around = {**around, **_constants(state)}
+    around = {**around, **constants(state)}
     if tensors:
         yield place, {**around, **tensors}
     for key, value in state.items():
         if isinstance(key, str):
             yield from _tensor_mappings(value, f"{place}[{key!r}]", around)
-
-
-def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The mean and the std per channel among the entries of a mapping, tensors or lists; empty without both."""
-    found: dict[str, Tensor] = {}
-    for names in (MEAN_NAMES, STD_NAMES):
-        for name in names:
-            value = state.get(name)
-            if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
-                value = torch.tensor(value, dtype=torch.float64, device="cpu")
-            # A single number may be a score.
-            if isinstance(value, Tensor) and value.dim() and value.numel():
-                found[name] = value
-                break
-    return found if len(found) == 2 else {}
 
 
 def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
@@ -147,11 +128,6 @@ def _described(state: object) -> str:
     return f"a mapping with {list(state)[:5]}" + "".join(
         f", of which {text}" for text in objects[:1]
     )
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has values (it is not on "meta") and a dense layout."""
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
 
 
 def require_dense(name: str, tensor: Tensor) -> None:
