@@ -21,12 +21,7 @@ from fastadv.attacks.options import names_checked
 from fastadv.evaluation.autoattack_library import ReferenceAttacks
 from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, AutoAttackRun, Refinement, rows_of
 from fastadv.evaluation.autoattack_stages import search_for
-from fastadv.evaluation.autoattack_state import (
-    AutoAttackState,
-    BatchRecord,
-    fingerprint,
-    hash_tensors,
-)
+from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord
 from fastadv.evaluation.autoattack_versions import RAND_PASSES, check_classes, check_version
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.early_checks import check_labels
@@ -41,8 +36,9 @@ from fastadv.evaluation.samples import (
     check_eps,
     radius_or_default,
 )
+from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import fingerprint, hash_tensors
 from fastadv.evaluation.verify import Violations
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import check_choice, check_path, integer, norm_name
 
 SearchEngine = Literal["auto", "fp32", "reference"]

@@ -22,9 +22,9 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import ENGINES, SearchEngine
 from fastadv.evaluation.autoattack_library import import_library
-from fastadv.evaluation.autoattack_state import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import early_findings
+from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
@@ -40,9 +40,10 @@ from fastadv.evaluation.samples import (
     radius_or_default,
     refusal,
 )
+from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
-from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import (
     check_bool,

@@ -26,9 +26,9 @@ from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of, predict
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 
 

@@ -37,9 +37,9 @@ from fastadv.evaluation.samples import (
     check_eps,
     radius_or_default,
 )
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit, admissible_or_clean
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name, shown
 
 

@@ -13,9 +13,9 @@ from fastadv import AutoAttack
 from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
-from fastadv.evaluation.autoattack_state import hash_model
 from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
+from fastadv.evaluation.state_folder import hash_model
 from fastadv.evaluation.transfer import transfer_matrix
 
 pytestmark = pytest.mark.slow
