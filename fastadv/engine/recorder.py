@@ -23,7 +23,7 @@ from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
-from fastadv.engine.own_functions import forward_codes, is_importing, own_call
+from fastadv.engine.own_functions import forward_codes, is_importing, own_call, reads_for_itself
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
@@ -144,6 +144,11 @@ class Recorder(TorchFunctionMode):
                 self._check_what_is_read("shape", [args[0]])
                 return watched(found, self._comparisons)
             if read not in functions.TENSOR_PROPERTIES:
+                asks = reads_for_itself(func, sys._getframe(1)) and not self._depends(args[0])
+                if asks and not leads_to(args[0], self.recording.images):
+                    raise self._refuse(
+                        f"its forward asks whether its weights require grad ({read})"
+                    )
                 return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.evaluation.context import Model, private_generators
 
 _LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -66,6 +67,7 @@ class ReferenceAttacks:
         self._low, self._width = bounds[0], bounds[1] - bounds[0]
         self._unit_bounds = bounds == (0.0, 1.0)
         self._warnings = _Warnings()
+        self._useless = 0  # elements of gradients that are not finite, in the batch under attack
         library = import_library().AutoAttack(
             self._logits,
             eps=eps if self._unit_bounds else eps / self._width,
@@ -96,7 +98,9 @@ class ReferenceAttacks:
         method.seed = self._seed
         with private_generators(self._seed), torch.no_grad():
             adv = method.perturb(self._to_unit(x), y)
-        return (adv if self._unit_bounds else adv * self._width + self._low), self._warnings.take()
+        found = [*self._warnings.take(), *nan_warnings(0, self._useless)]
+        self._useless = 0
+        return (adv if self._unit_bounds else adv * self._width + self._low), found
 
     def _method(self, attack: str) -> Any:
         """The library's object for an attack, set up as its own loop does."""
@@ -113,7 +117,13 @@ class ReferenceAttacks:
         return x.clone() if self._unit_bounds else ((x - self._low) / self._width).clamp_(0.0, 1.0)
 
     def _logits(self, unit: Tensor) -> Tensor:
+        if unit.requires_grad:
+            unit = unit.view_as(unit)  # the hook sees the gradient of this pass alone
+            unit.register_hook(self._count_useless)
         return self._model(unit if self._unit_bounds else unit * self._width + self._low)
+
+    def _count_useless(self, gradient: Tensor) -> None:
+        self._useless += int((~gradient.isfinite()).sum())
 
 
 class _Warnings(logging.Handler):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import nan_logits_warning, short_reach_warning
+from fastadv.attacks.attack_warnings import nan_warnings, short_reach_warning
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -110,7 +110,7 @@ class Evaluator:
         return self._row_of(attack, outcome, eps), outcome.robust
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
-        doubts = [nan_logits_warning(outcome.nan_points)] if outcome.nan_points else []
+        doubts = nan_warnings(outcome.nan_points, outcome.nan_gradients)
         return Row(
             name=attack.name,
             n=len(self.runner.samples),

@@ -41,6 +41,7 @@ class Outcome:
         seconds: wall-clock time.
         notes: further notes, one sentence each.
         nan_points: points that the attack passed over, because the attacked model returned NaN there.
+        nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
     """
 
     robust: Tensor
@@ -48,6 +49,7 @@ class Outcome:
     seconds: float
     notes: tuple[str, ...] = ()
     nan_points: int = 0
+    nan_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,7 @@ class Runner:
                 found,
                 seconds=outcome.seconds + found.seconds,
                 nan_points=outcome.nan_points + found.nan_points,
+                nan_gradients=outcome.nan_gradients + found.nan_gradients,
             )
         return outcome
 
@@ -183,6 +186,7 @@ class Runner:
             seconds=sum(run.seconds for run in runs),
             notes=(note,),
             nan_points=sum(run.nan_points for run in runs),
+            nan_gradients=sum(run.nan_gradients for run in runs),
         )
 
     def _make(self, attack: BallAttack, eps: float) -> Attack:
@@ -308,6 +312,7 @@ class Runner:
             tuple(audit.problems()),
             time.perf_counter() - start,
             nan_points=audit.found.nan_points,
+            nan_gradients=audit.found.nan_gradients,
         )
 
     def worst_of(
@@ -373,5 +378,5 @@ def _perturbed(
 ) -> Tensor:
     # Random numbers by image index: the result does not depend on the batches.
     adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
-    audit.count_nan(method.last.nan_points)
+    audit.count_nan(method.last.nan_points, method.last.nan_gradients)
     return adv

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
@@ -257,5 +256,4 @@ def _judged(
     problems = audit.problems()
     if problems and isinstance(attack, BallAttack):
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
-    nan_points = audit.found.nan_points
-    return robust, [*problems, *([nan_logits_warning(nan_points)] if nan_points else [])]
+    return robust, [*problems, *audit.doubts()]
