@@ -36,9 +36,7 @@ _UNSEEN = "its forward runs operations that cannot be seen, such as scripted cod
 def record(
     model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True, warmup: int = 0
 ) -> Recording:
-    """Run a model on images in eval mode and record its operations.
-
-    Modes, buffers and attributes of the modules are as before on return.
+    """Run a model on images in eval mode, record its operations, and restore its modes, buffers and attributes.
 
     Args:
         model: the live model.
