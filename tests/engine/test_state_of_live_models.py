@@ -391,3 +391,26 @@ def test_a_large_memory_bank_is_put_back(kind: Callable[[range], Any]) -> None:
     with kept_attributes([part], tensors_only=True):
         bank[1000] = "no tensor"
     assert bank[1000] == "no tensor"
+
+
+@pytest.mark.parametrize("train_mode", [True, "moving"])
+def test_hooks_that_keep_activations_where_weights_require_grad_find_them_again(
+    train_mode: Any,
+) -> None:
+    """As those of Opacus do, which otherwise take activations out of an empty list."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).train()
+    activations: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if module.training and any(p.requires_grad for p in module.parameters()):
+            activations.append(args[0].detach())
+
+    def pop() -> None:
+        activations.pop()
+
+    model[1].register_forward_hook(keep)
+    model[1].register_full_backward_hook(lambda module, grads, out: pop())
+    attack = fastadv.PGD(model, steps=3, train_mode=train_mode)
+    for _ in range(2):
+        attack(X, Y)
+    assert not activations
