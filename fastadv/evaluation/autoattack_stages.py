@@ -146,6 +146,7 @@ class ReferenceSearch(BatchSearch):
     """An attack of the reference implementation, in float32."""
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
+        assert self._run.library is not None
         return self._run.library.perturb(self._attack, x, y)
 
 

@@ -25,7 +25,7 @@ from fastadv.evaluation.verify import (
     predict,
     tolerance,
 )
-from fastadv.evaluation.work import key_of
+from fastadv.files import file_key
 from fastadv.ops.values import largest_radius, limit
 from fastadv.seeding import derive_seed
 
@@ -103,7 +103,7 @@ def smallest_perturbations(
         correct.nonzero().flatten(),
     )
     find = search(runner, attack, constants, audit)
-    key = key_of(attack.name, attack, constants, runner.norm)
+    key = file_key(attack.name, attack, constants, runner.norm)
     distances[attacked] = runner.work.collect(
         attack.name,
         key,

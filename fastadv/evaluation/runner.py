@@ -19,9 +19,10 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of
-from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
+from fastadv.files import file_key
 from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data, counts of the run) -> adversarial images
@@ -117,7 +118,7 @@ class Runner:
             return self.predicted(x, "clean", indices) == y
 
         every = torch.arange(len(self.samples), device="cpu")
-        correct = self.collect("clean", key_of("clean"), every, right).bool()
+        correct = self.collect("clean", file_key("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
@@ -155,7 +156,7 @@ class Runner:
         """Run the perturbations in order, each on the images that are left; their numbers begin at ``first``."""
         outcome = Outcome(correct, (), 0.0)
         for number, perturb in enumerate(perturbations, first):
-            key = key_of(attack.name, attack, eps, number)
+            key = file_key(attack.name, attack, eps, number)
             found = self._attack(attack.name, key, perturb, eps, outcome.robust)
             if found.problems:
                 raise RuntimeError(

@@ -13,9 +13,9 @@ from fastadv import AutoAttack
 from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
-from fastadv.evaluation.autoattack_state import hash_model
 from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
+from fastadv.evaluation.state_folder import hash_model
 from fastadv.evaluation.transfer import transfer_matrix
 
 pytestmark = pytest.mark.slow
@@ -104,6 +104,16 @@ def test_surrogate_that_guesses_makes_rows_suspect() -> None:
             progress=False,
         )
     assert [row.status for row in report.rows] == ["ok", "suspect"]
+
+
+def test_warnings_about_a_surrogate_point_at_the_callers_line() -> None:
+    hidden = nn.Sequential(Linear(), nn.Dropout(0.5)).train()
+    hidden[0].scale.data.zero_()
+    settings: dict[str, Any] = {"eps": 0.2, "surrogate": lambda x: hidden(x), "progress": False}
+    with pytest.warns(UserWarning, match="the surrogate") as told:
+        evaluate(Linear(), bright_or_dark(), "square-5", **settings)
+    places = [one.filename for one in told if "the surrogate" in str(one.message)]
+    assert places == [__file__, __file__]
 
 
 def test_step_of_nothing_is_refused() -> None:
