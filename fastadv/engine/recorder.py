@@ -30,7 +30,6 @@ from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
 _NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
-_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
 def record(
@@ -118,7 +117,7 @@ class Recorder(TorchFunctionMode):
             raise Unrecordable(f"its forward returns a {type(result).__name__}, not one tensor")
         place = self._places.get(id(result))
         if place is None or id(result) in self._stale:
-            raise self._refuse(_UNSEEN)
+            raise self._refuse(functions.UNSEEN)
         recording.output, recording.logits = place, result
         return recording
 
@@ -358,7 +357,7 @@ class Recorder(TorchFunctionMode):
         if place is not None:
             return place
         if leads_to(tensor, self.recording.images):
-            raise self._refuse(_UNSEEN)
+            raise self._refuse(functions.UNSEEN)
         self._model_storages.add(storage_of(tensor))
         return self._add(tensor, depends=False)
 
