@@ -176,7 +176,7 @@ def test_a_model_that_counts_its_passes_keeps_the_count(settings: dict[str, obje
 
 def test_whether_a_model_learns_is_found_out_without_another_pass() -> None:
     model = Counting()
-    fastadv.PGD(model, steps=3, train_mode=True)(X, Y)
+    fastadv.PGD(model, steps=3, precision="fp32", train_mode=True)(X, Y)
     assert model.passes == 3
     assert all(parameter.requires_grad for parameter in model.parameters())
 
