@@ -22,14 +22,13 @@ from fastadv.models import (
     forms_of,
     load_published_state_dict,
     names_code,
-    read_state_file,
 )
 from fastadv.models.state_files import Foreign
 from fastadv.ops.values import did_you_mean
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
-from fastadv.trainers.weights import ROBUST
+from fastadv.trainers.weights import ROBUST, published_state
 
 Images = ImageData | FolderImages | HubImages
 HUB = "hf:"
@@ -130,7 +129,7 @@ def model_of_file(
     file = Path(weights)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; weights must be a file with a state dict")
-    state = read_state_file(file)
+    state = published_state(file)
     wrapped = network if isinstance(network, Normalized) else Normalized(network, *(given or ()))
     try:
         report = load_published_state_dict(wrapped, state, form=form_of(network))
