@@ -284,7 +284,8 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
 
     Raises:
         TypeError: when an item is not a result.
-        ValueError: when the file exists and is damaged; it is not changed.
+        ValueError: when the file exists and is damaged, or when a result without `Subject.weights` would replace
+            another accuracy, which may be of another model; the file is not changed.
         OSError: when the file cannot be written.
     """
     if not isinstance(results, Iterable):
@@ -298,6 +299,8 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         merged = {result.key: result for result in there}
         for result in results:
             old = merged.get(result.key)
+            if old is not None:
+                _require_same_model(old, result)
             if old is not None and not result.worst_file:  # its images still belong to this key
                 result = replace(result, worst_file=old.worst_file)
             merged[result.key] = result
@@ -313,6 +316,16 @@ def add_results(path: str | os.PathLike[str], results: Iterable[Result]) -> Path
         rows |= {key: [entry] for key, entry in fresh.items()}
         content = {"format": _FORMAT, "rows": [one for of_key in rows.values() for one in of_key]}
         return write_atomically(target, json.dumps(content, indent=2) + "\n")
+
+
+def _require_same_model(old: Result, new: Result) -> None:
+    """Refuse a result that would replace one that may be of another model with the same name."""
+    if not new.subject.weights and old.row.correct != new.row.correct:
+        raise ValueError(
+            f"results must have Subject.weights, the SHA-256 of the weights: {new.row.title} of "
+            f"{new.subject.network!r} has {new.row.correct} images right, the file has {old.row.correct} for the "
+            "same attack, and nothing tells whether it is the same model"
+        )
 
 
 def _as_it_was(entry: dict[str, Any], result: Result) -> dict[str, Any]:

@@ -73,6 +73,17 @@ def test_another_key_is_another_result(other: Result, tmp_path: Path) -> None:
     assert load_results(file) == [result(), other]
 
 
+def test_no_result_is_replaced_by_one_that_may_be_of_another_model(tmp_path: Path) -> None:
+    file, unnamed = tmp_path / "eval.json", replace(SUBJECT, weights="")
+    add_results(file, [result(subject=unnamed)])
+    other = result(replace(PGD, correct=90), unnamed)
+    with pytest.raises(ValueError, match=r"must have Subject\.weights.*has 90 .* has 100 for"):
+        add_results(file, [result(CLEAN, unnamed), other])
+    assert load_results(file) == [result(subject=unnamed)]
+    add_results(file, [result(CLEAN, unnamed), result(subject=unnamed), replace(other, norm="l2")])
+    assert len(load_results(file)) == 3
+
+
 def test_a_repeat_replaces_its_own_key_alone(tmp_path: Path) -> None:
     file = tmp_path / "eval.json"
     add_results(file, [result(CLEAN), result(), result(replace(PGD, seed=8))])
