@@ -151,6 +151,12 @@ def poisoned_memory() -> Iterator[None]:
 
 
 @pytest.fixture
+def seeded() -> None:
+    """What a test draws from torch's generator does not depend on the tests that ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread, as networks this small run slower on more, above all on a busy machine."""
     threads = torch.get_num_threads()

@@ -28,13 +28,9 @@ def warn_of_settings(settings: AttackSettings) -> None:
         if doubt:
             warnings.warn(doubt, stacklevel=5)
     rate = getattr(settings, "lr", None)
-    if rate is not None and steps is not None and rate * steps < _REACH_OF_ADAM:
-        warnings.warn(
-            f"lr * steps is {rate * steps:.3g}: a pixel can move by about {rate * steps / 2:.2g} of the range "
-            "between the bounds, and the attack finds too little; Adam needs more steps than a line search, such "
-            "as in ART's CarliniL2Method; the default is 1000 steps of .01",
-            stacklevel=5,
-        )
+    doubt = "" if rate is None or steps is None else short_adam_warning(rate, steps)
+    if doubt:
+        warnings.warn(doubt, stacklevel=5)
 
 
 def warn_of_default_radius(
@@ -48,6 +44,17 @@ def warn_of_default_radius(
             f"bounds ({low:g}, {high:g}); give the radius in this norm, in the units of the images",
             stacklevel=stacklevel,
         )
+
+
+def short_adam_warning(rate: float, steps: int) -> str:
+    """The warning if all steps of Adam together move a pixel by little; "" if they do not."""
+    if rate * steps >= _REACH_OF_ADAM:
+        return ""
+    return (
+        f"lr * steps is {rate * steps:.3g}: a pixel can move by about {rate * steps / 2:.2g} of the range "
+        "between the bounds, and the attack finds too little; Adam needs more steps than a line search, such "
+        "as in ART's CarliniL2Method; the default is 1000 steps of .01"
+    )
 
 
 def short_reach_warning(alpha: float, steps: int, eps: float) -> str:
@@ -91,14 +98,14 @@ _FOLLOWED_PAST_SUCCESS = ("ce", "kl", "cw")
 
 
 def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn if gradients were zero or NaN, or logits NaN: then images seem robust that are not."""
+    """Warn if gradients were zero, NaN or infinite, or logits NaN: then images seem robust that are not."""
     if report.nan_points and not report.nan_gradients:
         warnings.warn(nan_logits_warning(report.nan_points), stacklevel=5)
     expects_gradient = (
         getattr(settings, "loss", None) in _FOLLOWED_PAST_SUCCESS and not settings.targeted
     )
     if report.nan_gradients:
-        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
+        what = f"NaN or infinite in {report.nan_gradients} of {report.elements} elements"
     elif expects_gradient and report.elements and report.zero_gradient_share == 1:
         what = "zero everywhere"
     else:
@@ -107,6 +114,22 @@ def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
         f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
         "nothing of the model; fastadv.Square needs no gradient",
         stacklevel=5,
+    )
+
+
+def nan_warnings(points: int, gradients: int) -> list[str]:
+    """The warnings of an attack that met NaN at some points, and useless elements of gradients; empty without."""
+    return [
+        *([nan_logits_warning(points)] if points else []),
+        *([useless_gradients_warning(gradients)] if gradients else []),
+    ]
+
+
+def useless_gradients_warning(elements: int) -> str:
+    """The warning that a number of elements of an attack's gradients were NaN or infinite."""
+    return (
+        f"{elements} elements or more of the gradients that the attack followed were NaN or infinite; they give "
+        "no direction, so that it may find too little; the attack square needs no gradient"
     )
 
 

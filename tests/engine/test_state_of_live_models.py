@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
 from fastadv.engine.frozen import frozen
+from fastadv.engine.kept_attributes import kept_attributes
 
 X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
 
@@ -173,7 +176,7 @@ def test_a_model_that_counts_its_passes_keeps_the_count(settings: dict[str, obje
 
 def test_whether_a_model_learns_is_found_out_without_another_pass() -> None:
     model = Counting()
-    fastadv.PGD(model, steps=3, train_mode=True)(X, Y)
+    fastadv.PGD(model, steps=3, precision="fp32", train_mode=True)(X, Y)
     assert model.passes == 3
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -317,3 +320,97 @@ def test_the_generator_of_a_models_gpu_is_seeded_and_put_back(
     with frozen(models.get(kind, holder), seed=77):
         assert [number for number in range(3) if generators[number].initial_seed() == 77] == [gpu]
     assert [g.initial_seed() for g in generators] == [0, 1, 2]
+
+
+class AsksForGradients(nn.Module):
+    """Computes something else where its weights require grad."""
+
+    def __init__(self, asks: Callable[[Any, Tensor], bool]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.other, self.asks = nn.Linear(192, 4), nn.Linear(192, 4), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.other if self.asks(self, x) else self.network
+        return own(x.flatten(1))
+
+
+QUESTIONS: dict[str, Callable[[Any, Tensor], bool]] = {
+    "a weight": lambda m, x: m.network.weight.requires_grad,
+    "all weights": lambda m, x: all(p.requires_grad for p in m.parameters()),
+    "a product": lambda m, x: (2 * m.network.weight).grad_fn is not None,
+    "its leaves": lambda m, x: not (2 * m.network.weight).is_leaf,
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+@pytest.mark.parametrize("asks", QUESTIONS.values(), ids=QUESTIONS.keys())
+@pytest.mark.parametrize("settings", [{}, {"engine": "eager"}, {"precision": "fp32"}])
+def test_a_model_that_asks_whether_its_weights_require_grad_is_attacked_as_it_is(
+    settings: dict[str, Any], asks: Callable[[Any, Tensor], bool]
+) -> None:
+    model = AsksForGradients(asks).eval()
+    adv = plain_attack(model)
+    for target in (model, lambda x: model(x)):
+        attack = fastadv.PGD(target, steps=3, random_start=False, **settings)
+        for _ in range(2):
+            assert torch.equal(attack(X, Y), adv)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert not torch.equal(plain_attack(model), adv)
+    assert torch.equal(attack(X, Y), plain_attack(model))
+
+
+def test_a_copy_of_a_model_that_asks_whether_its_weights_require_grad_is_refused() -> None:
+    model = AsksForGradients(QUESTIONS["a weight"])
+    with pytest.raises(
+        ValueError, match=r"asks whether its weights require grad \(requires_grad\)"
+    ):
+        fastadv.PGD(model, engine="compiled")(X, Y)
+
+
+@pytest.mark.parametrize("kind", [list, collections.deque, dict.fromkeys])
+def test_a_large_memory_bank_is_put_back(kind: Callable[[range], Any]) -> None:
+    """The types of its entries are asked at once, and the entries are compared as objects."""
+    part = nn.Linear(2, 2)
+    part.bank = bank = kind(range(2000))
+    part.banks = [bank]
+    keys = list(bank)
+    for change in (
+        lambda: bank.pop(keys[-1]) if isinstance(bank, dict) else bank.pop(),
+        bank.clear,
+    ):
+        with kept_attributes([part], tensors_only=False):
+            change()
+        assert part.bank is part.banks[0] is bank and list(bank) == keys
+    other = torch.zeros(1)
+    with kept_attributes([part], tensors_only=True):
+        bank[1000] = other
+    assert list(bank) == keys and (bank[1000] is not other)
+    with kept_attributes([part], tensors_only=True):
+        bank[1000] = "no tensor"
+    assert bank[1000] == "no tensor"
+
+
+@pytest.mark.parametrize("train_mode", [True, "moving"])
+def test_hooks_that_keep_activations_where_weights_require_grad_find_them_again(
+    train_mode: Any,
+) -> None:
+    """As those of Opacus do, which otherwise take activations out of an empty list."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).train()
+    activations: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if module.training and any(p.requires_grad for p in module.parameters()):
+            activations.append(args[0].detach())
+
+    def pop() -> None:
+        activations.pop()
+
+    model[1].register_forward_hook(keep)
+    model[1].register_full_backward_hook(lambda module, grads, out: pop())
+    attack = fastadv.PGD(model, steps=3, train_mode=train_mode)
+    for _ in range(2):
+        attack(X, Y)
+    assert not activations
