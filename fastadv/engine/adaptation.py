@@ -1,17 +1,19 @@
 """Models that take gradients in their own parameters during their forward pass, as those do that adapt to images.
 
-If their parameters did not require grad, another network would be attacked: one that does not adapt.
+If their parameters did not require grad, another network would be attacked: one that does not adapt. Models that
+write into their parameters without gradients, such as those that normalise their weights, count as adapting, too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.frozen import parameters_of
+from fastadv.engine.content import content_or_counters
+from fastadv.engine.frozen import kept_parameters, parameters_of
 from fastadv.engine.networks import networks_of, parts_of
 from fastadv.engine.recording_mode import uncompiled
 
@@ -19,14 +21,26 @@ from fastadv.engine.recording_mode import uncompiled
 class Adaptation:
     """Whether a model adapts in its forward pass.
 
+    Args:
+        never: it does not, and no pass is watched.
+        unlikely: it did not when it was last looked at. Its parameters are then kept from the first gradient on
+            that it takes, and not from the beginning.
+
     Attributes:
         is_known: whether a pass has told.
         adapts: whether the model adapts, for all that is known.
     """
 
-    def __init__(self, never: bool = False) -> None:
-        self.is_known, self.adapts = never, not never
+    def __init__(self, never: bool = False, unlikely: bool = False) -> None:
+        self.is_known, self.adapts = never, not (never or unlikely)
+        self._unlikely = unlikely
         self._to_freeze: list[nn.Parameter] = []
+        self._kept = ExitStack()  # parameters of a model that adapts after all
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the parameters must require grad in the next pass."""
+        return self.adapts or not self.is_known
 
     @contextmanager
     def found_out(self, model: object) -> Iterator[None]:
@@ -36,17 +50,24 @@ class Adaptation:
         the watched one must find them as its forward pass did: an autograd function may take their gradients.
         """
         self.freeze()
-        if self.is_known or not torch.is_grad_enabled():
+        if self.is_known or not (self._unlikely or torch.is_grad_enabled()):
             yield
             return
         # Lazy ones get their shape in the pass, and bear no hooks before.
-        parameters = [
-            p
-            for p in parameters_of(parts_of(networks_of(model)))
-            if p.requires_grad and not nn.parameter.is_lazy(p)
-        ]
-        taken: list[Tensor] = []
-        hooks = [parameter.register_hook(taken.append) for parameter in parameters]
+        every = parameters_of(parts_of(networks_of(model)))
+        every = [p for p in every if not nn.parameter.is_lazy(p)]
+        parameters = [p for p in every if p.requires_grad]
+        before = None if self._unlikely else content_or_counters(every)
+        taken = False
+
+        def note(grad: Tensor) -> None:
+            nonlocal taken
+            if self._unlikely and not taken:
+                # Nothing has been written yet: hooks run before their gradients arrive.
+                self._kept.enter_context(kept_parameters(parameters))
+            taken = True
+
+        hooks = [parameter.register_hook(note) for parameter in parameters]
         try:
             # The code of a compiled part must run to be seen.
             with uncompiled(model) if isinstance(model, nn.Module) else nullcontext():
@@ -54,11 +75,17 @@ class Adaptation:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.is_known, self.adapts = True, bool(taken)
-        self._to_freeze = [] if taken else parameters
+        written = before is not None and before != content_or_counters(every)
+        self.is_known, self.adapts = True, taken or written
+        self._to_freeze = [] if self.adapts else parameters
 
     def freeze(self) -> None:
         """Let the parameters of a model that was found not to adapt require no grad."""
         for parameter in self._to_freeze:
             parameter.requires_grad_(False)
         self._to_freeze = []
+
+    def end(self) -> None:
+        """Let go of the parameters; those of a model that has adapted against expectation are put back."""
+        self.freeze()
+        self._kept.close()

@@ -147,10 +147,9 @@ class Recorder(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
-        operands = tensors_in(args)
-        if kwargs:
-            operands.extend(tensors_in(kwargs.values()))
+        operands = tensors_in((args, kwargs))
         self._check_draws(func, name, args, kwargs)
+        self._check_what_stays(name, args, kwargs)
         versions = [version_of(t) for t in operands]
         self._referred = None
         self._enter()  # an autograd function that torch itself calls is part of this function
@@ -194,6 +193,14 @@ class Recorder(TorchFunctionMode):
         if randomness.draws(func, name, args, kwargs):
             raise self._refuse(f"its forward draws random numbers ({name})")
 
+    def _check_what_stays(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a function before it changes the model's parameters or their gradients."""
+        if name in functions.TAKE_GRADIENTS:
+            raise self._refuse(functions.REFUSED[name])
+        for target in functions.targets_of(name, args, kwargs):
+            if id(target) not in self._places or storage_of(target) in self._model_storages:
+                raise self._refuse(f"its forward writes into the model's own tensors ({name})")
+
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
         if name in functions.REFUSED:
             raise self._refuse(functions.REFUSED[name])
@@ -236,8 +243,6 @@ class Recorder(TorchFunctionMode):
         before: tuple[Any, Any] | None = None,
     ) -> None:
         recording = self.recording
-        if name in functions.REFUSED:
-            raise self._refuse(functions.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -332,8 +337,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, dict):
             return {k: self.referred(v) for k, v in value.items()}
         if isinstance(value, slice):
-            parts = (value.start, value.stop, value.step)
-            return slice(*(self.referred(part) for part in parts))
+            return slice(*map(self.referred, (value.start, value.stop, value.step)))
         if isinstance(value, functions.CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
         if isinstance(value, WatchedSize):
