@@ -23,8 +23,6 @@ REFUSED = {
     "backward": "its forward takes gradients of its own",
     "grad": "its forward takes gradients of its own",
 }
-# Those among them that change the gradients of a model's parameters, so that they are refused before they run.
-TAKE_GRADIENTS = frozenset(("backward", "grad"))
 # Functions that compute nothing.
 NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
 

@@ -143,6 +143,8 @@ class Recorder(TorchFunctionMode):
                 found = func(*args, **kwargs)
                 self._check_what_is_read("shape", [args[0]])
                 return watched(found, self._comparisons)
+            if read == "grad_fn":  # which takes hooks that nobody sees
+                raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
                 return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
@@ -195,15 +197,13 @@ class Recorder(TorchFunctionMode):
 
     def _check_what_stays(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse a function before it changes the model's parameters or their gradients."""
-        if name in functions.TAKE_GRADIENTS:
+        if name in functions.REFUSED:
             raise self._refuse(functions.REFUSED[name])
         for target in functions.targets_of(name, args, kwargs):
             if id(target) not in self._places or storage_of(target) in self._model_storages:
                 raise self._refuse(f"its forward writes into the model's own tensors ({name})")
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
-        if name in functions.REFUSED:
-            raise self._refuse(functions.REFUSED[name])
         if name in functions.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):

@@ -241,3 +241,30 @@ def test_a_model_that_writes_into_its_weights_has_them_back(how: str, kind: type
         for _ in range(3):
             attack(x, Y, seed=0)
             assert_same_state(state_of(model), before)
+
+
+class HookedGraph(nn.Module):
+    """Turns its gradient by a hook of the graph, once it is told to; its operations stay the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.on = conv(3, 3), nn.Linear(8, 4), False
+        self.body = nn.Sequential(nn.Flatten(2), Mean(), nn.Linear(64, 8), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        if self.on and h.grad_fn is not None:
+            h.grad_fn.register_prehook(lambda grads: tuple(-g for g in grads))
+        return self.last(self.body(h + 0.3 * x))
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_hook_in_the_graph_turns_the_attack(on: bool) -> None:
+    torch.manual_seed(0)
+    model, x = HookedGraph().eval(), images(8)
+    model.on = on
+    attack = used(model, x)
+    for _ in range(2):
+        model.on = not model.on
+        for _ in range(2):
+            assert share_of_others(attack, model, x) < 0.01
