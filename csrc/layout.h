@@ -36,6 +36,16 @@ inline at::Tensor in_layout_of(const at::Tensor& t, const at::Tensor& like) {
   return at::empty_strided(t.sizes(), like.strides(), t.options()).copy_(t);
 }
 
+// t, which a kernel reads element by element while it writes `written`, of the same layout; a copy
+// where only some of their memory is the same, as elements would be read after they were written.
+inline at::Tensor apart_from(const at::Tensor& written, const at::Tensor& t) {
+  const auto* to = static_cast<const char*>(written.const_data_ptr());
+  const auto* from = static_cast<const char*>(t.const_data_ptr());
+  const bool same = from == to && t.element_size() == written.element_size();
+  const bool apart = from + t.nbytes() <= to || to + written.nbytes() <= from;
+  return same || apart ? t : t.clone();
+}
+
 // Where a sample's elements lie, in logical order: `planes` runs of `plane_size` elements. One run
 // for contiguous images, one per channel for channels-last ones.
 struct SampleLayout {

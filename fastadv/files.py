@@ -19,6 +19,8 @@ from typing import Any
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
 _MAX_NAME_LENGTH = 100  # bytes; file systems take 255
+_MAX_KEY_LENGTH = 150  # bytes of a key beside its hash
+_KEY_DIGITS = 12  # of a key's hash
 _DAY = 24 * 60 * 60
 _FREE_SPACE = "free some space there and try again (a run goes on with resume); files written before are whole"
 _ADVICE = {
@@ -135,6 +137,21 @@ def temporary_beside(path: Path) -> Path:
 def shortened(name: str, max_length: int) -> str:
     """Return the beginning of a file's name that has at most a number of bytes, in which file systems count."""
     return os.fsencode(name)[:max_length].decode(errors="ignore")
+
+
+def file_key(name: str, *facts: object) -> str:
+    """Return a name for files whose content depends on these facts: a text and a hash.
+
+    Args:
+        name: the text, of which characters other than letters, digits, "-" and "." are replaced.
+        facts: their repr must show their value.
+    """
+    plain = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in name)
+    kept = shortened(plain, _MAX_KEY_LENGTH)
+    if kept != plain:  # for example of an evaluation at many radii
+        facts = (*facts, name)
+    digest = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return f"{kept}-{digest[:_KEY_DIGITS]}"
 
 
 def remove_leftovers(folder: Path) -> None:

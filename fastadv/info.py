@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "numpy", "safetensors", "jsonargparse")
 _EXTRAS = {
     "matplotlib": "plots",
     "scikit-learn": "digits, t-SNE",
-    "pyautoattack": "AutoAttack",
+    "pyautoattack": "eval --engine reference",
     "pillow": "folders of pictures",
     "datasets": "hf: data",
     "timm": "timm: models",

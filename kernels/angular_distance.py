@@ -37,9 +37,15 @@ def _moments(u, v, at, length, BLOCK: tl.constexpr, STEPS: tl.constexpr, COMPUTE
 
 
 @triton.jit
+def _known(length):
+    """The product of the two norms; NaN where squares have overflowed, as nothing can be said then."""
+    return tl.where(length == float("inf"), float("nan"), length)
+
+
+@triton.jit
 def _finish(distance, moments, far, sample, dot, uu, vv, tau, COMPUTE: tl.constexpr):
     """Write one sample's results; ``moments`` or ``far`` is None if the op does not return it."""
-    length = tl.sqrt(uu) * tl.sqrt(vv)
+    length = _known(tl.sqrt(uu) * tl.sqrt(vv))
     d = tl.where(length == 0, 1.0, 1 - tl.abs(dot) / length).to(COMPUTE)
     d = tl.where(d < 0, 0.0, d)  # rounding; a NaN stays
     tl.store(distance + sample, d)
@@ -141,7 +147,7 @@ def _backward(
     dot = tl.load(moments + 3 * sample).to(COMPUTE)
     uu = tl.load(moments + 3 * sample + 1).to(COMPUTE)
     vv = tl.load(moments + 3 * sample + 2).to(COMPUTE)
-    length = square_root(uu) * square_root(vv)
+    length = _known(square_root(uu) * square_root(vv))
     signed = tl.where(dot > 0, -slope, tl.where(dot < 0, slope, 0.0))
     across = tl.where(length == 0, 0.0, divide(signed, length))
     if out_u is not None:

@@ -50,6 +50,17 @@ def in_layout_of(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
+def apart_from(written: Tensor, t: Tensor) -> Tensor:
+    """``t``, which a kernel reads element by element while it writes ``written``, of the same layout.
+
+    A copy where only some of their memory is the same, as elements would be read after they were written.
+    """
+    to, origin = written.data_ptr(), t.data_ptr()
+    same = origin == to and t.element_size() == written.element_size()
+    apart = origin + t.nbytes <= to or to + written.nbytes <= origin
+    return t if same or apart else t.clone()
+
+
 class Gradient:
     """A gradient in its argument's layout; empty if it is not wanted.
 

@@ -41,7 +41,8 @@ def _add_product(
 ):
     """``total`` plus a tile of A B; A [rows, inner] and B [inner, columns] have the strides given."""
     for step in range(STEPS):
-        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        # int64, as an element times a stride can leave int32.
+        k = (step * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
         inside_a = (row < rows)[:, None] & (k < inner)[None, :]
         inside_b = (k < inner)[:, None] & (column < columns)[None, :]
         left = tl.load(a + row[:, None] * a_row + k[None, :] * a_inner, inside_a, other=0.0)

@@ -15,7 +15,7 @@ from .launch import (
     number,
     rounded_to_float_precision,
 )
-from .layout import Parts, batch_major, dense, in_layout_of, reduction_loop, sample_size
+from .layout import Parts, apart_from, batch_major, dense, in_layout_of, reduction_loop, sample_size
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def momentum_update_(momentum: Tensor, grad: Tensor, decay: float, active: Tenso
     if batch == 0 or size == 0:
         return
     at_hand = batch_major(momentum)
-    g = in_layout_of(grad, at_hand)
+    g = apart_from(at_hand, in_layout_of(grad, at_hand))
     chosen = dense(active)
     bits, compute = double_bits(decay), compute_dtype(momentum)
     parts = Parts.of(size)

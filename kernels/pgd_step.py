@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import pgd_step_l1, pgd_step_l2
 from .launch import clip, compute_dtype, elements_to_read, launch, number, per_sample
-from .layout import batch_major, in_layout_of, same_layout, sample_size
+from .layout import apart_from, batch_major, in_layout_of, same_layout, sample_size
 from .pgd_step_shared import Step, count_gradient, linf_moved
 
 _BLOCK = 1024
@@ -82,7 +82,8 @@ _INTO = {"linf": _linf_into, "l2": pgd_step_l2.step_into, "l1": pgd_step_l1.step
 
 
 def _step_into(out: Tensor, adv: Tensor, grad: Tensor, x: Tensor, step: Step) -> None:
-    _INTO[step.norm](out, adv, in_layout_of(grad, adv), in_layout_of(x, adv), step)
+    g, centre = (apart_from(out, in_layout_of(t, adv)) for t in (grad, x))
+    _INTO[step.norm](out, adv, g, centre, step)
 
 
 def pgd_step(adv: Tensor, grad: Tensor, x: Tensor, *numbers: Any) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import clip, compute_dtype, elements_to_read, launch
-from .layout import batch_major, dense, in_layout_of, same_layout, sample_size
+from .layout import apart_from, batch_major, dense, in_layout_of, same_layout, sample_size
 from .pgd_step_shared import count_gradient, linf_moved
 
 _BLOCK = 1024
@@ -79,8 +79,8 @@ def _step_into(
         adv,
         out,
         adv,
-        in_layout_of(grad, adv),
-        in_layout_of(x, adv),
+        apart_from(out, in_layout_of(grad, adv)),
+        apart_from(out, in_layout_of(x, adv)),
         limits,
         limits.stride(0),
         dense(active),

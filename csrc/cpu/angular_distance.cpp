@@ -1,5 +1,6 @@
 // Angular distance and the replay switch on the CPU. Definition: fastadv/ops/angular_distance.py.
 #include <cmath>
+#include <limits>
 
 #include "cpu/feature_sums.h"
 #include "cpu/stream.h"
@@ -31,9 +32,11 @@ void fill_moments(const at::Tensor& u, const at::Tensor& v, const at::Tensor& mo
   }
 }
 
+// The product of the two norms; NaN where squares have overflowed, as nothing can be said then.
 template <class C>
 C length_of(const C* moments) {
-  return std::sqrt(moments[1]) * std::sqrt(moments[2]);
+  const C length = std::sqrt(moments[1]) * std::sqrt(moments[2]);
+  return std::isinf(length) ? std::numeric_limits<C>::quiet_NaN() : length;
 }
 
 template <class C>

@@ -53,7 +53,7 @@ void momentum_update_(at::Tensor momentum, const at::Tensor& grad, double decay,
   check_momentum(momentum, grad);
   const Active chosen(active, momentum);
   const at::Tensor at_hand = batch_major(momentum);
-  const at::Tensor g = in_layout_of(grad, at_hand);
+  const at::Tensor g = apart_from(at_hand, in_layout_of(grad, at_hand));
   dispatch_float(g.scalar_type(), "grad", [&](auto t) {
     const auto update =
         momentum.scalar_type() == at::kFloat ? run<float, decltype(t)> : run<double, decltype(t)>;

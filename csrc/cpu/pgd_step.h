@@ -101,9 +101,9 @@ template <class F>
 void step_in_place(const at::Tensor& adv, const at::Tensor& grad, const at::Tensor& x,
                    const Active& active, const OptionalTensor& counts, const F& into) {
   const at::Tensor at_hand = batch_major(adv);
-  const at::Tensor g = in_layout_of(grad, at_hand);
+  const at::Tensor g = apart_from(at_hand, in_layout_of(grad, at_hand));
   if (counts) add_counts(g, active, *counts);
-  into(PgdImages{at_hand, at_hand, g, in_layout_of(x, at_hand)});
+  into(PgdImages{at_hand, at_hand, g, apart_from(at_hand, in_layout_of(x, at_hand))});
   if (!at_hand.is_same(adv)) adv.copy_(at_hand);
 }
 

@@ -12,6 +12,7 @@ namespace fastadv {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr double kLargest = std::numeric_limits<double>::max();
 
 // A term of a sum: amount * min(t, cap).
 struct Term {
@@ -101,14 +102,16 @@ void find_way(T* way, const T* points, const T* normal, double gap, bool linf, d
   const auto room_of = [&](int64_t i) {
     return std::max(sign_of(i) > 0 ? high - points[i] : points[i] - low, 0.0);
   };
+  // The share of its size that an element has room for; finite, as its term may be 0 times it.
+  const auto cap_of = [&](int64_t i) { return std::min(room_of(i) / size_of(i), kLargest); };
   for (int64_t i = 0; i < size; ++i) {
     const double s = size_of(i);
-    if (s > 0) terms[count++] = linf ? Term{room_of(i), s} : Term{room_of(i) / s, s * s};
+    if (s > 0) terms[count++] = linf ? Term{room_of(i), s} : Term{cap_of(i), s * s};
   }
   const double level = solve_level(terms, count, std::abs(reach));
   for (int64_t i = 0; i < size; ++i) {
     const double s = size_of(i), room = room_of(i);
-    const double far = s > 0 && !linf && level < room / s ? level * s : room;
+    const double far = s > 0 && !linf && level < cap_of(i) ? level * s : room;
     way[i] = T(sign_of(i) * (linf ? std::min(room, level) : far));
   }
 }

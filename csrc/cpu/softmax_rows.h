@@ -21,7 +21,8 @@
 
 namespace fastadv {
 
-constexpr int kRowLanes = 16;  // partial sums, the same at every SIMD level
+constexpr int kRowLanes = 16;            // partial sums, the same at every SIMD level
+constexpr int kSummed = 32 * kRowLanes;  // elements that are added up in the dtype of computation
 
 template <class C, int kBytes>
 struct VectorOf {
@@ -127,29 +128,36 @@ FASTADV_INLINE Element<V> fold_lanes(V all, const G& combine) {
   return all[0];
 }
 
-// The vectors term(i) of a row, combined into one value.
+// The vectors term(i) of the elements `begin` to `end` of a row, combined into one value.
 template <class V, class F, class G>
-FASTADV_INLINE Element<V> fold_row(int width, Element<V> start, const F& term, const G& combine) {
+FASTADV_INLINE Element<V> fold_row(int begin, int end, Element<V> start, const F& term,
+                                   const G& combine) {
   constexpr int kStep = kLanesOf<V>, kVectors = kRowLanes / kStep;
   V partial[kVectors];
   for (int v = 0; v < kVectors; ++v) partial[v] = V{} + start;
-  for (int i = 0; i < width; i += kRowLanes) {
+  for (int i = begin; i < end; i += kRowLanes) {
     for (int v = 0; v < kVectors; ++v) partial[v] = combine(partial[v], term(i + v * kStep));
   }
   for (int v = 1; v < kVectors; ++v) partial[0] = combine(partial[0], partial[v]);
   return fold_lanes(partial[0], combine);
 }
 
+// The error of a sum would grow with the number of classes, so runs of them are added up in double.
 template <class V, class F>
 FASTADV_INLINE Element<V> sum_row(int width, const F& term) {
-  return fold_row<V>(width, 0, term, [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  double sum = 0;
+  for (int begin = 0; begin < width; begin += kSummed) {
+    sum += fold_row<V>(begin, std::min(width, begin + kSummed), 0, term,
+                       [](V a, V b) __attribute__((always_inline)) { return a + b; });
+  }
+  return Element<V>(sum);
 }
 
 // The largest element that is not NaN.
 template <class V>
 FASTADV_INLINE Element<V> largest_of(const Element<V>* row, int width) {
   const auto at = [&](int i) __attribute__((always_inline)) { return lanes_at<V>(row + i); };
-  return fold_row<V>(width, kMinusInfinity<Element<V>>, at,
+  return fold_row<V>(0, width, kMinusInfinity<Element<V>>, at,
                      [](V a, V b) __attribute__((always_inline)) { return larger(b, a); });
 }
 

@@ -3,6 +3,8 @@
 // This op has a CUDA C++ and a Triton version. Both are bound by memory, but the features of a
 // training batch are a few megabytes, a kernel of two or three microseconds: Triton's Python
 // launcher alone takes several times as long, twice per step.
+#include <cmath>
+
 #include "cuda/angular_distance.h"
 #include "cuda/feature_sums.cuh"
 
@@ -31,6 +33,13 @@ struct Moments {
   }
 };
 
+// The product of the two norms; NaN where squares have overflowed, as nothing can be said then.
+template <class C>
+__device__ C length_of(C uu, C vv) {
+  const C length = sqrt(uu) * sqrt(vv);
+  return isinf(length) ? C(NAN) : length;
+}
+
 template <class C>
 struct Results {
   C* distance;
@@ -39,7 +48,7 @@ struct Results {
   C tau;
 
   __device__ void write(int64_t sample, const double (&moments_of_sample)[3]) const {
-    const double length = sqrt(moments_of_sample[1]) * sqrt(moments_of_sample[2]);
+    const double length = length_of(moments_of_sample[1], moments_of_sample[2]);
     C d = length == 0 ? C(1) : C(1 - fabs(moments_of_sample[0]) / length);
     d = d < 0 ? C(0) : d;  // rounding; a NaN stays
     distance[sample] = d;
@@ -56,7 +65,7 @@ struct Slopes {
   C along_u, along_v, across;
 
   __device__ Slopes(C grad, const C* moments) {
-    const C dot = moments[0], uu = moments[1], vv = moments[2], length = sqrt(uu) * sqrt(vv);
+    const C dot = moments[0], uu = moments[1], vv = moments[2], length = length_of(uu, vv);
     const C signed_grad = dot > 0 ? -grad : dot < 0 ? grad : C(0);
     across = length == 0 ? C(0) : signed_grad / length;
     along_u = length == 0 ? C(0) : -across * dot / uu;

@@ -11,7 +11,8 @@ void momentum_update_(at::Tensor momentum, const at::Tensor& grad, double decay,
   const c10::cuda::CUDAGuard guard(momentum.device());
   check_momentum(momentum, grad);
   const at::Tensor chosen = checked_active(active, momentum);
-  const at::Tensor at_hand = batch_major(momentum), g = in_layout_of(grad, at_hand);
+  const at::Tensor at_hand = batch_major(momentum);
+  const at::Tensor g = apart_from(at_hand, in_layout_of(grad, at_hand));
   MomentumUpdate update{at_hand.data_ptr(),
                         g.const_data_ptr(),
                         dtype_of(momentum, "momentum"),

@@ -27,7 +27,8 @@ void step_into(const at::Tensor& out, const at::Tensor& adv, const at::Tensor& g
                const at::Tensor& x, c10::string_view norm, const OptionalTensor& active,
                PgdStep step) {
   const at::Tensor chosen = checked_active(active, adv);
-  const at::Tensor g = in_layout_of(grad, adv), centre = in_layout_of(x, adv);
+  const at::Tensor g = apart_from(out, in_layout_of(grad, adv));
+  const at::Tensor centre = apart_from(out, in_layout_of(x, adv));
   step.out = out.data_ptr();
   step.adv = adv.const_data_ptr();
   step.grad = g.const_data_ptr();

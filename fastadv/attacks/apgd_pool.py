@@ -20,6 +20,7 @@ from fastadv.attacks.apgd_slots import Slots
 from fastadv.attacks.leaving import batch_sizes, fine_size
 from fastadv.engine.engines import Engine
 from fastadv.ops import pgd_step_, random_start
+from fastadv.ops.checks import over_samples
 from fastadv.seeding import derive_seed
 
 # int64 indices [B] on the CPU -> images [B, ...] and labels [B], where the model is
@@ -107,6 +108,7 @@ class APGDPool:
         rows: number of gradients so far, with those of rows that only filled up a batch.
         starts_without_gradient: runs that began at a point without a gradient, a sign of masking.
         nan_points: number of points so far with a NaN among their logits; such a point is no success.
+        nan_gradients: number of elements of gradients so far that were NaN or infinite.
 
     Raises:
         ValueError: if the attack is targeted, in train mode, or in another norm than linf and l2.
@@ -137,7 +139,8 @@ class APGDPool:
         free = attack.engine in ("auto", "fixed")
         live = attack.engine == "eager" or (free and attack.precision == "fp32")
         self._sizes = batch_sizes(size, live)
-        self.steps = self.rows = self.starts_without_gradient = self.nan_points = 0
+        self.steps = self.rows = self.starts_without_gradient = 0
+        self.nan_points = self.nan_gradients = 0
 
     def run(
         self,
@@ -204,7 +207,8 @@ class _PoolRuns:
         self._last = self._attack.steps
         self._is_check = torch.zeros(self._last + 1, dtype=torch.bool, device="cpu")
         self._is_check[list(pool._points)] = True
-        self._nan_points = torch.zeros((), dtype=torch.int64, device=x.device)
+        # Points with NaN logits, and elements of gradients that are not finite.
+        self._nan = torch.zeros(2, dtype=torch.int64, device=x.device)
         self._load(list(range(len(first))), first)
 
     def carry_out(self) -> None:
@@ -250,7 +254,8 @@ class _PoolRuns:
             zero = (found.grad.flatten(1) == 0).all(1) & fresh
             self._pool.starts_without_gradient += int(zero.sum())
         nan = found.logits.isnan().any(1) & used
-        self._nan_points = self._nan_points + nan.sum()
+        useless = ~found.grad.isfinite() & over_samples(used, found.grad)
+        self._nan += torch.stack((nan.sum(), useless.sum()))
         self._pool.steps += int(self._used.sum())
         self._pool.rows += len(begun)
         self._since = self._since.masked_fill(at_check, 0) + 1
@@ -263,8 +268,10 @@ class _PoolRuns:
 
     def _verify_and_refill(self, every_row: bool, over: list[int]) -> None:
         """Remove the runs of broken images and finished runs, and begin other runs in their rows."""
-        self._pool.nan_points += int(self._nan_points)
-        self._nan_points = torch.zeros_like(self._nan_points)
+        points, elements = self._nan.tolist()
+        self._pool.nan_points += points
+        self._pool.nan_gradients += elements
+        self._nan.zero_()
         if self._pool._early:
             self._verify(list(range(len(self._runs))) if every_row else over)
         self._report([row for row in over if self._runs[row] is not None])

@@ -91,14 +91,14 @@ _FOLLOWED_PAST_SUCCESS = ("ce", "kl", "cw")
 
 
 def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
-    """Warn if gradients were zero or NaN, or logits NaN: then images seem robust that are not."""
+    """Warn if gradients were zero, NaN or infinite, or logits NaN: then images seem robust that are not."""
     if report.nan_points and not report.nan_gradients:
         warnings.warn(nan_logits_warning(report.nan_points), stacklevel=5)
     expects_gradient = (
         getattr(settings, "loss", None) in _FOLLOWED_PAST_SUCCESS and not settings.targeted
     )
     if report.nan_gradients:
-        what = f"NaN in {report.nan_gradients} of {report.elements} elements"
+        what = f"NaN or infinite in {report.nan_gradients} of {report.elements} elements"
     elif expects_gradient and report.elements and report.zero_gradient_share == 1:
         what = "zero everywhere"
     else:
@@ -107,6 +107,22 @@ def warn_of_gradients(report: AttackReport, settings: AttackSettings) -> None:
         f"the model's gradient in x is {what}, where the attack has no direction, so that what it finds may say "
         "nothing of the model; fastadv.Square needs no gradient",
         stacklevel=5,
+    )
+
+
+def nan_warnings(points: int, gradients: int) -> list[str]:
+    """The warnings of an attack that met NaN at some points, and useless elements of gradients; empty without."""
+    return [
+        *([nan_logits_warning(points)] if points else []),
+        *([useless_gradients_warning(gradients)] if gradients else []),
+    ]
+
+
+def useless_gradients_warning(elements: int) -> str:
+    """The warning that a number of elements of an attack's gradients were NaN or infinite."""
+    return (
+        f"{elements} elements or more of the gradients that the attack followed were NaN or infinite; they give "
+        "no direction, so that it may find too little; the attack square needs no gradient"
     )
 
 

@@ -28,7 +28,7 @@ class CallCounters:
     Attributes:
         engine: name of the engine that ran.
         reason: the reason for this engine.
-        counts: int64 [2], zero and NaN elements of the gradients.
+        counts: int64 [2], zero elements of the gradients, and NaN and infinite ones.
         nan_points: int64 scalar, number of points with a NaN among their logits.
         elements: number of elements of the gradients.
         losses: mean loss at each gradient.
@@ -165,10 +165,11 @@ class AttackBatch:
     def step_(
         self, adv: Tensor, grad: Tensor, alpha: float | Tensor, sparsity: float = 0.95
     ) -> Tensor:
-        """Step along a gradient that the engine gave, in place, and count its zeros."""
+        """Step along a gradient that the engine gave, in place, and count its zeros, NaN and infinities."""
         if self.norm == "l1":
             self.count(grad)
             return self.step_along_(adv, grad, alpha, sparsity)
+        self._count_infinite(grad)  # the op counts zeros and NaN on its way
         return self._step_(adv, grad, alpha, active=self.active, counts=self.counters.counts)
 
     def step_along_(
@@ -195,12 +196,19 @@ class AttackBatch:
         return pgd_step_(adv, direction, self.x, self.eps, alpha, self.norm, self.bounds, **options)
 
     def count(self, grad: Tensor) -> None:
-        """Count the zeros of a gradient that no `step_` sees."""
-        zero, nan = grad == 0, grad.isnan()
-        if self.active is not None:
-            active = over_samples(self.active, grad)
-            zero, nan = zero & active, nan & active
-        self.counters.counts += torch.stack((zero.sum(), nan.sum()))
+        """Count the zeros, NaN and infinities of a gradient that no `step_` sees."""
+        zero, useless = self._of_active(grad == 0), self._of_active(~grad.isfinite())
+        self.counters.counts += torch.stack((zero.sum(), useless.sum()))
+
+    def _count_infinite(self, grad: Tensor) -> None:
+        """Count the samples whose gradient has infinite elements and no NaN; norms cost less than a search."""
+        axes, wide = tuple(range(1, grad.dim())), torch.promote_types(grad.dtype, torch.float32)
+        infinite = torch.linalg.vector_norm(grad, dim=axes, dtype=wide).isinf()
+        self.counters.counts[1].add_(self._of_active(infinite).sum())
+
+    def _of_active(self, flags: Tensor) -> Tensor:
+        """Flags [B, ...] of the samples that are counted; false for the others."""
+        return flags if self.active is None else flags & over_samples(self.active, flags)
 
     def succeeded(self, logits: Tensor) -> Tensor:
         """Which samples are where the attack wants them, [B] bool; NaN logits are no success, and are counted."""

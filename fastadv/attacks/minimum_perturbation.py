@@ -69,18 +69,19 @@ def minimum_perturbation(
         seed = draw_seed() if attack.seed is None else attack.seed
     if sample_ids is None:
         sample_ids = torch.arange(x.shape[0], device=x.device)
-    search = _Bisection(attack, attack.model if judge is None else judge, x, y, seed, sample_ids)
+    search = Bisection(attack, attack.model if judge is None else judge, x, y, seed, sample_ids)
     radii = search.radii(max_eps, iterations)
     if search.nan_points:
         warnings.warn(nan_logits_warning(search.nan_points), stacklevel=3)
     return radii
 
 
-class _Bisection:
-    """The search of one call.
+class Bisection:
+    """The search of one call of `minimum_perturbation`, whose arguments are checked.
 
     Attributes:
         nan_points: number of judged points with a NaN among their logits.
+        nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class _Bisection:
     ) -> None:
         self._attack, self._judge = attack, judge
         self._x, self._y, self._seed, self._ids = x, y, seed, sample_ids
-        self.nan_points = 0
+        self.nan_points = self.nan_gradients = 0
 
     def radii(self, max_eps: float, iterations: int) -> Tensor:
         """The smallest radii [B]; infinite for images that ``max_eps`` does not break."""
@@ -113,7 +114,9 @@ class _Bisection:
     def _breaks(self, rows: Tensor, eps: Tensor) -> Tensor:
         """Which of some images the attack breaks at their radii, [R] bool."""
         x, y, ids = self._x[rows], self._y[rows], self._ids[rows]
-        return self._succeeds(self._attack(x, y, seed=self._seed, sample_ids=ids, eps=eps), y)
+        adv = self._attack(x, y, seed=self._seed, sample_ids=ids, eps=eps)
+        self.nan_gradients += self._attack.last.nan_gradients
+        return self._succeeds(adv, y)
 
     @torch.no_grad()
     def _succeeds(self, images: Tensor, y: Tensor) -> Tensor:

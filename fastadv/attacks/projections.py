@@ -120,7 +120,8 @@ def _evenly(size: Tensor, room: Tensor, gap: Tensor) -> Tensor:
 
 def _in_proportion(size: Tensor, room: Tensor, gap: Tensor) -> Tensor:
     """l2: each goes in proportion to its size, or as far as it can."""
-    caps = torch.where(size > 0, room / size, 0.0)
+    # Finite, as the square of a size may be 0.
+    caps = torch.where(size > 0, room / size, 0.0).clamp(max=torch.finfo(torch.float64).max)
     share = level(size.square(), caps, gap)
     return torch.where(share < caps, share * size, room)
 

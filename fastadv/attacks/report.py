@@ -25,7 +25,7 @@ class AttackReport:
         reason: the reason for this engine.
         precision: precision of the network's passes: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
         elements: number of elements of input gradients that the attack used, over all steps and restarts.
-        counts: int64 [2] on the device, the numbers of zero and of NaN elements among them.
+        counts: int64 [2] on the device, the number of zero elements among them, and of NaN and infinite ones.
         nan_among_logits: int64 scalar on the device, the number of points with a NaN among their logits.
         losses: one scalar per gradient, on the device.
         outside: share of the result outside ball or bounds, a scalar on the device.
@@ -47,7 +47,10 @@ class AttackReport:
 
     @property
     def nan_gradients(self) -> int:
-        """Number of NaN elements in the input gradients."""
+        """Number of NaN and infinite elements in the input gradients, where the attack has no direction.
+
+        Steps of PGD in linf and l2 count the infinite elements of an image as one.
+        """
         return int(self.counts[1])
 
     @property
@@ -78,7 +81,7 @@ class AttackReport:
         return (
             f"{self.engine} engine ({self.reason}), {self.precision}{course}, "
             f"zero gradients {100 * self.zero_gradient_share:.2f} %, "
-            f"NaN gradients {self.nan_gradients}, NaN logits at {self.nan_points} points, "
+            f"NaN or infinite gradients {self.nan_gradients}, NaN logits at {self.nan_points} points, "
             f"outside {100 * self.outside_share:.2f} %"
         )
 

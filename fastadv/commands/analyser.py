@@ -13,11 +13,12 @@ from torch import nn
 
 from fastadv.commands.judged import JudgedModel
 from fastadv.digest import digest_of
-from fastadv.evaluation import AnalysisSettings, Measured, Subject
+from fastadv.evaluation import AnalysisSettings, Measured
 from fastadv.evaluation.analyses.analyse import run_analyses
 from fastadv.evaluation.analyses.analysis import Analysis
 from fastadv.evaluation.analyses.pictures import images_of, picture_of
 from fastadv.evaluation.analyses.records import AnalysisRecord
+from fastadv.evaluation.context import device_of
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.samples import Samples
 from fastadv.files import write_atomically
@@ -95,17 +96,7 @@ class Analyser:
             samples, images = self.samples, self._images
         elif "train" in analysis.needs:
             samples, images = self.train, self._train_images
-        parameters = list(judged.model.parameters())
-        subject = Subject(
-            run=judged.name,
-            method=judged.method,
-            network=judged.network,
-            checkpoint=judged.checkpoint,
-            weights=weights,
-            data="" if samples is None else samples.name,
-            images=images,
-            parameters=sum(parameter.numel() for parameter in parameters),
-        )
+        subject = judged.subject(weights, "" if samples is None else samples.name, images)
         return AnalysisRecord(
             Measured(analysis.name, (), ()),
             subject,
@@ -113,7 +104,7 @@ class Analyser:
             {name: _as_json_type(getattr(self.settings, name)) for name in analysis.uses},
             self._teacher_digest if "teacher" in analysis.needs else "",
             library_versions("fastadv", "torch", *analysis.libraries),
-            str(parameters[0].device) if parameters else "cpu",
+            str(device_of(judged.model)),
             self.command,
         )
 

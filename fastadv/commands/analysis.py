@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from fastadv.commands.analyser import Analyser
 from fastadv.commands.documents import as_json
-from fastadv.commands.evaluation import EVAL_FILE
-from fastadv.commands.judged import Images, JudgedModel, Reading, images_named, model_of_run
+from fastadv.commands.images import Images, Reading, images_named, images_of_models
+from fastadv.commands.judged import JudgedModel, model_of_run
 from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.commands.surrogates import model_by_word
-from fastadv.commands.transfer import images_of_models
 from fastadv.data.datasets import dataset_names, load_dataset
 from fastadv.evaluation import AnalysisSettings, Measured
 from fastadv.evaluation.analyses.analyse import settings_of
@@ -132,12 +132,9 @@ def run_analysis(
     names = distinct_names(paths)
     every_path = paths if teacher is None else [*paths, teacher]
     not_runs = [path for path in every_path if not Path(path).is_dir()]
+    given = {"max_examples": max_examples, "checkpoint": checkpoint, "data": data, "root": root}
     reads_data = bool(needed & {"images", "train"} or not_runs)
-    used = {"max_examples": "images" in needed}
-    used |= dict.fromkeys(("data", "root", *Reading().__dict__), reads_data)
-    used["checkpoint"] = any(Path(path).is_dir() for path in paths)
-    given = {"checkpoint": None if checkpoint == LATEST else checkpoint, "data": data, "root": root}
-    _check_used(used, {"max_examples": max_examples, **given, **reading.given()}, chosen)
+    _check_used({**given, **reading.given()}, chosen, needed, paths, reads_data)
     for path in paths:
         if Path(path).is_dir():  # a folder without a run gets its own error message here
             find_checkpoint(RunDirectory(path).path, checkpoint)
@@ -158,18 +155,14 @@ def run_analysis(
         for analysis in chosen:
             check_needs(analysis, one.model, standard is not None, train is not None)
     common = Analyser(chosen, settings, samples, train_samples, standard, command, anew, quiet)
-    records: dict[str, list[AnalysisRecord]] = {}
-    folders: list[Path] = []
-    for name, one in zip(names, loaded, strict=True):
-        folder = analyses_folder(one.results)
-        records[name] = common.analyse(name, replace(one, model=one.model.to(where)), folder)
-        folders.append(folder)
-        one.model.cpu()  # frees the memory of the device for the next model
+    folders = [analyses_folder(one.results) for one in loaded]
+    records = {
+        name: _analysed(common, name, one, folder, where)
+        for name, one, folder in zip(names, loaded, folders, strict=True)
+    }
     groups = grouped(records)
-    missing = [common.missing]
-    if out is not None:
-        missing += [_write_together(group, Path(out)) for group in groups]
-    obstacles = list(dict.fromkeys(filter(None, missing)))
+    together = [] if out is None else [_write_together(group, Path(out)) for group in groups]
+    obstacles = list(dict.fromkeys(filter(None, [common.missing, *together])))
     if json:
         text = as_json(_document(records, folders, out, obstacles))
     else:
@@ -177,6 +170,15 @@ def run_analysis(
     if common.unsaved:
         raise UnsavedResultsError(common.unsaved, text)
     return text
+
+
+def _analysed(
+    common: Analyser, name: str, judged: JudgedModel, folder: Path, where: torch.device
+) -> list[AnalysisRecord]:
+    """The analyses of one model, which is on the device for their time alone."""
+    found = common.analyse(name, replace(judged, model=judged.model.to(where)), folder)
+    judged.model.cpu()  # frees the memory of the device for the next model
+    return found
 
 
 def _as_text(
@@ -254,9 +256,24 @@ def _check_options(
 
 
 def _check_used(
-    used: Mapping[str, bool], given: Mapping[str, object], chosen: Sequence[Analysis]
+    given: Mapping[str, object],
+    chosen: Sequence[Analysis],
+    needed: set[Need],
+    paths: Sequence[str],
+    reads_data: bool,
 ) -> None:
-    """Refuse options that would have no effect on these models and analyses."""
+    """Refuse options that would have no effect on these models and analyses.
+
+    Args:
+        given: the options' values by name; None, or the default of the checkpoint, is not given.
+        chosen: the analyses.
+        needed: the needs of the analyses.
+        paths: the models.
+        reads_data: whether any data are read, for an analysis or to build a network.
+    """
+    used = dict.fromkeys(given, reads_data)
+    used["max_examples"] = "images" in needed
+    used["checkpoint"] = given["checkpoint"] == LATEST or any(Path(path).is_dir() for path in paths)
     names = ", ".join(analysis.name for analysis in chosen)
     for name, value in given.items():
         if value is not None and not used[name]:
@@ -268,7 +285,7 @@ def _load(
     path: str, checkpoint: str, of_runs: str | None, of_files: str | None, images: Images | None
 ) -> JudgedModel:
     if Path(path).is_dir():
-        return model_of_run(path, checkpoint, of_runs, EVAL_FILE)
+        return model_of_run(path, checkpoint, of_runs)
     assert images is not None
     network = of_files if Path(path).is_file() else None
     return model_by_word(path, network, images, "models", "model")

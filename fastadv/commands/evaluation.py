@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from fastadv.commands.documents import as_json
-from fastadv.commands.judged import (
-    Images,
-    JudgedModel,
-    Reading,
-    images_named,
-    images_of_run,
-    model_of_file,
-    model_of_run,
-    with_extractors,
-)
+from fastadv.commands.images import Images, Reading, images_named, images_of_run
+from fastadv.commands.judged import JudgedModel, model_of_file, model_of_run
 from fastadv.commands.result_keeper import ResultKeeper, unfinished_work
 from fastadv.commands.sanity import find_masking
-from fastadv.commands.subject import subject_of
 from fastadv.commands.surrogates import digest_name, model_by_word
 from fastadv.commands.threat import radii_of, sentence_about_radius, threat_of
 from fastadv.commands.training import check_checkpoint
 from fastadv.data.datasets import dataset_names
+from fastadv.digest import digest_of
 from fastadv.evaluation import Report, Subject, Surrogate, evaluate
 from fastadv.evaluation.attack_list import (
     check_ensemble_asked_for,
@@ -34,25 +27,24 @@ from fastadv.evaluation.attack_list import (
     expand_bundles,
     parse_attacks,
 )
+from fastadv.evaluation.cost import multiply_adds
 from fastadv.evaluation.report import library_versions
-from fastadv.evaluation.samples import as_samples, radius_or_default
+from fastadv.evaluation.samples import Samples, as_samples, radius_or_default
 from fastadv.evaluation.sanity_file import SanityResult, sanity_entry, sanity_file_of
-from fastadv.evaluation.work import key_of
+from fastadv.files import file_key
 from fastadv.interruption import stopped_by_signals
 from fastadv.ops.values import check_bounds
-from fastadv.ranks import is_first, joined_ranks, own_device
+from fastadv.ranks import Ranks, is_first, joined_ranks, own_device
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.weights import ROBUST
 
-EVAL_FILE = "eval.json"
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 # Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
 _TIMEOUT = 7 * 24 * 3600.0
 _UNFINISHED = "unfinished"  # folder of the finished work of an interrupted evaluation
-_SANITY_IMAGES = 200
 
 
 def run_evaluation(
@@ -164,53 +156,82 @@ def run_evaluation(
         UnsavedResultsError: if results could not be written; the error holds the table.
     """
     where = own_device(choose_device(device))
-    if run is None:
-        _check_without_run(network, extractors)
-    else:
-        _check_with_run(weights, normalise)
-    recorded = None if run is None else _recorded(run, checkpoint)
-    low, high = check_bounds(tuple(bounds))
-    given, (norm, eps) = eps, threat_of(recorded, norm, eps, (low, high))
-    radii = radii_of(radius_or_default(eps, norm, (low, high)))
-    attacks = [str(name) for name in expand_bundles(attacks)]
-    _check_attacks(attacks, radii[0], alpha, eot, engine)
+    recorded = _recorded(run, checkpoint, network, extractors, weights, normalise)
+    limits = check_bounds(tuple(bounds))
+    given, (norm, eps) = eps, threat_of(recorded, norm, eps, limits)
+    radii = radii_of(radius_or_default(eps, norm, limits))
+    attacks = _checked_attacks(attacks, radii[0], alpha, eot, engine)
     reading = Reading(resize, crop, interpolation, workers)
     if run is None:
         judged, images = _given_model(checkpoint, model, weights, normalise, data, root, reading)
     else:
         images = images_of_run(RunDirectory(run), data, root, reading)
-        judged = model_of_run(run, checkpoint, model, EVAL_FILE, network)
-        judged = judged if extractors is None else with_extractors(judged, extractors)
-    module = judged.model.to(where)
-    samples = as_samples(images, (low, high), max_examples)
-    subject = subject_of(judged, module, images, samples)
+        judged = model_of_run(run, checkpoint, model, network, extractors)
+    judged.model.to(where)
+    samples = as_samples(images, limits, max_examples)
+    subject = _subject(judged, images, samples)
     other, origin = _surrogate(surrogate, surrogate_model, images, subject.weights)
-    keeper = ResultKeeper(
-        judged.results if out is None else Path(out),
-        subject,
-        command,
-        Report.to_json if json else Report.table,
-    )
+    file = judged.results if out is None else Path(out)
+    keeper = ResultKeeper(file, subject, command, Report.to_json if json else Report.table)
     if not quiet and is_first():
         keeper.warn()
-        _warn_of_other_networks(judged)
+        judged.warn()
     facts = (
-        attacks,
-        alpha,
-        batch_size,
-        seed,
-        engine,
-        worst_case,
-        origin,
-        eot,
-        cw_c,
-        cw_lr,
-        low,
-        high,
-        judged.network,
-        sorted(library_versions().items()),
+        *(attacks, alpha, batch_size, seed, engine, worst_case, origin, eot, cw_c, cw_lr),
+        *(*limits, judged.network, sorted(library_versions().items())),
     )
-    begun = _folder_of_unfinished(judged, subject, keeper.file, norm, radii, facts)
+    begun = _folder_of_unfinished(judged, subject, file, norm, radii, facts)
+    common: dict[str, Any] = {
+        **{"norm": norm, "bounds": limits, "max_examples": max_examples, "device": where},
+        **{"batch_size": batch_size, "seed": seed, "progress": not quiet},
+        **{"surrogate": other, "eot": eot},
+    }
+    with _joined_work(where, keeper, begun) as (ranks, state):
+        report = evaluate(
+            judged.model,
+            samples,
+            tuple(attacks),
+            eps=radii,
+            alpha=alpha,
+            worst_case=worst_case,
+            engine=engine,
+            state_dir=state,
+            on_row=keeper.add if ranks.first else None,
+            expected=judged.clean,
+            cw_c=cw_c,
+            cw_lr=cw_lr,
+            keep_images=keep_images,
+            sharded=ranks.world_size > 1,
+            **common,
+        )
+        checked = None
+        if sanity and ranks.first:
+            place = sanity_file_of(file)
+            checked = find_masking(judged.model, images, subject, place, eps=radii[-1], **common)
+        text = report.table() + sentence_about_radius(given, radii[0], norm, report, recorded)
+        text += "" if checked is None else f"\n{checked.text()}"
+        if json:
+            text = as_json(_document(report, subject, file, checked))
+        ranks.wait()
+        if ranks.first:
+            keeper.close(text)
+    return text
+
+
+@contextmanager
+def _joined_work(
+    where: torch.device, keeper: ResultKeeper, begun: Path
+) -> Iterator[tuple[Ranks, Path | None]]:
+    """Let the processes of an evaluation work together, and signals end it; keep its results and finished work.
+
+    Args:
+        where: the device of this process.
+        keeper: keeps the results.
+        begun: the folder of the finished work.
+
+    Yields:
+        The processes, and the folder of the finished work; None in its place if it cannot be written.
+    """
     with ExitStack() as held:
         ranks = held.enter_context(joined_ranks(where, _TIMEOUT))
         state: Path | None = begun
@@ -219,83 +240,20 @@ def run_evaluation(
             state = held.enter_context(unfinished_work(begun))
         # All ranks keep their finished work, or no rank does.
         state = ranks.gather_objects(state)[0]
-        held.enter_context(_stoppable(state))
-        report = evaluate(
-            module,
-            samples,
-            tuple(attacks),
-            eps=radii,
-            norm=norm,
-            alpha=alpha,
-            bounds=(low, high),
-            batch_size=batch_size,
-            max_examples=max_examples,
-            worst_case=worst_case,
-            engine=engine,
-            device=where,
-            seed=seed,
-            progress=not quiet,
-            state_dir=state,
-            on_row=keeper.add if ranks.first else None,
-            expected=judged.clean,
-            surrogate=other,
-            eot=eot,
-            cw_c=cw_c,
-            cw_lr=cw_lr,
-            keep_images=keep_images,
-            sharded=ranks.world_size > 1,
-        )
-        text = report.table() + sentence_about_radius(given, radii[0], norm, report, recorded)
-        checked = None
-        if sanity and ranks.first:
-            checked, found = find_masking(
-                module,
-                images,
-                subject,
-                sanity_file_of(keeper.file),
-                eps=radii[-1],
-                norm=norm,
-                bounds=(low, high),
-                batch_size=batch_size,
-                device=where,
-                seed=seed,
-                max_examples=min(_SANITY_IMAGES, max_examples or _SANITY_IMAGES),
-                surrogate=other,
-                eot=eot,
-                progress=not quiet,
-            )
-            text += "\n" + found
-        if json:
-            text = as_json(_document(report, subject, keeper.file, checked))
-        ranks.wait()
-        if ranks.first:
-            keeper.close(text)
-    return text
+        later = "; the same command goes on where it was" if state is not None else ""
+        held.enter_context(stopped_by_signals(f"stopped{later}"))
+        yield ranks, state
 
 
-def _check_without_run(network: str, extractors: str | None) -> None:
-    """Refuse options that choose a part of a run."""
-    if network != ROBUST:
-        raise ValueError(f"network must come with a run, got {network!r}")
-    if extractors is not None:
-        raise ValueError(f"extractors must come with a run, got {extractors!r}")
-
-
-def _check_with_run(weights: str | None, normalise: Sequence[str] | None) -> None:
-    """Refuse options that describe a file of weights."""
-    for option, value in (("weights", weights), ("normalise", normalise)):
-        if value is not None:
-            raise ValueError(f"{option} must be left out with a run, got {value!r}")
-
-
-def _warn_of_other_networks(judged: JudgedModel) -> None:
-    """Say that the weights fit further networks that compute something else, if there are any."""
-    if judged.others:
-        print(
-            f"note: these weights also fit {', '.join(judged.others)}, which computes something else; judged "
-            f"is {judged.network}",
-            file=sys.stderr,
-        )
+def _subject(judged: JudgedModel, images: Images, samples: Samples) -> Subject:
+    """The judged model and its images, as the results record them."""
+    try:
+        # Counted with tensors that have shapes and no values. A user's network may fail on these in any way.
+        cost = multiply_adds(judged.model, samples.source.shape)
+    except Exception:
+        cost = 0
+    weights = digest_of(judged.model.state_dict())
+    return judged.subject(weights, images.name, samples.fingerprint(), cost)
 
 
 def _folder_of_unfinished(
@@ -313,7 +271,7 @@ def _folder_of_unfinished(
     """
     radius = "+".join(f"{radius:.6g}" for radius in radii)
     name = f"{judged.checkpoint or judged.name}-{subject.weights[:8]}-{subject.images[:8]}"
-    name = key_of(f"{name}-{norm}-{radius}", *facts)
+    name = file_key(f"{name}-{norm}-{radius}", *facts)
     folders = [beside.parent / _UNFINISHED / name for beside in (judged.results, file)]
     return next((folder for folder in folders if folder.exists()), folders[-1])
 
@@ -371,24 +329,41 @@ def _given_model(
     return model_of_file(model, weights, normalise, images), images
 
 
-def _stoppable(state: Path | None) -> AbstractContextManager[None]:
-    """Let SIGTERM and Ctrl-C end an evaluation, and say how to go on."""
-    later = "; the same command goes on where it was" if state is not None else ""
-    return stopped_by_signals(f"stopped{later}")
+def _recorded(
+    run: str | None,
+    checkpoint: str,
+    network: str,
+    extractors: str | None,
+    weights: str | None,
+    normalise: Sequence[str] | None,
+) -> Description | None:
+    """The description that a run has recorded; None without a run.
 
-
-def _recorded(run: str, checkpoint: str) -> Description:
-    """The description that a run has recorded; a missing run or checkpoint is an error that says so."""
+    Raises:
+        FileNotFoundError: if there is no such run.
+        ValueError: if there is no such checkpoint, or if an option has no effect with a run, or without one.
+    """
+    if run is None:
+        if network != ROBUST:
+            raise ValueError(f"network must come with a run, got {network!r}")
+        if extractors is not None:
+            raise ValueError(f"extractors must come with a run, got {extractors!r}")
+        return None
+    for option, value in (("weights", weights), ("normalise", normalise)):
+        if value is not None:
+            raise ValueError(f"{option} must be left out with a run, got {value!r}")
     directory = RunDirectory(run)
     check_checkpoint(directory, checkpoint)
     find_checkpoint(directory.path, checkpoint)
     return directory.read()
 
 
-def _check_attacks(
+def _checked_attacks(
     attacks: Sequence[str], eps: float, alpha: float | None, eot: int, engine: str
-) -> None:
-    """Refuse unknown attacks, and options that no attack takes, before anything is loaded."""
-    parsed = parse_attacks(list(attacks), eps, alpha)
+) -> list[str]:
+    """The names of all attacks; unknown names, and options that no attack takes, are refused before loading."""
+    names = [str(name) for name in expand_bundles(attacks)]
+    parsed = parse_attacks(list(names), eps, alpha)
     check_passes(parsed, eot)
     check_ensemble_asked_for(parsed, "engine", engine != "auto")
+    return names

@@ -1,19 +1,19 @@
-"""The model that `fastadv eval` judges: the model of a run, or anybody's weights in a network by name."""
+"""The model that a command judges: the model of a run, or anybody's weights in a network by name."""
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from fastadv.data import FolderImages, HubImages, ImageData, load_hub, load_npz
-from fastadv.data.datasets import check_source, dataset_names, load_test_images
-from fastadv.data.preprocessing import Interpolation
-from fastadv.data.training_folders import FOLDER, folder_of_tests
+from fastadv.commands.images import Images
+from fastadv.evaluation import Subject
+from fastadv.evaluation.results import EVAL_FILE
 from fastadv.models import (
     Normalized,
     Stack,
@@ -24,14 +24,11 @@ from fastadv.models import (
     names_code,
     read_state_file,
 )
-from fastadv.ops.values import did_you_mean
+from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.weights import ROBUST
-
-Images = ImageData | FolderImages | HubImages
-HUB = "hf:"
 
 # Names under which published checkpoints record the accuracy on clean images, as a fraction or in percent.
 _ACCURACIES = (
@@ -64,9 +61,45 @@ class JudgedModel:
     clean: float | None = None
     others: tuple[str, ...] = ()
 
+    def subject(
+        self, weights: str, data: str = "", images: str = "", multiply_adds: int = 0
+    ) -> Subject:
+        """The model and its images, as results and analyses record them.
+
+        Args:
+            weights: SHA-256 of the weights.
+            data: name of the images; empty without images.
+            images: SHA-256 of the images and labels.
+            multiply_adds: the multiply-adds of one image; 0 if they are not counted.
+        """
+        return Subject(
+            run=self.name,
+            method=self.method,
+            network=self.network,
+            checkpoint=self.checkpoint,
+            weights=weights,
+            data=data,
+            images=images,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            multiply_adds=multiply_adds,
+        )
+
+    def warn(self) -> None:
+        """Say on standard error that the weights fit further networks that compute something else, if any."""
+        if self.others:
+            print(
+                f"note: these weights also fit {', '.join(self.others)}, which computes something else; judged "
+                f"is {self.network}",
+                file=sys.stderr,
+            )
+
 
 def model_of_run(
-    run: str, checkpoint: str, model: str | None, results: str, network: str = ROBUST
+    run: str,
+    checkpoint: str,
+    model: str | None,
+    network: str = ROBUST,
+    extractors: str | None = None,
 ) -> JudgedModel:
     """Return the model of a run of `fastadv train`.
 
@@ -74,9 +107,13 @@ def model_of_run(
         run: the run directory.
         checkpoint: the checkpoint's name; "latest" or "best" are allowed.
         model: the network, if it is a function of the user's own.
-        results: name of the file of results in the run directory.
         network: which of the networks that were trained together, as for `load_model`. A network other than the
             robust one has its own file of results, and its name stands beside the run's and the method's names.
+        extractors: the numbers of some extractors of a stack, counted from 1, with commas between them. They are
+            judged with their part of the merger in place of the stack, and have their own file of results, too.
+
+    Raises:
+        ValueError: if extractors are given, and the model is no stack or has no extractors with these numbers.
     """
     directory = RunDirectory(run)
     path = find_checkpoint(directory.path, checkpoint)
@@ -84,16 +121,19 @@ def model_of_run(
     name = directory.path.resolve().name
     kind = str(recorded.model.get("name") or recorded.model.get("class", ""))
     if network == ROBUST:
-        judged = load_model(path, model)
-        return JudgedModel(judged, name, recorded.method, kind, path.name, directory.path / results)
-    return JudgedModel(
-        load_model(path, model, network=network),
-        f"{name} {network}",
-        f"{recorded.method} {network}",
-        str(recorded.recipe.get(network) or kind),
-        path.name,
-        directory.path / f"{network}.{results}",
-    )
+        found = load_model(path, model)
+        results = directory.path / EVAL_FILE
+        judged = JudgedModel(found, name, recorded.method, kind, path.name, results)
+    else:
+        judged = JudgedModel(
+            load_model(path, model, network=network),
+            f"{name} {network}",
+            f"{recorded.method} {network}",
+            str(recorded.recipe.get(network) or kind),
+            path.name,
+            directory.path / f"{network}.{EVAL_FILE}",
+        )
+    return judged if extractors is None else _with_extractors(judged, extractors)
 
 
 def model_of_file(
@@ -125,12 +165,12 @@ def model_of_file(
                 f"weights must be given with model {model!r}, whose own are random: --weights FILE"
             )
         judged = network if given is None else Normalized(network, *given)
-        return JudgedModel(judged.eval(), model, "", model, "", Path("eval.json"))
+        return JudgedModel(judged.eval(), model, "", model, "", Path(EVAL_FILE))
     file = Path(weights)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; weights must be a file with a state dict")
     state = read_state_file(file)
-    wrapped = network if isinstance(network, Normalized) else Normalized(network)
+    wrapped = network if isinstance(network, Normalized) else Normalized(network, *(given or ()))
     try:
         report = load_published_state_dict(wrapped, state, form=form_of(network))
     except (TypeError, ValueError) as error:
@@ -151,54 +191,14 @@ def model_of_file(
         "",
         model,
         file.name,
-        file.with_name(f"{file.name}.eval.json"),
+        file.with_name(f"{file.name}.{EVAL_FILE}"),
         recorded_accuracy(state),
         tuple(name for name in forms_of(network) if name != form_of(network)),
     )
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How pictures of a folder or of Hugging Face are read.
-
-    Attributes:
-        resize: pixels of the shorter side.
-        crop: pixels of each side of the square in the middle.
-        interpolation: the interpolation of the resizing; None for bilinear.
-        workers: number of processes that decode; None for one per core.
-    """
-
-    resize: int | None = None
-    crop: int | None = None
-    interpolation: Interpolation | None = None
-    workers: int | None = None
-
-    def given(self) -> dict[str, Any]:
-        """Return the options that are given, by name."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
-
-    def check_none(self, data: str) -> None:
-        """Refuse the options, as the data are no pictures in files.
-
-        Raises:
-            ValueError: if an option is given.
-        """
-        for option, value in self.given().items():
-            raise ValueError(
-                f"{option} must be left out with {data}, got {value!r}: it is for folder:PATH and hf:NAME"
-            )
-
-
-def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
-    """Return some of a stack's extractors with their part of its merger, to be judged in place of the stack.
-
-    Args:
-        judged: the stack, with the name of its file of results.
-        numbers: the numbers of the extractors, counted from 1, with commas between them.
-
-    Raises:
-        ValueError: if the model is no stack, or if it has no extractors with these numbers.
-    """
+def _with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
+    """Some of a stack's extractors with their part of its merger, as `model_of_run` has them."""
     stack = judged.model
     if not isinstance(stack, Stack):
         raise ValueError(
@@ -222,90 +222,6 @@ def with_extractors(judged: JudgedModel, numbers: str) -> JudgedModel:
         network=f"{judged.network}, {name}",
         results=file,
     )
-
-
-def images_of_run(
-    directory: RunDirectory, data: str | None, root: str | None, reading: Reading
-) -> Images:
-    """Return the test images of a data set, by default the data set of the run."""
-    recorded, folder = directory.source()
-    name = data or recorded
-    if name is None:
-        raise ValueError(
-            f"data must be given: {directory.path} was not trained on a data set by name"
-        )
-    if data is None and name.startswith(FOLDER):
-        tests = folder_of_tests(Path(name.removeprefix(FOLDER)))
-        return FolderImages(tests, **{**directory.reading(), **reading.given()})
-    if _is_named(name):
-        if root is not None:
-            check_source(name, root)
-        root = root or folder
-    return images_named(name, root, reading)
-
-
-def images_named(data: str, root: str | None, reading: Reading) -> Images:
-    """Return a data set's test images, or all images of a .npz file, a folder or a Hugging Face split.
-
-    Args:
-        data: digits, cifar10, cifar100, FILE.npz, folder:PATH or hf:NAME[:SPLIT].
-        root: folder of the files of a data set by name.
-        reading: how pictures are read.
-
-    Raises:
-        FileNotFoundError: if the files are not there.
-        ValueError: if the name is unknown, or does not take a given option.
-    """
-    if not _is_named(data):
-        check_no_root(data, root)
-    if data.startswith(FOLDER):
-        return FolderImages(data.removeprefix(FOLDER), **reading.given())
-    if data.startswith(HUB):
-        return load_hub(data.removeprefix(HUB), **reading.given())
-    reading.check_none(data)
-    if data.endswith(".npz"):
-        return load_npz(data)
-    if data not in dataset_names():
-        kinds = f"{', '.join(dataset_names())}, a .npz file, folder:PATH or hf:NAME"
-        is_folder = Path(data).is_dir()
-        hint = (
-            f"; did you mean 'folder:{data}'?" if is_folder else did_you_mean(data, dataset_names())
-        )
-        raise ValueError(f"data must be {kinds}, got {data!r}{hint}")
-    check_source(data, root)
-    return load_test_images(data, root)
-
-
-def check_training_images(data: str, root: str | None) -> None:
-    """Refuse images for training that are not there, before anything else is done.
-
-    Args:
-        data: digits, cifar10, cifar100 or folder:PATH.
-        root: folder of the files of a data set by name.
-
-    Raises:
-        FileNotFoundError: if the files are not there.
-        ValueError: if the name is unknown, or if the root is missing or has no effect.
-    """
-    if data.startswith(FOLDER):
-        check_no_root(data, root)
-    else:
-        check_source(data, root)
-
-
-def check_no_root(data: str, root: str | None) -> None:
-    """Refuse a folder for data whose name says where they are.
-
-    Raises:
-        ValueError: if the folder is given.
-    """
-    if root is not None:
-        raise ValueError(f"root must be left out with {data}, got {root!r}")
-
-
-def _is_named(data: str) -> bool:
-    """Whether the data are a data set by name, whose files lie in a root folder."""
-    return not data.endswith(".npz") and not data.startswith((FOLDER, HUB))
 
 
 def _normalisation(words: Sequence[str], channels: int) -> tuple[list[float], list[float]]:
@@ -342,13 +258,17 @@ def recorded_accuracy(state: Any) -> float | None:
     """Return the accuracy on clean images, 0..1, that a saved object records beside its weights, or None."""
     if not isinstance(state, Mapping):
         return None
-    numbers = {
-        str(key).lower(): float(value)
-        for key, value in state.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {str(key).lower(): _number(value) for key, value in state.items()}
     for name in _ACCURACIES:
         value = numbers.get(name)
         if value is not None and 0 < value <= 100:
             return value if value <= 1 else value / 100
     return None
+
+
+def _number(value: object) -> float | None:
+    """A number of Python's or numpy's; None for anything else."""
+    if isinstance(value, Foreign) and not value.is_array:
+        return next(iter(value.numbers), None)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else None  # type: ignore[arg-type]

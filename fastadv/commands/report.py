@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.evaluation import Subject, load_results
 from fastadv.evaluation.analyses.records import analyses_folder, load_records
 from fastadv.evaluation.comparison import Comparison, EvaluatedRun, distinct_names, distinct_paths
 from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, write_report
+from fastadv.evaluation.results import EVAL_FILE
 from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
 from fastadv.trainers.number import Number
 from fastadv.trainers.run_directory import Description, RunDirectory
@@ -68,7 +68,7 @@ def run_report(
     if summary.comparison.white_box:
         parts.append(aligned(summary.comparison.cells(intervals=True)))
     over_seeds = summary.over_seeds()
-    for table in [*([over_seeds] if over_seeds.rows else []), *summary.apart]:
+    for table in [*([over_seeds] if over_seeds.rows else []), *summary.other_threat_models]:
         body = aligned([table.heading, *table.rows])
         parts.append("\n".join([f"{table.title}:", "", body, "", *table.notes]))
     checked = verdicts(summary.comparison)

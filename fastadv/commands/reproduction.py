@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fastadv.commands.documents import as_json
-from fastadv.commands.judged import check_training_images
+from fastadv.commands.images import check_training_images
 from fastadv.models.registry import check_model_name
 from fastadv.reproduction import ReproductionJob, all_items, find_item, find_scale, reproduce
 from fastadv.reproduction.cost import Estimate

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastadv.commands.judged import Images, JudgedModel, model_of_file, model_of_run
+from fastadv.commands.images import Images
+from fastadv.commands.judged import JudgedModel, model_of_file, model_of_run
 from fastadv.digest import digest_of
 from fastadv.models import names_code
 from fastadv.trainers.checkpoint import LATEST, find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
 
 _DIGITS = 7  # this number of a hash's digits tells models with one name apart
-_UNUSED = "eval.json"  # the name of a file of results, which is not written for these models
 
 
 def model_by_word(
@@ -40,7 +40,7 @@ def model_by_word(
         return model_of_file(network, word, None, images)
     if path.is_dir():
         find_checkpoint(RunDirectory(word).path, LATEST)  # raises if the folder is no run
-        return model_of_run(word, LATEST, network, _UNUSED)
+        return model_of_run(word, LATEST, network)
     if names_code(word):
         if network is not None:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastadv.commands.judged import Reading, check_training_images
+from fastadv.commands.images import Reading, check_training_images
 from fastadv.data import Splits, load_extra, load_folders
 from fastadv.data.preprocessing import Interpolation
 from fastadv.data.training_folders import FOLDER

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fastadv.commands.judged import Images, Reading, images_named, images_of_run
+from fastadv.commands.images import Reading, images_of_models
 from fastadv.commands.result_keeper import UnsavedResultsError
 from fastadv.commands.surrogates import model_by_word
 from fastadv.evaluation import transfer_matrix
@@ -16,7 +16,6 @@ from fastadv.evaluation.transfer import check_transferable
 from fastadv.evaluation.transfer_table import check_matrix_file
 from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.number import Number
-from fastadv.trainers.run_directory import RunDirectory
 
 
 def run_transfer(
@@ -112,26 +111,3 @@ def run_transfer(
         except OSError as error:
             raise UnsavedResultsError(str(error), text) from error
     return text
-
-
-def images_of_models(
-    paths: Sequence[str], data: str | None, root: str | None, reading: Reading
-) -> Images:
-    """Return the test images of the named data set, or else of the data set on which all runs were trained.
-
-    Raises:
-        ValueError: if no data set is named, and there is no run, or the runs were trained on different data.
-    """
-    runs = [RunDirectory(path) for path in paths if Path(path).is_dir()]
-    if data is not None and (root is not None or not runs):
-        return images_named(data, root, reading)
-    if not runs:
-        raise ValueError("data must be given, as no model is a run, which knows its data")
-    if data is None:
-        trained = {str(run.path): run.source()[0] for run in runs}
-        if len(set(trained.values())) > 1:
-            runs_and_data = ", ".join(f"{path} on {name}" for path, name in trained.items())
-            raise ValueError(
-                f"data must be given, as the runs were trained on different data: {runs_and_data}"
-            )
-    return images_of_run(runs[0], data, root, reading)

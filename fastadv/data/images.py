@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastadv.ops.checks import INTEGER_DTYPES, check_tensor, one_hot_hint
+from fastadv.ops.checks import INTEGER_DTYPES, check_values, one_hot_hint
 from fastadv.ops.values import check_device, integer, shown
 
 if TYPE_CHECKING:
@@ -208,14 +208,12 @@ def _warn_of_dark_images(images: Tensor, name: str) -> None:
 
 
 def _as_tensor(name: str, value: Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        check_values(name, value)
     try:
-        tensor = torch.as_tensor(value, device="cpu")
+        return torch.as_tensor(value, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be a tensor or an array, got {shown(value)}") from error
-    check_tensor(name, tensor)
-    if tensor.device.type == "meta":
-        raise TypeError(f"{name} must be a tensor with values, got one on the device 'meta'")
-    return tensor
 
 
 def from_dataset(

@@ -1,25 +1,32 @@
-"""Models that take gradients in their own parameters during their forward pass, as those do that adapt to images.
+"""Models whose forward pass depends on whether their parameters require grad.
 
-If their parameters did not require grad, another network would be attacked: one that does not adapt. Models that
-write into their parameters without gradients, such as those that normalise their weights, count as adapting, too.
+Some take gradients in their own parameters, as those do that adapt to images. Others ask for `requires_grad`. If
+their parameters did not require grad, another network would be attacked. Models that write into their parameters
+without gradients, such as those that normalise their weights, count as adapting, too.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.content import content_or_counters
 from fastadv.engine.frozen import kept_parameters, parameters_of
 from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.operands import leads_to
+from fastadv.engine.own_functions import reads_for_itself
+from fastadv.engine.randomness import draws_can_be_watched
 from fastadv.engine.recording_mode import uncompiled
 
 
 class Adaptation:
-    """Whether a model adapts in its forward pass.
+    """Whether a model adapts in its forward pass, or asks whether its parameters require grad.
 
     Args:
         never: it does not, and no pass is watched.
@@ -28,7 +35,7 @@ class Adaptation:
 
     Attributes:
         is_known: whether a pass has told.
-        adapts: whether the model adapts, for all that is known.
+        adapts: whether the model does so, for all that is known.
     """
 
     def __init__(self, never: bool = False, unlikely: bool = False) -> None:
@@ -43,8 +50,8 @@ class Adaptation:
         return self.adapts or not self.is_known
 
     @contextmanager
-    def found_out(self, model: object) -> Iterator[None]:
-        """Watch one forward pass, after which it is known whether the model adapts.
+    def found_out(self, model: object, images: Tensor) -> Iterator[None]:
+        """Watch one forward pass on images, after which it is known whether the model adapts.
 
         The parameters of a model that does not adapt require no grad from the next pass on. The backward pass of
         the watched one must find them as its forward pass did: an autograd function may take their gradients.
@@ -68,15 +75,19 @@ class Adaptation:
             taken = True
 
         hooks = [parameter.register_hook(note) for parameter in parameters]
+        questions = _Questions(images)
         try:
-            # The code of a compiled part must run to be seen.
-            with uncompiled(model) if isinstance(model, nn.Module) else nullcontext():
+            with ExitStack() as stack:
+                if isinstance(model, nn.Module):  # the code of a compiled part must run to be seen
+                    stack.enter_context(uncompiled(model))
+                if parameters and (isinstance(model, nn.Module) or draws_can_be_watched(model)):
+                    stack.enter_context(questions)
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
         written = before is not None and before != content_or_counters(every)
-        self.is_known, self.adapts = True, taken or written
+        self.is_known, self.adapts = True, taken or written or questions.seen
         self._to_freeze = [] if self.adapts else parameters
 
     def freeze(self) -> None:
@@ -89,3 +100,23 @@ class Adaptation:
         """Let go of the parameters; those of a model that has adapted against expectation are put back."""
         self.freeze()
         self._kept.close()
+
+
+class _Questions(TorchFunctionMode):
+    """Watches a forward pass for questions whether tensors that do not depend on the images require grad.
+
+    Attributes:
+        seen: whether there was one.
+    """
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self._images, self.seen = images, False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run one function."""
+        if not self.seen and reads_for_itself(func, sys._getframe(1)):
+            self.seen = not leads_to(args[0], self._images)
+        return func(*args, **(kwargs or {}))

@@ -17,18 +17,10 @@ from fastadv.engine.errors import Unrecordable
 from fastadv.engine.live_choice import live_rival
 from fastadv.engine.live_engines import LiveEngine
 from fastadv.engine.live_reference import LiveReference
+from fastadv.engine.matrix_products import convolves_features, live_is_known_to_win
 from fastadv.engine.recording import Recording
 from fastadv.engine.request import EngineRequest
 from fastadv.engine.tape import Tape
-
-_CONVOLUTIONS = frozenset(
-    ("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-)
-_PRODUCTS = frozenset(
-    ("linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum",
-     "scaled_dot_product_attention", "multi_head_attention_forward")
-)  # fmt: skip
-_MANY_PRODUCTS = 10
 
 
 def candidates(
@@ -37,7 +29,9 @@ def candidates(
     """The engines that may run, those on a copy in the order of their precisions, the narrowest first."""
     images = recording.images
     if live_is_known_to_win(tape, recording, precision, request):
-        yield partial(LiveEngine, "fp32", "no copy computes matrix products faster", False, tape)
+        channels_last = convolves_features(recording)
+        obstacle = "no copy computes matrix products faster"
+        yield partial(LiveEngine, "fp32", obstacle, channels_last, tape)
     reason = "the model can be copied" if request.is_free else "asked for"
     if tape.autocast and precision == "fp32":
         raise Unrecordable("its forward enters autocast")
@@ -49,25 +43,6 @@ def candidates(
         if images.device.type == "cpu" and own in programs:
             yield partial(ProgramEngine, tape, recording, reason, own)
         yield partial(_under_autograd, tape, recording, own, reason, request)
-
-
-def live_is_known_to_win(
-    tape: Tape, recording: Recording, precision: str, request: EngineRequest
-) -> bool:
-    """Whether no copy is faster than the live model, so that nothing is to be built, proven or measured.
-
-    In float32 on the CPU torch's matrix products are as fast as any, and the live model needs few proofs. So this
-    holds for networks that consist of such products, except for one convolution that cuts the images into
-    patches. The layout of the images' memory then does not matter either.
-    """
-    if not request.is_free or precision != "fp32" or tape.autocast:
-        return False
-    if recording.images.device.type != "cpu" or recording.images.dtype != torch.float32:
-        return False
-    names = [getattr(op.function, "__name__", "") for op in tape.ops if tape.dynamic[op.place]]
-    is_of_products = sum(name in _PRODUCTS for name in names) >= _MANY_PRODUCTS
-    is_of_products = is_of_products and sum(name in _CONVOLUTIONS for name in names) <= 1
-    return is_of_products and LiveEngine("fp32", "", False, tape).may_skip_proofs
 
 
 def _under_autograd(

@@ -13,6 +13,7 @@ from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.convolution_kernels import Epilogue
 from fastadv.engine.copy import AttackCopy
 from fastadv.engine.layers import CopiedConv2d, CopiedLinear, CopiedScaleShift
+from fastadv.engine.operands import broadcast_shapes
 
 _OPS = torch.ops.fastadv
 
@@ -188,7 +189,7 @@ class ConvStep(ProgramStep):
         x, packed = as_buffer(run.values[self._x], dtype), self._packed
         residual = None if self._residual is None else run.values[self._residual]
         shape = packed.result_shape(x)
-        if residual is not None and torch.broadcast_shapes(shape, residual.shape) != shape:
+        if residual is not None and broadcast_shapes(shape, residual.shape) != shape:
             # The addition broadcasts the convolution's result, for example one value per channel over a whole map.
             out = residual + self._convolved(run, x, Epilogue(packed.bias))
             out = as_buffer(out.relu() if self.rectifies else out, dtype)

@@ -247,7 +247,7 @@ def live_rival(model: nn.Module, images: Tensor, precision: str, tape: Tape) -> 
     return engine
 
 
-class _Listener(Recorder):
+class _LenientRecorder(Recorder):
     """A recorder that lets a model read values: it is not to be copied."""
 
     def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
@@ -263,7 +263,7 @@ def _draws_nothing(model: nn.Module, images: Tensor) -> bool:
     """
     try:
         with recording_mode(model):
-            _Listener(images).run(model)
+            _LenientRecorder(images).run(model)
     except Exception:  # it draws, or was not seen to the end
         return False
     return True

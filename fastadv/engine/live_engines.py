@@ -88,7 +88,7 @@ class EagerEngine(Engine):
     def _forward(self, x: Tensor) -> Tensor:
         """Logits; the model gets images of its own, so that it may write to them."""
         assert self._model is not None
-        with self._adaptation.found_out(self._model), naming_dtypes(self._model, x):
+        with self._adaptation.found_out(self._model, x), naming_dtypes(self._model, x):
             if self._dtype == torch.float32:
                 return self._model(_in_dtype_of(self._weights, x).clone())
             with torch.autocast(x.device.type, self._dtype):

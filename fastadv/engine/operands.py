@@ -6,10 +6,20 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastadv.engine.watched_size import WatchedSize
+
+
+def broadcast_shapes(*shapes: tuple[int, ...]) -> torch.Size:
+    """As `torch.broadcast_shapes`, whose first call imports sympy, which takes about a second.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    return torch.Size(np.broadcast_shapes(*shapes))
 
 
 def tensors_in(values: Any) -> list[Tensor]:

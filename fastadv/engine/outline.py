@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastadv.engine.hidden_draws import is_torchs
+from fastadv.engine.operands import broadcast_shapes
 from fastadv.engine.recorder import Recorder, recorded, storage_of, tensors_in
 from fastadv.engine.recording import RecordedOp, Recording, refs
 
@@ -125,7 +126,7 @@ def _shape_of(
     if known in _ALIKE:
         return first.shape if len(operands) == 1 else None
     if known in _SPREAD:
-        return torch.broadcast_shapes(*(t.shape for t in operands))
+        return broadcast_shapes(*(t.shape for t in operands))
     before = [like.values[ref.place].shape for ref in refs((then.args, then.kwargs))]
     if len(before) != len(operands):
         return None
@@ -141,7 +142,7 @@ def _shape_of(
         other = operands[1]
         if other.dim() < 2 or first.shape[-1] != other.shape[-2]:
             return None
-        batches = torch.broadcast_shapes(first.shape[:-2], other.shape[:-2])
+        batches = broadcast_shapes(first.shape[:-2], other.shape[:-2])
         return torch.Size((*batches, first.shape[-2], other.shape[-1]))
     return None
 

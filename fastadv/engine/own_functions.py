@@ -1,4 +1,4 @@
-"""Recognise the autograd functions of others by the Python frames of their forward methods."""
+"""Recognise the code of others by its Python frames: autograd functions, and questions about gradients."""
 
 from __future__ import annotations
 
@@ -16,6 +16,21 @@ def is_importing(frame: types.FrameType | None, outermost: types.CodeType) -> bo
             return True
         frame = frame.f_back
     return False
+
+
+# Properties of a tensor that tell whether it requires grad.
+_ABOUT_GRADIENTS = frozenset(("requires_grad", "is_leaf", "grad_fn"))
+
+
+def reads_for_itself(function: Any, frame: types.FrameType) -> bool:
+    """Whether a frame that calls a function of torch asks so whether a tensor requires grad.
+
+    torch's own code, such as FSDP's, asks so as well. Its results do not depend on the answer.
+    """
+    if getattr(function, "__name__", "") != "__get__":
+        return False
+    asked = getattr(function.__self__, "__name__", "") in _ABOUT_GRADIENTS
+    return asked and not str(frame.f_globals.get("__name__", "")).startswith("torch.")
 
 
 def forward_codes() -> dict[int, Any]:

@@ -23,13 +23,14 @@ from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
-from fastadv.engine.own_functions import forward_codes, is_importing, own_call
+from fastadv.engine.own_functions import forward_codes, is_importing, own_call, reads_for_itself
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, settle, without_graph
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
 _NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
+_RAGGED = "its forward looks at a size that depends on values ({})"
 _UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
@@ -146,6 +147,9 @@ class Recorder(TorchFunctionMode):
             if read == "grad_fn":  # which takes hooks that nobody sees
                 raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
+                asks = reads_for_itself(func, sys._getframe(1)) and not self._depends(args[0])
+                if asks and not leads_to(args[0], self.recording.images):
+                    raise self._refuse("its forward asks whether its weights require grad")
                 return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
@@ -207,7 +211,7 @@ class Recorder(TorchFunctionMode):
         if name in functions.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
-            raise self._refuse(f"its forward looks at a size that depends on values ({name})")
+            raise self._refuse(_RAGGED.format(name))
 
     def _is_ragged(self, tensor: Tensor) -> bool:
         """Whether the shape of a tensor depends on values of the images."""
@@ -226,9 +230,7 @@ class Recorder(TorchFunctionMode):
             operands = tensors_in((args[:1],)) if keeps else tensors_in((args, kwargs))
             if any(map(self._is_ragged, operands)):
                 if name in ragged.CUTS:
-                    raise self._refuse(
-                        f"its forward looks at a size that depends on values ({name})"
-                    )
+                    raise self._refuse(_RAGGED.format(name))
                 return True
         return any(map(self._depends, ragged.deciding(name, args, kwargs)))
 
@@ -312,11 +314,9 @@ class Recorder(TorchFunctionMode):
         for number, part in enumerate(result):
             where = len(self.recording.values)
             if isinstance(part, Tensor):
-                args = (Ref(place), number)
-                grad = torch.is_grad_enabled()
-                self.recording.ops.append(
-                    RecordedOp(item, args, {}, where, grad, False, part.dim())
-                )
+                grad, args = torch.is_grad_enabled(), (Ref(place), number)
+                op = RecordedOp(item, args, {}, where, grad, False, part.dim())
+                self.recording.ops.append(op)
                 self._add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastadv.engine import choice, proof, randomness
 from fastadv.engine.cached_recording import CachedRecording, Changes
 from fastadv.engine.callers_modes import callers_mode
-from fastadv.engine.candidates import beforehand, candidates, live_is_known_to_win, rivals_of
+from fastadv.engine.candidates import beforehand, candidates, rivals_of
 from fastadv.engine.choice import Contender
 from fastadv.engine.compiled_parts import unwrapped
 from fastadv.engine.copy_engines import EngineOnCopy
@@ -40,6 +40,7 @@ from fastadv.engine.frozen import frozen
 from fastadv.engine.live_choice import LiveChoice
 from fastadv.engine.live_engines import LiveEngine, as_model_takes, naming_dtypes
 from fastadv.engine.live_reference import LiveReference
+from fastadv.engine.matrix_products import live_is_known_to_win
 from fastadv.engine.precision import fast_bf16
 from fastadv.engine.proof_schedule import ProofSchedule, Trial
 from fastadv.engine.recorder import record

@@ -18,24 +18,14 @@ from torch import Tensor
 from fastadv.attacks.apgd import APGD
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.options import names_checked
-from fastadv.evaluation.autoattack_library import (
-    FEWEST_CLASSES,
-    RAND,
-    RAND_PASSES,
-    STANDARD,
-    ReferenceAttacks,
-    check_classes,
-)
+from fastadv.evaluation.autoattack_library import ReferenceAttacks
 from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, AutoAttackRun, Refinement, rows_of
 from fastadv.evaluation.autoattack_stages import search_for
-from fastadv.evaluation.autoattack_state import (
-    AutoAttackState,
-    BatchRecord,
-    fingerprint,
-    hash_tensors,
-)
+from fastadv.evaluation.autoattack_state import AutoAttackState, BatchRecord
+from fastadv.evaluation.autoattack_versions import RAND_PASSES, check_classes, check_version
 from fastadv.evaluation.context import Model, evaluation_mode
 from fastadv.evaluation.early_checks import check_labels
+from fastadv.evaluation.model_checks import model_warnings, square_warnings
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.result_row import REFERENCE, Stage, Status
@@ -46,13 +36,13 @@ from fastadv.evaluation.samples import (
     check_eps,
     radius_or_default,
 )
+from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import fingerprint, hash_tensors
 from fastadv.evaluation.verify import Violations
-from fastadv.evaluation.work import SharedWork
-from fastadv.ops.values import check_choice, check_path, did_you_mean, integer, norm_name, shown
+from fastadv.ops.values import check_choice, check_path, integer, norm_name
 
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
-_VERSIONS = {"standard": STANDARD, "rand": RAND}
 _MAX_SEED = 2**63
 
 
@@ -138,7 +128,7 @@ def autoattack(
         The flags, the adversarial images and a status.
 
     Raises:
-        ImportError: when ``pyautoattack`` is not installed.
+        ImportError: when attacks are to run by ``pyautoattack``, and it is not installed.
         ValueError: for an argument out of range, an attack that the number of classes does not allow, or a
             ``state_dir`` of another run.
         TypeError: for a ``state_dir`` with a model that is not a module.
@@ -179,34 +169,6 @@ def _check_ids(ids: Tensor | None, n: int) -> Tensor | None:
     return ids.detach().cpu()
 
 
-def check_version(version: str | Sequence[str]) -> tuple[str, ...]:
-    """Require a version of AutoAttack, and return its attacks.
-
-    Raises:
-        TypeError: it is neither a name nor a list of names.
-        ValueError: a name is unknown or given twice, or the list is empty.
-    """
-    if isinstance(version, str):
-        if version not in _VERSIONS:
-            known = (*_VERSIONS, *FEWEST_CLASSES)
-            hint = f"; did you mean [{version!r}]?" if version in FEWEST_CLASSES else ""
-            raise ValueError(
-                "version must be 'standard' or a list of attacks or 'rand', got "
-                f"{version!r}{hint or did_you_mean(version, known)}"
-            )
-        return _VERSIONS[version]
-    if not isinstance(version, Sequence) or not all(isinstance(name, str) for name in version):
-        raise TypeError(
-            f"version must be 'standard' or a list of attacks or 'rand', got {shown(version)}"
-        )
-    attacks = tuple(version)
-    for attack in attacks:
-        check_choice("version", attack, tuple(FEWEST_CLASSES))
-    if not attacks or len(set(attacks)) < len(attacks):
-        raise ValueError(f"version must name at least one attack and none twice, got {attacks}")
-    return attacks
-
-
 def _settings(
     runner: Runner, attacks: tuple[str, ...], eps: float, search: str, ids: Tensor | None
 ) -> dict[str, Any]:
@@ -242,16 +204,8 @@ def _prepared(
 ) -> AutoAttackRun:
     """The `AutoAttackRun` of this run: its attacks in each precision, and its state."""
     samples = runner.samples
-    check_classes(attacks, check_labels(runner))
-    library = ReferenceAttacks(
-        runner.model,
-        eps=eps,
-        norm=runner.norm,
-        bounds=samples.bounds,
-        device=runner.device,
-        seed=runner.seed,
-        passes=passes,
-    )
+    classes = check_labels(runner)
+    check_classes(attacks, classes)
     common: dict[str, Any] = dict(norm=runner.norm, bounds=samples.bounds, check_inputs=False)
     wide = APGD(runner.model, eps, APGD_STEPS, precision="fp32", engine="eager", **common)
     # engine="fixed" measures no speeds, so that a resumed, repeated or shared evaluation runs the same engine.
@@ -269,6 +223,18 @@ def _prepared(
             exact = APGD(
                 runner.model, eps, APGD_STEPS, precision="fp32", engine="compiled", **common
             )
+    library = None
+    if search == REFERENCE:
+        library = ReferenceAttacks(
+            runner.model,
+            eps=eps,
+            norm=runner.norm,
+            bounds=samples.bounds,
+            device=runner.device,
+            seed=runner.seed,
+            classes=classes,
+            passes=passes,
+        )
     state = None
     if state_dir is not None:
         settings = _settings(runner, attacks, eps, search, ids)
@@ -276,7 +242,7 @@ def _prepared(
         settings |= {"on": "a copy"} if search == FP32 and narrow is not wide else {}
         state = AutoAttackState(state_dir, fingerprint(runner.model, samples, settings))
     return AutoAttackRun(
-        runner, eps, library, search, narrow, wide, state, ids, passes=passes, exact=exact
+        runner, eps, search, narrow, wide, library, state, ids, passes=passes, exact=exact
     )
 
 
@@ -284,8 +250,7 @@ def _run(run: AutoAttackRun, attacks: tuple[str, ...]) -> AutoAttackResult:
     """Run the attacks one after the other; finished batches come from the state."""
     runner, samples = run.runner, run.runner.samples
     clean = runner.clean()
-    first = samples.batches(runner.batch_size)[0]
-    warnings = run.library.check_model(*samples.take(first, runner.device))
+    warnings = model_warnings(runner, may_draw=run.passes > 1)
     robust, records, stages, broken = clean.robust.clone(), [], [], []
     for attack in attacks:
         search = search_for(run, attack)
@@ -295,7 +260,7 @@ def _run(run: AutoAttackRun, attacks: tuple[str, ...]) -> AutoAttackResult:
         records += found
         broken.append(_broken(found, samples.image_shape))
         stages.append(_stage(attack, search.by, int(robust.sum()), found))
-    warnings += run.library.check_square(int(clean.robust.sum()), stages, len(samples))
+    warnings += square_warnings(stages, len(samples))
     warnings += [text for record in records for text in record.warnings]
     audit = run.audit()
     for record in records:

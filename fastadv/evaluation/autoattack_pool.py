@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastadv.attacks.apgd import APGD, Loss
 from fastadv.attacks.apgd_pool import APGDPool, FinishedRun, Run
-from fastadv.attacks.attack_warnings import nan_logits_warning
+from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.attacks.objectives import likeliest_wrong_classes
 from fastadv.evaluation.autoattack_run import (
     APGD_STEPS,
@@ -173,6 +173,7 @@ class PoolSearch:
                 pool = self._pool_of(exact, set_aside=False, fallback=wide)
             pool.run(runs, self._take, self)
             self._nan_refined += pool.nan_points
+            self._useless_refined += pool.nan_gradients
         finally:
             self._refining = False
         self._refinement += time.perf_counter() - begun
@@ -200,8 +201,8 @@ class PoolSearch:
                 "attacks that follow gradients may find too little"
             )
         nan = self._pool.nan_points - self._nan_then + self._nan_refined
-        if nan:
-            warnings.append(nan_logits_warning(nan))
+        useless = self._pool.nan_gradients - self._useless_then + self._useless_refined
+        warnings += nan_warnings(nan, useless)
         record = self._finished.record(
             self._run.runner.samples.image_shape,
             violations=self._audit.found.as_dict(),
@@ -220,8 +221,6 @@ class PoolSearch:
         self._audit, self._since = self._run.audit(), time.perf_counter()
         self._refined = self._unconfirmed = 0
         self._refinement = 0.0
-        self._starts_then, self._nan_then = (
-            self._pool.starts_without_gradient,
-            self._pool.nan_points,
-        )
-        self._nan_refined = 0  # points in float32
+        self._starts_then = self._pool.starts_without_gradient
+        self._nan_then, self._useless_then = self._pool.nan_points, self._pool.nan_gradients
+        self._nan_refined = self._useless_refined = 0  # in float32

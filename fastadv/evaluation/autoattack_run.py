@@ -44,11 +44,11 @@ class AutoAttackRun:
     Attributes:
         runner: model, images and settings, in evaluation mode.
         eps: radius of the ball.
-        library: the attacks of the reference implementation.
         search: ``"reference"``, or the precision of this package's attacks, such as ``"bf16"``.
         narrow: Auto-PGD in this precision, on a copy of the model where there is one; ``wide`` itself where the
             search is on the plain model in float32.
         wide: Auto-PGD on the plain model in float32.
+        library: the attacks of the reference implementation, where they are the search.
         state: keeps finished batches on disk; None keeps nothing.
         sample_ids: which random numbers each image gets, int64 [N] on the CPU; None means its index.
         refinement: the further steps in float32 after a narrow search.
@@ -59,10 +59,10 @@ class AutoAttackRun:
 
     runner: Runner
     eps: float
-    library: ReferenceAttacks
     search: str
     narrow: APGD
     wide: APGD
+    library: ReferenceAttacks | None = None
     state: AutoAttackState | None = None
     sample_ids: Tensor | None = None
     refinement: Refinement = Refinement()

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadv.attacks import APGD, FAB, Square
 from fastadv.attacks.apgd_pool import NORMS
 from fastadv.attacks.attack import Attack
-from fastadv.attacks.attack_warnings import nan_logits_warning
+from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.evaluation.autoattack_pool import LOSSES, PoolSearch
 from fastadv.evaluation.autoattack_run import APGD_STEPS, FP32, TARGET_CLASSES, AutoAttackRun
 from fastadv.evaluation.autoattack_state import BatchRecord
@@ -146,6 +146,7 @@ class ReferenceSearch(BatchSearch):
     """An attack of the reference implementation, in float32."""
 
     def _perturb(self, x: Tensor, y: Tensor, indices: Tensor) -> tuple[Tensor, list[str]]:
+        assert self._run.library is not None
         return self._run.library.perturb(self._attack, x, y)
 
 
@@ -232,6 +233,5 @@ class EngineSearch(BatchSearch):
 
 
 def _doubts(attack: Attack) -> list[str]:
-    """A warning if the last call of an attack met NaN among the logits."""
-    points = attack.last.nan_points
-    return [nan_logits_warning(points)] if points else []
+    """The warnings if the last call of an attack met NaN among the logits, or useless gradients."""
+    return nan_warnings(attack.last.nan_points, attack.last.nan_gradients)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 
@@ -59,6 +59,26 @@ def evaluation_mode(
                 model.to(target)
         stack.enter_context(full_float32())
         stack.enter_context(torch.autocast(target.type, enabled=False))
+        yield target
+
+
+@contextmanager
+def all_in_evaluation_mode(
+    models: Sequence[Model], device: torch.device | str | None = None
+) -> Iterator[torch.device]:
+    """Hold several models in `evaluation_mode` on one device, by default the device of the first model.
+
+    They are locked all at once. So two threads with the same models in another order do not wait for each other.
+
+    Yields:
+        The device of the evaluation.
+    """
+    first, *others = models
+    with ExitStack() as stack:
+        stack.enter_context(locked(*models))
+        target = stack.enter_context(evaluation_mode(first, device))
+        for model in others:
+            stack.enter_context(evaluation_mode(model, target))
         yield target
 
 

@@ -14,18 +14,23 @@ from torch import Tensor
 from fastadv.attacks.soft_labels import are_probabilities
 from fastadv.data.selection import evenly_spread
 from fastadv.engine.layout import naming_layout
-from fastadv.evaluation.attack_list import BallAttack, ChosenAttack, Ensemble, Minimum
+from fastadv.evaluation.attack_list import (
+    BallAttack,
+    ChosenAttack,
+    Clean,
+    Ensemble,
+    Minimum,
+    check_fewest_classes,
+)
+from fastadv.evaluation.autoattack_versions import STANDARD, check_classes
 from fastadv.evaluation.context import Model, private_generators
-from fastadv.evaluation.runner import Runner
+from fastadv.evaluation.model_checks import PROBABILITIES
+from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import Samples
 from fastadv.evaluation.verify import logits_of, predict
 from fastadv.seeding import derive_seed
 
 _CHECKED = 64  # images whose gradients are checked
-_PROBABILITIES = (
-    "the model returns probabilities, of which the losses of logits have other, smaller gradients, so that this "
-    "attack finds too little; leave its softmax out, or return the logarithm"
-)
 _BLIND_SHARE = 0.1  # share of useless gradients above which figures are in doubt
 _JUDGED = 256  # images on which a surrogate is judged
 _ENOUGH = 50  # fewest images on which guessing can be recognised
@@ -66,10 +71,75 @@ class UselessGradients:
             return ""
         count = self.cross_entropy if by_entropy else self.margin
         if count <= _BLIND_SHARE * self.n:
-            return _PROBABILITIES if self.probabilities else ""
+            return PROBABILITIES if self.probabilities else ""
         return (
             f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
         )
+
+
+@dataclass(frozen=True)
+class EarlyFindings:
+    """What is found before the first attack.
+
+    Attributes:
+        clean: the outcome without an attack.
+        is_random: whether the model draws random numbers.
+        useless_gradients: images whose gradients lead no attack.
+        doubt: a note for the rows of all attacks, on a surrogate that guesses or a network in train mode; empty
+            without doubt.
+    """
+
+    clean: Outcome
+    is_random: bool
+    useless_gradients: UselessGradients
+    doubt: str
+
+
+def early_findings(
+    runner: Runner,
+    chosen: Sequence[ChosenAttack],
+    expected: float | None,
+    surrogate: str,
+    doubts: Sequence[str],
+) -> EarlyFindings:
+    """Run all checks before the first attack of `evaluate`.
+
+    Args:
+        runner: the model, the surrogate and the images.
+        chosen: the attacks of the evaluation.
+        expected: the known accuracy on clean images, 0..1; None if it is not known.
+        surrogate: name of the surrogate; empty without a surrogate.
+        doubts: notes for all rows that are known already.
+
+    Raises:
+        ValueError: the model has fewer classes than the data or than an attack needs; see also `check_labels`.
+        RuntimeError: a model does not take images of this size, or its logits are not finite.
+    """
+    clean, classes = _clean_outcome(runner, chosen, expected, surrogate)
+    guesses = "" if runner.surrogate is None else check_surrogate(runner, classes, surrogate)
+    return EarlyFindings(
+        clean=clean,
+        is_random=runner.draws(),
+        useless_gradients=_useless_gradients_for(runner, chosen, clean.robust),
+        doubt="; ".join(doubt for doubt in (*doubts, guesses) if doubt),
+    )
+
+
+def _clean_outcome(
+    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None, surrogate: str
+) -> tuple[Outcome, int]:
+    """Classify the images without an attack, and count the classes, of which the attacks need enough."""
+    classes = check_labels(runner, surrogate=surrogate)
+    if any(isinstance(attack, Ensemble) for attack in chosen):
+        check_classes(STANDARD, classes)
+    check_fewest_classes(chosen, classes)
+    clean = runner.clean()
+    if not isinstance(chosen[0], Clean):
+        runner.progress.line(
+            f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
+        )
+    _check_clean(clean.robust, classes, expected)
+    return clean, classes
 
 
 def check_labels(runner: Runner, name: str = "", surrogate: str = "") -> int:
@@ -212,3 +282,42 @@ def check_surrogate(runner: Runner, classes: int, name: str) -> str:
         stacklevel=5,
     )
     return doubt
+
+
+def _useless_gradients_for(
+    runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor
+) -> UselessGradients:
+    """The images with useless gradients; nothing is checked where no attack follows gradients."""
+    follows = any(
+        isinstance(attack, (Minimum, Ensemble))
+        or (isinstance(attack, BallAttack) and attack.follows_gradients)
+        for attack in attacks
+    )
+    return useless_gradients(runner, correct) if follows else UselessGradients()
+
+
+def _check_clean(correct: Tensor, classes: int, expected: float | None) -> None:
+    """Warn where the clean accuracy is as by guessing, or not the expected one: the network may be a wrong one."""
+    n, right = len(correct), _count(correct) / len(correct)
+    doubt = None
+    if seems_to_guess(_count(correct), n, classes):
+        doubt = f"about as many as by guessing among {classes} classes"
+    elif expected is not None:
+        # On a part of the images the accuracy may differ by chance.
+        spread = 3 * math.sqrt(max(expected * (1 - expected), 1e-4) / n)
+        if abs(right - expected) > 0.01 + spread:
+            doubt = f"while {100 * expected:.2f} % are recorded for this model"
+    if doubt is not None:
+        warnings.warn(
+            f"the model is right on {_percent(correct)} of the clean images, {doubt}; is it the network of these "
+            "weights, are images normalised as in training, and are the classes numbered alike?",
+            stacklevel=5,
+        )
+
+
+def _percent(flags: Tensor) -> str:
+    return f"{100 * _count(flags) / len(flags):.2f} %"
+
+
+def _count(flags: Tensor) -> int:
+    return int(flags.sum())

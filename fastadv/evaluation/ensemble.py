@@ -18,8 +18,8 @@ from fastadv.evaluation.autoattack import (
     AutoAttackResult,
     SearchEngine,
     autoattack,
-    check_version,
 )
+from fastadv.evaluation.autoattack_versions import check_version
 from fastadv.evaluation.context import Model
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.samples import check_batch_size, radius_or_default

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -14,37 +11,27 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     AttackChoice,
-    BallAttack,
     ChosenAttack,
     Clean,
-    Ensemble,
     Minimum,
     check_ensemble_asked_for,
-    check_fewest_classes,
     check_passes,
     parse_attacks,
 )
 from fastadv.evaluation.autoattack import ENGINES, SearchEngine
-from fastadv.evaluation.autoattack_library import STANDARD, check_classes, import_library
-from fastadv.evaluation.autoattack_state import Fingerprint, fingerprint, hash_model
-from fastadv.evaluation.context import Model, evaluation_mode
-from fastadv.evaluation.early_checks import (
-    UselessGradients,
-    check_labels,
-    check_surrogate,
-    seems_to_guess,
-    useless_gradients,
-)
+from fastadv.evaluation.autoattack_library import import_library
+from fastadv.evaluation.context import Model, all_in_evaluation_mode
+from fastadv.evaluation.early_checks import early_findings
+from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
 from fastadv.evaluation.rows import Evaluator
-from fastadv.evaluation.runner import Outcome, Runner
+from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import (
     Samples,
     as_samples,
@@ -53,9 +40,10 @@ from fastadv.evaluation.samples import (
     radius_or_default,
     refusal,
 )
+from fastadv.evaluation.shared_work import SharedWork
+from fastadv.evaluation.state_folder import Fingerprint, fingerprint, hash_model
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.wording import format_eps
-from fastadv.evaluation.work import FinishedBatches, SharedWork
 from fastadv.evaluation.worst import WorstKeeper
 from fastadv.ops.values import (
     check_bool,
@@ -172,48 +160,34 @@ def evaluate(
     alpha = None if alpha is None else limit("alpha", alpha)
     expected = None if expected is None else share("expected", expected)
     check_choice("engine", engine, ENGINES)
-    if on_row is not None and not callable(on_row):
-        raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
-    check_bool("progress", progress)
-    if state_dir is not None:
-        check_path("state_dir", state_dir)
+    _check_reporting(on_row, progress, state_dir)
     radii = _radii(radius_or_default(eps, norm, bounds))
     chosen = parse_attacks(attacks, radii[0], alpha)
     eot = integer("eot", eot, at_least=1)
-    check_passes(chosen, eot)
     constants, other = CarliniWagner(cw_c, cw_lr), as_surrogate(surrogate)
-    asks_autoattack = check_ensemble_asked_for(chosen, "engine", engine != "auto")
     sharded = check_bool("sharded", sharded)
-    if asks_autoattack:
-        import_library()  # missing, it should fail now and not after the other attacks
+    _check_attacks(chosen, eot, engine)
     samples = as_samples(data, bounds, max_examples)
     radii = [check_eps(radius, norm, samples) for radius in radii]
-    others = [] if other is None else [other.model]
-    doubts = [check_modes(model), *(check_modes(one, "surrogate") for one in others)]
-    with ExitStack() as held:
-        held.enter_context(locked(model, *others))
-        where = held.enter_context(evaluation_mode(model, device))
-        for one in others:
-            held.enter_context(evaluation_mode(one, where))
+    models = [model] if other is None else [model, other.model]
+    made_on = "" if other is None else other.name
+    doubts = [check_modes(model)]
+    if other is not None:
+        doubts.append(check_modes(other.model, "surrogate"))
+    with all_in_evaluation_mode(models, device) as where:
+        call = {
+            "attacks": [attack.name for attack in chosen],
+            "eps": radii,
+            "alpha": alpha,
+            "batch_size": batch_size,
+            "engine": engine,
+            "worst_case": worst_case,
+            "keep_images": keep_images,
+            "constants": constants,
+        }
+        facts = _facts(norm, samples.bounds, seed, eot)
         ranks = group_of_caller(where) if sharded else Ranks()
-        facts, finished, identity = _facts(norm, samples.bounds, seed, eot), None, None
-        if state_dir is not None:
-            hashed = None if other is None else hash_model(other.model)
-            identity = fingerprint(model, samples, {**facts, "surrogate": hashed})
-        if ranks.world_size > 1:
-            call = {
-                "attacks": [attack.name for attack in chosen],
-                "eps": radii,
-                "alpha": alpha,
-                "batch_size": batch_size,
-                "engine": engine,
-                "worst_case": worst_case,
-                "keep_images": keep_images,
-                "constants": constants,
-            }
-            ranks.check_same({**call, **facts, **_hashes(model, samples, other, identity)})
-        if state_dir is not None and identity is not None:  # after the check of all processes
-            finished = FinishedBatches(state_dir, identity)
+        finished = _finished_batches(model, samples, other, call, facts, state_dir, ranks)
         say = ProgressDisplay(progress and ranks.first)
         runner = Runner(
             model,
@@ -227,34 +201,9 @@ def evaluate(
             eot,
             WorstKeeper(integer("keep_images", keep_images, at_least=0)),
         )
-        clean, classes = _clean_outcome(
-            runner, chosen, expected, "" if other is None else other.name
-        )
-        if other is not None:
-            doubts.append(check_surrogate(runner, classes, other.name))
-        evaluator = Evaluator(
-            runner,
-            clean,
-            radii,
-            constants,
-            engine,
-            state_dir,
-            "" if other is None else other.name,
-            is_random=runner.draws(),
-            useless_gradients=_useless_gradients(runner, chosen, clean.robust),
-            doubt="; ".join(doubt for doubt in doubts if doubt),
-        )
-        report = Report(
-            rows=(),
-            model=type(model).__name__,
-            data=samples.name,
-            norm=norm,
-            bounds=samples.bounds,
-            batch_size=batch_size,
-            device=str(where),
-            versions=library_versions(),
-            worst_case=worst_case,
-        )
+        early = early_findings(runner, chosen, expected, made_on, doubts)
+        evaluator = Evaluator(runner, early, radii, constants, engine, state_dir, made_on)
+        report = _report_without_rows(runner, worst_case)
         for row, where_in_eps in _rows_of(evaluator, attacks, alpha, worst_case):
             report = replace(report, rows=(*report.rows, row))
             say.line(where_in_eps + row.line())
@@ -263,21 +212,66 @@ def evaluate(
     return report
 
 
-def _clean_outcome(
-    runner: Runner, chosen: Sequence[ChosenAttack], expected: float | None, surrogate: str
-) -> tuple[Outcome, int]:
-    """Classify the images without an attack, and count the classes, of which the attacks need enough."""
-    classes = check_labels(runner, surrogate=surrogate)
-    if any(isinstance(attack, Ensemble) for attack in chosen):
-        check_classes(STANDARD, classes)
-    check_fewest_classes(chosen, classes)
-    clean = runner.clean()
-    if not isinstance(chosen[0], Clean):
-        runner.progress.line(
-            f"right on {_percent(clean.robust)} of {len(clean.robust)} clean images"
-        )
-    _check_clean(clean.robust, classes, expected)
-    return clean, classes
+def _check_reporting(on_row: object, progress: object, state_dir: object) -> None:
+    """Require the kinds of the arguments that say how an evaluation is shown and kept."""
+    if on_row is not None and not callable(on_row):
+        raise TypeError(f"on_row must be a function of the report, got {on_row!r}")
+    check_bool("progress", progress)
+    if state_dir is not None:
+        check_path("state_dir", state_dir)
+
+
+def _check_attacks(chosen: Sequence[ChosenAttack], eot: int, engine: str) -> None:
+    """Refuse options that no attack takes, and AutoAttack's reference where it is not installed."""
+    check_passes(chosen, eot)
+    if check_ensemble_asked_for(chosen, "engine", engine != "auto") and engine == "reference":
+        import_library()  # missing, it should fail now and not after the other attacks
+
+
+def _finished_batches(
+    model: Model,
+    samples: Samples,
+    other: Surrogate | None,
+    call: dict[str, Any],
+    facts: dict[str, Any],
+    state_dir: str | os.PathLike[str] | None,
+    ranks: Ranks,
+) -> FinishedBatches | None:
+    """The batches that are kept in ``state_dir``, once all processes are known to have called alike.
+
+    Args:
+        model: the judged model.
+        samples: images and labels.
+        other: the surrogate.
+        call: the arguments that all processes must have given alike.
+        facts: further such facts, which belong to the identity of the kept batches, too.
+        state_dir: the folder; None keeps no batch.
+        ranks: the processes.
+    """
+    identity = None
+    if state_dir is not None:
+        hashed = None if other is None else hash_model(other.model)
+        identity = fingerprint(model, samples, {**facts, "surrogate": hashed})
+    if ranks.world_size > 1:
+        ranks.check_same({**call, **facts, **_hashes(model, samples, other, identity)})
+    if state_dir is None or identity is None:
+        return None
+    return FinishedBatches(state_dir, identity)  # after the check of all processes
+
+
+def _report_without_rows(runner: Runner, worst_case: bool) -> Report:
+    """The report to which each attack adds its row."""
+    return Report(
+        rows=(),
+        model=type(runner.model).__name__,
+        data=runner.samples.name,
+        norm=runner.norm,
+        bounds=runner.samples.bounds,
+        batch_size=runner.batch_size,
+        device=str(runner.device),
+        versions=library_versions(),
+        worst_case=worst_case,
+    )
 
 
 def _rows_of(
@@ -339,42 +333,3 @@ def _radii(eps: float | Sequence[float]) -> list[float]:
     if not radii or len(set(radii)) < len(radii):
         raise ValueError(f"eps must be one radius or several that differ, got {eps}")
     return radii
-
-
-def _useless_gradients(
-    runner: Runner, attacks: Sequence[ChosenAttack], correct: Tensor
-) -> UselessGradients:
-    """The images with useless gradients; nothing is checked where no attack follows gradients."""
-    follows = any(
-        isinstance(attack, (Minimum, Ensemble))
-        or (isinstance(attack, BallAttack) and attack.follows_gradients)
-        for attack in attacks
-    )
-    return useless_gradients(runner, correct) if follows else UselessGradients()
-
-
-def _check_clean(correct: Tensor, classes: int, expected: float | None) -> None:
-    """Warn where the clean accuracy is as by guessing, or not the expected one: the network may be a wrong one."""
-    n, right = len(correct), _count(correct) / len(correct)
-    doubt = None
-    if seems_to_guess(_count(correct), n, classes):
-        doubt = f"about as many as by guessing among {classes} classes"
-    elif expected is not None:
-        # On a part of the images the accuracy may differ by chance.
-        spread = 3 * math.sqrt(max(expected * (1 - expected), 1e-4) / n)
-        if abs(right - expected) > 0.01 + spread:
-            doubt = f"while {100 * expected:.2f} % are recorded for this model"
-    if doubt is not None:
-        warnings.warn(
-            f"the model is right on {_percent(correct)} of the clean images, {doubt}; is it the network of these "
-            "weights, are images normalised as in training, and are the classes numbered alike?",
-            stacklevel=5,
-        )
-
-
-def _percent(flags: Tensor) -> str:
-    return f"{100 * _count(flags) / len(flags):.2f} %"
-
-
-def _count(flags: Tensor) -> int:
-    return int(flags.sum())

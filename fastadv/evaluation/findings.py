@@ -68,12 +68,7 @@ def findings_text(findings: Sequence[Finding], n: int, eps: float, norm: str) ->
 
 def monotone(check: str, accuracies: Sequence[tuple[float, float]], slack: float) -> Finding:
     """Check that accuracy does not rise: each value is compared with the lowest before it, to find a slow rise."""
-    worst, where = 0.0, None
-    lowest = accuracies[0]
-    for point in accuracies[1:]:
-        if point[1] - lowest[1] > worst:
-            worst, where = point[1] - lowest[1], (lowest, point)
-        lowest = min(lowest, point, key=lambda p: p[1])
+    worst, where = _largest_rise(accuracies)
     ok = worst <= slack + ROUNDING
     if where is None:
         message = f"robust accuracy does not rise with {check}"
@@ -95,18 +90,27 @@ def unbounded(eps: float, accuracy: float, slack: float) -> Finding:
 
 def rising_loss(losses: Sequence[tuple[float, float]], slack: float) -> Finding:
     """Check that the mean loss does not fall. Each is compared with the highest before it."""
-    highest, fall, where = losses[0], 0.0, None
-    for point in losses[1:]:
-        if highest[1] - point[1] > fall:
-            fall, where = highest[1] - point[1], (highest, point)
-        highest = max(highest, point, key=lambda p: p[1])
-    ok = fall <= slack * max(highest[1], 1e-12)
+    fall, where = _largest_rise([(eps, -loss) for eps, loss in losses])
+    ok = fall <= slack * max(*(loss for _, loss in losses), 1e-12)
     if where is None:
         message = "the loss that PGD reaches does not fall as eps grows"
     else:
-        (from_eps, from_loss), (to_eps, to_loss) = where
+        (from_eps, from_loss), (to_eps, to_loss) = ((eps, -negative) for eps, negative in where)
         message = (
             f"the loss that PGD reaches falls as eps grows: {from_loss:.4g} at {from_eps:.4g}, {to_loss:.4g} at "
             f"{to_eps:.4g}" + (", within the slack" if ok else "")
         )
     return Finding("loss", ok, message, tuple(losses))
+
+
+def _largest_rise(
+    points: Sequence[tuple[float, float]],
+) -> tuple[float, tuple[tuple[float, float], tuple[float, float]] | None]:
+    """The largest rise of the second numbers above the lowest before, and its two points."""
+    rise, where = 0.0, None
+    lowest = points[0]
+    for point in points[1:]:
+        if point[1] - lowest[1] > rise:
+            rise, where = point[1] - lowest[1], (lowest, point)
+        lowest = min(lowest, point, key=lambda p: p[1])
+    return rise, where

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.network_lock import locked
-from fastadv.evaluation.context import evaluation_mode
+from fastadv.evaluation.context import all_in_evaluation_mode
 from fastadv.evaluation.samples import Samples, as_samples, check_batch_size
 from fastadv.fields import arguments_checked, check_fields
 from fastadv.ops.values import integer, shown
@@ -221,11 +220,7 @@ def cosine_similarities_to(
                 f"{role} must have forward_features(x), {type(network).__name__} has not"
             )
     batch_size, found = check_batch_size(batch_size), []
-    with (
-        locked(model, teacher),
-        evaluation_mode(model, device) as where,
-        evaluation_mode(teacher, where),
-    ):
+    with all_in_evaluation_mode([model, teacher], device) as where:
         for indices in samples.batches(batch_size):
             x, _ = samples.take(indices, where)
             with torch.no_grad():

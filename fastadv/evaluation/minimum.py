@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastadv.attacks import CWL2, FGSM, PGD, minimum_perturbation
+from fastadv.attacks import CWL2, FGSM, PGD
+from fastadv.attacks.minimum_perturbation import Bisection
 from fastadv.evaluation.attack_list import Minimum
 from fastadv.evaluation.context import Model
 from fastadv.evaluation.runner import Outcome, Runner
@@ -24,7 +25,7 @@ from fastadv.evaluation.verify import (
     predict,
     tolerance,
 )
-from fastadv.evaluation.work import key_of
+from fastadv.files import file_key
 from fastadv.ops.values import largest_radius, limit
 from fastadv.seeding import derive_seed
 
@@ -102,7 +103,7 @@ def smallest_perturbations(
         correct.nonzero().flatten(),
     )
     find = search(runner, attack, constants, audit)
-    key = key_of(attack.name, attack, constants, runner.norm)
+    key = file_key(attack.name, attack, constants, runner.norm)
     distances[attacked] = runner.work.collect(
         attack.name,
         key,
@@ -118,6 +119,7 @@ def smallest_perturbations(
         (),
         time.perf_counter() - start,
         nan_points=audit.found.nan_points,
+        nan_gradients=audit.found.nan_gradients,
     )
     return outcome, distances
 
@@ -138,7 +140,7 @@ def _carlini_wagner(
 
     def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
-        audit.count_nan(method.last.nan_points)
+        audit.count_nan(method.last.nan_points, method.last.nan_gradients)
         adv = admissible_or_clean(x, adv, audit)
         return _distances(x, adv, "l2").where(predict(runner.model, adv) != y, torch.inf)
 
@@ -163,7 +165,7 @@ def _by_bisection(
 
     def find(x: Tensor, y: Tensor, indices: Tensor) -> Tensor:
         ids = indices.to(x.device)
-        radii = smallest_radii(method, x, y, largest, seed, ids, runner.model)
+        radii = smallest_radii(method, x, y, largest, seed, ids, runner.model, audit)
         rows = radii.isfinite().nonzero().flatten()
         if len(rows):
             adv = method(x[rows], y[rows], seed=seed, sample_ids=ids[rows], eps=radii[rows])
@@ -185,6 +187,7 @@ def smallest_radii(
     seed: int,
     sample_ids: Tensor,
     judge: Model,
+    audit: Audit | None = None,
 ) -> Tensor:
     """The smallest radius at which an attack breaks each image, found by bisection.
 
@@ -196,6 +199,7 @@ def smallest_radii(
         seed: seed of the attack.
         sample_ids: [B], which random numbers each image gets.
         judge: the model that decides about success.
+        audit: counts the elements of gradients that were NaN or infinite.
 
     Returns:
         [B] float32: 0 for images that need no attack, infinite for images that no radius breaks.
@@ -209,16 +213,12 @@ def smallest_radii(
         rows = radii.isinf().nonzero().flatten()
         if len(rows) == 0:
             break
-        radii[rows] = minimum_perturbation(
-            method,
-            x[rows],
-            y[rows],
-            max_eps=largest / 2**halvings,
-            iterations=_BISECTIONS,
-            seed=seed,
-            sample_ids=sample_ids[rows],
-            judge=partial(logits_of, judge),
+        search = Bisection(
+            method, partial(logits_of, judge), x[rows], y[rows], seed, sample_ids[rows]
         )
+        radii[rows] = search.radii(largest / 2**halvings, _BISECTIONS)
+        if audit is not None:
+            audit.count_nan(search.nan_points, search.nan_gradients)
     return radii
 
 

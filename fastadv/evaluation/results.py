@@ -21,6 +21,7 @@ from fastadv.files import json_of, write_atomically
 from fastadv.locks import locked, rewriting
 from fastadv.ops.values import NORMS, check_choice, shown
 
+EVAL_FILE = "eval.json"  # name of the file in a run directory
 _FORMAT = 2  # `Report.from_dict` reads it as well
 _REPORT_FORMAT = 1  # files of earlier versions hold the report of one evaluation
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import nan_logits_warning, short_reach_warning
+from fastadv.attacks.attack_warnings import nan_warnings, short_reach_warning
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -24,7 +24,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
-from fastadv.evaluation.early_checks import UselessGradients
+from fastadv.evaluation.early_checks import EarlyFindings
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
@@ -37,27 +37,21 @@ class Evaluator:
 
     Attributes:
         runner: the model and the data.
-        clean: the outcome without an attack.
+        early: what was found before the first attack.
         radii: all radii of the evaluation.
         constants: settings of the attack of Carlini and Wagner.
         engine: the argument ``engine`` of `autoattack`.
         state_dir: folder of AutoAttack's state; with several radii it has a folder for each.
         surrogate: name of the model on which adversarial images are made; empty for the judged model.
-        is_random: whether the model draws random numbers.
-        useless_gradients: images whose gradients lead no attack.
-        doubt: a note for all rows, on a surrogate that guesses or a network in train mode; empty without doubt.
     """
 
     runner: Runner
-    clean: Outcome
+    early: EarlyFindings
     radii: Sequence[float]
     constants: CarliniWagner
     engine: SearchEngine
     state_dir: str | os.PathLike[str] | None
     surrogate: str
-    is_random: bool
-    useless_gradients: UselessGradients
-    doubt: str
 
     def row(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         """Run one attack.
@@ -76,12 +70,12 @@ class Evaluator:
         if self.surrogate and not isinstance(attack, Clean):
             early = (STOPS_EARLY,) if stops_early(attack) else ()
             row = replace(row, surrogate=self.surrogate, notes=(*row.notes, *early))
-        if self.is_random:
+        if self.early.is_random:
             row = self._of_random_model(attack, row)
         for doubt in (
             _short_reach(attack, eps),
-            self.useless_gradients.note(attack),
-            "" if isinstance(attack, Clean) else self.doubt,
+            self.early.useless_gradients.note(attack),
+            "" if isinstance(attack, Clean) else self.early.doubt,
         ):
             if doubt:
                 status = "suspect" if row.status == "ok" else row.status
@@ -101,12 +95,12 @@ class Evaluator:
 
     def _run(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         if isinstance(attack, Clean):
-            return self._row_of(attack, self.clean, 0.0), self.clean.robust
+            return self._row_of(attack, self.early.clean, 0.0), self.early.clean.robust
         if isinstance(attack, Ensemble):
             return self._autoattack(attack, eps, left)
         if isinstance(attack, Minimum):
             return self._minimum(attack)
-        left = self.clean.robust if left is None else left
+        left = self.early.clean.robust if left is None else left
         if isinstance(attack, BallAttack):
             outcome = self.runner.gradient(attack, eps, left)
             row = self._row_of(attack, outcome, eps)
@@ -116,7 +110,7 @@ class Evaluator:
         return self._row_of(attack, outcome, eps), outcome.robust
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
-        doubts = [nan_logits_warning(outcome.nan_points)] if outcome.nan_points else []
+        doubts = nan_warnings(outcome.nan_points, outcome.nan_gradients)
         return Row(
             name=attack.name,
             n=len(self.runner.samples),
@@ -132,7 +126,7 @@ class Evaluator:
     def _minimum(self, attack: Minimum) -> tuple[Row, Tensor]:
         runner = self.runner
         outcome, distances = smallest_perturbations(
-            runner, attack, self.constants, self.clean.robust
+            runner, attack, self.constants, self.early.clean.robust
         )
         norm = norm_of(attack, runner.norm)
         radii = self.radii if norm == runner.norm else ()
@@ -150,7 +144,7 @@ class Evaluator:
         robust = torch.zeros(len(samples), dtype=torch.bool, device="cpu")
         if left is None:
             transfers = runner.surrogate is not None
-            left = self.clean.robust if transfers else torch.ones_like(robust)
+            left = self.early.clean.robust if transfers else torch.ones_like(robust)
         attacked = left.nonzero().flatten()
         row = Row(attack.name, len(samples), 0, eps, runner.seed, 0.0)
         if len(attacked) == 0:

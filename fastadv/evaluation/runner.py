@@ -19,9 +19,10 @@ from fastadv.evaluation.context import Model, private_generators
 from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of
-from fastadv.evaluation.work import SharedWork, key_of
 from fastadv.evaluation.worst import WorstImages, WorstKeeper
+from fastadv.files import file_key
 from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data, counts of the run) -> adversarial images
@@ -40,6 +41,7 @@ class Outcome:
         seconds: wall-clock time.
         notes: further notes, one sentence each.
         nan_points: points that the attack passed over, because the attacked model returned NaN there.
+        nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
     """
 
     robust: Tensor
@@ -47,6 +49,7 @@ class Outcome:
     seconds: float
     notes: tuple[str, ...] = ()
     nan_points: int = 0
+    nan_gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Runner:
             return self.predicted(x, "clean", indices) == y
 
         every = torch.arange(len(self.samples), device="cpu")
-        correct = self.collect("clean", key_of("clean"), every, right).bool()
+        correct = self.collect("clean", file_key("clean"), every, right).bool()
         return Outcome(correct, (), time.perf_counter() - start)
 
     def gradient(self, attack: BallAttack, eps: float, correct: Tensor) -> Outcome:
@@ -153,7 +156,7 @@ class Runner:
         """Run the perturbations in order, each on the images that are left; their numbers begin at ``first``."""
         outcome = Outcome(correct, (), 0.0)
         for number, perturb in enumerate(perturbations, first):
-            key = key_of(attack.name, attack, eps, number)
+            key = file_key(attack.name, attack, eps, number)
             found = self._attack(attack.name, key, perturb, eps, outcome.robust)
             if found.problems:
                 raise RuntimeError(
@@ -163,6 +166,7 @@ class Runner:
                 found,
                 seconds=outcome.seconds + found.seconds,
                 nan_points=outcome.nan_points + found.nan_points,
+                nan_gradients=outcome.nan_gradients + found.nan_gradients,
             )
         return outcome
 
@@ -182,6 +186,7 @@ class Runner:
             seconds=sum(run.seconds for run in runs),
             notes=(note,),
             nan_points=sum(run.nan_points for run in runs),
+            nan_gradients=sum(run.nan_gradients for run in runs),
         )
 
     def _make(self, attack: BallAttack, eps: float) -> Attack:
@@ -307,6 +312,7 @@ class Runner:
             tuple(audit.problems()),
             time.perf_counter() - start,
             nan_points=audit.found.nan_points,
+            nan_gradients=audit.found.nan_gradients,
         )
 
     def worst_of(
@@ -372,5 +378,5 @@ def _perturbed(
 ) -> Tensor:
     # Random numbers by image index: the result does not depend on the batches.
     adv = method(x, y, seed=seed, sample_ids=indices.to(x.device))
-    audit.count_nan(method.last.nan_points)
+    audit.count_nan(method.last.nan_points, method.last.nan_gradients)
     return adv

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fastadv.data.lazy import as_lazy, of_loader, read_once
 from fastadv.evaluation.sources import ImageSource, TensorSource, first_or_spread, open_source
-from fastadv.ops.checks import INTEGER_DTYPES, one_hot_hint
+from fastadv.ops.checks import INTEGER_DTYPES, check_values, one_hot_hint
 from fastadv.ops.values import check_bounds, check_radius, integer, limit, norm_name
 
 R = TypeVar("R")  # a radius, or several
@@ -220,6 +220,7 @@ def refusal(data: object) -> TypeError:
 
 
 def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
+    check_values("images", images)
     if images.dim() < 2 or images.numel() == 0:
         raise ValueError(
             f"images must be [N, ...] with at least one image and no axis of length 0, got shape "
@@ -229,13 +230,14 @@ def _check_images(images: Tensor, bounds: tuple[float, float]) -> None:
         return
     if not images.is_floating_point():
         raise TypeError(f"images must be uint8 or floating point, got {images.dtype}")
-    low, high = float(images.min()), float(images.max())
+    low, high = (float(value) for value in torch.aminmax(images.detach()))
     if not (low >= bounds[0] and high <= bounds[1]):  # written so that NaN fails too
         raise ValueError(f"images must lie within bounds {bounds}, got values from {low} to {high}")
 
 
 def _checked_labels(labels: Tensor, images: Tensor) -> Tensor:
     """The labels in int64."""
+    check_values("labels", labels)
     if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(
             f"labels must be integers, got {labels.dtype}{one_hot_hint('labels', labels)}"

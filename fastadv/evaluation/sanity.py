@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,18 +18,17 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks.options import names_checked
-from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import BallAttack
-from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.context import Model, all_in_evaluation_mode, evaluation_mode
 from fastadv.evaluation.early_checks import check_labels, count_useless_gradients
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
 from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of, predict
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 
 
@@ -160,11 +158,8 @@ def sanity_checks(
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
     check_modes(model)
-    with ExitStack() as held:
-        held.enter_context(locked(model, *([] if other is None else [other.model])))
-        where = held.enter_context(evaluation_mode(model, device))
-        if other is not None:
-            held.enter_context(evaluation_mode(other.model, where))
+    models = [model] if other is None else [model, other.model]
+    with all_in_evaluation_mode(models, device) as where:
         size = check_batch_size(batch_size)
         work = SharedWork(ProgressDisplay(progress))
         runner = Runner(model, samples, norm, size, where, seed, work, passes=eot)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import nan_logits_warning
 from fastadv.attacks.options import names_checked
-from fastadv.engine.network_lock import locked
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     AttackChoice,
@@ -26,7 +23,7 @@ from fastadv.evaluation.attack_list import (
     parse_attacks,
     stops_early,
 )
-from fastadv.evaluation.context import Model, evaluation_mode
+from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import check_labels, seems_to_guess
 from fastadv.evaluation.modes import check_modes
 from fastadv.evaluation.progress import ProgressDisplay
@@ -39,9 +36,9 @@ from fastadv.evaluation.samples import (
     check_eps,
     radius_or_default,
 )
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.transfer_table import TransferMatrix
 from fastadv.evaluation.verify import Audit, admissible_or_clean
-from fastadv.evaluation.work import SharedWork
 from fastadv.ops.values import integer, limit, norm_name, shown
 
 
@@ -151,12 +148,7 @@ def transfer_matrix(
     eps, say = check_eps(eps, norm, samples), ProgressDisplay(progress)
     notes = [f"{chosen.name}: {STOPS_EARLY}"] if stops_early(chosen) else []
     notes += _doubts(models)
-    with ExitStack() as held:
-        first, *others = models.values()
-        held.enter_context(locked(*models.values()))
-        where = held.enter_context(evaluation_mode(first, device))
-        for model in others:
-            held.enter_context(evaluation_mode(model, where))
+    with all_in_evaluation_mode(list(models.values()), device) as where:
         runners = [
             Runner(model, samples, norm, check_batch_size(batch_size), where, seed, SharedWork(say))
             for model in models.values()
@@ -264,5 +256,4 @@ def _judged(
     problems = audit.problems()
     if problems and isinstance(attack, BallAttack):
         raise RuntimeError(f"{attack.name} returned inadmissible images: {'; '.join(problems)}")
-    nan_points = audit.found.nan_points
-    return robust, [*problems, *([nan_logits_warning(nan_points)] if nan_points else [])]
+    return robust, [*problems, *audit.doubts()]

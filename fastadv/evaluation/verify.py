@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.evaluation.context import Model, assert_eval
 
 NORM_ORDERS = {"linf": float("inf"), "l2": 2.0, "l1": 1.0}
@@ -51,7 +52,7 @@ def tolerance(norm: str, elements: int, bounds: tuple[float, float]) -> float:
 
 @dataclass(frozen=True)
 class Violations:
-    """Counts of inadmissible images, and of points of an attack at which the model returned NaN.
+    """Counts of inadmissible images, and of NaN that the attacked model gave to an attack.
 
     Attributes:
         outside_ball: images whose perturbation exceeds eps by more than the tolerance.
@@ -59,6 +60,7 @@ class Violations:
         non_finite: images with a NaN or an infinity.
         largest: largest perturbation among the images outside the ball, in the norm.
         nan_points: points that the attack tried and passed over, because the attacked model returned NaN there.
+        nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
     """
 
     outside_ball: int = 0
@@ -66,6 +68,7 @@ class Violations:
     non_finite: int = 0
     largest: float = 0.0
     nan_points: int = 0
+    nan_gradients: int = 0
 
     def __add__(self, other: Violations) -> Violations:
         """The counts of two batches together."""
@@ -75,6 +78,7 @@ class Violations:
             self.non_finite + other.non_finite,
             max(self.largest, other.largest),
             self.nan_points + other.nan_points,
+            self.nan_gradients + other.nan_gradients,
         )
 
     def as_dict(self) -> dict[str, int | float]:
@@ -134,9 +138,13 @@ class Audit:
         )
         return finite & ~far & ~out
 
-    def count_nan(self, points: int) -> None:
-        """Count points that an attack passed over, because the attacked model returned NaN there."""
-        self.found += Violations(nan_points=points)
+    def count_nan(self, points: int, gradients: int) -> None:
+        """Count points that an attack passed over, and elements of its gradients that were NaN or infinite."""
+        self.found += Violations(nan_points=points, nan_gradients=gradients)
+
+    def doubts(self) -> list[str]:
+        """One sentence per kind of NaN that the attack met; empty without NaN."""
+        return nan_warnings(self.found.nan_points, self.found.nan_gradients)
 
     def problems(self) -> list[str]:
         """One sentence per kind of violation; empty without violations."""

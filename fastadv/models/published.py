@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
+from fastadv.models.normalization import (
+    note_normalization,
+    set_normalization,
+    warn_of_lost_normalization,
+)
 from fastadv.models.split import Normalized, without_normalization
-from fastadv.models.state_files import Foreign, StateFileError, read_state_file
+from fastadv.models.state_files import StateFileError, read_state_file
+from fastadv.models.weight_search import find_weights, require_dense
 from fastadv.ops.checks import FLOAT_DTYPES
 from fastadv.ops.values import check_bool, shown
 
-_Place: TypeAlias = tuple[str, dict[str, Tensor]]
-
 _MISMATCH = "{}: {} in the file, {} in the model"
-_MEAN_NAMES = ("mean", "mu", "new_mean")
-_STD_NAMES = ("std", "sigma", "new_std")
-_MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
-_MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
-_MAX_DEPTH = 4  # levels of mappings inside each other
 # TRADES' WideResNet holds a copy of its first stage that no forward pass reaches.
 _UNUSED = ("sub_block1.",)
 # Single numbers that AveragedModel, the package thop, MAIR's RobModel and ema_pytorch store beside the weights.
@@ -101,7 +98,8 @@ def load_published_state_dict(
     RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
     also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
     AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
-    are loaded into the buffers of a `Normalized` model.
+    are loaded into the buffers of a `Normalized` model. A warning tells of a normalisation at which the file only
+    hints: constants among the options of its training, or a module before the network that has no weights.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -131,7 +129,7 @@ def load_published_state_dict(
             state = read_state_file(state)
         network = without_normalization(model)
         targets = network.state_dict()
-        tensors, prefix, copies = _choose_weights(state, network, targets)
+        tensors, prefix, copies = find_weights(state, network, targets)
         report = LoadReport(prefix=prefix)
         fitting = _sort_entries(tensors, targets, report, copies)
         if not fitting:
@@ -144,9 +142,10 @@ def load_published_state_dict(
             _require_finite(fitting)
         check_form_named(network, form, built_by_caller=True)
         if isinstance(model, Normalized):
-            _set_normalization(model, report)
+            set_normalization(model, report)
         network.load_state_dict(fitting, strict=False)
         report.loaded = list(fitting)
+        warn_of_lost_normalization(model, state, report)
         return report
 
 
@@ -163,136 +162,6 @@ def _naming(source: object) -> Iterator[None]:
         raise type(error)(f"{os.fspath(source)}: {error}") from error
 
 
-def _choose_weights(
-    state: object, network: nn.Module, targets: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], str, set[str]]:
-    """Find the weights of a network inside a saved object.
-
-    Returns:
-        The tensors by name of the mapping that holds the weights; the prefix before the network's names; the names
-        in the mapping that belong to further copies of the weights.
-
-    Raises:
-        TypeError: if there are no tensors by name.
-        ValueError: if there are several sets of weights that differ.
-    """
-    mappings = dict(_tensor_mappings(state))
-    if not mappings:
-        raise TypeError(f"state must map names to tensors, got {_described(state)}")
-    parameters = [name for name, _ in network.named_parameters()] or list(targets)
-    whole = [
-        (place, prefix)
-        for place, tensors in mappings.items()
-        for prefix in _prefixes(tensors, targets)
-        if all(prefix + name in tensors for name in parameters)
-    ]
-    if not whole:
-        place, prefix = max(
-            (
-                (p, prefix)
-                for p, tensors in mappings.items()
-                for prefix in _prefixes(tensors, targets)
-            ),
-            key=lambda found: sum(found[1] + name in mappings[found[0]] for name in targets),
-        )
-        return mappings[place], prefix, set()
-    # Of copies in several precisions the first one of the widest dtype is taken.
-    whole.sort(key=lambda found: -_width(mappings[found[0]], found[1], parameters))
-    place, prefix = whole[0]
-    for other in whole[1:]:
-        _require_same(mappings, whole[0], other, targets)
-    copies = {
-        other_prefix + name
-        for other_place, other_prefix in whole[1:]
-        if other_place == place
-        for name in targets
-    }
-    return mappings[place], prefix, copies - {prefix + name for name in targets}
-
-
-def _width(tensors: Mapping[str, Tensor], prefix: str, names: Iterable[str]) -> int:
-    """Bytes of each number of the narrowest tensor of these names."""
-    return min(tensors[prefix + name].element_size() for name in names)
-
-
-def _tensor_mappings(
-    state: object, place: str = "", around: Mapping[str, Tensor] = MappingProxyType({})
-) -> Iterator[_Place]:
-    """The mappings from names to tensors inside a saved object, with the keys that lead to them.
-
-    Constants of a normalisation that stand around a mapping (`around`) count as its own.
-    """
-    if not isinstance(state, Mapping) or place.count("[") > _MAX_DEPTH:
-        return
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    around = {**around, **_constants(state)}
-    if tensors:
-        yield place, {**around, **tensors}
-    for key, value in state.items():
-        if isinstance(key, str):
-            yield from _tensor_mappings(value, f"{place}[{key!r}]", around)
-
-
-def _constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """The mean and the std per channel among the entries of a mapping, tensors or lists; empty without both."""
-    found: dict[str, Tensor] = {}
-    for names in (_MEAN_NAMES, _STD_NAMES):
-        for name in names:
-            value = state.get(name)
-            if isinstance(value, list | tuple) and all(isinstance(v, float | int) for v in value):
-                value = torch.tensor(value, dtype=torch.float64, device="cpu")
-            # A single number may be a score.
-            if isinstance(value, Tensor) and value.dim() and value.numel():
-                found[name] = value
-                break
-    return found if len(found) == 2 else {}
-
-
-def _prefixes(tensors: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> list[str]:
-    """The possible prefixes of the network's names, the shortest first."""
-    anchor = next(iter(targets))
-    candidates = {name[: -len(anchor)] for name in tensors if name.endswith(anchor)}
-    # Names that merely end in the anchor, such as layer1.0.conv1.weight, match little else.
-    candidates = {prefix for prefix in candidates if prefix == "" or prefix.endswith(".")} | {""}
-    return sorted(candidates, key=lambda prefix: (len(prefix), prefix))
-
-
-def _require_same(
-    mappings: Mapping[str, Mapping[str, Tensor]],
-    one: tuple[str, str],
-    other: tuple[str, str],
-    targets: Mapping[str, Tensor],
-) -> None:
-    """Check that two places hold the same weights, up to rounding to the dtype of ``other``."""
-    for name in targets:
-        a, b = (mappings[place].get(prefix + name) for place, prefix in (one, other))
-        if a is None or b is None or name.endswith("num_batches_tracked"):
-            continue
-        _require_dense(name, a)
-        _require_dense(name, b)
-        if a.shape != b.shape or not torch.equal(a.to(b.dtype), b):
-            places = " and ".join(
-                f"state{place}" + f" behind {prefix!r}" * bool(prefix)
-                for place, prefix in (one, other)
-            )
-            raise ValueError(
-                f"state holds several sets of weights that differ, {places} (for example in {name!r}); give the "
-                "one you mean alone, such as state['ema_state_dict'], or save it in a file of its own"
-            )
-
-
-def _described(state: object) -> str:
-    """The description of a saved object, for a message."""
-    if isinstance(state, Foreign):
-        return f"an object of {state.kind}; open it where its code is, and save its state_dict()"
-    if not isinstance(state, Mapping):
-        return f"{type(state).__name__}; torch.load(path, weights_only=True) returns such a mapping"
-    objects = [f"{k!r} is {_described(v)}" for k, v in state.items() if isinstance(v, Foreign)]
-    return f"a mapping with {list(state)[:5]}" + "".join(
-        f", of which {text}" for text in objects[:1]
-    )
-
-
 def _sort_entries(
     tensors: Mapping[str, Tensor],
     targets: Mapping[str, Tensor],
@@ -305,7 +174,7 @@ def _sort_entries(
         name = full_name.removeprefix(report.prefix)
         if full_name.startswith(report.prefix) and name in targets:
             ours = targets[name]
-            _require_dense(full_name, tensor)
+            require_dense(full_name, tensor)
             if tensor.shape != ours.shape:
                 shapes = tuple(tensor.shape), tuple(ours.shape)
                 report.mismatched.append(_MISMATCH.format(name, *shapes))
@@ -314,7 +183,7 @@ def _sort_entries(
                 report.mismatched.append(_MISMATCH.format(name, tensor.dtype, ours.dtype))
             else:
                 fitting[name] = tensor
-        elif not _note_normalization(full_name, tensor, report):
+        elif not note_normalization(full_name, tensor, report):
             unused = name.startswith(_UNUSED) or full_name in copies or _is_counter(name, tensor)
             (report.ignored if unused else report.unexpected).append(full_name)
     seen = {entry.partition(":")[0] for entry in report.mismatched} | set(fitting)
@@ -324,40 +193,8 @@ def _sort_entries(
     return fitting
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor has values (it is not on "meta") and a dense layout."""
-    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
-
-
-def _require_dense(name: str, tensor: Tensor) -> None:
-    if _is_dense(tensor):
-        return
-    if tensor.device.type == "meta":
-        found = "one on the device 'meta'"
-        advice = "it has a shape alone, and the weights were not saved"
-    else:
-        found = "a nested one" if tensor.is_nested else f"one of layout {tensor.layout}"
-        advice = "save the result of its to_dense()"
-    raise ValueError(
-        f"state must hold dense tensors with values, got {found} in {name!r}; {advice}"
-    )
-
-
 def _is_counter(name: str, tensor: Tensor) -> bool:
     return name.rpartition(".")[2] in _COUNTERS and tensor.numel() == 1
-
-
-def _note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
-    """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
-    last = name.rpartition(".")[2]
-    kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
-    if kind is None or not _is_dense(tensor) or tensor.numel() > _MAX_CHANNELS:
-        return False
-    values, earlier = tensor.flatten().tolist(), getattr(report, kind)
-    if earlier is not None and earlier != values:
-        raise ValueError(f"state normalises with two {kind}s, {earlier} and {values} ({name!r})")
-    setattr(report, kind, values)
-    return True
 
 
 def _require_fit(model: nn.Module, network: nn.Module, report: LoadReport) -> None:
@@ -381,24 +218,3 @@ def _require_finite(tensors: Mapping[str, Tensor]) -> None:
             raise ValueError(
                 f"state must hold variances >= 0, got {tensor.detach().min():g} in {name!r}; the file is damaged"
             )
-
-
-def _set_normalization(model: Normalized, report: LoadReport) -> None:
-    """Set the model's mean and std to the values in the file, where it has them."""
-    mean, std = report.mean or [0.0], report.std or [1.0]
-    if any(abs(value) > _MAX_MEAN for value in mean):
-        raise ValueError(
-            f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
-            "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
-        )
-    # The constructor refuses a wrong normalisation, such as a std of 0.
-    checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
-    for name in ("mean", "std"):
-        if getattr(report, name) is not None:
-            old: Tensor = getattr(model, name)
-            setattr(model, name, getattr(checked, name).to(dtype=old.dtype, device=old.device))
-
-
-def _as_many(values: list[float], others: list[float]) -> list[float]:
-    """The values, repeated to the length of ``others`` if there is one value for all channels."""
-    return values * len(others) if len(values) == 1 else values

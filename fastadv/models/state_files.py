@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import pickle
 import pickletools
+import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from fastadv.fields import arguments_checked
@@ -17,6 +19,10 @@ from fastadv.models.sealed_safetensors import check_seal
 # torch before 1.6 wrote four pickles, of which the last is the saved object.
 _PICKLES_OF_OLD_FILES = 4
 _ZIP = b"PK\x03\x04"
+# The functions by which numpy's arrays and numbers are made again from a file.
+_NUMPY_ARRAY = re.compile(r"numpy\._?core\.multiarray\._reconstruct")
+_NUMPY_NUMBER = re.compile(r"numpy\._?core\.multiarray\.scalar")
+_NUMPY_DTYPE = re.compile(r"[fiu][1248]")
 
 
 class StateFileError(ValueError):
@@ -28,22 +34,50 @@ class Foreign:
 
     Attributes:
         kind: the full name in the file.
+        arguments: the values from which the file makes the object.
+        state: the value that the file then gives it; None without such a value.
     """
 
     kind = ""
+    arguments: tuple[Any, ...] = ()
+    state: Any = None
 
     def __new__(cls, *arguments: Any) -> Foreign:
         """Make an object, whatever arguments the file has."""
         return super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
-        """Ignore the arguments, except the class, which is the first argument of an object in an old protocol."""
+        """Keep the arguments, of which the first is the class of an object in an old protocol."""
+        self.arguments = arguments
         first = arguments[0] if arguments else None
-        if isinstance(first, type) and issubclass(first, Foreign):
+        if isinstance(first, type) and issubclass(first, Foreign) and not self.is_array:
             self.kind = first.kind
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore the state."""
+        """Keep the state."""
+        self.state = state
+
+    @property
+    def is_array(self) -> bool:
+        """Whether it is an array of numpy's."""
+        return _NUMPY_ARRAY.fullmatch(self.kind) is not None
+
+    @property
+    def numbers(self) -> list[float]:
+        """The values of a plain array or number of numpy's, in the order of the file; empty for another object."""
+        try:
+            if self.is_array:
+                _, _, dtype, _, raw = self.state
+            elif _NUMPY_NUMBER.fullmatch(self.kind):
+                dtype, raw = self.arguments
+            else:
+                return []
+            code, order = dtype.arguments[0], dtype.state[1]
+            if not _NUMPY_DTYPE.fullmatch(code):
+                return []
+            return [float(value) for value in np.frombuffer(raw, order.replace("|", "") + code)]
+        except (AttributeError, IndexError, TypeError, ValueError):
+            return []  # it is not written as numpy writes it
 
 
 @arguments_checked

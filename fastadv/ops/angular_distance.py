@@ -18,9 +18,15 @@ def _moments(u: Tensor, v: Tensor) -> Tensor:
     return torch.stack(((a * b).sum(1), a.square().sum(1), b.square().sum(1)), dim=1)
 
 
+def _length(uu: Tensor, vv: Tensor) -> Tensor:
+    """The product of the two norms; NaN where squares have overflowed, as nothing can be said then."""
+    length = uu.sqrt() * vv.sqrt()
+    return torch.where(length.isinf(), torch.nan, length)
+
+
 def _distance(moments: Tensor) -> Tensor:
     dot, uu, vv = moments.unbind(1)
-    length = uu.sqrt() * vv.sqrt()
+    length = _length(uu, vv)
     distance = torch.where(length == 0, torch.ones_like(dot), 1 - dot.abs() / length)
     return distance.clamp(min=0)  # rounding can make it negative
 
@@ -41,7 +47,7 @@ def _backward_reference(
 ) -> tuple[Tensor, Tensor]:
     dtype = checks.accumulate_dtype(u, v)
     dot, uu, vv = (checks.over_samples(moment, u) for moment in moments.unbind(1))
-    length = uu.sqrt() * vv.sqrt()
+    length = _length(uu, vv)
     zero, nothing = length == 0, torch.zeros_like(dot)
     # The gradient in u is across * v + along_u * u; the distance is symmetric.
     across = torch.where(zero, nothing, -checks.over_samples(grad, u) * torch.sign(dot) / length)
@@ -139,8 +145,9 @@ def angular_distance(u: Tensor, v: Tensor) -> Tensor:
     """``1 - |u.v| / (||u|| ||v||)`` per sample, over all axes but the first.
 
     Source: ARREST, equation 3 and section 5.2. Parallel features have the distance 0, orthogonal features 1.
-    Where a norm is zero the distance is 1 and the gradient 0; NaN features give NaN. Gradients flow to both
-    arguments; detach the features of a frozen teacher. There is no second derivative.
+    Where a norm is zero the distance is 1 and the gradient 0. NaN features give NaN, and so do features whose
+    squares overflow. Gradients flow to both arguments; detach the features of a frozen teacher. There is no
+    second derivative.
 
     Args:
         u: features [B, ...], any dense layout, float32, float64, bfloat16 or float16.

@@ -45,6 +45,13 @@ def check_tensor(name: str, value: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got {kind}")
 
 
+def check_values(name: str, value: Tensor) -> None:
+    """Require a dense tensor that has values, which tensors on the device "meta" do not."""
+    check_tensor(name, value)
+    if value.is_meta:
+        raise TypeError(f"{name} must be a tensor with values, got one on the device 'meta'")
+
+
 def check_float(name: str, value: Tensor) -> None:
     """Require a floating-point tensor with a batch axis."""
     check_tensor(name, value)

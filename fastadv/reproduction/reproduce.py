@@ -87,7 +87,9 @@ def reproduce(
     folder = Path(out) / work.item.paper / work.item.name
     files = write_table(table, folder, work.store.source.file_name)
     failures = tuple(dict.fromkeys(work.store.failures))
-    return Reproduced(table, tuple(files), tuple(work.store.trained), work.store.judged, failures)
+    return Reproduced(
+        table, tuple(files), tuple(work.store.trained), work.store.evaluations, failures
+    )
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from fastadv.commands import run_evaluation
-from fastadv.commands.evaluation import EVAL_FILE
 from fastadv.data import ImageData, load_npz
 from fastadv.data.folder import FolderImages
 from fastadv.evaluation import Result, load_results
 from fastadv.evaluation.attack_list import CLEAN, Minimum, parse_attacks
 from fastadv.evaluation.minimum import CarliniWagner
 from fastadv.evaluation.result_row import Row
+from fastadv.evaluation.results import EVAL_FILE
 from fastadv.files import sha256_of, write_atomically
 from fastadv.models import MissingLayerError
 from fastadv.reproduction.images import Source
@@ -50,7 +50,7 @@ class RunStore:
         extra: a .npz file of further training images, for the methods that take such images.
         quiet: write no messages.
         trained: names of the runs that were trained, in full or in part, by this object.
-        judged: the number of evaluations made by this object.
+        evaluations: the number of evaluations made by this object.
         failures: trainings that were refused, with the reason. A layer that the scale's network lacks is a limit
             of the scale, and not a failure.
     """
@@ -62,7 +62,7 @@ class RunStore:
     extra: str | None = None
     quiet: bool = True
     trained: list[str] = field(default_factory=list)
-    judged: int = 0
+    evaluations: int = 0
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -153,7 +153,7 @@ class RunStore:
                 key = (one.source, attack, self.scale.images_for(attack))
                 groups.setdefault(key, []).append(one)
         for source, n, attacks, radii in _joined(groups, self.scale):
-            self.judged += 1
+            self.evaluations += 1
             run_evaluation(
                 str(self.path(run)),
                 attacks,
@@ -219,7 +219,7 @@ class RunStore:
         title = title if run.checkpoint == LATEST else f"{title}, {run.checkpoint}"
         if title not in record:
             self._write_record(run, title, find())
-            self.judged += 1
+            self.evaluations += 1
         return self._record(run)[title]
 
     def _record(self, run: ResolvedRun) -> dict[str, Any]:

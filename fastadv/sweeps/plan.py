@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from fastadv.evaluation.results import load_results
+from fastadv.evaluation.results import EVAL_FILE, load_results
 from fastadv.files import write_atomically
 from fastadv.sweeps.grid import Axis, Grid, canonical
 from fastadv.trainers import Settings
@@ -23,7 +23,6 @@ _FORMAT = 1
 _RUNS = "runs"
 _MAX_NAME_LENGTH = 200  # file systems take 255 bytes
 _STATE_FILE = "sweep_run.json"  # in a run's directory
-_EVAL_FILE = "eval.json"
 # Options that change how a run is done and not its numbers; so they may differ when a sweep goes on.
 _MAY_DIFFER = frozenset({"device", "root", "quiet", *(one.name for one in fields(Settings))})
 
@@ -69,7 +68,7 @@ class SweepRun:
         self._write({**state, "judged": sorted({*state.get("judged", []), _key(evaluation)})})
 
     def _has_results(self) -> bool:
-        file = self.folder / _EVAL_FILE
+        file = self.folder / EVAL_FILE
         return file.is_file() and bool(load_results(file))
 
     def _state(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from fastadv.trainers.settings import Settings
 
 def check_kinds(
     data: object,
+    root: object,
     model: object,
     run_dir: object,
     extra: object,
@@ -26,7 +27,7 @@ def check_kinds(
 
     Raises:
         TypeError: if an argument has a wrong type; the message names the first.
-        ValueError: if the run directory is an empty path.
+        ValueError: if the run directory is an empty path, or the folder of a data set comes without its name.
     """
     if isinstance(data, ImageData | StreamedData) or not isinstance(data, Splits | str):
         raise TypeError(
@@ -47,6 +48,10 @@ def check_kinds(
     for name, function in (("on_start", on_start), ("on_step", on_step)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be a function, got {function!r}")
+    if root is not None and not isinstance(data, str):
+        raise ValueError(
+            f"root must be left out with Splits, which hold their images, got {root!r}"
+        )
 
 
 def checked_recipe(method: MethodClass, recipe: Recipe | None) -> Recipe:

@@ -37,8 +37,9 @@ _RESTARTS = 2  # of the attack in the reward
 class LasAtRecipe(AdversarialRecipe):
     """Numbers of the authors' code for LAS-PGD-AT on CIFAR-10; both presets have them.
 
-    Its targets give .7 to the own class and .3 to the others together. That is label smoothing of 1/3 with 10
-    classes, .303 with 100. `LasAt` lists the parts of the code that "official" does not reproduce.
+    Its targets give .7 to the own class and .3 to the others together, which is label smoothing of 1/3 with 10
+    classes. For CIFAR-100 that code has .6 and .4, which is label smoothing of .404, and 3 to 12 steps. `LasAt`
+    lists the parts of the code that "official" does not reproduce.
 
     Attributes:
         eps: radius of the noise from which attacks start, and of the attack in the reward.

@@ -1,4 +1,4 @@
-"""The training loop that all methods share."""
+"""The training loop that all methods share: its epochs, validations, records, checkpoints and interruption."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadv.data import Batch, Batches
+from fastadv.data import Batches
 from fastadv.files import point_link
 from fastadv.interruption import StopRequest
 from fastadv.ranks import Ranks, launch
@@ -27,25 +27,20 @@ from fastadv.trainers.checkpoint import (
     unpack_weights,
 )
 from fastadv.trainers.console import Console, epoch_line
-from fastadv.trainers.distributed import Synchroniser
-from fastadv.trainers.endings import NonFiniteLossError, TrainingInterrupted, write_nonfinite
+from fastadv.trainers.endings import TrainingInterrupted
+from fastadv.trainers.iteration import Iteration
 from fastadv.trainers.logs import Meter, MetricsLog
-from fastadv.trainers.method import LossResult, Method, TrainBatch
+from fastadv.trainers.method import Method
 from fastadv.trainers.method_state import checked_state, gather_state, shard_state
-from fastadv.trainers.mixup import classes_of, mixed
 from fastadv.trainers.monitor import Monitor, Validation
 from fastadv.trainers.optim import (
-    BufferGuard,
     EpochAverage,
     WeightAverage,
     build_optimizer,
-    clip_gradients,
-    gradient_norm,
     load_optimizer_state,
-    set_place,
 )
-from fastadv.trainers.progress import Progress, renamed
-from fastadv.trainers.returns import check_loss, check_scalars, check_updated, modes_kept
+from fastadv.trainers.progress import Progress
+from fastadv.trainers.returns import check_scalars, check_updated
 from fastadv.trainers.run_directory import RunDirectory
 from fastadv.trainers.settings import Settings
 
@@ -88,14 +83,21 @@ class Loop:
         self.recipe = self.method.recipe
         self.models = self.method.trainable()
         self.optimizers = {name: build_optimizer(m, self.recipe) for name, m in self.models.items()}
-        self._guard = BufferGuard(list(self.models.values()))
-        self._sync = Synchroniser(list(self.models.values()), self.ranks)
         self._window, self._epoch = Meter(), Meter()
         self._seconds: dict[str, float] = {}
-        self._batch: TrainBatch | None = None
-        self._classes: int | None = None
-        self._moved, self._bad_loss = False, 0.0
         self._saved_at, self._request = 0.0, StopRequest()
+        self.iteration = Iteration(
+            self.method,
+            self.models,
+            self.optimizers,
+            self.average,
+            self.loader,
+            self.ranks,
+            self.progress,
+            self._window,
+            self.run,
+            say=lambda line: self.console.say(line),
+        )
 
     @property
     def evaluated(self) -> nn.Module:
@@ -119,7 +121,7 @@ class Loop:
         if self.average:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         self.method.load_state(shard_state(state.get("method", {}), self.loader))
-        self.progress = Progress(**renamed(state["progress"]))
+        self.progress.restore(state["progress"])
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
@@ -165,7 +167,7 @@ class Loop:
     def _run_epoch(self) -> dict[str, Any]:
         progress = self.progress
         for batch in self.loader.epoch(progress.epoch, progress.epoch_step):
-            self._train_on(batch)
+            self.iteration.run(batch)
             progress.epoch_step += 1
             progress.step += 1
             self.console.step_done()
@@ -190,84 +192,6 @@ class Loop:
         """End the run after a checkpoint, on all ranks."""
         self.ranks.wait()  # for the checkpoint: when one rank ends, torchrun ends the others
         raise TrainingInterrupted(signum, self.run, self.progress.step)
-
-    def _train_on(self, batch: Batch) -> None:
-        """Run one iteration at its learning rate and momentum, with its own random numbers."""
-        epoch, step, done = self.progress.epoch, self.progress.epoch_step, self.progress.step
-        place = epoch + step / len(self.loader)
-        for optimizer in self.optimizers.values():
-            set_place(optimizer, self.recipe, place)
-        seed = derive_seed(self.recipe.seed, "torch", epoch, step)  # for dropout
-        torch.manual_seed(seed + self.ranks.rank)
-        weights = self.loader.weights_of(batch.ids, self.recipe.extra_weight)
-        self._batch = TrainBatch(*batch, epoch, step, self.recipe.seed, weights, done)
-        if self.recipe.mixup:
-            if self._classes is None:
-                self._classes = classes_of(next(iter(self.models.values())), self._batch.x)
-            self._batch = mixed(self._batch, self.recipe.mixup, self._classes, self.ranks)
-        self._guard.save()
-        self._moved = False
-        with modes_kept(self.method):
-            self.method.step(self._batch, self._update)
-        # Not within the step, in which AWP has perturbed the weights, and Free updates them several times.
-        if self.progress.bad_in_a_row >= self.recipe.max_bad_steps:
-            self._give_up()
-        if isinstance(self.average, WeightAverage) and self._moved:
-            self.average.update(next(iter(self.models.values())), self.progress.step + 1)
-
-    def _update(self, result: LossResult) -> bool:
-        """Update the weights by a loss's gradient. If it is not finite, undo the iteration and return False."""
-        check_loss(self.method, result)
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss = self._sync.backward(result.loss)
-        norms = [gradient_norm(optimizer) for optimizer in self.optimizers.values()]
-        # This waits for the device, while the backward pass is still running on it.
-        if not bool(torch.isfinite(torch.stack([loss, *norms])).all()):
-            self._reject(float(loss))
-            return False
-        for optimizer, norm in zip(self.optimizers.values(), norms, strict=True):
-            if self.recipe.clip_grad_norm is not None:
-                clip_gradients(optimizer, norm, self.recipe.clip_grad_norm)
-            optimizer.step()
-        self._moved = True
-        self._guard.save()
-        self.progress.bad_in_a_row = 0
-        assert self._batch is not None
-        scalars = {"loss": result.loss, **result.metrics, "grad_norm": norms[0]}
-        self._window.add(scalars, len(self._batch.y))
-        return True
-
-    def _reject(self, loss: float) -> None:
-        """Undo the failed iteration, and count it."""
-        self._guard.restore()
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        progress, self._bad_loss = self.progress, loss
-        progress.bad_steps += 1
-        progress.bad_in_a_row += 1
-        self.console.say(
-            f"iteration {progress.step + 1}: loss {loss:.4g} or its gradient is not "
-            f"finite, weights not updated ({progress.bad_in_a_row} in a row)"
-        )
-
-    def _give_up(self) -> None:
-        """Save the batch of a failed iteration and the weights before it, and raise the error."""
-        assert self._batch is not None
-        batch = {
-            name: self.ranks.gather(value) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self._batch).items()
-        }
-        weights = {name: model.state_dict() for name, model in self.models.items()}
-        content = {**batch, "loss": self._bad_loss, "weights": weights}
-        file = self.run.path / f"nonfinite_step_{self.progress.step + 1:06d}.pt"
-        if self.ranks.first:
-            write_nonfinite(file, content)
-        self.ranks.wait()  # when one rank fails, torchrun ends the others
-        raise NonFiniteLossError(
-            f"{self.progress.bad_in_a_row} iterations in a row had a loss or a gradient that is not "
-            f"finite; the last batch and the weights before it are in {file}"
-        )
 
     def _log_window(self) -> None:
         """Record the iterations since the last record."""

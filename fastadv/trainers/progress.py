@@ -32,6 +32,14 @@ class Progress:
     validations_since_best: int = 0
     averaged: int = 0
 
+    def restore(self, stored: dict[str, Any]) -> None:
+        """Go back to a stored progress.
+
+        Raises:
+            TypeError: if it has a field that is unknown.
+        """
+        vars(self).update(vars(Progress(**renamed(stored))))
+
 
 def renamed(progress: dict[str, Any]) -> dict[str, Any]:
     """Return a stored progress under the present names of the fields, which older versions named differently."""

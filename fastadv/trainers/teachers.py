@@ -1,4 +1,4 @@
-"""The frozen models of a method: their names, and a model with the architecture of each."""
+"""The frozen models of a method: their names, a model with the architecture of each, and loading their weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from fastadv.data import ImageData, StreamedData
 from fastadv.models import create_model
 from fastadv.trainers.methods import MethodClass
 from fastadv.trainers.recipe import Recipe
-from fastadv.trainers.weights import WeightSource
+from fastadv.trainers.run_directory import RunDirectory
+from fastadv.trainers.weights import WeightSource, load_teacher
 
 Teachers: TypeAlias = "WeightSource | Mapping[str, WeightSource] | Sequence[WeightSource] | None"
 Architectures: TypeAlias = "str | Mapping[str, str] | Sequence[str] | None"
@@ -53,6 +54,44 @@ def teacher_templates(
             template = named_model("teacher_model", architecture, data)
         templates[name] = template, architecture
     return templates
+
+
+def load_teachers(
+    method: MethodClass, needed: Templates, given: Teachers, resumed: RunDirectory | None
+) -> dict[str, nn.Module]:
+    """Load the frozen models that the method needs, from the caller's sources or from the resumed run.
+
+    Args:
+        method: the training method.
+        needed: for each frozen model a model with its architecture; the result of `teacher_templates`.
+        given: the caller's sources, the argument `teacher` of `train`.
+        resumed: the run that is resumed, which has copies; None for a new run.
+
+    Raises:
+        ValueError: if a source is missing, is not taken by the method, or does not fit.
+        CheckpointError: if a checkpoint cannot be read.
+    """
+    sources = by_name(given, list(needed))
+    unknown = sorted(sources.keys() - needed.keys())
+    if unknown:
+        takes = f"only {', '.join(needed)}" if needed else "no frozen model"
+        raise ValueError(f"{method.name} with this recipe takes {takes}, got {', '.join(unknown)}")
+    for name in needed:
+        if name not in sources and resumed is not None and resumed.teacher_file(name).is_file():
+            sources[name] = resumed.teacher_file(name)
+        if name not in sources:
+            raise ValueError(
+                f"{method.name} needs a {name}: the run directory, checkpoint, state-dict file or "
+                "module of a trained model, got None"
+            )
+    try:
+        return {name: load_teacher(sources[name], *like) for name, like in needed.items()}
+    except ValueError as error:
+        if given is not None or resumed is None:
+            raise
+        raise ValueError(
+            f"{error}; if it is of another kind than the model, give teacher again"
+        ) from error
 
 
 def named_model(argument: str, name: str, data: ImageData | StreamedData) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +16,17 @@ from fastadv.bars import say
 from fastadv.data import ImageData, Splits, load_dataset, subset
 from fastadv.digest import digest_of
 from fastadv.interruption import stopped_by_signals
-from fastadv.models import create_model
 from fastadv.ops.values import check_bool
 from fastadv.ranks import Ranks, is_first, joined_ranks, launch, own_device, restarted
-from fastadv.seeding import derive_seed
 from fastadv.trainers.announcement import announcement
 from fastadv.trainers.argument_kinds import check_kinds, checked_recipe
+from fastadv.trainers.building import build_method, build_model
 from fastadv.trainers.callbacks import Callback, Callbacks, check_callbacks
 from fastadv.trainers.checkpoint import checkpoint_name, find_checkpoint
-from fastadv.trainers.classes import check_classes
 from fastadv.trainers.distributed import with_synced_norms
-from fastadv.trainers.hardware import autocast_dtype, choose_device
+from fastadv.trainers.hardware import choose_device
 from fastadv.trainers.loop import Loop
-from fastadv.trainers.method import Method, Runtime
+from fastadv.trainers.method import Method
 from fastadv.trainers.methods import MethodClass, find_method, own_code
 from fastadv.trainers.monitor import Monitor
 from fastadv.trainers.opening import (
@@ -40,18 +38,16 @@ from fastadv.trainers.opening import (
     versions,
 )
 from fastadv.trainers.optim import build_average
-from fastadv.trainers.phases import PhaseTimer
 from fastadv.trainers.plain_recipe import as_plain, plain_defaults
 from fastadv.trainers.progress import Progress
 from fastadv.trainers.recipe import Recipe
 from fastadv.trainers.returns import check_trainable
 from fastadv.trainers.run_directory import Description, RunDirectory
 from fastadv.trainers.settings import Settings
-from fastadv.trainers.teachers import Architectures, Teachers, Templates, by_name, teacher_templates
+from fastadv.trainers.teachers import Architectures, Teachers, load_teachers, teacher_templates
 from fastadv.trainers.trackers import make_trackers
 from fastadv.trainers.training_batches import build_loader
 from fastadv.trainers.unused import check_all_used
-from fastadv.trainers.weights import load_teacher
 
 
 @dataclass(frozen=True)
@@ -157,11 +153,7 @@ def train(
     progress = check_bool("progress", progress)
     method_class = find_method(method)
     recipe = checked_recipe(method_class, recipe)
-    check_kinds(data, model, run_dir, extra, settings, on_start, on_step)
-    if root is not None and not isinstance(data, str):
-        raise ValueError(
-            f"root must be left out with Splits, which hold their images, got {root!r}"
-        )
+    check_kinds(data, root, model, run_dir, extra, settings, on_start, on_step)
     check_callbacks(callbacks)
     settings = settings or Settings()
     hooks = Callbacks([*make_trackers(settings.trackers), *callbacks])
@@ -171,42 +163,18 @@ def train(
         resume, overwrite = True, False
     if not resume:
         check_all_used(method_class, recipe)
-    run.check_free(bool(resume), overwrite)
-    if isinstance(resume, str) and not run.exists:
-        raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")
-    if is_first():
-        run.lock.check()
+    _check_run_directory(run, resume, overwrite)
     where = own_device(choose_device(device))
     splits = load_dataset(data, root) if isinstance(data, str) else data
-    notice = (
-        "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
-    )
-    with (
-        stopped_by_signals(notice),
-        run.lock,
-        joined_ranks(where, settings.timeout) as ranks,
-        _run_environment(where),
-    ):
-        network = _on_device(_build_model(model, splits.train, recipe), recipe, where)
+    name = model if isinstance(model, str) else None
+    with _run_environment(where, run, settings) as ranks:
+        network = build_model(model, splits.train, recipe, where)
         templates = teacher_templates(method_class, recipe, teacher_model, network, splits.train)
-        frozen = _build_teachers(method_class, templates, teacher, run if resume else None)
+        frozen = load_teachers(method_class, templates, teacher, run if resume else None)
         if recipe.sync_bn:
             network = with_synced_norms(network, ranks)
-        dtype, timer = autocast_dtype(recipe.precision, where), PhaseTimer(where)
-        check_classes(network, splits, where, dtype)
-        builder = _model_builder(splits.train, recipe, where, ranks)
-        name = model if isinstance(model, str) else None
-        runtime = Runtime(where, dtype, timer, ranks, builder, name)
-        trainer = method_class(
-            recipe, network, runtime, {k: _on_device(v, recipe, where) for k, v in frozen.items()}
-        )
-        description = Description(
-            method=method_class.name,
-            recipe=as_plain(recipe),
-            model=describe_model(network, name, splits.train),
-            data=describe_data(splits.train, extra),
-            teachers={k: digest_of(v.state_dict()) for k, v in frozen.items()},
-        )
+        trainer = build_method(method_class, recipe, network, name, frozen, splits, where, ranks)
+        description = _description(method_class, recipe, network, name, frozen, splits.train, extra)
         # Else each process would train a model of its own, or wait for the others without end.
         ranks.check_same(
             {**description.flat(), "resume": bool(resume), "log_every": settings.log_every}
@@ -215,9 +183,6 @@ def train(
         loop = _build_loop(
             trainer, splits, extra, run, settings, description, on_step, progress, ranks
         )
-        if ranks.first:
-            loop.callbacks = hooks
-        facts = {"versions": versions(), "launch": launch(), **own_code(method_class)}
         start = open_run(
             run,
             description,
@@ -228,21 +193,49 @@ def train(
             overwrite=overwrite,
             allow_changes=allow_changes,
             ranks=ranks,
-            facts=facts,
+            facts={"versions": versions(), "launch": launch(), **own_code(method_class)},
         )
-        if ranks.first:
-            loop.meta["run"] = run.identity()
         if start is not None:
             restore(loop, start)
-        if progress and ranks.first:
-            say(announcement(loop, name))
-        if on_start is not None and ranks.first:
-            on_start(run.path)
+        if ranks.first:
+            loop.meta["run"], loop.callbacks = run.identity(), hooks
+            if progress:
+                say(announcement(loop, name))
+            if on_start is not None:
+                on_start(run.path)
         if recipe.compile:
             trainer.compile()
         record = loop.train()
         ranks.wait()  # for the last checkpoint
     return _result(loop, run, record)
+
+
+def _check_run_directory(run: RunDirectory, resume: bool | str, overwrite: bool) -> None:
+    """Refuse a directory whose run stands in the way, is missing or is in use, before anything is loaded."""
+    run.check_free(bool(resume), overwrite)
+    if isinstance(resume, str) and not run.exists:
+        raise ValueError(f"resume must be True or False where there is no run, got {resume!r}")
+    if is_first():
+        run.lock.check()
+
+
+def _description(
+    method: MethodClass,
+    recipe: Recipe,
+    network: nn.Module,
+    name: str | None,
+    teachers: Mapping[str, nn.Module],
+    train: Images,
+    extra: ImageData | None,
+) -> Description:
+    """The facts by which a resumed run recognises that it is the same."""
+    return Description(
+        method=method.name,
+        recipe=as_plain(recipe),
+        model=describe_model(network, name, train),
+        data=describe_data(train, extra),
+        teachers={key: digest_of(one.state_dict()) for key, one in teachers.items()},
+    )
 
 
 def _initialise(trainer: Method[Any, Any], ranks: Ranks) -> None:
@@ -276,7 +269,28 @@ def _source(data: Splits | str, root: str | Path | None, splits: Splits) -> dict
 
 
 @contextmanager
-def _run_environment(device: torch.device) -> Iterator[None]:
+def _run_environment(
+    device: torch.device, run: RunDirectory, settings: Settings
+) -> Iterator[Ranks]:
+    """Lock the directory of a run, let signals end it, join its processes, and keep the caller's generators.
+
+    Yields:
+        The processes that train together.
+    """
+    notice = (
+        "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
+    )
+    with (
+        stopped_by_signals(notice),
+        run.lock,
+        joined_ranks(device, settings.timeout) as ranks,
+        _callers_generators_kept(device),
+    ):
+        yield ranks
+
+
+@contextmanager
+def _callers_generators_kept(device: torch.device) -> Iterator[None]:
     """Restore the caller's generators of random numbers afterwards, and let cuDNN choose by measuring times."""
     cuda = [device] if device.type == "cuda" else []
     cudnn = torch.backends.cudnn
@@ -287,57 +301,6 @@ def _run_environment(device: torch.device) -> Iterator[None]:
             yield
         finally:
             cudnn.benchmark = benchmark
-
-
-def _build_model(model: nn.Module | str, data: Images, recipe: Recipe) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    torch.manual_seed(derive_seed(recipe.seed, "init"))
-    return create_model(model, data.num_classes, data.in_channels)
-
-
-def _model_builder(
-    data: Images, recipe: Recipe, device: torch.device, ranks: Ranks
-) -> Callable[[str], nn.Module]:
-    """Return a function that builds further models by name, on the run's device and in its memory layout."""
-
-    def build(name: str) -> nn.Module:
-        model = _on_device(create_model(name, data.num_classes, data.in_channels), recipe, device)
-        return with_synced_norms(model, ranks) if recipe.sync_bn else model
-
-    return build
-
-
-def _on_device(model: nn.Module, recipe: Recipe, device: torch.device) -> nn.Module:
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    return model.to(device=device, memory_format=layout)  # type: ignore[call-overload]
-
-
-def _build_teachers(
-    method: MethodClass, needed: Templates, given: Teachers, resumed: RunDirectory | None
-) -> dict[str, nn.Module]:
-    """Load the frozen models that the method needs, from the caller's sources or from the resumed run."""
-    sources = by_name(given, list(needed))
-    unknown = sorted(sources.keys() - needed.keys())
-    if unknown:
-        takes = f"only {', '.join(needed)}" if needed else "no frozen model"
-        raise ValueError(f"{method.name} with this recipe takes {takes}, got {', '.join(unknown)}")
-    for name in needed:
-        if name not in sources and resumed is not None and resumed.teacher_file(name).is_file():
-            sources[name] = resumed.teacher_file(name)
-        if name not in sources:
-            raise ValueError(
-                f"{method.name} needs a {name}: the run directory, checkpoint, state-dict file or "
-                "module of a trained model, got None"
-            )
-    try:
-        return {name: load_teacher(sources[name], *like) for name, like in needed.items()}
-    except ValueError as error:
-        if given is not None or resumed is None:
-            raise
-        raise ValueError(
-            f"{error}; if it is of another kind than the model, give teacher again"
-        ) from error
 
 
 def _build_loop(

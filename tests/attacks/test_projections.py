@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -95,6 +96,21 @@ def test_other_bounds_shapes_and_scales() -> None:
         torch.testing.assert_close(wide.flatten(1), 5 * delta, rtol=0, atol=2e-5)
         tiny = to_hyperplane(points, normal * 1e-30, gap * 1e-30, norm, (0.0, 1.0))
         torch.testing.assert_close(tiny, delta, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [to_hyperplane, projections.way_by_sorting])
+def test_elements_whose_normal_is_almost_zero_hardly_move_in_l2(
+    way: Callable[..., Tensor],
+) -> None:
+    """The way to their bound is too many times 1e-320 for a float64, and the square of 1e-320 is 0."""
+    points, normal, gap = (t.double() for t in problem())
+    normal[:, ::3] = 0
+    expected = way(points, normal, gap, "l2", (0.0, 1.0))
+    normal[:, ::3] = 1e-320
+    found = way(points, normal, gap, "l2", (0.0, 1.0))
+    met = ((normal * expected).sum(1) - gap).abs() < 1e-9
+    assert met.sum() > 20
+    torch.testing.assert_close(found[met], expected[met], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm", NORMS)

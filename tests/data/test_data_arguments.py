@@ -301,3 +301,32 @@ def test_images_and_labels_in_the_right_units_are_taken() -> None:
         from_tensors(pixels, torch.arange(6))
         from_tensors(pixels, torch.arange(6) + 1, num_classes=7)
         from_tensors(pixels * 0, torch.arange(6) * 0 + 3)  # one class, without light
+
+
+@pytest.mark.parametrize(
+    "who", [from_tensors, lambda *data: fastadv.evaluate(small_cnn(4, 1), data)]
+)
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda value: value.to_sparse(), "must be a dense tensor, got torch.sparse_coo"),
+        (
+            lambda value: value.to("meta"),
+            "must be a tensor with values, got one on the device 'meta'",
+        ),
+    ],
+)
+def test_tensors_without_values_of_their_own_are_named(who: Any, make: Any, words: str) -> None:
+    pixels, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+    with pytest.raises(TypeError, match=f"images.* {words}"):
+        who(make(pixels), labels)
+    with pytest.raises(TypeError, match=f"labels.* {words}"):
+        who(pixels, make(labels))
+
+
+def test_images_that_require_a_gradient_are_judged_without_a_warning() -> None:
+    pixels = torch.rand(4, 1, 8, 8, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastadv.evaluate(small_cnn(4, 1), (pixels, torch.arange(4)), ["clean"], progress=False)
+        assert not from_tensors(pixels, torch.arange(4)).images.requires_grad

@@ -24,9 +24,9 @@ Y = torch.arange(8) % 4
 
 def of_products() -> nn.Module:
     """A network that runs live because no copy is faster."""
-    layers = [layer for _ in range(10) for layer in (nn.Linear(8, 8), nn.Tanh())]
+    layers = [layer for _ in range(10) for layer in (nn.Linear(32, 32), nn.Tanh())]
     return nn.Sequential(
-        nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), Tokens(), *layers, Mean(), nn.Linear(8, 4)
+        nn.Conv2d(3, 32, 4, 4), nn.Flatten(2), Tokens(), *layers, Mean(), nn.Linear(32, 4)
     )
 
 

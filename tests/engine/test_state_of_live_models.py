@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -317,3 +318,49 @@ def test_the_generator_of_a_models_gpu_is_seeded_and_put_back(
     with frozen(models.get(kind, holder), seed=77):
         assert [number for number in range(3) if generators[number].initial_seed() == 77] == [gpu]
     assert [g.initial_seed() for g in generators] == [0, 1, 2]
+
+
+class AsksForGradients(nn.Module):
+    """Computes something else where its weights require grad."""
+
+    def __init__(self, asks: Callable[[Any, Tensor], bool]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.network, self.other, self.asks = nn.Linear(192, 4), nn.Linear(192, 4), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.other if self.asks(self, x) else self.network
+        return own(x.flatten(1))
+
+
+QUESTIONS: dict[str, Callable[[Any, Tensor], bool]] = {
+    "a weight": lambda m, x: m.network.weight.requires_grad,
+    "all weights": lambda m, x: all(p.requires_grad for p in m.parameters()),
+    "a product": lambda m, x: (2 * m.network.weight).grad_fn is not None,
+    "its leaves": lambda m, x: not (2 * m.network.weight).is_leaf,
+}
+
+
+@pytest.mark.filterwarnings("ignore:fastadv attacks this model with the eager engine")
+@pytest.mark.parametrize("asks", QUESTIONS.values(), ids=QUESTIONS.keys())
+@pytest.mark.parametrize("settings", [{}, {"engine": "eager"}, {"precision": "fp32"}])
+def test_a_model_that_asks_whether_its_weights_require_grad_is_attacked_as_it_is(
+    settings: dict[str, Any], asks: Callable[[Any, Tensor], bool]
+) -> None:
+    model = AsksForGradients(asks).eval()
+    adv = plain_attack(model)
+    for target in (model, lambda x: model(x)):
+        attack = fastadv.PGD(target, steps=3, random_start=False, **settings)
+        for _ in range(2):
+            assert torch.equal(attack(X, Y), adv)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    assert not torch.equal(plain_attack(model), adv)
+    assert torch.equal(attack(X, Y), plain_attack(model))
+
+
+def test_a_copy_of_a_model_that_asks_whether_its_weights_require_grad_is_refused() -> None:
+    model = AsksForGradients(QUESTIONS["a weight"])
+    with pytest.raises(ValueError, match="asks whether its weights require grad"):
+        fastadv.PGD(model, engine="compiled")(X, Y)

@@ -127,24 +127,47 @@ def test_a_dynamic_model_is_suspect_and_the_next_model_is_not():
     model, x, y = linear_problem(classes=4, n=8)
     dynamic = autoattack(_Dynamic(model), (x, y), eps=EPS, version=("apgd-ce",))
     assert dynamic.status == "suspect"
-    assert any("dynamic defense" in note for note in dynamic.notes)
+    assert any("takes gradients in its forward pass" in note for note in dynamic.notes)
     assert autoattack(model, (x, y), eps=EPS, version=("apgd-ce",)).status == "ok"
 
 
-def test_the_library_used_before_does_not_matter(monkeypatch):
+@pytest.mark.parametrize(
+    ("around", "said", "library_says"),
+    [
+        (nn.Sequential, None, None),
+        (lambda model: _Noisy(model), "draws random numbers", "randomized defense"),
+        (lambda model: nn.Sequential(model, nn.Softmax(1)), "probabilities", "probability"),
+        (lambda model: _Dynamic(model), "takes gradients", "dynamic defense"),
+    ],
+)
+def test_the_model_is_checked_as_by_the_library(around, said, library_says, monkeypatch):
     model, x, y = linear_problem(classes=4, n=8)
-    monkeypatch.setitem(pyautoattack.checks.funcs, "grad", 5)
-    assert autoattack(model, (x, y), eps=EPS, version=("apgd-ce",)).status == "ok"
-    assert pyautoattack.checks.funcs["grad"] == 5
+    model = around(model).eval()
+    result = autoattack(model, (x, y), eps=EPS, version=("apgd-ce",))
+    assert result.status == ("suspect" if said else "ok")
+    assert [said in note for note in result.notes] == [True] * bool(said)
+
+    found, logger = [], logging.Logger("library")
+    monkeypatch.setattr(logger, "warning", found.append)
+    checks = pyautoattack.checks
+    with _side_effects_undone():
+        checks.funcs.update(dict.fromkeys(checks.funcs, 0))
+        checks.check_randomized(model, x, y, logger=logger)
+        checks.check_range_output(model, x, logger=logger)
+        checks.check_dynamic(model, x, logger=logger)
+    assert [library_says in message for message in found] == [True] * bool(library_says)
 
 
-def test_warnings_of_the_library_make_a_result_suspect():
+def test_a_backward_pass_at_inference_is_seen_too():
+    class Backward(_Dynamic):
+        def forward(self, x):
+            with torch.enable_grad():
+                torch.zeros(1, requires_grad=True).sum().backward()
+            return self.model(x)
+
     model, x, y = linear_problem(classes=4, n=8)
-    noisy = autoattack(_Noisy(model), (x, y), eps=EPS, version=("apgd-ce",))
-    assert noisy.status == "suspect" and any("randomized" in note for note in noisy.notes)
-    softmax = autoattack(nn.Sequential(model, nn.Softmax(1)), (x, y), eps=EPS, version=("apgd-ce",))
-    assert softmax.status == "suspect" and any("probability" in note for note in softmax.notes)
-    assert not any("flags_doc" in note for note in softmax.notes)
+    result = autoattack(Backward(model), (x, y), eps=EPS, version=("apgd-ce",))
+    assert result.status == "suspect" and "takes gradients" in result.notes[0]
 
 
 def test_square_beating_the_gradient_attacks_is_suspect():
@@ -155,7 +178,8 @@ def test_square_beating_the_gradient_attacks_is_suspect():
     assert result.stages[0].correct > result.stages[2].correct
     assert result.status == "suspect"
     text = " ".join(result.notes)
-    assert "Square Attack has decreased" in text and "zero gradient" in text
+    left, after = result.stages[1].correct, result.stages[2].correct
+    assert f"square broke {left - after} images of the {left}" in text and "zero gradient" in text
 
 
 def test_violations_are_found_independently(monkeypatch):
@@ -167,11 +191,15 @@ def test_violations_are_found_independently(monkeypatch):
     assert result.robust.all() and len(result.fooled) == 0
 
 
-def test_it_says_what_to_install(monkeypatch):
+def test_the_reference_alone_needs_the_library(monkeypatch):
     model, x, y = linear_problem(classes=4, n=4)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    report = evaluate(model, (x, y), ("clean", "autoattack"), eps=EPS, progress=False)
+    assert report["autoattack"].correct == int(model.exactly_robust(x, y, EPS).sum())
     with pytest.raises(ImportError, match="pip install pyautoattack"):
-        evaluate(model, (x, y), ("clean", "autoattack"), progress=False)
+        evaluate(model, (x, y), ("clean", "autoattack"), engine="reference", progress=False)
+    with pytest.raises(ImportError, match="pip install pyautoattack"):
+        autoattack(model, (x, y), eps=EPS, engine="reference")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from fastadv import AutoAttack
 from fastadv.evaluation import Result, Row, Subject, evaluate, sanity_checks
 from fastadv.evaluation.attack_list import Ensemble
 from fastadv.evaluation.autoattack import autoattack
-from fastadv.evaluation.autoattack_state import hash_model
 from fastadv.evaluation.early_checks import UselessGradients
 from fastadv.evaluation.sanity_file import SanityResult, add_sanity_result, load_sanity_results
+from fastadv.evaluation.state_folder import hash_model
 from fastadv.evaluation.transfer import transfer_matrix
 
 pytestmark = pytest.mark.slow
@@ -96,6 +96,16 @@ def test_surrogate_that_guesses_makes_rows_suspect() -> None:
             progress=False,
         )
     assert [row.status for row in report.rows] == ["ok", "suspect"]
+
+
+def test_warnings_about_a_surrogate_point_at_the_callers_line() -> None:
+    hidden = nn.Sequential(Linear(), nn.Dropout(0.5)).train()
+    hidden[0].scale.data.zero_()
+    settings: dict[str, Any] = {"eps": 0.2, "surrogate": lambda x: hidden(x), "progress": False}
+    with pytest.warns(UserWarning, match="the surrogate") as told:
+        evaluate(Linear(), bright_or_dark(), "square-5", **settings)
+    places = [one.filename for one in told if "the surrogate" in str(one.message)]
+    assert places == [__file__, __file__]
 
 
 def test_step_of_nothing_is_refused() -> None:
@@ -279,3 +289,108 @@ def test_nan_at_a_judged_point_is_an_error_of_the_smallest_perturbation_too(atta
     model, data = nan_off_the_grid()
     with pytest.raises(RuntimeError, match="logits that are not finite"):
         evaluate(model, data, attack, progress=False)
+
+
+class _SpoiltOffTheGrid(torch.autograd.Function):
+    """The identity; an element that is no multiple of a quarter has a gradient of the given value."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, value: float) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.value = value
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return grad.masked_fill((4 * x - (4 * x).round()).abs() > 1e-6, ctx.value), None
+
+
+class SpoiltOffTheGrid(nn.Module):
+    """Has the right gradient at the clean images alone."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.linear, self.value = nn.Linear(48, 4), value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(_SpoiltOffTheGrid.apply(x, self.value).flatten(1))
+
+
+def spoilt_off_the_grid(value: float) -> tuple[nn.Module, tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = SpoiltOffTheGrid(value).eval()
+    images = torch.randint(1, 4, (12, 3, 4, 4)) / 4
+    return model, (images, model(images).argmax(1))
+
+
+BEYOND_THE_IMAGES = [
+    *("pgd-3", "pgd-3-2", "pgd-3-2runs", "cw-3", "mim-3", "apgd-ce-3", "apgd-dlr-3", "apgd-t-3"),
+    *("fab-5", "fab-t-5", "cwl2-3", "min-pgd-2"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN", "ignore:lr . steps is")
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_useless_gradients_on_an_attacks_way_make_its_row_suspect(
+    norm: str, value: float, tmp_path: Path
+) -> None:
+    model, data = spoilt_off_the_grid(value)
+    eps = {"linf": 0.02, "l2": 0.1, "l1": 0.4}[norm]
+    options: dict[str, Any] = dict(
+        eps=eps, norm=norm, batch_size=5, state_dir=tmp_path, progress=False
+    )
+    for _ in range(2):  # the second report is read from the state
+        report = evaluate(model, data, ["fgsm", *BEYOND_THE_IMAGES, "square-5"], **options)
+        status = {row.name: row.status for row in report.rows}
+        assert {"fgsm": "ok", "square-5": "ok"} | dict.fromkeys(
+            BEYOND_THE_IMAGES, "suspect"
+        ) == status
+        for row in report.rows[1:-1]:
+            assert "elements or more of the gradients that the attack followed were NaN" in str(
+                row.notes
+            )
+
+
+@pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN")
+def test_useless_gradients_are_counted_whatever_the_batches_and_the_passes() -> None:
+    model, data = spoilt_off_the_grid(torch.nan)
+    notes = {
+        evaluate(model, data, "pgd-3", eps=0.02, batch_size=size, eot=eot, progress=False)
+        .rows[0]
+        .notes
+        for size in (3, 5, 12)
+        for eot in (1, 2)
+    }
+    # All three gradients are taken off the images: the start is random.
+    (note,) = notes
+    assert note[0].startswith(f"{12 * 48 * 3} elements or more of the gradients")
+
+
+@pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN")
+@pytest.mark.parametrize("surrogate", [False, True])
+def test_useless_gradients_put_transfers_in_doubt(surrogate: bool) -> None:
+    model, data = spoilt_off_the_grid(torch.nan)
+    good, _ = spoilt_off_the_grid(1.0)
+    if surrogate:
+        (row,) = evaluate(good, data, "pgd-3", eps=0.02, surrogate=model, progress=False).rows
+        assert row.status == "suspect" and "were NaN or infinite" in row.notes[0]
+    matrix = transfer_matrix({"a": model, "b": good}, data, "pgd-3", eps=0.02, progress=False)
+    assert any("were NaN or infinite" in note for note in matrix.notes)
+
+
+@pytest.mark.parametrize("engine", ["auto", "fp32", "reference"])
+@pytest.mark.parametrize(
+    ("norm", "attack"), [("linf", "apgd-ce"), ("l1", "apgd-ce"), ("linf", "fab-t")]
+)
+@pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN")
+def test_useless_gradients_make_autoattack_suspect(engine: Any, norm: str, attack: str) -> None:
+    pytest.importorskip("pyautoattack")
+    eps = {"linf": 0.02, "l1": 0.4}[norm]
+    for value, status in ((torch.nan, "suspect"), (torch.inf, "suspect"), (1.0, "ok")):
+        model, data = spoilt_off_the_grid(value)
+        options: dict[str, Any] = dict(eps=eps, norm=norm, engine=engine, batch_size=5)
+        result = autoattack(model, data, version=[attack], **options)
+        assert result.status == status
+        assert any("were NaN or infinite" in note for note in result.notes) == (status != "ok")

@@ -18,9 +18,9 @@ from report_helpers import result
 
 from fastadv.cli import main
 from fastadv.evaluation import add_results, load_results
-from fastadv.evaluation.autoattack_state import Fingerprint
+from fastadv.evaluation.finished_batches import FinishedBatches
+from fastadv.evaluation.state_folder import Fingerprint
 from fastadv.evaluation.verify import Violations
-from fastadv.evaluation.work import FinishedBatches
 from fastadv.evaluation.worst import WorstImages
 from fastadv.plain_text import csv_cell
 

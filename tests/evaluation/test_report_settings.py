@@ -71,7 +71,10 @@ def test_the_first_table_has_white_box_accuracies_in_a_ball_alone() -> None:
 
 def test_transfer_has_a_table_that_names_the_surrogates() -> None:
     _, _, table, *_ = (found := summary(*EVERYTHING)).printed
-    assert [one.title for one in found.apart] == ["Black-box transfer", "Attacks without a ball"]
+    assert [one.title for one in found.other_threat_models] == [
+        "Black-box transfer",
+        "Attacks without a ball",
+    ]
     lines = by_heading(table)
     assert [(line["attack"], line["right %"].split()[0]) for line in lines] == [
         ("pgd-20 from b 12345678", "67.00"),
@@ -85,7 +88,7 @@ def test_transfer_has_a_table_that_names_the_surrogates() -> None:
 def test_attacks_without_a_ball_have_a_table_of_distances() -> None:
     nothing = without_ball("cwl2-5", 271, broken=0, mean=None, median=None)
     foreign = without_ball("cwl2-5", 90, source="b 12345678")
-    _, table = summary(*EVERYTHING, nothing, foreign).apart
+    _, table = summary(*EVERYTHING, nothing, foreign).other_threat_models
     first, second, third = by_heading(table)
     assert first["attack"] == "cwl2-1000 (c 1, lr 0.01)" and first["norm"] == "l2"
     assert (first["median distance"], first["mean distance"]) == ("0.625", "0.75")

@@ -17,8 +17,9 @@ from training_helpers import small_recipe
 
 from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
 from fastadv.evaluation.rows import joined
-from fastadv.evaluation.work import SharedWork, key_of
+from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.worst import WorstImages
+from fastadv.files import file_key
 from fastadv.ranks import Ranks
 from fastadv.trainers import train
 
@@ -111,7 +112,7 @@ def test_two_processes_give_the_table_of_one(
 
 CHILD = """
 import os, signal, sys
-from fastadv.evaluation.work import FinishedBatches
+from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.autoattack_state import AutoAttackState
 from fastadv.cli import main
 
@@ -182,9 +183,9 @@ def test_finished_batches_belong_to_one_evaluation(tmp_path: Path) -> None:
 
 
 def test_keys_differ_with_what_the_values_depend_on() -> None:
-    keys = {key_of("pgd-2", *facts) for facts in ((), (1,), (1.0,), (1, 2), ("1",))}
+    keys = {file_key("pgd-2", *facts) for facts in ((), (1,), (1.0,), (1, 2), ("1",))}
     assert len(keys) == 5 and all(key.startswith("pgd-2-") for key in keys)
-    assert "/" not in key_of("a/b\\c:d")
+    assert "/" not in file_key("a/b\\c:d")
 
 
 def test_images_are_shared_out_in_turn() -> None:

@@ -82,7 +82,7 @@ class Subject(nn.Module):
 
     def __init__(self, rng: random.Random, products: bool) -> None:
         super().__init__()
-        width = rng.choice((8, 16))
+        width = 16 if products else rng.choice((8, 16))
         if products:
             self.stem: nn.Module = nn.Conv2d(3, width, 3, stride=3)
             self.norm: nn.Module = nn.Identity()

@@ -19,7 +19,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "cases"), [("ops", 40), ("attacks", 6), ("engine", 4), ("sequences", 2)]
+    ("part", "cases"), [("ops", 40), ("attacks", 6), ("engine", 4), ("sequences", 4)]
 )
 def test_the_first_cases(part: str, cases: int) -> None:
     import fuzz

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -126,3 +127,18 @@ def states_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def copied_state(model: nn.Module) -> dict[str, Tensor]:
     """A state dict that does not change with the model."""
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def check_step(
+    method: Method[Any, Any], loss: Tensor, slow: Mapping[str, nn.Module], expected: Tensor
+) -> None:
+    """Compare a method's loss, its gradients and its models' buffers with plain float64 code on copies of them."""
+    loss.backward()
+    expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-11)
+    for name, ours in method.trainable().items():
+        for a, b in zip(ours.parameters(), slow[name].parameters(), strict=True):
+            assert a.grad is not None and b.grad is not None
+            assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-11)
+        for a, b in zip(ours.buffers(), slow[name].buffers(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)

@@ -134,6 +134,24 @@ def test_magnitudes_within_the_range(device: str, name: str, magnitude: float) -
 
 
 @everywhere
+@pytest.mark.parametrize("other", [1.0, 1e20])
+def test_features_whose_squares_overflow_show(device: str, name: str, other: float) -> None:
+    """A norm that is infinite says nothing of the angle: no distance of 1 without a gradient."""
+    u, v = _features(device, 3, 9), _features(device, 3, 9, seed=1)
+    u[1] *= 1e20
+    v[1] *= other
+    with backend(name):
+        again, replayed = replay_mask(u, v, 0.5)
+        u.requires_grad_()
+        v.requires_grad_()
+        distance = angular_distance(u, v)
+        distance.sum().backward()
+    for result in (distance, again, u.grad.sum(1), v.grad.sum(1)):
+        assert result.isnan().tolist() == [False, True, False]
+    assert not replayed[1]
+
+
+@everywhere
 def test_a_nan_feature_shows(device: str, name: str) -> None:
     u, v = _features(device, 3, 9), _features(device, 3, 9, seed=1)
     u[1, 4] = torch.nan

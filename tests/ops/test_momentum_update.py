@@ -43,6 +43,18 @@ def test_what_was_accumulated_decays(device: str, name: str) -> None:
 
 
 @everywhere
+def test_a_gradient_that_shares_a_part_of_the_momentums_memory(device: str, name: str) -> None:
+    """As windows of one tensor: the update reads the elements as they were before it."""
+    shared = torch.cat((_gradient(device).flatten(), _gradient(device, seed=1).flatten()))
+    momentum, grad = (shared[at : at + 4 * 297].view(SHAPE) for at in (1, 0))
+    before = momentum.clone(), grad.clone()
+    with backend(name):
+        expected = momentum_update_(*before, 0.5)
+        momentum_update_(momentum, grad, 0.5)
+    assert torch.equal(momentum, expected)
+
+
+@everywhere
 @pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30, 1e36])
 def test_the_size_of_the_gradient_does_not_matter(device: str, name: str, size: float) -> None:
     grad = _gradient(device)

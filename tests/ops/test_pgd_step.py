@@ -296,6 +296,25 @@ def test_the_centre_may_be_the_point_itself(device: str, name: str, norm: str) -
 
 
 @everywhere
+@norms
+@pytest.mark.parametrize("argument", ["grad", "x"])
+def test_an_argument_that_shares_a_part_of_the_points_memory(
+    device: str, name: str, norm: str, argument: str
+) -> None:
+    """As windows of one tensor: the step reads the elements as they were before it."""
+    memory = torch.cat((images(device).flatten(), images(device, seed=1).flatten()))
+    for shift in (1, 297, 600):  # an element, a sample, more than two
+        shared = memory.clone()
+        adv, other = (shared[at : at + 4 * 297].view(4, 3, 9, 11) for at in (shift, 0))
+        given = {"grad": gradient(device), "x": images(device, seed=2), argument: other}
+        before = {key: value.clone() for key, value in given.items()}
+        with backend(name):
+            expected = pgd_step(adv, **before, eps=EPS, alpha=ALPHA, norm=norm)
+            pgd_step_(adv, **given, eps=EPS, alpha=ALPHA, norm=norm)
+        assert torch.equal(adv, expected)
+
+
+@everywhere
 def test_overlapping_memory_is_refused(device: str, name: str) -> None:
     overlapping = images(device)[:1].expand(4, 3, 9, 11)
     x = images(device)

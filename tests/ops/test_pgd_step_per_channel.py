@@ -39,6 +39,22 @@ def _normalised(device: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @everywhere
+@pytest.mark.parametrize("argument", ["grad", "x"])
+def test_an_argument_that_shares_a_part_of_the_points_memory(
+    device: str, name: str, argument: str
+) -> None:
+    """As windows of one tensor: the step reads the elements as they were before it."""
+    given = _normalised(device, torch.float32)
+    shared = torch.cat((given["adv"].flatten(), given["adv"].flatten()))
+    adv, given[argument] = (shared[at : at + 4 * 297].view(4, 3, 9, 11) for at in (1, 0))
+    before = {**given, "adv": adv.clone(), argument: given[argument].clone()}
+    with backend(name):
+        expected = pgd_step(**before)
+        pgd_step_(**{**given, "adv": adv})
+    assert torch.equal(adv, expected)
+
+
+@everywhere
 @formats
 def test_three_steps_are_the_published_loop(
     device: str, name: str, memory_format: torch.memory_format

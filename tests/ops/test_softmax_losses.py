@@ -80,6 +80,28 @@ def test_any_finite_logits_give_finite_values_and_gradients(
 
 
 @everywhere
+@kinds
+def test_the_error_does_not_grow_with_the_number_of_classes(
+    device: str, name: str, kind: str
+) -> None:
+    """Sums of equal terms round the same way each time, which naive float32 sums do not survive."""
+    classes = 50_001
+    a = 1e4 * _logits(device, 2, classes).sign().clamp(min=0)
+    b = 1e4 * _logits(device, 2, classes, seed=1).sign().clamp(min=0)
+    y = _labels(device, 2, classes)
+    with backend(name):
+        values, gradients = _values_and_gradients(kind, a, b, y)
+    with backend("reference"):
+        true, true_gradients = _values_and_gradients(
+            kind, a.double().cpu(), b.double().cpu(), y.cpu()
+        )
+    torch.testing.assert_close(values.double().cpu(), true, rtol=2e-6, atol=2e-6)
+    for found, expected in zip(gradients, true_gradients, strict=True):
+        allowed = 2e-6 * float(expected.abs().max())
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=0, atol=allowed)
+
+
+@everywhere
 def test_the_case_in_which_kl_div_has_no_gradient(device: str, name: str) -> None:
     p = torch.tensor([[200.0, 0, 0]], device=device, requires_grad=True)
     q = torch.tensor([[1.0, 0, 0]], device=device, requires_grad=True)

@@ -49,12 +49,17 @@ export TSAN_OPTIONS=suppressions=$PWD/tests/sanitizers/thread.supp:halt_on_error
 
 case $kind in
 address)
-  tests=(--thorough tests/ops/test_ops.py tests/ops/test_crop_flip.py tests/ops/test_pgd_step.py
-    tests/ops/test_pgd_step_l1.py tests/ops/test_softmax_losses.py
-    tests/engine/test_convolution.py tests/engine/test_float_convolution.py tests/engine/test_program.py
-    tests/engine/test_tile_convolution.py tests/engine/test_cpu_training.py tests/engine/test_channels.py
-    tests/engine/test_cached_recording.py
-    tests/data/test_loader.py tests/attacks/test_attack_l1.py tests/fuzz/test_fuzz.py
+  # The files that call the kernels, each of csrc/cpu/ at least once.
+  tests=(--thorough tests/ops/test_ops.py tests/ops/test_angular_distance.py tests/ops/test_attention_map_distance.py
+    tests/ops/test_crop_flip.py tests/ops/test_euclidean_distance.py tests/ops/test_linear_merger.py
+    tests/ops/test_momentum_update.py tests/ops/test_noisy_replay.py tests/ops/test_pgd_step.py
+    tests/ops/test_pgd_step_l1.py tests/ops/test_pgd_step_per_channel.py tests/ops/test_random_start.py
+    tests/ops/test_softmax_losses.py tests/ops/test_vanilla_feature_distillation.py
+    tests/engine/test_convolution.py tests/engine/test_float_convolution.py tests/engine/test_float_gathering.py
+    tests/engine/test_float_program.py tests/engine/test_program.py tests/engine/test_tile_convolution.py
+    tests/engine/test_cpu_training.py tests/engine/test_channels.py tests/engine/test_cached_recording.py
+    tests/attacks/test_apgd_advance.py tests/attacks/test_attack_l1.py tests/attacks/test_projections.py
+    tests/attacks/test_square_points.py tests/data/test_loader.py tests/fuzz/test_fuzz.py
     -m "not compiles")
   ;;
 thread)

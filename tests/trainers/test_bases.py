@@ -14,6 +14,7 @@ from test_recipe_starts import compared, printed
 from torch import Tensor, nn
 from training_helpers import (
     CPU,
+    check_step,
     make_batch,
     make_model,
     small_data,
@@ -114,14 +115,7 @@ def test_loss_and_gradients_equal_the_formula(kind: str, base: str) -> None:
         guide = others["teacher"](x).detach() if fixed else slow["natural"](x)
         expected = expected + (z - guide).square().mean()
         expected = expected + (0 if fixed else ce(guide, y).mean())
-    loss.backward()
-    expected.backward()
-    assert torch.allclose(loss, expected, rtol=1e-11)
-    for key, ours in method.trainable().items():
-        for a, b in zip(ours.parameters(), slow[key].parameters(), strict=True):
-            assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-11)
-        for a, b in zip(ours.buffers(), slow[key].buffers(), strict=True):
-            assert torch.allclose(a, b, rtol=1e-12)
+    check_step(method, loss, slow, expected)
 
 
 @kinds

@@ -9,7 +9,15 @@ import pytest
 import torch
 from test_methods import Counting, take_step
 from torch import Tensor, nn
-from training_helpers import CPU, make_batch, make_method, make_model, small_data, small_recipe
+from training_helpers import (
+    CPU,
+    check_step,
+    make_batch,
+    make_method,
+    make_model,
+    small_data,
+    small_recipe,
+)
 
 from fastadv.models import WideResNet
 from fastadv.ranks import Ranks
@@ -185,15 +193,7 @@ def test_loss_and_gradients_equal_the_paper(name: str, numbers: dict[str, Any]) 
     loss = method.training_loss(batch, images_of(method, batch.x, adv)).loss
     natural = slow_models.get("natural")
     expected = slow_loss(method, slow_models["model"], natural, teacher, batch.x, adv, batch.y)
-    loss.backward()
-    expected.backward()
-
-    assert torch.allclose(loss, expected, rtol=1e-11)
-    for key, ours in method.trainable().items():
-        for a, b in zip(ours.parameters(), slow_models[key].parameters(), strict=True):
-            assert torch.allclose(a.grad, b.grad, rtol=1e-8, atol=1e-11)
-        for a, b in zip(ours.buffers(), slow_models[key].buffers(), strict=True):
-            assert torch.allclose(a, b, rtol=1e-12)
+    check_step(method, loss, slow_models, expected)
 
 
 @pairs

@@ -18,6 +18,7 @@ from training_helpers import small_data, small_recipe
 from fastadv.data import Batch, Loader
 from fastadv.ops import random_start
 from fastadv.trainers import TrainBatch, train
+from fastadv.trainers.iteration import Iteration
 from fastadv.trainers.loop import Loop
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -42,23 +43,23 @@ class Recording:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[TrainBatch] = []
-        load, train_on, begin = Loader._load, Loop._train_on, Loop.train
+        load, train_on, begin = Loader._load, Iteration.run, Loop.train
 
         def in_double(loader: Loader, ids: Iterable[Tensor], epoch: int) -> Iterator[Batch]:
             for batch in load(loader, ids, epoch):
                 yield Batch(batch.x.double(), batch.y, batch.ids)
 
-        def recorded(loop: Loop, batch: Batch) -> None:
-            train_on(loop, batch)
-            assert loop._batch is not None
-            self.batches.append(loop._batch)
+        def recorded(iteration: Iteration, batch: Batch) -> None:
+            train_on(iteration, batch)
+            assert iteration.batch is not None
+            self.batches.append(iteration.batch)
 
         def begun(loop: Loop) -> dict[str, Any]:
             self.method, self.models = loop.method, copy.deepcopy(loop.models)
             return begin(loop)
 
         monkeypatch.setattr(Loader, "_load", in_double)
-        monkeypatch.setattr(Loop, "_train_on", recorded)
+        monkeypatch.setattr(Iteration, "run", recorded)
         monkeypatch.setattr(Loop, "train", begun)
 
 

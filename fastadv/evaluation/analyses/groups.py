@@ -10,7 +10,7 @@ from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.analyses.records import AnalysisRecord
 from fastadv.evaluation.analyses.registry import ANALYSES
 from fastadv.evaluation.wording import format_eps
-from fastadv.evaluation.work import key_of
+from fastadv.files import file_key
 
 _RADII = ("eps", "alpha", "max_eps", "radii", "extractor_eps")
 
@@ -54,7 +54,7 @@ class AnalysisGroup:
     @property
     def stem(self) -> str:
         """A name for files that no other choice of models or settings has."""
-        return key_of(self.analysis, *sorted((n, one.key) for n, one in self.records.items()))
+        return file_key(self.analysis, *sorted((n, one.key) for n, one in self.records.items()))
 
     @property
     def settings(self) -> str:

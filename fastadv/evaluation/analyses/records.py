@@ -15,15 +15,14 @@ import torch
 from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.analyses.analysis import Measured
 from fastadv.evaluation.result_row import known_fields
-from fastadv.evaluation.results import Subject
-from fastadv.evaluation.work import key_of
+from fastadv.evaluation.results import EVAL_FILE, Subject
 from fastadv.evaluation.worst import read_arrays
 from fastadv.fields import check_fields
-from fastadv.files import json_of, remove_leftovers, write_atomically
+from fastadv.files import file_key, json_of, remove_leftovers, write_atomically
 
 _FORMAT = 1
 _FOLDER = "analyses"
-_RESULTS = ".eval.json"  # suffix of the file of results beside a file of weights
+_RESULTS = f".{EVAL_FILE}"  # suffix of the file of results beside a file of weights
 _IMAGES = ("originals", "adversarials")
 
 
@@ -76,7 +75,7 @@ class AnalysisRecord:
         subject = self.subject
         model = (subject.network, subject.weights, subject.checkpoint)
         facts = (*self.common, *model, sorted(self.versions.items()))
-        return key_of(self.measured.analysis, *facts)
+        return file_key(self.measured.analysis, *facts)
 
     def path(self, folder: Path, suffix: str = ".json") -> Path:
         """The path of this record's JSON file in a folder, or of its file with another suffix."""

@@ -8,8 +8,13 @@ from fastadv.evaluation.attack_list import AUTOATTACK, CLEAN
 from fastadv.evaluation.comparison import Comparison, EvaluatedRun, Line, interval_text, radius_text
 from fastadv.evaluation.metrics import ardist, wilson_interval
 from fastadv.evaluation.plots import TradeOffPoint
-from fastadv.evaluation.reporting.apart import distance_text, remarks, transfers, without_ball
 from fastadv.evaluation.reporting.masking import masking_table, verdicts
+from fastadv.evaluation.reporting.other_threat_models import (
+    distance_text,
+    remarks,
+    transfers,
+    without_ball,
+)
 from fastadv.evaluation.reporting.seeds import Series, mean_and_deviation, series_of
 from fastadv.evaluation.reporting.tables import Table
 from fastadv.evaluation.results import Result
@@ -81,7 +86,7 @@ class Summary:
         return [table for table in tables if table.rows]
 
     @property
-    def apart(self) -> list[Table]:
+    def other_threat_models(self) -> list[Table]:
         """The tables of transfer and of attacks without a ball that have a row."""
         tables = (transfers(self.comparison), without_ball(self.comparison))
         return [table for table in tables if table.rows]
@@ -89,7 +94,12 @@ class Summary:
     @property
     def printed(self) -> list[Table]:
         """The tables that fit on paper and have a row."""
-        tables = [self.accuracies(), self.trade_offs(), self.over_seeds(), *self.apart]
+        tables = [
+            self.accuracies(),
+            self.trade_offs(),
+            self.over_seeds(),
+            *self.other_threat_models,
+        ]
         tables += [self.published_points(), self.stages()]
         return [table for table in tables if table.rows]
 

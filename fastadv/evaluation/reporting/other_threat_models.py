@@ -1,4 +1,4 @@
-"""The tables of black-box transfer and of attacks without a ball, whose accuracies are not robust accuracies."""
+"""The tables of other threat models than white-box attacks in a ball: transfer, and attacks without a ball."""
 
 from __future__ import annotations
 

@@ -1,0 +1,165 @@
+"""The normalisation of inputs that a published file of weights holds, or only hints at."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.models.split import Normalized
+from fastadv.models.state_files import Foreign
+
+if TYPE_CHECKING:
+    from fastadv.models.published import LoadReport
+
+MAX_DEPTH = 4  # levels of mappings inside each other
+
+_MEAN_NAMES = ("mean", "mu", "new_mean")
+_STD_NAMES = ("std", "sigma", "new_std")
+_MAX_CHANNELS = 16  # of images; a longer vector called "mean" does not normalise them
+_PICTURE_CHANNELS = (1, 3, 4)
+_MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
+# Names of constants among the options of a training, such as "data_mean" and "img_std".
+_ANY_MEAN = re.compile(r"(\w+_)?(mean|mu)s?", re.IGNORECASE)
+_ANY_STD = re.compile(r"(\w+_)?(std|sigma|sd)s?", re.IGNORECASE)
+# A prefix such as "1.": the network is not the first part of an nn.Sequential.
+_LATER_PART = re.compile(r"(.*\.)?[1-9]\d*\.")
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor has values (it is not on "meta") and a dense layout."""
+    return tensor.layout == torch.strided and not tensor.is_nested and tensor.device.type != "meta"
+
+
+def constants(state: Mapping[Any, Any]) -> dict[str, Tensor]:
+    """The mean and the std per channel among the entries of a mapping; empty without both.
+
+    They may be tensors, arrays of numpy's or lists.
+    """
+    found: dict[str, Tensor] = {}
+    for names in (_MEAN_NAMES, _STD_NAMES):
+        for name in names:
+            value = _vector(state.get(name))
+            if value is not None:
+                found[name] = value
+                break
+    return found if len(found) == 2 else {}
+
+
+def _vector(value: object) -> Tensor | None:
+    """A tensor, an array or a list of numbers as a tensor; None for a single number, which may be a score."""
+    if isinstance(value, Tensor):
+        return value if value.dim() and value.numel() else None
+    if isinstance(value, Foreign) and value.is_array:
+        numbers = value.numbers
+    elif isinstance(value, list | tuple):
+        numbers = [n for one in value for n in _numbers(one)]
+        if len(numbers) != len(value):
+            return None
+    else:
+        return None
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu") if numbers else None
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, Foreign):
+        return value.numbers
+    return [float(value)] if isinstance(value, float | int) else []
+
+
+def note_normalization(name: str, tensor: Tensor, report: LoadReport) -> bool:
+    """Put the entry in the report if it is a normalisation constant, and return whether it is one."""
+    last = name.rpartition(".")[2]
+    kind = "mean" if last in _MEAN_NAMES else "std" if last in _STD_NAMES else None
+    if kind is None or not is_dense(tensor) or tensor.numel() > _MAX_CHANNELS:
+        return False
+    values, earlier = tensor.flatten().tolist(), getattr(report, kind)
+    if earlier is not None and earlier != values:
+        raise ValueError(f"state normalises with two {kind}s, {earlier} and {values} ({name!r})")
+    setattr(report, kind, values)
+    return True
+
+
+def set_normalization(model: Normalized, report: LoadReport) -> None:
+    """Set the model's mean and std to the values in the file, where it has them."""
+    mean, std = report.mean or [0.0], report.std or [1.0]
+    if any(abs(value) > _MAX_MEAN for value in mean):
+        raise ValueError(
+            f"state normalises images in 0..255, with mean={mean}, std={std}, where the model takes them in 0..1; "
+            "leave these entries out, and load the others into Normalized(model, mean / 255, std / 255)"
+        )
+    # The constructor refuses a wrong normalisation, such as a std of 0.
+    checked = Normalized(nn.Identity(), _as_many(mean, std), _as_many(std, mean))
+    for name in ("mean", "std"):
+        if getattr(report, name) is not None:
+            old: Tensor = getattr(model, name)
+            setattr(model, name, getattr(checked, name).to(dtype=old.dtype, device=old.device))
+
+
+def _as_many(values: list[float], others: list[float]) -> list[float]:
+    """The values, repeated to the length of ``others`` if there is one value for all channels."""
+    return values * len(others) if len(values) == 1 else values
+
+
+def warn_of_lost_normalization(model: nn.Module, state: object, report: LoadReport) -> None:
+    """Warn where a file hints at a normalisation that it does not hold, and the model does not normalise.
+
+    Args:
+        model: the model that has been filled.
+        state: the saved object.
+        report: what was loaded, with the normalisation that the file holds.
+    """
+    if report.mean is not None or report.std is not None or _normalizes(model):
+        return
+    advice = (
+        "If the network was trained on normalised images, load it into Normalized(model, mean, std) "
+        "(fastadv eval --normalise MEAN STD), because without it every figure is of another function"
+    )
+    hint = next(_hints(state), None)
+    if hint is not None:
+        place, mean, std = hint
+        warnings.warn(
+            f"state{place} has a mean {mean} and a std {std}, which are not applied. {advice}",
+            stacklevel=3,
+        )
+    elif _LATER_PART.fullmatch(report.prefix):
+        warnings.warn(
+            f"the names in state begin with {report.prefix!r}: before the network stood another module, without "
+            f"weights in the file, and often it normalises the images. {advice}",
+            stacklevel=3,
+        )
+
+
+def _normalizes(model: nn.Module) -> bool:
+    """Whether a model normalises its inputs."""
+    if not isinstance(model, Normalized):
+        return False
+    return bool((model.mean != 0).any() or (model.std != 1).any())
+
+
+def _hints(state: object, place: str = "") -> Iterator[tuple[str, list[float], list[float]]]:
+    """Means and stds of pictures anywhere in a saved object, with the keys that lead to them."""
+    if isinstance(state, Foreign):
+        state = state.state  # the attributes of an argparse.Namespace
+    if not isinstance(state, Mapping) or place.count("[") > MAX_DEPTH:
+        return
+    mean, std = (_named_vector(state, names) for names in (_ANY_MEAN, _ANY_STD))
+    if mean is not None and std is not None and min(std) > 0 and (any(mean) or set(std) != {1}):
+        yield place, mean, std
+    for key, value in state.items():
+        if isinstance(key, str):
+            yield from _hints(value, f"{place}[{key!r}]")
+
+
+def _named_vector(state: Mapping[Any, Any], names: re.Pattern[str]) -> list[float] | None:
+    """The first list of one number per channel with such a name."""
+    for key, value in state.items():
+        if isinstance(key, str) and names.fullmatch(key):
+            vector = _vector(value)
+            if vector is not None and is_dense(vector) and vector.numel() in _PICTURE_CHANNELS:
+                return [round(float(number), 4) for number in vector.flatten()]
+    return None

@@ -1,0 +1,101 @@
+"""Normalisations of inputs that a file holds in numpy's arrays, or only hints at."""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from training_helpers import make_model
+
+from fastadv.commands.judged import recorded_accuracy
+from fastadv.models import Normalized, load_published_state_dict, read_state_file
+from fastadv.trainers import load_teacher
+
+MEAN, STD = [0.4], [0.2]
+
+
+def written(folder: Path, new: bool = True, prefix: str = "", **beside: Any) -> Path:
+    state = {prefix + name: value for name, value in make_model(1).state_dict().items()}
+    torch.save({"state_dict": state, **beside}, folder / "a.pt", _use_new_zipfile_serialization=new)
+    return folder / "a.pt"
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize(
+    "constants",
+    [
+        {"mean": np.array(MEAN), "std": np.array(STD, np.float32)},
+        {"mean": np.array(MEAN, ">f8").reshape(1, 1, 1), "std": list(np.array(STD))},
+        {"mu": tuple(MEAN), "sigma": [np.float32(0.2)]},
+    ],
+)
+def test_constants_of_numpy_count(constants: dict[str, Any], new: bool, tmp_path: Path) -> None:
+    teacher = load_teacher(written(tmp_path, new, **constants), make_model(2))
+    assert isinstance(teacher, Normalized)
+    assert (float(teacher.mean), float(teacher.std)) == pytest.approx((0.4, 0.2))
+
+
+def test_numbers_and_objects_of_numpy_are_no_constants(tmp_path: Path) -> None:
+    beside = {"mean": np.float64(0.9), "std": np.array([None, {}], object), "acc": np.float64(94.5)}
+    file = written(tmp_path, **beside)
+    assert load_published_state_dict(make_model(2), file).mean is None
+    assert recorded_accuracy(read_state_file(file)) == 0.945
+
+
+HINTS: dict[str, dict[str, Any]] = {
+    "options of Lightning": {"hyper_parameters": {"lr": 0.1, "mean": MEAN, "std": STD}},
+    "options of a script": {"args": argparse.Namespace(mean=tuple(MEAN), std=tuple(STD))},
+    "a dict of its own": {"normalize": {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}},
+    "deeper": {"cfg": {"data": {"img_mean": np.array(MEAN), "img_std": np.array(STD)}}},
+    "another name": {"data_mean": MEAN, "data_std": STD},
+}
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_constants_that_are_not_applied_are_told(name: str, tmp_path: Path) -> None:
+    file = written(tmp_path, **HINTS[name])
+    words = r"state.* has a mean \[0\.4\] and a std \[0\.2\], which are not applied.*--normalise"
+    with pytest.warns(UserWarning, match=words):
+        load_published_state_dict(make_model(2), file)
+    with pytest.warns(UserWarning, match=words):
+        assert not isinstance(load_teacher(file, make_model(2)), Normalized)
+
+
+def test_a_module_before_the_network_is_told(tmp_path: Path) -> None:
+    file = written(tmp_path, prefix="module.1.")
+    with pytest.warns(UserWarning, match=r"begin with 'module\.1\.': before the network stood"):
+        load_published_state_dict(make_model(2), file)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "beside"),
+    [
+        ("0.", {}),
+        ("1.", {"mean": MEAN, "std": STD}),
+        ("", {"args": {"mean": None, "std": 0.1}, "scores": {"mean": [90.1, 50.2], "std": [1, 2]}}),
+        ("", {"args": {"mean": [0, 0, 0], "std": [1, 1, 1]}}),
+        ("layer10.", {}),
+    ],
+)
+def test_nothing_is_told_without_a_hint(
+    prefix: str, beside: dict[str, Any], tmp_path: Path
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_published_state_dict(
+            Normalized(make_model(2)), written(tmp_path, prefix=prefix, **beside)
+        )
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_nothing_is_told_to_who_normalises(name: str, tmp_path: Path) -> None:
+    target = Normalized(make_model(2), MEAN, STD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_published_state_dict(target, written(tmp_path, **HINTS[name]))
+    assert float(target.mean) == pytest.approx(0.4)
