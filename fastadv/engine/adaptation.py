@@ -117,6 +117,10 @@ class _Questions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # as within `torch.cond`; the compiler cannot look at frames
+            return func(*args, **(kwargs or {}))
         if not self.seen and reads_for_itself(func, sys._getframe(1)):
             self.seen = not leads_to(args[0], self._images)
         return func(*args, **(kwargs or {}))
