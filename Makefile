@@ -11,8 +11,9 @@ demo: $(VENV)/built-run
 	$(BIN)/python -m fastadv demo --out demo_run
 
 # Whole files go to a worker, as their tests share what they have trained. WORKERS=0 runs everything in one process.
+# Bytecode is kept even where the environment forbids it: hundreds of processes would compile all modules anew.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/built-dev
 	$(PYTEST)

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import sys
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache, partial, wraps
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -91,7 +91,8 @@ def _checks_of(kind: Any) -> dict[str, Check]:
     return {name: _check_of(hint) for name, hint in hints_of(kind).items()}
 
 
-def hints_of(kind: Any) -> dict[str, Any]:
+@cache
+def hints_of(kind: Any) -> Mapping[str, Any]:
     """The type hint of each field of a dataclass; a hint that only type checkers can read is left out."""
     found: dict[str, Any] = {}
     for field in dataclasses.fields(kind):
@@ -101,7 +102,7 @@ def hints_of(kind: Any) -> dict[str, Any]:
             found.update(get_type_hints(holder, vars(sys.modules[owner.__module__]), vars(owner)))
         except NameError:
             continue
-    return found
+    return types.MappingProxyType(found)
 
 
 def _check_of(hint: Any) -> Check:

@@ -18,6 +18,7 @@ from typing import Any
 
 # A file that is being written has a name that begins so, until it is whole.
 TEMPORARY = ".writing-"
+_BEGINNING = 100_000  # characters that are read of a file that may be replaced
 _MAX_NAME_LENGTH = 100  # bytes; file systems take 255
 _MAX_KEY_LENGTH = 150  # bytes of a key beside its hash
 _KEY_DIGITS = 12  # of a key's hash
@@ -64,6 +65,29 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> Path
 def followed(path: str | os.PathLike[str]) -> Path:
     """Return the file to which a link leads in the end; the path itself where it is no link."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def check_replaceable(path: str | os.PathLike[str], mark: str, writer: str) -> None:
+    """Refuse to replace a file that somebody else has written. An empty file may be replaced.
+
+    Args:
+        path: the file, which need not exist.
+        mark: text near the beginning of the files that may be replaced.
+        writer: the command that writes such files, for the message.
+
+    Raises:
+        FileExistsError: if the file has other content.
+    """
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            start = file.read(_BEGINNING)
+    except OSError:  # it is not there; or the writing will say why it cannot be written
+        return
+    if start.strip() and mark not in start:
+        raise FileExistsError(
+            f"{os.fspath(path)} is there and was not written by `{writer}`; name another file or folder, or take "
+            "it away"
+        )
 
 
 def write_through(path: Path, content: bytes, final: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastadv.files import followed, naming, remove_leftovers
@@ -25,7 +26,8 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
     it when its holder ends, however that happens. The lock's file is removed at the end of the with statement.
 
     Some file systems, such as Lustre by default, have no locks. There the holder makes the file `.NAME.held`. A
-    file that a killed process has left is taken over when the time to wait is over.
+    file that a killed process has left is taken over when the time to wait is over. Without a time to wait it is
+    taken over if it names a process of this machine that has ended.
 
     Args:
         path: the file, which need not exist; its folder must.
@@ -101,20 +103,44 @@ def _make(file: Path, wait: float) -> tuple[Path, int]:
 
     Of several processes that wait, one takes over the file that a killed process has left. The others see a new
     file, and wait for its holder.
+
+    Raises:
+        TimeoutError: there is no time to wait, and its holder may be at work.
     """
     seen, deadline = None, 0.0
     while True:
         try:
-            return file, os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            held = os.open(file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            with suppress(OSError):  # such as on a full disk
+                os.write(held, f"{os.getpid()} {socket.gethostname()}\n".encode())
+            return file, held
         except FileExistsError:
             there = _identity(file)
             if there is None:  # its holder has just removed it
                 continue
             if there != seen:
                 seen, deadline = there, time.monotonic() + wait
+            elif wait == 0 and not _has_ended(file):
+                raise TimeoutError(
+                    f"{file}: another process holds this lock, or was killed while it held it; delete this file "
+                    "if no process is at work here"
+                ) from None
             elif time.monotonic() >= deadline:
                 file.unlink(missing_ok=True)
             time.sleep(_POLL_SECONDS)
+
+
+def _has_ended(file: Path) -> bool:
+    """Whether a file names a process of this machine that is no more."""
+    try:
+        pid, host = file.read_text(encoding="utf-8").split()
+        if host == socket.gethostname():
+            os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, ValueError):  # its holder has just removed it, or belongs to somebody else
+        return False
+    return False
 
 
 def _identity(file: Path) -> tuple[int, int] | None:

@@ -143,11 +143,20 @@ def shared_runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Fill the memory that torch hands out with NaN, so that an element left unwritten shows."""
-    torch.use_deterministic_algorithms(True)
+    """Fill the memory that torch hands out with NaN, so that an element left unwritten shows.
+
+    `torch.use_deterministic_algorithms` does the same, and imports torch's compiler for its settings.
+    """
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch.set_deterministic_debug_mode("default")
+
+
+@pytest.fixture
+def seeded() -> None:
+    """What a test draws from torch's generator does not depend on the tests that ran before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -28,13 +28,9 @@ def warn_of_settings(settings: AttackSettings) -> None:
         if doubt:
             warnings.warn(doubt, stacklevel=5)
     rate = getattr(settings, "lr", None)
-    if rate is not None and steps is not None and rate * steps < _REACH_OF_ADAM:
-        warnings.warn(
-            f"lr * steps is {rate * steps:.3g}: a pixel can move by about {rate * steps / 2:.2g} of the range "
-            "between the bounds, and the attack finds too little; Adam needs more steps than a line search, such "
-            "as in ART's CarliniL2Method; the default is 1000 steps of .01",
-            stacklevel=5,
-        )
+    doubt = "" if rate is None or steps is None else short_adam_warning(rate, steps)
+    if doubt:
+        warnings.warn(doubt, stacklevel=5)
 
 
 def warn_of_default_radius(
@@ -48,6 +44,17 @@ def warn_of_default_radius(
             f"bounds ({low:g}, {high:g}); give the radius in this norm, in the units of the images",
             stacklevel=stacklevel,
         )
+
+
+def short_adam_warning(rate: float, steps: int) -> str:
+    """The warning if all steps of Adam together move a pixel by little; "" if they do not."""
+    if rate * steps >= _REACH_OF_ADAM:
+        return ""
+    return (
+        f"lr * steps is {rate * steps:.3g}: a pixel can move by about {rate * steps / 2:.2g} of the range "
+        "between the bounds, and the attack finds too little; Adam needs more steps than a line search, such "
+        "as in ART's CarliniL2Method; the default is 1000 steps of .01"
+    )
 
 
 def short_reach_warning(alpha: float, steps: int, eps: float) -> str:

@@ -56,14 +56,17 @@ def sweep(words: list[str]) -> int:
         _offer(own_parser, training_parser(method))
     _check_names(training, own_parser, training_parser(method))
     options = own_parser.parse_args(own)
-    for name, value in given_options(training, _SET_BY_SWEEP).items():
-        raise ValueError(
-            f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
-        )
+    set_by_sweep = given_options(training, _SET_BY_SWEEP)
     for word in training[:1]:
         if not word.startswith("--"):
             raise ValueError(f"sweep takes options after the method, got {word!r}")
     grid = parse_grid(options.grid)
+    axes = {axis.name: ",".join(axis.values) for axis in grid.axes}
+    set_by_sweep |= {name: values for name, values in axes.items() if name in _SET_BY_SWEEP}
+    for name, value in set_by_sweep.items():
+        raise ValueError(
+            f"{name} must be left out, as a sweep names its runs' directories and resumes them, got {value!r}"
+        )
     given = given_options(training, ("seed", *(axis.name for axis in grid.axes)))
     for name, value in given.items():
         if name != "seed" or grid.seeds:

@@ -22,13 +22,12 @@ from fastadv.models import (
     forms_of,
     load_published_state_dict,
     names_code,
-    read_state_file,
 )
 from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
 from fastadv.trainers.run_directory import RunDirectory
-from fastadv.trainers.weights import ROBUST
+from fastadv.trainers.weights import ROBUST, published_state
 
 # Names under which published checkpoints record the accuracy on clean images, as a fraction or in percent.
 _ACCURACIES = (
@@ -169,7 +168,7 @@ def model_of_file(
     file = Path(weights)
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file; weights must be a file with a state dict")
-    state = read_state_file(file)
+    state = published_state(file)
     wrapped = network if isinstance(network, Normalized) else Normalized(network, *(given or ()))
     try:
         report = load_published_state_dict(wrapped, state, form=form_of(network))

@@ -15,7 +15,7 @@ from fastadv.evaluation.reporting import Summary, aligned, to_json, verdicts, wr
 from fastadv.evaluation.results import EVAL_FILE
 from fastadv.evaluation.sanity_file import load_sanity_results, sanity_file_of
 from fastadv.trainers.number import Number
-from fastadv.trainers.run_directory import Description, RunDirectory
+from fastadv.trainers.run_directory import Description, RunDirectory, place_in_run
 
 
 def run_report(
@@ -100,8 +100,12 @@ def judged_run(path: str, name: str) -> EvaluatedRun:
     source = Path(path)
     file = source if source.is_file() else source / EVAL_FILE
     if not file.is_file():
+        around = place_in_run(source)
+        run = path if around is None else around[0]
         raise FileNotFoundError(
-            f"{file}: no such file; run `fastadv eval {shlex.quote(str(path))}` first"
+            f"{file}: no such file; "
+            + (f"the results of all checkpoints are in {run}; " if around else "")
+            + f"run `fastadv eval {shlex.quote(str(run))}` first"
         )
     results = load_results(file)
     if not results:

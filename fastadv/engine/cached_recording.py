@@ -24,7 +24,7 @@ from fastadv.engine.operands import version_of
 from fastadv.engine.outline import blank, makes_new
 from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
-from fastadv.engine.recording_mode import recording_mode, settle
+from fastadv.engine.recording_mode import recording_mode, warm_up
 
 _MOST_WASTED = 2  # proofs in a row that are cached though the weights change before each use
 _WITHOUT_GRADIENTS = 15  # proofs in a row by logits alone, while the weights change before each use
@@ -36,15 +36,15 @@ class CachedRecording:
     Args:
         recording: of a few images.
         weights: the `content` of the tensors that no operation computes.
-        settling: as in `fastadv.engine.recorder.record`.
+        warmup: as in `fastadv.engine.recorder.record`.
 
     Attributes:
         seconds: of the first `repeated`, as far as it has been timed.
     """
 
-    def __init__(self, recording: Recording, weights: tuple[Any, ...], settling: int = 0) -> None:
+    def __init__(self, recording: Recording, weights: tuple[Any, ...], warmup: int = 0) -> None:
         self.images = recording.images.detach().clone()
-        self._ops, self._weights, self._settling = list(recording.ops), weights, settling
+        self._ops, self._weights, self._warmup = list(recording.ops), weights, warmup
         self._shapes = {
             op.place: _shape(recording.values[op.place])
             for op in recording.ops
@@ -54,7 +54,7 @@ class CachedRecording:
         self.seconds = 0.0
 
     @staticmethod
-    def of(recording: Recording, settling: int = 0) -> CachedRecording | None:
+    def of(recording: Recording, warmup: int = 0) -> CachedRecording | None:
         """None where it cannot be cached: on a GPU, and of a model with other people's operators."""
         if recording.autocast or recording.own_functions:
             return None
@@ -65,20 +65,20 @@ class CachedRecording:
         spent = proof.seconds() - began
         if weights is None or recording.images.device.type != "cpu":
             return None
-        made = CachedRecording(recording, weights, settling)
+        made = CachedRecording(recording, weights, warmup)
         made.seconds = spent
         return made
 
     def repeated(self, model: nn.Module) -> Recording | None:
         """A recording of now, of the same images, without values; None where weights differ or the model fails."""
         with recording_mode(model):
-            settle(model, self.images, self._settling)
+            warm_up(model, self.images, self._warmup)
             return self.again(model)
 
     def again(
         self, model: nn.Module, unchanged: Sequence[tuple[Tensor, int]] = ()
     ) -> Recording | None:
-        """As `repeated`, of a model in `recording_mode` and has settled.
+        """As `repeated`, of a model that is in `recording_mode` and has warmed up.
 
         Args:
             model: the model.

@@ -205,7 +205,7 @@ def key_of(tape: Tape, x: Tensor, precision: str) -> Hashable:
 _choices: dict[Hashable, Choice] = {}
 
 
-def settled(
+def choose(
     key: Hashable,
     reference: LiveReference,
     x: Tensor,

@@ -66,8 +66,8 @@ class EngineOnCopy(Engine):
         """Copy the live weights, unless the copy has them already."""
         if not current:
             assert isinstance(model, nn.Module)
-            settling = self.tape.settling
-            live = record(unwrapped(model), self._example, careful=self._careful, settling=settling)
+            warmup = self.tape.warmup
+            live = record(unwrapped(model), self._example, careful=self._careful, warmup=warmup)
             self.refresh(live)
         yield
 

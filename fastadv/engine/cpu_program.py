@@ -26,12 +26,12 @@ from torch import Tensor, fx, nn
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_pass import Pass
 from fastadv.engine.cpu_recognition import rows_steps
 from fastadv.engine.cpu_steps import (
     ConvStep,
     ItemStep,
     LinearStep,
-    Pass,
     PlainStep,
     PoolStep,
     ProgramStep,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from fastadv.engine.cpu_steps import Pass, ProgramStep, as_buffer
+from fastadv.engine.cpu_pass import Pass, as_buffer
+from fastadv.engine.cpu_steps import ProgramStep
 from fastadv.engine.layers import CopiedScaleShift
 
 _OPS = torch.ops.fastadv

@@ -11,7 +11,8 @@ from torch import Tensor, fx
 
 from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.copy import AttackCopy
-from fastadv.engine.cpu_steps import Pass, PlainStep, ProgramStep, laid_out_like
+from fastadv.engine.cpu_pass import Pass, laid_out_like
+from fastadv.engine.cpu_steps import PlainStep, ProgramStep
 from fastadv.engine.layers import CopiedLinear
 
 _OPS = torch.ops.fastadv

@@ -14,14 +14,14 @@ from fastadv.engine.errors import DependsOnBatch, Unrecordable
 from fastadv.engine.outline import outlined
 from fastadv.engine.recorder import record, recorded
 from fastadv.engine.recording import Recording
-from fastadv.engine.recording_mode import recording_mode, settle
+from fastadv.engine.recording_mode import recording_mode, warm_up
 from fastadv.engine.tape import Tape, same_tensors, tape_for_one_size, tape_of
 
 SIZES = (3, 4)  # of the two batches of which a copy is made
 PROBES = 2  # images that prove a copy at every use
 _CALLS = 8  # in which a model must do the same, to be copied
 _COUNTED_CALLS = 64  # if it counts them
-_SETTLING = 2  # most calls in which a model may do something else than ever after
+_WARMUP = 2  # most calls in which a model may do something else than ever after
 _CHANGES = "its operations change from call to call"
 _OTHER_WITHOUT_GRADIENTS = "its logits are others where no gradients are computed"
 
@@ -41,9 +41,9 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
     Raises:
         Unrecordable: no copy can be made.
     """
-    for settling in (0, 0, 1, _SETTLING):
+    for warmup in (0, 0, 1, _WARMUP):
         try:
-            tape, recording = _of_two_sizes(model, x, settling)
+            tape, recording = _of_two_sizes(model, x, warmup)
             if tape.describes(whole_outline(model, x, tape, recording)):
                 return tape, recording
         except DependsOnBatch:
@@ -54,34 +54,34 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
             pass  # the model may take batches of one size alone; if not, its own error comes now
         break
     others = 0.9 * finite(x) + 0.1 * finite(x).flip(0, -1)
-    for settling in (0, _SETTLING):
+    for warmup in (0, _WARMUP):
         with recording_mode(model):
-            settle(model, x, settling)
+            warm_up(model, x, warmup)
             first, second = (
                 recorded(model, images, careful=True) for images in (others, finite(x))
             )
-        tape = replace(tape_for_one_size(first), settling=settling)
+        tape = replace(tape_for_one_size(first), warmup=warmup)
         if tape.describes(second) and same_tensors(first, second):
             _check_plain_pass(model, tape, second)
             return tape, second
     raise Unrecordable(_CHANGES)
 
 
-def _of_two_sizes(model: nn.Module, x: Tensor, settling: int) -> tuple[Tape, Recording]:
+def _of_two_sizes(model: nn.Module, x: Tensor, warmup: int) -> tuple[Tape, Recording]:
     """The tape of batches of two sizes; the second was computed."""
     # Held once for both, so that a model which counts its calls, and acts on it, shows that.
     with recording_mode(model):
-        settle(model, x, settling)
+        warm_up(model, x, warmup)
         second = recorded(model, _some(x, SIZES[1]), careful=True)
         first = outlined(model, _some(x, SIZES[0]), second, careful=True)
         first = first or recorded(model, _some(x, SIZES[0]), careful=True)
-    tape = replace(tape_of(first, second), settling=settling)
+    tape = replace(tape_of(first, second), warmup=warmup)
     _check_plain_pass(model, tape, second)
     return tape, second
 
 
 def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> None:
-    """Refuse a model that gives other logits without gradients, or before it has settled.
+    """Refuse a model that gives other logits without gradients, or before it has warmed up.
 
     Attacks also ask for logits alone. A copy has one network for both. A few of the recorded images tell, unless
     the model mixes the images of a batch.
@@ -98,7 +98,7 @@ def _check_plain_pass(model: nn.Module, tape: Tape, recording: Recording) -> Non
             recording.forward_seconds = (proof.seconds() - began) / count
         if proof.difference_of_logits(logits, recorded_logits[:count], "fp32") is None:
             return
-    raise Unrecordable(_CHANGES if tape.settling else _OTHER_WITHOUT_GRADIENTS)
+    raise Unrecordable(_CHANGES if tape.warmup else _OTHER_WITHOUT_GRADIENTS)
 
 
 def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording | None:
@@ -112,10 +112,10 @@ def record_few(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Reco
     """
     images, careful = finite(x[:PROBES]), tape.own_functions
     with recording_mode(model):
-        settle(model, images, tape.settling)
+        warm_up(model, images, tape.warmup)
         recording = outlined(model, images, like, careful=careful)
     if recording is None or not tape.describes(recording):
-        recording = record(model, images, careful=careful, settling=tape.settling)
+        recording = record(model, images, careful=careful, warmup=tape.warmup)
     if tape.describes(recording):
         return recording
     if x.shape[0] <= PROBES:
@@ -137,7 +137,7 @@ def is_steady(
     unchanged = [] if recording is None else counted_weights(recording)
     began = proof.seconds()
     with recording_mode(model):
-        settle(model, cached.images, tape.settling)
+        warm_up(model, cached.images, tape.warmup)
         before, calls, done = plain_state(model), _CALLS, 0
         while done < calls:
             again = cached.again(model, unchanged)
@@ -155,21 +155,21 @@ def is_steady(
 def whole_outline(model: nn.Module, x: Tensor, tape: Tape, like: Recording) -> Recording:
     """A recording of the whole batch, without values where that is enough."""
     with recording_mode(model):
-        settle(model, x, tape.settling)
+        warm_up(model, x, tape.warmup)
         recording = outlined(model, finite(x), like, careful=tape.own_functions, gradients=False)
     if recording is not None and tape.describes(recording):
         return recording
-    return whole(model, x, tape.own_functions, tape.settling)
+    return whole(model, x, tape.own_functions, tape.warmup)
 
 
-def whole(model: nn.Module, x: Tensor, careful: bool, settling: int) -> Recording:
+def whole(model: nn.Module, x: Tensor, careful: bool, warmup: int) -> Recording:
     """A recording of the whole batch, whose graph would be large; of half of it where memory does not suffice."""
     try:
-        return record(model, finite(x), careful=careful, gradients=False, settling=settling)
+        return record(model, finite(x), careful=careful, gradients=False, warmup=warmup)
     except torch.OutOfMemoryError:
         if x.shape[0] <= SIZES[-1]:
             raise
-        return whole(model, x[: x.shape[0] // 2], careful, settling)
+        return whole(model, x[: x.shape[0] // 2], careful, warmup)
 
 
 def _some(x: Tensor, size: int) -> Tensor:

@@ -68,7 +68,7 @@ class ForwardCopy:
                 raise Unrecordable("what it does depends on the number of images")
             if self._tape.autocast:
                 raise Unrecordable("its forward enters autocast")
-            cached = CachedRecording.of(recording, self._tape.settling)
+            cached = CachedRecording.of(recording, self._tape.warmup)
             if cached is not None and not is_steady(self._whole, self._tape, cached):
                 raise Unrecordable("its operations change from call to call")
             pack = dtype == torch.bfloat16 and x.device.type in _PACKED_ON
@@ -100,9 +100,9 @@ class ForwardCopy:
         if size not in self._sizes:
             with _own_context(x.device), locked(self._model), full_float32():
                 images = probe_images(x)
-                settling = self._tape.settling
+                warmup = self._tape.warmup
                 recording = record(
-                    self._whole, images, careful=False, gradients=False, settling=settling
+                    self._whole, images, careful=False, gradients=False, warmup=warmup
                 )
             self._sizes[size] = self._tape.describes(recording)
         return self._sizes[size]

@@ -15,8 +15,9 @@ from torch import Tensor, fx
 
 from fastadv.engine.buffer_pool import Memory, storage_address
 from fastadv.engine.copy import AttackCopy
+from fastadv.engine.cpu_pass import Pass
 from fastadv.engine.cpu_program import fused_steps
-from fastadv.engine.cpu_steps import Pass, ProgramStep
+from fastadv.engine.cpu_steps import ProgramStep
 
 
 class ForwardPass:

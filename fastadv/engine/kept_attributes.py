@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -52,8 +53,7 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
                 if now is not value and goes_back(now, value):
                     current[name] = value
         for container, before in containers:
-            changed = list(map(id, _entries(container))) != list(map(id, _entries(before)))
-            if changed and goes_back(container, before):
+            if not _has_entries_of(container, before) and goes_back(container, before):
                 container.clear()
                 (container.extend if hasattr(container, "extend") else container.update)(before)
 
@@ -62,9 +62,29 @@ def _containers(value: object, depth: int = _MAX_DEPTH) -> Iterator[Any]:
     """A container and those among its entries, which a pass may change as well."""
     if type(value) in _CONTAINERS:
         yield value
-    if depth > 0 and _may_be_searched(value):
+    if depth > 0 and _holds_containers(value):
         for entry in _entries(value):
             yield from _containers(entry, depth - 1)
+
+
+def _holds_containers(value: Any) -> bool:
+    """Whether an entry of a container may be searched; asked of the types, as a memory bank has many entries."""
+    if not _may_be_searched(value):
+        return False
+    kinds = set(map(type, value))
+    if isinstance(value, dict):
+        kinds.update(map(type, value.values()))
+    return any(kind in _CONTAINERS or issubclass(kind, tuple) for kind in kinds)
+
+
+def _has_entries_of(container: Any, before: Any) -> bool:
+    """Whether a container holds the same objects as before, in the same order."""
+    if len(container) != len(before):
+        return False
+    same = all(map(operator.is_, container, before))
+    if isinstance(container, dict):
+        return same and all(map(operator.is_, container.values(), before.values()))
+    return same
 
 
 def _may_be_searched(value: object) -> bool:

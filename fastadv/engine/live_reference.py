@@ -30,7 +30,7 @@ class LiveReference:
         precision: the narrowest precision of the engines.
         recording: a recording of a few images, or of all images if the operations hold for one batch size only.
         evidence: the evidence of that recording.
-        few: whether engines must also be right for a batch of only the first images.
+        first_alone: whether engines must also be right for a batch of only the first images.
 
     Attributes:
         spent: seconds of a gradient pass of the engine that was last proven, by the number of images.
@@ -44,11 +44,11 @@ class LiveReference:
         precision: str,
         recording: Recording | None = None,
         evidence: Evidence | None = None,
-        few: bool = False,
+        first_alone: bool = False,
     ) -> None:
         self.model, self.x, self.tape, self._precision = model, x, tape, precision
         self._recording, self._evidence = recording, evidence
-        self._few = few
+        self._first_alone = first_alone
         self.spent: dict[int, float] = {}
         self._alone: Evidence | None = None  # of a pass of the first images alone
         # The numbers of images for which an engine was right in a pass whose time was taken.
@@ -78,7 +78,7 @@ class LiveReference:
         been recorded. The few images show whether its code accepts images of another memory layout.
         """
         self.spent = {}
-        if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._few:
+        if isinstance(engine, LiveEngine) and engine.precision == "fp32" and self._first_alone:
             if not engine.channels_last:
                 return None
             if max(self._seen_right.get(engine, ()), default=0) >= PROBES:
@@ -92,7 +92,7 @@ class LiveReference:
             fault = None
             if len(self.evidence.images) not in right:
                 fault = self.evidence.against(engine, self.spent)
-            if fault is not None or not self._few:
+            if fault is not None or not self._first_alone:
                 return fault
             count = min(PROBES, self.x.shape[0])
             if count in right:
@@ -144,6 +144,4 @@ class LiveReference:
 
     def _recorded(self, images: Tensor) -> Recording:
         tape = self.tape
-        return record(
-            self.model, finite(images), careful=tape.own_functions, settling=tape.settling
-        )
+        return record(self.model, finite(images), careful=tape.own_functions, warmup=tape.warmup)

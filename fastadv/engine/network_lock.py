@@ -12,24 +12,36 @@ from fastadv.engine.networks import networks_of, parts_of
 _changed = threading.Condition()
 # For each thread, the ids of the modules that it holds, in a set for each time it has entered.
 _held: dict[int, list[set[int]]] = {}
+# For each thread that waits, the ids of the modules that it waits for.
+_wanted: dict[int, set[int]] = {}
 
 
 @contextmanager
 def locked(*models: object) -> Iterator[None]:
     """Within, no other thread attacks a model that shares a module with one of these.
 
-    All modules are taken at once, so that two threads cannot wait for each other. A thread may enter again.
+    All modules are taken at once. A thread may enter again.
+
+    Raises:
+        RuntimeError: two threads would wait for each other, because the forward pass of each one's network attacks
+            the other's network.
     """
     # The modules are kept, so that no other object gets their ids.
     parts = parts_of([network for model in models for network in networks_of(model)])
     ids, me = {id(part) for part in parts}, threading.get_ident()
 
-    def are_free() -> bool:
-        others = (taken for thread, sets in _held.items() if thread != me for taken in sets)
-        return all(ids.isdisjoint(taken) for taken in others)
-
     with _changed:
-        _changed.wait_for(are_free)
+        _wanted[me] = ids
+        try:
+            while holders := _holders(ids, me):
+                if _waits_for(me, holders):
+                    raise RuntimeError(
+                        "two threads would wait for each other for ever: each attacks a network within an "
+                        "attack on a network that the other thread attacks; attack these networks in one thread"
+                    )
+                _changed.wait()
+        finally:
+            del _wanted[me]
         _held.setdefault(me, []).append(ids)
     try:
         yield
@@ -42,12 +54,34 @@ def locked(*models: object) -> Iterator[None]:
             _changed.notify_all()
 
 
+def _holders(ids: set[int], me: int) -> set[int]:
+    """The other threads that hold some of these modules."""
+    return {
+        thread
+        for thread, sets in _held.items()
+        if thread != me and any(not ids.isdisjoint(taken) for taken in sets)
+    }
+
+
+def _waits_for(me: int, threads: set[int]) -> bool:
+    """Whether one of these threads waits for a module that the thread ``me`` holds, or waits for such a thread."""
+    seen: set[int] = set()
+    while threads:
+        if me in threads:
+            return True
+        seen |= threads
+        waiting = [thread for thread in threads if thread in _wanted]
+        threads = set().union(*(_holders(_wanted[t], t) for t in waiting)) - seen
+    return False
+
+
 def _forget_other_threads() -> None:
     """A forked process has one thread; locks that others held stay with the parent."""
     global _changed
     _changed = threading.Condition()
-    for thread in [thread for thread in _held if thread != threading.get_ident()]:
-        del _held[thread]
+    for known in (_held, _wanted):
+        for thread in [thread for thread in known if thread != threading.get_ident()]:
+            del known[thread]
 
 
 if hasattr(os, "register_at_fork"):

@@ -70,7 +70,7 @@ class Evidence:
     in_turn: bool
     seconds: float | None = None
 
-    def tells(self) -> bool:
+    def is_conclusive(self) -> bool:
         """Whether these gradients can tell a right copy from a wrong one."""
         sizes = self.gradients[0].grad.flatten(1).abs().sum(1)
         return bool((sizes.isfinite() & (sizes > 0)).any())

@@ -23,6 +23,11 @@ REFUSED = {
     "backward": "its forward takes gradients of its own",
     "grad": "its forward takes gradients of its own",
 }
+# Why a result is refused that no recorded function has made.
+UNSEEN = (
+    "its forward runs operations that cannot be seen, such as scripted code, a transform of torch.func, or a "
+    "subclass of Tensor"
+)
 # Functions that compute nothing.
 NO_OPERATION = frozenset(("requires_grad_", "retain_grad", "_assert", "_set_grad_enabled"))
 

@@ -25,21 +25,18 @@ from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
 from fastadv.engine.own_functions import forward_codes, is_importing, own_call, reads_for_itself
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
-from fastadv.engine.recording_mode import recording_mode, settle, without_graph
+from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
 _NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
 _RAGGED = "its forward looks at a size that depends on values ({})"
-_UNSEEN = "its forward runs operations that cannot be seen, such as scripted code"
 
 
 def record(
-    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True, settling: int = 0
+    model: nn.Module, images: Tensor, *, careful: bool, gradients: bool = True, warmup: int = 0
 ) -> Recording:
-    """Run a model on images in eval mode and record its operations.
-
-    Modes, buffers and attributes of the modules are as before on return.
+    """Run a model on images in eval mode, record its operations, and restore its modes, buffers and attributes.
 
     Args:
         model: the live model.
@@ -47,14 +44,14 @@ def record(
         careful: also look for random numbers that torch does not draw, and into autograd functions. This is done
             when an engine is built, and where a model is known to have such functions.
         gradients: keep the autograd graph. Without it a large batch takes little memory.
-        settling: calls after which the model does the same, such as one that fills a cache.
+        warmup: calls after which the model does the same, such as one that fills a cache.
 
     Raises:
         Unrecordable: with the reason why no copy of this model can be made.
         Exception: whatever the model itself raises.
     """
     with recording_mode(model):
-        settle(model, images, settling)
+        warm_up(model, images, warmup)
         return recorded(model, images, careful=careful, gradients=gradients)
 
 
@@ -121,7 +118,7 @@ class Recorder(TorchFunctionMode):
             raise Unrecordable(f"its forward returns a {type(result).__name__}, not one tensor")
         place = self._places.get(id(result))
         if place is None or id(result) in self._stale:
-            raise self._refuse(_UNSEEN)
+            raise self._refuse(functions.UNSEEN)
         recording.output, recording.logits = place, result
         return recording
 
@@ -359,7 +356,7 @@ class Recorder(TorchFunctionMode):
         if place is not None:
             return place
         if leads_to(tensor, self.recording.images):
-            raise self._refuse(_UNSEEN)
+            raise self._refuse(functions.UNSEEN)
         self._model_storages.add(storage_of(tensor))
         return self._add(tensor, depends=False)
 

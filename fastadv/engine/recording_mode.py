@@ -14,7 +14,7 @@ from fastadv.engine.frozen import frozen
 from fastadv.engine.kept_attributes import kept_attributes
 from fastadv.engine.networks import modules_of
 
-_SETTLED_ON = 2  # number of images
+_WARMUP_IMAGES = 2  # number of images
 
 
 @contextmanager
@@ -57,11 +57,11 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def settle(model: nn.Module, images: Tensor, calls: int) -> None:
+def warm_up(model: nn.Module, images: Tensor, calls: int) -> None:
     """Call a model in `recording_mode` on a few images, so that its next calls are alike."""
     with torch.no_grad():
         for _ in range(calls):
-            model(images[:_SETTLED_ON].detach().clone())
+            model(images[:_WARMUP_IMAGES].detach().clone())
 
 
 @contextmanager

@@ -92,7 +92,7 @@ class EngineCache:
         self._schedule = ProofSchedule()
         self._told: set[str] = set()
         self._still = False
-        self._settled: Engine | None = None  # proven since the model stands still
+        self._last_proven: Engine | None = None  # proven since the model stands still
         # How often copies of a kind and precision were found to part from the model in use.
         self._parted: Counter[Hashable] = Counter()
 
@@ -107,7 +107,7 @@ class EngineCache:
         try:
             yield
         finally:
-            self._still, self._settled = False, None
+            self._still, self._last_proven = False, None
 
     def ready(self, model: Model, x: Tensor, request: EngineRequest) -> Engine:
         """The engine for images like ``x``, proven and with the model's current weights.
@@ -181,7 +181,7 @@ class EngineCache:
         if kept:
             found = self._proven(model, x, kept, kind, precision, request)
             if found is not None:
-                self._settled = found if self._still else None
+                self._last_proven = found if self._still else None
                 return found
         parted = {own for own in proof.LOGITS if self._parted[kind, own] >= _CHANCES}
         made, reference = _build(model, x, precision, request, parted)
@@ -192,7 +192,7 @@ class EngineCache:
         if precision not in parted:
             _choose(made, reference, precision, request)
         engine = made.engine_for(x.shape[0])
-        self._settled = engine if self._still else None
+        self._last_proven = engine if self._still else None
         return engine
 
     def _proven(
@@ -210,11 +210,11 @@ class EngineCache:
         # Few images tell enough once a whole batch of this size has been seen.
         few = known and all(copy.tape.holds_for_any_batch for copy in known)
         careful = any(copy.tape.own_functions for copy in kept)
-        settling = max(copy.tape.settling for copy in kept)
+        warmup = max(copy.tape.warmup for copy in kept)
         proven = (
             c
             for c in known
-            if few and (c.engine_for(batch) is self._settled or _unchanged(c, model, batch))
+            if few and (c.engine_for(batch) is self._last_proven or _unchanged(c, model, batch))
         )
         same = next(proven, None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
@@ -222,9 +222,9 @@ class EngineCache:
             return _used(kept, same, batch)
         for size in dict.fromkeys((PROBES if few else batch, batch)):
             if size <= PROBES:
-                recording = record(model, finite(x[:size]), careful=careful, settling=settling)
+                recording = record(model, finite(x[:size]), careful=careful, warmup=warmup)
             else:
-                recording = whole(model, x, careful, settling)
+                recording = whole(model, x, careful, warmup)
             if not careful and randomness.shared_states() != states:
                 record(model, finite(x[:PROBES]), careful=True)  # refuses a model that draws
             copy = _described(recording, known if size < batch else kept)
@@ -243,7 +243,7 @@ class EngineCache:
                     return None
                 copy.sizes.add(batch)
                 worth = size == PROBES and copy.changes.worth_caching(model, recording)
-                engine.cached_recording = CachedRecording.of(recording, settling) if worth else None
+                engine.cached_recording = CachedRecording.of(recording, warmup) if worth else None
                 if is_new and self._parted[kind, precision] < _CHANCES:
                     _choose(copy, LiveReference(model, x, copy.tape, precision), precision, request)
                 return _used(kept, copy, batch)
@@ -264,7 +264,7 @@ def _with_gradients(copy: _Copy, model: nn.Module, x: Tensor, careful: bool) -> 
     sizes = (PROBES, len(x)) if tape.only_batch is None else (len(x),)
     try:
         for size in sizes:
-            recording = record(model, finite(x[:size]), careful=careful, settling=tape.settling)
+            recording = record(model, finite(x[:size]), careful=careful, warmup=tape.warmup)
             if tape.describes(recording):
                 return recording
     except torch.OutOfMemoryError:
@@ -288,7 +288,7 @@ def _choose(copy: _Copy, reference: LiveReference, precision: str, request: Engi
     rivals = rivals_of(first, reference, precision, images[:PROBES])
     key = choice.key_of(copy.tape, x, precision)
     known = beforehand(first, reference, precision, len(images))
-    found, engine = choice.settled(key, reference, images, first, rivals, known)
+    found, engine = choice.choose(key, reference, images, first, rivals, known)
     copy.chosen[group] = engine, f"{copy.reason}; {found}"
     if engine is not first:
         engine.cached_recording = first.cached_recording
@@ -370,7 +370,7 @@ def _build(
     wins = live_is_known_to_win(tape, recording, precision, request)
     live = None if wins else proof.evidence_of(recording, model, precision)
     few = None if tape.only_batch else record_few(model, x, tape, recording)
-    cached = None if few is None else CachedRecording.of(few, tape.settling)
+    cached = None if few is None else CachedRecording.of(few, tape.warmup)
     if cached is not None and not is_steady(model, tape, cached, few):
         raise Unrecordable("its operations change from call to call")
     reference = LiveReference(model, x, tape, precision, recording, live, few is not None)
@@ -390,7 +390,7 @@ def _build(
             engine.proof_seconds = 0.0 if cached is None else cached.seconds
             if engine.precision != precision:
                 engine.reason += f"; {failures[-1]}"
-            tells = isinstance(engine, LiveEngine) or reference.evidence.tells()
-            return _Copy(tape, engine, engine.reason, tells, {x.shape[0]}), reference
+            conclusive = isinstance(engine, LiveEngine) or reference.evidence.is_conclusive()
+            return _Copy(tape, engine, engine.reason, conclusive, {x.shape[0]}), reference
         failures.append(f"in {engine.precision} {fault}")
     raise Unrecordable(failures[-1] if failures else "no copy serves it")

@@ -42,7 +42,7 @@ class Tape:
         autocast: as in `Recording`.
         comparisons: as in `Recording`, with None in place of each comparison that depends on the batch size; None
             alone if the number of comparisons depends on it.
-        settling: calls in which the model may do something else, before each recording.
+        warmup: calls in which the model may do something else, before each recording.
     """
 
     ops: tuple[RecordedOp, ...]
@@ -53,7 +53,7 @@ class Tape:
     own_functions: bool
     autocast: bool
     comparisons: tuple[float | None, ...] | None
-    settling: int = 0
+    warmup: int = 0
 
     @property
     def decides_by_batch(self) -> bool:

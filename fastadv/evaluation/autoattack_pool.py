@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastadv.attacks.apgd import APGD, Loss
-from fastadv.attacks.apgd_pool import APGDPool, FinishedRun, Run
+from fastadv.attacks.apgd_pool import APGDPool
+from fastadv.attacks.apgd_runs import FinishedRun, Run
 from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.attacks.objectives import likeliest_wrong_classes
 from fastadv.evaluation.autoattack_run import (

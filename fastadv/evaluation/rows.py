@@ -10,7 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastadv.attacks.attack_warnings import nan_warnings, short_reach_warning
+from fastadv.attacks.attack_warnings import (
+    nan_warnings,
+    short_adam_warning,
+    short_reach_warning,
+)
 from fastadv.evaluation.attack_list import (
     STOPS_EARLY,
     BallAttack,
@@ -73,7 +77,7 @@ class Evaluator:
         if self.early.is_random:
             row = self._of_random_model(attack, row)
         for doubt in (
-            _short_reach(attack, eps),
+            self._short_reach(attack, eps),
             self.early.useless_gradients.note(attack),
             "" if isinstance(attack, Clean) else self.early.doubt,
         ):
@@ -92,6 +96,15 @@ class Evaluator:
             )
         status = "suspect" if weak and row.status == "ok" else row.status
         return replace(row, status=status, notes=(*row.notes, note))
+
+    def _short_reach(self, attack: ChosenAttack, eps: float) -> str:
+        """The note of an attack whose steps together cannot lead far; empty for others."""
+        if isinstance(attack, BallAttack) and attack.alpha is not None:
+            return short_reach_warning(attack.alpha, attack.steps, eps)
+        if isinstance(attack, Minimum) and attack.kind == "cwl2":
+            assert attack.steps is not None
+            return short_adam_warning(self.constants.lr, attack.steps)
+        return ""
 
     def _run(self, attack: ChosenAttack, eps: float, left: Tensor | None) -> tuple[Row, Tensor]:
         if isinstance(attack, Clean):
@@ -167,13 +180,11 @@ class Evaluator:
                 robust[indices] = result.robust
             row = replace(row, notes=whole.notes, stages=whole.stages)
         else:
-            # Warnings and the accuracies after each attack are about the surrogate, and not about the judged
-            # model.
+            # The accuracies after each attack are about the surrogate, and not about the judged model. Warnings
+            # say that the search on it found too little, so that the judged model may seem too robust.
             robust[indices] = True
             if result is not None:
                 robust &= ~runner.misjudged(indices[result.fooled], result.adversarial)
-            if whole.status != "invalid":
-                row = replace(row, status="ok")
             row = replace(row, notes=tuple(f"of the surrogate: {note}" for note in whole.notes))
         robust = ranks.sum(robust.to(ranks.device, torch.int32)).cpu().bool()
         return replace(row, correct=int(robust.sum())), robust
@@ -195,13 +206,6 @@ class Evaluator:
         return (
             folder / f"rank-{ranks.rank}-of-{ranks.world_size}" if ranks.world_size > 1 else folder
         )
-
-
-def _short_reach(attack: ChosenAttack, eps: float) -> str:
-    """The note of an attack whose steps cannot lead far into the ball; empty for others."""
-    if not isinstance(attack, BallAttack) or attack.alpha is None:
-        return ""
-    return short_reach_warning(attack.alpha, attack.steps, eps)
 
 
 def autoattack_of(

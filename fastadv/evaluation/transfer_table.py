@@ -14,7 +14,7 @@ from fastadv.digest import sealed, unsealed
 from fastadv.evaluation.metrics import wilson_interval
 from fastadv.evaluation.wording import format_eps
 from fastadv.fields import check_fields
-from fastadv.files import json_of, write_atomically
+from fastadv.files import check_replaceable, json_of, write_atomically
 from fastadv.ops.values import limit
 from fastadv.plain_text import csv_cell, markdown_text, one_line
 
@@ -168,6 +168,8 @@ class TransferMatrix:
         return ["", *self.notes] if self.notes else []
 
 
+# Text that is near the beginning of each format.
+_MARKS = {".json": '\n  "attack": ', ".csv": "source,target,attack,", ".md": "| made on "}
 _WRITERS: dict[str, Callable[[TransferMatrix], str]] = {
     ".json": TransferMatrix.to_json,
     ".csv": TransferMatrix.to_csv,
@@ -183,9 +185,11 @@ def _writer(path: str | os.PathLike[str]) -> Callable[[TransferMatrix], str]:
 
 
 def check_matrix_file(path: str | os.PathLike[str]) -> None:
-    """Require a name that `TransferMatrix.save` takes.
+    """Require a name that `TransferMatrix.save` takes, of a new file or of an earlier matrix.
 
     Raises:
+        FileExistsError: if it is a file with other content, such as a run's eval.json.
         ValueError: for another suffix.
     """
     _writer(path)
+    check_replaceable(path, _MARKS[Path(path).suffix.lower()], "fastadv transfer")

@@ -120,6 +120,8 @@ def _require_same(
 
 def _described(state: object) -> str:
     """The description of a saved object, for a message."""
+    if isinstance(state, Foreign) and state.is_array:
+        return "an array of numpy's; torch.from_numpy(array) is the tensor to save"
     if isinstance(state, Foreign):
         return f"an object of {state.kind}; open it where its code is, and save its state_dict()"
     if not isinstance(state, Mapping):

@@ -111,7 +111,7 @@ def _values(name: str, text: str) -> tuple[str, ...]:
     for part in _split(name, text):
         for value in _range(name, part) if _is_range(part) else [canonical(part)]:
             same = _number(value)
-            identity = value if same is None else same
+            identity = value if same is None else float(same)  # as the run takes it
             if identity in seen:
                 raise ValueError(f"grid: {name} must have each value once, got {value} twice")
             seen.add(identity)

@@ -37,6 +37,6 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     try:
         torch.empty(0, device=chosen, dtype=torch.float32)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
-        reason = str(error).splitlines()[0]
+        reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from error
     return chosen

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastadv import losses
 from fastadv.trainers.friendly import FriendlyPairMethod, FriendlyPairRecipe
+from fastadv.trainers.method import Attacked, TrainBatch
 from fastadv.trainers.number import Number
 from fastadv.trainers.recipe import Presets, check_field
 from fastadv.trainers.schedules import MultiStep
@@ -31,8 +32,8 @@ class MartRecipe(FriendlyPairRecipe):
 
     The preset "official" adds the small constants of that code. `PairMethod` states the remaining
     differences. The preset "fat" has the numbers of FAT for MART (Zhang et al. 2020,
-    zjfheart/Friendly-Adversarial-Training), which uses the small constants, too. That script passes the
-    adversarial images first. Here BatchNorm sees the clean images first with every preset.
+    zjfheart/Friendly-Adversarial-Training), which uses the small constants, too. As in that script, a friendly
+    attack's images go through the model before the clean ones.
 
     Attributes:
         beta: weight of the divergence.
@@ -60,12 +61,20 @@ class Mart(FriendlyPairMethod[MartRecipe]):
     Source: Wang et al. 2020; recipe as in the authors' code (YisenWang/MART). That code's small constants, which
     the loss in log space does not need, are left out unless the recipe asks for them.
 
-    Cost per batch: 2KF for the attack, 6F for training. Running statistics move twice.
+    Cost per batch: 2KF for the attack, 6F for training. Running statistics move twice, last by the clean
+    images if the attack is friendly, else by the adversarial ones.
     """
 
     name = "mart"
     supports = frozenset({"extra_weight"})
     recipe_class = MartRecipe
+
+    def logits(self, batch: TrainBatch, adv: Attacked) -> tuple[Tensor, Tensor]:
+        """Return the trained model's logits of the clean and of the adversarial images, [B, C] each."""
+        if not self.recipe.friendly:
+            return super().logits(batch, adv)
+        adv_logits = self.model(adv.x)
+        return self.model(batch.x), adv_logits
 
     def objective(self, clean_logits: Tensor, adv_logits: Tensor, y: Tensor) -> Tensor:
         """Return MART's loss."""

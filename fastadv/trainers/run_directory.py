@@ -18,9 +18,11 @@ from fastadv.models import form_of
 from fastadv.models.sealed_safetensors import sealed_safetensors
 from fastadv.trainers.checkpoint import (
     CHECKPOINTS,
+    LATEST,
     RUN_FILE,
     CheckpointError,
     checkpoints_in,
+    in_its_run,
     remove_unfinished,
 )
 from fastadv.trainers.plain_recipe import differences
@@ -152,20 +154,27 @@ class RunDirectory:
         try:
             return read_sealed(self._file)
         except OSError as error:
+            found = place_in_run(self.path)
+            hint = (
+                ""
+                if found is None
+                else f", but in {found[0]}; name the checkpoint beside it: {found[1]}"
+            )
             raise CheckpointError(
-                f"{self._file}: {error.strerror}; there is no run here"
+                f"{self._file}: {error.strerror}; there is no run here{hint}"
             ) from error
 
     def check_free(self, resume: bool, overwrite: bool) -> None:
         """Check that a run may start or go on here, before anything is written.
 
         Raises:
-            ValueError: if both ``resume`` and ``overwrite`` are true.
+            ValueError: if both ``resume`` and ``overwrite`` are true, or if the path is the place of a checkpoint.
             FileExistsError: if there is a run here and both are false, or if there are files of a damaged run.
             NotADirectoryError: if the path is a file.
         """
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other, got both")
+        self._check_no_checkpoint()
         if self.path.exists() and not self.path.is_dir():
             raise NotADirectoryError(f"run_dir must be a directory, got the file {self.path}")
         if self.exists and not (resume or overwrite):
@@ -176,6 +185,17 @@ class RunDirectory:
         if not self.exists and (checkpoints_in(self.checkpoints) or self._log.exists()):
             raise FileExistsError(
                 f"run_dir {self.path} holds checkpoints or logs but no run.json; choose another"
+            )
+
+    def _check_no_checkpoint(self) -> None:
+        """Refuse the places of another run's checkpoints, such as RUN/best, where a run would begin anew."""
+        found = place_in_run(self.path)
+        if found is not None:
+            run, name = found
+            raise ValueError(
+                f"run_dir must be the directory of a run, got {self.path}, which is in the run {run}. To go on "
+                f"from a checkpoint of that run, resume the run and name the checkpoint (--run {run} --resume "
+                f"--from_checkpoint {name})"
             )
 
     def check_same(self, new: Description, defaults: Mapping[str, Any]) -> None:
@@ -280,6 +300,15 @@ class RunDirectory:
     @property
     def _log(self) -> Path:
         return self.path / "metrics.jsonl"
+
+
+def place_in_run(path: Path) -> tuple[Path, str] | None:
+    """Return the run in which a path is the place of a checkpoint, such as RUN/best, and the checkpoint's name."""
+    path = in_its_run(Path(os.path.abspath(path)))
+    folder = path if path.name == CHECKPOINTS else path.parent
+    if folder.name != CHECKPOINTS or not (folder.parent / RUN_FILE).is_file():
+        return None
+    return folder.parent, LATEST if path is folder else path.name
 
 
 def _as_far_as(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

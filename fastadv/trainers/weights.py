@@ -220,6 +220,14 @@ def load_teacher(
     return teacher.eval().requires_grad_(False)
 
 
+def published_state(path: Path) -> Any:
+    """Read a file of weights as `read_state_file`; of a run's checkpoint only the weights that are evaluated."""
+    state = read_state_file(path)
+    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
+        return unpack_average(state)
+    return state
+
+
 def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
     """Load a state dict into a copy of a model, or into the form of it that the file records.
 
@@ -229,9 +237,7 @@ def _load_file(path: Path, like: nn.Module, named: bool) -> nn.Module:
         raise FileNotFoundError(
             f"{path}: no such file or directory; it must be a run, a checkpoint or a file with a state dict"
         )
-    state, recorded = read_state_file(path), _recorded_form(path)
-    if isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values()):
-        state = unpack_average(state)  # the file may be part of a run's checkpoint
+    state, recorded = published_state(path), _recorded_form(path)
     other = recorded is not None and recorded != form_of(like)
     teacher = in_form(like, recorded) if other and recorded else copy.deepcopy(like)
     normalized = teacher if isinstance(teacher, Normalized) else Normalized(teacher)

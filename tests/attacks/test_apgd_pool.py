@@ -12,7 +12,8 @@ from linear_model import Staircase
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.attacks.apgd_pool import APGDPool, FinishedRun, Run
+from fastadv.attacks.apgd_pool import APGDPool
+from fastadv.attacks.apgd_runs import FinishedRun, Run
 from fastadv.attacks.objectives import likeliest_wrong_classes
 from fastadv.engine.engines import Engine
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from attack_helpers import trained_small_cnn
+from safetensors.torch import save_file
 from torch import nn
 
 from fastadv import evaluate
@@ -59,6 +60,17 @@ def test_a_file_of_weights_is_judged(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "fgsm" in capsys.readouterr().out
     assert judge("--model", "small_cnn", "--weights", file, "--out", str(tmp_path / "o.json")) == 0
     assert found(tmp_path / "o.json") == found(results)
+
+
+@pytest.mark.parametrize("name", ["ema", "swa", "natural"])
+def test_the_weights_of_a_checkpoint_are_judged(name: str, tmp_path: Path) -> None:
+    model, other = trained_small_cnn(), small_cnn(10, 1)
+    judged, beside = (other, model) if name == "natural" else (model, other)
+    packed = {f"{name}/{key}": value for key, value in model.state_dict().items()}
+    file = tmp_path / "model.safetensors"
+    save_file({**other.state_dict(), **packed}, file)
+    assert judge("--model", "small_cnn", "--weights", str(file)) == 0
+    assert found(tmp_path / "model.safetensors.eval.json") == expected(judged) != expected(beside)
 
 
 @pytest.mark.parametrize("words", [("0.3", "0.5"), ("0.30", "5e-1")])

@@ -296,6 +296,8 @@ def test_the_transfer_command_prints_and_writes_the_matrix(
         ([*models, "--norm", "l2"], "eps must be given with norm l2"),
         ([*models, "--model", "small_cnn"], "model must come with a file of weights"),
         ([runs / "a", runs / "none"], "models must be a run directory"),
+        ([*models, "--out", runs / "a" / "eval.json"], "was not written by `fastadv transfer`"),
+        ([*models, "--out", runs / "a" / "run.json"], "was not written by `fastadv transfer`"),
     ):
         assert run("transfer", *wrong) == 2
         assert message in capsys.readouterr().err

@@ -14,9 +14,10 @@ from fastadv.engine.depthwise import DepthwiseKernel, serves
 from fastadv.engine.packed_convolution import make_kernel
 
 OPS = torch.ops.fastadv
-pytestmark = pytest.mark.skipif(
-    not cpu_channels.available(), reason="this processor has no AVX512-BF16"
-)
+pytestmark = [
+    pytest.mark.usefixtures("seeded"),
+    pytest.mark.skipif(not cpu_channels.available(), reason="this processor has no AVX512-BF16"),
+]
 
 
 def narrow(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:

@@ -337,7 +337,7 @@ def refuse(*_: object, **__: object) -> None:
 
 @needs_bf16
 def test_nothing_is_measured_of_a_fused_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "settled", refuse)
+    monkeypatch.setattr(choice, "choose", refuse)
     attack = fastadv.PGD(trained_small_cnn())
     engine = narrow(attack, torch.rand(8, 1, 8, 8))
     assert type(engine) is ProgramEngine and engine.reason == "the model can be copied"
@@ -348,7 +348,7 @@ def test_nothing_is_measured_of_a_fused_network(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("pin", ["fixed", "compiled", "deterministic"])
 def test_the_choice_can_be_pinned(pin: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "settled", refuse)
+    monkeypatch.setattr(choice, "choose", refuse)
     model, x = model_and_images()
     engine: Any = "auto" if pin == "deterministic" else pin
     before = torch.are_deterministic_algorithms_enabled()
@@ -369,7 +369,7 @@ def test_a_resumed_evaluation_runs_the_engine_of_its_first_part(
 ) -> None:
     """Since neither part measures."""
     pytest.importorskip("pyautoattack")
-    monkeypatch.setattr(choice, "settled", refuse)
+    monkeypatch.setattr(choice, "choose", refuse)
     module = sys.modules[autoattack.__module__]  # of the same name as the function
     monkeypatch.setattr(module, "APGD_STEPS", 4)
     model, x = model_and_images()

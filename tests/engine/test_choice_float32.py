@@ -98,7 +98,7 @@ def test_a_network_of_matrix_products_runs_live_without_a_copy_or_a_measurement(
 ) -> None:
     for kind in (ProgramEngine, CopyEngine):
         monkeypatch.setattr(kind, "__init__", refuse)
-    monkeypatch.setattr(choice, "settled", refuse)
+    monkeypatch.setattr(choice, "choose", refuse)
     model, x = randomise(Patches()), images(8)
     attack = fastadv.PGD(model, steps=3, random_start=False, engine=engine)
     for _ in range(5):

@@ -22,6 +22,7 @@ from fastadv.engine.layers import CopiedConv2d
 from fastadv.engine.packed_convolution import make_kernel
 from fastadv.engine.patches import PatchGradientKernel, PatchKernel
 
+pytestmark = pytest.mark.usefixtures("seeded")
 OPS = torch.ops.fastadv
 # Of the result's norm. Winograd's transforms in bfloat16 cost half of this on random data, the direct sum .003.
 RELATIVE_ERROR = 0.02

@@ -18,6 +18,7 @@ from foreign_models import Pooled, conv
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.network_lock import locked
 from fastadv.models import small_cnn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -233,3 +234,31 @@ def test_a_model_that_draws_nothing_leaves_the_generator_to_other_threads(
     for model in (Looks(), Looks().net):
         attack = fastadv.PGD(model, steps=1, random_start=False, keep="best")
         attack(images(8), Y)
+
+
+def test_threads_whose_networks_attack_each_other_get_an_error_and_no_deadlock() -> None:
+    networks = [nn.Sequential(nn.Flatten(), nn.Linear(192, 4)) for _ in range(2)]
+    both_hold = threading.Barrier(2, timeout=60)
+    errors: list[RuntimeError] = []
+
+    def work(own: nn.Module, other: nn.Module) -> None:
+        try:
+            with locked(own):
+                both_hold.wait()
+                with locked(other):
+                    pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair, daemon=True) for pair in (networks, networks[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    (error,) = errors  # the other thread goes on
+    assert "two threads would wait for each other" in str(error)
+    with locked(*networks):
+        pass

@@ -23,7 +23,7 @@ OPS = torch.ops.fastadv
 RELATIVE_ERROR = 5e-6  # of the result's norm; the direct sum in float32 has 3e-7
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "seeded"),
     pytest.mark.skipif(not convolution.float_lanes(), reason="this processor has no AVX2"),
 ]
 every_width = pytest.mark.parametrize("lanes", [8, 16])

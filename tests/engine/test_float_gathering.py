@@ -23,7 +23,7 @@ OPS = torch.ops.fastadv
 RELATIVE_ERROR = 2e-6  # of the result's norm
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.usefixtures("one_thread", "seeded"),
     pytest.mark.skipif(not convolution.float_lanes(), reason="this processor has no AVX2"),
 ]
 

@@ -22,6 +22,7 @@ from fastadv.engine.convolution_kernels import (
 from fastadv.engine.depthwise import DepthwiseKernel
 from fastadv.ops import NATIVE
 
+pytestmark = pytest.mark.usefixtures("seeded")
 OPS = torch.ops.fastadv
 KERNELS = [
     "Winograd, 8 lanes",

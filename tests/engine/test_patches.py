@@ -12,6 +12,7 @@ from fastadv.engine.buffer_pool import Memory
 from fastadv.engine.convolution_kernels import ConvShape, Epilogue
 from fastadv.engine.patches import PatchGradientKernel, PatchKernel, serves
 
+pytestmark = pytest.mark.usefixtures("seeded")
 needs_bf16 = pytest.mark.skipif(
     not (convolution.available() and convolution.onednn_available()),
     reason="oneDNN has no bfloat16 here",

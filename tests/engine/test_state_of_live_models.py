@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
 from fastadv.engine.frozen import frozen
+from fastadv.engine.kept_attributes import kept_attributes
 
 X, Y = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 4
 
@@ -174,7 +176,7 @@ def test_a_model_that_counts_its_passes_keeps_the_count(settings: dict[str, obje
 
 def test_whether_a_model_learns_is_found_out_without_another_pass() -> None:
     model = Counting()
-    fastadv.PGD(model, steps=3, train_mode=True)(X, Y)
+    fastadv.PGD(model, steps=3, precision="fp32", train_mode=True)(X, Y)
     assert model.passes == 3
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -364,3 +366,49 @@ def test_a_copy_of_a_model_that_asks_whether_its_weights_require_grad_is_refused
     model = AsksForGradients(QUESTIONS["a weight"])
     with pytest.raises(ValueError, match="asks whether its weights require grad"):
         fastadv.PGD(model, engine="compiled")(X, Y)
+
+
+@pytest.mark.parametrize("kind", [list, collections.deque, dict.fromkeys])
+def test_a_large_memory_bank_is_put_back(kind: Callable[[range], Any]) -> None:
+    """The types of its entries are asked at once, and the entries are compared as objects."""
+    part = nn.Linear(2, 2)
+    part.bank = bank = kind(range(2000))
+    part.banks = [bank]
+    keys = list(bank)
+    for change in (
+        lambda: bank.pop(keys[-1]) if isinstance(bank, dict) else bank.pop(),
+        bank.clear,
+    ):
+        with kept_attributes([part], tensors_only=False):
+            change()
+        assert part.bank is part.banks[0] is bank and list(bank) == keys
+    other = torch.zeros(1)
+    with kept_attributes([part], tensors_only=True):
+        bank[1000] = other
+    assert list(bank) == keys and (bank[1000] is not other)
+    with kept_attributes([part], tensors_only=True):
+        bank[1000] = "no tensor"
+    assert bank[1000] == "no tensor"
+
+
+@pytest.mark.parametrize("train_mode", [True, "moving"])
+def test_hooks_that_keep_activations_where_weights_require_grad_find_them_again(
+    train_mode: Any,
+) -> None:
+    """As those of Opacus do, which otherwise take activations out of an empty list."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).train()
+    activations: list[Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+        if module.training and any(p.requires_grad for p in module.parameters()):
+            activations.append(args[0].detach())
+
+    def pop() -> None:
+        activations.pop()
+
+    model[1].register_forward_hook(keep)
+    model[1].register_full_backward_hook(lambda module, grads, out: pop())
+    attack = fastadv.PGD(model, steps=3, train_mode=train_mode)
+    for _ in range(2):
+        attack(X, Y)
+    assert not activations

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastadv.engine import cpu_convolution as convolution
 from fastadv.engine.convolution_kernels import ConvShape, TileKernel
 
+pytestmark = pytest.mark.usefixtures("seeded")
 OPS = torch.ops.fastadv
 
 # in, out, kernel, stride, padding, dilation, height, width, images

@@ -18,7 +18,9 @@ from training_helpers import make_model, small_data
 from fastadv import PGD
 from fastadv.evaluation import AnalysisSettings, Measured, analyse, delta_z, evaluate
 from fastadv.evaluation.analyses import ANALYSES
+from fastadv.evaluation.analyses.analyse import run_analyses
 from fastadv.evaluation.analyses.pictures import images_of, picture_of
+from fastadv.evaluation.samples import as_samples
 from fastadv.models import Stack, importance_ratios
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -328,3 +330,20 @@ def test_a_model_that_refuses_the_images_is_named_with_their_size(name: str) -> 
     linear, data = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), digits_test(8)
     with pytest.raises(RuntimeError, match=r"^model Sequential, on images of 1x8x8: mat1 and mat2"):
         one(name, linear, data, train=data if name == "entropy" else None)
+
+
+def test_a_teacher_that_refuses_the_images_is_named_before_the_first_analysis() -> None:
+    teacher, data = nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), digits_test(8)
+    measured: list[object] = []
+    with pytest.raises(RuntimeError, match=r"^teacher Sequential, on images of 1x8x8: mat1 and"):
+        run_analyses(
+            trained_small_cnn(),
+            [ANALYSES["frobenius"], ANALYSES["cosine"]],
+            AnalysisSettings(),
+            as_samples(data, (0.0, 1.0)),
+            None,
+            teacher,
+            None,
+            measured.append,
+        )
+    assert measured == []

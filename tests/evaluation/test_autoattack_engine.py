@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv import attacks
-from fastadv.attacks.apgd_pool import APGDPool, FinishedRun
+from fastadv.attacks.apgd_pool import APGDPool
+from fastadv.attacks.apgd_runs import FinishedRun
 from fastadv.engine.engines import Engine, InputGradient
 from fastadv.evaluation import AutoAttack, autoattack, autoattack_stages, evaluate
 from fastadv.evaluation.result_row import row_from_dict

@@ -45,7 +45,7 @@ def bright_or_dark(n: int = 80) -> tuple[torch.Tensor, torch.Tensor]:
     return images.contiguous(), labels
 
 
-FOLLOW_GRADIENTS = ["fgsm", "pgd-3", "cw-3", "mim-3", "apgd-ce-5", "fab-5", "min-fgsm", "cwl2-5"]
+FOLLOW_GRADIENTS = ["fgsm", "pgd-3", "cw-3", "mim-3", "apgd-ce-5", "fab-5", "min-fgsm", "cwl2-20"]
 
 
 @pytest.mark.parametrize("spoilt", ["rounded", "nan"])
@@ -61,6 +61,14 @@ def test_gradients_that_lead_nowhere_make_rows_suspect(spoilt: str) -> None:
 def test_gradients_that_lead_somewhere_raise_no_doubt() -> None:
     report = evaluate(Linear(), bright_or_dark(), FOLLOW_GRADIENTS, eps=0.2, progress=False)
     assert {row.status for row in report.rows} == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:lr . steps is")
+def test_distances_by_too_few_steps_of_adam_make_their_row_suspect() -> None:
+    report = evaluate(Linear(), bright_or_dark(), ["cwl2-19"], eps=0.2, progress=False)
+    assert report.rows[0].status == "suspect" and "Adam needs more steps" in report.rows[0].notes[0]
+    report = evaluate(Linear(), bright_or_dark(), "cwl2-5", eps=0.2, cw_lr=0.1, progress=False)
+    assert report.rows[0].status == "ok"
 
 
 def test_probabilities_in_place_of_logits_make_rows_suspect() -> None:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from processes import ran
 
 from fastadv.digest import sealed
 from fastadv.evaluation import Report, Result, Row, Subject, add_results, load_results
@@ -219,6 +221,24 @@ def test_without_locks_what_a_killed_process_holds_is_taken_over(
         with locked(tmp_path / "x", wait=0.1):
             pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_and_time_to_wait_only_what_an_ended_process_holds_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two evaluations would work in one folder, each of which believes that it is alone."""
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    told = pytest.raises(TimeoutError, match=r"x\.held.*delete this file if no process")
+    with locked(tmp_path / "x", wait=0), told, locked(tmp_path / "x", wait=0):
+        pass
+    ended = ran(["-c", "import os; print(os.getpid())"])
+    holder = tmp_path / ".x.held"
+    holder.write_text(f"{int(ended.stdout)} {socket.gethostname()}\n")
+    with locked(tmp_path / "x", wait=0):
+        pass
+    holder.write_text(f"{int(ended.stdout)} another-machine\n")
+    with pytest.raises(TimeoutError), locked(tmp_path / "x", wait=0):
+        pass
 
 
 def test_without_locks_one_of_several_takes_over_what_a_killed_process_holds(

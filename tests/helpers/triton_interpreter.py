@@ -6,7 +6,9 @@ It makes the interpreter compute with bfloat16 as a GPU does. Triton 3.6's inter
 where the hardware rounds to the nearest number. It multiplies matrices of bfloat16 as if their bits were integers.
 
 It spares the interpreter work without effect, over half of its time: integers computed a second time for a check
-of overflow that counts in debug mode alone, and the language replaced again at each call of a function.
+of overflow that counts in debug mode alone, and the language replaced again at each call of a function. The shape
+and the name of a block's type are found once, where each tensor found them again. The type of a tuple gets a name
+only if someone reads it.
 """
 
 from __future__ import annotations
@@ -69,11 +71,40 @@ def _call(function: InterpretedFunction[Any], *arguments: Any, **named: Any) -> 
     return function.rewrite()(*arguments, **named)
 
 
+_block_type = tl.core.block_type.__init__
+
+
+@functools.cache
+def _facts_of_block_type(element: str, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """What a block's type has beside the type of its elements."""
+    made = tl.core.block_type.__new__(tl.core.block_type)
+    _block_type(made, element, list(sizes))
+    return {name: value for name, value in vars(made).items() if name != "element_ty"}
+
+
+def _remembered_block_type(block: Any, element: Any, shape: Any) -> None:
+    block.element_ty = element
+    sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
+    vars(block).update(_facts_of_block_type(str(element), sizes))
+
+
+def _tuple_type(found: Any, types: Any, fields: Any = None) -> None:
+    found.types, found.fields = types, fields or [""] * len(types)
+
+
+def _name_of_tuple_type(found: Any) -> str:
+    pairs = zip(found.fields, found.types, strict=False)
+    return "[" + ",".join(f"{field}:{kind}" for field, kind in pairs) + "]"
+
+
 InterpreterBuilder.cast_impl = _rounding_cast
 InterpreterBuilder.create_dot = _widening_dot
 InterpretedFunction.__call__ = _call
 interpreter.interpreter_builder.options = InterpreterOptions(sanitize_overflow=False)
 interpreter._get_np_dtype = _numpy_dtype
+tl.core.block_type.__init__ = _remembered_block_type
+tl.core.tuple_type.__init__ = _tuple_type
+tl.core.tuple_type.name = property(_name_of_tuple_type)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

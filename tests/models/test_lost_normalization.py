@@ -99,3 +99,10 @@ def test_nothing_is_told_to_who_normalises(name: str, tmp_path: Path) -> None:
         warnings.simplefilter("error")
         load_published_state_dict(target, written(tmp_path, **HINTS[name]))
     assert float(target.mean) == pytest.approx(0.4)
+
+
+def test_weights_in_arrays_are_named(tmp_path: Path) -> None:
+    arrays = {name: value.numpy() for name, value in make_model(1).state_dict().items()}
+    torch.save(arrays, tmp_path / "a.pt")
+    with pytest.raises(TypeError, match=r"of which 'conv1.weight' is an array of numpy's"):
+        load_published_state_dict(make_model(2), tmp_path / "a.pt")

@@ -117,6 +117,7 @@ def test_a_grid_is_all_combinations_and_its_seeds() -> None:
         (["lr=0:1:1e-9"], "at most"),
         (["lr=.1,0.10"], "0.1 twice"),
         (["eps=8/255,16/510"], "twice"),
+        (["eps=8/255,0.03137254901960784"], "twice"),
         (["lr=1", "lr=2"], "lr twice"),
         (["seeds=0"], "seeds must be"),
         (["seeds=x"], "seeds must be"),
@@ -200,6 +201,8 @@ def test_runs_keep_their_names_and_no_two_share_one(tmp_path: Path) -> None:
     ("extra", "message"),
     [
         (["--grid", "lr=.1", "--resume"], "resume must be left out"),
+        (["--grid", "run=a,b"], "resumes them, got 'a,b'"),
+        (["--grid", "overwrite=true,false"], "overwrite must be left out"),
         (["--grid", "lr=.1", "--lr", ".2"], "lr must be in the grid or an option"),
         (["--grid", "lr=0:-1:-1"], "lr must"),
         (["--grid", "lr=.1", "--gpus_per_run", "1"], "gpus_per_run has no effect"),

@@ -64,6 +64,24 @@ def test_a_friendly_attack_equals_a_plain_loop(name: str, loss: str, tau: int) -
     assert float((plain.attack(batch).x - adv).abs().max()) > 0.04
 
 
+@pytest.mark.parametrize(
+    ("name", "friendly", "first"),
+    [("mart", True, "x'"), ("mart", False, "x"), ("trades", True, "x"), ("trades", False, "x")],
+)
+def test_batch_norm_sees_images_in_the_order_of_the_scripts(
+    name: str, friendly: bool, first: str
+) -> None:
+    """FAT's script for MART passes the adversarial images first, MART's own script the clean ones."""
+    method: Any = make_method(name, learned_model().float(), friendly=friendly)
+    batch, seen = make_batch(), []
+    attacked = method.attack(batch)
+    method.model.register_forward_hook(
+        lambda model, args, out: seen.append("x" if torch.equal(args[0], batch.x) else "x'")
+    )
+    method.training_loss(batch, attacked)
+    assert seen == [first, "x" if first == "x'" else "x'"]
+
+
 def test_tau_grows_with_the_epochs() -> None:
     trades, mart = TradesRecipe.preset("fat"), MartRecipe.preset("fat")
     # The scripts count epochs from 1: `epoch <= 30` is tau 0, and so on.

@@ -16,6 +16,7 @@ from run_helpers import Interruption, SharedRuns, assert_same_end, fingerprint, 
 from test_checkpoint import truncate
 from training_helpers import make_model, small_data, small_recipe, states_equal
 
+from fastadv.cli import main
 from fastadv.data import Splits
 from fastadv.trainers import CheckpointError, load_model
 from fastadv.trainers.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
@@ -153,6 +154,35 @@ def test_overwriting_starts_again_and_spares_foreign_files(tmp_path: Path) -> No
     assert not [*tmp_path.glob("*eval*"), *tmp_path.glob("*l.analyses"), *tmp_path.glob("ext*")]
     assert (tmp_path / "my.analyses").is_dir()
     assert [r["epoch"] for r in read_records(tmp_path / "metrics.jsonl")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "place", ["best", "step_000002", "checkpoints", "checkpoints/latest", "checkpoints/mine"]
+)
+@pytest.mark.parametrize("resume", [True, False])
+def test_no_run_begins_in_the_place_of_a_checkpoint(
+    place: str, resume: bool, tmp_path: Path
+) -> None:
+    run("standard", tmp_path)
+    before = fingerprint(tmp_path)
+    with pytest.raises(ValueError, match=r"run_dir must be .* --resume --from_checkpoint"):
+        run("standard", tmp_path / place, resume=resume)
+    assert fingerprint(tmp_path) == before
+
+
+def test_the_run_of_a_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("standard", tmp_path)
+    for command in ("eval", "report"):
+        for place in ("latest", "checkpoints/latest"):
+            assert main([command, str(tmp_path / place)]) == 2
+            assert f" in {tmp_path};" in capsys.readouterr().err
+
+
+def test_a_run_may_be_inside_another_or_be_called_as_a_checkpoint(tmp_path: Path) -> None:
+    for place in ("finetuned", "checkpoints/step_000002", "step_000001"):
+        assert run("standard", tmp_path / place).progress.step > 0
 
 
 def test_a_damaged_checkpoint_is_refused_with_the_last_good_one_offered(

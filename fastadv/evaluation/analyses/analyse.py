@@ -139,6 +139,9 @@ def run_analyses(
         for images in (samples, train):
             if images is not None:
                 check_takes_images(model, f"model {type(model).__name__}", images, where)
+        if teacher is not None and samples is not None:
+            with evaluation_mode(teacher, where):
+                check_takes_images(teacher, f"teacher {type(teacher).__name__}", samples, where)
         context = AnalysisContext(model, where, settings, samples, train, teacher)
         for analysis in chosen:
             measured = analysis.compute(context)

@@ -14,6 +14,7 @@ from fastadv.evaluation.plots import draw_trade_off
 from fastadv.evaluation.reporting.analyses import analysis_parts
 from fastadv.evaluation.reporting.cards import card_text, model_cards
 from fastadv.evaluation.reporting.curves import CurvePlot, curve_plots, draw_curves
+from fastadv.evaluation.reporting.earlier import check_no_foreign_files, warn_of_earlier_figures
 from fastadv.evaluation.reporting.gallery import galleries
 from fastadv.evaluation.reporting.latex import latex
 from fastadv.evaluation.reporting.pages import Plot, page
@@ -38,8 +39,10 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
 
     Raises:
         ImportError: when matplotlib is not installed.
+        FileExistsError: when a file of the user's has the name of a file of the report.
         OSError: when a file cannot be written.
     """
+    check_no_foreign_files(Path(folder))
     models = [run.name for run in summary.comparison.runs]
     title = f"Robustness of {', '.join(models) if len(models) < 4 else f'{len(models)} models'}"
     names, plots = [], []
@@ -70,7 +73,10 @@ def write_report(summary: Summary, folder: str | os.PathLike[str]) -> list[Path]
     files |= analyses.files
     cards = model_cards(summary)
     files |= {f"cards/{name}": card_text(card) for name, card in cards.items()}
-    return [write_atomically(Path(folder) / name, content) for name, content in files.items()]
+    paths = {Path(folder) / name: content for name, content in files.items()}
+    written = [write_atomically(path, content) for path, content in paths.items()]
+    warn_of_earlier_figures(Path(folder), paths)
+    return written
 
 
 def _subtitle(summary: Summary) -> str:
