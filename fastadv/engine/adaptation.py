@@ -1,7 +1,8 @@
 """Models whose forward pass depends on whether their parameters require grad.
 
 Some take gradients in their own parameters, as those do that adapt to images. Others ask for `requires_grad`. If
-their parameters did not require grad, another network would be attacked.
+their parameters did not require grad, another network would be attacked. Models that write into their parameters
+without gradients, such as those that normalise their weights, count as adapting, too.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastadv.engine.frozen import parameters_of
+from fastadv.engine.content import content_or_counters
+from fastadv.engine.frozen import kept_parameters, parameters_of
 from fastadv.engine.networks import networks_of, parts_of
 from fastadv.engine.operands import leads_to
 from fastadv.engine.own_functions import reads_for_itself
@@ -26,14 +28,26 @@ from fastadv.engine.recording_mode import uncompiled
 class Adaptation:
     """Whether a model adapts in its forward pass, or asks whether its parameters require grad.
 
+    Args:
+        never: it does not, and no pass is watched.
+        unlikely: it did not when it was last looked at. Its parameters are then kept from the first gradient on
+            that it takes, and not from the beginning.
+
     Attributes:
         is_known: whether a pass has told.
         adapts: whether the model does so, for all that is known.
     """
 
-    def __init__(self, never: bool = False) -> None:
-        self.is_known, self.adapts = never, not never
+    def __init__(self, never: bool = False, unlikely: bool = False) -> None:
+        self.is_known, self.adapts = never, not (never or unlikely)
+        self._unlikely = unlikely
         self._to_freeze: list[nn.Parameter] = []
+        self._kept = ExitStack()  # parameters of a model that adapts after all
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the parameters must require grad in the next pass."""
+        return self.adapts or not self.is_known
 
     @contextmanager
     def found_out(self, model: object, images: Tensor) -> Iterator[None]:
@@ -43,17 +57,24 @@ class Adaptation:
         the watched one must find them as its forward pass did: an autograd function may take their gradients.
         """
         self.freeze()
-        if self.is_known or not torch.is_grad_enabled():
+        if self.is_known or not (self._unlikely or torch.is_grad_enabled()):
             yield
             return
         # Lazy ones get their shape in the pass, and bear no hooks before.
-        parameters = [
-            p
-            for p in parameters_of(parts_of(networks_of(model)))
-            if p.requires_grad and not nn.parameter.is_lazy(p)
-        ]
-        taken: list[Tensor] = []
-        hooks = [parameter.register_hook(taken.append) for parameter in parameters]
+        every = parameters_of(parts_of(networks_of(model)))
+        every = [p for p in every if not nn.parameter.is_lazy(p)]
+        parameters = [p for p in every if p.requires_grad]
+        before = None if self._unlikely else content_or_counters(every)
+        taken = False
+
+        def note(grad: Tensor) -> None:
+            nonlocal taken
+            if self._unlikely and not taken:
+                # Nothing has been written yet: hooks run before their gradients arrive.
+                self._kept.enter_context(kept_parameters(parameters))
+            taken = True
+
+        hooks = [parameter.register_hook(note) for parameter in parameters]
         questions = _Questions(images)
         try:
             with ExitStack() as stack:
@@ -65,7 +86,8 @@ class Adaptation:
         finally:
             for hook in hooks:
                 hook.remove()
-        self.is_known, self.adapts = True, bool(taken) or questions.seen
+        written = before is not None and before != content_or_counters(every)
+        self.is_known, self.adapts = True, taken or written or questions.seen
         self._to_freeze = [] if self.adapts else parameters
 
     def freeze(self) -> None:
@@ -73,6 +95,11 @@ class Adaptation:
         for parameter in self._to_freeze:
             parameter.requires_grad_(False)
         self._to_freeze = []
+
+    def end(self) -> None:
+        """Let go of the parameters; those of a model that has adapted against expectation are put back."""
+        self.freeze()
+        self._kept.close()
 
 
 class _Questions(TorchFunctionMode):
@@ -90,6 +117,10 @@ class _Questions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function."""
+        if (
+            torch.compiler.is_compiling()
+        ):  # as within `torch.cond`; the compiler cannot look at frames
+            return func(*args, **(kwargs or {}))
         if not self.seen and reads_for_itself(func, sys._getframe(1)):
             self.seen = not leads_to(args[0], self._images)
         return func(*args, **(kwargs or {}))

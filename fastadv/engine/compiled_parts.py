@@ -47,20 +47,47 @@ def _calls_compiled_functions(model: nn.Module) -> bool:
     return _calling[model]
 
 
-_WRAPPERS = (
-    nn.DataParallel,
-    nn.parallel.DistributedDataParallel,
-    torch.optim.swa_utils.AveragedModel,
-)
+# The wrappers that only hand images on to a network, each with its forward method.
+_WRAPPERS: dict[type[nn.Module], object] = {
+    kind: kind.forward
+    for kind in (
+        nn.DataParallel,
+        nn.parallel.DistributedDataParallel,
+        torch.optim.swa_utils.AveragedModel,
+    )
+}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The network inside wrappers that only hand images on to it, and inside `torch.compile`'s."""
-    while not (model._forward_hooks or model._forward_pre_hooks):
-        if is_compiled_wrapper(model):
+    while not _has_hooks(model):
+        if is_compiled_wrapper(model) and _is_compiled_forward(model):
             model = cast(nn.Module, model._orig_mod)
-        elif type(model) in _WRAPPERS:
+        elif type(model) in _WRAPPERS and _has_forward(model, _WRAPPERS[type(model)]):
             model = cast(nn.Module, model.module)
         else:
             break
     return model
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Whether hooks see the images or the result of a module, those for all modules included."""
+    everywhere = nn.modules.module
+    return bool(
+        model._forward_hooks
+        or model._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    )
+
+
+def _has_forward(model: nn.Module, plain: object) -> bool:
+    """Whether nobody has replaced the forward method of a module."""
+    return getattr(model.forward, "__func__", None) is plain
+
+
+def _is_compiled_forward(wrapper: nn.Module) -> bool:
+    """Whether the forward method of a module that `torch.compile` has made is still the compiler's."""
+    forward = wrapper.forward
+    is_of_wrapper = getattr(forward, "__self__", None) is wrapper  # of a lazy network
+    return is_of_wrapper or hasattr(forward, "_torchdynamo_orig_callable")

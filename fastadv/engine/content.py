@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,14 @@ def content(tensors: Sequence[Tensor]) -> tuple[Any, ...] | None:
     dense = [t.detach() if _is_dense(t) else t.detach().contiguous() for t in tensors]
     hashes = torch.ops.fastadv.content_hash(dense).tolist()
     return tuple((t.dtype, t.shape, t.stride(), h) for t, h in zip(dense, hashes, strict=True))
+
+
+def content_or_counters(tensors: Sequence[Tensor]) -> Hashable:
+    """A value that differs once a tensor is written: their `content`, or on a GPU torch's counters of writes."""
+    found = content(tensors)
+    if found is not None:
+        return found
+    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _is_ordinary(tensor: Tensor) -> bool:

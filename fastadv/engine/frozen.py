@@ -60,7 +60,7 @@ def frozen(
             if keep_state:
                 stack.enter_context(kept_attributes(parts, tensors_only=True))
             if keep_parameters:
-                stack.enter_context(_kept_parameters(parameters_of(parts)))
+                stack.enter_context(kept_parameters(parameters_of(parts)))
             if freeze_parameters:
                 for parameter in parameters_of(parts):
                     parameter.requires_grad_(False)
@@ -183,7 +183,7 @@ def _kept_buffers(parts: Sequence[nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def kept_parameters(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Keep the values and gradients of parameters, which a model that adapts in its forward pass changes."""
     with_shape = [p for p in parameters if not nn.parameter.is_lazy(p)]
     saved = [(p, p.grad, p.detach().clone()) for p in with_shape]

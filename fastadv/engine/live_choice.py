@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastadv.engine import proof, randomness
 from fastadv.engine.adaptation import Adaptation
 from fastadv.engine.compiled_parts import unwrapped
-from fastadv.engine.content import content
+from fastadv.engine.content import content_or_counters
 from fastadv.engine.engines import Model, ValueOfLogits
 from fastadv.engine.first_recordings import PROBES, SIZES, finite
 from fastadv.engine.live_engines import Draws, EagerEngine, LiveEngine, as_model_takes
@@ -105,6 +105,8 @@ class LiveChoice:
             self._compared[place] = _Comparison(model, False, compared)
             return None
         live.uses += 1
+        # The model may adapt by now.
+        live.adaptation = Adaptation(unlikely=not live.adaptation.adapts)
         return live
 
     def forget(self, kind: Hashable) -> None:
@@ -167,12 +169,8 @@ class LiveChoice:
 
 
 def _weights_of(model: nn.Module) -> Hashable:
-    """A value that differs for other weights: their hash, or on a GPU torch's counters of changes."""
-    tensors = [*model.parameters(), *model.buffers()]
-    found = content(tensors)
-    if found is not None:
-        return found
-    return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    """A value that differs for other weights."""
+    return content_or_counters([*model.parameters(), *model.buffers()])
 
 
 def _draws(model: Model, x: Tensor, train_mode: bool) -> Draws:

@@ -68,7 +68,7 @@ class EagerEngine(Engine):
                 model,
                 train_mode=bool(self._train_mode),
                 keep_state=self._train_mode != "moving",
-                freeze_parameters=not self._adaptation.adapts,
+                freeze_parameters=not self._adaptation.needs_gradients,
                 keep_parameters=self._adaptation.adapts,
                 seed=seed if self._draws != "never" else None,
                 watch=self._draws in ("watched", "unlikely"),
@@ -76,7 +76,7 @@ class EagerEngine(Engine):
                 try:
                     yield
                 finally:
-                    self._adaptation.freeze()  # lets go of the parameters, which get their flags back
+                    self._adaptation.end()  # before the parameters get their flags back
         finally:
             self._model = None
 
@@ -109,8 +109,7 @@ class LiveEngine(EagerEngine):
     first_pass: AbstractContextManager[object] | None = None  # entered for the next pass alone
 
     def __init__(self, precision: str, reason: str, channels_last: bool, tape: Tape) -> None:
-        never = Adaptation(never=True)  # no recording holds gradients in parameters
-        super().__init__(precision, reason, False, "never", channels_last, never)
+        super().__init__(precision, reason, False, "never", channels_last)
         self.any_batch = tape.holds_for_any_batch
         # Other people's operators and backward methods may draw random numbers, or look at what they like.
         is_torchs_alone = not tape.own_functions and all(is_torchs(op.function) for op in tape.ops)
@@ -124,6 +123,9 @@ class LiveEngine(EagerEngine):
     def session(self, model: Model, seed: int, current: bool = False) -> Iterator[None]:
         """Freeze the network itself, which was measured without the wrappers around it."""
         inner = unwrapped(model) if isinstance(model, nn.Module) else model
+        # No recording holds gradients in parameters. An attack that is not proven may find some all the same.
+        watched = self.first_pass is not None
+        self._adaptation = Adaptation(never=not watched, unlikely=watched)
         with super().session(inner, seed, current):
             yield
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from fastadv.engine.operands import tensors_in
 
 # Functions that hand a tensor's values to Python, which may then do anything with them.
 READS = frozenset(
@@ -38,3 +41,14 @@ CODE = (nn.Module, types.FunctionType, types.MethodType, functools.partial)
 SIZES = frozenset(("size", "numel", "nelement"))
 # Properties of a tensor that are tensors.
 TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
+
+
+def targets_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors into which a function writes, as far as its name tells, such as ``add_`` or ``__setitem__``."""
+    in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    values = args[:1] if in_place and name not in NO_OPERATION else ()
+    return tensors_in((*values, kwargs.get("out")))
+
+
+_OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")
+_WRITES = frozenset(("__setitem__", *(f"__i{name}__" for name in _OPERATORS)))

@@ -30,6 +30,7 @@ from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
 _NOTHING = torch.empty(0, device="cpu", dtype=torch.float32)
+_RAGGED = "its forward looks at a size that depends on values ({})"
 
 
 def record(
@@ -140,19 +141,18 @@ class Recorder(TorchFunctionMode):
                 found = func(*args, **kwargs)
                 self._check_what_is_read("shape", [args[0]])
                 return watched(found, self._comparisons)
+            if read == "grad_fn":  # which takes hooks that nobody sees
+                raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
                 asks = reads_for_itself(func, sys._getframe(1)) and not self._depends(args[0])
                 if asks and not leads_to(args[0], self.recording.images):
-                    raise self._refuse(
-                        f"its forward asks whether its weights require grad ({read})"
-                    )
+                    raise self._refuse("its forward asks whether its weights require grad")
                 return func(*args, **kwargs)
         if name == "__set__" and func.__self__.__name__ == "data":
             raise self._refuse("its forward exchanges the data of a tensor")
-        operands = tensors_in(args)
-        if kwargs:
-            operands.extend(tensors_in(kwargs.values()))
+        operands = tensors_in((args, kwargs))
         self._check_draws(func, name, args, kwargs)
+        self._check_what_stays(name, args, kwargs)
         versions = [version_of(t) for t in operands]
         self._referred = None
         self._enter()  # an autograd function that torch itself calls is part of this function
@@ -196,13 +196,19 @@ class Recorder(TorchFunctionMode):
         if randomness.draws(func, name, args, kwargs):
             raise self._refuse(f"its forward draws random numbers ({name})")
 
-    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
+    def _check_what_stays(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a function before it changes the model's parameters or their gradients."""
         if name in functions.REFUSED:
             raise self._refuse(functions.REFUSED[name])
+        for target in functions.targets_of(name, args, kwargs):
+            if id(target) not in self._places or storage_of(target) in self._model_storages:
+                raise self._refuse(f"its forward writes into the model's own tensors ({name})")
+
+    def _check_what_is_read(self, name: str, operands: list[Tensor]) -> None:
         if name in functions.READS and any(self._depends(t) for t in operands):
             raise self._refuse(f"its forward looks at values that depend on the images ({name})")
         if name in ragged.SIZES and any(map(self._is_ragged, operands)):
-            raise self._refuse(f"its forward looks at a size that depends on values ({name})")
+            raise self._refuse(_RAGGED.format(name))
 
     def _is_ragged(self, tensor: Tensor) -> bool:
         """Whether the shape of a tensor depends on values of the images."""
@@ -221,9 +227,7 @@ class Recorder(TorchFunctionMode):
             operands = tensors_in((args[:1],)) if keeps else tensors_in((args, kwargs))
             if any(map(self._is_ragged, operands)):
                 if name in ragged.CUTS:
-                    raise self._refuse(
-                        f"its forward looks at a size that depends on values ({name})"
-                    )
+                    raise self._refuse(_RAGGED.format(name))
                 return True
         return any(map(self._depends, ragged.deciding(name, args, kwargs)))
 
@@ -238,8 +242,6 @@ class Recorder(TorchFunctionMode):
         before: tuple[Any, Any] | None = None,
     ) -> None:
         recording = self.recording
-        if name in functions.REFUSED:
-            raise self._refuse(functions.REFUSED[name])
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -309,11 +311,9 @@ class Recorder(TorchFunctionMode):
         for number, part in enumerate(result):
             where = len(self.recording.values)
             if isinstance(part, Tensor):
-                args = (Ref(place), number)
-                grad = torch.is_grad_enabled()
-                self.recording.ops.append(
-                    RecordedOp(item, args, {}, where, grad, False, part.dim())
-                )
+                grad, args = torch.is_grad_enabled(), (Ref(place), number)
+                op = RecordedOp(item, args, {}, where, grad, False, part.dim())
+                self.recording.ops.append(op)
                 self._add(part, depends)
             elif part is not None:
                 raise self._refuse("a function of its forward returns nested tuples")
@@ -334,8 +334,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(value, dict):
             return {k: self.referred(v) for k, v in value.items()}
         if isinstance(value, slice):
-            parts = (value.start, value.stop, value.step)
-            return slice(*(self.referred(part) for part in parts))
+            return slice(*map(self.referred, (value.start, value.stop, value.step)))
         if isinstance(value, functions.CODE):
             raise self._refuse("its forward hands code of its own to a function of torch")
         if isinstance(value, WatchedSize):

@@ -364,9 +364,7 @@ def test_a_model_that_asks_whether_its_weights_require_grad_is_attacked_as_it_is
 
 def test_a_copy_of_a_model_that_asks_whether_its_weights_require_grad_is_refused() -> None:
     model = AsksForGradients(QUESTIONS["a weight"])
-    with pytest.raises(
-        ValueError, match=r"asks whether its weights require grad \(requires_grad\)"
-    ):
+    with pytest.raises(ValueError, match="asks whether its weights require grad"):
         fastadv.PGD(model, engine="compiled")(X, Y)
 
 

@@ -1,6 +1,6 @@
 """Random calls of ops, attacks and the engine, checked against plain torch. Not part of the normal suite.
 
-    python tests/fuzz/fuzz.py --minutes 30 --seed 0 [--only ops|attacks|engine] [--case M]
+    python tests/fuzz/fuzz.py --minutes 30 --seed 0 [--only ops|attacks|engine|sequences] [--case M]
 
 The parts take turns until the time is over. Each failure is printed with the line that repeats it; the exit status
 is 1 if there was one. tests/fuzz/test_fuzz.py runs the first cases of each part.
@@ -25,12 +25,14 @@ sys.path[:0] = [str(_HERE), str(_HERE.parent), str(_HERE.parent / "helpers")]
 import attack_fuzz  # noqa: E402
 import engine_fuzz  # noqa: E402
 import op_fuzz  # noqa: E402
+import sequence_fuzz  # noqa: E402
 import torch  # noqa: E402
 
 PARTS: dict[str, Callable[[random.Random], None]] = {
     "ops": op_fuzz.run,
     "attacks": attack_fuzz.run,
     "engine": engine_fuzz.run,
+    "sequences": sequence_fuzz.run,
 }
 _LONGEST = 300  # seconds that a case may take
 _LONGEST_REPORT = 4000  # letters

@@ -18,7 +18,9 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(_FOLDER))
 
 
-@pytest.mark.parametrize(("part", "cases"), [("ops", 40), ("attacks", 6), ("engine", 4)])
+@pytest.mark.parametrize(
+    ("part", "cases"), [("ops", 40), ("attacks", 6), ("engine", 4), ("sequences", 4)]
+)
 def test_the_first_cases(part: str, cases: int) -> None:
     import fuzz
 
@@ -40,6 +42,30 @@ def test_a_failure_is_told_with_the_line_that_repeats_it(
     told = capsys.readouterr().out
     assert "python tests/fuzz/fuzz.py --only ops --seed 3 --case 7" in told
     assert "what was wrong" in told
+
+
+def test_a_sequence_that_fails_is_shortened(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sequence_fuzz
+    from sequence_fuzz import Step
+
+    def one(rng: random.Random, scene: object) -> None:
+        done.append("one")
+
+    def other(rng: random.Random, scene: object) -> None:
+        done.append("other")
+
+    def fails(rng: random.Random, scene: object) -> None:
+        assert "one" not in done, "what was wrong"
+
+    def fresh(start: int, plan: list[Step]) -> None:
+        done.clear()
+        for step in plan:
+            step.operation(random.Random(step.seed), None)
+
+    done: list[str] = []
+    monkeypatch.setattr(sequence_fuzz, "play", fresh)
+    steps = [Step(operation, 0) for operation in (other, one, other, one, fails, other)]
+    assert [step.operation for step in sequence_fuzz.shortened(0, steps)] == [one, fails]
 
 
 def test_one_seed_gives_one_network() -> None:
