@@ -21,6 +21,8 @@ _ENOUGH = (
     128  # programs that keep a GPU busy: tiles are enlarged only if this number of programs remains
 )
 
+_INT32 = 2**31 - 1
+
 
 @triton.jit
 def _add_product(
@@ -38,11 +40,13 @@ def _add_product(
     inner,
     STEPS: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LARGE: tl.constexpr,
 ):
     """``total`` plus a tile of A B; A [rows, inner] and B [inner, columns] have the strides given."""
     for step in range(STEPS):
-        # int64, as an element times a stride can leave int32.
-        k = (step * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+        k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        if LARGE:  # the number of an element times a stride can leave int32
+            k = k.to(tl.int64)
         inside_a = (row < rows)[:, None] & (k < inner)[None, :]
         inside_b = (k < inner)[:, None] & (column < columns)[None, :]
         left = tl.load(a + row[:, None] * a_row + k[None, :] * a_inner, inside_a, other=0.0)
@@ -80,6 +84,7 @@ def _merge(
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LARGE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """One program per tile of the result; it adds up all parts."""
@@ -102,6 +107,7 @@ def _merge(
             WIDTHS[part],
             (WIDTHS[part] + BLOCK_K - 1) // BLOCK_K,
             BLOCK_K,
+            LARGE,
         )
         columns += WIDTHS[part]
     if bias is not None:
@@ -123,6 +129,7 @@ def _features_backward(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LARGE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """One program per tile of one of the features' gradients."""
@@ -147,6 +154,7 @@ def _features_backward(
                 classes,
                 STEPS,
                 BLOCK_K,
+                LARGE,
             )
             _store_tile(outs[part], total, row, rows, column, WIDTHS[part], WIDTHS[part])
         index -= down * across
@@ -166,6 +174,7 @@ def _weight_backward(
     STEPS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    LARGE: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
     """One program per tile of the columns of the weight's gradient that belong to one of the features."""
@@ -190,6 +199,7 @@ def _weight_backward(
                 rows,
                 STEPS,
                 BLOCK_K,
+                LARGE,
             )
             to = out + STARTS[part]
             _store_tile(to, total, row, classes, column, WIDTHS[part], total_width)
@@ -213,11 +223,14 @@ def _block_k(block: int) -> int:
     return max(32, 1024 // block)
 
 
-def _settings(block: int, like: Tensor) -> dict[str, Any]:
+def _settings(block: int, *factors: Tensor) -> dict[str, Any]:
+    """Settings of a kernel that multiplies these matrices."""
     return {
         "BLOCK": block,
         "BLOCK_K": _block_k(block),
-        "COMPUTE": compute_dtype(like),
+        # Numbers of elements in int64 take registers, of which float64 has few left.
+        "LARGE": any(factor.numel() > _INT32 for factor in factors),
+        "COMPUTE": compute_dtype(factors[0]),
         "num_warps": 4,
     }
 
@@ -245,7 +258,7 @@ def linear_merger(features: list[Tensor], weight: Tensor, bias: Tensor | None) -
         weight.shape[1],
         WIDTHS=widths,
         PARTS=len(widths),
-        **_settings(block, weight),
+        **_settings(block, weight, *features),
     )
     return out
 
@@ -274,7 +287,7 @@ def linear_merger_backward_features(
         WIDTHS=chosen,
         PARTS=len(chosen),
         STEPS=triton.cdiv(classes, _block_k(block)),
-        **_settings(block, weight),
+        **_settings(block, weight, grad),
     )
     return list(outs)
 
@@ -299,6 +312,6 @@ def linear_merger_backward_weight(grad: Tensor, features: list[Tensor]) -> Tenso
         WIDTHS=widths,
         PARTS=len(widths),
         STEPS=triton.cdiv(rows, _block_k(block)),
-        **_settings(block, grad),
+        **_settings(block, grad, *features),
     )
     return out

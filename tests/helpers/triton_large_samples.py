@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastadv.kernels import layout
+from fastadv.kernels import layout, linear_merger
 from op_cases import CASES
 from op_cases.budget import check_budget, check_same_bits
 from op_cases.case import OpCase
@@ -69,6 +69,24 @@ def test_noise_on_channels_last_images_of_several_blocks(shape: tuple[int, ...])
     arguments = case.arguments(Spec(shape, layout="channels_last"))
     (expected,) = run(case, arguments, "reference")
     check_same_bits(run(case, arguments, "triton")[0], expected, str(shape))
+
+
+@pytest.mark.parametrize(
+    "merger",
+    [
+        "linear_merger/bias",
+        "linear_merger_backward_features/all",
+        "linear_merger_backward_weight/plain",
+    ],
+)
+def test_matrices_that_count_their_elements_in_64_bits(
+    merger: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a matrix has gigabytes. The limit is lowered instead."""
+    monkeypatch.setattr(linear_merger, "_INT32", 0)
+    case = CASES[merger]
+    spec = Spec((70, 20, 30, 40), torch.float64)
+    check_budget(case, case.arguments(spec), run(case, case.arguments(spec), "triton"), merger)
 
 
 def test_64_bit_seeds_and_sample_ids() -> None:
