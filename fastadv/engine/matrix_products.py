@@ -57,9 +57,7 @@ def convolves_features(recording: Recording) -> bool:
 
 def _calls(recording: Recording, names: frozenset[str]) -> list[RecordedOp]:
     """The calls of functions of these names whose results depend on the images."""
-    return [
-        op for op in recording.ops if _name(op) in names and recording.depends[op.place]
-    ]  # fmt: skip
+    return [op for op in recording.ops if _name(op) in names and recording.depends[op.place]]
 
 
 def _name(op: RecordedOp) -> str:
