@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastadv.engine.content import content_or_counters
 from fastadv.engine.frozen import kept_parameters, parameters_of
-from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.networks import parts_of
 from fastadv.engine.operands import leads_to
 from fastadv.engine.own_functions import reads_for_itself
 from fastadv.engine.randomness import draws_can_be_watched
@@ -61,7 +61,7 @@ class Adaptation:
             yield
             return
         # Lazy ones get their shape in the pass, and bear no hooks before.
-        every = parameters_of(parts_of(networks_of(model)))
+        every = parameters_of(parts_of(model))
         every = [p for p in every if not nn.parameter.is_lazy(p)]
         parameters = [p for p in every if p.requires_grad]
         before = None if self._unlikely else content_or_counters(every)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastadv.engine.kept_attributes import kept_attributes
-from fastadv.engine.networks import modules_of, networks_of, parts_of
+from fastadv.engine.networks import modules_of, parts_of
 from fastadv.engine.randomness import DrawWatch
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -48,11 +48,11 @@ def frozen(
     Raises:
         ValueError: if the model has lazy modules, whose weights have no shape yet.
     """
+    parts = parts_of(model)
     if isinstance(model, nn.Module):
-        _refuse_lazy_weights(model)
+        _refuse_lazy_weights(model, parts)
     with ExitStack() as stack:
         stack.enter_context(_own_parametrized_weights())
-        parts = parts_of(networks_of(model))
         if parts:
             if keep_state:
                 stack.enter_context(_kept_buffers(parts))
@@ -87,8 +87,9 @@ def _own_parametrized_weights() -> Iterator[None]:
         torch.nn.utils.parametrize._cache = before
 
 
-def _refuse_lazy_weights(model: nn.Module) -> None:
-    if not any(map(nn.parameter.is_lazy, parameters_of(modules_of(model)))):
+def _refuse_lazy_weights(model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    held = (parameter for part in parts for parameter in part._parameters.values())
+    if not any(nn.parameter.is_lazy(parameter) for parameter in held if parameter is not None):
         return
     for name, parameter in model.named_parameters():
         if nn.parameter.is_lazy(parameter):
@@ -104,7 +105,7 @@ def in_mode(model: object, train_mode: bool = False) -> Iterator[None]:
 
     Around several uses of `frozen`, it calls the model's own ``train`` method once for all of them.
     """
-    with _in_mode(model, parts_of(networks_of(model)), train_mode):
+    with _in_mode(model, parts_of(model), train_mode):
         yield
 
 
@@ -114,7 +115,8 @@ def _in_mode(model: object, parts: Sequence[nn.Module], training: bool) -> Itera
     wanted = [(p, p.requires_grad) for p in parameters_of(parts)]
     try:
         # Only if needed: some models empty their caches when their mode is set.
-        if isinstance(model, nn.Module) and _has_other_mode(model, training):
+        in_mode = all(before == training for _, before in modes)
+        if isinstance(model, nn.Module) and not in_mode and _has_other_mode(model, training):
             _train(model, training)
         yield
     finally:
@@ -283,7 +285,7 @@ def _random_states(model: object) -> dict[torch.Generator, torch.Tensor]:
     if torch.cuda.is_initialized():  # else no tensor is on a GPU
         tensors = [
             tensor
-            for part in parts_of(networks_of(model))
+            for part in parts_of(model)
             for tensor in (*part._parameters.values(), *part._buffers.values())
             if tensor is not None
         ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastadv.engine.networks import TORCHS_ATTRIBUTES
+from fastadv.engine.networks import SIMPLE, TORCHS_ATTRIBUTES
 
 _CONTAINERS = (list, dict, set, collections.deque, collections.OrderedDict, collections.defaultdict)
 _MAX_DEPTH = 3  # of containers in containers that are searched for tensors
@@ -33,7 +33,7 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
         (container, container.copy())
         for _, attributes in saved
         for name, value in attributes.items()
-        if name not in TORCHS_ATTRIBUTES
+        if type(value) not in SIMPLE and name not in TORCHS_ATTRIBUTES
         for container in _containers(value)
     ]
 
@@ -45,6 +45,8 @@ def kept_attributes(parts: Sequence[nn.Module], tensors_only: bool) -> Iterator[
     finally:
         for module, attributes in saved:
             current = vars(module)
+            if _has_entries_of(current, attributes):
+                continue
             for name in [n for n in current if n not in attributes]:
                 if goes_back(current[name], None):
                     del current[name]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fastadv.engine.networks import networks_of, parts_of
+from fastadv.engine.networks import parts_of
 
 _changed = threading.Condition()
 # For each thread, the ids of the modules that it holds, in a set for each time it has entered.
@@ -27,7 +27,7 @@ def locked(*models: object) -> Iterator[None]:
             the other's network.
     """
     # The modules are kept, so that no other object gets their ids.
-    parts = parts_of([network for model in models for network in networks_of(model)])
+    parts = [part for model in models for part in parts_of(model)]
     ids, me = {id(part) for part in parts}, threading.get_ident()
 
     with _changed:

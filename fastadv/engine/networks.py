@@ -20,7 +20,8 @@ _MOST = 2000  # objects that are looked at
 _LONGEST = 64  # a longer container holds data
 # The attributes that torch itself keeps in a module, beside those of the module's own code.
 TORCHS_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}
-_SIMPLE = frozenset((bool, int, float, str, type(None), Tensor))
+# Types of attributes in which nothing is hidden.
+SIMPLE = frozenset((bool, int, float, str, type(None), Tensor))
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Tensor, type, types.ModuleType)
 
 
@@ -30,18 +31,24 @@ def networks_of(model: object) -> list[nn.Module]:
     Returns:
         The model, if it is a module; then modules that belong to no module before them.
     """
-    found = [model] if isinstance(model, nn.Module) else []
-    known = {id(part) for network in found for part in modules_of(network)}
-    for network in _NetworkSearch().hidden(model):
-        if id(network) not in known:
-            found.append(network)
-            known.update(id(part) for part in modules_of(network))
-    return found
+    return _found(model)[0]
 
 
-def parts_of(networks: list[nn.Module]) -> list[nn.Module]:
-    """All modules of some networks, each once."""
-    return list({id(part): part for network in networks for part in modules_of(network)}.values())
+def parts_of(model: object) -> list[nn.Module]:
+    """All modules of the networks that a model or another callable runs, each once."""
+    return _found(model)[1]
+
+
+def _found(model: object) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The results of `networks_of` and `parts_of`; attacks search often, and one walk does for both."""
+    networks = [model] if isinstance(model, nn.Module) else []
+    own = modules_of(model) if isinstance(model, nn.Module) else None
+    parts = {id(part): part for part in own or ()}
+    for network in _NetworkSearch().hidden(model, own):
+        if id(network) not in parts:
+            networks.append(network)
+            parts.update((id(part), part) for part in modules_of(network))
+    return networks, list(parts.values())
 
 
 def modules_of(network: nn.Module) -> list[nn.Module]:
@@ -68,8 +75,10 @@ def switched_to_train_mode(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for parent in modules_of(model):
         if getattr(parent, "training", True):  # frozen scripts have no mode
             continue
-        for name, child in parent.named_children():
-            if getattr(child, "training", False):
+        children = parent._modules
+        named = children.items() if isinstance(children, dict) else parent.named_children()
+        for name, child in named:
+            if child is not None and getattr(child, "training", False):
                 yield name, child
 
 
@@ -88,10 +97,18 @@ class _NetworkSearch:
     def __init__(self) -> None:
         self._seen: set[int] = set()
 
-    def hidden(self, value: object, depth: int = _DEEPEST) -> Iterator[nn.Module]:
-        """Modules within an object that is no module; of a module those that are not registered."""
+    def hidden(
+        self, value: object, parts: list[nn.Module] | None = None, depth: int = _DEEPEST
+    ) -> Iterator[nn.Module]:
+        """Modules within an object that is no module; of a module those that are not registered.
+
+        Args:
+            value: the object.
+            parts: its modules, if it is one and they are known.
+            depth: steps from it that are taken.
+        """
         if isinstance(value, nn.Module):
-            parts = modules_of(value)
+            parts = modules_of(value) if parts is None else parts
             self._seen.update(map(id, parts))
             for part in parts:
                 for item in held_by(part):
@@ -108,7 +125,7 @@ class _NetworkSearch:
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
             yield value
-            yield from self.hidden(value, depth)
+            yield from self.hidden(value, depth=depth)
         elif depth > 0:
             for item in items_of(value):
                 yield from self._at(item, depth - 1)
@@ -122,7 +139,7 @@ def held_by(module: nn.Module) -> list[object]:
     own = [
         v
         for name, v in attributes.items()
-        if type(v) not in _SIMPLE and name not in TORCHS_ATTRIBUTES
+        if type(v) not in SIMPLE and name not in TORCHS_ATTRIBUTES
     ]
     return [*own, kind.forward]
 
