@@ -20,6 +20,7 @@ from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
     checkpoint_name,
+    find_checkpoint,
     pack_weights,
     prune,
     save_checkpoint,
@@ -128,6 +129,9 @@ class Loop:
         if best is not None and not (self.run.checkpoints / checkpoint_name(best)).is_dir():
             self.progress.best_step, self.progress.best_score = None, -1.0
             self.progress.validations_since_best = 0
+        elif best is not None and checkpoint.path == find_checkpoint(self.run.path):
+            # A process that was killed may have written the checkpoint and not the link.
+            self._point_to_best()
 
     def train(self) -> dict[str, Any]:
         """Train up to the last epoch, or until patience ends, and return the last epoch's record.
@@ -318,7 +322,13 @@ class Loop:
         self.run.check_held(self.meta.get("run"))
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
-        best = None if progress.best_step is None else checkpoint_name(progress.best_step)
-        if best is not None:
-            point_link(folder / BEST, best)
-        prune(folder, self.settings.keep, progress.step, best)
+        prune(folder, self.settings.keep, progress.step, self._point_to_best())
+
+    def _point_to_best(self) -> str | None:
+        """Let the link `best` point to the best checkpoint, and return its name; None before a validation."""
+        step = self.progress.best_step
+        if step is None:
+            return None
+        if self.ranks.first:
+            point_link(self.run.checkpoints / BEST, checkpoint_name(step))
+        return checkpoint_name(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.cli import main
 from fastadv.data import Splits
+from fastadv.files import point_link
 from fastadv.trainers import CheckpointError, load_model
 from fastadv.trainers.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from fastadv.trainers.logs import read_records
@@ -69,6 +71,25 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert states_equal(first.model.state_dict(), again.model.state_dict())
     assert fingerprint(tmp_path / "checkpoints") == before
     assert again.record == {}
+
+
+@pytest.mark.parametrize("left", ["step_000004", "step_000008", None])
+def test_the_best_checkpoint_has_its_link_also_after_a_kill_before_the_link(
+    left: str | None, tmp_path: Path
+) -> None:
+    best = run("pgd_at", tmp_path).best_checkpoint.name
+    link = tmp_path / "checkpoints" / "best"
+    link.unlink()
+    if left is not None:
+        point_link(link, left)
+    with pytest.raises(
+        Interruption
+    ):  # an older checkpoint does not know which is the best of the run
+        run("pgd_at", tmp_path, 7, resume="step_000006")
+    assert link.is_symlink() == (left is not None)
+    assert left is None or os.readlink(link) == left
+    assert run("pgd_at", tmp_path, resume=True).best_checkpoint.name == best
+    assert os.readlink(link) == best
 
 
 def test_resuming_where_nothing_is_starts_a_run(tmp_path: Path) -> None:
