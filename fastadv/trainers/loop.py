@@ -123,6 +123,10 @@ class Loop:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         self.method.load_state(shard_state(state.get("method", {}), self.loader))
         self.progress.restore(state["progress"])
+        # If the size of the batches has been changed, the run goes on with the images that follow in the epoch.
+        size = self.recipe.batch_size
+        before = checkpoint.meta.get("recipe", {}).get("batch_size", size)
+        self.progress.epoch_step = min(self.progress.epoch_step * before // size, len(self.loader))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
@@ -142,9 +146,8 @@ class Loop:
         total = self.recipe.epochs * len(self.loader)
         first = self.ranks.first
         self.log = MetricsLog(self.run.path, self.progress.step, first)
-        self.console = Console(
-            self.show and first, total, self.progress.step, self.recipe.batch_size
-        )
+        done = self.progress.epoch * len(self.loader) + self.progress.epoch_step
+        self.console = Console(self.show and first, total, done, self.recipe.batch_size)
         record: dict[str, Any] = {}
         notice = "stopping after this iteration, with a checkpoint; once more stops at once"
         repeats = _REPEATS_WITHIN if launch() else 0.0
