@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_text
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -30,7 +31,8 @@ def run_report(
 
     Args:
         runs: run directories that `fastadv eval` has judged, or files of results (.json) that it has written. A
-            run stands for all its networks that were judged, RUN/eval.json for the robust one alone.
+            run stands for all its networks that were judged, RUN/eval.json for the robust one alone. Runs without
+            results beside others are left out, with a warning.
         out: folder that the report is written to: a page (report.html), Markdown, CSV, LaTeX, JSON, the plots as
             PNG, the findings of `fastadv analyse`, and one model card per model and threat. By default nothing is
             written.
@@ -45,14 +47,23 @@ def run_report(
         The table as text, or JSON. Each line has one radius, one checkpoint, one set of images and one seed.
     """
     paths = distinct_paths(runs)
-    judged = []
+    judged, unjudged = [], []
     for path, name in zip(paths, distinct_names(paths), strict=True):
         beside = [
             file for file in _files_of_other_networks(Path(path)) if not _is_named(file, paths)
         ]
-        if not beside or (Path(path) / EVAL_FILE).is_file():
+        if (Path(path) / EVAL_FILE).is_file() or not (beside or RunDirectory(path).exists):
             judged.append(judged_run(path, name))
+        elif not beside:
+            unjudged.append(path)
         judged += [judged_run(str(file), f"{name}/{file.name}") for file in beside]
+    if unjudged and not judged:
+        judged_run(unjudged[0], unjudged[0])  # which says what is missing
+    if unjudged:
+        warnings.warn(
+            f"not in the report: {', '.join(unjudged)}; there are no results, which `fastadv eval RUN` finds",
+            stacklevel=2,
+        )
     if out is None:
         for name, value in (("robust", robust), ("eps", eps), ("norm", norm)):
             if value is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from typing import Any, Literal
@@ -44,6 +45,7 @@ from fastadv.ops.values import check_choice, check_path, integer, norm_name
 SearchEngine = Literal["auto", "fp32", "reference"]
 ENGINES: tuple[SearchEngine, ...] = ("auto", "fp32", "reference")
 _MAX_SEED = 2**63
+_JOINED = re.compile(r"(.*) \((\d+) more like this\)", re.DOTALL)  # by `merge_warnings`
 
 
 @dataclass(frozen=True)
@@ -303,11 +305,19 @@ def _stage(attack: str, by: str, correct: int, records: Sequence[BatchRecord]) -
 
 
 def merge_warnings(messages: Sequence[str]) -> list[str]:
-    """Join messages that differ in their numbers only, to the first of them with the number of the others."""
+    """Join messages that differ in their numbers only, to the first of them with the number of the others.
+
+    A message that this function has returned, such as one of another process, stands for all that it has joined.
+    """
     groups: dict[str, list[str]] = {}
+    others: Counter[str] = Counter()
     for message in messages:
-        groups.setdefault(re.sub(r"\d+", "#", message), []).append(message)
+        known = _JOINED.fullmatch(message)
+        text, more = (known[1], int(known[2])) if known else (message, 0)
+        kind = re.sub(r"\d+", "#", text)
+        groups.setdefault(kind, []).append(text)
+        others[kind] += more + (len(groups[kind]) > 1)
     return [
-        group[0] + (f" ({len(group) - 1} more like this)" if len(group) > 1 else "")
-        for group in groups.values()
+        group[0] + (f" ({others[kind]} more like this)" if others[kind] else "")
+        for kind, group in groups.items()
     ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadv.attacks import PGD
 from fastadv.data import Batches
 from fastadv.engine.frozen import frozen
-from fastadv.trainers.console import duration
+from fastadv.trainers.console import count_of, duration
 from fastadv.trainers.loop import Loop
 from fastadv.trainers.recipe import AdversarialRecipe, Recipe
 
@@ -40,8 +40,8 @@ def announcement(loop: Loop, model_name: str | None) -> str:
             f"{loop.method.name} on {loader.name} ({_images(loader)}) with "
             f"{model_name or type(model).__name__} ({size:,} parameters), on {where} in "
             f"{precision}{begun}",
-            f"  work: {recipe.epochs} epochs of {len(loop.loader):,} iterations of "
-            f"{recipe.batch_size} images; per image {_passes(loop)}",
+            f"  work: {count_of(recipe.epochs, 'epoch')} of {count_of(len(loop.loader), 'iteration')} of "
+            f"{count_of(recipe.batch_size, 'image')}; per image {_passes(loop)}",
             f"  time: about {duration(_expected_seconds(loop))}, going by one batch",
             *_optimizer_line(loop),
             *_schedule_line(loop.recipe),

@@ -67,7 +67,7 @@ class Console:
             self._estimated = True
             self.say(
                 f"expected: about {duration(self.seconds_left())} for the remaining "
-                f"{self._left - self._done:,} iterations, at {self.images_per_second():,.0f} images/s"
+                f"{count_of(self._left - self._done, 'iteration')}, at {self.images_per_second():,.0f} images/s"
             )
 
     @contextmanager
@@ -120,6 +120,11 @@ class Console:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def count_of(number: int, thing: str) -> str:
+    """Return a number of things as text: "1 epoch", "1,000 iterations"."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"
 
 
 def duration(seconds: float) -> str:

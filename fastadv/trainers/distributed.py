@@ -162,7 +162,10 @@ def _mean_of_channels(x: Tensor) -> Tensor:
 
 
 class _MeanOverRanks(torch.autograd.Function):
-    """The mean of a tensor over the ranks; the gradient is averaged over the ranks as well."""
+    """The mean of a tensor over the ranks; the gradient is averaged over the ranks as well.
+
+    The gradient can be differentiated again, as GradAlign does.
+    """
 
     @staticmethod
     def forward(_: Any, values: Tensor) -> Tensor:
@@ -173,4 +176,4 @@ class _MeanOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor) -> Tensor:
-        return _MeanOverRanks.forward(None, gradients[0])
+        return _MeanOverRanks.apply(gradients[0])

@@ -158,6 +158,15 @@ class Free(PGDAT[FreeRecipe]):
         return {} if self._delta is None else {"delta": self._delta}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the perturbation."""
+        """Restore the perturbation.
+
+        Raises:
+            ValueError: if it is for batches of another size.
+        """
         delta = state.get("delta")
+        size = self.recipe.batch_size // self.runtime.ranks.world_size
+        if delta is not None and len(delta) != size:
+            raise ValueError(
+                f"a perturbation of {len(delta)} images does not fit batches of {size}"
+            )
         self._delta = None if delta is None else delta.to(self.runtime.device)

@@ -20,6 +20,7 @@ from fastadv.trainers.checkpoint import (
     BEST,
     Checkpoint,
     checkpoint_name,
+    find_checkpoint,
     pack_weights,
     prune,
     save_checkpoint,
@@ -122,12 +123,19 @@ class Loop:
             self.average.model.load_state_dict(unpack_average(checkpoint.weights))
         self.method.load_state(shard_state(state.get("method", {}), self.loader))
         self.progress.restore(state["progress"])
+        # If the size of the batches has been changed, the run goes on with the images that follow in the epoch.
+        size = self.recipe.batch_size
+        before = checkpoint.meta.get("recipe", {}).get("batch_size", size)
+        self.progress.epoch_step = min(self.progress.epoch_step * before // size, len(self.loader))
         self._window.load(state["window"])
         self._epoch.load(state["epoch"])
         best = self.progress.best_step
         if best is not None and not (self.run.checkpoints / checkpoint_name(best)).is_dir():
             self.progress.best_step, self.progress.best_score = None, -1.0
             self.progress.validations_since_best = 0
+        elif best is not None and checkpoint.path == find_checkpoint(self.run.path):
+            # A process that was killed may have written the checkpoint and not the link.
+            self._point_to_best()
 
     def train(self) -> dict[str, Any]:
         """Train up to the last epoch, or until patience ends, and return the last epoch's record.
@@ -138,9 +146,8 @@ class Loop:
         total = self.recipe.epochs * len(self.loader)
         first = self.ranks.first
         self.log = MetricsLog(self.run.path, self.progress.step, first)
-        self.console = Console(
-            self.show and first, total, self.progress.step, self.recipe.batch_size
-        )
+        done = self.progress.epoch * len(self.loader) + self.progress.epoch_step
+        self.console = Console(self.show and first, total, done, self.recipe.batch_size)
         record: dict[str, Any] = {}
         notice = "stopping after this iteration, with a checkpoint; once more stops at once"
         repeats = _REPEATS_WITHIN if launch() else 0.0
@@ -318,7 +325,13 @@ class Loop:
         self.run.check_held(self.meta.get("run"))
         folder = self.run.checkpoints
         save_checkpoint(folder, progress.step, pack_weights(states), train_state, meta)
-        best = None if progress.best_step is None else checkpoint_name(progress.best_step)
-        if best is not None:
-            point_link(folder / BEST, best)
-        prune(folder, self.settings.keep, progress.step, best)
+        prune(folder, self.settings.keep, progress.step, self._point_to_best())
+
+    def _point_to_best(self) -> str | None:
+        """Let the link `best` point to the best checkpoint, and return its name; None before a validation."""
+        step = self.progress.best_step
+        if step is None:
+            return None
+        if self.ranks.first:
+            point_link(self.run.checkpoints / BEST, checkpoint_name(step))
+        return checkpoint_name(step)

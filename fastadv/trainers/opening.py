@@ -25,6 +25,7 @@ from fastadv.trainers.checkpoint import (
     load_checkpoint,
 )
 from fastadv.trainers.loop import Loop
+from fastadv.trainers.plain_recipe import differences
 from fastadv.trainers.run_directory import Description, RunDirectory
 
 Images: TypeAlias = ImageData | StreamedData
@@ -112,19 +113,36 @@ def restore(loop: Loop, start: Checkpoint) -> None:
     """Load the state of a checkpoint into the loop.
 
     Raises:
-        CheckpointError: if the state does not fit, for example because another version wrote it.
+        CheckpointError: if the state does not fit, for example because the recipe has changed, or another version
+            wrote it.
     """
     try:
         loop.restore(start)
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        changed = _changed_since(start, loop)
+        if changed:
+            raise CheckpointError(
+                f"{start.path / STATE_FILE}: its state does not fit a run with these changes: "
+                f"{'; '.join(changed)} ({type(error).__name__}: {error}). Go on without them, or begin a new run"
+            ) from error
         writer = start.meta.get("versions", {}).get("fastadv", "of an unknown version")
         raise CheckpointError(
             f"{start.path / STATE_FILE}: its state, written by fastadv {writer}, is not one that fastadv "
             f"{fastadv.__version__} can go on with ({type(error).__name__}: {error}). Go on with the version that "
             "wrote it, or begin a new run"
         ) from error
+
+
+def _changed_since(start: Checkpoint, loop: Loop) -> list[str]:
+    """What the caller has changed of the recipe and the model since a checkpoint: "name: old -> new" each."""
+    changed = []
+    for part in ("recipe", "model"):
+        old, new = start.meta.get(part), loop.meta[part]
+        if isinstance(old, dict):  # what an older version has not recorded is no change
+            changed += differences(old, {name: new[name] for name in old if name in new})
+    return changed
 
 
 def versions() -> dict[str, str]:

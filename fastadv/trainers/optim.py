@@ -77,10 +77,20 @@ def set_place(optimizer: torch.optim.Optimizer, recipe: Recipe, epoch: float) ->
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Load a saved state. Each momentum gets the memory layout of its parameter.
 
-    The fused kernel reads both in memory order, so that different layouts would give wrong results.
+    The fused kernel reads both in memory order, so that different layouts would give wrong results. torch would
+    take all numbers of the groups from the state. Those that `set_place` does not set stay as they are.
+
+    Raises:
+        ValueError: if it is the state of another optimiser, or of other groups of parameters.
     """
+    groups = optimizer.param_groups
+    if any(("betas" in group) != ("betas" in groups[0]) for group in state["param_groups"]):
+        raise ValueError("it is the state of another optimizer")
+    names = [name for name in ("weight_decay", "nesterov") if name in groups[0]]
+    own = [{str(name): group[name] for name in names} for group in groups]
     optimizer.load_state_dict(state)
-    for group in optimizer.param_groups:
+    for group, options in zip(optimizer.param_groups, own, strict=True):
+        group.update(options)
         for parameter in group["params"]:
             entry = optimizer.state[parameter]
             for name, value in entry.items():

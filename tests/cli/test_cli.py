@@ -83,7 +83,7 @@ def test_training_says_what_it_does_and_leaves_its_config(
     out, err = capfd.readouterr()
     assert f"next: fastadv eval {tmp_path / 'at'}" in out
     assert "pgd_at on digits train (subset of 256, seed 0) (256 images) with small_cnn" in err
-    assert "work: 1 epochs of 10 iterations of 25 images; per image up to 7 forward passes" in err
+    assert "work: 1 epoch of 10 iterations of 25 images; per image up to 7 forward passes" in err
     assert "PGD-2 on 0.1 = 25.5/255" in err
     assert "schedule: MultiStep, 100 epochs scaled to 1: milestones 0.75, 0.9, gamma 0.1" in err
     assert re.search(r"epoch 1/1, lr 0\.001, loss \d", err)

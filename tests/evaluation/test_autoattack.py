@@ -243,7 +243,11 @@ def test_two_classes_with_the_attacks_that_allow_it():
 
 def test_warnings_that_differ_in_numbers_are_merged():
     messages = ["there are 3 points", "other", "there are 12 points", "there are 1 points"]
-    assert merge_warnings(messages) == ["there are 3 points (2 more like this)", "other"]
+    merged = ["there are 3 points (2 more like this)", "other"]
+    assert merge_warnings(messages) == merged
+    # The merged messages of two processes stand for six and two.
+    both = ["there are 3 points (5 more like this)", "other (1 more like this)"]
+    assert merge_warnings([*merged, *merged]) == both
 
 
 class _Shifted(nn.Module):

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 from report_helpers import result
+from training_helpers import small_data, small_recipe
 
 from fastadv.cli import main
 from fastadv.commands import run_report
 from fastadv.evaluation import TransferMatrix, add_results
 from fastadv.evaluation.transfer_table import check_matrix_file
+from fastadv.trainers import train
 
 pytest.importorskip("matplotlib")
 MATRIX = TransferMatrix("fgsm", ("a", "b"), ((1, 2), (2, 1)), (3, 3), 4, 0.1, "linf", (0, 1), 0)
@@ -37,6 +39,21 @@ def test_no_file_of_the_users_is_replaced_by_a_report(
     mine.write_text("")  # as mktemp makes it
     for _ in range(2):
         assert main(["report", results, "--out", str(mine.parent)]) == 0
+
+
+def test_runs_that_nobody_has_judged_are_left_out_with_a_warning(
+    results: str, tmp_path: Path
+) -> None:
+    """Such as the extractors of AFS in a folder of runs that `fastadv reproduce` has filled."""
+    options = {"data": small_data(), "model": "small_cnn", "device": "cpu", "progress": False}
+    train("standard", small_recipe("standard", epochs=1), run_dir=tmp_path / "extractor", **options)
+    extractor = str(tmp_path / "extractor")
+    with pytest.warns(UserWarning, match=r"not in the report: .*extractor; there are no results"):
+        assert "a.json" in run_report([extractor, results])
+    with pytest.raises(FileNotFoundError, match=r"extractor.eval\.json: no such file; run"):
+        run_report([extractor])
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        run_report([results, str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("suffix", ["md", "csv", "json"])

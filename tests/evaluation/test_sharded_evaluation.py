@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from attack_helpers import digits_test, trained_small_cnn
 from linear_model import linear_problem
-from processes import Started, ran, rank_environments
+from processes import Started, ran, rank_environments, spawn
+from test_doubtful_figures import BEYOND_THE_IMAGES, nan_off_the_grid, spoilt_off_the_grid
 from training_helpers import small_recipe
 
 from fastadv.evaluation import AutoAttackResult, Result, Stage, evaluate
@@ -191,6 +193,45 @@ def test_keys_differ_with_what_the_values_depend_on() -> None:
 def test_images_are_shared_out_in_turn() -> None:
     shares = [SharedWork(ranks=Ranks(rank, 3)).own(torch.arange(7)).tolist() for rank in range(3)]
     assert shares == [[0, 3, 6], [1, 4], [2, 5]]
+
+
+def doubts(images: int, sharded: bool) -> list[tuple[object, ...]]:
+    """What is told of attacks on models with NaN and infinite gradients, and with NaN as logits."""
+    attacks = [
+        name for name in BEYOND_THE_IMAGES if name != "cwl2-3"
+    ]  # its numbers are of rounding
+    found = []
+    for value in (torch.nan, torch.inf, 0.0):
+        model, (x, y) = spoilt_off_the_grid(value)
+        some = (x[:images], y[:images])
+        found.append(
+            evaluate(model, some, attacks, eps=0.02, batch_size=5, progress=False, sharded=sharded)
+        )
+    model, (x, y) = nan_off_the_grid()
+    some = (x[:images], y[:images])
+    found.append(
+        evaluate(model, some, ["fab-3", "fab-t-3"], eps=0.3, progress=False, sharded=sharded)
+    )
+    return [(row.name, row.correct, row.status, row.notes) for one in found for row in one.rows]
+
+
+def doubting(rank: int, folder: str) -> None:
+    """One of two processes that share 7 images, and then a single one."""
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    torch.save([doubts(7, True), doubts(1, True)], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:the model's gradient in x is", "ignore:the model returned NaN")
+def test_useless_gradients_and_nan_are_counted_over_all_processes(tmp_path: Path) -> None:
+    spawn(doubting, (str(tmp_path),), 2)
+    wanted = [doubts(7, False), doubts(1, False)]
+    assert {status for one in wanted for _, _, status, _ in one} == {"ok", "suspect"}
+    for rank in range(2):
+        assert torch.load(tmp_path / f"{rank}.pt", weights_only=False) == wanted
 
 
 def test_without_a_process_group_nothing_is_shared() -> None:

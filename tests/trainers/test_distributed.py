@@ -40,7 +40,7 @@ from fastadv.trainers.distributed import Synchroniser, with_synced_norms
 from fastadv.trainers.logs import read_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
-METHODS = ["standard", "pgd_at", "trades", "arrest", "act", "s2o", "las_at"]
+METHODS = ["standard", "pgd_at", "trades", "arrest", "act", "s2o", "las_at", "grad_align"]
 PROCESSES, STEPS = 2, 8
 COLLECTIVES = ("all_reduce", "broadcast", "all_gather", "reduce", "gather", "scatter", "barrier")
 SETTINGS = Settings(checkpoint_every=3, log_every=1, keep=3)
@@ -149,6 +149,15 @@ def normed(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [out.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
+def normed_twice(model: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients of a BatchNorm's squared input gradient, in which it is differentiated twice."""
+    out = model(x)
+    loss = out.pow(3).mul(torch.arange(out[0].numel(), dtype=x.dtype).view(out[0].shape)).sum()
+    (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+    gradient.square().sum().backward()
+    return [x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
 def norm_input() -> Tensor:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(6, 3, 4, 2, generator=generator, dtype=torch.float64) * 2 + 100
@@ -199,6 +208,8 @@ def process(rank: int, folder: str) -> None:
     ranks = Ranks(rank, PROCESSES)
     norm = with_synced_norms(nn.BatchNorm2d(3).double(), ranks)
     found["norm"] = normed(norm, norm_input().chunk(2)[rank].clone().requires_grad_())
+    norm = with_synced_norms(nn.BatchNorm2d(3).double(), ranks)
+    found["twice"] = normed_twice(norm, norm_input().chunk(2)[rank].clone().requires_grad_())
     partial = Partial()
     loss = Synchroniser([partial], ranks).backward(partial.loss(rank))
     found["partial"] = [loss, *(p.grad for p in partial.parameters())]
@@ -295,6 +306,17 @@ def test_synced_batch_norm_is_batch_norm_of_the_whole(
     for wanted, found in zip(whole[4:], parts[4:], strict=True):
         for one in found:
             torch.testing.assert_close(one, wanted)
+
+
+@pytest.mark.processes
+def test_synced_batch_norm_is_differentiated_twice(
+    together: tuple[Path, list[dict[str, Any]]],
+) -> None:
+    whole = normed_twice(nn.BatchNorm2d(3).double(), norm_input().requires_grad_())
+    parts = list(zip(*(one["twice"] for one in together[1]), strict=True))
+    torch.testing.assert_close(torch.cat(parts[0]), whole[0])
+    for wanted, found in zip(whole[1:], parts[1:], strict=True):
+        torch.testing.assert_close(found[0] + found[1], wanted)
 
 
 @pytest.mark.processes

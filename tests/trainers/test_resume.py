@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from dataclasses import replace
@@ -18,6 +19,7 @@ from training_helpers import make_model, small_data, small_recipe, states_equal
 
 from fastadv.cli import main
 from fastadv.data import Splits
+from fastadv.files import point_link
 from fastadv.trainers import CheckpointError, load_model
 from fastadv.trainers.checkpoint import checkpoints_in, find_checkpoint, load_checkpoint
 from fastadv.trainers.logs import read_records
@@ -71,6 +73,25 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert again.record == {}
 
 
+@pytest.mark.parametrize("left", ["step_000004", "step_000008", None])
+def test_the_best_checkpoint_has_its_link_also_after_a_kill_before_the_link(
+    left: str | None, tmp_path: Path
+) -> None:
+    best = run("pgd_at", tmp_path).best_checkpoint.name
+    link = tmp_path / "checkpoints" / "best"
+    link.unlink()
+    if left is not None:
+        point_link(link, left)
+    with pytest.raises(
+        Interruption
+    ):  # an older checkpoint does not know which is the best of the run
+        run("pgd_at", tmp_path, 7, resume="step_000006")
+    assert link.is_symlink() == (left is not None)
+    assert left is None or os.readlink(link) == left
+    assert run("pgd_at", tmp_path, resume=True).best_checkpoint.name == best
+    assert os.readlink(link) == best
+
+
 def test_resuming_where_nothing_is_starts_a_run(tmp_path: Path) -> None:
     assert run("standard", tmp_path / "new", resume=True).progress.step == 8
 
@@ -83,6 +104,59 @@ def test_a_run_can_be_made_longer_on_request(tmp_path: Path) -> None:
     assert longer.progress.step == 12
     # From now on that is what the run is.
     assert run("standard", tmp_path, resume=True, changes={"epochs": 3}).progress.step == 12
+
+
+@pytest.mark.parametrize(
+    ("size", "begins_at", "steps"), [(8, 6, 9), (24, 2, 3), (36, 1, 2), (64, 0, 1)]
+)
+def test_a_run_goes_on_at_its_place_in_the_epoch_with_batches_of_another_size(
+    size: int, begins_at: int, steps: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(Interruption):
+        run("standard", tmp_path, 4)  # the last checkpoint is after 3 batches of 16 images
+    places: list[tuple[int, int]] = []
+    run(
+        "standard",
+        tmp_path,
+        resume=True,
+        allow_changes=True,
+        changes={"batch_size": size},
+        on_step=lambda progress: places.append((progress.epoch, progress.epoch_step)),
+        progress=True,
+    )
+    assert places == [(0, i) for i in range(begins_at + 1, steps + 1)] + [
+        (1, i) for i in range(1, steps + 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "second", "told"),
+    [
+        ("standard", {}, {"optimizer": "adamw"}, "optimizer: sgd -> adamw"),
+        ("standard", {"optimizer": "adamw"}, {}, "optimizer: adamw -> sgd"),
+        ("standard", {}, {"norm_decay": False}, "norm_decay: True -> False"),
+        ("free", {"steps": 2}, {"steps": 2, "batch_size": 24}, "batch_size: 16 -> 24"),
+    ],
+)
+def test_changes_that_a_state_does_not_fit_are_named(
+    method: str, first: dict[str, Any], second: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Interruption):
+        run(method, tmp_path, 4, changes=first)
+    with pytest.raises(CheckpointError, match=rf"these changes: {told}.*Go on without them"):
+        run(method, tmp_path, resume=True, allow_changes=True, changes=second)
+
+
+@pytest.mark.parametrize("changes", [{"weight_decay": 0.3}, {"nesterov": True}])
+def test_changed_numbers_of_the_optimizer_have_an_effect(
+    changes: dict[str, Any], shared_runs: SharedRuns, tmp_path: Path
+) -> None:
+    """torch's optimisers take all their numbers from a state that they load."""
+    with pytest.raises(Interruption):
+        run("standard", tmp_path, 4)
+    changed = run("standard", tmp_path, resume=True, allow_changes=True, changes=changes)
+    whole = load_model(shared_runs.whole("standard"))
+    assert not states_equal(changed.model.state_dict(), whole.state_dict())
 
 
 def test_a_run_from_before_a_number_existed_goes_on(tmp_path: Path) -> None:

@@ -108,6 +108,10 @@ def test_the_announcement_estimates_the_time(
     error = capsys.readouterr().err
     assert f"time: about {seconds:.0f} s, going by one batch" in error
     assert re.search(r"up to \d+ forward passes in epoch 1, .* in epochs 2 to 3\n", error)
+    assert f"work: 3 epochs of {STEPS} iterations of 16 images;" in error
+    whole = {"epochs": 1, "batch_size": 72}
+    run("standard", tmp_path / "short", progress=True, changes=whole)
+    assert "work: 1 epoch of 1 iteration of 72 images;" in capsys.readouterr().err
 
 
 def test_the_announcement_changes_nothing(tmp_path: Path) -> None:
