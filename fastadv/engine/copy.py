@@ -43,6 +43,9 @@ class AttackCopy(nn.Module):
         self.graph_module = fx.GraphModule(root, graph)
         self.graph_module.graph.eliminate_dead_code()
         self.graph_module.recompile()
+        # Graphs and their nodes refer to one another. With the module among them, its weights would stay in memory
+        # until Python looks for such cycles, which it does by the number of objects and not by their size.
+        self.graph_module.graph.owning_module = None
         self.batch_node = constants.batch_node
         self.nodes = constants.nodes
         self.dtype = dtype

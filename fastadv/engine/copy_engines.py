@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class CopyEngine(EngineOnCopy):
 
     def record_passes(self, recorder: WorkRecorder) -> GraphedPasses:
         """Have the passes of long attacks recorded."""
-        self.passes = GraphedPasses(self._forward, recorder, self.any_batch)
+        # The engine's own method would close a cycle of references, in which a dropped engine keeps its memory.
+        self.passes = GraphedPasses(partial(_passed, self._run), recorder, self.any_batch)
         return self.passes
 
     def logits(self, x: Tensor) -> Tensor:
@@ -129,13 +131,18 @@ class CopyEngine(EngineOnCopy):
         return InputGradient(value, output.clone(), grad)
 
     def _forward(self, x: Tensor) -> Tensor:
-        try:
-            return self._run(x)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(
-                "engine must be 'auto' or 'eager' for this model, got 'compiled': torch.compile "
-                f"fails: {error}"
-            ) from error
+        return _passed(self._run, x)
+
+
+def _passed(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Logits of a copy that may be compiled."""
+    try:
+        return run(x)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise ValueError(
+            "engine must be 'auto' or 'eager' for this model, got 'compiled': torch.compile "
+            f"fails: {error}"
+        ) from error
 
 
 class ProgramEngine(EngineOnCopy):

@@ -73,7 +73,7 @@ def rows_steps(
             continue
         part = parts.get(node)
         if isinstance(part, CopiedLinear):
-            steps.extend(_linear_steps(node, part, covered))
+            steps.extend(_linear_steps(node, part, copy, covered))
             covered.add(node)
             continue
         step = (
@@ -105,7 +105,9 @@ def _float_steps(
     return steps
 
 
-def _linear_steps(node: fx.Node, part: CopiedLinear, covered: set[fx.Node]) -> list[ProgramStep]:
+def _linear_steps(
+    node: fx.Node, part: CopiedLinear, copy: AttackCopy, covered: set[fx.Node]
+) -> list[ProgramStep]:
     """The layer, and with it the constant that alone multiplies its result, also behind a permutation."""
     (x,) = node.all_input_nodes
     end, axis = node, -1
@@ -119,7 +121,7 @@ def _linear_steps(node: fx.Node, part: CopiedLinear, covered: set[fx.Node]) -> l
     scale = scales[0] if len(scales) == 1 and not user.kwargs else None
     if not (isinstance(scale, fx.Node) and scale.op == "get_attr"):
         return [RowsLinearStep(node, part, x)]
-    values = getattr(node.graph.owning_module, str(scale.target))
+    values = getattr(copy.graph_module, str(scale.target))
     if not _is_per_channel(values, part.weight.shape[0], axis):
         return [RowsLinearStep(node, part, x)]
     covered.add(user)
