@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from fastadv.engine import proof
 from fastadv.engine.content import content
 from fastadv.engine.hidden_draws import is_torchs
 from fastadv.engine.networks import modules_of
-from fastadv.engine.operands import version_of
+from fastadv.engine.operands import count_write, version_of
 from fastadv.engine.outline import blank, makes_new
 from fastadv.engine.recorder import Recorder
 from fastadv.engine.recording import RecordedOp, Recording
@@ -68,6 +67,10 @@ class CachedRecording:
         made = CachedRecording(recording, weights, warmup)
         made.seconds = spent
         return made
+
+    def is_laid_out_like(self, x: Tensor) -> bool:
+        """Whether the images in memory have the layout that other images [B, ...] have."""
+        return torch.empty_like(x[:1], device="meta").stride()[1:] == self.images.stride()[1:]
 
     def repeated(self, model: nn.Module) -> Recording | None:
         """A recording of now, of the same images, without values; None where weights differ or the model fails."""
@@ -181,6 +184,6 @@ class _Repeat(Recorder):
         if not same or then.with_gradient != torch.is_grad_enabled():
             return super().call(func, args, kwargs)
         if shape is None:
-            increment_version(args[0])
+            count_write(args[0])
             return args[0]
         return blank(shape[0], self.recording.images.device, shape[1])

@@ -11,6 +11,7 @@ from fastadv.engine import proof
 from fastadv.engine.cached_recording import CachedRecording, counted_weights
 from fastadv.engine.counters import plain_state
 from fastadv.engine.errors import DependsOnBatch, Unrecordable
+from fastadv.engine.named_code import asks_for_gradients
 from fastadv.engine.outline import outlined
 from fastadv.engine.recorder import record, recorded
 from fastadv.engine.recording import Recording
@@ -60,7 +61,8 @@ def tape_now(model: nn.Module, x: Tensor) -> tuple[Tape, Recording]:
             first, second = (
                 recorded(model, images, careful=True) for images in (others, finite(x))
             )
-        tape = replace(tape_for_one_size(first), warmup=warmup)
+        by_mode = asks_for_gradients(model)
+        tape = replace(tape_for_one_size(first), warmup=warmup, by_mode=by_mode)
         if tape.describes(second) and same_tensors(first, second):
             _check_plain_pass(model, tape, second)
             return tape, second
@@ -75,7 +77,7 @@ def _of_two_sizes(model: nn.Module, x: Tensor, warmup: int) -> tuple[Tape, Recor
         second = recorded(model, _some(x, SIZES[1]), careful=True)
         first = outlined(model, _some(x, SIZES[0]), second, careful=True)
         first = first or recorded(model, _some(x, SIZES[0]), careful=True)
-    tape = replace(tape_of(first, second), warmup=warmup)
+    tape = replace(tape_of(first, second), warmup=warmup, by_mode=asks_for_gradients(model))
     _check_plain_pass(model, tape, second)
     return tape, second
 

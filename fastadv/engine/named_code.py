@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 _MOST_FUNCTIONS = 500
@@ -53,6 +54,18 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
         new = mentioned - names
         waiting.extend(own[name] for own in kinds.values() for name in new & own.keys())
         names |= new
+
+
+def asks_for_gradients(model: nn.Module) -> bool:
+    """Whether the code of a model names what tells whether gradients are computed."""
+    for _, value in named_by(model):
+        code = getattr(_function_of(value), "__code__", None)
+        if value is torch.is_grad_enabled or (code and not _QUESTIONS.isdisjoint(_names_in(code))):
+            return True
+    return False
+
+
+_QUESTIONS = frozenset(("is_grad_enabled", "is_inference_mode_enabled", "requires_grad"))
 
 
 def _attributes_of(kind: type) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastadv.engine.watched_size import WatchedSize
 
@@ -45,6 +46,12 @@ _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.Size, 
 def version_of(tensor: Tensor) -> int:
     """Rises with every write to a tensor; 0 for tensors that do not count their writes."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def count_write(tensor: Tensor) -> None:
+    """Let a tensor that counts its writes count one more."""
+    if not tensor.is_inference():
+        increment_version(tensor)
 
 
 def storage_of(tensor: Tensor) -> int:

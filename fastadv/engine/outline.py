@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from fastadv.engine.hidden_draws import is_torchs
-from fastadv.engine.operands import broadcast_shapes
+from fastadv.engine.operands import broadcast_shapes, count_write
 from fastadv.engine.recorder import Recorder, recorded, storage_of, tensors_in
 from fastadv.engine.recording import RecordedOp, Recording, refs
 
@@ -106,14 +105,19 @@ class _Outline(Recorder):
         value = self._like.values[then.place]
         shape = _shape_of(func.__name__, then, self._like, operands)
         if then.writes and shape == args[0].shape and self._depends(args[0]):
-            increment_version(args[0])
+            count_write(args[0])
             return args[0]
         if shape is None or then.writes or not makes_new(then, self._like):
             return super().call(func, args, kwargs)
         tracked = value.requires_grad and any(t.requires_grad for t in operands)
         return blank(_in_order_of(value, shape), self.recording.images.device, tracked)
 
-    def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
+    def record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
+        """As in `Recorder.record_own_function`.
+
+        Raises:
+            RuntimeError: always, since only a real pass tells what such a function gives.
+        """
         raise RuntimeError("only a real pass can tell")
 
 

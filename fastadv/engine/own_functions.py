@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from fastadv.engine.recorder import Recorder
 
 
 def is_importing(frame: types.FrameType | None, outermost: types.CodeType) -> bool:
@@ -31,6 +37,42 @@ def reads_for_itself(function: Any, frame: types.FrameType) -> bool:
         return False
     asked = getattr(function.__self__, "__name__", "") in _ABOUT_GRADIENTS
     return asked and not str(frame.f_globals.get("__name__", "")).startswith("torch.")
+
+
+@contextmanager
+def sees_own_functions(recorder: Recorder, outermost: types.CodeType) -> Iterator[None]:
+    """Record autograd functions as one op each, by watching the calling thread enter their forward methods.
+
+    Args:
+        recorder: of the pass that follows.
+        outermost: the code that runs the pass.
+    """
+    if sys.getprofile() is not None:  # somebody is profiling, who is not to be disturbed
+        yield
+        return
+    codes = forward_codes()
+    calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
+
+    def watch(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call" and not recorder.inside and id(frame.f_code) in codes:
+            cls, args = own_call(frame, codes[id(frame.f_code)])
+            calls.append((frame, cls, args))
+            recorder.enter()
+        elif event == "return" and calls and calls[-1][0] is frame:
+            _, cls, args = calls.pop()
+            recorder.leave()
+            if arg is not None and not recorder.refusal:
+                recorder.record_own_function(cls, args, arg)
+        elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
+            if is_importing(frame, outermost):
+                return  # of a module that is needed for the first time
+            recorder.refusal = "its forward draws random numbers (the system's)"
+
+    sys.setprofile(watch)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 def forward_codes() -> dict[int, Any]:

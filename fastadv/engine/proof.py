@@ -193,8 +193,18 @@ def difference_of_results(
     return None
 
 
-def agrees(engine: Engine, recording: Recording, model: nn.Module, with_gradient: bool) -> bool:
-    """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients."""
+def agrees(
+    engine: Engine, recording: Recording, model: nn.Module, with_gradient: bool, by_mode: bool
+) -> bool:
+    """Whether an engine's logits are the live model's; where the recording has a graph, also the gradients.
+
+    Args:
+        engine: the engine, in a session.
+        recording: of now.
+        model: the recorded model.
+        with_gradient: whether to compare gradients.
+        by_mode: as in `fastadv.engine.tape.Tape`.
+    """
     images = recording.images.detach()
     try:
         logits = engine.logits(engine.images(images))
@@ -202,6 +212,17 @@ def agrees(engine: Engine, recording: Recording, model: nn.Module, with_gradient
             fault = evidence_of(recording, model, engine.precision).against(engine)
             if fault is not None:
                 return False
+        if by_mode and not agrees_without_gradients(engine, model, images):
+            return False
     except Exception:  # as when building
         return False
     return difference_of_logits(logits, recording.logits.detach(), engine.precision) is None
+
+
+def agrees_without_gradients(engine: Engine, model: nn.Module, images: Tensor) -> bool:
+    """Whether an engine's logits of a few images are those of the live model where no gradients are computed."""
+    with recording_mode(model), torch.no_grad():
+        wanted = model(images.clone())
+    with engine.session(model, 0, current=True):
+        found = engine.logits(engine.images(images))
+    return difference_of_logits(found, wanted, engine.precision) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastadv.engine.operands import tensors_in
 READS = frozenset(
     ("__bool__", "__int__", "__float__", "__index__", "__complex__", "__contains__", "__array__",
      "item", "tolist", "numpy", "equal", "allclose", "is_nonzero", "data_ptr", "__dlpack__", "__format__",
-     "__repr__", "storage", "untyped_storage")
+     "__repr__", "storage", "untyped_storage", "_local_scalar_dense", "_nnz")
 )  # fmt: skip
 # Functions that a recording refuses, each with the reason.
 REFUSED = {
@@ -43,11 +44,43 @@ SIZES = frozenset(("size", "numel", "nelement"))
 TENSOR_PROPERTIES = frozenset(("T", "mT", "H", "mH", "data", "real", "imag"))
 
 
+def name_of(function: Any) -> str:
+    """The name of a function of torch, that of its operator for an overload such as ``aten.add.Tensor``."""
+    name: str = getattr(function, "__name__", "")
+    return name.partition(".")[0] if isinstance(function, torch._ops.OpOverload) else name
+
+
 def targets_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors into which a function writes, as far as its name tells, such as ``add_`` or ``__setitem__``."""
     in_place = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
     values = args[:1] if in_place and name not in NO_OPERATION else ()
     return tensors_in((*values, kwargs.get("out")))
+
+
+def uncounted(
+    name: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    depends: Callable[[Tensor], bool],
+) -> list[Tensor]:
+    """The tensors that a function has changed though torch counts no write to them.
+
+    It counts no writes to tensors made in inference mode. Such a tensor may be changed if it is the result. Torch
+    does not count either that a tensor is cut out of the graph of its gradients.
+
+    Args:
+        name: of the function.
+        args: its positional arguments.
+        kwargs: its arguments by keyword.
+        result: its result.
+        depends: whether a tensor depends on the images; others have no gradient, and keep their values.
+    """
+    if name == "detach_":
+        return [t for t in tensors_in(args[:1]) if depends(t)]
+    returned = [t for t in tensors_in(args[:1]) if t is result and depends(t)]
+    targets = targets_of(name, args, kwargs) or returned
+    return [t for t in targets if t.is_inference()]
 
 
 _OPERATORS = ("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow", "and", "or", "xor")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import numpy as np
@@ -23,9 +23,10 @@ from fastadv.engine import recorded_functions as functions
 from fastadv.engine.errors import Unrecordable
 from fastadv.engine.hidden_draws import may_hide_draws, watched_for_draws
 from fastadv.engine.operands import leads_to, storage_of, tensors_in, version_of
-from fastadv.engine.own_functions import forward_codes, is_importing, own_call, reads_for_itself
+from fastadv.engine.own_functions import reads_for_itself, sees_own_functions
 from fastadv.engine.recording import ArrayArgument, RecordedOp, Recording, Ref, item, refs
 from fastadv.engine.recording_mode import recording_mode, warm_up, without_graph
+from fastadv.engine.unseen_operations import UnseenOperations, others_below, unwatched
 from fastadv.engine.watched_size import SizeComparisons, WatchedSize, watched
 
 # In place of activations of a large batch.
@@ -72,7 +73,7 @@ def recorded(
 
         def run() -> None:
             recorder = make(images, gradients)
-            with recorder.sees_own_functions():
+            with sees_own_functions(recorder, Recorder.run.__code__):
                 found.append(recorder.run(model))
 
         generator = randomness.drawing_generator(model, run)
@@ -82,7 +83,13 @@ def recorded(
 
 
 class Recorder(TorchFunctionMode):
-    """Watches one forward pass of the calling thread."""
+    """Watches one forward pass of the calling thread.
+
+    Attributes:
+        recording: what it has seen.
+        inside: how many autograd functions, or functions of torch, run now; each is recorded as one operation.
+        refusal: why no copy can be made; empty where nothing speaks against it.
+    """
 
     def __init__(self, images: Tensor, gradients: bool = True) -> None:
         super().__init__()
@@ -95,9 +102,9 @@ class Recorder(TorchFunctionMode):
         self._ragged: set[int] = set()  # places of tensors whose shape depends on values
         # The arguments of the function that has just run, as `referred` gives them, if `call` has asked.
         self._referred: tuple[Any, Any] | None = None
-        self._inside = 0  # of autograd functions, which are recorded as one op
+        self.inside, self.refusal = 0, ""
+        self._handling = 0  # of functions of torch, whose operators are seen with them
         self._comparisons = SizeComparisons()
-        self._refusal = ""
         self._device = images.device.type
         self._knows_autocast = torch.amp.is_autocast_available(self._device)
         leaf = images.detach().clone().requires_grad_(gradients)
@@ -108,12 +115,12 @@ class Recorder(TorchFunctionMode):
         recording = self.recording
         batch = recording.images.clone()
         self._add(batch, depends=True)
-        with self:
+        with self, UnseenOperations(self._is_seeing, self._depends, self._note_unseen):
             result = model(batch)
         self._comparisons.on = False  # the model may keep sizes
         recording.comparisons = self._comparisons.seen
-        if self._refusal:  # the model may have caught the exception
-            raise Unrecordable(self._refusal)
+        if self.refusal:  # the model may have caught the exception
+            raise Unrecordable(self.refusal)
         if not isinstance(result, Tensor):
             raise Unrecordable(f"its forward returns a {type(result).__name__}, not one tensor")
         place = self._places.get(id(result))
@@ -123,16 +130,30 @@ class Recorder(TorchFunctionMode):
         return recording
 
     def _refuse(self, reason: str) -> Unrecordable:
-        self._refusal = self._refusal or reason  # the first one tells most
-        return Unrecordable(self._refusal)
+        self.refusal = self.refusal or reason  # the first one tells most
+        return Unrecordable(self.refusal)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one function, and record it if its result is a tensor."""
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self._inside:
+        self._handling += 1
+        try:
+            return self._handle(func, args, kwargs or {}, sys._getframe(1))
+        finally:
+            self._handling -= 1
+
+    def _is_seeing(self) -> bool:
+        return self._handling > 0 or self.inside > 0
+
+    def _note_unseen(self) -> None:
+        self.refusal = self.refusal or functions.UNSEEN
+
+    def _handle(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], caller: types.FrameType
+    ) -> Any:
+        name = functions.name_of(func)
+        if self.inside:
             self._check_draws(func, name, args, kwargs)
             return func(*args, **kwargs)
         if name == "__get__":
@@ -144,7 +165,7 @@ class Recorder(TorchFunctionMode):
             if read == "grad_fn":  # which takes hooks that nobody sees
                 raise self._refuse("its forward looks into the graph of its gradients")
             if read not in functions.TENSOR_PROPERTIES:
-                asks = reads_for_itself(func, sys._getframe(1)) and not self._depends(args[0])
+                asks = reads_for_itself(func, caller) and not self._depends(args[0])
                 if asks and not leads_to(args[0], self.recording.images):
                     raise self._refuse("its forward asks whether its weights require grad")
                 return func(*args, **kwargs)
@@ -155,15 +176,19 @@ class Recorder(TorchFunctionMode):
         self._check_what_stays(name, args, kwargs)
         versions = [version_of(t) for t in operands]
         self._referred = None
-        self._enter()  # an autograd function that torch itself calls is part of this function
+        self.enter()  # an autograd function that torch itself calls is part of this function
         try:
-            result = self.call(func, args, kwargs)
+            with unwatched(func, operands):
+                result = self.call(func, args, kwargs)
         finally:
-            self._leave()
+            self.leave()
         written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
+        written = written or functions.uncounted(name, args, kwargs, result, self._depends)
         made = tensors_in((result,))
         if not made and not written:
             self._check_what_is_read(name, operands)
+            if result is not None and may_hide_draws(func) and any(map(self._depends, operands)):
+                raise self._refuse(f"its forward takes numbers that others compute ({name})")
             if name in functions.SIZES:
                 return watched(result, self._comparisons)
             if name == "__len__":  # Python makes a plain integer of it, which nobody can watch
@@ -172,13 +197,15 @@ class Recorder(TorchFunctionMode):
             self._record(func, name, args, kwargs, result, written, self._referred)
         return result
 
-    def _enter(self) -> None:
-        self._inside += 1
+    def enter(self) -> None:
+        """Take what follows for a part of one function, until `leave`."""
+        self.inside += 1
         self._comparisons.on = False
 
-    def _leave(self) -> None:
-        self._inside -= 1
-        self._comparisons.on = self._inside == 0
+    def leave(self) -> None:
+        """End what `enter` has begun."""
+        self.inside -= 1
+        self._comparisons.on = self.inside == 0
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one function of torch; the next recorded op is its."""
@@ -241,7 +268,9 @@ class Recorder(TorchFunctionMode):
         written: list[Tensor],
         before: tuple[Any, Any] | None = None,
     ) -> None:
-        recording = self.recording
+        below, recording = others_below(), self.recording
+        if below is not None:
+            raise self._refuse(f"its forward enters {below}, which may change what torch computes")
         recording.autocast |= self._knows_autocast and torch.is_autocast_enabled(self._device)
         before = before or (self.referred(args), self.referred(kwargs))
         depends = any(recording.depends[ref.place] for ref in refs(before))
@@ -360,37 +389,8 @@ class Recorder(TorchFunctionMode):
         self._model_storages.add(storage_of(tensor))
         return self._add(tensor, depends=False)
 
-    @contextmanager
-    def sees_own_functions(self) -> Iterator[None]:
-        """Record autograd functions as one op each, by watching the calling thread enter their forward methods."""
-        if sys.getprofile() is not None:  # somebody is profiling, who is not to be disturbed
-            yield
-            return
-        codes = forward_codes()
-        calls: list[tuple[types.FrameType, Any, tuple[Any, ...]]] = []
-
-        def watch(frame: types.FrameType, event: str, arg: Any) -> None:
-            if event == "call" and not self._inside and id(frame.f_code) in codes:
-                cls, args = own_call(frame, codes[id(frame.f_code)])
-                calls.append((frame, cls, args))
-                self._enter()
-            elif event == "return" and calls and calls[-1][0] is frame:
-                _, cls, args = calls.pop()
-                self._leave()
-                if arg is not None and not self._refusal:
-                    self._record_own_function(cls, args, arg)
-            elif event == "c_call" and getattr(arg, "__name__", "") == "urandom":
-                if is_importing(frame, Recorder.run.__code__):
-                    return  # of a module that is needed for the first time
-                self._refusal = "its forward draws random numbers (the system's)"
-
-        sys.setprofile(watch)
-        try:
-            yield
-        finally:
-            sys.setprofile(None)
-
-    def _record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
+    def record_own_function(self, cls: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Record a call of an autograd function that torch does not hand to modes."""
         self.recording.own_functions = True
         # An autograd function switches gradients off for its own code.
         with torch._C.DisableTorchFunction(), torch.enable_grad(), suppress(Unrecordable):

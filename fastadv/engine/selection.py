@@ -214,7 +214,7 @@ class EngineCache:
         proven = (
             c
             for c in known
-            if few and (c.engine_for(batch) is self._last_proven or _unchanged(c, model, batch))
+            if few and (c.engine_for(batch) is self._last_proven or _unchanged(c, model, x))
         )
         same = next(proven, None)
         careful |= randomness.shared_states() != states  # by the model, or by another thread
@@ -236,7 +236,7 @@ class EngineCache:
                 if with_gradient and not recording.gradients:
                     shown = _with_gradients(copy, model, x, careful) or recording
                 with engine.session(model, 0, current=True):
-                    agrees = proof.agrees(engine, shown, model, with_gradient)
+                    agrees = proof.agrees(engine, shown, model, with_gradient, copy.tape.by_mode)
                 if not agrees:
                     kept.remove(copy)
                     self._parted[kind, engine.precision] += 1
@@ -295,17 +295,21 @@ def _choose(copy: _Copy, reference: LiveReference, precision: str, request: Engi
         first.rest()
 
 
-def _unchanged(copy: _Copy, model: nn.Module, batch: int) -> bool:
+def _unchanged(copy: _Copy, model: nn.Module, x: Tensor) -> bool:
     """Whether a copy was proven before and the model, weights included, has not changed since.
 
     Then its logits and gradients are right without another comparison.
     """
-    engine = copy.engine_for(batch)
+    engine = copy.engine_for(x.shape[0])
     cached, engine.cached_recording = engine.cached_recording, None
     if cached is None or not copy.evidence or copy.changes.are_certain(model):
         return False
+    if not cached.is_laid_out_like(x):  # a model may ask for the layout
+        return False
     recording = cached.repeated(model)
     if recording is None or not copy.tape.describes(recording):
+        return False
+    if copy.tape.by_mode and not proof.agrees_without_gradients(engine, model, cached.images):
         return False
     engine.cached_recording = cached
     copy.changes.used()

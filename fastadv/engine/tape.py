@@ -43,6 +43,8 @@ class Tape:
         comparisons: as in `Recording`, with None in place of each comparison that depends on the batch size; None
             alone if the number of comparisons depends on it.
         warmup: calls in which the model may do something else, before each recording.
+        by_mode: whether the model's code asks whether gradients are computed. It may then do something else
+            without them, though recordings, which have them, show no change.
     """
 
     ops: tuple[RecordedOp, ...]
@@ -54,6 +56,7 @@ class Tape:
     autocast: bool
     comparisons: tuple[float | None, ...] | None
     warmup: int = 0
+    by_mode: bool = False
 
     @property
     def decides_by_batch(self) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
+from fastadv.engine.recorder import Recorder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,7 +60,23 @@ class Conditional(Body):
 def test_a_model_that_cannot_be_recorded_runs_live(monkeypatch) -> None:
     monkeypatch.setattr("fastadv.engine.selection.fast_bf16", lambda device: False)
     attack = fastadv.PGD(Conditional().eval(), steps=1)
-    with pytest.warns(UserWarning, match="recording it fails"):
+    with pytest.warns(UserWarning, match="with the eager engine"):
+        attack(X, Y)
+    assert attack.last.engine == "eager"
+
+
+class Unwatched(Body):
+    """Fails where somebody watches torch's functions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if any(isinstance(m, Recorder) for m in torch.overrides._get_current_function_mode_stack()):
+            raise RuntimeError("watched")
+        return super().forward(x)
+
+
+def test_a_model_that_fails_while_it_is_recorded_runs_live() -> None:
+    attack = fastadv.PGD(Unwatched().eval(), steps=1, precision="bf16")
+    with pytest.warns(UserWarning, match="recording it fails: watched"):
         attack(X, Y)
     assert attack.last.engine == "eager"
 
