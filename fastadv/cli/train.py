@@ -26,6 +26,7 @@ from fastadv.cli.saved_options import (
     saved_options,
     saved_teachers,
 )
+from fastadv.cli.yaml_values import load_yaml
 from fastadv.commands import Flags, run_training
 from fastadv.data.datasets import dataset_names
 from fastadv.data.training_folders import FOLDER
@@ -226,7 +227,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 def _number(text: str) -> Any:
     """The parser's value of a number, which may be written +40, 4_0 or 0x28; any other word unchanged."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text
 
