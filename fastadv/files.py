@@ -31,6 +31,8 @@ _ADVICE = {
     errno.EROFS: "choose a folder that can be written",
     errno.EACCES: "choose a folder that can be written",
     errno.EPERM: "choose a folder that can be written",
+    errno.EEXIST: "a folder of its path is a file, or a link to nothing",
+    errno.ENOTDIR: "a folder of its path is a file",
 }
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 

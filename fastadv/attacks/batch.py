@@ -201,9 +201,13 @@ class AttackBatch:
         self.counters.counts += torch.stack((zero.sum(), useless.sum()))
 
     def _count_infinite(self, grad: Tensor) -> None:
-        """Count the samples whose gradient has infinite elements and no NaN; norms cost less than a search."""
-        axes, wide = tuple(range(1, grad.dim())), torch.promote_types(grad.dtype, torch.float32)
-        infinite = torch.linalg.vector_norm(grad, dim=axes, dtype=wide).isinf()
+        """Count the samples whose gradient has infinite elements and no NaN.
+
+        The largest and the smallest element cost less than a search. A norm would cost less still, but the squares
+        of elements above 1.8e19 overflow in float32.
+        """
+        axes = tuple(range(1, grad.dim()))
+        infinite = grad.amax(axes).isinf() | grad.amin(axes).isinf()
         self.counters.counts[1].add_(self._of_active(infinite).sum())
 
     def _of_active(self, flags: Tensor) -> Tensor:

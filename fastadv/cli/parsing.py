@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -17,6 +17,7 @@ from jsonargparse.typing import register_type
 from fastadv.cli.completion import is_completing, offer_options
 from fastadv.cli.flags import is_flag, spellings, turned_off, with_values
 from fastadv.cli.help_format import HelpFormatter
+from fastadv.cli.yaml_values import MODE, is_base_60, load_yaml
 from fastadv.ops.synonyms import SYNONYMS
 from fastadv.ops.values import did_you_mean, nearest, norm_name_if_known
 from fastadv.trainers import schedules
@@ -32,6 +33,8 @@ _KINDS = {
     "str": "text",
     "tuple": "a list such as [75,90]",
 }
+# On the command line every word is text. In a config YAML reads 007, on and no otherwise.
+_QUOTES = "; a config has text in quotes where it looks like a number, or like true or false"
 
 register_type(
     Number,
@@ -61,6 +64,7 @@ class Parser(ArgumentParser):
         kwargs.setdefault("prog", _PROGRAM)
         kwargs.setdefault("formatter_class", HelpFormatter)
         kwargs.setdefault("allow_abbrev", False)
+        kwargs["parser_mode"] = MODE
         super().__init__(*args, **kwargs)
         self.color = False  # Python 3.14 would colour the help
         self._needs = needs or {}
@@ -83,11 +87,23 @@ class Parser(ArgumentParser):
             repeated = _repeated_name(config)
             if repeated is not None:
                 self.error(f'option "config" must have each name once, got {repeated!r} twice')
+        self._refuse_base_60(self._words)
         found = super().parse_args(words, *others, **options)
         for name, value in vars(found).items():  # also those of a config
             if isinstance(value, str):
                 found[name] = home_expanded(value)
         return found
+
+    def _refuse_base_60(self, words: Sequence[str]) -> None:
+        """Refuse 1:30 as a whole number, which jsonargparse reads as 90 whatever the loader of configs says."""
+        whole = [
+            action.dest
+            for action in self._actions
+            if int in (hint := getattr(action, "_typehint", None), *get_args(hint))
+        ]
+        for name, value in given_options(words, whole).items():
+            if isinstance(value, str) and is_base_60(value):
+                self.error(f'option "{name}" must be a whole number, got {value!r}')
 
     def dump(self, *args: Any, **options: Any) -> str:
         """Write options as YAML, as `ArgumentParser` does.
@@ -199,15 +215,13 @@ def _expectation(text: str) -> str:
         hint = did_you_mean(
             value, re.findall("'(.*?)'", "".join(re.findall(r"Literal\[.*?\]", errors)))
         )
+        hint = hint or (_QUOTES if _KINDS["str"] in kinds else "")
         return f" must be {' or '.join(kinds)}, got {value!r}{hint}" if kinds else f": {text}"
     if found := re.match(r"Expected a (.*)\. Got value: (.*)", text):
         kind = _kind(text)
         words = re.findall("'(.*?)'", found[1]) if "Literal" in found[1] else []
-        return (
-            f" must be {kind}, got {found[2]!r}{did_you_mean(found[2], words)}"
-            if kind
-            else f": {text}"
-        )
+        hint = _QUOTES if kind == _KINDS["str"] else did_you_mean(found[2], words)
+        return f" must be {kind}, got {found[2]!r}{hint}" if kind else f": {text}"
     return f": {text.removeprefix('Not of type Number: ')}"
 
 
@@ -306,7 +320,7 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
 def _content_of(config: str) -> dict[str, Any]:
     """The entries of a config, a file or YAML; empty if it cannot be read, which the parser reports later."""
     try:
-        content = yaml.safe_load(_text_of(config))
+        content = load_yaml(_text_of(config))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

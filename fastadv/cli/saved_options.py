@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fastadv.cli.parsing import schedule_classes
+from fastadv.cli.yaml_values import load_yaml
 from fastadv.models.registry import names_code
 from fastadv.trainers import CheckpointError, Settings
 from fastadv.trainers.methods import MethodClass, command_name
@@ -137,7 +138,7 @@ def _settings(file: Path) -> dict[str, Any]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = load_yaml(file.read_text(encoding="utf-8"))
     except OSError:
         return {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

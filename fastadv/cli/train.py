@@ -26,6 +26,7 @@ from fastadv.cli.saved_options import (
     saved_options,
     saved_teachers,
 )
+from fastadv.cli.yaml_values import load_yaml
 from fastadv.commands import Flags, run_training
 from fastadv.data.datasets import dataset_names
 from fastadv.data.training_folders import FOLDER
@@ -226,7 +227,7 @@ def _deciding(method: MethodClass, words: Sequence[str]) -> dict[str, Any]:
 def _number(text: str) -> Any:
     """The parser's value of a number, which may be written +40, 4_0 or 0x28; any other word unchanged."""
     try:
-        return yaml.safe_load(text)
+        return load_yaml(text)
     except yaml.YAMLError:
         return text
 
@@ -255,11 +256,17 @@ def _needs(method: MethodClass, recipe: Recipe) -> dict[str, str]:
 
 def _saved(method: MethodClass, words: Sequence[str]) -> list[str]:
     """The saved options of the run that goes on, as words that come before the words of the command line."""
-    given = given_options(words, ("run", "resume", "from_checkpoint", "model"))
+    given = given_options(words, ("run", "resume", "from_checkpoint", "model", "data"))
     run = given.get("run")
-    if run is None or not RunDirectory(str(run)).exists or {"-h", "--help"} & set(words):
+    if run is None or {"-h", "--help"} & set(words):
         return []
     resumes = str(given.get("resume", False)).lower() not in FALSE
+    if not RunDirectory(str(run)).exists:
+        if resumes and "data" not in given:
+            raise ValueError(
+                f"resume: there is no run in {run} that could go on; a new run needs --data"
+            )
+        return []
     if not resumes and "from_checkpoint" not in given:
         return []
     options = saved_options(str(run), method)

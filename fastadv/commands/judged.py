@@ -23,6 +23,7 @@ from fastadv.models import (
     load_published_state_dict,
     names_code,
 )
+from fastadv.models.normalization import trust_normalization
 from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
@@ -176,6 +177,7 @@ def model_of_file(
         raise ValueError(f"{file}: {error}") from error
     judged = wrapped if report.normalizes or network is wrapped else network
     if given is not None:
+        trust_normalization(network)
         mean, std = given
         agrees = _is_close(mean, report.mean or []) and _is_close(std, report.std or [])
         if report.normalizes and not agrees:

@@ -34,8 +34,15 @@ def _norm_of(recorded: Description | None) -> str:
 
 
 def radii_of(eps: float | Sequence[float]) -> list[float]:
-    """Return one radius or several as a list."""
-    return list(eps) if isinstance(eps, Sequence) else [eps]
+    """Return one radius or several as a list.
+
+    Raises:
+        ValueError: the list is empty.
+    """
+    radii = list(eps) if isinstance(eps, Sequence) else [eps]
+    if not radii:
+        raise ValueError(f"eps must be a radius or several, got {eps}")
+    return radii
 
 
 def sentence_about_radius(

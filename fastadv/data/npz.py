@@ -30,8 +30,10 @@ def load_npz(path: str | os.PathLike[str], num_classes: int | None = None) -> Im
     """
     try:
         images, labels = read_npz(path, ("image", "label")).values()
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path}: no such file; it must be a .npz archive with the arrays image and label"
+        ) from error
     except Exception as error:  # a damaged archive can raise nearly anything
         raise DataFormatError(
             f"{path}: not a .npz archive with the arrays image and label, or damaged "

@@ -24,6 +24,13 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.autoattack_versions import STANDARD, check_classes
 from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.last_points import (
+    BLIND_SHARE,
+    count_useless_gradients,
+    entropy_sum,
+    follows_entropy,
+    margin_sum,
+)
 from fastadv.evaluation.model_checks import PROBABILITIES
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.samples import Samples
@@ -31,7 +38,6 @@ from fastadv.evaluation.verify import logits_of, predict
 from fastadv.seeding import derive_seed
 
 _CHECKED = 64  # images whose gradients are checked
-_BLIND_SHARE = 0.1  # share of useless gradients above which figures are in doubt
 _JUDGED = 256  # images on which a surrogate is judged
 _ENOUGH = 50  # fewest images on which guessing can be recognised
 
@@ -64,13 +70,13 @@ class UselessGradients:
         elif isinstance(attack, BallAttack):
             if not attack.follows_gradients:
                 return ""
-            by_entropy = attack.loss == "ce" and not attack.kind.startswith("fab")
+            by_entropy = follows_entropy(attack)
         elif isinstance(attack, Minimum):
             by_entropy = attack.kind != "cwl2"
         else:
             return ""
         count = self.cross_entropy if by_entropy else self.margin
-        if count <= _BLIND_SHARE * self.n:
+        if count <= BLIND_SHARE * self.n:
             return PROBABILITIES if self.probabilities else ""
         return (
             f"the gradient of {count} of {self.n} images is zero everywhere or not finite; {hint}"
@@ -237,21 +243,12 @@ def useless_gradients(runner: Runner, correct: Tensor) -> UselessGradients:
                 UselessGradients()
             )  # attacks that follow gradients refuse such a model themselves
         logits = logits.float()
-        label = logits.gather(1, y.view(-1, 1))
-        others = logits.scatter(1, y.view(-1, 1), -torch.inf)
-        entropy = torch.nn.functional.cross_entropy(logits, y, reduction="sum")
-        margin = (label - others.amax(1, keepdim=True)).sum()
+        entropy, margin = entropy_sum(logits, y), margin_sum(logits, y)
         by_entropy, by_margin = (
             count_useless_gradients(torch.autograd.grad(value, x, retain_graph=value is entropy)[0])
             for value in (entropy, margin)
         )
     return UselessGradients(by_entropy, by_margin, len(indices), are_probabilities(logits.detach()))
-
-
-def count_useless_gradients(gradient: Tensor) -> int:
-    """The number of images whose gradient [B, ...] is zero everywhere or not finite somewhere."""
-    flat = gradient.flatten(1)
-    return int(((flat == 0).all(1) | ~flat.isfinite().all(1)).sum())
 
 
 def seems_to_guess(right: int, n: int, classes: int) -> bool:

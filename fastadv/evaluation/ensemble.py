@@ -21,7 +21,7 @@ from fastadv.evaluation.autoattack import (
 )
 from fastadv.evaluation.autoattack_versions import check_version
 from fastadv.evaluation.context import Model
-from fastadv.evaluation.modes import check_modes
+from fastadv.evaluation.modes import doubts_about
 from fastadv.evaluation.samples import check_batch_size, radius_or_default
 from fastadv.ops.values import check_bounds, check_choice, check_radius, limit, norm_name
 from fastadv.seeding import draw_seed
@@ -115,7 +115,7 @@ class AutoAttack(Configured):
         y = check_batch(x, y, sample_ids, self.model, "for AutoAttack")
         if seed is None:
             seed = draw_seed() if self.seed is None else self.seed
-        doubt = check_modes(self.model)
+        doubts = doubts_about(self.model)
         result = autoattack(
             self.model,
             (x, y),
@@ -129,9 +129,9 @@ class AutoAttack(Configured):
             seed=seed,
             sample_ids=sample_ids,
         )
-        if doubt:
+        if doubts:
             status = "suspect" if result.status == "ok" else result.status
-            result = replace(result, status=status, notes=(*result.notes, doubt))
+            result = replace(result, status=status, notes=(*result.notes, *doubts))
         short = x.dtype in (torch.float16, torch.bfloat16)
         adv = x.detach().float() if short else x.detach().clone()
         adv[result.fooled.to(x.device)] = result.adversarial.to(x.device, adv.dtype)

@@ -26,7 +26,7 @@ from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import early_findings
 from fastadv.evaluation.finished_batches import FinishedBatches
 from fastadv.evaluation.minimum import CarliniWagner
-from fastadv.evaluation.modes import check_modes
+from fastadv.evaluation.modes import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import Report, library_versions
 from fastadv.evaluation.result_row import Row
@@ -140,7 +140,8 @@ def evaluate(
         A report with one row per attack and radius. A row's status is ``"ok"``; ``"suspect"`` where its number may
         be too high: AutoAttack warns, all steps of an attack together are far shorter than the radius, the model
         draws random numbers and ``eot`` is 1, gradients are zero or not finite, the surrogate guesses, or a
-        network that the model holds unregistered is in train mode; ``"invalid"`` when AutoAttack or a callable
+        network that the model holds unregistered is in train mode, or the file of its weights hinted at a
+        normalisation that the model does not have; ``"invalid"`` when AutoAttack or a callable
         returned inadmissible images, which then count as failed attempts.
 
     Raises:
@@ -171,9 +172,9 @@ def evaluate(
     radii = [check_eps(radius, norm, samples) for radius in radii]
     models = [model] if other is None else [model, other.model]
     made_on = "" if other is None else other.name
-    doubts = [check_modes(model)]
+    doubts = doubts_about(model)
     if other is not None:
-        doubts.append(check_modes(other.model, "surrogate"))
+        doubts += doubts_about(other.model, "surrogate")
     with all_in_evaluation_mode(models, device) as where:
         call = {
             "attacks": [attack.name for attack in chosen],

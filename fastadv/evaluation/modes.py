@@ -1,4 +1,4 @@
-"""Warnings about networks in train mode where the caller may expect eval mode, or the other way round."""
+"""Doubts about a model: networks in the other mode than the caller may expect, and a lost normalisation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,25 @@ from fastadv.engine.networks import (
     switched_to_train_mode,
 )
 from fastadv.evaluation.context import Model
+from fastadv.models.normalization import doubt_about_normalization
 
 
-def check_modes(model: Model, argument: str = "model") -> str:
-    """Warn where evaluation leaves a network in train mode, or ends a train mode that seems to be intended.
+def doubts_about(model: Model, argument: str = "model") -> list[str]:
+    """Warn of a wrong mode, and return the notes for every row of attacks; empty where no figure is in doubt.
 
     This must be called before the model is put into evaluation mode.
+
+    Args:
+        model: a module or another callable.
+        argument: the model's name in the warning.
+    """
+    lost = doubt_about_normalization(model)
+    named = f"the {argument}: {lost}" if lost and argument != "model" else lost
+    return [doubt for doubt in (_check_modes(model, argument), named) if doubt]
+
+
+def _check_modes(model: Model, argument: str = "model") -> str:
+    """Warn where evaluation leaves a network in train mode, or ends a train mode that seems to be intended.
 
     Args:
         model: a module or another callable.
@@ -32,7 +45,7 @@ def check_modes(model: Model, argument: str = "model") -> str:
         if any(depends_on_mode(type(layer)) for layer in modules_of(part)):
             warnings.warn(
                 f"{argument} is judged in eval mode as a whole, {though_in_train_mode(name, part)}",
-                stacklevel=4,
+                stacklevel=5,
             )
             break
     hidden = [network for network in networks_of(model) if network is not model]
@@ -45,6 +58,6 @@ def check_modes(model: Model, argument: str = "model") -> str:
     )
     warnings.warn(
         f"{doubt}; evaluation does not reach a network in a closure or a plain list, so call its eval() before",
-        stacklevel=4,
+        stacklevel=5,
     )
     return doubt

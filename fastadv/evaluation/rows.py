@@ -29,10 +29,12 @@ from fastadv.evaluation.attack_list import (
 from fastadv.evaluation.autoattack import AutoAttackResult, SearchEngine, autoattack, merge_warnings
 from fastadv.evaluation.distances import Distances
 from fastadv.evaluation.early_checks import EarlyFindings
+from fastadv.evaluation.last_points import note_of_last_points
 from fastadv.evaluation.minimum import CarliniWagner, norm_of, smallest_perturbations
 from fastadv.evaluation.result_row import RANDOM, Row, Stage, Status
 from fastadv.evaluation.runner import Outcome, Runner
 from fastadv.evaluation.worst import WorstImages
+from fastadv.models.normalization import doubt_about_normalization
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,9 @@ class Evaluator:
         for doubt in (
             self._short_reach(attack, eps),
             self.early.useless_gradients.note(attack),
-            "" if isinstance(attack, Clean) else self.early.doubt,
+            doubt_about_normalization(self.runner.model)
+            if isinstance(attack, Clean)
+            else self.early.doubt,
         ):
             if doubt:
                 status = "suspect" if row.status == "ok" else row.status
@@ -124,6 +128,9 @@ class Evaluator:
 
     def _row_of(self, attack: ChosenAttack, outcome: Outcome, eps: float) -> Row:
         doubts = nan_warnings(outcome.nan_points, outcome.nan_gradients)
+        if not doubts and not self.early.useless_gradients.note(attack):
+            stuck = note_of_last_points(outcome.blind, outcome.followed)
+            doubts += [stuck] if stuck else []
         return Row(
             name=attack.name,
             n=len(self.runner.samples),

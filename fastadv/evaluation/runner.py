@@ -16,6 +16,7 @@ from fastadv.attacks.attack import Attack
 from fastadv.engine import randomness
 from fastadv.evaluation.attack_list import BallAttack, UserAttack
 from fastadv.evaluation.context import Model, private_generators
+from fastadv.evaluation.last_points import LastPoints
 from fastadv.evaluation.logit_probe import are_alike, contents_of, probe_logits
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.samples import Samples
@@ -27,6 +28,7 @@ from fastadv.seeding import derive_seed
 
 # (x, y, indices of the images in the data, counts of the run) -> adversarial images
 Perturb = Callable[[Tensor, Tensor, Tensor, Audit], Tensor]
+_COUNTS = ("nan_points", "nan_gradients", "followed", "blind")  # of an outcome and of an audit
 # To recognise a random model: images, passes over them, and passes where a generator changes.
 _CHECKED, _PASSES, _MOST_PASSES = 16, 8, 64
 
@@ -42,6 +44,8 @@ class Outcome:
         notes: further notes, one sentence each.
         nan_points: points that the attack passed over, because the attacked model returned NaN there.
         nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
+        followed: images that withstood the attack, and whose gradient at its last point was looked at.
+        blind: those among them whose gradient there is useless.
     """
 
     robust: Tensor
@@ -50,6 +54,13 @@ class Outcome:
     notes: tuple[str, ...] = ()
     nan_points: int = 0
     nan_gradients: int = 0
+    followed: int = 0
+    blind: int = 0
+
+    def with_counts_of(self, others: Sequence[Outcome]) -> Outcome:
+        """This outcome with the counts of several in place of its own."""
+        sums = {name: sum(getattr(one, name) for one in others) for name in _COUNTS}
+        return replace(self, **sums)
 
 
 @dataclass(frozen=True)
@@ -157,16 +168,13 @@ class Runner:
         outcome = Outcome(correct, (), 0.0)
         for number, perturb in enumerate(perturbations, first):
             key = file_key(attack.name, attack, eps, number)
-            found = self._attack(attack.name, key, perturb, eps, outcome.robust)
+            found = self._attack(attack.name, key, perturb, eps, outcome.robust, attack)
             if found.problems:
                 raise RuntimeError(
                     f"{attack.name} returned inadmissible images: {'; '.join(found.problems)}"
                 )
-            outcome = replace(
-                found,
-                seconds=outcome.seconds + found.seconds,
-                nan_points=outcome.nan_points + found.nan_points,
-                nan_gradients=outcome.nan_gradients + found.nan_gradients,
+            outcome = replace(found, seconds=outcome.seconds + found.seconds).with_counts_of(
+                (outcome, found)
             )
         return outcome
 
@@ -185,9 +193,7 @@ class Runner:
             runs[left.index(min(left))],
             seconds=sum(run.seconds for run in runs),
             notes=(note,),
-            nan_points=sum(run.nan_points for run in runs),
-            nan_gradients=sum(run.nan_gradients for run in runs),
-        )
+        ).with_counts_of(runs)
 
     def _make(self, attack: BallAttack, eps: float) -> Attack:
         """The attack on the plain source model in float32, with gradients that are means over the passes."""
@@ -281,12 +287,19 @@ class Runner:
         return wrong
 
     def _attack(
-        self, name: str, key: str | None, perturb: Perturb, eps: float, correct: Tensor
+        self,
+        name: str,
+        key: str | None,
+        perturb: Perturb,
+        eps: float,
+        correct: Tensor,
+        attack: BallAttack | None = None,
     ) -> Outcome:
         """One run on the images that are classified correctly; ``key`` identifies its finished batches."""
         start = time.perf_counter()
         audit = Audit(eps, self.norm, self.samples.bounds)
         kept = self.work.finished if key else None
+        last = LastPoints.of(attack, self.source, self.seed, len(self.samples))
 
         def left(indices: Tensor) -> Tensor:
             x, y = self.samples.take(indices, self.device)
@@ -295,7 +308,10 @@ class Runner:
             seen = self.worst.see(name, x, adv, y, logits, indices)
             if kept is not None and seen is not None and len(seen):
                 seen.save(kept.worst_path(str(key), indices))
-            return logits.argmax(dim=1) == y
+            right = logits.argmax(dim=1) == y
+            if last is not None:
+                audit.count_blind(*last.count(adv, y, right, indices))
+            return right
 
         def again(indices: Tensor) -> None:
             if kept is None or not self.worst.keep:
@@ -311,8 +327,7 @@ class Runner:
             robust,
             tuple(audit.problems()),
             time.perf_counter() - start,
-            nan_points=audit.found.nan_points,
-            nan_gradients=audit.found.nan_gradients,
+            **{name: getattr(audit.found, name) for name in _COUNTS},
         )
 
     def worst_of(

@@ -17,18 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.attacks.attack_warnings import nan_warnings
 from fastadv.attacks.options import names_checked
 from fastadv.evaluation.attack_list import BallAttack
 from fastadv.evaluation.context import Model, all_in_evaluation_mode, evaluation_mode
-from fastadv.evaluation.early_checks import check_labels, count_useless_gradients
+from fastadv.evaluation.early_checks import check_labels
 from fastadv.evaluation.findings import ROUNDING, Finding, monotone, rising_loss, unbounded
-from fastadv.evaluation.modes import check_modes
+from fastadv.evaluation.last_points import LastPoints, count_useless_gradients, entropy_sum
+from fastadv.evaluation.modes import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.runner import Runner
 from fastadv.evaluation.samples import as_samples, check_batch_size, check_eps, radius_or_default
 from fastadv.evaluation.shared_work import SharedWork
 from fastadv.evaluation.transfer import Surrogate, as_surrogate
-from fastadv.evaluation.verify import Audit, admissible_or_clean, logits_of, predict
+from fastadv.evaluation.verify import Audit, Violations, admissible_or_clean, logits_of, predict
 from fastadv.ops.values import integer, largest_radius, limit, norm_name, number, shown
 
 
@@ -51,8 +53,9 @@ def masking_checks(
 ) -> list[Finding]:
     """Check that PGD behaves on a model as it does where gradients are useful.
 
-    There are three checks. Robust accuracy does not rise with eps. It does not rise with the number of steps, each
-    of size eps / 4. With eps so large that any image is allowed, it is almost zero.
+    There are four checks. Robust accuracy does not rise with eps. It does not rise with the number of steps, each
+    of size eps / 4. With eps so large that any image is allowed, it is almost zero. Almost no gradient is zero
+    everywhere or not finite, neither at an image nor at the last point of a run of PGD that the image withstood.
 
     Args:
         model: as for ``evaluate``.
@@ -83,7 +86,7 @@ def masking_checks(
     _check_arguments(eps, eps_factors, steps, slack)
     samples = as_samples(data, bounds, max_examples)
     eps = check_eps(eps, norm, samples)
-    check_modes(model)
+    doubts_about(model)
     with evaluation_mode(model, device) as where:
         runner = Runner(
             model,
@@ -97,7 +100,8 @@ def masking_checks(
         check_labels(runner)
         probe = _Probe(runner, runner.clean().robust)
         factors = _factors_within_reach(runner, eps, eps_factors)
-        return _of_pgd(probe, eps, factors, steps, slack)
+        of_pgd = _of_pgd(probe, eps, factors, steps, slack)
+        return [*of_pgd, _useless_gradients(probe, slack)]
 
 
 def sanity_checks(
@@ -121,9 +125,9 @@ def sanity_checks(
 ) -> list[Finding]:
     """Check a model for signs of gradient masking.
 
-    The checks are the three of `masking_checks` and four others. The loss does not fall as eps grows. No black-box
-    attack breaks more images than Auto-PGD, neither Square nor PGD on the surrogate. Almost no image has a
-    gradient that is zero everywhere. The model draws no random numbers.
+    The checks are the four of `masking_checks` and three others. The loss does not fall as eps grows. No black-box
+    attack breaks more images than Auto-PGD, neither Square nor PGD on the surrogate. The model draws no random
+    numbers.
 
     Args:
         model: as for ``evaluate``.
@@ -157,7 +161,7 @@ def sanity_checks(
     queries, eot = integer("queries", queries, at_least=1), integer("eot", eot, at_least=1)
     samples = as_samples(data, bounds, max_examples)
     eps, other = check_eps(eps, norm, samples), as_surrogate(surrogate)
-    check_modes(model)
+    doubts_about(model)
     models = [model] if other is None else [model, other.model]
     with all_in_evaluation_mode(models, device) as where:
         size = check_batch_size(batch_size)
@@ -166,9 +170,9 @@ def sanity_checks(
         check_labels(runner)
         probe = _Probe(runner, runner.clean().robust)
         factors = _factors_within_reach(runner, eps, eps_factors)
-        first = [_random(runner), _useless_gradients(probe, slack)]
         over_eps, *others = _of_pgd(probe, eps, factors, steps, slack)
         loss = rising_loss(probe.losses(eps, factors, steps[-1]), slack)
+        first = [_random(runner), _useless_gradients(probe, slack)]
         black_box = _black_box(probe, eps, steps[-1], queries, slack, other)
     return [*first, over_eps, loss, *others, *black_box]
 
@@ -179,6 +183,7 @@ class _Probe:
     def __init__(self, runner: Runner, correct: Tensor) -> None:
         self.runner, self.correct = runner, correct
         self.clean = float(correct.double().mean())
+        self.on_the_way = Violations()  # of all runs of PGD
         self._found: dict[tuple[float, int], tuple[float, float]] = {}
 
     def accuracy(self, eps: float, steps: int) -> float:
@@ -199,17 +204,22 @@ class _Probe:
             runner, left, total = self.runner, self.correct.clone(), 0.0
             attack = BallAttack(f"pgd-{steps}", steps=steps, alpha=eps / 4, random_start=True)
             (perturb,) = runner.perturbations(attack, eps)
+            last = LastPoints.of(attack, runner.model, runner.seed, len(runner.samples))
+            assert last is not None  # PGD starts at random
             audit = Audit(eps, runner.norm, runner.samples.bounds)
             for indices in runner.batches(attack.name, self.correct.nonzero().flatten()):
                 x, y = runner.samples.take(indices, runner.device)
                 adv = admissible_or_clean(x, perturb(x, y, indices, audit), audit)
-                left[indices] = (predict(runner.model, adv) == y).cpu()
+                right = predict(runner.model, adv) == y
+                left[indices] = right.cpu()
+                audit.count_blind(*last.count(adv, y, right, indices))
                 total += self._loss(adv, y)
             if problems := audit.problems():
                 raise RuntimeError(
                     f"{attack.name} returned inadmissible images: {'; '.join(problems)}"
                 )
             mean = total / max(int(self.correct.sum()), 1)
+            self.on_the_way += audit.found
             self._found[eps, steps] = float(left.double().mean()), mean
         return self._found[eps, steps]
 
@@ -224,8 +234,7 @@ class _Probe:
             x, y = self.runner.samples.take(indices, self.runner.device)
             with torch.enable_grad():
                 leaf = x.clone().requires_grad_()
-                loss = nn.functional.cross_entropy(self.runner.model(leaf), y, reduction="sum")
-                (grad,) = torch.autograd.grad(loss, leaf)
+                (grad,) = torch.autograd.grad(entropy_sum(self.runner.model(leaf), y), leaf)
             count += count_useless_gradients(grad)
         return count
 
@@ -266,14 +275,26 @@ def _random(runner: Runner) -> Finding:
 
 
 def _useless_gradients(probe: _Probe, slack: float) -> Finding:
+    """Gradients at the images, and at the points of all runs of PGD so far."""
     count, n = probe.useless_gradients(), max(int(probe.correct.sum()), 1)
-    message = (
-        f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere "
-        "or not finite"
-        if count
-        else "every image that is classified correctly has a gradient"
-    )
-    return Finding("gradients", count / n <= slack, message, ((0.0, count / n),))
+    met = probe.on_the_way
+    later = met.blind / max(met.followed, 1)
+    doubts = nan_warnings(met.nan_points, met.nan_gradients)
+    if met.blind:
+        doubts.insert(
+            0,
+            f"{met.blind} of the {met.followed} images that withstood a run of PGD have a gradient that is zero "
+            "everywhere or not finite at its last point",
+        )
+    if count:
+        doubts.insert(
+            0,
+            f"{count} of the {n} images that are classified correctly have a gradient that is zero everywhere "
+            "or not finite",
+        )
+    ok = max(count / n, later) <= slack and not met.nan_gradients and not met.nan_points
+    message = "; ".join(doubts) or "every image that is classified correctly has a gradient"
+    return Finding("gradients", ok, message, ((0.0, count / n), (1.0, later)))
 
 
 def _black_box(

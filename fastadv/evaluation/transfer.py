@@ -25,7 +25,7 @@ from fastadv.evaluation.attack_list import (
 )
 from fastadv.evaluation.context import Model, all_in_evaluation_mode
 from fastadv.evaluation.early_checks import check_labels, seems_to_guess
-from fastadv.evaluation.modes import check_modes
+from fastadv.evaluation.modes import doubts_about
 from fastadv.evaluation.progress import ProgressDisplay
 from fastadv.evaluation.report import library_versions
 from fastadv.evaluation.rows import autoattack_of
@@ -208,10 +208,10 @@ def _shares(names: Iterable[str], correct: Sequence[int], images: int) -> str:
 
 def _doubts(models: Mapping[str, Model]) -> list[str]:
     """Warn about models in a mode that puts figures in doubt, and return the notes."""
-    found = []
+    found: list[str] = []
     for name, model in models.items():
-        found.append(check_modes(model, f"model {name}"))
-    return [doubt for doubt in found if doubt]
+        found += doubts_about(model, f"model {name}")
+    return found
 
 
 def _check_classes(

@@ -61,6 +61,8 @@ class Violations:
         largest: largest perturbation among the images outside the ball, in the norm.
         nan_points: points that the attack tried and passed over, because the attacked model returned NaN there.
         nan_gradients: elements of the gradients that the attack followed that were NaN or infinite.
+        followed: images that withstood the attack, and whose gradient at its last point was looked at.
+        blind: those among them whose gradient there is zero everywhere or not finite somewhere.
     """
 
     outside_ball: int = 0
@@ -69,6 +71,8 @@ class Violations:
     largest: float = 0.0
     nan_points: int = 0
     nan_gradients: int = 0
+    followed: int = 0
+    blind: int = 0
 
     def __add__(self, other: Violations) -> Violations:
         """The counts of two batches together."""
@@ -79,6 +83,8 @@ class Violations:
             max(self.largest, other.largest),
             self.nan_points + other.nan_points,
             self.nan_gradients + other.nan_gradients,
+            self.followed + other.followed,
+            self.blind + other.blind,
         )
 
     def as_dict(self) -> dict[str, int | float]:
@@ -141,6 +147,10 @@ class Audit:
     def count_nan(self, points: int, gradients: int) -> None:
         """Count points that an attack passed over, and elements of its gradients that were NaN or infinite."""
         self.found += Violations(nan_points=points, nan_gradients=gradients)
+
+    def count_blind(self, blind: int, followed: int) -> None:
+        """Count images that withstood the attack, and those of them that have no gradient at its last point."""
+        self.found += Violations(blind=blind, followed=followed)
 
     def doubts(self) -> list[str]:
         """One sentence per kind of NaN that the attack met; empty without NaN."""

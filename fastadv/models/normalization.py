@@ -6,11 +6,12 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.models.split import Normalized
+from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import Foreign
 
 if TYPE_CHECKING:
@@ -105,33 +106,57 @@ def _as_many(values: list[float], others: list[float]) -> list[float]:
     return values * len(others) if len(values) == 1 else values
 
 
+# Networks that may lack the normalisation of their training. The figures of these are in doubt.
+_DOUBTED: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+
+
+def doubt_about_normalization(model: object) -> str:
+    """The doubt about a model whose file only hinted at a normalisation; empty without doubt.
+
+    A module around the network, such as a `Normalized` with a mean and a std, ends the doubt.
+    """
+    if not isinstance(model, nn.Module) or _normalizes(model):
+        return ""
+    return _DOUBTED.get(without_normalization(model), "")
+
+
+def trust_normalization(network: nn.Module) -> None:
+    """End the doubt about a network, as its user has named the normalisation."""
+    _DOUBTED.pop(network, None)
+
+
 def warn_of_lost_normalization(model: nn.Module, state: object, report: LoadReport) -> None:
     """Warn where a file hints at a normalisation that it does not hold, and the model does not normalise.
+
+    `doubt_about_normalization` tells of it later.
 
     Args:
         model: the model that has been filled.
         state: the saved object.
         report: what was loaded, with the normalisation that the file holds.
     """
+    network = without_normalization(model)
+    trust_normalization(network)
     if report.mean is not None or report.std is not None or _normalizes(model):
         return
     advice = (
         "If the network was trained on normalised images, load it into Normalized(model, mean, std) "
-        "(fastadv eval --normalise MEAN STD), because without it every figure is of another function"
+        "(fastadv eval --normalise MEAN STD), because without it every figure is of another function; if it was "
+        "not, --normalise 0 1 says so"
     )
     hint = next(_hints(state), None)
     if hint is not None:
         place, mean, std = hint
-        warnings.warn(
-            f"state{place} has a mean {mean} and a std {std}, which are not applied. {advice}",
-            stacklevel=3,
-        )
+        found = f"state{place} has a mean {mean} and a std {std}, which are not applied"
     elif _LATER_PART.fullmatch(report.prefix):
-        warnings.warn(
+        found = (
             f"the names in state begin with {report.prefix!r}: before the network stood another module, without "
-            f"weights in the file, and often it normalises the images. {advice}",
-            stacklevel=3,
+            "weights in the file, and often it normalises the images"
         )
+    else:
+        return
+    _DOUBTED[network] = f"the network may lack the normalisation of its training: {found}"
+    warnings.warn(f"{found}. {advice}", stacklevel=3)
 
 
 def _normalizes(model: nn.Module) -> bool:

@@ -99,7 +99,7 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; it must be a state dict")
+        raise FileNotFoundError(f"{path}: {_why_no_file(path)}; it must be a state dict")
     try:
         if path.suffix == ".safetensors" or _is_safetensors(path):
             from safetensors.torch import load_file
@@ -122,14 +122,28 @@ def read_state_file(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def _why_no_file(path: Path) -> str:
+    """The reason why a path is no file."""
+    if path.is_dir():
+        some = sorted(one.name for one in path.iterdir() if one.is_file())[:3]
+        return f"a folder; name a file in it, such as {', '.join(some)}" if some else "a folder"
+    return "a link to a file that does not exist" if path.is_symlink() else "no such file"
+
+
 def _mistaken_download(path: Path) -> str | None:
-    """The kind of a file that downloads commonly leave in place of weights; None for any other file."""
+    """The kind of a file that is commonly found in place of weights; None for any other file."""
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS, and `git lfs pull` fetches the weights"
+    if not start:
+        return "it is empty"
+    if start.startswith(b"\x1f\x8b"):
+        return "it is compressed by gzip; decompress it"
     if start.lstrip()[:1] == b"<":
         return "it is a web page"
+    if start.lstrip()[:1] == b"{":
+        return "it is JSON, such as the index of several files, each with a part of the weights"
     return None
 
 

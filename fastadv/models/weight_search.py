@@ -112,9 +112,11 @@ def _require_same(
                 f"state{place}" + f" behind {prefix!r}" * bool(prefix)
                 for place, prefix in (one, other)
             )
+            place, prefix = other if other[0] else one
+            alone = f"the entries behind {prefix!r}" if prefix else f"state{place}"
             raise ValueError(
                 f"state holds several sets of weights that differ, {places} (for example in {name!r}); give the "
-                "one you mean alone, such as state['ema_state_dict'], or save it in a file of its own"
+                f"one you mean alone, such as {alone}, or save it in a file of its own"
             )
 
 

@@ -7,7 +7,6 @@ incoming gradient. The public functions, one per loss, are in `fastadv.losses`.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +120,8 @@ def _backward_fake(grad: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor
     return gradient.new_empty(gradient.shape, dtype=dtype)
 
 
+# Below the first the inverse of a temperature overflows in float32, above the second its square.
+_TEMPERATURES = (2.0**-126, 2.0**63)
 _TRITON_SUFFICES = "called once or twice a step, or from a graph; see kernels/softmax_losses.py"
 
 # The gradient is registered in csrc/softmax_losses_autograd.cpp: at ten classes these losses take a few
@@ -238,7 +239,8 @@ def softmax_losses(
     Raises:
         TypeError: logits are not floating point, ``y`` holds no integers, or a number is of another type.
         ValueError: unknown kind or reduction, shapes or devices differ, ``y`` is not [B], too few classes, a
-            weight that is negative or not finite, a temperature that is not finite and above 0.
+            weight that is negative or not finite, a temperature that is not above 0, or of which float32 cannot
+            hold the inverse and the square.
         IndexError: on the CPU, a label that is no class.
     """
     of_kind = _known(kind)
@@ -255,8 +257,11 @@ def softmax_losses(
     checks.check_choice("reduction", reduction, REDUCTIONS)
     weight = checks.limit(names.weight, weight)
     temperature = checks.number("temperature", temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {temperature}")
+    if not _TEMPERATURES[0] <= temperature <= _TEMPERATURES[1]:
+        low, high = _TEMPERATURES
+        raise ValueError(
+            f"temperature must be > 0, and between {low:.1e} and {high:.1e}, got {temperature}"
+        )
     # The gradient in C++ asks for what it needs by itself. The gradient in Python reads what the forward pass
     # left.
     in_python = _python_gradient or changes(weight, temperature)

@@ -126,6 +126,36 @@ def test_nan_gradients_are_counted(name: str) -> None:
     assert adv.isfinite().all() and attack.last.outside_share == 0
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+@pytest.mark.parametrize(("size", "infinite"), [(1e25, False), (torch.inf, True)])
+def test_finite_gradients_whose_squares_overflow_are_not_infinite(
+    norm: str, size: float, infinite: bool
+) -> None:
+    class Steep(HalfMasked):
+        def forward(self, x: Tensor) -> Tensor:
+            return _Steep.apply(super().forward(x), size)
+
+    x, y = digits_test(4)
+    attack = fastadv.PGD(Steep(), 0.1, 0.05, steps=2, norm=norm, engine="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore" if infinite else "error")
+        attack(x, y)
+    assert (attack.last.nan_gradients > 0) == infinite
+
+
+class _Steep(torch.autograd.Function):
+    """The identity, whose gradient is so many times too large."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, size: float) -> Tensor:  # type: ignore[override]
+        ctx.size = size
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.size, None
+
+
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 @pytest.mark.parametrize("kind", [fastadv.Square, fastadv.APGD])
 def test_points_at_which_logits_are_nan_are_counted_and_told(kind: Any, engine: str) -> None:

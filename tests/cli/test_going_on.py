@@ -160,3 +160,11 @@ def test_a_run_goes_on_with_a_schedule_that_changes_with_each_epoch(
     options = ["--data", "digits", *QUICK, "--schedule", schedule]
     assert main(["train", "standard", *run, *options]) == 0
     assert main(["train", "standard", *run, "--resume", "--quiet"]) == 0
+
+
+def test_a_run_that_is_not_there_does_not_go_on(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "nothing")
+    line = fails(["train", "pgd_at", "--run", run, "--resume"], capfd)
+    assert f"resume: there is no run in {run} that could go on; a new run needs --data" in line

@@ -361,6 +361,56 @@ def test_useless_gradients_on_an_attacks_way_make_its_row_suspect(
             )
 
 
+class FlatWhereRight(nn.Module):
+    """Has a gradient at the clean images alone: at the points of a first step every logit is constant.
+
+    With ``wrong`` it is so for images that the step breaks, which hides nothing.
+    """
+
+    def __init__(self, wrong: bool) -> None:
+        super().__init__()
+        self.linear, self.wrong = nn.Linear(48, 4), wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved = (x - (4 * x).round() / 4).abs().flatten(1).amax(1) > 1e-6
+        logits = self.linear(x.flatten(1))
+        clean = self.linear(((4 * x).round() / 4).flatten(1)).detach()
+        flat = 60 * nn.functional.one_hot((clean.argmax(1) + int(self.wrong)) % 4, 4).float()
+        return torch.where(moved[:, None], flat, logits)
+
+
+@pytest.mark.parametrize("name", ["pgd-3", "pgd-3-2", "cw-3", "mim-3", "apgd-ce-3"])
+def test_gradients_that_vanish_after_a_first_step_make_a_row_suspect(
+    name: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(1, 4, (12, 3, 4, 4)) / 4
+    for wrong in (False, True):
+        model = FlatWhereRight(wrong).eval()
+        data = (images, model(images).argmax(1))
+        folder = tmp_path / str(wrong)
+        for size in (5, 5, 12):  # the second report is read from the state
+            where = folder / str(size)
+            (row,) = evaluate(
+                model, data, name, eps=0.02, batch_size=size, state_dir=where, progress=False
+            ).rows
+            hides = row.correct > 0
+            assert row.status == ("suspect" if hides else "ok"), (row.correct, row.notes)
+            assert not hides or "images that withstood it is zero everywhere" in row.notes[0]
+            assert hides or wrong
+
+
+@pytest.mark.parametrize("name", ["pgd-3", "apgd-ce-3"])
+def test_vanished_gradients_of_a_surrogate_make_a_row_suspect(name: str) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(1, 4, (12, 3, 4, 4)) / 4
+    surrogate, judged = FlatWhereRight(False).eval(), FlatWhereRight(False).eval()
+    judged.load_state_dict(surrogate.state_dict())
+    data = (images, judged(images).argmax(1))
+    (row,) = evaluate(judged, data, name, eps=0.02, surrogate=surrogate, progress=False).rows
+    assert row.status == "suspect"
+
+
 @pytest.mark.filterwarnings("ignore:the model's gradient in x is NaN")
 def test_useless_gradients_are_counted_whatever_the_batches_and_the_passes() -> None:
     model, data = spoilt_off_the_grid(torch.nan)

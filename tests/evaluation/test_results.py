@@ -176,7 +176,8 @@ def test_what_stands_in_the_way_is_said_before(tmp_path: Path) -> None:
     why = check_destination(tmp_path / "eval.json")
     assert why == f"{tmp_path / 'eval.json'} cannot be written: Is a directory"
     (tmp_path / "file").write_text("")
-    assert "Not a directory" in str(check_destination(tmp_path / "file" / "eval.json"))
+    why = str(check_destination(tmp_path / "file" / "eval.json"))
+    assert "Not a directory; a folder of its path is a file" in why
 
 
 @pytest.mark.processes

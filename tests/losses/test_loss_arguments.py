@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_number_of_an_op_or_a_loss_is_a_number(number: Any) -> None:
     if not isinstance(number, Tensor):
         with pytest.raises(TypeError, match="eps must be a number"):
             fastadv.ops.random_start(x, number)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_temperature_is_one_that_float32_can_square_and_invert(backend: str) -> None:
+    """Its inverse or its square would be infinite, and the loss NaN."""
+    with fastadv.backend(backend):
+        for number in (1e-39, 5e-324, 2e19, 1e300):
+            for loss in (losses.kl, losses.kd):
+                with pytest.raises(ValueError, match=f"temperature .*{re.escape(str(number))}"):
+                    loss(A, B, temperature=number)
+        for number in (1.2e-38, 9e18):
+            a, b = (one.detach().clone().requires_grad_() for one in (A, B))
+            loss = losses.kl(a, b, temperature=number)
+            loss.backward()
+            assert loss.isfinite() and a.grad.isfinite().all() and b.grad.isfinite().all()
 
 
 def test_all_losses_take_their_numbers_by_position_and_the_reduction_by_name() -> None:

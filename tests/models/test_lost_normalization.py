@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import pytest
 import torch
 from training_helpers import make_model
 
+from fastadv.cli import main
 from fastadv.commands.judged import recorded_accuracy
-from fastadv.models import Normalized, load_published_state_dict, read_state_file
+from fastadv.evaluation import evaluate
+from fastadv.models import Normalized, load_published_state_dict, read_state_file, small_cnn
 from fastadv.trainers import load_teacher
 
 MEAN, STD = [0.4], [0.2]
@@ -106,3 +109,41 @@ def test_weights_in_arrays_are_named(tmp_path: Path) -> None:
     torch.save(arrays, tmp_path / "a.pt")
     with pytest.raises(TypeError, match=r"of which 'conv1.weight' is an array of numpy's"):
         load_published_state_dict(make_model(2), tmp_path / "a.pt")
+
+
+def accuracies(model: torch.nn.Module, **options: Any) -> Any:
+    data = (torch.rand(8, 1, 8, 8), torch.arange(8) % 4)
+    return evaluate(model, data, ["clean", "pgd-2", "square-5"], progress=False, **options)
+
+
+@pytest.mark.filterwarnings("ignore:state", "ignore:the model is right on")
+def test_figures_without_a_normalisation_at_which_a_file_hints_are_suspect(tmp_path: Path) -> None:
+    file, model = written(tmp_path, args={"mean": MEAN, "std": STD}), make_model(2)
+    load_published_state_dict(model, file)
+    for doubted in (model, Normalized(model)):
+        for row in accuracies(doubted).rows:
+            assert row.status == "suspect"
+            assert "the network may lack the normalisation of its training: state" in str(row.notes)
+    assert {row.status for row in accuracies(Normalized(model, MEAN, STD)).rows} == {"ok"}
+    rows = accuracies(make_model(3), surrogate=model).rows
+    assert [row.status for row in rows] == ["ok", "suspect", "suspect"]
+    assert "the surrogate: the network may lack" in str(rows[1].notes)
+    load_published_state_dict(model, written(tmp_path))  # now a file that hints at nothing
+    assert {row.status for row in accuracies(model).rows} == {"ok"}
+
+
+@pytest.mark.filterwarnings("ignore:state", "ignore:.*the model is right on")
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [([], "suspect"), (["--normalise", "0.4", "0.2"], "ok"), (["--normalise", "0", "1"], "ok")],
+)
+def test_eval_marks_them_until_the_normalisation_is_named(
+    words: list[str], status: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = {"state_dict": small_cnn(10, 1).state_dict(), "args": {"mean": MEAN, "std": STD}}
+    torch.save(state, tmp_path / "a.pt")
+    common = ["--model", "small_cnn", "--weights", str(tmp_path / "a.pt"), "--data", "digits"]
+    common += ["--attacks", "clean", "fgsm", "--max_examples", "8", "--quiet", "--json"]
+    assert main(["eval", *common, *words]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["status"] for row in rows] == [status, status]

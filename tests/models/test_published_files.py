@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gzip
 import os
 import pathlib
 import pickle
@@ -111,7 +112,10 @@ def test_averaged_models_of_torch_load() -> None:
 def test_sets_of_weights_that_differ_are_refused(state: dict[str, Any], strict: bool) -> None:
     target = make_model(3)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    with pytest.raises(ValueError, match=r"several sets .* differ, state.* and state"):
+    with pytest.raises(
+        ValueError,
+        match=r"several sets .* differ, state.* and state.* such as (state\['|the entries behind ')",
+    ):
         load_published_state_dict(target, state, strict=strict)
     assert states_equal(target.state_dict(), before)
 
@@ -402,3 +406,29 @@ def test_a_file_with_one_other_bit_is_refused(with_checksums: bool, tmp_path: Pa
             load_teacher(file, make_model(1))
     else:  # nobody can tell
         assert not states_equal(read_state_file(file), state)
+
+
+def test_a_path_that_is_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.pt").touch()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "nothing")
+    for name, words in (
+        ("empty", "a folder; it must be a state dict"),
+        ("full", "a folder; name a file in it, such as a.pt; it must be a state dict"),
+        ("link.pt", "a link to a file that does not exist; it must be a state dict"),
+        ("none.pt", "no such file; it must be a state dict"),
+    ):
+        with pytest.raises(FileNotFoundError, match=rf"{name}: {words}"):
+            read_state_file(tmp_path / name)
+
+
+def test_files_that_cannot_hold_weights_are_called_what_they_are(tmp_path: Path) -> None:
+    for content, words in (
+        (b"", "it is empty"),
+        (gzip.compress(b"weights"), "it is compressed by gzip; decompress it"),
+        (b'{"weight_map": {}}', "it is JSON, such as the index of several files"),
+    ):
+        (tmp_path / "a.pt").write_bytes(content)
+        with pytest.raises(StateFileError, match=rf"a\.pt: cannot be read .* \({words}"):
+            read_state_file(tmp_path / "a.pt")

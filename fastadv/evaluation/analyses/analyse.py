@@ -14,7 +14,7 @@ from fastadv.evaluation.analyses.registry import check_needs, check_settings_use
 from fastadv.evaluation.analyses.settings import AnalysisSettings
 from fastadv.evaluation.context import evaluation_mode
 from fastadv.evaluation.early_checks import check_takes_images
-from fastadv.evaluation.modes import check_modes
+from fastadv.evaluation.modes import doubts_about
 from fastadv.evaluation.samples import Samples, as_samples
 from fastadv.ops.values import did_you_mean, shown
 
@@ -133,8 +133,8 @@ def run_analyses(
     found = {}
     doubts: list[str] = []
     if any({"images", "train"} & set(analysis.needs) for analysis in chosen):
-        doubts.append(check_modes(model))
-        doubts += [] if teacher is None else [check_modes(teacher, "teacher")]
+        doubts += doubts_about(model)
+        doubts += [] if teacher is None else doubts_about(teacher, "teacher")
     with evaluation_mode(model, device) as where:
         for images in (samples, train):
             if images is not None:
