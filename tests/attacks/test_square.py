@@ -150,7 +150,7 @@ def test_looking_ahead_changes_no_result(
     norm: str, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (x, y), ids = digits_test(24), torch.arange(500, 524)
-    model, sizes = counted(trained_small_cnn().double())
+    model, sizes = counted(trained_small_cnn(half=False).double())
     attack = fastadv.Square(model, RADIUS[norm], queries, norm=norm, seed=3)
     ahead = attack(x.double(), y, sample_ids=ids)
     passes, points = len(sizes), sum(sizes)
