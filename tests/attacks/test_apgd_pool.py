@@ -107,7 +107,7 @@ def test_images_leave_once_broken_and_the_batch_stays_full(precision: Any) -> No
     )
     with torch.no_grad():
         robust = model(plain(x, y, seed=SEED)).argmax(1) == y
-    assert abs(int(robust.sum()) - (80 - len(keeper.broken))) <= 1
+    assert abs(int(robust.sum()) - (80 - len(keeper.broken))) <= (1 if precision == "fp32" else 2)
     assert len(keeper.broken) < 80 < keeper.asked + 80
     left = {one.run.image for one in keeper.ended} - set(keeper.broken)
     assert left == set(range(80)) - set(keeper.broken)

@@ -133,7 +133,7 @@ WHERE: dict[tuple[str, str], dict[str, Any]] = {
     ("APGD", "target_classes"): {"loss": "dlr-t", "eps": 0.1, "steps": 4},
     ("APGD", "rho"): {"eps": 0.2, "steps": 24},
     ("MIM", "eps"): {"steps": 8},
-    **{("CWL2", name): {"c": 20.0, "steps": 20} for name in ("kappa", "lr")},
+    **{("CWL2", n): {"c": 20.0, "steps": 20} for n in ("c", "kappa", "lr", "search_steps")},
     **{(kind.__name__, "sparsity"): {"norm": "l1", "eps": 5.0, "alpha": 2.0} for kind in KINDS},
     **{
         (kind.__name__, "keep"): {"eps": 0.3, "alpha": 0.25, "steps": 7, "tau": 6} for kind in KINDS

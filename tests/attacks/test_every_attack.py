@@ -171,7 +171,7 @@ def test_targeted_attacks_reach_their_targets(name: str) -> None:
     model, (x, y) = trained_small_cnn(), digits_test(64)
     targets = (y + 1 + torch.arange(64) % 9) % 10
     attack = ATTACKS[name](model, "l2", targeted=True, seed=0, precision="fp32")
-    limits = {} if name == "cw-l2" else {"eps": 1.2}
+    limits = {} if name == "cw-l2" else {"eps": 1.5}
     with torch.no_grad():
         reached = (model(attack(x, targets, **limits)).argmax(1) == targets).float().mean()
         before = (model(x).argmax(1) == targets).float().mean()

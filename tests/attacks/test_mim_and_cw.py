@@ -116,7 +116,7 @@ def test_cw_l2_finds_the_distance_from_a_plane(targeted: bool, bounds: tuple[flo
     attack = fastadv.CWL2(
         lambda images: model((images - low) / width),
         c=1.0,
-        steps=200,
+        steps=100,
         lr=0.02,
         targeted=targeted,
         bounds=bounds,

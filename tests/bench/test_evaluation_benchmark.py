@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from attack_helpers import trained_small_cnn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "bench"))
 
 import evaluation
-import strength
 from evaluation_found import REFERENCE, Found, Part, missed, table
 from evaluation_table import markdown
 from measure import machine
@@ -28,14 +26,8 @@ def test_it_runs_and_keeps_the_seeds_of_earlier_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     pytest.importorskip("pyautoattack")
-    trained: list[torch.nn.Module] = []
-
-    def trained_once(*arguments: Any) -> torch.nn.Module:
-        if not trained:
-            trained.append(strength.trained_network(*arguments))
-        return copy.deepcopy(trained[0])
-
-    monkeypatch.setattr(evaluation, "trained_network", trained_once)
+    # test_strength_benchmark.py has the benchmarks' training.
+    monkeypatch.setattr(evaluation, "trained_network", lambda *_: trained_small_cnn())
     words = ["evaluation.py", "--quick", "--attacks", "apgd-ce", "--out", str(tmp_path)]
     words += ["--eps", "0.3"]  # so large that a search breaks images at once, and ends
     for seed in ("0", "1"):

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ran
 
 from fastadv.trainers import method_names
 
 pytest.importorskip("argcomplete")
 pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
-# Each line of the input is a command line with the cursor at its end. One process answers all of them.
+# Each line of the argument is a command line with the cursor at its end. One process answers all of them.
 PROGRAM = r"""
 import json, os, sys
 from fastadv.cli import main
 
 answers = {}
-for line in json.load(sys.stdin):
+for line in json.loads(sys.argv[1]):
     asked = {"COMP_LINE": line, "COMP_POINT": str(len(line.encode())), "COMP_TYPE": "9"}
     shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "_ARGCOMPLETE_STDOUT_FILENAME": "answer"}
     os.environ.update(asked | shell)
@@ -61,14 +60,8 @@ LINES = (
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     folder = tmp_path_factory.mktemp("shell")
     (folder / "weights.pt").write_text("")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        input=json.dumps(LINES),
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=True,
-    )
+    done = ran(["-c", PROGRAM, json.dumps(LINES)], cwd=folder)
+    assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {line: status for line, (status, _) in found.items() if status} == {
         "fastadv train nosuch --": 2

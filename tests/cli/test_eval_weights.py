@@ -46,7 +46,7 @@ def found(file: Path) -> list[int]:
 
 
 def test_a_file_of_weights_is_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     file = saved(tmp_path / "net.pth.tar", model, epoch=3, acc=97.0)
     assert judge("--model", "small_cnn", "--weights", file) == 0
     results = tmp_path / "net.pth.tar.eval.json"
@@ -64,7 +64,7 @@ def test_a_file_of_weights_is_judged(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("name", ["ema", "swa", "natural"])
 def test_the_weights_of_a_checkpoint_are_judged(name: str, tmp_path: Path) -> None:
-    model, other = trained_small_cnn(), small_cnn(10, 1)
+    model, other = trained_small_cnn(half=False), small_cnn(10, 1)
     judged, beside = (other, model) if name == "natural" else (model, other)
     packed = {f"{name}/{key}": value for key, value in model.state_dict().items()}
     file = tmp_path / "model.safetensors"
@@ -75,14 +75,14 @@ def test_the_weights_of_a_checkpoint_are_judged(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("words", [("0.3", "0.5"), ("0.30", "5e-1")])
 def test_a_normalisation_is_given(tmp_path: Path, words: tuple[str, str]) -> None:
-    inner = trained_small_cnn()
+    inner = trained_small_cnn(half=False)
     file = saved(tmp_path / "net.pt", inner)
     assert judge("--model", "small_cnn", "--weights", file, "--normalise", *words) == 0
     assert found(tmp_path / "net.pt.eval.json") == expected(Normalized(inner, 0.3, 0.5))
 
 
 def test_a_normalisation_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = Normalized(trained_small_cnn(), (0.3,), (0.5,))
+    model = Normalized(trained_small_cnn(half=False), (0.3,), (0.5,))
     file = saved(tmp_path / "net.pt", model)
     assert judge("--model", "small_cnn", "--weights", file) == 0
     assert judge("--model", "small_cnn", "--weights", file, "--normalise", "0.3", "0.5") == 0
@@ -93,7 +93,7 @@ def test_a_normalisation_in_the_file(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def trained() -> nn.Module:
     """A function of somebody's own that returns a trained model."""
-    return trained_small_cnn()
+    return trained_small_cnn(half=False)
 
 
 def test_a_function_returns_a_trained_model(tmp_path: Path) -> None:
@@ -106,12 +106,12 @@ def test_images_of_an_npz_file(tmp_path: Path) -> None:
     test = load_dataset("digits").test
     images = test.images[:60].permute(0, 2, 3, 1).numpy()
     np.savez(tmp_path / "some.npz", image=images, label=test.labels[:60].numpy())
-    file = saved(tmp_path / "net.pt", trained_small_cnn())
+    file = saved(tmp_path / "net.pt", trained_small_cnn(half=False))
     words = ["eval", "--model", "small_cnn", "--weights", file, "--quiet", "--device", "cpu"]
     assert main([*words, "--data", str(tmp_path / "some.npz"), *ATTACKS]) == 0
     result = load_results(tmp_path / "net.pt.eval.json")[0]
     assert result.subject.data == "some.npz" and found(tmp_path / "net.pt.eval.json") == expected(
-        trained_small_cnn()
+        trained_small_cnn(half=False)
     )
 
 
@@ -178,10 +178,10 @@ def test_data_must_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_the_first_line_is_the_clean_accuracy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = saved(tmp_path / "net.pt", trained_small_cnn())
+    file = saved(tmp_path / "net.pt", trained_small_cnn(half=False))
     words = ["eval", "--model", "small_cnn", "--weights", file, "--data", "digits"]
     assert main([*words, "--max_examples", "60", "--attacks", "fgsm"]) == 0
-    share = 100 * expected(trained_small_cnn())[0] / 60
+    share = 100 * expected(trained_small_cnn(half=False))[0] / 60
     assert capsys.readouterr().err.startswith(f"right on {share:.2f} % of 60 clean images")
 
 
@@ -190,7 +190,7 @@ def test_a_model_that_guesses_or_is_another_one_is_told() -> None:
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="about as many as by guessing among 10 classes; is it"):
         evaluate(small_cnn(10, 1), test, "clean", **options)
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     with pytest.warns(UserWarning, match="while 50.00 % are recorded for this model"):
         evaluate(model, test, "clean", expected=0.5, **options)
     with warnings.catch_warnings():

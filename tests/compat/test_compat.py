@@ -45,7 +45,7 @@ def test_defaults_and_arguments_are_those_of_torchattacks() -> None:
 
 
 def test_the_models_own_predictions_wait_while_another_thread_has_the_model() -> None:
-    model, x = trained_small_cnn(), digits_test(4)[0]
+    model, x = trained_small_cnn(half=False), digits_test(4)[0]
     entered = threading.Event()
     model.register_forward_hook(lambda *_: entered.set())
     attacks = [
@@ -64,7 +64,7 @@ def test_the_models_own_predictions_wait_while_another_thread_has_the_model() ->
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_every_attack_breaks_images_within_its_ball(kind: Any) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(32)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(32)
     attack = short(kind, model, alpha=0.05)
     adv = attack(x, y)
     assert adv.shape == x.shape and adv.min() >= 0 and adv.max() <= 1
@@ -75,7 +75,7 @@ def test_every_attack_breaks_images_within_its_ball(kind: Any) -> None:
 
 
 def test_it_moves_the_images_as_the_own_attack_does() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(16)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(16)
     adv = short(compat.BIM, model, alpha=0.03)(x, y)
     own = fastadv.PGD(model, EPS, 0.03, 4, random_start=False, precision="fp32")
     assert torch.equal(adv, own(x, y))
@@ -85,7 +85,7 @@ def test_it_moves_the_images_as_the_own_attack_does() -> None:
 
 def test_it_moves_the_images_as_torchattacks_does() -> None:
     theirs = pytest.importorskip("torchattacks")
-    model, (x, y) = trained_small_cnn().eval(), digits_test(16)
+    model, (x, y) = trained_small_cnn(half=False).eval(), digits_test(16)
     steps: dict[str, Any] = {"eps": EPS, "alpha": 0.03, "steps": 4}
     in_l2 = {**steps, "eps": 0.8, "alpha": 0.2, "random_start": False}
     every = {"BIM": steps, "FGSM": {"eps": EPS}, "MIFGSM": steps, "PGDL2": in_l2}
@@ -97,7 +97,7 @@ def test_it_moves_the_images_as_torchattacks_does() -> None:
 
 
 def test_settings_are_read_and_set_with_their_checks() -> None:
-    attack = compat.PGD(trained_small_cnn())
+    attack = compat.PGD(trained_small_cnn(half=False))
     attack.eps, attack.steps = 4 / 255, 3
     assert attack.own.eps == attack.eps == 4 / 255 and attack.own.steps == 3
     with pytest.raises(ValueError, match="steps must be >= 1"):
@@ -108,28 +108,28 @@ def test_settings_are_read_and_set_with_their_checks() -> None:
 
 
 def test_labels_left_out_are_the_models_own() -> None:
-    model, (x, _) = trained_small_cnn(), digits_test(8)
+    model, (x, _) = trained_small_cnn(half=False), digits_test(8)
     attack = short(compat.BIM, model)
     assert torch.equal(attack(x), attack(x, model(x).argmax(1)))
 
 
 @pytest.mark.parametrize("width", [np.uint8, np.int8, np.int16, np.int32, np.int64])
 def test_numpy_images_and_labels_of_any_width(width: Any) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     attack = short(compat.BIM, model)
     adv = attack(x.numpy(), y.numpy().astype(width))
     assert isinstance(adv, np.ndarray) and np.array_equal(adv, attack(x, y).numpy())
 
 
 def test_bytes_count_as_images_in_255ths() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     as_bytes = (x * 255).round().to(torch.uint8)
     attack = short(compat.BIM, model)
     assert torch.equal(attack(as_bytes, y), attack(as_bytes.float() / 255, y))
 
 
 def test_several_radii_give_a_list() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     attack = short(compat.BIM, model, alpha=0.06)
     found = attack(x, y, epsilons=[0.05, EPS])
     assert [round(float((adv - x).abs().max()), 4) for adv in found] == [0.05, 0.1]
@@ -146,7 +146,7 @@ def share_at(model: nn.Module, adv: Tensor, target: Tensor) -> float:
 
 
 def test_modes_choose_the_targets() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(32)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(32)
     attack = short(compat.BIM, model, eps=0.3, alpha=0.1, steps=10)
     plain = attack(x, y)
     attack.set_mode_targeted_by_label()
@@ -175,7 +175,7 @@ def test_modes_choose_the_targets() -> None:
 
 
 def test_normalised_images_are_attacked_in_units_of_the_image() -> None:
-    inner, (x, y) = trained_small_cnn(), digits_test(16)
+    inner, (x, y) = trained_small_cnn(half=False), digits_test(16)
 
     class Denormalising(nn.Module):
         def __init__(self) -> None:
@@ -194,7 +194,7 @@ def test_normalised_images_are_attacked_in_units_of_the_image() -> None:
 
 
 def test_saved_images_are_those_of_the_batches(tmp_path: Path) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(24)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(24)
     attack, loader = short(compat.BIM, model), DataLoader(TensorDataset(x, y), batch_size=10)
     found = attack.save(
         loader, tmp_path / "adv.pt", verbose=False, return_verbose=True, save_predictions=True
@@ -217,7 +217,7 @@ def test_saved_images_are_those_of_the_batches(tmp_path: Path) -> None:
 
 
 def test_saved_images_are_loaded_as_they_were_attacked(tmp_path: Path) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(10)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(10)
     attack, loader = short(compat.BIM, model), DataLoader(TensorDataset(x, y), batch_size=4)
     for save_type, atol in (("float", 1e-6), ("int", 0.51 / 255)):
         file = tmp_path / f"{save_type}.pt"
@@ -243,7 +243,7 @@ def test_saved_images_are_loaded_as_they_were_attacked(tmp_path: Path) -> None:
 
 
 def test_the_model_is_attacked_in_the_mode_that_was_set() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     attack, before = short(compat.BIM, model), model.bn1.running_mean.clone()
     attack.set_model_training_mode(False, False, False)
     evaluated = attack(x, y)
@@ -257,7 +257,7 @@ def test_the_model_is_attacked_in_the_mode_that_was_set() -> None:
 
 
 def test_the_mean_of_several_gradients_is_followed() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     noisy = nn.Sequential(nn.Dropout(0.3), model)
     several = compat.EOTPGD(noisy, EPS, 0.03, 4, eot_iter=3, random_start=False)
     assert several.own.passes == several.eot_iter == 3
@@ -265,7 +265,7 @@ def test_the_mean_of_several_gradients_is_followed() -> None:
 
 
 def test_several_attacks_take_what_is_left() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(48)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(48)
     weak, strong = short(compat.BIM, model, eps=0.02, alpha=0.01), short(compat.BIM, model, eps=0.2)
     adv = compat.MultiAttack([weak, strong])(x, y)
     broken = model(weak(x, y)).argmax(1) != y
@@ -279,7 +279,7 @@ def test_several_attacks_take_what_is_left() -> None:
 
 
 def test_wrong_inputs_are_named() -> None:
-    attack, (x, y) = short(compat.BIM, trained_small_cnn()), digits_test(4)
+    attack, (x, y) = short(compat.BIM, trained_small_cnn(half=False)), digits_test(4)
     for labels in (y.float(), y.bool(), [0.5, 1, 2, 3]):
         with pytest.raises(TypeError, match="labels must be integers"):
             attack(x, labels)
@@ -305,7 +305,7 @@ def test_wrong_inputs_are_named() -> None:
 def test_wrong_settings_are_named_as_they_were_given(
     kind: Any, wrong: dict[str, Any], message: str
 ) -> None:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     with pytest.raises((TypeError, ValueError), match=message):
         kind(model, **wrong)
     attack, ((name, value),) = kind(model), wrong.items()
@@ -315,13 +315,13 @@ def test_wrong_settings_are_named_as_they_were_given(
 
 
 def test_a_file_that_is_no_path_is_named_before_the_attack() -> None:
-    attack, batch = short(compat.BIM, trained_small_cnn()), digits_test(2)
+    attack, batch = short(compat.BIM, trained_small_cnn(half=False)), digits_test(2)
     with pytest.raises(TypeError, match="save_path must be a path, got 3"):
         attack.save([batch], 3)  # type: ignore[arg-type]
 
 
 def test_bytes_under_a_normalisation_are_judged_as_they_come_back(tmp_path: Path) -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(24)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(24)
     wrapped = nn.Sequential(fastadv.models.Normalized(nn.Identity(), [-2.0], [4.0]), model)
     images = (x * 255).round().to(torch.uint8)
     attacks = []
@@ -350,14 +350,14 @@ def test_bytes_under_a_normalisation_are_judged_as_they_come_back(tmp_path: Path
 
 
 def test_several_attacks_take_numpy_images() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(16)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(16)
     several = compat.MultiAttack([short(compat.FGSM, model), short(compat.BIM, model)])
     found = several(x.numpy(), y.numpy())
     assert isinstance(found, np.ndarray) and np.array_equal(found, several(x, y).numpy())
 
 
 def test_targets_by_label_are_never_taken_for_labels() -> None:
-    model, (x, y) = trained_small_cnn(), digits_test(8)
+    model, (x, y) = trained_small_cnn(half=False), digits_test(8)
     attack = short(compat.BIM, model)
     attack.set_mode_targeted_by_label()
     with pytest.raises(ValueError, match="labels must be given in the mode"):
@@ -369,9 +369,13 @@ def test_targets_by_label_are_never_taken_for_labels() -> None:
 
 
 def test_attributes_that_would_have_no_effect_are_refused() -> None:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     attack = short(compat.BIM, model)
-    for name, value in (("model", trained_small_cnn()), ("targeted", True), ("epss", 0.1)):
+    for name, value in (
+        ("model", trained_small_cnn(half=False)),
+        ("targeted", True),
+        ("epss", 0.1),
+    ):
         with pytest.raises(AttributeError, match=name):
             setattr(attack, name, value)
     apgd, square = short(compat.APGD, model), short(compat.Square, model)
@@ -383,7 +387,7 @@ def test_attributes_that_would_have_no_effect_are_refused() -> None:
 def test_images_that_are_not_normalised_are_refused() -> None:
     """They would be cut to 0..1 without a word."""
     x, y = digits_test(4)
-    attack = short(compat.PGD, trained_small_cnn())
+    attack = short(compat.PGD, trained_small_cnn(half=False))
     with pytest.raises(ValueError, match=r"mean must be the mean of images in 0\.\.1, got 128"):
         attack.set_normalization_used(128, 64)
     attack.set_normalization_used([0.5], [0.25])
@@ -394,7 +398,7 @@ def test_images_that_are_not_normalised_are_refused() -> None:
 
 
 def test_flags_are_no_text() -> None:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     with pytest.raises(TypeError, match="multi_targeted must be True or False, got 'no'"):
         compat.FAB(model, multi_targeted="no")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="save_predictions must be True or False, got 'no'"):
@@ -403,7 +407,7 @@ def test_flags_are_no_text() -> None:
 
 def test_several_radii_are_a_list_or_an_array() -> None:
     x, y = digits_test(4)
-    attack = short(compat.PGD, trained_small_cnn())
+    attack = short(compat.PGD, trained_small_cnn(half=False))
     assert len(attack(x, y, epsilons=torch.tensor([0.1, 0.2]))) == 2
     assert attack(x, y, epsilons=np.float32(0.1)).shape == x.shape
     for wrong, words in (("8/255", "'8/255'"), ([], "one radius or several")):
@@ -412,7 +416,7 @@ def test_several_radii_are_a_list_or_an_array() -> None:
 
 
 def test_attacks_of_another_kind_are_not_joined() -> None:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     for wrong in ([model, model], compat.PGD(model), [fastadv.PGD(model)] * 2):
         with pytest.raises(
             TypeError, match=r"attacks must be a list of attacks of fastadv\.compat"

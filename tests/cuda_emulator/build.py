@@ -80,8 +80,9 @@ def build(folder: Path, results: Path, csrc: Path = CSRC) -> Path:
         (sources / name).write_text(text)
     units = [sources / "cuda" / HOSTS, *sorted((sources / "cuda").glob("*.cu"))]
     units += sorted(HERE.glob("*.cpp"))
+    header = _precompiled_header(results)
     with ThreadPoolExecutor(COMPILERS) as pool:
-        objects = list(pool.map(lambda unit: _compiled(unit, folder, results), units))
+        objects = list(pool.map(lambda unit: _compiled(unit, folder, results, header), units))
     where = Path(torch.__file__).parent / "lib"
     inputs: list[str | Path] = [*objects, f"-L{where}", "-ltorch_cpu", "-lc10"]
     return kept(
@@ -132,17 +133,26 @@ def _host_side(path: Path) -> str:
     return text.replace("namespace {", f"namespace of_{path.stem} {{")
 
 
-def _compiled(unit: Path, folder: Path, results: Path) -> Path:
-    torch_headers = Path(torch.__file__).parent / "include"
-    command: list[str | Path] = ["g++", "-x", "c++", "-std=c++20", "-O1", "-fPIC", "-w"]
-    command += ["-fvisibility=hidden", "-ffp-contract=off"]  # as nvcc is called with -fmad=false
-    command += ["-U_FORTIFY_SOURCE"]  # its longjmp does not leave a stack
-    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+def _precompiled_header(results: Path) -> Path:
+    """The emulator's header and CUDA's, which take as long to read as the kernels of a file to compile.
+
+    The file is the returned path with ".gch" behind it, where g++ looks for it.
+    """
+    source = HERE / "emulator.h"
+    command = [*_compiler("c++-header"), f"-I{HERE}"]
+    texts = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    made = kept(
+        results / "emulator.h.gch",
+        [str(command), version_of("g++"), *texts],
+        lambda made: _run([*command, "-o", made, source]),
+    )
+    return made.with_suffix("")
+
+
+def _compiled(unit: Path, folder: Path, results: Path, header: Path) -> Path:
+    command = _compiler("c++")
     if unit.suffix == ".cu":
-        command += ["-include", "emulator.h"]
-    for place in (torch_headers, torch_headers / "torch/csrc/api/include", _cuda_headers()):
-        command += ["-isystem", str(place)]
+        command += ["-include", header]
     headers = [path for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)]
     ours = [path.read_text() for path in sorted([*HERE.glob("*.h"), *headers, unit])]
     return kept(
@@ -150,6 +160,19 @@ def _compiled(unit: Path, folder: Path, results: Path) -> Path:
         [str(command), version_of("g++"), torch.__version__, *ours],
         lambda made: _run([*command, f"-I{HERE}", f"-I{folder / 'csrc'}", "-c", "-o", made, unit]),
     )
+
+
+def _compiler(language: str) -> list[str | Path]:
+    """g++ and its options, which must be the same for a header and for the units that include it."""
+    torch_headers = Path(torch.__file__).parent / "include"
+    command: list[str | Path] = ["g++", "-x", language, "-std=c++20", "-O1", "-fPIC", "-w"]
+    command += ["-fvisibility=hidden", "-ffp-contract=off"]  # as nvcc is called with -fmad=false
+    command += ["-U_FORTIFY_SOURCE"]  # its longjmp does not leave a stack
+    command += ["-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error"]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    for place in (torch_headers, torch_headers / "torch/csrc/api/include", _cuda_headers()):
+        command += ["-isystem", str(place)]
+    return command
 
 
 def _run(command: list[str | Path]) -> None:

@@ -91,7 +91,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, split: Split) -> list[str]:
 
 
 def correct(data: Any) -> list[int]:
-    model = trained_small_cnn()
+    model = trained_small_cnn(half=False)
     report = evaluate(model, data, ("clean", "fgsm"), eps=0.1, progress=False)
     return [row.correct for row in report.rows]
 
@@ -132,7 +132,7 @@ def test_a_format_of_the_users_is_kept(split: Split, digits: ImageData) -> None:
 def test_the_command_line_judges_it(
     hub: list[str], digits: ImageData, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    torch.save(trained_small_cnn().state_dict(), tmp_path / "net.pt")
+    torch.save(trained_small_cnn(half=False).state_dict(), tmp_path / "net.pt")
     words = ["eval", "--model", "small_cnn", "--weights", str(tmp_path / "net.pt"), "--quiet"]
     words += ["--attacks", "clean", "fgsm", "--eps", "0.1", "--device", "cpu", "--workers", "0"]
     assert main([*words, "--data", "hf:user/digits:test"]) == 0

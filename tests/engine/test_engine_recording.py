@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 import fastadv
 from fastadv.engine.first_recordings import tape_now
 from fastadv.engine.recorder import record
-from fastadv.models import create_model, resnet18, small_cnn
+from fastadv.models import create_model, small_cnn
+from fastadv.models.wide_resnet import WideResNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,7 +243,7 @@ def wrapped() -> dict[str, Callable[[nn.Module], nn.Module]]:
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", wrapped())
 def test_wrappers_run_on_the_same_fused_program(name: str) -> None:
-    model, x = resnet18().eval(), images(2, size=8)
+    model, x = WideResNet(10, 1, 10, 3).eval(), images(2, size=8)
     plain = fastadv.PGD(model, precision="bf16", steps=1)
     attack = fastadv.PGD(wrapped()[name](model).eval(), precision="bf16", steps=1)
     engines: list[Any] = [a.engine_for(x) for a in (plain, attack)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,11 @@ PAIRS = [(a, b) for family in FAMILIES for a, b in (family, family[::-1])]
 
 def made(name: str, seed: int = 0, channels: int = 3) -> Any:
     """A network in evaluation mode whose BatchNorms do something."""
+    return copy.deepcopy(_made(name, seed, channels))
+
+
+@cache
+def _made(name: str, seed: int, channels: int) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = create_model(name, 4, channels)

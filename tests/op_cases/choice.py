@@ -106,14 +106,16 @@ def _facts(
 
     Every two values of dtype, shape, layout and case meet, and a case that leads has each dtype contiguous and in
     channels last. On kernels that run at full speed each case has pairs of its own, and a case that leads has
-    every shape in every layout in float32. In Triton's interpreter no sample is in float16. Every shape is there
-    in float32 in an op's first case, and every number of axes in the others.
+    every shape in every layout in float32. In Triton's interpreter no sample is in float16. In float32 an op's
+    first case has every shape, each other case that leads every number of axes, and the rest their first shape.
     """
     shape, plain = case.shapes[place], dtype == torch.float32
     if kind == "interpreter":
         met: set[Hashable] = {(dtype, shape), (dtype, layout), (case.name, dtype)}
-        if plain:
+        if plain and leads(case):
             met.add((case.name, len(shape) if _number(case) else shape))
+        elif plain and not place:  # which is not empty
+            met.add((case.name, shape))
         return set() if dtype == torch.float16 else met
     found: set[Hashable] = set(combinations((dtype, shape, layout, case.name), 2))
     if leads(case) and layout in LARGE_LAYOUTS:
@@ -130,7 +132,7 @@ def _large_layouts(
 ) -> tuple[str, ...]:
     """The layouts of the large shape."""
     place, both = DTYPES.index(dtype), LARGE_LAYOUTS
-    if place and name == "reference":  # which leaves threads to torch
+    if name == "reference" and (place or not leads(case)):  # which leaves threads to torch
         return ()
     slow = kind_of(device, name) in SLOW
     if slow and dtype == torch.float16:

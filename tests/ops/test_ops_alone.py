@@ -44,12 +44,14 @@ LISTED = """
 import sys
 print("modules", *sorted(name for name in sys.modules if name.split(".")[0] == "fastadv"))
 """
+FIRST_USE = "import fastadv; fastadv.pgd_fused; fastadv.losses.arrest; fastadv.evaluate"
 
 
-def _lines(program: str) -> list[str]:
-    """What a Python process of its own prints."""
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    """What a process of its own prints, with the modules that the ops have loaded, and a first use."""
     done = subprocess.run(
-        [sys.executable, "-c", program],
+        [sys.executable, "-c", EVERY_OP + LISTED + FIRST_USE + LISTED],
         env=environment(),
         cwd=ROOT,
         capture_output=True,
@@ -59,10 +61,9 @@ def _lines(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _foreign(lines: list[str]) -> list[str]:
-    """The modules of the package that were loaded and do not belong to the ops."""
-    (listed,) = (line for line in lines if line.startswith("modules"))
-    names = listed.split()[1:]
+def _foreign(lines: list[str], place: int) -> list[str]:
+    """The modules of the package in one of the lists that do not belong to the ops."""
+    names = [line for line in lines if line.startswith("modules")][place].split()[1:]
     assert "fastadv.ops.registry" in names
     return [
         n
@@ -75,26 +76,19 @@ def _foreign(lines: list[str]) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_every_op_runs_without_the_rest_of_the_package() -> None:
+def test_every_op_runs_without_the_rest_of_the_package(lines: list[str]) -> None:
+    """Which the package itself, whose import the ops' begins with, must not load either."""
     from op_cases import CASES
 
-    lines = _lines(EVERY_OP + LISTED)
     ran = {line.removeprefix("ran ") for line in lines if line.startswith("ran ")}
     assert ran == {case.name for case in CASES.values() if case.function is not None}
-    assert _foreign(lines) == []
+    assert _foreign(lines, 0) == []
 
 
 @pytest.mark.slow
 @pytest.mark.processes
-def test_importing_the_package_imports_the_ops_alone() -> None:
-    assert _foreign(_lines("import fastadv" + LISTED)) == []
-
-
-@pytest.mark.slow
-@pytest.mark.processes
-def test_the_rest_is_there_on_first_use() -> None:
-    program = "import fastadv; fastadv.pgd_fused; fastadv.losses.arrest; fastadv.evaluate" + LISTED
-    found = _foreign(_lines(program))
+def test_the_rest_is_there_on_first_use(lines: list[str]) -> None:
+    found = _foreign(lines, 1)
     assert {"fastadv.attacks", "fastadv.evaluation"} <= set(found)
     assert "fastadv.trainers" not in found
 
