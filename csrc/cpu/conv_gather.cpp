@@ -9,18 +9,25 @@ namespace {
 
 using conv_gather::places_per_task;
 using conv_gather::Shape;
-using conv_gather::shape_of;
 
 uint16_t* bits(at::Tensor& t) { return static_cast<uint16_t*>(t.data_ptr()); }
 const uint16_t* bits(const at::Tensor& t) {
   return static_cast<const uint16_t*>(t.const_data_ptr());
 }
 
+Shape packed_shape(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
+                   at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
+                   at::IntArrayRef origin) {
+  const Shape shape = conv_gather::shape_of<uint16_t>(out, x, tap_rows, tap_columns, steps, origin);
+  conv::check_packed(packed, conv::padded(shape.out_channels) * shape.depth());
+  return shape;
+}
+
 void conv_gather_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                   at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
                   at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
                   const OptionalTensor& mask, bool relu) {
-  const Shape shape = shape_of<uint16_t>(out, x, packed, tap_rows, tap_columns, steps, origin);
+  const Shape shape = packed_shape(out, x, packed, tap_rows, tap_columns, steps, origin);
   TORCH_CHECK_VALUE(conv::supported() && x.size(1) % 2 == 0,
                     "x's channels must be even on a processor with AVX512-BF16, got ", x.sizes());
   const conv::Epilogue epilogue = conv::make_epilogue(out, bias, add, mask, relu);
@@ -72,7 +79,7 @@ void conv_amx_(at::Tensor out, const at::Tensor& x, const at::Tensor& packed,
                at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
                at::IntArrayRef origin, const OptionalTensor& bias, const OptionalTensor& add,
                const OptionalTensor& mask, bool relu) {
-  const Shape shape = shape_of<uint16_t>(out, x, packed, tap_rows, tap_columns, steps, origin);
+  const Shape shape = packed_shape(out, x, packed, tap_rows, tap_columns, steps, origin);
   TORCH_CHECK_VALUE(conv_amx_supported(x.size(1)),
                     "x's channels must be multiples of 32 on a processor with AMX, got ",
                     x.sizes());

@@ -14,9 +14,8 @@ inline int64_t places_per_task(const Shape& shape, int64_t element) {
 
 // The sizes of a convolution, its arguments checked; the result points into the arrays.
 template <class Stored>
-Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& packed,
-               at::IntArrayRef tap_rows, at::IntArrayRef tap_columns, at::IntArrayRef steps,
-               at::IntArrayRef origin) {
+Shape shape_of(const at::Tensor& out, const at::Tensor& x, at::IntArrayRef tap_rows,
+               at::IntArrayRef tap_columns, at::IntArrayRef steps, at::IntArrayRef origin) {
   TORCH_CHECK_VALUE(x.dim() == 4 && out.dim() == 4 && x.size(0) == out.size(0),
                     "x and out must have axes [B, C, H, W] and one B, got ", x.sizes(), " and ",
                     out.sizes());
@@ -30,12 +29,10 @@ Shape shape_of(const at::Tensor& out, const at::Tensor& x, const at::Tensor& pac
                     "origin must be a place (row, column) of out, got ", origin);
   conv::check_dense<Stored>(x, "x", x.sizes());
   conv::check_dense<Stored>(out, "out", out.sizes());
-  const Shape shape{x.size(0),       x.size(2),         x.size(3),   x.size(1),
-                    out.size(2),     out.size(3),       out.size(1), steps[0],
-                    steps[1],        origin[0],         origin[1],   int64_t(tap_rows.size()),
-                    tap_rows.data(), tap_columns.data()};
-  conv::check_packed<Stored>(packed, conv::padded(shape.out_channels) * shape.depth());
-  return shape;
+  return {x.size(0),       x.size(2),         x.size(3),   x.size(1),
+          out.size(2),     out.size(3),       out.size(1), steps[0],
+          steps[1],        origin[0],         origin[1],   int64_t(tap_rows.size()),
+          tap_rows.data(), tap_columns.data()};
 }
 
 }  // namespace fastadv::conv_gather

@@ -25,16 +25,17 @@ void conv_gather_float_(at::Tensor out, const at::Tensor& x, const at::Tensor& p
                         const OptionalTensor& add, const OptionalTensor& mask, bool relu,
                         int64_t lanes) {
   const FloatKernel& kernel = kernel_of(lanes);
-  const Shape shape =
-      conv_gather::shape_of<float>(out, x, packed, tap_rows, tap_columns, steps, origin);
+  const Shape shape = conv_gather::shape_of<float>(out, x, tap_rows, tap_columns, steps, origin);
+  conv::check_packed<float>(packed, conv_gather::packed_floats(shape));
   const auto epilogue = conv::make_epilogue<float>(out, bias, add, mask, relu);
+  const auto convolve = kernel.of(shape);
   float* to = out.data_ptr<float>();
   const float *from = x.const_data_ptr<float>(), *filters = packed.const_data_ptr<float>();
   conv::parallel_shares(
       shape.places(), conv_gather::places_per_task(shape, sizeof(float)),
       [&](int64_t count) { return conv_gather::float_scratch_bytes(shape, count); },
       [&](int64_t first, int64_t count, void* scratch) {
-        kernel.convolve(to, from, filters, shape, epilogue, first, count, scratch);
+        convolve(to, from, filters, shape, epilogue, first, count, scratch);
       });
 }
 

@@ -10,11 +10,12 @@
 
 namespace fastadv::conv_gather {
 constexpr int kVectors = 2;  // 6 x 2 sums fill 12 of the 16 registers
-}
-#include "cpu/conv_gather_float_inner.h"
+constexpr int kSums = 10;    // of few results: with inputs and filters they fill 13 of them
+}  // namespace fastadv::conv_gather
+#include "cpu/conv_gather_few_inner.h"
 
 namespace fastadv::conv_gather {
-const FloatKernel kFloatAvx2{kLanes, convolve};
+const FloatKernel kFloatAvx2{kLanes, convolve, convolve_from_few, convolve_to_few};
 }
 #else
 namespace fastadv::conv_gather {

@@ -11,11 +11,12 @@
 
 namespace fastadv::conv_gather {
 constexpr int kVectors = 4;  // 6 x 4 sums fill 24 of the 32 registers
-}
-#include "cpu/conv_gather_float_inner.h"
+constexpr int kSums = 20;    // of few results: with inputs and filters they fill 26 of them
+}  // namespace fastadv::conv_gather
+#include "cpu/conv_gather_few_inner.h"
 
 namespace fastadv::conv_gather {
-const FloatKernel kFloatAvx512{kLanes, convolve};
+const FloatKernel kFloatAvx512{kLanes, convolve, convolve_from_few, convolve_to_few};
 }
 #else
 namespace fastadv::conv_gather {

@@ -47,6 +47,15 @@ FASTADV_LEVEL void multiply(const Task& task, const Part& part, int64_t place,
       sum[r][n] = part.begins ? zero() : load(kept + (r * vectors + n) * kLanes);
     }
   }
+  if (part.ends) {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      for (int n = 0; n < vectors; ++n) {
+        conv::fetch_ahead(task.out, task.epilogue,
+                          task.places.results[place + r] + task.channel + n * kLanes);
+      }
+    }
+  }
   for (int64_t t = part.first_tap; t < part.last_tap; ++t) {
     const float* from[rows];
 #pragma GCC unroll 8

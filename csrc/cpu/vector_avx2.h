@@ -48,6 +48,13 @@ FASTADV_LEVEL_INLINE void store(float* p, V v, const Live& live) {
   _mm256_maskstore_ps(p, live.mask, v);
 }
 
+// The sum of all lanes.
+FASTADV_LEVEL_INLINE float sum(V v) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
 // Floats that lie `stride` floats apart.
 FASTADV_LEVEL_INLINE V gather(const float* p, int64_t stride, const Live& live) {
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

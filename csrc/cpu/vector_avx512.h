@@ -39,6 +39,9 @@ FASTADV_LEVEL_INLINE V load(const float* p, Live live) { return _mm512_maskz_loa
 FASTADV_LEVEL_INLINE void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 FASTADV_LEVEL_INLINE void store(float* p, V v, Live live) { _mm512_mask_storeu_ps(p, live, v); }
 
+// The sum of all lanes.
+FASTADV_LEVEL_INLINE float sum(V v) { return _mm512_reduce_add_ps(v); }
+
 // Floats that lie `stride` floats apart.
 FASTADV_LEVEL_INLINE V gather(const float* p, int64_t stride, Live live) {
   const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -11,6 +11,15 @@ FASTADV_LEVEL_INLINE vec::V read(const float* p, const vec::Live& live) {
   return vec::all(live) ? vec::load(p) : vec::load(p, live);
 }
 
+// Fetches the memory that `finish` will use at `at`, while the sums are computed. The processor
+// does not foresee it where a grid has gaps, and large results lie beyond its nearer caches.
+FASTADV_LEVEL_INLINE void fetch_ahead(const float* out, const EpilogueOf<float>& epilogue,
+                                      int64_t at) {
+  __builtin_prefetch(out + at, 1);
+  if (epilogue.add) __builtin_prefetch(epilogue.add + at);
+  if (epilogue.mask) __builtin_prefetch(epilogue.mask + at);
+}
+
 // As for bfloat16 in csrc/cpu/conv_inner.h.
 FASTADV_LEVEL_INLINE void finish(float* out, vec::V value, const EpilogueOf<float>& epilogue,
                                  int64_t at, int64_t channel, const vec::Live& live) {

@@ -213,7 +213,9 @@ class GatherFloatKernel(GatherKernel):
         self._convolve = lambda *args: _OPS.conv_gather_float_(*args, lanes)
 
     def _in_blocks(self, filters: Tensor) -> Tensor:
-        """In blocks of as many output channels as the kernel multiplies together."""
+        """In blocks of as many output channels as the kernel multiplies together; few are not padded."""
+        if len(filters) <= convolution.FEW:
+            return filters.reshape(-1)
         return _in_blocks(filters, convolution.FLOAT_WIDE[self._lanes], together=1)
 
 
@@ -242,7 +244,8 @@ def _tap_group(
     pairs = [(down, right) for down in along[0] for right in along[1]]
     into, outof = conv.in_channels, conv.out_channels
     rows, depth = (into, outof) if backward else (outof, into)
-    padded = -(-rows // convolution.VECTOR) * convolution.VECTOR
+    few = dtype == torch.float32 and rows <= convolution.FEW
+    padded = rows if few else -(-rows // convolution.VECTOR) * convolution.VECTOR
     return TapGroup(
         taps=[(down[0], right[0]) for down, right in pairs],
         rows=[down[1] for down, _ in pairs],

@@ -19,7 +19,7 @@ None.
   and stride, on the grid of results ``origin + i * steps[1]``; place i reads the inputs ``i * steps[0] + tap``.
   The same last pass as above.
 * ``conv_gather_float_(..., lanes)``: the same in float32, by vectors of ``lanes`` floats, for any number of input
-  channels.
+  channels. Filters for at most 4 output channels are packed as [K, depth].
 * ``conv_amx_supported(in_channels)``: whether this processor and these channels are served by ``conv_amx_``: AMX,
   and input channels in multiples of 32.
 * ``conv_amx_pack_(packed, weight, scale, taps, backward)``: pack the ``taps`` of filters [K, C, h, w], places in
@@ -46,6 +46,7 @@ from fastadv.ops import NATIVE
 POINTS = 36  # products per tile of F(4x4, 3x3)
 VECTOR = 16  # output channels are packed in multiples of this
 WIDE = 64  # and, for the gathering kernel, in blocks of this
+FEW = 4  # channels, for which the gathering kernel in float32 has loops of their own
 FLOAT_WIDE = {16: 64, 8: 16}  # in float32, by the lanes of the vectors
 
 torch.library.define("fastadv::conv3x3_supported", "(int in_channels, int out_channels) -> bool")

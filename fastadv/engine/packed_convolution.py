@@ -4,10 +4,12 @@ In bfloat16 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering
 channels, oneDNN's the rest. Depthwise ones have a kernel of their own. On processors with AMX the tile kernel
 serves all ungrouped convolutions whose input channels are multiples of 32, oneDNN's the rest. In float32
 Winograd's kernel serves 3x3 convolutions of stride 1, the gathering kernel others with enough channels, and
-oneDNN's the rest. Gradients that are no convolutions stay with torch.
+gradients in images of few channels, and oneDNN's the rest. Gradients that are no convolutions stay with torch.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -95,6 +97,8 @@ def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
     into, outof = conv.in_channels, conv.out_channels
     source, result = (outof, into) if backward else (into, outof)
     lanes = convolution.float_lanes()
+    if lanes and _has_few_channels(conv, source, result):
+        return GatherFloatKernel(conv, backward, lanes)
     if conv.groups == 1 and _is_3x3(conv):
         for narrower in (16, 8):
             if narrower <= lanes and source % narrower == 0:
@@ -106,6 +110,17 @@ def _float_kernel(conv: ConvShape, backward: bool) -> Kernel | None:
     if not convolution.onednn_available(torch.float32) or (backward and not _rotatable(conv)):
         return None
     return OneDNNKernel(conv, backward, torch.float32)
+
+
+def _has_few_channels(conv: ConvShape, source: int, result: int) -> bool:
+    """Whether the gathering kernel's loops for few channels can serve, and were fastest where measured."""
+    if conv.groups != 1 or conv.stride[0] != conv.stride[1]:
+        return False
+    if (
+        result <= convolution.FEW
+    ):  # a call for each place in a patch of stride x stride costs too much
+        return conv.stride[0] <= 2 and source >= convolution.VECTOR // 2
+    return source * math.prod(conv.kernel_size) <= convolution.VECTOR and source <= convolution.FEW
 
 
 def _worth_gathering_in_float(conv: ConvShape, source: int, result: int, backward: bool) -> bool:

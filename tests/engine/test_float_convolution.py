@@ -125,7 +125,7 @@ def test_result_depends_neither_on_threads_nor_on_company(lanes: int) -> None:
 OTHERS = [
     (16, 16, 3, 1, 1, 4, 6, 7),
     (3, 24, 7, 2, 3, 1, 12, 11),
-    (16, 3, 3, 2, 1, 1, 9, 1),
+    (16, 6, 3, 2, 1, 1, 9, 1),
     (5, 12, 1, 1, 0, 1, 5, 5),
 ]
 
@@ -166,7 +166,7 @@ def test_three_by_three_has_winograds_kernel_in_both_directions() -> None:
     assert isinstance(
         make_kernel(nn.Conv2d(24, 8, 3, padding=1), False, dtype=torch.float32), WinogradFloatKernel
     )
-    conv = nn.Conv2d(3, 48, 3, padding=1)  # three channels fill no vector
+    conv = nn.Conv2d(5, 48, 3, padding=1)  # five channels fill no vector
     assert isinstance(make_kernel(conv, False, dtype=torch.float32), OneDNNKernel)
     assert isinstance(make_kernel(conv, True, dtype=torch.float32), WinogradFloatKernel)
 

@@ -41,6 +41,16 @@ GEOMETRIES = [
     (20, 19, (3, 3), 1, (2, 2), (2, 2), 6, 7),
     (18, 16, (3, 3), 2, (0, 0), (2, 1), 9, 8),
     (16, 16, (7, 7), 2, (3, 3), (1, 1), 1, 2),  # hardly any tap lies inside
+    # Few channels, which have loops of their own.
+    (1, 32, (3, 3), 1, (1, 1), (1, 1), 8, 8),
+    (3, 64, (3, 3), 1, (1, 1), (1, 1), 5, 33),  # several groups of places in a row
+    (3, 70, (7, 7), 2, (3, 3), (1, 1), 9, 14),
+    (2, 17, (5, 5), 1, (2, 2), (1, 1), 3, 1),
+    (4, 9, (3, 3), 2, (0, 0), (2, 1), 9, 8),
+    (3, 24, (2, 4), 3, (5, 0), (1, 1), 7, 9),  # rows of zeros alone
+    (40, 3, (3, 3), 1, (1, 1), (1, 1), 6, 11),
+    (3, 2, (3, 3), 1, (1, 1), (1, 1), 4, 4),
+    (16, 3, (3, 3), 2, (1, 1), (1, 1), 9, 1),
 ]
 
 
@@ -144,7 +154,11 @@ def test_which_convolutions_it_serves() -> None:
     assert kind(64, 256, (1, 1)) is kind(64, 256, (1, 1), backward=True) is GatherFloatKernel
     assert kind(3, 64, (16, 16), (16, 16)) is GatherFloatKernel  # oneDNN is slow at patches
     assert kind(3, 64, (16, 16), (16, 16), backward=True) is PatchGradientKernel
-    assert kind(3, 64, (7, 7), (2, 2), (3, 3), backward=True) is PatchGradientKernel
+    assert kind(5, 64, (7, 7), (2, 2), (3, 3), backward=True) is PatchGradientKernel
+    assert kind(3, 64, (7, 7), (2, 2), (3, 3), backward=True) is GatherFloatKernel  # few channels
+    assert kind(1, 32, (3, 3), (1, 1), (1, 1)) is GatherFloatKernel
+    assert kind(3, 64, (3, 3), (1, 1), (1, 1)) is OneDNNKernel
+    assert kind(3, 64, (3, 3), (1, 1), (1, 1), backward=True) is GatherFloatKernel
     assert kind(3, 64, (7, 7), (2, 2), (3, 3)) is OneDNNKernel
     assert kind(64, 64, (1, 1), (2, 1)) is OneDNNKernel
     assert kind(64, 64, (3, 3), (2, 2), (1, 1), groups=2) is OneDNNKernel
