@@ -83,7 +83,7 @@ class APGD(Attack):
     because they depend on one another.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.
         steps: number of steps of a run, at least 1; one run costs steps + 1 forward passes, in l1 up to
             steps + 3.
@@ -92,18 +92,18 @@ class APGD(Attack):
             likeliest wrong classes, ``"ce-t"`` or ``"dlr-t"`` (at least 4 classes).
         target_classes: number of wrong classes that ``"ce-t"`` and ``"dlr-t"`` try.
         rho: fraction of steps that must raise the loss; see above.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`; not with "-t" losses.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`, without ``"graph"``.
-        train_mode: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`; not with "-t" losses.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`, without ``"graph"``.
+        train_mode: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: APGDSettings

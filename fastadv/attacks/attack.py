@@ -49,7 +49,7 @@ from fastadv.seeding import draw_seed
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """The settings that all attacks have in common, checked on creation. Fields as in `fastadv.pgd_fused`."""
+    """The settings that all attacks have in common, checked on creation. Fields as in `fastadv.PGD`."""
 
     eps: float = 8 / 255
     _: KW_ONLY
@@ -166,14 +166,14 @@ class Attack(Configured):
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
             eps: radius for this call, a number or one per image [B]. Step sizes change in proportion.
             start: images within the bounds to begin from, [B, ...], in place of the attack's own start; they are
-                brought into the ball first.
+                brought into the ball first. Of several restarts only the first begins there.
 
         Returns:
             Adversarial images [B, ...] in ``x``'s dtype and layout.
 
         Raises:
-            TypeError: as in `fastadv.pgd_fused`.
-            ValueError: as in `fastadv.pgd_fused`.
+            TypeError: as in `fastadv.PGD`.
+            ValueError: as in `fastadv.PGD`.
         """
         return self._attack(x, y, seed, sample_ids, eps, start)
 

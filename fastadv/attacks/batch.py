@@ -99,7 +99,7 @@ class AttackBatch:
         targeted: whether ``y`` is to be reached rather than left.
         sample_ids: int64 [B], or None for 0 .. B-1.
         check: called once with the number of classes, which the first logits have; None afterwards.
-        given_start: the points at which every run starts, [B, ...]; None for the attack's own start.
+        given_start: the points at which the first run starts, [B, ...]; None for the attack's own start.
         active: bool [B], false for samples that only fill up the batch: they are neither moved nor counted. None
             means that all are true.
         passes: number of passes through the network for one gradient, which is their mean.
@@ -247,6 +247,12 @@ class AttackBatch:
         """The same samples in another ball; they are counted here."""
         other = copy.copy(self)  # shares the counters
         other.eps = eps
+        return other
+
+    def with_own_start(self) -> AttackBatch:
+        """The same samples for a later run, which would repeat the first one from its given start."""
+        other = copy.copy(self)  # shares the counters
+        other.given_start = None
         return other
 
     def on(self, x: Tensor, y: Tensor, eps: Tensor, active: Tensor) -> AttackBatch:

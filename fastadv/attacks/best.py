@@ -86,15 +86,19 @@ def best_of_runs(
 
     Args:
         run: the search.
-        batch: the images under attack.
+        batch: the images under attack; the first run of each target begins at its given start.
         targets: for each run, of which there is at least one, the wrong classes [B] it aims at, or None.
         seed: seed of the first run; the seeds of the other runs are derived from it.
         whole: run on all samples each time, for samples that depend on one another. Otherwise each run attacks
             only the samples for which the runs before it have failed.
     """
     best = Best()
+    before: Tensor | None = None
+    given, own = batch, batch.with_own_start()
     for number, target in enumerate(targets):
         run_seed = derive_seed(seed, "restart", number) if number else seed
+        batch = given if number == 0 or target is not before else own
+        before = target
         if number == 0 or whole:
             best.merge(run(batch, target, run_seed))
             continue

@@ -57,26 +57,26 @@ class CW(PGD):
     here.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
-        eps: as in `fastadv.pgd_fused`.
-        alpha: as in `fastadv.pgd_fused`.
-        steps: as in `fastadv.pgd_fused`.
-        random_start: as in `fastadv.pgd_fused`.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        restarts: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`.
-        train_mode: as in `fastadv.pgd_fused`.
-        keep: as in `fastadv.pgd_fused`.
-        sparsity: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
+        eps: as in `fastadv.PGD`.
+        alpha: as in `fastadv.PGD`.
+        steps: as in `fastadv.PGD`.
+        random_start: as in `fastadv.PGD`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        restarts: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        keep: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: CWSettings
@@ -167,23 +167,23 @@ class CWL2(Attack):
     precision unless you do not mind that a float32 model gets part of it right.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         c: first value of the search for c, > 0.
         kappa: margin that the logits must reach, >= 0.
         steps: number of Adam's steps for each c.
         lr: learning rate of Adam, > 0.
         search_steps: number of values of c that are tried.
-        bounds: as in `fastadv.pgd_fused`; the lower bound must be below the upper bound.
-        targeted: as in `fastadv.pgd_fused`.
+        bounds: as in `fastadv.PGD`; the lower bound must be below the upper bound.
+        targeted: as in `fastadv.PGD`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
-        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
-        train_mode: as in `fastadv.pgd_fused`.
+        engine: as in `fastadv.PGD`, but for ``"graph"``.
+        train_mode: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`; for models that draw random numbers.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: CWL2Settings

@@ -87,7 +87,7 @@ class FAB(Attack):
     mind that a float32 model gets some of them right.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.
         steps: number of steps of a run; each costs two forward passes and one backward pass.
         target_classes: number of wrong classes, each with a run towards it, the likeliest first ("fab-t" of
@@ -102,17 +102,17 @@ class FAB(Attack):
             the smallest change of all is returned.
         batch_size: after images have left, several runs of the other images share a batch of up to this size, or
             of the call's batch size if it is larger. The results equal the results of one run after the other.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
         precision: ``"fp32"``, ``"bf16"`` or ``"auto"``.
-        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
-        train_mode: as in `fastadv.pgd_fused`; no image leaves then.
+        engine: as in `fastadv.PGD`, but for ``"graph"``.
+        train_mode: as in `fastadv.PGD`; no image leaves then.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: FABSettings
@@ -211,8 +211,8 @@ class FAB(Attack):
             best.merge(found.rows(number * len(rows) + open_), rows[open_])
 
     def _start(self, batch: AttackBatch, seed: int | None) -> Tensor:
-        """The points at which a run begins: the given start, the images, or random points near them."""
-        if seed is None or batch.given_start is not None:
+        """The points at which a run begins: the given start or the images, or random points near them."""
+        if seed is None:
             return batch.start(0, random=False)
         radius = _START_RADIUS * batch.eps
         ids = batch.sample_ids

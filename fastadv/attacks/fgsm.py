@@ -40,22 +40,22 @@ class FGSM(PGD):
     """``clip(x + eps * sign(grad), bounds)``: PGD's first step, with alpha = eps and no random start.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball and size of the step, in the units of the images.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`.
-        loss: as in `fastadv.pgd_fused`, but for ``"kl"``, which needs a random start.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`.
-        train_mode: as in `fastadv.pgd_fused`.
-        sparsity: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        loss: as in `fastadv.PGD`, but for ``"kl"``, which needs a random start.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`; for models that draw random numbers.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: FGSMSettings
@@ -110,25 +110,25 @@ class FGSMRS(PGD):
     u is uniform in the ball. Source: Wong, Rice and Kolter, "Fast is better than free", ICLR 2020, algorithm 3.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.
         alpha: size of the step; None for the paper's 1.25 * eps.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        restarts: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`.
-        loss: as in `fastadv.pgd_fused`.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`.
-        train_mode: as in `fastadv.pgd_fused`.
-        keep: as in `fastadv.pgd_fused`.
-        sparsity: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        restarts: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        loss: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        keep: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: FGSMRSSettings

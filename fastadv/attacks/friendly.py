@@ -41,28 +41,28 @@ class FriendlyPGD(PGD):
     passes, so that nothing waits for the device, and in the counts of `last`.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.
         alpha: size of a step.
         steps: largest number of steps, at least 1.
-        random_start: as in `fastadv.pgd_fused`.
+        random_start: as in `fastadv.PGD`.
         tau: number of steps at misclassified points, at least 0.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        restarts: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`; an image then stops once it is at its target.
-        loss: as in `fastadv.pgd_fused`.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`.
-        train_mode: as in `fastadv.pgd_fused`.
-        keep: as in `fastadv.pgd_fused`.
-        sparsity: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        restarts: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`; an image then stops once it is at its target.
+        loss: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        keep: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`, or tau is negative.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`, or tau is negative.
     """
 
     settings: FriendlyPGDSettings

@@ -39,28 +39,28 @@ class MIM(PGD):
     "Boosting adversarial attacks with momentum", CVPR 2018, algorithm 1; it starts from the images.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
         eps: radius of the ball, in the units of the images.
         alpha: size of a step; the paper has eps / steps.
         steps: number of steps, at least 1.
         decay: factor of the momentum after each step, >= 0; the paper's mu.
-        random_start: as in `fastadv.pgd_fused`, but by default false.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        restarts: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`.
-        loss: as in `fastadv.pgd_fused`.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`.
-        train_mode: as in `fastadv.pgd_fused`.
-        keep: as in `fastadv.pgd_fused`.
-        sparsity: as in `fastadv.pgd_fused`.
+        random_start: as in `fastadv.PGD`, but by default false.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        restarts: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        loss: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        keep: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`; used only with ``random_start=True``.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`.
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`.
     """
 
     settings: MIMSettings

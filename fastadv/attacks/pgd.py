@@ -35,31 +35,53 @@ class PGD(Attack):
     describes the last call.
 
     Args:
-        model: as in `pgd_fused`.
-        eps: as in `pgd_fused`.
-        alpha: as in `pgd_fused`.
-        steps: as in `pgd_fused`.
-        random_start: as in `pgd_fused`.
-        norm: as in `pgd_fused`.
-        bounds: as in `pgd_fused`.
-        restarts: as in `pgd_fused`.
-        targeted: as in `pgd_fused`.
-        loss: as in `pgd_fused`.
-        precision: as in `pgd_fused`.
-        engine: as in `pgd_fused`.
-        train_mode: as in `pgd_fused`.
-        keep: as in `pgd_fused`.
-        sparsity: as in `pgd_fused`.
+        model: a module, or any callable, from images [B, ...] to logits [B, C]; normalisation of the
+            images belongs inside it.
+        eps: radius of the ball, in the units of the images; at most the distance between two images within the
+            bounds.
+        alpha: step size, in the units of the images; in l2 and l1 the length of the whole step.
+        steps: number of steps, at least 1.
+        random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from the
+            image. In l2 such a point lies close to the surface of the ball; `fastadv.attacks.uniform_radius_start`
+            lies nearer to the image.
+        norm: ``"linf"``, ``"l2"``, or ``"l1"`` (sparse steps: Tramer and Boneh 2019; `fastadv.ops.pgd_step`), also
+            as other libraries write it: "Linf", "L2", np.inf, 2.
+        bounds: lowest and highest allowed value of an image.
+        restarts: runs from different random starts; per sample the result of highest loss (or best as by ``keep``)
+            is returned.
+        targeted: minimise the loss of the classes that a call gives, instead of maximising it.
+        loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
+            ``random_start``, since its gradient is zero at the image) or a callable
+            ``(logits, y) -> [B] or scalar``.
+        precision: precision of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules
+            where the hardware has it, else fp32. Logits, loss and images are float32 (float64 for float64 images)
+            always.
+        engine: ``"eager"`` runs the live model; ``"compiled"`` runs a folded copy (with ``torch.compile``
+            on a GPU); ``"graph"`` runs the whole attack on the copy as a CUDA graph. ``"auto"`` runs a folded
+            copy in a narrow precision, on a GPU recorded at the second call of a batch size. On the CPU it
+            measures where another engine may be faster, and runs the fastest that is right. With
+            ``precision="fp32"`` it runs the live model, and the result equals the result of a plain loop to the
+            bit. Where ``precision="auto"`` comes to fp32, it runs a folded copy on a CPU, and the live model on a
+            GPU. ``"fixed"`` is ``"auto"`` without measuring, so that every process runs the same engine.
+        train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
+            result then depends on the other samples of the batch. ``"moving"`` is train mode in which every pass
+            of the attack updates BatchNorm's running statistics for good, as in loops that do not restore them.
+        keep: the point of a run that is returned: ``"last"`` or ``"best"``. For each sample the best point has the
+            highest loss among the successful points, or among all points if no point succeeds, start and end
+            included. ``"best"`` costs one more forward pass per restart.
+        sparsity: share of an image's elements that an l1 step does not move, 0 <= sparsity < 1; other norms
+            ignore it.
         seed: seed of every call without a seed; None draws a seed per call from torch's default generator.
         check_inputs: check the values of images and labels at every call. On a GPU this waits for the device
             once per call; turn it off where the data are known to be good.
 
     Every argument is also an attribute, which may be set. After ``attack.eps = 4 / 255`` the next call has that
-    radius.
+    radius. ``attack.passes = n`` follows the mean of n gradients, for models that draw random numbers.
 
     Raises:
-        TypeError: as in `pgd_fused`.
-        ValueError: as in `pgd_fused`.
+        TypeError: an argument of the wrong type, named in the message.
+        ValueError: an argument out of range, shapes or devices that do not fit, images that are not finite
+            or outside ``bounds``, labels outside the model's classes.
     """
 
     settings: PGDSettings
@@ -133,7 +155,8 @@ class PGD(Attack):
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
             eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
                 [B, C, H, W] of shape [C, 1, 1], [1, C, 1, 1] or [B, C, 1, 1].
-            start: images within the bounds to begin from.
+            start: images within the bounds to begin from, [B, ...]; they are brought into the ball first. Of
+                several restarts only the first begins there.
             alpha: step size for this call, as ``eps``; by default the attack's own, in proportion to ``eps``.
             steps: number of steps for this call, one for all or int64 [B]. All images go through the network as
                 often as the image with the most steps. An image whose steps are made no longer moves. Reading the
@@ -144,8 +167,8 @@ class PGD(Attack):
             Adversarial images [B, ...] in ``x``'s dtype and layout.
 
         Raises:
-            TypeError: as in `fastadv.pgd_fused`.
-            ValueError: as in `fastadv.pgd_fused`.
+            TypeError: as in `fastadv.PGD`.
+            ValueError: as in `fastadv.PGD`.
         """
         overrides = checked_overrides(alpha, steps, x, bounds, self.norm)
         return self._attack(x, y, seed, sample_ids, eps, start, overrides)
@@ -216,7 +239,8 @@ class PGD(Attack):
         """The points at which the runs begin, [B, ...] each."""
         for restart in range(self.settings.restarts):
             run_seed = derive_seed(seed, "restart", restart) if restart else seed
-            yield batch.start(run_seed, self.settings.random_start)
+            later = batch.with_own_start() if restart else batch
+            yield later.start(run_seed, self.settings.random_start)
 
     def _search(
         self, batch: AttackBatch, starts: Iterable[Tensor], alpha: float | Tensor

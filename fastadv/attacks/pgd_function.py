@@ -52,36 +52,20 @@ def pgd_fused(
         y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to reach. With the
             losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from the labels) and callables also soft
             labels [B, C]: probabilities. Their likeliest class decides whether an image is misclassified.
-        eps: radius of the ball, in the units of ``x``; at most the distance between two images within the bounds.
-        alpha: step size, in the units of ``x``; in l2 and l1 the length of the whole step.
-        steps: number of steps, at least 1.
-        norm: ``"linf"``, ``"l2"``, or ``"l1"`` (sparse steps: Tramer and Boneh 2019; `fastadv.ops.pgd_step`), also
-            as other libraries write it: "Linf", "L2", np.inf, 2.
-        bounds: lowest and highest allowed value of an image.
-        random_start: start from a uniform random point of the ball (`fastadv.ops.random_start`), else from ``x``.
-        restarts: runs from different random starts; per sample the result of highest loss (or best as by ``keep``)
-            is returned.
-        targeted: minimise the loss of the classes ``y`` instead of maximising it.
-        loss: ``"ce"``, ``"cw"`` (margin), ``"dlr"``, ``"kl"`` (TRADES, against the clean logits; needs
-            ``random_start``, since its gradient is zero at ``x``) or a callable ``(logits, y) -> [B] or scalar``.
-        precision: precision of the network: ``"fp32"``, ``"bf16"``, ``"fp16"``, or ``"auto"``: bf16 for modules
-            where the hardware has it, else fp32. Logits, loss and images are float32 (float64 for float64 images)
-            always.
-        engine: ``"eager"`` runs the live model; ``"compiled"`` runs a folded copy (with ``torch.compile``
-            on a GPU); ``"graph"`` runs the whole attack on the copy as a CUDA graph. ``"auto"`` runs a folded
-            copy in a narrow precision, on a GPU recorded at the second call of a batch size. On the CPU it
-            measures where another engine may be faster, and runs the fastest that is right. With
-            ``precision="fp32"`` it runs the live model, and the result equals the result of a plain loop to the
-            bit. Where ``precision="auto"`` comes to fp32, it runs a folded copy on a CPU, and the live model on a
-            GPU. ``"fixed"`` is ``"auto"`` without measuring, so that every process runs the same engine.
-        train_mode: attack the model in train mode, for recipes that do so; its buffers are restored. A sample's
-            result then depends on the other samples of the batch. ``"moving"`` is train mode in which every pass
-            of the attack updates BatchNorm's running statistics for good, as in loops that do not restore them.
-        keep: the point of a run that is returned: ``"last"`` or ``"best"``. For each sample the best point has the
-            highest loss among the successful points, or among all points if no point succeeds, start and end
-            included. ``"best"`` costs one more forward pass per restart.
-        sparsity: share of an image's elements that an l1 step does not move, 0 <= sparsity < 1; other norms
-            ignore it.
+        eps: as in `fastadv.PGD`.
+        alpha: as in `fastadv.PGD`.
+        steps: as in `fastadv.PGD`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        random_start: as in `fastadv.PGD`.
+        restarts: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        loss: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`.
+        train_mode: as in `fastadv.PGD`.
+        keep: as in `fastadv.PGD`.
+        sparsity: as in `fastadv.PGD`.
         seed: seed of the random start; None draws a seed from torch's default generator.
         sample_ids: int64 [B], select the random numbers of each sample; default 0 .. B-1.
 

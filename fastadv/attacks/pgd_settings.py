@@ -14,7 +14,7 @@ Keep = Literal["last", "best"]
 
 @dataclass(frozen=True)
 class PGDSettings(AttackSettings):
-    """The settings of a PGD attack, checked on creation. Fields as in `pgd_fused`."""
+    """The settings of a PGD attack, checked on creation. Fields as in `PGD`."""
 
     alpha: float = 2 / 255
     steps: int = 10

@@ -73,26 +73,26 @@ class Square(Attack):
     and breaks fewer images. The default is full precision.
 
     Args:
-        model: as in `fastadv.pgd_fused`.
-        eps: as in `fastadv.pgd_fused`.
+        model: as in `fastadv.PGD`.
+        eps: as in `fastadv.PGD`.
         queries: number of points to try for an image in a run, at least 1; each costs one forward pass.
         p_init: fraction of the image that the first squares cover, above 0 and at most 1.
         restarts: runs from different random starts; each attacks only the images that withstood the earlier runs.
         loss: the loss to maximise: ``"cw"`` (margin) or ``"ce"``.
         rescale_schedule: scale the schedule by which squares shrink to ``queries``; otherwise it is the schedule
             of 10000 queries.
-        norm: as in `fastadv.pgd_fused`.
-        bounds: as in `fastadv.pgd_fused`.
-        targeted: as in `fastadv.pgd_fused`.
-        precision: as in `fastadv.pgd_fused`.
-        engine: as in `fastadv.pgd_fused`, but for ``"graph"``.
-        train_mode: as in `fastadv.pgd_fused`.
+        norm: as in `fastadv.PGD`.
+        bounds: as in `fastadv.PGD`.
+        targeted: as in `fastadv.PGD`.
+        precision: as in `fastadv.PGD`.
+        engine: as in `fastadv.PGD`, but for ``"graph"``.
+        train_mode: as in `fastadv.PGD`.
         seed: as in `fastadv.PGD`.
         check_inputs: as in `fastadv.PGD`.
 
     Raises:
-        TypeError: as in `fastadv.pgd_fused`.
-        ValueError: as in `fastadv.pgd_fused`; also images that are not [B, C, H, W].
+        TypeError: as in `fastadv.PGD`.
+        ValueError: as in `fastadv.PGD`; also images that are not [B, C, H, W].
     """
 
     settings: SquareSettings

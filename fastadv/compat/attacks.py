@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.attacks import uniform_radius_start
 from fastadv.compat.attack import Attack, TargetFunction
 from fastadv.ops.values import check_bool, check_choice, integer, norm_name
 from fastadv.seeding import draw_seed
@@ -26,7 +27,10 @@ class PGD(Attack):
 
 
 class PGDL2(Attack):
-    """`fastadv.PGD` in l2, whose random start is uniform in the ball."""
+    """`fastadv.PGD` in l2, from torchattacks' random start, whose distance from the image is uniform.
+
+    A start that is uniform in the ball lies near its surface, and needs more steps to break as many images.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,15 @@ class PGDL2(Attack):
         super().__init__(
             model, lambda m: fastadv.PGD(m, eps, alpha, steps, random_start, norm="l2")
         )
+
+    def _perturbed(self, x: Tensor, y: Tensor, eps: float | None) -> Tensor:
+        own = self.own
+        if not self.random_start:
+            return own(x, y, eps=eps)
+        radius = own.eps if eps is None else eps
+        seed = draw_seed() if own.seed is None else own.seed
+        start = uniform_radius_start(x, radius, own.bounds, seed=seed)
+        return own(x, y, eps=eps, start=start)
 
 
 class BIM(Attack):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class EngineRequest(NamedTuple):
-    """The options that the caller has asked for, in the words of `fastadv.pgd_fused`."""
+    """The options that the caller has asked for, in the words of `fastadv.PGD`."""
 
     precision: str
     engine: str

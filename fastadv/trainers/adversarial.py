@@ -29,7 +29,7 @@ class AdversarialMethod(Method[AdversarialT, AttackedT]):
     with the same attacked images, and the log has the loss at the perturbed weights.
 
     Attributes:
-        attack_loss: the loss that PGD maximises; a name or a callable, as for `fastadv.pgd_fused`.
+        attack_loss: the loss that PGD maximises; a name or a callable, as for `fastadv.PGD`.
         attack_class: PGD, or a subclass with the same arguments.
         images_trained: number of images that the trained model sees in the training loss for each image of the
             batch.

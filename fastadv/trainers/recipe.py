@@ -286,7 +286,7 @@ class AdversarialRecipe(Recipe):
             "moving" is training mode in which every pass of the attack updates them, as in robust_overfitting and
             AWP-AT.
         attack_precision: precision of the attack's passes, with the same values as `precision`.
-        engine: how the attack is run; see `fastadv.pgd_fused`. In training "auto" does not choose by measuring
+        engine: how the attack is run; see `fastadv.PGD`. In training "auto" does not choose by measuring
             times, so that a run can be repeated and resumed to the bit.
         awp_gamma: size of AWP's perturbation of the weights, relative to the weights. 0 turns AWP off. Its paper
             has .01 for PGD-AT and .005 for TRADES. AWP costs one more training pass.

@@ -274,3 +274,37 @@ def test_a_bad_setting_is_refused_when_the_attack_is_made(
 def test_a_bad_radius_is_refused(kind: Any, eps: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="eps must be"):
         kind(trained_small_cnn(), eps)
+
+
+RESTARTED = {
+    "pgd": lambda model, runs: fastadv.PGD(model, 0.05, 0.02, 2, restarts=runs),
+    "fgsm-rs": lambda model, runs: fastadv.FGSMRS(model, 0.05, restarts=runs),
+    "apgd": lambda model, runs: fastadv.APGD(model, 0.05, 3, runs),
+    "apgd-t": lambda model, runs: fastadv.APGD(model, 0.05, 3, runs, loss="ce-t", target_classes=2),
+    "apgd l1": lambda model, runs: fastadv.APGD(model, 1.0, 3, runs, norm="l1"),
+    "fab": lambda model, runs: fastadv.FAB(model, 0.05, 2, 2, restarts=runs),
+    "square": lambda model, runs: fastadv.Square(model, 0.05, 4, restarts=runs),
+}
+
+
+@pytest.mark.parametrize("name", RESTARTED)
+def test_only_the_first_of_several_restarts_begins_at_a_given_start(name: str) -> None:
+    x = digits_test(4)[0].clamp(0.2, 0.8)
+    begun: list[Tensor] = []
+
+    def unbroken(seen: Tensor) -> Tensor:
+        begun.append(seen.detach().clone())
+        flat = seen.flatten(1)
+        return torch.stack([flat.mean(1) + 9, flat[:, 0], flat[:, 9], flat[:, 20]], dim=1)
+
+    start = x + 0.01
+
+    def passes_at_the_start(runs: int) -> int:
+        begun.clear()
+        attack = RESTARTED[name](unbroken, runs)
+        attack.seed = 3
+        attack(x, torch.zeros(4, dtype=torch.long), start=start)
+        shown = [(row - start[0]).abs().max() < 1e-6 for seen in begun for row in seen]
+        return sum(map(bool, shown))
+
+    assert passes_at_the_start(3) == passes_at_the_start(1) > 0

@@ -96,6 +96,19 @@ def test_it_moves_the_images_as_torchattacks_does() -> None:
         assert ((ours(x, y) - wanted).abs() > 1e-6).float().mean() < 0.01, name
 
 
+def test_pgdl2_starts_at_torchattacks_distances() -> None:
+    model, (x, y) = trained_small_cnn(), digits_test(200)
+    x = x.clamp(0.2, 0.8)
+    attack = compat.PGDL2(model, eps=0.1, alpha=1e-6, steps=1)
+    attack.seed = 4
+    for eps, adv in ((0.1, attack(x, y)), (0.05, attack(x, y, epsilons=0.05))):
+        distance = (adv - x).flatten(1).norm(dim=1) / eps
+        assert 0.4 < float(distance.mean()) < 0.6 and float(distance.min()) < 0.1
+    assert torch.equal(attack(x, y), attack(x, y))
+    attack.random_start = False
+    assert float((attack(x, y) - x).abs().max()) < 1e-5
+
+
 def test_settings_are_read_and_set_with_their_checks() -> None:
     attack = compat.PGD(trained_small_cnn(half=False))
     attack.eps, attack.steps = 4 / 255, 3

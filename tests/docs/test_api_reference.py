@@ -63,6 +63,14 @@ def test_every_argument_of_a_public_function_is_described(package: str) -> None:
     assert missing == []
 
 
+def test_the_help_of_pgd_describes_its_arguments_itself() -> None:
+    """The attack of the first pages: its help may not send the reader on to another name."""
+    words = inspect.getdoc(fastadv.PGD) or ""
+    described = re.findall(r"^    (\w+): \S", words.split("Args:")[1], re.MULTILINE)
+    assert set(inspect.signature(fastadv.PGD).parameters) <= set(described)
+    assert "as in `" not in words
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_every_public_class_shows_what_its_instances_hold(package: str) -> None:
     bases = {Callback, Schedule}  # without anything of their own to show
