@@ -201,7 +201,7 @@ def test_limited_instructions_are_those_of_a_smaller_processor() -> None:
         "print(c.float_lanes(), c.supported(16, 16), c.amx_serves(32), collect()['precision']['cpu'])\n"
         "model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3, padding=1), torch.nn.ReLU(),\n"
         "    torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.Flatten(), torch.nn.Linear(1024, 4))\n"
-        "attack = fastadv.PGD(model, 0.1, 0.05, 2)\n"
+        "attack = fastadv.PGD(model, 0.1, 0.05, 2, engine='compiled')\n"
         "attack(torch.rand(2, 3, 8, 8), torch.arange(2))\n"
         "print(attack.last.engine, attack.last.precision)\n"
     )
