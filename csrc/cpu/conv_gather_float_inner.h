@@ -47,7 +47,7 @@ FASTADV_LEVEL void multiply(const Task& task, const Part& part, int64_t place,
       sum[r][n] = part.begins ? zero() : load(kept + (r * vectors + n) * kLanes);
     }
   }
-  if (part.ends) {
+  if (part.ends && task.shape.out_step > 1) {  // else it costs more than it saves
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       for (int n = 0; n < vectors; ++n) {
