@@ -57,9 +57,13 @@ def named_by(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def asks_for_gradients(model: nn.Module) -> bool:
-    """Whether the code of a model names what tells whether gradients are computed."""
+    """Whether the code of a model names what tells whether gradients are computed.
+
+    torch's own code, such as its checkpointing, asks so as well, and computes the same.
+    """
     for _, value in named_by(model):
-        code = getattr(_function_of(value), "__code__", None)
+        function = _function_of(value)
+        code = getattr(function, "__code__", None) if _is_others(function) else None
         if value is torch.is_grad_enabled or (code and not _QUESTIONS.isdisjoint(_names_in(code))):
             return True
     return False
