@@ -8,10 +8,10 @@ namespace fastadv::conv {
 constexpr int kWide = 64;  // output channels computed together: four vectors of 16 floats
 constexpr int kVector = 16;
 
-// How many of the remaining rows to multiply together: 6 x 4 sums fill the registers; a remainder
-// is spread so that no group is tiny.
-inline int64_t next_rows(int64_t remaining) {
-  const int64_t groups = (remaining + 5) / 6;
+// How many of the remaining rows to multiply together, at most `most`: 6 x 4 sums fill the
+// registers; a remainder is spread so that no group is tiny.
+inline int64_t next_rows(int64_t remaining, int64_t most = 6) {
+  const int64_t groups = (remaining + most - 1) / most;
   return (remaining + groups - 1) / groups;
 }
 

@@ -63,12 +63,6 @@ FASTADV_LEVEL_INLINE bool find_inputs(const float* (&from)[places], const Shape&
   return true;
 }
 
-// How many of the remaining places to compute together, at most `most`; no group is tiny.
-inline int64_t next_places(int64_t remaining, int64_t most) {
-  const int64_t groups = (remaining + most - 1) / most;
-  return (remaining + groups - 1) / groups;
-}
-
 // What the places of a task have in common.
 struct FewTask {
   float* out;
@@ -273,7 +267,7 @@ template <int results>
 void convolve_to(const FewTask& task, const float* x, int64_t first, int64_t count) {
   for_row_parts(x, task.shape, first, count, [&](const RowPart& part) {
     for (int64_t offset = 0; offset < part.count;) {
-      const int64_t now = next_places(part.count - offset, kPlaces<results>);
+      const int64_t now = conv::next_rows(part.count - offset, kPlaces<results>);
       to_few_of<results>(now)(task, part, offset);
       offset += now;
     }
@@ -292,7 +286,7 @@ void convolve_from_few(float* out, const float* x, const float* packed, const Sh
       const int64_t width = channels - channel < block ? channels - channel : block;
       const MultiplyFromFew* multiply = from_few_of(width / kLanes);
       for (int64_t offset = 0; offset < part.count;) {
-        const int64_t now = next_places(part.count - offset, kRows);
+        const int64_t now = conv::next_rows(part.count - offset, kRows);
         multiply[now - 1](task, inputs, part, offset, channel);
         offset += now;
       }
