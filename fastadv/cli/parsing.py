@@ -95,15 +95,19 @@ class Parser(ArgumentParser):
         return found
 
     def _refuse_base_60(self, words: Sequence[str]) -> None:
-        """Refuse 1:30 as a whole number, which jsonargparse reads as 90 whatever the loader of configs says."""
-        whole = [
-            action.dest
-            for action in self._actions
-            if int in (hint := getattr(action, "_typehint", None), *get_args(hint))
-        ]
+        """Refuse 1:30 as a whole number, which jsonargparse reads as 90 whatever the loader of configs says.
+
+        The fields of a schedule are not among this parser's arguments. They are all numbers.
+        """
+        whole = [a.dest for a in self._actions if _holds_int(getattr(a, "_typehint", None))]
+        if "--schedule" in self:
+            typed = (word.partition("=")[0].removeprefix("--") for word in words)
+            whole += ["schedule", *(name for name in typed if name.startswith("schedule."))]
         for name, value in given_options(words, whole).items():
-            if isinstance(value, str) and is_base_60(value):
-                self.error(f'option "{name}" must be a whole number, got {value!r}')
+            found = next(filter(is_base_60, _texts_of(value)), None)
+            if found is not None:
+                kind = "be a whole number" if found == value else "have whole numbers"
+                self.error(f'option "{name}" must {kind}, got {found!r}')
 
     def dump(self, *args: Any, **options: Any) -> str:
         """Write options as YAML, as `ArgumentParser` does.
@@ -315,6 +319,26 @@ def given_options(words: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
         elif turned_off(option)[2:] in names:
             found[turned_off(option)[2:]] = "false"
     return found
+
+
+def _holds_int(hint: object) -> bool:
+    """Whether a type is int, or has it among its arguments at any depth, as ``tuple[int, ...] | None``."""
+    return hint is int or any(map(_holds_int, get_args(hint)))
+
+
+def _texts_of(value: object) -> Iterable[str]:
+    """The texts in the value of an option, which may be YAML, or lists and mappings of a config."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for entry in value:
+            yield from _texts_of(entry)
+    elif isinstance(value, str):
+        try:
+            content = load_yaml(value)
+        except yaml.YAMLError:  # the parser reports it
+            return
+        yield from [value] if isinstance(content, str) else _texts_of(content)
 
 
 def _content_of(config: str) -> dict[str, Any]:

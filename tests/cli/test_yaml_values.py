@@ -65,6 +65,20 @@ def test_a_number_to_the_base_60_is_refused(
         assert f"option \"seed\" must be a whole number, got '{value}'" in line
 
 
+@pytest.mark.parametrize("value", ["[1:30, 90]", "['1:30', 90]"])
+def test_a_number_to_the_base_60_is_refused_in_a_list_and_in_a_schedule(
+    value: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    schedule = f"schedule: {{class_path: MultiStep, init_args: {{milestones: {value}}}}}\n"
+    typed = ["--schedule=MultiStep", f"--schedule.milestones={value}"]
+    for words in (typed, config(tmp_path, schedule)):
+        line = fails(["train", "pgd_at", *RUN, *words], capfd)
+        assert 'option "schedule' in line and "must have whole numbers, got '1:30'" in line
+    for words in ([f"--tau_epochs={value}"], config(tmp_path, f"tau_epochs: {value}\n")):
+        line = fails(["train", "fat", *RUN, *words], capfd)
+        assert "option \"tau_epochs\" must have whole numbers, got '1:30'" in line
+
+
 @pytest.mark.parametrize(("value", "read"), [("on", "True"), ("007", "7"), ("1e3", "1000.0")])
 def test_text_that_looks_like_something_else_belongs_in_quotes(
     value: str, read: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
