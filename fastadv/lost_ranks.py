@@ -33,7 +33,9 @@ def communicating() -> Iterator[None]:
 
 
 @contextmanager
-def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) -> Iterator[None]:
+def naming_lost_ranks(
+    store: dist.Store, rank: int, count: int, timeout: float, remedy: str
+) -> Iterator[None]:
     """Name the lost ranks in a `LostRanksError`.
 
     Each rank that has lost others leaves a mark in the store. The ranks without a mark are lost.
@@ -43,6 +45,7 @@ def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) 
         rank: rank of this process.
         count: the number of ranks.
         timeout: seconds after which a rank counts as lost, for the message.
+        remedy: how the work of the ranks goes on, for the message.
     """
     try:
         yield
@@ -54,8 +57,8 @@ def naming_lost_ranks(store: dist.Store, rank: int, count: int, timeout: float) 
             ) from error
         which = f"rank{'s' if len(lost) > 1 else ''} {', '.join(map(str, lost))}"
         raise LostRanksError(
-            f"rank {rank} got no answer from {which} of 0 to {count - 1}, for which it waits {timeout:g} s "
-            f"(timeout): such a rank hangs or has ended. Resuming goes on from the last checkpoint ({error})"
+            f"rank {rank} got no answer from {which} of 0 to {count - 1}, for which it waits {timeout:g} s: "
+            f"such a rank hangs or has ended. {remedy} ({error})"
         ) from error
 
 

@@ -186,13 +186,14 @@ def group_of_caller(device: torch.device) -> Ranks:
 
 
 @contextmanager
-def joined_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
+def joined_ranks(device: torch.device, timeout: float, remedy: str) -> Iterator[Ranks]:
     """Join the other processes: those of the caller's process group, or those that torchrun started.
 
     Args:
         device: where this process computes. A group made here uses nccl for CUDA, else gloo, and ends with the
             with statement.
         timeout: seconds for which a process waits for another one, in a group made here.
+        remedy: a sentence for the error, how the work goes on after the loss of a rank.
 
     Raises:
         LostRanksError: when a rank waited for longer, or another one has ended; it names the rank where it can.
@@ -209,7 +210,7 @@ def joined_ranks(device: torch.device, timeout: float) -> Iterator[Ranks]:
         patience = timedelta(seconds=timeout)
         with communicating():
             store = _store(rank, count, patience)
-        with naming_lost_ranks(store, rank, count, timeout):
+        with naming_lost_ranks(store, rank, count, timeout, remedy):
             with communicating():
                 dist.init_process_group(
                     "nccl" if on_cuda else "gloo",

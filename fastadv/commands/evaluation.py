@@ -44,6 +44,7 @@ from fastadv.trainers.weights import ROBUST
 DEFAULT_ATTACKS = ("clean", "fgsm", "pgd-20", "autoattack")
 # Seconds that a process waits for slower ones, as shares differ. torchrun notices a process that has ended.
 _TIMEOUT = 7 * 24 * 3600.0
+_AFTER_A_LOSS = "The same command goes on from the work that was kept"
 _UNFINISHED = "unfinished"  # folder of the finished work of an interrupted evaluation
 
 
@@ -233,7 +234,7 @@ def _joined_work(
         The processes, and the folder of the finished work; None in its place if it cannot be written.
     """
     with ExitStack() as held:
-        ranks = held.enter_context(joined_ranks(where, _TIMEOUT))
+        ranks = held.enter_context(joined_ranks(where, _TIMEOUT, _AFTER_A_LOSS))
         state: Path | None = begun
         if ranks.first:
             held.enter_context(keeper)

@@ -179,8 +179,8 @@ class RunDirectory:
             raise NotADirectoryError(f"run_dir must be a directory, got the file {self.path}")
         if self.exists and not (resume or overwrite):
             raise FileExistsError(
-                f"run_dir {self.path} already holds a run; resume it, overwrite it, or choose "
-                "another directory"
+                f"run_dir {self.path} already holds a run; resume it (--resume), overwrite it (--overwrite), or "
+                "choose another directory"
             )
         if not self.exists and (checkpoints_in(self.checkpoints) or self._log.exists()):
             raise FileExistsError(
@@ -214,7 +214,8 @@ class RunDirectory:
         if changed:
             raise ValueError(
                 f"run_dir {self.path} holds another run than the one to resume: "
-                f"{'; '.join(changed)}. Ask for changes to be allowed, or choose another directory"
+                f"{'; '.join(changed)}. Allow the changes by allow_changes (--allow_changes), or choose "
+                "another directory"
             )
 
     def take(self) -> None:

@@ -280,10 +280,11 @@ def _run_environment(
     notice = (
         "stopped between iterations; resuming goes on from the last checkpoint, or starts again"
     )
+    remedy = "Resuming goes on from the last checkpoint; the option timeout sets the wait"
     with (
         stopped_by_signals(notice),
         run.lock,
-        joined_ranks(device, settings.timeout) as ranks,
+        joined_ranks(device, settings.timeout, remedy) as ranks,
         _callers_generators_kept(device),
     ):
         yield ranks

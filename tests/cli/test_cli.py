@@ -157,7 +157,9 @@ def test_resuming_from_the_command_line(tmp_path: Path, capfd: pytest.CaptureFix
     before = fingerprint(tmp_path / "checkpoints")
     capfd.readouterr()
     assert train_quickly("standard", tmp_path) == 2
-    assert "already holds a run" in one_line(capfd.readouterr().err)
+    assert "already holds a run; resume it (--resume), overwrite it (--overwrite)" in one_line(
+        capfd.readouterr().err
+    )
     assert train_quickly("standard", tmp_path, "--resume", "--seed", "9") == 2
     assert "seed: 0 -> 9" in one_line(capfd.readouterr().err)
     assert fingerprint(tmp_path / "checkpoints") == before
