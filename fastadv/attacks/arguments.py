@@ -64,22 +64,24 @@ def _makes_a_module(function: Callable[..., object]) -> bool:
 
 def check_batch(
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None,
     sample_ids: Tensor | None,
     model: Model,
     soft_obstacle: str | None,
+    labels_obstacle: str | None = "for this attack",
 ) -> Tensor:
     """Check shapes, dtypes and devices of a batch; nothing is read from the device.
 
     Args:
         x: images.
-        y: labels.
+        y: labels, or None.
         sample_ids: numbers of the samples, or None.
         model: the model.
         soft_obstacle: the reason why the attack accepts no soft labels; None if it accepts them.
+        labels_obstacle: the reason why the attack needs labels; None if it does not look at them.
 
     Returns:
-        The labels in int64, soft labels in float32 or float64.
+        The labels in int64, soft labels in float32 or float64. Without labels, class 0 for each image.
 
     Raises:
         TypeError: if ``x`` is no float tensor, ``y`` no tensor of labels, ``sample_ids`` no tensor, or the model
@@ -103,6 +105,10 @@ def check_batch(
             f"x must have shape [B, ...], got {tuple(x.shape)} with one label; of a single image pass "
             "x.unsqueeze(0) and y.reshape(1)"
         )
+    if y is None:
+        if labels_obstacle is not None:
+            raise TypeError(f"y must be the labels [B] {labels_obstacle}, got None")
+        y = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
     if is_soft(y):
         labels = check_soft_labels(y, x.shape[0], soft_obstacle)
     else:
@@ -192,6 +198,8 @@ def check_labels(y: Tensor, num_classes: int) -> None:
     """
     if is_soft(y):
         check_probabilities(y, num_classes)
+        return
+    if y.numel() == 0:
         return
     first, last = torch.stack(y.aminmax()).tolist()
     if not (first >= 0 and last < num_classes):

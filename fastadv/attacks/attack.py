@@ -148,7 +148,7 @@ class Attack(Configured):
     def __call__(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         *,
         seed: int | None = None,
         sample_ids: Tensor | None = None,
@@ -160,7 +160,8 @@ class Attack(Configured):
         Args:
             x: images [B, ...] within the bounds.
             y: labels, or targets, [B], int64 or another integer dtype; or soft labels [B, C], floating point, for
-                attacks on the losses "ce" and "kl" or on a callable.
+                attacks on the losses "ce" and "kl" or on a callable. None for attacks that do not look at labels:
+                on the loss "kl" with ``keep="last"``, except `FriendlyPGD`.
             seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1. Equal ids, seeds
                 and images give equal results whatever else is in the batch, up to the rounding of the network.
@@ -180,7 +181,7 @@ class Attack(Configured):
     def _attack(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         seed: int | None,
         sample_ids: Tensor | None,
         eps: float | Tensor | None,
@@ -188,7 +189,8 @@ class Attack(Configured):
         overrides: CallOverrides = CallOverrides(),  # noqa: B008, it is immutable
     ) -> Tensor:
         """Do the work of `__call__`; ``overrides`` has the step sizes, numbers of steps and bounds of the call."""
-        y = check_batch(x, y, sample_ids, self.model, self._soft_labels_obstacle())
+        obstacles = (self._soft_labels_obstacle(), self._labels_obstacle())
+        y = check_batch(x, y, sample_ids, self.model, *obstacles)
         seed = check_seed(seed)
         bounds = self.settings.bounds if overrides.bounds is None else overrides.bounds
         radius = self._radius(x, eps, bounds)
@@ -292,6 +294,10 @@ class Attack(Configured):
 
     def _soft_labels_obstacle(self) -> str | None:
         """Why the attack takes no soft labels, to follow "y must hold class indices"; None if it takes them."""
+        return f"for {type(self).__name__}"
+
+    def _labels_obstacle(self) -> str | None:
+        """Why the attack needs labels, to follow "y must be the labels [B]"; None if it does not look at them."""
         return f"for {type(self).__name__}"
 
     @property

@@ -42,5 +42,8 @@ class CurriculumPGD(PGD):
 
         return size
 
+    def _labels_obstacle(self) -> str | None:
+        return "for CurriculumPGD, which asks how likely they are"
+
     def _graph_key(self) -> tuple[Hashable, ...]:
         return (*super()._graph_key(), self.gap)

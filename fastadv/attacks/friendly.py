@@ -109,6 +109,9 @@ class FriendlyPGD(PGD):
         )
         Attack.__init__(self, model, chosen, seed, check_inputs)
 
+    def _labels_obstacle(self) -> str | None:
+        return "for FriendlyPGD, which stops where an image is misclassified"
+
     def _size_at(self, batch: AttackBatch, alpha: float | Tensor) -> StepSize:
         sizes = alpha if isinstance(alpha, Tensor) else batch.x.new_full(batch.x.shape[:1], alpha)
         left = torch.full_like(hard(batch.y), self.tau)

@@ -136,7 +136,7 @@ class PGD(Attack):
     def __call__(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None = None,
         *,
         seed: int | None = None,
         sample_ids: Tensor | None = None,
@@ -150,7 +150,8 @@ class PGD(Attack):
 
         Args:
             x: images [B, ...] within the bounds.
-            y: labels, or targets, [B], or soft labels [B, C].
+            y: labels, or targets, [B], or soft labels [B, C]. None where the attack does not look at labels: for
+                the loss ``"kl"`` with ``keep="last"``, except in `fastadv.FriendlyPGD`.
             seed: seed of the random numbers, for this call.
             sample_ids: int64 [B], which random numbers each sample gets; default 0 .. B-1.
             eps: radius for this call: a number, one per image [B], or in linf one per channel, for images
@@ -228,6 +229,11 @@ class PGD(Attack):
         loss = self.settings.loss
         taken = not isinstance(loss, str) or loss in SOFT_OBJECTIVES
         return None if taken else f"with loss {loss!r}"
+
+    def _labels_obstacle(self) -> str | None:
+        if self.settings.loss != "kl":
+            return f"with loss {self.settings.loss!r}"
+        return "with keep 'best'" if self.settings.keep == "best" else None
 
     def _graph_key(self) -> tuple[Hashable, ...]:
         """The facts on which a recorded search depends: all settings except radius and step size, its inputs."""

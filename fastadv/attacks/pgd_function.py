@@ -21,7 +21,7 @@ _CACHES: weakref.WeakKeyDictionary[nn.Module, EngineCache] = weakref.WeakKeyDict
 def pgd_fused(
     model: Model,
     x: Tensor,
-    y: Tensor,
+    y: Tensor | None = None,
     *,
     eps: float = 8 / 255,
     alpha: float = 2 / 255,
@@ -51,7 +51,8 @@ def pgd_fused(
         x: images [B, ...] within ``bounds``, floating point.
         y: labels [B], int64 or another integer dtype; with ``targeted``, the classes to reach. With the
             losses ``"ce"``, ``"kl"`` (then the divergence of the softmax from the labels) and callables also soft
-            labels [B, C]: probabilities. Their likeliest class decides whether an image is misclassified.
+            labels [B, C]: probabilities. Their likeliest class decides whether an image is misclassified. None
+            for the loss ``"kl"`` with ``keep="last"``, which then looks at no label.
         eps: as in `fastadv.PGD`.
         alpha: as in `fastadv.PGD`.
         steps: as in `fastadv.PGD`.

@@ -28,7 +28,7 @@ class StrategicPGD(PGD):
     def _attack(
         self,
         x: Tensor,
-        y: Tensor,
+        y: Tensor | None,
         seed: int | None,
         sample_ids: Tensor | None,
         eps: float | Tensor | None,

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.attacks import Attack as OwnAttack
-from fastadv.attacks.arguments import module_device
+from fastadv.attacks.arguments import check_labels, module_device
 from fastadv.attacks.options import AttackType, names_checked
-from fastadv.compat.inputs import check_normalised, integer_labels
+from fastadv.compat.inputs import check_channels, check_normalised, integer_labels, target_classes
 from fastadv.compat.saved import load_results, write_results
 from fastadv.compat.their_names import THEIR_NAMES, in_their_names
 from fastadv.models import Normalized
@@ -130,7 +130,7 @@ class Attack(metaclass=AttackType):
         if self._target_function is not None:
             given = inputs if isinstance(inputs, Tensor) else torch.as_tensor(inputs, device="cpu")
             found = self._target_function(given.to(self.device), y)
-            y = integer_labels(found).to(self.device)
+            y = target_classes(found, y, self._mode == BY_LABEL)
         if epsilons is None:
             return back(self._perturbed(x, y, None))
         radii = epsilons.tolist() if isinstance(epsilons, Tensor | np.ndarray) else epsilons
@@ -187,6 +187,7 @@ class Attack(metaclass=AttackType):
 
         def targets(images: Tensor, labels: Tensor) -> Tensor:
             logits = self._logits(self._taken(images)[0])
+            check_labels(labels, logits.shape[1])
             if rank >= logits.shape[1]:
                 raise ValueError(
                     f"kth_min must be less than the {logits.shape[1]} classes, got {rank}"
@@ -198,6 +199,7 @@ class Attack(metaclass=AttackType):
 
     def _random_targets(self, images: Tensor, labels: Tensor) -> Tensor:
         classes = self._logits(self._taken(images)[0][:1]).shape[1]
+        check_labels(labels, classes)
         generator = torch.Generator().manual_seed(draw_seed())
         steps = torch.randint(1, classes, (len(labels),), generator=generator, device="cpu")
         return (labels + steps.to(labels.device)) % classes
@@ -349,6 +351,7 @@ class Attack(metaclass=AttackType):
         if x.dtype == torch.uint8:
             x = x.float() / 255
         elif used is not None:
+            check_channels(x, used["mean"])
             x = (x * used["std"].to(x) + used["mean"].to(x)).detach()
             check_normalised(x)
             x = x.clamp(0, 1)  # rounding may lead a little out of the bounds

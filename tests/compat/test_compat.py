@@ -187,6 +187,38 @@ def test_modes_choose_the_targets() -> None:
             short(kind, model).set_mode_targeted_by_label()
 
 
+@pytest.mark.parametrize("away", [10, -10])
+def test_labels_out_of_range_get_no_targets(away: int) -> None:
+    model, (x, y) = trained_small_cnn(half=False), digits_test(6)
+    attack = short(compat.PGD, model)
+    for choose in (attack.set_mode_targeted_random, attack.set_mode_targeted_least_likely):
+        choose()
+        with pytest.raises(ValueError, match=r"y must be in 0 \.\. 9, the model's 10 classes"):
+            attack(x, y + away)
+        assert attack(x[:0], y[:0]).shape == x[:0].shape
+
+
+def test_targets_that_are_missing_or_the_labels_themselves_are_named() -> None:
+    model, (x, y) = trained_small_cnn(half=False), digits_test(6)
+    attack = short(compat.PGD, model)
+    attack.set_mode_targeted_by_function(lambda images, labels: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match=r"target_map_function must return .* got None"):
+        attack(x, y)
+    mixed = torch.where(torch.arange(6) < 2, y, (y + 1) % 10)
+    attack.set_mode_targeted_by_function(lambda images, labels: mixed)
+    with pytest.warns(UserWarning, match="returned the label itself for 2 of 6 images"):
+        attack(x, y)
+    attack.set_mode_targeted_by_label()
+    attack(x, y)  # the labels of the call are the targets: no warning
+
+
+def test_images_of_other_channels_than_the_normalisation_are_named() -> None:
+    attack = short(compat.PGD, trained_small_cnn(half=False))
+    attack.set_normalization_used([0.5, 0.5], [0.2, 0.2])
+    with pytest.raises(ValueError, match=r"inputs must have 2 channels.*got \(6, 1, 8, 8\)"):
+        attack(*digits_test(6))
+
+
 def test_normalised_images_are_attacked_in_units_of_the_image() -> None:
     inner, (x, y) = trained_small_cnn(half=False), digits_test(16)
 
