@@ -45,9 +45,11 @@ def locked(path: str | os.PathLike[str], wait: float = 60.0) -> Iterator[None]:
         yield
     finally:
         # Removed while the lock is held: a process that has opened the file already gets its lock, finds it
-        # removed, and opens a new one.
-        if _is_still(lock, descriptor):
-            lock.unlink(missing_ok=True)
+        # removed, and opens a new one. In a folder that is gone or read-only, closing the file gives the lock
+        # back. An error of the removal would hide the error of the with statement.
+        with suppress(OSError):
+            if _is_still(lock, descriptor):
+                lock.unlink(missing_ok=True)
         os.close(descriptor)
 
 
