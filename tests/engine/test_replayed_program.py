@@ -73,6 +73,14 @@ class Dense(nn.Module):
         return self.last(F.relu(self.norms[3](torch.cat(results, 1))).mean((2, 3)))
 
 
+def patches() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 24, 4, 4), nn.GELU(), nn.Conv2d(24, 32, 3, 2, 1), nn.ReLU(),
+        nn.Conv2d(32, 32, 5, padding=2, groups=32), nn.Hardswish(), nn.Flatten(),
+        nn.Linear(32 * 4, 5),
+    )  # fmt: skip
+
+
 # model and the shape of an image
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "small_cnn, grey": (lambda: create_model("small_cnn", 5, 1), (1, 8, 8)),
@@ -80,6 +88,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int, int]]] = {
     "preact_resnet18": (lambda: create_model("preact_resnet18", 5, 3), (3, 8, 8)),
     "mixed": (Mixed, (3, 9, 7)),
     "dense": (Dense, (3, 8, 8)),
+    "patches": (patches, (3, 14, 13)),
 }
 DTYPES = [
     torch.float32,
