@@ -131,7 +131,7 @@ def doubt_about_normalization(model: object) -> str:
 def own_normalization(
     network: nn.Module, loaded: Mapping[str, Tensor] = MappingProxyType({})
 ) -> tuple[str, list[float], list[float]] | None:
-    """The normalisation that one of a network's own modules holds, in buffers or in plain attributes.
+    """The normalisation that one of a network's own modules holds, in parameters, buffers or plain attributes.
 
     Args:
         network: the network, without a `Normalized` around it.
@@ -141,7 +141,9 @@ def own_normalization(
         The module's name, the mean and the std; None if there is none, or if it changes nothing.
     """
     for place, module in network.named_modules():
-        held: dict[str, Any] = {**vars(module), **module._buffers}
+        held: dict[str, Any] = dict(vars(module))
+        held.update(module.named_buffers(recurse=False))
+        held.update(module.named_parameters(recurse=False))
         prefix = f"{place}." if place else ""
         held.update({name: loaded[prefix + name] for name in held if prefix + name in loaded})
         mean, std = (_named_vector(held, names) for names in (_OWN_MEAN, _OWN_STD))
@@ -191,6 +193,7 @@ def without_own_constants(network: nn.Module, missing: list[str]) -> list[str]:
         return missing
     prefix = f"{own[0]}." if own[0] else ""
     constant = {prefix + name for name in (*_MEAN_NAMES, *_STD_NAMES)}
+    constant -= {name for name, p in network.named_parameters() if p.requires_grad}  # untrained
     return [name for name in missing if name not in constant]
 
 
@@ -295,5 +298,5 @@ def _named_vector(state: Mapping[Any, Any], names: re.Pattern[str]) -> list[floa
         if isinstance(key, str) and names.fullmatch(key):
             vector = _vector(value)
             if vector is not None and is_dense(vector) and vector.numel() in _PICTURE_CHANNELS:
-                return [round(float(number), 4) for number in vector.flatten()]
+                return [round(number, 4) for number in vector.detach().double().flatten().tolist()]
     return None

@@ -44,13 +44,26 @@ class ByAttributes(nn.Module):
         return self.conv((x - self.mean) / self.std).flatten(1)
 
 
+class ByParameters(nn.Module):
+    """As modules whose constants are parameters, so that they move to a device with the others."""
+
+    def __init__(self, trained: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 10, 4)
+        self.mean = nn.Parameter(torch.tensor(MEAN).view(1, 3, 1, 1), requires_grad=trained)
+        self.std = nn.Parameter(torch.tensor(STD).view(1, 3, 1, 1), requires_grad=trained)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv((x - self.mean) / self.std).flatten(1)
+
+
 def by_module() -> nn.Module:
     """A network behind a module of its own."""
     flat = nn.Sequential(nn.Conv2d(3, 10, 4), nn.Flatten())
     return nn.Sequential(Normalized(nn.Identity(), MEAN, STD), flat)
 
 
-OWN = [ByBuffers, ByAttributes, by_module]
+OWN = [ByBuffers, ByAttributes, ByParameters, by_module]
 
 
 def judged(
@@ -77,7 +90,7 @@ def test_a_normalisation_beside_the_weights_is_not_applied_twice(
     assert [("applied once" in str(w.message)) for w in caught] == [True] * plain
 
 
-@pytest.mark.parametrize("build", OWN)
+@pytest.mark.parametrize("build", [ByBuffers, ByAttributes, by_module])
 def test_another_normalisation_than_the_network_has_is_refused(build: Any) -> None:
     model = build()
     state = {"state_dict": model.state_dict(), "mean": [0.1, 0.2, 0.3], "std": STD}
@@ -114,6 +127,13 @@ def test_constants_that_the_code_has_set_need_not_be_in_the_file() -> None:
     state = {n: v for n, v in trained.state_dict().items() if n not in ("mu", "sigma")}
     load_published_state_dict(model, state)
     torch.testing.assert_close(model(IMAGES), trained(IMAGES))
+
+
+def test_parameters_that_were_to_be_trained_are_missing() -> None:
+    state = ByAttributes().state_dict()
+    load_published_state_dict(ByParameters(), state)
+    with pytest.raises(ValueError, match="missing: mean, std"):
+        load_published_state_dict(ByParameters(trained=True), state)
 
 
 def test_constants_that_nobody_has_set_are_missing() -> None:
