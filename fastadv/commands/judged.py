@@ -23,7 +23,7 @@ from fastadv.models import (
     load_published_state_dict,
     names_code,
 )
-from fastadv.models.normalization import trust_normalization
+from fastadv.models.normalization import refuse_second_normalization, trust_normalization
 from fastadv.models.state_files import Foreign
 from fastadv.trainers import load_model
 from fastadv.trainers.checkpoint import find_checkpoint
@@ -159,6 +159,8 @@ def model_of_file(
     except ValueError as error:
         raise ValueError(f"model: {error}") from error
     given = None if normalise is None else _normalisation(normalise, images.in_channels)
+    if given is not None:
+        refuse_second_normalization(network, *given)
     if weights is None:
         if not names_code(model):
             raise ValueError(
@@ -185,7 +187,7 @@ def model_of_file(
                 f"normalise must be left out or be what {file} says, mean {report.mean} and std {report.std}, "
                 f"got {' '.join(normalise or ())}"
             )
-        judged = Normalized(network, *given) if judged is network else judged
+        judged = judged if report.normalizes else Normalized(network, *given)
     return JudgedModel(
         judged.eval(),
         file.stem,

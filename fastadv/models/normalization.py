@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -27,6 +28,13 @@ _MAX_MEAN = 2.0  # of images in 0..1; a larger one is in the units of 0..255
 # Names of constants among the options of a training, such as "data_mean" and "img_std".
 _ANY_MEAN = re.compile(r"(\w+_)?(mean|mu)s?", re.IGNORECASE)
 _ANY_STD = re.compile(r"(\w+_)?(std|sigma|sd)s?", re.IGNORECASE)
+# The same of modules, whose other means and stds, such as those of a layer, have longer names.
+_OWN_MEAN = re.compile(
+    r"((data|image|img|pixel|input|norm(alize)?)_)?(mean|mu|new_mean)s?", re.IGNORECASE
+)
+_OWN_STD = re.compile(
+    r"((data|image|img|pixel|input|norm(alize)?)_)?(std|sigma|new_std)s?", re.IGNORECASE
+)
 # A prefix such as "1.": the network is not the first part of an nn.Sequential.
 _LATER_PART = re.compile(r"(.*\.)?[1-9]\d*\.")
 
@@ -120,6 +128,108 @@ def doubt_about_normalization(model: object) -> str:
     return _DOUBTED.get(without_normalization(model), "")
 
 
+def own_normalization(
+    network: nn.Module, loaded: Mapping[str, Tensor] = MappingProxyType({})
+) -> tuple[str, list[float], list[float]] | None:
+    """The normalisation that one of a network's own modules holds, in parameters, buffers or plain attributes.
+
+    Args:
+        network: the network, without a `Normalized` around it.
+        loaded: tensors that are to take the place of the network's own, by name.
+
+    Returns:
+        The module's name, the mean and the std; None if there is none, or if it changes nothing.
+    """
+    for place, module in network.named_modules():
+        held: dict[str, Any] = dict(vars(module))
+        held.update(module.named_buffers(recurse=False))
+        held.update(module.named_parameters(recurse=False))
+        prefix = f"{place}." if place else ""
+        held.update({name: loaded[prefix + name] for name in held if prefix + name in loaded})
+        mean, std = (_named_vector(held, names) for names in (_OWN_MEAN, _OWN_STD))
+        if mean is not None and std is not None and min(std) > 0 and _changes_images(mean, std):
+            return place, mean, std
+    return None
+
+
+def leave_to_network(network: nn.Module, loaded: Mapping[str, Tensor], report: LoadReport) -> None:
+    """Apply no normalisation of a file that the network applies by itself.
+
+    Args:
+        network: the network, without a `Normalized` around it.
+        loaded: the entries of the file that the network takes.
+        report: what was found in the file. Its mean and std become None if they are the network's own.
+
+    Raises:
+        ValueError: the network normalises by other numbers than the file.
+    """
+    own = own_normalization(network, loaded)
+    if own is None or not report.normalizes:
+        return
+    place, mean, std = own
+    if not (_is_close(mean, report.mean) and _is_close(std, report.std)):
+        raise ValueError(
+            f"state normalises with mean={report.mean}, std={report.std}, and the model by itself with "
+            f"mean={mean}, std={std}{_in_module(place)}; leave the wrong ones out of the file or of the model"
+        )
+    report.mean = report.std = None
+    prefix = f"{place}." if place else ""
+    if not any(prefix + name in loaded for name in _MEAN_NAMES):
+        warnings.warn(
+            f"state normalises with a mean {mean} and a std {std}, which are applied once: by the model "
+            f"itself{_in_module(place)}. If the forward pass does not use them there, every figure is of another "
+            "function",
+            stacklevel=3,
+        )
+
+
+def without_own_constants(network: nn.Module, missing: list[str]) -> list[str]:
+    """The names that a file lacks, without the constants of a normalisation that the network's code has set.
+
+    RobustBench's networks have such buffers, and the files of their authors do not.
+    """
+    own = own_normalization(network)
+    if own is None:
+        return missing
+    prefix = f"{own[0]}." if own[0] else ""
+    constant = {prefix + name for name in (*_MEAN_NAMES, *_STD_NAMES)}
+    constant -= {name for name, p in network.named_parameters() if p.requires_grad}  # untrained
+    return [name for name in missing if name not in constant]
+
+
+def refuse_second_normalization(
+    network: nn.Module, mean: Sequence[float], std: Sequence[float]
+) -> None:
+    """Check that a network has no normalisation of its own where its user names one.
+
+    Raises:
+        ValueError: it has one, and the named one would change the images, too.
+    """
+    own = own_normalization(network)
+    if own is not None and _changes_images(mean, std):
+        raise ValueError(
+            f"normalise must be left out, because the network normalises by itself, with mean {own[1]} and std "
+            f"{own[2]}{_in_module(own[0])}"
+        )
+
+
+def _in_module(place: str) -> str:
+    return f" in its module {place!r}" if place else ""
+
+
+def _is_close(some: list[float], others: list[float] | None) -> bool:
+    """Whether two vectors, or a vector and one number for all channels, are the same constants."""
+    others = others or []
+    some, others = _as_many(some, others), _as_many(others, some)
+    return len(some) == len(others) and all(
+        abs(a - b) < 1e-3 for a, b in zip(some, others, strict=True)
+    )
+
+
+def _changes_images(mean: Sequence[float], std: Sequence[float]) -> bool:
+    return any(mean) or set(std) != {1}
+
+
 def trust_normalization(network: nn.Module) -> None:
     """End the doubt about a network, as its user has named the normalisation."""
     _DOUBTED.pop(network, None)
@@ -144,11 +254,13 @@ def warn_of_lost_normalization(model: nn.Module, state: object, report: LoadRepo
         "(fastadv eval --normalise MEAN STD), because without it every figure is of another function; if it was "
         "not, --normalise 0 1 says so"
     )
-    hint = next(_hints(state), None)
+    hint, own = next(_hints(state), None), own_normalization(network)
     if hint is not None:
         place, mean, std = hint
+        if own is not None and _is_close(own[1], mean) and _is_close(own[2], std):
+            return
         found = f"state{place} has a mean {mean} and a std {std}, which are not applied"
-    elif _LATER_PART.fullmatch(report.prefix):
+    elif _LATER_PART.fullmatch(report.prefix) and own is None:
         found = (
             f"the names in state begin with {report.prefix!r}: before the network stood another module, without "
             "weights in the file, and often it normalises the images"
@@ -173,7 +285,7 @@ def _hints(state: object, place: str = "") -> Iterator[tuple[str, list[float], l
     if not isinstance(state, Mapping) or place.count("[") > MAX_DEPTH:
         return
     mean, std = (_named_vector(state, names) for names in (_ANY_MEAN, _ANY_STD))
-    if mean is not None and std is not None and min(std) > 0 and (any(mean) or set(std) != {1}):
+    if mean is not None and std is not None and min(std) > 0 and _changes_images(mean, std):
         yield place, mean, std
     for key, value in state.items():
         if isinstance(key, str):
@@ -186,5 +298,5 @@ def _named_vector(state: Mapping[Any, Any], names: re.Pattern[str]) -> list[floa
         if isinstance(key, str) and names.fullmatch(key):
             vector = _vector(value)
             if vector is not None and is_dense(vector) and vector.numel() in _PICTURE_CHANNELS:
-                return [round(float(number), 4) for number in vector.flatten()]
+                return [round(number, 4) for number in vector.detach().double().flatten().tolist()]
     return None

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from fastadv.models.forms import check_form_named
 from fastadv.models.normalization import (
+    leave_to_network,
     note_normalization,
     set_normalization,
     warn_of_lost_normalization,
+    without_own_constants,
 )
 from fastadv.models.split import Normalized, without_normalization
 from fastadv.models.state_files import StateFileError, read_state_file
@@ -98,8 +100,10 @@ def load_published_state_dict(
     RobustBench, "_orig_mod." of torch.compile, or several). The same weights may occur several times. Accepted are
     also files without `num_batches_tracked`, the unused `sub_block1` of TRADES' WideResNet, counters of
     AveragedModel, thop and ema_pytorch, and MAIR's number of classes. Normalisation buffers (mean/std or mu/sigma)
-    are loaded into the buffers of a `Normalized` model. A warning tells of a normalisation at which the file only
-    hints: constants among the options of its training, or a module before the network that has no weights.
+    are loaded into the buffers of a `Normalized` model, unless the network normalises by the same numbers itself.
+    A network keeps the constants that its own code has set where the file has none. A warning tells of a
+    normalisation at which the file only hints: constants among the options of its training, or a module before the
+    network that has no weights.
 
     Args:
         model: the model to fill, e.g. `resnet18()` or `Normalized(resnet18())`.
@@ -118,8 +122,9 @@ def load_published_state_dict(
         StateFileError: if the file is damaged or of another kind; a ValueError.
         TypeError: if `state` holds no tensors by name.
         ValueError: if no name fits; if there are several sets of weights that differ; with `strict`, if anything
-            does not fit or is not finite, or if the file normalises while the model is not `Normalized`; if
-            several networks take the file and `form` does not name one (only a warning for a plain ResNet-18).
+            does not fit or is not finite, or if the file normalises and the model does not; if file and network
+            normalise by different numbers; if several networks take the file and `form` does not name one (only a
+            warning for a plain ResNet-18).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a module, got {shown(model)}")
@@ -137,6 +142,8 @@ def load_published_state_dict(
                 f"state has no entry that fits {type(network).__name__}; it has "
                 f"{', '.join(list(tensors)[:5])}, the model has {', '.join(list(targets)[:5])}"
             )
+        leave_to_network(network, fitting, report)
+        report.missing = without_own_constants(network, report.missing)
         if strict:
             _require_fit(model, network, report)
             _require_finite(fitting)

@@ -113,7 +113,7 @@ def _require_same(
                 for place, prefix in (one, other)
             )
             place, prefix = other if other[0] else one
-            alone = f"the entries behind {prefix!r}" if prefix else f"state{place}"
+            alone = f"state{place}" if one[0] != other[0] else f"the entries behind {prefix!r}"
             raise ValueError(
                 f"state holds several sets of weights that differ, {places} (for example in {name!r}); give the "
                 f"one you mean alone, such as {alone}, or save it in a file of its own"

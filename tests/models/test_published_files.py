@@ -120,6 +120,14 @@ def test_sets_of_weights_that_differ_are_refused(state: dict[str, Any], strict: 
     assert states_equal(target.state_dict(), before)
 
 
+def test_sets_that_differ_are_named_by_their_keys() -> None:
+    """As in files of DM-AT, where both sets have DataParallel's prefix."""
+    averaged, last = (under(make_model(seed).state_dict(), "module.0.") for seed in (1, 2))
+    state = {"model_state_dict": averaged, "unaveraged_model_state_dict": last}
+    with pytest.raises(ValueError, match=r"such as state\['(unaveraged_)?model_state_dict'\]"):
+        load_published_state_dict(make_model(3), state)
+
+
 def test_a_set_for_another_network_does_not_matter() -> None:
     source = make_model(1)
     other = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).state_dict()
