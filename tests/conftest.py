@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # a test makes thousands of objects that live as long as it
     gc.enable()
 
 
