@@ -50,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     gc.freeze()
+    gc.set_threshold(10_000, 20, 20)  # a test makes thousands of objects that live as long as it
     gc.enable()
 
 
@@ -81,12 +82,18 @@ def _is_worker(config: pytest.Config) -> bool:
     return hasattr(config, "workerinput")
 
 
-@pytest.fixture(autouse=True)
-def no_engine_is_chosen_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the first engine that is right run, however busy the machine is; tests of the choice bring a clock."""
+def pytest_runtest_setup() -> None:
+    """Let the first engine that is right run, however busy the machine is; tests of the choice bring a clock.
+
+    The module is there from the first test that imports it. A fixture costs more than many tests do.
+    """
     proof = sys.modules.get("fastadv.engine.proof")
     if proof is not None:
-        monkeypatch.setattr(proof, "seconds", lambda: 0.0)
+        proof.seconds = _no_time  # type: ignore[attr-defined]
+
+
+def _no_time() -> float:
+    return 0.0
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,15 @@ FASTADV_INLINE auto at_simd_level(const F& f) {
   return f();
 }
 
+// The same for a function that AVX-512 has a version of its own of: without code for it here.
+template <class F>
+FASTADV_INLINE auto below_avx512(const F& f) {
+#if FASTADV_HAS_SIMD_LEVELS
+  if (kSimdLevel != SimdLevel::kBaseline) return with_avx2(f);
+#endif
+  return f();
+}
+
 // A pointer to a function whose calls go through FASTADV_DISPATCH.
 template <auto function>
 struct Dispatched;

@@ -108,10 +108,15 @@ void run_rows(const Operands& o, int64_t begin, int64_t end) {
   C* losses = data<C>(o.losses);
   for (int64_t i = begin; i < end; ++i) {
     row.y = label(y, i, classes);
+    const auto compute = [&]() __attribute__((always_inline)) {
+      compute_row<Kind>(row, logits, other);
+    };
     if constexpr (std::is_same_v<V, Wide>) {
       compute_wide_row<Kind>(row, logits, other);
+    } else if constexpr (std::is_same_v<C, double>) {
+      at_simd_level(compute);
     } else {
-      FASTADV_DISPATCH(compute_row<Kind>(row, logits, other));
+      below_avx512(compute);  // the wide rows are for AVX-512
     }
     losses[i * per_sample] = row.loss;
     if (per_sample == 2) losses[2 * i + 1] = row.other_loss;

@@ -64,6 +64,7 @@ def kind_of(device: str, name: str) -> str:
     return "reference" if name == "reference" else "kernels"
 
 
+@cache  # which `_facts` asks of every combination
 def leads(case: OpCase) -> bool:
     """Whether the case is its op's first one with the first word of its variant, which chooses a kernel.
 
@@ -74,6 +75,7 @@ def leads(case: OpCase) -> bool:
     return words.index(word) == _number(case)
 
 
+@cache
 def _number(case: OpCase) -> int:
     """The case's place among those of its op."""
     return [other.name for other in CASES.values() if other.op == case.op].index(case.name)
