@@ -21,8 +21,8 @@ for name in sys.argv[1:]:
 def test_every_program_finds_its_modules() -> None:
     names = sorted(path.stem for path in BENCH.glob("*.py"))
     assert "gpu_smoke" in names
-    # A process of its own, as the modules of the tests are in this one already. A program has its own folder on its
-    # path, and so has this process.
+    # In a process of its own, as the modules of the tests are in this one already. And in the folder, which a
+    # program has on its path.
     command = [sys.executable, "-c", IMPORT_ALL, *names]
     done = subprocess.run(command, cwd=BENCH, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
