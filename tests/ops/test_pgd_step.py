@@ -263,7 +263,9 @@ def test_a_half_precision_gradient_steps_full_precision_images(device: str, name
 
 @everywhere
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_zeros_and_useless_elements_are_counted(device: str, name: str, layout: torch.memory_format) -> None:
+def test_zeros_and_useless_elements_are_counted(
+    device: str, name: str, layout: torch.memory_format
+) -> None:
     grad = torch.ones((2, 3, 150, 151), device=device).contiguous(memory_format=layout)
     grad[0, 1, 3, :7] = 0.0
     grad[1, :, :, 2] = -0.0
