@@ -14,9 +14,9 @@
 # ends in its time, and each can be repeated:
 #   bench/gpu.sh -s 215 -w WHEEL OUTDIR build smoke       expected: build 10 s, smoke 150 s, of which the checks 60 s
 #   bench/gpu.sh -s 215 OUTDIR throughput                 expected: 190 s, half of them for each table
-#   bench/gpu.sh -s 260 OUTDIR test sanitize ops          at most: test 112 s, memcheck 43 s, racecheck 35 s, ops 70 s,
+#   bench/gpu.sh -s 235 OUTDIR test sanitize ops          at most: test 101 s, memcheck 39 s, racecheck 31 s, ops 62 s,
 #                                                         and what the stages before have left over
-# That is 690 s and leaves a minute or two to repeat a stage. The expected times are estimates from the stages' own
+# That is 665 s and leaves about two minutes to repeat a stage. The expected times are estimates from the stages' own
 # limits, and no GPU has confirmed them. On a machine that is new at the second or third call, begin the call with
 # -w WHEEL and the stage build again.
 # A machine with nvcc and the same release of torch, built for CUDA, makes the wheel, without a GPU:

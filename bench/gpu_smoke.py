@@ -34,6 +34,7 @@ from throughput import OURS, RESULTS, build_all, make_task
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from op_cases import CASES
 from op_cases.budget import check_budget

@@ -204,7 +204,7 @@ class FAB(Attack):
             open_ = (
                 self._left(best.rows(rows))
                 if number
-                else torch.arange(len(rows), device="cpu").to(rows)
+                else torch.arange(len(rows), device=rows.device)
             )
             if open_.numel() == 0:
                 return
@@ -270,10 +270,7 @@ def _nearest_boundary(batch: AttackBatch, adv: Tensor, classes: Tensor) -> tuple
     Returns:
         Normals [B, ...], and [B] by how much ``normal . adv`` has to rise to reach the boundary.
     """
-    normal, gap, distance = (
-        torch.zeros_like(adv),
-        *torch.zeros(2, *batch.y.shape, dtype=torch.float32, device="cpu").to(adv),
-    )
+    normal, gap, distance = torch.zeros_like(adv), *adv.new_zeros(2, *batch.y.shape)
     for number, target in enumerate(classes.unbind(1)):
         found = batch.gradient(adv, partial(logit_difference, y=batch.y, target=target))
         batch.count(found.grad)

@@ -79,5 +79,10 @@ class AttackCopy(nn.Module):
             return self.graph_module.forward(x).to(self._logits_dtype)
 
     def autocast(self, device: torch.device) -> torch.autocast:
-        """The context of a pass: it casts the operations of the model's own code on its parameters."""
-        return torch.autocast(device.type, self._autocast, enabled=self._autocast is not None)
+        """The context of a pass: it casts the operations of the model's own code on its parameters.
+
+        Without autocast's cache, which lasts to the end of the outermost context. A recorded pass would find the
+        cast images of an earlier pass there, and every replay would read these.
+        """
+        enabled = self._autocast is not None
+        return torch.autocast(device.type, self._autocast, enabled=enabled, cache_enabled=False)

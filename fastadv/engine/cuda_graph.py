@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,7 +45,8 @@ class CudaRecorder:
     """Records the kernels that a function launches as a CUDA graph.
 
     All graphs are recorded on one stream and share a pool of memory: every replay overwrites the
-    intermediate results of its loop, and may overwrite the intermediate results of other loops.
+    intermediate results of its loop, and may overwrite the intermediate results of other loops. After a failure
+    the next ones share a new pool.
 
     Args:
         device: the CUDA device.
@@ -63,35 +64,47 @@ class CudaRecorder:
         which waits for the device, and that is not allowed while recording.
         """
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            # Puts the current stream back also where the end of a failed recording does not.
-            with torch.cuda.stream(self._stream):
-                for _ in range(_WARM_UPS):
-                    work()
-                try:
-                    return self._record(work)
-                except Exception:
-                    self._recover()
-                    raise
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                # Puts the current stream back also where the end of a failed recording does not.
+                with torch.cuda.stream(self._stream):
+                    return self._warmed_up(work)
+            finally:  # after a failure kernels may still run, in memory that is about to be freed
+                current.wait_stream(self._stream)
 
-    def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def _warmed_up(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        for _ in range(_WARM_UPS):
+            work()
+        try:
+            return self._record(work, self._pool)
+        except Exception:
+            self._recover()
+            raise
+
+    def _record(self, work: Callable[[], object], pool: Any) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # "thread_local": other threads, such as those of a data loader, may go on using the device.
         with torch.cuda.graph(  # waits for the device first
-            graph, self._pool, self._stream, capture_error_mode="thread_local"
+            graph, pool, self._stream, capture_error_mode="thread_local"
         ):
             work()
         return graph
 
     def _recover(self) -> None:
-        """Undo the traces of a recording whose end fails, in torch before 2.12 (pytorch#180395).
+        """Undo the traces of a failed recording.
 
-        The allocator believes that it still records, and the generator of random numbers refuses to draw, which
-        it does until a recording succeeds.
+        Where its end fails, in torch before 2.12 (pytorch#180395), the allocator believes that it still records,
+        and the generator of random numbers refuses to draw, which it does until a recording succeeds.
+
+        Where its end succeeds, as after an error of Python's, it is gone, and with it perhaps the last recording
+        of its pool. Such a pool takes no other recording while some of its memory is in use, and the traceback
+        uses it.
         """
         with suppress(RuntimeError):  # where it does not record any more
             torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-        self._record(lambda: torch.zeros(1, device=self._device, dtype=torch.float32))
+        self._pool = torch.cuda.graph_pool_handle()
+        self._record(lambda: torch.zeros(1, device=self._device, dtype=torch.float32), None)
 
 
 class _Inputs:

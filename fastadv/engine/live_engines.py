@@ -92,7 +92,11 @@ class EagerEngine(Engine):
             if self._dtype == torch.float32:
                 return self._model(_in_dtype_of(self._weights, x).clone())
             with torch.autocast(x.device.type, self._dtype):
-                return self._model(x.clone())
+                try:
+                    return self._model(x.clone())
+                finally:
+                    # Else it lasts to the end of the attack, with weights that a model has since changed.
+                    torch.clear_autocast_cache()
 
 
 class LiveEngine(EagerEngine):

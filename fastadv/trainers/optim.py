@@ -100,8 +100,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Return the L2 norm of all gradients together, a scalar tensor."""
-    return nn.utils.get_total_norm(_gradients(optimizer))
+    """Return the L2 norm of all gradients together, a scalar tensor on their device; 0 where there is none."""
+    gradients = _gradients(optimizer)
+    if not gradients:  # torch's function would make the 0 on the CPU
+        parameter: Tensor = optimizer.param_groups[0]["params"][0]
+        return torch.zeros((), dtype=torch.float32, device=parameter.device)
+    return nn.utils.get_total_norm(gradients)
 
 
 def clip_gradients(optimizer: torch.optim.Optimizer, norm: Tensor, largest: float) -> None:

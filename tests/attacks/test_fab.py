@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from attack_helpers import ORDERS, digits_test, images, robust_accuracy, trained_small_cnn
+from attack_helpers import (
+    ORDERS,
+    copy_engine,
+    digits_test,
+    images,
+    robust_accuracy,
+    trained_small_cnn,
+)
 from attack_zoo import RADIUS, WAYS
+from graph_emulator import Devices
 from linear_model import LinearModel, linear_problem
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.attacks import fab
+from fastadv.attacks.batch import AttackBatch
+from fastadv.attacks.best import Best
+from fastadv.engine import proof
+from fastadv.engine.copy import AttackCopy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
@@ -212,6 +226,25 @@ def test_gradients_that_are_no_numbers_move_nothing() -> None:
         for target_classes in (2, None):
             attack = fastadv.FAB(model, 0.08, 3, target_classes, norm=norm)
             assert torch.equal(attack(x, y), x) and attack.last.nan_gradients > 0
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+@pytest.mark.parametrize("norm", RADIUS)
+def test_a_step_copies_nothing_from_the_host(
+    norm: str, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU would have to finish all its work before each copy. Here it is a device without values."""
+    monkeypatch.setattr(AttackCopy, "autocast", lambda self, device: nullcontext())
+    monkeypatch.setattr(proof, "difference_of_logits", lambda *_: None)  # which needs values
+    model = trained_small_cnn().to("meta")
+    x, y, aims = (t.to("meta") for t in (*digits_test(8), torch.zeros(8, classes).long()))
+    engine = copy_engine(model, x, "bf16")
+    attack = fastadv.FAB(model, 0.1, norm=norm)
+    batch = AttackBatch(engine, engine.images(x), y, 0.1, norm, (0.0, 1.0), False, None, None)
+    with Devices() as devices:
+        adv = attack._step(batch, batch.x.clone(), *fab._nearest_boundary(batch, batch.x, aims))
+        fab._offer(Best(), batch, adv, batch.succeeded(batch.logits(adv)))
+    assert devices.types == {"meta"}
 
 
 @pytest.mark.parametrize(

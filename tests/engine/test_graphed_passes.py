@@ -178,3 +178,24 @@ def test_pooling_indices_are_real_when_the_backward_pass_is_recorded(
     ]
     torch.testing.assert_close(*found, rtol=0, atol=2e-6)
     assert recorder.count > 0
+
+
+def test_a_replay_casts_the_images_that_it_is_given(recorder: EmulatedRecorder) -> None:
+    """A function without weights is cast by autocast, whose cache would keep the first images of a recording."""
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.matmul(x, x.transpose(-1, -2)).flatten(1))
+
+    torch.manual_seed(0)
+    model, x, y = Products().eval(), torch.rand(8, 8, 8), torch.arange(8)
+    found = [
+        APGD(model, 0.1, 12, precision="bf16", engine=engine)(x, y, seed=0)
+        for engine in ("auto", "compiled")
+    ]
+    assert recorder.count > 0
+    assert torch.equal(*found)

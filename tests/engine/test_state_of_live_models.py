@@ -101,6 +101,37 @@ def test_a_model_that_adapts_in_its_forward_pass_adapts_under_attack(
     assert torch.equal(found[1], expected)
 
 
+class AdaptingLayer(nn.Module):
+    """Moves its weights after each prediction, and goes on from there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(192, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.layer(x.flatten(1))
+        (grad,) = torch.autograd.grad(logits.float().logsumexp(1).sum(), self.layer.weight)
+        logits = self.layer(x.flatten(1))
+        with torch.no_grad():
+            self.layer.weight.sub_(grad, alpha=0.5)
+        return logits
+
+
+def test_weights_that_adapt_are_cast_anew_at_every_pass() -> None:
+    """Autocast keeps cast weights to the end of its outermost context, which is the whole attack."""
+    model = AdaptingLayer().eval()
+    options: dict[str, Any] = dict(steps=3, random_start=False, precision="bf16", engine="eager")
+    # The mean of the losses, as in the plain loop: gradients in bfloat16 depend on their scale.
+    found = fastadv.PGD(model, loss=lambda logits, y: F.cross_entropy(logits, y), **options)(X, Y)
+
+    def narrow(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    assert torch.equal(found, plain_attack(narrow))
+
+
 def test_a_function_around_a_model_that_adapts_is_attacked_as_it_is() -> None:
     model = Adapting().eval()
     attack = fastadv.PGD(lambda x: model(x), steps=3, random_start=False)
