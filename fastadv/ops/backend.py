@@ -47,6 +47,11 @@ def backend(name: str) -> Iterator[None]:
 class _ForcedBackend(TorchDispatchMode):
     """Reroutes the ops of our namespace; it sits below autograd, so gradients follow by themselves."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Do not wrap the method below, at whose first call torch would import its compiler for seconds."""
+        return False
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.active = True  # False while a block inside this one decides
