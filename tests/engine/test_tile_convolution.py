@@ -175,4 +175,4 @@ def test_tiles_refuse_channels_that_do_not_fill_them() -> None:
     x, out = narrow((2, 16, 4, 4), 0), poisoned(2, 32, 4, 4)
     packed = torch.zeros(32 * 16, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="x's channels must be multiples of 32"):
-        OPS.conv_amx_(out, x, packed, [0], [0], [1, 1], [0, 0], None, None, None, False)
+        OPS.conv_amx_(out, x, packed, [0], [0], [1], [0, 0], [1, 1], None, None, None, False)
